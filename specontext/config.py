@@ -1,0 +1,131 @@
+"""Settings of the method and of the engine: frozen, validated where they are made, the source of the CLI's options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from specontext.core import SpeContextError
+
+METHODS = ("full", "speculative", "streaming", "oracle", "random")
+GRANULARITIES = ("head", "batch")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEFAULT_BUDGET = 2048
+
+
+class ConfigError(SpeContextError, ValueError):
+    """A setting that cannot be honoured; the message says which one and what would work."""
+
+
+def _option(default: object, help: str) -> object:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class SpeContextConfig:
+    """How KV entries are chosen and where they live.
+
+    Raises:
+        ConfigError: a value out of range, or values that contradict each other.
+    """
+
+    method: str = _option("speculative", "Selection method: full, speculative, streaming, oracle or random.")  # type: ignore[assignment]
+    budget: int | None = _option(  # type: ignore[assignment]
+        None,
+        "KV entries that attention reads for one KV head and step, sinks and recent window included. "
+        "Default: what the retrieval head recommends, else 2048.",
+    )
+    sink: int = _option(4, "First tokens of the context that are always read; inside the budget.")  # type: ignore[assignment]
+    recent: int = _option(16, "Last tokens of the context that are always read; inside the budget.")  # type: ignore[assignment]
+    slots: int | None = _option(  # type: ignore[assignment]
+        None,
+        "Device slots for each KV head of an offloaded layer, at least the budget; what they hold beyond the budget stays "
+        "until it is the least recently used. Default: the budget.",
+    )
+    offload_layers: int = _option(  # type: ignore[assignment]
+        0, "Layers whose KV lives in host memory, the last ones first; -1 offloads all."
+    )
+    granularity: str = _option(  # type: ignore[assignment]
+        "head", "'head' selects for every KV head, 'batch' one set for all heads of a request."
+    )
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"unknown method '{self.method}': choose one of {', '.join(METHODS)}")
+        if self.granularity not in GRANULARITIES:
+            raise ConfigError(f"unknown granularity '{self.granularity}': choose one of {', '.join(GRANULARITIES)}")
+        for name, least in (("sink", 1), ("recent", 1), ("offload_layers", -1)):
+            _require_int(name, getattr(self, name), least)
+        if self.budget is not None:
+            _require_int("budget", self.budget, 1)
+            if self.budget < self.sink + self.recent + 1:
+                raise ConfigError(
+                    f"budget {self.budget} is smaller than sink + recent + 1 = {self.sink + self.recent + 1}: "
+                    "raise the budget or lower sink or recent"
+                )
+        if self.slots is not None:
+            _require_int("slots", self.slots, 1)
+            if self.budget is not None and self.slots < self.budget:
+                raise ConfigError(f"slots {self.slots} is smaller than the budget {self.budget}: slots must hold a whole selection")
+
+    def resolve(self, *, recommended_budget: int | None, num_layers: int) -> SpeContextConfig:
+        """The same settings with the open ones (budget, slots, all layers) filled in for one model.
+
+        Raises:
+            ConfigError: more layers to offload than the model has.
+        """
+        if self.offload_layers > num_layers:
+            raise ConfigError(f"offload_layers {self.offload_layers} exceeds the model's {num_layers} layers (-1 offloads all)")
+        budget = self.budget if self.budget is not None else recommended_budget or DEFAULT_BUDGET
+        return replace(
+            self,
+            budget=budget,
+            slots=budget if self.slots is None else self.slots,
+            offload_layers=num_layers if self.offload_layers == -1 else self.offload_layers,
+        )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the engine runs a model.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    model: str | Path
+    retrieval_head: str | Path | None = "auto"
+    method: SpeContextConfig = field(default_factory=SpeContextConfig)
+    dtype: str = _option("auto", "Number format of weights and KV: auto (the checkpoint's), float32, bfloat16 or float16.")  # type: ignore[assignment]
+    device: str = _option("auto", "Where the model runs: auto, cpu, cuda or cuda:N.")  # type: ignore[assignment]
+    max_model_len: int | None = _option(  # type: ignore[assignment]
+        None, "Longest context, prompt and output together, in tokens. Default: the model's own maximum."
+    )
+    max_num_seqs: int = _option(16, "Requests that run at the same time.")  # type: ignore[assignment]
+    max_num_batched_tokens: int = _option(1024, "Tokens of one engine step; longer prompts are prefilled in chunks.")  # type: ignore[assignment]
+    gpu_memory: int | None = _option(  # type: ignore[assignment]
+        None, "Bytes of the device tier of KV. Default: what max_num_seqs requests of max_model_len tokens need, as far as it is free."
+    )
+    host_memory: int | None = _option(None, "Bytes of the host tier of KV. Default: as for the device tier.")  # type: ignore[assignment]
+    seed: int = _option(0, "Seed of sampled requests that name none.")  # type: ignore[assignment]
+    page_size: int = _option(16, "Tokens of one KV page.")  # type: ignore[assignment]
+    measure_recall: bool = _option(  # type: ignore[assignment]
+        False, "Measure the share of the true attention that the selection covers (reads all KV; slow)."
+    )
+    verify_loads: bool = _option(False, "Debug: compare every row that attention reads with the host copy.")  # type: ignore[assignment]
+    trust_remote_code: bool = _option(False, "Allow modelling code that comes with a checkpoint.")  # type: ignore[assignment]
+    revision: str | None = _option(None, "Hub revision of the model.")  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"unknown dtype '{self.dtype}': choose one of {', '.join(DTYPES)}")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
+            _require_int(name, getattr(self, name), 1)
+        for name in ("max_model_len", "gpu_memory", "host_memory"):
+            if getattr(self, name) is not None:
+                _require_int(name, getattr(self, name), 1)
+
+
+def _require_int(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -1,0 +1,274 @@
+"""The nouns that rooms exchange: model shape, sampling parameters, requests, batches, selections and load plans.
+
+Shapes use R requests, S tokens in context, L layers, Hq query heads, Hkv KV heads, G retrieval groups, D head dim, B budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+
+class SpeContextError(Exception):
+    """Base of every error that a user's input can cause; its message says what to do."""
+
+
+class RequestError(SpeContextError, ValueError):
+    """A request that cannot be served as asked."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What KV storage, planner and selectors must know of a model.
+
+    Attributes:
+        dtype: number format of weights and KV.
+        max_position: longest context the checkpoint was made for, in tokens.
+    """
+
+    layers: int
+    hidden_size: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of K and V of one token of one KV head of one layer."""
+        return 2 * self.head_dim * self.dtype.itemsize
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of K and V of one token, all layers and KV heads."""
+        return self.layers * self.kv_heads * self.row_bytes
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a request is sampled and when it ends; names and meanings as in vLLM.
+
+    Attributes:
+        n: outputs for each prompt.
+        temperature: 0 is greedy.
+        top_p, top_k, min_p: restrictions of the candidates; top_k 0 or -1 is no restriction.
+        seed: random numbers depend on (seed, output index, position) only. None takes the engine's seed.
+        stop: strings that end the output; they are cut off unless `include_stop_str_in_output`.
+        stop_token_ids: tokens that end the output, beside the model's end tokens.
+        ignore_eos: go on after the model's end tokens.
+        max_tokens, min_tokens: bounds of the output in tokens.
+        logprobs: number of most likely tokens to report at every position, beside the chosen one; None reports nothing.
+        presence_penalty, frequency_penalty: subtracted from the logits of tokens of the output so far.
+        repetition_penalty: divides positive (multiplies negative) logits of tokens of prompt and output.
+
+    Raises:
+        RequestError: a value out of range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    max_tokens: int = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        self._bounds("n", 1, math.inf)
+        self._bounds("temperature", 0.0, math.inf)
+        self._bounds("top_p", 0.0, 1.0, above=True)
+        self._bounds("top_k", 0, math.inf)
+        self._bounds("min_p", 0.0, 1.0)
+        self._bounds("max_tokens", 1, math.inf)
+        self._bounds("min_tokens", 0, self.max_tokens)
+        self._bounds("presence_penalty", -2.0, 2.0)
+        self._bounds("frequency_penalty", -2.0, 2.0)
+        self._bounds("repetition_penalty", 0.0, math.inf, above=True)
+        if self.logprobs is not None:
+            self._bounds("logprobs", 0, math.inf)
+        if self.seed is not None:
+            self._bounds("seed", 0, 2**63 - 1)
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise RequestError("stop must be non-empty strings")
+        if any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in self.stop_token_ids):
+            raise RequestError("stop_token_ids must be token ids, integers from 0 up")
+
+    def _bounds(self, name: str, low: float, high: float, *, above: bool = False) -> None:
+        value = getattr(self, name)
+        whole = {f.name: f.type for f in fields(self)}[name].startswith("int")  # type: ignore[union-attr]
+        number = isinstance(value, int) if whole else isinstance(value, int | float)
+        if isinstance(value, bool) or not number or not low <= value <= high or math.isinf(value) or (above and value == low):
+            kind = "an integer" if whole else "a number"
+            least = "above" if above else "of at least"
+            most = "" if math.isinf(high) else f" and at most {high}"
+            raise RequestError(f"{name} must be {kind} {least} {low}{most}, got {value!r}")
+
+
+@dataclass(eq=False)
+class Request:
+    """One output being made: its tokens, how many of them the model has seen, and its seat in the KV tables.
+
+    `computed <= len(token_ids)`: tokens catch up; a request whose prompt is computed decodes one token a step.
+
+    Attributes:
+        index: which of the `n` outputs of its prompt this is; part of the key of its random numbers.
+        seat: row of this request in every per-request table, -1 while it waits.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    prompt_length: int
+    params: SamplingParams
+    seed: int
+    index: int = 0
+    seat: int = -1
+    computed: int = 0
+    finish_reason: str | None = None
+    logprobs: list[dict[int, float]] | None = None
+    arrived: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prompt_length <= len(self.token_ids):
+            raise RequestError("a request needs at least one prompt token")
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.prompt_length :]
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the next step takes one generated token (else a chunk of the prompt)."""
+        return self.computed >= self.prompt_length
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of consecutive tokens of one request inside a packed batch: positions start .. start + length - 1."""
+
+    seat: int
+    start: int
+    length: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The packed tokens of one step: decode tokens first (one a request), then prefill chunks.
+
+    Attributes:
+        requests: the requests in packed order, decoding ones first.
+        token_ids, positions, seats: int64 [T] on the device.
+        num_decodes: R, how many of the first tokens are decode tokens.
+        prefills: chunks of prompts, after the decode tokens.
+        last_tokens: int64 [requests], packed index of every request's last token.
+    """
+
+    requests: tuple[Request, ...]
+    token_ids: Tensor
+    positions: Tensor
+    seats: Tensor
+    num_decodes: int
+    prefills: tuple[Segment, ...]
+    last_tokens: Tensor
+
+    def __post_init__(self) -> None:
+        total = self.num_decodes + sum(segment.length for segment in self.prefills)
+        assert self.token_ids.shape == self.positions.shape == self.seats.shape == (total,)
+        assert len(self.requests) == self.num_decodes + len(self.prefills) == len(self.last_tokens)
+        expected = self.num_decodes
+        for segment in self.prefills:
+            assert segment.offset == expected and segment.length > 0
+            expected += segment.length
+
+
+@dataclass(frozen=True)
+class Selection:
+    """KV entries that attention may read in one decode step.
+
+    Attributes:
+        tokens: int64 [R, G, B] token positions, ascending, padded with -1 at the end: sinks, scored tokens, recent tokens.
+        scored: bool [R, G, B], the entries that were chosen by a score (neither sink nor recent).
+    """
+
+    tokens: Tensor
+    scored: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.tokens.dim() == 3 and self.tokens.shape == self.scored.shape
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What one selection moves, the same for every offloaded layer that reads it.
+
+    Attributes:
+        slots: int64 [R, G, B], the device slot of every selected entry, -1 for padding.
+        missing: bool [R, G, B], entries that must be copied from the host into their slot.
+    """
+
+    slots: Tensor
+    missing: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.slots.shape == self.missing.shape
+
+
+@dataclass
+class CompletionOutput:
+    """One generated output.
+
+    Attributes:
+        finish_reason: "stop" (end token or stop string) or "length"; None while it streams.
+        logprobs: for each token the log-probabilities by token id: the chosen token and the most likely ones.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    logprobs: list[dict[int, float]] | None = None
+    stats: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass
+class RequestOutput:
+    """What `LLM.generate` returns for one prompt; `text`, `token_ids`, `finish_reason` and `stats` are the first output's."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.outputs[0].finish_reason
+
+    @property
+    def stats(self) -> dict[str, object]:
+        return self.outputs[0].stats
