@@ -86,7 +86,7 @@ def draw(kind: str, length: int, rng: random.Random) -> Problem:
             task = TrackingTask(kind, (chains, chains), (hops, hops), questions=(1, min(chains, 16)), filler=filler)
         else:
             task = ProgramTask(kind)
-            length = length if rng.random() < 0.7 else max(48, int(length * rng.uniform(0.3, 1.0)))
+            length = length if rng.random() < 0.7 else rng.randint(max(64, length * 3 // 10), length)
         try:
             return task.sample(length, rng, count_tokens)
         except LengthError:

@@ -1,0 +1,4 @@
+"""One file an operation: the plain PyTorch reference, which is also the CPU implementation.
+
+Kernels know tensors and indices only: no requests, no tiers, no methods.
+"""

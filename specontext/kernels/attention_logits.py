@@ -1,0 +1,25 @@
+"""Logits of one query a head over rows that an index list names: the true attention, before its softmax."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention_logits(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -> Tensor:
+    """Scaled dot products of queries and the keys of rows.
+
+    Args:
+        query: [R, Hq, D].
+        arena: [N, 2, D], K and V of each row.
+        rows: int64 [R, Hkv, T], -1 is skipped.
+
+    Returns:
+        float32 [R, Hq, T]; -inf where a row is skipped.
+    """
+    requests, query_heads, head_dim = query.shape
+    kv_heads, width = rows.shape[1:]
+    keys = arena[:, 0].index_select(0, rows.clamp(min=0).flatten()).view(requests, kv_heads, width, head_dim)
+    grouped = query.float().view(requests, kv_heads, query_heads // kv_heads, head_dim)
+    logits = grouped @ keys.float().mT * scale
+    return logits.masked_fill_((rows < 0)[:, :, None], -torch.inf).view(requests, query_heads, width)

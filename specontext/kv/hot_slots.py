@@ -1,0 +1,67 @@
+"""What the device slots of offloaded layers hold: a cache of host rows, managed for all layers at once.
+
+One table serves every layer that reads the same selection, so slot s of (layer, KV head h) holds h's own row of the token
+in slot s of the retrieval group that h reads. Methods that select inside the layer have one table a layer.
+
+Slots of one KV head:   [ sinks | ring of recent tokens | hot slots, least recently used is replaced ]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specontext.core import LoadPlan, Selection
+from specontext.kernels.slot_plan import plan_slots
+
+
+class HotSlots:
+    """Slot tables of all seats.
+
+    Attributes:
+        token_of_slot: int32 [tables, seats, G, hot], -1 for an empty slot.
+        slot_of_token: int32 [tables, seats, G, max_tokens], its inverse.
+        last_used: int32 [tables, seats, G, hot], step of the last read.
+    """
+
+    def __init__(
+        self, *, tables: int, seats: int, groups: int, slots: int, sink: int, recent: int, max_tokens: int, device: torch.device
+    ) -> None:
+        self.slots, self.sink, self.recent = slots, sink, recent
+        hot = slots - sink - recent
+        self.token_of_slot = torch.full((tables, seats, groups, hot), -1, dtype=torch.int32, device=device)
+        self.slot_of_token = torch.full((tables, seats, groups, max_tokens), -1, dtype=torch.int32, device=device)
+        self.last_used = torch.zeros((tables, seats, groups, hot), dtype=torch.int32, device=device)
+        self._steps = [0] * tables
+
+    def reset(self, seat: int) -> None:
+        """Forget what the slots of a seat hold."""
+        self.token_of_slot[:, seat] = -1
+        self.slot_of_token[:, seat] = -1
+        self.last_used[:, seat] = 0
+
+    def plan(self, table: int, seats: Tensor, selection: Selection) -> LoadPlan:
+        """Slots of a selection and what must be loaded into them; the tables then say what will be there.
+
+        Args:
+            seats: int64 [R].
+        """
+        self._steps[table] += 1
+        hot = torch.where(selection.scored, selection.tokens, -1)
+        hot_slots, missing = plan_slots(
+            hot, seats, self.slot_of_token[table], self.token_of_slot[table], self.last_used[table], self._steps[table]
+        )
+        slots = torch.where(selection.scored, hot_slots + self.sink + self.recent, self.fixed_slot(selection.tokens))
+        return LoadPlan(slots, missing)
+
+    def fixed_slot(self, tokens: Tensor) -> Tensor:
+        """Slot of a sink or recent token (any shape); -1 for negative tokens."""
+        slot = torch.where(tokens < self.sink, tokens, self.sink + tokens % self.recent)
+        return torch.where(tokens < 0, -1, slot)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless the two tables are each other's inverse."""
+        table, seat, group, slot = (self.token_of_slot >= 0).nonzero(as_tuple=True)
+        tokens = self.token_of_slot[table, seat, group, slot].long()
+        assert (self.slot_of_token[table, seat, group, tokens] == slot).all(), "a slot's token does not point back at it"
+        assert (self.slot_of_token >= 0).sum() == len(slot), "a token points at a slot that does not hold it"
