@@ -48,7 +48,7 @@ class Stage:
     decay: bool = False
 
 
-EVERYTHING = {"copy": 0.05, "retrieval": 0.25, "multivalue": 0.25, "tracking": 0.25, "program": 0.2}
+EVERYTHING = {"copy": 0.05, "retrieval": 0.25, "multivalue": 0.15, "tracking": 0.25, "program": 0.3}
 STAGES = (
     Stage(64, {"copy": 1.0}, leave_at=0.95, max_steps=600),
     Stage(64, {"copy": 0.2, "retrieval": 0.8}, leave_at=0.97, max_steps=900),
@@ -77,7 +77,7 @@ def draw(kind: str, length: int, rng: random.Random) -> Problem:
             questions = max(1, min(keys // asked, length // (20 + 6 * asked), 24))
             task = RetrievalTask(kind, (keys, keys), (1, asked), questions=(1, questions), filler=filler)
         elif kind == "multivalue":
-            keys = max(2, rng.randint(few, many) // 3)
+            keys = max(2, rng.randint(few, many) // 2)
             questions = max(1, min(keys, length // 50, 24))
             task = RetrievalTask(kind, (keys, keys), (1, 1), values=(1, 4), questions=(1, questions), filler=filler)
         elif kind == "tracking":

@@ -1,0 +1,39 @@
+"""SpeContext: long-context inference that reads only the KV entries a retrieval head chooses before the model runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from specontext.config import ConfigError, EngineConfig, SpeContextConfig
+from specontext.core import CompletionOutput, RequestOutput, SamplingParams, SpeContextError
+
+if TYPE_CHECKING:
+    from specontext.engine.llm import LLM
+    from specontext.retrieval.head import RetrievalHead
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "ConfigError",
+    "EngineConfig",
+    "RequestOutput",
+    "RetrievalHead",
+    "SamplingParams",
+    "SpeContextConfig",
+    "SpeContextError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The engine and its libraries take seconds to import; names that need them load them when asked for.
+    if name == "LLM":
+        from specontext.engine.llm import LLM
+
+        return LLM
+    if name == "RetrievalHead":
+        from specontext.retrieval.head import RetrievalHead
+
+        return RetrievalHead
+    raise AttributeError(f"module 'specontext' has no attribute '{name}'")

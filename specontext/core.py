@@ -6,7 +6,7 @@ Shapes use R requests, S tokens in context, L layers, Hq query heads, Hkv KV hea
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -90,8 +90,8 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._as_tuple("stop")
+        self._as_tuple("stop_token_ids")
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         self._bounds("n", 1, math.inf)
@@ -113,11 +113,19 @@ class SamplingParams:
         if any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in self.stop_token_ids):
             raise RequestError("stop_token_ids must be token ids, integers from 0 up")
 
+    def _as_tuple(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None or isinstance(value, str):
+            value = () if value is None else (value,)
+        elif not isinstance(value, Iterable):
+            raise RequestError(f"{name} must be a list, got {value!r}")
+        object.__setattr__(self, name, tuple(value))
+
     def _bounds(self, name: str, low: float, high: float, *, above: bool = False) -> None:
         value = getattr(self, name)
         whole = {f.name: f.type for f in fields(self)}[name].startswith("int")  # type: ignore[union-attr]
         number = isinstance(value, int) if whole else isinstance(value, int | float)
-        if isinstance(value, bool) or not number or not low <= value <= high or math.isinf(value) or (above and value == low):
+        if isinstance(value, bool) or not number or not low <= value <= high or value >= 2**63 or (above and value == low):
             kind = "an integer" if whole else "a number"
             least = "above" if above else "of at least"
             most = "" if math.isinf(high) else f" and at most {high}"

@@ -68,7 +68,6 @@ class TieredKV:
             else None
         )
         self._owned: list[tuple[list[int], list[int]]] = [([], []) for _ in range(seats)]
-        self._lengths = [0] * seats
         self._plans: list[LoadPlan | None] = [None] * tables
 
     # Space ------------------------------------------------------------------------------------------------------------
@@ -113,7 +112,6 @@ class TieredKV:
         self.arena.pages.free(device_pages)
         self.host.pages.free(host_pages)
         self._owned[seat] = ([], [])
-        self._lengths[seat] = 0
         self.device_table[:, seat] = 0
         self.host_table[:, seat] = 0
 

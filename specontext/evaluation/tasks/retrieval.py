@@ -15,11 +15,13 @@ HEADER = "Remember the facts in this text."
 class RetrievalTask:
     """Facts ` key = value.` hidden in filler; the question names keys and the answer repeats their facts.
 
+    A fact may list several values, ` key = 417, 88, 923.`
+
     Attributes:
         name: task name.
         keys: number of distinct keys hidden in the text, a range.
         asked: number of keys that one question asks for, a range.
-        values: number of facts for each key that is asked for, a range; they are listed in order of appearance.
+        values: number of values that a fact lists, a range.
         questions: number of questions, a range; all but the last are given with their answers.
         filler: probability that the text has filler at all.
     """
@@ -39,23 +41,19 @@ class RetrievalTask:
         """
         groups = [rng.randint(*self.asked) for _ in range(rng.randint(*self.questions))]
         names = rng.sample(NOUNS, max(rng.randint(*self.keys), sum(groups)))
-        asked = set(names[: sum(groups)])
-        facts = []
-        for name in names:
-            count = rng.randint(*self.values) if name in asked else 1
-            facts += [(name, value) for value in rng.sample(range(100, 1000), count)]
-        rng.shuffle(facts)
-        values: dict[str, list[str]] = {}
-        for name, value in facts:
-            values.setdefault(name, []).append(str(value))
+        facts = {name: self._fact(name, rng) for name in names}
         dialogue = []
         for group in groups:
             keys, names = names[:group], names[group:]
             question = f"\nQuestion: {' '.join(keys)}?\nAnswer:"
-            dialogue.append((question, "".join(f" {key} = {', '.join(values[key])}." for key in keys)))
-        return assemble(
-            self.name, HEADER, [f" {k} = {v}." for k, v in facts], dialogue, length, rng, count_tokens, self.filler
-        )
+            dialogue.append((question, "".join(facts[key] for key in keys)))
+        hidden = list(facts.values())
+        rng.shuffle(hidden)
+        return assemble(self.name, HEADER, hidden, dialogue, length, rng, count_tokens, self.filler)
+
+    def _fact(self, name: str, rng: random.Random) -> str:
+        values = rng.sample(range(100, 1000), rng.randint(*self.values))
+        return f" {name} = {', '.join(map(str, values))}."
 
 
 SINGLE = RetrievalTask("niah_single", keys=(1, 1), asked=(1, 1))

@@ -1,0 +1,177 @@
+"""`LLM`: the offline interface. Prompts in, outputs with statistics out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from specontext.config import ConfigError, EngineConfig, SpeContextConfig
+from specontext.core import CompletionOutput, ModelShape, RequestError, RequestOutput, SamplingParams
+from specontext.engine.llm_engine import Generation, LLMEngine
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A model with a retrieval head, ready to generate.
+
+    Args:
+        model: 'nano' (bundled), a checkpoint directory, or a Hub id.
+        retrieval_head: 'auto' (the checkpoint's own or a known one), a head directory, or None for methods without a head.
+        config: selection method, budget and tiers.
+        options: any other field of `EngineConfig`, by name.
+
+    Raises:
+        SpeContextError: anything that does not fit; the message says what to do.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        retrieval_head: str | Path | None = "auto",
+        config: SpeContextConfig | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        **options: object,
+    ) -> None:
+        known = {f.name for f in fields(EngineConfig)} - {"model", "retrieval_head", "method", "dtype", "device"}
+        if unknown := sorted(set(options) - known):
+            raise ConfigError(f"unknown option {', '.join(unknown)}: LLM takes {', '.join(sorted(known))}")
+        self.engine = LLMEngine(
+            EngineConfig(model, retrieval_head, config or SpeContextConfig(), dtype=dtype, device=device, **options)  # type: ignore[arg-type]
+        )
+        self._ids = itertools.count()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.engine.tokenizer
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.engine.loaded.shape
+
+    @property
+    def config(self) -> SpeContextConfig:
+        """Method settings with the open ones filled in for this model."""
+        return self.engine.parts.method
+
+    def reconfigure(self, config: SpeContextConfig, *, retrieval_head: str | Path | None = "auto") -> None:
+        """Change method, budget or tiers; the weights stay loaded.
+
+        Raises:
+            SpeContextError: settings that do not fit; the engine is then as it was.
+        """
+        if self.engine.has_work:
+            raise ConfigError("finish or drop the running streams before changing the configuration")
+        settings = replace(self.engine.config, method=config, retrieval_head=retrieval_head)
+        engine = LLMEngine(settings, self.engine.loaded)
+        self.engine.close()
+        self.engine = engine
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Generate for one or more prompts, texts or token ids, all in one batch.
+
+        Args:
+            params: for all prompts, or one for each. Default: `SamplingParams()`.
+            progress: show a bar on a terminal.
+
+        Returns:
+            One output for each prompt, in order.
+
+        Raises:
+            RequestError: a prompt that cannot be served; then none is run.
+        """
+        batch = _as_prompts(prompts)
+        each = _one_each(params, len(batch))
+        jobs: list[list[Generation]] = []
+        try:
+            for prompt, sampling in zip(batch, each, strict=True):
+                jobs.append(self._submit(prompt, sampling))
+            self._run(jobs, progress)
+        finally:
+            self._abandon(jobs)
+        return [_output(job) for job in jobs]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Generate for one prompt, yielding the output so far whenever it has grown; the last one has its statistics.
+
+        Leaving the iterator early ends the request.
+        """
+        job = self._submit(_as_prompts(prompt)[0], params or SamplingParams())
+        return self._stream(job)
+
+    def _stream(self, job: list[Generation]) -> Iterator[RequestOutput]:
+        try:
+            while not all(g.finished for g in job):
+                if any(g in job for g in self.engine.step()):
+                    yield _output(job)
+        finally:
+            self._abandon([job])
+
+    def _submit(self, prompt: Prompt, params: SamplingParams) -> list[Generation]:
+        job: list[Generation] = []
+        try:
+            for index in range(params.n):
+                job.append(self.engine.add_request(f"request-{next(self._ids)}", prompt, params, index=index))
+        except RequestError:
+            self._abandon([job])
+            raise
+        return job
+
+    def _run(self, jobs: list[list[Generation]], progress: bool) -> None:
+        everything = [g for job in jobs for g in job]
+        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[tokens]} tokens"))
+        console = Console(stderr=True)
+        with Progress(*columns, TimeElapsedColumn(), console=console, disable=not (progress and console.is_terminal)) as bar:
+            task = bar.add_task("generating", total=len(everything), tokens=0)
+            made = 0
+            while not all(g.finished for g in everything):
+                made += len(self.engine.step())
+                bar.update(task, completed=sum(g.finished for g in everything), tokens=made)
+
+    def _abandon(self, jobs: list[list[Generation]]) -> None:
+        for generation in (g for job in jobs for g in job if not g.finished):
+            self.engine.abort(generation.request.request_id)
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (len(prompts) and not isinstance(prompts[0], str | Sequence)):
+        return [prompts]  # type: ignore[list-item]
+    if not len(prompts):
+        raise RequestError("no prompt was given: pass a text, token ids, or a list of them")
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise RequestError(f"{len(params)} sampling parameters were given for {count} prompts: give one, or one for each")
+    return list(params)
+
+
+def _output(job: list[Generation]) -> RequestOutput:
+    outputs = [
+        CompletionOutput(
+            g.detokenizer.text,
+            g.request.output_token_ids,
+            g.request.finish_reason,
+            list(g.request.logprobs) if g.request.logprobs is not None else None,
+            g.stats or {},
+        )
+        for g in job
+    ]
+    first = job[0].request
+    return RequestOutput(first.request_id, first.token_ids[: first.prompt_length], outputs)

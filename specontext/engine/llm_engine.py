@@ -1,0 +1,221 @@
+"""The engine: requests go in, steps are run, tokens come out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from specontext.config import ConfigError, EngineConfig
+from specontext.core import Request, RequestError, SamplingParams
+from specontext.engine.build import build_parts
+from specontext.engine.detokenizer import Detokenizer
+from specontext.engine.runner import ModelRunner
+from specontext.engine.sampler import sample
+from specontext.engine.scheduler import Scheduler
+from specontext.models.loading import LoadedModel, load_model
+from specontext.retrieval.catalog import find_head
+
+
+@dataclass(eq=False)
+class Generation:
+    """A request and what users see of it.
+
+    Attributes:
+        stats: filled when the request ends.
+    """
+
+    request: Request
+    detokenizer: Detokenizer
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    stats: dict[str, object] | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.request.finish_reason is not None
+
+
+class LLMEngine:
+    """Loads a model, holds its tiers, and runs requests step by step.
+
+    Args:
+        loaded: a model that is loaded already; None loads `config.model`.
+
+    Raises:
+        SpeContextError: anything in the settings or the checkpoints that does not fit.
+    """
+
+    def __init__(self, config: EngineConfig, loaded: LoadedModel | None = None) -> None:
+        self.config = config
+        self.device = pick_device(config.device)
+        self.loaded = loaded or load_model(
+            config.model,
+            dtype=config.dtype,
+            device=self.device,
+            trust_remote_code=config.trust_remote_code,
+            revision=config.revision,
+        )
+        head = None
+        if config.method.method == "speculative":
+            head = find_head(config.retrieval_head, model_name=self.loaded.name, model_path=self.loaded.path, target=self.loaded.shape)
+            head = head.to(device=self.device, dtype=self.loaded.shape.dtype)
+        self.parts = build_parts(config, self.loaded, head, self.device)
+        self.runner = ModelRunner(
+            self.loaded,
+            self.parts,
+            feature_layers=head.config.feature_layers if head is not None and head.config.variant == "features" else (),
+            measure_recall=config.measure_recall,
+        )
+        self.scheduler = Scheduler(self.parts, seats=config.max_num_seqs, max_batched_tokens=config.max_num_batched_tokens)
+        self.tokenizer = self.loaded.tokenizer
+        self._generations: dict[str, Generation] = {}
+
+    def add_request(self, request_id: str, prompt: str | Sequence[int], params: SamplingParams, *, index: int = 0) -> Generation:
+        """Queue one output of a prompt.
+
+        Args:
+            index: which of the prompt's outputs it is; equal seeds give different outputs for different indices.
+
+        Raises:
+            RequestError: an empty or over-long prompt, token ids outside the vocabulary, an id in use.
+        """
+        token_ids = self._encode(prompt)
+        if request_id in self._generations:
+            raise RequestError(f"request id '{request_id}' is in use")
+        request = Request(
+            request_id,
+            list(token_ids),
+            len(token_ids),
+            params,
+            seed=params.seed if params.seed is not None else self.config.seed,
+            index=index,
+            logprobs=[] if params.logprobs is not None else None,
+            arrived=time.perf_counter(),
+        )
+        self.scheduler.add(request)
+        generation = Generation(request, Detokenizer(self.tokenizer, params, token_ids))
+        self._generations[request_id] = generation
+        return generation
+
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise RequestError("the prompt is empty: give some text or token ids")
+            return list(self.tokenizer(prompt)["input_ids"])
+        ids = list(prompt)
+        if not ids:
+            raise RequestError("the prompt is empty: give some text or token ids")
+        size = self.loaded.shape.vocab_size
+        wrong = [t for t in ids if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < size]
+        if wrong:
+            raise RequestError(f"{wrong[0]!r} is not a token id of this model: its vocabulary is 0 .. {size - 1}")
+        return ids
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def step(self) -> list[Generation]:
+        """Run one step; the generations that got a token."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return []
+        logits = self.runner.run(batch)
+        ready = self.scheduler.advance(batch)
+        if not ready:
+            return []
+        if len(ready) < len(batch.requests):
+            logits = logits[torch.tensor([row for row, _ in ready], device=logits.device)]
+        sampled = sample(logits, [r for _, r in ready], end_token_ids=self.loaded.end_token_ids)
+        now = time.perf_counter()
+        touched = []
+        for (_, request), token, logprobs in zip(ready, sampled.token_ids, sampled.logprobs, strict=True):
+            generation = self._generations[request.request_id]
+            self._receive(generation, token, logprobs, now)
+            touched.append(generation)
+        return touched
+
+    def _receive(self, generation: Generation, token: int, logprobs: dict[int, float] | None, now: float) -> None:
+        request, params = generation.request, generation.request.params
+        request.token_ids.append(token)
+        if request.logprobs is not None and logprobs is not None:
+            request.logprobs.append(logprobs)
+        generation.first_token_at = generation.first_token_at or now
+        generation.last_token_at = now
+        made = len(request.token_ids) - request.prompt_length
+        enough = made >= params.min_tokens
+        ended = token in params.stop_token_ids or (not params.ignore_eos and token in self.loaded.end_token_ids)
+        stopped = generation.detokenizer.append([token])
+        if enough and (ended or stopped):
+            request.finish_reason = "stop"
+        elif made >= params.max_tokens or len(request.token_ids) >= self.parts.max_tokens:
+            request.finish_reason = "length"
+        if request.finish_reason is not None:
+            if not stopped:
+                generation.detokenizer.finish()
+            generation.stats = self._statistics(generation)
+            self._drop(request)
+
+    def _statistics(self, generation: Generation) -> dict[str, object]:
+        request, method = generation.request, self.parts.method
+        made = len(request.token_ids) - request.prompt_length
+        assert generation.first_token_at is not None and generation.last_token_at is not None
+        report = self.parts.meter.report(request.seat)
+        if not self.config.measure_recall:
+            report["attention_recall"] = None
+        return {
+            "method": method.method,
+            "budget": method.budget if method.method != "full" else None,
+            "sink": method.sink,
+            "recent": method.recent,
+            "slots": method.slots if method.method != "full" and method.offload_layers else None,
+            "offload_layers": method.offload_layers,
+            "granularity": method.granularity,
+            "prompt_tokens": request.prompt_length,
+            "completion_tokens": made,
+            **report,
+            "ttft_s": generation.first_token_at - request.arrived,
+            "tpot_s": (generation.last_token_at - generation.first_token_at) / (made - 1) if made > 1 else None,
+        }
+
+    def abort(self, request_id: str) -> None:
+        """End a request at once and free what it holds; unknown ids are ignored, since it may just have ended."""
+        generation = self._generations.get(request_id)
+        if generation is not None:
+            generation.request.finish_reason = "abort"
+            self._drop(generation.request)
+
+    def _drop(self, request: Request) -> None:
+        self.scheduler.finish(request)
+        del self._generations[request.request_id]
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when a page or a table entry was lost."""
+        self.parts.kv.check_integrity()
+        self.parts.selector.check_integrity()
+
+    def close(self) -> None:
+        """Detach from the model, which can then serve another engine."""
+        self.runner.close()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; 'auto' is a GPU if there is one.
+
+    Raises:
+        ConfigError: it does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device '{name}': use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device '{name}' is not supported: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"device '{name}' is not there: {torch.cuda.device_count()} CUDA devices are visible")
+    return device

@@ -1,0 +1,210 @@
+"""From logits to tokens: penalties, restrictions of the candidates and random numbers that only the request decides.
+
+Everything a choice depends on is exact: candidates are ranked by unique integer keys, the mass of `top_p` is summed in integers
+and random numbers are hashes of (seed, output index, position, token id). So neither the batch nor its order changes a token.
+
+Shapes use R requests, V vocabulary size, C candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specontext.core import Request, SpeContextError
+from specontext.kernels.counter_random import combine_keys, counter_uniform
+
+_NARROW = 256  # a row with top_k up to this is ranked only so far
+_CHUNK = 1 << 22  # float64 scores worked on at once, so that a full batch with a large vocabulary needs little memory
+_LOW_32_BITS = (1 << 32) - 1
+
+
+class LogitsError(SpeContextError):
+    """The model produced logits from which no token can be chosen.
+
+    Attributes:
+        request_ids: the requests whose logits are broken.
+    """
+
+    def __init__(self, request_ids: Sequence[str]) -> None:
+        self.request_ids = tuple(request_ids)
+        super().__init__(
+            f"the model produced values that are not numbers for {', '.join(self.request_ids)}: "
+            "its weights are broken or the number format is too narrow; try dtype float32"
+        )
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One token for each request; log-probabilities for those that asked for them."""
+
+    token_ids: list[int]
+    logprobs: list[dict[int, float] | None]
+
+
+@torch.no_grad()
+def sample(logits: Tensor, requests: Sequence[Request], *, end_token_ids: Collection[int]) -> Sampled:
+    """Chooses the next token of every request; meanings and order of the parameters are vLLM's.
+
+    Args:
+        logits: floating [R, V], row r belongs to requests[r]; not changed.
+        end_token_ids: the model's end tokens, which `min_tokens` forbids.
+
+    Raises:
+        LogitsError: a row holds NaN or infinity, or nothing but minus infinity.
+    """
+    if logits.dim() != 2 or len(logits) != len(requests):
+        raise ValueError(f"logits must be [{len(requests)}, V], got {list(logits.shape)}")
+    if not requests:
+        return Sampled([], [])
+    raw = logits.float()
+    adjusted = _penalised(raw, requests, end_token_ids)
+    chosen = adjusted.argmax(dim=1)  # [R], the lowest id among equals
+    _sample_random_rows(adjusted, requests, chosen)
+    broken = ~raw.amax(dim=1).isfinite()
+    token_ids, flags = torch.stack((chosen, broken.long())).tolist()
+    if any(flags):
+        raise LogitsError([request.request_id for request, flag in zip(requests, flags, strict=True) if flag])
+    return Sampled(token_ids, _logprobs(raw, chosen, requests))
+
+
+def _penalised(raw: Tensor, requests: Sequence[Request], end_token_ids: Collection[int]) -> Tensor:
+    """Logits [R, V] with forbidden end tokens and penalties; `raw` itself where no request has any."""
+    vocab_size = raw.shape[1]
+    forbidden: list[tuple[int, int]] = []
+    penalised: list[int] = []
+    for row, request in enumerate(requests):
+        params = request.params
+        if len(request.token_ids) - request.prompt_length < params.min_tokens:
+            ends = set(params.stop_token_ids).union(() if params.ignore_eos else end_token_ids)
+            forbidden += [(row, token) for token in ends if token < vocab_size]
+        if params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty:
+            penalised.append(row)
+    if not forbidden and not penalised:
+        return raw
+    adjusted = raw.clone()
+    if forbidden:
+        rows, tokens = torch.tensor(forbidden, device=raw.device).unbind(dim=1)
+        adjusted[rows, tokens] = -math.inf
+    for row in penalised:
+        _penalise(adjusted[row], requests[row])
+    return adjusted
+
+
+def _penalise(row: Tensor, request: Request) -> None:
+    """Applies the three penalties to one row [V] in place."""
+    params = request.params
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(request.token_ids)), device=row.device)
+        values = row[seen]
+        row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    counts = Counter(request.output_token_ids)
+    if counts and (params.frequency_penalty or params.presence_penalty):
+        tokens = torch.tensor(list(counts), device=row.device)
+        times = torch.tensor(list(counts.values()), device=row.device, dtype=row.dtype)
+        row[tokens] -= params.frequency_penalty * times + params.presence_penalty
+
+
+def _sample_random_rows(adjusted: Tensor, requests: Sequence[Request], chosen: Tensor) -> None:
+    """Overwrites in `chosen` [R] the tokens of the requests with a temperature."""
+    vocab_size = adjusted.shape[1]
+    by_width: dict[int, list[int]] = {}
+    for row, request in enumerate(requests):
+        if request.params.temperature > 0:
+            by_width.setdefault(_ranks_needed(request, vocab_size), []).append(row)
+    for width, members in by_width.items():
+        for start in range(0, len(members), step := max(1, _CHUNK // vocab_size)):
+            part = members[start : start + step]
+            rows = torch.tensor(part, device=adjusted.device)
+            chosen[rows] = _sample_rows(adjusted[rows], [requests[row] for row in part], width)
+
+
+def _ranks_needed(request: Request, vocab_size: int) -> int:
+    """How many of the most likely tokens must be put in order, 0 for none; a function of this request alone."""
+    params = request.params
+    if 0 < params.top_k <= _NARROW:
+        return min(_NARROW, vocab_size)
+    return vocab_size if params.top_p < 1 or 0 < params.top_k < vocab_size else 0
+
+
+def _sample_rows(rows: Tensor, requests: Sequence[Request], width: int) -> Tensor:
+    """Draws a token for each row of logits [R, V] among the `width` most likely ones, 0 meaning all. Returns int64 [R]."""
+    device, vocab_size = rows.device, rows.shape[1]
+    everyone = [request.params for request in requests]
+    floors = [math.log(params.min_p) if params.min_p else -math.inf for params in everyone]
+    numbers = [(max(p.temperature, 1e-12), floor, p.top_p) for p, floor in zip(everyone, floors, strict=True)]
+    temperature, floor, top_p = torch.tensor(numbers, device=device, dtype=torch.float64).T.unsqueeze(2)  # each [R, 1]
+    scores = rows.double().sub_(rows.amax(dim=1, keepdim=True)).div_(temperature)  # [R, V], at most 0
+    if width:
+        ids = _ranked(rows, width)  # [R, C]
+        scores = scores.gather(1, ids)
+    else:
+        ids = torch.arange(vocab_size, device=device).unsqueeze(0)  # [1, V]
+    scores.masked_fill_(scores < floor, -math.inf)
+    if width:
+        limits = [params.top_k or vocab_size for params in everyone]
+        limit = torch.tensor([min(limit, vocab_size) for limit in limits], device=device).unsqueeze(1)  # [R, 1]
+        scores.masked_fill_(torch.arange(width, device=device) >= limit, -math.inf)
+        mass = (scores.exp() * 2.0**40).long()
+        before = mass.cumsum(dim=1) - mass
+        total = mass.sum(dim=1, keepdim=True)
+        scores.masked_fill_((top_p < 1) & (before.double() >= top_p * total.double()), -math.inf)
+    best = (scores + _gumbel(_keys(requests, device), ids)).argmax(dim=1, keepdim=True)
+    return ids.expand_as(scores).gather(1, best).squeeze(1)
+
+
+def _ranked(rows: Tensor, width: int) -> Tensor:
+    """Ids [R, width] of the largest of `rows` float32 [R, V], descending, the lowest id first among equals."""
+    bits = (rows + 0.0).view(torch.int32)  # adding zero turns -0.0 into 0.0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # integers in the order of the floats
+    ids = torch.arange(rows.shape[1], device=rows.device)
+    keys = (ordered << 32) | (_LOW_32_BITS - ids)
+    largest = keys.sort(dim=1, descending=True).values if width == rows.shape[1] else keys.topk(width, dim=1).values
+    return _LOW_32_BITS - (largest & _LOW_32_BITS)
+
+
+def _keys(requests: Sequence[Request], device: torch.device) -> Tensor:
+    """Key of the random numbers of each request's next token, int64 [R, 1]."""
+    parts = torch.tensor([(request.seed, request.index, len(request.token_ids)) for request in requests], device=device)
+    return combine_keys(parts.split(1, dim=1))
+
+
+def _gumbel(keys: Tensor, ids: Tensor) -> Tensor:
+    """Gumbel noise, float64 [R, C], for keys [R, 1] and token ids [R or 1, C].
+
+    The argmax of scores plus noise is a sample of their softmax.
+    """
+    return counter_uniform(keys, ids).neg_().log1p_().neg_().log_().neg_()
+
+
+def _logprobs(raw: Tensor, chosen: Tensor, requests: Sequence[Request]) -> list[dict[int, float] | None]:
+    """Log-probabilities of the chosen and the most likely tokens under the model itself: no temperature, no penalties."""
+    found: list[dict[int, float] | None] = [None] * len(requests)
+    for row, ids, values, token, value in _top_logprobs(raw, chosen, requests):
+        top = dict(zip(ids, values, strict=True))
+        top.setdefault(token, value)  # not among the most likely, so it comes last
+        found[row] = top
+    return found
+
+
+def _top_logprobs(
+    raw: Tensor, chosen: Tensor, requests: Sequence[Request]
+) -> Iterator[tuple[int, list[int], list[float], int, float]]:
+    """For each row with log-probabilities: the row, its top ids and their values, the chosen id and its value."""
+    vocab_size = raw.shape[1]
+    wanted = {row: min(r.params.logprobs, vocab_size) for row, r in enumerate(requests) if r.params.logprobs is not None}
+    members = list(wanted)
+    for start in range(0, len(members), step := max(1, _CHUNK // vocab_size)):
+        part = members[start : start + step]
+        rows = torch.tensor(part, device=raw.device)
+        part_logits = raw[rows]
+        ids = torch.cat((chosen[rows].unsqueeze(1), _ranked(part_logits, max(wanted[row] for row in part))), dim=1)
+        values = part_logits.log_softmax(dim=1).gather(1, ids)
+        for row, row_ids, row_values in zip(part, ids.tolist(), values.tolist(), strict=True):
+            end = 1 + wanted[row]
+            yield row, row_ids[1:end], row_values[1:end], row_ids[0], row_values[0]

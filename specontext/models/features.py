@@ -1,0 +1,42 @@
+"""Taps on a decoder's hidden states: the features that an EAGLE-3 head reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class FeatureTaps:
+    """Forward hooks that keep the inputs of chosen decoder layers during one forward pass.
+
+    Feature layer l is Hugging Face's `hidden_states[l]`: the input of layer l. l = L, the output of the last layer before
+    the final norm, is taken as the final norm's input.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
+        self.layers = tuple(layers)
+        self._taken: dict[int, Tensor] = {}
+        decoder = model.get_decoder()
+        modules = [*decoder.layers, decoder.norm]
+        self._handles = [
+            modules[layer].register_forward_pre_hook(self._keep(layer), with_kwargs=True) for layer in self.layers
+        ]
+
+    def _keep(self, layer: int):  # type: ignore[no-untyped-def]
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            self._taken[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def take(self) -> Tensor:
+        """Features of the last forward pass, [T, len(layers) * hidden], in the order the layers were named."""
+        features = torch.cat([self._taken[layer][0] for layer in self.layers], dim=-1)
+        self._taken.clear()
+        return features
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()

@@ -1,0 +1,153 @@
+"""Load a Hugging Face decoder and its tokenizer, and refuse by name what attention here cannot do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from specontext.core import ModelShape, SpeContextError
+from specontext.models.attention import ATTENTION_NAME, register_attention
+
+NANO = Path(__file__).parent / "nano"
+SUPPORTED_ROPE = ("default", "linear", "yarn", "llama3", None)
+
+
+class ModelError(SpeContextError):
+    """A model that cannot be found, read or run; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A decoder ready to run.
+
+    Attributes:
+        path: checkpoint directory, or None for a Hub id.
+        end_token_ids: tokens that end an output.
+    """
+
+    name: str
+    path: Path | None
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    shape: ModelShape
+    end_token_ids: frozenset[int]
+
+
+def resolve_model_path(name: str | Path) -> Path | str:
+    """The directory of a checkpoint: the bundled one for `nano`, a directory as given, else the Hub id itself.
+
+    Raises:
+        ModelError: a path that does not exist, or a directory without a config.json.
+    """
+    if str(name) == "nano":
+        return NANO
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} is not a checkpoint directory: it has no config.json")
+        return path
+    looks_like_path = isinstance(name, Path) or path.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1
+    if looks_like_path:
+        raise ModelError(f"no checkpoint directory at {path}; give 'nano', a directory, or a Hub id like organisation/name")
+    return str(name)
+
+
+def load_model(
+    name: str | Path, *, dtype: str, device: torch.device, trust_remote_code: bool = False, revision: str | None = None
+) -> LoadedModel:
+    """Load weights and tokenizer, with attention routed through this engine.
+
+    Raises:
+        ModelError: not found, broken, or using a feature that is not supported.
+    """
+    source = resolve_model_path(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    register_attention()
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        check_supported(config)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=ATTENTION_NAME,
+            **options,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except SpeContextError:
+        raise
+    except SafetensorError as error:
+        raise ModelError(f"the weights of {source} are broken or truncated: {error}") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"cannot load the model {source}: {_first_line(error)}") from error
+    model = model.to(device).eval().requires_grad_(False)
+    ends = _as_ids(model.generation_config.eos_token_id) | _as_ids(tokenizer.eos_token_id) | _as_ids(config.eos_token_id)
+    path = source if isinstance(source, Path) else None
+    return LoadedModel(str(name), path, model, tokenizer, model_shape(config, model.dtype), frozenset(ends))
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer alone.
+
+    Raises:
+        ModelError: not found or broken.
+    """
+    source = resolve_model_path(name)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load the tokenizer of {source}: {_first_line(error)}") from error
+
+
+def model_shape(config: PreTrainedConfig, dtype: torch.dtype) -> ModelShape:
+    """The shape of a decoder, from its config alone."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelShape(
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        query_heads=config.num_attention_heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=head_dim,
+        vocab_size=config.vocab_size,
+        max_position=config.max_position_embeddings,
+        dtype=dtype,
+    )
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Raises ModelError, naming the feature, for attention that this engine does not compute."""
+    name = config.architectures[0] if config.architectures else config.model_type
+    refused = None
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if getattr(config, "is_encoder_decoder", False):
+        refused = "an encoder-decoder"
+    elif getattr(config, "num_attention_heads", None) is None or getattr(config, "max_position_embeddings", None) is None:
+        refused = "a model without ordinary attention heads"
+    elif getattr(config, "kv_lora_rank", None):
+        refused = "multi-head latent attention"
+    elif getattr(config, "attn_logit_softcapping", None):
+        refused = "a soft cap on attention logits"
+    elif config.model_type == "gpt_oss":
+        refused = "attention sinks as parameters"
+    elif layer_types - {"full_attention"}:
+        refused = f"layers of type {', '.join(sorted(layer_types - {'full_attention'}))}"
+    elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        refused = f"a sliding window of {config.sliding_window} tokens"
+    elif (rope := (getattr(config, "rope_parameters", None) or {}).get("rope_type")) not in SUPPORTED_ROPE:
+        refused = f"RoPE of type {rope}, which depends on the longest request in a batch"
+    if refused:
+        raise ModelError(f"{name} is not supported: it uses {refused}")
+
+
+def _as_ids(value: int | list[int] | None) -> set[int]:
+    return set() if value is None else {value} if isinstance(value, int) else set(value)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

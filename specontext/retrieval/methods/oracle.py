@@ -1,0 +1,32 @@
+"""Oracle top-k: each layer reads the entries that its own true attention weighs most. An upper bound, not a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from specontext.core import ModelShape, Selection
+from specontext.kernels.retrieval_scores import group_weights
+from specontext.kernels.top_k import top_k_positions
+from specontext.retrieval.selector import Budget, DecodeTokens, Selector, uniform_map
+
+
+class OracleSelector(Selector):
+    """Top-k of the layer's own attention weights, maximised over the query heads that share a set."""
+
+    in_layer = True
+
+    def __init__(self, shape: ModelShape, budget: Budget, *, granularity: str) -> None:
+        self.shape, self.budget = shape, budget
+        self.groups = shape.kv_heads if granularity == "head" else 1
+        self.head_map = uniform_map(shape, self.groups)
+
+    def select_in_layer(self, layer: int, step: DecodeTokens, logits: Callable[[], Tensor]) -> Selection:
+        grouped = logits().unflatten(1, (self.groups, -1))
+        scores = group_weights(grouped, self.budget.sink, self.budget.candidates_end(step.lengths))
+        return self.budget.compose(top_k_positions(scores, self.budget.scored), step.lengths)
+
+    def selection_bytes(self, lengths: Tensor) -> Tensor:
+        """All keys of all layers."""
+        return lengths * (self.shape.kv_bytes_per_token // 2)

@@ -1,0 +1,82 @@
+"""SpeContext's own method (C1): the retrieval head selects once, before the model runs, for all layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from specontext.core import Batch, ModelShape, Selection
+from specontext.kernels.retrieval_scores import retrieval_scores
+from specontext.kernels.top_k import top_k_positions
+from specontext.retrieval.head import RetrievalHead
+from specontext.retrieval.key_cache import KeyCache
+from specontext.retrieval.selector import Budget, DecodeTokens, Selector, uniform_map
+
+
+class SpeculativeSelector(Selector):
+    """Scores all keys of the retrieval head with the query of the token about to be processed.
+
+    A request's state is its keys and the feature of its last token; both change only here.
+    """
+
+    def __init__(
+        self, shape: ModelShape, budget: Budget, head: RetrievalHead, embedding: nn.Module, cache: KeyCache, *, granularity: str
+    ) -> None:
+        c = head.config
+        self.budget, self.head, self.embedding, self.cache = budget, head, embedding, cache
+        self.granularity = granularity
+        if granularity == "batch":
+            self.groups, self.head_map = 1, uniform_map(shape, 1)
+        else:
+            self.groups = c.kv_heads
+            self.head_map = uniform_map(shape, c.kv_heads) if c.head_map is None else torch.tensor(c.head_map)
+        keys = cache.keys
+        self.last_feature = (
+            keys.new_zeros((cache.table.shape[0], c.target_hidden_size * len(c.feature_layers)))
+            if c.variant == "features"
+            else None
+        )
+
+    def open(self, seat: int, tokens: int) -> None:
+        self.cache.open(seat, tokens)
+        if self.last_feature is not None:
+            self.last_feature[seat] = 0
+
+    def close(self, seat: int) -> None:
+        self.cache.close(seat)
+
+    def select(self, step: DecodeTokens) -> Selection:
+        features = None if self.last_feature is None else self.last_feature[step.seats]
+        queries, keys = self.head(self._embed(step.token_ids), features, step.positions)
+        self.cache.append(step.seats, step.positions, keys)
+        all_keys = self.cache.gather(step.seats, int(step.lengths.max()))
+        scores = retrieval_scores(queries, all_keys, self.budget.sink, self.budget.candidates_end(step.lengths))
+        if self.granularity == "batch":
+            scores = scores.amax(1, keepdim=True)
+        return self.budget.compose(top_k_positions(scores, self.budget.scored), step.lengths)
+
+    def observe(self, batch: Batch, features: Tensor | None) -> None:
+        chunk = slice(batch.num_decodes, None)
+        tokens, seats, positions = batch.token_ids[chunk], batch.seats[chunk], batch.positions[chunk]
+        before = None
+        if self.last_feature is not None:
+            assert features is not None
+            features = features.to(self.last_feature.dtype)
+            before = features[chunk].roll(1, dims=0)  # the feature of the token before, inside a chunk
+            first = torch.tensor([s.offset - batch.num_decodes for s in batch.prefills], dtype=torch.int64, device=seats.device)
+            before[first] = self.last_feature[seats[first]]
+            self.last_feature[batch.seats[batch.last_tokens]] = features[batch.last_tokens]
+        if len(tokens):
+            _, keys = self.head(self._embed(tokens), before, positions)
+            self.cache.append(seats, positions, keys)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        return self.embedding(token_ids).to(self.cache.keys.dtype)
+
+    def selection_bytes(self, lengths: Tensor) -> Tensor:
+        """The head's keys of the whole context."""
+        keys = self.cache.keys
+        return lengths * (keys.shape[-2] * keys.shape[-1] * keys.element_size())
+
+    def check_integrity(self) -> None:
+        self.cache.check_integrity()

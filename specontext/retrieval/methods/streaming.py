@@ -1,0 +1,26 @@
+"""StreamingLLM: attention sinks and a sliding window (https://arxiv.org/abs/2309.17453), without re-numbering positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specontext.core import ModelShape, Selection
+from specontext.retrieval.selector import Budget, DecodeTokens, Selector, uniform_map
+
+
+class StreamingSelector(Selector):
+    """The first `sink` tokens and as many last tokens as the budget holds, the same for all heads."""
+
+    def __init__(self, shape: ModelShape, budget: Budget) -> None:
+        self.budget = budget
+        self.groups, self.head_map = 1, uniform_map(shape, 1)
+
+    def select(self, step: DecodeTokens) -> Selection:
+        end = self.budget.candidates_end(step.lengths)[:, None]
+        window = end - self.budget.scored + torch.arange(self.budget.scored, device=end.device)
+        tokens = torch.where(window >= self.budget.sink, window, -1)
+        return self.budget.compose(tokens[:, None], step.lengths)
+
+    def selection_bytes(self, lengths: Tensor) -> Tensor:
+        return torch.zeros_like(lengths)

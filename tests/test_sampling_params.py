@@ -1,0 +1,77 @@
+"""SamplingParams: every bound is checked where the object is made, and the message names the field."""
+
+import math
+from typing import Any
+
+import pytest
+
+from specontext.core import RequestError, SamplingParams
+
+
+def test_defaults_are_valid() -> None:
+    params = SamplingParams()
+    assert (params.n, params.temperature, params.top_p, params.top_k, params.max_tokens) == (1, 1.0, 1.0, 0, 16)
+    assert params.stop == () and params.stop_token_ids == () and params.seed is None and params.logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("n", value) for value in (0, -1, 1.0, True, "1", None, math.nan, 10**400)),
+        *(("temperature", value) for value in (-0.1, math.nan, math.inf, 10**400, "1", True, None)),
+        *(("top_p", value) for value in (0.0, -0.1, 1.01, math.nan, math.inf, "1", None)),
+        *(("top_k", value) for value in (-2, 1.5, True, None, 10**400)),
+        *(("min_p", value) for value in (-0.01, 1.01, math.nan, None)),
+        *(("max_tokens", value) for value in (0, -1, 1.0, None, 10**400)),
+        *(("min_tokens", value) for value in (-1, 17, 1.0)),
+        *(("presence_penalty", value) for value in (-2.01, 2.01, math.nan, "0")),
+        *(("frequency_penalty", value) for value in (-2.01, 2.01, math.nan, "0")),
+        *(("repetition_penalty", value) for value in (0.0, -1.0, math.nan, math.inf)),
+        *(("logprobs", value) for value in (-1, 1.0, True)),
+        *(("seed", value) for value in (-1, 2**63, 1.0, True)),
+        *(("stop", value) for value in ("", [""], ["a", ""], [1], [None], 3)),
+        *(("stop_token_ids", value) for value in ([-1], [1.0], [True], ["1"], "1", 3)),
+    ],
+)
+def test_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=rf"^{name} must be"):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("n", value) for value in (1, 8)),
+        *(("temperature", value) for value in (0, 0.0, 1e-320, 5)),
+        *(("top_p", value) for value in (1e-9, 1, 1.0)),
+        *(("top_k", value) for value in (0, 1, 2**63 - 1)),
+        *(("min_p", value) for value in (0.0, 1.0)),
+        *(("max_tokens", value) for value in (1, 2**40)),
+        *(("min_tokens", value) for value in (0, 16)),
+        *(("presence_penalty", value) for value in (-2.0, 2.0)),
+        *(("frequency_penalty", value) for value in (-2.0, 2.0)),
+        *(("repetition_penalty", value) for value in (1e-9, 100.0)),
+        *(("logprobs", value) for value in (None, 0, 20)),
+        *(("seed", value) for value in (None, 0, 2**63 - 1)),
+    ],
+)
+def test_the_ends_of_every_range_are_accepted(name: str, value: Any) -> None:
+    assert getattr(SamplingParams(**{name: value}), name) == value
+
+
+def test_minus_one_means_no_top_k() -> None:
+    assert SamplingParams(top_k=-1).top_k == 0
+
+
+def test_stop_is_a_tuple_however_it_is_given() -> None:
+    assert SamplingParams(stop="end").stop == ("end",)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert SamplingParams(stop_token_ids=[3, 4]).stop_token_ids == (3, 4)
+    nothing: Any = None
+    assert SamplingParams(stop=nothing, stop_token_ids=nothing) == SamplingParams()
+
+
+def test_min_tokens_is_bounded_by_max_tokens() -> None:
+    assert SamplingParams(max_tokens=3, min_tokens=3).min_tokens == 3
+    with pytest.raises(RequestError, match="min_tokens must be an integer of at least 0 and at most 3, got 4"):
+        SamplingParams(max_tokens=3, min_tokens=4)
