@@ -116,8 +116,7 @@ class Batches:
         ids = torch.full((rows, stage.length), self.tokenizer.pad_token_id)
         marks = torch.zeros((rows, stage.length), dtype=torch.bool)
         texts = [
-            supervised(draw(kind, stage.length - 4, rng), rng.random() < 0.25) if kind != "copy" else ("", [])
-            for kind in kinds
+            supervised(draw(kind, stage.length - 4, rng), rng.random() < 0.25) if kind != "copy" else ("", []) for kind in kinds
         ]
         encodings = self.tokenizer.backend_tokenizer.encode_batch([text for text, _ in texts])
         for row, (kind, (_, spans), encoding) in enumerate(zip(kinds, texts, encodings, strict=True)):

@@ -66,7 +66,9 @@ class SpeContextConfig:
         if self.slots is not None:
             _require_int("slots", self.slots, 1)
             if self.budget is not None and self.slots < self.budget:
-                raise ConfigError(f"slots {self.slots} is smaller than the budget {self.budget}: slots must hold a whole selection")
+                raise ConfigError(
+                    f"slots {self.slots} is smaller than the budget {self.budget}: slots must hold a whole selection"
+                )
 
     def resolve(self, *, recommended_budget: int | None, num_layers: int) -> SpeContextConfig:
         """The same settings with the open ones (budget, slots, all layers) filled in for one model.
@@ -104,7 +106,8 @@ class EngineConfig:
     max_num_seqs: int = _option(16, "Requests that run at the same time.")  # type: ignore[assignment]
     max_num_batched_tokens: int = _option(1024, "Tokens of one engine step; longer prompts are prefilled in chunks.")  # type: ignore[assignment]
     gpu_memory: int | None = _option(  # type: ignore[assignment]
-        None, "Bytes of the device tier of KV. Default: what max_num_seqs requests of max_model_len tokens need, as far as it is free."
+        None,
+        "Bytes of the device tier of KV. Default: what max_num_seqs requests of max_model_len tokens need, as far as it is free.",
     )
     host_memory: int | None = _option(None, "Bytes of the host tier of KV. Default: as for the device tier.")  # type: ignore[assignment]
     seed: int = _option(0, "Seed of sampled requests that name none.")  # type: ignore[assignment]

@@ -60,7 +60,9 @@ class LLMEngine:
         )
         head = None
         if config.method.method == "speculative":
-            head = find_head(config.retrieval_head, model_name=self.loaded.name, model_path=self.loaded.path, target=self.loaded.shape)
+            head = find_head(
+                config.retrieval_head, model_name=self.loaded.name, model_path=self.loaded.path, target=self.loaded.shape
+            )
             head = head.to(device=self.device, dtype=self.loaded.shape.dtype)
         self.parts = build_parts(config, self.loaded, head, self.device)
         self.runner = ModelRunner(
@@ -148,7 +150,8 @@ class LLMEngine:
         made = len(request.token_ids) - request.prompt_length
         enough = made >= params.min_tokens
         ended = token in params.stop_token_ids or (not params.ignore_eos and token in self.loaded.end_token_ids)
-        stopped = generation.detokenizer.append([token])
+        hidden = ended and enough and not params.include_stop_str_in_output  # an end token is no part of the text
+        stopped = not hidden and generation.detokenizer.append([token])
         if enough and (ended or stopped):
             request.finish_reason = "stop"
         elif made >= params.max_tokens or len(request.token_ids) >= self.parts.max_tokens:

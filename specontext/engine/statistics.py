@@ -7,7 +7,18 @@ from torch import Tensor
 
 from specontext.core import LoadPlan, ModelShape, Selection
 
-FIELDS = ("steps", "read", "selection_bytes", "loaded_bytes", "full_bytes", "overlap", "overlap_steps", "hits", "selected", "recall")
+FIELDS = (
+    "steps",
+    "read",
+    "selection_bytes",
+    "loaded_bytes",
+    "full_bytes",
+    "overlap",
+    "overlap_steps",
+    "hits",
+    "selected",
+    "recall",
+)
 
 
 class Meter:
@@ -49,7 +60,11 @@ class Meter:
 
     def _add(self, field: str, seats: Tensor, value: Tensor | float) -> None:
         column = self.counts[:, FIELDS.index(field)]
-        value = value.to(column.dtype) if isinstance(value, Tensor) else torch.full(seats.shape, value, dtype=column.dtype, device=column.device)
+        value = (
+            value.to(column.dtype)
+            if isinstance(value, Tensor)
+            else torch.full(seats.shape, value, dtype=column.dtype, device=column.device)
+        )
         column.index_add_(0, seats, value)
 
     def step(self, seats: Tensor, lengths: Tensor, selection_bytes: Tensor) -> None:

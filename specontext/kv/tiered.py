@@ -62,7 +62,14 @@ class TieredKV:
         self.slot_count = slots
         self.hot = (
             HotSlots(
-                tables=tables, seats=seats, groups=groups, slots=slots, sink=sink, recent=recent, max_tokens=max_tokens, device=device
+                tables=tables,
+                seats=seats,
+                groups=groups,
+                slots=slots,
+                sink=sink,
+                recent=recent,
+                max_tokens=max_tokens,
+                device=device,
             )
             if slots and not all(resident)
             else None

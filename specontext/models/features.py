@@ -21,9 +21,7 @@ class FeatureTaps:
         self._taken: dict[int, Tensor] = {}
         decoder = model.get_decoder()
         modules = [*decoder.layers, decoder.norm]
-        self._handles = [
-            modules[layer].register_forward_pre_hook(self._keep(layer), with_kwargs=True) for layer in self.layers
-        ]
+        self._handles = [modules[layer].register_forward_pre_hook(self._keep(layer), with_kwargs=True) for layer in self.layers]
 
     def _keep(self, layer: int):  # type: ignore[no-untyped-def]
         def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from specontext.core import ModelShape, SpeContextError
@@ -69,6 +71,8 @@ def load_model(
     source = resolve_model_path(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     register_attention()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source, **options)
         check_supported(config)

@@ -70,7 +70,9 @@ class HeadConfig:
             if len(set(self.feature_layers)) != len(self.feature_layers):
                 raise HeadError(f"feature_layers {list(self.feature_layers)} are not distinct: name different layers")
         if self.rope_scaling is not None:
-            raise HeadError(f"rope_scaling {self.rope_scaling} is not supported for retrieval heads: remove it from the head's config")
+            raise HeadError(
+                f"rope_scaling {self.rope_scaling} is not supported for retrieval heads: remove it from the head's config"
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HeadConfig:
@@ -98,7 +100,11 @@ class HeadConfig:
     def check_target(self, target: ModelShape) -> None:
         """Raises HeadError, naming everything that does not fit, unless this head was made for a model of this shape."""
         wrong = []
-        pairs = [("hidden size", self.target_hidden_size, target.hidden_size), ("vocabulary", self.vocab_size, target.vocab_size)]
+        pairs = [
+            ("hidden size", self.target_hidden_size, target.hidden_size),
+            ("embedding width", self.hidden_size, target.hidden_size),
+            ("vocabulary", self.vocab_size, target.vocab_size),
+        ]
         if self.head_map is None:
             pairs.append(("KV heads", self.kv_heads, target.kv_heads))
         wrong += [f"{name} {mine} (the model has {theirs})" for name, mine, theirs in pairs if mine != theirs]

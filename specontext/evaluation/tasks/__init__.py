@@ -14,9 +14,7 @@ from specontext.evaluation.tasks.tracking import VARIABLE_TRACKING, TrackingTask
 
 Task = RetrievalTask | TrackingTask | ProgramTask
 
-TASKS: dict[str, Task] = {
-    task.name: task for task in (SINGLE, MULTI_KEY, MULTI_QUERY, MULTI_VALUE, VARIABLE_TRACKING, PROGRAM)
-}
+TASKS: dict[str, Task] = {task.name: task for task in (SINGLE, MULTI_KEY, MULTI_QUERY, MULTI_VALUE, VARIABLE_TRACKING, PROGRAM)}
 
 
 def get_task(name: str) -> Task:

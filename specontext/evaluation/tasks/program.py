@@ -53,9 +53,7 @@ class ProgramTask:
         targets = rng.sample(NOUNS, lines)
         program, values, worked = [], dict[str, int](), list[str]()
         for i, target in enumerate(targets):
-            operands = [
-                rng.choice(targets[:i]) if i and rng.random() < 0.85 else str(rng.randrange(MODULUS)) for _ in range(2)
-            ]
+            operands = [rng.choice(targets[:i]) if i and rng.random() < 0.85 else str(rng.randrange(MODULUS)) for _ in range(2)]
             # Products are rare because zero absorbs: with many of them most values would be zero.
             line = Line(target, operands[0], rng.choices("+-*", weights=(5, 3, 2))[0], operands[1])
             program.append(line.source())

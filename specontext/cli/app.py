@@ -1,0 +1,44 @@
+"""The command line's verbs, put together."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from specontext.cli.demo import demo
+from specontext.cli.generate import generate
+from specontext.cli.tasks import tasks_app
+
+app = typer.Typer(
+    name="specontext",
+    help="Long-context LLM inference that reads a small part of its KV cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+app.command()(generate)
+app.command()(demo)
+app.add_typer(tasks_app, name="tasks")
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        print(f"specontext {version('specontext')}")
+    except PackageNotFoundError:
+        print("specontext (not installed)")
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Long-context LLM inference that reads a small part of its KV cache."""

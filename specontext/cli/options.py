@@ -1,0 +1,123 @@
+"""Command-line options made from the fields of the settings: name, type, default and help stand in `config.py` only."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, fields
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+
+from specontext.cli.terminal import UsageError
+from specontext.config import EngineConfig, SpeContextConfig
+
+ENGINE_OPTIONS = (
+    "dtype",
+    "device",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "gpu_memory",
+    "host_memory",
+    "seed",
+    "measure_recall",
+    "trust_remote_code",
+    "revision",
+)
+SIZES = ("gpu_memory", "host_memory")
+SECRETS = ("api_key",)
+UNITS = {"": 1, "B": 1, **{f"{letter}iB": 1024**i for i, letter in enumerate("KMGT", start=1)}}
+UNITS |= {f"{letter}B": 1000**i for i, letter in enumerate("KMGT", start=1)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the options said.
+
+    Attributes:
+        config: settings of the method.
+        engine: keyword options of `LLM`.
+        changed: options that differ from their defaults, as they were written.
+    """
+
+    config: SpeContextConfig
+    engine: dict[str, Any]
+    changed: dict[str, object]
+
+    def describe(self) -> str:
+        """The changed options in one line, secrets hidden; empty where there are none."""
+        return ", ".join(f"{name}={'***' if name in SECRETS else value}" for name, value in self.changed.items())
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `24GiB`, `4096MiB`, `1.5GB` or a plain number of bytes.
+
+    Raises:
+        UsageError: not a size of at least one byte.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    units = {unit.lower(): factor for unit, factor in UNITS.items()}
+    if match is None or match[2].lower() not in units:
+        raise UsageError(f"'{text}' is not a size: write for example 24GiB, 4096MiB or a number of bytes")
+    size = int(float(match[1]) * units[match[2].lower()]) if "." in match[1] else int(match[1]) * units[match[2].lower()]
+    if size < 1:
+        raise UsageError(f"the size '{text}' must be at least one byte")
+    return size
+
+
+def with_settings(
+    *, method: Sequence[str] | None = None, engine: Sequence[str] = ENGINE_OPTIONS
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of the settings; they arrive together as its keyword argument `settings`.
+
+    Args:
+        method: fields of SpeContextConfig that become options, None for all.
+        engine: fields of EngineConfig that become options.
+    """
+    of_method = _options(SpeContextConfig, method)
+    of_engine = _options(EngineConfig, engine)
+    generated = of_method | of_engine
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+
+        def run(**values: Any) -> None:
+            chosen = {name: values.pop(name) for name in generated}
+            changed = {name: value for name, value in chosen.items() if value != generated[name].default}
+            config = SpeContextConfig(**{name: chosen[name] for name in of_method})
+            options = {name: _value(name, chosen[name]) for name in of_engine}
+            command(**values, settings=Settings(config, options, changed))
+
+        parameters = [p for p in own.parameters.values() if p.name != "settings"]
+        signature = own.replace(parameters=[*parameters, *generated.values()])
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = signature  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+        return run
+
+    return decorate
+
+
+def _options(settings: type, names: Sequence[str] | None) -> dict[str, inspect.Parameter]:
+    """Command parameters for the named fields of a settings class."""
+    types = get_type_hints(settings)
+    known = {field.name: field for field in fields(settings)}
+    return {name: _parameter(known[name], types[name]) for name in (known if names is None else names)}
+
+
+def _parameter(field: Field[Any], kind: Any) -> inspect.Parameter:
+    flag = "--" + field.name.replace("_", "-")
+    size = field.name in SIZES
+    option = typer.Option(
+        flag, help=field.metadata["help"], metavar="SIZE" if size else None, show_default=field.default is not None
+    )
+    kind = str | None if size else kind
+    assert kind is bool or {*get_args(kind), kind} & {int, str}, f"no option type for {field.name}"
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, option]
+    )
+
+
+def _value(name: str, value: Any) -> Any:
+    return parse_size(value) if name in SIZES and value is not None else value

@@ -1,0 +1,46 @@
+"""What verbs share in talking to a terminal."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+
+from specontext.core import SpeContextError
+
+
+class UsageError(SpeContextError, ValueError):
+    """Options that do not make sense; the message says what to give instead."""
+
+
+def error_console() -> Console:
+    """A console on stderr that breaks no lines of its own when stderr is not a terminal."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def quiet_libraries() -> None:
+    """Keep the progress bars and notices of transformers and the Hub out of the output, except bars on a terminal."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+        disable_progress_bars()
+
+
+def shorten(text: str, width: int) -> str:
+    """`text` with its middle left out where it is longer than `width` characters."""
+    if len(text) <= width:
+        return text
+    mark = f" … {len(text) - width:,} characters … "
+    return text[: (width + 1) // 2] + mark + text[len(text) - width // 2 :]
+
+
+def human_bytes(count: float) -> str:
+    """A size with three digits or so: `512 B`, `3.2 KiB`, `24 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

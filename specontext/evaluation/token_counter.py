@@ -1,0 +1,40 @@
+"""Counting the tokens of a text under a model's tokenizer, without loading the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+import specontext.models
+from specontext.core import SpeContextError
+from specontext.evaluation.tasks.problem import TokenCounter
+
+
+def token_counter(model: str | Path) -> TokenCounter:
+    """Counts the tokens of a text, special tokens left out.
+
+    Args:
+        model: `nano`, a checkpoint directory or a Hub id.
+
+    Raises:
+        SpeContextError: there is no such model, or its tokenizer is broken.
+    """
+    folder = Path(specontext.models.__path__[0], "nano") if str(model) == "nano" else Path(model)
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return _slow_counter(model)
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exceptions
+        raise SpeContextError(f"cannot read the tokenizer {file}: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _slow_counter(model: str | Path) -> TokenCounter:
+    from specontext.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
