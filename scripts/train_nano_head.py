@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from train_nano import EVERYTHING, MAX_LENGTH, Batches, Stage
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specontext.distill.attention import Batch, DistillConfig, Target, measure, train
 from specontext.retrieval.checkpoint import save_head
@@ -38,7 +38,7 @@ def make_head(model: LlamaForCausalLM, heads: int, head_dim: int, seed: int) -> 
             target_hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             heads=heads,
-            kv_heads=config.num_key_value_heads,
+            kv_heads=config.num_key_value_heads or heads,
             head_dim=head_dim,
             feature_layers=(1, 2, 3),
             trained_length=MAX_LENGTH,
@@ -88,7 +88,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     model = LlamaForCausalLM.from_pretrained(arguments.model)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.model)
     head = make_head(model, arguments.heads, arguments.head_dim, arguments.seed)
     target = Target(model, head.config.feature_layers)
     config = DistillConfig(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
+from specontext import __version__
 from specontext.cli.demo import demo
 from specontext.cli.generate import generate
 from specontext.cli.tasks import tasks_app
@@ -26,13 +26,9 @@ app.add_typer(tasks_app, name="tasks")
 
 
 def _print_version(wanted: bool) -> None:
-    if not wanted:
-        return
-    try:
-        print(f"specontext {version('specontext')}")
-    except PackageNotFoundError:
-        print("specontext (not installed)")
-    raise typer.Exit
+    if wanted:
+        print(f"specontext {__version__}")
+        raise typer.Exit
 
 
 @app.callback()

@@ -66,7 +66,13 @@ def demo(
     ] = 4096,
     problems: Annotated[int | None, typer.Option("--problems", help="Problems of each task.", show_default="2 or 4")] = None,
     tasks: Annotated[
-        list[str] | None, typer.Option("--tasks", help="Task to solve; may be repeated.", show_default=", ".join(DEFAULT_TASKS))
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            metavar="NAME",
+            help="Task to solve; may be repeated, or several separated by commas.",
+            show_default=", ".join(DEFAULT_TASKS),
+        ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Another seed draws other problems.")] = 0,
     model: Annotated[str, typer.Option("--model", help="Model that solves them; it needs a retrieval head.")] = "nano",
@@ -77,12 +83,11 @@ def demo(
     With a budget, all layers keep their KV in host memory, so that the loaded bytes are real.
     """
     began = time.perf_counter()
-    # Several tasks may stand in one option, separated by commas.
     names = [name for listed in tasks or DEFAULT_TASKS for name in listed.split(",")]
     drawn = {name: _draw(name, length, problems, seed, model) for name in names}
     quiet_libraries()
     console = Console(highlight=False, quiet=as_json)
-    bench = Bench(model)
+    bench = Bench(model, max_num_seqs=max(len(listed) for listed in drawn.values()))
     cells = []
     with _progress(sum(len(list(settings(_context(name, length)))) for name in drawn)) as progress:
         job = progress.add_task("")
@@ -106,8 +111,8 @@ def demo(
 class Bench:
     """One engine for each method and budget, made when it is first needed."""
 
-    def __init__(self, model: str) -> None:
-        self.model = model
+    def __init__(self, model: str, *, max_num_seqs: int) -> None:
+        self.model, self.max_num_seqs = model, max_num_seqs
         self._engines: dict[tuple[str, int | None], LLM] = {}
 
     def llm(self, method: str, budget: int | None) -> LLM:
@@ -116,7 +121,7 @@ class Bench:
 
         if (method, budget) not in self._engines:
             config = SpeContextConfig(method=method, budget=budget, offload_layers=0 if method == "full" else -1)
-            self._engines[method, budget] = LLM(self.model, config=config)
+            self._engines[method, budget] = LLM(self.model, config=config, max_num_seqs=self.max_num_seqs)
         return self._engines[method, budget]
 
 

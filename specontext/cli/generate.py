@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.markup import escape
@@ -35,7 +35,9 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this total probability.")] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", help="Sample from this many likeliest tokens; 0 is no limit.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the output; may be repeated.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="Text that ends the output; may be repeated.")
+    ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
@@ -113,8 +115,8 @@ def chat_prompt(llm: LLM, text: str) -> list[int]:
     if not llm.tokenizer.chat_template:
         raise UsageError("the model has no chat template: leave out --chat")
     message = [{"role": "user", "content": text}]
-    tokens: list[int] = llm.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return tokens
+    tokens = llm.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return cast(list[int], tokens)
 
 
 def print_stream(llm: LLM, prompt: str | list[int], params: SamplingParams) -> RequestOutput:

@@ -87,8 +87,7 @@ def recording_attention(
     Raises:
         SpeContextError: the model's attention is not plain causal softmax attention.
     """
-    unsupported = [name for name in ("sliding_window", "softcap", "s_aux") if options.get(name) is not None]
-    if unsupported:
+    if unsupported := [name for name in ("sliding_window", "softcap", "s_aux") if options.get(name) is not None]:
         raise SpeContextError(f"cannot record this model's attention: it uses {', '.join(unsupported)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
@@ -114,17 +113,11 @@ def pooled(weights: Tensor, groups: int, how: Pool) -> Tensor:
 
 @dataclass(frozen=True)
 class Observation:
-    """What one pass of the target shows.
+    """What one pass of the target shows."""
 
-    Attributes:
-        embeddings: [N, S, H].
-        features: [N, S, F * H], those of the token before; zero at position 0.
-        attention: for every layer the probabilities [N, Hq, Q, S] of the sampled queries.
-    """
-
-    embeddings: Tensor
-    features: Tensor
-    attention: list[Tensor]
+    embeddings: Tensor  # [N, S, H]
+    features: Tensor  # [N, S, F * H], those of the token before; zero at position 0
+    attention: list[Tensor]  # of every layer, the probabilities [N, Hq, Q, S] of the sampled queries
 
     def teacher(self, groups: int, how: Pool) -> Tensor:
         """Pooled over each group's heads, averaged over layers: [N, G, Q, S]."""
@@ -187,10 +180,7 @@ def head_log_weights(head: RetrievalHead, seen: Observation, rows: Tensor, far: 
     index = rows[:, :, None, None].expand(-1, -1, config.heads, config.head_dim)
     scores = grouped_scores(queries.gather(1, index).transpose(1, 2), keys.transpose(1, 2)) / math.sqrt(config.head_dim)
     logs = scores.float().masked_fill(~far, LOWEST).log_softmax(-1)
-    if pool == "max":
-        return pooled(logs, config.kv_heads, "max")
-    share = config.heads // config.kv_heads
-    return logs.unflatten(1, (config.kv_heads, share)).logsumexp(2) - math.log(share)
+    return pooled(logs.exp(), config.kv_heads, pool).clamp_min(1e-30).log()
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, far: Tensor, real: Tensor) -> Tensor:
@@ -223,10 +213,10 @@ def measure(
         for every budget (tokens, sinks and recent ones among them) the recall of `head`, of `shared` (best single set by
         the teacher's weights), of `layer` (best set of each layer and KV head) and of `window` (sinks and recent tokens).
     """
-    budgets = tuple(budgets)
     sums = {budget: dict.fromkeys(("head", "shared", "layer", "window"), 0.0) for budget in budgets}
     total, generator = 0.0, torch.Generator().manual_seed(config.seed)
-    for ids, answers in batches:
+    for batch in batches:
+        ids, answers = (tensor.to(target.model.device) for tensor in batch)
         rows, real = sample_rows(answers, min(config.queries, 64), 0.0, generator)
         seen = target.observe(ids, rows)
         length, groups = ids.shape[1], target.groups
@@ -235,7 +225,7 @@ def measure(
             weights = head_log_weights(head, seen, rows, far, "max")
         teacher = seen.teacher(groups, "max")
         total += real.sum().item()
-        for budget in budgets:
+        for budget in sums:
             count = budget - config.sink - config.recent
             shared = {"head": keep_top(weights, far, always, count), "shared": keep_top(teacher, far, always, count)}
             shared["window"] = candidates(rows, length, config.sink, budget - config.sink)[1].expand_as(far)
@@ -275,9 +265,10 @@ def train(
     optimizer = torch.optim.AdamW(
         head.requires_grad_(True).parameters(), config.learning_rate, (0.9, 0.98), weight_decay=config.weight_decay
     )
+    device = target.model.device
     checkpoint, step, end = run / "checkpoint.pt", 0, config.steps if until is None else until
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(checkpoint, weights_only=True, map_location=device)
         head.load_state_dict(saved["head"])
         optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]
@@ -285,7 +276,7 @@ def train(
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        ids, answers = draw(step)
+        ids, answers = (tensor.to(device) for tensor in draw(step))
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         rows, real = sample_rows(answers, config.queries, config.random_share, generator)
         seen = target.observe(ids, rows)
@@ -297,9 +288,9 @@ def train(
         nn.utils.clip_grad_norm_(head.parameters(), config.clip)
         optimizer.step()
         step += 1
-        row = {"step": step, "length": ids.shape[1], "loss": round(loss.item(), 4)}
-        row["seconds"] = round(time.perf_counter() - began, 2)
-        if evaluate is not None and (step % config.measure_every == 0 or step == config.steps):
+        seconds = round(time.perf_counter() - began, 2)
+        row = {"step": step, "length": ids.shape[1], "loss": round(loss.item(), 4), "seconds": seconds}
+        if evaluate is not None and step % config.measure_every == 0:
             row |= evaluate()
         with (run / "log.jsonl").open("a") as log:
             print(json.dumps(row), file=log)

@@ -76,13 +76,16 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(source, **options)
         check_supported(config)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=ATTENTION_NAME,
+            output_loading_info=True,
             **options,
         )
+        if missing := sorted(report["missing_keys"]):  # transformers would put random numbers in their place
+            raise ModelError(f"the weights of {source} are incomplete: they lack {_first_few(missing)}")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except SpeContextError:
         raise
@@ -151,6 +154,10 @@ def check_supported(config: PreTrainedConfig) -> None:
 
 def _as_ids(value: int | list[int] | None) -> set[int]:
     return set() if value is None else {value} if isinstance(value, int) else set(value)
+
+
+def _first_few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,7 @@
-"""Retrieval heads on disk: a directory of `config.json` and `model.safetensors` with EAGLE-3's tensor names."""
+"""Retrieval heads on disk: a directory of `config.json` and `model.safetensors` with EAGLE-3's tensor names.
+
+A whole EAGLE-3 draft, from a directory or the Hub, is pruned while it is read.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from specontext.core import ModelShape
+from specontext.retrieval.draft import config_values, read_draft
 from specontext.retrieval.head import HeadConfig, HeadError, RetrievalHead
 
 WEIGHTS = "model.safetensors"
@@ -22,55 +28,71 @@ NAMES = {
     "k_proj.weight": "midlayer.self_attn.k_proj.weight",
     "q_norm.weight": "midlayer.self_attn.q_norm.weight",
     "k_norm.weight": "midlayer.self_attn.k_norm.weight",
+    "feature_norm.weight": "input_norm.weight",
 }
+
+
+def tensor_name(name: str) -> str:
+    """EAGLE-3's name of a parameter of the head."""
+    return name.replace("feature_norms.", "fc_norm.") if name.startswith("feature_norms.") else NAMES[name]
 
 
 def save_head(head: RetrievalHead, folder: str | Path) -> None:
     """Write `head` to `folder`; the weights first, so that a directory with a config is complete."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {NAMES[name]: tensor.detach().contiguous().cpu() for name, tensor in head.state_dict().items()}
+    tensors = {tensor_name(name): tensor.detach().contiguous().cpu() for name, tensor in head.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(head.config.to_dict(), indent=2) + "\n")
 
 
-def load_head(folder: str | Path, *, target: ModelShape | None = None, dtype: torch.dtype | None = None) -> RetrievalHead:
-    """Read a head directory.
+def load_head(source: str | Path, *, target: ModelShape, dtype: torch.dtype = torch.float32) -> RetrievalHead:
+    """Read a retrieval head for a model of shape `target`.
 
     Args:
-        target: shape of the model it will serve; checked when given.
+        source: a head directory, the directory of an EAGLE-3 draft, or a Hub id of either.
 
     Raises:
         HeadError: no head there, a broken or incomplete file, wrong shapes, NaNs, or a head of another model.
     """
-    folder = Path(folder)
+    folder = _folder(source)
+    values = config_values(folder)
+    if "variant" in values:
+        config, stored = HeadConfig.from_dict(values), _read_head(folder)
+    else:
+        config, stored = read_draft(folder, values, target)
+    config.check_target(target)
+    head = RetrievalHead(config)
+    tensors = {}
+    for name, parameter in head.state_dict().items():
+        stored_name = tensor_name(name)
+        tensor = stored.get(stored_name)
+        if tensor is None:
+            raise HeadError(f"the retrieval head in {folder} lacks the tensor {stored_name}")
+        if tensor.shape != parameter.shape:
+            raise HeadError(f"{stored_name} has shape {list(tensor.shape)}, the head's config asks for {list(parameter.shape)}")
+        if not torch.isfinite(tensor).all():
+            raise HeadError(f"{stored_name} holds values that are not finite numbers")
+        tensors[name] = tensor
+    head.load_state_dict(tensors)
+    return head.to(dtype).eval().requires_grad_(False)
+
+
+def _folder(source: str | Path) -> Path:
+    folder = Path(source)
+    if folder.exists() or isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/")):
+        return folder
     try:
-        values = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError as error:
-        raise HeadError(f"no retrieval head in {folder}: it has no config.json") from error
+        return Path(snapshot_download(source, allow_patterns=["config.json", "*.safetensors", "pytorch_model.bin"]))
     except (OSError, ValueError) as error:
-        raise HeadError(f"cannot read {folder / 'config.json'}: {error}") from error
-    if not isinstance(values, dict) or "variant" not in values:
-        raise HeadError(f"{folder / 'config.json'} is not the config of a retrieval head")
-    config = HeadConfig.from_dict(values)
-    if target is not None:
-        config.check_target(target)
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise HeadError(f"no directory {source}, and it cannot be had from the Hub: {first_line}") from error
+
+
+def _read_head(folder: Path) -> dict[str, Tensor]:
     try:
-        stored = load_file(folder / WEIGHTS)
+        return load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
         raise HeadError(f"the retrieval head in {folder} has no {WEIGHTS}") from error
     except (OSError, SafetensorError) as error:
         raise HeadError(f"{folder / WEIGHTS} is broken or truncated: {error}") from error
-    head = RetrievalHead(config)
-    tensors = {}
-    for name, parameter in head.state_dict().items():
-        tensor = stored.get(NAMES[name])
-        if tensor is None:
-            raise HeadError(f"{folder / WEIGHTS} lacks the tensor {NAMES[name]}")
-        if tensor.shape != parameter.shape:
-            raise HeadError(f"{NAMES[name]} has shape {list(tensor.shape)}, the head's config asks for {list(parameter.shape)}")
-        if not torch.isfinite(tensor).all():
-            raise HeadError(f"{NAMES[name]} holds values that are not finite numbers")
-        tensors[name] = tensor
-    head.load_state_dict(tensors)
-    return head.to(dtype or torch.float32).eval().requires_grad_(False)

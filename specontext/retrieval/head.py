@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from specontext.core import ModelShape, SpeContextError
 
 VARIANTS = ("features", "embedding")
+FEATURE_NORMS = ("none", "joint", "each")
 
 
 class HeadError(SpeContextError, ValueError):
@@ -32,6 +33,7 @@ class HeadConfig:
         target_hidden_size: width of one feature layer of the target.
         vocab_size: vocabulary of the target, whose embedding table the head uses.
         heads, kv_heads, head_dim: query heads, retrieval groups, width of one head.
+        feature_norm: RMSNorm before the features are fused: 'none', 'joint' over all of them, or 'each' layer's own.
         feature_layers: indices l of the target's `hidden_states[l]` (the input of decoder layer l), concatenated in order.
         head_map: for every target layer the retrieval group that each KV head reads; None maps head h to group h.
         rope_theta: RoPE base of the head; it need not be the target's.
@@ -50,6 +52,7 @@ class HeadConfig:
     kv_heads: int
     head_dim: int
     feature_layers: tuple[int, ...] = ()
+    feature_norm: str = "none"
     head_map: tuple[tuple[int, ...], ...] | None = None
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
@@ -62,6 +65,8 @@ class HeadConfig:
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise HeadError(f"unknown retrieval head variant '{self.variant}': expected one of {', '.join(VARIANTS)}")
+        if self.feature_norm not in FEATURE_NORMS:
+            raise HeadError(f"unknown feature_norm '{self.feature_norm}': expected one of {', '.join(FEATURE_NORMS)}")
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise HeadError(f"{self.heads} query heads do not divide into {self.kv_heads} retrieval groups")
         if self.variant == "features":
@@ -146,6 +151,10 @@ class RetrievalHead(nn.Module):
         if c.variant == "features":
             self.fc = nn.Linear(c.target_hidden_size * len(c.feature_layers), c.hidden_size, bias=False)
             self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+            if c.feature_norm == "joint":
+                self.feature_norm = RMSNorm(c.target_hidden_size * len(c.feature_layers), c.rms_norm_eps)
+            elif c.feature_norm == "each":
+                self.feature_norms = nn.ModuleList(RMSNorm(c.target_hidden_size, c.rms_norm_eps) for _ in c.feature_layers)
             width = 2 * c.hidden_size
         self.q_proj = nn.Linear(width, c.heads * c.head_dim, bias=False)
         self.k_proj = nn.Linear(width, c.kv_heads * c.head_dim, bias=False)
@@ -175,7 +184,7 @@ class RetrievalHead(nn.Module):
         x = self.input_layernorm(embeddings)
         if c.variant == "features":
             assert features is not None
-            x = torch.cat((x, self.hidden_norm(self.fc(features.to(x.dtype)))), dim=-1)
+            x = torch.cat((x, self.hidden_norm(self.fc(self._normed(features.to(x.dtype))))), dim=-1)
         queries = self.q_proj(x).unflatten(-1, (c.heads, c.head_dim))
         keys = self.k_proj(x).unflatten(-1, (c.kv_heads, c.head_dim))
         if c.qk_norm:
@@ -183,6 +192,14 @@ class RetrievalHead(nn.Module):
         angles = positions[..., None].float() * self.inverse_frequencies
         cos, sin = angles.cos()[..., None, :], angles.sin()[..., None, :]
         return rotate(queries, cos, sin), rotate(keys, cos, sin)
+
+    def _normed(self, features: Tensor) -> Tensor:
+        if self.config.feature_norm == "joint":
+            return self.feature_norm(features)
+        if self.config.feature_norm == "each":
+            parts = features.chunk(len(self.feature_norms), dim=-1)
+            return torch.cat([norm(part) for norm, part in zip(self.feature_norms, parts, strict=True)], dim=-1)
+        return features
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

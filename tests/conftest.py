@@ -1,0 +1,227 @@
+"""Tiny random checkpoints of four model families, each with a retrieval head of its own kind, and helpers to run them.
+
+Weights are wide (`initializer_range` 0.2) and norms and biases random: with the defaults attention is nearly uniform and
+hides errors.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers import logging as transformers_logging
+
+import specontext.models
+from specontext import LLM, SamplingParams, SpeContextConfig
+from specontext.retrieval.checkpoint import save_head
+from specontext.retrieval.head import HeadConfig, RetrievalHead
+
+torch.set_num_threads(1)
+transformers_logging.disable_progress_bar()
+
+NANO = Path(specontext.models.__file__).parent / "nano"
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+MAX_POSITION = 512
+
+Prompts = list[list[int]]
+MakeLLM = Callable[..., LLM]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(NANO)
+
+
+def family_config(family: str, vocab_size: int, **changes: Any) -> PreTrainedConfig:
+    """A tiny config; head dims differ from hidden / heads, and GQA ratios are 2, 1, 3 and 4."""
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "max_position_embeddings": MAX_POSITION,
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+        "tie_word_embeddings": False,
+    }
+    if family == "llama":
+        own = LlamaConfig, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
+    elif family == "qwen2":
+        own = Qwen2Config, {"num_attention_heads": 4, "num_key_value_heads": 4}
+    elif family == "qwen3":
+        own = Qwen3Config, {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20}
+    else:
+        own = MistralConfig, {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32, "sliding_window": None}
+    return own[0](**(common | own[1] | changes))
+
+
+def family_head(family: str, vocab_size: int) -> HeadConfig:
+    """A head of another kind for each family: plain, the last hidden state among its features, a head map, no features."""
+    common: dict[str, Any] = {"hidden_size": 64, "target_hidden_size": 64, "vocab_size": vocab_size, "head_dim": 16}
+    if family == "llama":
+        return HeadConfig("features", heads=4, kv_heads=2, feature_layers=(0, 1, 2), rope_theta=500.0, **common)
+    if family == "qwen2":
+        return HeadConfig("features", heads=8, kv_heads=4, feature_layers=(3, 1), **common)
+    if family == "qwen3":
+        swapped = ((2, 0), (1, 1), (0, 2))
+        return HeadConfig("features", heads=6, kv_heads=3, feature_layers=(1,), head_map=swapped, qk_norm=True, **common)
+    return HeadConfig("embedding", heads=2, kv_heads=1, **common)
+
+
+def randomise(module: torch.nn.Module, seed: int) -> None:
+    """Random weights everywhere: norms around one, the rest around zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith("norm.weight") or "layernorm" in name:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(0.0, 0.2, generator=generator)
+
+
+def write_checkpoint(folder: Path, config: PreTrainedConfig, head: HeadConfig | None, tokenizer: Any) -> Path:
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomise(model, seed=1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if head is not None:
+        module = RetrievalHead(head)
+        randomise(module, seed=2)
+        save_head(module, folder / "retrieval_head")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[[str], Path]:
+    """The checkpoint directory of a family, written when it is first asked for; tests must not change it."""
+    made: dict[str, Path] = {}
+
+    def folder_of(family: str) -> Path:
+        if family not in made:
+            config, head = family_config(family, len(tokenizer)), family_head(family, len(tokenizer))
+            made[family] = write_checkpoint(tmp_path_factory.mktemp(family), config, head, tokenizer)
+        return made[family]
+
+    return folder_of
+
+
+@pytest.fixture
+def write_family(tmp_path: Path, tokenizer: Any) -> Callable[..., Path]:
+    """write_family(family, **changes of the config): a fresh checkpoint without a retrieval head."""
+
+    def write(family: str, **changes: Any) -> Path:
+        return write_checkpoint(tmp_path / family, family_config(family, len(tokenizer), **changes), None, tokenizer)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Callable[[str], Path]) -> Callable[[str], PreTrainedModel]:
+    """The unmodified Hugging Face model of a family, with eager attention."""
+    loaded: dict[str, PreTrainedModel] = {}
+
+    def model_of(family: str) -> PreTrainedModel:
+        if family not in loaded:
+            model = AutoModelForCausalLM.from_pretrained(checkpoint(family), attn_implementation="eager", dtype=torch.float32)
+            loaded[family] = model.eval().requires_grad_(False)
+        return loaded[family]
+
+    return model_of
+
+
+@pytest.fixture(scope="session")
+def make_llm(checkpoint: Callable[[str], Path]) -> MakeLLM:
+    """make_llm(family, method, budget=..., ..., max_num_seqs=..., ...): settings of both configs by name."""
+    settings = set(SpeContextConfig.__dataclass_fields__)
+
+    def make(family: str = "llama", method: str = "speculative", **options: Any) -> LLM:
+        chosen = {"sink": 2, "recent": 4} | {name: options.pop(name) for name in settings & set(options)}
+        return LLM(checkpoint(family), config=SpeContextConfig(method=method, **chosen), **{"device": "cpu"} | options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def prompts(tokenizer: Any) -> Prompts:
+    """Random token ids of four lengths, one shorter than sink + recent."""
+    rng = random.Random(0)
+    return [[rng.randrange(4, len(tokenizer)) for _ in range(length)] for length in (5, 47, 83, 30)]
+
+
+@pytest.fixture(scope="session")
+def greedy() -> Callable[..., SamplingParams]:
+    def params(max_tokens: int = 24, **options: Any) -> SamplingParams:
+        return SamplingParams(**{"temperature": 0.0, "ignore_eos": True} | options, max_tokens=max_tokens)
+
+    return params
+
+
+@pytest.fixture(scope="session")
+def expected(reference: Callable[[str], PreTrainedModel], prompts: Prompts) -> Callable[..., list[list[int]]]:
+    """What Hugging Face's `generate` writes greedily after each prompt, one prompt at a time."""
+    known: dict[tuple[str, int], list[list[int]]] = {}
+
+    def tokens_of(family: str, max_tokens: int = 24) -> list[list[int]]:
+        if (family, max_tokens) not in known:
+            model = reference(family)
+            outputs = [
+                model.generate(
+                    torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False, eos_token_id=None, pad_token_id=1
+                )[0, len(prompt) :].tolist()
+                for prompt in prompts
+            ]
+            known[family, max_tokens] = outputs
+        return known[family, max_tokens]
+
+    return tokens_of
+
+
+Masks = list[torch.Tensor]
+
+
+@pytest.fixture(scope="session")
+def masked_forward() -> Callable[..., Any]:
+    """masked_forward(model, ids, masks): an eager Hugging Face forward in which layer i's heads see what masks[i] allows.
+
+    masks[i] is bool [Hq, S, S]. Besides Hugging Face's own outputs, the result has `inputs`: what entered each decoder layer
+    and, at last, the final norm, each [S, H].
+    """
+
+    def run(model: PreTrainedModel, ids: list[int], masks: Masks, *, attentions: bool = False) -> Any:
+        inputs: list[torch.Tensor] = []
+        handles = []
+        decoder = model.get_decoder()
+        for layer, mask in zip(decoder.layers, masks, strict=True):
+            bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[None]
+
+            def put_mask(_: Any, args: Any, kwargs: Any, bias: torch.Tensor = bias) -> Any:
+                return args, kwargs | {"attention_mask": bias}
+
+            handles.append(layer.self_attn.register_forward_pre_hook(put_mask, with_kwargs=True))
+        for module in [*decoder.layers, decoder.norm]:
+            handles.append(module.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0])))
+        try:
+            output = model(torch.tensor([ids]), output_attentions=attentions, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        output.inputs = inputs
+        return output
+
+    return run
