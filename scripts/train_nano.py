@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from nano_tokenizer import build as build_tokenizer
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from nano_tokenizer import build as build_tokenizer
 from specontext.evaluation.tasks.problem import LengthError, Problem
 from specontext.evaluation.tasks.program import ProgramTask
 from specontext.evaluation.tasks.retrieval import RetrievalTask
@@ -54,10 +54,10 @@ STAGES = (
     Stage(64, {"copy": 0.2, "retrieval": 0.8}, leave_at=0.97, max_steps=900),
     Stage(160, EVERYTHING, leave_at=0.97, max_steps=1200),
     Stage(320, EVERYTHING, leave_at=0.97, max_steps=400),
-    Stage(640, EVERYTHING, leave_at=0.98, max_steps=200),
-    Stage(1280, EVERYTHING, leave_at=0.98, max_steps=150, learning_rate=2e-3),
-    Stage(2560, EVERYTHING, leave_at=0.98, max_steps=100, learning_rate=1.5e-3),
-    Stage(MAX_LENGTH, EVERYTHING, leave_at=2.0, max_steps=260, learning_rate=1.2e-3, decay=True),
+    Stage(640, EVERYTHING, leave_at=0.97, max_steps=200),
+    Stage(1280, EVERYTHING, leave_at=0.97, max_steps=120, learning_rate=2e-3),
+    Stage(2560, EVERYTHING, leave_at=0.97, max_steps=80, learning_rate=1.5e-3),
+    Stage(MAX_LENGTH, EVERYTHING, leave_at=2.0, max_steps=240, learning_rate=1.2e-3, decay=True),
 )
 
 

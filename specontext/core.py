@@ -123,7 +123,7 @@ class SamplingParams:
 
     def _bounds(self, name: str, low: float, high: float, *, above: bool = False) -> None:
         value = getattr(self, name)
-        whole = {f.name: f.type for f in fields(self)}[name].startswith("int")  # type: ignore[union-attr]
+        whole = {f.name: f.type for f in fields(self)}[name].startswith("int")
         number = isinstance(value, int) if whole else isinstance(value, int | float)
         if isinstance(value, bool) or not number or not low <= value <= high or value >= 2**63 or (above and value == low):
             kind = "an integer" if whole else "a number"

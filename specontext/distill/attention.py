@@ -27,8 +27,7 @@ from specontext.retrieval.head import RetrievalHead
 IMPLEMENTATION = "specontext_recording"
 LOWEST = -1e30  # a finite stand-in for -inf: rows without any candidate stay free of NaN
 Pool = Literal["max", "mean"]
-# Token ids [N, S] and the mask [N, S] of the positions whose next token is an answer.
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Tensor]  # token ids [N, S], and the mask [N, S] of positions whose next token is an answer
 
 
 @dataclass(frozen=True)
@@ -173,14 +172,14 @@ def candidates(rows: Tensor, length: int, sink: int, recent: int) -> tuple[Tenso
 
 
 def head_log_weights(head: RetrievalHead, seen: Observation, rows: Tensor, far: Tensor, pool: Pool) -> Tensor:
-    """Log of the head's weights among candidates `far` [N, 1, Q, S], pooled over each group: [N, G, Q, S]."""
+    """Log of the head's weights among `far` [N, 1, Q, S], pooled over each group up to a constant: [N, G, Q, S]."""
     config = head.config
     positions = torch.arange(seen.embeddings.shape[1], device=rows.device)
     queries, keys = head(seen.embeddings, seen.features if config.variant == "features" else None, positions)
     index = rows[:, :, None, None].expand(-1, -1, config.heads, config.head_dim)
     scores = grouped_scores(queries.gather(1, index).transpose(1, 2), keys.transpose(1, 2)) / math.sqrt(config.head_dim)
-    logs = scores.float().masked_fill(~far, LOWEST).log_softmax(-1)
-    return pooled(logs.exp(), config.kv_heads, pool).clamp_min(1e-30).log()
+    split = scores.float().masked_fill(~far, LOWEST).log_softmax(-1).unflatten(1, (config.kv_heads, -1))
+    return split.amax(2) if pool == "max" else split.logsumexp(2)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, far: Tensor, real: Tensor) -> Tensor:
@@ -265,8 +264,8 @@ def train(
     optimizer = torch.optim.AdamW(
         head.requires_grad_(True).parameters(), config.learning_rate, (0.9, 0.98), weight_decay=config.weight_decay
     )
-    device = target.model.device
     checkpoint, step, end = run / "checkpoint.pt", 0, config.steps if until is None else until
+    device = target.model.device
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True, map_location=device)
         head.load_state_dict(saved["head"])

@@ -84,7 +84,11 @@ class Scheduler:
 
     def _pack(self, decodes: list[Request], chunks: list[tuple[Request, int]]) -> Batch:
         device = self.parts.kv.device
-        ids, positions, seats, last, segments = [], [], [], [], []
+        ids: list[int] = []
+        positions: list[int] = []
+        seats: list[int] = []
+        last: list[int] = []
+        segments: list[Segment] = []
         for request, length in [(r, 1) for r in decodes] + chunks:
             if not request.decoding:
                 segments.append(Segment(request.seat, request.computed, length, len(ids)))

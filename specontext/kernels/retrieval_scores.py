@@ -21,7 +21,7 @@ def retrieval_scores(query: Tensor, keys: Tensor, start: int, stops: Tensor) -> 
         float32 [R, G, S]; -1 where there is no candidate.
     """
     requests, query_heads, head_dim = query.shape
-    span, groups = keys.shape[1:3]
+    groups = keys.shape[2]
     grouped = query.float().view(requests, groups, query_heads // groups, head_dim)
     logits = grouped @ keys.float().permute(0, 2, 3, 1) * head_dim**-0.5  # [R, G, Hq / G, S]
     return group_weights(logits, start, stops)

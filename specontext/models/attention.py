@@ -35,8 +35,8 @@ def attention_forward(
     if specontext_step is None:
         raise RuntimeError("this model was loaded for SpeContext's engine: run it through specontext.LLM")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    packed = [x[0].transpose(0, 1) for x in (query, key, value)]
-    output = specontext_step.attend(module.layer_idx, *packed, scale)  # type: ignore[arg-type]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    output = specontext_step.attend(module.layer_idx, q, k, v, scale)  # type: ignore[arg-type]
     return output[None], None
 
 

@@ -76,7 +76,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(source, **options)
         check_supported(config)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -84,6 +84,7 @@ def load_model(
             output_loading_info=True,
             **options,
         )
+        model, report = loaded
         if missing := sorted(report["missing_keys"]):  # transformers would put random numbers in their place
             raise ModelError(f"the weights of {source} are incomplete: they lack {_first_few(missing)}")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)

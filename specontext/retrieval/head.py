@@ -142,6 +142,8 @@ class RetrievalHead(nn.Module):
     The embedding table is the target's own and is passed in as vectors, so the head holds projections and norms only.
     """
 
+    inverse_frequencies: Tensor
+
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = config

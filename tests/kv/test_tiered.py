@@ -6,6 +6,7 @@ value of the entry's row; so a row says which entry it is, and a stale one is fo
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from torch import Tensor
 
 from specontext.core import LoadPlan, ModelShape, Selection
@@ -53,6 +54,8 @@ class Cache:
 class TieredMachine(RuleBasedStateMachine):
     """Opens, writes, selects, reads and closes seats at random."""
 
+    evictions = 0  # over all examples
+
     @initialize(data=st.data())
     def build(self, data: st.DataObject) -> None:
         kv_heads, groups = data.draw(st.sampled_from([(1, 1), (2, 3), (3, 2), (4, 1)]))
@@ -65,7 +68,7 @@ class TieredMachine(RuleBasedStateMachine):
         sink, recent, scored = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)))
         self.budget = Budget(sink + recent + scored, sink, recent)
         self.hot = scored + data.draw(st.integers(0, 4))
-        self.page_size, self.max_tokens = data.draw(st.integers(1, 5)), 26
+        self.page_size, self.max_tokens = data.draw(st.integers(1, 5)), 40
         self.kv = TieredKV(
             self.shape,
             resident=self.resident,
@@ -78,8 +81,8 @@ class TieredMachine(RuleBasedStateMachine):
             seats=SEATS,
             max_tokens=self.max_tokens,
             page_size=self.page_size,
-            device_pages=data.draw(st.integers(30, 90)),
-            host_pages=data.draw(st.integers(30, 90)),
+            device_pages=data.draw(st.integers(30, 300)),
+            host_pages=data.draw(st.integers(30, 300)),
             device=torch.device("cpu"),
             verify_loads=True,
         )
@@ -92,7 +95,7 @@ class TieredMachine(RuleBasedStateMachine):
 
     # Rules ------------------------------------------------------------------------------------------------------------
 
-    @rule(seat=st.integers(0, SEATS - 1), tokens=st.integers(1, 26))
+    @rule(seat=st.integers(0, SEATS - 1), tokens=st.integers(1, 40))
     def open(self, seat: int, tokens: int) -> None:
         if seat in self.length:
             return
@@ -112,19 +115,26 @@ class TieredMachine(RuleBasedStateMachine):
                 self.caches[table, seat, group] = Cache([-1] * self.hot, [0] * self.hot)
 
     @precondition(lambda self: self.length)
-    @rule(data=st.data())
-    def run_step(self, data: st.DataObject) -> None:
-        """One step of the engine: decode tokens of some seats, chunks of the prompts of others."""
-        open_seats = [seat for seat in self.length if self.length[seat] < self.room[seat]]
-        chosen = data.draw(st.lists(st.sampled_from(open_seats), min_size=1, unique=True)) if open_seats else []
-        decodes = [seat for seat in chosen if self.length[seat] and data.draw(st.booleans())]
-        chunks = [
-            (seat, data.draw(st.integers(1, self.room[seat] - self.length[seat]))) for seat in chosen if seat not in decodes
-        ]
+    @rule(seed=st.integers(0, 2**32), steps=st.integers(1, 8))
+    def run_steps(self, seed: int, steps: int) -> None:
+        """Steps of the engine: decode tokens of some seats, chunks of the prompts of others."""
+        rng = random.Random(seed)
+        for _ in range(steps):
+            chosen = [seat for seat in self.length if self.length[seat] < self.room[seat] and rng.random() < 0.8]
+            decodes = [seat for seat in chosen if self.length[seat] and rng.random() < 0.9]
+            rng.shuffle(decodes)
+            chunks = [
+                (seat, rng.randint(1, self.room[seat] - self.length[seat])) for seat in chosen if seat not in decodes
+            ]
+            if chosen:
+                self.run_step(rng, decodes, chunks)
+                self.slots_hold_what_the_tables_say()
+
+    def run_step(self, rng: random.Random, decodes: list[int], chunks: list[tuple[int, int]]) -> None:
         self.step += 1
         selections: dict[int, Selection] = {}
         if decodes and not self.in_layer:
-            selections = dict.fromkeys(range(LAYERS), self.select(data, decodes, 0, None))
+            selections = dict.fromkeys(range(LAYERS), self.select(rng, decodes, 0, None))
         seats = decodes + [seat for seat, size in chunks for _ in range(size)]
         positions = [self.length[seat] for seat in decodes]
         lengths = [p + 1 for p in positions]
@@ -134,7 +144,7 @@ class TieredMachine(RuleBasedStateMachine):
         for layer in range(LAYERS):
             self.append(layer, seats, positions, lengths)
             if decodes and self.in_layer:
-                selections[layer] = self.select(data, decodes, layer, layer)
+                selections[layer] = self.select(rng, decodes, layer, layer)
             if decodes:
                 rows = self.kv.rows(layer, torch.tensor(decodes), selections[layer], in_layer=self.in_layer)
                 self.check_rows(layer, decodes, selections[layer], rows)
@@ -150,10 +160,12 @@ class TieredMachine(RuleBasedStateMachine):
         seats = data.draw(st.lists(st.sampled_from(sorted(self.length)), min_size=1, unique=True))
         start = data.draw(st.integers(0, 10))
         stops = [data.draw(st.integers(0, self.length[seat])) for seat in seats]
+        if start >= max(stops):
+            return
         layer = data.draw(st.integers(0, LAYERS - 1))
         stop: Any = torch.tensor(stops) if len(seats) > 1 else stops[0]
         buffer, rows = self.kv.tile(layer, torch.tensor(seats), start, stop)
-        assert rows.shape == (len(seats), self.shape.kv_heads, max(max(stops) - start, 0))
+        assert rows.shape == (len(seats), self.shape.kv_heads, max(stops) - start)
         for r, seat in enumerate(seats):
             for head in range(self.shape.kv_heads):
                 tokens = [t if t < stops[r] else -1 for t in range(start, max(stops))]
@@ -178,16 +190,16 @@ class TieredMachine(RuleBasedStateMachine):
                 new[i, head] = self.serial
         self.kv.append(layer, *(torch.tensor(x) for x in (seats, positions)), new, -new, torch.tensor(lengths))
 
-    def select(self, data: st.DataObject, decodes: list[int], table: int, layer: int | None) -> Selection:
+    def select(self, rng: random.Random, decodes: list[int], table: int, layer: int | None) -> Selection:
         """A random selection; checks its plan, and that the loads are exactly the misses."""
         lengths = torch.tensor([self.length[seat] + 1 for seat in decodes])
         scored = torch.full((len(decodes), self.groups, self.budget.scored), -1)
         for r, end in enumerate(self.budget.candidates_end(lengths).tolist()):
-            candidates = list(range(self.budget.sink, end))
+            candidates = range(self.budget.sink, end)
+            most = min(self.budget.scored, len(candidates))
             for g in range(self.groups):
-                if candidates:
-                    wanted = data.draw(st.lists(st.sampled_from(candidates), max_size=self.budget.scored, unique=True))
-                    scored[r, g, : len(wanted)] = torch.tensor(sorted(wanted))
+                wanted = rng.sample(candidates, max(most - (rng.random() < 0.2), 0))
+                scored[r, g, : len(wanted)] = torch.tensor(sorted(wanted))
         selection = self.budget.compose(scored, lengths)
         loaded: list[float] = []
         with pytest.MonkeyPatch.context() as patch:
@@ -218,7 +230,10 @@ class TieredMachine(RuleBasedStateMachine):
         for r, seat in enumerate(seats):
             for g in range(self.groups):
                 wanted = selection.tokens[r, g][selection.scored[r, g]].tolist()
-                missing = self.caches[table, seat, g].read(wanted, self.step)
+                cache = self.caches[table, seat, g]
+                held = set(cache.tokens) - {-1}
+                missing = cache.read(wanted, self.step)
+                type(self).evictions += len(held - set(cache.tokens))
                 assert set(selection.tokens[r, g][plan.missing[r, g]].tolist()) == missing
                 assert torch.equal(plan.slots[r, g] < 0, selection.tokens[r, g] < 0)
                 expected += [
@@ -277,8 +292,11 @@ class TieredMachine(RuleBasedStateMachine):
         assert self.kv.arena.pages.num_held == self.kv.host.pages.num_held == 0
 
 
-TestTieredMachine = TieredMachine.TestCase
-TestTieredMachine.settings = settings(max_examples=50, stateful_step_count=25, deadline=None, derandomize=True)
+def test_any_sequence_of_steps() -> None:
+    TieredMachine.evictions = 0
+    bounds = settings(max_examples=40, stateful_step_count=12, deadline=None, derandomize=True)
+    run_state_machine_as_test(TieredMachine, settings=bounds)  # type: ignore[no-untyped-call]
+    assert TieredMachine.evictions > 100
 
 
 # The checks can fail --------------------------------------------------------------------------------------------------
