@@ -17,7 +17,7 @@ from rich.table import Table
 
 from specontext.cli.tasks import draw_problems
 from specontext.cli.terminal import UsageError, error_console, human_bytes, quiet_libraries, shorten
-from specontext.config import SpeContextConfig
+from specontext.config import ConfigError, SpeContextConfig
 from specontext.evaluation.solve import Scored, Summary, solve, summarize
 from specontext.evaluation.tasks import TASKS, Problem
 from specontext.evaluation.token_counter import token_counter
@@ -84,6 +84,7 @@ def demo(
     """
     began = time.perf_counter()
     names = [name for listed in tasks or DEFAULT_TASKS for name in listed.split(",")]
+    _check_budgets(names, length)
     drawn = {name: _draw(name, length, problems, seed, model) for name in names}
     quiet_libraries()
     console = Console(highlight=False, quiet=as_json)
@@ -164,9 +165,18 @@ def _context(task: str, length: int) -> int:
     return min(length, REASONING_LENGTH) if task == "program" else length
 
 
+def _check_budgets(tasks: list[str], length: int) -> None:
+    """Refuse what would fail later: unknown tasks, and contexts whose smallest budget cannot hold sinks and window."""
+    for task in tasks:
+        if task not in TASKS:
+            raise UsageError(f"unknown task '{task}': choose one of {', '.join(TASKS)}")
+        try:
+            SpeContextConfig(budget=max(1, _context(task, length) // max(FRACTIONS)))
+        except ConfigError as error:
+            raise UsageError(f"--length {length} is too short for a budget of 1/{max(FRACTIONS)} of it: {error}") from error
+
+
 def _draw(task: str, length: int, n: int | None, seed: int, model: str) -> list[Problem]:
-    if task not in TASKS:
-        raise UsageError(f"unknown task '{task}': choose one of {', '.join(TASKS)}")
     count = PROBLEMS.get(task, DEFAULT_PROBLEMS) if n is None else n
     return draw_problems(task, length=_context(task, length), seed=seed, n=count, count_tokens=token_counter(model))
 

@@ -1,0 +1,173 @@
+"""Head directories: what is saved is read back, and anything broken or missing is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from specontext import LLM, SpeContextConfig
+from specontext.core import ModelShape
+from specontext.models.loading import model_shape
+from specontext.retrieval.catalog import KNOWN_DRAFTS, find_head
+from specontext.retrieval.checkpoint import load_head
+from specontext.retrieval.head import HeadError
+
+K_PROJ = "midlayer.self_attn.k_proj.weight"
+
+
+@pytest.fixture
+def target(reference: Callable[[str], Any]) -> ModelShape:
+    return model_shape(reference("llama").config, torch.float32)
+
+
+@pytest.fixture
+def folder(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A head directory that a test may damage."""
+    return Path(shutil.copytree(checkpoint("llama") / "retrieval_head", tmp_path / "head"))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    values = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_heads_of_every_kind_are_read_back(
+    family: str, checkpoint: Callable[[str], Path], reference: Callable[[str], Any]
+) -> None:
+    path = checkpoint(family) / "retrieval_head"
+    head = load_head(path, target=model_shape(reference(family).config, torch.float32))
+    stored = load_file(path / "model.safetensors")
+    assert sorted(t.sum().item() for t in stored.values()) == sorted(t.sum().item() for t in head.state_dict().values())
+    assert torch.equal(head.k_proj.weight, stored[K_PROJ])
+    assert not any(parameter.requires_grad for parameter in head.parameters())
+    assert json.loads((path / "config.json").read_text())["variant"] == head.config.variant
+
+
+def test_a_missing_tensor_is_named(folder: Path, target: ModelShape) -> None:
+    change_tensors(folder, lambda tensors: tensors.__delitem__(K_PROJ))
+    with pytest.raises(HeadError, match=f"lacks the tensor {K_PROJ}"):
+        load_head(folder, target=target)
+
+
+def test_a_tensor_of_another_shape_is_named(folder: Path, target: ModelShape) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({K_PROJ: torch.zeros(3, 4)}))
+    with pytest.raises(HeadError, match=rf"{K_PROJ} has shape \[3, 4\]"):
+        load_head(folder, target=target)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_numbers_are_named(value: float, folder: Path, target: ModelShape) -> None:
+    change_tensors(folder, lambda tensors: tensors[K_PROJ].index_put_((torch.tensor([2]),), torch.tensor(value)))
+    with pytest.raises(HeadError, match=f"{K_PROJ} holds values that are not finite"):
+        load_head(folder, target=target)
+
+
+@pytest.mark.parametrize("size", [0, 5, 1000, -1])
+def test_a_truncated_file(size: int, folder: Path, target: ModelShape) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(HeadError, match="broken or truncated"):
+        load_head(folder, target=target)
+
+
+def test_a_directory_without_weights_or_config_or_nothing_at_all(folder: Path, target: ModelShape, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(HeadError, match=r"has no model\.safetensors"):
+        load_head(folder, target=target)
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(HeadError, match=r"it has no config\.json"):
+            load_head(path, target=target)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_a_config_that_is_no_json_object(text: str, folder: Path, target: ModelShape) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(HeadError, match=r"config\.json"):
+        load_head(folder, target=target)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_hidden_size": 48}, "hidden size 48"),
+        ({"hidden_size": 48}, "48"),
+        ({"vocab_size": 12}, "vocabulary 12"),
+        ({"kv_heads": 4}, "KV heads 4"),
+        ({"feature_layers": [0, 0, 1]}, "not distinct"),
+    ],
+)
+def test_a_mismatched_head_stops_the_engine_with_a_clear_error(
+    change: dict[str, Any], message: str, folder: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    change_config(folder, **change)
+    with pytest.raises(HeadError, match=message):
+        LLM(checkpoint("llama"), folder)
+
+
+def test_the_config_s_head_dim_must_be_the_tensors(folder: Path, target: ModelShape) -> None:
+    change_config(folder, head_dim=8)
+    with pytest.raises(HeadError, match=r"q_proj.* has shape \[64, 128\], the head's config asks for \[32, 128\]"):
+        load_head(folder, target=target)
+
+
+# Finding a head -------------------------------------------------------------------------------------------------------
+
+
+def names_the_ways(message: str) -> bool:
+    return all(way in message for way in ("retrieval_head/", "EAGLE-3", "--retrieval-head", "specontext.distill", "streaming"))
+
+
+def test_auto_without_a_head_names_the_ways_to_get_one(
+    write_family: Callable[..., Path], target: ModelShape, tmp_path: Path
+) -> None:
+    with pytest.raises(HeadError) as error:
+        find_head("auto", model_name="some/model", model_path=tmp_path, target=target)
+    assert "'some/model'" in str(error.value) and names_the_ways(str(error.value))
+    with pytest.raises(HeadError) as error:
+        LLM(write_family("llama"))
+    assert names_the_ways(str(error.value))
+    assert LLM(write_family("llama"), config=SpeContextConfig(method="streaming"))  # needs no head
+
+
+def test_no_head_at_all_names_the_choices(target: ModelShape) -> None:
+    with pytest.raises(HeadError, match=r"'speculative' needs a retrieval head: .*--retrieval-head.*another method"):
+        find_head(None, model_name="some/model", model_path=None, target=target)
+
+
+def test_auto_prefers_the_checkpoint_s_own_head_and_a_directory_wins_over_auto(
+    checkpoint: Callable[[str], Path], target: ModelShape, folder: Path
+) -> None:
+    known = next(iter(KNOWN_DRAFTS))
+    change_tensors(folder, lambda tensors: tensors[K_PROJ].zero_())
+    own = find_head("auto", model_name=known, model_path=checkpoint("llama"), target=target)
+    named = find_head(folder, model_name=known, model_path=checkpoint("llama"), target=target)
+    assert own.k_proj.weight.any() and not named.k_proj.weight.any()
+
+
+def test_auto_takes_the_known_draft_of_a_model(target: ModelShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def refuse(source: str, **_: Any) -> None:
+        asked.append(source)
+        raise HeadError("stop here")
+
+    monkeypatch.setattr("specontext.retrieval.catalog.load_head", refuse)
+    for model, draft in KNOWN_DRAFTS.items():
+        with pytest.raises(HeadError):
+            find_head("auto", model_name=model, model_path=None, target=target)
+        assert asked.pop() == draft
