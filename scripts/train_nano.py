@@ -29,7 +29,7 @@ from specontext.evaluation.tasks.program import ProgramTask
 from specontext.evaluation.tasks.retrieval import RetrievalTask
 from specontext.evaluation.tasks.tracking import TrackingTask
 
-MAX_LENGTH = 5120
+MAX_LENGTH = 4352
 TOKENS_PER_STEP = 16384
 PIECE = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s")
 ANSWERS = re.compile(r"(?<=Answer:)[^\n]+")
@@ -37,7 +37,17 @@ ANSWERS = re.compile(r"(?<=Answer:)[^\n]+")
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the curriculum: sequences of `length` tokens with these shares of tasks."""
+    """One step of the curriculum: sequences of `length` tokens with these shares of tasks.
+
+    Attributes:
+        leave_at: running answer accuracy of every task that ends the stage.
+        decay: the learning rate falls to zero over the stage.
+        balanced: every sequence has the same weight in the loss, else every answer token. Programs have answers of
+            thousands of tokens at the greater lengths and would drown the other tasks.
+        questions: most questions in one text.
+        linked: programs have the form that `program` asks for (see `ProgramTask.linked`), else plain lines.
+        fresh_optimizer: the stage begins with new optimizer moments and a short warm-up.
+    """
 
     length: int
     mixture: dict[str, float]
@@ -46,9 +56,14 @@ class Stage:
     min_steps: int = 50
     learning_rate: float = 3e-3
     decay: bool = False
+    balanced: bool = False
+    questions: int = 16
+    fresh_optimizer: bool = False
+    linked: bool = False
 
 
 EVERYTHING = {"copy": 0.05, "retrieval": 0.25, "multivalue": 0.15, "tracking": 0.25, "program": 0.3}
+PROGRAMS = {"copy": 0.05, "retrieval": 0.15, "multivalue": 0.15, "tracking": 0.2, "program": 0.45}
 STAGES = (
     Stage(64, {"copy": 1.0}, leave_at=0.95, max_steps=600),
     Stage(64, {"copy": 0.2, "retrieval": 0.8}, leave_at=0.97, max_steps=900),
@@ -57,7 +72,11 @@ STAGES = (
     Stage(640, EVERYTHING, leave_at=0.97, max_steps=200),
     Stage(1280, EVERYTHING, leave_at=0.97, max_steps=120, learning_rate=2e-3),
     Stage(2560, EVERYTHING, leave_at=0.97, max_steps=80, learning_rate=1.5e-3),
-    Stage(MAX_LENGTH, EVERYTHING, leave_at=2.0, max_steps=240, learning_rate=1.2e-3, decay=True),
+    Stage(1280, EVERYTHING, 0.985, 200, learning_rate=1.5e-3, balanced=True, questions=64, fresh_optimizer=True),
+    Stage(2560, EVERYTHING, 0.98, 150, learning_rate=1e-3, balanced=True, questions=64),
+    Stage(320, PROGRAMS, 0.985, 200, learning_rate=1.5e-3, balanced=True, linked=True),
+    Stage(1280, EVERYTHING, 0.985, 150, learning_rate=1.2e-3, balanced=True, questions=64, linked=True),
+    Stage(MAX_LENGTH, EVERYTHING, 2.0, 280, learning_rate=8e-4, balanced=True, questions=64, linked=True, decay=True),
 )
 
 
@@ -66,26 +85,27 @@ def count_tokens(text: str) -> int:
     return len(PIECE.findall(text))
 
 
-def draw(kind: str, length: int, rng: random.Random) -> Problem:
+def draw(kind: str, stage: Stage, rng: random.Random) -> Problem:
     """One training problem: many questions in one text, so that a sequence carries many answer tokens."""
+    length, most_questions = stage.length - 4, stage.questions
     few, many = max(2, length // 64), min(max(3, length // 12), 200)
     while True:
         filler = rng.choice((0.0, 1.0, 1.0))
         if kind == "retrieval":
             keys = rng.randint(few, many)
             asked = rng.choice((1, 2, 4, 8))
-            questions = max(1, min(keys // asked, length // (20 + 6 * asked), 24))
+            questions = max(1, min(keys // asked, length // (20 + 6 * asked), max(24, most_questions)))
             task = RetrievalTask(kind, (keys, keys), (1, asked), questions=(1, questions), filler=filler)
         elif kind == "multivalue":
             keys = max(2, rng.randint(few, many) // 2)
-            questions = max(1, min(keys, length // 50, 24))
+            questions = max(1, min(keys, length // 50, max(24, most_questions)))
             task = RetrievalTask(kind, (keys, keys), (1, 1), values=(1, 4), questions=(1, questions), filler=filler)
         elif kind == "tracking":
             hops = rng.randint(1, 5)
             chains = max(1, min(rng.randint(1, max(1, length // 48)), 60, 300 // (hops + 1)))
-            task = TrackingTask(kind, (chains, chains), (hops, hops), questions=(1, min(chains, 16)), filler=filler)
+            task = TrackingTask(kind, (chains, chains), (hops, hops), questions=(1, min(chains, most_questions)), filler=filler)
         else:
-            task = ProgramTask(kind)
+            task = ProgramTask(kind, linked=stage.linked)
             length = length if rng.random() < 0.7 else rng.randint(max(64, length * 3 // 10), length)
         try:
             return task.sample(length, rng, count_tokens)
@@ -116,7 +136,7 @@ class Batches:
         ids = torch.full((rows, stage.length), self.tokenizer.pad_token_id)
         marks = torch.zeros((rows, stage.length), dtype=torch.bool)
         texts = [
-            supervised(draw(kind, stage.length - 4, rng), rng.random() < 0.25) if kind != "copy" else ("", []) for kind in kinds
+            supervised(draw(kind, stage, rng), rng.random() < 0.25) if kind != "copy" else ("", []) for kind in kinds
         ]
         encodings = self.tokenizer.backend_tokenizer.encode_batch([text for text, _ in texts])
         for row, (kind, (_, spans), encoding) in enumerate(zip(kinds, texts, encodings, strict=True)):
@@ -192,13 +212,15 @@ def train(run: Path, device: str, seed: int) -> None:
     batches = Batches(tokenizer, seed)
     while state["stage"] < len(STAGES):
         stage = STAGES[state["stage"]]
+        if stage.fresh_optimizer and state["stage_step"] == 0:
+            optimizer.state.clear()
         torch._dynamo.reset()
         body = torch.compile(model.model, dynamic=False)
         while not finished(stage, state):
             began = time.perf_counter()
             set_learning_rate(optimizer, stage, state)
             ids, marks, kinds = batches(stage, state["step"])
-            loss, scores = train_step(model, body, optimizer, ids.to(device), marks.to(device), kinds)
+            loss, scores = train_step(model, body, optimizer, ids.to(device), marks.to(device), kinds, stage.balanced)
             state["step"] += 1
             state["stage_step"] += 1
             state["tokens"] += ids.numel()
@@ -231,25 +253,29 @@ def finished(stage: Stage, state: dict) -> bool:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, stage: Stage, state: dict) -> None:
     rate = stage.learning_rate * min(1.0, (state["step"] + 1) / 100)
+    if stage.fresh_optimizer:
+        rate *= min(1.0, (state["stage_step"] + 1) / 30)
     if stage.decay:
         rate *= 0.5 * (1 + math.cos(math.pi * state["stage_step"] / stage.max_steps))
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
-def train_step(model, body, optimizer, ids, marks, kinds) -> tuple[float, dict[str, float]]:
+def train_step(model, body, optimizer, ids, marks, kinds, balanced) -> tuple[float, dict[str, float]]:
     """One update; returns the loss and, for each task, the share of answer tokens predicted right."""
     hidden = body(input_ids=ids, use_cache=False).last_hidden_state
     wanted = marks[:, 1:]
     logits = model.lm_head(hidden[:, :-1][wanted])
     targets = ids[:, 1:][wanted]
-    loss = F.cross_entropy(logits, targets)
+    rows = torch.nonzero(wanted)[:, 0]
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    weights = 1.0 / wanted.sum(1)[rows] if balanced else torch.ones_like(losses)
+    loss = (losses * weights).sum() / weights.sum()
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     right = (logits.argmax(-1) == targets).float()
-    rows = torch.nonzero(wanted)[:, 0]
     scores = {}
     for kind in dict.fromkeys(kinds):
         mine = torch.tensor([k == kind for k in kinds], device=ids.device)[rows]

@@ -22,7 +22,7 @@ from specontext.distill.attention import Batch, DistillConfig, Target, measure, 
 from specontext.retrieval.checkpoint import save_head
 from specontext.retrieval.head import HeadConfig, RetrievalHead
 
-LENGTHS = {512: 0.1, 1024: 0.15, 2048: 0.2, 4096: 0.2, MAX_LENGTH: 0.35}
+LENGTHS = {512: 0.1, 1024: 0.15, 2048: 0.25, MAX_LENGTH: 0.5}
 MIXTURE = {kind: share for kind, share in EVERYTHING.items() if kind != "copy"}
 HELD_OUT_LENGTHS = (1024, 4096)
 SEED_OFFSET, HELD_OUT_OFFSET = 1_000_000, 2_000_000  # away from each other and from the seeds that trained the model
@@ -50,7 +50,7 @@ def make_head(model: LlamaForCausalLM, heads: int, head_dim: int, seed: int) -> 
 
 def draw(batches: Batches, mixture: dict[str, float], length: int, step: int) -> Batch:
     """Token ids [N, length] and the mask [N, length] of positions whose next token is an answer."""
-    ids, marks, _ = batches(Stage(length, mixture, leave_at=1.0, max_steps=0), step)
+    ids, marks, _ = batches(Stage(length, mixture, leave_at=1.0, max_steps=0, questions=64, linked=True), step)
     return ids, torch.cat((marks[:, 1:], torch.zeros_like(marks[:, :1])), 1)
 
 

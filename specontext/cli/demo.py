@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
@@ -32,7 +33,8 @@ DEFAULT_TASKS = ("niah_multikey", "niah_multivalue", "variable_tracking", "progr
 REASONING_LENGTH = 1024
 PROBLEMS = {"program": 2}
 DEFAULT_PROBLEMS = 4
-WIDTH = 300
+SHOWN_CHARACTERS = 300
+FILE_WIDTH = 110
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def demo(
     _check_budgets(names, length)
     drawn = {name: _draw(name, length, problems, seed, model) for name in names}
     quiet_libraries()
-    console = Console(highlight=False, quiet=as_json)
+    console = Console(highlight=False, quiet=as_json, width=None if sys.stdout.isatty() else FILE_WIDTH)
     bench = Bench(model, max_num_seqs=max(len(listed) for listed in drawn.values()))
     cells = []
     with _progress(sum(len(list(settings(_context(name, length)))) for name in drawn)) as progress:
@@ -136,7 +138,7 @@ def settings(context: int) -> Iterator[tuple[str, int | None]]:
 
 def table(cells: list[Cell]) -> Table:
     """The closing table."""
-    made = Table(title="Exact match and what attention reads in a step, means over problems")
+    made = Table(title="Means over problems and decode steps", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     made.add_column("task")
     for column in ("context", "method", "budget", "exact match", "right steps", "tokens read", "bytes loaded", "overlap"):
         made.add_column(column, justify="left" if column == "method" else "right")
@@ -147,7 +149,7 @@ def table(cells: list[Cell]) -> Table:
             f"{cell.context:,}",
             cell.method,
             _shown(cell.budget, "{:,}", "all"),
-            f"{summary.exact_match:.0%} of {summary.problems}",
+            f"{summary.exact_match:.0%}",
             _shown(summary.correct_steps, "{:.1%}"),
             _shown(stats["tokens_read_per_step"], "{:,.0f}"),
             "–" if stats["bytes_loaded_per_step"] is None else human_bytes(stats["bytes_loaded_per_step"]),
@@ -195,7 +197,7 @@ def _progress(total: int) -> Progress:
 
 def _print_problem(console: Console, problem: Problem) -> None:
     console.print(f"[bold]{problem.task}[/bold], {problem.length:,} tokens with the answer")
-    console.print(escape(shorten(problem.prompt, WIDTH)), style="dim")
+    console.print(escape(shorten(problem.prompt, SHOWN_CHARACTERS)), style="dim")
     console.print(f"  {'expected':<16} {escape(_one_line(problem.answer))}")
 
 

@@ -109,14 +109,23 @@ class LLM:
 
         Leaving the iterator early ends the request.
         """
-        job = self._submit(_as_prompts(prompt)[0], params or SamplingParams())
-        return self._stream(job)
+        stream = self._stream(self._submit(_as_prompts(prompt)[0], params or SamplingParams()))
+        next(stream)  # enters the generator, so that closing or dropping it ends the request in any case
+        return stream
 
     def _stream(self, job: list[Generation]) -> Iterator[RequestOutput]:
+        shown = 0
         try:
-            while not all(g.finished for g in job):
-                if any(g in job for g in self.engine.step()):
+            yield _output(job)
+            while True:
+                made = sum(len(g.request.token_ids) - g.request.prompt_length for g in job)
+                if made > shown:
+                    shown = made
                     yield _output(job)
+                elif all(g.finished for g in job):
+                    return
+                else:
+                    self.engine.step()  # or another stream or call did
         finally:
             self._abandon([job])
 

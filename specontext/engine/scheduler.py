@@ -45,6 +45,12 @@ class Scheduler:
                     f"a request of {self._length(request)} tokens needs {needed} pages and the {pages.name} has "
                     f"{pages.num_pages - 1}: raise {setting}, or lower max_tokens"
                 )
+        most = self.parts.selector.most_tokens
+        if most is not None and self._length(request) > most:
+            raise RequestError(
+                f"a request of {self._length(request)} tokens needs retrieval keys for all, and there is room for {most}: "
+                "raise gpu_memory, or lower max_tokens"
+            )
         self.waiting.append(request)
 
     def _length(self, request: Request) -> int:

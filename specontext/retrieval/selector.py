@@ -82,6 +82,11 @@ class Selector(ABC):
     groups: int
     head_map: Tensor
 
+    @property
+    def most_tokens(self) -> int | None:
+        """Longest request that the method's own state has room for; None when it keeps none."""
+        return None
+
     def open(self, seat: int, tokens: int) -> None:  # noqa: B027  methods without state have nothing to do
         """A request of at most `tokens` tokens takes a seat."""
 

@@ -24,9 +24,9 @@ def test_demo(run: Any, tiny: Path) -> None:
         assert row["context"] == 400 and row["problems"] == 2
         if row["method"] != "full":
             assert row["tokens_read_per_step"] == row["budget"]
-            assert row["hit_rate"] < 1 or row["method"] == "streaming"
-        assert (row["bytes_loaded_per_step"] > 0) == (row["method"] == "speculative")
-        assert (row["overlap"] is not None) == (row["method"] == "speculative")
+            assert row["hit_rate"] < 1
+        assert (row["bytes_loaded_per_step"] > 0) == (row["method"] != "full")
+        assert (row["overlap"] is not None) == (row["method"] != "full")
 
 
 def test_demo_prints_problems_and_a_table(run: Any, tiny: Path) -> None:

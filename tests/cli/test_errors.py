@@ -30,7 +30,7 @@ Fails = Callable[..., str]
         (["--retrieval-head", "none"], "--retrieval-head"),
         (["--retrieval-head", "/no/such/head"], "/no/such/head"),
         (["--no-such-option"], "--no-such-option"),
-        (["--budget", "many"], "many"),
+        (["--budget", "many"], "--budget"),
     ],
 )
 def test_bad_options(fails: Fails, tiny: Path, options: list[str], says: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,9 +39,11 @@ def check_idle(llm: LLM) -> None:
 # A budget that covers everything changes nothing ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["full", *SPARSE])
-@pytest.mark.parametrize("offload_layers", [0, 1, -1])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [*itertools.product(FAMILIES, ("full", "speculative", "oracle")), ("llama", "streaming"), ("llama", "random")],
+)
+@pytest.mark.parametrize("offload_layers", [0, 2])
 def test_a_budget_of_the_whole_context_gives_hugging_face_s_tokens(
     family: str, method: str, offload_layers: int, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected
 ) -> None:
@@ -48,8 +51,8 @@ def test_a_budget_of_the_whole_context_gives_hugging_face_s_tokens(
     assert tokens_of(llm, prompts, greedy()) == expected(family)
 
 
-@pytest.mark.parametrize("method", ["full", *SPARSE])
-@pytest.mark.parametrize("chunk", [1, 6, 23])
+@pytest.mark.parametrize("method", ["full", "speculative", "oracle"])
+@pytest.mark.parametrize("chunk", [1, 23])
 def test_chunks_change_nothing(
     method: str, chunk: int, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected
 ) -> None:
@@ -57,8 +60,7 @@ def test_chunks_change_nothing(
     assert tokens_of(llm, prompts, greedy()) == expected("llama")
 
 
-@pytest.mark.parametrize("granularity", ["head", "batch"])
-@pytest.mark.parametrize("page_size", [1, 7, 64])
+@pytest.mark.parametrize(("granularity", "page_size"), [("head", 1), ("batch", 7), ("head", 64)])
 def test_pages_and_granularity_change_nothing(
     granularity: str, page_size: int, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected
 ) -> None:
@@ -101,16 +103,13 @@ def alone(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> Callable[[str,
 
 
 @pytest.mark.parametrize("method", SPARSE)
-def test_a_tight_budget_changes_tokens(
-    method: str, alone: Callable[[str, str], list[list[int]]], expected: Expected
-) -> None:
+def test_a_tight_budget_changes_tokens(method: str, alone: Callable[[str, str], list[list[int]]], expected: Expected) -> None:
     """Else the tests below would say nothing."""
     assert alone("llama", method)[1:] != expected("llama")[1:]
 
 
 @pytest.mark.parametrize("method", SPARSE)
-@pytest.mark.parametrize("offload_layers", [0, 1, 2, -1])
-@pytest.mark.parametrize("slots", [None, 17])
+@pytest.mark.parametrize(("offload_layers", "slots"), [(0, None), (1, None), (1, 17), (-1, 14)])
 def test_tiers_and_slots_change_nothing(
     method: str,
     offload_layers: int,
@@ -139,7 +138,7 @@ def test_every_family_with_evictions(
 
 
 @pytest.mark.parametrize("method", SPARSE)
-@pytest.mark.parametrize(("seats", "chunk"), [(1, 1024), (2, 9), (3, 30)])
+@pytest.mark.parametrize(("seats", "chunk"), [(1, 1024), (2, 9)])
 def test_requests_that_join_and_leave_change_nothing(
     method: str,
     seats: int,
@@ -260,9 +259,7 @@ def test_outputs_of_one_prompt_differ_when_sampled_and_agree_when_greedy(
 # Ends -----------------------------------------------------------------------------------------------------------------
 
 
-def test_stop_token_ends_the_output_and_frees_it(
-    make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected
-) -> None:
+def test_stop_token_ends_the_output_and_frees_it(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected) -> None:
     llm, tokens = make_llm("llama", budget=110), expected("llama")[1]
     stop = tokens[6]
     end = tokens.index(stop)
@@ -271,7 +268,7 @@ def test_stop_token_ends_the_output_and_frees_it(
     assert outputs[1].text == llm.tokenizer.decode(tokens[:end])
     assert outputs[0].token_ids == expected("llama")[0] and outputs[0].finish_reason == "length"
     late = llm.generate([prompts[1]], greedy(stop_token_ids=[stop], min_tokens=end + 2))[0].token_ids
-    assert len(late) >= end + 2 and late == tokens[: len(late)]
+    assert len(late) >= end + 2 and late[:end] == tokens[:end] and stop not in late[: end + 2]
     check_idle(llm)
 
 
@@ -292,18 +289,14 @@ def test_stop_string_is_cut_off_unless_it_is_asked_for(
 def test_the_model_s_end_token_stops_unless_ignored(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> None:
     llm = make_llm("llama", budget=110)
     tokens = llm.generate([prompts[3]], greedy())[0].token_ids
-    llm.engine.loaded = type(llm.engine.loaded)(
-        **{**llm.engine.loaded.__dict__, "end_token_ids": frozenset({tokens[4]})}
-    )
+    llm.engine.loaded = type(llm.engine.loaded)(**{**llm.engine.loaded.__dict__, "end_token_ids": frozenset({tokens[4]})})
     end = tokens.index(tokens[4])
     stopped = llm.generate([prompts[3]], greedy(ignore_eos=False))[0]
     assert (stopped.token_ids, stopped.finish_reason) == (tokens[: end + 1], "stop")
     assert llm.generate([prompts[3]], greedy())[0].token_ids == tokens
 
 
-def test_the_model_s_maximum_ends_an_output(
-    make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected
-) -> None:
+def test_the_model_s_maximum_ends_an_output(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected) -> None:
     llm = make_llm("llama", budget=110, offload_layers=2, max_model_len=53)
     output = llm.generate([prompts[1]], greedy())[0]
     assert (output.token_ids, output.finish_reason) == (expected("llama")[1][:6], "length")

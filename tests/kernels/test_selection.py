@@ -148,9 +148,7 @@ def test_slots_are_a_least_recently_used_cache(data: st.DataObject, width: int, 
             lambda row: len({t for t in row if t >= 0}) == sum(t >= 0 for t in row)
         )
         tokens = [[data.draw(padded) for _ in range(groups)] for _ in chosen]
-        planned, missing = plan_slots(
-            torch.tensor(tokens), torch.tensor(chosen), slot_of_token, token_of_slot, last_used, step
-        )
+        planned, missing = plan_slots(torch.tensor(tokens), torch.tensor(chosen), slot_of_token, token_of_slot, last_used, step)
         for r, seat in enumerate(chosen):
             for g in range(groups):
                 wanted = [t for t in tokens[r][g] if t >= 0]

@@ -123,9 +123,7 @@ class TieredMachine(RuleBasedStateMachine):
             chosen = [seat for seat in self.length if self.length[seat] < self.room[seat] and rng.random() < 0.8]
             decodes = [seat for seat in chosen if self.length[seat] and rng.random() < 0.9]
             rng.shuffle(decodes)
-            chunks = [
-                (seat, rng.randint(1, self.room[seat] - self.length[seat])) for seat in chosen if seat not in decodes
-            ]
+            chunks = [(seat, rng.randint(1, self.room[seat] - self.length[seat])) for seat in chosen if seat not in decodes]
             if chosen:
                 self.run_step(rng, decodes, chunks)
                 self.slots_hold_what_the_tables_say()

@@ -134,7 +134,7 @@ def test_a_head_of_another_model(changes: dict[str, Any], message: str) -> None:
 
 
 def test_everything_that_does_not_fit_is_named_at_once() -> None:
-    with pytest.raises(HeadError, match="hidden size 8 .*vocabulary 7 .*KV heads 3 "):
+    with pytest.raises(HeadError, match=r"hidden size 8 .*vocabulary 7 .*KV heads 3 "):
         config(target_hidden_size=8, vocab_size=7, kv_heads=3).check_target(TARGET)
 
 
@@ -160,5 +160,5 @@ def test_a_config_file_with_odd_entries(change: dict[str, Any], message: str) ->
 def test_a_config_file_that_lacks_entries() -> None:
     values = config().to_dict()
     del values["head_dim"]
-    with pytest.raises(HeadError, match="incomplete: .*head_dim"):
+    with pytest.raises(HeadError, match=r"incomplete: .*head_dim"):
         HeadConfig.from_dict(values)

@@ -45,10 +45,7 @@ def plain_selection(head: RetrievalHead, embeddings: Tensor, inputs: list[Tensor
     queries, keys = head(embeddings, features, torch.arange(length))
     candidates = list(range(SINK, length - RECENT))
     weights = torch.stack(
-        [
-            torch.softmax(keys[candidates, h * c.kv_heads // c.heads] @ queries[-1, h] / c.head_dim**0.5, 0)
-            for h in range(c.heads)
-        ]
+        [torch.softmax(keys[candidates, h * c.kv_heads // c.heads] @ queries[-1, h] / c.head_dim**0.5, 0) for h in range(c.heads)]
     )
     groups = weights.view(c.kv_heads, -1, len(candidates)).amax(1)
     if one_set:

@@ -17,15 +17,21 @@ FOOTER = "\nRun:"
 
 @dataclass(frozen=True)
 class Line:
-    """One program line `target <- left operator right`; operands are variables or digits."""
+    """One program line `target <- left operator right`; operands are variables or digits.
+
+    Attributes:
+        before: target of the line before, by which the line is introduced; None for the first line.
+    """
 
     target: str
     left: str
     operator: str
     right: str
+    before: str | None
 
     def source(self) -> str:
-        return f" {self.target} <- {self.left} {self.operator} {self.right};"
+        opening = "" if self.before is None else f" after {self.before}"
+        return f"{opening} {self.target} <- {self.left} {self.operator} {self.right};"
 
     def run(self, values: dict[str, int]) -> str:
         """The worked line, in which operands are replaced by their values and the result is stated."""
@@ -37,29 +43,51 @@ class Line:
 
 @dataclass(frozen=True)
 class ProgramTask:
-    """Straight-line programs modulo a small number: a short prompt and an output more than twice as long.
+    """Straight-line programs modulo a small number: a short prompt and an output twice as long.
 
-    The prompt takes 6 tokens a line and the answer 14, so a length of N tokens holds about N / 20 lines.
+    The prompt takes 8 tokens a line and the answer 16, so a length of N tokens holds about N / 24 lines.
+
+    Attributes:
+        linked: every line but the first is introduced by the target of the line before, and no two lines begin their
+            expression alike, so that copying the next line is unambiguous. Without it (training only) lines just follow.
     """
 
     name: str
+    linked: bool = True
 
     def sample(self, length: int, rng: random.Random, count_tokens: TokenCounter) -> Problem:
-        """Draw one problem whose prompt and answer take at most `length` tokens."""
-        line_tokens = count_tokens(" sun <- sun + 1;") + count_tokens(" sun <- sun + 1 : 1 + 1 : sun = 1;")
+        """Draw one problem whose prompt and answer take at most `length` tokens.
+
+        Raises:
+            LengthError: not even two lines fit.
+        """
+        example = Line("sun", "sun", "+", "1", "sun" if self.linked else None)
+        line_tokens = count_tokens(example.source()) + count_tokens(example.run({"sun": 1}))
         lines = min((length - count_tokens(HEADER + FOOTER) - 2) // line_tokens, len(NOUNS))
         if lines < 2:
             raise LengthError(f"{self.name}: {length} tokens do not hold two program lines")
-        targets = rng.sample(NOUNS, lines)
-        program, values, worked = [], dict[str, int](), list[str]()
-        for i, target in enumerate(targets):
-            operands = [rng.choice(targets[:i]) if i and rng.random() < 0.85 else str(rng.randrange(MODULUS)) for _ in range(2)]
-            # Products are rare because zero absorbs: with many of them most values would be zero.
-            line = Line(target, operands[0], rng.choices("+-*", weights=(5, 3, 2))[0], operands[1])
-            program.append(line.source())
+        program, values, worked = self._lines(rng.sample(NOUNS, lines), rng), dict[str, int](), list[str]()
+        for line in program:
             worked.append(line.run(values))
-        prompt, answer = HEADER + "".join(program) + FOOTER, "".join(worked).lstrip(" ")
+        prompt = HEADER + "".join(line.source() for line in program) + FOOTER
+        answer = "".join(worked).lstrip(" ")
         return Problem(self.name, prompt, answer, count_tokens(prompt) + count_tokens(" " + answer))
+
+    def _lines(self, targets: list[str], rng: random.Random) -> list[Line]:
+        program: list[Line] = []
+        begun = set[tuple[str, str]]()
+        while len(program) < len(targets):
+            i = len(program)
+            left, right = (
+                rng.choice(targets[:i]) if i and rng.random() < 0.85 else str(rng.randrange(MODULUS)) for _ in range(2)
+            )
+            # Products are rare because zero absorbs: with many of them most values would be zero.
+            sign = rng.choices("+-*", weights=(5, 3, 2))[0]
+            if self.linked and (left, sign) in begun:
+                continue
+            begun.add((left, sign))
+            program.append(Line(targets[i], left, sign, right, targets[i - 1] if self.linked and i else None))
+        return program
 
 
 def correct_steps(problem: Problem, output: str) -> float:

@@ -37,6 +37,10 @@ class SpeculativeSelector(Selector):
             else None
         )
 
+    @property
+    def most_tokens(self) -> int:
+        return (self.cache.pages.num_pages - 1) * self.cache.page_size
+
     def open(self, seat: int, tokens: int) -> None:
         self.cache.open(seat, tokens)
         if self.last_feature is not None:
