@@ -32,7 +32,7 @@ DEFAULT_TASKS = ("niah_multikey", "niah_multivalue", "variable_tracking", "progr
 # A program's answer takes two thirds of its length: 1,024 tokens give some 700 generated ones.
 REASONING_LENGTH = 1024
 PROBLEMS = {"program": 2}
-DEFAULT_PROBLEMS = 4
+DEFAULT_PROBLEMS = 3
 SHOWN_CHARACTERS = 300
 FILE_WIDTH = 110
 
@@ -66,7 +66,7 @@ def demo(
     length: Annotated[
         int, typer.Option("--length", help="Context of the problems in tokens; 'program' takes 1,024 at most.")
     ] = 4096,
-    problems: Annotated[int | None, typer.Option("--problems", help="Problems of each task.", show_default="2 or 4")] = None,
+    problems: Annotated[int | None, typer.Option("--problems", help="Problems of each task.", show_default="3, of program 2")] = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(

@@ -49,10 +49,11 @@ def solve_program(prompt: str) -> str:
     values: dict[str, int] = {}
     worked = []
     for line in source.strip().rstrip(";").split(";"):
-        target, expression = (part.strip() for part in line.split("<-"))
+        opening, expression = (part.strip() for part in line.split("<-"))
+        target = opening.split()[-1]
         filled = re.sub(r"[a-z]+", lambda name: str(values[name[0]]), expression)
         values[target] = eval(filled) % 7
-        worked.append(f"{target} <- {expression} : {filled} : {target} = {values[target]};")
+        worked.append(f"{opening} <- {expression} : {filled} : {target} = {values[target]};")
     return " ".join(worked)
 
 
