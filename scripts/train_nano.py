@@ -16,7 +16,7 @@ import math
 import random
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,6 +46,7 @@ class Stage:
             thousands of tokens at the greater lengths and would drown the other tasks.
         questions: most questions in one text.
         linked: programs have the form that `program` asks for (see `ProgramTask.linked`), else plain lines.
+        also: further lengths; each step draws one of all.
         fresh_optimizer: the stage begins with new optimizer moments and a short warm-up.
     """
 
@@ -60,6 +61,7 @@ class Stage:
     questions: int = 16
     fresh_optimizer: bool = False
     linked: bool = False
+    also: tuple[int, ...] = ()
 
 
 EVERYTHING = {"copy": 0.05, "retrieval": 0.25, "multivalue": 0.15, "tracking": 0.25, "program": 0.3}
@@ -77,6 +79,7 @@ STAGES = (
     Stage(320, PROGRAMS, 0.985, 200, learning_rate=1.5e-3, balanced=True, linked=True),
     Stage(1280, EVERYTHING, 0.985, 150, learning_rate=1.2e-3, balanced=True, questions=64, linked=True),
     Stage(MAX_LENGTH, EVERYTHING, 2.0, 280, learning_rate=8e-4, balanced=True, questions=64, linked=True, decay=True),
+    Stage(MAX_LENGTH, EVERYTHING, 2.0, 440, 50, 8e-4, True, True, 64, linked=True, also=(1280, 1280, 2560)),
 )
 
 
@@ -131,13 +134,13 @@ class Batches:
 
     def __call__(self, stage: Stage, step: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         rng = random.Random(f"{self.seed}/{step}")
+        if stage.also:
+            stage = replace(stage, length=rng.choice((stage.length, *stage.also)))
         rows = max(1, TOKENS_PER_STEP // stage.length)
         kinds = rng.choices(list(stage.mixture), weights=list(stage.mixture.values()), k=rows)
         ids = torch.full((rows, stage.length), self.tokenizer.pad_token_id)
         marks = torch.zeros((rows, stage.length), dtype=torch.bool)
-        texts = [
-            supervised(draw(kind, stage, rng), rng.random() < 0.25) if kind != "copy" else ("", []) for kind in kinds
-        ]
+        texts = [supervised(draw(kind, stage, rng), rng.random() < 0.25) if kind != "copy" else ("", []) for kind in kinds]
         encodings = self.tokenizer.backend_tokenizer.encode_batch([text for text, _ in texts])
         for row, (kind, (_, spans), encoding) in enumerate(zip(kinds, texts, encodings, strict=True)):
             if kind == "copy":
@@ -226,7 +229,7 @@ def train(run: Path, device: str, seed: int) -> None:
             state["tokens"] += ids.numel()
             for kind, value in scores.items():
                 state["accuracy"][kind] = 0.9 * state["accuracy"].get(kind, 0.0) + 0.1 * value
-            row = {k: state[k] for k in ("stage", "step", "tokens")} | {"length": stage.length, "loss": round(loss, 4)}
+            row = {k: state[k] for k in ("stage", "step", "tokens")} | {"length": ids.shape[1], "loss": round(loss, 4)}
             row |= {kind: round(value, 4) for kind, value in state["accuracy"].items()}
             row["seconds"] = round(time.perf_counter() - began, 2)
             if state["step"] % 10 == 0:

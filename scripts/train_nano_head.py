@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from train_nano import EVERYTHING, MAX_LENGTH, Batches, Stage
+from train_nano import EVERYTHING, MAX_LENGTH, STAGES, Batches
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specontext.distill.attention import Batch, DistillConfig, Target, measure, train
@@ -50,7 +51,7 @@ def make_head(model: LlamaForCausalLM, heads: int, head_dim: int, seed: int) -> 
 
 def draw(batches: Batches, mixture: dict[str, float], length: int, step: int) -> Batch:
     """Token ids [N, length] and the mask [N, length] of positions whose next token is an answer."""
-    ids, marks, _ = batches(Stage(length, mixture, leave_at=1.0, max_steps=0, questions=64, linked=True), step)
+    ids, marks, _ = batches(replace(STAGES[-1], length=length, mixture=mixture), step)
     return ids, torch.cat((marks[:, 1:], torch.zeros_like(marks[:, :1])), 1)
 
 

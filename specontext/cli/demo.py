@@ -66,7 +66,9 @@ def demo(
     length: Annotated[
         int, typer.Option("--length", help="Context of the problems in tokens; 'program' takes 1,024 at most.")
     ] = 4096,
-    problems: Annotated[int | None, typer.Option("--problems", help="Problems of each task.", show_default="3, of program 2")] = None,
+    problems: Annotated[
+        int | None, typer.Option("--problems", help="Problems of each task.", show_default="3, of program 2")
+    ] = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(

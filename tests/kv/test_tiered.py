@@ -13,7 +13,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from torch import Tensor
 
@@ -292,7 +292,9 @@ class TieredMachine(RuleBasedStateMachine):
 
 def test_any_sequence_of_steps() -> None:
     TieredMachine.evictions = 0
-    bounds = settings(max_examples=40, stateful_step_count=12, deadline=None, derandomize=True)
+    bounds = settings(
+        max_examples=40, stateful_step_count=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    )
     run_state_machine_as_test(TieredMachine, settings=bounds)  # type: ignore[no-untyped-call]
     assert TieredMachine.evictions > 50
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from specontext.core import ModelShape
@@ -57,7 +57,7 @@ def test_all_layers_offloaded() -> None:
     assert (found.device_pages, found.host_pages) == (1 + 2 * 4 * 3, 1 + 2 * 4 * 7)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     resident_layers=st.integers(0, 4),
     slots=st.sampled_from([0, 21, 40, 64]),

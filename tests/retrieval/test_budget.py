@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from specontext.core import ModelShape
@@ -12,7 +12,7 @@ from specontext.kernels.top_k import top_k_positions
 from specontext.retrieval.methods import OracleSelector, RandomSelector, StreamingSelector
 from specontext.retrieval.selector import Budget, DecodeTokens, Selector
 
-QUICK = settings(max_examples=80, deadline=None, derandomize=True)
+QUICK = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 SHAPE = ModelShape(
     layers=2, hidden_size=8, query_heads=4, kv_heads=2, head_dim=4, vocab_size=9, max_position=64, dtype=torch.float32
 )
