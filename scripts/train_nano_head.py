@@ -3,8 +3,8 @@
 Usage: python scripts/train_nano_head.py MODEL_DIR OUT_DIR [--steps 800] [--seed 0]
 
 Sequences are those that train the model, drawn from other seeds: short ones first, then lengths from 512 tokens to the
-longest. A run that is stopped continues from `OUT_DIR/checkpoint.pt`. `OUT_DIR/log.jsonl` keeps loss and held-out recall, `OUT_DIR/recall.json`
-the final table, `OUT_DIR/config.json` and `OUT_DIR/model.safetensors` are the head.
+longest. A run that is stopped continues from `OUT_DIR/checkpoint.pt`. `OUT_DIR/log.jsonl` keeps loss and held-out recall,
+`OUT_DIR/recall.json` the final table, `OUT_DIR/config.json` and `OUT_DIR/model.safetensors` are the head.
 """
 
 from __future__ import annotations

@@ -216,7 +216,7 @@ class Selection:
     """KV entries that attention may read in one decode step.
 
     Attributes:
-        tokens: int64 [R, G, B] token positions, ascending, padded with -1 at the end: sinks, scored tokens, recent tokens.
+        tokens: int64 [R, G, B] token positions, ascending: sinks, scored tokens, recent tokens; -1 anywhere is no entry.
         scored: bool [R, G, B], the entries that were chosen by a score (neither sink nor recent).
     """
 

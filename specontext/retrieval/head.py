@@ -67,7 +67,13 @@ class HeadConfig:
             raise HeadError(f"unknown retrieval head variant '{self.variant}': expected one of {', '.join(VARIANTS)}")
         if self.feature_norm not in FEATURE_NORMS:
             raise HeadError(f"unknown feature_norm '{self.feature_norm}': expected one of {', '.join(FEATURE_NORMS)}")
-        if self.kv_heads < 1 or self.heads % self.kv_heads:
+        for name in ("hidden_size", "target_hidden_size", "vocab_size", "heads", "kv_heads", "head_dim", "trained_length"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise HeadError(f"{name} of a retrieval head must be a positive integer, got {value!r}")
+        if self.head_dim % 2:
+            raise HeadError(f"head_dim {self.head_dim} of a retrieval head must be even: RoPE turns pairs")
+        if self.heads % self.kv_heads:
             raise HeadError(f"{self.heads} query heads do not divide into {self.kv_heads} retrieval groups")
         if self.variant == "features":
             if not self.feature_layers:
@@ -93,11 +99,11 @@ class HeadConfig:
         values = {k: v for k, v in values.items() if k in known}
         if values.get("head_map") is not None:
             values["head_map"] = tuple(tuple(row) for row in values["head_map"])
-        values["feature_layers"] = tuple(values.get("feature_layers", ()))
         try:
+            values["feature_layers"] = tuple(values.get("feature_layers") or ())
             return cls(**values)
         except TypeError as error:
-            raise HeadError(f"the head's config.json is incomplete: {error}") from error
+            raise HeadError(f"the head's config.json is incomplete or wrong: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         return {"model_type": "specontext_retrieval_head", "format_version": 1} | asdict(self)

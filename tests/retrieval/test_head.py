@@ -162,3 +162,19 @@ def test_a_config_file_that_lacks_entries() -> None:
     del values["head_dim"]
     with pytest.raises(HeadError, match=r"incomplete: .*head_dim"):
         HeadConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "64"}, "hidden_size of a retrieval head must be a positive integer"),
+        ({"kv_heads": 0}, "kv_heads of a retrieval head must be a positive integer"),
+        ({"head_dim": 15}, "must be even"),
+        ({"feature_layers": None}, "must name its feature_layers"),
+        ({"feature_layers": 3}, "incomplete"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_head_errors(change: dict, message: str) -> None:
+    values = {"variant": "features", "hidden_size": 64, "target_hidden_size": 64, "vocab_size": 9, "heads": 2, "kv_heads": 1}
+    with pytest.raises(HeadError, match=message):
+        HeadConfig.from_dict(values | {"head_dim": 16, "feature_layers": [1]} | change)
