@@ -1,10 +1,10 @@
 """Distil the retrieval head of the bundled model `nano` from its attention on generated tasks.
 
-Usage: python scripts/train_nano_head.py MODEL_DIR OUT_DIR [--steps 800] [--seed 0]
+Usage: python scripts/train_nano_head.py MODEL_DIR OUT_DIR [--steps 220] [--seed 0]
 
-Sequences are those that train the model, drawn from other seeds: short ones first, then lengths from 512 tokens to the
-longest. A run that is stopped continues from `OUT_DIR/checkpoint.pt`. `OUT_DIR/log.jsonl` keeps loss and held-out recall,
-`OUT_DIR/recall.json` the final table, `OUT_DIR/config.json` and `OUT_DIR/model.safetensors` are the head.
+Sequences are those that train the model, drawn from other seeds, at lengths from 512 tokens to the longest. A run that is
+stopped continues from `OUT_DIR/checkpoint.pt`. `OUT_DIR/log.jsonl` keeps loss and held-out recall, `OUT_DIR/recall.json`
+the final table, `OUT_DIR/config.json` and `OUT_DIR/model.safetensors` are the head.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from specontext.distill.attention import Batch, DistillConfig, Target, measure, 
 from specontext.retrieval.checkpoint import save_head
 from specontext.retrieval.head import HeadConfig, RetrievalHead
 
-# Matching of equal tokens is learnt many times faster in short sequences: the first SHORT_SHARE of the steps has only those.
-SHORT_SHARE, SHORT_LENGTHS, SHORT_TOKENS = 0.5, {256: 0.5, 512: 0.5}, 4096
 LENGTHS = {512: 0.1, 1024: 0.15, 2048: 0.25, MAX_LENGTH: 0.5}
 MIXTURE = {kind: share for kind, share in EVERYTHING.items() if kind != "copy"}
 HELD_OUT_LENGTHS = (1024, 4096)
@@ -80,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=220)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
@@ -106,12 +104,8 @@ def main() -> None:
     held_out = Batches(tokenizer, HELD_OUT_OFFSET)
 
     def drawn(step: int) -> Batch:
-        short = step < SHORT_SHARE * arguments.steps
-        lengths = SHORT_LENGTHS if short else LENGTHS
-        length = random.Random(f"length/{arguments.seed}/{step}").choices(list(lengths), list(lengths.values()))[0]
-        ids, answers = draw(batches, MIXTURE, length, step)
-        rows = SHORT_TOKENS // length if short else len(ids)
-        return ids[:rows], answers[:rows]
+        rng = random.Random(f"length/{arguments.seed}/{step}")
+        return draw(batches, MIXTURE, rng.choices(list(LENGTHS), list(LENGTHS.values()))[0], step)
 
     train(
         head,

@@ -102,7 +102,7 @@ def test_a_token_s_key_does_not_depend_on_its_company() -> None:
     [
         ({"variant": "output"}, "unknown retrieval head variant 'output'"),
         ({"heads": 5}, "5 query heads do not divide into 2 retrieval groups"),
-        ({"kv_heads": 0}, "do not divide into 0"),
+        ({"kv_heads": 0}, "kv_heads of a retrieval head must be a positive integer"),
         ({"feature_layers": ()}, "must name its feature_layers"),
         ({"feature_layers": (1, 2, 1)}, r"feature_layers \[1, 2, 1\] are not distinct"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling .* is not supported"),
@@ -160,7 +160,7 @@ def test_a_config_file_with_odd_entries(change: dict[str, Any], message: str) ->
 def test_a_config_file_that_lacks_entries() -> None:
     values = config().to_dict()
     del values["head_dim"]
-    with pytest.raises(HeadError, match=r"incomplete: .*head_dim"):
+    with pytest.raises(HeadError, match=r"incomplete or wrong: .*head_dim"):
         HeadConfig.from_dict(values)
 
 
