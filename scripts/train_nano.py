@@ -1,11 +1,12 @@
 """Train the bundled model `nano` on generated tasks.
 
-Usage: python scripts/train_nano.py RUN_DIR [--device cpu] [--seed 0]
+Usage: python scripts/train_nano.py RUN_DIR [--device cpu] [--seed 0] [--polish MODEL_DIR]
 
 The curriculum is a list of stages; a stage is left when the running answer accuracy of each of its tasks passes its mark,
 never by the clock (a step limit only stops a stage that fails to learn). Every batch is drawn from (seed, step), so a run
 that is stopped continues from `RUN_DIR/checkpoint.pt` exactly as if it had not been. `RUN_DIR/log.jsonl` keeps the losses
-and accuracies, `RUN_DIR/model` the Hugging Face checkpoint.
+and accuracies, `RUN_DIR/model` the Hugging Face checkpoint. `--polish` runs the last stage alone, from the weights in MODEL_DIR
+and with new optimizer moments; give it a seed of its own, so that it sees new problems.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
     model.set_attn_implementation("nano_training")
 
 
-def train(run: Path, device: str, seed: int) -> None:
+def train(run: Path, device: str, seed: int, polish: Path | None) -> None:
     run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(MAX_LENGTH)
@@ -212,6 +213,9 @@ def train(run: Path, device: str, seed: int) -> None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
+    elif polish is not None:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(polish).state_dict())
+        state["stage"] = len(STAGES) - 1
     batches = Batches(tokenizer, seed)
     while state["stage"] < len(STAGES):
         stage = STAGES[state["stage"]]
@@ -291,5 +295,6 @@ if __name__ == "__main__":
     parser.add_argument("run", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--polish", type=Path)
     arguments = parser.parse_args()
-    train(arguments.run, arguments.device, arguments.seed)
+    train(arguments.run, arguments.device, arguments.seed, arguments.polish)
