@@ -29,10 +29,6 @@ class PagePool:
         self.rows = torch.empty((num_pages * page_size * shape.kv_heads, 2, shape.head_dim), dtype=shape.dtype, device=device)
         self.rows[: page_size * shape.kv_heads] = 0
 
-    @staticmethod
-    def page_bytes(shape: ModelShape, page_size: int) -> int:
-        return page_size * shape.kv_heads * shape.row_bytes
-
     def rows_of(self, pages: Tensor, index: Tensor) -> Tensor:
         """Row numbers of entries.
 

@@ -172,11 +172,6 @@ class RetrievalHead(nn.Module):
         inverse = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
         self.register_buffer("inverse_frequencies", inverse.float(), persistent=False)
 
-    @property
-    def first_key(self) -> int:
-        """First position that has a key: 1 with features (position 0 has no token before it), 0 without."""
-        return 1 if self.config.variant == "features" else 0
-
     def forward(self, embeddings: Tensor, features: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated queries and keys.
 
