@@ -8,7 +8,7 @@ import sys
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from specontext.evaluation.tasks.words import vocabulary
+from specontext.tasks.words import vocabulary
 
 SPECIAL = ("<|begin|>", "<|end|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (

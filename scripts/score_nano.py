@@ -23,7 +23,7 @@ from rich.table import Table
 
 from specontext import LLM, SpeContextConfig
 from specontext.evaluation.solve import solve, summarize
-from specontext.evaluation.tasks import TASKS, sample_problems
+from specontext.tasks import TASKS, sample_problems
 from specontext.evaluation.token_counter import token_counter
 
 PROGRAM_LENGTHS = (1024, 2048)

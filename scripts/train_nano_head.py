@@ -16,17 +16,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from train_nano import EVERYTHING, MAX_LENGTH, STAGES, Batches
+from train_nano import POLISH, Batches
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specontext.distill.attention import Batch, DistillConfig, Target, measure, train
 from specontext.retrieval.checkpoint import save_head
 from specontext.retrieval.head import HeadConfig, RetrievalHead
 
-LENGTHS = {512: 0.1, 1024: 0.15, 2048: 0.25, MAX_LENGTH: 0.5}
-MIXTURE = {kind: share for kind, share in EVERYTHING.items() if kind != "copy"}
+TRAINED_LENGTH = 4352
+TOKENS_PER_STEP = 16384
+LENGTHS = {512: 0.1, 1024: 0.15, 2048: 0.25, TRAINED_LENGTH: 0.5}
 HELD_OUT_LENGTHS = (1024, 4096)
-SEED_OFFSET, HELD_OUT_OFFSET = 1_000_000, 2_000_000  # away from each other and from the seeds that trained the model
+SEED_OFFSET, HELD_OUT_SEED = 1_000_000, 2_000_000  # away from each other and from the seeds that trained the model
 
 
 def make_head(model: LlamaForCausalLM, heads: int, head_dim: int, seed: int) -> RetrievalHead:
@@ -42,25 +43,26 @@ def make_head(model: LlamaForCausalLM, heads: int, head_dim: int, seed: int) -> 
             kv_heads=config.num_key_value_heads or heads,
             head_dim=head_dim,
             feature_layers=(1, 2, 3),
-            trained_length=MAX_LENGTH,
+            trained_length=TRAINED_LENGTH,
             recommended_budget=256,
             source="attention distillation on generated tasks, scripts/train_nano_head.py",
         )
     )
 
 
-def draw(batches: Batches, mixture: dict[str, float], length: int, step: int) -> Batch:
+def draw(tokenizer: PreTrainedTokenizerFast, seed: int, mixture: dict[str, float], length: int, step: int) -> Batch:
     """Token ids [N, length] and the mask [N, length] of positions whose next token is an answer."""
-    ids, marks, _ = batches(replace(STAGES[-1], length=length, mixture=mixture, also=()), step)
+    stage = replace(POLISH, length=length, mixture=mixture, also=())
+    ids, marks, _ = Batches(tokenizer, stage, seed, TOKENS_PER_STEP)[step]
     return ids, torch.cat((marks[:, 1:], torch.zeros_like(marks[:, :1])), 1)
 
 
-def table(head: RetrievalHead, target: Target, batches: Batches, config: DistillConfig, rounds: int) -> list[dict]:
+def table(head: RetrievalHead, target: Target, tokenizer: PreTrainedTokenizerFast, config: DistillConfig, rounds: int) -> list[dict]:
     """Held-out recall: one row for each task kind, length and budget of 1/8 and 1/16 of the length."""
     rows = []
     for length in HELD_OUT_LENGTHS:
-        for kind in MIXTURE:
-            drawn = (draw(batches, {kind: 1.0}, length, step) for step in range(rounds))
+        for kind in POLISH.mixture:
+            drawn = (draw(tokenizer, HELD_OUT_SEED, {kind: 1.0}, length, step) for step in range(rounds))
             recalls = measure(head, target, drawn, config, (length // 8, length // 16))
             rows += [{"kind": kind, "length": length, "budget": budget} | recall for budget, recall in recalls.items()]
     return rows
@@ -100,12 +102,10 @@ def main() -> None:
         measure_every=arguments.measure_every,
         seed=arguments.seed,
     )
-    batches = Batches(tokenizer, arguments.seed + SEED_OFFSET)
-    held_out = Batches(tokenizer, HELD_OUT_OFFSET)
-
     def drawn(step: int) -> Batch:
         rng = random.Random(f"length/{arguments.seed}/{step}")
-        return draw(batches, MIXTURE, rng.choices(list(LENGTHS), list(LENGTHS.values()))[0], step)
+        length = rng.choices(list(LENGTHS), list(LENGTHS.values()))[0]
+        return draw(tokenizer, arguments.seed + SEED_OFFSET, POLISH.mixture, length, step)
 
     train(
         head,
@@ -113,10 +113,10 @@ def main() -> None:
         drawn,
         config,
         arguments.out,
-        evaluate=lambda: summary(table(head, target, held_out, config, rounds=1)),
+        evaluate=lambda: summary(table(head, target, tokenizer, config, rounds=1)),
     )
     save_head(head, arguments.out)
-    rows = table(head, target, held_out, config, rounds=2)
+    rows = table(head, target, tokenizer, config, rounds=2)
     (arguments.out / "recall.json").write_text(json.dumps(rows, indent=1) + "\n")
     print("kind         length budget   head shared  layer window")
     for row in rows:

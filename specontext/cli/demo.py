@@ -20,7 +20,7 @@ from specontext.cli.tasks import draw_problems
 from specontext.cli.terminal import UsageError, error_console, human_bytes, quiet_libraries, shorten
 from specontext.config import ConfigError, SpeContextConfig
 from specontext.evaluation.solve import Scored, Summary, solve, summarize
-from specontext.evaluation.tasks import TASKS, Problem
+from specontext.tasks import TASKS, Problem
 from specontext.evaluation.token_counter import token_counter
 
 if TYPE_CHECKING:

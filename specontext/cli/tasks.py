@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from specontext.cli.terminal import UsageError, shorten
-from specontext.evaluation.tasks import TASKS, Problem, sample_problems
-from specontext.evaluation.tasks.problem import TokenCounter
+from specontext.tasks import TASKS, Problem, sample_problems
+from specontext.tasks.problem import TokenCounter
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PRINTED_CHARACTERS = 600

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from specontext.core import RequestOutput, SamplingParams
-from specontext.evaluation.tasks import Problem, correct_steps
+from specontext.tasks import Problem, correct_steps
 
 SPARE_TOKENS = 16
 AVERAGED = (

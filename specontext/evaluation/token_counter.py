@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 import specontext.models
 from specontext.core import SpeContextError
-from specontext.evaluation.tasks.problem import TokenCounter
+from specontext.tasks.problem import TokenCounter
 
 
 def token_counter(model: str | Path) -> TokenCounter:

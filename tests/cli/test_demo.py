@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from specontext.evaluation.tasks import TASKS
+from specontext.tasks import TASKS
 
 
 def test_demo(run: Any, tiny: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from specontext.evaluation.tasks import TASKS
+from specontext.tasks import TASKS
 
 
 def test_list(run: Any) -> None:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specontext.evaluation.tasks import TASKS, LengthError, Problem, correct_steps, get_task, sample_problems
-from specontext.evaluation.tasks.problem import TokenCounter
-from specontext.evaluation.tasks.words import vocabulary
+from specontext.tasks import TASKS, LengthError, Problem, correct_steps, get_task, sample_problems
+from specontext.tasks.problem import TokenCounter
+from specontext.tasks.words import vocabulary
 from specontext.evaluation.token_counter import token_counter
 
 HAYSTACKS = [name for name in TASKS if name != "program"]

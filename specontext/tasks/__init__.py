@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import random
 
-from specontext.evaluation.tasks.problem import LengthError, Problem, TokenCounter
-from specontext.evaluation.tasks.program import PROGRAM, ProgramTask, correct_steps
-from specontext.evaluation.tasks.retrieval import MULTI_KEY, MULTI_QUERY, MULTI_VALUE, SINGLE, RetrievalTask
-from specontext.evaluation.tasks.tracking import VARIABLE_TRACKING, TrackingTask
+from specontext.tasks.problem import LengthError, Problem, TokenCounter
+from specontext.tasks.program import PROGRAM, ProgramTask, correct_steps
+from specontext.tasks.retrieval import MULTI_KEY, MULTI_QUERY, MULTI_VALUE, SINGLE, RetrievalTask
+from specontext.tasks.tracking import VARIABLE_TRACKING, TrackingTask
 
 Task = RetrievalTask | TrackingTask | ProgramTask
 

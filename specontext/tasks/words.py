@@ -1,5 +1,7 @@
 """The vocabulary of the generated tasks: every word here is one token of the bundled `nano` tokenizer."""
 
+import re
+
 NOUNS = tuple(
     """
     acorn almond amber anchor ant anvil apple apron arrow aspen autumn badger bagel balcony bamboo banana banjo barley barn
@@ -52,6 +54,7 @@ OTHER_WORDS = tuple(
 
 PUNCTUATION = (".", ",", ";", ":", "?", "!", " =", " <-", " +", " -", " *", " :", "\n", " ")
 
+PIECE = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s")
 NUMBERS = tuple(str(n) for n in range(1000))
 
 
@@ -61,3 +64,8 @@ def vocabulary() -> list[str]:
     spaced = [f" {word}" for word in (*words, *NUMBERS)]
     bare = [word for word in words if word in OTHER_WORDS]
     return [piece for piece in dict.fromkeys((*PUNCTUATION, *spaced, *bare)) if len(piece) > 1]
+
+
+def count_words(text: str) -> int:
+    """Tokens that `nano` needs for task text, counted without its tokenizer (every word of the tasks is one token)."""
+    return len(PIECE.findall(text))

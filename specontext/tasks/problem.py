@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from specontext.evaluation.tasks.words import ADJECTIVES, NOUNS, VERBS
+from specontext.tasks.words import ADJECTIVES, NOUNS, VERBS
 
 TokenCounter = Callable[[str], int]
 

@@ -6,8 +6,8 @@ import operator
 import random
 from dataclasses import dataclass
 
-from specontext.evaluation.tasks.problem import LengthError, Problem, TokenCounter
-from specontext.evaluation.tasks.words import NOUNS
+from specontext.tasks.problem import LengthError, Problem, TokenCounter
+from specontext.tasks.words import NOUNS
 
 MODULUS = 7
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -46,14 +46,11 @@ class ProgramTask:
     """Straight-line programs modulo a small number: a short prompt and an output twice as long.
 
     The prompt takes 8 tokens a line and the answer 16, so a length of N tokens holds about N / 24 lines.
-
-    Attributes:
-        linked: every line but the first is introduced by the target of the line before, and no two lines begin their
-            expression alike, so that copying the next line is unambiguous. Without it (training only) lines just follow.
+    Every line but the first is introduced by the target of the line before, and no two lines begin their expression
+    alike, so that copying the next line is unambiguous.
     """
 
     name: str
-    linked: bool = True
 
     def sample(self, length: int, rng: random.Random, count_tokens: TokenCounter) -> Problem:
         """Draw one problem whose prompt and answer take at most `length` tokens.
@@ -61,7 +58,7 @@ class ProgramTask:
         Raises:
             LengthError: not even two lines fit.
         """
-        example = Line("sun", "sun", "+", "1", "sun" if self.linked else None)
+        example = Line("sun", "sun", "+", "1", "sun")
         line_tokens = count_tokens(example.source()) + count_tokens(example.run({"sun": 1}))
         lines = min((length - count_tokens(HEADER + FOOTER) - 2) // line_tokens, len(NOUNS))
         if lines < 2:
@@ -83,10 +80,10 @@ class ProgramTask:
             )
             # Products are rare because zero absorbs: with many of them most values would be zero.
             sign = rng.choices("+-*", weights=(5, 3, 2))[0]
-            if self.linked and (left, sign) in begun:
+            if (left, sign) in begun:
                 continue
             begun.add((left, sign))
-            program.append(Line(targets[i], left, sign, right, targets[i - 1] if self.linked and i else None))
+            program.append(Line(targets[i], left, sign, right, targets[i - 1] if i else None))
         return program
 
 

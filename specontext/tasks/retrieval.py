@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from specontext.evaluation.tasks.problem import Problem, TokenCounter, assemble
-from specontext.evaluation.tasks.words import NOUNS
+from specontext.tasks.problem import Problem, TokenCounter, assemble
+from specontext.tasks.words import NOUNS
 
 HEADER = "Remember the facts in this text."
 
