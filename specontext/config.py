@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from specontext.core import SpeContextError
 
 METHODS = ("full", "speculative", "streaming", "oracle", "random")
-GRANULARITIES = ("head", "batch")
+GRANULARITIES = ("head", "union", "batch")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_BUDGET = 2048
 
@@ -46,7 +47,8 @@ class SpeContextConfig:
         0, "Layers whose KV lives in host memory, the last ones first; -1 offloads all."
     )
     granularity: str = _option(  # type: ignore[assignment]
-        "head", "'head' selects for every KV head, 'batch' one set for all heads of a request."
+        "head",
+        "'head' selects for every KV head; one set for all heads of a request: 'union' of shrunk sets, 'batch' by the best score.",
     )
 
     def __post_init__(self) -> None:
@@ -116,6 +118,14 @@ class EngineConfig:
         False, "Measure the share of the true attention that the selection covers (reads all KV; slow)."
     )
     verify_loads: bool = _option(False, "Debug: compare every row that attention reads with the host copy.")  # type: ignore[assignment]
+    head_rope_theta: float | None = _option(  # type: ignore[assignment]
+        None, "RoPE base of the retrieval head. Default: what the head's config says."
+    )
+    head_yarn_factor: float | None = _option(  # type: ignore[assignment]
+        None,
+        "YaRN factor of the retrieval head, 1 switches YaRN off. Default: max_model_len over the length it was trained on, "
+        "unless its config rules YaRN out.",
+    )
     trust_remote_code: bool = _option(False, "Allow modelling code that comes with a checkpoint.")  # type: ignore[assignment]
     revision: str | None = _option(None, "Hub revision of the model.")  # type: ignore[assignment]
 
@@ -127,6 +137,11 @@ class EngineConfig:
         for name in ("max_model_len", "gpu_memory", "host_memory"):
             if getattr(self, name) is not None:
                 _require_int(name, getattr(self, name), 1)
+        for name, least, words in (("head_rope_theta", 0, "above 0"), ("head_yarn_factor", 1, "of at least 1")):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf
+            if value is not None and (not number or value == 0):
+                raise ConfigError(f"{name} must be a number {words}, got {value!r}")
 
 
 def _require_int(name: str, value: object, least: int) -> None:

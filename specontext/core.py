@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # torch takes seconds to import, and only annotations here need it
     import torch
     from torch import Tensor
+    from transformers import PreTrainedConfig
 
 
 class SpeContextError(Exception):
@@ -40,6 +41,28 @@ class ModelShape:
     vocab_size: int
     max_position: int
     dtype: torch.dtype
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> ModelShape:
+        """The shape of a decoder, from its config alone.
+
+        Args:
+            dtype: by default the config's own, float32 where it names none.
+        """
+        if dtype is None:
+            import torch
+
+            dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            query_heads=config.num_attention_heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            vocab_size=config.vocab_size,
+            max_position=config.max_position_embeddings,
+            dtype=dtype,
+        )
 
     @property
     def row_bytes(self) -> int:

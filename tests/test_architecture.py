@@ -16,12 +16,14 @@ from specontext.config import METHODS
 PACKAGE = Path(specontext.config.__file__).parent
 # A module may import from its own room and from rooms on lower floors.
 FLOORS = [
-    {"core", "config", "tasks"},
+    {"core"},
+    {"config", "locations", "tasks"},
     {"kernels"},
     {"memory"},
     {"kv", "retrieval"},
     {"models"},
-    {"distill", "engine"},
+    {"engine"},
+    {"distill"},
     {"evaluation", "integrations", "server"},
     {"cli"},
 ]

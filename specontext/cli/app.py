@@ -7,8 +7,11 @@ from typing import Annotated
 import typer
 
 from specontext import __version__
+from specontext.cli.calibrate import calibrate
 from specontext.cli.demo import demo
+from specontext.cli.distill import distill
 from specontext.cli.generate import generate
+from specontext.cli.head import head_app
 from specontext.cli.tasks import tasks_app
 
 app = typer.Typer(
@@ -22,7 +25,10 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(demo)
+app.command()(distill)
 app.add_typer(tasks_app, name="tasks")
+head_app.command()(calibrate)
+app.add_typer(head_app, name="head")
 
 
 def _print_version(wanted: bool) -> None:

@@ -62,16 +62,22 @@ def generate(
 
 
 def load_llm(model: str, retrieval_head: str, settings: Settings) -> LLM:
-    """The engine for these settings; non-default ones are printed to stderr first."""
+    """The engine for these settings; to stderr go the non-default ones, first, and at last how the retrieval head is set."""
     if settings.changed or retrieval_head != "auto":
         changed = settings.changed if retrieval_head == "auto" else {"retrieval_head": retrieval_head} | settings.changed
         listed = Settings(settings.config, settings.engine, changed).describe()
         error_console().print(escape(f"non-default options: {listed}"), style="dim")
     quiet_libraries()
     from specontext import LLM
+    from specontext.engine.build import describe_head
 
-    head = None if retrieval_head == "none" else retrieval_head
-    return LLM(model, retrieval_head=head, config=settings.config, **settings.engine)
+    llm = LLM(
+        model, retrieval_head=None if retrieval_head == "none" else retrieval_head, config=settings.config, **settings.engine
+    )
+    parts = llm.engine.parts
+    if parts.head is not None:
+        error_console().print(escape(describe_head(parts.head, parts.max_tokens)), style="dim")
+    return llm
 
 
 def read_prompt(text: str | None, file: str | None, stdin: str | None) -> str:

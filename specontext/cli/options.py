@@ -21,6 +21,8 @@ ENGINE_OPTIONS = (
     "gpu_memory",
     "host_memory",
     "seed",
+    "head_rope_theta",
+    "head_yarn_factor",
     "measure_recall",
     "trust_remote_code",
     "revision",
@@ -113,7 +115,7 @@ def _parameter(field: Field[Any], kind: Any) -> inspect.Parameter:
         flag, help=field.metadata["help"], metavar="SIZE" if size else None, show_default=field.default is not None
     )
     kind = str | None if size else kind
-    assert kind is bool or {*get_args(kind), kind} & {int, str}, f"no option type for {field.name}"
+    assert kind is bool or {*get_args(kind), kind} & {int, float, str}, f"no option type for {field.name}"
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, option]
     )

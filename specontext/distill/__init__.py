@@ -1,4 +1,4 @@
-"""HOW a retrieval head is trained: teachers, losses and training loops.
+"""Training of retrieval heads: what a target model attends to and says, and heads that learn it.
 
-What the head is and how it selects (`specontext.retrieval`), and where training text comes from, do not live here.
+Selecting at run time does not live here, nor does the form of a head.
 """

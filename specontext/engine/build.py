@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from specontext.retrieval.key_cache import KeyCache
 from specontext.retrieval.methods import FullSelector, OracleSelector, RandomSelector, SpeculativeSelector, StreamingSelector
 from specontext.retrieval.selector import Budget, Selector
 
+logger = logging.getLogger("specontext")
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -24,6 +27,7 @@ class Parts:
 
     Attributes:
         max_tokens: longest context of one request.
+        head: the retrieval head, for the methods that have one.
     """
 
     method: SpeContextConfig
@@ -32,19 +36,25 @@ class Parts:
     meter: Meter
     sizes: TierSizes
     max_tokens: int
+    head: RetrievalHead | None = None
 
 
 def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead | None, device: torch.device) -> Parts:
-    """Make selector, tiers and meter.
+    """Make selector, tiers and meter, and fix the head's RoPE for the longest context.
 
     Raises:
         ConfigError: settings that do not fit the model.
+        HeadError: RoPE settings that do not fit the head.
         MemoryPlanError: memory that cannot hold them.
     """
     shape = loaded.shape
     recommended = head.config.recommended_budget if head is not None else None
     method = config.method.resolve(recommended_budget=recommended, num_layers=shape.layers)
     max_tokens = longest_context(config, shape)
+    if head is not None:
+        factor = config.head_yarn_factor
+        head.set_rope(theta=config.head_rope_theta, yarn_factor=head.config.yarn_factor(max_tokens) if factor is None else factor)
+        logger.info("%s", describe_head(head, max_tokens))
     resident = tuple(layer < shape.layers - method.offload_layers for layer in range(shape.layers))
     streams = method.method == "full"
     key_bytes = 0
@@ -94,7 +104,15 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         max_tokens=max_tokens,
         device=device,
     )
-    return Parts(method, selector, kv, meter, sizes, max_tokens)
+    return Parts(method, selector, kv, meter, sizes, max_tokens, head)
+
+
+def describe_head(head: RetrievalHead, max_tokens: int) -> str:
+    """What kind of head is in use and how far its RoPE reaches, in a line."""
+    scaling = head.config.rope_scaling
+    reach = f"YaRN factor {head.yarn_factor:.4g}" if scaling is None else f"scaling {scaling['rope_type']}"
+    trained = f"trained on {head.config.trained_length} tokens, contexts of up to {max_tokens}"
+    return f"retrieval head ({head.config.variant}): RoPE base {head.rope_theta:g}, {reach}; {trained}"
 
 
 def longest_context(config: EngineConfig, shape: ModelShape) -> int:

@@ -163,7 +163,7 @@ class LLMEngine:
             self._drop(request)
 
     def _statistics(self, generation: Generation) -> dict[str, object]:
-        request, method = generation.request, self.parts.method
+        request, method, head = generation.request, self.parts.method, self.parts.head
         made = len(request.token_ids) - request.prompt_length
         assert generation.first_token_at is not None and generation.last_token_at is not None
         report = self.parts.meter.report(request.seat)
@@ -177,6 +177,8 @@ class LLMEngine:
             "slots": method.slots if method.method != "full" and method.offload_layers else None,
             "offload_layers": method.offload_layers,
             "granularity": method.granularity,
+            "head_rope_theta": head.rope_theta if head is not None else None,
+            "head_yarn_factor": head.yarn_factor if head is not None else None,
             "prompt_tokens": request.prompt_length,
             "completion_tokens": made,
             **report,

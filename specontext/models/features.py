@@ -30,8 +30,8 @@ class FeatureTaps:
         return hook
 
     def take(self) -> Tensor:
-        """Features of the last forward pass, [T, len(layers) * hidden], in the order the layers were named."""
-        features = torch.cat([self._taken[layer][0] for layer in self.layers], dim=-1)
+        """Features of the last forward pass, [N, T, len(layers) * hidden], in the order the layers were named."""
+        features = torch.cat([self._taken[layer] for layer in self.layers], dim=-1)
         self._taken.clear()
         return features
 

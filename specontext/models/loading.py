@@ -14,14 +14,11 @@ from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from specontext.core import ModelShape, SpeContextError
+from specontext.locations import ModelError, resolve_model_path
 from specontext.models.attention import ATTENTION_NAME, register_attention
 
-NANO = Path(__file__).parent / "nano"
+model_shape = ModelShape.from_config
 SUPPORTED_ROPE = ("default", "linear", "yarn", "llama3", None)
-
-
-class ModelError(SpeContextError):
-    """A model that cannot be found, read or run; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +36,6 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     shape: ModelShape
     end_token_ids: frozenset[int]
-
-
-def resolve_model_path(name: str | Path) -> Path | str:
-    """The directory of a checkpoint: the bundled one for `nano`, a directory as given, else the Hub id itself.
-
-    Raises:
-        ModelError: a path that does not exist, or a directory without a config.json.
-    """
-    if str(name) == "nano":
-        return NANO
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path} is not a checkpoint directory: it has no config.json")
-        return path
-    looks_like_path = isinstance(name, Path) or path.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1
-    if looks_like_path:
-        raise ModelError(f"no checkpoint directory at {path}; give 'nano', a directory, or a Hub id like organisation/name")
-    return str(name)
 
 
 def load_model(
@@ -97,7 +75,7 @@ def load_model(
     model = model.to(device).eval().requires_grad_(False)
     ends = _as_ids(model.generation_config.eos_token_id) | _as_ids(tokenizer.eos_token_id) | _as_ids(config.eos_token_id)
     path = source if isinstance(source, Path) else None
-    return LoadedModel(str(name), path, model, tokenizer, model_shape(config, model.dtype), frozenset(ends))
+    return LoadedModel(str(name), path, model, tokenizer, ModelShape.from_config(config, model.dtype), frozenset(ends))
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -111,21 +89,6 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load the tokenizer of {source}: {_first_line(error)}") from error
-
-
-def model_shape(config: PreTrainedConfig, dtype: torch.dtype) -> ModelShape:
-    """The shape of a decoder, from its config alone."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return ModelShape(
-        layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        query_heads=config.num_attention_heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=head_dim,
-        vocab_size=config.vocab_size,
-        max_position=config.max_position_embeddings,
-        dtype=dtype,
-    )
 
 
 def check_supported(config: PreTrainedConfig) -> None:

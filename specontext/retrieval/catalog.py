@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from specontext.core import ModelShape
-from specontext.retrieval.checkpoint import load_head
+from specontext.retrieval.checkpoint import OWN_HEAD, load_head
 from specontext.retrieval.head import HeadError, RetrievalHead
-
-OWN_HEAD = "retrieval_head"
 
 # Public EAGLE-3 drafts by the model that they were distilled from; a head is pruned from them.
 KNOWN_DRAFTS = {

@@ -6,19 +6,29 @@ A whole EAGLE-3 draft, from a directory or the Hub, is pruned while it is read.
 from __future__ import annotations
 
 import json
+import math
+import shutil
+import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from specontext.core import ModelShape
-from specontext.retrieval.draft import config_values, read_draft
+from specontext.locations import NANO, shape_of
+from specontext.retrieval.draft import config_values, read_draft, read_weights
 from specontext.retrieval.head import HeadConfig, HeadError, RetrievalHead
 
-WEIGHTS = "model.safetensors"
+if TYPE_CHECKING:  # takes seconds to import, and only annotations here need it
+    from transformers import PreTrainedConfig
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+OWN_HEAD = "retrieval_head"  # a model's own head lies in this directory of its checkpoint
+FORMATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # EAGLE-3's tensor names, by the head's own; norms that a variant lacks are absent.
 NAMES = {
     "fc.weight": "fc.weight",
@@ -38,61 +48,156 @@ def tensor_name(name: str) -> str:
 
 
 def save_head(head: RetrievalHead, folder: str | Path) -> None:
-    """Write `head` to `folder`; the weights first, so that a directory with a config is complete."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `head` to `folder`, beside other files that lie there; a folder with a config.json is always whole.
+
+    Both files are written to a temporary directory and moved when they are complete. An older head is taken away first, so
+    that its weights never lie beside the new config.
+
+    Raises:
+        HeadError: values that are not finite numbers, a folder that holds something else than a head, or one that cannot be
+            written; what was there before is left as it was.
+    """
+    folder = Path(folder).absolute()
     tensors = {tensor_name(name): tensor.detach().contiguous().cpu() for name, tensor in head.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(head.config.to_dict(), indent=2) + "\n")
+    if odd := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise HeadError(f"the head was not written to {folder}: {', '.join(odd)} holds values that are not finite numbers")
+    if (folder / CONFIG).exists() and "variant" not in config_values(folder):
+        raise HeadError(f"{folder} holds a model that is not a retrieval head: name another directory for the head")
+    made = uuid.uuid4().hex
+    draft = folder / f".{made}" if folder.exists() else folder.with_name(f".{folder.name}.{made}")
+    try:
+        draft.mkdir(parents=True)
+        save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
+        (draft / CONFIG).write_text(json.dumps(head.config.to_dict(), indent=2) + "\n")
+        if draft.parent == folder:
+            _replace(folder, draft)
+        else:
+            draft.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise HeadError(f"the head cannot be written to {folder}: {error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
-def load_head(source: str | Path, *, target: ModelShape, dtype: torch.dtype = torch.float32) -> RetrievalHead:
-    """Read a retrieval head for a model of shape `target`.
+def _replace(folder: Path, draft: Path) -> None:
+    """Move the head in `draft` over the one in `folder`; puts the old one back when that fails."""
+    try:
+        for name in (CONFIG, WEIGHTS):
+            if (folder / name).exists():
+                (folder / name).rename(draft / f"old-{name}")
+        for name in (WEIGHTS, CONFIG):
+            (draft / name).rename(folder / name)
+    except OSError:
+        for old in draft.glob("old-*"):
+            old.replace(folder / old.name.removeprefix("old-"))
+        raise
+
+
+def load_head(
+    source: str | Path,
+    *,
+    target: ModelShape | PreTrainedConfig | str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    need_map: bool = True,
+) -> RetrievalHead:
+    """Read a retrieval head for a model.
 
     Args:
-        source: a head directory, the directory of an EAGLE-3 draft, or a Hub id of either.
+        source: a head directory, the directory of an EAGLE-3 draft, a Hub id of either, or a model with a head of its own
+            ('nano' or a checkpoint directory).
+        target: the model it serves: a shape, a transformers config, or a name ('nano', a checkpoint directory, a Hub id).
+        dtype: number format of the weights; None keeps that of the stored query projection.
+        need_map: refuse a head that has another number of groups than the model has KV heads, and no head map.
 
     Raises:
         HeadError: no head there, a broken or incomplete file, wrong shapes, NaNs, or a head of another model.
+        ModelError: there is no such target.
     """
-    folder = _folder(source)
+    shape = shape_of(target)
+    folder = head_folder(source)
     values = config_values(folder)
     if "variant" in values:
-        config, stored = HeadConfig.from_dict(values), _read_head(folder)
+        config, (stored, _) = HeadConfig.from_dict(values), read_weights([_weights(folder)], lambda name: True)
     else:
-        config, stored = read_draft(folder, values, target)
-    config.check_target(target)
-    head = RetrievalHead(config)
-    tensors = {}
-    for name, parameter in head.state_dict().items():
-        stored_name = tensor_name(name)
-        tensor = stored.get(stored_name)
-        if tensor is None:
-            raise HeadError(f"the retrieval head in {folder} lacks the tensor {stored_name}")
-        if tensor.shape != parameter.shape:
-            raise HeadError(f"{stored_name} has shape {list(tensor.shape)}, the head's config asks for {list(parameter.shape)}")
-        if not torch.isfinite(tensor).all():
-            raise HeadError(f"{stored_name} holds values that are not finite numbers")
-        tensors[name] = tensor
-    head.load_state_dict(tensors)
-    return head.to(dtype).eval().requires_grad_(False)
+        name = folder.name if Path(source).exists() else str(source)
+        config, stored = read_draft(folder, values, shape, name=name)
+    config.check_target(shape, need_map=need_map)
+    with torch.device("meta"):
+        head = RetrievalHead(config)
+    tensors = _fitting(head, stored, folder)
+    kept = dtype or tensors["q_proj.weight"].dtype
+    head.load_state_dict({name: tensor.to(kept, copy=True) for name, tensor in tensors.items()}, assign=True)
+    return head.to(kept).eval().requires_grad_(False)
 
 
-def _folder(source: str | Path) -> Path:
-    folder = Path(source)
+def read_config(source: str | Path) -> HeadConfig:
+    """The config of a pruned head, by any name that `load_head` takes.
+
+    Raises:
+        HeadError: no head there, or a whole draft.
+    """
+    folder = head_folder(source)
+    values = config_values(folder)
+    if "variant" not in values:
+        raise HeadError(f"{folder} is not a retrieval head: if it is an EAGLE-3 draft, prune it with `specontext head prune`")
+    return HeadConfig.from_dict(values)
+
+
+def stored_size(source: str | Path) -> tuple[int, int]:
+    """Number of parameters of a pruned head on disk, and their bytes.
+
+    Raises:
+        HeadError: no weights there, or a broken file.
+    """
+    file = _weights(head_folder(source))
+    _, shapes = read_weights([file], lambda name: False)
+    with file.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+    return sum(math.prod(shape) for shape in shapes.values()), file.stat().st_size - 8 - header
+
+
+def head_folder(source: str | Path) -> Path:
+    """The directory of a head or draft; a Hub id is downloaded.
+
+    Raises:
+        HeadError: a Hub id that cannot be had.
+    """
+    folder = NANO if str(source) == "nano" else Path(source)
+    if (folder / OWN_HEAD / CONFIG).is_file():
+        return folder / OWN_HEAD
     if folder.exists() or isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/")):
         return folder
     try:
-        return Path(snapshot_download(source, allow_patterns=["config.json", "*.safetensors", "pytorch_model.bin"]))
+        return Path(snapshot_download(source, allow_patterns=[CONFIG, "*.safetensors", "pytorch_model*.bin"]))
     except (OSError, ValueError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise HeadError(f"no directory {source}, and it cannot be had from the Hub: {first_line}") from error
 
 
-def _read_head(folder: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
-        raise HeadError(f"the retrieval head in {folder} has no {WEIGHTS}") from error
-    except (OSError, SafetensorError) as error:
-        raise HeadError(f"{folder / WEIGHTS} is broken or truncated: {error}") from error
+def _weights(folder: Path) -> Path:
+    if not (folder / WEIGHTS).is_file():
+        raise HeadError(f"the retrieval head in {folder} has no {WEIGHTS}")
+    return folder / WEIGHTS
+
+
+def _fitting(head: RetrievalHead, stored: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The stored tensors by the head's own names, as far as it needs them.
+
+    Raises:
+        HeadError: tensors that are missing, of another shape or number format, or not finite.
+    """
+    wanted = {tensor_name(name): (name, parameter) for name, parameter in head.state_dict().items()}
+    if missing := [name for name in wanted if name not in stored]:
+        raise HeadError(f"the retrieval head in {folder} lacks the tensor{'s' * (len(missing) > 1)} {', '.join(missing)}")
+    for stored_name, (name, parameter) in wanted.items():
+        tensor = stored[stored_name]
+        if tensor.shape != parameter.shape:
+            c = head.config
+            width = f" ({len(c.feature_layers)} feature layers of width {c.target_hidden_size})" if name == "fc.weight" else ""
+            asked = f"{list(parameter.shape)}{width}"
+            raise HeadError(f"{stored_name} has shape {list(tensor.shape)}, the head's config asks for {asked}")
+        if tensor.dtype not in FORMATS:
+            raise HeadError(f"{stored_name} holds {tensor.dtype} numbers: a head needs float32, bfloat16 or float16")
+        if not torch.isfinite(tensor).all():
+            raise HeadError(f"{stored_name} holds values that are not finite numbers")
+    return {name: stored[stored_name] for stored_name, (name, _) in wanted.items()}

@@ -2,13 +2,17 @@
 
 Drafts come in dialects. EAGLE, SpecForge and AngelSlim name the layer `midlayer` and count feature layers by their *outputs*;
 speculators names it `layers.0`, nests the layer's config and counts by *inputs* (Hugging Face's `hidden_states` index, ours).
-Only the tensors that queries and keys need are read.
+Only the tensors that queries and keys need are read; the others are counted.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import pickle
+import math
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,109 +26,216 @@ from specontext.retrieval.head import HeadConfig, HeadError
 LAYER = "midlayer."
 NEEDED = (
     "fc.weight",
-    "input_norm.weight",
     "midlayer.hidden_norm.weight",
     "midlayer.input_layernorm.weight",
     "midlayer.self_attn.q_proj.weight",
     "midlayer.self_attn.k_proj.weight",
-    "midlayer.self_attn.q_norm.weight",
-    "midlayer.self_attn.k_norm.weight",
 )
+OPTIONAL = ("input_norm.weight", "midlayer.self_attn.q_norm.weight", "midlayer.self_attn.k_norm.weight")
 REFUSED = ("midlayer.self_attn.q_proj.bias", "midlayer.self_attn.k_proj.bias", "fc.bias")
+EMBEDDING = "embed_tokens.weight"
+NO_PARAMETERS = ("d2t", "t2d", "rotary_emb.inv_freq")  # tables between the vocabularies, and RoPE frequencies
 
 
-def read_draft(folder: Path, values: dict[str, Any], target: ModelShape) -> tuple[HeadConfig, dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Dialect:
+    """How a family of drafts is written and was trained.
+
+    Attributes:
+        follows_rope: the training code obeyed the RoPE settings of the config; else it used base 10000 whatever they say.
+        counts_inputs: feature layers are counted by their inputs, else by their outputs.
+        trained_length: tokens of the training samples where the makers say so, else the shortest that is known.
+    """
+
+    name: str
+    follows_rope: bool
+    counts_inputs: bool
+    trained_length: int
+
+
+EAGLE = Dialect("EAGLE", False, False, 2048)
+SPECFORGE = Dialect("SpecForge", True, False, 4096)
+ANGELSLIM = Dialect("AngelSlim", False, False, 2048)
+SPECULATORS = Dialect("speculators", True, True, 2048)
+ARCHITECTURES = {"LlamaForCausalLMEagle3": SPECFORGE, "Eagle3LlamaForCausalLM": ANGELSLIM}
+
+
+def read_draft(folder: Path, values: dict[str, Any], target: ModelShape, *, name: str) -> tuple[HeadConfig, dict[str, Tensor]]:
     """Config and tensors, under EAGLE's names, of the head inside a draft.
 
     Args:
         values: content of the draft's config.json.
         target: the model that the draft was distilled from; gives what EAGLE's config leaves out.
+        name: what the draft is called, for the head's `source`.
 
     Raises:
         HeadError: not an EAGLE-3 draft, a broken file, or an option that a retrieval head cannot follow.
     """
-    tensors = _read_tensors(folder)
-    missing = [name for name in NEEDED if name not in tensors and "norm" not in name.split(".")[-2] and "input_norm" not in name]
-    if missing:
+    dialect = dialect_of(values)
+    layer = _object(values, "transformer_layer_config") if dialect is SPECULATORS else values
+    files = weight_files(folder)
+    tensors, shapes = read_weights(files, lambda name: name in NEEDED + OPTIONAL + REFUSED or name.startswith("fc_norm."))
+    if missing := [name for name in NEEDED if name not in tensors]:
         raise HeadError(f"{folder} is not an EAGLE-3 draft: it lacks {', '.join(missing)}")
     if refused := [name for name in REFUSED if name in tensors]:
         raise HeadError(f"the draft in {folder} has {', '.join(refused)}, which a retrieval head does not have")
-    nested = "transformer_layer_config" in values
-    layer = values["transformer_layer_config"] if nested else values
-    try:
-        heads, kv_heads = layer["num_attention_heads"], layer.get("num_key_value_heads") or layer["num_attention_heads"]
-        hidden = layer["hidden_size"]
-        vocabulary = layer["vocab_size"]
-    except KeyError as error:
-        raise HeadError(f"the config.json of the draft in {folder} lacks {error}") from error
-    each = sorted(name for name in tensors if name.startswith("fc_norm."))
+    required = ("num_attention_heads", "hidden_size", "vocab_size")
+    if lacking := [name for name in required if not isinstance(layer.get(name), int)]:
+        raise HeadError(f"the config.json of the draft in {folder} lacks '{', '.join(lacking)}'")
+    heads, hidden = layer["num_attention_heads"], layer["hidden_size"]
+    theta, scaling = _rope(dialect, layer)
+    parameters, embedding = count_parameters(shapes)
     config = HeadConfig(
         variant="features",
         hidden_size=hidden,
         target_hidden_size=values.get("target_hidden_size") or layer.get("target_hidden_size") or hidden,
-        vocab_size=vocabulary,
+        vocab_size=layer["vocab_size"],
         heads=heads,
-        kv_heads=kv_heads,
-        head_dim=layer.get("head_dim") or tensors["midlayer.self_attn.q_proj.weight"].shape[0] // heads,
-        feature_layers=_feature_layers(values, nested, target),
-        feature_norm="each" if each else "joint" if "input_norm.weight" in tensors else "none",
-        rope_theta=_rope_theta(values, layer, nested),
-        trained_length=2048,
+        kv_heads=layer.get("num_key_value_heads") or heads,
+        head_dim=layer.get("head_dim") or tensors["midlayer.self_attn.q_proj.weight"].shape[0] // max(heads, 1),
+        feature_layers=_feature_layers(values, dialect, target),
+        feature_norm=_feature_norm(tensors),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        trained_length=dialect.trained_length,
         qk_norm="midlayer.self_attn.q_norm.weight" in tensors,
         rms_norm_eps=layer.get("rms_norm_eps", 1e-6),
-        source=f"EAGLE-3 draft {folder.name}",
+        source=f"EAGLE-3 draft {name}, {dialect.name} dialect",
+        draft_parameters=parameters,
+        draft_embedding_parameters=embedding or target.vocab_size * target.hidden_size,
+        source_hash=_hash(files),
     )
     return config, tensors
 
 
-def _feature_layers(values: dict[str, Any], nested: bool, target: ModelShape) -> tuple[int, ...]:
+def dialect_of(values: dict[str, Any]) -> Dialect:
+    """The dialect that a draft's config.json is written in.
+
+    Raises:
+        HeadError: none of the four.
+    """
+    if kind := values.get("speculators_model_type"):
+        if kind != "eagle3":
+            raise HeadError(f"this is a speculators draft of type {kind}: retrieval heads are pruned from type eagle3")
+        return SPECULATORS
+    if "transformer_layer_config" in values:
+        return SPECULATORS
+    names = values.get("architectures") or ["LlamaForCausalLM"]
+    name = str(names[0] if isinstance(names, list) else names)
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    if "eagle" in name.lower() or not name.endswith("ForCausalLM"):
+        raise HeadError(
+            f"unknown dialect of EAGLE-3 drafts: architecture {name}. Known are {', '.join(ARCHITECTURES)}, an ordinary "
+            "decoder's name (EAGLE's own drafts) and speculators; if the draft follows one of them, name it in its config.json"
+        )
+    return EAGLE
+
+
+def count_parameters(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
+    """Size of a draft from the shapes of its tensors: without its embedding table, and of that table (0 if it has none).
+
+    What NO_PARAMETERS names is not counted.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items() if not name.endswith(NO_PARAMETERS)}
+    embedding = sizes.pop(EMBEDDING, 0)
+    return sum(sizes.values()), embedding
+
+
+def _feature_layers(values: dict[str, Any], dialect: Dialect, target: ModelShape) -> tuple[int, ...]:
     """Indices into `hidden_states`; without a setting, EAGLE's standard 2, L//2, L-3."""
-    ids = (values.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") or values.get(
-        "eagle_aux_hidden_state_layer_ids"
-    )
-    if ids:
-        return tuple(i if nested else i + 1 for i in ids)
-    return (2, target.layers // 2, target.layers - 3)
+    key = "eagle_aux_hidden_state_layer_ids"
+    ids = _object(values, "eagle_config").get(key) or values.get(key)
+    if not ids:
+        return (2, target.layers // 2, target.layers - 3)
+    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+        raise HeadError(f"{key} in the draft's config.json must be a list of integers, got {ids!r}")
+    return tuple(i if dialect.counts_inputs else i + 1 for i in ids)
 
 
-def _rope_theta(values: dict[str, Any], layer: dict[str, Any], nested: bool) -> float:
-    """RoPE base the draft was trained with: the training code of EAGLE and AngelSlim ignores the config and uses 10000."""
-    rope = layer.get("rope_parameters") or layer.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    follows_config = nested or values.get("architectures") == ["LlamaForCausalLMEagle3"]
-    if not follows_config:
-        return 10000.0
-    if kind != "default":
-        raise HeadError(f"the draft uses RoPE of type {kind}, which retrieval heads do not follow")
-    return float(rope.get("rope_theta") or layer.get("rope_theta") or 10000.0)
+def _feature_norm(tensors: Mapping[str, Tensor]) -> str:
+    if any(name.startswith("fc_norm.") for name in tensors):
+        return "each"
+    return "joint" if "input_norm.weight" in tensors else "none"
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The needed tensors of a draft by EAGLE's names."""
-    files = sorted(folder.glob("*.safetensors"))
-    found: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as stored:
-                for name in stored.keys():  # noqa: SIM118  not a dict
-                    if _wanted(common_name(name)):
-                        found[common_name(name)] = stored.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise HeadError(f"{file} is broken or truncated: {error}") from error
-    if files:
-        return found
-    file = folder / "pytorch_model.bin"
-    if not file.is_file():
+def _rope(dialect: Dialect, layer: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """RoPE base and scaling that the draft was trained with."""
+    if not dialect.follows_rope:
+        return 10000.0, None
+    rope = _object(layer, "rope_parameters") or _object(layer, "rope_scaling")
+    theta = rope.get("rope_theta") or layer.get("rope_theta") or 10000.0
+    return theta, {"original_max_position_embeddings": layer.get("max_position_embeddings")} | rope if rope else None
+
+
+def _object(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """The JSON object under a key, empty where there is none."""
+    value = values.get(key) or {}
+    if not isinstance(value, dict):
+        raise HeadError(f"{key} in the draft's config.json must be an object, got {value!r}")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a draft's weights: safetensors if there are any, else pytorch_model*.bin.
+
+    Raises:
+        HeadError: there are none.
+    """
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
         raise HeadError(f"no weights in {folder}: expected *.safetensors or pytorch_model.bin")
+    return files
+
+
+def read_weights(files: Sequence[Path], wanted: Callable[[str], bool]) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """The wanted tensors, and the shapes of all of them, by EAGLE's names.
+
+    Raises:
+        HeadError: a broken or truncated file, or one that holds anything but tensors.
+    """
+    tensors: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        read = _read_safetensors if file.suffix == ".safetensors" else _read_pickle
+        found, sizes = read(file, wanted)
+        tensors |= found
+        shapes |= sizes
+    return tensors, shapes
+
+
+def _read_safetensors(file: Path, wanted: Callable[[str], bool]) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
     try:
-        stored_dict = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise HeadError(f"{file} is broken, or holds more than tensors: {str(error).splitlines()[0]}") from error
-    return {common_name(name): tensor for name, tensor in stored_dict.items() if _wanted(common_name(name))}
+        with safe_open(file, framework="pt") as stored:
+            names = {common_name(name): name for name in stored.keys()}  # noqa: SIM118  not a dict
+            tensors = {common: stored.get_tensor(name) for common, name in names.items() if wanted(common)}
+            return tensors, {common: tuple(stored.get_slice(name).get_shape()) for common, name in names.items()}
+    except (OSError, SafetensorError) as error:
+        raise HeadError(f"{file} is broken or truncated: {error}") from error
 
 
-def _wanted(name: str) -> bool:
-    return name in NEEDED or name in REFUSED or name.startswith("fc_norm.")
+def _read_pickle(file: Path, wanted: Callable[[str], bool]) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    try:
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # a damaged pickle fails in any way
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise HeadError(f"{file} is broken, or holds more than tensors: {first_line}") from error
+    if not isinstance(stored, dict):
+        raise HeadError(f"{file} holds more than tensors: a {type(stored).__name__} at its top")
+    if odd := [str(name) for name, value in stored.items() if not isinstance(value, Tensor)]:
+        raise HeadError(f"{file} holds more than tensors: {', '.join(odd[:3])}")
+    named = {common_name(str(name)): tensor for name, tensor in stored.items()}
+    tensors = {name: tensor for name, tensor in named.items() if wanted(name)}
+    return tensors, {name: tuple(tensor.shape) for name, tensor in named.items()}
+
+
+def _hash(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def common_name(name: str) -> str:

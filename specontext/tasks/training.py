@@ -14,20 +14,27 @@ from specontext.tasks.tracking import TrackingTask
 KINDS = ("retrieval", "multivalue", "tracking", "program")
 MOST_QUESTIONS = 64
 ANSWERS = re.compile(r"(?<=Answer:)[^\n]+")
+NANO_TURNS = ("<|user|>", "<|assistant|>", "<|end|>")
+NO_TURNS = ("", "", "")
 
 
-def sequence(kind: str, length: int, rng: random.Random, count_tokens: TokenCounter) -> tuple[str, list[tuple[int, int]]]:
-    """A text of at most `length` tokens, not counting `<|user|>`, `<|assistant|>` and `<|end|>`, in nano's chat format or plain.
+def sequence(
+    kind: str, length: int, rng: random.Random, count_tokens: TokenCounter, *, turns: tuple[str, str, str] = NANO_TURNS
+) -> tuple[str, list[tuple[int, int]]]:
+    """A text of at most `length` tokens, not counting `turns`, in a chat format or plain.
+
+    Args:
+        turns: words before a user's and an assistant's turn, and at the end; `NO_TURNS` for plain text without an end.
 
     Returns:
-        the text, and the character spans of its answers in order.
+        the text, and the character spans of its answers in order, the end part of the last.
     """
     problem = draw(kind, length, rng, count_tokens)
-    opening, turn = ("<|user|>", "<|assistant|>") if rng.random() < 0.25 else ("", "")
+    opening, turn = turns[:2] if rng.random() < 0.25 else ("", "")
     prompt = opening + problem.prompt
     spans = [match.span() for match in ANSWERS.finditer(prompt)]
     start = len(prompt) + len(turn)
-    text = f"{prompt}{turn} {problem.answer}<|end|>"
+    text = f"{prompt}{turn} {problem.answer}{turns[2]}"
     return text, [*spans, (start, len(text))]
 
 

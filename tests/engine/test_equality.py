@@ -60,7 +60,7 @@ def test_chunks_change_nothing(
     assert tokens_of(llm, prompts, greedy()) == expected("llama")
 
 
-@pytest.mark.parametrize(("granularity", "page_size"), [("head", 1), ("batch", 7), ("head", 64)])
+@pytest.mark.parametrize(("granularity", "page_size"), [("head", 1), ("batch", 7), ("union", 16), ("head", 64)])
 def test_pages_and_granularity_change_nothing(
     granularity: str, page_size: int, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected
 ) -> None:

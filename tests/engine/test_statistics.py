@@ -175,7 +175,7 @@ def test_recall_is_the_true_attention_s_mass_on_the_selection(
 
 @pytest.mark.parametrize("method", ["speculative", "streaming", "oracle", "random"])
 def test_recall_of_a_budget_that_covers_everything_is_one(method: str, make_llm: MakeLLM, greedy: Greedy) -> None:
-    for granularity in ("head", "batch"):
+    for granularity in ("head", "union", "batch"):
         llm = make_llm("qwen3", method, budget=40, granularity=granularity, measure_recall=True)
         assert stats_of(llm, greedy)["attention_recall"] == pytest.approx(1.0)
 

@@ -87,7 +87,7 @@ def choose(selector: Selector, lengths: list[int]) -> torch.Tensor:
     return selector.select_in_layer(0, step, lambda: logits).tokens
 
 
-@pytest.mark.parametrize("granularity", ["head", "batch"])
+@pytest.mark.parametrize("granularity", ["head", "union", "batch"])
 @pytest.mark.parametrize("method", [RandomSelector, OracleSelector])
 def test_batch_granularity_gives_one_set_for_all_heads(method: type, granularity: str) -> None:
     selector = method(SHAPE, Budget(8, 1, 2), granularity=granularity)

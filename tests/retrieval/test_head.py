@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -104,7 +105,11 @@ def test_a_token_s_key_does_not_depend_on_its_company() -> None:
         ({"kv_heads": 0}, "kv_heads of a retrieval head must be a positive integer"),
         ({"feature_layers": ()}, "must name its feature_layers"),
         ({"feature_layers": (1, 2, 1)}, r"feature_layers \[1, 2, 1\] are not distinct"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling .* is not supported"),
+        ({"rope_theta": 0}, "rope_theta of a retrieval head must be a number above 0"),
+        ({"rope_theta": "1e4"}, "rope_theta of a retrieval head must be a number above 0"),
+        ({"yarn": 1}, "yarn of a retrieval head must be true or false"),
+        ({"draft_parameters": 0}, "draft_parameters of a retrieval head must be a positive integer or null"),
+        ({"head_map": ((0, 1.0),)}, "head_map of a retrieval head must be rows of group numbers"),
     ],
 )
 def test_a_config_that_contradicts_itself(changes: dict[str, Any], message: str) -> None:
@@ -118,7 +123,6 @@ def test_a_config_that_contradicts_itself(changes: dict[str, Any], message: str)
         ({"target_hidden_size": 48}, r"hidden size 48 \(the model has 32\)"),
         ({"hidden_size": 48}, r"48 \(the model has 32\)"),
         ({"vocab_size": 99}, r"vocabulary 99 \(the model has 100\)"),
-        ({"kv_heads": 3}, r"KV heads 3 \(the model has 2\)"),
         ({"feature_layers": (0, 5)}, r"feature layers \[0, 5\] \(the model has 4 layers\)"),
         ({"feature_layers": (-1, 2)}, r"feature layers \[-1, 2\]"),
         ({"head_map": ((0, 1),) * 3}, r"head map \(needs 4 rows of 2 groups below 2\)"),
@@ -133,8 +137,16 @@ def test_a_head_of_another_model(changes: dict[str, Any], message: str) -> None:
 
 
 def test_everything_that_does_not_fit_is_named_at_once() -> None:
-    with pytest.raises(HeadError, match=r"hidden size 8 .*vocabulary 7 .*KV heads 3 "):
-        config(target_hidden_size=8, vocab_size=7, kv_heads=3).check_target(TARGET)
+    with pytest.raises(HeadError, match=r"hidden size 8 .*vocabulary 7 .*feature layers \[9\]"):
+        config(target_hidden_size=8, vocab_size=7, kv_heads=3, feature_layers=(9,)).check_target(TARGET)
+
+
+def test_other_groups_than_the_model_s_kv_heads_need_a_head_map() -> None:
+    with pytest.raises(HeadError, match=r"3 groups and the model 2 KV heads, .*head map: .*specontext head calibrate"):
+        config(kv_heads=3).check_target(TARGET)
+    config(kv_heads=3).check_target(TARGET, need_map=False)
+    with pytest.raises(HeadError, match=r"made for another model: .*head map"):
+        config(kv_heads=3, head_map=((0, 3),) * 4).check_target(TARGET, need_map=False)
 
 
 def test_fitting_heads_are_accepted() -> None:
@@ -144,8 +156,17 @@ def test_fitting_heads_are_accepted() -> None:
 
 
 def test_the_config_survives_its_json_form() -> None:
-    original = config(head_map=((0, 1),) * 4, recommended_budget=64, qk_norm=True)
-    assert HeadConfig.from_dict(original.to_dict()) == original
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    known = {"draft_parameters": 5, "draft_embedding_parameters": 7, "source_hash": "ab", "yarn": False, "rope_scaling": scaling}
+    original = config(head_map=((0, 1),) * 4, recommended_budget=64, qk_norm=True, **known)
+    assert HeadConfig.from_dict(json.loads(json.dumps(original.to_dict()))) == original
+
+
+def test_directories_from_before_the_optional_fields_are_read() -> None:
+    values = config().to_dict()
+    for name in ("yarn", "draft_parameters", "draft_embedding_parameters", "source_hash", "rope_scaling"):
+        del values[name]
+    assert HeadConfig.from_dict(values) == config()
 
 
 @pytest.mark.parametrize(
@@ -171,6 +192,8 @@ def test_a_config_file_that_lacks_entries() -> None:
         ({"head_dim": 15}, "must be even"),
         ({"feature_layers": None}, "must name its feature_layers"),
         ({"feature_layers": 3}, "incomplete"),
+        ({"feature_layers": ["1"]}, "feature_layers of a retrieval head must be a list of integers"),
+        ({"head_map": [3]}, "incomplete"),
     ],
 )
 def test_values_of_the_wrong_kind_are_head_errors(change: dict, message: str) -> None:

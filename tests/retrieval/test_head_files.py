@@ -12,20 +12,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from specontext import LLM, SpeContextConfig
 from specontext.core import ModelShape
-from specontext.models.loading import model_shape
+from specontext.locations import ModelError
 from specontext.retrieval.catalog import KNOWN_DRAFTS, find_head
-from specontext.retrieval.checkpoint import load_head
-from specontext.retrieval.head import HeadError
+from specontext.retrieval.checkpoint import load_head, read_config, save_head, stored_size
+from specontext.retrieval.head import HeadError, RetrievalHead, head_parameters
 
 K_PROJ = "midlayer.self_attn.k_proj.weight"
 
 
 @pytest.fixture
 def target(reference: Callable[[str], Any]) -> ModelShape:
-    return model_shape(reference("llama").config, torch.float32)
+    return ModelShape.from_config(reference("llama").config)
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_heads_of_every_kind_are_read_back(
     family: str, checkpoint: Callable[[str], Path], reference: Callable[[str], Any]
 ) -> None:
     path = checkpoint(family) / "retrieval_head"
-    head = load_head(path, target=model_shape(reference(family).config, torch.float32))
+    head = load_head(path, target=ModelShape.from_config(reference(family).config))
     stored = load_file(path / "model.safetensors")
     assert sorted(t.sum().item() for t in stored.values()) == sorted(t.sum().item() for t in head.state_dict().values())
     assert torch.equal(head.k_proj.weight, stored[K_PROJ])
@@ -61,6 +62,9 @@ def test_heads_of_every_kind_are_read_back(
 def test_a_missing_tensor_is_named(folder: Path, target: ModelShape) -> None:
     change_tensors(folder, lambda tensors: tensors.__delitem__(K_PROJ))
     with pytest.raises(HeadError, match=f"lacks the tensor {K_PROJ}"):
+        load_head(folder, target=target)
+    change_tensors(folder, lambda tensors: tensors.__delitem__("fc.weight"))
+    with pytest.raises(HeadError, match=f"lacks the tensors fc.weight, {K_PROJ}"):
         load_head(folder, target=target)
 
 
@@ -107,7 +111,7 @@ def test_a_config_that_is_no_json_object(text: str, folder: Path, target: ModelS
         ({"target_hidden_size": 48}, "hidden size 48"),
         ({"hidden_size": 48}, "48"),
         ({"vocab_size": 12}, "vocabulary 12"),
-        ({"kv_heads": 4}, "KV heads 4"),
+        ({"kv_heads": 4}, "4 groups and the model 2 KV heads"),
         ({"feature_layers": [0, 0, 1]}, "not distinct"),
     ],
 )
@@ -123,6 +127,125 @@ def test_the_config_s_head_dim_must_be_the_tensors(folder: Path, target: ModelSh
     change_config(folder, head_dim=8)
     with pytest.raises(HeadError, match=r"q_proj.* has shape \[64, 128\], the head's config asks for \[32, 128\]"):
         load_head(folder, target=target)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_target_is_a_shape_a_config_or_a_name(
+    family: str, checkpoint: Callable[[str], Path], reference: Callable[[str], Any]
+) -> None:
+    path, config = checkpoint(family) / "retrieval_head", reference(family).config
+    heads = [
+        RetrievalHead.from_pretrained(source, target=target)
+        for target in (ModelShape.from_config(config), config, checkpoint(family), str(checkpoint(family)))
+        for source in (path, str(path), checkpoint(family))
+    ]
+    for head in heads:
+        assert torch.equal(head.k_proj.weight, load_file(path / "model.safetensors")[K_PROJ])
+    assert RetrievalHead.from_pretrained("nano", target="nano").config.variant == "features"
+
+
+def test_a_target_that_is_no_model(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no checkpoint directory at"):
+        RetrievalHead.from_pretrained(folder, target=tmp_path / "nothing")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot read the config of the model"):
+        RetrievalHead.from_pretrained(folder, target=tmp_path)
+    with pytest.raises(ModelError, match="PreTrainedConfig does not describe a decoder"):
+        RetrievalHead.from_pretrained(folder, target=PreTrainedConfig())
+
+
+def test_size_and_config_without_the_model(folder: Path, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    config = read_config(checkpoint("llama"))
+    assert config == read_config(folder)
+    assert stored_size(folder) == (head_parameters(config), 4 * head_parameters(config))
+    (folder / "config.json").write_text('{"hidden_size": 3}')
+    with pytest.raises(HeadError, match=r"not a retrieval head: .*specontext head prune"):
+        read_config(folder)
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_head_is_written_beside_what_lies_there_and_over_an_older_one(folder: Path, target: ModelShape, tmp_path: Path) -> None:
+    head = load_head(folder, target=target)
+    logs = tmp_path / "run"
+    logs.mkdir()
+    (logs / "log.jsonl").write_text("{}")
+    for out in (tmp_path / "deep" / "new", logs, logs):
+        save_head(head, out)
+        assert set(files(out)) - {"log.jsonl"} == {"config.json", "model.safetensors"}
+        again = load_head(out, target=target)
+        assert all(torch.equal(a, b) for a, b in zip(head.parameters(), again.parameters(), strict=True))
+    assert (logs / "log.jsonl").read_text() == "{}"
+    assert {path.name for path in tmp_path.iterdir()} == {"deep", "run", "head"}
+
+
+def test_a_small_head_replaces_a_large_one_whole(folder: Path, target: ModelShape) -> None:
+    save_head(load_head(folder, target=target).embedding_variant(), folder)
+    assert load_head(folder, target=target).config.variant == "embedding"
+
+
+def test_the_number_format_of_the_file_may_be_kept(folder: Path, target: ModelShape) -> None:
+    save_head(load_head(folder, target=target, dtype=torch.bfloat16), folder)
+    assert load_head(folder, target=target, dtype=None).q_proj.weight.dtype == torch.bfloat16
+    assert load_head(folder, target=target).q_proj.weight.dtype == torch.float32
+    assert stored_size(folder)[1] == 2 * stored_size(folder)[0]
+
+
+def test_values_that_are_not_numbers_are_not_written(folder: Path, target: ModelShape, tmp_path: Path) -> None:
+    head, before = load_head(folder, target=target), files(folder)
+    head.k_proj.weight[0, 0] = float("nan")
+    for out in (folder, tmp_path / "new"):
+        with pytest.raises(HeadError, match=f"not written to .*{K_PROJ} holds values that are not finite"):
+            save_head(head, out)
+    assert files(folder) == before and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("fails", ["save_file", "json.dumps"])
+def test_nothing_is_left_half_written(
+    fails: str, folder: Path, target: ModelShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disk_is_full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    head, before = load_head(folder, target=target), files(folder)
+    monkeypatch.setattr(f"specontext.retrieval.checkpoint.{fails}", disk_is_full)
+    for out in (folder, tmp_path / "new"):
+        with pytest.raises(HeadError, match=r"cannot be written .* No space left"):
+            save_head(head, out)
+    assert files(folder) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"head"}
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3, 4])
+def test_an_old_head_comes_back_when_moving_the_new_one_fails(
+    failing: int, folder: Path, target: ModelShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, before, moves = load_head(folder, target=target), files(folder), []
+    rename = Path.rename
+
+    def break_one(path: Path, to: Path) -> Path:
+        moves.append(to)
+        if len(moves) == failing:
+            raise OSError("broken pipe to the disk")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", break_one)
+    with pytest.raises(HeadError, match="cannot be written"):
+        save_head(head.embedding_variant(), folder)
+    assert files(folder) == before
+
+
+def test_a_model_is_not_overwritten_by_a_head(folder: Path, target: ModelShape, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(HeadError, match="holds a model that is not a retrieval head"):
+        save_head(load_head(folder, target=target), tmp_path)
+    with pytest.raises(HeadError, match="cannot be written"):
+        save_head(load_head(folder, target=target), folder / "config.json" / "below")
 
 
 # Finding a head -------------------------------------------------------------------------------------------------------

@@ -8,24 +8,24 @@ from torch import Tensor
 
 from specontext.core import ModelShape, Selection
 from specontext.kernels.retrieval_scores import group_weights
-from specontext.kernels.top_k import top_k_positions
+from specontext.retrieval.granularity import choose, groups_of
 from specontext.retrieval.selector import Budget, DecodeTokens, Selector, uniform_map
 
 
 class OracleSelector(Selector):
-    """Top-k of the layer's own attention weights, maximised over the query heads that share a set."""
+    """Top-k of the layer's own attention weights, maximised over the query heads of a group."""
 
     in_layer = True
 
     def __init__(self, shape: ModelShape, budget: Budget, *, granularity: str) -> None:
         self.shape, self.budget = shape, budget
-        self.groups = shape.kv_heads if granularity == "head" else 1
+        self.granularity, self.groups = granularity, groups_of(granularity, shape.kv_heads)
         self.head_map = uniform_map(shape, self.groups)
 
     def select_in_layer(self, layer: int, step: DecodeTokens, logits: Callable[[], Tensor]) -> Selection:
-        grouped = logits().unflatten(1, (self.groups, -1))
+        grouped = logits().unflatten(1, (self.shape.kv_heads, -1))
         scores = group_weights(grouped, self.budget.sink, self.budget.candidates_end(step.lengths))
-        return self.budget.compose(top_k_positions(scores, self.budget.scored), step.lengths)
+        return self.budget.compose(choose(scores, self.granularity, self.budget.scored), step.lengths)
 
     def selection_bytes(self, lengths: Tensor) -> Tensor:
         """All keys of all layers."""

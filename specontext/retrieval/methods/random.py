@@ -8,6 +8,7 @@ from torch import Tensor
 from specontext.core import ModelShape, Selection
 from specontext.kernels.counter_random import combine_keys, counter_uniform
 from specontext.kernels.top_k import top_k_positions
+from specontext.retrieval.granularity import groups_of
 from specontext.retrieval.selector import Budget, DecodeTokens, Selector, uniform_map
 
 
@@ -16,7 +17,7 @@ class RandomSelector(Selector):
 
     def __init__(self, shape: ModelShape, budget: Budget, *, granularity: str) -> None:
         self.budget = budget
-        self.groups = shape.kv_heads if granularity == "head" else 1
+        self.groups = groups_of(granularity, shape.kv_heads)
         self.head_map = uniform_map(shape, self.groups)
 
     def select(self, step: DecodeTokens) -> Selection:

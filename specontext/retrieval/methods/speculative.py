@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from specontext.core import Batch, ModelShape, Selection
 from specontext.kernels.retrieval_scores import retrieval_scores
-from specontext.kernels.top_k import top_k_positions
+from specontext.retrieval.granularity import choose, groups_of
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.key_cache import KeyCache
 from specontext.retrieval.selector import Budget, DecodeTokens, Selector, uniform_map
@@ -25,11 +25,9 @@ class SpeculativeSelector(Selector):
         c = head.config
         self.budget, self.head, self.embedding, self.cache = budget, head, embedding, cache
         self.granularity = granularity
-        if granularity == "batch":
-            self.groups, self.head_map = 1, uniform_map(shape, 1)
-        else:
-            self.groups = c.kv_heads
-            self.head_map = uniform_map(shape, c.kv_heads) if c.head_map is None else torch.tensor(c.head_map)
+        self.groups = groups_of(granularity, c.kv_heads)
+        own_map = granularity == "head" and c.head_map is not None
+        self.head_map = torch.tensor(c.head_map) if own_map else uniform_map(shape, self.groups)
         keys = cache.keys
         self.last_feature = (
             keys.new_zeros((cache.table.shape[0], c.target_hidden_size * len(c.feature_layers)))
@@ -55,9 +53,7 @@ class SpeculativeSelector(Selector):
         self.cache.append(step.seats, step.positions, keys)
         all_keys = self.cache.gather(step.seats, int(step.lengths.max()))
         scores = retrieval_scores(queries, all_keys, self.budget.sink, self.budget.candidates_end(step.lengths))
-        if self.granularity == "batch":
-            scores = scores.amax(1, keepdim=True)
-        return self.budget.compose(top_k_positions(scores, self.budget.scored), step.lengths)
+        return self.budget.compose(choose(scores, self.granularity, self.budget.scored), step.lengths)
 
     def observe(self, batch: Batch, features: Tensor | None) -> None:
         chunk = slice(batch.num_decodes, None)

@@ -1,0 +1,95 @@
+"""From what a user writes to a source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from specontext.distill.data.documents import Documents, Joined, TextFiles
+from specontext.distill.data.encoder import Encoder
+from specontext.distill.data.hub import HubRows
+from specontext.distill.data.jsonl import JsonLines
+from specontext.distill.data.mixing import Evenly
+from specontext.distill.data.source import DataError, Source
+from specontext.distill.data.tasks import TaskSource
+from specontext.distill.data.text import DocumentSource
+from specontext.tasks.training import KINDS
+
+FORMS = "'tasks', 'tasks:KIND,KIND', a text file, a .jsonl file, a directory of these, or hf:ORGANISATION/NAME[:SPLIT[:FIELD]]"
+PROBED = 4096  # bytes of a file in a directory that are looked at to tell text from other data
+
+
+def open_sources(specs: Sequence[str | Path], *, tokenizer: PreTrainedTokenizerBase, seed: int, held_out: bool = False) -> Source:
+    """The source that draws evenly from everything that `specs` name.
+
+    `tasks` or `tasks:KIND,KIND` are generated problems. A `.jsonl` file has a document in every row (see `rows.document`
+    for the forms), any other file is a text. A directory is all text and JSONL files below it, sorted by path; hidden
+    files and files that are not text are left out. `hf:org/name:split:field` is a data set of the Hub.
+
+    Args:
+        held_out: open the part that is kept from training, disjoint from what is opened without it whatever the seeds: of ten
+            or more documents every tenth, of fewer text files the last tenth of each, of fewer rows the last row (see
+            `held_out.Split`). Generated problems are held out by other random numbers.
+
+    Raises:
+        DataError: a spec that is not understood, data that cannot be read or used, fewer than two tokens in one of them.
+    """
+    listed = [specs] if isinstance(specs, str | Path) else list(specs)
+    if not listed:
+        raise DataError(f"no data was given: give {FORMS}")
+    encoder = Encoder(tokenizer)
+    sources = [_open(str(spec), encoder, f"{seed}/{number}", held_out) for number, spec in enumerate(listed)]
+    return sources[0] if len(sources) == 1 else Evenly(sources, seed)
+
+
+def _open(spec: str, encoder: Encoder, key: str, held_out: bool) -> Source:
+    if spec == "tasks" or spec.startswith("tasks:"):
+        kinds = [kind.strip() for kind in spec.removeprefix("tasks:").split(",")] if ":" in spec else KINDS
+        return TaskSource(kinds, encoder, key=f"{'held out' if held_out else 'training'}/{key}")
+    documents = HubRows(spec, encoder) if spec.startswith("hf:") else _local(Path(spec).expanduser(), encoder)
+    return DocumentSource(documents, encoder, name=spec, key=key, held_out=held_out)
+
+
+def _local(path: Path, encoder: Encoder) -> Documents:
+    if path.is_dir():
+        return _directory(path, encoder)
+    if not path.is_file():
+        raise DataError(f"there is no file or directory {path}: give {FORMS}")
+    return JsonLines(path, encoder) if path.suffix == ".jsonl" else TextFiles([path], encoder)
+
+
+def _directory(folder: Path, encoder: Encoder) -> Documents:
+    """Text files first, then the rows of JSONL files.
+
+    Raises:
+        DataError: there are none.
+    """
+    visible = [path for path in sorted(folder.rglob("*")) if not any(part[0] == "." for part in path.relative_to(folder).parts)]
+    files = [path for path in visible if path.is_file()]
+    texts = [path for path in files if path.suffix != ".jsonl" and is_text(path)]
+    parts: list[Documents] = [JsonLines(path, encoder) for path in files if path.suffix == ".jsonl"]
+    if texts:
+        parts.insert(0, TextFiles(texts, encoder))
+    if not parts:
+        raise DataError(f"{folder} has no text files and no .jsonl files")
+    return parts[0] if len(parts) == 1 else Joined(parts)
+
+
+def is_text(path: Path) -> bool:
+    """Whether a file begins like UTF-8 text.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(PROBED)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        start.decode()
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data" and error.start > PROBED - 4  # a character that the probe cut
+    return b"\0" not in start

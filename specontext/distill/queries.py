@@ -1,0 +1,36 @@
+"""Which query positions of a sequence are looked at, and which tokens compete for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sample_rows(wanted: Tensor, queries: int, random_share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw query positions of each sequence: wanted ones, and a few anywhere up to the last of these.
+
+    Args:
+        wanted: bool [N, S], the positions whose next token the model has to say.
+        queries: Q, positions drawn of each sequence.
+
+    Returns:
+        rows int64 [N, Q], and bool [N, Q], False for filling where a sequence has fewer.
+    """
+    rows = torch.zeros(len(wanted), queries, dtype=torch.int64)
+    real = torch.zeros(len(wanted), queries, dtype=torch.bool)
+    others = round(queries * random_share)
+    for n, mask in enumerate(wanted.cpu()):
+        found = mask.nonzero().flatten()
+        if len(found):
+            picked = found[torch.randperm(len(found), generator=generator)[: queries - others]]
+            anywhere = torch.randint(int(found[-1]) + 1, (others,), generator=generator)
+            rows[n, : len(picked) + others] = torch.cat((picked, anywhere))
+            real[n, : len(picked) + others] = True
+    return rows.to(wanted.device), real.to(wanted.device)
+
+
+def candidates(rows: Tensor, length: int, sink: int, recent: int) -> tuple[Tensor, Tensor]:
+    """The tokens that compete for queries `rows` [N, Q], and those that are always kept: bool [N, 1, Q, length] each."""
+    token, row = torch.arange(length, device=rows.device), rows[:, None, :, None]
+    far = (token >= sink) & (token <= row - recent)
+    return far, (token <= row) & ~far

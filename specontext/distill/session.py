@@ -1,0 +1,234 @@
+"""From a target's name to a trained head: the parts of one distillation, put together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specontext.config import ConfigError, SpeContextConfig
+from specontext.core import ModelShape
+from specontext.distill.data import Mixed, OnPolicy, Source, open_sources
+from specontext.distill.data.mixing import sizes_of_share
+from specontext.distill.draft import Draft, frequent_tokens
+from specontext.distill.draft_files import save_draft
+from specontext.distill.recall import measure
+from specontext.distill.target import Target
+from specontext.distill.trainer import CHECKPOINT, DistillConfig, Student, size_of, train
+from specontext.engine.llm import LLM
+from specontext.retrieval.checkpoint import load_head, save_head
+from specontext.retrieval.head import HeadConfig, RetrievalHead
+
+SETTINGS = "training.json"
+SHARES = (0.5, 0.25, 0.15, 0.1)  # of the longest sequences, of half as long ones, ...
+SHORTEST = 256
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Form of a new head; None takes the target's, which is EAGLE-3's choice."""
+
+    variant: str = "features"
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    feature_layers: tuple[int, ...] | None = None
+    rope_theta: float = 10000.0
+
+
+def standard_feature_layers(layers: int) -> tuple[int, ...]:
+    """EAGLE-3's 2, L // 2, L - 3 where they are distinct and in order, else up to three layers spread evenly."""
+    standard = (2, layers // 2, layers - 3)
+    if layers >= 7:
+        return standard
+    return tuple(sorted({max(1, round(layers * part)) for part in (0.25, 0.5, 0.75)}))
+
+
+def new_head(shape: HeadShape, target: ModelShape, *, trained_length: int, source: str, seed: int) -> RetrievalHead:
+    """A head of random weights for a model of shape `target`."""
+    kv_heads = shape.kv_heads or target.kv_heads
+    features = () if shape.variant == "embedding" else shape.feature_layers or standard_feature_layers(target.layers)
+    config = HeadConfig(
+        variant=shape.variant,
+        hidden_size=target.hidden_size,
+        target_hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        heads=shape.heads or target.query_heads,
+        kv_heads=kv_heads,
+        head_dim=shape.head_dim or target.head_dim,
+        feature_layers=features,
+        rope_theta=shape.rope_theta,
+        trained_length=trained_length,
+        source=source,
+    )
+    config.check_target(target)
+    torch.manual_seed(seed)
+    return RetrievalHead(config)
+
+
+def mixed_lengths(longest: int) -> tuple[tuple[int, float], ...]:
+    """Half of the sequences as long as the longest, the others 1/2, 1/4 and 1/8 of it: one length alone forgets the others."""
+    lengths = [longest, *(longest // 2**i for i in (1, 2, 3) if longest // 2**i >= SHORTEST)]
+    return tuple(zip(lengths, SHARES, strict=False))
+
+
+@dataclass(frozen=True)
+class Session:
+    """One distillation.
+
+    Attributes:
+        target: 'nano', a checkpoint directory or a Hub id.
+        data: where sequences come from, see `specontext.distill.data.open_sources`.
+        length: longest sequences, in tokens; the head's `trained_length`.
+        shape: form of a new head; without effect when `start` names one.
+        start: head directory or EAGLE-3 draft to go on from; None starts from random weights.
+        on_policy: share of the sequences whose answers the target generates itself.
+        temperature: of these generations.
+        draft_vocabulary: tokens that the draft of the output objective can predict, None for all.
+    """
+
+    target: str
+    out: Path
+    data: tuple[str, ...]
+    config: DistillConfig
+    length: int = 4096
+    shape: HeadShape = HeadShape()
+    start: str | None = None
+    on_policy: float = 0.0
+    temperature: float = 1.0
+    draft_vocabulary: int | None = None
+    recommended_budget: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def run(self, *, resume: bool = False, report: Callable[[dict[str, float]], None] | None = None) -> dict[str, float]:
+        """Train and write the head to `out`; with an output objective also the whole draft, to `out/draft`.
+
+        Args:
+            resume: go on with the training that was stopped in `out`; without it a started training there is an error.
+
+        Returns:
+            held-out attention recall by length and budget.
+
+        Raises:
+            SpeContextError: settings, data or checkpoints that do not fit.
+        """
+        self._check(resume)
+        plain = SpeContextConfig(method="full")
+        llm = LLM(self.target, None, plain, self.dtype, self.device, max_num_seqs=32, max_num_batched_tokens=4096)
+        loaded, shape = llm.engine.loaded, llm.shape
+        if self.length > shape.max_position:
+            raise ConfigError(f"length {self.length} exceeds the model's maximum of {shape.max_position} tokens")
+        source = self._source(llm)
+        student = self._student(loaded.model, shape, source)
+        student.to(llm.engine.device)
+        target = Target(loaded.model, student.head.config.feature_layers)
+        held_out = open_sources(self.data, tokenizer=loaded.tokenizer, seed=self.config.seed, held_out=True)
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / SETTINGS).write_text(json.dumps(self.describe(), indent=1) + "\n")
+        train(
+            student,
+            target,
+            source,
+            self.config,
+            self.out,
+            evaluate=lambda: self._recall(student.head, target, held_out, rounds=2),
+            report=report,
+        )
+        save_head(student.head, self.out)
+        if student.draft is not None:
+            save_draft(student.draft, self.out / "draft")
+        return self._recall(student.head, target, held_out, rounds=4)
+
+    def describe(self) -> dict[str, object]:
+        """The settings, for the log; paths as they were given."""
+        return asdict(replace(self, out=Path(self.out.name))) | {"out": self.out.name}
+
+    def _check(self, resume: bool) -> None:
+        started = (self.out / CHECKPOINT).exists()
+        if started and not resume:
+            raise ConfigError(f"{self.out} holds a started training: add --resume to go on with it, or choose another directory")
+        if resume and not started:
+            raise ConfigError(f"there is no training to resume in {self.out}: it has no {CHECKPOINT}")
+        if not 0 <= self.on_policy <= 1:
+            raise ConfigError(f"on_policy is a share from 0 to 1, got {self.on_policy}")
+        if self.config.speaks and self.shape.variant != "features":
+            raise ConfigError("the output objective trains an EAGLE-3 draft, which reads features: choose --variant features")
+
+    def _source(self, llm: LLM) -> Source:
+        source = open_sources(self.data, tokenizer=llm.tokenizer, seed=self.config.seed)
+        if not self.on_policy:
+            return source
+        sizes = sizes_of_share(lambda index: size_of(self.config, index), self.on_policy)
+        own = OnPolicy(source, llm, seed=self.config.seed, temperature=self.temperature, sizes=sizes)
+        return Mixed(own, source, self.on_policy)
+
+    def _student(self, model: PreTrainedModel, shape: ModelShape, source: Source) -> Student:
+        if self.start is not None:
+            head = load_head(self.start, target=shape)
+            head.config = replace(head.config, trained_length=self.length)
+        else:
+            name = f"{self.config.objective} distillation from {Path(self.target).name} on {', '.join(self.data)}"
+            head = new_head(self.shape, shape, trained_length=self.length, source=name, seed=self.config.seed)
+        if self.recommended_budget is not None:
+            head.config = replace(head.config, recommended_budget=self.recommended_budget)
+        if not self.config.speaks:
+            return Student(head)
+        vocabulary = None
+        if self.draft_vocabulary is not None and self.draft_vocabulary < shape.vocab_size:
+            vocabulary = frequent_tokens(self._token_counts(source, shape.vocab_size), self.draft_vocabulary)
+        matrix = model.get_output_embeddings().weight
+        intermediate = getattr(model.config, "intermediate_size", None) or 4 * shape.hidden_size
+        return Student(head, Draft(head, intermediate_size=intermediate, vocabulary=vocabulary, lm_head=matrix))
+
+    def _token_counts(self, source: Source, size: int) -> Tensor:
+        """How often each token stands in some fifty batches."""
+        counts = torch.zeros(size, dtype=torch.int64)
+        for step in range(50):
+            sequences = source.draw(step, self.length, 1)
+            real = torch.arange(sequences.ids.shape[1]) < sequences.lengths[:, None]
+            counts += sequences.ids[real].bincount(minlength=size)
+        return counts
+
+    def _recall(self, head: RetrievalHead, target: Target, held_out: Source, rounds: int) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for length in (self.length, self.length // 4):
+            budgets = [length // 8, length // 16]
+            if budgets[-1] <= self.config.sink + self.config.recent:
+                continue
+            rows = max(1, min(4, 8192 // length))
+
+            def batches(length: int = length, rows: int = rows) -> Iterator[tuple[Tensor, Tensor]]:
+                for step in range(rounds):
+                    sequences = held_out.draw(step, length, rows)
+                    yield sequences.ids, sequences.wanted
+
+            recalls = measure(head, target, batches(), budgets, sink=self.config.sink, recent=self.config.recent)
+            for budget, recall in recalls.items():
+                found[f"recall_{length}_{budget}"] = round(recall["head"], 4)
+                found[f"of_shared_oracle_{length}_{budget}"] = round(recall["head"] / recall["shared"], 4)
+        return found
+
+
+def sequences_of(source: Source, *, length: int, rows: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids and wanted marks of about `count` sequences."""
+    for step in range(-(-count // rows)):
+        sequences = source.draw(step, length, rows)
+        yield sequences.ids, sequences.wanted
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Feature layers from `2,16,29`.
+
+    Raises:
+        ConfigError: not a list of whole numbers.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"feature layers are whole numbers with commas, such as 2,16,29; got '{text}'") from error
