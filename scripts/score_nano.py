@@ -23,8 +23,8 @@ from rich.table import Table
 
 from specontext import LLM, SpeContextConfig
 from specontext.evaluation.solve import solve, summarize
-from specontext.tasks import TASKS, sample_problems
 from specontext.evaluation.token_counter import token_counter
+from specontext.tasks import TASKS, sample_problems
 
 PROGRAM_LENGTHS = (1024, 2048)
 

@@ -48,7 +48,7 @@ class SpeContextConfig:
     )
     granularity: str = _option(  # type: ignore[assignment]
         "head",
-        "'head' selects for every KV head; one set for all heads of a request: 'union' of shrunk sets, 'batch' by the best score.",
+        "'head' selects for every KV head. One set for all heads: 'union' of shrunk sets, 'batch' by the best score.",
     )
 
     def __post_init__(self) -> None:

@@ -28,7 +28,8 @@ from transformers import logging as transformers_logging
 import specontext.models
 from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.retrieval.checkpoint import save_head
-from specontext.retrieval.head import HeadConfig, RetrievalHead
+from specontext.retrieval.head import RetrievalHead
+from specontext.retrieval.head_config import HeadConfig
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()

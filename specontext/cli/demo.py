@@ -20,8 +20,8 @@ from specontext.cli.tasks import draw_problems
 from specontext.cli.terminal import UsageError, error_console, human_bytes, quiet_libraries, shorten
 from specontext.config import ConfigError, SpeContextConfig
 from specontext.evaluation.solve import Scored, Summary, solve, summarize
-from specontext.tasks import TASKS, Problem
 from specontext.evaluation.token_counter import token_counter
+from specontext.tasks import TASKS, Problem
 
 if TYPE_CHECKING:
     from specontext import LLM

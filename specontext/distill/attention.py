@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from specontext.distill.target import Observation, grouped_scores
-from specontext.retrieval.head import HeadConfig, RetrievalHead
+from specontext.retrieval.head import RetrievalHead
+from specontext.retrieval.head_config import HeadConfig
 
 LOWEST = -1e30  # a finite stand-in for -inf: rows without any candidate stay free of NaN
 Pool = Literal["max", "mean"]

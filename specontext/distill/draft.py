@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from specontext.core import SpeContextError
-from specontext.retrieval.head import HeadError, RetrievalHead, RMSNorm, rotate
+from specontext.retrieval.head import RetrievalHead, RMSNorm
+from specontext.retrieval.head_config import HeadError
 
 
 def frequent_tokens(counts: Tensor, size: int) -> Tensor:
@@ -117,8 +118,7 @@ class Draft(nn.Module):
         if steps < 1:
             raise SpeContextError(f"cannot unroll {steps} steps: ask for at least one")
         head, length = self.head, embeddings.shape[1]
-        tokens = head.input_layernorm(embeddings)
-        state = head.fc(self._normed(features.to(tokens.dtype)))[:, 1:]
+        state = head.fuse(features.to(embeddings.dtype))[:, 1:]
         positions = torch.arange(length, device=embeddings.device)
         keys: list[Tensor] = []
         values: list[Tensor] = []
@@ -127,8 +127,8 @@ class Draft(nn.Module):
             first = min(step + 1, length)  # row r of this step belongs to the draft from position r + 1 and stands at r + first
             state = state[:, : length - first]
             if first < length:
-                x = torch.cat((tokens[:, first:], head.hidden_norm(state)), dim=-1)
-                queries, key = self._queries_and_keys(x, positions[first:])
+                x = head.layer_input(embeddings[:, first:], state)
+                queries, key = head.project(x, positions[first:])
                 keys.append(key)
                 values.append(self.v_proj(x).unflatten(-1, (head.config.kv_heads, -1)))
                 state = state + self.o_proj(self._attend(queries, keys, values))
@@ -186,26 +186,6 @@ class Draft(nn.Module):
             losses, hits = losses + some_losses, hits + some_hits
         weights = decay ** step[:, 0].float() / real.sum(1).clamp_min(1)
         return (losses * weights).sum(), (hits / asked.clamp_min(1)).tolist()
-
-    def _normed(self, features: Tensor) -> Tensor:
-        """Features [..., F * H] after the norms that the head applies before its fc."""
-        if self.head.config.feature_norm == "joint":
-            return self.head.feature_norm(features)
-        if self.head.config.feature_norm == "each":
-            norms = self.head.feature_norms
-            return torch.cat([norm(part) for norm, part in zip(norms, features.chunk(len(norms), -1), strict=True)], dim=-1)
-        return features
-
-    def _queries_and_keys(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The head's rotated queries [N, R, Hq, D] and keys [N, R, G, D] of layer inputs x [N, R, 2H] at positions [R]."""
-        head, c = self.head, self.head.config
-        queries = head.q_proj(x).unflatten(-1, (c.heads, c.head_dim))
-        keys = head.k_proj(x).unflatten(-1, (c.kv_heads, c.head_dim))
-        if c.qk_norm:
-            queries, keys = head.q_norm(queries), head.k_norm(keys)
-        angles = positions[:, None].float() * head.inverse_frequencies
-        cos, sin = angles.cos()[:, None] * head.attention_scaling, angles.sin()[:, None] * head.attention_scaling
-        return rotate(queries, cos, sin), rotate(keys, cos, sin)
 
     def _attend(self, queries: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
         """Attention [N, R, Hq * D] of one step's queries [N, R, Hq, D], tile by tile; rows are starts of drafts.

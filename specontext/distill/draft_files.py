@@ -20,7 +20,7 @@ from specontext.core import ModelShape
 from specontext.distill.draft import Draft
 from specontext.retrieval.checkpoint import WEIGHTS, load_head, tensor_name
 from specontext.retrieval.draft import EMBEDDING, SPECULATORS, config_values, dialect_of, read_weights, weight_files
-from specontext.retrieval.head import HeadConfig, HeadError
+from specontext.retrieval.head_config import HeadConfig, HeadError
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 FEATURE_LAYERS = 3

@@ -21,8 +21,11 @@ from specontext.distill.recall import measure
 from specontext.distill.target import Target
 from specontext.distill.trainer import CHECKPOINT, DistillConfig, Student, size_of, train
 from specontext.engine.llm import LLM
+from specontext.engine.llm_engine import pick_device
+from specontext.models.loading import LoadedModel, load_model
 from specontext.retrieval.checkpoint import load_head, save_head
-from specontext.retrieval.head import HeadConfig, RetrievalHead
+from specontext.retrieval.head import RetrievalHead
+from specontext.retrieval.head_config import HeadConfig
 
 SETTINGS = "training.json"
 SHARES = (0.5, 0.25, 0.15, 0.1)  # of the longest sequences, of half as long ones, ...
@@ -119,14 +122,14 @@ class Session:
             SpeContextError: settings, data or checkpoints that do not fit.
         """
         self._check(resume)
-        plain = SpeContextConfig(method="full")
-        llm = LLM(self.target, None, plain, self.dtype, self.device, max_num_seqs=32, max_num_batched_tokens=4096)
-        loaded, shape = llm.engine.loaded, llm.shape
+        device = pick_device(self.device)
+        loaded = load_model(self.target, dtype=self.dtype, device=device)
+        shape = loaded.shape
         if self.length > shape.max_position:
             raise ConfigError(f"length {self.length} exceeds the model's maximum of {shape.max_position} tokens")
-        source = self._source(llm)
+        source = self._source(loaded)
         student = self._student(loaded.model, shape, source)
-        student.to(llm.engine.device)
+        student.to(device)
         target = Target(loaded.model, student.head.config.feature_layers)
         held_out = open_sources(self.data, tokenizer=loaded.tokenizer, seed=self.config.seed, held_out=True)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -160,10 +163,11 @@ class Session:
         if self.config.speaks and self.shape.variant != "features":
             raise ConfigError("the output objective trains an EAGLE-3 draft, which reads features: choose --variant features")
 
-    def _source(self, llm: LLM) -> Source:
-        source = open_sources(self.data, tokenizer=llm.tokenizer, seed=self.config.seed)
+    def _source(self, loaded: LoadedModel) -> Source:
+        source = open_sources(self.data, tokenizer=loaded.tokenizer, seed=self.config.seed)
         if not self.on_policy:
             return source
+        llm = LLM(loaded, None, SpeContextConfig(method="full"), max_model_len=self.length, max_num_batched_tokens=4096)
         sizes = sizes_of_share(lambda index: size_of(self.config, index), self.on_policy)
         own = OnPolicy(source, llm, seed=self.config.seed, temperature=self.temperature, sizes=sizes)
         return Mixed(own, source, self.on_policy)

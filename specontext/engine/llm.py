@@ -14,6 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from specontext.config import ConfigError, EngineConfig, SpeContextConfig
 from specontext.core import CompletionOutput, ModelShape, RequestError, RequestOutput, SamplingParams
 from specontext.engine.llm_engine import Generation, LLMEngine
+from specontext.models.loading import LoadedModel
 
 Prompt = str | Sequence[int]
 
@@ -22,7 +23,7 @@ class LLM:
     """A model with a retrieval head, ready to generate.
 
     Args:
-        model: 'nano' (bundled), a checkpoint directory, or a Hub id.
+        model: 'nano' (bundled), a checkpoint directory, a Hub id, or a model that `load_model` has loaded, to share its weights.
         retrieval_head: 'auto' (the checkpoint's own or a known one), a head directory, or None for methods without a head.
         config: selection method, budget and tiers.
         options: any other field of `EngineConfig`, by name.
@@ -33,7 +34,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | LoadedModel,
         retrieval_head: str | Path | None = "auto",
         config: SpeContextConfig | None = None,
         dtype: str = "auto",
@@ -43,8 +44,12 @@ class LLM:
         known = {f.name for f in fields(EngineConfig)} - {"model", "retrieval_head", "method", "dtype", "device"}
         if unknown := sorted(set(options) - known):
             raise ConfigError(f"unknown option {', '.join(unknown)}: LLM takes {', '.join(sorted(known))}")
+        loaded = model if isinstance(model, LoadedModel) else None
+        name = model.name if isinstance(model, LoadedModel) else model
+        method = config or SpeContextConfig()
         self.engine = LLMEngine(
-            EngineConfig(model, retrieval_head, config or SpeContextConfig(), dtype=dtype, device=device, **options)  # type: ignore[arg-type]
+            EngineConfig(name, retrieval_head, method, dtype=dtype, device=device, **options),  # type: ignore[arg-type]
+            loaded,
         )
         self._ids = itertools.count()
 

@@ -50,7 +50,7 @@ class LLMEngine:
 
     def __init__(self, config: EngineConfig, loaded: LoadedModel | None = None) -> None:
         self.config = config
-        self.device = pick_device(config.device)
+        self.device = loaded.model.device if loaded is not None else pick_device(config.device)
         self.loaded = loaded or load_model(
             config.model,
             dtype=config.dtype,

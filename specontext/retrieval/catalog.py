@@ -6,7 +6,8 @@ from pathlib import Path
 
 from specontext.core import ModelShape
 from specontext.retrieval.checkpoint import OWN_HEAD, load_head
-from specontext.retrieval.head import HeadError, RetrievalHead
+from specontext.retrieval.head import RetrievalHead
+from specontext.retrieval.head_config import HeadError
 
 # Public EAGLE-3 drafts by the model that they were distilled from; a head is pruned from them.
 KNOWN_DRAFTS = {

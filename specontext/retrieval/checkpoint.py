@@ -21,7 +21,8 @@ from torch import Tensor
 from specontext.core import ModelShape
 from specontext.locations import NANO, shape_of
 from specontext.retrieval.draft import config_values, read_draft, read_weights
-from specontext.retrieval.head import HeadConfig, HeadError, RetrievalHead
+from specontext.retrieval.head import RetrievalHead
+from specontext.retrieval.head_config import HeadConfig, HeadError
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need it
     from transformers import PreTrainedConfig

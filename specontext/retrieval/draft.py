@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from specontext.core import ModelShape
-from specontext.retrieval.head import HeadConfig, HeadError
+from specontext.retrieval.head_config import HeadConfig, HeadError
 
 LAYER = "midlayer."
 NEEDED = (

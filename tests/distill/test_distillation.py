@@ -20,7 +20,8 @@ from specontext.distill.queries import candidates, sample_rows
 from specontext.distill.recall import keep, measure
 from specontext.distill.target import Target
 from specontext.distill.trainer import DistillConfig, Student, train
-from specontext.retrieval.head import HeadConfig, RetrievalHead
+from specontext.retrieval.head import RetrievalHead
+from specontext.retrieval.head_config import HeadConfig
 
 LENGTH, LAYERS, HEADS, GROUPS = 96, 3, 4, 2
 IDENTITY = ((0, 1),) * LAYERS

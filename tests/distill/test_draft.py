@@ -17,7 +17,8 @@ from specontext.core import ModelShape, SpeContextError
 from specontext.distill.draft import Draft, frequent_tokens
 from specontext.distill.draft_files import load_draft, save_draft
 from specontext.retrieval.checkpoint import load_head, save_head
-from specontext.retrieval.head import HeadConfig, HeadError, RetrievalHead
+from specontext.retrieval.head import RetrievalHead
+from specontext.retrieval.head_config import HeadConfig, HeadError
 
 HIDDEN, HEADS, GROUPS, HEAD_DIM, VOCABULARY, INTERMEDIATE = 32, 4, 2, 12, 40, 48
 SEQUENCES, LENGTH = 2, 11
@@ -175,20 +176,6 @@ def test_loss_agreement_and_gradients_are_those_of_plain_drafting(vocabulary, st
     for name, parameter in draft.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), name
         close(parameter.grad, plain.weights[name].grad)
-
-
-def test_first_step_uses_the_heads_own_queries_and_keys() -> None:
-    """Whatever RoPE the head has: with one key and one query the draft's scores are the head's."""
-    head = make_head(rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8})
-    draft = Draft(head, intermediate_size=INTERMEDIATE)
-    batch, positions = make_batch(), torch.arange(LENGTH)
-    x = torch.cat(
-        (head.input_layernorm(batch["embeddings"]), head.hidden_norm(head.fc(batch["features"]))),
-        dim=-1,
-    )
-    expected = head(batch["embeddings"], batch["features"], positions)
-    for ours, theirs in zip(draft._queries_and_keys(x, positions), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
 
 
 def test_what_is_held_at_once_does_not_change_the_result() -> None:

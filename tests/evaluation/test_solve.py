@@ -9,8 +9,8 @@ import pytest
 
 from specontext.core import CompletionOutput, RequestOutput, SamplingParams
 from specontext.evaluation.solve import AVERAGED, solve, summarize
-from specontext.tasks import Problem, sample_problems
 from specontext.evaluation.token_counter import token_counter
+from specontext.tasks import Problem, sample_problems
 
 
 class Oracle:

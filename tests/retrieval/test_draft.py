@@ -20,7 +20,8 @@ from specontext.kernels.retrieval_scores import retrieval_scores
 from specontext.kernels.top_k import top_k_positions
 from specontext.retrieval.checkpoint import load_head
 from specontext.retrieval.draft import count_parameters, dialect_of
-from specontext.retrieval.head import HeadConfig, HeadError, RetrievalHead, head_parameters
+from specontext.retrieval.head import RetrievalHead, head_parameters
+from specontext.retrieval.head_config import HeadConfig, HeadError
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY, LAYERS = 32, 4, 2, 12, 50, 8
 SINK, RECENT, CHOSEN = 2, 3, 9

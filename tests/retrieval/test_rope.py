@@ -17,7 +17,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from specontext import LLM, ConfigError, SamplingParams, SpeContextConfig
-from specontext.retrieval.head import HeadConfig, HeadError, RetrievalHead
+from specontext.retrieval.head import RetrievalHead
+from specontext.retrieval.head_config import HeadConfig, HeadError
 
 TRAINED = 256
 POSITIONS = torch.tensor([0, 1, 17, 255, 256, 1000, 4095])

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specontext.evaluation.token_counter import token_counter
 from specontext.tasks import TASKS, LengthError, Problem, correct_steps, get_task, sample_problems
 from specontext.tasks.problem import TokenCounter
 from specontext.tasks.words import vocabulary
-from specontext.evaluation.token_counter import token_counter
 
 HAYSTACKS = [name for name in TASKS if name != "program"]
 LENGTHS = (400, 1000, 4096)
