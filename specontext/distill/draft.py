@@ -118,7 +118,7 @@ class Draft(nn.Module):
         if steps < 1:
             raise SpeContextError(f"cannot unroll {steps} steps: ask for at least one")
         head, length = self.head, embeddings.shape[1]
-        state = head.fuse(features.to(embeddings.dtype))[:, 1:]
+        state = head.fuse(features)[:, 1:]
         positions = torch.arange(length, device=embeddings.device)
         keys: list[Tensor] = []
         values: list[Tensor] = []

@@ -92,6 +92,7 @@ class Session:
         start: head directory or EAGLE-3 draft to go on from; None starts from random weights.
         on_policy: share of the sequences whose answers the target generates itself.
         temperature: of these generations.
+        yarn: whether contexts beyond the trained length will be served by YaRN.
         draft_vocabulary: tokens that the draft of the output objective can predict, None for all.
     """
 
@@ -106,6 +107,7 @@ class Session:
     temperature: float = 1.0
     draft_vocabulary: int | None = None
     recommended_budget: int | None = None
+    yarn: bool = True
     dtype: str = "auto"
     device: str = "auto"
 
@@ -179,6 +181,7 @@ class Session:
         else:
             name = f"{self.config.objective} distillation from {Path(self.target).name} on {', '.join(self.data)}"
             head = new_head(self.shape, shape, trained_length=self.length, source=name, seed=self.config.seed)
+        head.config = replace(head.config, yarn=self.yarn)
         if self.recommended_budget is not None:
             head.config = replace(head.config, recommended_budget=self.recommended_budget)
         if not self.config.speaks:

@@ -150,11 +150,12 @@ class RetrievalHead(nn.Module):
         fused = None
         if self.config.variant == "features":
             assert features is not None
-            fused = self.fuse(features.to(embeddings.dtype))
+            fused = self.fuse(features)
         return self.project(self.layer_input(embeddings, fused), positions)
 
     def fuse(self, features: Tensor) -> Tensor:
         """Fused features [..., H] of the target's features [..., F * target hidden]."""
+        features = features.to(self.fc.weight.dtype)
         if self.config.feature_norm == "joint":
             features = self.feature_norm(features)
         elif self.config.feature_norm == "each":
