@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from specontext import __version__
-from specontext.cli.calibrate import calibrate
 from specontext.cli.demo import demo
 from specontext.cli.distill import distill
 from specontext.cli.generate import generate
@@ -27,7 +26,6 @@ app.command()(generate)
 app.command()(demo)
 app.command()(distill)
 app.add_typer(tasks_app, name="tasks")
-head_app.command()(calibrate)
 app.add_typer(head_app, name="head")
 
 

@@ -23,7 +23,9 @@ def calibrate(
     ],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the head here. Default: where it lies.")] = None,
     budget: Annotated[int | None, typer.Option("--budget", help="KV entries of a selection. Default: 1/8 of the length.")] = None,
-    length: Annotated[int, typer.Option("--length", help="Tokens of a sequence.")] = 4096,
+    length: Annotated[
+        int | None, typer.Option("--length", help="Tokens of a sequence. Default: 4096, or the model's maximum.")
+    ] = None,
     sequences: Annotated[int, typer.Option("--sequences", help="Sequences to measure on.")] = 16,
     theta: Annotated[
         str | None,
@@ -61,6 +63,7 @@ def calibrate(
     where = pick_device(device)
     loaded = load_model(target, dtype=dtype, device=where)
     found = load_head(head, target=loaded.shape, need_map=False).to(where)
+    length = length if length is not None else min(4096, loaded.shape.max_position)
     if length > loaded.shape.max_position:
         raise UsageError(f"length {length} exceeds the model's maximum of {loaded.shape.max_position} tokens")
     thetas = parse_thetas(theta, found.config.rope_theta)

@@ -40,7 +40,10 @@ def distill(
         str | None, typer.Option("--feature-layers", metavar="A,B,C", help="Default: 2, L/2, L-3, as EAGLE-3.")
     ] = None,
     rope_theta: Annotated[float, typer.Option("--rope-theta", help="RoPE base of a new head.")] = 10000.0,
-    length: Annotated[int, typer.Option("--length", help="Longest sequences in tokens; half of them are this long.")] = 4096,
+    length: Annotated[
+        int | None,
+        typer.Option("--length", help="Longest sequences in tokens; half are this long. Default: 4096, or the model's maximum."),
+    ] = None,
     tokens_per_step: Annotated[int, typer.Option("--tokens-per-step", help="Tokens of one optimizer step.")] = 16384,
     accumulate: Annotated[int, typer.Option("--accumulate", help="Batches whose gradients make one step.")] = 1,
     queries: Annotated[int, typer.Option("--queries", help="Query positions of each sequence (attention).")] = 256,
@@ -77,14 +80,16 @@ def distill(
     quiet_libraries()
     from specontext.distill.session import HeadShape, Session, mixed_lengths, parse_layers
     from specontext.distill.trainer import DistillConfig
+    from specontext.locations import shape_of
 
     if not data:
         raise UsageError("give the training data with --data, for example --data corpus.jsonl or --data tasks")
+    longest = length if length is not None else min(4096, shape_of(target).max_position)
     layers = None if feature_layers is None else parse_layers(feature_layers)
     config = DistillConfig(
         steps=steps,
         objective=objective,
-        lengths=mixed_lengths(length),
+        lengths=mixed_lengths(longest),
         tokens_per_step=tokens_per_step,
         accumulate=accumulate,
         precision=precision,
@@ -100,7 +105,7 @@ def distill(
         out=out,
         data=tuple(data),
         config=config,
-        length=length,
+        length=longest,
         shape=HeadShape(variant, heads, kv_heads, head_dim, layers, rope_theta),
         start=start,
         on_policy=on_policy,

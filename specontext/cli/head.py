@@ -10,11 +10,13 @@ import typer
 from rich.markup import escape
 
 from specontext.cli.analyze import analyze
+from specontext.cli.calibrate import calibrate
 from specontext.cli.terminal import UsageError, error_console, human_bytes, quiet_libraries
 
 VARIANTS = ("features", "embedding")
 
-head_app = typer.Typer(help="Retrieval heads: prune them from drafts, look at them.", no_args_is_help=True, rich_markup_mode=None)
+head_app = typer.Typer(help="Retrieval heads: prune, look at, calibrate, analyze.", no_args_is_help=True, rich_markup_mode=None)
+head_app.command()(calibrate)
 head_app.command()(analyze)
 
 

@@ -61,7 +61,11 @@ class LLMEngine:
         head = None
         if config.method.method == "speculative":
             head = find_head(
-                config.retrieval_head, model_name=self.loaded.name, model_path=self.loaded.path, target=self.loaded.shape
+                config.retrieval_head,
+                model_name=self.loaded.name,
+                model_path=self.loaded.path,
+                target=self.loaded.shape,
+                need_map=config.method.granularity == "head",
             )
             head = head.to(device=self.device, dtype=self.loaded.shape.dtype)
         self.parts = build_parts(config, self.loaded, head, self.device)

@@ -22,12 +22,15 @@ KNOWN_DRAFTS = {
 }
 
 
-def find_head(choice: str | Path | None, *, model_name: str, model_path: Path | None, target: ModelShape) -> RetrievalHead:
+def find_head(
+    choice: str | Path | None, *, model_name: str, model_path: Path | None, target: ModelShape, need_map: bool = True
+) -> RetrievalHead:
     """The retrieval head that `choice` names.
 
     Args:
         choice: a directory, a Hub id, or 'auto': the checkpoint's own `retrieval_head/`, else the known draft of the model.
         model_path: directory of the model's checkpoint, None for a Hub id.
+        need_map: whether a head with other groups than the model's KV heads needs a head map: not where all heads read one set.
 
     Raises:
         HeadError: there is none, or it does not fit; the message names the ways to get one.
@@ -38,13 +41,13 @@ def find_head(choice: str | Path | None, *, model_name: str, model_path: Path | 
             "or choose another method, such as full or streaming"
         )
     if str(choice) != "auto":
-        return load_head(choice, target=target)
+        return load_head(choice, target=target, need_map=need_map)
     if model_path is not None and (model_path / OWN_HEAD).is_dir():
-        return load_head(model_path / OWN_HEAD, target=target)
+        return load_head(model_path / OWN_HEAD, target=target, need_map=need_map)
     if model_name in KNOWN_DRAFTS:
-        return load_head(KNOWN_DRAFTS[model_name], target=target)
+        return load_head(KNOWN_DRAFTS[model_name], target=target, need_map=need_map)
     raise HeadError(
         f"no retrieval head is known for '{model_name}': put one into the checkpoint's {OWN_HEAD}/ directory, name an EAGLE-3 "
-        "draft of this model or a head directory with retrieval_head (--retrieval-head), train one with specontext.distill, "
+        "draft of this model or a head directory with retrieval_head (--retrieval-head), train one with `specontext distill`, "
         "or choose another method, such as full or streaming"
     )

@@ -136,8 +136,9 @@ def test_info_of_a_model_with_its_own_head(run: Any, tiny: Path) -> None:
         facts = run("head", "info", source, "--json").json
         assert facts["kv_heads"] == heads
         assert facts["pruned_share"] is None and facts["pruned_share_with_embeddings"] is None
-    shown = run("head", "info", "nano", "--max-model-len", 8704).stdout
+    shown = run("head", "info", tiny, "--max-model-len", 4096).stdout
     assert "not pruned from a draft" in shown and "factor 2" in shown and "features" in shown
+    assert "off" in next(line for line in run("head", "info", "nano").stdout.splitlines() if line.startswith("YaRN"))
 
 
 def test_a_head_map_is_asked_for_when_the_groups_differ(

@@ -1,0 +1,109 @@
+"""`specontext distill` and `specontext head calibrate` on tiny models: heads that load, resume, maps, clear errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from specontext.retrieval.checkpoint import read_config
+from tests.cli.conftest import Run
+
+SMALL = ("--length", 256, "--tokens-per-step", 512, "--queries", 16, "--measure-every", 1000)
+
+
+def test_a_distilled_head_serves_its_target(run: Run, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "head"
+    ran = run("distill", tiny, "-o", out, "--data", "tasks", "--steps", 3, "--recommended-budget", 64, "--json", *SMALL)
+    assert ran.status == 0, ran.stderr
+    assert ran.json["steps"] == 3
+    config = read_config(out)
+    assert (config.trained_length, config.recommended_budget) == (256, 64)
+    assert len((out / "log.jsonl").read_text().splitlines()) == 3
+    assert json.loads((out / "training.json").read_text())["config"]["objective"] == "attention"
+    served = run("generate", tiny, "--retrieval-head", out, "--prompt", "lamp = 4.", "--max-tokens", 3, "--json")
+    assert served.status == 0 and served.json["stats"]["budget"] == 64
+
+
+def test_output_distillation_writes_a_whole_draft_that_prunes_to_the_head(run: Run, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "head"
+    options = ("--objective", "both", "--unroll-steps", 2, "--draft-vocabulary", 300, "--feature-layers", "1,2,3")
+    ran = run("distill", tiny, "-o", out, "--data", "tasks", "--steps", 2, *options, *SMALL)
+    assert ran.status == 0, ran.stderr
+    assert json.loads((out / "draft" / "config.json").read_text())["draft_vocab_size"] == 300
+    pruned = run("head", "prune", out / "draft", "--target", tiny, "-o", tmp_path / "pruned")
+    assert pruned.status == 0, pruned.stderr
+    info = run("head", "info", tmp_path / "pruned", "--json").json
+    own = run("head", "info", out, "--json").json
+    assert info["parameters"] == own["parameters"] and info["pruned_share"] > 0 and own["pruned_share"] is None
+
+
+def test_a_started_training_needs_resume_and_nothing_else_may_change(
+    run: Run, fails: Callable[..., str], tiny: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "head"
+    words = ("distill", tiny, "-o", out, "--data", "tasks", "--steps", 2, *SMALL)
+    assert "no training to resume" in fails((*words, "--resume"))
+    assert run(*words).status == 0
+    assert "add --resume" in fails(words)
+    assert run(*words, "--resume").status == 0
+    changed = ("distill", tiny, "-o", out, "--data", "tasks", "--steps", 3, *SMALL, "--resume")
+    assert "other settings (steps)" in fails(changed, status=1)
+
+
+def test_on_policy_sequences_leave_the_engine_and_the_teacher_apart(run: Run, tiny: Path, tmp_path: Path) -> None:
+    words = ("distill", tiny, "--data", "tasks:retrieval", "--steps", 4, *SMALL, "--length", 128, "--on-policy", 0.5)
+    first, second = (run(*words, "-o", tmp_path / name) for name in ("a", "b"))
+    assert first.status == second.status == 0, first.stderr
+    logs = [
+        [json.loads(line)["attention"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("a", "b")
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--objective", "logits"), "choose one of attention, output, both"),
+        (("--data", "no/such/file"), "there is no file or directory no/such/file"),
+        (("--length", 100000), "exceeds the model's maximum"),
+        (("--variant", "embedding", "--objective", "output"), "choose --variant features"),
+        (("--feature-layers", "a,b"), "whole numbers with commas"),
+        (("--feature-layers", "1,1,2"), "not distinct"),
+        (("--on-policy", 1.5), "share from 0 to 1"),
+        (("--steps", 0), "steps must be at least 1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_sentence(
+    fails: Callable[..., str], tiny: Path, tmp_path: Path, words: tuple[object, ...], message: str
+) -> None:
+    data: tuple[object, ...] = () if "--data" in words else ("--data", "tasks")
+    assert message in fails(("distill", tiny, "-o", tmp_path / "head", *data, *words))
+    assert not (tmp_path / "head" / "config.json").exists()
+
+
+def test_calibrate_writes_the_map_into_the_head(run: Run, tiny: Path, tmp_path: Path) -> None:
+    words = ("--target", tiny, "--text", "tasks", "--length", 256, "--sequences", 2, "--budget", 48)
+    ran = run("head", "calibrate", tiny / "retrieval_head", "-o", tmp_path / "head", "--theta", "10000,1000", "--json", *words)
+    assert ran.status == 0, ran.stderr
+    report = ran.json
+    config = read_config(tmp_path / "head")
+    assert [list(row) for row in config.head_map or ()] == report["head_map"] and config.rope_theta == report["rope_theta"]
+    assert report["recall"] >= max(report["thetas"].values()) - 1e-9
+    again = run("head", "calibrate", tmp_path / "head", *words)
+    assert again.status == 0 and "attention recall at 48 of 256 tokens" in again.stdout
+
+
+def test_calibrate_says_what_does_not_fit(fails: Callable[..., str], tiny: Path, tmp_path: Path) -> None:
+    head = tiny / "retrieval_head"
+    words = ("head", "calibrate", head, "-o", tmp_path / "x", "--target", tiny, "--text", "tasks")
+    assert "'auto' or numbers" in fails((*words, "--theta", "warm"))
+    assert "exceeds the model's maximum" in fails((*words, "--length", 10**6))
+    assert "there is no file" in fails(
+        ("head", "calibrate", head, "-o", tmp_path / "x", "--target", tiny, "--text", "nowhere.txt")
+    )
+    assert "with -o DIR" in fails(("head", "calibrate", "some/draft", "--target", tiny, "--text", "tasks"))
+    assert not (tmp_path / "x").exists()
