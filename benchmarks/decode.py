@@ -1,0 +1,321 @@
+"""Time of one decode step: the Hugging Face model, our own full attention, and SpeContext, interleaved in one run.
+
+Usage: python benchmarks/decode.py [--device cpu] [--model qwen3-0.6b] [--context 32768] [--budget 1024] [--json]
+
+Random weights in the exact shape of a public model; the KV of the context is filled with random numbers, so no prefill is
+needed. Every step goes through the engine's own runner: head, scoring and top-k over all keys, planning, loads, model,
+attention, statistics. Random keys have no neighbourhoods, so the selection that is then used is replayed from a sequence in
+which every step keeps a stated share of the tokens of the step before (`--overlap`); the head's own selection is computed in
+every step all the same.
+
+Systems:
+  hf         the same weights with SDPA and Hugging Face's DynamicCache
+  full       our engine, method full, all layers on the device
+  resident   our engine, method speculative, all layers on the device
+  offloaded  the same with the KV of all layers in host memory and hot slots
+  short      `offloaded` at a context of 64 tokens: what everything but the context costs
+
+The floor is the bytes that a step of `offloaded` must move (weights once, the head's keys once, the selected rows once, the
+missing rows twice) over the bandwidth that this run measured. Prints a table, then with --json one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from shapes import DTYPES, random_model
+from torch import Tensor
+from transformers import DynamicCache
+
+from specontext.config import EngineConfig, SpeContextConfig
+from specontext.core import Batch, Request, SamplingParams, Selection
+from specontext.distill.session import HeadShape, new_head
+from specontext.engine.build import Parts, build_parts
+from specontext.engine.runner import ModelRunner
+from specontext.models.attention import ATTENTION_NAME
+from specontext.models.loading import LoadedModel
+from specontext.retrieval.head import RetrievalHead
+from specontext.retrieval.selector import Budget, DecodeTokens, Selector
+
+SHORT_CONTEXT = 64
+
+
+class Replay(Selector):
+    """Runs a selector in full and then answers with the next selection of a recorded sequence."""
+
+    def __init__(self, inner: Selector, selections: list[Selection]) -> None:
+        self.inner, self.selections, self.step = inner, selections, 0
+        self.groups, self.head_map = inner.groups, inner.head_map
+
+    def open(self, seat: int, tokens: int) -> None:
+        self.inner.open(seat, tokens)
+
+    def select(self, step: DecodeTokens) -> Selection:
+        self.inner.select(step)
+        self.step += 1
+        return self.selections[self.step % len(self.selections)]
+
+    def observe(self, batch: Batch, features: Tensor | None) -> None:
+        self.inner.observe(batch, features)
+
+    def selection_bytes(self, lengths: Tensor) -> Tensor:
+        return self.inner.selection_bytes(lengths)
+
+
+def overlapping(budget: Budget, context: int, requests: int, groups: int, overlap: float, count: int) -> list[Selection]:
+    """Selections of which each keeps this share of the scored tokens of the one before (the first follows the last)."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.full((requests,), context)
+    low, high = budget.sink, context - budget.recent
+    kept = round(budget.scored * overlap)
+    every = [[torch.randperm(high - low, generator=generator) + low for _ in range(groups)] for _ in range(requests)]
+    found = []
+    for step in range(count):
+        # A window over a random order of the tokens that moves by the share that is new.
+        start = step * (budget.scored - kept)
+        window = torch.arange(start, start + budget.scored) % (high - low)
+        scored = torch.stack([torch.stack([order[window].sort().values for order in row]) for row in every])
+        found.append(budget.compose(scored, lengths))
+    return found
+
+
+@dataclass
+class System:
+    """Something whose steps are timed."""
+
+    name: str
+    step: Callable[[], Any]
+    before: Callable[[], None] = lambda: None
+
+
+def decode_batch(requests: int, context: int, device: torch.device) -> Batch:
+    """One token of each request, at the last position of its context."""
+    token = torch.arange(requests, device=device) + 7
+    seat = torch.arange(requests, device=device)
+    made = tuple(Request(str(n), [0] * context, context, SamplingParams(), seed=n, seat=n) for n in range(requests))
+    return Batch(made, token, torch.full_like(seat, context - 1), seat, requests, (), seat)
+
+
+def parts_for(
+    loaded: LoadedModel, head: RetrievalHead | None, method: SpeContextConfig, requests: int, context: int, device: torch.device
+) -> Parts:
+    """An engine's parts with every request's KV and head keys filled with random numbers."""
+    config = EngineConfig(
+        loaded.name, method=method, max_num_seqs=requests, max_model_len=context + 16, gpu_memory=10**15, host_memory=10**15
+    )
+    parts = build_parts(config, loaded, head, device)
+    for seat in range(requests):
+        parts.kv.open(seat, context)
+        parts.selector.open(seat, context)
+    for rows in (parts.kv.arena.rows, parts.kv.host.rows):
+        fill(rows)
+    if head is not None:
+        fill(parts.selector.cache.keys)  # type: ignore[attr-defined]
+        parts.selector.last_feature.normal_()  # type: ignore[attr-defined]
+    return parts
+
+
+def fill(tensor: Tensor, block: int = 1 << 24) -> None:
+    """Random numbers, the same block again and again."""
+    flat = tensor.view(-1)
+    some = torch.randn(min(block, max(1, flat.numel())), dtype=torch.float32).to(flat)
+    for start in range(0, flat.numel(), len(some)):
+        flat[start : start + len(some)] = some[: flat.numel() - start]
+
+
+def hugging_face(loaded: LoadedModel, requests: int, context: int, device: torch.device) -> System:
+    shape, model = loaded.shape, loaded.model
+    cache = DynamicCache(config=model.config)
+    for layer in range(shape.layers):
+        kv = torch.empty((2, requests, shape.kv_heads, context - 1, shape.head_dim), dtype=shape.dtype, device=device)
+        fill(kv)
+        cache.update(kv[0], kv[1], layer)
+    ids = torch.full((requests, 1), 7, device=device)
+
+    def step() -> Tensor:
+        with torch.inference_mode():
+            return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+
+    return System("hf", step, lambda: model.set_attn_implementation("sdpa"))
+
+
+def ours(name: str, loaded: LoadedModel, parts: Parts, requests: int, context: int, device: torch.device) -> System:
+    layers = parts.head.config.feature_layers if parts.head is not None else ()
+    runner = ModelRunner(loaded, parts, feature_layers=layers, measure_recall=False)
+    batch = decode_batch(requests, context, device)
+    return System(name, lambda: runner.run(batch), lambda: loaded.model.set_attn_implementation(ATTENTION_NAME))
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second that reading can reach here: the best of some sums over 512 MiB."""
+    block = torch.ones(1 << 27, dtype=torch.float32, device=device)
+    best = float("inf")
+    for _ in range(5):
+        began = clock(device)
+        block.sum()
+        best = min(best, clock(device) - began)
+    return block.numel() * 4 / best
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def interleaved(systems: list[System], steps: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of a step of each system; the systems take turns, after two steps each to warm up."""
+    times: dict[str, list[float]] = {system.name: [] for system in systems}
+    for round_ in range(steps + 2):
+        for system in systems:
+            system.before()
+            began = clock(device)
+            system.step()
+            seconds = clock(device) - began
+            if round_ >= 2:
+                times[system.name].append(seconds)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def floor_bytes(loaded: LoadedModel, parts: Parts, requests: int, context: int, overlap: float) -> int:
+    """Bytes that a step of the offloaded system must move at least."""
+    shape, head = loaded.shape, parts.head
+    assert head is not None and parts.method.budget is not None
+    embedding = loaded.model.get_input_embeddings().weight
+    tied = loaded.model.get_output_embeddings().weight is embedding
+    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    weights -= 0 if tied else embedding.numel() * embedding.element_size()  # only a few rows of a table of its own are read
+    weights += sum(p.numel() * p.element_size() for p in head.parameters())
+    keys = requests * context * head.config.kv_heads * head.config.head_dim * shape.dtype.itemsize
+    rows = requests * shape.layers * shape.kv_heads * parts.method.budget
+    missing = rows * (1 - overlap)
+    return int(weights + keys + (rows + 2 * missing) * shape.row_bytes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", default="qwen3-0.6b")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
+    parser.add_argument("--context", type=int, default=32768)
+    parser.add_argument("--budget", type=int, default=1024)
+    parser.add_argument("--slots", type=int, help="device slots of a KV head; default: the budget and a quarter")
+    parser.add_argument("--requests", type=int, default=1)
+    parser.add_argument("--overlap", type=float, default=0.85)
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--systems", default="hf,full,resident,offloaded,short")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.steps < 5:
+        parser.error("--steps must be at least 5: medians of fewer say little")
+    device = torch.device(arguments.device)
+    loaded = random_model(arguments.model, DTYPES[arguments.dtype], device)
+    requests, context, budget = arguments.requests, arguments.context, arguments.budget
+    slots = arguments.slots or budget + budget // 4
+
+    def speculative(offload: int, tokens: int) -> Parts:
+        head = new_head(HeadShape(), loaded.shape, trained_length=context, source="benchmark", seed=0)
+        head = head.to(device=device, dtype=loaded.shape.dtype).requires_grad_(False)
+        return parts_for(
+            loaded, head, SpeContextConfig(budget=budget, slots=slots, offload_layers=offload), requests, tokens, device
+        )
+
+    def replayed(parts: Parts, tokens: int) -> Parts:
+        limits = Budget(budget, parts.method.sink, parts.method.recent)
+        selections = overlapping(limits, tokens, requests, parts.selector.groups, arguments.overlap, 16)
+        moved = [Selection(s.tokens.to(device), s.scored.to(device)) for s in selections]
+        return Parts(**{**parts.__dict__, "selector": Replay(parts.selector, moved)})
+
+    wanted = arguments.systems.split(",")
+    systems: list[System] = []
+    offloaded: Parts | None = None
+    if "hf" in wanted:
+        systems.append(hugging_face(loaded, requests, context, device))
+    if "full" in wanted:
+        full = parts_for(loaded, None, SpeContextConfig(method="full"), requests, context, device)
+        systems.append(ours("full", loaded, full, requests, context, device))
+    if "resident" in wanted:
+        systems.append(ours("resident", loaded, replayed(speculative(0, context), context), requests, context, device))
+    if "offloaded" in wanted:
+        offloaded = speculative(-1, context)
+        systems.append(ours("offloaded", loaded, replayed(offloaded, context), requests, context, device))
+    if "short" in wanted:
+        systems.append(ours("short", loaded, speculative(-1, SHORT_CONTEXT), requests, SHORT_CONTEXT, device))
+    speed = bandwidth(device)
+    seconds = interleaved(systems, arguments.steps, device)
+    report = make_report(arguments, seconds, speed, loaded, offloaded)
+    show(seconds, report)
+    if arguments.json:
+        print(json.dumps(report))
+
+
+def make_report(
+    arguments: argparse.Namespace, seconds: dict[str, float], speed: float, loaded: LoadedModel, offloaded: Parts | None
+) -> dict[str, Any]:
+    step = seconds.get("offloaded")
+
+    def over(name: str) -> float | None:
+        return seconds[name] / step if step is not None and name in seconds else None
+
+    moved = floor_bytes(loaded, offloaded, arguments.requests, arguments.context, arguments.overlap) if offloaded else None
+    gpu = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else None
+    return {
+        "benchmark": "decode",
+        "date": date.today().isoformat(),
+        "machine": gpu or f"{torch.get_num_threads()} CPU threads, {platform.machine()}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "model": arguments.model,
+        "dtype": arguments.dtype,
+        "device": arguments.device,
+        "context": arguments.context,
+        "budget": arguments.budget,
+        "requests": arguments.requests,
+        "step_s": step,
+        "resident_step_s": seconds.get("resident"),
+        "short_step_s": seconds.get("short"),
+        "hf_step_s": seconds.get("hf"),
+        "full_step_s": seconds.get("full"),
+        "speedup_vs_hf": over("hf"),
+        "speedup_vs_full": over("full"),
+        "step_over_short": None if step is None or "short" not in seconds else step / seconds["short"],
+        "bandwidth_gb_s": speed / 1e9,
+        "bytes_moved": moved,
+        "achieved_gb_s": None if step is None or moved is None else moved / step / 1e9,
+        "floor_s": None if moved is None else moved / speed,
+        "floor_ratio": None if step is None or moved is None else step * speed / moved,
+        "selection": f"computed over all keys in every step; the one used is replayed at {arguments.overlap:.0%} overlap",
+        "steps": arguments.steps,
+    }
+
+
+def show(seconds: dict[str, float], report: dict[str, Any]) -> None:
+    title = f"{report['model']}, {report['context']:,} tokens, budget {report['budget']:,}, {report['requests']} request(s)"
+    table = Table(title=title)
+    for column in ("system", "ms a step", "against offloaded"):
+        table.add_column(column, justify="right")
+    for name, value in seconds.items():
+        ratio = value / seconds["offloaded"] if "offloaded" in seconds else float("nan")
+        table.add_row(name, f"{1000 * value:.1f}", f"{ratio:.2f}x")
+    console = Console()
+    console.print(table)
+    if report["floor_s"] is not None:
+        console.print(
+            f"floor {1000 * report['floor_s']:.1f} ms: {report['bytes_moved'] / 1e9:.2f} GB at {report['bandwidth_gb_s']:.1f} "
+            f"GB/s; the step took {report['floor_ratio']:.2f} times that ({report['achieved_gb_s']:.1f} GB/s)"
+        )
+
+
+if __name__ == "__main__":
+    main()
