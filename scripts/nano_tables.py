@@ -14,16 +14,17 @@ from specontext.cli.terminal import human_bytes
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 NEEDLES = ("niah_single", "niah_multikey", "niah_multiquery", "niah_multivalue")
+ORDER = ("full", "speculative", "oracle", "streaming", "random")
 Row = dict[str, Any]
 
 
 def read(paths: list[Path]) -> dict[tuple[str, int | None], list[Row]]:
-    """Rows by method and budget, in the order of the files."""
+    """Rows by method and budget."""
     columns: dict[tuple[str, int | None], list[Row]] = {}
     for path in paths:
         for row in json.loads(path.read_text())["rows"]:
             columns.setdefault((row["method"], row["budget"]), []).append(row)
-    return columns
+    return dict(sorted(columns.items(), key=lambda column: (ORDER.index(column[0][0]), -(column[0][1] or 0))))
 
 
 def percent(value: float) -> str:
