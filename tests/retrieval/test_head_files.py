@@ -253,7 +253,7 @@ def test_a_model_is_not_overwritten_by_a_head(folder: Path, target: ModelShape, 
 
 
 def names_the_ways(message: str) -> bool:
-    return all(way in message for way in ("retrieval_head/", "EAGLE-3", "--retrieval-head", "specontext.distill", "streaming"))
+    return all(way in message for way in ("retrieval_head/", "EAGLE-3", "--retrieval-head", "`specontext distill`", "streaming"))
 
 
 def test_auto_without_a_head_names_the_ways_to_get_one(
