@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-# Threads that wait for each other sleep instead of spinning. Spinning, a small model is thirty times slower on two cores as soon as
-# another process takes one of them. It must be said before torch is loaded; a value that is set already stays.
+# Threads that wait for each other sleep instead of spinning: with spinning, a small model is thirty times slower on two cores
+# as soon as another process takes one of them. To be said before torch is loaded; a value that is set already stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from specontext.config import ConfigError, EngineConfig, SpeContextConfig
