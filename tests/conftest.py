@@ -6,6 +6,7 @@ hides errors.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # kernels run in Triton's interpreter; to be said before anything imports Triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

@@ -8,12 +8,15 @@ from torch import Tensor
 from specontext.core import Batch, Segment, Selection
 from specontext.engine.statistics import Meter
 from specontext.kernels.attention_logits import attention_logits
-from specontext.kernels.dense_attention import dense_attention_tile
+from specontext.kernels.dense_attention import chunk_attention
+from specontext.kernels.paged_attention import paged_attention
 from specontext.kernels.sparse_attention import merge_partials, sparse_attention
+from specontext.kv.dense import pages_in_reach, stored_tiles
 from specontext.kv.tiered import TieredKV
 from specontext.retrieval.selector import DecodeTokens, Selector
 
 TILE = 1024  # tokens of one staging tile
+PREFILL_TILE = 16384  # stored tokens that a prompt chunk attends to at once on a GPU, which small tiles leave idle
 
 
 class Step:
@@ -53,7 +56,7 @@ class Step:
             output[: batch.num_decodes] = self._decode(layer, query[: batch.num_decodes], scale)
         for segment in batch.prefills:
             part = slice(segment.offset, segment.offset + segment.length)
-            output[part] = self._prefill(layer, segment, query[part], torch.stack((key[part], value[part]), dim=2), scale)
+            output[part] = self._prefill(layer, segment, query[part], key[part], value[part], scale)
         return output
 
     # Decode -----------------------------------------------------------------------------------------------------------
@@ -82,11 +85,17 @@ class Step:
         return selection
 
     def _decode_dense(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        kv, seats, lengths = self.kv, self.decode.seats, self.decode.lengths
+        self.meter.dense(seats, lengths, offloaded=not kv.resident[layer])
+        in_reach = pages_in_reach(kv, layer, seats)
+        if in_reach is not None:
+            rows, pages = in_reach
+            heads, size = kv.shape.kv_heads, kv.page_size
+            return paged_attention(query, rows, pages, lengths, scale, page_size=size, kv_heads=heads, tile=TILE)[0]
         parts = []
-        for start in range(0, int(self.decode.lengths.max()), TILE):
-            buffer, rows = self.kv.tile(layer, self.decode.seats, start, self.decode.lengths.clamp(max=start + TILE))
+        for start in range(0, int(lengths.max()), TILE):
+            buffer, rows = kv.tile(layer, seats, start, lengths.clamp(max=start + TILE))
             parts.append(sparse_attention(query, buffer, rows, scale))
-        self.meter.dense(self.decode.seats, self.decode.lengths, offloaded=not self.kv.resident[layer])
         outputs, lses = zip(*parts, strict=True)
         return merge_partials(torch.stack(outputs), torch.stack(lses))
 
@@ -107,14 +116,7 @@ class Step:
 
     # Prefill ----------------------------------------------------------------------------------------------------------
 
-    def _prefill(self, layer: int, segment: Segment, query: Tensor, fresh: Tensor, scale: float) -> Tensor:
-        """Dense causal attention of a chunk: stored tokens tile by tile, then the chunk itself (`fresh` [C, Hkv, 2, D])."""
-        parts = []
-        seat = torch.tensor([segment.seat], device=query.device)
-        for start in range(0, segment.start, TILE):
-            buffer, rows = self.kv.tile(layer, seat, start, min(start + TILE, segment.start))
-            tile = buffer[rows[0].T.reshape(-1)].view(rows.shape[2], rows.shape[1], 2, -1)  # [T, Hkv, 2, D]
-            parts.append(dense_attention_tile(query, tile, scale))
-        parts.append(dense_attention_tile(query, fresh, scale, past=0))
-        outputs, lses = zip(*parts, strict=True)
-        return merge_partials(torch.stack(outputs), torch.stack(lses)).to(query.dtype)
+    def _prefill(self, layer: int, segment: Segment, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Dense causal attention of a chunk: to the tokens stored before it, and to the chunk itself."""
+        tile = PREFILL_TILE if query.is_cuda else TILE
+        return chunk_attention(query, key, value, scale, stored_tiles(self.kv, layer, segment.seat, segment.start, tile))

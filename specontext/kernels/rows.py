@@ -1,9 +1,18 @@
-"""Moving KV rows by index: gather from one tier into another, and writing new rows."""
+"""Moving KV rows by index: gather from one tier into another, and writing new rows.
+
+A row is [K|V, D]. Pages hold `page_size` entries (tokens or slots) of all KV heads, as `kv.pool` lays them out:
+row = (page * page_size + entry % page_size) * Hkv + head, where page = table[entry // page_size].
+
+On a GPU a pool may also be pinned host memory: the kernels read and write it in place, over the bus. From pageable host
+memory the PyTorch version copies through a staging tensor, and waits for the device.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from specontext.kernels.dispatch import use_triton
 
 
 def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: Tensor) -> None:
@@ -11,11 +20,45 @@ def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows
 
     Args:
         source: [N, 2, D].
-        source_rows, target_rows: int64, equal shapes. Target rows are distinct.
-        target: [M, 2, D], changed in place.
+        source_rows, target_rows: int64, equal shapes. Target rows are distinct where they are not skipped.
+        target: [M, 2, D], the source's dtype, changed in place.
     """
-    wanted = source_rows >= 0
-    target.index_copy_(0, target_rows[wanted], source.index_select(0, source_rows[wanted].to(source.device)).to(target.device))
+    if runs_as_kernel(source_rows, source, target):
+        from specontext.kernels.triton.rows import gather_rows as kernel
+
+        return kernel(source, source_rows, target, target_rows)
+    return gather_rows_reference(source, source_rows, target, target_rows)
+
+
+def gather_rows_layers(
+    source: Tensor,
+    target: Tensor,
+    source_pages: Tensor,
+    target_pages: Tensor,
+    layers: Tensor,
+    seats: Tensor,
+    head_map: Tensor,
+    tokens: Tensor,
+    slots: Tensor,
+    missing: Tensor,
+    page_size: int,
+) -> None:
+    """Copy what one plan misses, for all its layers and KV heads at once: rows of tokens into rows of slots.
+
+    Args:
+        source: [N, 2, D], pages of tokens.
+        target: [M, 2, D], pages of slots, the source's dtype, changed in place.
+        source_pages, target_pages: int64 [L, seats, P], page tables of all layers.
+        layers: int64 [Loff], the layers to load; seats: int64 [R], the requests' rows of the page tables.
+        head_map: int64 [L, Hkv], the group whose entries a KV head of a layer reads.
+        tokens, slots: int64 [R, G, B]; missing: bool [R, G, B], the entries to copy, whose slots are distinct in each pair.
+    """
+    arguments = (source_pages, target_pages, layers, seats, head_map, tokens, slots, missing, page_size)
+    if runs_as_kernel(tokens, source, target):
+        from specontext.kernels.triton.rows import gather_rows_layers as kernel
+
+        return kernel(source, target, *arguments)
+    return gather_rows_layers_reference(source, target, *arguments)
 
 
 def append_rows(arena: Tensor, rows: Tensor, key: Tensor, value: Tensor) -> None:
@@ -26,6 +69,176 @@ def append_rows(arena: Tensor, rows: Tensor, key: Tensor, value: Tensor) -> None
         rows: int64 [T, Hkv], distinct where not negative.
         key, value: [T, Hkv, D].
     """
+    if runs_as_kernel(key, arena):
+        from specontext.kernels.triton.rows import append_rows as kernel
+
+        return kernel(arena, rows, key, value)
+    return append_rows_reference(arena, rows, key, value)
+
+
+def append_tokens(
+    pool: Tensor, pages: Tensor, seats: Tensor, positions: Tensor, key: Tensor, value: Tensor, page_size: int
+) -> None:
+    """Write K and V of new tokens into the pages of one layer.
+
+    Args:
+        pool: [N, 2, D], changed in place.
+        pages: int64 [seats, P], the layer's page table.
+        seats, positions: int64 [T], the tokens' requests and places in them, distinct; negative positions are skipped.
+        key, value: [T, Hkv, D].
+    """
+    if runs_as_kernel(key, pool):
+        from specontext.kernels.triton.rows import append_tokens as kernel
+
+        return kernel(pool, pages, seats, positions, key, value, page_size)
+    return append_tokens_reference(pool, pages, seats, positions, key, value, page_size)
+
+
+def append_tiers(
+    host: Tensor,
+    host_pages: Tensor,
+    arena: Tensor,
+    arena_pages: Tensor,
+    seats: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    key: Tensor,
+    value: Tensor,
+    page_size: int,
+    sink: int,
+    recent: int,
+) -> None:
+    """Write K and V of new tokens of an offloaded layer to both tiers: all to the host, sinks and the last ones to their slots.
+
+    Token p has slot p when p < sink, and is in the ring at slot sink + p % recent when it is one of the last `recent`.
+
+    Args:
+        host, arena: [N, 2, D] and [M, 2, D], changed in place.
+        host_pages, arena_pages: int64 [seats, P], the layer's page tables of tokens and of slots.
+        seats, positions: as in `append_tokens`.
+        lengths: int64 [T], tokens in context of the token's request, these included.
+        key, value: [T, Hkv, D].
+    """
+    arguments = (host, host_pages, arena, arena_pages, seats, positions, lengths, key, value, page_size, sink, recent)
+    if runs_as_kernel(key, host, arena):
+        from specontext.kernels.triton.rows import append_tiers as kernel
+
+        return kernel(*arguments)
+    return append_tiers_reference(*arguments)
+
+
+def runs_as_kernel(index: Tensor, *pools: Tensor) -> bool:
+    """Whether a Triton kernel runs where `index` is and can reach the pools: on its device, or in pinned host memory."""
+    return use_triton(index) and all(pool.device == index.device or (index.is_cuda and pool.is_pinned()) for pool in pools)
+
+
+# References -----------------------------------------------------------------------------------------------------------
+
+
+def gather_rows_reference(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: Tensor) -> None:
+    """See `gather_rows`."""
+    wanted = source_rows >= 0
+    copy_rows(source, source_rows.masked_select(wanted), target, target_rows.masked_select(wanted))
+
+
+def gather_rows_layers_reference(
+    source: Tensor,
+    target: Tensor,
+    source_pages: Tensor,
+    target_pages: Tensor,
+    layers: Tensor,
+    seats: Tensor,
+    head_map: Tensor,
+    tokens: Tensor,
+    slots: Tensor,
+    missing: Tensor,
+    page_size: int,
+) -> None:
+    """See `gather_rows_layers`. Only missing entries are expanded to layers and heads, and only their rows are read."""
+    requests, groups = missing.shape[:2]
+    kv_heads = head_map.shape[1]
+    device = missing.device
+    request, group, entry = missing.nonzero(as_tuple=True)
+    token, slot = tokens[request, group, entry], slots[request, group, entry]
+    # A reader is a (layer, KV head, request); it wants the run of misses of its pair (request, group).
+    pair = torch.arange(requests, device=device) * groups + head_map.index_select(0, layers)[..., None]  # [Loff, Hkv, R]
+    of_pair = torch.bincount(request * groups + group, minlength=requests * groups)
+    counts = of_pair[pair].view(-1)
+    reader = torch.repeat_interleave(counts)  # readers in order, each as often as it has misses
+    shift = (of_pair.cumsum(0) - of_pair)[pair].view(-1) - (counts.cumsum(0) - counts)
+    miss = shift.index_select(0, reader).add_(torch.arange(len(reader), device=device))
+    head = torch.arange(kv_heads, device=device)[:, None].expand(pair.shape).reshape(-1).index_select(0, reader)
+
+    def rows(pages: Tensor, index: Tensor) -> Tensor:
+        tables = layers[:, None, None] * pages.shape[1] + seats  # [Loff, 1, R]
+        first = (tables * pages.shape[2]).expand(pair.shape).reshape(-1)
+        place = first.index_select(0, reader).add_((index // page_size).index_select(0, miss))
+        page = pages.view(-1).index_select(0, place)
+        return page.mul_(page_size * kv_heads).add_((index % page_size * kv_heads).index_select(0, miss)).add_(head)
+
+    copy_rows(source, rows(source_pages, token), target, rows(target_pages, slot))
+
+
+def append_rows_reference(arena: Tensor, rows: Tensor, key: Tensor, value: Tensor) -> None:
+    """See `append_rows`."""
     wanted = rows >= 0
     new = torch.stack((key[wanted], value[wanted]), dim=1)
     arena.index_copy_(0, rows[wanted].to(arena.device), new.to(arena))
+
+
+def append_tokens_reference(
+    pool: Tensor, pages: Tensor, seats: Tensor, positions: Tensor, key: Tensor, value: Tensor, page_size: int
+) -> None:
+    """See `append_tokens`. The heads of a token are neighbours in its page, and are written as one."""
+    token = (positions >= 0).nonzero().squeeze(1)
+    _append_entries(pool, pages, seats, positions, token, torch.stack((key, value), dim=2), page_size)
+
+
+def append_tiers_reference(
+    host: Tensor,
+    host_pages: Tensor,
+    arena: Tensor,
+    arena_pages: Tensor,
+    seats: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    key: Tensor,
+    value: Tensor,
+    page_size: int,
+    sink: int,
+    recent: int,
+) -> None:
+    """See `append_tiers`."""
+    new = torch.stack((key, value), dim=2)
+    present = positions >= 0
+    _append_entries(host, host_pages, seats, positions, present.nonzero().squeeze(1), new, page_size)
+    kept = present & ((positions < sink) | (positions >= lengths - recent))
+    slots = torch.where(positions < sink, positions, sink + positions % recent)
+    _append_entries(arena, arena_pages, seats, slots, kept.nonzero().squeeze(1), new, page_size)
+
+
+def _append_entries(
+    pool: Tensor, pages: Tensor, seats: Tensor, entries: Tensor, chosen: Tensor, new: Tensor, page_size: int
+) -> None:
+    """Write new[chosen], where new is [T, Hkv, 2, D], to the entries of that index."""
+    if len(chosen) < len(new):
+        seats, entries, new = seats[chosen], entries[chosen], new[chosen]
+    page = pages.view(-1).index_select(0, seats * pages.shape[1] + entries // page_size)
+    at = page * page_size + entries % page_size
+    pool.view(-1, *new.shape[1:]).index_copy_(0, at.to(pool.device), new.to(pool))
+
+
+def copy_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: Tensor) -> None:
+    """target[target_rows] = source[source_rows], for int64 [T] without negative rows, between any two devices."""
+    if source.device == target.device:
+        source, target = _as_words(source), _as_words(target)
+    taken = source.index_select(0, source_rows.to(source.device))
+    target.index_copy_(0, target_rows.to(target.device), taken.to(target.device))
+
+
+def _as_words(rows: Tensor) -> Tensor:
+    """Rows as [N, words] of the widest number format that divides a row: a CPU copies bits word by word."""
+    flat = rows.view(len(rows), rows.shape[1] * rows.shape[2])
+    row_bytes = flat.shape[1] * rows.itemsize
+    word = next((w for w in (torch.complex128, torch.int64, torch.int32) if row_bytes % w.itemsize == 0), None)
+    return flat if word is None else flat.view(word)

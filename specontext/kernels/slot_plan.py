@@ -5,40 +5,68 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specontext.kernels.dispatch import use_triton
+
 
 def plan_slots(
-    tokens: Tensor, seats: Tensor, slot_of_token: Tensor, token_of_slot: Tensor, last_used: Tensor, step: int
+    tokens: Tensor, seats: Tensor, slot_of_token: Tensor, token_of_slot: Tensor, last_used: Tensor, step: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Find a slot for every selected token: hits stay where they are, misses take the least recently used slots.
 
-    The three tables are updated in place. Every (request, group) pair is independent of the others.
+    Misses, in their order in `tokens`, take the slots in order of (last_used, slot). The three tables, contiguous, are
+    updated in place. Every (request, group) pair is independent of the others.
 
     Args:
         tokens: int64 [R, G, B] distinct tokens of each pair, -1 is skipped. B must not exceed N.
-        seats: int64 [R], distinct rows of the tables that the requests have.
+        seats: int64 [R], rows of the tables that the requests have, distinct where a request has tokens.
         slot_of_token: int32 [seats, G, S], slot that holds a token, -1 for none.
         token_of_slot: int32 [seats, G, N], token that a slot holds, -1 for none.
         last_used: int32 [seats, G, N], step in which a slot was last read.
-        step: number of this step, greater than any in `last_used`.
+        step: number of this step, greater than any in `last_used`: an int, or an int32 scalar on the tables' device, which a
+            captured CUDA graph reads anew in every replay.
 
     Returns:
         slots: int64 [R, G, B], -1 where skipped; missing: bool [R, G, B], tokens that were in no slot before.
     """
-    wanted = tokens >= 0
-    seat = seats[:, None, None].expand_as(tokens)
-    group = torch.arange(tokens.shape[1], device=tokens.device)[None, :, None].expand_as(tokens)
-    slots = torch.where(wanted, slot_of_token[seat, group, tokens.clamp(min=0)].long(), -1)
-    hit, missing = slots >= 0, wanted & (slots < 0)
-    last_used[seat[hit], group[hit], slots[hit]] = step
-    # Slots that were hit carry this step and come last; there are enough before them because B <= N.
-    victims = last_used.index_select(0, seats).argsort(dim=-1, stable=True)
-    chosen = victims.gather(-1, (missing.cumsum(-1) - 1).clamp(min=0))
-    slots = torch.where(missing, chosen, slots)
-    seat, group, slot, token = seat[missing], group[missing], slots[missing], tokens[missing]
-    evicted = token_of_slot[seat, group, slot].long()
-    held = evicted >= 0
-    slot_of_token[seat[held], group[held], evicted[held]] = -1
-    slot_of_token[seat, group, token] = slot.to(slot_of_token.dtype)
-    token_of_slot[seat, group, slot] = token.to(token_of_slot.dtype)
-    last_used[seat, group, slot] = step
-    return slots, missing
+    if use_triton(tokens):
+        from specontext.kernels.triton.slot_plan import plan_slots as kernel
+
+        return kernel(tokens, seats, slot_of_token, token_of_slot, last_used, step)
+    return plan_slots_reference(tokens, seats, slot_of_token, token_of_slot, last_used, step)
+
+
+def plan_slots_reference(
+    tokens: Tensor, seats: Tensor, slot_of_token: Tensor, token_of_slot: Tensor, last_used: Tensor, step: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `plan_slots`. Only entries of the selection and N numbers a pair are touched, nothing of size S."""
+    groups, width = tokens.shape[1:]
+    span, slot_count = slot_of_token.shape[-1], token_of_slot.shape[-1]
+    pairs = (seats[:, None] * groups + torch.arange(groups, device=tokens.device)).view(-1, 1)  # rows of the tables [R * G, 1]
+    slot_of, token_of, used = slot_of_token.view(-1), token_of_slot.view(-1), last_used.view(-1)
+    wanted = tokens.reshape(-1, width)
+    present = wanted >= 0
+    slots = (
+        slot_of.index_select(0, (pairs * span + wanted.clamp(min=0)).view(-1)).long().view_as(wanted).masked_fill_(~present, -1)
+    )
+    hit = slots >= 0
+    missing = present ^ hit
+    used.index_fill_(0, (pairs * slot_count + slots).masked_select(hit), step)
+    counts = missing.sum(-1, keepdim=True)
+    most = int(counts.max()) if counts.numel() else 0
+    if most:
+        # One number orders by last use and then by slot. Slots that were hit carry this step and come last; there are enough
+        # before them because B <= N.
+        order = torch.arange(slot_count, device=tokens.device)
+        age = last_used.view(-1, slot_count).index_select(0, pairs[:, 0]).long() * slot_count + order
+        victims = age.topk(most, dim=-1, largest=False, sorted=True).indices
+        pair, entry = missing.nonzero(as_tuple=True)
+        slot = victims.masked_select(order[:most] < counts)  # in the order of the misses, pair after pair
+        token, row = wanted[pair, entry], pairs[pair, 0]
+        place = row * slot_count + slot
+        evicted = token_of.index_select(0, place)
+        slot_of.index_fill_(0, (row * span + evicted).masked_select(evicted >= 0), -1)
+        slot_of.index_copy_(0, row * span + token, slot.to(slot_of.dtype))
+        token_of.index_copy_(0, place, token.to(token_of.dtype))
+        used.index_fill_(0, place, step)
+        slots.view(-1).index_copy_(0, pair * width + entry, slot)
+    return slots.view_as(tokens), missing.view_as(tokens)

@@ -22,6 +22,7 @@ class HotSlots:
         token_of_slot: int32 [tables, seats, G, hot], -1 for an empty slot.
         slot_of_token: int32 [tables, seats, G, max_tokens], its inverse.
         last_used: int32 [tables, seats, G, hot], step of the last read.
+        steps: int32 [tables], steps planned so far; on the device, so that a captured graph counts on.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class HotSlots:
         self.token_of_slot = torch.full((tables, seats, groups, hot), -1, dtype=torch.int32, device=device)
         self.slot_of_token = torch.full((tables, seats, groups, max_tokens), -1, dtype=torch.int32, device=device)
         self.last_used = torch.zeros((tables, seats, groups, hot), dtype=torch.int32, device=device)
-        self._steps = [0] * tables
+        self.steps = torch.zeros(tables, dtype=torch.int32, device=device)
 
     def reset(self, seat: int) -> None:
         """Forget what the slots of a seat hold."""
@@ -46,18 +47,17 @@ class HotSlots:
         Args:
             seats: int64 [R].
         """
-        self._steps[table] += 1
+        step = self.steps[table].add_(1)
         hot = torch.where(selection.scored, selection.tokens, -1)
         hot_slots, missing = plan_slots(
-            hot, seats, self.slot_of_token[table], self.token_of_slot[table], self.last_used[table], self._steps[table]
+            hot, seats, self.slot_of_token[table], self.token_of_slot[table], self.last_used[table], step
         )
         slots = torch.where(selection.scored, hot_slots + self.sink + self.recent, self.fixed_slot(selection.tokens))
         return LoadPlan(slots, missing)
 
     def fixed_slot(self, tokens: Tensor) -> Tensor:
-        """Slot of a sink or recent token (any shape); -1 for negative tokens."""
-        slot = torch.where(tokens < self.sink, tokens, self.sink + tokens % self.recent)
-        return torch.where(tokens < 0, -1, slot)
+        """Slot of a sink or recent token (any shape); -1 for -1."""
+        return torch.where(tokens < self.sink, tokens, self.sink + tokens % self.recent)
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless the two tables are each other's inverse."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specontext.core import LoadPlan, ModelShape, Selection, SpeContextError
-from specontext.kernels.rows import append_rows, gather_rows
+from specontext.kernels.rows import append_tiers, append_tokens, gather_rows_layers
 from specontext.kv.hot_slots import HotSlots
 from specontext.kv.pool import PagePool
 
@@ -59,6 +59,8 @@ class TieredKV:
         most = -(-max(max_tokens, slots) // page_size)
         self.device_table = torch.zeros((shape.layers, seats, most), dtype=torch.int64, device=device)
         self.host_table = torch.zeros((shape.layers, seats, most), dtype=torch.int64, device=device)
+        self._layers = torch.arange(shape.layers, device=device)
+        self._offloaded = self._layers[~torch.tensor(resident, device=device)]
         self.slot_count = slots
         self.hot = (
             HotSlots(
@@ -132,19 +134,16 @@ class TieredKV:
             key, value: [T, Hkv, D], the key after RoPE.
             lengths: int64 [T], tokens in context of the token's request once this step is stored.
         """
-        index = positions[:, None, None]
         if self.resident[layer]:
-            append_rows(self.arena.rows, self._rows_of_tokens(self.arena, self.device_table, layer, seats, index), key, value)
+            append_tokens(self.arena.rows, self.device_table[layer], seats, positions, key, value, self.page_size)
             return
-        append_rows(self.host.rows, self._rows_of_tokens(self.host, self.host_table, layer, seats, index), key, value)
-        if self.hot is not None:
-            kept = (positions < self.hot.sink) | (positions >= lengths - self.hot.recent)
-            index = torch.where(kept, self.hot.fixed_slot(positions), -1)[:, None, None]
-            append_rows(self.arena.rows, self._rows_of_tokens(self.arena, self.device_table, layer, seats, index), key, value)
-
-    @staticmethod
-    def _rows_of_tokens(pool: PagePool, table: Tensor, layer: int, seats: Tensor, index: Tensor) -> Tensor:
-        return pool.rows_of(table[layer].index_select(0, seats), index).squeeze(-1)
+        host = (self.host.rows, self.host_table[layer])
+        if self.hot is None:
+            append_tokens(*host, seats, positions, key, value, self.page_size)
+            return
+        slots = (self.arena.rows, self.device_table[layer])
+        fixed = (self.hot.sink, self.hot.recent)
+        append_tiers(*host, *slots, seats, positions, lengths, key, value, self.page_size, *fixed)
 
     # Sparse reading ---------------------------------------------------------------------------------------------------
 
@@ -154,22 +153,26 @@ class TieredKV:
         Returns:
             The plan, None when no layer of it is offloaded.
         """
-        layers = [i for i in ([layer] if layer is not None else range(self.shape.layers)) if not self.resident[i]]
-        if not layers or self.hot is None:
+        offloaded = not self.resident[layer] if layer is not None else not all(self.resident)
+        if not offloaded or self.hot is None:
             return None
         table = 0 if layer is None else layer
         plan = self.hot.plan(table, seats, selection)
         self._plans[table] = plan
-        for i in layers:
-            self._load(i, seats, selection, plan)
+        gather_rows_layers(
+            self.host.rows,
+            self.arena.rows,
+            self.host_table,
+            self.device_table,
+            self._offloaded if layer is None else self._layers[layer : layer + 1],
+            seats,
+            self.head_map,
+            selection.tokens,
+            plan.slots,
+            plan.missing,
+            self.page_size,
+        )
         return plan
-
-    def _load(self, layer: int, seats: Tensor, selection: Selection, plan: LoadPlan) -> None:
-        groups = self.head_map[layer]
-        absent = torch.where(plan.missing, selection.tokens, -1)[:, groups]
-        source = self.host.rows_of(self.host_table[layer].index_select(0, seats), absent)
-        target = self.arena.rows_of(self.device_table[layer].index_select(0, seats), plan.slots[:, groups])
-        gather_rows(self.host.rows, source, self.arena.rows, target)
 
     def rows(self, layer: int, seats: Tensor, selection: Selection, *, in_layer: bool) -> Tensor:
         """Arena rows of a selection for every KV head of a layer, in the selection's order: int64 [R, Hkv, B]."""

@@ -38,14 +38,18 @@ def top_k_by_rank(scores: Tensor, k: int) -> Tensor:
     """k for the best token of each row, k - 1 for the next and so on, -1 for tokens beyond the k best.
 
     Args:
-        scores: float [..., S]; among equal scores the later position ranks first.
+        scores: float [..., S]; among equal scores the later position ranks first, and negative ones are among no best.
 
     Returns:
         float32 [..., S].
     """
-    # A stable sort of the reversed row keeps the later of two equal scores first.
-    order = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :k]
-    order = scores.shape[-1] - 1 - order
-    value = torch.arange(k, k - order.shape[-1], -1, device=scores.device, dtype=torch.float32).expand(order.shape)
-    ranks = torch.full_like(scores, -1.0, dtype=torch.float32).scatter_(-1, order, value)
-    return ranks.masked_fill_(scores < 0, -1.0)
+    span = scores.shape[-1]
+    chosen = top_k_positions(scores, k).flip(-1)
+    present = chosen >= 0
+    # A stable sort of the few that were chosen, in reverse order, keeps the later of two equal scores first.
+    best = torch.where(present, scores.gather(-1, chosen.clamp(min=0)), -1.0)
+    order = chosen.gather(-1, best.argsort(dim=-1, descending=True, stable=True))
+    value = torch.arange(k, 0, -1, device=scores.device, dtype=torch.float32).expand(order.shape)
+    # What is not there goes to a column beyond the result.
+    ranks = torch.full((*scores.shape[:-1], span + 1), -1.0, device=scores.device)
+    return ranks.scatter_(-1, torch.where(order >= 0, order, span), value)[..., :span]

@@ -52,9 +52,18 @@ class KeyCache:
         """Store keys [T, G, D] of the tokens at `positions` [T] of `seats` [T]."""
         self.keys[self.table[seats, positions // self.page_size], positions % self.page_size] = keys
 
+    @property
+    def most_positions(self) -> int:
+        """Positions that the pages of an open seat reach to, at most: a bound that the host knows without asking the device."""
+        return self.page_size * max(map(len, self._owned))
+
+    def pages_of(self, seats: Tensor, span: int) -> Tensor:
+        """Pages of the positions 0 .. span - 1 of some seats: int64 [R, P]."""
+        return self.table[:, : -(-span // self.page_size)].index_select(0, seats)
+
     def gather(self, seats: Tensor, span: int) -> Tensor:
-        """Keys of positions 0 .. span - 1 (rounded up to a page) of some seats: [R, S, G, D]."""
-        return self.keys[self.table[seats, : -(-span // self.page_size)]].flatten(1, 2)
+        """A copy of the keys of positions 0 .. span - 1 (rounded up to a page) of some seats: [R, S, G, D]."""
+        return self.keys[self.pages_of(seats, span)].flatten(1, 2)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when a page is lost or held twice."""

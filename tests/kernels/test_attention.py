@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.attention_logits import attention_logits
-from specontext.kernels.dense_attention import dense_attention_tile
+from specontext.kernels.dense_attention import chunk_attention
+from specontext.kernels.fused_attention import attention_with_lse
+from specontext.kernels.paged_attention import paged_attention, tokens_of_pages
 from specontext.kernels.sparse_attention import merge_partials, sparse_attention
 
 # Relative and absolute error of an output in each format: float32 accumulation, one rounding at the end.
@@ -78,21 +80,102 @@ def test_attention_logits(requests: int, kv_heads: int, ratio: int, width: int, 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 @pytest.mark.parametrize(("chunk", "kv_heads", "ratio", "span", "dim"), SHAPES)
-@pytest.mark.parametrize("past", [None, 0, 5])
-def test_dense_attention_tile(
-    chunk: int, kv_heads: int, ratio: int, span: int, dim: int, past: int | None, dtype: torch.dtype
+@pytest.mark.parametrize("tiles", [(), (1,), (7, 16, 3)])
+def test_chunk_attention(
+    chunk: int, kv_heads: int, ratio: int, span: int, dim: int, tiles: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    query = rand(chunk, kv_heads * ratio, dim, dtype=dtype, seed=0)
-    tile = rand(span, kv_heads, 2, dim, dtype=dtype, seed=1)
-    output, lse = dense_attention_tile(query, tile, dim**-0.5, past)
-    assert output.dtype == lse.dtype == torch.float32
+    chunk = min(span, 40) if chunk == 1 else chunk
+    query = rand(kv_heads * ratio, chunk, dim, dtype=dtype, seed=0).transpose(0, 1)
+    tokens = rand(sum(tiles) + chunk, kv_heads, 2, dim, dtype=dtype, seed=1)
+    *past, fresh = tokens.split((*tiles, chunk))
+    output = chunk_attention(query, fresh[:, :, 0], fresh[:, :, 1], dim**-0.5, past)
+    assert output.dtype == dtype and output.shape == query.shape
     for i in range(chunk):
-        end = span if past is None else past + i + 1
         for head in range(kv_heads * ratio):
-            seen = tile[:end, head // ratio]
-            expected, expected_lse = naive_attention(query[i, head], seen[:, 0], seen[:, 1], dim**-0.5)
-            close(output[i, head], expected, torch.float32)
-            assert lse[i, head].item() == pytest.approx(expected_lse, abs=1e-4)
+            seen = tokens[: sum(tiles) + i + 1, head // ratio]
+            expected, _ = naive_attention(query[i, head], seen[:, 0], seen[:, 1], dim**-0.5)
+            close(output[i, head], expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("cut", [1, 30, 64, 99])
+def test_cutting_a_chunk_in_two_changes_rounding_only(cut: int, dtype: torch.dtype) -> None:
+    query, tokens = rand(100, 6, 64, dtype=dtype, seed=0), rand(100, 2, 2, 64, dtype=dtype, seed=1)
+    key, value = tokens.unbind(2)
+    whole = chunk_attention(query, key, value, 0.2)
+    first = chunk_attention(query[:cut], key[:cut], value[:cut], 0.2)
+    second = chunk_attention(query[cut:], key[cut:], value[cut:], 0.2, [tokens[:cut]])
+    close(torch.cat((first, second)), whole.double(), dtype)
+
+
+def in_pages(tokens: Tensor, pages: Tensor, page_size: int) -> Tensor:
+    """An arena [N, 2, D] that holds tokens [S, Hkv, 2, D] in these pages; all else is NaN."""
+    count = len(tokens)
+    arena = tokens.new_full((int(pages.max()) + 1, page_size, *tokens.shape[1:]), math.nan)
+    at = torch.arange(count)
+    arena[pages[at // page_size], at % page_size] = tokens
+    return arena.flatten(0, 2)
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("page_size", [1, 7, 16])
+@pytest.mark.parametrize(("requests", "kv_heads", "ratio", "width", "dim"), SHAPES)
+def test_paged_attention(
+    requests: int, kv_heads: int, ratio: int, width: int, dim: int, page_size: int, dtype: torch.dtype
+) -> None:
+    query = rand(requests, kv_heads * ratio, dim, dtype=dtype, seed=0)
+    tokens = rand(requests * width, kv_heads, 2, dim, dtype=dtype, seed=1).view(requests, width, kv_heads, 2, dim)
+    count, scale = -(-width // page_size), dim**-0.5
+    numbers = torch.randperm(requests * count + 3, generator=torch.Generator().manual_seed(2))[: requests * count]
+    pages = numbers.view(requests, count)
+    padded = torch.nn.functional.pad(tokens, (0, 0, 0, 0, 0, 0, 0, count * page_size - width))
+    arena = in_pages(padded.flatten(0, 1), numbers, page_size)
+    lengths = torch.tensor([max(width - 5 * r, 0) for r in range(requests)])
+    output, lse = paged_attention(query, arena, pages, lengths, scale, page_size=page_size, kv_heads=kv_heads, tile=13)
+    assert output.dtype == dtype and lse.dtype == torch.float32
+    for r, length in enumerate(lengths.tolist()):
+        for head in range(kv_heads * ratio):
+            seen = tokens[r, :length, head // ratio]
+            expected, expected_lse = naive_attention(query[r, head], seen[:, 0], seen[:, 1], scale)
+            close(output[r, head], expected, dtype)
+            assert lse[r, head].item() == pytest.approx(expected_lse, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_where_pages_lie_changes_nothing(dtype: torch.dtype) -> None:
+    """Pages in a row are read in place, others copied: bit for bit the same result."""
+    query, tokens = rand(1, 6, 64, dtype=dtype, seed=0), rand(100, 3, 2, 64, dtype=dtype, seed=1)
+    results = []
+    for pages in (
+        torch.arange(4, 17),
+        torch.arange(16, 3, -1),
+        torch.cat((torch.arange(3, 9), torch.arange(0, 3), torch.arange(9, 13))),
+    ):
+        arena = in_pages(tokens, pages, 8)
+        assert torch.equal(tokens_of_pages(arena, pages, 9, 77, page_size=8, kv_heads=3), tokens[9:77])
+        results.append(paged_attention(query, arena, pages[None], torch.tensor([100]), 0.2, page_size=8, kv_heads=3, tile=32))
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
+    in_place = tokens_of_pages(in_pages(tokens, torch.arange(4, 17), 8), torch.arange(4, 17), 9, 77, page_size=8, kv_heads=3)
+    assert in_place.untyped_storage().nbytes() > in_place.nbytes  # a view of the arena
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mixed", [False, True], ids=["fused", "products"])
+def test_attention_with_lse(causal: bool, mixed: bool, dtype: torch.dtype) -> None:
+    query, tokens = rand(2, 6, 9, 40, dtype=dtype, seed=0), rand(2, 9, 3, 2, 40, dtype=dtype, seed=1)
+    key, value = tokens.permute(3, 0, 2, 1, 4).unbind(0)
+    query = query.double() if mixed else query  # no fused kernel takes formats that differ
+    output, lse = attention_with_lse(query, key, value, 0.2, causal=causal)
+    for n in range(2):
+        for head in range(6):
+            for i in range(9):
+                end = i + 1 if causal else 9
+                expected, expected_lse = naive_attention(
+                    query[n, head, i], key[n, head // 2, :end], value[n, head // 2, :end], 0.2
+                )
+                close(output[n, head, i], expected, torch.float32 if mixed else dtype)
+                assert lse[n, head, i].item() == pytest.approx(expected_lse, abs=1e-4)
 
 
 def test_a_query_that_sees_nothing_gives_zeros_and_minus_infinity() -> None:
@@ -102,8 +185,9 @@ def test_a_query_that_sees_nothing_gives_zeros_and_minus_infinity() -> None:
     nothing = torch.tensor([[True, True, False, False], [True] * 4])
     assert torch.equal(lse.isneginf(), nothing) and not output[nothing].any()
     torch.testing.assert_close(output[0, 2:], arena[3, 1].expand(2, -1))
-    dense, dense_lse = dense_attention_tile(query, rand(3, 2, 2, 8, dtype=torch.float32, seed=2), 1.0, past=-1)
-    assert dense_lse[0].isneginf().all() and not dense[0].any() and dense_lse[1].isfinite().all()
+    pages, lengths = torch.tensor([[0], [1]]), torch.tensor([0, 1])
+    output, lse = paged_attention(query, arena, pages, lengths, 1.0, page_size=1, kv_heads=2)
+    assert lse[0].isneginf().all() and not output[0].any() and lse[1].isfinite().all()
 
 
 def test_large_logits_do_not_overflow() -> None:

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from specontext.core import LoadPlan, ModelShape, Selection
-from specontext.kernels.rows import gather_rows
+from specontext.kernels.rows import gather_rows_layers
 from specontext.kv import tiered
 from specontext.kv.tiered import LoadError, TieredKV
 from specontext.memory.pages import OutOfPagesError
@@ -201,16 +201,18 @@ class TieredMachine(RuleBasedStateMachine):
         selection = self.budget.compose(scored, lengths)
         loaded: list[float] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tiered, "gather_rows", self.recording(loaded))
+            patch.setattr(tiered, "gather_rows_layers", self.recording(loaded))
             plan = self.kv.begin_step(torch.tensor(decodes), selection, layer)
         self.check_plan(decodes, table, layer, selection, plan, loaded)
         return selection
 
     @staticmethod
     def recording(loaded: list[float]) -> Any:
-        def gather(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: Tensor) -> None:
-            loaded.extend(source[source_rows[source_rows >= 0], 0, 0].tolist())
-            gather_rows(source, source_rows, target, target_rows)
+        def gather(source: Tensor, target: Tensor, *plan: Any) -> None:
+            written = torch.full_like(target, torch.nan)
+            gather_rows_layers(source, written, *plan)
+            loaded.extend(number for number in written[:, 0, 0].tolist() if number == number)
+            gather_rows_layers(source, target, *plan)
 
         return gather
 
@@ -293,7 +295,7 @@ class TieredMachine(RuleBasedStateMachine):
 def test_any_sequence_of_steps() -> None:
     TieredMachine.evictions = 0
     bounds = settings(
-        max_examples=40, stateful_step_count=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+        max_examples=60, stateful_step_count=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
     )
     run_state_machine_as_test(TieredMachine, settings=bounds)  # type: ignore[no-untyped-call]
     assert TieredMachine.evictions > 50
@@ -350,10 +352,11 @@ def test_a_step_reads_sinks_scored_and_recent_tokens_of_its_layer() -> None:
 
 
 def test_wrong_rows_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shifted(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: Tensor) -> None:
-        gather_rows(source, torch.where(source_rows >= 0, source_rows - 1, -1), target, target_rows)
+    def shifted(*arguments: Any) -> None:
+        before, tokens, after = arguments[:7], arguments[7], arguments[8:]
+        gather_rows_layers(*before, tokens - 1, *after)
 
-    monkeypatch.setattr(tiered, "gather_rows", shifted)
+    monkeypatch.setattr(tiered, "gather_rows_layers", shifted)
     with pytest.raises(LoadError, match="layer 0: a slot holds a row that differs"):
         decode(small_kv(), 20, [3, 7, 11])
     assert decode(small_kv(verify_loads=False), 20, [3, 7, 11])[0].tolist() == [0, 2, 6, 10, 19, 20]
@@ -362,7 +365,7 @@ def test_wrong_rows_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_forgotten_loads_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     kv = small_kv()
     decode(kv, 20, [3, 7, 11])
-    monkeypatch.setattr(tiered, "gather_rows", lambda *_: None)
+    monkeypatch.setattr(tiered, "gather_rows_layers", lambda *_: None)
     decode(kv, 21, [3, 7, 11])  # nothing is missing
     with pytest.raises(LoadError, match="layer 0"):
         decode(kv, 22, [3, 7, 12])
@@ -398,3 +401,27 @@ def test_spare_slots_keep_what_was_not_selected() -> None:
     selection = Budget(6, 1, 2).compose(torch.tensor([[[3, 7, 11]]]), torch.tensor([23]))
     missing = [plan.missing.sum().item() for kv in (tight, spare) if (plan := kv.begin_step(torch.tensor([0]), selection))]
     assert missing == [3, 0]
+
+
+def test_one_gather_serves_all_layers_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    kv, layers = small_kv(), []
+
+    def counting(*arguments: Any) -> None:
+        layers.append(arguments[4].tolist())
+        gather_rows_layers(*arguments)
+
+    monkeypatch.setattr(tiered, "gather_rows_layers", counting)
+    for position, scored in enumerate(([3, 7, 11], [3, 8, 12], [4, 8, 12]), start=20):
+        first, second = decode(kv, position, scored)
+        assert (second - first == 100).all() and first[1:4].tolist() == scored
+    assert layers == [[0, 1]] * 3
+
+
+def test_steps_are_counted_on_the_device() -> None:
+    kv = small_kv()
+    assert kv.hot is not None
+    counter = kv.hot.steps.data_ptr()
+    for position in (20, 21):
+        decode(kv, position, [3, 7, 11])
+    assert kv.hot.steps.tolist() == [2] and kv.hot.steps.data_ptr() == counter
+    assert kv.hot.last_used.unique().tolist() == [2]

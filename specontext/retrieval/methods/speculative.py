@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from specontext.core import Batch, ModelShape, Selection
-from specontext.kernels.retrieval_scores import retrieval_scores
+from specontext.kernels.retrieval_scores import paged_retrieval_scores
 from specontext.retrieval.granularity import choose, groups_of
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.key_cache import KeyCache
@@ -51,8 +51,10 @@ class SpeculativeSelector(Selector):
         features = None if self.last_feature is None else self.last_feature[step.seats]
         queries, keys = self.head(self._embed(step.token_ids), features, step.positions)
         self.cache.append(step.seats, step.positions, keys)
-        all_keys = self.cache.gather(step.seats, int(step.lengths.max()))
-        scores = retrieval_scores(queries, all_keys, self.budget.sink, self.budget.candidates_end(step.lengths))
+        # To read the lengths would be to wait for a GPU; there the pages bound them, and places without a candidate cost little.
+        span = int(step.lengths.max()) if step.lengths.device.type == "cpu" else self.cache.most_positions
+        pages, stops = self.cache.pages_of(step.seats, span), self.budget.candidates_end(step.lengths)
+        scores = paged_retrieval_scores(queries, self.cache.keys, pages, self.budget.sink, stops, span)
         return self.budget.compose(choose(scores, self.granularity, self.budget.scored), step.lengths)
 
     def observe(self, batch: Batch, features: Tensor | None) -> None:

@@ -1,0 +1,109 @@
+"""PyTorch's fused attention kernels together with their log-sum-exp, which merges attention over parts of a context.
+
+`torch.nn.functional.scaled_dot_product_attention` throws the log-sum-exp away; the operators behind it return it. Where no
+fused kernel serves, matrix products in float32 do the same.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+FLASH_ON_CPU = hasattr(_aten, "_scaled_dot_product_flash_attention_for_cpu")
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def attention_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool = False, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention and the log-sum-exp of its logits, accumulated in float32.
+
+    Args:
+        query: [N, H, Q, D].
+        key, value: [N, Hkv, S, D], S at least 1, of any strides that leave the last dimension contiguous. Hkv divides H.
+        scale: factor of the logits.
+        causal: query i sees keys 0 .. i only.
+        bias: float32 [N, 1, 1, S], 0 where a key is seen and -inf where it is not; H must be Hkv.
+
+    Returns:
+        output [N, H, Q, D] in the query's dtype, zeros for a query that sees nothing; and log-sum-exp [N, H, Q] float32, which
+        for a query that sees nothing is -inf or 0.
+    """
+    same = query.dtype == key.dtype == value.dtype != torch.float64
+    if same and query.device.type == "cpu" and FLASH_ON_CPU:
+        return _on_cpu(query, key, value, scale, causal, bias)
+    if same and query.is_cuda and bias is None and query.shape[-1] % 8 == 0:
+        return _on_cuda(query, key, value, scale, causal)
+    return _by_products(query, key, value, scale, causal, bias)
+
+
+@cache
+def _float32_is_faster(dtype: torch.dtype) -> bool:
+    """Whether this CPU attends faster to keys that are converted than to 16-bit ones: without instructions for a format its
+    products are several times slower than float32's."""
+    multiplies_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return dtype != torch.bfloat16 or not multiplies_bfloat16()
+
+
+def _on_cpu(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    dtype, shape, (kv_heads, queries) = query.dtype, query.shape, (key.shape[1], query.shape[2])
+    if dtype in HALVES:
+        if _float32_is_faster(dtype):
+            query, key, value = query.float(), key.float(), value.float()
+        elif queries == 1:  # products with a single column take a path that is four times slower
+            query = query.expand(-1, -1, 2, -1)
+    if shape[1] != kv_heads:  # the kernel of older versions does not know groups: they become the heads of a larger batch
+        assert bias is None
+        query = query.unflatten(1, (kv_heads, -1)).flatten(0, 1)
+        key, value = (x.flatten(0, 1)[:, None].expand(-1, query.shape[1], -1, -1) for x in (key, value))
+    output, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, is_causal=causal, attn_mask=bias, scale=scale
+    )
+    return output[:, :, :queries].reshape(shape).to(dtype), lse[:, :, :queries].reshape(shape[:3])
+
+
+def _on_cuda(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Flash attention for 16-bit formats, the memory-efficient kernel (which wants as many KV heads as query heads) else."""
+    queries, head_dim = query.shape[2:]
+    if query.dtype in HALVES and head_dim <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0):
+        output, lse = _aten._scaled_dot_product_flash_attention(query, key, value, is_causal=causal, scale=scale)[:2]
+        return output, lse
+    ratio = query.shape[1] // key.shape[1]
+    if ratio > 1:
+        key, value = key.repeat_interleave(ratio, 1), value.repeat_interleave(ratio, 1)
+    output, lse = _aten._scaled_dot_product_efficient_attention(
+        query, key, value, None, compute_log_sumexp=True, is_causal=causal, scale=scale
+    )[:2]
+    return output, lse[:, :, :queries]  # it pads the queries to a multiple of 32
+
+
+def _by_products(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    kv_heads, span = key.shape[1:3]
+    grouped = query.float().unflatten(1, (kv_heads, -1)) * scale  # [N, Hkv, H / Hkv, Q, D]
+    logits = grouped @ key.float().mT[:, :, None]
+    if bias is not None:
+        logits += bias[:, None]
+    if causal:
+        seen = torch.ones(query.shape[2], span, dtype=torch.bool, device=query.device).tril()
+        logits.masked_fill_(~seen, -torch.inf)
+    output, lse = weighted_sum(logits, value.float()[:, :, None])
+    return output.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
+
+
+def weighted_sum(logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax-weighted sum of values, and log-sum-exp: zeros and -inf for a row of logits that are all -inf.
+
+    Args:
+        logits: float32 [..., Q, S].
+        values: float32 [..., S, D].
+    """
+    top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    weights = (logits - top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    output = (weights @ values) / total.clamp(min=torch.finfo(torch.float32).tiny)
+    return output, (total.log() + top).squeeze(-1)

@@ -1,0 +1,90 @@
+"""Logits of one query a head over KV rows that an index list names.
+
+A program takes one block of the rows of one (request, KV head) and all query heads of its group. Bytes: D * itemsize a row,
+its index once, and 4 written for every query head and row.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specontext.kernels.triton.sparse_attention import tile_shape
+
+
+@triton.jit
+def _logits(
+    query_ptr,  # [R, Hq, D]
+    arena_ptr,  # [N, 2, D]
+    rows_ptr,  # [R, Hkv, T]
+    logits_ptr,  # [R, Hq, T]
+    scale,
+    width,
+    kv_heads,
+    query_r,
+    query_h,
+    rows_r,
+    rows_h,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    block, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    member = tl.arange(0, GROUP_PAD)
+    dim = tl.arange(0, DIM_PAD)
+    in_group, in_dim = member < GROUP, dim < DIM
+    query_head = head * GROUP + member
+    query = tl.load(
+        query_ptr + request * query_r + query_head[:, None] * query_h + dim[None, :],
+        mask=in_group[:, None] & in_dim[None, :],
+        other=0.0,
+    ).to(FORMAT)
+    entry = block * BLOCK + tl.arange(0, BLOCK)
+    inside = entry < width
+    row = tl.load(rows_ptr + request * rows_r + head.to(tl.int64) * rows_h + entry, mask=inside, other=-1)
+    present = row >= 0
+    key = tl.load(
+        arena_ptr + row.to(tl.int64)[:, None] * (2 * DIM) + dim[None, :], mask=present[:, None] & in_dim[None, :], other=0.0
+    ).to(FORMAT)  # [BLOCK, DIM_PAD]
+    if DOT:
+        logits = tl.dot(query, tl.trans(key), input_precision="ieee")
+    else:
+        logits = tl.sum(query[:, None, :].to(tl.float32) * key[None, :, :].to(tl.float32), 2)
+    logits = tl.where(present[None, :], logits * scale, float("-inf"))
+    place = (request * kv_heads * GROUP + query_head)[:, None] * width + entry[None, :]
+    tl.store(logits_ptr + place, logits, mask=in_group[:, None] & inside[None, :])
+
+
+def attention_logits(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -> Tensor:
+    """See `kernels.attention_logits`."""
+    requests, query_heads, _ = query.shape
+    kv_heads, width = rows.shape[1:]
+    assert arena.is_contiguous(), "rows must lie one after another"
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    logits = torch.empty((requests, query_heads, width), dtype=torch.float32, device=query.device)
+    shape = tile_shape(query, arena, query_heads // kv_heads)
+    _logits[(triton.cdiv(width, shape["BLOCK"]), kv_heads, requests)](
+        query,
+        arena,
+        rows,
+        logits,
+        scale,
+        width,
+        kv_heads,
+        query.stride(0),
+        query.stride(1),
+        rows.stride(0),
+        rows.stride(1),
+        num_warps=4,
+        **shape,
+    )
+    return logits

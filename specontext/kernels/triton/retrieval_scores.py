@@ -1,0 +1,238 @@
+"""Triton kernels of `retrieval_scores` and `paged_retrieval_scores`: two launches, and every key is read once.
+
+1. One program per (group, chunk of CHUNK positions, request) writes the logits of the group's heads and, for each head, the
+   log-sum-exp of its chunk. Programs of neighbouring groups run side by side, so the rows [G, D] of a token are read together.
+2. One program per (group, tile of positions, request) merges the log-sum-exps of the chunks, a few KB, and writes
+   2 ** max over heads (logit - log-sum-exp).
+
+Logits are in base 2 (scaled by log2 e). For bfloat16 keys and D = 128, keys are 256 bytes a position and group and are read from
+memory; logits are 4 bytes a query head, written and read, and mostly stay in the L2 cache; scores are 4 bytes.
+
+Chunks are aligned to positions and merged in order, so a request's scores depend neither on the other requests nor on the span.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 512  # positions of one program of the first launch
+TILE_BYTES = 32768  # of keys that one step of its loop loads; three such stages are in flight
+PARTS = 128  # chunks that are merged at a time
+LEAST = tl.constexpr(-3.0e38)
+TINY = tl.constexpr(1.0e-37)
+
+
+@triton.jit
+def _chunk_logits(
+    query,
+    keys,
+    table,
+    stops,
+    logits,
+    lse,
+    start,
+    span,
+    width,
+    chunks,
+    groups,
+    scale,
+    key_stride_page,
+    key_stride_token,
+    key_stride_group,
+    table_stride,
+    PAGE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    group, chunk = tl.program_id(0), tl.program_id(1)
+    request = tl.program_id(2).to(tl.int64)
+    stop = tl.minimum(tl.load(stops + request), span).to(tl.int32)
+    head = tl.arange(0, HEADS_PADDED)
+    dim = tl.arange(0, DIM_PADDED)
+    first_head = (request * groups + group) * HEADS
+
+    # Queries are the narrow operand [D, heads], so that positions fill the tall side of the tensor cores.
+    present = (head[None, :] < HEADS) & (dim[:, None] < DIM)
+    q = tl.load(query + (first_head + head[None, :]) * DIM + dim[:, None], mask=present, other=0.0)
+    if WIDEN:
+        q = q.to(tl.float32)
+
+    top = tl.full([HEADS_PADDED], LEAST, tl.float32)
+    total = tl.zeros([HEADS_PADDED], tl.float32)
+    low = tl.maximum(chunk * CHUNK, start // BLOCK * BLOCK)
+    high = tl.minimum(chunk * CHUNK + CHUNK, stop)
+    high = tl.where(start < stop, high, low)
+    for first in range(low, high, BLOCK):
+        position = first + tl.arange(0, BLOCK)
+        seen = (position >= start) & (position < stop)
+        if PAGE:
+            page = tl.load(table + request * table_stride + position // PAGE, mask=seen, other=0).to(tl.int64)
+            row = page * key_stride_page + (position % PAGE) * key_stride_token
+        else:
+            row = request * key_stride_page + position.to(tl.int64) * key_stride_token
+        address = keys + row[:, None] + group * key_stride_group + dim[None, :]
+        k = tl.load(address, mask=seen[:, None] & (dim[None, :] < DIM), other=0.0, eviction_policy="evict_first")
+        if WIDEN:
+            k = k.to(tl.float32)
+        x = tl.dot(k, q, input_precision="ieee") * scale
+        out = logits + (first_head + head[None, :]) * width + position[:, None]
+        tl.store(out, x, mask=seen[:, None] & (head[None, :] < HEADS))
+        x = tl.where(seen[:, None], x, float("-inf"))
+        before = top
+        top = tl.maximum(top, tl.max(x, 0))
+        total = total * tl.exp2(before - top) + tl.sum(tl.exp2(x - top[None, :]), 0)
+    # A chunk without candidates is left at LEAST and weighs nothing.
+    tl.store(lse + (first_head + head) * chunks + chunk, top + tl.log2(tl.maximum(total, TINY)), mask=head < HEADS)
+
+
+@triton.jit
+def _group_weights(
+    logits,
+    lse,
+    stops,
+    scores,
+    start,
+    span,
+    width,
+    chunks,
+    groups,
+    steps,
+    HEADS: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    group, tile = tl.program_id(0), tl.program_id(1)
+    request = tl.program_id(2).to(tl.int64)
+    stop = tl.minimum(tl.load(stops + request), span).to(tl.int32)
+    head = tl.arange(0, HEADS_PADDED)
+    row = request * groups + group
+    first_head = row * HEADS
+    low = tile * steps * BLOCK
+    high = tl.minimum(low + steps * BLOCK, span)
+
+    # Chunks beyond the last candidate are not read: a longer span changes nothing.
+    used = tl.cdiv(stop, CHUNK)
+    used = tl.where((low < stop) & (high > start), used, 0)
+    part = tl.arange(0, PARTS)
+    top = tl.full([HEADS_PADDED], LEAST, tl.float32)
+    for first in range(0, used, PARTS):
+        mask = (head[:, None] < HEADS) & (first + part[None, :] < used)
+        x = tl.load(lse + (first_head + head[:, None]) * chunks + first + part[None, :], mask=mask, other=float("-inf"))
+        top = tl.maximum(top, tl.max(x, 1))
+    totals = tl.zeros([HEADS_PADDED, PARTS], tl.float32)
+    for first in range(0, used, PARTS):
+        mask = (head[:, None] < HEADS) & (first + part[None, :] < used)
+        x = tl.load(lse + (first_head + head[:, None]) * chunks + first + part[None, :], mask=mask, other=float("-inf"))
+        totals += tl.exp2(x - top[:, None])
+    whole = tl.where(head < HEADS, top + tl.log2(tl.maximum(tl.sum(totals, 1), TINY)), float("inf"))
+
+    for first in range(low, high, BLOCK):
+        position = first + tl.arange(0, BLOCK)
+        out = scores + row * span + position
+        if (first < stop) & (first + BLOCK > start):
+            # Whole aligned vectors: what was never written beside the candidates is read and dropped.
+            mask = (position[None, :] < width) & (head[:, None] < HEADS)
+            x = tl.load(logits + (first_head + head[:, None]) * width + position[None, :], mask=mask, other=float("-inf"))
+            best = tl.max(x - whole[:, None], 0)
+            seen = (position >= start) & (position < stop)
+            weight = tl.where(seen, tl.exp2(tl.where(seen, best, 0.0)), -1.0)
+            tl.store(out, weight, mask=position < span)
+        else:
+            tl.store(out, tl.full([BLOCK], -1.0, tl.float32), mask=position < span)
+
+
+def retrieval_scores(query: Tensor, keys: Tensor, start: int, stops: Tensor) -> Tensor:
+    """See `specontext.kernels.retrieval_scores.retrieval_scores`."""
+    return _launch(query, keys, None, start, stops, keys.shape[1])
+
+
+def paged_retrieval_scores(query: Tensor, keys: Tensor, table: Tensor, start: int, stops: Tensor, span: int) -> Tensor:
+    """See `specontext.kernels.retrieval_scores.paged_retrieval_scores`."""
+    return _launch(query, keys, table, start, stops, span)
+
+
+def _launch(query: Tensor, keys: Tensor, table: Tensor | None, start: int, stops: Tensor, span: int) -> Tensor:
+    """Scores of keys [R, S, G, D], or of keys [pages, page_size, G, D] where there is a page table."""
+    requests, query_heads, dim = query.shape
+    groups = keys.shape[2]
+    heads = query_heads // groups
+    query = query.contiguous()
+    keys = keys if keys.stride(3) == 1 else keys.contiguous()
+    stops = stops.contiguous()
+    if table is not None and table.stride(1) != 1:
+        table = table.contiguous()
+    width = -(-span // 16) * 16  # aligned rows
+    chunks = triton.cdiv(span, CHUNK)
+    logits = torch.empty((requests, query_heads, width), dtype=torch.float32, device=query.device)
+    lse = torch.empty((requests, query_heads, chunks), dtype=torch.float32, device=query.device)
+    scores = torch.empty((requests, groups, span), dtype=torch.float32, device=query.device)
+    if scores.numel() == 0:
+        return scores
+    # Float32 operands where the two formats differ, and in the interpreter, which has no bfloat16 products.
+    widen = query.dtype != keys.dtype or not keys.is_cuda
+    dim_padded = max(16, triton.next_power_of_2(dim))
+    block = min(128, max(16, TILE_BYTES // (dim_padded * keys.element_size())))
+    _chunk_logits[(groups, chunks, requests)](
+        query,
+        keys,
+        table,
+        stops,
+        logits,
+        lse,
+        start,
+        span,
+        width,
+        chunks,
+        groups,
+        dim**-0.5 * math.log2(math.e),
+        keys.stride(0),
+        keys.stride(1),
+        keys.stride(2),
+        0 if table is None else table.stride(0),
+        PAGE=0 if table is None else keys.shape[1],
+        HEADS=heads,
+        HEADS_PADDED=max(16, triton.next_power_of_2(heads)),
+        DIM=dim,
+        DIM_PADDED=dim_padded,
+        BLOCK=block,
+        CHUNK=CHUNK,
+        WIDEN=widen,
+        num_warps=4,
+        num_stages=3,
+    )
+    heads_padded = triton.next_power_of_2(heads)
+    block = max(64, min(1024, 4096 // heads_padded))
+    steps = max(1, min(8, triton.next_power_of_2(span >> 16)))  # long rows: larger tiles, so that lse is read less often
+    _group_weights[(groups, triton.cdiv(span, block * steps), requests)](
+        logits,
+        lse,
+        stops,
+        scores,
+        start,
+        span,
+        width,
+        chunks,
+        groups,
+        steps,
+        HEADS=heads,
+        HEADS_PADDED=heads_padded,
+        BLOCK=block,
+        CHUNK=CHUNK,
+        PARTS=PARTS,
+        num_warps=4,
+    )
+    return scores

@@ -1,0 +1,154 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+"""Set difference and slot choice in three launches, without a sort and without waiting for the host.
+
+1. Blocks of entries look their tokens up; hits mark their slots with this step.
+2. One program a pair lists its free slots (all but those that were hit), another its misses, both ascending.
+3. Blocks of free slots rank themselves by (last use, slot) among all free slots of the pair; a slot whose rank is below the
+   number of misses takes the miss of that rank.
+
+A pair touches its B tokens and slots, N times last use, and a few numbers for each miss: about 16 B + 8 N bytes. Ranking
+compares F^2 times for F free slots: 0.1 million a pair at 1,204 slots and a budget of 1,024, of which 85 % are hits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def plan_slots(
+    tokens: Tensor, seats: Tensor, slot_of_token: Tensor, token_of_slot: Tensor, last_used: Tensor, step: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `specontext.kernels.slot_plan.plan_slots`."""
+    requests, groups, width = tokens.shape
+    span, slot_count = slot_of_token.shape[-1], token_of_slot.shape[-1]
+    assert slot_of_token.is_contiguous() and token_of_slot.is_contiguous() and last_used.is_contiguous()
+    pairs, device = requests * groups, tokens.device
+    tokens, seats = tokens.contiguous(), seats.contiguous()
+    slots = torch.empty((requests, groups, width), dtype=torch.int64, device=device)
+    missing = torch.empty((requests, groups, width), dtype=torch.bool, device=device)
+    if not slots.numel():
+        return slots, missing
+    now = torch.full((), step, dtype=torch.int32, device=device) if isinstance(step, int) else step
+    flags = missing.view(torch.uint8)
+    free, ages = torch.empty((2, pairs, slot_count), dtype=torch.int32, device=device)  # free slots and their last use
+    misses = torch.empty((pairs, width), dtype=torch.int32, device=device)
+    counts = torch.empty((pairs, 2), dtype=torch.int32, device=device)  # free slots and misses
+    _look_up[(pairs, triton.cdiv(width, 256))](
+        tokens, seats, slot_of_token, last_used, now, slots, flags, groups, width, span, slot_count, BLOCK=256
+    )
+    _list[(pairs, 2)](
+        seats, last_used, now, flags, free, ages, misses, counts, groups, width, slot_count, BLOCK=1024, num_warps=8
+    )
+    _assign[(pairs, triton.cdiv(slot_count, 32))](
+        tokens,
+        seats,
+        slot_of_token,
+        token_of_slot,
+        last_used,
+        now,
+        slots,
+        free,
+        ages,
+        misses,
+        counts,
+        groups,
+        width,
+        span,
+        slot_count,
+        BLOCK=32,
+        OTHERS=128,
+    )
+    return slots, missing
+
+
+@triton.jit
+def list_flagged(flags, width, positions, BLOCK: tl.constexpr):
+    """Write the places of the set flags, uint8 [width], to `positions`, int32, in order; returns their number."""
+    count = tl.full((), 0, tl.int32)
+    for start in range(0, width, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        flag = tl.load(flags + place, mask=place < width, other=0) != 0
+        one = flag.to(tl.int32)
+        tl.store(positions + count + tl.cumsum(one, 0) - one, place, mask=flag)
+        count += tl.sum(one, 0)
+    return count
+
+
+@triton.jit
+def _table_row(seats, pair, groups):
+    return tl.load(seats + pair // groups).to(tl.int64) * groups + pair % groups
+
+
+@triton.jit
+def _look_up(tokens, seats, slot_of_token, last_used, now, slots, missing, groups, width, span, slot_count, BLOCK: tl.constexpr):
+    pair = tl.program_id(0)
+    row = _table_row(seats, pair, groups)
+    entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = entry < width
+    at = pair.to(tl.int64) * width + entry
+    token = tl.load(tokens + at, mask=inside, other=-1).to(tl.int64)
+    wanted = token >= 0
+    slot = tl.load(slot_of_token + row * span + token, mask=wanted, other=-1)
+    tl.store(last_used + row * slot_count + slot, tl.load(now), mask=slot >= 0)
+    tl.store(slots + at, slot.to(tl.int64), mask=inside)
+    tl.store(missing + at, (wanted & (slot < 0)).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _list(seats, last_used, now, missing, free, ages, misses, counts, groups, width, slot_count, BLOCK: tl.constexpr):
+    pair = tl.program_id(0).to(tl.int64)
+    if tl.program_id(1) == 0:
+        used = last_used + _table_row(seats, pair, groups) * slot_count
+        step = tl.load(now)
+        first = pair * slot_count
+        count = tl.full((), 0, tl.int32)
+        for start in range(0, slot_count, BLOCK):
+            slot = start + tl.arange(0, BLOCK)
+            age = tl.load(used + slot, mask=slot < slot_count, other=0)
+            flag = (age != step) & (slot < slot_count)
+            one = flag.to(tl.int32)
+            place = count + tl.cumsum(one, 0) - one
+            tl.store(free + first + place, slot, mask=flag)
+            tl.store(ages + first + place, age, mask=flag)
+            count += tl.sum(one, 0)
+        tl.store(counts + 2 * pair, count)
+    else:
+        tl.store(counts + 2 * pair + 1, list_flagged(missing + pair * width, width, misses + pair * width, BLOCK))
+
+
+@triton.jit
+def _assign(
+    tokens, seats, slot_of_token, token_of_slot, last_used, now, slots, free, ages, misses, counts,
+    groups, width, span, slot_count, BLOCK: tl.constexpr, OTHERS: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK
+    free_count = tl.load(counts + 2 * pair)
+    miss_count = tl.load(counts + 2 * pair + 1)
+    if (first < free_count) & (miss_count > 0):
+        listed = ages + pair * slot_count
+        place = first + tl.arange(0, BLOCK)
+        inside = place < free_count
+        age = tl.load(listed + place, mask=inside, other=0)
+        before = tl.zeros((BLOCK, OTHERS), tl.int32)
+        for start in range(0, free_count, OTHERS):
+            other = start + tl.arange(0, OTHERS)
+            other_age = tl.load(listed + other, mask=other < free_count, other=2147483647)[None, :]
+            older = (other_age < age[:, None]) | ((other_age == age[:, None]) & (other[None, :] < place[:, None]))
+            before += older.to(tl.int32)
+        rank = tl.sum(before, 1)
+        chosen = inside & (rank < miss_count)
+        row = _table_row(seats, pair, groups)
+        slot = tl.load(free + pair * slot_count + place, mask=chosen, other=0)
+        at = pair * width + tl.load(misses + pair * width + rank, mask=chosen, other=0)
+        token = tl.load(tokens + at, mask=chosen, other=0).to(tl.int64)
+        held = token_of_slot + row * slot_count + slot
+        evicted = tl.load(held, mask=chosen, other=-1)
+        tl.store(slot_of_token + row * span + evicted, -1, mask=evicted >= 0)
+        tl.store(slot_of_token + row * span + token, slot, mask=chosen)
+        tl.store(held, token.to(tl.int32), mask=chosen)
+        tl.store(last_used + row * slot_count + slot, tl.load(now), mask=chosen)
+        tl.store(slots + at, slot.to(tl.int64), mask=chosen)

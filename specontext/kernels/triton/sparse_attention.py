@@ -1,0 +1,290 @@
+"""Split-K decode attention over KV rows that an index list, or a page table, names (flash-decoding, Dao et al. 2023).
+
+A program takes one split of the entries of one (request, KV head) and all query heads of its group, so a row is read once
+however many heads share it. A second kernel merges the splits by their log-sum-exp; nothing is added atomically, so
+results are reproducible.
+
+Bytes: 2 * D * itemsize a row, the index (8 or 4, once a row; a page table is read once a page), and for every split
+4 * (D + 1) written and read again for each query head.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PROCESSORS = 132  # of an H100 or H200; stands in for devices that are none
+WAVES = 2  # programs a processor, about as many as it can hold at once
+LEAST_ROWS = 32  # entries of the smallest split
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _attend(
+    query_ptr,  # [R, Hq, D]
+    arena_ptr,  # [N, 2, D]
+    index_ptr,  # rows [R, Hkv, B], or pages [R, P]
+    lengths_ptr,  # [R], pages only
+    output_ptr,  # [R, Hq, splits, D]
+    lse_ptr,  # [R, Hq, splits], in base 2 unless FINAL
+    scale_log2,
+    width,
+    splits,
+    kv_heads,
+    query_r,
+    query_h,
+    index_r,
+    index_h,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,  # 0 for rows
+    FORMAT: tl.constexpr,  # of the factors of the products; sums are float32
+    DOT: tl.constexpr,
+    FINAL: tl.constexpr,  # one split: the result itself
+):
+    head, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    member = tl.arange(0, GROUP_PAD)
+    dim = tl.arange(0, DIM_PAD)
+    in_group, in_dim = member < GROUP, dim < DIM
+    query_head = head * GROUP + member
+    query = tl.load(
+        query_ptr + request * query_r + query_head[:, None] * query_h + dim[None, :],
+        mask=in_group[:, None] & in_dim[None, :],
+        other=0.0,
+    ).to(FORMAT)
+    length = width
+    if PAGE_SIZE:
+        length = tl.load(lengths_ptr + request).to(tl.int32)
+    index_ptr += request * index_r + head.to(tl.int64) * index_h
+    share = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
+    begin = split * share
+    end = tl.minimum(begin + share, length)
+
+    top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+    for start in range(begin, end, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        present = entry < end
+        if PAGE_SIZE:
+            page = tl.load(index_ptr + entry // PAGE_SIZE, mask=present, other=0).to(tl.int64)
+            row = (page * PAGE_SIZE + entry % PAGE_SIZE) * kv_heads + head
+        else:
+            row = tl.load(index_ptr + entry, mask=present, other=-1).to(tl.int64)
+            present = row >= 0
+        read = present[:, None] & in_dim[None, :]
+        place = arena_ptr + row[:, None] * (2 * DIM) + dim[None, :]
+        key = tl.load(place, mask=read, other=0.0).to(FORMAT)  # [BLOCK, DIM_PAD]
+        value = tl.load(place + DIM, mask=read, other=0.0).to(FORMAT)
+        if DOT:
+            logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2  # [GROUP_PAD, BLOCK]
+        else:
+            logits = tl.sum(query[:, None, :].to(tl.float32) * key[None, :, :].to(tl.float32), 2) * scale_log2
+        logits = tl.where(present[None, :], logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing was present yet: no -inf - -inf
+        weights = tl.exp2(logits - base[:, None])
+        keep = tl.exp2(top - base)
+        total = total * keep + tl.sum(weights, 1)
+        if DOT:
+            acc = acc * keep[:, None] + tl.dot(weights.to(FORMAT), value, input_precision="ieee")
+        else:
+            acc = acc * keep[:, None] + tl.sum(weights[:, :, None] * value[None, :, :].to(tl.float32), 1)
+        top = new_top
+
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    lse = tl.where(empty, float("-inf"), top + tl.log2(total))
+    if FINAL:
+        lse *= LN2
+    place = (request * kv_heads * GROUP + query_head) * splits + split
+    tl.store(lse_ptr + place, lse, mask=in_group)
+    result = (acc / total[:, None]).to(output_ptr.dtype.element_ty)
+    tl.store(output_ptr + place[:, None] * DIM + dim[None, :], result, mask=in_group[:, None] & in_dim[None, :])
+
+
+@triton.jit
+def _merge(
+    partial_ptr,  # [R * Hq, splits, D]
+    partial_lse_ptr,  # [R * Hq, splits], base 2
+    output_ptr,  # [R * Hq, D]
+    lse_ptr,  # [R * Hq]
+    splits,
+    SPLITS_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    head = tl.program_id(0).to(tl.int64)
+    dim = tl.arange(0, DIM_PAD)
+    every = tl.arange(0, SPLITS_PAD)
+    lses = tl.load(partial_lse_ptr + head * splits + every, mask=every < splits, other=float("-inf"))
+    top = tl.max(lses, 0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp2(lses - base), 0)
+    acc = tl.zeros([DIM_PAD], tl.float32)
+    for start in range(0, splits, BLOCK):
+        split = start + tl.arange(0, BLOCK)
+        inside = split < splits
+        weight = tl.exp2(tl.load(partial_lse_ptr + head * splits + split, mask=inside, other=float("-inf")) - base)
+        place = partial_ptr + (head * splits + split)[:, None] * DIM + dim[None, :]
+        part = tl.load(place, mask=inside[:, None] & (dim < DIM)[None, :], other=0.0)
+        acc += tl.sum(weight[:, None] * part, 0)
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    tl.store(lse_ptr + head, tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2))
+    tl.store(output_ptr + head * DIM + dim, (acc / total).to(output_ptr.dtype.element_ty), mask=dim < DIM)
+
+
+def sparse_attention(
+    query: Tensor,
+    arena: Tensor,
+    rows: Tensor,
+    scale: float,
+    *,
+    workspace: Tensor | None = None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.sparse_attention`.
+
+    Args:
+        splits: programs that share the entries of a (request, KV head); chosen by `choose_splits` when None.
+    """
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    strides = (rows.stride(0), rows.stride(1))
+    return launch(query, arena, rows, strides, None, rows.shape[2], rows.shape[1], scale, 0, workspace, splits)
+
+
+def launch(
+    query: Tensor,
+    arena: Tensor,
+    index: Tensor,
+    index_strides: tuple[int, int],
+    lengths: Tensor | None,
+    width: int,
+    kv_heads: int,
+    scale: float,
+    page_size: int,
+    workspace: Tensor | None,
+    splits: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Run both kernels over at most `width` entries of every (request, KV head).
+
+    Args:
+        index: rows [R, Hkv, width], or pages [R, P] when `page_size` is not 0.
+        index_strides: steps of `index` from request to request and from KV head to KV head.
+        lengths: [R], with pages.
+    """
+    requests, query_heads, head_dim = query.shape
+    assert arena.is_contiguous(), "rows must lie one after another"
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = torch.empty((requests, query_heads), dtype=torch.float32, device=query.device)
+    if splits is None:
+        splits = choose_splits(requests * kv_heads, width, query.device)
+    group = query_heads // kv_heads
+    partial, partial_lse = output, lse
+    if splits > 1:
+        count = requests * query_heads * splits
+        if workspace is None:
+            workspace = torch.empty(count * (head_dim + 1), dtype=torch.float32, device=query.device)
+        assert workspace.numel() >= count * (head_dim + 1), "the workspace was made for smaller calls"
+        partial, partial_lse = workspace[: count * head_dim], workspace[count * head_dim :]
+    shape = tile_shape(query, arena, group)
+    if width <= splits * LEAST_ROWS:
+        shape["BLOCK"] = min(shape["BLOCK"], LEAST_ROWS)
+    _attend[(kv_heads, splits, requests)](
+        query,
+        arena,
+        index,
+        index if lengths is None else lengths,
+        partial,
+        partial_lse,
+        scale / 0.6931471805599453,
+        width,
+        splits,
+        kv_heads,
+        query.stride(0),
+        query.stride(1),
+        *index_strides,
+        PAGE_SIZE=page_size,
+        FINAL=splits == 1,
+        num_warps=4,
+        num_stages=5,  # so that the index and two blocks of rows are under way while a third is computed
+        **shape,
+    )
+    if splits > 1:
+        _merge[(requests * query_heads,)](
+            partial,
+            partial_lse,
+            output,
+            lse,
+            splits,
+            SPLITS_PAD=triton.next_power_of_2(splits),
+            DIM=head_dim,
+            DIM_PAD=shape["DIM_PAD"],
+            BLOCK=min(16, triton.next_power_of_2(splits)),
+            num_warps=4,
+        )
+    return output, lse
+
+
+def tile_shape(query: Tensor, arena: Tensor, group: int) -> dict[str, Any]:
+    """Compile-time sizes that fit a model, the same for all its calls.
+
+    Tensor cores want 16 queries: a group is padded to that, which costs nothing where reading is what takes time. Float32 has
+    no tensor cores of full precision, and a few queries in it multiply and add element by element.
+    """
+    head_dim = query.shape[2]
+    exact = query.dtype != arena.dtype or query.dtype == torch.float32
+    dim_pad, group_pad = max(16, triton.next_power_of_2(head_dim)), triton.next_power_of_2(group)
+    dot = group > 4 or not exact
+    if dot:
+        block = max(16, min(64, (2048 if exact else 8192) // dim_pad))
+    else:
+        block = max(8, min(64, 4096 // (dim_pad * group_pad)))
+    kind = tl.float32 if exact else tl.float16 if query.dtype == torch.float16 else tl.bfloat16
+    if kind == tl.bfloat16 and not query.is_cuda:  # the interpreter multiplies bfloat16 as if it were integers
+        kind = tl.float32
+    return {
+        "GROUP": group,
+        "GROUP_PAD": max(16, group_pad) if dot else group_pad,
+        "DIM": head_dim,
+        "DIM_PAD": dim_pad,
+        "BLOCK": block,
+        "FORMAT": kind,
+        "DOT": dot,
+    }
+
+
+def choose_splits(pairs: int, width: int, device: torch.device) -> int:
+    """Splits for `pairs` (request, KV head) pairs of at most `width` entries: enough programs to fill the device about twice,
+    none with fewer than LEAST_ROWS entries."""
+    wanted = -(-WAVES * processors(device) // pairs)
+    return max(1, min(wanted, -(-width // LEAST_ROWS)))
+
+
+def make_workspace(requests: int, query_heads: int, kv_heads: int, head_dim: int, device: torch.device) -> Tensor:
+    """Scratch for any call with at most that many requests: float32, flat."""
+    programs = requests * kv_heads + WAVES * processors(device)
+    return torch.empty(programs * (query_heads // kv_heads) * (head_dim + 1), dtype=torch.float32, device=device)
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a device."""
+    return _processors(device.index) if device.type == "cuda" else PROCESSORS
+
+
+@cache
+def _processors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count

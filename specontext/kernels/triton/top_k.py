@@ -1,0 +1,152 @@
+"""Triton kernels of `top_k_positions`: a radix select over the bits of the scores, several programs a row, five launches.
+
+The bits of a float32 that is not negative, read as an integer, have its order. Four launches count, among the scores whose
+leading digits are those of the k-th greatest, how often each next digit occurs (8, 8, 8 and 7 bits, the greatest first); every
+program of the next launch finds the digit from these counts by itself. The last launch writes the positions, ascending: the
+fourth left for every part of a row how many scores reach each last digit, so each part knows its first place from a few numbers.
+
+Bytes: the scores five times, from the L2 cache where they fit, and 4 KB of counts a row. Sums are of integers, so nothing
+depends on the order in which programs run.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024  # scores of one step of a program
+MOST_PARTS = 256  # programs of a row
+ROW_COUNTS = tl.constexpr(4 * 256)  # counts of the four digits
+LAST_DIGITS = tl.constexpr(128)
+REACHES = tl.constexpr(129)  # for each last digit, and beyond them
+
+
+@triton.jit
+def _load_keys(scores, position, span):
+    """Integers in the order of the scores; -1 for negative ones and beyond the row."""
+    score = tl.load(scores + position, mask=position < span, other=-1.0).to(tl.float32)
+    return tl.where(score >= 0.0, score.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)
+
+
+@triton.jit
+def _leading_digits(counts, k, DIGITS: tl.constexpr):
+    """The leading digits of the k-th greatest key, and how many of the keys with these digits are among the k greatest.
+
+    All digits are 0 where there are fewer than k keys.
+    """
+    found = 0
+    room = k
+    for i in tl.static_range(DIGITS):
+        value = tl.arange(0, 256)
+        count = tl.load(counts + i * 256 + value)
+        reach = tl.sum(count, 0) - tl.cumsum(count, 0) + count  # keys with this digit or a greater one
+        digit = tl.max(tl.where(reach >= room, value, 0), 0)
+        room -= tl.sum(tl.where(value > digit, count, 0), 0)
+        found = found * (256 if i < 3 else 128) + digit
+    return found, room
+
+
+@triton.jit
+def _count_digits(
+    scores,
+    counts,
+    reaches,
+    span,
+    chunk,
+    parts,
+    k,
+    DIGIT: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    VALUES: tl.constexpr = 1 << BITS
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    scores += row * span
+    counts += row * ROW_COUNTS
+    leading, _ = _leading_digits(counts, k, DIGIT)
+    value = tl.arange(0, VALUES)
+    total = tl.zeros([VALUES], tl.int32)
+    above = 0
+    for first in range(part * chunk, tl.minimum(part * chunk + chunk, span), BLOCK):
+        key = _load_keys(scores, first + tl.arange(0, BLOCK), span)
+        head = key >> (SHIFT + BITS)  # 0 for every key at the first digit, -1 for what is no key
+        hit = head == leading
+        hits = tl.sum(hit.to(tl.int32), 0)
+        if hits > 0:
+            # What is no hit is counted as digit 0 and taken off again.
+            digit = tl.where(hit, (key >> SHIFT) & (VALUES - 1), 0)
+            total += tl.histogram(digit, VALUES) - tl.where(value == 0, BLOCK - hits, 0)
+        if DIGIT == 3:
+            above += tl.sum((head > leading).to(tl.int32), 0)
+    tl.atomic_add(counts + DIGIT * 256 + value, total, mask=total > 0, sem="relaxed")
+    if DIGIT == 3:
+        reaches += tl.program_id(0).to(tl.int64) * REACHES
+        tl.store(reaches + value, above + tl.sum(total, 0) - tl.cumsum(total, 0) + total)
+        tl.store(reaches + VALUES, above)
+
+
+@triton.jit
+def _write_positions(scores, counts, reaches, chosen, span, chunk, parts, k, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    scores += row * span
+    chosen += row * k
+    least, room = _leading_digits(counts + row * ROW_COUNTS, k, 4)
+
+    # Two-level prefix sums: of the parts before this one here, inside a part below.
+    other = tl.arange(0, PARTS)
+    reaches += (row * parts + other) * REACHES + least % LAST_DIGITS
+    reach = tl.load(reaches, mask=other < parts, other=0)
+    higher = tl.load(reaches + 1, mask=other < parts, other=0)
+    equals = reach - higher
+    all_equal = tl.sum(equals, 0)
+    skipped = tl.maximum(all_equal - room, 0)  # the first ones of those that equal the least key are too many
+    above = tl.sum(tl.where(other < part, higher, 0), 0)
+    equal = tl.sum(tl.where(other < part, equals, 0), 0)
+
+    if part == 0:
+        taken = tl.sum(higher, 0) + all_equal - skipped
+        for first in range(taken // BLOCK * BLOCK, k, BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            tl.store(chosen + place, tl.full([BLOCK], -1, tl.int64), mask=(place >= taken) & (place < k))
+
+    for first in range(part * chunk, tl.minimum(part * chunk + chunk, span), BLOCK):
+        position = first + tl.arange(0, BLOCK)
+        key = _load_keys(scores, position, span)
+        greater = key > least
+        same = key == least
+        both = tl.cumsum(greater.to(tl.int32) + (same.to(tl.int32) << 16), 0)
+        ups = above + (both & 0xFFFF)
+        sames = equal + (both >> 16)
+        place = ups + tl.maximum(sames - skipped, 0) - 1
+        tl.store(chosen + place, position.to(tl.int64), mask=greater | (same & (sames > skipped)))
+        above += tl.sum(greater.to(tl.int32), 0)
+        equal += tl.sum(same.to(tl.int32), 0)
+
+
+def top_k_positions(scores: Tensor, k: int) -> Tensor:
+    """See `specontext.kernels.top_k.top_k_positions`; at most 32 bits a score."""
+    span = scores.shape[-1]
+    rows = scores.reshape(-1, span)
+    chosen = torch.empty((*scores.shape[:-1], k), dtype=torch.int64, device=scores.device)
+    if chosen.numel() == 0:
+        return chosen
+    rows = rows.contiguous()
+    chunk = BLOCK * triton.next_power_of_2(triton.cdiv(span, BLOCK * MOST_PARTS))
+    parts = triton.cdiv(span, chunk)
+    counts = torch.zeros(len(rows) * ROW_COUNTS.value, dtype=torch.int32, device=rows.device)
+    reaches = torch.empty(len(rows) * parts * REACHES.value, dtype=torch.int32, device=rows.device)
+    grid = (len(rows) * parts,)
+    for digit, (shift, bits) in enumerate(((23, 8), (15, 8), (7, 8), (0, 7))):
+        _count_digits[grid](
+            rows, counts, reaches, span, chunk, parts, k, DIGIT=digit, SHIFT=shift, BITS=bits, BLOCK=BLOCK, num_warps=4
+        )
+    padded = triton.next_power_of_2(parts)
+    _write_positions[grid](rows, counts, reaches, chosen, span, chunk, parts, k, BLOCK=BLOCK, PARTS=padded, num_warps=4)
+    return chosen

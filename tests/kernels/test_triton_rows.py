@@ -1,0 +1,313 @@
+"""Rows moved by the Triton kernels and by the references, against plain loops: the right bits in the right rows, no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from specontext.core import ModelShape, Selection
+from specontext.kernels import dispatch, rows
+from specontext.kernels.triton import rows as triton_rows
+from specontext.kv.tiered import TieredKV
+from specontext.retrieval.selector import Budget
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+QUICK = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+FORMATS = [torch.float32, torch.float16, torch.bfloat16]
+DIMS = [3, 64, 80, 96, 128, 256]
+Function = Callable[..., None]
+
+both = pytest.mark.parametrize("module", [triton_rows, rows], ids=["triton", "reference"])
+
+
+def function_of(module: Any, name: str) -> Function:
+    return getattr(module, name if module is triton_rows else f"{name}_reference")
+
+
+def random_rows(count: int, dim: int, dtype: torch.dtype, seed: int = 0, *, pinned: bool = False) -> Tensor:
+    numbers = torch.randn(count, 2, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return numbers.pin_memory() if pinned else numbers.to(DEVICE)
+
+
+def page_tables(layers: int, seats: int, pages: int, generator: torch.Generator) -> Tensor:
+    """Distinct pages, page 0 belongs to nobody: int64 [L, seats, P]."""
+    return 1 + torch.randperm(layers * seats * pages, generator=generator).view(layers, seats, pages)
+
+
+def row_of(pages: Tensor, entry: int, head: int, page_size: int, kv_heads: int) -> int:
+    return (int(pages[entry // page_size]) * page_size + entry % page_size) * kv_heads + head
+
+
+# Gather ---------------------------------------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("dim", DIMS)
+def test_gather(module: Any, dim: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    source, target = random_rows(90, dim, dtype), random_rows(70, dim, dtype, seed=2)
+    source_rows = torch.randint(-30, 90, (3, 1, 21), generator=generator)  # some are skipped, some occur twice
+    target_rows = torch.randperm(70, generator=generator)[:63].view(3, 1, 21)
+    expected = target.clone()
+    for a, b in zip(source_rows.flatten().tolist(), target_rows.flatten().tolist(), strict=True):
+        if a >= 0:
+            expected[b] = source[a]
+    function_of(module, "gather_rows")(source, source_rows.to(DEVICE), target, target_rows.to(DEVICE))
+    assert torch.equal(target, expected)
+
+
+@both
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_gather_of_nothing(module: Any, count: int) -> None:
+    target = random_rows(50, 4, torch.float32)
+    before, nowhere = target.clone(), torch.full((count,), -1, device=DEVICE)
+    function_of(module, "gather_rows")(target + 1, nowhere, target, nowhere)
+    assert torch.equal(target, before)
+
+
+@both
+@QUICK
+@given(st.data(), st.integers(0, 2**31), st.sampled_from([(1, 1), (1, 3), (3, 2), (4, 4)]), st.integers(1, 5))
+def test_gather_of_all_layers(module: Any, data: st.DataObject, seed: int, heads: tuple[int, int], page_size: int) -> None:
+    """Every KV head of every layer gets its own rows of the tokens its group misses, and nothing else is written."""
+    generator = torch.Generator().manual_seed(seed)
+    (kv_heads, groups), layers, seats, pages = heads, 4, 3, 5
+    offloaded = data.draw(st.lists(st.integers(0, layers - 1), min_size=1, max_size=layers, unique=True))
+    chosen = data.draw(st.lists(st.integers(0, seats - 1), min_size=1, max_size=seats, unique=True))
+    width = data.draw(st.integers(1, 2 * page_size))
+    token_pages, slot_pages = (page_tables(layers, seats, n, generator) for n in (pages, pages - 2))
+    rows_of_page = page_size * kv_heads
+    source = random_rows((token_pages.numel() + 1) * rows_of_page, 3, torch.float32)
+    target = random_rows((slot_pages.numel() + 1) * rows_of_page, 3, torch.float32, seed=1)
+    head_map = torch.randint(0, groups, (layers, kv_heads), generator=generator)
+    shape = (len(chosen), groups)
+    tokens = torch.rand(*shape, pages * page_size, generator=generator).argsort(-1)[..., :width]
+    slots = torch.rand(*shape, (pages - 2) * page_size, generator=generator).argsort(-1)[..., :width]
+    missing = torch.rand(*shape, width, generator=generator) < data.draw(st.sampled_from([0.0, 0.2, 1.0]))
+    expected = target.clone()
+    for layer in offloaded:
+        for r, seat in enumerate(chosen):
+            for head in range(kv_heads):
+                group = head_map[layer, head]
+                for token, slot in zip(tokens[r, group][missing[r, group]], slots[r, group][missing[r, group]], strict=True):
+                    to = row_of(slot_pages[layer, seat], int(slot), head, page_size, kv_heads)
+                    expected[to] = source[row_of(token_pages[layer, seat], int(token), head, page_size, kv_heads)]
+    plan = (token_pages, slot_pages, torch.tensor(offloaded), torch.tensor(chosen), head_map, tokens, slots, missing)
+    function_of(module, "gather_rows_layers")(source, target, *(x.to(DEVICE) for x in plan), page_size)
+    assert torch.equal(target, expected)
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize(("dim", "layers", "width"), [(80, 1, 150), (128, 2, 70), (256, 1, 33)])
+def test_gather_of_long_lists(dim: int, layers: int, width: int, dtype: torch.dtype) -> None:
+    """Lists of several tiles, split over several programs, or several lists a program."""
+    generator = torch.Generator().manual_seed(3)
+    tables = page_tables(layers, 1, 16, generator)
+    source, target = (
+        random_rows((tables.numel() + 1) * 32, dim, dtype),
+        random_rows((tables.numel() + 1) * 32, dim, dtype, seed=1),
+    )
+    tokens = torch.stack([torch.randperm(256, generator=generator)[:width] for _ in range(2)])[None]
+    slots = torch.stack([torch.randperm(256, generator=generator)[:width] for _ in range(2)])[None]
+    missing = torch.rand(tokens.shape, generator=generator) < 0.8
+    head_map = torch.tensor([[1, 0], [0, 0]])[:layers]
+    plan = (tables, tables, torch.arange(layers), torch.tensor([0]), head_map, tokens, slots, missing)
+    arguments = (*(x.to(DEVICE) for x in plan), 16)
+    expected = target.clone()
+    rows.gather_rows_layers_reference(source, expected, *arguments)
+    assert not torch.equal(target, expected)
+    triton_rows.gather_rows_layers(source, target, *arguments)
+    assert torch.equal(target, expected)
+
+
+def test_more_lists_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_rows, "PROGRAMS", 1)  # and tiles that follow each other in one program
+    test_gather_of_long_lists(80, 1, 150, torch.float16)
+
+
+# Append ---------------------------------------------------------------------------------------------------------------
+
+
+def new_tokens(tokens: int, kv_heads: int, dim: int, dtype: torch.dtype, *, transposed: bool) -> tuple[Tensor, Tensor]:
+    """K and V [T, Hkv, D], as a model's attention hands them over or dense."""
+    generator = torch.Generator().manual_seed(4)
+    key, value = torch.randn(2, kv_heads, tokens, dim, generator=generator).to(dtype).to(DEVICE).transpose(1, 2)
+    return (key, value) if transposed else (key.contiguous(), value.contiguous())
+
+
+@both
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("dim", DIMS)
+def test_append_to_rows(module: Any, dim: int, dtype: torch.dtype) -> None:
+    tokens, kv_heads = 11, 3
+    key, value = new_tokens(tokens, kv_heads, dim, dtype, transposed=dim != 80)
+    arena = random_rows(50, dim, dtype)
+    where = torch.randperm(50, generator=torch.Generator().manual_seed(5))[: tokens * kv_heads].view(tokens, kv_heads)
+    where[2, 1] = where[7, 0] = -1
+    expected = arena.clone()
+    for t in range(tokens):
+        for h in range(kv_heads):
+            if where[t, h] >= 0:
+                expected[where[t, h]] = torch.stack((key[t, h], value[t, h]))
+    function_of(module, "append_rows")(arena, where.to(DEVICE), key, value)
+    assert torch.equal(arena, expected)
+
+
+@both
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    ("dim", "kv_heads", "page_size"), [(3, 1, 1), (64, 5, 3), (80, 2, 16), (96, 3, 5), (128, 1, 4), (256, 2, 7)]
+)
+def test_append_to_both_tiers(module: Any, dim: int, kv_heads: int, page_size: int, dtype: torch.dtype) -> None:
+    """A chunk, a decode token and a padded row: all to the host, sinks and the ring's tokens to their slots as well."""
+    generator = torch.Generator().manual_seed(6)
+    sink, recent = 2, 3
+    pages, slot_pages = page_tables(1, 3, 12, generator)[0], page_tables(1, 3, 5, generator)[0]
+    host = random_rows(37 * page_size * kv_heads, dim, dtype)
+    arena = random_rows(16 * page_size * kv_heads, dim, dtype, seed=1)
+    last = 12 * page_size - 1
+    tokens = [(2, p, 9) for p in range(9)] + [(0, last, last + 1), (1, -1, 0)]  # seat, position, length
+    key, value = new_tokens(len(tokens), kv_heads, dim, dtype, transposed=dim != 80)
+    expected_host, expected_arena, expected_pool = host.clone(), arena.clone(), host.clone()
+    for t, (seat, position, length) in enumerate(tokens):
+        for h in range(kv_heads if position >= 0 else 0):
+            new = torch.stack((key[t, h], value[t, h]))
+            row = row_of(pages[seat], position, h, page_size, kv_heads)
+            expected_host[row] = expected_pool[row] = new
+            if position < sink or position >= length - recent:
+                slot = position if position < sink else sink + position % recent
+                expected_arena[row_of(slot_pages[seat], slot, h, page_size, kv_heads)] = new
+    seats, positions, lengths = (torch.tensor(x, device=DEVICE) for x in zip(*tokens, strict=True))
+    pages, slot_pages, pool = pages.to(DEVICE), slot_pages.to(DEVICE), host.clone()
+    function_of(module, "append_tokens")(pool, pages, seats, positions, key, value, page_size)
+    assert torch.equal(pool, expected_pool)
+    to = (host, pages, arena, slot_pages)
+    function_of(module, "append_tiers")(*to, seats, positions, lengths, key, value, page_size, sink, recent)
+    assert torch.equal(host, expected_host) and torch.equal(arena, expected_arena)
+
+
+@both
+def test_append_converts_to_the_pools_format(module: Any) -> None:
+    key, value = new_tokens(4, 2, 64, torch.float32, transposed=True)
+    arena = random_rows(8, 64, torch.float16)
+    function_of(module, "append_rows")(arena, torch.arange(8, device=DEVICE).view(4, 2), key, value)
+    assert torch.equal(arena, torch.stack((key, value), dim=2).half().view(8, 2, 64))
+
+
+@both
+def test_append_of_nothing(module: Any) -> None:
+    pool = random_rows(8, 4, torch.float32)
+    before, nothing = pool.clone(), torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    key, value = new_tokens(0, 2, 4, torch.float32, transposed=False)
+    pages = torch.ones((1, 1), dtype=torch.int64, device=DEVICE)
+    function_of(module, "append_rows")(pool, nothing.view(0, 2), key, value)
+    function_of(module, "append_tokens")(pool, pages, nothing, nothing, key, value, 2)
+    function_of(module, "append_tiers")(pool, pages, pool, pages, nothing, nothing, nothing, key, value, 2, 1, 1)
+    assert torch.equal(pool, before)
+
+
+# Together -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_layer", [False, True], ids=["one selection", "a selection a layer"])
+def test_both_tiers_by_the_kernels(in_layer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of two requests, with the references and with the kernels: the same plans, and rows with the same numbers."""
+    runs = []
+    for choice in ("torch", "triton"):
+        monkeypatch.setenv(dispatch.VARIABLE, choice)
+        runs.append(steps_of_two_requests(in_layer))
+    assert len(runs[0]) == len(runs[1]) > 10
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def steps_of_two_requests(in_layer: bool) -> list[Tensor]:
+    """What attention reads and what is missing, step after step; layer 1 is resident."""
+    generator = torch.Generator().manual_seed(7)
+    layers, kv_heads, groups, budget = 3, 2, 3, Budget(9, 2, 3)
+    kv = TieredKV(
+        ModelShape(layers, 8, kv_heads, kv_heads, 4, 10, 64, torch.float32),
+        resident=(False, True, False),
+        head_map=torch.randint(0, groups, (layers, kv_heads), generator=generator),
+        tables=layers if in_layer else 1,
+        groups=groups,
+        slots=11,
+        sink=2,
+        recent=3,
+        seats=3,
+        max_tokens=48,
+        page_size=4,
+        device_pages=60,
+        host_pages=60,
+        device=DEVICE,
+        verify_loads=True,
+    )
+    if DEVICE.type == "cuda":
+        kv.host.rows = kv.host.rows.pin_memory()
+    seats, start = torch.tensor([2, 0], device=DEVICE), torch.tensor([20, 29], device=DEVICE)
+
+    def append(layer: int, which: Tensor, positions: Tensor, lengths: Tensor) -> None:
+        new = torch.randn(2, len(which), kv_heads, 4, generator=generator).to(DEVICE)
+        kv.append(layer, which, positions, new[0], new[1], lengths)
+
+    for seat, length in zip(seats.tolist(), start.tolist(), strict=True):
+        kv.open(seat, 40)
+        for layer in range(layers):
+            which, lengths = (torch.full((length,), n, device=DEVICE) for n in (seat, length))
+            append(layer, which, torch.arange(length, device=DEVICE), lengths)
+    seen = []
+    for step in range(3):
+        lengths = start + step + 1
+        selections: list[Selection] = []
+        for layer in range(layers):
+            if in_layer or layer == 0:
+                order = torch.rand(2, groups, 16, generator=generator).argsort(-1)[..., : budget.scored]
+                selections.append(budget.compose((2 + order.sort(-1).values).to(DEVICE), lengths))
+                plan = kv.begin_step(seats, selections[-1], layer if in_layer else None)
+                seen += [plan.slots, plan.missing] if plan is not None else []
+            append(layer, seats, lengths - 1, lengths)
+            rows = kv.rows(layer, seats, selections[-1], in_layer=in_layer)
+            seen.append(torch.where((rows >= 0)[..., None, None], kv.arena.rows[rows.clamp(min=0)], 0.0))
+    kv.check_integrity()
+    return seen
+
+
+# Pinned host memory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU reads pinned memory in place")
+@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
+def test_pools_in_host_memory(pinned: bool) -> None:
+    generator = torch.Generator().manual_seed(8)
+    tables = page_tables(2, 1, 8, generator)
+    host = random_rows(17 * 4 * 2, 64, torch.bfloat16, pinned=True)
+    host = host if pinned else host.clone()
+    assert rows.runs_as_kernel(tables.to(DEVICE), host) == pinned
+    plain, arena = host.to(DEVICE), random_rows(17 * 4 * 2, 64, torch.bfloat16, seed=1)
+    expected = arena.clone()
+    tokens, slots = (torch.randperm(32, generator=generator)[:20].view(1, 1, 20) for _ in range(2))
+    plan = (tables, tables, torch.arange(2), torch.tensor([0]), torch.zeros((2, 2), dtype=torch.int64), tokens, slots)
+    arguments = (*(x.to(DEVICE) for x in plan), (tokens % 3 != 0).to(DEVICE), 4)
+    rows.gather_rows_layers(host, arena, *arguments)
+    rows.gather_rows_layers_reference(plain, expected, *arguments)
+    assert torch.equal(arena, expected)
+    at = torch.randperm(100, generator=generator).to(DEVICE)
+    rows.gather_rows(host, at, arena, at.flip(0))
+    rows.gather_rows_reference(plain, at, expected, at.flip(0))
+    assert torch.equal(arena, expected)
+    key, value = new_tokens(5, 2, 64, torch.bfloat16, transposed=True)
+    place = (torch.zeros(5, dtype=torch.int64, device=DEVICE), torch.arange(5, device=DEVICE))
+    lengths = torch.full((5,), 5, device=DEVICE)
+    pages = tables[1].to(DEVICE)
+    rows.append_tiers(host, pages, arena, pages, *place, lengths, key, value, 4, 1, 2)
+    rows.append_tiers_reference(plain, pages, expected, pages, *place, lengths, key, value, 4, 1, 2)
+    torch.cuda.synchronize()
+    assert torch.equal(arena, expected) and torch.equal(host.to(DEVICE), plain)

@@ -1,0 +1,197 @@
+"""Scores of retrieval keys, in Triton and in PyTorch, against float64: odd shapes, formats, pages, and who else is there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from specontext.kernels import retrieval_scores as dispatched
+from specontext.kernels.retrieval_scores import paged_retrieval_scores_reference, retrieval_scores_reference
+from specontext.kernels.triton import retrieval_scores as kernels
+from specontext.retrieval.key_cache import KeyCache
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMATS = [torch.float32, torch.float16, torch.bfloat16]
+# R, G, Hq / G, S, D
+SHAPES = [(1, 1, 1, 1, 64), (2, 2, 3, 141, 80), (3, 1, 16, 100, 96), (2, 3, 2, 333, 128), (1, 2, 5, 70, 256), (1, 1, 24, 40, 24)]
+
+Paged = Callable[[Tensor, Tensor, Tensor, int, Tensor, int], Tensor]
+PAGED = pytest.mark.parametrize(
+    "paged", [kernels.paged_retrieval_scores, paged_retrieval_scores_reference], ids=["triton", "torch"]
+)
+
+# The interpreter computes with what masked places of an uninitialised buffer hold.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Several chunks, merges and tiles also in short rows."""
+    monkeypatch.setattr(kernels, "CHUNK", 128)
+    monkeypatch.setattr(kernels, "PARTS", 2)
+    monkeypatch.setattr(dispatched, "TILE_BYTES", 1 << 14)
+    yield
+
+
+def rand(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def exact_scores(query: Tensor, keys: Tensor, start: int, stops: list[int]) -> Tensor:
+    """The definition in float64, with query [R, Hq, D] and keys [R, S, G, D]."""
+    requests, span, groups, dim = keys.shape
+    ratio = query.shape[1] // groups
+    scores = torch.full((requests, groups, span), -1.0, dtype=torch.float64)
+    for r, stop in enumerate(stops):
+        seen = keys[r, start:stop].cpu().double()
+        for g in range(groups):
+            if start < stop:
+                logits = query[r, g * ratio : (g + 1) * ratio].cpu().double() @ seen[:, g].T / math.sqrt(dim)
+                scores[r, g, start:stop] = torch.softmax(logits, -1).amax(0)
+    return scores
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.cpu().double(), expected, rtol=1e-4, atol=1e-9)
+
+
+def in_pages(keys: Tensor, page_size: int, index: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys [R, S, G, D] spread over pages in random order; what no key fills is not a number."""
+    requests, span = keys.shape[:2]
+    count = -(-span // page_size)
+    pool = keys.new_full((requests * count + 3, page_size, *keys.shape[2:]), torch.nan)
+    table = torch.randperm(len(pool), generator=torch.Generator().manual_seed(5))[: requests * count].view(requests, count)
+    for r in range(requests):
+        for p in range(count):
+            part = keys[r, p * page_size : (p + 1) * page_size]
+            pool[table[r, p], : len(part)] = part
+    return pool, table.to(DEVICE, index)
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize(("requests", "groups", "ratio", "span", "dim"), SHAPES)
+def test_scores(requests: int, groups: int, ratio: int, span: int, dim: int, dtype: torch.dtype) -> None:
+    query = rand(requests, groups * ratio, dim, dtype=dtype, seed=0)
+    keys = rand(requests, span, groups, dim, dtype=dtype, seed=1)
+    start = min(4, span - 1)
+    stops = [span, span // 2, start][:requests]  # the last of three has no candidate
+    expected = exact_scores(query, keys, start, stops)
+    for scores in (kernels.retrieval_scores, retrieval_scores_reference):
+        close(scores(query, keys, start, torch.tensor(stops, device=DEVICE)), expected)
+
+
+@PAGED
+@pytest.mark.parametrize(
+    ("page_size", "index", "dtype"),
+    [
+        (1, torch.int64, torch.float32),
+        (7, torch.int32, torch.bfloat16),
+        (16, torch.int64, torch.bfloat16),
+        (64, torch.int32, torch.float16),
+    ],
+)
+def test_pages_are_read_in_place(page_size: int, index: torch.dtype, dtype: torch.dtype, paged: Paged) -> None:
+    query, keys = rand(3, 6, 48, dtype=dtype, seed=0), rand(3, 290, 2, 48, dtype=dtype, seed=1)
+    pool, table = in_pages(keys, page_size, index)
+    stops = [290, 133, 2]
+    scores = paged(query, pool, table, 3, torch.tensor(stops, device=DEVICE), 290)
+    close(scores, exact_scores(query, keys, 3, stops))
+
+
+@PAGED
+def test_neither_company_nor_span_changes_a_number(paged: Paged) -> None:
+    if DEVICE == "cuda" and paged is paged_retrieval_scores_reference:
+        pytest.skip("on a GPU the reference multiplies the keys of the whole span")
+    query, keys = rand(3, 8, 32, dtype=torch.float32, seed=0), rand(3, 600, 2, 32, dtype=torch.float32, seed=1)
+    pool, table = in_pages(keys, 16, torch.int64)
+    stops = torch.tensor([203, 600, 37], device=DEVICE)
+    together = paged(query, pool, table, 2, stops, 600)
+    for r, stop in enumerate(stops.tolist()):
+        for span in (stop, min(stop + 50, 600)):
+            one = slice(r, r + 1)
+            alone = paged(query[one], pool, table[one, : -(-span // 16)], 2, stops[one], span)
+            assert torch.equal(alone[0], together[r, :, :span])
+
+
+@PAGED
+def test_stops_beyond_the_span_and_before_the_start(paged: Paged) -> None:
+    query, keys = rand(3, 2, 16, dtype=torch.float32, seed=0), rand(3, 40, 1, 16, dtype=torch.float32, seed=1)
+    pool, table = in_pages(keys, 8, torch.int64)
+    scores = paged(query, pool, table, 5, torch.tensor([99, 4, 0], device=DEVICE), 21)
+    close(scores, exact_scores(query, keys[:, :21], 5, [21, 4, 0]))
+
+
+def test_what_is_not_a_candidate_may_hold_anything() -> None:
+    query, keys = rand(2, 4, 16, dtype=torch.float32, seed=0), rand(2, 50, 2, 16, dtype=torch.float32, seed=1)
+    clean = kernels.retrieval_scores(query, keys, 3, torch.tensor([30, 9], device=DEVICE))
+    keys[:, :3], keys[0, 30:], keys[1, 9:] = torch.nan, torch.nan, torch.inf
+    for scores in (kernels.retrieval_scores, retrieval_scores_reference):
+        close(scores(query, keys, 3, torch.tensor([30, 9], device=DEVICE)), clean.cpu().double())
+
+
+def test_large_logits_do_not_overflow() -> None:
+    query, keys = torch.full((1, 2, 16), 300.0, device=DEVICE), torch.full((1, 200, 1, 16), -300.0, device=DEVICE)
+    keys[0, 150] = keys[0, 20] = 300.0
+    scores = kernels.retrieval_scores(query, keys, 0, torch.tensor([200], device=DEVICE))
+    expected = torch.zeros(1, 1, 200, dtype=torch.float64)
+    expected[0, 0, 150] = expected[0, 0, 20] = 0.5
+    close(scores, expected)
+
+
+def test_strides_and_formats_may_differ() -> None:
+    query = rand(2, 40, 4, dtype=torch.float32, seed=0).mT  # [2, 4, 40]
+    keys = rand(2, 2, 60, 40, dtype=torch.bfloat16, seed=1).transpose(1, 2)  # [2, 60, 2, 40]
+    stops = [60, 31]
+    expected = exact_scores(query, keys, 0, stops)
+    for scores in (kernels.retrieval_scores, retrieval_scores_reference):
+        close(scores(query, keys, 0, torch.tensor(stops, dtype=torch.int32, device=DEVICE)), expected)
+
+
+@PAGED
+def test_scores_of_a_key_cache_whose_pages_bound_the_span(paged: Paged) -> None:
+    cache = KeyCache(
+        seats=3, max_tokens=99, num_pages=30, page_size=8, groups=2, head_dim=16, dtype=torch.float32, device=torch.device(DEVICE)
+    )
+    lengths = {0: 21, 2: 40}
+    for seat, length in lengths.items():
+        cache.open(seat, length + 13)
+        keys = rand(length, 2, 16, dtype=torch.float32, seed=seat)
+        cache.append(torch.full((length,), seat, device=DEVICE), torch.arange(length, device=DEVICE), keys)
+    assert cache.most_positions == 56
+    query, seats = rand(2, 4, 16, dtype=torch.float32, seed=7), torch.tensor([2, 0], device=DEVICE)
+    stops = [36, 17]
+    found = paged(query, cache.keys, cache.pages_of(seats, 56), 2, torch.tensor(stops, device=DEVICE), 56)
+    close(found, exact_scores(query, cache.gather(seats, 56), 2, stops))
+
+
+def test_the_public_functions_choose_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, keys = rand(1, 2, 16, dtype=torch.float32, seed=0), rand(1, 40, 1, 16, dtype=torch.float32, seed=1)
+    pool, table = in_pages(keys, 8, torch.int64)
+    stops = torch.tensor([33], device=DEVICE)
+    called: list[str] = []
+
+    def note(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any) -> Tensor:
+            called.append(name)
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(kernels, "retrieval_scores", note("plain", kernels.retrieval_scores))
+    monkeypatch.setattr(kernels, "paged_retrieval_scores", note("paged", kernels.paged_retrieval_scores))
+    results = []
+    for choice in ("torch", "triton"):
+        monkeypatch.setenv("SPECONTEXT_KERNELS", choice)
+        results.append(dispatched.retrieval_scores(query, keys, 2, stops))
+        results.append(dispatched.paged_retrieval_scores(query, pool, table, 2, stops, 40))
+        assert called == ([] if choice == "torch" else ["plain", "paged"])
+    for result in results[1:]:
+        close(result, results[0].cpu().double())
+    with pytest.raises(AssertionError, match="ends before"):
+        dispatched.paged_retrieval_scores(query, pool, table, 2, stops, 41)
