@@ -60,9 +60,7 @@ def distill(
     recommended_budget: Annotated[
         int | None, typer.Option("--recommended-budget", help="Budget that the head's config will recommend.")
     ] = None,
-    yarn: Annotated[
-        bool, typer.Option("--yarn/--no-yarn", help="Serve contexts beyond the trained length by YaRN.")
-    ] = True,
+    yarn: Annotated[bool, typer.Option("--yarn/--no-yarn", help="Serve contexts beyond the trained length by YaRN.")] = True,
     precision: Annotated[
         str, typer.Option("--precision", help="Matrix products in float32 or bfloat16; weights of the head stay in float32.")
     ] = "float32",
