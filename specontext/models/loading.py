@@ -17,7 +17,6 @@ from specontext.core import ModelShape, SpeContextError
 from specontext.locations import ModelError, resolve_model_path
 from specontext.models.attention import ATTENTION_NAME, register_attention
 
-model_shape = ModelShape.from_config
 SUPPORTED_ROPE = ("default", "linear", "yarn", "llama3", None)
 
 

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from specontext import LLM, SpeContextConfig
-from specontext.models.loading import ModelError, check_supported, load_tokenizer, model_shape, resolve_model_path
+from specontext.core import ModelShape
+from specontext.models.loading import ModelError, check_supported, load_tokenizer, resolve_model_path
 
 FULL = SpeContextConfig(method="full")
 
@@ -71,9 +72,11 @@ def test_plain_decoders_are_accepted(config: PreTrainedConfig) -> None:
 
 
 def test_shape_takes_the_explicit_head_dim_and_derives_a_missing_one() -> None:
-    explicit = model_shape(Qwen3Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=24), torch.float16)
+    explicit = ModelShape.from_config(
+        Qwen3Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=24), torch.float16
+    )
     assert (explicit.head_dim, explicit.kv_heads, explicit.row_bytes) == (24, 2, 2 * 24 * 2)
-    derived = model_shape(Qwen2Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2), torch.float32)
+    derived = ModelShape.from_config(Qwen2Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2), torch.float32)
     assert (derived.head_dim, derived.row_bytes) == (16, 2 * 16 * 4)
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specontext import LLM, SamplingParams
-from specontext.core import Selection
-from specontext.models.loading import model_shape
+from specontext.core import ModelShape, Selection
 from specontext.retrieval.checkpoint import load_head
 from specontext.retrieval.head import RetrievalHead
 
@@ -75,7 +74,7 @@ def test_selections_and_tokens_equal_a_plain_reference(
     found = record_selections(llm)
     (output,) = llm.generate([ids], greedy(8))
 
-    shape = model_shape(model.config, torch.float32)
+    shape = ModelShape.from_config(model.config, torch.float32)
     head = load_head(checkpoint(family) / "retrieval_head", target=shape)
     groups_of = head.config.head_map or [range(shape.kv_heads)] * shape.layers
     ratio = shape.query_heads // shape.kv_heads
