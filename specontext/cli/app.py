@@ -11,6 +11,7 @@ from specontext.cli.demo import demo
 from specontext.cli.distill import distill
 from specontext.cli.generate import generate
 from specontext.cli.head import head_app
+from specontext.cli.serve import serve
 from specontext.cli.tasks import tasks_app
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 app.command()(generate)
+app.command()(serve)
 app.command()(demo)
 app.command()(distill)
 app.add_typer(tasks_app, name="tasks")

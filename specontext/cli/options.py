@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import Field, dataclass, fields
-from typing import Annotated, Any, get_args, get_type_hints
+from dataclasses import Field, dataclass, field, fields
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -27,7 +27,7 @@ ENGINE_OPTIONS = (
     "trust_remote_code",
     "revision",
 )
-SIZES = ("gpu_memory", "host_memory")
+SIZES = ("gpu_memory", "host_memory", "max_body_size")
 SECRETS = ("api_key",)
 UNITS = {"": 1, "B": 1, **{f"{letter}iB": 1024**i for i, letter in enumerate("KMGT", start=1)}}
 UNITS |= {f"{letter}B": 1000**i for i, letter in enumerate("KMGT", start=1)}
@@ -41,11 +41,13 @@ class Settings:
         config: settings of the method.
         engine: keyword options of `LLM`.
         changed: options that differ from their defaults, as they were written.
+        others: fields of further settings.
     """
 
     config: SpeContextConfig
     engine: dict[str, Any]
     changed: dict[str, object]
+    others: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> str:
         """The changed options in one line, secrets hidden; empty where there are none."""
@@ -69,17 +71,19 @@ def parse_size(text: str) -> int:
 
 
 def with_settings(
-    *, method: Sequence[str] | None = None, engine: Sequence[str] = ENGINE_OPTIONS
+    *, method: Sequence[str] | None = None, engine: Sequence[str] = ENGINE_OPTIONS, others: type | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of the settings; they arrive together as its keyword argument `settings`.
 
     Args:
         method: fields of SpeContextConfig that become options, None for all.
         engine: fields of EngineConfig that become options.
+        others: a further settings class, all of whose fields become options.
     """
     of_method = _options(SpeContextConfig, method)
     of_engine = _options(EngineConfig, engine)
-    generated = of_method | of_engine
+    of_others = _options(others, None) if others is not None else {}
+    generated = of_method | of_engine | of_others
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True)
@@ -89,7 +93,8 @@ def with_settings(
             changed = {name: value for name, value in chosen.items() if value != generated[name].default}
             config = SpeContextConfig(**{name: chosen[name] for name in of_method})
             options = {name: _value(name, chosen[name]) for name in of_engine}
-            command(**values, settings=Settings(config, options, changed))
+            further = {name: _value(name, chosen[name]) for name in of_others}
+            command(**values, settings=Settings(config, options, changed, further))
 
         parameters = [p for p in own.parameters.values() if p.name != "settings"]
         signature = own.replace(parameters=[*parameters, *generated.values()])
@@ -108,17 +113,16 @@ def _options(settings: type, names: Sequence[str] | None) -> dict[str, inspect.P
     return {name: _parameter(known[name], types[name]) for name in (known if names is None else names)}
 
 
-def _parameter(field: Field[Any], kind: Any) -> inspect.Parameter:
-    flag = "--" + field.name.replace("_", "-")
-    size = field.name in SIZES
-    option = typer.Option(
-        flag, help=field.metadata["help"], metavar="SIZE" if size else None, show_default=field.default is not None
-    )
-    kind = str | None if size else kind
-    assert kind is bool or {*get_args(kind), kind} & {int, float, str}, f"no option type for {field.name}"
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, option]
-    )
+def _parameter(setting: Field[Any], kind: Any) -> inspect.Parameter:
+    flag = "--" + setting.name.replace("_", "-")
+    size, default = setting.name in SIZES, setting.default
+    if size:
+        kind, default = str | None, None if default is None else f"{default // 2**20}MiB"
+    elif get_origin(kind) is tuple:
+        kind, default = list[str] | None, None
+    option = typer.Option(flag, help=setting.metadata["help"], metavar="SIZE" if size else None, show_default=default is not None)
+    assert kind is bool or {*get_args(kind), kind} & {int, float, str, list[str]}, f"no option type for {setting.name}"
+    return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
 def _value(name: str, value: Any) -> Any:

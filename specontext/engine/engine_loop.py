@@ -1,0 +1,293 @@
+"""The thread that owns an `LLMEngine`: it carries out orders, runs steps and publishes what requests have grown by."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from specontext.core import SpeContextError
+from specontext.engine.llm_engine import Generation, LLMEngine
+from specontext.engine.load import LoadMeter
+from specontext.engine.request_stream import Progress, RequestStream
+
+logger = logging.getLogger("specontext")
+
+_LOAD_PERIOD = 0.5  # seconds between two loads of a working engine
+
+
+class EngineDeadError(SpeContextError):
+    """The engine's loop has ended; no request can be served any more."""
+
+
+class RequestFailedError(SpeContextError):
+    """Something broke while this request ran; others are not concerned."""
+
+
+class Observer(Protocol):
+    """Who counts what happens; called on the engine's thread, so it must be quick."""
+
+    def started(self, waited: float) -> None:
+        """An output left the queue after `waited` seconds."""
+
+    def token(self, seconds: float, *, first: bool) -> None:
+        """A token came `seconds` after the one before, or after the request's arrival."""
+
+    def ended(self, seconds: float, reason: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """An output has ended, `seconds` after its request's arrival."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """Something to be done between two steps.
+
+    Attributes:
+        refuse: called instead of `run` when the loop has ended.
+    """
+
+    run: Callable[[], None]
+    refuse: Callable[[Exception], None] = lambda _: None
+
+
+@dataclass(eq=False, slots=True)
+class _Output:
+    """One output of a stream: the engine's generation and how much of it has been counted."""
+
+    stream: RequestStream
+    index: int
+    generation: Generation
+    last_at: float
+    made: int = 0
+    started: bool = False
+
+
+class EngineLoop:
+    """Runs an engine in a thread of its own until it is closed or breaks.
+
+    Args:
+        post: hands a callback over to the readers' event loop; must not block.
+        on_death: called on this thread when an error has ended the loop.
+
+    Attributes:
+        error: what ended the loop.
+        open_outputs: outputs that are waiting or running; `order` adds to it, this thread takes away.
+    """
+
+    def __init__(
+        self,
+        engine: LLMEngine,
+        *,
+        post: Callable[[Callable[[], None]], None],
+        observer: Observer | None,
+        on_idle: Callable[[], None],
+        on_death: Callable[[], None],
+    ) -> None:
+        self.engine, self.meter = engine, LoadMeter()
+        self.error: Exception | None = None
+        self.open_outputs = 0
+        self.lock = threading.Lock()  # guards the three attributes that both sides write: error, open_outputs, _woken
+        self._post, self._observer, self._on_idle, self._on_death = post, observer, on_idle, on_death
+        self._inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self._outputs: dict[str, _Output] = {}
+        self._unstarted = 0
+        self._woken: set[RequestStream] = set()
+        self._thread = threading.Thread(target=self._run, name="specontext-engine", daemon=True)
+
+    def start(self) -> None:
+        self.meter.take(self.engine)
+        self._thread.start()
+
+    def order(self, order: Order | None) -> None:
+        """Have something done by the loop; None ends it. With `lock` held, a loop that has not ended will see the order."""
+        self._inbox.put(order)
+
+    def join(self) -> None:
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    # ---- all below runs on the loop's thread
+
+    def _run(self) -> None:
+        try:
+            while self._take_orders():
+                if self.engine.has_work:
+                    self._step()
+                if not self.engine.has_work or time.perf_counter() - self.meter.latest.taken_at > _LOAD_PERIOD:
+                    self.meter.take(self.engine)
+            self._end(EngineDeadError("the engine was closed"))
+        except BaseException as error:  # whatever it was, nobody else would notice
+            logger.exception("the engine's loop has died")
+            self._end(EngineDeadError(f"the engine has died: {_describe(error)}"))
+            self._on_death()
+
+    def _take_orders(self) -> bool:
+        """Carry out the orders, waiting for one when there is nothing else to do; whether to go on."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                order = self._inbox.get(block=not self.engine.has_work)
+                if order is None:
+                    return False
+                order.run()
+        return True
+
+    def add(self, stream: RequestStream) -> None:
+        """Queue all outputs of a stream, or none.
+
+        Raises:
+            SpeContextError: the engine cannot serve it.
+        """
+        try:
+            for index in range(stream.count):
+                prompt, which = divmod(index, stream.params.n)
+                name = stream.output_id(index)
+                generation = self.engine.add_request(name, stream.prompts[prompt], stream.params, index=which)
+                self._outputs[name] = _Output(stream, index, generation, stream.arrived)
+                self._unstarted += 1
+        except Exception as error:
+            added = self.drop(stream, "error")
+            self._gone(stream.count - added)
+            if isinstance(error, SpeContextError):
+                raise
+            logger.exception("request %s could not be added", stream.request_id)
+            raise RequestFailedError(f"the request could not be started: {_describe(error)}") from error
+
+    def drop(self, stream: RequestStream, reason: str) -> int:
+        """Abort what is left of a stream; how many outputs that were."""
+        count = 0
+        for index in range(stream.count):
+            name = stream.output_id(index)
+            output = self._outputs.get(name)
+            if output is not None and output.stream is stream:
+                self.engine.abort(name)
+                self._forget(name, reason)
+                count += 1
+        return count
+
+    def fail(self, stream: RequestStream, error: Exception) -> None:
+        """End a stream with an error that its reader sees."""
+        stream.failure = error
+        self.drop(stream, "error")
+        self._wake({stream})
+
+    def fail_all(self, error: Exception) -> None:
+        for stream in {output.stream for output in self._outputs.values()}:
+            self.fail(stream, error)
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        try:
+            touched = self.engine.step()
+        except Exception as error:
+            names = getattr(error, "request_ids", ())  # errors that concern some requests only name them
+            broken = {self._outputs[name].stream for name in names if name in self._outputs}
+            if not broken:
+                raise
+            logger.error("%s", error)
+            for stream in broken:
+                self.fail(stream, RequestFailedError(str(error)))
+            return
+        if self._unstarted:
+            self._note_started(began)
+        woken = set()
+        for generation in touched:
+            output = self._outputs.get(generation.request.request_id)
+            if output is not None and self._publish(output):
+                woken.add(output.stream)
+        self._wake(woken)
+
+    def _publish(self, output: _Output) -> bool:
+        """Show how far an output has come and count its new tokens; whether its reader is to be woken."""
+        stream, generation, request = output.stream, output.generation, output.generation.request
+        if generation.finished or not stream.only_final:
+            stream.progress[output.index] = Progress(
+                text=generation.detokenizer.text,
+                token_ids=request.token_ids,
+                begin=request.prompt_length,
+                end=len(request.token_ids),
+                logprobs=request.logprobs,
+                finish_reason=request.finish_reason,
+                stats=generation.stats,
+            )
+        made = len(request.token_ids) - request.prompt_length
+        if made > output.made:
+            now = generation.last_token_at or time.perf_counter()
+            self.meter.generation_tokens += made - output.made
+            self.meter.prompt_tokens += 0 if output.made else request.prompt_length
+            if self._observer is not None:
+                self._observer.token(now - output.last_at, first=not output.made)
+            output.last_at, output.made = now, made
+        if generation.finished:
+            self.meter.ended(generation.stats or {})
+            self._forget(request.request_id, request.finish_reason or "stop")
+        return not stream.only_final or stream.complete
+
+    def _note_started(self, began: float) -> None:
+        """Count the outputs that were given a place in the step that began then."""
+        for request in self.engine.scheduler.running:
+            output = self._outputs.get(request.request_id)
+            if output is not None and not output.started:
+                self._start(output, began)
+
+    def _start(self, output: _Output, now: float) -> None:
+        output.started = True
+        self._unstarted -= 1
+        if self._observer is not None:
+            self._observer.started(max(0.0, now - output.stream.arrived))
+
+    def _forget(self, name: str, reason: str) -> None:
+        output, now = self._outputs.pop(name), time.perf_counter()
+        if not output.started:
+            self._start(output, now)
+        if self._observer is not None:
+            prompt_tokens = output.generation.request.prompt_length if output.made else 0
+            self._observer.ended(now - output.stream.arrived, reason, prompt_tokens, output.made)
+        self._gone(1)
+
+    def _gone(self, count: int) -> None:
+        with self.lock:
+            self.open_outputs -= count
+            idle = not self.open_outputs
+        if idle:
+            self._post(self._on_idle)
+
+    def _wake(self, streams: set[RequestStream]) -> None:
+        if not streams:
+            return
+        with self.lock:
+            first = not self._woken
+            self._woken |= streams
+        if first:  # one message however many streams, and none while one is on its way
+            self._post(self._deliver)
+
+    def _deliver(self) -> None:
+        """Wake the readers; runs on their event loop."""
+        with self.lock:
+            woken, self._woken = self._woken, set()
+        for stream in woken:
+            stream.ready.set()
+
+    def _end(self, error: EngineDeadError) -> None:
+        """Fail everything that is open and every order that has not been carried out."""
+        with self.lock:
+            self.error = error
+            self.open_outputs = 0
+        streams = {output.stream for output in self._outputs.values()}
+        for stream in streams:
+            stream.failure = error
+        self._outputs.clear()
+        self._wake(streams)
+        self._post(self._on_idle)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                order = self._inbox.get(block=False)
+                if order is not None:
+                    order.refuse(error)
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,133 @@
+"""What an engine is doing now, in numbers for operators: taken on the engine's thread, read from any other."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from specontext.engine.llm_engine import LLMEngine
+
+
+@dataclass(frozen=True)
+class LiveRequest:
+    """One output that is running or waiting; counts are of tokens, times in seconds."""
+
+    request_id: str
+    state: str
+    prompt_tokens: int
+    computed_tokens: int
+    completion_tokens: int
+    age_s: float
+    overlap: float | None
+    bytes_loaded_per_step: float | None
+
+
+@dataclass(frozen=True)
+class Load:
+    """An engine at one moment.
+
+    Attributes:
+        device_kv_used, host_kv_used: shares of the tiers' pages that are held, 0 to 1.
+        loaded_bytes: bytes of KV moved from host to device since the start.
+        overlap: mean over the decode steps of the live requests, or of the last one that ended.
+        prompt_tokens, generation_tokens: totals since the start.
+        taken_at: `time.perf_counter()`.
+    """
+
+    taken_at: float = 0.0
+    running: int = 0
+    waiting: int = 0
+    device_kv_used: float = 0.0
+    host_kv_used: float = 0.0
+    device_kv_bytes: int = 0
+    host_kv_bytes: int = 0
+    offloaded_layers: int = 0
+    layers: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    loaded_bytes: float = 0.0
+    stall_s: float = 0.0
+    overlap: float | None = None
+    requests: tuple[LiveRequest, ...] = ()
+
+
+@dataclass
+class LoadMeter:
+    """Adds up what ended requests did and takes loads; used by the engine's thread only."""
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    ended_bytes: float = 0.0
+    ended_stall: float = 0.0
+    last_overlap: float | None = None
+    latest: Load = field(default_factory=Load)
+
+    def ended(self, stats: dict[str, Any]) -> None:
+        """Count the statistics of an output that has ended."""
+        self.ended_bytes += (stats.get("bytes_loaded_per_step") or 0.0) * (stats.get("decode_steps") or 0)
+        self.ended_stall += stats.get("stall_s") or 0.0
+        if stats.get("overlap") is not None:
+            self.last_overlap = stats["overlap"]
+
+    def take(self, engine: LLMEngine) -> Load:
+        """The engine's load now; also kept as `latest`."""
+        now = time.perf_counter()
+        live, live_bytes, overlap = _live_requests(engine, now)
+        parts, before = engine.parts, self.latest
+        loaded = max(self.ended_bytes + live_bytes, before.loaded_bytes)  # an aborted request takes its bytes with it
+        host_pages = parts.kv.host.pages
+        self.latest = Load(
+            taken_at=now,
+            running=len(engine.scheduler.running),
+            waiting=len(engine.scheduler.waiting),
+            device_kv_used=_used(parts.kv.arena.pages),
+            host_kv_used=_used(host_pages),
+            device_kv_bytes=_pool_bytes(parts.kv.arena),
+            host_kv_bytes=_pool_bytes(parts.kv.host),
+            offloaded_layers=parts.method.offload_layers,
+            layers=engine.loaded.shape.layers,
+            preemptions=getattr(engine.scheduler, "preemptions", 0),
+            prompt_tokens=self.prompt_tokens,
+            generation_tokens=self.generation_tokens,
+            loaded_bytes=loaded,
+            stall_s=self.ended_stall,
+            overlap=overlap if overlap is not None else self.last_overlap,
+            requests=tuple(live),
+        )
+        return self.latest
+
+
+def _live_requests(engine: LLMEngine, now: float) -> tuple[list[LiveRequest], float, float | None]:
+    """The live requests, the bytes they have loaded so far, and their mean overlap."""
+    live, loaded, overlaps = [], 0.0, []
+    for state, requests in (("running", engine.scheduler.running), ("waiting", list(engine.scheduler.waiting))):
+        for request in requests:
+            decodes = request.seat >= 0 and request.decoding
+            report: dict[str, Any] = engine.parts.meter.report(request.seat) if decodes else {}
+            loaded += (report.get("bytes_loaded_per_step") or 0.0) * (report.get("decode_steps") or 0)
+            if report.get("overlap") is not None:
+                overlaps.append(report["overlap"])
+            live.append(
+                LiveRequest(
+                    request.request_id,
+                    state,
+                    request.prompt_length,
+                    request.computed,
+                    len(request.token_ids) - request.prompt_length,
+                    now - request.arrived,
+                    report.get("overlap"),
+                    report.get("bytes_loaded_per_step"),
+                )
+            )
+    return live, loaded, sum(overlaps) / len(overlaps) if overlaps else None
+
+
+def _used(pages: Any) -> float:
+    total = pages.num_pages - 1
+    return pages.num_held / total if total else 0.0
+
+
+def _pool_bytes(pool: Any) -> int:
+    return pool.rows.nbytes

@@ -1,0 +1,83 @@
+"""Metrics in the form of Prometheus; names start with `specontext:`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from specontext.engine.async_engine import AsyncEngine
+
+PREFIX = "specontext:"
+_SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0)
+_LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
+
+
+class Metrics:
+    """Histograms and counters that the engine's thread feeds, and numbers that are read when they are asked for."""
+
+    def __init__(self, model: str) -> None:
+        self.registry, self._model = CollectorRegistry(), model
+        self._engine: AsyncEngine | None = None
+        self._ttft = self._histogram("time_to_first_token_seconds", "From a request's arrival to its first token.", _LONG)
+        self._itl = self._histogram("inter_token_latency_seconds", "Between two tokens of an output.", _SHORT)
+        self._e2e = self._histogram("e2e_request_latency_seconds", "From a request's arrival to the end of an output.", _LONG)
+        self._queue = self._histogram("request_queue_time_seconds", "From a request's arrival to its place in the batch.", _LONG)
+        self._ended = Counter(
+            f"{PREFIX}request_success",
+            "Outputs that have ended, by reason.",
+            ("model_name", "finished_reason"),
+            registry=self.registry,
+        )
+
+    def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+        family = Histogram(PREFIX + name, help, ("model_name",), buckets=buckets, registry=self.registry)
+        return family.labels(self._model)
+
+    def watch(self, engine: AsyncEngine) -> None:
+        """Also show this engine's numbers."""
+        self._engine = engine
+        self.registry.register(self)
+
+    def started(self, waited: float) -> None:
+        self._queue.observe(waited)
+
+    def token(self, seconds: float, *, first: bool) -> None:
+        (self._ttft if first else self._itl).observe(seconds)
+
+    def ended(self, seconds: float, reason: str, prompt_tokens: int, completion_tokens: int) -> None:
+        self._ended.labels(self._model, reason).inc()
+        if reason in ("stop", "length"):
+            self._e2e.observe(seconds)
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """The engine's numbers of this moment; tiers, overlap and loaded bytes are at most half a second old."""
+        assert self._engine is not None
+        load, engine = self._engine.load, self._engine
+        gauges = (
+            ("num_requests_running", "Outputs in the batch.", engine.running),
+            ("num_requests_waiting", "Outputs that wait for a place in the batch.", engine.waiting),
+            ("kv_cache_usage_perc", "Share of the device tier of KV that is in use, 0 to 1.", load.device_kv_used),
+            ("host_kv_bytes", "Bytes of the host tier of KV that are in use.", load.host_kv_used * load.host_kv_bytes),
+            ("selection_overlap", "Share of a selection that the step before had selected too.", load.overlap or 0.0),
+            ("offloaded_layers", "Layers whose KV lives in host memory.", load.offloaded_layers),
+            ("prefetch_stall_seconds", "Seconds that computing has waited for KV to come from the host.", load.stall_s),
+        )
+        counters = (
+            ("prompt_tokens", "Prompt tokens processed.", engine.prompt_tokens),
+            ("generation_tokens", "Tokens generated.", engine.generation_tokens),
+            ("num_preemptions", "Requests that had to make room for others.", load.preemptions),
+            ("prefetch_bytes", "Bytes of KV moved from host to device.", load.loaded_bytes),
+        )
+        for name, help, value in gauges:
+            gauge = GaugeMetricFamily(PREFIX + name, help, labels=("model_name",))
+            gauge.add_metric((self._model,), value)
+            yield gauge
+        for name, help, value in counters:
+            counter = CounterMetricFamily(PREFIX + name, help, labels=("model_name",))
+            counter.add_metric((self._model,), value)
+            yield counter

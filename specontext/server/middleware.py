@@ -1,0 +1,135 @@
+"""What happens to every HTTP request before and after its route: an id, the key, the limit of the body, and a line in the log."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from specontext.server.context import FACTS
+from specontext.server.errors import ApiError, error_response
+from specontext.server.logs import fields
+from specontext.server.streaming import ClientGone
+
+logger = logging.getLogger("specontext.server")
+
+OPEN_PATHS = ("/health", "/")  # the page holds no data; it asks for the key itself
+QUIET_PATHS = ("/health", "/metrics", "/status")
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class RequestId:
+    """Names every request, answers errors that nobody else has answered, and writes the log."""
+
+    def __init__(self, app: ASGIApp, *, log: bool) -> None:
+        self.app, self.log = app, log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        given = Headers(scope=scope).get("x-request-id", "")
+        name = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        began, status = time.perf_counter(), 0
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = name
+            await send(message)
+
+        facts = scope.setdefault(FACTS, {})
+        outcome = "done"
+        try:
+            await self.app(scope, receive, send_named)
+        except ClientGone:
+            outcome = "client_left"
+        except Exception as error:
+            outcome = "error"
+            answer = error_response(error)
+            if not status:
+                await answer(scope, receive, send_named)
+        except BaseException:
+            outcome = "cancelled"
+            raise
+        finally:
+            if self.log and (scope["path"] not in QUIET_PATHS or status >= 500):
+                seconds = round(time.perf_counter() - began, 4)
+                shown = {"request_id": name, "method": scope["method"], "path": scope["path"], "status": status or None}
+                logger.info("%s", fields("request", shown | {"outcome": outcome, "seconds": seconds} | facts))
+
+
+class ApiKeys:
+    """Lets only those in who present one of the keys; keys are compared in constant time."""
+
+    def __init__(self, app: ASGIApp, *, keys: Iterable[str]) -> None:
+        self.app = app
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not self._digests or scope["path"] in OPEN_PATHS:
+            return await self.app(scope, receive, send)
+        kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()  # equal lengths, whatever was sent
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        if kind.lower() != "bearer" or not any(matches):
+            error = ApiError(
+                401,
+                "the API key is missing or wrong: send 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            return await error_response(error)(scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+class BodyLimit:
+    """Refuses bodies that are too long, without keeping them."""
+
+    def __init__(self, app: ASGIApp, *, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdecimal() and int(announced) > self.most:
+            await self._discard(receive)
+            return await error_response(self._too_long())(scope, receive, send)
+        read = 0
+
+        async def receive_limited() -> Message:
+            nonlocal read
+            message = await receive()
+            if message["type"] == "http.request":
+                read += len(message.get("body", b""))
+                if read > self.most:
+                    await self._discard(receive)
+                    raise self._too_long()
+            return message
+
+        await self.app(scope, receive_limited, send)
+
+    async def _discard(self, receive: Receive) -> None:
+        """Read on a little, since most clients look at the answer only when they have sent everything."""
+        left = 4 * self.most
+        while left > 0:
+            message = await receive()
+            if message["type"] != "http.request" or not message.get("more_body"):
+                return
+            left -= len(message.get("body", b""))
+
+    def _too_long(self) -> ApiError:
+        return ApiError(
+            413,
+            f"the body is longer than {self.most} bytes: shorten it, or raise --max-body-size",
+            code="body_too_large",
+            headers={"Connection": "close"},
+        )

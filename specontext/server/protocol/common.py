@@ -1,0 +1,94 @@
+"""What chat and text completions share: sampling fields, usage, errors, and fields that are known but not supported."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+
+MOST_OUTPUTS = 128  # of one prompt, as OpenAI has it
+
+
+class Body(BaseModel):
+    """A request's body: types are not converted, unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def unsupported(reason: str, *neutral: Any) -> Any:
+    """The type of a field that is known but cannot be honoured: only values that ask for nothing are let through."""
+
+    def check(value: Any) -> Any:
+        if value is None or any(value == allowed and type(value) is type(allowed) for allowed in neutral):
+            return value
+        raise ValueError(f"{reason}; leave it out")
+
+    allowed = [None, *neutral]
+    return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": allowed, "description": f"Not supported: {reason}."})]
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class SamplingBody(Body):
+    """Fields that both kinds of completion take; None is the default of the model or of `SamplingParams`."""
+
+    model: str | None = Field(None, description="One of the names that /v1/models lists.")
+    n: int | None = Field(None, ge=1, le=MOST_OUTPUTS)
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=2**63, description="-1 and 0 are no restriction.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=64)] | None = None
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=1024)] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = Field(None, lt=2**63)
+    min_tokens: int = Field(0, ge=0, lt=2**63)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0)
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="Accepted for compatibility; changes nothing.")
+    logit_bias: unsupported("a bias on logits is not implemented", {}) = None  # type: ignore[valid-type]
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = 0
+
+
+class Usage(BaseModel):
+    """Tokens of a request, and what its decode steps really did."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
+    specontext: dict[str, Any] | None = Field(
+        None, description="Statistics of the request: settings, tokens read, bytes loaded, overlap, hit rate, times."
+    )
+
+
+class ErrorInfo(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorInfo
+
+
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorResponse, "description": "The request cannot be served as asked."},
+    "5XX": {"model": ErrorResponse, "description": "The server failed, or is about to stop."},
+}

@@ -1,0 +1,82 @@
+"""Bodies of /v1/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
+
+from specontext.server.protocol.common import SamplingBody, Usage, unsupported
+
+MOST_PROMPTS = 512
+
+
+def _check_prompt(value: Any) -> Any:
+    """One text, one list of token ids, or a list of either; checked by hand, since a long list has many wrong items."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("give a text, a list of token ids, or a list of texts or of lists of token ids")
+    if not value:
+        raise ValueError("the list is empty: give at least one prompt")
+    if _is_ids(value):
+        return value
+    if all(isinstance(item, str) for item in value) or all(isinstance(item, list) and _is_ids(item) for item in value):
+        if len(value) > MOST_PROMPTS:
+            raise ValueError(f"{len(value)} prompts in one request are too many: at most {MOST_PROMPTS}")
+        return value
+    raise ValueError("give a text, a list of token ids, or a list of texts or of lists of token ids")
+
+
+def _is_ids(items: list[Any]) -> bool:
+    return all(type(item) is int for item in items)
+
+
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        _IDS,
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": MOST_PROMPTS},
+        {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MOST_PROMPTS},
+    ]
+}
+Prompt = Annotated[Any, BeforeValidator(_check_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
+
+
+class CompletionRequest(SamplingBody):
+    prompt: Prompt
+    echo: bool | None = False
+    logprobs: int | None = Field(None, ge=0, lt=2**63)
+    add_special_tokens: bool = True
+    best_of: unsupported("only the outputs that are returned are made", 1) = None  # type: ignore[valid-type]
+    suffix: unsupported("filling in the middle is not implemented", "") = None  # type: ignore[valid-type]
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        if isinstance(self.prompt, str) or type(self.prompt[0]) is int:
+            return [self.prompt]
+        return list(self.prompt)
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str
+
+
+class CompletionResponse(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage

@@ -1,0 +1,58 @@
+"""Bodies of the endpoints beside the completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field
+
+from specontext.server.protocol.chat import TemplateBody
+from specontext.server.protocol.common import Body
+
+
+class TokenizeText(Body):
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeChat(TemplateBody):
+    model: str | None = None
+    add_special_tokens: bool = Field(False, description="The chat template adds the special tokens.")
+    return_token_strs: bool = False
+
+
+class TokenizeResponse(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(Body):
+    tokens: Annotated[list[int], Field(fail_fast=True)]
+    model: str | None = None
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    root: str
+    parent: None = None
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Version(BaseModel):
+    version: str

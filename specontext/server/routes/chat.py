@@ -1,0 +1,156 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from specontext.engine.request_stream import Delta, RequestStream
+from specontext.server.context import note, state_of
+from specontext.server.logprobs import chat_logprobs
+from specontext.server.protocol.chat import ChatChoice, ChatMessage, ChatRequest, ChatResponse
+from specontext.server.protocol.common import ERROR_RESPONSES
+from specontext.server.reasoning import Pieces, ReasoningParser, starts_inside
+from specontext.server.sampling import chat_params
+from specontext.server.state import ServerState
+from specontext.server.streaming import EventStream, event, unless_client_leaves
+from specontext.server.usage import make_usage
+
+router = APIRouter()
+
+_PROMPT_END = 32  # tokens at the end of a prompt in which a reasoning mark is looked for
+
+
+@dataclass
+class Choice:
+    """What one output has come to."""
+
+    parser: ReasoningParser | None
+    reasoning: list[str] = field(default_factory=list)
+    content: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    tables: list[dict[int, float]] = field(default_factory=list)
+    finish_reason: str | None = None
+    stats: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, delta: Delta, *, keep: bool) -> Pieces:
+        """Take a delta, and keep its text and log-probabilities where the whole will be asked for."""
+        last = delta.finish_reason is not None
+        pieces = self.parser.feed(delta.text, last=last) if self.parser is not None else Pieces("", delta.text)
+        if keep:
+            self.reasoning.append(pieces.reasoning)
+            self.content.append(pieces.content)
+            self.token_ids += delta.token_ids
+            self.tables += delta.logprobs or []
+        if last:
+            self.finish_reason, self.stats = delta.finish_reason, delta.stats or {}
+        return pieces
+
+
+class Chat:
+    """One chat request on its way through the engine."""
+
+    def __init__(self, state: ServerState, body: ChatRequest, stream: RequestStream, choices: list[Choice]) -> None:
+        self.state, self.body, self.stream, self.choices = state, body, stream, choices
+        self.id, self.created = f"chatcmpl-{stream.request_id}", int(time.time())
+        self.completion_tokens = 0
+
+    async def whole(self, request: Request) -> ChatResponse:
+        """Wait for all outputs."""
+        async for deltas in self.stream:
+            for delta in deltas:
+                self.completion_tokens += len(delta.token_ids)
+                self.choices[delta.index].add(delta, keep=True)
+        self._note(request)
+        choices = []
+        for index, choice in enumerate(self.choices):
+            reasoning = "".join(choice.reasoning)
+            message = ChatMessage(content="".join(choice.content), reasoning_content=reasoning or None)
+            logprobs = self._logprobs(choice.token_ids, choice.tables)
+            choices.append(
+                ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=choice.finish_reason or "stop")
+            )
+        return ChatResponse(id=self.id, created=self.created, model=self.state.model, choices=choices, usage=self._usage())
+
+    async def events(self, request: Request) -> AsyncIterator[bytes]:
+        """The outputs as they come, each beginning with its role."""
+        yield b"".join(self._event(index, {"role": "assistant", "content": ""}) for index in range(len(self.choices)))
+        async for deltas in self.stream:
+            if data := b"".join(self._delta_event(delta) for delta in deltas):
+                yield data
+        self._note(request)
+        if self.body.wants_usage:
+            yield event(self._head() | {"choices": [], "usage": self._usage().model_dump(exclude_none=True)})
+
+    def _delta_event(self, delta: Delta) -> bytes:
+        self.completion_tokens += len(delta.token_ids)
+        pieces = self.choices[delta.index].add(delta, keep=False)
+        message = {name: text for name, text in (("reasoning_content", pieces.reasoning), ("content", pieces.content)) if text}
+        logprobs = self._logprobs(delta.token_ids, delta.logprobs) if delta.logprobs else None
+        if not message and logprobs is None and delta.finish_reason is None:
+            return b""
+        return self._event(delta.index, message, logprobs.model_dump() if logprobs is not None else None, delta.finish_reason)
+
+    def _event(self, index: int, delta: dict[str, str], logprobs: Any = None, finish_reason: str | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return event(self._head() | {"choices": [choice]} | ({"usage": None} if self.body.wants_usage else {}))
+
+    def _head(self) -> dict[str, Any]:
+        return {"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.state.model}
+
+    def _logprobs(self, token_ids: list[int], tables: list[dict[int, float]] | None) -> Any:
+        if not self.body.logprobs:
+            return None
+        return chat_logprobs(token_ids, tables or [], self.body.top_logprobs or 0, self.state.texts)
+
+    def _usage(self) -> Any:
+        return make_usage(
+            sum(map(len, self.stream.prompts)), self.completion_tokens, [choice.stats for choice in self.choices if choice.stats]
+        )
+
+    def _note(self, request: Request) -> None:
+        note(
+            request,
+            prompt_tokens=sum(map(len, self.stream.prompts)),
+            completion_tokens=self.completion_tokens,
+            finish_reason=",".join(choice.finish_reason or "none" for choice in self.choices),
+        )
+
+
+async def _parsers(state: ServerState, prompt: list[int], count: int) -> list[ReasoningParser | None]:
+    name = state.config.reasoning_parser
+    if name is None:
+        return [None] * count
+    inside = starts_inside(name, await state.encoder.decode(prompt[-_PROMPT_END:]))
+    return [ReasoningParser(inside=inside) for _ in range(count)]
+
+
+@router.post("/v1/chat/completions", response_model=ChatResponse, responses=ERROR_RESPONSES)
+async def chat_completions(request: Request, body: ChatRequest) -> Response:
+    """Continue a conversation."""
+    state = state_of(request)
+    state.check_model(body.model)
+    prompt = await state.encoder.messages(body)
+    params = chat_params(
+        body,
+        len(prompt),
+        max_len=state.max_model_len,
+        max_logprobs=state.config.max_logprobs,
+        defaults=state.defaults,
+    )
+    choices = [Choice(parser) for parser in await _parsers(state, prompt, params.n)]
+    stream = await state.submit(uuid.uuid4().hex, [prompt], params, streaming=bool(body.stream))
+    note(request, engine_id=stream.request_id)
+    chat = Chat(state, body, stream, choices)
+    if body.stream:
+        return EventStream(chat.events(request), close=stream.abort)
+    try:
+        answer = await unless_client_leaves(request.receive, chat.whole(request))
+    finally:
+        stream.abort()
+    return Response(answer.model_dump_json(), media_type="application/json")

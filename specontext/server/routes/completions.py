@@ -1,0 +1,190 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from specontext.engine.request_stream import Delta, RequestStream
+from specontext.server.context import note, state_of
+from specontext.server.errors import ApiError
+from specontext.server.logprobs import completion_logprobs
+from specontext.server.protocol.common import ERROR_RESPONSES
+from specontext.server.protocol.completion import (
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    CompletionResponse,
+)
+from specontext.server.sampling import completion_params
+from specontext.server.state import ServerState
+from specontext.server.streaming import EventStream, event, unless_client_leaves
+from specontext.server.usage import make_usage
+
+router = APIRouter()
+
+
+@dataclass
+class Choice:
+    """What one output has come to.
+
+    Attributes:
+        echo: text of the prompt, where it is to come first.
+        length: characters of the tokens so far, where they have log-probabilities.
+    """
+
+    echo: str
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    tables: list[dict[int, float]] = field(default_factory=list)
+    length: int = 0
+    finish_reason: str | None = None
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+class Completion:
+    """One request on its way through the engine."""
+
+    def __init__(
+        self, state: ServerState, body: CompletionRequest, stream: RequestStream | None, prompts: list[list[int]]
+    ) -> None:
+        self.state, self.body, self.stream, self.prompts = state, body, stream, prompts
+        self.id, self.created = f"cmpl-{stream.request_id if stream is not None else uuid.uuid4().hex}", int(time.time())
+        self.completion_tokens = 0
+        self.choices: list[Choice] = []
+
+    async def prepare(self) -> None:
+        """Make the choices, with the texts that are to be echoed."""
+        for given, tokens in zip(self.body.prompts, self.prompts, strict=True):
+            echo = ""
+            if self.body.echo:
+                echo = given if isinstance(given, str) else await self.state.encoder.decode(tokens)
+            self.choices += [Choice(echo, length=len(echo)) for _ in range(self.body.n or 1)]
+
+    async def whole(self, request: Request) -> CompletionResponse:
+        """Wait for all outputs."""
+        async for deltas in self._deltas():
+            for delta in deltas:
+                choice = self.choices[delta.index]
+                choice.text.append(delta.text)
+                choice.token_ids += delta.token_ids
+                choice.tables += delta.logprobs or []
+                self._count(delta)
+        self._note(request)
+        choices = [
+            CompletionChoice(
+                index=index,
+                text=choice.echo + "".join(choice.text),
+                logprobs=self._logprobs(choice, choice.token_ids, choice.tables),
+                finish_reason=choice.finish_reason or "length",
+            )
+            for index, choice in enumerate(self.choices)
+        ]
+        return CompletionResponse(id=self.id, created=self.created, model=self.state.model, choices=choices, usage=self._usage())
+
+    async def events(self, request: Request) -> AsyncIterator[bytes]:
+        """The outputs as they come."""
+        ended = "length" if self.stream is None else None
+        if echoes := [(i, choice.echo) for i, choice in enumerate(self.choices) if choice.echo]:
+            yield b"".join(self._event(index, echo, None, ended) for index, echo in echoes)
+        async for deltas in self._deltas():
+            if data := b"".join(self._delta_event(delta) for delta in deltas):
+                yield data
+        self._note(request)
+        if self.body.wants_usage:
+            yield event(self._head() | {"choices": [], "usage": self._usage().model_dump(exclude_none=True)})
+
+    async def _deltas(self) -> AsyncIterator[list[Delta]]:
+        if self.stream is not None:
+            async for deltas in self.stream:
+                yield deltas
+
+    def _delta_event(self, delta: Delta) -> bytes:
+        self._count(delta)
+        logprobs = self._logprobs(self.choices[delta.index], delta.token_ids, delta.logprobs or []) if delta.token_ids else None
+        if not delta.text and logprobs is None and delta.finish_reason is None:
+            return b""
+        return self._event(delta.index, delta.text, logprobs.model_dump() if logprobs else None, delta.finish_reason)
+
+    def _count(self, delta: Delta) -> None:
+        self.completion_tokens += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            choice = self.choices[delta.index]
+            choice.finish_reason, choice.stats = delta.finish_reason, delta.stats or {}
+
+    def _event(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> bytes:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+        return event(self._head() | {"choices": [choice]} | ({"usage": None} if self.body.wants_usage else {}))
+
+    def _head(self) -> dict[str, Any]:
+        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.state.model}
+
+    def _logprobs(self, choice: Choice, token_ids: list[int], tables: list[dict[int, float]]) -> CompletionLogprobs | None:
+        if self.body.logprobs is None:
+            return None
+        found = completion_logprobs(token_ids, tables, self.body.logprobs, self.state.texts, offset=choice.length)
+        choice.length += sum(map(len, found.tokens))
+        return found
+
+    def _usage(self) -> Any:
+        stats = [choice.stats for choice in self.choices if choice.stats]
+        return make_usage(sum(map(len, self.prompts)), self.completion_tokens, stats)
+
+    def _note(self, request: Request) -> None:
+        note(
+            request,
+            prompt_tokens=sum(map(len, self.prompts)),
+            completion_tokens=self.completion_tokens,
+            finish_reason=",".join(choice.finish_reason or "none" for choice in self.choices),
+        )
+
+
+async def _encode(state: ServerState, body: CompletionRequest) -> list[list[int]]:
+    prompts = body.prompts
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if texts:
+        return await state.encoder.texts(texts, add_special_tokens=body.add_special_tokens)
+    ids = [list(prompt) for prompt in prompts if not isinstance(prompt, str)]
+    for prompt in ids:
+        if not prompt:
+            raise ApiError(400, "a prompt is empty: give some text or token ids", param="prompt")
+        state.encoder.check_ids(prompt, "prompt")
+    return ids
+
+
+@router.post("/v1/completions", response_model=CompletionResponse, responses=ERROR_RESPONSES)
+async def completions(request: Request, body: CompletionRequest) -> Response:
+    """Continue texts."""
+    state = state_of(request)
+    state.check_model(body.model)
+    if body.echo and body.logprobs is not None:
+        raise ApiError(400, "log-probabilities of the prompt are not implemented: leave out echo or logprobs", param="echo")
+    prompts = await _encode(state, body)
+    stream = None
+    if not (body.echo and body.max_tokens == 0):  # a mere echo needs no engine
+        params = completion_params(
+            body,
+            max(map(len, prompts)),
+            max_len=state.max_model_len,
+            max_logprobs=state.config.max_logprobs,
+            defaults=state.defaults,
+        )
+        stream = await state.submit(uuid.uuid4().hex, prompts, params, streaming=bool(body.stream))
+        note(request, engine_id=stream.request_id)
+    close = stream.abort if stream is not None else lambda: None
+    try:
+        completion = Completion(state, body, stream, prompts)
+        await completion.prepare()
+        if not body.stream:
+            answer = await unless_client_leaves(request.receive, completion.whole(request))
+    except BaseException:
+        close()
+        raise
+    if body.stream:
+        return EventStream(completion.events(request), close=close)
+    return Response(answer.model_dump_json(), media_type="application/json")

@@ -1,0 +1,38 @@
+"""POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+
+from specontext.server.context import state_of
+from specontext.server.protocol.common import ERROR_RESPONSES
+from specontext.server.protocol.others import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeChat,
+    TokenizeResponse,
+    TokenizeText,
+)
+
+router = APIRouter()
+
+
+@router.post("/tokenize", responses=ERROR_RESPONSES)
+async def tokenize(request: Request, body: TokenizeText | TokenizeChat) -> TokenizeResponse:
+    """Token ids of a text, or of a conversation in the chat template."""
+    state = state_of(request)
+    state.check_model(body.model)
+    if isinstance(body, TokenizeChat):
+        ids = await state.encoder.messages(body, add_special_tokens=body.add_special_tokens)
+    else:
+        [ids] = await state.encoder.texts([body.prompt], add_special_tokens=body.add_special_tokens)
+    strings = [state.texts.text_of(token) for token in ids] if body.return_token_strs else None
+    return TokenizeResponse(count=len(ids), max_model_len=state.max_model_len, tokens=ids, token_strs=strings)
+
+
+@router.post("/detokenize", responses=ERROR_RESPONSES)
+async def detokenize(request: Request, body: DetokenizeRequest) -> DetokenizeResponse:
+    """Text of token ids."""
+    state = state_of(request)
+    state.check_model(body.model)
+    return DetokenizeResponse(prompt=await state.encoder.decode(body.tokens))

@@ -1,0 +1,82 @@
+"""From the fields of a body to `SamplingParams`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from specontext.core import RequestError, SamplingParams
+from specontext.models.loading import LoadedModel
+from specontext.server.errors import ApiError
+from specontext.server.prompts import over_length
+from specontext.server.protocol.chat import ChatRequest
+from specontext.server.protocol.common import SamplingBody
+from specontext.server.protocol.completion import CompletionRequest
+
+_FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_NULLABLE = (*_FROM_MODEL, "n", "seed", "presence_penalty", "frequency_penalty", "stop", "stop_token_ids")
+_PLAIN = ("ignore_eos", "min_tokens", "skip_special_tokens", "include_stop_str_in_output")
+COMPLETION_TOKENS = 16  # max_tokens of text completions, as OpenAI has it
+
+
+def sampling_defaults(loaded: LoadedModel) -> dict[str, Any]:
+    """What the model's own generation config recommends, where it says something."""
+    own = loaded.model.generation_config
+    found = {name: getattr(own, name, None) for name in _FROM_MODEL}
+    return {name: value for name, value in found.items() if value is not None and (value or name != "temperature")}
+
+
+def chat_params(
+    body: ChatRequest, prompt_tokens: int, *, max_len: int, max_logprobs: int, defaults: dict[str, Any]
+) -> SamplingParams:
+    """Parameters of a chat completion, which may be as long as the context allows unless it says otherwise.
+
+    Raises:
+        ApiError: contradictory or excessive fields.
+    """
+    limits = {n for n in (body.max_tokens, body.max_completion_tokens) if n is not None}
+    if len(limits) > 1:
+        raise ApiError(400, "max_tokens and max_completion_tokens differ: give one of them", param="max_completion_tokens")
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    _check_logprobs(logprobs, max_logprobs, "top_logprobs")
+    room = max_len - prompt_tokens
+    return _params(body, limits.pop() if limits else max(room, 1), prompt_tokens, max_len, logprobs, defaults)
+
+
+def completion_params(
+    body: CompletionRequest, prompt_tokens: int, *, max_len: int, max_logprobs: int, defaults: dict[str, Any]
+) -> SamplingParams:
+    """Parameters of text completions whose longest prompt has `prompt_tokens` tokens.
+
+    Raises:
+        ApiError: contradictory or excessive fields.
+    """
+    _check_logprobs(body.logprobs, max_logprobs, "logprobs")
+    limit = body.max_tokens
+    if limit is None:
+        limit = max(min(COMPLETION_TOKENS, max_len - prompt_tokens), 1)
+    return _params(body, limit, prompt_tokens, max_len, body.logprobs, defaults)
+
+
+def _params(
+    body: SamplingBody, limit: int, prompt_tokens: int, max_len: int, logprobs: int | None, defaults: dict[str, Any]
+) -> SamplingParams:
+    if prompt_tokens + max(limit, 1) > max_len:
+        raise over_length(
+            f"the model's context is {max_len} tokens, and this request wants {prompt_tokens} for the prompt and {limit} for the "
+            "output: shorten one of them"
+        )
+    given = {name: getattr(body, name) for name in _NULLABLE if getattr(body, name) is not None}
+    plain = {name: getattr(body, name) for name in _PLAIN}
+    try:
+        return SamplingParams(**(defaults | given | plain), max_tokens=limit, logprobs=logprobs)
+    except RequestError as error:
+        raise ApiError(
+            400, str(error), param=next((n for n in str(error).split() if n in SamplingBody.model_fields), None)
+        ) from error
+
+
+def _check_logprobs(asked: int | None, most: int, param: str) -> None:
+    if asked is not None and asked > most:
+        raise ApiError(400, f"{param} is {asked} and the server gives at most {most}: see --max-logprobs", param=param)

@@ -1,0 +1,84 @@
+"""Settings of the server; the CLI derives its options from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from specontext.config import ConfigError
+
+REASONING_PARSERS = ("deepseek_r1", "qwen3")
+
+
+def _option(default: object, help: str) -> object:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Where the server listens, who may use it and what it bears.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    host: str = _option("127.0.0.1", "Address to listen on; 0.0.0.0 is every network interface.")  # type: ignore[assignment]
+    port: int = _option(8000, "Port to listen on; 0 takes any free one.")  # type: ignore[assignment]
+    api_key: tuple[str, ...] = _option(  # type: ignore[assignment]
+        (), "Key that clients must present; may be repeated. Default: none is needed."
+    )
+    served_model_name: tuple[str, ...] = _option(  # type: ignore[assignment]
+        (), "Name of the model in requests and responses; more names are accepted too. Default: MODEL."
+    )
+    chat_template: str | None = _option(  # type: ignore[assignment]
+        None, "Jinja chat template, a file or the text itself. Default: the model's own."
+    )
+    reasoning_parser: str | None = _option(  # type: ignore[assignment]
+        None, "Put the model's thinking into reasoning_content: deepseek_r1 or qwen3."
+    )
+    generation_config: str = _option(  # type: ignore[assignment]
+        "auto", "Sampling defaults of requests: auto (what the model's generation_config.json says) or none."
+    )
+    max_queued_requests: int = _option(512, "Requests that may wait; more are refused with 429.")  # type: ignore[assignment]
+    max_logprobs: int = _option(20, "Most log-probabilities a token that a request may ask for.")  # type: ignore[assignment]
+    max_body_size: int = _option(32 * 2**20, "Longest request body.")  # type: ignore[assignment]
+    shutdown_timeout: float = _option(  # type: ignore[assignment]
+        30.0, "Seconds that running requests may take to finish after SIGTERM."
+    )
+    log_interval: float = _option(10.0, "Seconds between two lines about the engine's load; 0 is never.")  # type: ignore[assignment]
+    disable_log_requests: bool = _option(False, "Do not log a line for every request.")  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        bounds = (
+            ("port", 0, 65535),
+            ("max_queued_requests", 1, None),
+            ("max_logprobs", 0, None),
+            ("max_body_size", 1, None),
+            ("shutdown_timeout", 0, None),
+            ("log_interval", 0, None),
+        )
+        for name, least, most in bounds:
+            value = getattr(self, name)
+            if not value >= least or (most is not None and value > most):
+                upper = f" and at most {most}" if most is not None else ""
+                raise ConfigError(f"{name} must be at least {least}{upper}, got {value!r}")
+        if self.reasoning_parser is not None and self.reasoning_parser not in REASONING_PARSERS:
+            raise ConfigError(f"unknown reasoning parser '{self.reasoning_parser}': choose one of {', '.join(REASONING_PARSERS)}")
+        if self.generation_config not in ("auto", "none"):
+            raise ConfigError(f"unknown generation_config '{self.generation_config}': choose auto or none")
+        for name in ("api_key", "served_model_name"):
+            if not all(getattr(self, name)):
+                raise ConfigError(f"{name} must not be empty")
+
+    def read_chat_template(self) -> str | None:
+        """The text of the chat template that was named, if any.
+
+        Raises:
+            ConfigError: a file that is not there or is not text.
+        """
+        if self.chat_template is None or "{" in self.chat_template:
+            return self.chat_template
+        try:
+            return Path(self.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the chat template {self.chat_template}: {error}") from error
