@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from specontext import __version__
+from specontext.cli.bench import bench_app
+from specontext.cli.chat import chat
 from specontext.cli.demo import demo
 from specontext.cli.distill import distill
 from specontext.cli.generate import generate
@@ -25,10 +27,12 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(serve)
+app.command()(chat)
 app.command()(demo)
 app.command()(distill)
 app.add_typer(tasks_app, name="tasks")
 app.add_typer(head_app, name="head")
+app.add_typer(bench_app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

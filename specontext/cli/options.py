@@ -93,7 +93,7 @@ def with_settings(
             changed = {name: value for name, value in chosen.items() if value != generated[name].default}
             config = SpeContextConfig(**{name: chosen[name] for name in of_method})
             options = {name: _value(name, chosen[name]) for name in of_engine}
-            further = {name: _value(name, chosen[name]) for name in of_others}
+            further = {name: _value(name, chosen[name]) for name in of_others if chosen[name] is not None}
             command(**values, settings=Settings(config, options, changed, further))
 
         parameters = [p for p in own.parameters.values() if p.name != "settings"]
@@ -115,7 +115,8 @@ def _options(settings: type, names: Sequence[str] | None) -> dict[str, inspect.P
 
 def _parameter(setting: Field[Any], kind: Any) -> inspect.Parameter:
     flag = "--" + setting.name.replace("_", "-")
-    size, default = setting.name in SIZES, setting.default
+    size = setting.name in SIZES
+    default: Any = setting.default
     if size:
         kind, default = str | None, None if default is None else f"{default // 2**20}MiB"
     elif get_origin(kind) is tuple:
@@ -126,4 +127,6 @@ def _parameter(setting: Field[Any], kind: Any) -> inspect.Parameter:
 
 
 def _value(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
     return parse_size(value) if name in SIZES and value is not None else value

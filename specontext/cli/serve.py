@@ -30,10 +30,7 @@ def serve(
 
     Ends after SIGTERM or Ctrl-C, when the running requests are done.
     """
-    own = {
-        name: tuple(value or ()) if name in ("api_key", "served_model_name") else value for name, value in settings.others.items()
-    }
-    config = ServerConfig(**own)
+    config = ServerConfig(**settings.others)
     changed = ({"retrieval_head": retrieval_head} if retrieval_head != "auto" else {}) | settings.changed
     if changed:
         error_console().print(escape(f"non-default options: {Settings(settings.config, {}, changed).describe()}"), style="dim")

@@ -32,8 +32,8 @@ def starts_inside(parser: str, prompt_end: str) -> bool:
 class ReasoningParser:
     """Splits one output, piece by piece.
 
-    What could be the beginning of a mark, or white space beside one, waits for what follows. However the text is cut into pieces, the sums of what is
-    returned are the same.
+    What could be the beginning of a mark, or white space beside one, waits for what follows. However the text is cut into
+    pieces, the sums of what is returned are the same.
     """
 
     def __init__(self, *, inside: bool) -> None:

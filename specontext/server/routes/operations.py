@@ -48,6 +48,8 @@ async def status(request: Request) -> dict[str, Any]:
     return load | {
         "running": engine.running,
         "waiting": engine.waiting,
+        "prompt_tokens": engine.prompt_tokens,
+        "generation_tokens": engine.generation_tokens,
         "now": time.perf_counter(),
         "uptime_s": time.time() - state.started,
         "version": __version__,

@@ -1,0 +1,107 @@
+"""`specontext chat`: a conversation with any OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from specontext.cli.terminal import UsageError, error_console
+from specontext.evaluation.load.http import Address, Exchange, HttpError, fetch_json
+
+Message = dict[str, str]
+
+
+@dataclass
+class Conversation:
+    """The messages so far and how the server is asked for the next one."""
+
+    address: Address
+    model: str
+    options: dict[str, Any]
+    messages: list[Message] = field(default_factory=list)
+
+    async def answer(self, text: str) -> AsyncGenerator[tuple[str, str], None]:
+        """Say something; yields ("reasoning" or "content", text) as the answer comes. A failed exchange leaves no trace."""
+        asked = [*self.messages, {"role": "user", "content": text}]
+        body = {"model": self.model, "messages": asked, "stream": True, **self.options}
+        content = []
+        async with Exchange(self.address, "POST", "/v1/chat/completions", body) as exchange:
+            async for event in exchange.events():
+                for choice in event.get("choices", ()):
+                    delta = choice.get("delta", {})
+                    if reasoning := delta.get("reasoning_content") or delta.get("reasoning"):
+                        yield "reasoning", reasoning
+                    if piece := delta.get("content"):
+                        content.append(piece)
+                        yield "content", piece
+        self.messages = [*asked, {"role": "assistant", "content": "".join(content)}]
+
+
+def chat(
+    base_url: Annotated[str, typer.Option("--base-url", help="Address of the server.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option("--api-key", help="Key of the server.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Model to talk to. Default: the server's first.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="Instructions that go before the conversation.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Say only this, print the answer and end.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Tokens of an answer at most.")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="0 is greedy. Default: the server's.")] = None,
+) -> None:
+    """Talk to a running server; an empty line or Ctrl-D ends, /new begins anew.
+
+    Answers go to standard output, thinking and everything else to standard error.
+    """
+    given = {"max_tokens": max_tokens, "temperature": temperature}
+    options = {name: value for name, value in given.items() if value is not None}
+    asyncio.run(_talk(Address.parse(base_url, api_key), model, options, system, prompt))
+
+
+async def _talk(address: Address, model: str | None, options: dict[str, Any], system: str | None, prompt: str | None) -> None:
+    if model is None:
+        listed = await fetch_json(address, "GET", "/v1/models")
+        try:
+            model = str(listed["data"][0]["id"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise UsageError("the server lists no models: give --model") from error
+    beginning: list[Message] = [{"role": "system", "content": system}] if system is not None else []
+    conversation = Conversation(address, model, options, list(beginning))
+    if prompt is not None:
+        await _say(conversation, prompt)
+        return
+    console = error_console()
+    console.print(escape(f"{model} at {address.host}:{address.port}; an empty line ends, /new begins anew"), style="dim")
+    while text := await asyncio.to_thread(_read_line):
+        if text == "/new":
+            conversation.messages = list(beginning)
+            continue
+        try:
+            await _say(conversation, text)
+        except HttpError as error:  # the conversation can go on
+            console.print(escape(f"error: {error}"), style="red")
+
+
+async def _say(conversation: Conversation, text: str) -> None:
+    console, last = error_console(), ""
+    async with contextlib.aclosing(conversation.answer(text)) as pieces:
+        async for kind, piece in pieces:
+            if kind == "content":
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+                last = piece
+            else:
+                console.print(escape(piece), style="dim", end="")
+    if not last.endswith("\n"):
+        print(flush=True)
+
+
+def _read_line() -> str:
+    """The next line of input; empty at its end."""
+    if sys.stdin.isatty():
+        error_console().print("> ", end="")
+    return sys.stdin.readline().strip()
