@@ -13,6 +13,7 @@ from specontext.cli.demo import demo
 from specontext.cli.distill import distill
 from specontext.cli.generate import generate
 from specontext.cli.head import head_app
+from specontext.cli.plan import plan
 from specontext.cli.serve import serve
 from specontext.cli.tasks import tasks_app
 
@@ -30,6 +31,7 @@ app.command()(serve)
 app.command()(chat)
 app.command()(demo)
 app.command()(distill)
+app.command()(plan)
 app.add_typer(tasks_app, name="tasks")
 app.add_typer(head_app, name="head")
 app.add_typer(bench_app, name="bench")

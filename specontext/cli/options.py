@@ -60,14 +60,43 @@ def parse_size(text: str) -> int:
     Raises:
         UsageError: not a size of at least one byte.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    units = {unit.lower(): factor for unit, factor in UNITS.items()}
-    if match is None or match[2].lower() not in units:
-        raise UsageError(f"'{text}' is not a size: write for example 24GiB, 4096MiB or a number of bytes")
-    size = int(float(match[1]) * units[match[2].lower()]) if "." in match[1] else int(match[1]) * units[match[2].lower()]
+    size = _units(text)
+    if size is None:
+        raise UsageError(f"'{text}' is not a size: write {_meant(text) or 'for example 24GiB, 4096MiB or a number of bytes'}")
     if size < 1:
         raise UsageError(f"the size '{text}' must be at least one byte")
     return size
+
+
+def parse_bandwidth(text: str) -> int:
+    """Bytes a second of a bandwidth such as `3.3TB/s` or `50GB/s`.
+
+    Raises:
+        UsageError: not a bandwidth of at least one byte a second.
+    """
+    amount, slash, second = text.partition("/")
+    speed = _units(amount) if slash and second.strip() == "s" else None
+    if speed is None:
+        raise UsageError(f"'{text}' is not a bandwidth: write for example 3.3TB/s or 50GB/s")
+    if speed < 1:
+        raise UsageError(f"the bandwidth '{text}' must be at least one byte a second")
+    return speed
+
+
+def _units(text: str) -> int | None:
+    """A number with a unit of bytes, rounded down; None for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    units = {unit.lower(): factor for unit, factor in UNITS.items()}
+    if match is None or match[2].lower() not in units:
+        return None
+    factor = units[match[2].lower()]
+    return int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
+
+
+def _meant(text: str) -> str | None:
+    """What a number with a misspelt unit was probably meant to be: `24G` is 24GiB."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTkmgt])\D*", text)
+    return f"{match[1]}{match[2].upper()}iB" if match else None
 
 
 def with_settings(

@@ -1,0 +1,189 @@
+"""`specontext plan`: what fits into a GPU's memory, from a model's config alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from specontext.cli.options import parse_bandwidth, parse_size
+from specontext.cli.planned import as_object, find_facts, make_plan
+from specontext.cli.terminal import UsageError, human_bytes
+from specontext.config import DTYPES
+
+if TYPE_CHECKING:
+    from specontext.memory.speed import Bandwidths
+
+MODES = ("measured", "paper")
+LEAST_SIZE, MOST_SIZE = 1 << 20, 1 << 50
+MOST_REQUESTS = 1 << 16
+
+
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL_OR_PRESET",
+            help="A directory with a config.json, 'nano', a Hub id, or a preset; no weights are read.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    gpu_memory: Annotated[
+        str | None, typer.Option("--gpu-memory", metavar="SIZE", help="GPU memory for everything: weights, buffers, KV.")
+    ] = None,
+    host_memory: Annotated[
+        str | None, typer.Option("--host-memory", metavar="SIZE", help="Host memory for KV. Default: no limit.")
+    ] = None,
+    requests: Annotated[int, typer.Option("--requests", help="Requests at the same time, of equal length.")] = 1,
+    budget: Annotated[
+        int | None,
+        typer.Option("--budget", help="KV entries that a KV head reads in a step. Default: the head's, else 2048."),
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option("--slots", help="Device slots for each KV head of an offloaded layer. Default: the budget.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option("--max-model-len", help="Longest context in tokens. Default: the model's own maximum.")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Number format: auto, float32, bfloat16 or float16.")] = "auto",
+    retrieval_head: Annotated[
+        str | None,
+        typer.Option(
+            "--retrieval-head", metavar="DIR", help="Its size counts. Default: the model's own, else that of an EAGLE-3 draft."
+        ),
+    ] = None,
+    mode: Annotated[
+        str,
+        typer.Option("--mode", help="'measured' counts what the engine allocates; 'paper' is eq. 6-7, with 30 % for buffers."),
+    ] = "measured",
+    runtime: Annotated[
+        str | None,
+        typer.Option("--runtime", metavar="SIZE", help="Run-time buffers that were measured. Default: a formula's estimate."),
+    ] = None,
+    graphs: Annotated[
+        str | None, typer.Option("--graphs", metavar="SIZE", help="Memory set aside for CUDA graphs. Default: none.")
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option("--max-num-batched-tokens", help="Tokens of one engine step, for the estimate of run-time buffers.")
+    ] = 1024,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(
+            "--bandwidth",
+            metavar="RATE|measure",
+            help="Bandwidth of GPU memory, such as 3.3TB/s, for step times; 'measure' measures both on this machine.",
+        ),
+    ] = None,
+    host_bandwidth: Annotated[
+        str | None, typer.Option("--host-bandwidth", metavar="RATE", help="Bandwidth from host to GPU, such as 50GB/s.")
+    ] = None,
+    overlap: Annotated[
+        float, typer.Option("--overlap", help="Share of the selected entries that the last step selected too, for step times.")
+    ] = 0.85,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="F.png", help="Draw memory by part and resident layers against length.")
+    ] = None,
+    list_presets: Annotated[bool, typer.Option("--list-presets", help="Print the presets and end.")] = False,
+) -> None:
+    """Plan memory: which contexts fit, with how many layers' KV on the GPU, and how fast a step can be.
+
+    Sizes are written as 24GiB or 4096MiB (powers of two) or as 24GB (powers of ten), bandwidths as 3.3TB/s.
+    """
+    if list_presets:
+        from specontext.cli.plan_report import print_presets
+
+        print_presets(as_json=as_json)
+        return
+    if model is None:
+        raise UsageError("name a model: a directory with a config.json, 'nano', a Hub id, or a preset (--list-presets)")
+    if gpu_memory is None:
+        raise UsageError("give the GPU's memory: --gpu-memory 24GiB, for example")
+    device_bytes = _memory("--gpu-memory", gpu_memory)
+    host_bytes = None if host_memory is None else _memory("--host-memory", host_memory)
+    _check(requests=requests, max_num_batched_tokens=max_num_batched_tokens, overlap=overlap, mode=mode, dtype=dtype)
+    only_measured = {"--slots": slots, "--runtime": runtime, "--graphs": graphs}
+    if mode == "paper":
+        named = [name for name, value in only_measured.items() if value is not None]
+        if named or dtype == "float32":
+            what = named[0] if named else "--dtype float32"
+            raise UsageError(f"{what} has no meaning in mode paper, whose formulas fix it: leave it out or take --mode measured")
+    if plot is not None:
+        from specontext.cli.plan_plot import check_plot
+
+        check_plot(plot)
+    speed = _speed(bandwidth, host_bandwidth)
+    if max_model_len is not None and max_model_len < 1:
+        raise UsageError(f"--max-model-len must be at least 1, got {max_model_len}")
+    facts = find_facts(model, dtype, retrieval_head)
+    planned = make_plan(
+        facts,
+        mode=mode,
+        gpu_memory=device_bytes,
+        host_memory=host_bytes,
+        requests=requests,
+        budget=budget,
+        slots=slots,
+        max_model_len=max_model_len,
+        runtime=None if runtime is None else parse_size(runtime),
+        graphs=0 if graphs is None else parse_size(graphs),
+        max_batched_tokens=max_num_batched_tokens,
+        speed=speed,
+        overlap=overlap,
+    )
+    if plot is not None:
+        from specontext.cli.plan_plot import draw
+
+        draw(planned, plot)
+    if as_json:
+        print(json.dumps(as_object(planned)))
+        return
+    from specontext.cli.plan_report import print_plan
+
+    print_plan(planned)
+    if plot is not None:
+        print(plot)
+
+
+def _memory(option: str, text: str) -> int:
+    size = parse_size(text)
+    if size < LEAST_SIZE:
+        hint = f", such as {text.strip()}GiB" if text.strip().isdigit() else ", such as 24GiB"
+        raise UsageError(f"{option} {text} is only {human_bytes(size)}: write it with its unit{hint}")
+    if size > MOST_SIZE:
+        raise UsageError(f"{option} {text} is {human_bytes(size)}, more than any machine has: check the unit, such as 24GiB")
+    return size
+
+
+def _check(*, requests: int, max_num_batched_tokens: int, overlap: float, mode: str, dtype: str) -> None:
+    if not 1 <= requests <= MOST_REQUESTS:
+        raise UsageError(f"--requests must be 1 to {MOST_REQUESTS:,}, got {requests}")
+    if max_num_batched_tokens < 1:
+        raise UsageError(f"--max-num-batched-tokens must be at least 1, got {max_num_batched_tokens}")
+    if not 0 <= overlap <= 1:
+        raise UsageError(f"--overlap must be a share from 0 to 1, got {overlap:g}")
+    if mode not in MODES:
+        raise UsageError(f"unknown mode '{mode}': choose one of {', '.join(MODES)}")
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype '{dtype}': choose one of {', '.join(DTYPES)}")
+
+
+def _speed(bandwidth: str | None, host_bandwidth: str | None) -> Bandwidths | None:
+    """Bandwidths from the options, measured here where that was asked for."""
+    if bandwidth is None and host_bandwidth is None:
+        return None
+    from specontext.memory.speed import Bandwidths, measure_bandwidths
+
+    if bandwidth != "measure":
+        if bandwidth is None or host_bandwidth is None:
+            missing = "--bandwidth 3.3TB/s" if bandwidth is None else "--host-bandwidth 50GB/s"
+            raise UsageError(f"step times need both bandwidths: give {missing} too, for example, or --bandwidth measure")
+        return Bandwidths(parse_bandwidth(bandwidth), parse_bandwidth(host_bandwidth))
+    given = None if host_bandwidth is None else parse_bandwidth(host_bandwidth)
+    import torch
+
+    found = measure_bandwidths(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return found if given is None else Bandwidths(found.device, given)

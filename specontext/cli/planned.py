@@ -1,0 +1,247 @@
+"""From the options of `specontext plan` to a plan, and what its `--json` says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specontext.cli.terminal import quiet_libraries
+from specontext.config import DEFAULT_BUDGET, ConfigError, SpeContextConfig
+from specontext.core import ModelShape
+from specontext.locations import ModelError, resolve_model_path
+
+if TYPE_CHECKING:
+    import torch
+
+    from specontext.memory.facts import HeadFacts, ModelFacts
+    from specontext.memory.model import RunSettings
+    from specontext.memory.planner import MemoryPlan
+    from specontext.memory.speed import Bandwidths
+
+ROWS = 8  # lengths that are shown
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan with what it was made of.
+
+    Attributes:
+        runtime_source: where the bytes of run-time buffers come from, in words.
+        speed: bandwidths for the expected step time, None for none.
+        overlap: share of the selected entries that the step before selected too.
+    """
+
+    plan: MemoryPlan
+    run: RunSettings
+    runtime_source: str
+    graphs: int
+    speed: Bandwidths | None
+    overlap: float
+
+    @property
+    def facts(self) -> ModelFacts:
+        return self.plan.facts
+
+
+def find_facts(name: str, dtype: str, retrieval_head: str | None) -> ModelFacts:
+    """Sizes of a model and its head: from a preset where the name is one's and no directory's, else from its config.
+
+    Raises:
+        ModelError: there is none, or it has no KV heads or attention that the engine does not compute.
+        HeadError: the named head is none, or was made for another model.
+    """
+    from specontext.memory.presets import did_you_mean, find_preset
+
+    format_ = None if dtype == "auto" else _dtype(dtype)
+    preset = find_preset(name) if not Path(name).is_dir() else None
+    if preset is not None:
+        shape = preset.shape(format_)
+        return preset.facts(format_, None if retrieval_head is None else _head(retrieval_head, shape, retrieval_head))
+    try:
+        source = resolve_model_path(name)
+    except ModelError as error:
+        alike = did_you_mean(name) or ", and no such preset (--list-presets)"
+        raise ModelError(f"{error}{alike}") from error
+    quiet_libraries()
+    from specontext.memory.facts import check_heads, facts_of_config, read_config
+    from specontext.models.loading import check_supported
+
+    try:
+        config = read_config(source)
+    except ModelError as error:
+        raise ModelError(f"{error}{did_you_mean(name)}") from error
+    check_supported(config)
+    from specontext.retrieval.checkpoint import OWN_HEAD
+
+    head = None
+    own = Path(source) / OWN_HEAD
+    named = retrieval_head or (str(own) if own.is_dir() else None)
+    if named is not None:
+        shape = ModelShape.from_config(config, format_)
+        check_heads(shape, getattr(config, "num_key_value_heads", None))
+        head = _head(named, shape, "the model's own" if retrieval_head is None else named)
+    return facts_of_config(name, config, dtype=format_, head=head)
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def _head(source: str, shape: ModelShape, described: str) -> HeadFacts:
+    """Facts of a head directory, checked against the model."""
+    from specontext.memory.facts import HeadFacts
+    from specontext.retrieval.checkpoint import read_config
+    from specontext.retrieval.head import head_parameters
+
+    config = read_config(source)
+    config.check_target(shape, need_map=False)
+    width = config.target_hidden_size * len(config.feature_layers)
+    sizes = (head_parameters(config), config.heads, config.kv_heads, config.head_dim, width)
+    return HeadFacts(*sizes, recommended_budget=config.recommended_budget, source=described)
+
+
+def make_plan(
+    facts: ModelFacts,
+    *,
+    mode: str,
+    gpu_memory: int,
+    host_memory: int | None,
+    requests: int,
+    budget: int | None,
+    slots: int | None,
+    max_model_len: int | None,
+    runtime: int | None,
+    graphs: int,
+    max_batched_tokens: int,
+    speed: Bandwidths | None = None,
+    overlap: float = 0.85,
+) -> Planned:
+    """The plan for a model; settings that are None are filled in as the engine does.
+
+    Raises:
+        ConfigError: settings that contradict each other or the model.
+        MemoryPlanError: the weights alone are too large.
+    """
+    from specontext.memory.model import RunSettings, estimate_runtime, measured_model, paper_model
+    from specontext.memory.planner import MemoryPlan
+
+    shape = facts.shape
+    if max_model_len is not None and max_model_len > shape.max_position:
+        raise ConfigError(f"max_model_len {max_model_len} exceeds the model's maximum of {shape.max_position} tokens")
+    length = max_model_len or shape.max_position
+    chosen = budget if budget is not None else facts.head.recommended_budget or DEFAULT_BUDGET
+    settings = SpeContextConfig(budget=chosen, slots=slots)
+    if chosen > length:
+        raise ConfigError(
+            f"budget {chosen} exceeds the longest context of {length} tokens, so nothing would be left out: lower --budget"
+            + (" or raise --max-model-len" if length < shape.max_position else "")
+        )
+    run = RunSettings(
+        requests=requests,
+        max_tokens=length,
+        budget=chosen,
+        slots=slots or chosen,
+        sink=settings.sink,
+        recent=settings.recent,
+        granularity=settings.granularity,
+        max_batched_tokens=max_batched_tokens,
+    )
+    if mode == "paper":
+        model, source = paper_model(facts, budget=chosen), "30 % of model and head"
+    else:
+        source = "estimate by formula" if runtime is None else "given"
+        buffers = estimate_runtime(facts, run) if runtime is None else runtime
+        model = measured_model(facts, run, runtime=buffers, graphs=graphs)
+    plan = MemoryPlan(facts, model, requests, gpu_memory, host_memory, length)
+    plan.check_weights()
+    return Planned(plan, run, source, graphs, speed, overlap)
+
+
+def shown_lengths(plan: MemoryPlan) -> list[int]:
+    """Lengths to show: powers of two up to the longest context that is asked for, and that context."""
+    top = plan.max_model_len
+    powers = [1 << bit for bit in range(top.bit_length()) if 1 << bit < top]
+    return [*powers[-(ROWS - 1) :], top]
+
+
+def row_at(planned: Planned, length: int) -> dict[str, Any]:
+    """What a context length means: layers, bytes and the expected step; None where it does not fit."""
+    plan = planned.plan
+    offloaded = plan.offloaded_at(length)
+    row: dict[str, Any] = {"length": length, "fits": offloaded is not None}
+    keys = ("resident_layers", "offloaded_layers", "device_bytes", "host_bytes", "step_s", "tokens_per_s", "step_limited_by")
+    row |= dict.fromkeys(keys)
+    if offloaded is None:
+        return row
+    row |= {"resident_layers": plan.layers - offloaded, "offloaded_layers": offloaded}
+    row["device_bytes"] = plan.model.device(length, plan.requests, offloaded)
+    row["host_bytes"] = plan.model.host(length, plan.requests, offloaded)
+    if planned.speed is not None:
+        from specontext.memory.speed import decode_floor
+
+        floor = decode_floor(
+            planned.facts,
+            planned.speed,
+            length=length,
+            requests=plan.requests,
+            offloaded=offloaded,
+            budget=planned.run.budget,
+            overlap=planned.overlap,
+        )
+        row |= {"step_s": floor.seconds, "tokens_per_s": plan.requests / floor.seconds}
+        row["step_limited_by"] = "host_bandwidth" if floor.loads_limit else "bandwidth"
+    return row
+
+
+def as_object(planned: Planned) -> dict[str, Any]:
+    """What `--json` prints."""
+    plan, facts, run = planned.plan, planned.facts, planned.run
+    parts = plan.bytes_at(plan.max_len)
+    offloaded = plan.offloaded_at(plan.max_len)
+    speed = planned.speed
+    return {
+        "model": facts.name,
+        "mode": plan.model.mode,
+        "thresholds": list(plan.thresholds),
+        "bytes": parts,
+        "bytes_at": {"length": plan.max_len, "offloaded_layers": plan.layers if offloaded is None else offloaded},
+        "device_bytes": sum(parts.values()) - parts["kv_host"],
+        "host_bytes": parts["kv_host"],
+        "max_len_resident": plan.max_len_resident,
+        "max_len_device": plan.max_len_device,
+        "max_len_offloaded": plan.max_len_offloaded,
+        "max_len": plan.max_len,
+        "limited_by": plan.limited_by,
+        "lengths": [row_at(planned, length) for length in shown_lengths(plan)],
+        "inputs": {
+            "gpu_memory": plan.gpu_memory,
+            "host_memory": plan.host_memory,
+            "requests": plan.requests,
+            "budget": run.budget,
+            "slots": run.slots,
+            "sink": run.sink,
+            "recent": run.recent,
+            "granularity": run.granularity,
+            "page_size": plan.model.kv.page_size,
+            "max_model_len": plan.max_model_len,
+            "max_num_batched_tokens": run.max_batched_tokens,
+            "dtype": str(facts.shape.dtype).removeprefix("torch."),
+            "runtime": planned.runtime_source,
+            "graphs": planned.graphs,
+            "bandwidth": None if speed is None else speed.device,
+            "host_bandwidth": None if speed is None else speed.host,
+            "overlap": planned.overlap,
+            "model_parameters": facts.parameters,
+            "retrieval_head_parameters": facts.head.parameters,
+            "retrieval_head": facts.head.source,
+            "layers": facts.shape.layers,
+            "query_heads": facts.shape.query_heads,
+            "kv_heads": facts.shape.kv_heads,
+            "head_dim": facts.shape.head_dim,
+            "kv_bytes_per_token": facts.kv_bytes_per_token,
+        },
+    }

@@ -1,0 +1,175 @@
+"""What a memory plan must know of a model and of its retrieval head; no weights are read for it.
+
+`weight_bytes` and `kv_bytes_per_token` are the numbers that planner, benchmarks and logs share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from specontext.core import ModelShape
+from specontext.locations import ModelError
+
+if TYPE_CHECKING:  # takes seconds to import, and only annotations here need them
+    import torch
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class HeadFacts:
+    """Size of a retrieval head.
+
+    Attributes:
+        parameters: numbers in its projections and norms; the embedding table is the model's.
+        heads, kv_heads, head_dim: its own query heads, groups and width, which its key cache and scores have.
+        feature_width: numbers of the features that it keeps of each request's last token; 0 for an embedding-only head.
+        recommended_budget: what its config recommends, None if nothing.
+        source: where these facts come from, in words.
+    """
+
+    parameters: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    feature_width: int
+    recommended_budget: int | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Size of a decoder.
+
+    Attributes:
+        parameters: all of them, a table that embedding and output share counted once.
+        lookup_parameters: those of them that a decode step does not read: an embedding table of its own, of which it reads a
+            row for each request.
+        intermediate_size: width of the feed-forward layers.
+    """
+
+    name: str
+    shape: ModelShape
+    parameters: int
+    lookup_parameters: int
+    intermediate_size: int
+    head: HeadFacts
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as they are loaded."""
+        return weight_bytes(self.parameters, self.shape.dtype)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the retrieval head, which is loaded in the model's number format."""
+        return weight_bytes(self.head.parameters, self.shape.dtype)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of K and V of one token, all layers and KV heads."""
+        return self.shape.kv_bytes_per_token
+
+    @property
+    def key_bytes_per_token(self) -> int:
+        """Bytes of the retrieval head's keys of one token."""
+        return self.head.kv_heads * self.head.head_dim * self.shape.dtype.itemsize
+
+
+def weight_bytes(parameters: int, dtype: torch.dtype) -> int:
+    """Bytes of so many parameters in a number format."""
+    return parameters * dtype.itemsize
+
+
+def eagle3_head(shape: ModelShape) -> HeadFacts:
+    """The head that is pruned from an EAGLE-3 draft whose layer has the model's own width and heads.
+
+    Query and key projections of [embedding, fused features], two norms, and the fusion of three feature layers:
+    2H (Hq + Hkv) D + 2H + 3H^2 parameters for hidden size H.
+    """
+    width, heads = shape.hidden_size, shape.query_heads + shape.kv_heads
+    return HeadFacts(
+        parameters=2 * width * heads * shape.head_dim + 2 * width + 3 * width * width,
+        heads=shape.query_heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        feature_width=3 * width,
+        source="size of a head pruned from an EAGLE-3 draft of this model",
+    )
+
+
+def read_config(source: Any) -> PreTrainedConfig:
+    """The config of a checkpoint directory or Hub id.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"cannot read the config of the model {source}: {_first_line(error)}") from error
+    return config
+
+
+def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
+    """`parameters` and `lookup_parameters` of `ModelFacts`, from modules without memory.
+
+    Raises:
+        ModelError: transformers has no decoder for this config.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError, ImportError) as error:
+        raise ModelError(f"cannot build a decoder from this config: {_first_line(error)}") from error
+    model.tie_weights()
+    table, output = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = output is not None and output.weight is table.weight
+    return sum(p.numel() for p in model.parameters()), 0 if tied else table.weight.numel()
+
+
+def facts_of_config(
+    name: str, config: PreTrainedConfig, *, dtype: torch.dtype | None = None, head: HeadFacts | None = None
+) -> ModelFacts:
+    """Facts of a model that has a Hugging Face config.
+
+    Args:
+        dtype: None takes the config's own.
+        head: None supposes the head of an EAGLE-3 draft.
+
+    Raises:
+        ModelError: not a decoder with KV heads.
+    """
+    try:
+        shape = ModelShape.from_config(config, dtype)
+    except (AttributeError, TypeError, ZeroDivisionError) as error:
+        kind = type(config).__name__
+        raise ModelError(f"{kind} does not describe a decoder with KV heads, so there is no KV to plan: {error}") from error
+    check_heads(shape, getattr(config, "num_key_value_heads", None))
+    parameters, lookup = count_parameters(config)
+    intermediate = getattr(config, "intermediate_size", None) or 4 * shape.hidden_size
+    return ModelFacts(name, shape, parameters, lookup, int(intermediate), head or eagle3_head(shape))
+
+
+def check_heads(shape: ModelShape, kv_heads: int | None = None) -> None:
+    """Raises ModelError for numbers that no attention has.
+
+    Args:
+        kv_heads: what the config says; None where it says nothing, which means one for each query head.
+    """
+    if kv_heads is not None and kv_heads < 1:
+        raise ModelError(f"the model has {kv_heads} KV heads, so there is no KV to plan: num_key_value_heads must be at least 1")
+    wrong = [n for n in ("layers", "hidden_size", "query_heads", "head_dim", "max_position") if getattr(shape, n) < 1]
+    if wrong:
+        raise ModelError(f"the model's config is broken: {wrong[0]} is {getattr(shape, wrong[0])}")
+    if shape.query_heads % shape.kv_heads:
+        raise ModelError(f"the model's config is broken: {shape.query_heads} query heads over {shape.kv_heads} KV heads")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,255 @@
+"""How many bytes a model, its retrieval head and the KV of some requests take: eq. 6-7 of the paper, and what is allocated.
+
+Both modes say the same thing with other numbers:
+
+    GPU memory = fixed parts + tokens * [(L - i) * resident + common] + requests * slots of i layers          i layers offloaded
+
+with tokens summed over the requests, so `KVCost` holds the coefficients and everything else (thresholds, run-time policy,
+plots) works on it. Mode `paper` counts whole numbers as eq. 7 does; mode `measured` counts pages, tables and workspace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from specontext.memory.facts import ModelFacts
+
+MODES = ("measured", "paper")
+FLOAT16 = 2  # bytes; eq. 6-7 count models and KV in 2-byte floats, whatever they are loaded in
+MIB = 1 << 20
+PREFILL_TILE = 16384  # stored tokens that a prompt chunk reads at once on a GPU
+LIBRARIES = 64 * MIB  # workspaces of matrix products
+COUNTERS = 10  # of the statistics of a request
+SAMPLER = 96 * MIB  # float64 scores and ranks of one chunk of logits
+
+
+@dataclass(frozen=True)
+class KVCost:
+    """Bytes of the KV of some requests as functions of their tokens and of the number of offloaded layers.
+
+    Tokens are summed over the requests, each counted in whole pages.
+
+    Attributes:
+        layers: L.
+        resident_token: bytes that a token takes on the device in each resident layer, and on the host in each offloaded one.
+        common_token: bytes that a token takes on the device in any case: the retrieval head's keys.
+        layer_slots: bytes of the device slots of one request in one offloaded layer.
+        page_size: tokens of a page.
+        spare_layers: layers beside the offloaded ones whose slots are kept free, so that a layer can be moved while requests run.
+        host_fixed: bytes on the host as soon as a layer is offloaded.
+    """
+
+    layers: int
+    resident_token: int
+    common_token: int
+    layer_slots: int
+    page_size: int = 1
+    spare_layers: int = 0
+    host_fixed: int = 0
+
+    def __post_init__(self) -> None:
+        assert min(self.layers, self.resident_token, self.page_size) > 0
+        assert min(self.common_token, self.layer_slots, self.spare_layers, self.host_fixed) >= 0
+
+    def slot_layers(self, offloaded: int) -> int:
+        """Layers whose slots are set aside on the device."""
+        return min(offloaded + self.spare_layers, self.layers)
+
+    def slots(self, requests: int, offloaded: int) -> int:
+        """Device bytes of the slots of all requests."""
+        return requests * self.layer_slots * self.slot_layers(offloaded)
+
+    def device(self, tokens: int, requests: int, offloaded: int) -> int:
+        """Bytes on the device; while one layer moves between `offloaded` and the next number, no more than this is held."""
+        return tokens * self.token(offloaded) + self.slots(requests, offloaded)
+
+    def host(self, tokens: int, offloaded: int) -> int:
+        """Bytes on the host."""
+        return self.host_fixed + tokens * offloaded * self.resident_token if offloaded else 0
+
+    def token(self, offloaded: int) -> int:
+        """Device bytes of one more token."""
+        return (self.layers - offloaded) * self.resident_token + self.common_token
+
+    def whole_pages(self, length: int) -> int:
+        """Tokens of the pages that a request of this length holds."""
+        return -(-length // self.page_size) * self.page_size
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """All bytes of a planned engine.
+
+    Attributes:
+        fixed: bytes by part that do not depend on the tokens: at least `weights`, `retrieval_head` and `runtime`.
+        kv: bytes that do.
+        merged: whether keys and slots are counted in `kv_device`, as eq. 6-7 do, or are parts of their own.
+    """
+
+    mode: str
+    fixed: Mapping[str, int]
+    kv: KVCost
+    merged: bool = False
+
+    @property
+    def fixed_bytes(self) -> int:
+        return sum(self.fixed.values())
+
+    def by_part(self, length: int, requests: int, offloaded: int) -> dict[str, int]:
+        """Bytes by part for `requests` requests of `length` tokens; all but `kv_host` are on the device."""
+        tokens, kv = requests * self.kv.whole_pages(length), self.kv
+        if self.merged:
+            parts = {"kv_device": kv.device(tokens, requests, offloaded)}
+        else:
+            parts = {
+                "keys": tokens * kv.common_token,
+                "slots": kv.slots(requests, offloaded),
+                "kv_device": tokens * (kv.layers - offloaded) * kv.resident_token,
+            }
+        return {**self.fixed, **parts, "kv_host": kv.host(tokens, offloaded)}
+
+    def device(self, length: int, requests: int, offloaded: int) -> int:
+        """Bytes on the device for requests of equal length."""
+        return self.fixed_bytes + self.kv.device(requests * self.kv.whole_pages(length), requests, offloaded)
+
+    def host(self, length: int, requests: int, offloaded: int) -> int:
+        """Bytes on the host for requests of equal length."""
+        return self.kv.host(requests * self.kv.whole_pages(length), offloaded)
+
+
+# Mode paper -----------------------------------------------------------------------------------------------------------
+
+
+def paper_model(facts: ModelFacts, *, budget: int) -> MemoryModel:
+    """Eq. 6-7 with the factor 4 that Algorithm 1's printed i B R H D term lacks.
+
+        M_part = 1.3 (M_O + M_D) + 4 R [(L_GPU + 1 + alpha) S + L_CPU B] H D
+
+    M_O and M_D are all parameters of the model and of the pruned retrieval head in 2-byte floats, H the KV heads, alpha the
+    query heads of one KV head. The product with 1.3 is rounded up to whole bytes, which changes no threshold.
+    """
+    shape = facts.shape
+    model, head = FLOAT16 * facts.parameters, FLOAT16 * facts.head.parameters
+    buffers = -(-3 * (model + head) // 10)
+    entry = 4 * shape.kv_heads * shape.head_dim  # bytes: K and V of a token in one layer
+    kv = KVCost(
+        layers=shape.layers,
+        resident_token=entry,
+        common_token=entry * (1 + shape.query_heads // shape.kv_heads),
+        layer_slots=entry * budget,
+    )
+    return MemoryModel("paper", {"weights": model, "retrieval_head": head, "runtime": buffers}, kv, merged=True)
+
+
+# Mode measured --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of an engine that decide what it allocates; meanings as in `SpeContextConfig` and `EngineConfig`.
+
+    Attributes:
+        requests: requests at the same time, R; tables have a row for each.
+        max_tokens: longest context; tables and score workspace are made for it.
+    """
+
+    requests: int
+    max_tokens: int
+    budget: int
+    slots: int
+    sink: int = 4
+    recent: int = 16
+    granularity: str = "head"
+    page_size: int = 16
+    max_batched_tokens: int = 1024
+
+
+def measured_model(
+    facts: ModelFacts, run: RunSettings, *, runtime: int | None = None, graphs: int = 0, spare_layers: int = 1
+) -> MemoryModel:
+    """What the engine allocates, part by part.
+
+    Args:
+        runtime: bytes of activations and library workspaces that a profiling pass found; None takes `estimate_runtime`.
+        graphs: bytes set aside for captured CUDA graphs.
+        spare_layers: see `KVCost`; 1 for an engine that moves layers while it runs, 0 for fixed residency.
+    """
+    shape = facts.shape
+    entry = shape.kv_heads * shape.row_bytes
+    page = run.page_size * entry
+    fixed = {
+        "weights": facts.weight_bytes,
+        "retrieval_head": facts.head_bytes,
+        "runtime": estimate_runtime(facts, run) if runtime is None else runtime,
+        "graphs": graphs,
+        "tables": table_bytes(facts, run) + page + 2 * run.page_size * facts.key_bytes_per_token,  # pages that nobody holds
+        "workspace": workspace_bytes(facts, run),
+    }
+    kv = KVCost(
+        layers=shape.layers,
+        resident_token=entry,
+        common_token=facts.key_bytes_per_token,
+        layer_slots=-(-run.slots // run.page_size) * page,
+        page_size=run.page_size,
+        spare_layers=spare_layers,
+        host_fixed=page,
+    )
+    return MemoryModel("measured", fixed, kv)
+
+
+def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
+    """Bytes of the tables that have a row for each seat, and one for the padding of a batch.
+
+    Pages of tokens and slots in both tiers and of the keys, the slot tables with their inverse, the last selection and the
+    counters of the statistics, and the last feature of each request.
+    """
+    shape, groups = facts.shape, _groups(facts, run)
+    width = -(-run.max_tokens // run.page_size)
+    pages = 8 * (shape.layers * (2 * width + -(-run.slots // run.page_size)) + width)  # int64
+    hot = run.slots - run.sink - run.recent
+    slots = 4 * groups * (2 * hot + run.max_tokens)  # int32: token of a slot, its last use, slot of a token
+    statistics = 4 * groups * run.budget + 8 * COUNTERS  # int32, float64
+    feature = facts.head.feature_width * shape.dtype.itemsize
+    return (run.requests + 1) * (pages + slots + statistics + feature)
+
+
+def workspace_bytes(facts: ModelFacts, run: RunSettings) -> int:
+    """Bytes that selecting and loading write in a step, for requests as long as they may be.
+
+    Logits of the head's query heads and scores of its groups, float32 for every position; the counts of top-k; and for every
+    place of the budget the selection, the load plan and the rows of a layer.
+    """
+    head, groups = facts.head, _groups(facts, run)
+    position = 4 * (head.heads + head.kv_heads)
+    counts = 4 * head.kv_heads * (1024 + 129 * min(256, -(-run.max_tokens // 1024)))
+    place = 26 * groups + 40 * facts.shape.kv_heads
+    return run.requests * (run.max_tokens * position + counts + run.budget * place + 8 * groups * run.slots)
+
+
+def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
+    """Bytes of activations and library workspaces, where no profiling pass has measured them.
+
+    For a step of T tokens, all at once (which errs on the large side): four hidden states, features and their copy, q, k, v
+    before and after RoPE, three feed-forward activations, two float32 attention outputs, two tiles of stored KV, logits with a
+    float32 copy, the sampler's chunk, and the workspaces of matrix products. The CUDA context is no part of it.
+    """
+    shape, size = facts.shape, facts.shape.dtype.itemsize
+    heads = shape.query_heads * shape.head_dim
+    token = size * (
+        4 * shape.hidden_size
+        + 2 * facts.head.feature_width
+        + 2 * (heads + 2 * shape.kv_heads * shape.head_dim)
+        + 3 * facts.intermediate_size
+    )
+    token += 2 * 4 * heads
+    tiles = 2 * min(PREFILL_TILE, run.max_tokens) * shape.kv_heads * shape.row_bytes
+    logits = run.requests * shape.vocab_size * (size + 4)
+    sampler = min(SAMPLER, 24 * run.requests * shape.vocab_size)
+    steps = min(run.max_batched_tokens, run.requests * run.max_tokens)
+    return steps * token + tiles + logits + sampler + LIBRARIES
+
+
+def _groups(facts: ModelFacts, run: RunSettings) -> int:
+    """Token sets of a selection."""
+    return facts.head.kv_heads if run.granularity == "head" else 1

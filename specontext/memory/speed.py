@@ -1,0 +1,100 @@
+"""How fast a decode step can be: the bytes that it must move over the bandwidths. A floor, not a measurement."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from specontext.memory.facts import ModelFacts
+
+if TYPE_CHECKING:  # takes seconds to import, and only annotations here need it
+    import torch
+
+
+@dataclass(frozen=True)
+class Bandwidths:
+    """Bytes a second.
+
+    Attributes:
+        device: reading device memory.
+        host: from host to device.
+    """
+
+    device: float
+    host: float
+
+
+@dataclass(frozen=True)
+class StepFloor:
+    """Least time of one decode step.
+
+    Attributes:
+        device_bytes, host_bytes: bytes moved in device memory, and from the host.
+        seconds: the longer of the two, since loads run beside the model.
+    """
+
+    device_bytes: int
+    host_bytes: int
+    seconds: float
+    loads_limit: bool
+
+
+def floor_seconds(count: float, bandwidth: float) -> float:
+    """Least time to move so many bytes."""
+    return count / bandwidth
+
+
+def decode_floor(
+    facts: ModelFacts, speed: Bandwidths, *, length: int, requests: int, offloaded: int, budget: int, overlap: float
+) -> StepFloor:
+    """The floor of a decode step of `requests` requests of `length` tokens.
+
+    On the device: weights and retrieval head once (of an embedding table of its own only some rows are read), the head's keys of
+    all tokens, the selected rows of all layers, and the loaded rows, which are written into their slots. From the host: of the
+    selected rows of offloaded layers those that the last step did not select.
+
+    Args:
+        overlap: share of the selected entries that the last step selected too.
+    """
+    shape = facts.shape
+    item = shape.dtype.itemsize
+    selected = requests * min(budget, length) * shape.kv_heads * shape.row_bytes  # one layer
+    loaded = round(selected * offloaded * (1 - overlap)) if length > budget else 0
+    weights = (facts.parameters - facts.lookup_parameters) * item + facts.head_bytes
+    keys = requests * length * facts.key_bytes_per_token
+    device = weights + keys + selected * shape.layers + loaded
+    compute, loads = floor_seconds(device, speed.device), floor_seconds(loaded, speed.host)
+    return StepFloor(device, loaded, max(compute, loads), loads > compute)
+
+
+def measure_bandwidths(device: torch.device, size: int = 1 << 28) -> Bandwidths:
+    """The bandwidths of this machine: the best of five sums over `size` bytes, and of five copies of them from the host.
+
+    On a CPU both tiers are the same memory, and the second is that of a copy.
+    """
+    import torch
+
+    block = torch.ones(max(size // 4, 1), dtype=torch.float32, device=device)
+    source = torch.ones(block.shape, dtype=torch.float32, pin_memory=device.type == "cuda")
+
+    def seconds(work: Callable[[], object]) -> float:
+        best = float("inf")
+        for _ in range(5):
+            _wait(device)
+            began = time.perf_counter()
+            work()
+            _wait(device)
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    count = block.numel() * 4
+    return Bandwidths(count / seconds(block.sum), count / seconds(lambda: block.copy_(source, non_blocking=True)))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)

@@ -1,0 +1,215 @@
+"""`specontext plan`: Algorithm 1 from the command line, for presets and checkpoints, and errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from fractions import Fraction
+from math import floor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specontext.cli.options import parse_bandwidth, parse_size
+from specontext.cli.terminal import UsageError
+
+Fails = Callable[..., str]
+GIB = 1 << 30
+LLAMA = ["llama-3.1-8b", "--gpu-memory", "24GiB"]
+RATES = ["--bandwidth", "1TB/s", "--host-bandwidth", "25GB/s"]
+PARTS = {"weights", "retrieval_head", "runtime", "kv_device", "kv_host"}
+
+
+def algorithm_1(memory: int, parameters: int, requests: int, budget: int, sizes: tuple[int, int, int, int]) -> list[int]:
+    layers, query, heads, dim = sizes
+    room, alpha = memory - Fraction(13, 10) * 2 * parameters, query // heads
+    entry = 4 * requests * heads * dim
+    return [max(-1, floor((room - i * budget * entry) / (entry * (layers + 1 + alpha - i)))) for i in range(layers + 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "requests", "parameters", "sizes"),
+    [
+        ("llama-3.1-8b", 80, 32, 8_030_261_248 + 92_282_880, (32, 32, 8, 128)),
+        ("qwen3-8b", 80, 16, 8_190_735_360 + 92_282_880, (36, 32, 8, 128)),
+        ("llama-3.2-1b", 4, 1, 1_235_814_400 + 23_072_768, (16, 32, 8, 64)),
+    ],
+)
+def test_paper_is_algorithm_1(run: Any, name: str, memory: int, requests: int, parameters: int, sizes: Any) -> None:
+    words = ["plan", name, "--gpu-memory", f"{memory}GiB", "--requests", requests, "--budget", 2048, "--mode", "paper", "--json"]
+    found = run(*words).json
+    expected = algorithm_1(memory * GIB, parameters, requests, 2048, sizes)
+    assert found["thresholds"] == expected
+    assert found["max_len_resident"] == expected[0]
+    assert found["max_len_offloaded"] == max(expected)
+    assert set(found["bytes"]) == PARTS
+    assert found["bytes"]["weights"] + found["bytes"]["retrieval_head"] == 2 * parameters
+    assert sum(found["bytes"].values()) - found["host_bytes"] == found["device_bytes"] <= memory * GIB
+    assert found["host_bytes"] == found["bytes"]["kv_host"]
+
+
+def test_measured_is_the_default_and_names_more_parts(run: Any) -> None:
+    found = run("plan", *LLAMA, "--requests", 4, "--json").json
+    assert found["mode"] == "measured" and len(found["thresholds"]) == 33
+    assert set(found["bytes"]) == PARTS | {"graphs", "tables", "workspace", "keys", "slots"}
+    assert found["bytes"]["weights"] == 16_060_522_496
+    assert found["inputs"]["budget"] == found["inputs"]["slots"] == 2048
+    assert found["max_len"] == found["inputs"]["max_model_len"] == 131072 and found["limited_by"] == "model"
+    assert sum(found["bytes"].values()) - found["host_bytes"] <= 24 * GIB
+    more = run("plan", *LLAMA, "--requests", 4, "--slots", 4096, "--runtime", "1GiB", "--graphs", "256MiB", "--json").json
+    assert more["bytes"]["runtime"] == GIB and more["bytes"]["graphs"] == GIB // 4
+    assert more["thresholds"][0] < found["thresholds"][0]
+    shorter = run("plan", *LLAMA, "--requests", 4, "--max-model-len", 8192, "--json").json
+    assert shorter["max_len"] == 8192 and shorter["bytes"]["tables"] < found["bytes"]["tables"]
+
+
+def test_lengths_show_fewer_and_fewer_layers_on_the_gpu_and_the_expected_step(run: Any) -> None:
+    found = run("plan", *LLAMA, "--requests", 4, *RATES, "--json").json
+    rows = found["lengths"]
+    assert rows[-1]["length"] == 131072 and all(row["fits"] for row in rows)
+    layers = [row["resident_layers"] for row in rows]
+    assert layers == sorted(layers, reverse=True) and layers[0] == 32 > layers[-1]
+    last = rows[-1]
+    assert last["device_bytes"] <= 24 * GIB
+    selected = 4 * 2048 * 8 * 512
+    read = 2 * (8_030_261_248 - 128256 * 4096 + 92_282_880) + 4 * 131072 * 2048 + 32 * selected
+    loaded = round(0.15 * selected * last["offloaded_layers"])
+    assert last["step_s"] == pytest.approx(max((read + loaded) / 1e12, loaded / 25e9))
+    assert last["tokens_per_s"] == pytest.approx(4 / last["step_s"])
+    slow = run("plan", *LLAMA, "--requests", 4, "--bandwidth", "1TB/s", "--host-bandwidth", "1GB/s", "--json").json
+    assert slow["lengths"][-1]["step_limited_by"] == "host_bandwidth"
+
+
+def test_host_memory_limits(run: Any) -> None:
+    found = run("plan", *LLAMA, "--requests", 4, "--host-memory", "16GiB", "--json").json
+    assert found["limited_by"] == "host_memory" and found["host_bytes"] <= 16 * GIB
+    assert found["max_len_resident"] < found["max_len_offloaded"] == found["max_len"] < found["max_len_device"]
+    shown = run("plan", *LLAMA, "--requests", 4, "--host-memory", "16GiB").stdout
+    assert "too much for the host" in shown and f"{found['max_len']:,}" in shown
+
+
+def test_for_people(run: Any) -> None:
+    ran = run("plan", *LLAMA, "--requests", 4, *RATES)
+    assert ran.status == 0 and ran.stderr == ""
+    for words in ("8.03 B parameters", "Longest context", "What fits where", "Thresholds", "floors", "1 TB/s", "25 GB/s"):
+        assert words in ran.stdout
+    assert max(map(len, ran.stdout.splitlines()[4:-3])) <= 110
+    assert "--bandwidth" in run("plan", *LLAMA).stdout
+    assert "Nothing fits" in run("plan", "llama-3.1-8b", "--gpu-memory", "15.2GiB").stdout
+
+
+def test_nothing_fits_beside_the_weights(run: Any) -> None:
+    found = run("plan", "llama-3.1-8b", "--gpu-memory", "15.2GiB", "--mode", "paper", "--json").json
+    assert set(found["thresholds"]) == {-1}
+    assert found["max_len_resident"] == found["max_len_offloaded"] == found["host_bytes"] == 0
+
+
+def test_nano_and_its_own_head(run: Any) -> None:
+    found = run("plan", "nano", "--gpu-memory", "300MiB", "--requests", 2, "--json").json
+    assert found["inputs"]["budget"] == 256 and found["inputs"]["dtype"] == "float32"
+    assert found["inputs"]["retrieval_head"] == "the model's own"
+    assert found["bytes"]["weights"] == 4 * found["inputs"]["model_parameters"]
+    assert 900_000 < found["inputs"]["model_parameters"] < 1_100_000
+
+
+def test_a_directory_needs_no_more_than_a_config(run: Any, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    words = ["--gpu-memory", "300MiB", "--budget", 64, "--json"]
+    bare, whole = run("plan", tmp_path, *words).json, run("plan", tiny, *words).json
+    assert bare["inputs"]["model_parameters"] == whole["inputs"]["model_parameters"]
+    assert bare["inputs"]["retrieval_head"].startswith("size of a head pruned")
+    assert bare["inputs"]["retrieval_head_parameters"] == 2 * 64 * (4 + 2) * 24 + 2 * 64 + 3 * 64 * 64
+    named = run("plan", tmp_path, *words, "--retrieval-head", tiny / "retrieval_head").json
+    assert named["inputs"]["retrieval_head_parameters"] == whole["inputs"]["retrieval_head_parameters"]
+
+
+def test_presets_are_listed(run: Any) -> None:
+    shown = run("plan", "--list-presets")
+    assert shown.status == 0
+    names = json.loads(run("plan", "--list-presets", "--json").stdout)
+    assert {"llama-3.1-8b", "r1-distill-llama-8b", "qwen3-8b", "qwen3-0.6b", "llama-3.2-1b"} <= set(names)
+    assert all(name in shown.stdout for name in names)
+
+
+@pytest.mark.parametrize("options", [["--mode", "paper"], ["--host-memory", "16GiB"], ["--max-model-len", "4096"]])
+def test_plot(run: Any, tmp_path: Path, options: list[str]) -> None:
+    pytest.importorskip("matplotlib")
+    ran = run("plan", *LLAMA, "--requests", 4, *options, "--plot", tmp_path / "plan.png")
+    assert ran.status == 0 and ran.stdout.splitlines()[-1] == str(tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_of_nothing(run: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert run("plan", "llama-3.1-8b", "--gpu-memory", "15.2GiB", "--json", "--plot", tmp_path / "plan.png").status == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "--list-presets"),
+        (["llama-3.1-8b"], "--gpu-memory 24GiB"),
+        ([*LLAMA, "--requests", "0"], "--requests"),
+        ([*LLAMA, "--requests", "99999999"], "--requests"),
+        ([*LLAMA, "--budget", "0"], "budget"),
+        ([*LLAMA, "--budget", "4096", "--max-model-len", "2048"], "exceeds the longest context of 2048 tokens"),
+        ([*LLAMA, "--budget", "200000"], "lower --budget"),
+        ([*LLAMA, "--budget", "2048", "--slots", "64"], "slots"),
+        ([*LLAMA, "--max-model-len", "0"], "--max-model-len"),
+        ([*LLAMA, "--max-model-len", "200000"], "131072"),
+        ([*LLAMA, "--mode", "guess"], "measured, paper"),
+        ([*LLAMA, "--mode", "paper", "--slots", "4096"], "--slots has no meaning"),
+        ([*LLAMA, "--mode", "paper", "--dtype", "float32"], "--mode measured"),
+        ([*LLAMA, "--dtype", "int4"], "bfloat16"),
+        ([*LLAMA, "--host-memory", "0"], "at least one byte"),
+        ([*LLAMA, "--host-memory", "64Gb/s"], "64GiB"),
+        ([*LLAMA, "--bandwidth", "1TB/s"], "--host-bandwidth"),
+        ([*LLAMA, "--bandwidth", "fast", "--host-bandwidth", "25GB/s"], "3.3TB/s"),
+        ([*LLAMA, "--overlap", "1.5"], "--overlap"),
+        ([*LLAMA, "--plot", "plan.gif"], ".png"),
+        ([*LLAMA, "--plot", "/no/such/folder/plan.png"], "/no/such/folder"),
+        ([*LLAMA, "--retrieval-head", "nano"], "another model"),
+        (["llama-3.1-8b", "--gpu-memory", "24"], "24GiB"),
+        (["llama-3.1-8b", "--gpu-memory", "24G"], "write 24GiB"),
+        (["llama-3.1-8b", "--gpu-memory", "24TiBB"], "write 24TiB"),
+        (["llama-3.1-8b", "--gpu-memory", "99999TiB"], "check the unit"),
+        (["llama-3.1-8b", "--gpu-memory", "-1GiB"], "24GiB"),
+    ],
+)
+def test_bad_options(fails: Fails, words: list[str], says: str) -> None:
+    assert says in fails(["plan", *words])
+
+
+def test_models_that_cannot_be_planned(fails: Fails, tmp_path: Path) -> None:
+    memory = ["--gpu-memory", "24GiB"]
+    assert "did you mean llama-3.1-8b" in fails(["plan", "lama-3.1-8b", *memory], status=1)
+    assert "no such preset" in fails(["plan", "zzz", *memory], status=1)
+    assert "config.json" in fails(["plan", tmp_path, *memory], status=1)
+    config = tmp_path / "config.json"
+    config.write_text("{")
+    assert "cannot read the config" in fails(["plan", tmp_path, *memory], status=1)
+    config.write_text(json.dumps({"model_type": "mamba"}))
+    assert "without ordinary attention heads" in fails(["plan", tmp_path, *memory], status=1)
+    config.write_text(json.dumps({"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 0}))
+    assert "0 KV heads" in fails(["plan", tmp_path, *memory], status=1)
+
+
+@pytest.mark.parametrize("mode", ["paper", "measured"])
+def test_a_gpu_that_is_too_small_for_the_weights(fails: Fails, mode: str) -> None:
+    message = fails(["plan", "llama-3.3-70b", "--gpu-memory", "80GiB", "--mode", mode], status=1)
+    assert "131.42 GiB" in message and "80.00 GiB" in message and "52.07 GiB too little" in message
+
+
+def test_bandwidths() -> None:
+    assert parse_bandwidth("3.3TB/s") == 3_300_000_000_000
+    assert parse_bandwidth(" 1 GiB / s") == GIB
+    for text in ("3.3TB", "50", "50/s/s", "/s", "fast/s", "3TB/h", "0GB/s"):
+        with pytest.raises(UsageError, match="bandwidth"):
+            parse_bandwidth(text)
+
+
+@pytest.mark.parametrize(("text", "meant"), [("24G", "24GiB"), ("1.5gigs", "1.5GiB"), ("4096 MiBs", "4096MiB")])
+def test_a_misspelt_unit_is_guessed(text: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=f"write {meant}$"):
+        parse_size(text)

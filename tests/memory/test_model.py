@@ -1,0 +1,148 @@
+"""Bytes of a plan: eq. 6-7 and the engine's allocations, computed by hand beside the code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specontext.core import ModelShape
+from specontext.memory.facts import HeadFacts, ModelFacts, eagle3_head, weight_bytes
+from specontext.memory.model import (
+    RunSettings,
+    estimate_runtime,
+    measured_model,
+    paper_model,
+    table_bytes,
+    workspace_bytes,
+)
+from specontext.memory.presets import PRESETS
+from specontext.memory.speed import Bandwidths, decode_floor, floor_seconds, measure_bandwidths
+
+SHAPE = ModelShape(
+    layers=4, hidden_size=64, query_heads=8, kv_heads=2, head_dim=16, vocab_size=90, max_position=512, dtype=torch.float16
+)
+HEAD = HeadFacts(parameters=1000, heads=6, kv_heads=3, head_dim=8, feature_width=192)
+FACTS = ModelFacts("small", SHAPE, parameters=5000, lookup_parameters=90 * 64, intermediate_size=96, head=HEAD)
+RUN = RunSettings(requests=3, max_tokens=100, budget=32, slots=40, sink=4, recent=16, page_size=16)
+ENTRY = 2 * 2 * 16 * 2  # KV heads, K and V, head dim, bytes: one token of one layer
+
+
+# Mode paper -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    length=st.integers(0, 10**6), requests=st.integers(1, 64), offloaded=st.integers(0, 32), budget=st.sampled_from([64, 2048])
+)
+def test_paper_is_equations_6_and_7(length: int, requests: int, offloaded: int, budget: int) -> None:
+    model = paper_model(PRESETS["llama-3.1-8b"].facts(), budget=budget)
+    weights, head, layers, kv_heads, dim, alpha = 2 * 8_030_261_248, 2 * 92_282_880, 32, 8, 128, 4
+    kv = 4 * requests * ((layers - offloaded + 1 + alpha) * length + offloaded * budget) * kv_heads * dim
+    exact = 1.3 * (weights + head) + kv
+    found = model.device(length, requests, offloaded)
+    assert 0 <= found - exact < 1 + 1e-12 * exact
+    parts = model.by_part(length, requests, offloaded)
+    assert list(parts) == ["weights", "retrieval_head", "runtime", "kv_device", "kv_host"]
+    assert (parts["weights"], parts["retrieval_head"], parts["kv_device"]) == (weights, head, kv)
+    assert parts["kv_host"] == model.host(length, requests, offloaded) == 4 * requests * offloaded * length * kv_heads * dim
+    assert sum(parts.values()) - parts["kv_host"] == found
+
+
+def test_paper_counts_two_bytes_whatever_the_number_format() -> None:
+    preset = PRESETS["llama-3.2-1b"]
+    half, single = (paper_model(preset.facts(dtype), budget=2048) for dtype in (torch.bfloat16, torch.float32))
+    assert half == single
+
+
+# Mode measured --------------------------------------------------------------------------------------------------------
+
+
+def test_measured_counts_pages_slots_and_keys() -> None:
+    model = measured_model(FACTS, RUN, runtime=12345, graphs=77, spare_layers=1)
+    parts = model.by_part(50, 3, 1)  # 50 tokens are 4 pages of 16, 40 slots are 3 pages
+    assert parts["weights"] == 10_000 and parts["retrieval_head"] == 2_000
+    assert parts["runtime"] == 12345 and parts["graphs"] == 77
+    assert parts["kv_device"] == 3 * 3 * 64 * ENTRY
+    assert parts["slots"] == 3 * (1 + 1) * 48 * ENTRY  # one layer is offloaded and the slots of one more are kept free
+    assert parts["keys"] == 3 * 64 * 3 * 8 * 2
+    assert parts["kv_host"] == 3 * 1 * 64 * ENTRY + 16 * ENTRY  # and the null page
+    assert model.device(50, 3, 1) == sum(parts.values()) - parts["kv_host"]
+    assert model.host(50, 3, 0) == 0
+    assert model.by_part(50, 3, 4)["slots"] == 3 * 4 * 48 * ENTRY
+    assert measured_model(FACTS, RUN, spare_layers=0).by_part(50, 3, 0)["slots"] == 0
+
+
+@pytest.mark.parametrize(("granularity", "groups"), [("head", 3), ("union", 1)])
+def test_tables_have_a_row_for_each_seat_and_one_for_padding(granularity: str, groups: int) -> None:
+    token_pages, slot_pages, key_pages = 2 * 4 * 7 * 8, 4 * 3 * 8, 7 * 8  # two tiers; layers, pages of 100 tokens, int64
+    hot_slots, slot_of_token = 2 * groups * (40 - 4 - 16) * 4, groups * 100 * 4  # int32
+    last_selection, counters, feature = groups * 32 * 4, 10 * 8, 192 * 2
+    row = token_pages + slot_pages + key_pages + hot_slots + slot_of_token + last_selection + counters + feature
+    run = RunSettings(**(RUN.__dict__ | {"granularity": granularity}))
+    assert table_bytes(FACTS, run) == (3 + 1) * row
+    assert measured_model(FACTS, run).fixed["tables"] == (3 + 1) * row + 16 * ENTRY + 2 * 16 * 3 * 8 * 2
+
+
+def test_workspace_holds_logits_and_scores_of_all_positions() -> None:
+    positions = 3 * 100 * 4 * (6 + 3)  # requests, tokens, float32, query heads and groups of the head
+    found = workspace_bytes(FACTS, RUN)
+    assert positions < found
+    longer = workspace_bytes(FACTS, RunSettings(**(RUN.__dict__ | {"max_tokens": 200})))
+    assert longer - found == positions
+
+
+def test_the_estimate_of_buffers_is_far_below_30_percent_of_a_large_model_and_grows_with_the_step() -> None:
+    facts = PRESETS["llama-3.1-8b"].facts()
+    run = RunSettings(requests=4, max_tokens=131072, budget=2048, slots=2048)
+    small = estimate_runtime(facts, run)
+    assert 200 << 20 < small < 0.1 * facts.weight_bytes
+    assert estimate_runtime(facts, RunSettings(**(run.__dict__ | {"max_batched_tokens": 8192}))) > 2 * small
+    assert measured_model(facts, run).fixed["runtime"] == small
+
+
+def test_number_format_scales_weights_keys_and_kv() -> None:
+    preset = PRESETS["qwen3-0.6b"]
+    half, single = (measured_model(preset.facts(d), RUN).by_part(64, 3, 2) for d in (torch.bfloat16, torch.float32))
+    for part in ("weights", "retrieval_head", "keys", "slots", "kv_device", "kv_host"):
+        assert single[part] == 2 * half[part]
+
+
+# Physics --------------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_weights_and_kv() -> None:
+    facts = PRESETS["llama-3.1-8b"].facts()
+    assert facts.weight_bytes == weight_bytes(8_030_261_248, torch.bfloat16) == 16_060_522_496
+    assert facts.head_bytes == 184_565_760
+    assert facts.kv_bytes_per_token == 128 * 1024
+    assert facts.key_bytes_per_token == 2048  # 1 / (2 L) of the KV
+
+
+def test_head_of_a_draft() -> None:
+    head = eagle3_head(PRESETS["qwen3-8b"].shape())
+    assert head.parameters == 33_554_432 + 8_388_608 + 8_192 + 50_331_648
+    assert (head.heads, head.kv_heads, head.head_dim, head.feature_width) == (32, 8, 128, 3 * 4096)
+
+
+def test_floor_of_a_decode_step_by_hand() -> None:
+    speed = Bandwidths(device=1e9, host=1e6)
+    options: dict[str, Any] = {"length": 100, "requests": 3, "budget": 32, "overlap": 0.75}
+    found = decode_floor(FACTS, speed, offloaded=2, **options)
+    selected = 3 * 32 * ENTRY  # of one layer
+    assert found.host_bytes == selected * 2 // 4
+    weights = (5000 - 90 * 64) * 2 + 2000
+    assert found.device_bytes == weights + 3 * 100 * 3 * 8 * 2 + 4 * selected + found.host_bytes
+    assert found.seconds == floor_seconds(found.host_bytes, 1e6) and found.loads_limit
+    resident = decode_floor(FACTS, speed, offloaded=0, **options)
+    assert resident.host_bytes == 0 and resident.seconds == resident.device_bytes / 1e9
+    short = decode_floor(FACTS, speed, offloaded=4, **(options | {"length": 20}))
+    assert short.host_bytes == 0  # all of it has a slot
+
+
+def test_bandwidths_can_be_measured() -> None:
+    found = measure_bandwidths(torch.device("cpu"), size=1 << 22)
+    assert found.device > 1e8 and found.host > 1e8
