@@ -43,8 +43,10 @@ class SpeContextConfig:
         "Device slots for each KV head of an offloaded layer, at least the budget; what they hold beyond the budget stays "
         "until it is the least recently used. Default: the budget.",
     )
-    offload_layers: int = _option(  # type: ignore[assignment]
-        0, "Layers whose KV lives in host memory, the last ones first; -1 offloads all."
+    offload_layers: int | None = _option(  # type: ignore[assignment]
+        None,
+        "Layers whose KV lives in host memory, the last ones first; -1 offloads all. Default: as many as memory makes necessary, "
+        "layer by layer while requests grow.",
     )
     granularity: str = _option(  # type: ignore[assignment]
         "head",
@@ -56,8 +58,10 @@ class SpeContextConfig:
             raise ConfigError(f"unknown method '{self.method}': choose one of {', '.join(METHODS)}")
         if self.granularity not in GRANULARITIES:
             raise ConfigError(f"unknown granularity '{self.granularity}': choose one of {', '.join(GRANULARITIES)}")
-        for name, least in (("sink", 1), ("recent", 1), ("offload_layers", -1)):
+        for name, least in (("sink", 1), ("recent", 1)):
             _require_int(name, getattr(self, name), least)
+        if self.offload_layers is not None:
+            _require_int("offload_layers", self.offload_layers, -1)
         if self.budget is not None:
             _require_int("budget", self.budget, 1)
             if self.budget < self.sink + self.recent + 1:
@@ -78,7 +82,7 @@ class SpeContextConfig:
         Raises:
             ConfigError: more layers to offload than the model has.
         """
-        if self.offload_layers > num_layers:
+        if self.offload_layers is not None and self.offload_layers > num_layers:
             raise ConfigError(f"offload_layers {self.offload_layers} exceeds the model's {num_layers} layers (-1 offloads all)")
         budget = self.budget if self.budget is not None else recommended_budget or DEFAULT_BUDGET
         return replace(
@@ -109,9 +113,13 @@ class EngineConfig:
     max_num_batched_tokens: int = _option(1024, "Tokens of one engine step; longer prompts are prefilled in chunks.")  # type: ignore[assignment]
     gpu_memory: int | None = _option(  # type: ignore[assignment]
         None,
-        "Bytes of the device tier of KV. Default: what max_num_seqs requests of max_model_len tokens need, as far as it is free.",
+        "Bytes of GPU memory that the engine may use, weights and buffers included; on a CPU, bytes of the device tier of KV. "
+        "Default: gpu_memory_utilization; on a CPU what max_num_seqs requests of max_model_len tokens need, as far as it is free.",
     )
-    host_memory: int | None = _option(None, "Bytes of the host tier of KV. Default: as for the device tier.")  # type: ignore[assignment]
+    gpu_memory_utilization: float = _option(0.9, "Share of the GPU's memory that the engine may use.")  # type: ignore[assignment]
+    host_memory: int | None = _option(  # type: ignore[assignment]
+        None, "Bytes of the host tier of KV. Default: what the requests need, up to a share of the free memory."
+    )
     seed: int = _option(0, "Seed of sampled requests that name none.")  # type: ignore[assignment]
     page_size: int = _option(16, "Tokens of one KV page.")  # type: ignore[assignment]
     measure_recall: bool = _option(  # type: ignore[assignment]
@@ -137,6 +145,9 @@ class EngineConfig:
         for name in ("max_model_len", "gpu_memory", "host_memory"):
             if getattr(self, name) is not None:
                 _require_int(name, getattr(self, name), 1)
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be a number above 0 and at most 1, got {share!r}")
         for name, least, words in (("head_rope_theta", 0, "above 0"), ("head_yarn_factor", 1, "of at least 1")):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf

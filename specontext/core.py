@@ -166,6 +166,8 @@ class Request:
     Attributes:
         index: which of the `n` outputs of its prompt this is; part of the key of its random numbers.
         seat: row of this request in every per-request table, -1 while it waits.
+        prefill_length: tokens that are computed densely: the prompt, and what had been generated before a restart.
+        preemptions: how often it had to wait again.
     """
 
     request_id: str
@@ -179,10 +181,13 @@ class Request:
     finish_reason: str | None = None
     logprobs: list[dict[int, float]] | None = None
     arrived: float = 0.0
+    prefill_length: int = 0
+    preemptions: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.prompt_length <= len(self.token_ids):
             raise RequestError("a request needs at least one prompt token")
+        self.prefill_length = self.prefill_length or self.prompt_length
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -191,7 +196,11 @@ class Request:
     @property
     def decoding(self) -> bool:
         """Whether the next step takes one generated token (else a chunk of the prompt)."""
-        return self.computed >= self.prompt_length
+        return self.computed >= self.prefill_length
+
+    def restart(self) -> None:
+        """Forget what was computed: all tokens so far are computed again, densely, like a prompt."""
+        self.computed, self.prefill_length = 0, len(self.token_ids)
 
 
 @dataclass(frozen=True)
@@ -209,25 +218,30 @@ class Batch:
     """The packed tokens of one step: decode tokens first (one a request), then prefill chunks.
 
     Attributes:
-        requests: the requests in packed order, decoding ones first.
-        token_ids, positions, seats: int64 [T] on the device.
+        token_ids, positions, seats: int64 [T] on the device; a negative position is padding.
+        lengths: int64 [T], tokens in context of the token's request once this step is stored.
+        seeds: int64 [R], of the decoding requests.
         num_decodes: R, how many of the first tokens are decode tokens.
         prefills: chunks of prompts, after the decode tokens.
         last_tokens: int64 [requests], packed index of every request's last token.
+        span: no decoding request has more tokens in context. The host knows it, so nothing has to ask the device.
     """
 
-    requests: tuple[Request, ...]
     token_ids: Tensor
     positions: Tensor
     seats: Tensor
+    lengths: Tensor
+    seeds: Tensor
     num_decodes: int
     prefills: tuple[Segment, ...]
     last_tokens: Tensor
+    span: int
 
     def __post_init__(self) -> None:
         total = self.num_decodes + sum(segment.length for segment in self.prefills)
-        assert self.token_ids.shape == self.positions.shape == self.seats.shape == (total,)
-        assert len(self.requests) == self.num_decodes + len(self.prefills) == len(self.last_tokens)
+        assert self.token_ids.shape == self.positions.shape == self.seats.shape == self.lengths.shape == (total,)
+        assert len(self.last_tokens) == self.num_decodes + len(self.prefills)
+        assert self.seeds.shape == (self.num_decodes,)
         expected = self.num_decodes
         for segment in self.prefills:
             assert segment.offset == expected and segment.length > 0
@@ -239,7 +253,8 @@ class Selection:
     """KV entries that attention may read in one decode step.
 
     Attributes:
-        tokens: int64 [R, G, B] token positions, ascending: sinks, scored tokens, recent tokens; -1 anywhere is no entry.
+        tokens: int64 [R, G, B] token positions: sinks, scored tokens, recent tokens, each part ascending and then padded with -1,
+            which is no entry.
         scored: bool [R, G, B], the entries that were chosen by a score (neither sink nor recent).
     """
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from specontext.config import ConfigError, EngineConfig, SpeContextConfig
 from specontext.core import ModelShape
+from specontext.engine.residency import Residency
 from specontext.engine.statistics import Meter
+from specontext.kv.pool import PagePool, make_pools
 from specontext.kv.tiered import TieredKV
-from specontext.memory.tiers import TierSizes, size_tiers
+from specontext.memory.facts import HeadFacts, ModelFacts
+from specontext.memory.model import MemoryModel, RunSettings, measured_model
+from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, MemoryPlanError, TierSizes, free_memory, size_tiers
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.key_cache import KeyCache
@@ -19,6 +23,9 @@ from specontext.retrieval.methods import FullSelector, OracleSelector, RandomSel
 from specontext.retrieval.selector import Budget, Selector
 
 logger = logging.getLogger("specontext")
+# Between two steps a moving layer copies weights / this bytes: a fraction of what a step reads in any case. On a GPU the bus is
+# some sixty times slower than its memory, and the copy runs beside the step.
+CHUNK_SHARE_OF_WEIGHTS = {"cpu": 4, "cuda": 64}
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,7 @@ class Parts:
     """What a runner works with.
 
     Attributes:
+        plan: bytes of everything.
         max_tokens: longest context of one request.
         head: the retrieval head, for the methods that have one.
     """
@@ -34,6 +42,8 @@ class Parts:
     selector: Selector
     kv: TieredKV
     meter: Meter
+    residency: Residency
+    plan: MemoryModel
     sizes: TierSizes
     max_tokens: int
     head: RetrievalHead | None = None
@@ -55,31 +65,37 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         factor = config.head_yarn_factor
         head.set_rope(theta=config.head_rope_theta, yarn_factor=head.config.yarn_factor(max_tokens) if factor is None else factor)
         logger.info("%s", describe_head(head, max_tokens))
-    resident = tuple(layer < shape.layers - method.offload_layers for layer in range(shape.layers))
-    streams = method.method == "full"
-    key_bytes = 0
-    if method.method == "speculative":
-        assert head is not None
-        key_bytes = head.config.kv_heads * head.config.head_dim * shape.dtype.itemsize
-    assert method.slots is not None
-    slots = 0 if streams else method.slots
+    facts = facts_of_loaded(loaded, head if method.method == "speculative" else None)
+    assert method.budget is not None and method.slots is not None
+    slots = 0 if method.method == "full" else method.slots
+    adaptive = method.offload_layers is None
+    run = RunSettings(
+        config.max_num_seqs,
+        max_tokens,
+        method.budget,
+        slots,
+        sink=method.sink,
+        recent=method.recent,
+        granularity=method.granularity,
+        page_size=config.page_size,
+        max_batched_tokens=config.max_num_batched_tokens,
+    )
+    plan = measured_model(facts, run, spare_layers=1 if adaptive and slots else 0)
     sizes = size_tiers(
-        shape,
-        resident_layers=sum(resident),
-        slots=slots,
-        key_bytes_per_token=key_bytes,
+        plan.kv,
+        offloaded=method.offload_layers,
         seats=config.max_num_seqs,
         max_tokens=max_tokens,
-        page_size=config.page_size,
-        device=device,
-        gpu_memory=config.gpu_memory,
-        host_memory=config.host_memory,
+        device_memory=device_memory(config, plan, device),
+        host_memory=config.host_memory or int(SHARE_OF_FREE_MEMORY * free_memory(torch.device("cpu"))),
     )
-    selector = _selector(config, method, loaded, head, sizes, max_tokens, device)
+    pages = {"device_pages": sizes.device_pages, "host_pages": sizes.host_pages, "page_size": config.page_size}
+    arena, host = make_pools(shape, **pages, device=device)
+    selector = _selector(config, method, loaded, head, arena, max_tokens)
     tables = shape.layers if selector.in_layer else 1
     kv = TieredKV(
         shape,
-        resident=resident,
+        resident=tuple(layer < shape.layers - (method.offload_layers or 0) for layer in range(shape.layers)),
         head_map=selector.head_map,
         tables=tables,
         groups=selector.groups,
@@ -88,23 +104,58 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         recent=method.recent,
         seats=config.max_num_seqs,
         max_tokens=max_tokens,
-        page_size=config.page_size,
-        device_pages=sizes.device_pages,
-        host_pages=sizes.host_pages,
-        device=device,
+        arena=arena,
+        host=host,
+        adaptive=adaptive,
         verify_loads=config.verify_loads,
     )
     meter = Meter(
         shape,
         selector.head_map,
-        resident,
         tables=tables,
         groups=selector.groups,
+        budget=method.budget,
         seats=config.max_num_seqs,
-        max_tokens=max_tokens,
         device=device,
     )
-    return Parts(method, selector, kv, meter, sizes, max_tokens, head)
+    share = CHUNK_SHARE_OF_WEIGHTS[device.type]
+    keys = 0 if head is None or method.method != "speculative" else -(-arena.page_bytes // selector.cache.page_size)
+    residency = Residency(
+        kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=max(1, facts.weight_bytes // share)
+    )
+    return Parts(method, selector, kv, meter, residency, plan, sizes, max_tokens, head)
+
+
+def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device) -> int:
+    """Bytes of the device tier of KV: on a GPU what the engine's limit leaves beside weights, buffers and tables.
+
+    On a CPU, where these are ordinary memory, the limit is the tier's own.
+    """
+    if device.type == "cpu":
+        return config.gpu_memory or int(SHARE_OF_FREE_MEMORY * free_memory(device))
+    free, total = torch.cuda.mem_get_info(device)
+    ours = torch.cuda.memory_reserved(device)
+    limit = config.gpu_memory or int(config.gpu_memory_utilization * total)
+    others = plan.fixed_bytes
+    if limit < others:
+        parts = ", ".join(f"{name} {size}" for name, size in plan.fixed.items())
+        raise MemoryPlanError(f"--gpu-memory allows {limit} bytes and {others} are needed beside KV ({parts}): allow more")
+    return min(limit - others, free + ours - others)
+
+
+def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFacts:
+    """Sizes of a loaded model and its head, 0 for a method without one."""
+    model, c = loaded.model, head.config if head is not None else None
+    table, output = model.get_input_embeddings().weight, model.get_output_embeddings()
+    lookup = 0 if output is not None and output.weight is table else table.numel()
+    intermediate = getattr(model.config, "intermediate_size", None) or 4 * loaded.shape.hidden_size
+    if c is None or head is None:
+        sizes = HeadFacts(0, 0, 0, 0, 0)
+    else:
+        features = c.target_hidden_size * len(c.feature_layers) if c.variant == "features" else 0
+        sizes = HeadFacts(sum(p.numel() for p in head.parameters()), c.heads, c.kv_heads, c.head_dim, features)
+    parameters = sum(p.numel() for p in model.parameters())
+    return ModelFacts(loaded.name, loaded.shape, parameters, lookup, intermediate, sizes)
 
 
 def describe_head(head: RetrievalHead, max_tokens: int) -> str:
@@ -127,9 +178,8 @@ def _selector(
     method: SpeContextConfig,
     loaded: LoadedModel,
     head: RetrievalHead | None,
-    sizes: TierSizes,
+    arena: PagePool,
     max_tokens: int,
-    device: torch.device,
 ) -> Selector:
     shape = loaded.shape
     assert method.budget is not None
@@ -143,15 +193,7 @@ def _selector(
     if method.method == "oracle":
         return OracleSelector(shape, budget, granularity=method.granularity)
     assert head is not None
-    cache = KeyCache(
-        seats=config.max_num_seqs,
-        max_tokens=max_tokens,
-        num_pages=sizes.key_pages,
-        page_size=config.page_size,
-        groups=head.config.kv_heads,
-        head_dim=head.config.head_dim,
-        dtype=shape.dtype,
-        device=device,
-    )
+    keys = arena.as_keys(head.config.kv_heads, head.config.head_dim)
+    cache = KeyCache(keys, arena.pages, seats=config.max_num_seqs, max_tokens=max_tokens)
     embedding = loaded.model.get_input_embeddings()
     return SpeculativeSelector(shape, budget, head, embedding, cache, granularity=method.granularity)

@@ -32,6 +32,7 @@ class Generation:
     first_token_at: float | None = None
     last_token_at: float | None = None
     stats: dict[str, object] | None = None
+    moves_before: int = 0
 
     @property
     def finished(self) -> bool:
@@ -102,7 +103,8 @@ class LLMEngine:
             arrived=time.perf_counter(),
         )
         self.scheduler.add(request)
-        generation = Generation(request, Detokenizer(self.tokenizer, params, token_ids))
+        moves_before = len(self.parts.residency.moves)
+        generation = Generation(request, Detokenizer(self.tokenizer, params, token_ids), moves_before=moves_before)
         self._generations[request_id] = generation
         return generation
 
@@ -126,14 +128,14 @@ class LLMEngine:
 
     def step(self) -> list[Generation]:
         """Run one step; the generations that got a token."""
-        batch = self.scheduler.schedule()
-        if batch is None:
+        schedule = self.scheduler.schedule()
+        if schedule is None:
             return []
-        logits = self.runner.run(batch)
-        ready = self.scheduler.advance(batch)
+        logits = self.runner.run(schedule.batch)
+        ready = self.scheduler.advance(schedule)
         if not ready:
             return []
-        if len(ready) < len(batch.requests):
+        if len(ready) < len(schedule.requests):
             logits = logits[torch.tensor([row for row, _ in ready], device=logits.device)]
         sampled = sample(logits, [r for _, r in ready], end_token_ids=self.loaded.end_token_ids)
         now = time.perf_counter()
@@ -178,8 +180,11 @@ class LLMEngine:
             "budget": method.budget if method.method != "full" else None,
             "sink": method.sink,
             "recent": method.recent,
-            "slots": method.slots if method.method != "full" and method.offload_layers else None,
+            "slots": method.slots if self.parts.kv.hot is not None else None,
             "offload_layers": method.offload_layers,
+            "offloaded_layers": len(self.parts.kv.offloaded),
+            "moves": [move.as_dict() for move in self.parts.residency.moves[generation.moves_before :]],
+            "preemptions": request.preemptions,
             "granularity": method.granularity,
             "head_rope_theta": head.rope_theta if head is not None else None,
             "head_yarn_factor": head.yarn_factor if head is not None else None,
@@ -203,8 +208,7 @@ class LLMEngine:
 
     def check_integrity(self) -> None:
         """Raises AssertionError when a page or a table entry was lost."""
-        self.parts.kv.check_integrity()
-        self.parts.selector.check_integrity()
+        self.parts.kv.check_integrity(self.parts.selector.held_pages)
 
     def close(self) -> None:
         """Detach from the model, which can then serve another engine."""

@@ -36,6 +36,7 @@ class ModelRunner:
             logits_to_keep=batch.last_tokens,
             specontext_step=step,
         )
+        step.end()
         parts.selector.observe(batch, self.taps.take()[0] if self.taps is not None else None)
         return output.logits[0]
 

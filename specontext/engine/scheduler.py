@@ -1,29 +1,66 @@
 """Which requests run in a step, and with how many tokens.
 
-There is no prefill or decode phase: in every step each running request catches up with its tokens. Requests join when a
-seat and the pages for their whole possible length are free, in order of arrival, and leave between steps, so a request that
-was admitted never runs out of memory.
+There is no prefill or decode phase: in every step each running request catches up with its tokens. Requests are admitted in
+order of arrival, on what they need now and a little more; they grow as they go. When the device is full, layers leave it
+(`residency.py`); when that is not enough, the request that came last waits at the front of the queue, and its KV, head keys
+and last feature wait on the host. Where the host has no room for them they are computed again.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
-
-from specontext.core import Batch, Request, RequestError, Segment
+from specontext.core import Batch, Request, RequestError
 from specontext.engine.build import Parts
+from specontext.engine.packing import pack
+from specontext.engine.statistics import MeterState
+from specontext.kv.parking import ParkedKV, discard, park, unpark
 from specontext.memory.pages import OutOfPagesError
+
+WATERMARK = 64  # tokens that every running request must have room to grow by before another is admitted
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The next step.
+
+    Attributes:
+        requests: in the batch's order, decoding ones first.
+    """
+
+    requests: tuple[Request, ...]
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class Parked:
+    """Everything of a request that waits: into any seat again."""
+
+    kv: ParkedKV
+    selector: object
+    meter: MeterState
 
 
 class Scheduler:
-    """Waiting and running requests, their seats, and the packing of steps."""
+    """Waiting and running requests, their seats, and what each step computes.
+
+    Attributes:
+        waiting: in order; preempted requests at the front.
+        running: in order of admission.
+        preemptions: requests that had to wait again, so far.
+    """
 
     def __init__(self, parts: Parts, *, seats: int, max_batched_tokens: int) -> None:
         self.parts, self.max_batched_tokens = parts, max_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.preemptions = 0
         self._seats = list(range(seats - 1, -1, -1))
+        self._parked: dict[str, Parked] = {}
+
+    # In and out -------------------------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -37,97 +74,181 @@ class Scheduler:
                 f"the prompt has {request.prompt_length} tokens and the model's maximum is {limit}, output included: "
                 "shorten the prompt, or raise max_model_len where the model allows it"
             )
-        device, host = self.parts.kv.pages_needed(self._length(request))
-        pools = ((device, self.parts.kv.arena.pages, "gpu_memory"), (host, self.parts.kv.host.pages, "host_memory"))
-        for needed, pages, setting in pools:
-            if needed > pages.num_pages - 1:
-                raise RequestError(
-                    f"a request of {self._length(request)} tokens needs {needed} pages and the {pages.name} has "
-                    f"{pages.num_pages - 1}: raise {setting}, or lower max_tokens"
-                )
-        most = self.parts.selector.most_tokens
-        if most is not None and self._length(request) > most:
-            raise RequestError(
-                f"a request of {self._length(request)} tokens needs retrieval keys for all, and there is room for {most}: "
-                "raise gpu_memory, or lower max_tokens"
-            )
+        length = self._most(request)
+        if not self.parts.residency.fits_somehow([length]):
+            raise RequestError(self.parts.residency.why_not(length))
         self.waiting.append(request)
-
-    def _length(self, request: Request) -> int:
-        return min(request.prompt_length + request.params.max_tokens, self.parts.max_tokens)
-
-    def _admit(self) -> None:
-        while self.waiting and self._seats:
-            request = self.waiting[0]
-            seat, tokens = self._seats[-1], self._length(request)
-            try:
-                self.parts.kv.open(seat, tokens)
-            except OutOfPagesError:
-                return
-            try:
-                self.parts.selector.open(seat, tokens)
-            except OutOfPagesError:
-                self.parts.kv.close(seat)
-                return
-            self.parts.meter.reset(seat)
-            request.seat = self._seats.pop()
-            self.running.append(self.waiting.popleft())
-
-    def schedule(self) -> Batch | None:
-        """The next step's batch: one token of every decoding request, then chunks of prompts; None when idle."""
-        self._admit()
-        if not self.running:
-            return None
-        decodes = [r for r in self.running if r.decoding]
-        chunks: list[tuple[Request, int]] = []
-        room = max(self.max_batched_tokens - len(decodes), 1)
-        for request in self.running:
-            if not request.decoding and room > 0:
-                length = min(request.prompt_length - request.computed, room)
-                chunks.append((request, length))
-                room -= length
-        return self._pack(decodes, chunks)
-
-    def _pack(self, decodes: list[Request], chunks: list[tuple[Request, int]]) -> Batch:
-        device = self.parts.kv.device
-        ids: list[int] = []
-        positions: list[int] = []
-        seats: list[int] = []
-        last: list[int] = []
-        segments: list[Segment] = []
-        for request, length in [(r, 1) for r in decodes] + chunks:
-            if not request.decoding:
-                segments.append(Segment(request.seat, request.computed, length, len(ids)))
-            ids += request.token_ids[request.computed : request.computed + length]
-            positions += range(request.computed, request.computed + length)
-            seats += [request.seat] * length
-            last.append(len(ids) - 1)
-        packed = [torch.tensor(x, dtype=torch.int64, device=device) for x in (ids, positions, seats, last)]
-        return Batch(
-            requests=(*decodes, *(r for r, _ in chunks)),
-            token_ids=packed[0],
-            positions=packed[1],
-            seats=packed[2],
-            num_decodes=len(decodes),
-            prefills=tuple(segments),
-            last_tokens=packed[3],
-        )
-
-    def advance(self, batch: Batch) -> list[tuple[int, Request]]:
-        """Count a step's tokens as computed; the (row, request) pairs whose last token's logits are to be sampled."""
-        for request in batch.requests[: batch.num_decodes]:
-            request.computed += 1
-        for request, segment in zip(batch.requests[batch.num_decodes :], batch.prefills, strict=True):
-            request.computed += segment.length
-        return [(row, r) for row, r in enumerate(batch.requests) if r.computed == len(r.token_ids)]
 
     def finish(self, request: Request) -> None:
         """Take a request out, running or waiting, and free what it holds."""
         if request.seat < 0:
             self.waiting.remove(request)
+            parked = self._parked.pop(request.request_id, None)
+            if parked is not None:
+                discard(self.parts.kv, parked.kv)
             return
         self.running.remove(request)
-        self.parts.kv.close(request.seat)
+        self._leave(request)
+
+    def _leave(self, request: Request) -> None:
+        if request.seat in self.parts.kv.room:
+            self.parts.kv.close(request.seat)
         self.parts.selector.close(request.seat)
         self._seats.append(request.seat)
         request.seat = -1
+
+    def _most(self, request: Request) -> int:
+        """Tokens of a request at its longest."""
+        return min(request.prompt_length + request.params.max_tokens, self.parts.max_tokens)
+
+    # Steps ------------------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Schedule | None:
+        """The next step's requests and batch; None when there is nothing to do."""
+        self._admit()
+        decodes, chunks = self._choose()
+        while self.running and not decodes and not chunks:  # nobody can grow: the others make room for the first
+            if not self._preempt(but=self.running[0]) and not self._drop_parked(but=None):
+                raise OutOfPagesError("no room for the only running request: this is an error of the engine, please report it")
+            decodes, chunks = self._choose()
+        if not decodes and not chunks:
+            return None
+        self.parts.residency.step(self.stored, self._lengths_in)
+        batch = pack(decodes, chunks, self.parts.kv.device)
+        return Schedule((*decodes, *(request for request, _ in chunks)), batch)
+
+    @property
+    def stored(self) -> dict[int, int]:
+        """Tokens stored, by seat."""
+        return {request.seat: request.computed for request in self.running}
+
+    def _lengths_in(self, steps: int) -> list[int]:
+        """How long the running requests will be in so many steps, at most."""
+        grown = []
+        for request in self.running:
+            pace = 1 if request.decoding else self.max_batched_tokens
+            end = self._most(request) if request.decoding else request.prefill_length + steps
+            grown.append(min(request.computed + pace * steps, end, self._most(request)))
+        return grown
+
+    def _choose(self) -> tuple[list[Request], list[tuple[Request, int]]]:
+        """Decoding requests, and chunks of prompts in what is left of the step's tokens; all have room to grow."""
+        decodes: list[Request] = []
+        for request in [r for r in self.running if r.decoding]:
+            # Those that came last make room for those that came first.
+            if request.seat >= 0 and self._grow(request, 1, preempt=True):
+                decodes.append(request)
+        decodes = [request for request in decodes if request.seat >= 0]
+        chunks: list[tuple[Request, int]] = []
+        room = max(self.max_batched_tokens - len(decodes), 1)
+        for request in self.running:
+            length = min(request.prefill_length - request.computed, room)
+            if not request.decoding and length > 0 and self._grow(request, length, preempt=False):
+                chunks.append((request, length))
+                room -= length
+        return decodes, chunks
+
+    def _grow(self, request: Request, tokens: int, *, preempt: bool) -> bool:
+        """Make room for some more tokens of a running request; False when there is none (it may have been preempted itself)."""
+        length = request.computed + tokens
+
+        def take() -> None:
+            self.parts.kv.grow(request.seat, length)
+            self.parts.selector.grow(request.seat, length)
+
+        while not self._take(take):
+            if not preempt or not self._preempt(but=None):
+                return False
+            if request.seat < 0:
+                return False
+        return True
+
+    def _take(self, take: Callable[[], None]) -> bool:
+        """Try to take pages, with layers leaving the device as long as that helps."""
+        while True:
+            try:
+                take()
+                return True
+            except OutOfPagesError:
+                if not self.parts.residency.make_room(self.stored):
+                    return False
+
+    def advance(self, schedule: Schedule) -> list[tuple[int, Request]]:
+        """Count a step's tokens as computed; the (row, request) pairs whose last token's logits are to be sampled."""
+        batch, requests = schedule.batch, schedule.requests
+        for request in requests[: batch.num_decodes]:
+            request.computed += 1
+        for request, segment in zip(requests[batch.num_decodes :], batch.prefills, strict=True):
+            request.computed += segment.length
+        return [(row, r) for row, r in enumerate(requests) if r.computed == len(r.token_ids)]
+
+    # Waiting ----------------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        while self.waiting and self._seats:
+            request = self.waiting[0]
+            parked = self._parked.get(request.request_id)
+            wanted = [*(self._soon(r) for r in self.running), self._soon(request)]
+            fits = self.parts.residency.fits_somehow(wanted, but=parked.kv if parked else None)
+            if fits and self._seat(request):
+                self.running.append(self.waiting.popleft())
+            elif self.running or not self._drop_parked(but=request):
+                return
+
+    def _soon(self, request: Request) -> int:
+        """Tokens that a request is to have room for before another may join."""
+        return min(max(len(request.token_ids), request.computed) + WATERMARK, self._most(request))
+
+    def _seat(self, request: Request) -> bool:
+        """Give a waiting request a seat, and back what it had before it was preempted."""
+        parts, seat = self.parts, self._seats[-1]
+        parked = self._parked.get(request.request_id)
+        first = max(request.computed, min(request.prefill_length, self.max_batched_tokens))
+
+        def take() -> None:
+            parts.selector.open(seat, first)
+            try:
+                if parked is None:
+                    parts.kv.open(seat, first)
+                else:
+                    unpark(parts.kv, seat, parked.kv)
+            except OutOfPagesError:
+                parts.selector.close(seat)
+                raise
+
+        if not self._take(take):
+            return False
+        parts.meter.reset(seat)
+        if parked is not None:
+            parts.selector.restore(seat, request.computed, parked.selector)
+            parts.meter.restore(seat, parked.meter)
+            del self._parked[request.request_id]
+        request.seat = self._seats.pop()
+        return True
+
+    def _drop_parked(self, *, but: Request | None) -> bool:
+        """The last waiting request whose KV is on the host gives it up, and will be computed again; False when there is none."""
+        victim = next((r for r in reversed(self.waiting) if r is not but and r.request_id in self._parked), None)
+        if victim is None:
+            return False
+        discard(self.parts.kv, self._parked.pop(victim.request_id).kv)
+        victim.restart()
+        return True
+
+    def _preempt(self, *, but: Request | None) -> bool:
+        """The request that came last leaves its seat and waits at the front; False when there is no other."""
+        victim = next((r for r in reversed(self.running) if r is not but), None)
+        if victim is None or len(self.running) == 1:
+            return False
+        seat = victim.seat
+        state = (self.parts.selector.save(seat, victim.computed), self.parts.meter.save(seat))
+        try:
+            self._parked[victim.request_id] = Parked(park(self.parts.kv, seat, victim.computed), *state)
+        except OutOfPagesError:
+            victim.restart()
+        self.running.remove(victim)
+        self._leave(victim)
+        self.waiting.appendleft(victim)
+        self.preemptions += 1
+        victim.preemptions += 1
+        return True

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from specontext.core import LoadPlan, ModelShape, Selection
 
+NOTHING = torch.iinfo(torch.int32).max
 FIELDS = (
     "steps",
     "read",
@@ -21,6 +24,14 @@ FIELDS = (
 )
 
 
+@dataclass(frozen=True)
+class MeterState:
+    """Counters of one request: float64 [fields] and int32 [tables, G, B]."""
+
+    counts: Tensor
+    before: Tensor
+
+
 class Meter:
     """Counters of every seat, kept on the device and read when a request ends.
 
@@ -29,34 +40,40 @@ class Meter:
     Args:
         head_map: int64 [L, Hkv].
         tables: 1 when one selection serves all layers, L when layers select for themselves.
+        budget: entries of a selection.
     """
 
     def __init__(
         self,
         shape: ModelShape,
         head_map: Tensor,
-        resident: tuple[bool, ...],
         *,
         tables: int,
         groups: int,
+        budget: int,
         seats: int,
-        max_tokens: int,
         device: torch.device,
     ) -> None:
         self.shape, self.tables = shape, tables
         self.pairs = shape.layers * shape.kv_heads
-        self.counts = torch.zeros((seats, len(FIELDS)), dtype=torch.float64, device=device)
+        # One row more than seats: the padding of a batch is counted there.
+        self.counts = torch.zeros((seats + 1, len(FIELDS)), dtype=torch.float64, device=device)
         members = torch.nn.functional.one_hot(head_map, groups).sum(1)  # [L, G], KV heads of a layer that read a group
         self.readers = members.to(device=device, dtype=torch.float64)
-        offloaded = torch.tensor([not r for r in resident], device=device)
-        self.loaders = self.readers * offloaded[:, None]
-        self.before = torch.zeros((tables, seats, groups, max_tokens), dtype=torch.bool, device=device)
-        self.has_before = torch.zeros((tables, seats), dtype=torch.bool, device=device)
+        # The last selection of every seat, ascending; what was not scored is NOTHING.
+        self.before = torch.full((tables, seats + 1, groups, budget), NOTHING, dtype=torch.int32, device=device)
 
     def reset(self, seat: int) -> None:
         self.counts[seat] = 0
-        self.before[:, seat] = False
-        self.has_before[:, seat] = False
+        self.before[:, seat] = NOTHING
+
+    def save(self, seat: int) -> MeterState:
+        """The counters of a seat, for a request that has to wait."""
+        return MeterState(self.counts[seat].clone(), self.before[:, seat].clone())
+
+    def restore(self, seat: int, state: MeterState) -> None:
+        """Go on counting in another seat."""
+        self.counts[seat], self.before[:, seat] = state.counts, state.before
 
     def _add(self, field: str, seats: Tensor, value: Tensor | float) -> None:
         column = self.counts[:, FIELDS.index(field)]
@@ -84,10 +101,17 @@ class Meter:
         """Count bytes moved from the host beside the loads of a plan."""
         self._add("loaded_bytes", seats, byte_counts)
 
-    def sparse(self, seats: Tensor, selection: Selection, plan: LoadPlan | None, layer: int | None) -> None:
-        """Count a selection and its loads, read by all layers or by the one that selected."""
+    def sparse(
+        self, seats: Tensor, selection: Selection, plan: LoadPlan | None, resident: Tensor, layer: int | None = None
+    ) -> None:
+        """Count a selection and its loads, read by all layers or by the one that selected.
+
+        Args:
+            resident: bool [L], layers that load nothing.
+        """
         layers = slice(None) if layer is None else slice(layer, layer + 1)
-        readers, loaders = self.readers[layers].sum(0), self.loaders[layers].sum(0)  # [G]
+        readers = self.readers[layers].sum(0)  # [G]
+        loaders = (self.readers * ~resident[:, None])[layers].sum(0)
         chosen = (selection.tokens >= 0).sum(-1) * readers  # [R, G]
         missing = plan.missing.sum(-1) * loaders if plan is not None else torch.zeros_like(chosen)
         self._add("read", seats, chosen.sum(-1))
@@ -97,20 +121,18 @@ class Meter:
         self._overlap(seats, selection, 0 if layer is None else layer)
 
     def _overlap(self, seats: Tensor, selection: Selection, table: int) -> None:
-        scored = selection.scored
-        before = self.before[table]
-        request, group, entry = scored.nonzero(as_tuple=True)
-        token = selection.tokens[request, group, entry]
-        again = torch.zeros_like(scored)
-        again[request, group, entry] = before[seats[request], group, token]
+        scored, width = selection.scored, self.before.shape[-1]
+        before = self.before[table].index_select(0, seats)  # [R, G, B]
+        # Scored entries are ascending; to bring the others to the end keeps the order of what is searched.
+        now = torch.where(scored, selection.tokens, NOTHING).to(torch.int32).sort(-1).values
+        place = torch.searchsorted(before, now).clamp_(max=width - 1)
+        again = (before.gather(-1, place) == now) & (now != NOTHING)
         total = scored.sum((1, 2))
-        counts = self.has_before[table, seats] & (total > 0)
+        counts = (before != NOTHING).any(-1).any(-1) & (total > 0)
         share = again.sum((1, 2)) / total.clamp(min=1)
         self._add("overlap", seats, torch.where(counts, share.double(), 0.0))
         self._add("overlap_steps", seats, counts)
-        before[seats] = False
-        before[seats[request], group, token] = True
-        self.has_before[table, seats] = total > 0
+        self.before[table].index_copy_(0, seats, now)
 
     def recall(self, seats: Tensor, share: Tensor) -> None:
         """Count one layer's share [R] of true attention mass that its selection covers."""

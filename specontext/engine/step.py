@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,12 +13,12 @@ from specontext.kernels.attention_logits import attention_logits
 from specontext.kernels.dense_attention import chunk_attention
 from specontext.kernels.paged_attention import paged_attention
 from specontext.kernels.sparse_attention import merge_partials, sparse_attention
-from specontext.kv.dense import pages_in_reach, stored_tiles
+from specontext.kv.dense import HostTiles, in_reach, pages_in_reach, read_tile, stored_tiles, tile_rows
 from specontext.kv.tiered import TieredKV
 from specontext.retrieval.selector import DecodeTokens, Selector
 
-TILE = 1024  # tokens of one staging tile
-PREFILL_TILE = 16384  # stored tokens that a prompt chunk attends to at once on a GPU, which small tiles leave idle
+TILE = 1024  # tokens of one tile on a CPU
+GPU_TILE = 16384  # a GPU is idle with small ones
 
 
 class Step:
@@ -28,47 +30,56 @@ class Step:
     def __init__(self, batch: Batch, kv: TieredKV, selector: Selector, meter: Meter, *, measure_recall: bool) -> None:
         self.batch, self.kv, self.selector, self.meter = batch, kv, selector, meter
         self.measure_recall = measure_recall
-        decoding = slice(0, batch.num_decodes)
-        seeds = torch.tensor([r.seed for r in batch.requests[decoding]], dtype=torch.int64, device=batch.seats.device)
-        self.decode = DecodeTokens(batch.token_ids[decoding], batch.seats[decoding], batch.positions[decoding], seeds)
-        self.lengths = batch.positions + 1
-        for segment in batch.prefills:
-            self.lengths[segment.offset : segment.offset + segment.length] = segment.start + segment.length
+        self.decode = DecodeTokens.of(batch)
+        self.tile = TILE if kv.device.type == "cpu" else GPU_TILE
         self.selection: Selection | None = None
+        self._streamed: HostTiles | None = None
 
     def begin(self) -> None:
         """Select before the forward pass, where the method does, and start the loads of all offloaded layers."""
-        if not self.batch.num_decodes:
-            return
         seats, lengths = self.decode.seats, self.decode.lengths
-        self.meter.step(seats, lengths, self.selector.selection_bytes(lengths))
-        if not self.selector.dense and not self.selector.in_layer:
-            self.selection = self.selector.select(self.decode)
-            plan = self.kv.begin_step(seats, self.selection)
-            self.meter.sparse(seats, self.selection, plan, layer=None)
+        if self.batch.num_decodes:
+            self.meter.step(seats, lengths, self.selector.selection_bytes(lengths))
+            if not self.selector.dense and not self.selector.in_layer:
+                self.selection = self.selector.select(self.decode)
+                plan = self.kv.begin_step(seats, self.selection)
+                self.meter.sparse(seats, self.selection, plan, self.kv.resident_flags)
+        if not all(in_reach(self.kv, layer) for layer in range(self.kv.shape.layers)):
+            most = max(self.batch.num_decodes if self.selector.dense else 0, 1) * self.tile * self.kv.shape.kv_heads
+            self._streamed = HostTiles(self.kv, self._streamed_tiles(), most)
+
+    def end(self) -> None:
+        """After the forward pass."""
+        self.kv.end_step()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `LayerAttention.attend`."""
-        batch = self.batch
-        self.kv.append(layer, batch.seats, batch.positions, key, value, self.lengths)
+        batch, kv, decodes = self.batch, self.kv, self.batch.num_decodes
         output = torch.empty_like(query)
-        if batch.num_decodes:
-            output[: batch.num_decodes] = self._decode(layer, query[: batch.num_decodes], scale)
+        if decodes:
+            new = (key[:decodes], value[:decodes])
+            kv.append(layer, batch.seats[:decodes], batch.positions[:decodes], *new, batch.lengths[:decodes])
+            output[:decodes] = self._decode(layer, query[:decodes], *new, scale)
+        if batch.prefills:
+            new = (key[decodes:], value[decodes:])
+            kv.append_chunk(layer, batch.seats[decodes:], batch.positions[decodes:], *new, batch.lengths[decodes:])
         for segment in batch.prefills:
             part = slice(segment.offset, segment.offset + segment.length)
-            output[part] = self._prefill(layer, segment, query[part], key[part], value[part], scale)
+            past = self._past(layer, segment)
+            output[part] = chunk_attention(query[part], key[part], value[part], scale, past)
         return output
 
     # Decode -----------------------------------------------------------------------------------------------------------
 
-    def _decode(self, layer: int, query: Tensor, scale: float) -> Tensor:
+    def _decode(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         if self.selector.dense:
             if self.measure_recall:
                 self.meter.recall(self.decode.seats, torch.ones_like(self.decode.seats, dtype=torch.float64))
-            return self._decode_dense(layer, query, scale)
+            return self._decode_dense(layer, query, key, value, scale)
         selection = self._selection_of(layer, query, scale)
         if self.measure_recall:
             self._measure(layer, query, scale, selection)
+        self.kv.wait(layer)
         rows = self.kv.rows(layer, self.decode.seats, selection, in_layer=self.selector.in_layer)
         return sparse_attention(query, self.kv.arena.rows, rows, scale)[0]
 
@@ -81,29 +92,34 @@ class Step:
         if not self.kv.resident[layer]:  # the keys it looked at were streamed in
             self.meter.streamed(seats, lengths * (self.kv.shape.kv_heads * self.kv.shape.row_bytes // 2))
         plan = self.kv.begin_step(seats, selection, layer)
-        self.meter.sparse(seats, selection, plan, layer)
+        self.meter.sparse(seats, selection, plan, self.kv.resident_flags, layer)
         return selection
 
-    def _decode_dense(self, layer: int, query: Tensor, scale: float) -> Tensor:
+    def _decode_dense(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         kv, seats, lengths = self.kv, self.decode.seats, self.decode.lengths
         self.meter.dense(seats, lengths, offloaded=not kv.resident[layer])
-        in_reach = pages_in_reach(kv, layer, seats)
-        if in_reach is not None:
-            rows, pages = in_reach
+        if in_reach(kv, layer):
+            rows, pages = pages_in_reach(kv, layer, seats)
             heads, size = kv.shape.kv_heads, kv.page_size
-            return paged_attention(query, rows, pages, lengths, scale, page_size=size, kv_heads=heads, tile=TILE)[0]
-        parts = []
-        for start in range(0, int(lengths.max()), TILE):
-            buffer, rows = kv.tile(layer, seats, start, lengths.clamp(max=start + TILE))
-            parts.append(sparse_attention(query, buffer, rows, scale))
+            return paged_attention(query, rows, pages, lengths, scale, page_size=size, kv_heads=heads, tile=self.tile)[0]
+        # The token itself is on its way to the host, and stands beside the tiles.
+        own = torch.stack((key, value), dim=2).view(-1, 2, key.shape[2])
+        place = torch.arange(len(own), device=own.device).view(*key.shape[:2], 1)
+        parts = [sparse_attention(query, own, place, scale)]
+        assert self._streamed is not None
+        for start, stop in self._tiles_before(self.batch.span - 1):
+            buffer = self._streamed.take()
+            rows = torch.arange(len(buffer), device=buffer.device).view(*key.shape[:2], -1)
+            absent = start + torch.arange(stop - start, device=buffer.device) >= self.decode.positions[:, None]
+            parts.append(sparse_attention(query, buffer, rows.masked_fill(absent[:, None], -1), scale))
         outputs, lses = zip(*parts, strict=True)
         return merge_partials(torch.stack(outputs), torch.stack(lses))
 
     def _true_logits(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """Logits over the whole context, float32 [R, Hq, S]."""
         parts = []
-        for start in range(0, int(self.decode.lengths.max()), TILE):
-            buffer, rows = self.kv.tile(layer, self.decode.seats, start, self.decode.lengths.clamp(max=start + TILE))
+        for start, stop in self._tiles_before(self.batch.span):
+            buffer, rows = read_tile(self.kv, layer, self.decode.seats, start, stop, self.decode.lengths)
             parts.append(attention_logits(query, buffer, rows, scale))
         return torch.cat(parts, dim=-1)
 
@@ -114,9 +130,31 @@ class Step:
         covered = torch.where(tokens >= 0, weights.gather(-1, tokens.clamp(min=0)), 0.0).sum(-1)
         self.meter.recall(self.decode.seats, covered.mean(-1))
 
-    # Prefill ----------------------------------------------------------------------------------------------------------
+    # Dense reading ----------------------------------------------------------------------------------------------------
 
-    def _prefill(self, layer: int, segment: Segment, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Dense causal attention of a chunk: to the tokens stored before it, and to the chunk itself."""
-        tile = PREFILL_TILE if query.is_cuda else TILE
-        return chunk_attention(query, key, value, scale, stored_tiles(self.kv, layer, segment.seat, segment.start, tile))
+    def _tiles_before(self, stop: int) -> Iterator[tuple[int, int]]:
+        for start in range(0, stop, self.tile):
+            yield start, min(start + self.tile, stop)
+
+    def _past(self, layer: int, segment: Segment) -> Iterator[Tensor]:
+        """K and V of the tokens stored before a chunk, in tiles [T, Hkv, 2, D]."""
+        if in_reach(self.kv, layer):
+            yield from stored_tiles(self.kv, layer, segment.seat, segment.start, self.tile)
+            return
+        for start, stop in self._tiles_before(segment.start):
+            assert self._streamed is not None
+            yield self._streamed.take().view(stop - start, self.kv.shape.kv_heads, 2, -1)
+
+    def _streamed_tiles(self) -> Iterator[Tensor]:
+        """Host rows of every tile that this step reads densely, in the order in which `attend` takes them."""
+        kv = self.kv
+        for layer in range(kv.shape.layers):
+            if in_reach(kv, layer):
+                continue
+            if self.selector.dense and self.batch.num_decodes:
+                for start, stop in self._tiles_before(self.batch.span - 1):
+                    yield tile_rows(kv, layer, self.decode.seats, start, stop, self.decode.positions)
+            for segment in self.batch.prefills:
+                seat = torch.tensor([segment.seat], device=kv.device)
+                for start, stop in self._tiles_before(segment.start):
+                    yield tile_rows(kv, layer, seat, start, stop).transpose(1, 2)  # token by token, as chunks read them

@@ -38,22 +38,25 @@ def gather_rows_layers(
     layers: Tensor,
     seats: Tensor,
     head_map: Tensor,
+    resident: Tensor,
     tokens: Tensor,
     slots: Tensor,
     missing: Tensor,
     page_size: int,
 ) -> None:
-    """Copy what one plan misses, for all its layers and KV heads at once: rows of tokens into rows of slots.
+    """Copy what one plan misses, for several layers and their KV heads at once: rows of tokens into rows of slots.
 
     Args:
         source: [N, 2, D], pages of tokens.
         target: [M, 2, D], pages of slots, the source's dtype, changed in place.
         source_pages, target_pages: int64 [L, seats, P], page tables of all layers.
-        layers: int64 [Loff], the layers to load; seats: int64 [R], the requests' rows of the page tables.
+        layers: int64 [N], the layers to load; seats: int64 [R], the requests' rows of the page tables.
         head_map: int64 [L, Hkv], the group whose entries a KV head of a layer reads.
+        resident: bool [L], layers that are passed over: they have no slots. On a GPU it is read there, so that a captured
+            graph serves whichever layers are resident.
         tokens, slots: int64 [R, G, B]; missing: bool [R, G, B], the entries to copy, whose slots are distinct in each pair.
     """
-    arguments = (source_pages, target_pages, layers, seats, head_map, tokens, slots, missing, page_size)
+    arguments = (source_pages, target_pages, layers, seats, head_map, resident, tokens, slots, missing, page_size)
     if runs_as_kernel(tokens, source, target):
         from specontext.kernels.triton.rows import gather_rows_layers as kernel
 
@@ -94,11 +97,13 @@ def append_tokens(
     return append_tokens_reference(pool, pages, seats, positions, key, value, page_size)
 
 
-def append_tiers(
+def append_layer(
     host: Tensor,
     host_pages: Tensor,
     arena: Tensor,
-    arena_pages: Tensor,
+    token_pages: Tensor,
+    slot_pages: Tensor,
+    resident: Tensor,
     seats: Tensor,
     positions: Tensor,
     lengths: Tensor,
@@ -108,23 +113,39 @@ def append_tiers(
     sink: int,
     recent: int,
 ) -> None:
-    """Write K and V of new tokens of an offloaded layer to both tiers: all to the host, sinks and the last ones to their slots.
+    """Write K and V of new tokens of one layer to the tier where it lives.
 
-    Token p has slot p when p < sink, and is in the ring at slot sink + p % recent when it is one of the last `recent`.
+    A resident layer keeps all its tokens in the arena. An offloaded one keeps all on the host, and sinks and the last ones also
+    in their slots: token p has slot p when p < sink, and is in the ring at slot sink + p % recent when it is one of the last
+    `recent`.
 
     Args:
         host, arena: [N, 2, D] and [M, 2, D], changed in place.
-        host_pages, arena_pages: int64 [seats, P], the layer's page tables of tokens and of slots.
+        host_pages, token_pages, slot_pages: int64 [seats, P], the layer's page tables: of tokens on the host and in the arena,
+            and of slots in the arena.
+        resident: bool [1], where the layer lives; on a GPU it is read there.
         seats, positions: as in `append_tokens`.
         lengths: int64 [T], tokens in context of the token's request, these included.
         key, value: [T, Hkv, D].
     """
-    arguments = (host, host_pages, arena, arena_pages, seats, positions, lengths, key, value, page_size, sink, recent)
+    pages = (host, host_pages, arena, token_pages, slot_pages)
+    arguments = (*pages, resident, seats, positions, lengths, key, value, page_size, sink, recent)
     if runs_as_kernel(key, host, arena):
-        from specontext.kernels.triton.rows import append_tiers as kernel
+        from specontext.kernels.triton.rows import append_layer as kernel
 
         return kernel(*arguments)
-    return append_tiers_reference(*arguments)
+    return append_layer_reference(*arguments)
+
+
+def ring_slots(positions: Tensor, lengths: Tensor, sink: int, recent: int) -> Tensor:
+    """Slots (any shape) of sinks and of the last `recent` of `lengths` tokens, -1 for all others and for negative positions."""
+    kept = (positions >= 0) & ((positions < sink) | (positions >= lengths - recent))
+    return torch.where(kept, fixed_slots(positions, sink, recent), -1)
+
+
+def fixed_slots(positions: Tensor, sink: int, recent: int) -> Tensor:
+    """The slot that a position has as a sink or in the ring; negative positions stay as they are."""
+    return torch.where(positions < sink, positions, sink + positions % recent)
 
 
 def runs_as_kernel(index: Tensor, *pools: Tensor) -> bool:
@@ -149,6 +170,7 @@ def gather_rows_layers_reference(
     layers: Tensor,
     seats: Tensor,
     head_map: Tensor,
+    resident: Tensor,
     tokens: Tensor,
     slots: Tensor,
     missing: Tensor,
@@ -158,6 +180,7 @@ def gather_rows_layers_reference(
     requests, groups = missing.shape[:2]
     kv_heads = head_map.shape[1]
     device = missing.device
+    layers = layers[~resident[layers]]
     request, group, entry = missing.nonzero(as_tuple=True)
     token, slot = tokens[request, group, entry], slots[request, group, entry]
     # A reader is a (layer, KV head, request); it wants the run of misses of its pair (request, group).
@@ -194,11 +217,13 @@ def append_tokens_reference(
     _append_entries(pool, pages, seats, positions, token, torch.stack((key, value), dim=2), page_size)
 
 
-def append_tiers_reference(
+def append_layer_reference(
     host: Tensor,
     host_pages: Tensor,
     arena: Tensor,
-    arena_pages: Tensor,
+    token_pages: Tensor,
+    slot_pages: Tensor,
+    resident: Tensor,
     seats: Tensor,
     positions: Tensor,
     lengths: Tensor,
@@ -208,13 +233,14 @@ def append_tiers_reference(
     sink: int,
     recent: int,
 ) -> None:
-    """See `append_tiers`."""
+    """See `append_layer`."""
     new = torch.stack((key, value), dim=2)
-    present = positions >= 0
-    _append_entries(host, host_pages, seats, positions, present.nonzero().squeeze(1), new, page_size)
-    kept = present & ((positions < sink) | (positions >= lengths - recent))
-    slots = torch.where(positions < sink, positions, sink + positions % recent)
-    _append_entries(arena, arena_pages, seats, slots, kept.nonzero().squeeze(1), new, page_size)
+    present = (positions >= 0).nonzero().squeeze(1)
+    if bool(resident):
+        return _append_entries(arena, token_pages, seats, positions, present, new, page_size)
+    _append_entries(host, host_pages, seats, positions, present, new, page_size)
+    slots = ring_slots(positions, lengths, sink, recent)
+    _append_entries(arena, slot_pages, seats, slots, (slots >= 0).nonzero().squeeze(1), new, page_size)
 
 
 def _append_entries(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specontext.core import LoadPlan, Selection
+from specontext.kernels.rows import fixed_slots
 from specontext.kernels.slot_plan import plan_slots
 
 
@@ -28,7 +29,7 @@ class HotSlots:
     def __init__(
         self, *, tables: int, seats: int, groups: int, slots: int, sink: int, recent: int, max_tokens: int, device: torch.device
     ) -> None:
-        self.slots, self.sink, self.recent = slots, sink, recent
+        self.tables, self.slots, self.sink, self.recent = tables, slots, sink, recent
         hot = slots - sink - recent
         self.token_of_slot = torch.full((tables, seats, groups, hot), -1, dtype=torch.int32, device=device)
         self.slot_of_token = torch.full((tables, seats, groups, max_tokens), -1, dtype=torch.int32, device=device)
@@ -52,12 +53,18 @@ class HotSlots:
         hot_slots, missing = plan_slots(
             hot, seats, self.slot_of_token[table], self.token_of_slot[table], self.last_used[table], step
         )
-        slots = torch.where(selection.scored, hot_slots + self.sink + self.recent, self.fixed_slot(selection.tokens))
-        return LoadPlan(slots, missing)
+        fixed = fixed_slots(selection.tokens, self.sink, self.recent)
+        return LoadPlan(torch.where(selection.scored, hot_slots + self.sink + self.recent, fixed), missing)
 
-    def fixed_slot(self, tokens: Tensor) -> Tensor:
-        """Slot of a sink or recent token (any shape); -1 for -1."""
-        return torch.where(tokens < self.sink, tokens, self.sink + tokens % self.recent)
+    def tokens_of(self, table: int, seats: Tensor, lengths: Tensor) -> Tensor:
+        """Tokens that belong into the slots of some seats that have `lengths` [R] tokens stored: int64 [R, G, slots], -1 for none."""
+        groups = self.token_of_slot.shape[2]
+        sinks = torch.arange(self.sink, device=seats.device)
+        last = lengths[:, None] - 1
+        ring = last - (last - torch.arange(self.recent, device=seats.device)) % self.recent  # the last token of each remainder
+        fixed = torch.cat((sinks.expand(len(seats), -1), torch.where(ring >= self.sink, ring, -1)), dim=1)
+        fixed = torch.where(fixed < lengths[:, None], fixed, -1)[:, None].expand(-1, groups, -1)
+        return torch.cat((fixed, self.token_of_slot[table, seats].long()), dim=2)
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless the two tables are each other's inverse."""

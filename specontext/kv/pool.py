@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specontext.core import ModelShape
+from specontext.kv.host_memory import HostMemory
 from specontext.memory.pages import PageAllocator
 
 
@@ -20,14 +21,48 @@ class PagePool:
     """Rows of one tier and the allocator of its pages.
 
     Attributes:
-        rows: [pages * page_size * Hkv, 2, D]. On a CPU the operating system commits them as they are first written.
+        rows: [pages * page_size * Hkv, 2, D].
+        memory: where the rows lie, for the host tier; None for the device's.
     """
 
-    def __init__(self, shape: ModelShape, num_pages: int, page_size: int, device: torch.device, name: str) -> None:
+    def __init__(self, shape: ModelShape, num_pages: int, page_size: int, name: str, home: torch.device | HostMemory) -> None:
         self.page_size, self.kv_heads = page_size, shape.kv_heads
         self.pages = PageAllocator(num_pages, name)
-        self.rows = torch.empty((num_pages * page_size * shape.kv_heads, 2, shape.head_dim), dtype=shape.dtype, device=device)
+        self.page_bytes = page_size * shape.kv_heads * shape.row_bytes
+        size = (num_pages * page_size * shape.kv_heads, 2, shape.head_dim)
+        self.memory = home if isinstance(home, HostMemory) else None
+        if isinstance(home, HostMemory):
+            self.rows = home.bytes[: num_pages * self.page_bytes].view(shape.dtype).view(size)
+            home.reach(self.page_bytes)
+        else:
+            self.rows = torch.empty(size, dtype=shape.dtype, device=home)
         self.rows[: page_size * shape.kv_heads] = 0
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` pages whose memory is there; raises OutOfPagesError (nothing is taken) or HostMemoryError."""
+        pages = self.pages.allocate(count)
+        if self.memory is not None and pages:
+            try:
+                self.memory.reach((max(pages) + 1) * self.page_bytes)
+            except BaseException:
+                self.pages.free(pages)
+                raise
+        return pages
+
+    def as_keys(self, groups: int, head_dim: int) -> Tensor:
+        """The same pages as pages of the retrieval head's keys: [pages, tokens of a page, groups, head_dim].
+
+        A page has room for the keys of more tokens than for K and V of all KV heads; what is left over at its end is not used.
+        """
+        numbers = self.rows[0].numel() * self.page_size * self.kv_heads
+        entry = groups * head_dim
+        shape = (self.pages.num_pages, numbers // entry, groups, head_dim)
+        return self.rows.as_strided(shape, (numbers, entry, head_dim, 1))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all pages."""
+        return self.pages.num_pages * self.page_bytes
 
     def rows_of(self, pages: Tensor, index: Tensor) -> Tensor:
         """Row numbers of entries.
@@ -46,3 +81,16 @@ class PagePool:
         heads = torch.arange(self.kv_heads, device=index.device)[None, :, None]
         rows = (page * self.page_size + entry % self.page_size) * self.kv_heads + heads
         return torch.where(present, rows, -1)
+
+
+def make_pools(
+    shape: ModelShape, *, device_pages: int, host_pages: int, page_size: int, device: torch.device
+) -> tuple[PagePool, PagePool]:
+    """The arena of a device, and the pool of its host; the host's rows are pinned for a GPU.
+
+    Raises:
+        HostMemoryError: the host refuses the memory.
+    """
+    arena = PagePool(shape, device_pages, page_size, "device tier of KV", device)
+    memory = HostMemory(host_pages * arena.page_bytes, pinned=device.type == "cuda")
+    return arena, PagePool(shape, host_pages, page_size, "host tier of KV", memory)

@@ -2,20 +2,37 @@
 
 A resident layer keeps pages of all its tokens in the arena. An offloaded layer keeps them in the host pool, which is the
 truth, and in the arena only slots: sinks, a ring of the recent tokens, and hot slots that cache host rows. Attention reads
-arena rows by index in both cases; only the index table differs.
+arena rows by index in both cases; only the index differs, and where a layer lives is a flag that kernels read. So a layer can
+move between two steps (`moves.py`), and a captured graph serves before and after.
 
-One decode step:  begin_step(selection) -> append(layer) -> rows(layer) -> attention, layer after layer.
+One decode step:  begin_step(selection) -> append(layer) -> wait(layer) -> rows(layer) -> attention, layer after layer.
+
+Pages of a seat:
+
+                       token pages (arena)    slot pages (arena)    host pages
+    resident layer     its tokens             -                     -
+      next to leave    its tokens             reserved              -
+    leaving            its tokens             reserved              filling up
+    offloaded layer    -                      its slots             its tokens
+    returning          filling up             its slots             its tokens
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from specontext.core import LoadPlan, ModelShape, Selection, SpeContextError
-from specontext.kernels.rows import append_tiers, append_tokens, gather_rows_layers
+from specontext.kernels.row_index import selected_rows
+from specontext.kernels.rows import append_layer, append_tokens, gather_rows_layers, ring_slots
 from specontext.kv.hot_slots import HotSlots
 from specontext.kv.pool import PagePool
+from specontext.kv.seat_pages import SeatPages
+from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK, Mark, Streams, streams_of
+
+GROUPS = (1, 1, 2, 4)  # layers of the first launches of a load, so that the first layer waits little; 8 for all others
 
 
 class LoadError(SpeContextError):
@@ -26,11 +43,13 @@ class TieredKV:
     """Pages, slots and transfers of all layers.
 
     Args:
-        resident: for every layer whether its KV stays on the device.
+        resident: for every layer whether its KV is on the device at first.
         head_map: int64 [L, Hkv], retrieval group that each KV head of each layer reads.
         tables: 1 when one selection serves all layers, L when each layer selects for itself.
         slots: device slots for each KV head of an offloaded layer; 0 when the method streams offloaded layers instead.
-        device_pages, host_pages: sizes of the pools, the null page included.
+        arena, host: the pools of both tiers; other things may hold pages of the arena, too.
+        adaptive: layers may move: slot space for the next one to leave is always reserved.
+        streams: what orders transfers; by default the device's own.
     """
 
     def __init__(
@@ -46,26 +65,30 @@ class TieredKV:
         recent: int,
         seats: int,
         max_tokens: int,
-        page_size: int,
-        device_pages: int,
-        host_pages: int,
-        device: torch.device,
+        arena: PagePool,
+        host: PagePool,
+        adaptive: bool = False,
         verify_loads: bool = False,
+        streams: Streams | None = None,
     ) -> None:
-        self.shape, self.resident, self.head_map, self.page_size = shape, resident, head_map.to(device), page_size
-        self.verify_loads, self.device = verify_loads, device
-        self.arena = PagePool(shape, device_pages, page_size, device, "device tier of KV")
-        self.host = PagePool(shape, host_pages, page_size, torch.device("cpu"), "host tier of KV")
-        most = -(-max(max_tokens, slots) // page_size)
-        self.device_table = torch.zeros((shape.layers, seats, most), dtype=torch.int64, device=device)
-        self.host_table = torch.zeros((shape.layers, seats, most), dtype=torch.int64, device=device)
+        device, page_size = arena.rows.device, arena.page_size
+        self.shape, self.head_map, self.page_size = shape, head_map.to(device), page_size
+        self.arena, self.host = arena, host
+        self.adaptive, self.verify_loads, self.device = adaptive, verify_loads, device
+        self.resident = list(resident)
+        self.resident_flags = torch.tensor(resident, device=device)
+        self.streams = streams or streams_of(device)
+        width, slot_width = -(-max_tokens // page_size), -(-slots // page_size)
+        self.token_pages = SeatPages(self.arena, shape.layers, seats, width, device)
+        self.slot_pages = SeatPages(self.arena, shape.layers, seats, slot_width, device)
+        self.host_pages = SeatPages(self.host, shape.layers, seats, width, device)
         self._layers = torch.arange(shape.layers, device=device)
-        self._offloaded = self._layers[~torch.tensor(resident, device=device)]
         self.slot_count = slots
-        self.hot = (
-            HotSlots(
+        self.hot: HotSlots | None = None
+        if slots and (adaptive or not all(resident)):
+            self.hot = HotSlots(
                 tables=tables,
-                seats=seats,
+                seats=seats + 1,
                 groups=groups,
                 slots=slots,
                 sink=sink,
@@ -73,151 +96,241 @@ class TieredKV:
                 max_tokens=max_tokens,
                 device=device,
             )
-            if slots and not all(resident)
-            else None
-        )
-        self._owned: list[tuple[list[int], list[int]]] = [([], []) for _ in range(seats)]
+        self.moving: int | None = None  # the layer that is on its way
+        self.room: dict[int, int] = {}  # tokens that the pages of an open seat hold
+        self.parked: list[list[list[int]]] = []  # host pages of requests without a seat, by layer
+        self._rows: Tensor | None = None  # of the step's selection, all layers
         self._plans: list[LoadPlan | None] = [None] * tables
+        self._loaded: list[Mark] = [None] * shape.layers
+        self._written: Mark = None
 
     # Space ------------------------------------------------------------------------------------------------------------
 
-    def pages_needed(self, tokens: int) -> tuple[int, int]:
-        """Device and host pages that a request of `tokens` tokens takes."""
-        token_pages = -(-tokens // self.page_size)
-        residents = sum(self.resident)
+    @property
+    def offloaded(self) -> list[int]:
+        """Layers whose KV lives on the host."""
+        return [layer for layer, here in enumerate(self.resident) if not here]
+
+    @property
+    def next_to_leave(self) -> int | None:
+        """The last resident layer."""
+        return max((layer for layer, here in enumerate(self.resident) if here), default=None)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages of that many tokens in one layer."""
+        return -(-tokens // self.page_size)
+
+    def pages_needed(self, tokens: int, resident: int | None = None) -> tuple[int, int]:
+        """Device and host pages of a request of `tokens` tokens when `resident` layers (default: as now) are on the device."""
+        residents = sum(self.resident) if resident is None else resident
         offloaded = self.shape.layers - residents
-        return residents * token_pages + offloaded * -(-self.slot_count // self.page_size), offloaded * token_pages
+        with_slots = offloaded + (1 if self.adaptive and residents else 0)
+        device = residents * self.pages_for(tokens) + with_slots * self.pages_for(self.slot_count)
+        return device, offloaded * self.pages_for(tokens)
 
     def open(self, seat: int, tokens: int) -> None:
-        """Give a seat the pages for `tokens` tokens in every layer.
+        """Give a seat its slots, and pages for the first `tokens` tokens in every layer.
 
         Raises:
             OutOfPagesError: a tier has too few free pages; nothing is taken.
         """
-        assert self._owned[seat] == ([], []), f"seat {seat} is taken"
-        device_count, host_count = self.pages_needed(tokens)
-        device_pages = self.arena.pages.allocate(device_count)
+        assert seat not in self.room, f"seat {seat} is taken"
+        self.room[seat] = 0
         try:
-            host_pages = self.host.pages.allocate(host_count)
-        except SpeContextError:
-            self.arena.pages.free(device_pages)
+            self.reserve_slots(seat)
+            self.grow(seat, tokens)
+        except BaseException:
+            self.close(seat)
             raise
-        self._owned[seat] = (list(device_pages), list(host_pages))
-        for layer, resident in enumerate(self.resident):
-            on_device = -(-(tokens if resident else self.slot_count) // self.page_size)
-            self._fill(self.device_table[layer, seat], device_pages, on_device)
-            if not resident:
-                self._fill(self.host_table[layer, seat], host_pages, -(-tokens // self.page_size))
         if self.hot is not None:
             self.hot.reset(seat)
 
-    @staticmethod
-    def _fill(table: Tensor, pages: list[int], count: int) -> None:
-        table[:count] = torch.tensor([pages.pop() for _ in range(count)], dtype=torch.int64)
+    def grow(self, seat: int, tokens: int) -> None:
+        """Make room for `tokens` tokens of an open seat.
+
+        Raises:
+            OutOfPagesError: a tier has too few free pages; nothing is taken.
+        """
+        if tokens <= self.room[seat]:
+            return
+        count = self.pages_for(tokens)
+        on_device = [layer for layer, here in enumerate(self.resident) if here or layer == self.moving]
+        on_host = [layer for layer, here in enumerate(self.resident) if not here or layer == self.moving]
+        needed = self.host_pages.lacking(on_host, seat, count)
+        self.host.pages.require(needed)
+        self.token_pages.extend(on_device, seat, count)
+        self.host_pages.extend(on_host, seat, count)
+        self.room[seat] = count * self.page_size
+
+    def reserve_slots(self, seat: int) -> None:
+        """Slot pages for the layers that need them, and for no others: the offloaded ones, and the next to leave."""
+        wanted = self.offloaded
+        if self.adaptive and self.next_to_leave is not None:
+            wanted.append(self.next_to_leave)
+        self.slot_pages.extend(sorted(wanted), seat, self.pages_for(self.slot_count))
+        self.slot_pages.release(set(range(self.shape.layers)) - set(wanted), seat)
 
     def close(self, seat: int) -> None:
         """Give back everything a seat holds."""
-        device_pages, host_pages = self._owned[seat]
-        self.arena.pages.free(device_pages)
-        self.host.pages.free(host_pages)
-        self._owned[seat] = ([], [])
-        self.device_table[:, seat] = 0
-        self.host_table[:, seat] = 0
+        for pages in (self.token_pages, self.slot_pages, self.host_pages):
+            pages.release(range(self.shape.layers), seat)
+        del self.room[seat]
 
     # Writing ----------------------------------------------------------------------------------------------------------
 
     def append(self, layer: int, seats: Tensor, positions: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> None:
-        """Store K and V of new tokens where the layer keeps them.
+        """Store K and V of new decode tokens, one a request, where the layer lives; negative positions are skipped.
 
         Args:
             seats, positions: int64 [T].
             key, value: [T, Hkv, D], the key after RoPE.
             lengths: int64 [T], tokens in context of the token's request once this step is stored.
         """
-        if self.resident[layer]:
-            append_tokens(self.arena.rows, self.device_table[layer], seats, positions, key, value, self.page_size)
-            return
-        host = (self.host.rows, self.host_table[layer])
         if self.hot is None:
-            append_tokens(*host, seats, positions, key, value, self.page_size)
+            self.append_chunk(layer, seats, positions, key, value, lengths)
             return
-        slots = (self.arena.rows, self.device_table[layer])
-        fixed = (self.hot.sink, self.hot.recent)
-        append_tiers(*host, *slots, seats, positions, lengths, key, value, self.page_size, *fixed)
+        append_layer(
+            self.host.rows,
+            self.host_pages.table[layer],
+            self.arena.rows,
+            self.token_pages.table[layer],
+            self.slot_pages.table[layer],
+            self.resident_flags[layer : layer + 1],
+            seats,
+            positions,
+            lengths,
+            key,
+            value,
+            self.page_size,
+            self.hot.sink,
+            self.hot.recent,
+        )
+
+    def append_chunk(self, layer: int, seats: Tensor, positions: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> None:
+        """The same for many tokens of prompts: what goes to the host is written while later layers compute."""
+        tokens = (seats, positions)
+        if self.resident[layer]:
+            append_tokens(self.arena.rows, self.token_pages.table[layer], *tokens, key, value, self.page_size)
+            return
+        if self.hot is not None:
+            slots = ring_slots(positions, lengths, self.hot.sink, self.hot.recent)
+            append_tokens(self.arena.rows, self.slot_pages.table[layer], seats, slots, key, value, self.page_size)
+        streams = self.streams
+        streams.wait(WRITE_BACK, streams.record(COMPUTE))
+        with streams.on(WRITE_BACK):
+            append_tokens(self.host.rows, self.host_pages.table[layer], *tokens, key, value, self.page_size)
+        streams.keep(WRITE_BACK, *tokens, key, value)
+        self._written = streams.record(WRITE_BACK)
+
+    def end_step(self) -> None:
+        """What follows, compute and loads alike, sees all that this step wrote back."""
+        self.streams.wait(COMPUTE, self._written)
+        self._written = None
 
     # Sparse reading ---------------------------------------------------------------------------------------------------
 
     def begin_step(self, seats: Tensor, selection: Selection, layer: int | None = None) -> LoadPlan | None:
-        """Plan a selection's loads and carry them out, for every offloaded layer, or for the one that selected.
+        """Plan a selection's loads and start them, for every offloaded layer, or for the one that selected.
 
         Returns:
             The plan, None when no layer of it is offloaded.
         """
+        self._rows = None
+        table = 0 if layer is None else layer
+        self._plans[table] = None
         offloaded = not self.resident[layer] if layer is not None else not all(self.resident)
         if not offloaded or self.hot is None:
             return None
-        table = 0 if layer is None else layer
-        plan = self.hot.plan(table, seats, selection)
-        self._plans[table] = plan
+        self._plans[table] = plan = self.hot.plan(table, seats, selection)
+        streams = self.streams
+        # Compute has read last step's slots, and has written all rows, before it comes to this mark.
+        streams.wait(PREFETCH, streams.record(COMPUTE))
+        with streams.on(PREFETCH):
+            for first, last in self._load_groups(layer):
+                self._load(self._layers[first:last], seats, selection, plan)
+                self._loaded[first:last] = [streams.record(PREFETCH)] * (last - first)
+        streams.keep(PREFETCH, seats, selection.tokens, plan.slots, plan.missing)
+        return plan
+
+    def _load_groups(self, layer: int | None) -> list[tuple[int, int]]:
+        """Runs first .. last - 1 of layers that are loaded together: all at once where nothing runs beside it."""
+        if layer is not None:
+            return [(layer, layer + 1)]
+        layers, groups, first = self.shape.layers, [], 0
+        if self.device.type != "cuda":
+            return [(0, layers)]
+        while first < layers:
+            last = min(layers, first + (GROUPS[len(groups)] if len(groups) < len(GROUPS) else 8))
+            groups.append((first, last))
+            first = last
+        return groups
+
+    def _load(self, layers: Tensor, seats: Tensor, selection: Selection, plan: LoadPlan) -> None:
         gather_rows_layers(
             self.host.rows,
             self.arena.rows,
-            self.host_table,
-            self.device_table,
-            self._offloaded if layer is None else self._layers[layer : layer + 1],
+            self.host_pages.table,
+            self.slot_pages.table,
+            layers,
             seats,
             self.head_map,
+            self.resident_flags,
             selection.tokens,
             plan.slots,
             plan.missing,
             self.page_size,
         )
-        return plan
+
+    def wait(self, layer: int) -> None:
+        """What is computed from now on finds the layer's loads in their slots."""
+        self.streams.wait(COMPUTE, self._loaded[layer])
+        self._loaded[layer] = None
 
     def rows(self, layer: int, seats: Tensor, selection: Selection, *, in_layer: bool) -> Tensor:
-        """Arena rows of a selection for every KV head of a layer, in the selection's order: int64 [R, Hkv, B]."""
-        groups = self.head_map[layer]
-        tables = self.device_table[layer].index_select(0, seats)
-        if self.resident[layer]:
-            return self.arena.rows_of(tables, selection.tokens[:, groups])
+        """Arena rows of a selection for every KV head of a layer, in the selection's order: integers [R, Hkv, B]."""
         plan = self._plans[layer if in_layer else 0]
-        assert plan is not None
-        rows = self.arena.rows_of(tables, plan.slots[:, groups])
-        if self.verify_loads:
-            self._verify(layer, seats, selection.tokens[:, groups], rows)
+        slots = selection.tokens if plan is None else plan.slots
+        if in_layer or self.device.type != "cuda":
+            rows = self._rows_of(slice(layer, layer + 1), seats, selection.tokens, slots)[0]
+        else:
+            if self._rows is None:
+                self._rows = self._rows_of(slice(None), seats, selection.tokens, slots)
+            rows = self._rows[layer]
+        if self.verify_loads and not self.resident[layer]:
+            self._verify(layer, seats, selection.tokens[:, self.head_map[layer]], rows)
         return rows
 
+    def _rows_of(self, layers: slice, seats: Tensor, tokens: Tensor, slots: Tensor) -> Tensor:
+        tables = (self.token_pages.table[layers], self.slot_pages.table[layers])
+        flags, head_map = self.resident_flags[layers], self.head_map[layers]
+        return selected_rows(tokens, slots, *tables, flags, seats, head_map, self.page_size)
+
     def _verify(self, layer: int, seats: Tensor, tokens: Tensor, rows: Tensor) -> None:
-        truth = self.host.rows_of(self.host_table[layer].index_select(0, seats), tokens)
+        truth = self.host.rows_of(self.host_pages.table[layer].index_select(0, seats), tokens)
         read = truth >= 0
-        same = torch.equal(self.arena.rows[rows[read]].cpu(), self.host.rows[truth[read].cpu()])
+        same = torch.equal(self.arena.rows[rows[read].long()].cpu(), self.host.rows[truth[read].cpu()])
         if not same:
             raise LoadError(f"layer {layer}: a slot holds a row that differs from the host's copy")
 
-    # Dense reading ----------------------------------------------------------------------------------------------------
+    # Accounts ---------------------------------------------------------------------------------------------------------
 
-    def tile(self, layer: int, seats: Tensor, start: int, stop: Tensor | int) -> tuple[Tensor, Tensor]:
-        """Rows of the tokens start .. stop - 1 of some requests, streamed in from the host for an offloaded layer.
+    def check_integrity(self, others: Sequence[list[int]] = ()) -> None:
+        """Raises AssertionError when a page is lost or held twice, or tables contradict each other or what layers need.
 
         Args:
-            stop: one end for all, or int64 [R]; the tile is as wide as the furthest one and -1 pads the others.
-
-        Returns:
-            buffer [N, 2, D] on the device and int64 rows [R, Hkv, T] into it.
+            others: pages of the arena that others hold.
         """
-        ends = torch.as_tensor(stop, device=self.device).expand(len(seats))
-        tokens = torch.arange(start, int(ends.max()), device=self.device)
-        index = torch.where(tokens < ends[:, None], tokens, -1)[:, None]  # [R, 1, T]
-        if self.resident[layer]:
-            return self.arena.rows, self.arena.rows_of(self.device_table[layer].index_select(0, seats), index)
-        source = self.host.rows_of(self.host_table[layer].index_select(0, seats), index)
-        staging = self.host.rows.index_select(0, source.clamp(min=0).flatten().cpu()).to(self.device)
-        rows = torch.arange(source.numel(), device=self.device).view_as(source)
-        return staging, torch.where(source >= 0, rows, -1)
-
-    def check_integrity(self) -> None:
-        """Raises AssertionError when a page is lost or held twice, or the slot tables contradict each other."""
-        self.arena.pages.check_integrity([device for device, _ in self._owned])
-        self.host.pages.check_integrity([host for _, host in self._owned])
+        self.arena.pages.check_integrity([*self.token_pages.all_held(), *self.slot_pages.all_held(), *others])
+        self.host.pages.check_integrity(self.host_pages.all_held() + [pages for parked in self.parked for pages in parked])
+        for layer, here in enumerate(self.resident):
+            for seat, room in self.room.items():
+                count, both = self.pages_for(room), layer == self.moving
+                assert len(self.token_pages.of(layer, seat)) == (count if here or both else 0), f"token pages of layer {layer}"
+                assert len(self.host_pages.of(layer, seat)) == (count if not here or both else 0), f"host pages of layer {layer}"
+                slots = self.pages_for(self.slot_count) if not here or (self.adaptive and layer == self.next_to_leave) else 0
+                assert len(self.slot_pages.of(layer, seat)) == slots, f"slot pages of layer {layer}"
+        for pages in (self.token_pages, self.slot_pages, self.host_pages):
+            pages.check_integrity()
+        assert self.resident_flags.tolist() == self.resident
         if self.hot is not None:
             self.hot.check_integrity()

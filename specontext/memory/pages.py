@@ -35,11 +35,15 @@ class PageAllocator:
         Raises:
             OutOfPagesError: fewer are free; nothing is taken.
         """
-        if count > len(self._free):
-            raise OutOfPagesError(f"the {self.name} has {len(self._free)} free pages and {count} are needed")
+        self.require(count)
         pages = [self._free.pop() for _ in range(count)]
         self._held.update(pages)
         return pages
+
+    def require(self, count: int) -> None:
+        """Raises OutOfPagesError unless `count` pages are free."""
+        if count > len(self._free):
+            raise OutOfPagesError(f"the {self.name} has {len(self._free)} free pages and {count} are needed")
 
     def free(self, pages: list[int]) -> None:
         """Give pages back; each must be held."""

@@ -18,18 +18,26 @@ class DecodeTokens:
     """The decode tokens of a step, one a request.
 
     Attributes:
-        token_ids, seats, positions, seeds: int64 [R].
+        token_ids, seats, positions, seeds: int64 [R]; a negative position is padding.
+        span: no request has more tokens in context; known without asking the device.
     """
 
     token_ids: Tensor
     seats: Tensor
     positions: Tensor
     seeds: Tensor
+    span: int
 
     @property
     def lengths(self) -> Tensor:
         """Tokens in context, the one being processed included: int64 [R]."""
         return self.positions + 1
+
+    @classmethod
+    def of(cls, batch: Batch) -> DecodeTokens:
+        """The decode tokens of a batch."""
+        decoding = slice(0, batch.num_decodes)
+        return cls(batch.token_ids[decoding], batch.seats[decoding], batch.positions[decoding], batch.seeds, batch.span)
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Budget:
         """The selection of sinks, scored tokens and recent tokens.
 
         Args:
-            scored: int64 [R, G, K] ascending candidates, -1 where there is none.
+            scored: int64 [R, G, K] ascending candidates, then -1 where there is none.
             lengths: int64 [R].
         """
         groups = scored.shape[1]
@@ -82,16 +90,21 @@ class Selector(ABC):
     groups: int
     head_map: Tensor
 
-    @property
-    def most_tokens(self) -> int | None:
-        """Longest request that the method's own state has room for; None when it keeps none."""
-        return None
-
     def open(self, seat: int, tokens: int) -> None:  # noqa: B027  methods without state have nothing to do
-        """A request of at most `tokens` tokens takes a seat."""
+        """A request takes a seat, with room for its first `tokens` tokens."""
+
+    def grow(self, seat: int, tokens: int) -> None:  # noqa: B027
+        """Make room for `tokens` tokens of a request; raises OutOfPagesError and takes nothing when there is none."""
 
     def close(self, seat: int) -> None:  # noqa: B027
         """The request leaves its seat."""
+
+    def save(self, seat: int, tokens: int) -> object:
+        """The method's state of a request of `tokens` tokens that has to leave its seat, in host memory."""
+        return None
+
+    def restore(self, seat: int, tokens: int, state: object) -> None:  # noqa: B027
+        """Put saved state into a seat that is open with room for it."""
 
     def select(self, step: DecodeTokens) -> Selection:
         """Choose for all layers, before the forward pass."""
@@ -112,8 +125,10 @@ class Selector(ABC):
     def selection_bytes(self, lengths: Tensor) -> Tensor:
         """Bytes that choosing has to read for requests of these lengths: int64 [R]."""
 
-    def check_integrity(self) -> None:  # noqa: B027
-        """Raises AssertionError when state was lost."""
+    @property
+    def held_pages(self) -> list[list[int]]:
+        """Pages of the device's arena that the method's state lies in."""
+        return []
 
 
 def uniform_map(shape: ModelShape, groups: int) -> Tensor:

@@ -15,7 +15,9 @@ from torch import Tensor
 from specontext.kernels.triton.slot_plan import list_flagged
 
 TILE_BYTES = 16384
-PROGRAMS = 264  # of the gather of all layers: enough for the bus, and most of the device is left to the layers that compute
+PROGRAMS = (
+    32  # of the gather of layers: enough for the bus (8 fill it on an H100), and the device is left to the layers that compute
+)
 
 
 def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: Tensor) -> None:
@@ -36,6 +38,7 @@ def gather_rows_layers(
     layers: Tensor,
     seats: Tensor,
     head_map: Tensor,
+    resident: Tensor,
     tokens: Tensor,
     slots: Tensor,
     missing: Tensor,
@@ -64,6 +67,7 @@ def gather_rows_layers(
         layers.contiguous(),
         seats.contiguous(),
         head_map.contiguous(),
+        resident.view(torch.uint8),
         tokens.contiguous(),
         slots.contiguous(),
         misses,
@@ -112,62 +116,69 @@ def append_tokens(
     pool: Tensor, pages: Tensor, seats: Tensor, positions: Tensor, key: Tensor, value: Tensor, page_size: int
 ) -> None:
     """See `specontext.kernels.rows.append_tokens`."""
-    _append_pages(pool, pages, pool, pages, seats, positions, positions, key, value, page_size, 0, 1, ring=False)
-
-
-def append_tiers(
-    host: Tensor,
-    host_pages: Tensor,
-    arena: Tensor,
-    arena_pages: Tensor,
-    seats: Tensor,
-    positions: Tensor,
-    lengths: Tensor,
-    key: Tensor,
-    value: Tensor,
-    page_size: int,
-    sink: int,
-    recent: int,
-) -> None:
-    """See `specontext.kernels.rows.append_tiers`. K and V are read once, and the page tables in place."""
-    _append_pages(host, host_pages, arena, arena_pages, seats, positions, lengths, key, value, page_size, sink, recent, ring=True)
-
-
-def _append_pages(
-    pool: Tensor,
-    pages: Tensor,
-    arena: Tensor,
-    arena_pages: Tensor,
-    seats: Tensor,
-    positions: Tensor,
-    lengths: Tensor,
-    key: Tensor,
-    value: Tensor,
-    page_size: int,
-    sink: int,
-    recent: int,
-    *,
-    ring: bool,
-) -> None:
     key, value = _dense_last(key), _dense_last(value)
     tokens, heads, head_dim = key.shape
     if not tokens:
         return
-    assert pages.is_contiguous() and arena_pages.is_contiguous() and pool.is_contiguous() and arena.is_contiguous()
+    assert pages.is_contiguous() and pool.is_contiguous()
     block, rows = _append_tile(key)
     _append_to_pages[(triton.cdiv(tokens * heads, rows),)](
         pool,
         pages,
+        seats.contiguous(),
+        positions.contiguous(),
+        key,
+        value,
+        tokens * heads,
+        pages.shape[1],
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        PAGE=page_size,
+        HEADS=heads,
+        DIM=head_dim,
+        BLOCK=block,
+        ROWS=rows,
+    )
+
+
+def append_layer(
+    host: Tensor,
+    host_pages: Tensor,
+    arena: Tensor,
+    token_pages: Tensor,
+    slot_pages: Tensor,
+    resident: Tensor,
+    seats: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    key: Tensor,
+    value: Tensor,
+    page_size: int,
+    sink: int,
+    recent: int,
+) -> None:
+    """See `specontext.kernels.rows.append_layer`. K and V are read once, and the page tables in place."""
+    key, value = _dense_last(key), _dense_last(value)
+    tokens, heads, head_dim = key.shape
+    if not tokens:
+        return
+    pages = (host_pages, token_pages, slot_pages)
+    assert all(x.is_contiguous() for x in (host, arena, *pages))
+    block, rows = _append_tile(key)
+    _append_to_tier[(triton.cdiv(tokens * heads, rows),)](
+        host,
         arena,
-        arena_pages,
+        *pages,
+        resident.view(torch.uint8),
         seats.contiguous(),
         positions.contiguous(),
         lengths.contiguous(),
         key,
         value,
         tokens * heads,
-        pages.shape[1],
-        arena_pages.shape[1],
+        *(table.shape[1] for table in pages),
         key.stride(0),
         key.stride(1),
         value.stride(0),
@@ -175,7 +186,6 @@ def _append_pages(
         sink,
         recent,
         PAGE=page_size,
-        RING=ring,
         HEADS=heads,
         DIM=head_dim,
         BLOCK=block,
@@ -233,7 +243,7 @@ def _row_of(pages, entry, head, live, PAGE: tl.constexpr, HEADS: tl.constexpr):
 
 @triton.jit
 def _gather_layers(
-    source, target, source_pages, target_pages, layers, seats, head_map, tokens, slots, misses, counts,
+    source, target, source_pages, target_pages, layers, seats, head_map, resident, tokens, slots, misses, counts,
     items, splits, requests, groups, width, seat_count, source_width, target_width,
     PAGE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -244,7 +254,7 @@ def _gather_layers(
         layer = tl.load(layers + reader // HEADS // requests).to(tl.int64)
         pair = request * groups + tl.load(head_map + layer * HEADS + head).to(tl.int64)
         seat = layer * seat_count + tl.load(seats + request).to(tl.int64)
-        count = tl.load(counts + pair)
+        count = tl.where(tl.load(resident + layer) != 0, 0, tl.load(counts + pair))
         for first in range(item % splits * ROWS, count, splits * ROWS):
             place = first + tl.arange(0, ROWS)
             live = place < count
@@ -288,9 +298,9 @@ def _append(
 
 @triton.jit
 def _append_to_pages(
-    pool, pages, arena, arena_pages, seats, positions, lengths, key, value,
-    count, page_width, arena_page_width, key_token, key_head, value_token, value_head, sink, recent,
-    PAGE: tl.constexpr, RING: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    pool, pages, seats, positions, key, value,
+    count, page_width, key_token, key_head, value_token, value_head,
+    PAGE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = at // HEADS, at % HEADS
@@ -301,9 +311,29 @@ def _append_to_pages(
     new_value = _read(value, token, head, value_token, value_head, live, DIM, BLOCK)
     row = _row_of(pages + seat * page_width, position, head, live, PAGE, HEADS)
     _write(pool, row, new_key, new_value, live, DIM, BLOCK)
-    if RING:
+
+
+@triton.jit
+def _append_to_tier(
+    host, arena, host_pages, token_pages, slot_pages, resident, seats, positions, lengths, key, value,
+    count, host_width, token_width, slot_width, key_token, key_head, value_token, value_head, sink, recent,
+    PAGE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token, head = at // HEADS, at % HEADS
+    position = tl.load(positions + token, mask=at < count, other=-1).to(tl.int64)
+    live = position >= 0
+    seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
+    new_key = _read(key, token, head, key_token, key_head, live, DIM, BLOCK)
+    new_value = _read(value, token, head, value_token, value_head, live, DIM, BLOCK)
+    if tl.load(resident) != 0:
+        row = _row_of(token_pages + seat * token_width, position, head, live, PAGE, HEADS)
+        _write(arena, row, new_key, new_value, live, DIM, BLOCK)
+    else:
+        row = _row_of(host_pages + seat * host_width, position, head, live, PAGE, HEADS)
+        _write(host, row, new_key, new_value, live, DIM, BLOCK)
         length = tl.load(lengths + token, mask=live, other=0).to(tl.int64)
         kept = live & ((position < sink) | (position >= length - recent))
         slot = tl.where(position < sink, position, sink + position % recent)
-        row = _row_of(arena_pages + seat * arena_page_width, slot, head, kept, PAGE, HEADS)
+        row = _row_of(slot_pages + seat * slot_width, slot, head, kept, PAGE, HEADS)
         _write(arena, row, new_key, new_value, kept, DIM, BLOCK)

@@ -21,8 +21,7 @@ class RandomSelector(Selector):
         self.head_map = uniform_map(shape, self.groups)
 
     def select(self, step: DecodeTokens) -> Selection:
-        span = int(step.lengths.max())
-        position = torch.arange(span, device=step.seats.device)
+        position = torch.arange(step.span, device=step.seats.device)
         group = torch.arange(self.groups, device=step.seats.device)[:, None]
         key = combine_keys((step.seeds[:, None, None], step.positions[:, None, None], group))
         scores = counter_uniform(key, position)

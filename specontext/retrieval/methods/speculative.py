@@ -35,42 +35,52 @@ class SpeculativeSelector(Selector):
             else None
         )
 
-    @property
-    def most_tokens(self) -> int:
-        return (self.cache.pages.num_pages - 1) * self.cache.page_size
-
     def open(self, seat: int, tokens: int) -> None:
         self.cache.open(seat, tokens)
         if self.last_feature is not None:
             self.last_feature[seat] = 0
 
+    def grow(self, seat: int, tokens: int) -> None:
+        self.cache.grow(seat, tokens)
+
     def close(self, seat: int) -> None:
         self.cache.close(seat)
+
+    def save(self, seat: int, tokens: int) -> object:
+        feature = None if self.last_feature is None else self.last_feature[seat].cpu()
+        return self.cache.keys_of(seat, tokens).cpu(), feature
+
+    def restore(self, seat: int, tokens: int, state: object) -> None:
+        keys, feature = state  # type: ignore[misc]
+        positions = torch.arange(tokens, device=self.cache.keys.device)
+        self.cache.append(torch.full_like(positions, seat), positions, keys.to(self.cache.keys.device))
+        if self.last_feature is not None:
+            self.last_feature[seat] = feature.to(self.last_feature.device)
 
     def select(self, step: DecodeTokens) -> Selection:
         features = None if self.last_feature is None else self.last_feature[step.seats]
         queries, keys = self.head(self._embed(step.token_ids), features, step.positions)
         self.cache.append(step.seats, step.positions, keys)
-        # To read the lengths would be to wait for a GPU; there the pages bound them, and places without a candidate cost little.
-        span = int(step.lengths.max()) if step.lengths.device.type == "cpu" else self.cache.most_positions
-        pages, stops = self.cache.pages_of(step.seats, span), self.budget.candidates_end(step.lengths)
-        scores = paged_retrieval_scores(queries, self.cache.keys, pages, self.budget.sink, stops, span)
+        pages, stops = self.cache.pages_of(step.seats, step.span), self.budget.candidates_end(step.lengths)
+        scores = paged_retrieval_scores(queries, self.cache.keys, pages, self.budget.sink, stops, step.span)
         return self.budget.compose(choose(scores, self.granularity, self.budget.scored), step.lengths)
 
     def observe(self, batch: Batch, features: Tensor | None) -> None:
-        chunk = slice(batch.num_decodes, None)
-        tokens, seats, positions = batch.token_ids[chunk], batch.seats[chunk], batch.positions[chunk]
-        before = None
         if self.last_feature is not None:
             assert features is not None
             features = features.to(self.last_feature.dtype)
-            before = features[chunk].roll(1, dims=0)  # the feature of the token before, inside a chunk
-            first = torch.tensor([s.offset - batch.num_decodes for s in batch.prefills], dtype=torch.int64, device=seats.device)
-            before[first] = self.last_feature[seats[first]]
-            self.last_feature[batch.seats[batch.last_tokens]] = features[batch.last_tokens]
-        if len(tokens):
+        if batch.prefills:
+            chunk = slice(batch.num_decodes, None)
+            tokens, seats, positions = batch.token_ids[chunk], batch.seats[chunk], batch.positions[chunk]
+            before = None
+            if self.last_feature is not None:
+                before = features[chunk].roll(1, dims=0)  # the feature of the token before, inside a chunk
+                for segment in batch.prefills:
+                    before[segment.offset - batch.num_decodes] = self.last_feature[segment.seat]
             _, keys = self.head(self._embed(tokens), before, positions)
             self.cache.append(seats, positions, keys)
+        if self.last_feature is not None:
+            self.last_feature.index_copy_(0, batch.seats[batch.last_tokens], features[batch.last_tokens])
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         return self.embedding(token_ids).to(self.cache.keys.dtype)
@@ -80,5 +90,6 @@ class SpeculativeSelector(Selector):
         keys = self.cache.keys
         return lengths * (keys.shape[-2] * keys.shape[-1] * keys.element_size())
 
-    def check_integrity(self) -> None:
-        self.cache.check_integrity()
+    @property
+    def held_pages(self) -> list[list[int]]:
+        return self.cache.held

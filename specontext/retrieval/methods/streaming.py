@@ -18,8 +18,9 @@ class StreamingSelector(Selector):
 
     def select(self, step: DecodeTokens) -> Selection:
         end = self.budget.candidates_end(step.lengths)[:, None]
-        window = end - self.budget.scored + torch.arange(self.budget.scored, device=end.device)
-        tokens = torch.where(window >= self.budget.sink, window, -1)
+        first = (end - self.budget.scored).clamp(min=self.budget.sink)
+        window = first + torch.arange(self.budget.scored, device=end.device)
+        tokens = torch.where(window < end, window, -1)
         return self.budget.compose(tokens[:, None], step.lengths)
 
     def selection_bytes(self, lengths: Tensor) -> Tensor:

@@ -1,0 +1,162 @@
+"""How many layers keep their KV on the device: they leave before memory runs out, last layer first, and return when there is room.
+
+Algorithm 2 of the paper, counted in pages and for requests of any lengths. One layer moves at a time, in chunks between steps,
+and starts early enough to arrive before its pages are needed; only when requests grow faster than that does a step wait for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from specontext.kv.moves import LayerMove
+from specontext.kv.parking import ParkedKV
+from specontext.kv.tiered import TieredKV
+from specontext.memory.model import KVCost
+from specontext.memory.pages import OutOfPagesError
+from specontext.memory.planner import ResidencyPolicy
+
+MARGIN = 2  # steps by which a move is to arrive early
+
+
+@dataclass(frozen=True)
+class Move:
+    """One layer's move, as statistics show it.
+
+    Attributes:
+        step: engine step before which the layer began to live in the other tier.
+        bytes: rows copied.
+        stall_s: seconds that steps waited for it on the host.
+    """
+
+    step: int
+    layer: int
+    to_host: bool
+    bytes: int
+    stall_s: float
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+class Residency:
+    """Decides and carries out moves between steps.
+
+    Args:
+        adaptive: layers may move; else only the counting below is used.
+        chunk_bytes: rows that are copied between two steps.
+    """
+
+    def __init__(self, kv: TieredKV, cost: KVCost, *, adaptive: bool, chunk_bytes: int) -> None:
+        self.kv, self.adaptive, self.chunk_bytes = kv, adaptive, chunk_bytes
+        self.cost = cost
+        self.steps = 0
+        self.moves: list[Move] = []
+        self._move: LayerMove | None = None
+        self._stall = 0.0
+
+    # What fits --------------------------------------------------------------------------------------------------------
+
+    def policy(self, requests: int, *, but: ParkedKV | None = None) -> ResidencyPolicy:
+        """The rule that says how many layers must leave, with the pages that so many requests can have.
+
+        Args:
+            but: parked KV that is asked about, so that what it holds on the host is not counted twice.
+        """
+        own = but.pages if but is not None else None
+        parked = sum(len(pages) for held in self.kv.parked if held is not own for pages in held)
+        arena, host = self.kv.arena, self.kv.host
+        # Pages of keys hold more tokens than those of KV: of each request one may be emptier than the rule counts.
+        kept = arena.page_bytes * (1 + (requests if self.cost.common_token else 0))
+        return ResidencyPolicy(self.cost, arena.num_bytes - kept, host.num_bytes - parked * host.page_bytes)
+
+    def fits_somehow(self, lengths: Sequence[int], *, but: ParkedKV | None = None) -> bool:
+        """Whether requests of these lengths fit into both tiers, with the present number of offloaded layers or, where layers move,
+        with any."""
+        numbers = range(self.cost.layers + 1) if self.adaptive else [len(self.kv.offloaded)]
+        policy = self.policy(len(lengths), but=but)
+        tokens = policy.tokens_after(lengths, 0)
+        return any(policy.fits(number, tokens, len(lengths)) for number in numbers)
+
+    def why_not(self, length: int) -> str:
+        """Why a request of so many tokens could never run, and what would help."""
+        layers = self.cost.layers if self.adaptive else len(self.kv.offloaded)
+        tokens = self.cost.whole_pages(length)
+        needs = (self.cost.device(tokens, 1, layers) + 2 * self.kv.arena.page_bytes, self.cost.host(tokens, layers))
+        pools = ((self.kv.arena, "gpu_memory"), (self.kv.host, "host_memory"))
+        where = f" with {layers} of {self.cost.layers} layers offloaded" if layers else ""
+        for need, (pool, setting) in zip(needs, pools, strict=True):
+            if need > pool.num_bytes:
+                return (
+                    f"a request of {length} tokens{where} needs {need} bytes and the {pool.pages.name} has {pool.num_bytes}: "
+                    f"raise {setting}, or lower max_tokens"
+                )
+        return f"a request of {length} tokens does not fit into both tiers: raise gpu_memory or host_memory, or lower max_tokens"
+
+    # Moving -----------------------------------------------------------------------------------------------------------
+
+    def step(self, stored: Mapping[int, int], lengths_in: Callable[[int], list[int]]) -> None:
+        """Between two steps: go on with a move, or begin one that will be needed, or that has become possible.
+
+        Args:
+            stored: tokens stored, by seat.
+            lengths_in: how long requests will be in so many steps.
+        """
+        self.steps += 1
+        if not self.adaptive:
+            return
+        began = time.perf_counter()
+        if self._move is None:
+            self._begin(stored, lengths_in)
+        if self._move is not None:
+            self._move.advance(stored, self.chunk_bytes)
+            if not self._move.remaining_bytes(stored):
+                self._finish(stored)
+                began = time.perf_counter()
+        self._stall += time.perf_counter() - began
+
+    def _begin(self, stored: Mapping[int, int], lengths_in: Callable[[int], list[int]]) -> None:
+        token_bytes = self.kv.shape.kv_heads * self.kv.shape.row_bytes
+        soon = lengths_in(-(-sum(stored.values()) * token_bytes // self.chunk_bytes) + MARGIN)
+        now, policy = len(self.kv.offloaded), self.policy(len(soon))
+        target = policy.target(now, policy.tokens_after(soon, 0), len(soon))
+        # Where nothing fits, layers leave as long as they can; then requests wait.
+        target = self.cost.layers if target is None else target
+        try:
+            if target > now and self.kv.next_to_leave is not None:
+                self._move = LayerMove(self.kv, self.kv.next_to_leave, to_host=True)
+            elif target < now:
+                self._move = LayerMove(self.kv, min(self.kv.offloaded), to_host=False)
+        except OutOfPagesError:
+            self._move = None  # the other tier is full: requests wait, or are preempted
+
+    def make_room(self, stored: Mapping[int, int]) -> bool:
+        """Take one layer off the device at once, because a step needs its pages; False when none can leave."""
+        if not self.adaptive:
+            return False
+        began = time.perf_counter()
+        if self._move is not None and not self._move.to_host:
+            self._move.cancel()
+            self._move = None
+            return True
+        if self._move is None:
+            layer = self.kv.next_to_leave
+            if layer is None:
+                return False
+            try:
+                self._move = LayerMove(self.kv, layer, to_host=True)
+            except OutOfPagesError:
+                return False
+        self._stall += time.perf_counter() - began
+        self._finish(stored)
+        return True
+
+    def _finish(self, stored: Mapping[int, int]) -> None:
+        assert self._move is not None
+        began = time.perf_counter()
+        move, self._move = self._move, None
+        move.finish(stored)
+        stall = self._stall + time.perf_counter() - began
+        self.moves.append(Move(self.steps, move.layer, move.to_host, move.bytes_moved, stall))
+        self._stall = 0.0

@@ -1,0 +1,131 @@
+"""Host memory for KV: one range of addresses that is committed, and for a GPU pinned, chunk by chunk ahead of need.
+
+The range is contiguous, so a row's address is its number times its size, in kernels as in PyTorch. Nothing is paid for what is
+never reached: on a CPU the operating system commits pages as they are first written; for a GPU a thread pins the next chunks
+while the engine works, since pinning a gigabyte takes up to half a second.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+from specontext.core import SpeContextError
+
+CHUNK = 1 << 28  # bytes that are pinned at once
+AHEAD = 2  # chunks that are pinned beyond what is in use
+PORTABLE_AND_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
+PAGE = 4096  # of the operating system
+
+
+class HostMemoryError(SpeContextError):
+    """Host memory that was allowed cannot be had; the message says how much was asked and what to set."""
+
+
+class HostMemory:
+    """A range of host memory.
+
+    Args:
+        num_bytes: length of the range; what is reached of it counts, not its length.
+        pinned: the memory of a GPU's host tier, which its kernels read in place.
+
+    Raises:
+        HostMemoryError: the range, or its first chunk, cannot be had.
+    """
+
+    def __init__(self, num_bytes: int, *, pinned: bool) -> None:
+        self.num_bytes, self.pinned = num_bytes, pinned
+        try:
+            whole = torch.empty(num_bytes + PAGE, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise HostMemoryError(
+                f"the host tier of KV asks for {num_bytes} bytes of memory and the system refuses them: lower --host-memory"
+            ) from error
+        start = -whole.data_ptr() % PAGE
+        self.bytes: Tensor = whole[start : start + num_bytes]
+        self._pins = _Pins(self.bytes.data_ptr(), num_bytes) if pinned else None
+        if self._pins is not None:
+            weakref.finalize(self, self._pins.release)
+            self.reach(min(1, num_bytes))
+
+    @property
+    def ready_bytes(self) -> int:
+        """Bytes, from the start, that can be used now without waiting."""
+        return self.num_bytes if self._pins is None else self._pins.ready
+
+    def reach(self, end: int) -> None:
+        """Make the first `end` bytes usable, waiting where they are not pinned yet, and let the next chunks be pinned meanwhile.
+
+        Raises:
+            HostMemoryError: the system has no more memory to pin.
+        """
+        if self._pins is not None:
+            self._pins.reach(end)
+
+    def close(self) -> None:
+        """Unpin; the memory must not be in use any more."""
+        if self._pins is not None:
+            self._pins.release()
+
+
+class _Pins:
+    """Pins chunks in order, on a thread of its own that ends when it has nothing to do."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.address, self.num_bytes = address, num_bytes
+        self.ready, self.wanted = 0, 0
+        self.error: str | None = None
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def reach(self, end: int) -> None:
+        assert end <= self.num_bytes
+        with self._changed:
+            self.wanted = min(self.num_bytes, max(self.wanted, (-(-end // CHUNK) + AHEAD) * CHUNK))
+            if self.ready < self.wanted and self._thread is None and self.error is None:
+                self._thread = threading.Thread(target=self._work, name="specontext-pin", daemon=True)
+                self._thread.start()
+            self._changed.wait_for(lambda: self.ready >= end or self.error is not None)
+            if self.ready < end:
+                raise HostMemoryError(
+                    f"the host tier of KV could pin {self.ready} bytes of host memory and asks for {end} now, {self.num_bytes} at "
+                    f"most ({self.error}): lower --host-memory, or raise the limit on locked memory (ulimit -l; --ulimit "
+                    "memlock=-1 for a container)"
+                )
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                if self.ready >= self.wanted or self.error is not None:
+                    self._thread = None
+                    return
+                start = self.ready
+            size = min(CHUNK, self.num_bytes - start)
+            code = int(register(self.address + start, size))
+            with self._changed:
+                if code:
+                    self.error = f"CUDA error {code}"
+                else:
+                    self.ready = start + size
+                self._changed.notify_all()
+
+    def release(self) -> None:
+        with self._changed:
+            self.wanted = 0  # stops the thread after the chunk it is at
+            self._changed.wait_for(lambda: self._thread is None, timeout=10)
+            for start in range(0, self.ready, CHUNK):
+                unregister(self.address + start)
+            self.ready = 0
+
+
+def register(address: int, size: int) -> int:
+    """Pin host memory and map it for all devices; the CUDA error code, 0 for none."""
+    return int(torch.cuda.cudart().cudaHostRegister(address, size, PORTABLE_AND_MAPPED))
+
+
+def unregister(address: int) -> int:
+    """Undo `register`; the CUDA error code, 0 for none."""
+    return int(torch.cuda.cudart().cudaHostUnregister(address))

@@ -1,0 +1,92 @@
+"""A request that has to wait keeps its KV on the host: out of its seat, and into any seat again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from specontext.kernels.rows import gather_rows
+from specontext.kv.slot_fill import fill_slots
+from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK
+from specontext.kv.tiered import TieredKV
+
+
+@dataclass(eq=False)
+class ParkedKV:
+    """KV of a request without a seat.
+
+    Attributes:
+        tokens: tokens stored.
+        pages: host pages of every layer.
+    """
+
+    tokens: int
+    pages: list[list[int]]
+
+
+def park(kv: TieredKV, seat: int, tokens: int) -> ParkedKV:
+    """Take a seat's KV to the host and leave the seat.
+
+    Raises:
+        OutOfPagesError: the host has too little room; nothing has changed.
+    """
+    layers = range(kv.shape.layers)
+    resident = [layer for layer in layers if kv.resident[layer]]
+    kv.host_pages.extend(resident, seat, kv.pages_for(tokens))
+    _copy(kv, resident, seat, tokens, to_host=True)
+    parked = ParkedKV(tokens, [kv.host_pages.detach(layer, seat) for layer in layers])
+    kv.parked.append(parked.pages)
+    kv.close(seat)
+    return parked
+
+
+def unpark(kv: TieredKV, seat: int, parked: ParkedKV) -> None:
+    """Give parked KV a seat: resident layers get their pages back, and the slots of offloaded ones start empty.
+
+    Raises:
+        OutOfPagesError: the device has too little room; nothing has changed.
+    """
+    layers = range(kv.shape.layers)
+    kv.open(seat, 0)
+    resident = [layer for layer in layers if kv.resident[layer]]
+    on_device = [layer for layer in layers if kv.resident[layer] or layer == kv.moving]
+    try:
+        kv.token_pages.extend(on_device, seat, kv.pages_for(parked.tokens))
+    except BaseException:
+        kv.close(seat)
+        raise
+    for layer in layers:
+        kv.host_pages.attach(layer, seat, parked.pages[layer])
+    kv.parked.remove(parked.pages)
+    kv.room[seat] = kv.pages_for(parked.tokens) * kv.page_size
+    _copy(kv, resident, seat, parked.tokens, to_host=False)
+    kv.host_pages.release([layer for layer in resident if layer != kv.moving], seat)
+    for layer in kv.offloaded:
+        fill_slots(kv, layer, {seat: parked.tokens}, from_host=True)
+
+
+def discard(kv: TieredKV, parked: ParkedKV) -> None:
+    """Give back what parked KV holds."""
+    for pages in parked.pages:
+        kv.host.pages.free(pages)
+    kv.parked.remove(parked.pages)
+
+
+def _copy(kv: TieredKV, layers: list[int], seat: int, tokens: int, *, to_host: bool) -> None:
+    """All rows of a seat in some layers, from one tier to the other; what is computed next finds them there."""
+    if not layers or not tokens:
+        return
+    index = torch.arange(tokens, device=kv.device).expand(len(layers), 1, -1)
+    chosen = torch.tensor(layers, device=kv.device)
+    here = kv.arena.rows_of(kv.token_pages.table[chosen, seat], index)
+    there = kv.host.rows_of(kv.host_pages.table[chosen, seat], index)
+    side = WRITE_BACK if to_host else PREFETCH
+    kv.streams.wait(side, kv.streams.record(COMPUTE))
+    with kv.streams.on(side):
+        if to_host:
+            gather_rows(kv.arena.rows, here, kv.host.rows, there)
+        else:
+            gather_rows(kv.host.rows, there, kv.arena.rows, here)
+    kv.streams.keep(side, here, there)
+    kv.streams.wait(COMPUTE, kv.streams.record(side))
