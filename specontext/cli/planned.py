@@ -70,7 +70,7 @@ def find_facts(name: str, dtype: str, retrieval_head: str | None) -> ModelFacts:
     try:
         config = read_config(source)
     except ModelError as error:
-        raise ModelError(f"{error}{did_you_mean(name)}") from error
+        raise ModelError(f"{str(error).rstrip('.')}{did_you_mean(name)}") from error
     check_supported(config)
     from specontext.retrieval.checkpoint import OWN_HEAD
 
