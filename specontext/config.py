@@ -114,7 +114,7 @@ class EngineConfig:
     gpu_memory: int | None = _option(  # type: ignore[assignment]
         None,
         "Bytes of GPU memory that the engine may use, weights and buffers included; on a CPU, bytes of the device tier of KV. "
-        "Default: gpu_memory_utilization; on a CPU what max_num_seqs requests of max_model_len tokens need, as far as it is free.",
+        "Default: gpu_memory_utilization; on a CPU what max_num_seqs requests of max_model_len tokens need, as far as free.",
     )
     gpu_memory_utilization: float = _option(0.9, "Share of the GPU's memory that the engine may use.")  # type: ignore[assignment]
     host_memory: int | None = _option(  # type: ignore[assignment]
@@ -133,6 +133,10 @@ class EngineConfig:
         None,
         "YaRN factor of the retrieval head, 1 switches YaRN off. Default: max_model_len over the length it was trained on, "
         "unless its config rules YaRN out.",
+    )
+    enforce_eager: bool = _option(False, "Run every step eagerly: no CUDA graphs.")  # type: ignore[assignment]
+    compile: bool = _option(  # type: ignore[assignment]
+        True, "Fuse the layers' small operations in captured decode steps of 16-bit models (torch.compile)."
     )
     trust_remote_code: bool = _option(False, "Allow modelling code that comes with a checkpoint.")  # type: ignore[assignment]
     revision: str | None = _option(None, "Hub revision of the model.")  # type: ignore[assignment]

@@ -52,13 +52,13 @@ def describe(engine: LLMEngine) -> str:
     """The tiers in a line: tokens that each can hold, and how many requests of full length run at once."""
     parts, shape = engine.parts, engine.loaded.shape
     method = parts.method
-    resident = shape.layers - method.offload_layers
-    device, host = parts.kv.arena, parts.kv.host
-    sizes = [f"device KV {human_bytes(device.rows.nbytes)}"]
-    if method.offload_layers:
-        sizes.append(f"host KV {human_bytes(host.rows.nbytes)}")
+    device, host, offloaded = parts.kv.arena, parts.kv.host, len(parts.kv.offloaded)
+    sizes = f"device KV {human_bytes(device.num_bytes)}, host KV {human_bytes(host.num_bytes)}"
+    layers = f"{shape.layers - offloaded} layers on the device, {offloaded} in host memory"
+    if method.offload_layers is None:
+        layers += " to begin with"
     chosen = method.method if method.method == "full" else f"{method.method}, budget {method.budget}"
     return (
-        f"{chosen} | {resident} layers on the device, {method.offload_layers} in host memory | {', '.join(sizes)} | "
+        f"{chosen} | {layers} | {sizes} | "
         f"up to {engine.config.max_num_seqs} requests at once, contexts of up to {parts.max_tokens} tokens"
     )

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from specontext.config import ConfigError, EngineConfig, SpeContextConfig
 from specontext.core import ModelShape
@@ -119,10 +120,10 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         device=device,
     )
     share = CHUNK_SHARE_OF_WEIGHTS[device.type]
-    keys = 0 if head is None or method.method != "speculative" else -(-arena.page_bytes // selector.cache.page_size)
-    residency = Residency(
-        kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=max(1, facts.weight_bytes // share)
-    )
+    # A page holds the keys of a whole number of tokens, and may have a rest.
+    keys = -(-arena.page_bytes // selector.cache.page_size) if isinstance(selector, SpeculativeSelector) else 0
+    chunk = max(1, facts.weight_bytes // share)
+    residency = Residency(kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=chunk)
     return Parts(method, selector, kv, meter, residency, plan, sizes, max_tokens, head)
 
 
@@ -146,7 +147,9 @@ def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device)
 def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFacts:
     """Sizes of a loaded model and its head, 0 for a method without one."""
     model, c = loaded.model, head.config if head is not None else None
-    table, output = model.get_input_embeddings().weight, model.get_output_embeddings()
+    table = model.get_input_embeddings().weight
+    assert isinstance(table, Tensor)
+    output = model.get_output_embeddings()
     lookup = 0 if output is not None and output.weight is table else table.numel()
     intermediate = getattr(model.config, "intermediate_size", None) or 4 * loaded.shape.hidden_size
     if c is None or head is None:

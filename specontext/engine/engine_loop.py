@@ -126,14 +126,17 @@ class EngineLoop:
             self._on_death()
 
     def _take_orders(self) -> bool:
-        """Carry out the orders, waiting for one when there is nothing else to do; whether to go on."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                order = self._inbox.get(block=not self.engine.has_work)
-                if order is None:
-                    return False
-                order.run()
-        return True
+        """Carry out what was ordered, waiting for an order when there is nothing else to do; whether to go on."""
+        wait = not self.engine.has_work
+        while True:
+            try:
+                order = self._inbox.get(block=wait)
+            except queue.Empty:
+                return True
+            if order is None:
+                return False
+            order.run()
+            wait = False
 
     def add(self, stream: RequestStream) -> None:
         """Queue all outputs of a stream, or none.

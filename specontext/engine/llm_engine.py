@@ -75,6 +75,8 @@ class LLMEngine:
             self.parts,
             feature_layers=head.config.feature_layers if head is not None and head.config.variant == "features" else (),
             measure_recall=config.measure_recall,
+            graphs=not config.enforce_eager,
+            compiled=config.compile,
         )
         self.scheduler = Scheduler(self.parts, seats=config.max_num_seqs, max_batched_tokens=config.max_num_batched_tokens)
         self.tokenizer = self.loaded.tokenizer

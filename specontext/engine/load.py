@@ -29,6 +29,7 @@ class Load:
 
     Attributes:
         device_kv_used, host_kv_used: shares of the tiers' pages that are held, 0 to 1.
+        stall_s: seconds that steps have waited for layers to leave the device or to come back.
         loaded_bytes: bytes of KV moved from host to device since the start.
         overlap: mean over the decode steps of the live requests, or of the last one that ended.
         prompt_tokens, generation_tokens: totals since the start.
@@ -60,14 +61,12 @@ class LoadMeter:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     ended_bytes: float = 0.0
-    ended_stall: float = 0.0
     last_overlap: float | None = None
     latest: Load = field(default_factory=Load)
 
     def ended(self, stats: dict[str, Any]) -> None:
         """Count the statistics of an output that has ended."""
         self.ended_bytes += (stats.get("bytes_loaded_per_step") or 0.0) * (stats.get("decode_steps") or 0)
-        self.ended_stall += stats.get("stall_s") or 0.0
         if stats.get("overlap") is not None:
             self.last_overlap = stats["overlap"]
 
@@ -86,13 +85,13 @@ class LoadMeter:
             host_kv_used=_used(host_pages),
             device_kv_bytes=_pool_bytes(parts.kv.arena),
             host_kv_bytes=_pool_bytes(parts.kv.host),
-            offloaded_layers=parts.method.offload_layers,
+            offloaded_layers=len(parts.kv.offloaded),
             layers=engine.loaded.shape.layers,
-            preemptions=getattr(engine.scheduler, "preemptions", 0),
+            preemptions=engine.scheduler.preemptions,
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generation_tokens,
             loaded_bytes=loaded,
-            stall_s=self.ended_stall,
+            stall_s=sum(move.stall_s for move in parts.residency.moves),
             overlap=overlap if overlap is not None else self.last_overlap,
             requests=tuple(live),
         )

@@ -1,4 +1,4 @@
-"""How many layers keep their KV on the device: they leave before memory runs out, last layer first, and return when there is room.
+"""How many layers keep their KV on the device: they leave before memory runs out, last layer first, and return when they can.
 
 Algorithm 2 of the paper, counted in pages and for requests of any lengths. One layer moves at a time, in chunks between steps,
 and starts early enough to arrive before its pages are needed; only when requests grow faster than that does a step wait for it.
@@ -72,8 +72,8 @@ class Residency:
         return ResidencyPolicy(self.cost, arena.num_bytes - kept, host.num_bytes - parked * host.page_bytes)
 
     def fits_somehow(self, lengths: Sequence[int], *, but: ParkedKV | None = None) -> bool:
-        """Whether requests of these lengths fit into both tiers, with the present number of offloaded layers or, where layers move,
-        with any."""
+        """Whether requests of these lengths fit into both tiers, with as many layers offloaded as now or, where layers move, with
+        any number."""
         numbers = range(self.cost.layers + 1) if self.adaptive else [len(self.kv.offloaded)]
         policy = self.policy(len(lengths), but=but)
         tokens = policy.tokens_after(lengths, 0)

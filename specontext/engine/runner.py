@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
-from specontext.core import Batch
+from specontext.core import Batch, SpeContextError
 from specontext.engine.build import Parts
+from specontext.engine.graphs import DecodeGraphs
 from specontext.engine.step import Step
+from specontext.models.compiled import CompiledModules
 from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
+
+
+class DeviceError(SpeContextError):
+    """The device failed in a step; the message says what to do."""
 
 
 class ModelRunner:
@@ -17,15 +25,57 @@ class ModelRunner:
 
     Args:
         feature_layers: hidden states that the selector wants to observe, empty for none.
+        graphs: decode steps are captured as CUDA graphs, on a GPU.
+        compiled: layers and head of captured steps go through torch.compile. Not in float32, where tokens are promised to be those of
+            eager steps.
     """
 
-    def __init__(self, loaded: LoadedModel, parts: Parts, *, feature_layers: tuple[int, ...], measure_recall: bool) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        parts: Parts,
+        *,
+        feature_layers: tuple[int, ...],
+        measure_recall: bool,
+        graphs: bool = True,
+        compiled: bool = True,
+    ) -> None:
         self.loaded, self.parts, self.measure_recall = loaded, parts, measure_recall
         self.taps = FeatureTaps(loaded.model, feature_layers) if feature_layers else None
+        kv, selector = parts.kv, parts.selector
+        self._compiled: CompiledModules | None = None
+        if compiled and loaded.shape.dtype != torch.float32:
+            modules = [*loaded.model.get_decoder().layers, *([parts.head] if parts.head is not None else [])]
+            self._compiled = CompiledModules(modules)
+        self._graphs: DecodeGraphs | None = None
+        if graphs and kv.device.type == "cuda" and not (selector.in_layer or measure_recall or kv.verify_loads):
+            seats = kv.token_pages.table.shape[1] - 1
+            self._graphs = DecodeGraphs(self._fused, seats=seats, max_tokens=parts.max_tokens, device=kv.device)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
-        """Logits of the last token of every request, [requests, V]."""
+        """Logits of the last token of every request, [requests, V]; valid until the next run.
+
+        Raises:
+            DeviceError: the device is out of memory.
+        """
+        offloaded = not all(self.parts.kv.resident)
+        try:
+            if self._graphs is None or batch.prefills or (offloaded and self.parts.selector.dense):
+                return self._forward(batch)
+            return self._graphs.run(batch, variant=offloaded)
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(
+                f"the device ran out of memory in a step of {len(batch.token_ids)} tokens ({str(error).splitlines()[0]}): lower "
+                "--max-num-batched-tokens or --gpu-memory-utilization"
+            ) from error
+
+    def _fused(self, batch: Batch) -> Tensor:
+        fused: AbstractContextManager[None] = self._compiled.use() if self._compiled is not None else nullcontext()
+        with fused:
+            return self._forward(batch)
+
+    def _forward(self, batch: Batch) -> Tensor:
         parts = self.parts
         step = Step(batch, parts.kv, parts.selector, parts.meter, measure_recall=self.measure_recall)
         step.begin()
@@ -38,7 +88,8 @@ class ModelRunner:
         )
         step.end()
         parts.selector.observe(batch, self.taps.take()[0] if self.taps is not None else None)
-        return output.logits[0]
+        logits: Tensor = output.logits[0]
+        return logits
 
     def close(self) -> None:
         """Take the feature taps off the model."""

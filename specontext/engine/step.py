@@ -44,7 +44,8 @@ class Step:
                 self.selection = self.selector.select(self.decode)
                 plan = self.kv.begin_step(seats, self.selection)
                 self.meter.sparse(seats, self.selection, plan, self.kv.resident_flags)
-        if not all(in_reach(self.kv, layer) for layer in range(self.kv.shape.layers)):
+        dense = self.batch.prefills or (self.selector.dense and self.batch.num_decodes)
+        if dense and not all(in_reach(self.kv, layer) for layer in range(self.kv.shape.layers)):
             most = max(self.batch.num_decodes if self.selector.dense else 0, 1) * self.tile * self.kv.shape.kv_heads
             self._streamed = HostTiles(self.kv, self._streamed_tiles(), most)
 

@@ -59,7 +59,7 @@ def tile_rows(kv: TieredKV, layer: int, seats: Tensor, start: int, stop: int, le
 
 
 def read_tile(kv: TieredKV, layer: int, seats: Tensor, start: int, stop: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """A buffer [N, 2, D] that attention can read, and rows [R, Hkv, T] in it, of the tokens start .. stop - 1; see `tile_rows`."""
+    """A buffer [N, 2, D] that attention can read, and rows [R, Hkv, T] in it of the tokens start .. stop - 1; see `tile_rows`."""
     rows = tile_rows(kv, layer, seats, start, stop, lengths)
     if in_reach(kv, layer):
         return _home(kv, layer)[0].rows, rows

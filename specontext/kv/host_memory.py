@@ -91,9 +91,9 @@ class _Pins:
             self._changed.wait_for(lambda: self.ready >= end or self.error is not None)
             if self.ready < end:
                 raise HostMemoryError(
-                    f"the host tier of KV could pin {self.ready} bytes of host memory and asks for {end} now, {self.num_bytes} at "
-                    f"most ({self.error}): lower --host-memory, or raise the limit on locked memory (ulimit -l; --ulimit "
-                    "memlock=-1 for a container)"
+                    f"the host tier of KV could pin {self.ready} bytes of host memory and asks for {end} now, {self.num_bytes} "
+                    f"at most ({self.error}): lower --host-memory, or raise the limit on locked memory (ulimit -l; "
+                    "--ulimit memlock=-1 for a container)"
                 )
 
     def _work(self) -> None:

@@ -57,7 +57,7 @@ class HotSlots:
         return LoadPlan(torch.where(selection.scored, hot_slots + self.sink + self.recent, fixed), missing)
 
     def tokens_of(self, table: int, seats: Tensor, lengths: Tensor) -> Tensor:
-        """Tokens that belong into the slots of some seats that have `lengths` [R] tokens stored: int64 [R, G, slots], -1 for none."""
+        """Tokens that belong into the slots of seats that have `lengths` [R] tokens stored: int64 [R, G, slots], -1 for none."""
         groups = self.token_of_slot.shape[2]
         sinks = torch.arange(self.sink, device=seats.device)
         last = lengths[:, None] - 1

@@ -256,9 +256,10 @@ class TieredKV:
         """Runs first .. last - 1 of layers that are loaded together: all at once where nothing runs beside it."""
         if layer is not None:
             return [(layer, layer + 1)]
-        layers, groups, first = self.shape.layers, [], 0
+        layers, first = self.shape.layers, 0
         if self.device.type != "cuda":
             return [(0, layers)]
+        groups: list[tuple[int, int]] = []
         while first < layers:
             last = min(layers, first + (GROUPS[len(groups)] if len(groups) < len(GROUPS) else 8))
             groups.append((first, last))

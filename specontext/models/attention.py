@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -18,6 +19,7 @@ class LayerAttention(Protocol):
         ...
 
 
+@torch.compiler.disable
 def attention_forward(
     module: nn.Module,
     query: Tensor,

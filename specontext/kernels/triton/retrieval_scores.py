@@ -69,8 +69,9 @@ def _chunk_logits(
     if WIDEN:
         q = q.to(tl.float32)
 
-    top = tl.full([HEADS_PADDED], LEAST, tl.float32)
-    total = tl.zeros([HEADS_PADDED], tl.float32)
+    # Running maxima and sums place by place of a block: nothing is reduced over threads before the end.
+    top = tl.full([BLOCK, HEADS_PADDED], LEAST, tl.float32)
+    total = tl.zeros([BLOCK, HEADS_PADDED], tl.float32)
     low = tl.maximum(chunk * CHUNK, start // BLOCK * BLOCK)
     high = tl.minimum(chunk * CHUNK + CHUNK, stop)
     high = tl.where(start < stop, high, low)
@@ -91,10 +92,12 @@ def _chunk_logits(
         tl.store(out, x, mask=seen[:, None] & (head[None, :] < HEADS))
         x = tl.where(seen[:, None], x, float("-inf"))
         before = top
-        top = tl.maximum(top, tl.max(x, 0))
-        total = total * tl.exp2(before - top) + tl.sum(tl.exp2(x - top[None, :]), 0)
+        top = tl.maximum(top, x)
+        total = total * tl.exp2(before - top) + tl.exp2(x - top)
     # A chunk without candidates is left at LEAST and weighs nothing.
-    tl.store(lse + (first_head + head) * chunks + chunk, top + tl.log2(tl.maximum(total, TINY)), mask=head < HEADS)
+    best = tl.max(top, 0)
+    whole = tl.sum(total * tl.exp2(top - best[None, :]), 0)
+    tl.store(lse + (first_head + head) * chunks + chunk, best + tl.log2(tl.maximum(whole, TINY)), mask=head < HEADS)
 
 
 @triton.jit

@@ -51,7 +51,8 @@ class SpeculativeSelector(Selector):
         return self.cache.keys_of(seat, tokens).cpu(), feature
 
     def restore(self, seat: int, tokens: int, state: object) -> None:
-        keys, feature = state  # type: ignore[misc]
+        assert isinstance(state, tuple)
+        keys, feature = state
         positions = torch.arange(tokens, device=self.cache.keys.device)
         self.cache.append(torch.full_like(positions, seat), positions, keys.to(self.cache.keys.device))
         if self.last_feature is not None:
@@ -73,13 +74,13 @@ class SpeculativeSelector(Selector):
             chunk = slice(batch.num_decodes, None)
             tokens, seats, positions = batch.token_ids[chunk], batch.seats[chunk], batch.positions[chunk]
             before = None
-            if self.last_feature is not None:
+            if self.last_feature is not None and features is not None:
                 before = features[chunk].roll(1, dims=0)  # the feature of the token before, inside a chunk
                 for segment in batch.prefills:
                     before[segment.offset - batch.num_decodes] = self.last_feature[segment.seat]
             _, keys = self.head(self._embed(tokens), before, positions)
             self.cache.append(seats, positions, keys)
-        if self.last_feature is not None:
+        if self.last_feature is not None and features is not None:
             self.last_feature.index_copy_(0, batch.seats[batch.last_tokens], features[batch.last_tokens])
 
     def _embed(self, token_ids: Tensor) -> Tensor:
