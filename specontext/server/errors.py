@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from specontext.core import RequestError, SpeContextError
@@ -70,18 +71,20 @@ def error_body(error: ApiError) -> dict[str, Any]:
     return {"error": {"message": error.detail, "type": kind, "param": error.param, "code": error.code}}
 
 
-def error_response(error: Exception) -> JSONResponse:
+def error_response(error: Exception) -> Response:
     known = as_api_error(error)
-    return JSONResponse(error_body(known), known.status_code, headers=dict(known.headers) if known.headers else None)
+    body = json.dumps(error_body(known))  # in ASCII: a message may quote half a character
+    headers = dict(known.headers) if known.headers else None
+    return Response(body, known.status_code, headers=headers, media_type="application/json")
 
 
 def install_handlers(app: FastAPI) -> None:
     """Have every error of a route answered in the one form."""
 
-    async def handle(request: Request, error: Exception) -> JSONResponse:
+    async def handle(request: Request, error: Exception) -> Response:
         return error_response(error)
 
-    async def handle_invalid(request: Request, error: Exception) -> JSONResponse:
+    async def handle_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         return error_response(_invalid(error))
 

@@ -65,7 +65,7 @@ class Metrics:
             ("host_kv_bytes", "Bytes of the host tier of KV that are in use.", load.host_kv_used * load.host_kv_bytes),
             ("selection_overlap", "Share of a selection that the step before had selected too.", load.overlap or 0.0),
             ("offloaded_layers", "Layers whose KV lives in host memory.", load.offloaded_layers),
-            ("prefetch_stall_seconds", "Seconds that computing has waited for KV to come from the host.", load.stall_s),
+            ("prefetch_stall_seconds", "Seconds that steps have waited for KV to move between the tiers.", load.stall_s),
         )
         counters = (
             ("prompt_tokens", "Prompt tokens processed.", engine.prompt_tokens),

@@ -111,7 +111,8 @@ class BodyLimit:
             if message["type"] == "http.request":
                 read += len(message.get("body", b""))
                 if read > self.most:
-                    await self._discard(receive)
+                    if message.get("more_body"):
+                        await self._discard(receive)
                     raise self._too_long()
             return message
 

@@ -43,7 +43,7 @@ class PromptEncoder:
         for prompt in prompts:
             if not prompt:
                 raise ApiError(400, "the prompt is empty: give some text or token ids", param="prompt")
-            self._check_length(prompt)
+            self._check_text(prompt)
         encoded = await self._run(
             lambda: [self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"] for prompt in prompts]
         )
@@ -60,7 +60,7 @@ class PromptEncoder:
         if not self.tokenizer.chat_template:
             raise ApiError(400, "the model has no chat template: use /v1/completions, or start the server with --chat-template")
         text = await self._run(lambda: self._render(body))
-        self._check_length(text)
+        self._check_text(text)
         ids = await self._run(lambda: self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
         if not ids:
             raise ApiError(400, "the messages have no tokens: give some text", param="messages")
@@ -96,7 +96,12 @@ class PromptEncoder:
         except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
             raise ApiError(400, f"the chat template refuses these messages: {error}", param="messages") from error
 
-    def _check_length(self, text: str) -> None:
+    def _check_text(self, text: str) -> None:
+        if not text.isascii():
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ApiError(400, f"the text is not Unicode: half a character at {error.start}") from error
         if len(text) > self.max_model_len * self._longest_token:
             raise over_length(f"the prompt has {len(text)} characters, which is more than {self.max_model_len} tokens can say")
 

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -37,8 +38,9 @@ def serve(engine_config: EngineConfig, config: ServerConfig, *, announce: Callab
     Raises:
         SpeContextError: settings that do not fit, an address that cannot be had, or an engine that died.
     """
-    configure_logging()
-    with listening_socket(config.host, config.port) as listener:  # taken first: it fails at once, where loading takes its time
+    config.read_chat_template()  # what can fail at once comes before the loading, which takes its time
+    with listening_socket(config.host, config.port) as listener:
+        configure_logging()
         engine = LLMEngine(engine_config)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(Serving(engine, config, listener, announce).run())
@@ -66,9 +68,9 @@ class Serving:
         self._draining: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
+        if threading.current_thread() is threading.main_thread():  # nobody else is told of signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, self.stop)
         self.state.engine.start()
         watch = asyncio.create_task(self._watch())
         try:

@@ -92,3 +92,6 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorResponse, "description": "The request cannot be served as asked."},
     "5XX": {"model": ErrorResponse, "description": "The server failed, or is about to stop."},
 }
+COMPLETION_RESPONSES: dict[int | str, dict[str, Any]] = ERROR_RESPONSES | {
+    200: {"content": {"text/event-stream": {}}, "description": "The whole answer, or with `stream` its pieces as events."}
+}

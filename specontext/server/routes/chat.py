@@ -14,7 +14,7 @@ from specontext.engine.request_stream import Delta, RequestStream
 from specontext.server.context import note, state_of
 from specontext.server.logprobs import chat_logprobs
 from specontext.server.protocol.chat import ChatChoice, ChatMessage, ChatRequest, ChatResponse
-from specontext.server.protocol.common import ERROR_RESPONSES
+from specontext.server.protocol.common import COMPLETION_RESPONSES
 from specontext.server.reasoning import Pieces, ReasoningParser, starts_inside
 from specontext.server.sampling import chat_params
 from specontext.server.state import ServerState
@@ -130,7 +130,7 @@ async def _parsers(state: ServerState, prompt: list[int], count: int) -> list[Re
     return [ReasoningParser(inside=inside) for _ in range(count)]
 
 
-@router.post("/v1/chat/completions", response_model=ChatResponse, responses=ERROR_RESPONSES)
+@router.post("/v1/chat/completions", response_model=ChatResponse, responses=COMPLETION_RESPONSES)
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Continue a conversation."""
     state = state_of(request)

@@ -14,7 +14,7 @@ from specontext.engine.request_stream import Delta, RequestStream
 from specontext.server.context import note, state_of
 from specontext.server.errors import ApiError
 from specontext.server.logprobs import completion_logprobs
-from specontext.server.protocol.common import ERROR_RESPONSES
+from specontext.server.protocol.common import COMPLETION_RESPONSES
 from specontext.server.protocol.completion import (
     CompletionChoice,
     CompletionLogprobs,
@@ -157,7 +157,7 @@ async def _encode(state: ServerState, body: CompletionRequest) -> list[list[int]
     return ids
 
 
-@router.post("/v1/completions", response_model=CompletionResponse, responses=ERROR_RESPONSES)
+@router.post("/v1/completions", response_model=CompletionResponse, responses=COMPLETION_RESPONSES)
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continue texts."""
     state = state_of(request)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from specontext import __version__
@@ -21,7 +22,7 @@ _PAGE = (Path(__file__).parent.parent / "status.html").read_bytes()
 _MOST_SHOWN = 100  # requests on the status page
 
 
-@router.get("/health", responses={503: {"description": "The engine is dead."}})
+@router.get("/health", response_class=PlainTextResponse, responses={503: {"description": "The engine is dead."}})
 async def health(request: Request) -> Response:
     """200 while the engine lives."""
     return Response(status_code=503 if state_of(request).engine.is_dead else 200)
@@ -32,7 +33,7 @@ async def version() -> Version:
     return Version(version=__version__)
 
 
-@router.get("/metrics", responses=ERROR_RESPONSES)
+@router.get("/metrics", response_class=PlainTextResponse, responses=ERROR_RESPONSES)
 async def metrics(request: Request) -> Response:
     """Counters in the text format of Prometheus."""
     return Response(generate_latest(state_of(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)

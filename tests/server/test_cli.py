@@ -1,0 +1,114 @@
+"""Options of `serve`, and the verbs that talk to a server: `chat`, `bench`."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from specontext.cli import main
+from tests.server.serving import Server
+
+Outcome = tuple[int, str, str]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    def call(*words: object) -> Outcome:
+        status = main([str(word) for word in words])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--port", "99999"], "port"),
+        (["--reasoning-parser", "magic"], "deepseek_r1"),
+        (["--generation-config", "mine"], "auto"),
+        (["--max-body-size", "12XB"], "12XB"),
+        (["--max-queued-requests", "0"], "max_queued_requests"),
+        (["--api-key", ""], "api_key"),
+        (["--host", "no.such.host.invalid"], "cannot listen"),
+        (["--chat-template", "/no/such/file"], "/no/such/file"),
+        (["--config", "/no/such/file"], "/no/such/file"),
+    ],
+)
+def test_bad_options(run: Callable[..., Outcome], words: list[str], says: str) -> None:
+    status, out, err = run("serve", "nano", "--device", "cpu", "--port", "0", *words)
+    assert status == 2 and not out and "Traceback" not in err
+    assert err.splitlines()[-1].lower().startswith("error: ") and says in err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- a", "name: value"),
+        ("a: [", "YAML"),
+        ("no_such: 1", "no_such"),
+        ("port: {a: 1}", "port"),
+        ("port: many", "--port"),
+        ("", "name"),
+    ],
+)
+def test_bad_files(run: Callable[..., Outcome], tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text(text)
+    status, out, err = run("serve", "nano", "--config", file)
+    assert status == 2 and not out and says in err.splitlines()[-1]
+
+
+def test_a_port_that_is_taken(run: Callable[..., Outcome]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        status, _, err = run("serve", "nano", "--port", taken.getsockname()[1])
+    assert status == 2 and "--port" in err.splitlines()[-1]
+
+
+def test_chat(server: Server, run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = "Remember the facts in this text. apple = 417.\\nQuestion: apple?".replace("\\n", "\n")
+    status, out, _ = run("chat", "--base-url", server.url, "--prompt", facts, "--temperature", 0)
+    assert (status, out) == (0, " apple = 417.\n")
+    lines = iter(["the sun\n", "/new\n", "x" * 5_000_000 + "\n", "the moon\n", "\n"])
+    monkeypatch.setattr("sys.stdin.readline", lambda: next(lines), raising=False)
+    status, out, err = run("chat", "--base-url", server.url + "/v1/", "--max-tokens", 3, "--temperature", 0)
+    assert status == 0 and len(out.splitlines()) == 2
+    assert "nano at" in err and "error: the prompt has" in err
+    status, _, err = run("chat", "--base-url", "http://127.0.0.1:1")
+    assert status == 1 and "cannot reach" in err
+
+
+@pytest.mark.parametrize("options", [[], ["--no-stream"], ["--request-rate", 40, "--max-concurrency", 2]])
+def test_bench_serve(server: Server, run: Callable[..., Outcome], options: list[object]) -> None:
+    words = ["--num-prompts", 6, "--input-len", 9, "--output-len", 7, *options]
+    status, out, _ = run("bench", "serve", "--base-url", server.url, *words)
+    *table, line = out.splitlines()
+    found = json.loads(line)
+    assert status == 0 and table
+    assert found["completed"] == 6 and found["failed"] == 0
+    assert found["total_input_tokens"] == 54 and found["total_output_tokens"] == 42
+    assert found["total_token_throughput"] == pytest.approx(96 / found["duration"])
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        for kind in ("mean", "median", "p99"):
+            value = found[f"{kind}_{name}_ms"]
+            assert (value is None) if "--no-stream" in options and name != "e2el" else value > 0
+    server.check_idle()
+
+
+def test_bench_serve_with_failures(server: Server, run: Callable[..., Outcome]) -> None:
+    status, out, err = run("bench", "serve", "--base-url", server.url, "--num-prompts", 2, "--input-len", 5000)
+    assert status == 1 and not out and "context" in err
+    assert run("bench", "serve", "--base-url", "ftp://x")[0] == 1
+    assert run("bench", "serve", "--base-url", server.url, "--num-prompts", 0)[0] == 2
+
+
+def test_bench_throughput(run: Callable[..., Outcome]) -> None:
+    words = ["--device", "cpu", "--max-model-len", 512, "--num-prompts", 3, "--input-len", 9, "--output-len", 5]
+    status, out, _ = run("bench", "throughput", "nano", *words)
+    found = json.loads(out.splitlines()[-1])
+    assert status == 0 and found["output_throughput"] == pytest.approx(15 / found["duration"])
