@@ -62,6 +62,7 @@ from torch import Tensor
 from specontext.core import ModelShape
 from specontext.kernels import rows as moves
 from specontext.kernels.dense_attention import chunk_attention
+from specontext.kernels.dispatch import use_triton
 from specontext.kernels.paged_attention import paged_attention, tile_buffer, tokens_of_pages
 from specontext.kernels.retrieval_scores import paged_retrieval_scores
 from specontext.kernels.slot_plan import plan_slots, plan_slots_reference
@@ -196,14 +197,25 @@ class Case:
 
     @cached_property
     def host_pages(self) -> Tensor:
-        """int64 [L, R, P], anywhere in the pool; distinct in a layer, and in all layers where the pool has room for them."""
+        """int64 [L, R, P], distinct, as prompts of `chunk` tokens a step leave them: runs of a layer's pages, layer after layer.
+
+        Where the pool has too little room, layers share pages.
+        """
+        layers, run = self.shape.layers, max(1, self.chunk // PAGE_SIZE)
+        token = torch.arange(self.token_pages)
+        layer = torch.arange(layers)[:, None, None]
+        request = torch.arange(self.requests)[:, None] * (-(-self.token_pages // run) * run * layers)
+        pages = request + token // run * (run * layers) + layer * run + token % run
         pool = self.host.numel() * self.host.itemsize // (PAGE_SIZE * self.shape.kv_heads * self.shape.row_bytes) - 1
-        layers, count = self.shape.layers, self.requests * self.token_pages
-        if layers * count <= pool:
-            chosen = self.permutation(pool, 1)[: layers * count]
-        else:
-            chosen = torch.cat([self.permutation(pool, 1)[:count] for _ in range(layers)])
-        return chosen.view(layers, self.requests, self.token_pages).contiguous()
+        return (1 + pages % pool).to(self.device)
+
+    @cached_property
+    def scattered_pages(self) -> Tensor:
+        """int64 [L, R, P], anywhere in the pool; distinct in a layer."""
+        pool = self.host.numel() * self.host.itemsize // (PAGE_SIZE * self.shape.kv_heads * self.shape.row_bytes) - 1
+        most = self.requests * self.token_pages
+        rows = [self.permutation(pool, 1)[:most].view(self.requests, -1) for _ in range(self.shape.layers)]
+        return torch.stack(rows)
 
     @cached_property
     def context_pages(self) -> Tensor:
@@ -381,16 +393,21 @@ def _misses(case: Case) -> int:
 
 
 def gather(case: Case) -> list[Operation]:
+    """Pages as the engine lays them out and, beside it, anywhere in the pool: what a lack of order costs."""
+    return [_gather(case, "gather", case.host_pages), _gather(case, "gather_scattered", case.scattered_pages)]
+
+
+def _gather(case: Case, name: str, pages: Tensor) -> Operation:
     shape, device = case.shape, case.device
     steady = case.plans[len(case.selections) :]
     tokens = [t.to(device) for t in case.selections]
     slots = [torch.where(s >= 0, s + SINK + RECENT, s).to(device) for s, _ in steady]
     missing = [m.to(device) for _, m in steady]
-    if device.type == "cuda" and not moves.runs_as_kernel(tokens[0], case.host, case.arena):
-        raise WrongResult("gather: the kernel would not run here; is Triton installed, and the pool pinned?")
+    if device.type == "cuda" and not use_triton(tokens[0]):
+        raise WrongResult("gather: the kernel would not run here; is Triton installed?")
     fixed = {
         "source": case.host,
-        "source_pages": case.host_pages,
+        "source_pages": pages,
         "target_pages": case.arena_pages,
         "layers": torch.arange(shape.layers, device=device),
         "seats": case.seats,
@@ -414,10 +431,10 @@ def gather(case: Case) -> list[Operation]:
     pool = case.host.numel() * case.host.itemsize / GIB
     words = f"{rows} rows of {shape.row_bytes} B, {shape.layers} layers, pool {pool:.1f} GiB"
     crossed = rows * shape.row_bytes
-    operation = Operation("gather", words, _calls(call, len(tokens)), error, crossed if device.type == "cuda" else 2 * crossed)
+    operation = Operation(name, words, _calls(call, len(tokens)), error, crossed if device.type == "cuda" else 2 * crossed)
     if device.type == "cuda":
         operation.over, operation.note = "bus", f"target {GATHER_TARGET:.0%} of the copy engine"
-    return [operation]
+    return operation
 
 
 def rows(case: Case) -> list[Operation]:

@@ -116,6 +116,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         tables=tables,
         groups=selector.groups,
         budget=method.budget,
+        sink=method.sink,
         seats=config.max_num_seqs,
         device=device,
     )

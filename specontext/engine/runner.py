@@ -26,8 +26,8 @@ class ModelRunner:
     Args:
         feature_layers: hidden states that the selector wants to observe, empty for none.
         graphs: decode steps are captured as CUDA graphs, on a GPU.
-        compiled: layers and head of captured steps go through torch.compile. Not in float32, where tokens are promised to be those of
-            eager steps.
+        compiled: layers and head of captured steps go through torch.compile. Not in float32, where tokens are promised to be
+            those of eager steps.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ class Meter:
     Args:
         head_map: int64 [L, Hkv].
         tables: 1 when one selection serves all layers, L when layers select for themselves.
-        budget: entries of a selection.
+        budget, sink: entries of a selection, and how many of them are sinks.
     """
 
     def __init__(
@@ -51,10 +51,11 @@ class Meter:
         tables: int,
         groups: int,
         budget: int,
+        sink: int,
         seats: int,
         device: torch.device,
     ) -> None:
-        self.shape, self.tables = shape, tables
+        self.shape, self.tables, self.sink = shape, tables, sink
         self.pairs = shape.layers * shape.kv_heads
         # One row more than seats: the padding of a batch is counted there.
         self.counts = torch.zeros((seats + 1, len(FIELDS)), dtype=torch.float64, device=device)
@@ -90,12 +91,13 @@ class Meter:
         self._add("selection_bytes", seats, selection_bytes)
         self._add("full_bytes", seats, lengths * self.shape.kv_bytes_per_token)
 
-    def dense(self, seats: Tensor, lengths: Tensor, *, offloaded: bool) -> None:
-        """Count one layer that read all entries, streamed in from the host when it is offloaded."""
+    def dense(self, seats: Tensor, lengths: Tensor, *, resident: int) -> None:
+        """Count a step in which all layers read all entries, streamed in from the host for all but `resident` layers."""
         rows = lengths * self.shape.kv_heads
-        self._add("read", seats, rows)
-        self._add("selected", seats, rows)
-        self._add("loaded_bytes" if offloaded else "hits", seats, rows * (self.shape.row_bytes if offloaded else 1))
+        self._add("read", seats, rows * self.shape.layers)
+        self._add("selected", seats, rows * self.shape.layers)
+        self._add("hits", seats, rows * resident)
+        self._add("loaded_bytes", seats, rows * ((self.shape.layers - resident) * self.shape.row_bytes))
 
     def streamed(self, seats: Tensor, byte_counts: Tensor) -> None:
         """Count bytes moved from the host beside the loads of a plan."""
@@ -123,8 +125,8 @@ class Meter:
     def _overlap(self, seats: Tensor, selection: Selection, table: int) -> None:
         scored, width = selection.scored, self.before.shape[-1]
         before = self.before[table].index_select(0, seats)  # [R, G, B]
-        # Scored entries are ascending; to bring the others to the end keeps the order of what is searched.
-        now = torch.where(scored, selection.tokens, NOTHING).to(torch.int32).sort(-1).values
+        # Scored entries are ascending: with the sinks before them at the end, all are.
+        now = torch.where(scored, selection.tokens, NOTHING).to(torch.int32).roll(-self.sink, -1)
         place = torch.searchsorted(before, now).clamp_(max=width - 1)
         again = (before.gather(-1, place) == now) & (now != NOTHING)
         total = scored.sum((1, 2))

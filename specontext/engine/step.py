@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from specontext.core import Batch, Segment, Selection
+from specontext.core import Batch, LoadPlan, Segment, Selection
 from specontext.engine.statistics import Meter
 from specontext.kernels.attention_logits import attention_logits
 from specontext.kernels.dense_attention import chunk_attention
 from specontext.kernels.paged_attention import paged_attention
 from specontext.kernels.sparse_attention import merge_partials, sparse_attention
 from specontext.kv.dense import HostTiles, in_reach, pages_in_reach, read_tile, stored_tiles, tile_rows
+from specontext.kv.streams import COMPUTE, STATISTICS, Mark
 from specontext.kv.tiered import TieredKV
 from specontext.retrieval.selector import DecodeTokens, Selector
 
@@ -33,37 +34,53 @@ class Step:
         self.decode = DecodeTokens.of(batch)
         self.tile = TILE if kv.device.type == "cpu" else GPU_TILE
         self.selection: Selection | None = None
+        self._plan: LoadPlan | None = None
+        self._counted: Mark = None
         self._streamed: HostTiles | None = None
 
     def begin(self) -> None:
         """Select before the forward pass, where the method does, and start the loads of all offloaded layers."""
-        seats, lengths = self.decode.seats, self.decode.lengths
         if self.batch.num_decodes:
-            self.meter.step(seats, lengths, self.selector.selection_bytes(lengths))
             if not self.selector.dense and not self.selector.in_layer:
                 self.selection = self.selector.select(self.decode)
-                plan = self.kv.begin_step(seats, self.selection)
-                self.meter.sparse(seats, self.selection, plan, self.kv.resident_flags)
+                self._plan = self.kv.begin_step(self.decode.seats, self.selection)
+            self._count()
         dense = self.batch.prefills or (self.selector.dense and self.batch.num_decodes)
         if dense and not all(in_reach(self.kv, layer) for layer in range(self.kv.shape.layers)):
             most = max(self.batch.num_decodes if self.selector.dense else 0, 1) * self.tile * self.kv.shape.kv_heads
             self._streamed = HostTiles(self.kv, self._streamed_tiles(), most)
 
+    def _count(self) -> None:
+        """Statistics of the step, beside what is computed."""
+        seats, lengths, streams = self.decode.seats, self.decode.lengths, self.kv.streams
+        streams.wait(STATISTICS, streams.record(COMPUTE))
+        with streams.on(STATISTICS):
+            self.meter.step(seats, lengths, self.selector.selection_bytes(lengths))
+            if self.selector.dense:
+                self.meter.dense(seats, lengths, resident=sum(self.kv.resident))
+            elif self.selection is not None:
+                self.meter.sparse(seats, self.selection, self._plan, self.kv.resident_flags)
+        # This step holds the tensors until it has ended, and then compute has waited for the counting.
+        self._counted = streams.record(STATISTICS)
+
     def end(self) -> None:
         """After the forward pass."""
+        self.kv.streams.wait(COMPUTE, self._counted)
         self.kv.end_step()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `LayerAttention.attend`."""
         batch, kv, decodes = self.batch, self.kv, self.batch.num_decodes
+        if not batch.prefills:
+            kv.append(layer, batch.seats, batch.positions, key, value, batch.lengths)
+            return self._decode(layer, query, key, value, scale)
         output = torch.empty_like(query)
         if decodes:
             new = (key[:decodes], value[:decodes])
             kv.append(layer, batch.seats[:decodes], batch.positions[:decodes], *new, batch.lengths[:decodes])
             output[:decodes] = self._decode(layer, query[:decodes], *new, scale)
-        if batch.prefills:
-            new = (key[decodes:], value[decodes:])
-            kv.append_chunk(layer, batch.seats[decodes:], batch.positions[decodes:], *new, batch.lengths[decodes:])
+        new = (key[decodes:], value[decodes:])
+        kv.append_chunk(layer, batch.seats[decodes:], batch.positions[decodes:], *new, batch.lengths[decodes:])
         for segment in batch.prefills:
             part = slice(segment.offset, segment.offset + segment.length)
             past = self._past(layer, segment)
@@ -98,7 +115,6 @@ class Step:
 
     def _decode_dense(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         kv, seats, lengths = self.kv, self.decode.seats, self.decode.lengths
-        self.meter.dense(seats, lengths, offloaded=not kv.resident[layer])
         if in_reach(kv, layer):
             rows, pages = pages_in_reach(kv, layer, seats)
             heads, size = kv.shape.kv_heads, kv.page_size

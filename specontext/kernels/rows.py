@@ -3,8 +3,9 @@
 A row is [K|V, D]. Pages hold `page_size` entries (tokens or slots) of all KV heads, as `kv.pool` lays them out:
 row = (page * page_size + entry % page_size) * Hkv + head, where page = table[entry // page_size].
 
-On a GPU a pool may also be pinned host memory: the kernels read and write it in place, over the bus. From pageable host
-memory the PyTorch version copies through a staging tensor, and waits for the device.
+On a GPU a pool may also be pinned host memory: the kernels read and write it in place, over the bus. (They are not asked whether
+it is pinned, since a stream that is being captured could not answer; for pageable memory Triton raises.) Without Triton the
+PyTorch version copies through a staging tensor, and waits for the device.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows
         source_rows, target_rows: int64, equal shapes. Target rows are distinct where they are not skipped.
         target: [M, 2, D], the source's dtype, changed in place.
     """
-    if runs_as_kernel(source_rows, source, target):
+    if use_triton(source_rows):
         from specontext.kernels.triton.rows import gather_rows as kernel
 
         return kernel(source, source_rows, target, target_rows)
@@ -57,7 +58,7 @@ def gather_rows_layers(
         tokens, slots: int64 [R, G, B]; missing: bool [R, G, B], the entries to copy, whose slots are distinct in each pair.
     """
     arguments = (source_pages, target_pages, layers, seats, head_map, resident, tokens, slots, missing, page_size)
-    if runs_as_kernel(tokens, source, target):
+    if use_triton(tokens):
         from specontext.kernels.triton.rows import gather_rows_layers as kernel
 
         return kernel(source, target, *arguments)
@@ -72,7 +73,7 @@ def append_rows(arena: Tensor, rows: Tensor, key: Tensor, value: Tensor) -> None
         rows: int64 [T, Hkv], distinct where not negative.
         key, value: [T, Hkv, D].
     """
-    if runs_as_kernel(key, arena):
+    if use_triton(key):
         from specontext.kernels.triton.rows import append_rows as kernel
 
         return kernel(arena, rows, key, value)
@@ -90,7 +91,7 @@ def append_tokens(
         seats, positions: int64 [T], the tokens' requests and places in them, distinct; negative positions are skipped.
         key, value: [T, Hkv, D].
     """
-    if runs_as_kernel(key, pool):
+    if use_triton(key):
         from specontext.kernels.triton.rows import append_tokens as kernel
 
         return kernel(pool, pages, seats, positions, key, value, page_size)
@@ -130,7 +131,7 @@ def append_layer(
     """
     pages = (host, host_pages, arena, token_pages, slot_pages)
     arguments = (*pages, resident, seats, positions, lengths, key, value, page_size, sink, recent)
-    if runs_as_kernel(key, host, arena):
+    if use_triton(key):
         from specontext.kernels.triton.rows import append_layer as kernel
 
         return kernel(*arguments)
@@ -146,11 +147,6 @@ def ring_slots(positions: Tensor, lengths: Tensor, sink: int, recent: int) -> Te
 def fixed_slots(positions: Tensor, sink: int, recent: int) -> Tensor:
     """The slot that a position has as a sink or in the ring; negative positions stay as they are."""
     return torch.where(positions < sink, positions, sink + positions % recent)
-
-
-def runs_as_kernel(index: Tensor, *pools: Tensor) -> bool:
-    """Whether a Triton kernel runs where `index` is and can reach the pools: on its device, or in pinned host memory."""
-    return use_triton(index) and all(pool.device == index.device or (index.is_cuda and pool.is_pinned()) for pool in pools)
 
 
 # References -----------------------------------------------------------------------------------------------------------

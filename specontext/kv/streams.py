@@ -3,6 +3,7 @@
     compute      the model and everything it waits for
     prefetch     rows from the host into slots and staging tiles
     write-back   new rows of prompts, and layers on their way out, to the host
+    statistics   counting, which nothing waits for before the end of a step
 
 On a CPU there is one stream, in which everything happens in the order in which it is said.
 """
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-COMPUTE, PREFETCH, WRITE_BACK = "compute", "prefetch", "write-back"
+COMPUTE, PREFETCH, WRITE_BACK, STATISTICS = "compute", "prefetch", "write-back", "statistics"
 Mark = Any  # a point in a stream; None is one that has passed
 
 
@@ -62,6 +63,7 @@ class CudaStreams:
     def __init__(self, device: torch.device) -> None:
         # The few programs that move rows come before those of the layers: they finish early, and leave the device to them.
         self._side = {name: torch.cuda.Stream(device, priority=-1) for name in (PREFETCH, WRITE_BACK)}
+        self._side[STATISTICS] = torch.cuda.Stream(device)
 
     def _stream(self, name: str) -> torch.cuda.Stream:
         return self._side.get(name) or torch.cuda.current_stream()

@@ -131,11 +131,12 @@ def _group_weights(
     used = tl.cdiv(stop, CHUNK)
     used = tl.where((low < stop) & (high > start), used, 0)
     part = tl.arange(0, PARTS)
-    top = tl.full([HEADS_PADDED], LEAST, tl.float32)
+    tops = tl.full([HEADS_PADDED, PARTS], LEAST, tl.float32)
     for first in range(0, used, PARTS):
         mask = (head[:, None] < HEADS) & (first + part[None, :] < used)
         x = tl.load(lse + (first_head + head[:, None]) * chunks + first + part[None, :], mask=mask, other=float("-inf"))
-        top = tl.maximum(top, tl.max(x, 1))
+        tops = tl.maximum(tops, x)
+    top = tl.max(tops, 1)
     totals = tl.zeros([HEADS_PADDED, PARTS], tl.float32)
     for first in range(0, used, PARTS):
         mask = (head[:, None] < HEADS) & (first + part[None, :] < used)

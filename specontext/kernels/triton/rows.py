@@ -58,7 +58,8 @@ def gather_rows_layers(
     misses = torch.empty((requests * groups, width), dtype=torch.int32, device=tokens.device)
     counts = torch.empty(requests * groups, dtype=torch.int32, device=tokens.device)
     _list_misses[(requests * groups,)](missing.contiguous().view(torch.uint8), misses, counts, width, BLOCK=1024, num_warps=8)
-    splits = min(triton.cdiv(4 * PROGRAMS, readers), triton.cdiv(width, rows))
+    # All programs are at one layer and request at a time: a bus that reads at random needs a table that stays in its cache.
+    splits = min(triton.cdiv(PROGRAMS, head_map.shape[1]), triton.cdiv(width, rows))
     _gather_layers[(min(readers * splits, PROGRAMS),)](
         source,
         target,

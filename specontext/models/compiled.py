@@ -1,0 +1,40 @@
+"""Modules through torch.compile, while a step is being captured: norms, rotary embedding, activations and residuals fuse.
+
+Modelling code stays as it is. Attention is a call out of the compiled code, so each decoder layer compiles to what comes before
+and what comes after it, and all layers share these two. Replayed graphs hold the fused kernels; nothing else runs compiled, so
+prompts of any length never wait for a compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class CompiledModules:
+    """Modules, many of them alike, that are compiled when they are first run inside `use`."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._forwards: list[Any] | None = None
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Inside, the modules run compiled."""
+        if self._forwards is None:
+            # Alike modules differ in their weights only, which are inputs of the compiled code; a limit counts them all the same.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(self._modules))
+            # Products of one row become reductions, which read weights at full speed.
+            options: dict[str, Any] = {"coordinate_descent_tuning": True}
+            self._forwards = [torch.compile(module.forward, options=options) for module in self._modules]
+        try:
+            for module, forward in zip(self._modules, self._forwards, strict=True):
+                module.forward = forward
+            yield
+        finally:
+            for module in self._modules:
+                del module.forward
