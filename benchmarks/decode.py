@@ -15,6 +15,8 @@ Systems:
   offloaded  the same with the KV of all layers in host memory and hot slots
   short      `offloaded` at a context of 64 tokens: what everything but the context costs
 
+--profile prints besides what the parts of a step of `resident`, `offloaded` and `short` take (on a CPU).
+
 The floor is the bytes that a step of `offloaded` must move (weights once, the head's keys once, the selected rows once, the
 missing rows twice) over the bandwidth that this run measured. Prints a table, then with --json one JSON line.
 """
@@ -23,24 +25,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
 import torch
-import transformers
+from measure import clock, machine, read_bandwidth, versions
 from rich.console import Console
 from rich.table import Table
 from shapes import DTYPES, random_model
+from step_parts import seconds_by_part
 from torch import Tensor
 from transformers import DynamicCache
 
 from specontext.config import EngineConfig, SpeContextConfig
-from specontext.core import Batch, Request, SamplingParams, Selection
+from specontext.core import Batch, Selection
 from specontext.distill.session import HeadShape, new_head
 from specontext.engine.build import Parts, build_parts
 from specontext.engine.runner import ModelRunner
@@ -102,10 +103,19 @@ class System:
 
 def decode_batch(requests: int, context: int, device: torch.device) -> Batch:
     """One token of each request, at the last position of its context."""
-    token = torch.arange(requests, device=device) + 7
-    seat = torch.arange(requests, device=device)
-    made = tuple(Request(str(n), [0] * context, context, SamplingParams(), seed=n, seat=n) for n in range(requests))
-    return Batch(made, token, torch.full_like(seat, context - 1), seat, requests, (), seat)
+    seats = torch.arange(requests, device=device)
+    lengths = torch.full_like(seats, context)
+    return Batch(
+        token_ids=seats + 7,
+        positions=lengths - 1,
+        seats=seats,
+        lengths=lengths,
+        seeds=seats,
+        num_decodes=requests,
+        prefills=(),
+        last_tokens=seats,
+        span=context,
+    )
 
 
 def parts_for(
@@ -121,8 +131,7 @@ def parts_for(
         parts.selector.open(seat, context)
     for rows in (parts.kv.arena.rows, parts.kv.host.rows):
         fill(rows)
-    if head is not None:
-        fill(parts.selector.cache.keys)  # type: ignore[attr-defined]
+    if head is not None:  # its keys lie in the arena
         parts.selector.last_feature.normal_()  # type: ignore[attr-defined]
     return parts
 
@@ -158,23 +167,6 @@ def ours(name: str, loaded: LoadedModel, parts: Parts, requests: int, context: i
     return System(name, lambda: runner.run(batch), lambda: loaded.model.set_attn_implementation(ATTENTION_NAME))
 
 
-def bandwidth(device: torch.device) -> float:
-    """Bytes a second that reading can reach here: the best of some sums over 512 MiB."""
-    block = torch.ones(1 << 27, dtype=torch.float32, device=device)
-    best = float("inf")
-    for _ in range(5):
-        began = clock(device)
-        block.sum()
-        best = min(best, clock(device) - began)
-    return block.numel() * 4 / best
-
-
-def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def interleaved(systems: list[System], steps: int, device: torch.device) -> dict[str, float]:
     """Median seconds of a step of each system; the systems take turns, after two steps each to warm up."""
     times: dict[str, list[float]] = {system.name: [] for system in systems}
@@ -187,6 +179,16 @@ def interleaved(systems: list[System], steps: int, device: torch.device) -> dict
             if round_ >= 2:
                 times[system.name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def profiled(systems: list[System], steps: int) -> dict[str, dict[str, float]]:
+    """Seconds of the parts of a step, for every system that selects."""
+    found = {}
+    for system in systems:
+        if system.name not in ("hf", "full"):
+            system.before()
+            found[system.name] = seconds_by_part(system.step, steps)
+    return found
 
 
 def floor_bytes(loaded: LoadedModel, parts: Parts, requests: int, context: int, overlap: float) -> int:
@@ -216,11 +218,14 @@ def main() -> None:
     parser.add_argument("--overlap", type=float, default=0.85)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--systems", default="hf,full,resident,offloaded,short")
+    parser.add_argument("--profile", action="store_true", help="what the parts of a step take (on a CPU)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.steps < 5:
         parser.error("--steps must be at least 5: medians of fewer say little")
     device = torch.device(arguments.device)
+    if arguments.profile and device.type != "cpu":
+        parser.error("--profile times calls on the host: only a CPU's calls return when their work is done")
     loaded = random_model(arguments.model, DTYPES[arguments.dtype], device)
     requests, context, budget = arguments.requests, arguments.context, arguments.budget
     slots = arguments.slots or budget + budget // 4
@@ -253,10 +258,13 @@ def main() -> None:
         systems.append(ours("offloaded", loaded, replayed(offloaded, context), requests, context, device))
     if "short" in wanted:
         systems.append(ours("short", loaded, speculative(-1, SHORT_CONTEXT), requests, SHORT_CONTEXT, device))
-    speed = bandwidth(device)
+    speed = read_bandwidth(device)
     seconds = interleaved(systems, arguments.steps, device)
     report = make_report(arguments, seconds, speed, loaded, offloaded)
     show(seconds, report)
+    if arguments.profile:
+        report["parts_s"] = parts = profiled(systems, arguments.steps)
+        show_parts(parts)
     if arguments.json:
         print(json.dumps(report))
 
@@ -270,12 +278,11 @@ def make_report(
         return seconds[name] / step if step is not None and name in seconds else None
 
     moved = floor_bytes(loaded, offloaded, arguments.requests, arguments.context, arguments.overlap) if offloaded else None
-    gpu = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else None
     return {
         "benchmark": "decode",
         "date": date.today().isoformat(),
-        "machine": gpu or f"{torch.get_num_threads()} CPU threads, {platform.machine()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": machine(torch.device(arguments.device)),
+        "versions": versions(),
         "model": arguments.model,
         "dtype": arguments.dtype,
         "device": arguments.device,
@@ -315,6 +322,15 @@ def show(seconds: dict[str, float], report: dict[str, Any]) -> None:
             f"floor {1000 * report['floor_s']:.1f} ms: {report['bytes_moved'] / 1e9:.2f} GB at {report['bandwidth_gb_s']:.1f} "
             f"GB/s; the step took {report['floor_ratio']:.2f} times that ({report['achieved_gb_s']:.1f} GB/s)"
         )
+
+
+def show_parts(parts: dict[str, dict[str, float]]) -> None:
+    table = Table(title="ms of a step")
+    for column in ("part", *parts):
+        table.add_column(column, justify="right")
+    for name in next(iter(parts.values()), {}):
+        table.add_row(name, *(f"{1000 * seconds[name]:.1f}" for seconds in parts.values()))
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from specontext.kernels.fused_attention import attention_with_lse
+from specontext.kernels.fused_attention import as_multiplied, attention_with_lse
 
 
 def chunk_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, past: Iterable[Tensor] = ()) -> Tensor:
@@ -39,6 +39,9 @@ def chunk_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, pas
     folded = heads.view(kv_heads, 1, -1, head_dim)  # [Hkv, 1, Hq / Hkv * C, D]
     output, lse = part.float().reshape(folded.shape), lse.reshape(kv_heads, 1, -1)
     while tile is not None:
+        tile = as_multiplied(tile)
+        if tile.dtype == torch.float32:
+            folded = folded.float()
         keys, values = tile.permute(2, 1, 0, 3)[:, :, None].unbind(0)  # each [Hkv, 1, T, D]
         part, part_lse = attention_with_lse(folded, keys, values, scale)
         output.lerp_(part.float(), torch.sigmoid(part_lse - lse)[..., None])

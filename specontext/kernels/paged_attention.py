@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.dispatch import use_triton
-from specontext.kernels.fused_attention import attention_with_lse
-from specontext.kernels.sparse_attention import merge_partials
+from specontext.kernels.fused_attention import as_multiplied, attention_with_lse
+from specontext.kernels.scratch import scratch
+from specontext.kernels.sparse_attention import TILE_BYTES, bias_beyond, of_like_width, parts_of
 
 
 def paged_attention(
@@ -46,25 +47,57 @@ def paged_attention(
 def paged_attention_reference(
     query: Tensor, arena: Tensor, pages: Tensor, lengths: Tensor, scale: float, *, page_size: int, kv_heads: int, tile: int = 1024
 ) -> tuple[Tensor, Tensor]:
-    """`paged_attention` in PyTorch, request by request. Tiles are cut by token numbers, so a result does not depend on where
-    the pages lie or on the other requests."""
+    """`paged_attention` in PyTorch, tile by tile and all requests that reach a tile together, as many as TILE_BYTES allow.
+
+    Tiles are cut by token numbers and merged one after the other, and a request's last tile is as wide as its own length asks
+    for; so a result depends neither on where the pages lie nor on the other requests.
+    """
     requests, query_heads, head_dim = query.shape
-    buffer = tile_buffer(arena, tile, page_size=page_size, kv_heads=kv_heads)
-    output = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    lse = query.new_full((requests, query_heads), -torch.inf, dtype=torch.float32)
-    for r, length in enumerate(lengths.tolist()):
-        grouped = query[r].reshape(kv_heads, 1, -1, head_dim)
-        parts = []
-        for start in range(0, length, tile):
-            stop = min(start + tile, length)
-            tokens = tokens_of_pages(arena, pages[r], start, stop, page_size=page_size, kv_heads=kv_heads, buffer=buffer)
-            keys, values = tokens.permute(2, 1, 0, 3)[:, :, None].unbind(0)  # each [Hkv, 1, T, D]
-            parts.append(attention_with_lse(grouped, keys, values, scale))
-        if parts:
-            outputs, lses = (torch.stack(part) for part in zip(*parts, strict=True))
-            output[r] = merge_partials(outputs, lses).view(query_heads, head_dim)
-            lse[r] = torch.logsumexp(lses, 0).view(query_heads)
-    return output, lse
+    queries = query.reshape(requests, kv_heads, -1, head_dim)
+    output = torch.zeros(queries.shape, device=query.device)
+    lse = torch.full(queries.shape[:3], -torch.inf, device=query.device)
+    row_bytes = kv_heads * 2 * head_dim * 4
+    for start in range(0, int(lengths.max()) if requests else 0, tile):
+        counts = (lengths - start).clamp(min=0, max=tile)
+        for chosen, width in of_like_width(counts, tile):
+            if isinstance(chosen, Tensor):
+                chosen = chosen[counts[chosen] > 0]
+            for part in parts_of(chosen, max(1, TILE_BYTES // (width * row_bytes))):
+                tokens = _tile_of_requests(arena, pages[part], counts[part], start, width, page_size, kv_heads)
+                tokens = as_multiplied(tokens)
+                keys, values = tokens.permute(3, 0, 2, 1, 4).unbind(0)  # each [N, Hkv, T, D]
+                bias = bias_beyond(counts[part], width)
+                mine = queries[part].float() if tokens.dtype == torch.float32 else queries[part]
+                new, new_lse = attention_with_lse(mine, keys, values, scale, bias=bias)
+                before = lse[part]
+                output[part] = output[part].lerp(new.float(), torch.sigmoid(new_lse - before)[..., None])
+                lse[part] = torch.logaddexp(before, new_lse)
+    return output.view(query.shape).to(query.dtype), lse.view(requests, query_heads)
+
+
+def _tile_of_requests(
+    arena: Tensor, pages: Tensor, counts: Tensor, start: int, width: int, page_size: int, kv_heads: int
+) -> Tensor:
+    """K and V of the tokens start .. start + width - 1 of some requests, zeros beyond counts[n] tokens: [N, width, Hkv, 2, D].
+
+    One request whose pages follow one another is read in place; others are copied into scratch memory.
+    """
+    first, end = start // page_size, -(-(start + width) // page_size)
+    whole = int(counts.min()) == width
+    shape = (len(pages) * (end - first), page_size, kv_heads, *arena.shape[1:])
+    buffer = scratch("attention.gathered", shape, arena.dtype, arena.device)
+    if whole and len(pages) == 1:
+        sizes = {"page_size": page_size, "kv_heads": kv_heads}
+        return tokens_of_pages(arena, pages[0], start, start + width, **sizes, buffer=buffer)[None]
+    places = torch.arange(first, end, device=pages.device).clamp(max=pages.shape[1] - 1)
+    wanted = pages.index_select(1, places)
+    gathered = torch.index_select(arena.view(-1, *shape[1:]), 0, wanted.flatten(), out=buffer)
+    tokens = gathered.view(len(pages), -1, *shape[2:])  # [N, tokens of whole pages, Hkv, 2, D]
+    before = start - first * page_size
+    if not whole:  # what lies there may not be a number
+        request, token = (torch.arange(width, device=counts.device) >= counts[:, None]).nonzero(as_tuple=True)
+        tokens.flatten(0, 1).index_fill_(0, request * tokens.shape[1] + before + token, 0.0)
+    return tokens[:, before : before + width]
 
 
 def tokens_of_pages(

@@ -1,20 +1,25 @@
 """Scores of all keys for one query a head: attention weights, element-wise maximum in a group (paper, section on GQA).
 
-The references copy keys, tile by tile, into a float32 buffer that stays in the cache, and multiply there. One core takes 15 to
-25 ms for 32K tokens of 8 groups x 128 numbers and 16 or 32 query heads, whether in pages or not, in float32 or bfloat16. A
-gather of all keys, a float32 copy and one product took 115 to 165 ms, most of it in fresh memory; looking for runs of pages to
-use in place gains nothing over the copy. Products in bfloat16 itself are no alternative: on a CPU torch rounds their results to
-bfloat16, which would make ties of different scores.
+The references cut the keys of all requests into blocks of about 128 tokens and work through the list of blocks, a few MiB at a
+time: gather, copy to float32 group by group, multiply. A block's product has the same shape whatever else is in the list, and
+no loop runs over requests. Two cores take 19 ms for 32K tokens of 8 groups x 128 bfloat16 numbers and 16 query heads, as much as
+one request after the other, and 1.6 ms instead of 3.9 for 32 requests of 64 tokens. Products in bfloat16 itself are no
+alternative: on a CPU torch rounds their results to bfloat16, which would make ties of different scores.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from specontext.kernels.dispatch import use_triton
+from specontext.kernels.scratch import scratch
 
-TILE_BYTES = 1 << 21  # of float32 keys that are multiplied at a time
+TILE_BYTES = 4 << 20  # of float32 keys that are multiplied at a time
+BLOCK = 128  # tokens of one product, at least
+VECTOR = 64  # a block is a multiple of as many tokens
 
 
 def retrieval_scores(query: Tensor, keys: Tensor, start: int, stops: Tensor) -> Tensor:
@@ -60,56 +65,68 @@ def paged_retrieval_scores(query: Tensor, keys: Tensor, table: Tensor, start: in
 
 
 def retrieval_scores_reference(query: Tensor, keys: Tensor, start: int, stops: Tensor) -> Tensor:
-    """`retrieval_scores` in PyTorch."""
-    groups, span = keys.shape[2], keys.shape[1]
-    grouped = _grouped(query, groups)
-    logits = query.new_empty((*grouped.shape[:-1], span), dtype=torch.float32)
-    tile = _tile_tokens(keys)
-    buffer = query.new_empty((min(tile, span), *keys.shape[2:]), dtype=torch.float32)
-    for r, end in enumerate(_ends(stops, span)):
-        for first in range(0, end, tile):
-            part = keys[r, first : min(first + tile, end)]
-            _tile_logits(grouped[r], buffer[: len(part)].copy_(part), logits[r, ..., first : first + len(part)])
-    return group_weights(logits, start, stops)
+    """`retrieval_scores` in PyTorch: the keys of a request are one long page."""
+    requests, span = keys.shape[:2]
+    if not span:
+        return query.new_empty((requests, keys.shape[2], 0), dtype=torch.float32)
+    size = math.gcd(span, BLOCK)
+    table = torch.arange(requests * (span // size), device=keys.device).view(requests, -1)
+    return paged_retrieval_scores_reference(query, keys.reshape(-1, size, *keys.shape[2:]), table, start, stops, span)
 
 
 def paged_retrieval_scores_reference(query: Tensor, keys: Tensor, table: Tensor, start: int, stops: Tensor, span: int) -> Tensor:
-    """`paged_retrieval_scores` in PyTorch: gathers a tile of pages at a time."""
+    """`paged_retrieval_scores` in PyTorch."""
+    requests, _, head_dim = query.shape
     page_size, groups = keys.shape[1:3]
-    grouped = _grouped(query, groups)
-    logits = query.new_empty((*grouped.shape[:-1], span), dtype=torch.float32)
-    tile = max(1, _tile_tokens(keys) // page_size)  # pages
-    tile = min(tile, -(-span // page_size))
-    gathered = keys.new_empty((tile, *keys.shape[1:]))
-    buffer = gathered if keys.dtype == torch.float32 else torch.empty_like(gathered, dtype=torch.float32)
-    for r, end in enumerate(_ends(stops, span)):
-        for first in range(0, -(-end // page_size), tile):
-            pages = table[r, first : min(first + tile, -(-end // page_size))]
-            raw = torch.index_select(keys, 0, pages, out=gathered[: len(pages)])
-            part = raw if buffer is gathered else buffer[: len(pages)].copy_(raw)
-            out = logits[r, ..., first * page_size : min((first + len(pages)) * page_size, end)]
-            _tile_logits(grouped[r], part.flatten(0, 1)[: out.shape[-1]], out)
-    return group_weights(logits, start, stops)
+    # Whole vectors: the last numbers of a softmax over an odd width are computed another way than the others.
+    step = VECTOR // math.gcd(VECTOR, page_size)
+    pages_a_block = -(-BLOCK // (step * page_size)) * step
+    block = pages_a_block * page_size
+    blocks = -(-span // block)
+    grouped = query.float().view(requests, groups, -1, head_dim) * head_dim**-0.5
+    logits = query.new_full((requests, groups, grouped.shape[2], blocks * block), -torch.inf, dtype=torch.float32)
+    rows = logits.view(-1, block)
+    row_of = torch.arange(len(rows), device=logits.device).view(requests, -1, blocks)  # [R, Hq, blocks]
+    owner, number = _blocks_of(stops.clamp(max=span), block, blocks)
+    places = (number[:, None] * pages_a_block + torch.arange(pages_a_block, device=table.device)).clamp(max=table.shape[1] - 1)
+    pages = table[owner[:, None], places]  # [blocks of all requests, pages_a_block]
+    tile = max(1, TILE_BYTES // (block * groups * head_dim * 4))
+    for first in range(0, len(owner), tile):
+        part = slice(first, first + tile)
+        places = row_of[owner[part], :, number[part]].view(-1, *grouped.shape[1:3]).transpose(0, 1)  # [G, W, heads]
+        rows.index_copy_(0, places.flatten(), _products(grouped, keys, owner[part], pages[part]))
+    return group_weights(logits, start, stops.clamp(max=span))[..., :span]
 
 
-def _grouped(query: Tensor, groups: int) -> Tensor:
-    """Scaled queries, float32 [R, G, Hq / G, D]."""
-    requests, query_heads, head_dim = query.shape
-    return query.float().view(requests, groups, query_heads // groups, head_dim) * head_dim**-0.5
+def _blocks_of(ends: Tensor, block: int, most: int) -> tuple[Tensor, Tensor]:
+    """Request and number in it of every block that holds candidates, requests in order: int64 [blocks of all requests] each.
+
+    On a GPU the host does not know the ends, and takes `most` blocks of every request.
+    """
+    every = torch.arange(len(ends), device=ends.device)
+    if ends.device.type != "cpu":
+        return every.repeat_interleave(most), torch.arange(most, device=ends.device).repeat(len(ends))
+    counts = -(-ends.clamp(min=0) // block)
+    owner = every.repeat_interleave(counts)
+    return owner, torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
 
 
-def _tile_tokens(keys: Tensor) -> int:
-    return max(16, TILE_BYTES // (keys.shape[2] * keys.shape[3] * 4))
+def _products(query: Tensor, keys: Tensor, owner: Tensor, pages: Tensor) -> Tensor:
+    """Logits of some blocks: float32 [G * W * heads, block].
 
-
-def _ends(stops: Tensor, span: int) -> list[int]:
-    """Where each request's keys may end; on a GPU the host does not know and takes all."""
-    return [min(stop, span) for stop in stops.tolist()] if stops.device.type == "cpu" else [span] * len(stops)
-
-
-def _tile_logits(query: Tensor, keys: Tensor, out: Tensor) -> None:
-    """out [G, Hq / G, T] = query [G, Hq / G, D] times keys [T, G, D], all float32."""
-    out.copy_(torch.bmm(query, keys.permute(1, 2, 0)))
+    Args:
+        query: scaled, float32 [R, G, heads, D].
+        keys: [pages, page_size, G, D].
+        owner: int64 [W], the request of a block; pages: integers [W, pages a block].
+    """
+    count, groups, head_dim = len(owner), *keys.shape[2:]
+    shape = (pages.numel(), *keys.shape[1:])
+    raw = torch.index_select(keys, 0, pages.flatten(), out=scratch("scores.gathered", shape, keys.dtype, keys.device))
+    raw = raw.view(count, -1, groups, head_dim)
+    ordered = scratch("scores.float32", (groups, *raw.shape[:2], head_dim), torch.float32, keys.device)
+    ordered.copy_(raw.permute(2, 0, 1, 3))
+    queries = query.transpose(0, 1).index_select(1, owner).flatten(0, 1)  # [G * W, heads, D]
+    return torch.bmm(queries, ordered.flatten(0, 1).mT).flatten(0, 1)
 
 
 def group_weights(logits: Tensor, start: int, stops: Tensor) -> Tensor:
@@ -122,8 +139,13 @@ def group_weights(logits: Tensor, start: int, stops: Tensor) -> Tensor:
     Returns:
         float32 [R, G, S]; -1 where there is no candidate.
     """
-    position = torch.arange(logits.shape[-1], device=logits.device)
-    absent = (position < start) | (position >= stops[:, None])  # [R, S]
-    logits.masked_fill_(absent[:, None, None], -torch.inf)
+    # Up to the first stop requests differ in nothing, and need no mask of their own. A GPU is not asked for it.
+    common = max(start, int(stops.min())) if stops.device.type == "cpu" and len(stops) else start
+    position = torch.arange(common, max(common, logits.shape[-1]), device=logits.device)
+    absent = position >= stops[:, None]  # [R, S - common]
+    logits[..., :start] = -torch.inf
+    logits[..., common:].masked_fill_(absent[:, None, None], -torch.inf)
     weights = torch.softmax(logits, dim=-1).nan_to_num_(0.0).amax(2)
-    return weights.masked_fill_(absent[:, None], -1.0)
+    weights[..., :start] = -1.0
+    weights[..., common:].masked_fill_(absent[:, None], -1.0)
+    return weights

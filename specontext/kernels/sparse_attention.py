@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
 from specontext.kernels.dispatch import use_triton
-from specontext.kernels.fused_attention import attention_with_lse
+from specontext.kernels.fused_attention import as_multiplied, attention_with_lse
+from specontext.kernels.scratch import scratch
 
-GATHERED_BYTES = 4 << 20  # stays in a cache
+TILE_BYTES = 4 << 20  # of float32 K and V that are attended to at a time; stays in a cache
+LEAST_WIDTH = 16
 
 
 def sparse_attention(
@@ -36,26 +40,67 @@ def sparse_attention(
 def sparse_attention_reference(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`sparse_attention` in PyTorch: rows are gathered, then a fused kernel reads K and V of a KV head for its whole group.
 
-    A few (request, KV head) pairs are done at once, in one buffer, so that a large batch does not write out all it reads.
+    A few (request, KV head) pairs are done at once, in the same memory again and again. Pairs that read about as many rows are
+    done together: what is skipped is not gathered, and a result depends on the pair's own rows alone.
     """
     requests, query_heads, head_dim = query.shape
     kv_heads, width = rows.shape[1:]
-    pairs = requests * kv_heads
-    grouped = query.reshape(pairs, 1, query_heads // kv_heads, head_dim)
-    wanted, skipped = rows.clamp(min=0).reshape(pairs, width), (rows < 0).reshape(pairs, width)
-    bias = torch.zeros(skipped.shape, device=rows.device).masked_fill_(skipped, -torch.inf)[:, None, None]
-    together = min(pairs, max(torch.get_num_threads(), GATHERED_BYTES // (2 * width * head_dim * arena.itemsize)))
-    buffer = arena.new_empty((together * width, 2, head_dim))
+    grouped = query.reshape(requests * kv_heads, 1, query_heads // kv_heads, head_dim)
+    wanted, counts = _packed(rows.reshape(-1, width))
     output, lse = torch.empty_like(grouped), torch.empty(grouped.shape[:3], device=query.device)
-    for start in range(0, pairs, together):
-        part = slice(start, min(start + together, pairs))
-        index = wanted[part].flatten()
-        gathered = torch.index_select(arena, 0, index, out=buffer[: len(index)]).view(-1, 1, width, 2, head_dim)
-        output[part], lse[part] = attention_with_lse(
-            grouped[part], gathered[..., 0, :], gathered[..., 1, :], scale, bias=bias[part]
-        )
-    lse.masked_fill_(skipped.all(-1)[:, None, None], -torch.inf)
+    flat = arena.view(len(arena), 2 * head_dim)
+    for pairs, most in of_like_width(counts, width):
+        together = max(torch.get_num_threads(), TILE_BYTES // (2 * most * head_dim * 4))
+        for part in parts_of(pairs, together):
+            index = wanted[part, :most].flatten()
+            buffer = scratch("attention.gathered", (len(index), 2 * head_dim), arena.dtype, arena.device)
+            tokens = as_multiplied(torch.index_select(flat, 0, index, out=buffer)).view(-1, 1, most, 2, head_dim)
+            keys, values = tokens.unbind(3)
+            queries = grouped[part].float() if tokens.dtype == torch.float32 else grouped[part]
+            out, lse[part] = attention_with_lse(queries, keys, values, scale, bias=bias_beyond(counts[part], most))
+            output[part] = out.to(output.dtype)
+    lse.masked_fill_((counts == 0)[:, None, None], -torch.inf)
     return output.view(requests, query_heads, head_dim), lse.view(requests, query_heads)
+
+
+def _packed(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [P, B] of which those that are not skipped come first, in their order; and their numbers [P]."""
+    present = rows >= 0
+    counts = present.sum(-1)
+    if rows.device.type == "cpu" and int(counts.min()) == rows.shape[1]:
+        return rows, counts
+    place = torch.where(present, present.cumsum(-1) - 1, rows.shape[1])
+    # What is skipped goes to a column beyond the result; row 0 stands for it, and is masked.
+    return rows.new_zeros(rows.shape[0], rows.shape[1] + 1).scatter_(1, place, rows)[:, :-1], counts
+
+
+def of_like_width(counts: Tensor, width: int) -> Iterator[tuple[Tensor | range, int]]:
+    """Indices of the entries whose counts [P], 0 .. width, have the same next power of two, and that number (at most `width`).
+
+    On a GPU the host does not know the counts, and all are taken to be `width`.
+    """
+    if counts.device.type != "cpu" or int(counts.min()) == width:
+        yield range(len(counts)), width
+        return
+    limits = [LEAST_WIDTH << n for n in range(width.bit_length()) if LEAST_WIDTH << n < width] + [width]
+    classes = torch.bucketize(counts, torch.tensor(limits))
+    for number in classes.unique().tolist():
+        yield (classes == number).nonzero().squeeze(1), limits[number]
+
+
+def parts_of(chosen: Tensor | range, most: int) -> Iterable[Tensor | slice]:
+    """What indexes the chosen entries, at most so many at a time; slices where all are chosen, which copy nothing."""
+    if isinstance(chosen, Tensor):
+        return chosen.split(most) if len(chosen) else ()
+    return (slice(first, min(first + most, len(chosen))) for first in range(0, len(chosen), most))
+
+
+def bias_beyond(counts: Tensor, width: int) -> Tensor | None:
+    """0 for the first counts[n] of `width` entries and -inf for the others: float32 [N, 1, 1, width]; None for zeros alone."""
+    if counts.device.type == "cpu" and int(counts.min()) == width:
+        return None
+    beyond = torch.arange(width, device=counts.device) >= counts[:, None]
+    return torch.zeros(beyond.shape, device=counts.device).masked_fill_(beyond, -torch.inf)[:, None, None]
 
 
 def merge_partials(outputs: Tensor, lses: Tensor) -> Tensor:

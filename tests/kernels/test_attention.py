@@ -197,6 +197,52 @@ def test_large_logits_do_not_overflow() -> None:
     assert torch.equal(output[0, 0], arena[0, 1]) and lse.item() == pytest.approx(360000.0)
 
 
+@pytest.mark.parametrize("ratio", [1, 2, 3, 4, 6, 7])
+@pytest.mark.parametrize("kv_heads", [1, 5])
+def test_a_request_gets_the_same_bits_alone_and_among_others(kv_heads: int, ratio: int) -> None:
+    """Requests that read much, little and nothing, in every place of the batch."""
+    query, dim, size = rand(5, kv_heads * ratio, 80, dtype=torch.float32, seed=0), 80, 8
+    lengths = torch.tensor([700, 3, 90, 0, 1100])
+    pages = torch.randperm(5 * 138, generator=torch.Generator().manual_seed(1)).view(5, -1)
+    arena = rand(pages.numel() * size * kv_heads, 2, dim, dtype=torch.float32, seed=2)
+    rows = rows_with_gaps(5, kv_heads, 1100, len(arena), seed=3)
+    rows.masked_fill_(torch.arange(1100) >= lengths[:, None, None], -1)
+    for kernel, numbers in (
+        (lambda n: sparse_attention(query[n], arena, rows[n], 0.2), torch.arange(5)),
+        (
+            lambda n: paged_attention(query[n], arena, pages[n], lengths[n], 0.2, page_size=size, kv_heads=kv_heads),
+            torch.arange(5),
+        ),
+    ):
+        together = kernel(numbers)
+        for order in (numbers.flip(0), *numbers.split(1), *numbers.split(2)):
+            for alone, among in zip(kernel(order), together, strict=True):
+                assert torch.equal(alone, among[order])
+
+
+def test_where_skipped_entries_stand_changes_nothing() -> None:
+    query, arena = rand(1, 6, 64, dtype=torch.float32, seed=0), rand(400, 2, 64, dtype=torch.float32, seed=1)
+    rows = torch.randperm(400, generator=torch.Generator().manual_seed(2))[:300].view(1, 3, 100)
+    gap = torch.full((1, 3, 60), -1)
+    spread = torch.cat((rows[..., :30], gap, rows[..., 30:], gap), dim=-1)
+    last = torch.cat((rows, gap, gap), dim=-1)
+    for one, other in zip(sparse_attention(query, arena, spread, 0.2), sparse_attention(query, arena, last, 0.2), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_lies_beyond_a_context_is_not_read() -> None:
+    """Other requests make the tile wider than a short one's context, whose last page holds no numbers after it."""
+    tokens = rand(30, 2, 2, 64, dtype=torch.float32, seed=1)
+    arena = torch.full((5, 8, 2, 2, 64), math.nan)
+    arena[:4].view(-1, 2, 2, 64)[:30], arena[4, :3] = tokens, tokens[:3]
+    pages, lengths = torch.tensor([[0, 1, 2, 3], [4, 0, 0, 0]]), torch.tensor([30, 3])
+    query = rand(1, 4, 64, dtype=torch.float32, seed=0).expand(2, -1, -1)
+    output, _ = paged_attention(query, arena.view(-1, 2, 64), pages, lengths, 0.2, page_size=8, kv_heads=2)
+    for head in range(4):
+        seen = tokens[:3, head // 2]
+        close(output[1, head], naive_attention(query[1, head], seen[:, 0], seen[:, 1], 0.2)[0], torch.float32)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 7])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_merged_parts_equal_the_whole(parts: int, dtype: torch.dtype) -> None:

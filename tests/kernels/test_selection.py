@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specontext.kernels.retrieval_scores import group_weights, retrieval_scores
+from specontext.kernels.retrieval_scores import group_weights, paged_retrieval_scores, retrieval_scores
 from specontext.kernels.rows import append_rows, gather_rows
 from specontext.kernels.slot_plan import plan_slots
 from specontext.kernels.top_k import top_k_positions
@@ -45,6 +45,25 @@ def test_retrieval_scores(groups: int, ratio: int, span: int, dim: int, dtype: t
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores.double(), naive_scores(query, keys, start, stops), rtol=1e-4, atol=1e-6)
     assert (scores[2] == -1).all()
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("page_size", [1, 7, 16])
+def test_a_request_gets_the_same_scores_alone_and_among_others(page_size: int, dtype: torch.dtype) -> None:
+    """Bit for bit, and whatever the span; the keys lie in pages in any order."""
+    generator = torch.Generator().manual_seed(0)
+    count = -(-900 // page_size)
+    table = torch.randperm(4 * count, generator=generator).view(4, count)
+    query = torch.randn(4, 6, 64, generator=generator).to(dtype)
+    keys = torch.randn(4 * count, page_size, 3, 64, generator=generator).to(dtype)
+    stops = [900, 5, 301, 0]
+    together = paged_retrieval_scores(query, keys, table, 2, torch.tensor(stops), 900)
+    gathered = keys[table].flatten(1, 2)[:, :900]
+    torch.testing.assert_close(together.double(), naive_scores(query, gathered, 2, stops), rtol=1e-4, atol=1e-6)
+    for r, stop in enumerate(stops):
+        for span in {max(stop, 1), 900}:
+            alone = paged_retrieval_scores(query[r : r + 1], keys, table[r : r + 1], 2, torch.tensor([stop]), span)
+            assert torch.equal(alone[0], together[r, :, :span])
 
 
 def test_weights_are_normalised_over_the_candidates_alone() -> None:
