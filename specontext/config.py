@@ -120,6 +120,9 @@ class EngineConfig:
     host_memory: int | None = _option(  # type: ignore[assignment]
         None, "Bytes of the host tier of KV. Default: what the requests need, up to a share of the free memory."
     )
+    offload_dir: Path | None = _option(  # type: ignore[assignment]  # noqa: RUF009
+        None, "Directory for a file that the host tier of KV is mapped to, instead of memory; on a CPU only."
+    )
     seed: int = _option(0, "Seed of sampled requests that name none.")  # type: ignore[assignment]
     page_size: int = _option(16, "Tokens of one KV page.")  # type: ignore[assignment]
     measure_recall: bool = _option(  # type: ignore[assignment]

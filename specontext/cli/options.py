@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -19,7 +20,11 @@ ENGINE_OPTIONS = (
     "max_model_len",
     "max_num_batched_tokens",
     "gpu_memory",
+    "gpu_memory_utilization",
     "host_memory",
+    "offload_dir",
+    "enforce_eager",
+    "compile",
     "seed",
     "head_rope_theta",
     "head_yarn_factor",
@@ -150,8 +155,10 @@ def _parameter(setting: Field[Any], kind: Any) -> inspect.Parameter:
         kind, default = str | None, None if default is None else f"{default // 2**20}MiB"
     elif get_origin(kind) is tuple:
         kind, default = list[str] | None, None
+    elif default is True:
+        flag += "/--no-" + setting.name.replace("_", "-")
     option = typer.Option(flag, help=setting.metadata["help"], metavar="SIZE" if size else None, show_default=default is not None)
-    assert kind is bool or {*get_args(kind), kind} & {int, float, str, list[str]}, f"no option type for {setting.name}"
+    assert kind is bool or {*get_args(kind), kind} & {int, float, str, Path, list[str]}, f"no option type for {setting.name}"
     return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 

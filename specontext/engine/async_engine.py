@@ -14,9 +14,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
 from specontext.core import RequestError, SamplingParams, SpeContextError
-from specontext.engine.engine_loop import EngineDeadError, EngineLoop, Observer, Order, RequestFailedError
+from specontext.engine.engine_loop import EngineLoop
 from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.load import Load
+from specontext.engine.orders import EngineDeadError, Observer, Order, RequestFailedError
 from specontext.engine.request_stream import Delta, RequestStream
 
 __all__ = ["AsyncEngine", "EngineDeadError", "Observer", "QueueFullError", "RequestFailedError"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass, replace
 
 import torch
@@ -88,10 +89,12 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         seats=config.max_num_seqs,
         max_tokens=max_tokens,
         device_memory=device_memory(config, plan, device),
-        host_memory=config.host_memory or int(SHARE_OF_FREE_MEMORY * free_memory(torch.device("cpu"))),
+        host_memory=config.host_memory or host_default(config),
     )
     pages = {"device_pages": sizes.device_pages, "host_pages": sizes.host_pages, "page_size": config.page_size}
-    arena, host = make_pools(shape, **pages, device=device)
+    if config.offload_dir is not None and device.type == "cuda":
+        raise ConfigError("offload_dir works on a CPU only: kernels of a GPU cannot read pages of a file; leave it out")
+    arena, host = make_pools(shape, **pages, device=device, directory=config.offload_dir)
     selector = _selector(config, method, loaded, head, arena, max_tokens)
     tables = shape.layers if selector.in_layer else 1
     kv = TieredKV(
@@ -126,6 +129,15 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     chunk = max(1, facts.weight_bytes // share)
     residency = Residency(kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=chunk)
     return Parts(method, selector, kv, meter, residency, plan, sizes, max_tokens, head)
+
+
+def host_default(config: EngineConfig) -> int:
+    """Bytes of the host tier where none were named: a share of what is free in memory, or on the disk of `offload_dir`."""
+    if config.offload_dir is None:
+        return int(SHARE_OF_FREE_MEMORY * free_memory(torch.device("cpu")))
+    if not config.offload_dir.is_dir():
+        raise ConfigError(f"offload_dir {config.offload_dir} is not a directory: make it, or name another")
+    return int(SHARE_OF_FREE_MEMORY * shutil.disk_usage(config.offload_dir).free)
 
 
 def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device) -> int:

@@ -9,49 +9,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from specontext.core import SpeContextError
 from specontext.engine.llm_engine import Generation, LLMEngine
 from specontext.engine.load import LoadMeter
+from specontext.engine.orders import EngineDeadError, Observer, Order, RequestFailedError
 from specontext.engine.request_stream import Progress, RequestStream
 
 logger = logging.getLogger("specontext")
 
 _LOAD_PERIOD = 0.5  # seconds between two loads of a working engine
-
-
-class EngineDeadError(SpeContextError):
-    """The engine's loop has ended; no request can be served any more."""
-
-
-class RequestFailedError(SpeContextError):
-    """Something broke while this request ran; others are not concerned."""
-
-
-class Observer(Protocol):
-    """Who counts what happens; called on the engine's thread, so it must be quick."""
-
-    def started(self, waited: float) -> None:
-        """An output left the queue after `waited` seconds."""
-
-    def token(self, seconds: float, *, first: bool) -> None:
-        """A token came `seconds` after the one before, or after the request's arrival."""
-
-    def ended(self, seconds: float, reason: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """An output has ended, `seconds` after its request's arrival."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """Something to be done between two steps.
-
-    Attributes:
-        refuse: called instead of `run` when the loop has ended.
-    """
-
-    run: Callable[[], None]
-    refuse: Callable[[Exception], None] = lambda _: None
 
 
 @dataclass(eq=False, slots=True)

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from specontext.config import ConfigError, EngineConfig
 from specontext.core import Request, RequestError, SamplingParams
 from specontext.engine.build import build_parts
 from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.runner import ModelRunner
-from specontext.engine.sampler import sample
+from specontext.engine.sampler import LogitsError, sample
 from specontext.engine.scheduler import Scheduler
 from specontext.models.loading import LoadedModel, load_model
 from specontext.retrieval.catalog import find_head
@@ -129,7 +130,11 @@ class LLMEngine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def step(self) -> list[Generation]:
-        """Run one step; the generations that got a token."""
+        """Run one step; the generations that got a token.
+
+        Raises:
+            LogitsError: the logits of some requests are broken. They are named and have ended; all others got their tokens.
+        """
         schedule = self.scheduler.schedule()
         if schedule is None:
             return []
@@ -137,8 +142,18 @@ class LLMEngine:
         ready = self.scheduler.advance(schedule)
         if not ready:
             return []
-        if len(ready) < len(schedule.requests):
-            logits = logits[torch.tensor([row for row, _ in ready], device=logits.device)]
+        try:
+            return self._sample(logits, ready, len(schedule.requests))
+        except LogitsError as error:
+            for request_id in error.request_ids:
+                self.abort(request_id)
+            self._sample(logits, [pair for pair in ready if pair[1].request_id not in error.request_ids], len(schedule.requests))
+            raise
+
+    def _sample(self, logits: Tensor, ready: list[tuple[int, Request]], rows: int) -> list[Generation]:
+        """Choose the next tokens of (row of the logits, request) pairs."""
+        if len(ready) < rows:
+            logits = logits[torch.tensor([row for row, _ in ready], dtype=torch.int64).to(logits.device)]
         sampled = sample(logits, [r for _, r in ready], end_token_ids=self.loaded.end_token_ids)
         now = time.perf_counter()
         touched = []

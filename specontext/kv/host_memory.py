@@ -8,9 +8,12 @@ while the engine works, since pinning a gigabyte takes up to half a second.
 from __future__ import annotations
 
 import mmap
+import os
+import tempfile
 import threading
 import weakref
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,22 +36,16 @@ class HostMemory:
     Args:
         num_bytes: length of the range; what is reached of it counts, not its length.
         pinned: the memory of a GPU's host tier, which its kernels read in place.
+        directory: where a file takes the place of memory; it has no name there and goes with this object.
 
     Raises:
         HostMemoryError: the range, or its first chunk, cannot be had.
     """
 
-    def __init__(self, num_bytes: int, *, pinned: bool) -> None:
+    def __init__(self, num_bytes: int, *, pinned: bool, directory: Path | None = None) -> None:
+        assert not (pinned and directory), "a GPU's kernels cannot read pages of a file"
         self.num_bytes, self.pinned = num_bytes, pinned
-        try:
-            region = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
-            raise HostMemoryError(
-                f"the host tier of KV asks for {num_bytes} bytes of memory and the system refuses them: lower --host-memory"
-            ) from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # rows are read at random: fewer pages, fewer misses in translation
-            with suppress(OSError):
-                region.madvise(mmap.MADV_HUGEPAGE)
+        region = _memory(num_bytes + HUGE_PAGE) if directory is None else _file(num_bytes + HUGE_PAGE, directory)
         whole = torch.frombuffer(region, dtype=torch.uint8)
         start = -whole.data_ptr() % HUGE_PAGE
         self.bytes: Tensor = whole[start : start + num_bytes]
@@ -75,6 +72,31 @@ class HostMemory:
         """Unpin; the memory must not be in use any more."""
         if self._pins is not None:
             self._pins.release()
+
+
+def _memory(num_bytes: int) -> mmap.mmap:
+    try:
+        region = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise HostMemoryError(
+            f"the host tier of KV asks for {num_bytes} bytes of memory and the system refuses them: lower --host-memory"
+        ) from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # rows are read at random: fewer pages, fewer misses in translation
+        with suppress(OSError):
+            region.madvise(mmap.MADV_HUGEPAGE)
+    return region
+
+
+def _file(num_bytes: int, directory: Path) -> mmap.mmap:
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)  # now, rather than a bus error when the disk is full later
+            return mmap.mmap(file.fileno(), num_bytes)
+    except OSError as error:
+        raise HostMemoryError(
+            f"the host tier of KV asks for a file of {num_bytes} bytes in {directory} ({error.strerror}): "
+            "lower --host-memory, or name another directory with --offload-dir"
+        ) from error
 
 
 class _Pins:

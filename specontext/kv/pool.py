@@ -9,6 +9,8 @@ so one token of one head is one contiguous read of 2 * D numbers, in the device 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -84,13 +86,19 @@ class PagePool:
 
 
 def make_pools(
-    shape: ModelShape, *, device_pages: int, host_pages: int, page_size: int, device: torch.device
+    shape: ModelShape,
+    *,
+    device_pages: int,
+    host_pages: int,
+    page_size: int,
+    device: torch.device,
+    directory: Path | None = None,
 ) -> tuple[PagePool, PagePool]:
-    """The arena of a device, and the pool of its host; the host's rows are pinned for a GPU.
+    """The arena of a device, and the pool of its host; the host's rows are pinned for a GPU, or lie in a file in `directory`.
 
     Raises:
         HostMemoryError: the host refuses the memory.
     """
     arena = PagePool(shape, device_pages, page_size, "device tier of KV", device)
-    memory = HostMemory(host_pages * arena.page_bytes, pinned=device.type == "cuda")
+    memory = HostMemory(host_pages * arena.page_bytes, pinned=device.type == "cuda", directory=directory)
     return arena, PagePool(shape, host_pages, page_size, "host tier of KV", memory)
