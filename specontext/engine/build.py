@@ -11,6 +11,7 @@ from torch import Tensor
 
 from specontext.config import ConfigError, EngineConfig, SpeContextConfig
 from specontext.core import ModelShape
+from specontext.engine.profile import GRAPHS, measure_runtime
 from specontext.engine.residency import Residency
 from specontext.engine.statistics import Meter
 from specontext.kv.pool import PagePool, make_pools
@@ -82,7 +83,12 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         page_size=config.page_size,
         max_batched_tokens=config.max_num_batched_tokens,
     )
-    plan = measured_model(facts, run, spare_layers=1 if adaptive and slots else 0)
+    runtime, graphs = None, 0
+    if device.type == "cuda":
+        features = head.config.feature_layers if head is not None and head.config.variant == "features" else ()
+        runtime = measure_runtime(loaded, run, feature_layers=features, dense=method.method == "full")
+        graphs = 0 if config.enforce_eager else GRAPHS
+    plan = measured_model(facts, run, runtime=runtime, graphs=graphs, spare_layers=1 if adaptive and slots else 0)
     sizes = size_tiers(
         plan.kv,
         offloaded=method.offload_layers,

@@ -1,0 +1,59 @@
+"""What a step needs beside weights and KV, measured on a GPU before the pools are made: activations, logits, workspaces."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specontext.engine.step import GPU_TILE
+from specontext.kernels.dense_attention import chunk_attention
+from specontext.memory.model import SAMPLER, RunSettings
+from specontext.models.features import FeatureTaps
+from specontext.models.loading import LoadedModel
+
+GRAPHS = 256 << 20  # bytes set aside for captured graphs, whose nodes lie outside of PyTorch's allocator
+
+
+class _ChunkOnly:
+    """Attention of a prompt's first chunk: nothing is stored."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return chunk_attention(query, key, value, scale)
+
+
+@torch.inference_mode()
+def measure_runtime(loaded: LoadedModel, run: RunSettings, *, feature_layers: tuple[int, ...], dense: bool) -> int:
+    """Bytes that the largest step allocates, from the peak of a prompt's chunk and what decoding and streaming add.
+
+    Args:
+        dense: decode tokens read everything too, in tiles for all requests.
+    """
+    device, shape = loaded.model.device, loaded.shape
+    tokens = min(run.max_batched_tokens, run.requests * run.max_tokens)
+    taps = FeatureTaps(loaded.model, feature_layers) if feature_layers else None
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    try:
+        positions = torch.arange(tokens, device=device)[None]
+        last = torch.arange(min(run.requests, tokens), device=device)
+        loaded.model(
+            input_ids=torch.zeros_like(positions),
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=last,
+            specontext_step=_ChunkOnly(),
+        )
+        if taps is not None:
+            taps.take()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - before
+    finally:
+        if taps is not None:
+            taps.remove()
+        torch.cuda.empty_cache()
+    together = run.requests if dense else 1
+    tiles = 2 * together * min(GPU_TILE, run.max_tokens) * shape.kv_heads * shape.row_bytes
+    sampling = 8 * run.requests * shape.vocab_size + min(SAMPLER, 24 * run.requests * shape.vocab_size)
+    return peak + tiles + sampling
