@@ -1,0 +1,42 @@
+"""What passes between coroutines and the engine's thread: orders one way, failures and counts the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from specontext.core import SpeContextError
+
+
+class EngineDeadError(SpeContextError):
+    """The engine's loop has ended; no request can be served any more."""
+
+
+class RequestFailedError(SpeContextError):
+    """Something broke while this request ran; others are not concerned."""
+
+
+class Observer(Protocol):
+    """Who counts what happens; called on the engine's thread, so it must be quick."""
+
+    def started(self, waited: float) -> None:
+        """An output left the queue after `waited` seconds."""
+
+    def token(self, seconds: float, *, first: bool) -> None:
+        """A token came `seconds` after the one before, or after the request's arrival."""
+
+    def ended(self, seconds: float, reason: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """An output has ended, `seconds` after its request's arrival."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """Something to be done between two steps.
+
+    Attributes:
+        refuse: called instead of `run` when the loop has ended.
+    """
+
+    run: Callable[[], None]
+    refuse: Callable[[Exception], None] = lambda _: None
