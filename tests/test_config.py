@@ -18,7 +18,7 @@ from specontext.core import SpeContextError
         ({"granularity": "layer"}, "unknown granularity 'layer': choose one of head, union, batch"),
         *(({"sink": value}, "sink must be an integer of at least 1") for value in (0, -1, 1.0, True, None, "4")),
         *(({"recent": value}, "recent must be an integer of at least 1") for value in (0, 2.5, None)),
-        *(({"offload_layers": value}, "offload_layers must be an integer of at least -1") for value in (-2, 0.5, None)),
+        *(({"offload_layers": value}, "offload_layers must be an integer of at least -1") for value in (-2, 0.5, True, "1")),
         *(({"budget": value}, "budget must be an integer of at least 1") for value in (0, -3, 64.0, "64", True)),
         *(({"slots": value}, "slots must be an integer of at least 1") for value in (0, 1.5)),
         ({"budget": 20}, r"budget 20 is smaller than sink \+ recent \+ 1 = 21: raise the budget or lower sink or recent"),
@@ -46,6 +46,14 @@ def test_resolve_fills_in_slots_and_layers() -> None:
     settings = SpeContextConfig(budget=64, slots=80, offload_layers=-1).resolve(recommended_budget=None, num_layers=6)
     assert (settings.slots, settings.offload_layers) == (80, 6)
     assert settings.resolve(recommended_budget=32, num_layers=6) == settings
+
+
+def test_layers_that_are_not_named_stay_open() -> None:
+    """The engine then moves them as memory demands."""
+    settings = SpeContextConfig(budget=64)
+    assert settings.offload_layers is None
+    assert settings.resolve(recommended_budget=None, num_layers=6).offload_layers is None
+    assert SpeContextConfig(offload_layers=0).resolve(recommended_budget=None, num_layers=6).offload_layers == 0
 
 
 def test_resolve_refuses_what_does_not_fit_the_model_or_the_recommended_budget() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from specontext.kernels import retrieval_scores as dispatched
 from specontext.kernels.retrieval_scores import paged_retrieval_scores_reference, retrieval_scores_reference
 from specontext.kernels.triton import retrieval_scores as kernels
+from specontext.memory.pages import PageAllocator
 from specontext.retrieval.key_cache import KeyCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,19 +156,19 @@ def test_strides_and_formats_may_differ() -> None:
 
 @PAGED
 def test_scores_of_a_key_cache_whose_pages_bound_the_span(paged: Paged) -> None:
-    cache = KeyCache(
-        seats=3, max_tokens=99, num_pages=30, page_size=8, groups=2, head_dim=16, dtype=torch.float32, device=torch.device(DEVICE)
-    )
+    pages = torch.zeros(30, 8, 2, 16, device=DEVICE)
+    cache = KeyCache(pages, PageAllocator(30, "keys"), seats=3, max_tokens=99)
     lengths = {0: 21, 2: 40}
     for seat, length in lengths.items():
         cache.open(seat, length + 13)
         keys = rand(length, 2, 16, dtype=torch.float32, seed=seat)
         cache.append(torch.full((length,), seat, device=DEVICE), torch.arange(length, device=DEVICE), keys)
-    assert cache.most_positions == 56
+    assert len(cache.held[2]) == 7
     query, seats = rand(2, 4, 16, dtype=torch.float32, seed=7), torch.tensor([2, 0], device=DEVICE)
     stops = [36, 17]
     found = paged(query, cache.keys, cache.pages_of(seats, 56), 2, torch.tensor(stops, device=DEVICE), 56)
-    close(found, exact_scores(query, cache.gather(seats, 56), 2, stops))
+    keys = torch.stack([cache.keys_of(seat, 56) for seat in (2, 0)])
+    close(found, exact_scores(query, keys, 2, stops))
 
 
 def test_the_public_functions_choose_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from specontext.core import ModelShape
 from specontext.kv.dense import pages_in_reach, stored_tiles
+from specontext.kv.pool import make_pools
 from specontext.kv.tiered import TieredKV
 
 HEADS, DIM, TOKENS = 2, 4, 29
@@ -15,8 +16,10 @@ HEADS, DIM, TOKENS = 2, 4, 29
 @pytest.fixture
 def kv() -> TieredKV:
     """Layer 0 resident, layer 1 offloaded; three seats of which the middle one was given back and taken again."""
+    shape = ModelShape(2, 8, HEADS, HEADS, DIM, 10, 64, torch.float32)
+    arena, host = make_pools(shape, device_pages=60, host_pages=60, page_size=4, device=torch.device("cpu"))
     kv = TieredKV(
-        ModelShape(2, 8, HEADS, HEADS, DIM, 10, 64, torch.float32),
+        shape,
         resident=(True, False),
         head_map=torch.zeros(2, HEADS, dtype=torch.int64),
         tables=1,
@@ -26,10 +29,8 @@ def kv() -> TieredKV:
         recent=2,
         seats=3,
         max_tokens=32,
-        page_size=4,
-        device_pages=60,
-        host_pages=60,
-        device=torch.device("cpu"),
+        arena=arena,
+        host=host,
     )
     for seat in range(3):
         kv.open(seat, 32)
@@ -43,7 +44,7 @@ def store(kv: TieredKV, layer: int, seat: int) -> torch.Tensor:
     tokens = torch.randn(TOKENS, HEADS, 2, DIM, generator=torch.Generator().manual_seed(seat))
     positions = torch.arange(TOKENS)
     key, value = tokens.unbind(2)
-    kv.append(layer, torch.full_like(positions, seat), positions, key, value, torch.full_like(positions, TOKENS))
+    kv.append_chunk(layer, torch.full_like(positions, seat), positions, key, value, torch.full_like(positions, TOKENS))
     return tokens
 
 
