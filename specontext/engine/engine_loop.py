@@ -153,14 +153,9 @@ class EngineLoop:
         try:
             touched = self.engine.step()
         except Exception as error:
-            names = getattr(error, "request_ids", ())  # errors that concern some requests only name them
-            broken = {self._outputs[name].stream for name in names if name in self._outputs}
-            if not broken:
+            if not self._fail_named(error):
                 raise
-            logger.error("%s", error)
-            for stream in broken:
-                self.fail(stream, RequestFailedError(str(error)))
-            return
+            touched = [output.generation for output in self._outputs.values()]  # the others went on, and may have ended
         if self._unstarted:
             self._note_started(began)
         woken = set()
@@ -169,6 +164,16 @@ class EngineLoop:
             if output is not None and self._publish(output):
                 woken.add(output.stream)
         self._wake(woken)
+
+    def _fail_named(self, error: Exception) -> bool:
+        """Fail the requests that an error of a step names; False when it names none."""
+        names = getattr(error, "request_ids", ())
+        broken = {self._outputs[name].stream for name in names if name in self._outputs}
+        if broken:
+            logger.error("%s", error)
+        for stream in broken:
+            self.fail(stream, RequestFailedError(str(error)))
+        return bool(broken)
 
     def _publish(self, output: _Output) -> bool:
         """Show how far an output has come and count its new tokens; whether its reader is to be woken."""

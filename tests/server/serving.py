@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,17 @@ class Server:
         return self.serving.state.engine.open_outputs
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=PATIENCE, **options)
+        return httpx.Client(base_url=self.url, timeout=PATIENCE, verify=False, **options)  # certificates take time to load
+
+    @cached_property
+    def http(self) -> httpx.Client:
+        return self.client()
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=PATIENCE, **options)
+        return self.http.post(path, json=body, **options)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=PATIENCE, **options)
+        return self.http.get(path, **options)
 
     def check_idle(self) -> None:
         """Wait until nothing runs; then all pages must be free."""

@@ -191,14 +191,15 @@ def test_a_thousand_random_submits_and_aborts_leak_nothing() -> None:
 
 
 def breaking(engine: LLMEngine, error: Callable[[], Exception], when: Callable[[], bool]) -> None:
-    """Let one step of an engine raise."""
+    """Let one step of an engine raise after it was made, which loses what it returns."""
     step = engine.step
 
     def broken() -> Any:
+        touched = step()
         if when():
             engine.step = step  # type: ignore[method-assign]
             raise error()
-        return step()
+        return touched
 
     engine.step = broken  # type: ignore[method-assign]
 
@@ -213,6 +214,26 @@ def test_an_error_that_names_its_requests_hurts_no_others() -> None:
             with pytest.raises(RequestFailedError, match="not numbers"):
                 await collect(served.generate("bad", PROMPT, params(40, n=1)), seen)
             assert texts(await good) == alone and not served.is_dead
+
+    run(test)
+
+
+def test_an_output_may_end_in_the_step_that_breaks_another() -> None:
+    async def test() -> None:
+        async with started() as served:
+            async with held(served):
+                good = asyncio.ensure_future(collect(served.generate("good", PROMPT, params(5))))
+                bad = asyncio.ensure_future(collect(served.generate("bad", PROMPT, params(50))))
+                await asyncio.sleep(0)
+                breaking(
+                    served.engine,
+                    lambda: LogitsError(["bad-0"]),
+                    lambda: [r.request_id for r in served.engine.scheduler.running] == ["bad-0"],
+                )
+            found = await good
+            assert found[-1].finish_reason == "length" and len(texts(found)[0][1]) == 5
+            with pytest.raises(RequestFailedError):
+                await bad
 
     run(test)
 

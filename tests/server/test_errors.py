@@ -28,12 +28,12 @@ def error_of(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
 )
 @pytest.mark.parametrize("path", [CHAT, TEXT, "/tokenize", "/detokenize"])
 def test_malformed_bodies(server: Server, path: str, body: bytes) -> None:
-    answer = httpx.post(server.url + path, content=body, headers={"content-type": "application/json"}, timeout=PATIENCE)
+    answer = server.http.post(path, content=body, headers={"content-type": "application/json"})
     assert error_of(answer)["type"] == "invalid_request_error"
 
 
 def test_a_body_that_is_not_sent_as_json(server: Server) -> None:
-    assert "Content-Type" in error_of(httpx.post(server.url + TEXT, content=json.dumps(GOOD[TEXT])))["message"]
+    assert "Content-Type" in error_of(server.http.post(TEXT, content=json.dumps(GOOD[TEXT])))["message"]
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
@@ -110,7 +110,7 @@ def test_bad_fields(server: Server, path: str, field: str, value: Any) -> None:
 )
 def test_bad_chats(server: Server, field: str, value: Any) -> None:
     body = json.dumps(GOOD[CHAT] | {field: value})
-    answer = httpx.post(server.url + CHAT, content=body, headers={"content-type": "application/json"})
+    answer = server.http.post(CHAT, content=body, headers={"content-type": "application/json"})
     error = error_of(answer)
     assert field in f"{error['param']} {error['message']}" or error["param"] is None
 

@@ -157,7 +157,6 @@ def test_an_error_after_the_beginning_is_the_next_event(server: Server) -> None:
     server.check_idle()
 
 
-@pytest.mark.xfail(reason="after a LogitsError the engine's other requests have lost a token", strict=False)
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_poisoned_weight_fails_the_requests_that_meet_it(checkpoint: Callable[[str], Path], stream: bool) -> None:
     engine = make_engine(checkpoint("llama"), offload_layers=1, budget=16, max_model_len=512, method={"sink": 2, "recent": 4})
