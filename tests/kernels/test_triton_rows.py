@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from specontext.core import ModelShape, Selection
 from specontext.kernels import dispatch, rows
 from specontext.kernels.triton import rows as triton_rows
+from specontext.kv.pool import make_pools
 from specontext.kv.tiered import TieredKV
 from specontext.retrieval.selector import Budget
 
@@ -81,7 +82,8 @@ def test_gather_of_all_layers(module: Any, data: st.DataObject, seed: int, heads
     """Every KV head of every layer gets its own rows of the tokens its group misses, and nothing else is written."""
     generator = torch.Generator().manual_seed(seed)
     (kv_heads, groups), layers, seats, pages = heads, 4, 3, 5
-    offloaded = data.draw(st.lists(st.integers(0, layers - 1), min_size=1, max_size=layers, unique=True))
+    asked = data.draw(st.lists(st.integers(0, layers - 1), min_size=1, max_size=layers, unique=True))
+    resident = data.draw(st.lists(st.booleans(), min_size=layers, max_size=layers))  # these are passed over
     chosen = data.draw(st.lists(st.integers(0, seats - 1), min_size=1, max_size=seats, unique=True))
     width = data.draw(st.integers(1, 2 * page_size))
     token_pages, slot_pages = (page_tables(layers, seats, n, generator) for n in (pages, pages - 2))
@@ -94,14 +96,15 @@ def test_gather_of_all_layers(module: Any, data: st.DataObject, seed: int, heads
     slots = torch.rand(*shape, (pages - 2) * page_size, generator=generator).argsort(-1)[..., :width]
     missing = torch.rand(*shape, width, generator=generator) < data.draw(st.sampled_from([0.0, 0.2, 1.0]))
     expected = target.clone()
-    for layer in offloaded:
+    for layer in [layer for layer in asked if not resident[layer]]:
         for r, seat in enumerate(chosen):
             for head in range(kv_heads):
                 group = head_map[layer, head]
                 for token, slot in zip(tokens[r, group][missing[r, group]], slots[r, group][missing[r, group]], strict=True):
                     to = row_of(slot_pages[layer, seat], int(slot), head, page_size, kv_heads)
                     expected[to] = source[row_of(token_pages[layer, seat], int(token), head, page_size, kv_heads)]
-    plan = (token_pages, slot_pages, torch.tensor(offloaded), torch.tensor(chosen), head_map, tokens, slots, missing)
+    where = (torch.tensor(asked), torch.tensor(chosen), head_map, torch.tensor(resident))
+    plan = (token_pages, slot_pages, *where, tokens, slots, missing)
     function_of(module, "gather_rows_layers")(source, target, *(x.to(DEVICE) for x in plan), page_size)
     assert torch.equal(target, expected)
 
@@ -120,7 +123,8 @@ def test_gather_of_long_lists(dim: int, layers: int, width: int, dtype: torch.dt
     slots = torch.stack([torch.randperm(256, generator=generator)[:width] for _ in range(2)])[None]
     missing = torch.rand(tokens.shape, generator=generator) < 0.8
     head_map = torch.tensor([[1, 0], [0, 0]])[:layers]
-    plan = (tables, tables, torch.arange(layers), torch.tensor([0]), head_map, tokens, slots, missing)
+    resident = torch.zeros(layers, dtype=torch.bool)
+    plan = (tables, tables, torch.arange(layers), torch.tensor([0]), head_map, resident, tokens, slots, missing)
     arguments = (*(x.to(DEVICE) for x in plan), 16)
     expected = target.clone()
     rows.gather_rows_layers_reference(source, expected, *arguments)
@@ -167,13 +171,17 @@ def test_append_to_rows(module: Any, dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("dim", "kv_heads", "page_size"), [(3, 1, 1), (64, 5, 3), (80, 2, 16), (96, 3, 5), (128, 1, 4), (256, 2, 7)]
 )
-def test_append_to_both_tiers(module: Any, dim: int, kv_heads: int, page_size: int, dtype: torch.dtype) -> None:
-    """A chunk, a decode token and a padded row: all to the host, sinks and the ring's tokens to their slots as well."""
+@pytest.mark.parametrize("resident", [False, True], ids=["offloaded", "resident"])
+def test_append_to_both_tiers(module: Any, resident: bool, dim: int, kv_heads: int, page_size: int, dtype: torch.dtype) -> None:
+    """A chunk, a decode token and a padded row: all to the tier where the layer lives; of an offloaded one sinks and the ring's
+    tokens to their slots as well."""
     generator = torch.Generator().manual_seed(6)
     sink, recent = 2, 3
-    pages, slot_pages = page_tables(1, 3, 12, generator)[0], page_tables(1, 3, 5, generator)[0]
+    host_pages = page_tables(1, 3, 12, generator)[0]
+    token_pages, slot_pages = (1 + torch.randperm(51, generator=generator)).split((36, 15))
+    token_pages, slot_pages = token_pages.view(3, 12), slot_pages.view(3, 5)
     host = random_rows(37 * page_size * kv_heads, dim, dtype)
-    arena = random_rows(16 * page_size * kv_heads, dim, dtype, seed=1)
+    arena = random_rows(52 * page_size * kv_heads, dim, dtype, seed=1)
     last = 12 * page_size - 1
     tokens = [(2, p, 9) for p in range(9)] + [(0, last, last + 1), (1, -1, 0)]  # seat, position, length
     key, value = new_tokens(len(tokens), kv_heads, dim, dtype, transposed=dim != 80)
@@ -181,17 +189,22 @@ def test_append_to_both_tiers(module: Any, dim: int, kv_heads: int, page_size: i
     for t, (seat, position, length) in enumerate(tokens):
         for h in range(kv_heads if position >= 0 else 0):
             new = torch.stack((key[t, h], value[t, h]))
-            row = row_of(pages[seat], position, h, page_size, kv_heads)
-            expected_host[row] = expected_pool[row] = new
+            row = row_of(host_pages[seat], position, h, page_size, kv_heads)
+            expected_pool[row] = new
+            if resident:
+                expected_arena[row_of(token_pages[seat], position, h, page_size, kv_heads)] = new
+                continue
+            expected_host[row] = new
             if position < sink or position >= length - recent:
                 slot = position if position < sink else sink + position % recent
                 expected_arena[row_of(slot_pages[seat], slot, h, page_size, kv_heads)] = new
     seats, positions, lengths = (torch.tensor(x, device=DEVICE) for x in zip(*tokens, strict=True))
-    pages, slot_pages, pool = pages.to(DEVICE), slot_pages.to(DEVICE), host.clone()
-    function_of(module, "append_tokens")(pool, pages, seats, positions, key, value, page_size)
+    host_pages, token_pages, slot_pages = host_pages.to(DEVICE), token_pages.to(DEVICE), slot_pages.to(DEVICE)
+    pool, flag = host.clone(), torch.tensor([resident], device=DEVICE)
+    function_of(module, "append_tokens")(pool, host_pages, seats, positions, key, value, page_size)
     assert torch.equal(pool, expected_pool)
-    to = (host, pages, arena, slot_pages)
-    function_of(module, "append_tiers")(*to, seats, positions, lengths, key, value, page_size, sink, recent)
+    to = (host, host_pages, arena, token_pages, slot_pages, flag)
+    function_of(module, "append_layer")(*to, seats, positions, lengths, key, value, page_size, sink, recent)
     assert torch.equal(host, expected_host) and torch.equal(arena, expected_arena)
 
 
@@ -211,7 +224,8 @@ def test_append_of_nothing(module: Any) -> None:
     pages = torch.ones((1, 1), dtype=torch.int64, device=DEVICE)
     function_of(module, "append_rows")(pool, nothing.view(0, 2), key, value)
     function_of(module, "append_tokens")(pool, pages, nothing, nothing, key, value, 2)
-    function_of(module, "append_tiers")(pool, pages, pool, pages, nothing, nothing, nothing, key, value, 2, 1, 1)
+    to = (pool, pages, pool, pages, pages, torch.zeros(1, dtype=torch.bool, device=DEVICE))
+    function_of(module, "append_layer")(*to, nothing, nothing, nothing, key, value, 2, 1, 1)
     assert torch.equal(pool, before)
 
 
@@ -233,8 +247,10 @@ def steps_of_two_requests(in_layer: bool) -> list[Tensor]:
     """What attention reads and what is missing, step after step; layer 1 is resident."""
     generator = torch.Generator().manual_seed(7)
     layers, kv_heads, groups, budget = 3, 2, 3, Budget(9, 2, 3)
+    shape = ModelShape(layers, 8, kv_heads, kv_heads, 4, 10, 64, torch.float32)
+    arena, host = make_pools(shape, device_pages=60, host_pages=60, page_size=4, device=DEVICE)
     kv = TieredKV(
-        ModelShape(layers, 8, kv_heads, kv_heads, 4, 10, 64, torch.float32),
+        shape,
         resident=(False, True, False),
         head_map=torch.randint(0, groups, (layers, kv_heads), generator=generator),
         tables=layers if in_layer else 1,
@@ -244,25 +260,22 @@ def steps_of_two_requests(in_layer: bool) -> list[Tensor]:
         recent=3,
         seats=3,
         max_tokens=48,
-        page_size=4,
-        device_pages=60,
-        host_pages=60,
-        device=DEVICE,
+        arena=arena,
+        host=host,
         verify_loads=True,
     )
-    if DEVICE.type == "cuda":
-        kv.host.rows = kv.host.rows.pin_memory()
     seats, start = torch.tensor([2, 0], device=DEVICE), torch.tensor([20, 29], device=DEVICE)
 
-    def append(layer: int, which: Tensor, positions: Tensor, lengths: Tensor) -> None:
+    def append(layer: int, which: Tensor, positions: Tensor, lengths: Tensor, *, chunk: bool = False) -> None:
         new = torch.randn(2, len(which), kv_heads, 4, generator=generator).to(DEVICE)
-        kv.append(layer, which, positions, new[0], new[1], lengths)
+        (kv.append_chunk if chunk else kv.append)(layer, which, positions, new[0], new[1], lengths)
 
     for seat, length in zip(seats.tolist(), start.tolist(), strict=True):
         kv.open(seat, 40)
         for layer in range(layers):
             which, lengths = (torch.full((length,), n, device=DEVICE) for n in (seat, length))
-            append(layer, which, torch.arange(length, device=DEVICE), lengths)
+            append(layer, which, torch.arange(length, device=DEVICE), lengths, chunk=True)
+    kv.end_step()
     seen = []
     for step in range(3):
         lengths = start + step + 1
@@ -274,8 +287,10 @@ def steps_of_two_requests(in_layer: bool) -> list[Tensor]:
                 plan = kv.begin_step(seats, selections[-1], layer if in_layer else None)
                 seen += [plan.slots, plan.missing] if plan is not None else []
             append(layer, seats, lengths - 1, lengths)
+            kv.wait(layer)
             rows = kv.rows(layer, seats, selections[-1], in_layer=in_layer)
-            seen.append(torch.where((rows >= 0)[..., None, None], kv.arena.rows[rows.clamp(min=0)], 0.0))
+            seen.append(torch.where((rows >= 0)[..., None, None], kv.arena.rows[rows.clamp(min=0).long()], 0.0))
+        kv.end_step()
     kv.check_integrity()
     return seen
 
@@ -284,17 +299,15 @@ def steps_of_two_requests(in_layer: bool) -> list[Tensor]:
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU reads pinned memory in place")
-@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
-def test_pools_in_host_memory(pinned: bool) -> None:
+def test_pools_in_host_memory() -> None:
     generator = torch.Generator().manual_seed(8)
     tables = page_tables(2, 1, 8, generator)
     host = random_rows(17 * 4 * 2, 64, torch.bfloat16, pinned=True)
-    host = host if pinned else host.clone()
-    assert rows.runs_as_kernel(tables.to(DEVICE), host) == pinned
     plain, arena = host.to(DEVICE), random_rows(17 * 4 * 2, 64, torch.bfloat16, seed=1)
     expected = arena.clone()
     tokens, slots = (torch.randperm(32, generator=generator)[:20].view(1, 1, 20) for _ in range(2))
-    plan = (tables, tables, torch.arange(2), torch.tensor([0]), torch.zeros((2, 2), dtype=torch.int64), tokens, slots)
+    resident, head_map = torch.tensor([False, False]), torch.zeros((2, 2), dtype=torch.int64)
+    plan = (tables, tables, torch.arange(2), torch.tensor([0]), head_map, resident, tokens, slots)
     arguments = (*(x.to(DEVICE) for x in plan), (tokens % 3 != 0).to(DEVICE), 4)
     rows.gather_rows_layers(host, arena, *arguments)
     rows.gather_rows_layers_reference(plain, expected, *arguments)
@@ -305,9 +318,9 @@ def test_pools_in_host_memory(pinned: bool) -> None:
     assert torch.equal(arena, expected)
     key, value = new_tokens(5, 2, 64, torch.bfloat16, transposed=True)
     place = (torch.zeros(5, dtype=torch.int64, device=DEVICE), torch.arange(5, device=DEVICE))
-    lengths = torch.full((5,), 5, device=DEVICE)
+    lengths, flag = torch.full((5,), 5, device=DEVICE), torch.zeros(1, dtype=torch.bool, device=DEVICE)
     pages = tables[1].to(DEVICE)
-    rows.append_tiers(host, pages, arena, pages, *place, lengths, key, value, 4, 1, 2)
-    rows.append_tiers_reference(plain, pages, expected, pages, *place, lengths, key, value, 4, 1, 2)
+    rows.append_layer(host, pages, arena, pages, pages, flag, *place, lengths, key, value, 4, 1, 2)
+    rows.append_layer_reference(plain, pages, expected, pages, pages, flag, *place, lengths, key, value, 4, 1, 2)
     torch.cuda.synchronize()
     assert torch.equal(arena, expected) and torch.equal(host.to(DEVICE), plain)

@@ -40,7 +40,7 @@ def record_logits(llm: LLM) -> tuple[dict[tuple[str, int], Tensor], list[int]]:
         returned = run(batch)
         logits = model.lm_head(states.pop())
         assert (returned - logits[batch.last_tokens]).abs().max() < 1e-4
-        names = {request.seat: request.request_id for request in batch.requests}
+        names = {request.seat: request.request_id for request in llm.engine.scheduler.running}
         for row, (seat, position) in enumerate(zip(batch.seats.tolist(), batch.positions.tolist(), strict=True)):
             assert (names[seat], position) not in found, "a token was computed twice"
             found[names[seat], position] = logits[row]

@@ -74,7 +74,7 @@ def test_one_token_beyond_the_budget_drops_exactly_one_candidate() -> None:
 
 def decode_tokens(lengths: list[int]) -> DecodeTokens:
     count = torch.arange(len(lengths))
-    return DecodeTokens(count, count, torch.tensor(lengths) - 1, 5 + count)
+    return DecodeTokens(count, count, torch.tensor(lengths) - 1, 5 + count, max(lengths))
 
 
 def choose(selector: Selector, lengths: list[int]) -> torch.Tensor:

@@ -101,7 +101,7 @@ def test_selections_and_tokens_equal_a_plain_reference(
 
 
 def head_keys(llm: LLM, length: int) -> Tensor:
-    return llm.engine.parts.selector.cache.gather(torch.tensor([0]), length)[0, :length].clone()  # type: ignore[attr-defined]
+    return llm.engine.parts.selector.cache.keys_of(0, length).clone()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
