@@ -14,6 +14,7 @@ Systems:
   resident   our engine, method speculative, all layers on the device
   offloaded  the same with the KV of all layers in host memory and hot slots
   short      `offloaded` at a context of 64 tokens: what everything but the context costs
+  full_4k    `full` at a context of 4,096 tokens
 
 --profile prints besides what the parts of a step of `resident`, `offloaded` and `short` take (on a CPU).
 
@@ -27,12 +28,14 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
+import specontext  # noqa: F401  # isort: skip  # before torch: it says how torch's threads wait
 import torch
 from measure import clock, machine, read_bandwidth, versions
+from replay import Replay, overlapping
 from rich.console import Console
 from rich.table import Table
 from shapes import DTYPES, random_model
@@ -41,55 +44,16 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from specontext.config import EngineConfig, SpeContextConfig
-from specontext.core import Batch, Selection
+from specontext.core import Batch
 from specontext.distill.session import HeadShape, new_head
 from specontext.engine.build import Parts, build_parts
 from specontext.engine.runner import ModelRunner
 from specontext.models.attention import ATTENTION_NAME
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import RetrievalHead
-from specontext.retrieval.selector import Budget, DecodeTokens, Selector
+from specontext.retrieval.selector import Budget, DecodeTokens
 
 SHORT_CONTEXT = 64
-
-
-class Replay(Selector):
-    """Runs a selector in full and then answers with the next selection of a recorded sequence."""
-
-    def __init__(self, inner: Selector, selections: list[Selection]) -> None:
-        self.inner, self.selections, self.step = inner, selections, 0
-        self.groups, self.head_map = inner.groups, inner.head_map
-
-    def open(self, seat: int, tokens: int) -> None:
-        self.inner.open(seat, tokens)
-
-    def select(self, step: DecodeTokens) -> Selection:
-        self.inner.select(step)
-        self.step += 1
-        return self.selections[self.step % len(self.selections)]
-
-    def observe(self, batch: Batch, features: Tensor | None) -> None:
-        self.inner.observe(batch, features)
-
-    def selection_bytes(self, lengths: Tensor) -> Tensor:
-        return self.inner.selection_bytes(lengths)
-
-
-def overlapping(budget: Budget, context: int, requests: int, groups: int, overlap: float, count: int) -> list[Selection]:
-    """Selections of which each keeps this share of the scored tokens of the one before (the first follows the last)."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.full((requests,), context)
-    low, high = budget.sink, context - budget.recent
-    kept = round(budget.scored * overlap)
-    every = [[torch.randperm(high - low, generator=generator) + low for _ in range(groups)] for _ in range(requests)]
-    found = []
-    for step in range(count):
-        # A window over a random order of the tokens that moves by the share that is new.
-        start = step * (budget.scored - kept)
-        window = torch.arange(start, start + budget.scored) % (high - low)
-        scored = torch.stack([torch.stack([order[window].sort().values for order in row]) for row in every])
-        found.append(budget.compose(scored, lengths))
-    return found
 
 
 @dataclass
@@ -181,6 +145,26 @@ def interleaved(systems: list[System], steps: int, device: torch.device) -> dict
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def retrieval_seconds(parts: Parts, batch: Batch, steps: int = 9) -> float:
+    """Median seconds of choosing alone: the head, the scores of all keys, top-k; on a GPU as part of a captured graph."""
+    step, device = DecodeTokens.of(batch), parts.kv.device
+    choose: Callable[[], Any] = torch.inference_mode()(lambda: parts.selector.select(step))
+    if device.type == "cuda":
+        for _ in range(2):
+            choose()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            choose()
+        choose = graph.replay
+    times = []
+    for _ in range(steps):
+        began = clock(device)
+        choose()
+        times.append(clock(device) - began)
+    return statistics.median(times)
+
+
 def profiled(systems: list[System], steps: int) -> dict[str, dict[str, float]]:
     """Seconds of the parts of a step, for every system that selects."""
     found = {}
@@ -191,8 +175,8 @@ def profiled(systems: list[System], steps: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def floor_bytes(loaded: LoadedModel, parts: Parts, requests: int, context: int, overlap: float) -> int:
-    """Bytes that a step of the offloaded system must move at least."""
+def floor_bytes(loaded: LoadedModel, parts: Parts, requests: int, context: int, overlap: float = 1.0) -> int:
+    """Bytes that a step must move at least: of the resident system, or with an overlap below 1 of the offloaded one."""
     shape, head = loaded.shape, parts.head
     assert head is not None and parts.method.budget is not None
     embedding = loaded.model.get_input_embeddings().weight
@@ -240,8 +224,7 @@ def main() -> None:
     def replayed(parts: Parts, tokens: int) -> Parts:
         limits = Budget(budget, parts.method.sink, parts.method.recent)
         selections = overlapping(limits, tokens, requests, parts.selector.groups, arguments.overlap, 16)
-        moved = [Selection(s.tokens.to(device), s.scored.to(device)) for s in selections]
-        return Parts(**{**parts.__dict__, "selector": Replay(parts.selector, moved)})
+        return replace(parts, selector=Replay(parts.selector, selections, device))
 
     wanted = arguments.systems.split(",")
     systems: list[System] = []
@@ -249,18 +232,24 @@ def main() -> None:
     if "hf" in wanted:
         systems.append(hugging_face(loaded, requests, context, device))
     if "full" in wanted:
-        full = parts_for(loaded, None, SpeContextConfig(method="full"), requests, context, device)
+        full = parts_for(loaded, None, SpeContextConfig(method="full", offload_layers=0), requests, context, device)
         systems.append(ours("full", loaded, full, requests, context, device))
     if "resident" in wanted:
         systems.append(ours("resident", loaded, replayed(speculative(0, context), context), requests, context, device))
     if "offloaded" in wanted:
         offloaded = speculative(-1, context)
         systems.append(ours("offloaded", loaded, replayed(offloaded, context), requests, context, device))
+    if "full_4k" in wanted:
+        full = parts_for(loaded, None, SpeContextConfig(method="full", offload_layers=0), requests, 4096, device)
+        systems.append(ours("full_4k", loaded, full, requests, 4096, device))
     if "short" in wanted:
         systems.append(ours("short", loaded, speculative(-1, SHORT_CONTEXT), requests, SHORT_CONTEXT, device))
     speed = read_bandwidth(device)
     seconds = interleaved(systems, arguments.steps, device)
     report = make_report(arguments, seconds, speed, loaded, offloaded)
+    if offloaded is not None and report["step_s"]:
+        retrieval = retrieval_seconds(offloaded, decode_batch(requests, context, device))
+        report |= {"retrieval_s": retrieval, "retrieval_share": retrieval / report["step_s"]}
     show(seconds, report)
     if arguments.profile:
         report["parts_s"] = parts = profiled(systems, arguments.steps)
@@ -278,6 +267,8 @@ def make_report(
         return seconds[name] / step if step is not None and name in seconds else None
 
     moved = floor_bytes(loaded, offloaded, arguments.requests, arguments.context, arguments.overlap) if offloaded else None
+    at_home = floor_bytes(loaded, offloaded, arguments.requests, arguments.context) / speed if offloaded else None
+    resident = seconds.get("resident")
     return {
         "benchmark": "decode",
         "date": date.today().isoformat(),
@@ -290,12 +281,17 @@ def make_report(
         "budget": arguments.budget,
         "requests": arguments.requests,
         "step_s": step,
-        "resident_step_s": seconds.get("resident"),
+        "resident_step_s": resident,
         "short_step_s": seconds.get("short"),
         "hf_step_s": seconds.get("hf"),
+        "full_4k_step_s": seconds.get("full_4k"),
         "full_step_s": seconds.get("full"),
         "speedup_vs_hf": over("hf"),
         "speedup_vs_full": over("full"),
+        "resident_floor_s": at_home,
+        "resident_floor_ratio": resident / at_home if resident and at_home else None,
+        "resident_over_full_4k": resident / seconds["full_4k"] if resident and "full_4k" in seconds else None,
+        "offloaded_over_resident": step / resident if step and resident else None,
         "step_over_short": None if step is None or "short" not in seconds else step / seconds["short"],
         "bandwidth_gb_s": speed / 1e9,
         "bytes_moved": moved,

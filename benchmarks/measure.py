@@ -26,7 +26,6 @@ Call = Callable[[], Any]
 HOLD_CYCLES = 1 << 20  # about half a millisecond in which the host gets ahead of the device
 REPLAY_SECONDS = 2e-3  # of one sample on a GPU
 MOST_CALLS = 64  # in one sample
-PORTABLE_AND_MAPPED = 3  # flags of cudaHostRegister: known to all contexts, and in the device's address space
 
 
 # Names ----------------------------------------------------------------------------------------------------------------
@@ -185,29 +184,21 @@ def multiply_rate(dtype: torch.dtype, device: torch.device) -> float:
 def host_memory(size: int, *, pinned: bool) -> Iterator[Tensor]:
     """Uninitialised uint8 host memory of exactly this size, where asked registered with CUDA so that kernels can read it.
 
-    PyTorch's own pinned allocations are rounded up to powers of two.
+    It is the engine's own host memory: huge pages where the system has them, pinned in chunks.
 
     Raises:
-        MemoryError: it could not be registered.
+        HostMemoryError: it could not be pinned.
     """
-    memory = torch.empty(size, dtype=torch.uint8, pin_memory=False)
-    if not pinned:
-        yield memory
-        return
-    runtime: Any = torch.cuda.cudart()
-    torch.cuda.synchronize()  # there is a context
-    code = int(runtime.cudaHostRegister(memory.data_ptr(), size, PORTABLE_AND_MAPPED))
-    if code != 0:
-        raise MemoryError(f"cudaHostRegister of {size / GIB:.1f} GiB failed with error {code}: ask for less")
+    from specontext.kv.host_memory import HostMemory
+
+    memory = HostMemory(size, pinned=pinned)
+    memory.reach(size)
     try:
-        if not memory.is_pinned():
-            raise MemoryError("host memory was registered, but PyTorch does not see it as pinned")
-        yield memory
+        yield memory.bytes
     finally:
-        torch.cuda.synchronize()
-        code = int(runtime.cudaHostUnregister(memory.data_ptr()))
-        if code != 0:
-            raise MemoryError(f"cudaHostUnregister failed with error {code}")
+        if pinned:
+            torch.cuda.synchronize()
+        memory.close()
 
 
 def fill(tensor: Tensor, generator: torch.Generator, block: int = (1 << 24) - 8) -> Tensor:

@@ -1,0 +1,67 @@
+"""Selections of a stated overlap, replayed: random weights have no neighbourhoods, so their own selections hardly repeat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specontext.core import Batch, Selection
+from specontext.retrieval.selector import Budget, DecodeTokens, Selector
+
+
+class Replay(Selector):
+    """Runs a selector in full and then answers with the next selection of a recorded sequence.
+
+    The place in the sequence is counted on the device, so that a captured graph goes on as an eager step does.
+
+    Args:
+        selections: of the same requests, step after step; after the last comes the first.
+    """
+
+    def __init__(self, inner: Selector, selections: list[Selection], device: torch.device) -> None:
+        self.inner = inner
+        self.groups, self.head_map = inner.groups, inner.head_map
+        self.tokens = torch.stack([selection.tokens for selection in selections]).to(device)
+        self.scored = torch.stack([selection.scored for selection in selections]).to(device)
+        self.place = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def open(self, seat: int, tokens: int) -> None:
+        self.inner.open(seat, tokens)
+
+    def grow(self, seat: int, tokens: int) -> None:
+        self.inner.grow(seat, tokens)
+
+    def close(self, seat: int) -> None:
+        self.inner.close(seat)
+
+    @property
+    def held_pages(self) -> list[list[int]]:
+        return self.inner.held_pages
+
+    def select(self, step: DecodeTokens) -> Selection:
+        self.inner.select(step)
+        self.place.add_(1).remainder_(len(self.tokens))
+        return Selection(self.tokens.index_select(0, self.place)[0], self.scored.index_select(0, self.place)[0])
+
+    def observe(self, batch: Batch, features: Tensor | None) -> None:
+        self.inner.observe(batch, features)
+
+    def selection_bytes(self, lengths: Tensor) -> Tensor:
+        return self.inner.selection_bytes(lengths)
+
+
+def overlapping(budget: Budget, context: int, requests: int, groups: int, overlap: float, count: int) -> list[Selection]:
+    """Selections of which each keeps this share of the scored tokens of the one before, the first of the last one, too."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.full((requests,), context)
+    low, high = budget.sink, context - budget.recent
+    new = budget.scored - round(budget.scored * overlap)
+    # A window that moves by the new share over a ring of tokens, which is as long as all steps together.
+    ring = min(high - low, max(new * count, budget.scored + new))
+    every = [[torch.randperm(high - low, generator=generator)[:ring] + low for _ in range(groups)] for _ in range(requests)]
+    found = []
+    for step in range(count):
+        window = torch.arange(step * new, step * new + budget.scored) % ring
+        scored = torch.stack([torch.stack([order[window].sort().values for order in row]) for row in every])
+        found.append(budget.compose(scored, lengths))
+    return found

@@ -1,0 +1,159 @@
+"""One decode step on a GPU as a waterfall: which kernels run when, in which stream, and what waits for what.
+
+Usage: python benchmarks/waterfall.py [--model llama-3.1-8b] [--context 131056] [--budget 2048] [--plot waterfall.png] [--json]
+
+The step is that of `decode.py`'s system `offloaded` (all KV in host memory, selection replayed at a stated overlap), recorded by
+PyTorch's profiler while its captured graph is replayed. Prints the time of each kind of work, then with --json one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import specontext  # noqa: F401  # isort: skip  # before torch: it says how torch's threads wait
+import torch
+from decode import decode_batch, parts_for
+from measure import machine, versions
+from replay import Replay, overlapping
+from rich.console import Console
+from rich.table import Table
+from shapes import random_model
+
+from specontext.config import SpeContextConfig
+from specontext.distill.session import HeadShape, new_head
+from specontext.engine.runner import ModelRunner
+from specontext.retrieval.selector import Budget
+
+# Kind of work, its colour, and what its kernels' names contain; the first that fits.
+KINDS = (
+    ("loads from the host", "#d95f02", ("_gather",)),
+    ("sparse attention", "#1b9e77", ("_attend", "_merge")),
+    ("scores and top-k", "#7570b3", ("_chunk_logits", "_group_weights", "_count_digits", "_write_positions")),
+    ("slot plan and rows", "#e7298a", ("_look_up", "_list", "_assign", "_rows")),
+    ("new KV", "#e6ab02", ("_append",)),
+    ("layers and head", "#9db4c0", ("triton_", "nvjet", "gemm", "gemv", "cutlass", "cublas", "splitK")),
+    ("other", "#cccccc", ("",)),
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A kernel of the step; microseconds from its start."""
+
+    kind: int
+    stream: int
+    start: float
+    length: float
+
+
+def record(run: Any) -> list[Span]:
+    """Kernels of one call, by the profiler's trace."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = [
+            e for e in json.loads(path.read_text())["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+        ]
+    first = min(event["ts"] for event in events)
+    return [Span(kind_of(e["name"]), int(e["args"].get("stream", 0)), e["ts"] - first, e["dur"]) for e in events]
+
+
+def kind_of(name: str) -> int:
+    """Number of the kind of work that a kernel of this name does."""
+    return next(i for i, (_, _, parts) in enumerate(KINDS) if any(part in name for part in parts))
+
+
+def plot(spans: list[Span], title: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    # Compute first, whatever number its stream has; a lane that holds nothing but a few loose kernels is still a lane.
+    work: dict[int, float] = defaultdict(float)
+    for span in spans:
+        work[span.stream] += span.length
+    lanes = {stream: lane for lane, stream in enumerate(sorted(work, key=lambda s: -work[s]))}
+    end = max(span.start + span.length for span in spans)
+    figure, axes = plt.subplots(2, 1, figsize=(13, 2.4 + 1.1 * len(lanes)), height_ratios=(1, 1), constrained_layout=True)
+    windows = ((0.0, end, "the whole step"), (0.0, end * 0.14, "its beginning: selection, plan, first loads and layers"))
+    for ax, (low, high, words) in zip(axes, windows, strict=True):
+        for kind, (_, colour, _) in enumerate(KINDS):
+            for stream, lane in lanes.items():
+                bars = [(s.start, max(s.length, (high - low) / 3000)) for s in spans if s.kind == kind and s.stream == stream]
+                ax.broken_barh([b for b in bars if b[0] < high], (lane - 0.38, 0.76), color=colour, linewidth=0)
+        ax.set_xlim(low, high)
+        ax.set_ylim(len(lanes) - 0.4, -0.6)
+        ax.set_yticks(range(len(lanes)), [f"stream {lane}" if lane else "compute" for lane in range(len(lanes))])
+        ax.set_title(words, loc="left", fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("microseconds")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for _, colour, _ in KINDS]
+    figure.legend(
+        handles, [name for name, _, _ in KINDS], loc="outside lower center", ncols=len(KINDS), frameon=False, fontsize=9
+    )
+    figure.suptitle(title, fontsize=12)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-3.1-8b")
+    parser.add_argument("--context", type=int, default=131072 - 16)
+    parser.add_argument("--budget", type=int, default=2048)
+    parser.add_argument("--requests", type=int, default=1)
+    parser.add_argument("--overlap", type=float, default=0.85)
+    parser.add_argument("--resident", action="store_true", help="all KV on the device instead")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("a waterfall needs a GPU: a CPU has one stream, see decode.py --profile")
+    device = torch.device("cuda")
+    loaded = random_model(arguments.model, torch.bfloat16, device)
+    requests, context, budget = arguments.requests, arguments.context, arguments.budget
+    head = new_head(HeadShape(), loaded.shape, trained_length=context, source="benchmark", seed=0)
+    head = head.to(device=device, dtype=loaded.shape.dtype).requires_grad_(False)
+    method = SpeContextConfig(budget=budget, slots=budget + budget // 4, offload_layers=0 if arguments.resident else -1)
+    parts = parts_for(loaded, head, method, requests, context, device)
+    limits = Budget(budget, parts.method.sink, parts.method.recent)
+    selections = overlapping(limits, context, requests, parts.selector.groups, arguments.overlap, 16)
+    parts = replace(parts, selector=Replay(parts.selector, selections, device))
+    runner = ModelRunner(loaded, parts, feature_layers=head.config.feature_layers, measure_recall=False)
+    batch = decode_batch(requests, context, device)
+    for _ in range(20):
+        runner.run(batch)
+    spans = record(lambda: runner.run(batch))
+    where = "on the device" if arguments.resident else f"in host memory, {arguments.overlap:.0%} overlap"
+    title = f"{arguments.model}, {context:,} tokens, budget {budget:,}, KV {where}: one decode step on {machine(device)}"
+    busy: dict[str, float] = defaultdict(float)
+    for span in spans:
+        busy[KINDS[span.kind][0]] += span.length
+    step = max(span.start + span.length for span in spans)
+    table = Table(title=title)
+    for column in ("work", "us", "share of the step"):
+        table.add_column(column, justify="right")
+    for name, microseconds in sorted(busy.items(), key=lambda item: -item[1]):
+        table.add_row(name, f"{microseconds:,.0f}", f"{microseconds / step:.1%}")
+    Console().print(table, f"the step took {step:,.0f} us under the profiler; streams overlap, so shares add up to more than 1")
+    if arguments.plot is not None:
+        plot(spans, title, arguments.plot)
+    if arguments.json:
+        report = {"benchmark": "waterfall", "date": date.today().isoformat(), "machine": machine(device), "versions": versions()}
+        print(json.dumps(report | vars(arguments) | {"plot": str(arguments.plot), "step_us": step, "busy_us": dict(busy)}))
+
+
+if __name__ == "__main__":
+    main()
