@@ -82,16 +82,27 @@ def test_a_request_that_could_never_run_is_refused(tier: str, llm: LLM, make_llm
     assert small.generate([[5] * 10])[0].token_ids
 
 
-@pytest.mark.parametrize("offload_layers", [-1, 1])
-def test_a_request_whose_head_keys_could_never_fit_is_refused(offload_layers: int, make_llm: MakeLLM) -> None:
+@pytest.mark.parametrize("offload_layers", [-1, 1, None])
+def test_a_request_whose_head_keys_could_never_fit_is_refused(offload_layers: int | None, make_llm: MakeLLM) -> None:
     """The head's keys are on the device too; waiting for room that never comes would hang."""
-    sizes = make_llm("llama", budget=20, offload_layers=offload_layers, max_num_seqs=6, max_model_len=32).engine.parts.sizes
-    small = make_llm("llama", budget=20, offload_layers=offload_layers, max_num_seqs=6, gpu_memory=sizes.device_bytes)
-    room = (small.engine.parts.sizes.key_pages - 1) * 16
-    assert room < 400
-    assert small.generate([[5] * (room - 4)], SamplingParams(max_tokens=4))[0].token_ids
-    with pytest.raises(RequestError, match="gpu_memory"):
-        small.engine.add_request("too long", [5] * (room - 3), SamplingParams(max_tokens=4))
+    options: dict[str, Any] = {"budget": 20, "offload_layers": offload_layers, "max_num_seqs": 6}
+    memory = make_llm("llama", **options | {"offload_layers": -1}, max_model_len=32).engine.parts.sizes.device_bytes // 3
+    engine = make_llm("llama", **options, gpu_memory=memory, host_memory=1 << 24)
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+
+    def accepted(length: int) -> bool:
+        try:
+            engine.engine.add_request("probe", [5] * length, params)
+        except RequestError as error:
+            assert "gpu_memory" in str(error)
+            return False
+        engine.engine.abort("probe")
+        return True
+
+    longest = max(length for length in range(1, 509) if accepted(length))
+    assert 16 < longest < 400 and not any(accepted(length) for length in (longest + 1, longest + 16, 508))
+    assert len(engine.generate([[5] * longest], params)[0].token_ids) == 4
+    assert not engine.engine.has_work
 
 
 def test_a_context_beyond_the_model_s_is_refused(make_llm: MakeLLM) -> None:
