@@ -18,6 +18,7 @@ from specontext.memory.pages import OutOfPagesError
 from specontext.memory.planner import ResidencyPolicy
 
 MARGIN = 2  # steps by which a move is to arrive early
+PIN_STEPS = 256  # before a layer leaves: so early its place on the host begins to be pinned
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class Residency:
             return
         began = time.perf_counter()
         if self._move is None:
+            self.pin_ahead(lengths_in)
             self._begin(stored, lengths_in)
         if self._move is not None:
             self._move.advance(stored, self.chunk_bytes)
@@ -116,13 +118,36 @@ class Residency:
                 began = time.perf_counter()
         self._stall += time.perf_counter() - began
 
-    def _begin(self, stored: Mapping[int, int], lengths_in: Callable[[int], list[int]]) -> None:
+    def pin_ahead(self, lengths_in: Callable[[int], list[int]]) -> bool:
+        """Have host memory pinned meanwhile for a layer that will leave soon; whether nothing is missing.
+
+        Pages are pinned as they are taken, and a move takes a whole layer's at once: it would wait for them.
+        """
+        host, memory = self.kv.host, self.kv.host.memory
+        if memory is None or memory.ready_bytes == memory.num_bytes or self.kv.next_to_leave is None:
+            return True
+        soon = lengths_in(PIN_STEPS)
+        policy = self.policy(len(soon))
+        tokens = policy.tokens_after(soon, 0)
+        if policy.fits(len(self.kv.offloaded), tokens, len(soon)):
+            return True
+        end = (host.pages.num_held + 1) * host.page_bytes + tokens * self.cost.resident_token
+        if memory.ready_bytes >= min(end, memory.num_bytes):
+            return True
+        memory.reach(memory.ready_bytes)  # does not wait: what is pinned ahead counts from here
+        return False
+
+    def wanted(self, stored: Mapping[int, int], lengths_in: Callable[[int], list[int]]) -> int:
+        """How many layers should be offloaded by the time that a move which begins now has arrived; arguments as in `step`."""
         token_bytes = self.kv.shape.kv_heads * self.kv.shape.row_bytes
         soon = lengths_in(-(-sum(stored.values()) * token_bytes // self.chunk_bytes) + MARGIN)
-        now, policy = len(self.kv.offloaded), self.policy(len(soon))
-        target = policy.target(now, policy.tokens_after(soon, 0), len(soon))
+        policy = self.policy(len(soon))
+        target = policy.target(len(self.kv.offloaded), policy.tokens_after(soon, 0), len(soon))
         # Where nothing fits, layers leave as long as they can; then requests wait.
-        target = self.cost.layers if target is None else target
+        return self.cost.layers if target is None else target
+
+    def _begin(self, stored: Mapping[int, int], lengths_in: Callable[[int], list[int]]) -> None:
+        now, target = len(self.kv.offloaded), self.wanted(stored, lengths_in)
         try:
             if target > now and self.kv.next_to_leave is not None:
                 self._move = LayerMove(self.kv, self.kv.next_to_leave, to_host=True)
