@@ -193,7 +193,8 @@ class Case:
         if pages <= self.requests * self.token_pages:
             raise ValueError(f"the host pool holds fewer than {self.requests} x {self.context} tokens of one layer: enlarge it")
         memory = self.stack.enter_context(host_memory(pages * page_bytes, pinned=self.device.type == "cuda"))
-        return fill(memory.view(self.shape.dtype), self.generator).view(-1, 2, self.shape.head_dim)
+        # The CPU writes it: a copy engine refuses a range that was pinned in several parts.
+        return fill(memory.view(self.shape.dtype), self.order).view(-1, 2, self.shape.head_dim)
 
     @cached_property
     def host_pages(self) -> Tensor:

@@ -48,7 +48,6 @@ class Span:
     """A kernel of the step; microseconds from its start."""
 
     kind: int
-    stream: int
     start: float
     length: float
 
@@ -66,8 +65,9 @@ def record(run: Any) -> list[Span]:
         events = [
             e for e in json.loads(path.read_text())["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
         ]
-    first = min(event["ts"] for event in events)
-    return [Span(kind_of(e["name"]), int(e["args"].get("stream", 0)), e["ts"] - first, e["dur"]) for e in events]
+    # Before the step's first product of matrices lie the copies of its numbers, and the launch of the graph.
+    first = min(event["ts"] for event in events if KINDS[kind_of(event["name"])][0] == "layers and head")
+    return [Span(kind_of(e["name"]), e["ts"] - first, e["dur"]) for e in events if e["ts"] >= first]
 
 
 def kind_of(name: str) -> int:
@@ -81,22 +81,20 @@ def plot(spans: list[Span], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    # Compute first, whatever number its stream has; a lane that holds nothing but a few loose kernels is still a lane.
-    work: dict[int, float] = defaultdict(float)
-    for span in spans:
-        work[span.stream] += span.length
-    lanes = {stream: lane for lane, stream in enumerate(sorted(work, key=lambda s: -work[s]))}
+    # A captured graph runs on whichever streams the driver picks, so lanes are kinds of work.
+    names = ("compute", "loads", "counting")
+    lane_of = [1 if name == "loads from the host" else 2 if name == "other" else 0 for name, _, _ in KINDS]
     end = max(span.start + span.length for span in spans)
-    figure, axes = plt.subplots(2, 1, figsize=(13, 2.4 + 1.1 * len(lanes)), height_ratios=(1, 1), constrained_layout=True)
+    figure, axes = plt.subplots(2, 1, figsize=(13, 5.6), constrained_layout=True)
     windows = ((0.0, end, "the whole step"), (0.0, end * 0.14, "its beginning: selection, plan, first loads and layers"))
     for ax, (low, high, words) in zip(axes, windows, strict=True):
         for kind, (_, colour, _) in enumerate(KINDS):
-            for stream, lane in lanes.items():
-                bars = [(s.start, max(s.length, (high - low) / 3000)) for s in spans if s.kind == kind and s.stream == stream]
-                ax.broken_barh([b for b in bars if b[0] < high], (lane - 0.38, 0.76), color=colour, linewidth=0)
+            bars = [(span.start, max(span.length, (high - low) / 3000)) for span in spans if span.kind == kind]
+            bars = [bar for bar in bars if bar[0] < high]
+            ax.broken_barh(bars, (lane_of[kind] - 0.38, 0.76), color=colour, linewidth=0)
         ax.set_xlim(low, high)
-        ax.set_ylim(len(lanes) - 0.4, -0.6)
-        ax.set_yticks(range(len(lanes)), [f"stream {lane}" if lane else "compute" for lane in range(len(lanes))])
+        ax.set_ylim(len(names) - 0.4, -0.6)
+        ax.set_yticks(range(len(names)), names)
         ax.set_title(words, loc="left", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("microseconds")

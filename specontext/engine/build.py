@@ -119,6 +119,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         adaptive=adaptive,
         verify_loads=config.verify_loads,
     )
+    kv.write_through |= config.measure_recall
     meter = Meter(
         shape,
         selector.head_map,

@@ -113,6 +113,8 @@ def append_layer(
     page_size: int,
     sink: int,
     recent: int,
+    *,
+    to_host: bool = True,
 ) -> None:
     """Write K and V of new tokens of one layer to the tier where it lives.
 
@@ -128,14 +130,15 @@ def append_layer(
         seats, positions: as in `append_tokens`.
         lengths: int64 [T], tokens in context of the token's request, these included.
         key, value: [T, Hkv, D].
+        to_host: False writes the slots of an offloaded layer only: the host's rows follow for all layers at once.
     """
     pages = (host, host_pages, arena, token_pages, slot_pages)
     arguments = (*pages, resident, seats, positions, lengths, key, value, page_size, sink, recent)
     if use_triton(key):
         from specontext.kernels.triton.rows import append_layer as kernel
 
-        return kernel(*arguments)
-    return append_layer_reference(*arguments)
+        return kernel(*arguments, to_host=to_host)
+    return append_layer_reference(*arguments, to_host=to_host)
 
 
 def ring_slots(positions: Tensor, lengths: Tensor, sink: int, recent: int) -> Tensor:
@@ -228,13 +231,16 @@ def append_layer_reference(
     page_size: int,
     sink: int,
     recent: int,
+    *,
+    to_host: bool = True,
 ) -> None:
     """See `append_layer`."""
     new = torch.stack((key, value), dim=2)
     present = (positions >= 0).nonzero().squeeze(1)
     if bool(resident):
         return _append_entries(arena, token_pages, seats, positions, present, new, page_size)
-    _append_entries(host, host_pages, seats, positions, present, new, page_size)
+    if to_host:
+        _append_entries(host, host_pages, seats, positions, present, new, page_size)
     slots = ring_slots(positions, lengths, sink, recent)
     _append_entries(arena, slot_pages, seats, slots, (slots >= 0).nonzero().squeeze(1), new, page_size)
 

@@ -20,6 +20,7 @@ from specontext.kv.seat_pages import SeatPages
 from specontext.kv.slot_fill import fill_slots
 from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK
 from specontext.kv.tiered import TieredKV
+from specontext.memory.pages import OutOfPagesError
 
 
 class LayerMove:
@@ -36,7 +37,6 @@ class LayerMove:
         assert kv.moving is None and kv.resident[layer] == to_host
         self.kv, self.layer, self.to_host = kv, layer, to_host
         self.bytes_moved = 0
-        self._copied: dict[int, int] = {}  # tokens by seat
         self._pages = kv.host_pages if to_host else kv.token_pages
         try:
             for seat, room in kv.room.items():
@@ -44,7 +44,7 @@ class LayerMove:
         except BaseException:
             self._give_back(self._pages)
             raise
-        kv.moving = layer
+        kv.moving, kv.moved = layer, {}
 
     def remaining_bytes(self, stored: Mapping[int, int]) -> int:
         """Bytes that are not copied yet.
@@ -53,26 +53,42 @@ class LayerMove:
             stored: tokens stored by seat, of all open seats.
         """
         token_bytes = self.kv.shape.kv_heads * self.kv.shape.row_bytes
-        return sum(tokens - self._copied.get(seat, 0) for seat, tokens in stored.items()) * token_bytes
+        return sum(tokens - self.kv.moved.get(seat, 0) for seat, tokens in stored.items()) * token_bytes
 
     def advance(self, stored: Mapping[int, int], max_bytes: int) -> int:
         """Copy up to `max_bytes` (and at least a token) more; the bytes copied, 0 when all is there."""
-        self._forget_closed_seats()
         kv = self.kv
         token_bytes = kv.shape.kv_heads * kv.shape.row_bytes
         room, moved = max(1, max_bytes // token_bytes), 0
         for seat in kv.room:
-            start = self._copied.get(seat, 0)
+            start = kv.moved.get(seat, 0)
             stop = min(stored[seat], start + room - moved)
             if stop > start:
                 self._copy(seat, start, stop)
-                self._copied[seat] = stop
+                kv.moved[seat] = stop
                 moved += stop - start
         self.bytes_moved += moved * token_bytes
         return moved * token_bytes
 
+    @property
+    def room_after(self) -> int:
+        """Free device pages once the layer has arrived; negative where the slots of the next layer to leave find too few."""
+        kv = self.kv
+        if not self.to_host:
+            return kv.arena.pages.num_free
+        others = any(here for layer, here in enumerate(kv.resident) if layer != self.layer)
+        slots = kv.pages_for(kv.slot_count) * len(kv.room) if kv.adaptive and others else 0
+        left = sum(len(kv.token_pages.of(self.layer, seat)) for seat in kv.room)
+        return kv.arena.pages.num_free + left - slots
+
     def finish(self, stored: Mapping[int, int]) -> None:
-        """Copy what is left and turn the flag; between two steps."""
+        """Copy what is left and turn the flag; between two steps.
+
+        Raises:
+            OutOfPagesError: there is no room for the slots of the next layer to leave; the move goes on.
+        """
+        if self.room_after < 0:
+            raise OutOfPagesError(f"the {self.kv.arena.pages.name} has too few pages for the slots of one layer more")
         while self.advance(stored, 1 << 62):
             pass
         kv, layer = self.kv, self.layer
@@ -97,9 +113,6 @@ class LayerMove:
     def _give_back(self, pages: SeatPages) -> None:
         for seat in self.kv.room:
             pages.release([self.layer], seat)
-
-    def _forget_closed_seats(self) -> None:
-        self._copied = {seat: tokens for seat, tokens in self._copied.items() if seat in self.kv.room}
 
     def _copy(self, seat: int, start: int, stop: int) -> None:
         """Rows of the tokens start .. stop - 1 of a seat, beside what is computed."""

@@ -35,7 +35,11 @@ def park(kv: TieredKV, seat: int, tokens: int) -> ParkedKV:
     resident = [layer for layer in layers if kv.resident[layer]]
     kv.host_pages.extend(resident, seat, kv.pages_for(tokens))
     _copy(kv, resident, seat, tokens, to_host=True)
-    parked = ParkedKV(tokens, [kv.host_pages.detach(layer, seat) for layer in layers])
+    held = [kv.host_pages.detach(layer, seat) for layer in layers]
+    count = kv.pages_for(tokens)
+    for pages in held:  # room for tokens that never came
+        kv.host.pages.free(pages[count:])
+    parked = ParkedKV(tokens, [pages[:count] for pages in held])
     kv.parked.append(parked.pages)
     kv.close(seat)
     return parked

@@ -31,6 +31,7 @@ from specontext.kv.hot_slots import HotSlots
 from specontext.kv.pool import PagePool
 from specontext.kv.seat_pages import SeatPages
 from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK, Mark, Streams, streams_of
+from specontext.kv.write_back import write_back
 
 GROUPS = (1, 1, 2, 4)  # layers of the first launches of a load, so that the first layer waits little; 8 for all others
 
@@ -82,7 +83,7 @@ class TieredKV:
         self.token_pages = SeatPages(self.arena, shape.layers, seats, width, device)
         self.slot_pages = SeatPages(self.arena, shape.layers, seats, slot_width, device)
         self.host_pages = SeatPages(self.host, shape.layers, seats, width, device)
-        self._layers = torch.arange(shape.layers, device=device)
+        self.layers = torch.arange(shape.layers, device=device)
         self.slot_count = slots
         self.hot: HotSlots | None = None
         if slots and (adaptive or not all(resident)):
@@ -97,12 +98,16 @@ class TieredKV:
                 device=device,
             )
         self.moving: int | None = None  # the layer that is on its way
+        self.moved: dict[int, int] = {}  # tokens of open seats that this layer has in both tiers
         self.room: dict[int, int] = {}  # tokens that the pages of an open seat hold
         self.parked: list[list[list[int]]] = []  # host pages of requests without a seat, by layer
         self._rows: Tensor | None = None  # of the step's selection, all layers
         self._plans: list[LoadPlan | None] = [None] * tables
         self._loaded: list[Mark] = [None] * shape.layers
         self._written: Mark = None
+        # Whether an offloaded layer's new decode rows are on the host within the step, for those who read them there; else they
+        # follow for all layers at once, from the ring, while the last layer computes.
+        self.write_through = verify_loads or tables > 1
 
     # Space ------------------------------------------------------------------------------------------------------------
 
@@ -174,6 +179,7 @@ class TieredKV:
         """Give back everything a seat holds."""
         for pages in (self.token_pages, self.slot_pages, self.host_pages):
             pages.release(range(self.shape.layers), seat)
+        self.moved.pop(seat, None)
         del self.room[seat]
 
     # Writing ----------------------------------------------------------------------------------------------------------
@@ -204,7 +210,15 @@ class TieredKV:
             self.page_size,
             self.hot.sink,
             self.hot.recent,
+            to_host=self.write_through,
         )
+        if layer == self.shape.layers - 1 and not self.write_through and not all(self.resident):
+            streams = self.streams
+            streams.wait(WRITE_BACK, streams.record(COMPUTE))
+            with streams.on(WRITE_BACK):
+                write_back(self, seats, positions)
+            streams.keep(WRITE_BACK, seats, positions)
+            self._written = streams.record(WRITE_BACK)
 
     def append_chunk(self, layer: int, seats: Tensor, positions: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> None:
         """The same for many tokens of prompts: what goes to the host is written while later layers compute."""
@@ -247,7 +261,7 @@ class TieredKV:
         streams.wait(PREFETCH, streams.record(COMPUTE))
         with streams.on(PREFETCH):
             for first, last in self._load_groups(layer):
-                self._load(self._layers[first:last], seats, selection, plan)
+                self._load(self.layers[first:last], seats, selection, plan)
                 self._loaded[first:last] = [streams.record(PREFETCH)] * (last - first)
         streams.keep(PREFETCH, seats, selection.tokens, plan.slots, plan.missing)
         return plan

@@ -159,6 +159,8 @@ def append_layer(
     page_size: int,
     sink: int,
     recent: int,
+    *,
+    to_host: bool = True,
 ) -> None:
     """See `specontext.kernels.rows.append_layer`. K and V are read once, and the page tables in place."""
     key, value = _dense_last(key), _dense_last(value)
@@ -187,6 +189,7 @@ def append_layer(
         sink,
         recent,
         PAGE=page_size,
+        TO_HOST=to_host,
         HEADS=heads,
         DIM=head_dim,
         BLOCK=block,
@@ -318,7 +321,7 @@ def _append_to_pages(
 def _append_to_tier(
     host, arena, host_pages, token_pages, slot_pages, resident, seats, positions, lengths, key, value,
     count, host_width, token_width, slot_width, key_token, key_head, value_token, value_head, sink, recent,
-    PAGE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    PAGE: tl.constexpr, TO_HOST: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = at // HEADS, at % HEADS
@@ -331,8 +334,9 @@ def _append_to_tier(
         row = _row_of(token_pages + seat * token_width, position, head, live, PAGE, HEADS)
         _write(arena, row, new_key, new_value, live, DIM, BLOCK)
     else:
-        row = _row_of(host_pages + seat * host_width, position, head, live, PAGE, HEADS)
-        _write(host, row, new_key, new_value, live, DIM, BLOCK)
+        if TO_HOST:
+            row = _row_of(host_pages + seat * host_width, position, head, live, PAGE, HEADS)
+            _write(host, row, new_key, new_value, live, DIM, BLOCK)
         length = tl.load(lengths + token, mask=live, other=0).to(tl.int64)
         kept = live & ((position < sink) | (position >= length - recent))
         slot = tl.where(position < sink, position, sink + position % recent)
