@@ -1,14 +1,17 @@
-"""TieredKV as a state machine: whatever requests do, attention reads the right rows, and only what was selected is loaded.
+"""TieredKV as a state machine: whatever requests do and wherever layers go, attention reads the right rows, only what was
+selected is loaded, and every page is where the table in `tiered.py` says.
 
-Truth is a dict from (seat, layer, KV head, token) to a number that is unique in the whole run and is written into every
+Truth is a dict from (request, layer, KV head, token) to a number that is unique in the whole run and is written into every
 value of the entry's row; so a row says which entry it is, and a stale one is found.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import hypothesis.strategies as st
 import pytest
@@ -20,6 +23,10 @@ from torch import Tensor
 from specontext.core import LoadPlan, ModelShape, Selection
 from specontext.kernels.rows import gather_rows_layers
 from specontext.kv import tiered
+from specontext.kv.dense import pages_in_reach, read_tile, stored_tiles
+from specontext.kv.moves import LayerMove
+from specontext.kv.parking import ParkedKV, discard, park, unpark
+from specontext.kv.pool import make_pools
 from specontext.kv.tiered import LoadError, TieredKV
 from specontext.memory.pages import OutOfPagesError
 from specontext.retrieval.selector import Budget
@@ -52,141 +59,358 @@ class Cache:
 
 
 class TieredMachine(RuleBasedStateMachine):
-    """Opens, writes, selects, reads and closes seats at random."""
+    """Opens, grows, writes, selects, reads, parks and closes seats at random, while layers move."""
 
-    evictions = 0  # over all examples
+    seen: ClassVar[Counter[str]] = Counter()  # over all examples
 
-    @initialize(data=st.data())
-    def build(self, data: st.DataObject) -> None:
-        kv_heads, groups = data.draw(st.sampled_from([(1, 1), (2, 3), (3, 2), (4, 1)]))
+    @initialize(seed=st.integers(0, 2**32))
+    def build(self, seed: int) -> None:
+        rng = random.Random(seed)
+        kv_heads, groups = rng.choice([(1, 1), (2, 3), (3, 2), (4, 1)])
         self.shape, self.groups = make_shape(kv_heads), groups
-        heads = st.lists(st.integers(0, groups - 1), min_size=kv_heads, max_size=kv_heads)
-        self.head_map = [data.draw(heads) for _ in range(LAYERS)]
-        self.resident = data.draw(st.tuples(*[st.booleans()] * LAYERS))
-        self.in_layer = data.draw(st.booleans())
+        self.head_map = [[rng.randrange(groups) for _ in range(kv_heads)] for _ in range(LAYERS)]
+        self.resident = [rng.random() < 0.5 for _ in range(LAYERS)]
+        self.in_layer = rng.random() < 0.4
         self.tables = LAYERS if self.in_layer else 1
-        sink, recent, scored = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)))
+        sink, recent, scored = rng.randint(1, 3), rng.randint(1, 4), rng.randint(1, 4)
         self.budget = Budget(sink + recent + scored, sink, recent)
-        self.hot = scored + data.draw(st.integers(0, 4))
-        self.page_size, self.max_tokens = data.draw(st.integers(1, 5)), 40
+        self.dense = rng.random() < 0.2  # a method without slots
+        self.hot = 0 if self.dense else scored + rng.randint(0, 4)
+        self.slots = 0 if self.dense else sink + recent + self.hot
+        self.adaptive = rng.random() < 0.75
+        self.page_size, self.max_tokens = rng.randint(1, 5), 40
+        pages = {tier: rng.choice([300, 200, 100, 40]) for tier in ("device_pages", "host_pages")}
+        arena, host = make_pools(self.shape, **pages, page_size=self.page_size, device=torch.device("cpu"))
         self.kv = TieredKV(
             self.shape,
-            resident=self.resident,
+            resident=tuple(self.resident),
             head_map=torch.tensor(self.head_map),
             tables=self.tables,
             groups=groups,
-            slots=sink + recent + self.hot,
+            slots=self.slots,
             sink=sink,
             recent=recent,
             seats=SEATS,
             max_tokens=self.max_tokens,
-            page_size=self.page_size,
-            device_pages=data.draw(st.integers(30, 300)),
-            host_pages=data.draw(st.integers(30, 300)),
-            device=torch.device("cpu"),
+            arena=arena,
+            host=host,
+            adaptive=self.adaptive,
             verify_loads=True,
         )
         self.truth: dict[tuple[int, int, int, int], float] = {}
         self.serial = 0
-        self.length: dict[int, int] = {}  # tokens stored, of the seats that are open
-        self.room: dict[int, int] = {}
+        self.requests = 0
+        self.who: dict[int, int] = {}  # request in each open seat
+        self.length: dict[int, int] = {}  # tokens stored, by seat
+        self.pages: dict[int, int] = {}  # pages of tokens that a seat has in a layer
         self.caches: dict[Pair, Cache] = {}
+        self.move: LayerMove | None = None
+        self.waiting: list[tuple[int, int, ParkedKV]] = []  # request, tokens, what is parked
         self.step = 0
 
-    # Rules ------------------------------------------------------------------------------------------------------------
+    # Seats ------------------------------------------------------------------------------------------------------------
 
-    @rule(seat=st.integers(0, SEATS - 1), tokens=st.integers(1, 40))
-    def open(self, seat: int, tokens: int) -> None:
-        if seat in self.length:
-            return
-        pools = (self.kv.arena.pages, self.kv.host.pages)
-        free = tuple(pool.num_free for pool in pools)
-        needed = self.kv.pages_needed(tokens)
+    def whole(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    @property
+    def offloaded(self) -> list[int]:
+        return [layer for layer in range(LAYERS) if not self.resident[layer]]
+
+    def pages_of(self, count: int) -> tuple[int, int]:
+        """Device and host pages of a seat with `count` pages of tokens in each layer: the table in `tiered.py`."""
+        moving = self.move.layer if self.move is not None else -1
+        last = max((layer for layer in range(LAYERS) if self.resident[layer]), default=-1)
+        device = host = 0
+        for layer, here in enumerate(self.resident):
+            device += count * (here or layer == moving)
+            host += count * (not here or layer == moving)
+            device += self.whole(self.slots) * (not here or (self.adaptive and layer == last))
+        return device, host
+
+    def free(self) -> tuple[int, int]:
+        return self.kv.arena.pages.num_free, self.kv.host.pages.num_free
+
+    def expect(self, needed: tuple[int, int], act: Callable[[], Any]) -> Any:
+        """Take exactly so many pages of both tiers, or nothing when there are too few (then None)."""
+        free = self.free()
         if any(n > f for n, f in zip(needed, free, strict=True)):
+            self.seen["refusals"] += 1
             with pytest.raises(OutOfPagesError):
-                self.kv.open(seat, tokens)
-            assert tuple(pool.num_free for pool in pools) == free
-            return
-        self.kv.open(seat, tokens)
-        assert tuple(f - pool.num_free for f, pool in zip(free, pools, strict=True)) == needed
-        self.length[seat], self.room[seat] = 0, tokens
+                act()
+            assert self.free() == free
+            return None
+        found = act()
+        assert tuple(f - left for f, left in zip(free, self.free(), strict=True)) == needed
+        return found if found is not None else True
+
+    @precondition(lambda self: len(self.who) < SEATS)
+    @rule(data=st.data(), tokens=st.integers(0, 40))
+    def open(self, data: st.DataObject, tokens: int) -> None:
+        self.open_seat(data.draw(st.sampled_from(sorted(set(range(SEATS)) - set(self.who)))), tokens)
+
+    def open_seat(self, seat: int, tokens: int) -> None:
+        count = self.whole(tokens)
+        if self.expect(self.pages_of(count), lambda: self.kv.open(seat, tokens)):
+            self.requests += 1
+            self.take_seat(seat, self.requests, 0, count)
+
+    def take_seat(self, seat: int, request: int, length: int, pages: int) -> None:
+        self.who[seat], self.length[seat], self.pages[seat] = request, length, pages
         for table in range(self.tables):
             for group in range(self.groups):
                 self.caches[table, seat, group] = Cache([-1] * self.hot, [0] * self.hot)
 
-    @precondition(lambda self: self.length)
-    @rule(seed=st.integers(0, 2**32), steps=st.integers(1, 8))
-    def run_steps(self, seed: int, steps: int) -> None:
-        """Steps of the engine: decode tokens of some seats, chunks of the prompts of others."""
+    def leave_seat(self, seat: int) -> int:
+        del self.length[seat], self.pages[seat]
+        return self.who.pop(seat)
+
+    @precondition(lambda self: self.who)
+    @rule(data=st.data(), tokens=st.integers(1, 40))
+    def grow(self, data: st.DataObject, tokens: int) -> None:
+        self.grow_seat(data.draw(st.sampled_from(sorted(self.who))), tokens)
+
+    def grow_seat(self, seat: int, tokens: int) -> None:
+        before, after = self.pages_of(self.pages[seat]), self.pages_of(max(self.whole(tokens), self.pages[seat]))
+        needed = (after[0] - before[0], after[1] - before[1])
+        if self.expect(needed, lambda: self.kv.grow(seat, tokens)):
+            self.pages[seat] = max(self.whole(tokens), self.pages[seat])
+
+    @precondition(lambda self: self.who)
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        self.close_seat(data.draw(st.sampled_from(sorted(self.who))))
+
+    def close_seat(self, seat: int) -> None:
+        self.kv.close(seat)
+        self.forget(self.leave_seat(seat))
+
+    def forget(self, request: int) -> None:
+        self.truth = {key: value for key, value in self.truth.items() if key[0] != request}
+
+    @precondition(lambda self: self.who)
+    @rule(data=st.data())
+    def park(self, data: st.DataObject) -> None:
+        self.park_seat(data.draw(st.sampled_from(sorted(self.who))))
+
+    def park_seat(self, seat: int) -> None:
+        tokens, moving = self.length[seat], self.move.layer if self.move is not None else -1
+        new = self.whole(tokens) * sum(here and layer != moving for layer, here in enumerate(self.resident))
+        if new > self.free()[1]:
+            with pytest.raises(OutOfPagesError):
+                park(self.kv, seat, tokens)
+            return
+        parked = park(self.kv, seat, tokens)
+        self.seen["parked"] += 1
+        self.waiting.append((self.leave_seat(seat), tokens, parked))
+
+    @precondition(lambda self: self.waiting and len(self.who) < SEATS)
+    @rule(data=st.data())
+    def unpark(self, data: st.DataObject) -> None:
+        free = sorted(set(range(SEATS)) - set(self.who))
+        self.unpark_into(data.draw(st.sampled_from(free)), data.draw(st.sampled_from(self.waiting)))
+
+    def unpark_into(self, seat: int, entry: tuple[int, int, ParkedKV]) -> None:
+        request, tokens, parked = entry
+        count = self.whole(tokens)
+        device, host = self.pages_of(count)
+        if self.expect((device, host - count * LAYERS), lambda: unpark(self.kv, seat, parked)):
+            self.seen["unparked"] += tokens > 0
+            self.waiting = [entry for entry in self.waiting if entry[0] != request]
+            self.take_seat(seat, request, tokens, count)
+            self.everything_is_stored(seat)
+
+    @precondition(lambda self: self.waiting)
+    @rule()
+    def discard(self) -> None:
+        request, _, parked = self.waiting.pop()
+        discard(self.kv, parked)
+        self.forget(request)
+
+    # Moves ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def may_move(self) -> bool:
+        return self.move is None and (self.adaptive or self.dense)
+
+    @precondition(lambda self: self.may_move and any(self.resident))
+    @rule()
+    def start_leaving(self) -> None:
+        layer = max(layer for layer in range(LAYERS) if self.resident[layer])
+        self.move = self.started(layer, to_host=True)
+
+    @precondition(lambda self: self.may_move and not all(self.resident))
+    @rule(data=st.data())
+    def start_returning(self, data: st.DataObject) -> None:
+        self.move = self.started(data.draw(st.sampled_from(self.offloaded)), to_host=False)
+
+    def started(self, layer: int, *, to_host: bool) -> LayerMove | None:
+        count = sum(self.pages.values())
+        needed = (0, count) if to_host else (count, 0)
+        move: LayerMove | None = self.expect(needed, lambda: LayerMove(self.kv, layer, to_host=to_host))
+        return move
+
+    @precondition(lambda self: self.move is not None)
+    @rule(tokens=st.integers(0, 30), odd=st.integers(0, 3))
+    def advance(self, tokens: int, odd: int) -> None:
+        assert self.move is not None
+        token_bytes = self.shape.kv_heads * self.shape.row_bytes
+        before = self.move.remaining_bytes(self.length)
+        moved = self.move.advance(self.length, tokens * token_bytes + odd)
+        assert moved == min(before, max(1, tokens) * token_bytes)
+        assert self.move.remaining_bytes(self.length) == before - moved
+
+    @precondition(lambda self: self.move is not None)
+    @rule()
+    def finish(self) -> None:
+        self.finish_or_refuse()
+
+    def finish_or_refuse(self) -> None:
+        move = self.move
+        assert move is not None
+        free, count = self.free(), sum(self.pages.values())
+        others = any(here for layer, here in enumerate(self.resident) if layer != move.layer)
+        slots = self.whole(self.slots) * len(self.who) if move.to_host and self.adaptive and others else 0
+        if move.to_host and slots > free[0] + count:  # no room for the slots of the next layer to leave
+            self.seen["no room for slots"] += 1
+            with pytest.raises(OutOfPagesError):
+                move.finish(self.length)
+            assert self.free() == free
+            return
+        move.finish(self.length)
+        self.seen["left" if move.to_host else "returned"] += any(self.length.values())
+        assert not move.remaining_bytes(self.length)
+        self.resident[move.layer], self.move = not move.to_host, None
+
+    @precondition(lambda self: self.move is not None)
+    @rule()
+    def cancel(self) -> None:
+        assert self.move is not None
+        self.move.cancel()
+        self.move = None
+
+    @precondition(lambda self: self.may_move and self.who)
+    @rule(seed=st.integers(0, 2**32), to_host=st.booleans(), rounds=st.integers(1, 6))
+    def go_through_a_move(self, seed: int, to_host: bool, rounds: int) -> None:
+        """A move from its start to its end, with steps, and with requests that leave, wait, come back and come anew between."""
         rng = random.Random(seed)
+        layers = [layer for layer, here in enumerate(self.resident) if here == to_host]
+        if not layers:
+            return
+        self.move = self.started(max(layers) if to_host else rng.choice(layers), to_host=to_host)
+        for _ in range(rounds if self.move is not None else 0):
+            seats = sorted(self.who)
+            free = sorted(set(range(SEATS)) - set(seats))
+            what = rng.choice(["leave", "park", "come", "come", "back", "grow"])
+            if what == "leave" and seats:
+                self.close_seat(rng.choice(seats))
+            elif what == "park" and seats:
+                self.park_seat(rng.choice(seats))
+            elif what == "come" and free:
+                self.open_seat(rng.choice(free), rng.randint(1, 30))
+            elif what == "back" and free and self.waiting:
+                self.unpark_into(rng.choice(free), rng.choice(self.waiting))
+            elif what == "grow" and seats:
+                self.grow_seat(rng.choice(seats), rng.randint(1, 40))
+            self.steps(rng, rng.randint(1, 3), rng.choice([0, 3, 10]))
+            self.nothing_is_lost()
+        if self.move is not None:
+            self.finish_or_refuse()
+
+    # Steps ------------------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.who)
+    @rule(seed=st.integers(0, 2**32), steps=st.integers(1, 8), chunk=st.sampled_from([0, 1, 5, 100]))
+    def run_steps(self, seed: int, steps: int, chunk: int) -> None:
+        """Steps of the engine: decode tokens of some seats, chunks of the prompts of others; a move goes on between them."""
+        self.steps(random.Random(seed), steps, chunk)
+
+    def steps(self, rng: random.Random, steps: int, chunk: int) -> None:
         for _ in range(steps):
-            chosen = [seat for seat in self.length if self.length[seat] < self.room[seat] and rng.random() < 0.8]
+            room = {seat: self.pages[seat] * self.page_size - self.length[seat] for seat in self.who}
+            room = {seat: min(left, self.max_tokens - self.length[seat]) for seat, left in room.items()}
+            chosen = [seat for seat in self.who if room[seat] > 0 and rng.random() < 0.8]
             decodes = [seat for seat in chosen if self.length[seat] and rng.random() < 0.9]
             rng.shuffle(decodes)
-            chunks = [(seat, rng.randint(1, self.room[seat] - self.length[seat])) for seat in chosen if seat not in decodes]
+            chunks = [(seat, rng.randint(1, room[seat])) for seat in chosen if seat not in decodes]
             if chosen:
                 self.run_step(rng, decodes, chunks)
                 self.slots_hold_what_the_tables_say()
+            if chunk and self.move is not None:
+                self.move.advance(self.length, chunk * self.shape.kv_heads * self.shape.row_bytes)
 
     def run_step(self, rng: random.Random, decodes: list[int], chunks: list[tuple[int, int]]) -> None:
         self.step += 1
         selections: dict[int, Selection] = {}
-        if decodes and not self.in_layer:
+        sparse = bool(decodes) and not self.dense
+        if sparse and not self.in_layer:
             selections = dict.fromkeys(range(LAYERS), self.select(rng, decodes, 0, None))
-        seats = decodes + [seat for seat, size in chunks for _ in range(size)]
-        positions = [self.length[seat] for seat in decodes]
-        lengths = [p + 1 for p in positions]
-        for seat, size in chunks:
-            positions += range(self.length[seat], self.length[seat] + size)
-            lengths += [self.length[seat] + size] * size
+        after = {seat: self.length[seat] + 1 for seat in decodes} | {seat: self.length[seat] + size for seat, size in chunks}
         for layer in range(LAYERS):
-            self.append(layer, seats, positions, lengths)
-            if decodes and self.in_layer:
-                selections[layer] = self.select(rng, decodes, layer, layer)
             if decodes:
+                self.append(layer, [(seat, self.length[seat]) for seat in decodes], after, self.kv.append)
+            if sparse and self.in_layer:
+                selections[layer] = self.select(rng, decodes, layer, layer)
+            if sparse:
+                self.kv.wait(layer)
                 rows = self.kv.rows(layer, torch.tensor(decodes), selections[layer], in_layer=self.in_layer)
                 self.check_rows(layer, decodes, selections[layer], rows)
-        for seat in decodes:
-            self.length[seat] += 1
-        for seat, size in chunks:
-            self.length[seat] += size
+            new = [(seat, position) for seat, _ in chunks for position in range(self.length[seat], after[seat])]
+            if new:
+                self.append(layer, new, after, self.kv.append_chunk)
+        self.kv.end_step()
+        self.length.update(after)
+        if self.dense and after:
+            self.everything_is_stored(rng.choice(sorted(after)))
 
-    @precondition(lambda self: self.length)
+    @precondition(lambda self: self.who)
     @rule(data=st.data())
     def stream(self, data: st.DataObject) -> None:
-        """A tile of some seats holds their tokens start .. stop - 1."""
-        seats = data.draw(st.lists(st.sampled_from(sorted(self.length)), min_size=1, unique=True))
+        """A tile of some seats holds their tokens start .. stop - 1, and the tiles of one seat all of its tokens."""
+        seats = data.draw(st.lists(st.sampled_from(sorted(self.who)), min_size=1, unique=True))
         start = data.draw(st.integers(0, 10))
-        stops = [data.draw(st.integers(0, self.length[seat])) for seat in seats]
-        if start >= max(stops):
+        ends = [data.draw(st.integers(0, self.length[seat])) for seat in seats]
+        layer, stop = data.draw(st.integers(0, LAYERS - 1)), max(ends)
+        self.everything_is_stored(seats[0])
+        if start >= stop:
             return
-        layer = data.draw(st.integers(0, LAYERS - 1))
-        stop: Any = torch.tensor(stops) if len(seats) > 1 else stops[0]
-        buffer, rows = self.kv.tile(layer, torch.tensor(seats), start, stop)
-        assert rows.shape == (len(seats), self.shape.kv_heads, max(stops) - start)
+        buffer, rows = read_tile(self.kv, layer, torch.tensor(seats), start, stop, torch.tensor(ends))
+        assert rows.shape == (len(seats), self.shape.kv_heads, stop - start)
         for r, seat in enumerate(seats):
             for head in range(self.shape.kv_heads):
-                tokens = [t if t < stops[r] else -1 for t in range(start, max(stops))]
+                tokens = [t if t < ends[r] else -1 for t in range(start, stop)]
                 self.check_head(layer, seat, head, tokens, buffer, rows[r, head])
 
-    @precondition(lambda self: self.length)
-    @rule(data=st.data())
-    def close(self, data: st.DataObject) -> None:
-        seat = data.draw(st.sampled_from(sorted(self.length)))
-        self.kv.close(seat)
-        del self.length[seat], self.room[seat]
-        self.truth = {key: value for key, value in self.truth.items() if key[0] != seat}
+    def everything_is_stored(self, seat: int) -> None:
+        """Dense reading of a seat finds all its tokens in every layer, and its page table leads to them."""
+        length = self.length[seat]
+        for layer in range(LAYERS):
+            tiles = [tile.clone() for tile in stored_tiles(self.kv, layer, seat, length, 7)]
+            found = torch.cat(tiles) if tiles else torch.zeros(0, self.shape.kv_heads, 2, DIM)
+            assert torch.equal(found, self.expected(layer, seat, range(length)))
+            rows, pages = pages_in_reach(self.kv, layer, torch.tensor([seat]))
+            assert (pages[0, : self.whole(length)] > 0).all() and rows.shape[1:] == (2, DIM)
+
+    def expected(self, layer: int, seat: int, tokens: Iterable[int]) -> Tensor:
+        heads = range(self.shape.kv_heads)
+        numbers = [[self.truth[self.who[seat], layer, head, token] for head in heads] for token in tokens]
+        number = torch.tensor(numbers).view(-1, len(heads), 1).expand(-1, -1, DIM)
+        return torch.stack((number, -number), dim=2)
 
     # Parts of a step --------------------------------------------------------------------------------------------------
 
-    def append(self, layer: int, seats: list[int], positions: list[int], lengths: list[int]) -> None:
-        new = torch.empty(len(seats), self.shape.kv_heads, DIM)
-        for i, (seat, position) in enumerate(zip(seats, positions, strict=True)):
+    def append(self, layer: int, new: list[tuple[int, int]], after: dict[int, int], store: Callable[..., None]) -> None:
+        """Store new tokens (seat, position), and a padded row."""
+        rows = torch.empty(len(new) + 1, self.shape.kv_heads, DIM)
+        rows[-1] = torch.nan
+        for i, (seat, position) in enumerate(new):
             for head in range(self.shape.kv_heads):
                 self.serial += 1
-                self.truth[seat, layer, head, position] = self.serial
-                new[i, head] = self.serial
-        self.kv.append(layer, *(torch.tensor(x) for x in (seats, positions)), new, -new, torch.tensor(lengths))
+                self.truth[self.who[seat], layer, head, position] = self.serial
+                rows[i, head] = self.serial
+        seats, positions = (torch.tensor(x) for x in zip(*new, (SEATS, -1), strict=True))
+        lengths = torch.tensor([*(after[seat] for seat, _ in new), 0])
+        store(layer, seats, positions, rows, -rows, lengths)
 
     def select(self, rng: random.Random, decodes: list[int], table: int, layer: int | None) -> Selection:
         """A random selection; checks its plan, and that the loads are exactly the misses."""
@@ -221,7 +445,7 @@ class TieredMachine(RuleBasedStateMachine):
     def check_plan(
         self, seats: list[int], table: int, layer: int | None, selection: Selection, plan: LoadPlan | None, loaded: list[float]
     ) -> None:
-        offloaded = [i for i in (range(LAYERS) if layer is None else [layer]) if not self.resident[i]]
+        offloaded = [i for i in self.offloaded if layer is None or i == layer]
         if not offloaded:
             assert plan is None and not loaded
             return
@@ -233,11 +457,11 @@ class TieredMachine(RuleBasedStateMachine):
                 cache = self.caches[table, seat, g]
                 held = set(cache.tokens) - {-1}
                 missing = cache.read(wanted, self.step)
-                type(self).evictions += len(held - set(cache.tokens))
+                self.seen["evictions"] += len(held - set(cache.tokens))
                 assert set(selection.tokens[r, g][plan.missing[r, g]].tolist()) == missing
                 assert torch.equal(plan.slots[r, g] < 0, selection.tokens[r, g] < 0)
                 expected += [
-                    self.truth[seat, i, head, token]
+                    self.truth[self.who[seat], i, head, token]
                     for i in offloaded
                     for head in range(self.shape.kv_heads)
                     if self.head_map[i][head] == g
@@ -254,51 +478,87 @@ class TieredMachine(RuleBasedStateMachine):
     def check_head(self, layer: int, seat: int, head: int, tokens: list[int], buffer: Tensor, rows: Tensor) -> None:
         """The rows hold the tokens' true K and V in their order, and -1 where the token is -1."""
         assert torch.equal(rows < 0, torch.tensor(tokens) < 0)
-        expected = [self.truth[seat, layer, head, token] for token in tokens if token >= 0]
+        expected = [self.truth[self.who[seat], layer, head, token] for token in tokens if token >= 0]
         found = buffer[rows[rows >= 0]]
         number = torch.tensor(expected)[:, None].expand(-1, DIM)
         assert torch.equal(found, torch.stack((number, -number), dim=1))
 
     @invariant()
     def slots_hold_what_the_tables_say(self) -> None:
+        """Sinks, the ring of recent tokens and the hot entries of every offloaded layer."""
         if self.kv.hot is None:
             return
+        sink, recent = self.budget.sink, self.budget.recent
         for (table, seat, group), cache in self.caches.items():
-            if seat not in self.length:
+            if seat not in self.who:
                 continue
             assert self.kv.hot.token_of_slot[table, seat, group].tolist() == cache.tokens
-            for layer in [table] if self.in_layer else range(LAYERS):
-                if self.resident[layer]:
-                    continue
-                slots = torch.arange(self.hot) + self.budget.sink + self.budget.recent
-                rows = self.kv.arena.rows_of(self.kv.device_table[layer, [seat]], slots[None, None])[0]
+            length = self.length[seat]
+            fixed = [p if p < length else -1 for p in range(sink)] + [-1] * recent
+            for position in range(max(sink, length - recent), length):
+                fixed[sink + position % recent] = position
+            tokens = fixed + cache.tokens
+            for layer in self.offloaded if not self.in_layer else set(self.offloaded) & {table}:
+                slots = torch.arange(self.slots)
+                rows = self.kv.arena.rows_of(self.kv.slot_pages.table[layer, [seat]], slots[None, None])[0]
                 for head in range(self.shape.kv_heads):
                     if self.head_map[layer][head] == group:
-                        present = torch.where(torch.tensor(cache.tokens) >= 0, rows[head], -1)
-                        self.check_head(layer, seat, head, cache.tokens, self.kv.arena.rows, present)
+                        present = torch.where(torch.tensor(tokens) >= 0, rows[head], -1)
+                        self.check_head(layer, seat, head, tokens, self.kv.arena.rows, present)
 
     @invariant()
     def nothing_is_lost(self) -> None:
         self.kv.check_integrity()
-        held = [sum(pages) for pages in zip(*(self.kv.pages_needed(self.room[s]) for s in self.length), strict=True)] or [0, 0]
-        assert [self.kv.arena.pages.num_held, self.kv.host.pages.num_held] == held
+        held = [self.pages_of(count) for count in self.pages.values()]
+        parked = sum(self.whole(tokens) for _, tokens, _ in self.waiting) * LAYERS
+        assert self.kv.arena.pages.num_held == sum(device for device, _ in held)
+        assert self.kv.host.pages.num_held == sum(host for _, host in held) + parked
+        assert self.kv.resident == self.resident
 
     def teardown(self) -> None:
         if not hasattr(self, "kv"):
             return
-        for seat in list(self.length):
+        for seat in list(self.who):
             self.kv.close(seat)
+        for _, _, parked in self.waiting:
+            discard(self.kv, parked)
+        if self.move is not None:
+            self.move.cancel()
         self.kv.check_integrity()
         assert self.kv.arena.pages.num_held == self.kv.host.pages.num_held == 0
 
 
 def test_any_sequence_of_steps() -> None:
-    TieredMachine.evictions = 0
+    TieredMachine.seen.clear()
     bounds = settings(
-        max_examples=60, stateful_step_count=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+        max_examples=80, stateful_step_count=16, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
     )
     run_state_machine_as_test(TieredMachine, settings=bounds)  # type: ignore[no-untyped-call]
-    assert TieredMachine.evictions > 50
+    seen = TieredMachine.seen
+    assert min(seen[what] for what in ("evictions", "refusals", "left", "returned", "parked", "unparked")) > 3
+
+
+def test_moves_while_requests_come_and_go() -> None:
+    """Mostly moves, from their start to their end, with everything that may happen between."""
+    TieredMachine.seen.clear()
+    for seed in range(60):
+        rng, machine = random.Random(seed), TieredMachine()  # type: ignore[no-untyped-call]
+        machine.build(seed)
+        for seat in range(SEATS):
+            machine.open_seat(seat, rng.randint(1, 30))
+        for _ in range(4):
+            if machine.may_move and machine.who:
+                machine.go_through_a_move(rng.getrandbits(32), rng.random() < 0.5, rng.randint(1, 6))
+            if machine.move is not None:
+                machine.cancel()
+            if machine.who:
+                machine.steps(rng, 2, 0)
+            machine.nothing_is_lost()
+            machine.slots_hold_what_the_tables_say()
+            for seat in machine.who:
+                machine.everything_is_stored(seat)
+        machine.teardown()
+    assert min(TieredMachine.seen[what] for what in ("left", "returned", "parked", "unparked")) > 10
 
 
 # The checks can fail --------------------------------------------------------------------------------------------------
@@ -306,8 +566,10 @@ def test_any_sequence_of_steps() -> None:
 
 def small_kv(*, slots: int = 6, verify_loads: bool = True) -> TieredKV:
     """One seat, one head, all offloaded: sink 1, recent 2, and the rest hot slots; 20 tokens are stored."""
+    shape = ModelShape(2, 8, 1, 1, DIM, 10, 64, torch.float32)
+    arena, host = make_pools(shape, device_pages=40, host_pages=40, page_size=4, device=torch.device("cpu"))
     kv = TieredKV(
-        ModelShape(2, 8, 1, 1, DIM, 10, 64, torch.float32),
+        shape,
         resident=(False, False),
         head_map=torch.zeros(2, 1, dtype=torch.int64),
         tables=1,
@@ -317,10 +579,8 @@ def small_kv(*, slots: int = 6, verify_loads: bool = True) -> TieredKV:
         recent=2,
         seats=1,
         max_tokens=32,
-        page_size=4,
-        device_pages=40,
-        host_pages=40,
-        device=torch.device("cpu"),
+        arena=arena,
+        host=host,
         verify_loads=verify_loads,
     )
     kv.open(0, 32)
@@ -353,7 +613,7 @@ def test_a_step_reads_sinks_scored_and_recent_tokens_of_its_layer() -> None:
 
 def test_wrong_rows_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def shifted(*arguments: Any) -> None:
-        before, tokens, after = arguments[:7], arguments[7], arguments[8:]
+        before, tokens, after = arguments[:8], arguments[8], arguments[9:]
         gather_rows_layers(*before, tokens - 1, *after)
 
     monkeypatch.setattr(tiered, "gather_rows_layers", shifted)
@@ -424,4 +684,4 @@ def test_steps_are_counted_on_the_device() -> None:
     for position in (20, 21):
         decode(kv, position, [3, 7, 11])
     assert kv.hot.steps.tolist() == [2] and kv.hot.steps.data_ptr() == counter
-    assert kv.hot.last_used.unique().tolist() == [2]
+    assert kv.hot.last_used[:, 0].unique().tolist() == [2]
