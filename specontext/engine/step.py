@@ -32,7 +32,7 @@ class Step:
         self.batch, self.kv, self.selector, self.meter = batch, kv, selector, meter
         self.measure_recall = measure_recall
         self.decode = DecodeTokens.of(batch)
-        self.tile = TILE if kv.device.type == "cpu" else GPU_TILE
+        self.tile = GPU_TILE if kv.streams.asynchronous else TILE
         self.selection: Selection | None = None
         self._plan: LoadPlan | None = None
         self._counted: Mark = None

@@ -20,7 +20,7 @@ from specontext.kv.tiered import TieredKV
 
 def in_reach(kv: TieredKV, layer: int) -> bool:
     """Whether attention can read a layer's tokens in place: on a CPU both tiers, on a GPU the device's."""
-    return kv.resident[layer] or kv.device.type == "cpu"
+    return kv.resident[layer] or not kv.streams.asynchronous
 
 
 def pages_in_reach(kv: TieredKV, layer: int, seats: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,13 @@ Mark = Any  # a point in a stream; None is one that has passed
 
 
 class Streams(Protocol):
-    """What orders the work of a tiered cache."""
+    """What orders the work of a tiered cache.
+
+    Attributes:
+        asynchronous: work runs beside the host and other streams, and rows of the host are out of attention's reach.
+    """
+
+    asynchronous: bool
 
     def on(self, stream: str) -> AbstractContextManager[None]:
         """Work that is started inside goes to this stream."""
@@ -44,6 +50,8 @@ class Streams(Protocol):
 class OneStream:
     """A CPU's only stream."""
 
+    asynchronous = False
+
     def on(self, stream: str) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -59,6 +67,8 @@ class OneStream:
 
 class CudaStreams:
     """CUDA streams and events; compute is whichever stream is current, also one that is being captured into a graph."""
+
+    asynchronous = True
 
     def __init__(self, device: torch.device) -> None:
         # The few programs that move rows come before those of the layers: they finish early, and leave the device to them.

@@ -271,7 +271,7 @@ class TieredKV:
         if layer is not None:
             return [(layer, layer + 1)]
         layers, first = self.shape.layers, 0
-        if self.device.type != "cuda":
+        if not self.streams.asynchronous:
             return [(0, layers)]
         groups: list[tuple[int, int]] = []
         while first < layers:
@@ -305,7 +305,7 @@ class TieredKV:
         """Arena rows of a selection for every KV head of a layer, in the selection's order: integers [R, Hkv, B]."""
         plan = self._plans[layer if in_layer else 0]
         slots = selection.tokens if plan is None else plan.slots
-        if in_layer or self.device.type != "cuda":
+        if in_layer or not self.streams.asynchronous:
             rows = self._rows_of(slice(layer, layer + 1), seats, selection.tokens, slots)[0]
         else:
             if self._rows is None:
