@@ -111,12 +111,13 @@ class Residency:
         if self._move is None:
             self.pin_ahead(lengths_in)
             self._begin(stored, lengths_in)
-        if self._move is not None:
-            self._move.advance(stored, self.chunk_bytes)
-            if not self._move.remaining_bytes(stored):
-                self._finish(stored)
-                began = time.perf_counter()
+        if self._move is None:
+            return
+        self._move.advance(stored, self.chunk_bytes)
+        arrived = not self._move.remaining_bytes(stored) and self._move.room_after >= 0
         self._stall += time.perf_counter() - began
+        if arrived:
+            self._finish(stored)
 
     def pin_ahead(self, lengths_in: Callable[[int], list[int]]) -> bool:
         """Have host memory pinned meanwhile for a layer that will leave soon; whether nothing is missing.
@@ -157,14 +158,14 @@ class Residency:
             self._move = None  # the other tier is full: requests wait, or are preempted
 
     def make_room(self, stored: Mapping[int, int]) -> bool:
-        """Take one layer off the device at once, because a step needs its pages; False when none can leave."""
+        """Take one layer off the device at once, because a step needs its pages; False when that would free none."""
         if not self.adaptive:
             return False
         began = time.perf_counter()
         if self._move is not None and not self._move.to_host:
-            self._move.cancel()
-            self._move = None
+            self._drop_move()
             return True
+        begun = self._move is not None
         if self._move is None:
             layer = self.kv.next_to_leave
             if layer is None:
@@ -173,9 +174,33 @@ class Residency:
                 self._move = LayerMove(self.kv, layer, to_host=True)
             except OutOfPagesError:
                 return False
+        if self._move.room_after <= self.kv.arena.pages.num_free:  # slots of the next layer take what this one leaves
+            if not begun:
+                self._drop_move()
+            return False
         self._stall += time.perf_counter() - began
         self._finish(stored)
         return True
+
+    def settle(self, lengths: Sequence[int], *, but: ParkedKV | None = None) -> None:
+        """While no request has a seat, let layers live where requests of these lengths fit: nothing has to be copied."""
+        if not self.adaptive or self.kv.room:
+            return
+        if self._move is not None:
+            self._drop_move()
+        policy = self.policy(len(lengths), but=but)
+        target = policy.target(len(self.kv.offloaded), policy.tokens_after(lengths, 0), len(lengths))
+        while target is not None and target != len(self.kv.offloaded):
+            leaving = target > len(self.kv.offloaded)
+            layer = self.kv.next_to_leave if leaving else min(self.kv.offloaded)
+            assert layer is not None
+            self._move = LayerMove(self.kv, layer, to_host=leaving)
+            self._finish({})
+
+    def _drop_move(self) -> None:
+        assert self._move is not None
+        self._move.cancel()
+        self._move, self._stall = None, 0.0
 
     def _finish(self, stored: Mapping[int, int]) -> None:
         assert self._move is not None

@@ -189,6 +189,7 @@ class Scheduler:
             request = self.waiting[0]
             parked = self._parked.get(request.request_id)
             wanted = [*(self._soon(r) for r in self.running), self._soon(request)]
+            self.parts.residency.settle(wanted, but=parked.kv if parked else None)
             fits = self.parts.residency.fits_somehow(wanted, but=parked.kv if parked else None)
             if fits and self._seat(request):
                 self.running.append(self.waiting.popleft())
