@@ -1,8 +1,8 @@
 """Decode steps as CUDA graphs: captured once for a size of batch and context, replayed without a decision of the host.
 
 A captured step reads and writes the engine's own tables, so it stays valid while requests come and go, grow, and layers move
-between the tiers. What differs is the number of requests, the span of positions that compete, and whether slots are planned
-at all: one graph for each such combination, captured when it is first needed. Requests are padded to the next size by rows
+between the tiers. What differs is the number of requests and the span of positions that compete: one graph for each such
+pair, captured when it is first needed or to warm up. Requests are padded to the next size by rows
 with negative positions, which every kernel passes over.
 """
 
@@ -44,20 +44,24 @@ class DecodeGraphs:
 
     def __init__(self, step: Callable[[Batch], Tensor], *, seats: int, max_tokens: int, device: torch.device) -> None:
         self._step, self._seats, self._max_tokens, self._device = step, seats, max_tokens, device
-        self._captured: dict[tuple[int, int, bool], _Captured] = {}
+        self._captured: dict[tuple[int, int], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def run(self, batch: Batch, *, variant: bool) -> Tensor:
-        """Logits [R, V] of a batch of decode tokens; valid until the next run.
+    def warm_up(self) -> None:
+        """Capture a step of every size, for short contexts."""
+        for size in sorted({requests_bucket(requests, self._seats) for requests in range(1, self._seats + 1)}):
+            self._of(size, span_bucket(1, self._max_tokens))
 
-        Args:
-            variant: what else the recorded work depends on: whether any layer is offloaded.
-        """
-        size, span = requests_bucket(batch.num_decodes, self._seats), span_bucket(batch.span, self._max_tokens)
-        key = (size, span, variant)
-        captured = self._captured.get(key)
+    def _of(self, size: int, span: int) -> _Captured:
+        captured = self._captured.get((size, span))
         if captured is None:
-            captured = self._captured[key] = self._capture(size, span)
+            captured = self._captured[size, span] = self._capture(size, span)
+        return captured
+
+    def run(self, batch: Batch) -> Tensor:
+        """Logits [R, V] of a batch of decode tokens; valid until the next run."""
+        size, span = requests_bucket(batch.num_decodes, self._seats), span_bucket(batch.span, self._max_tokens)
+        captured = self._of(size, span)
         columns = (batch.token_ids, batch.positions, batch.seats, batch.lengths, batch.seeds)
         if batch.num_decodes == size:
             torch.stack(columns, out=captured.numbers)

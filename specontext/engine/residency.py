@@ -157,24 +157,24 @@ class Residency:
         except OutOfPagesError:
             self._move = None  # the other tier is full: requests wait, or are preempted
 
-    def make_room(self, stored: Mapping[int, int]) -> bool:
-        """Take one layer off the device at once, because a step needs its pages; False when that would free none."""
+    def make_room(self, stored: Mapping[int, int], *, on_host: bool = False) -> bool:
+        """Take one layer off the device at once (or off the host), because a step needs its pages; False when that frees none."""
         if not self.adaptive:
             return False
         began = time.perf_counter()
-        if self._move is not None and not self._move.to_host:
+        if self._move is not None and self._move.to_host == on_host:  # it goes where there is no room
             self._drop_move()
             return True
         begun = self._move is not None
         if self._move is None:
-            layer = self.kv.next_to_leave
+            layer = min(self.kv.offloaded, default=None) if on_host else self.kv.next_to_leave
             if layer is None:
                 return False
             try:
-                self._move = LayerMove(self.kv, layer, to_host=True)
+                self._move = LayerMove(self.kv, layer, to_host=not on_host)
             except OutOfPagesError:
                 return False
-        if self._move.room_after <= self.kv.arena.pages.num_free:  # slots of the next layer take what this one leaves
+        if not on_host and self._move.room_after <= self.kv.arena.pages.num_free:  # the next layer's slots take what it leaves
             if not begun:
                 self._drop_move()
             return False

@@ -59,16 +59,20 @@ class ModelRunner:
         Raises:
             DeviceError: the device is out of memory.
         """
-        offloaded = not all(self.parts.kv.resident)
+        streamed = self.parts.selector.dense and not all(self.parts.kv.resident)
         try:
-            if self._graphs is None or batch.prefills or (offloaded and self.parts.selector.dense):
-                return self._forward(batch)
-            return self._graphs.run(batch, variant=offloaded)
+            return self._forward(batch) if self._graphs is None or batch.prefills or streamed else self._graphs.run(batch)
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 f"the device ran out of memory in a step of {len(batch.token_ids)} tokens ({str(error).splitlines()[0]}): lower "
                 "--max-num-batched-tokens or --gpu-memory-utilization"
             ) from error
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Capture decode steps of all sizes now, rather than when the first requests need them; nothing to do on a CPU."""
+        if self._graphs is not None:
+            self._graphs.warm_up()
 
     def _fused(self, batch: Batch) -> Tensor:
         fused: AbstractContextManager[None] = self._compiled.use() if self._compiled is not None else nullcontext()

@@ -107,9 +107,17 @@ class Scheduler:
         """The next step's requests and batch; None when there is nothing to do."""
         self._admit()
         decodes, chunks = self._choose()
+        resettled = False
         while self.running and not decodes and not chunks:  # nobody can grow: the others make room for the first
             if not self._preempt(but=self.running[0]) and not self._drop_parked(but=None):
-                raise OutOfPagesError("no room for the only running request: this is an error of the engine, please report it")
+                if resettled:
+                    raise OutOfPagesError(
+                        "no room for the only running request: this is an error of the engine, please report it"
+                    )
+                # There is a residency that has room for it, but no way there while it holds its pages.
+                resettled = True
+                self._leave_seat(self.running[0])
+                self._admit()
             decodes, chunks = self._choose()
         if not decodes and not chunks:
             return None
@@ -164,13 +172,16 @@ class Scheduler:
         return True
 
     def _take(self, take: Callable[[], None]) -> bool:
-        """Try to take pages, with layers leaving the device as long as that helps."""
+        """Try to take pages, with layers leaving the tier that is full as long as that helps."""
+        full: set[bool] = set()
         while True:
             try:
                 take()
                 return True
-            except OutOfPagesError:
-                if not self.parts.residency.make_room(self.stored):
+            except OutOfPagesError as error:
+                on_host = error.pages is self.parts.kv.host.pages
+                full.add(on_host)
+                if len(full) > 1 or not self.parts.residency.make_room(self.stored, on_host=on_host):
                     return False
 
     def advance(self, schedule: Schedule) -> list[tuple[int, Request]]:
@@ -241,15 +252,19 @@ class Scheduler:
         victim = next((r for r in reversed(self.running) if r is not but), None)
         if victim is None or len(self.running) == 1:
             return False
-        seat = victim.seat
-        state = (self.parts.selector.save(seat, victim.computed), self.parts.meter.save(seat))
-        try:
-            self._parked[victim.request_id] = Parked(park(self.parts.kv, seat, victim.computed), *state)
-        except OutOfPagesError:
-            victim.restart()
-        self.running.remove(victim)
-        self._leave(victim)
-        self.waiting.appendleft(victim)
+        self._leave_seat(victim)
         self.preemptions += 1
         victim.preemptions += 1
         return True
+
+    def _leave_seat(self, request: Request) -> None:
+        """A running request goes to the front of the queue, and what it has to the host, if there is room."""
+        seat = request.seat
+        state = (self.parts.selector.save(seat, request.computed), self.parts.meter.save(seat))
+        try:
+            self._parked[request.request_id] = Parked(park(self.parts.kv, seat, request.computed), *state)
+        except OutOfPagesError:
+            request.restart()
+        self.running.remove(request)
+        self._leave(request)
+        self.waiting.appendleft(request)

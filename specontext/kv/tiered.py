@@ -117,6 +117,12 @@ class TieredKV:
         return [layer for layer, here in enumerate(self.resident) if not here]
 
     @property
+    def planned(self) -> bool:
+        """Whether steps plan slots: where a layer is offloaded; and always where a captured step must serve before and after a
+        layer moves, since kernels pass over the layers that are resident."""
+        return not all(self.resident) or (self.adaptive and self.streams.asynchronous)
+
+    @property
     def next_to_leave(self) -> int | None:
         """The last resident layer."""
         return max((layer for layer, here in enumerate(self.resident) if here), default=None)
@@ -212,7 +218,7 @@ class TieredKV:
             self.hot.recent,
             to_host=self.write_through,
         )
-        if layer == self.shape.layers - 1 and not self.write_through and not all(self.resident):
+        if layer == self.shape.layers - 1 and not self.write_through and self.planned:
             streams = self.streams
             streams.wait(WRITE_BACK, streams.record(COMPUTE))
             with streams.on(WRITE_BACK):
@@ -252,8 +258,7 @@ class TieredKV:
         self._rows = None
         table = 0 if layer is None else layer
         self._plans[table] = None
-        offloaded = not self.resident[layer] if layer is not None else not all(self.resident)
-        if not offloaded or self.hot is None:
+        if self.hot is None or not (self.planned if layer is None else not self.resident[layer]):
             return None
         self._plans[table] = plan = self.hot.plan(table, seats, selection)
         streams = self.streams

@@ -6,7 +6,15 @@ from specontext.core import SpeContextError
 
 
 class OutOfPagesError(SpeContextError):
-    """A pool has fewer free pages than were asked for; nothing was allocated."""
+    """A pool has fewer free pages than were asked for; nothing was allocated.
+
+    Attributes:
+        pages: the allocator that has too few, where one is to blame.
+    """
+
+    def __init__(self, message: str, pages: PageAllocator | None = None) -> None:
+        super().__init__(message)
+        self.pages = pages
 
 
 class PageAllocator:
@@ -43,7 +51,7 @@ class PageAllocator:
     def require(self, count: int) -> None:
         """Raises OutOfPagesError unless `count` pages are free."""
         if count > len(self._free):
-            raise OutOfPagesError(f"the {self.name} has {len(self._free)} free pages and {count} are needed")
+            raise OutOfPagesError(f"the {self.name} has {len(self._free)} free pages and {count} are needed", self)
 
     def free(self, pages: list[int]) -> None:
         """Give pages back; each must be held."""

@@ -42,6 +42,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, *, announce: Callab
     with listening_socket(config.host, config.port) as listener:
         configure_logging()
         engine = LLMEngine(engine_config)
+        engine.runner.warm_up()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(Serving(engine, config, listener, announce).run())
 

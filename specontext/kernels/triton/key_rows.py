@@ -37,9 +37,9 @@ def _append(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + token)
-    live = position >= 0
-    page = tl.load(table + tl.load(seats + token) * table_stride + position // PAGE, mask=live, other=0)
+    page = tl.load(table + tl.load(seats + token) * table_stride + position // PAGE, mask=position >= 0, other=0)
     column = tl.arange(0, BLOCK)
-    numbers = tl.load(new + token * NUMBERS + column, mask=column < NUMBERS)
+    inside = column < tl.where(position >= 0, NUMBERS, 0)
+    numbers = tl.load(new + token * NUMBERS + column, mask=inside)
     place = keys + page * page_stride + position % PAGE * token_stride + column
-    tl.store(place, numbers.to(keys.dtype.element_ty), mask=live & (column < NUMBERS))
+    tl.store(place, numbers.to(keys.dtype.element_ty), mask=inside)

@@ -1,0 +1,176 @@
+"""A decode step can be captured: nothing in it asks the device for a number, or makes shapes of what it finds there.
+
+The step runs on a CPU as it would on a GPU: Triton kernels (in the interpreter), all loads and row numbers as for streams of
+their own, padded batches of fixed size. Whatever would wait for a device, or would bring numbers from the host in the middle of
+a captured step, raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+from triton.runtime import interpreter
+
+from specontext import LLM
+from specontext.engine.graphs import decode_batch, requests_bucket, span_bucket
+from specontext.kernels import dispatch
+from specontext.kv.streams import OneStream
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU captures for itself")
+aten = torch.ops.aten
+WAITS = {
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.bincount.default,
+    aten.repeat_interleave.Tensor,
+    aten._unique2.default,
+    aten.equal.default,
+    aten.lift_fresh.default,  # a constant of the host
+}
+METHODS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
+
+
+class WaitError(AssertionError):
+    """Something that cannot be captured."""
+
+
+class Guard(TorchDispatchMode):
+    """Raises for operations that wait, unless the interpreter of kernels does them."""
+
+    inside_a_kernel = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not Guard.inside_a_kernel:
+            if func in WAITS:
+                raise WaitError(f"{func} in a captured step")
+            if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
+                masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+                if masks:
+                    raise WaitError(f"{func} by a mask in a captured step")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        run = interpreter.GridExecutor.__call__
+
+        def running(self: Any, *args: Any, **kwargs: Any) -> Any:
+            Guard.inside_a_kernel = True
+            try:
+                return run(self, *args, **kwargs)
+            finally:
+                Guard.inside_a_kernel = False
+
+        patch.setattr(interpreter.GridExecutor, "__call__", running)
+        for name in METHODS:
+            original = getattr(Tensor, name)
+
+            def checked(self: Tensor, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+                if not Guard.inside_a_kernel:
+                    raise WaitError(f"Tensor.{_name} in a captured step")
+                return _original(self, *args, **kwargs)
+
+            patch.setattr(Tensor, name, checked)
+        with Guard():
+            yield
+
+
+class SeveralStreams(OneStream):
+    """Work in the order in which it is said, by code that has streams of its own."""
+
+    asynchronous = True
+
+
+def decoding(llm: LLM, prompts: list[list[int]], params: Any) -> None:
+    """Two requests that have decoded a few tokens."""
+    for i, prompt in enumerate(prompts):
+        llm.engine.add_request(str(i), prompt, params)
+    for _ in range(5):
+        llm.engine.step()
+    assert all(request.decoding for request in llm.engine.scheduler.running)
+
+
+def next_numbers(llm: LLM, size: int) -> Tensor:
+    """int64 [5, size] of the next decode step, padded as a captured step is."""
+    seats = llm.engine.config.max_num_seqs
+    rows = [[r.token_ids[r.computed], r.computed, r.seat, r.computed + 1, r.seed] for r in llm.engine.scheduler.running]
+    return torch.tensor(rows + [[0, -1, seats, 0, 0]] * (size - len(rows))).T.contiguous()
+
+
+@pytest.mark.parametrize("offload_layers", [0, 2, -1, None])
+@pytest.mark.parametrize("method", ["speculative", "streaming"])  # random's scores are float64, which Triton's top-k is not for
+def test_a_padded_decode_step_never_waits_and_computes_the_same(
+    method: str,
+    offload_layers: int | None,
+    make_llm: Callable[..., LLM],
+    prompts: list[list[int]],
+    greedy: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {"budget": 12, "offload_layers": offload_layers, "max_num_seqs": 5, "slots": 14}
+    plain, captured = (make_llm("llama", method, **options) for _ in range(2))
+    for llm in (plain, captured):
+        decoding(llm, prompts[1:3], greedy())
+    size = requests_bucket(3, 5)
+    assert size == 4
+    expected = plain.engine.runner.run(decode_batch(next_numbers(plain, 2), 90))
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    captured.engine.parts.kv.streams = SeveralStreams()
+    batch = decode_batch(next_numbers(captured, size), span_bucket(90, captured.engine.parts.max_tokens))
+    with torch.inference_mode(), guarded(monkeypatch):
+        logits = captured.engine.runner._forward(batch)
+    assert logits.shape[0] == size
+    torch.testing.assert_close(logits[:2], expected, rtol=1e-4, atol=1e-4)
+    monkeypatch.delenv(dispatch.VARIABLE)
+    captured.engine.check_integrity()
+    kv, other = captured.engine.parts.kv, plain.engine.parts.kv
+    assert not kv.arena.rows[: kv.page_size * kv.arena.kv_heads].any(), "padding wrote to the page of nobody"
+    for layer in kv.offloaded:
+        for seat in (0, 1):
+            rows = [kv_.host.rows_of(kv_.host_pages.table[layer, [seat]], torch.arange(40)[None, None]) for kv_ in (kv, other)]
+            torch.testing.assert_close(kv.host.rows[rows[0]], other.host.rows[rows[1]], rtol=1e-4, atol=1e-4)
+
+
+def test_full_attention_on_the_device_never_waits(
+    make_llm: Callable[..., LLM], prompts: list[list[int]], greedy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_llm("llama", "full", offload_layers=0)
+    decoding(llm, prompts[1:3], greedy())
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    llm.engine.parts.kv.streams = SeveralStreams()
+    batch = decode_batch(next_numbers(llm, 4), 512)
+    with torch.inference_mode(), guarded(monkeypatch):
+        logits = llm.engine.runner._forward(batch)
+    assert logits[:2].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda: torch.ones(3).sum().item(),
+        lambda: bool(torch.ones(()) > 0),
+        lambda: torch.ones(3).nonzero(),
+        lambda: torch.ones(3)[torch.ones(3, dtype=torch.bool)],
+        lambda: torch.tensor([1, 2]),
+        lambda: torch.ones(3).tolist(),
+    ],
+)
+def test_the_guard_notices(wait: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WaitError), guarded(monkeypatch):
+        wait()
+
+
+def test_sizes_of_captured_steps() -> None:
+    assert [requests_bucket(n, 20) for n in (1, 2, 3, 5, 8, 9, 16, 17, 20)] == [1, 2, 4, 8, 8, 16, 16, 20, 20]
+    assert [span_bucket(n, 50_000) for n in (1, 4096, 4097, 9000, 40_000, 50_000)] == [4096, 4096, 8192, 16384, 50_000, 50_000]
+    assert span_bucket(100, 512) == 512
