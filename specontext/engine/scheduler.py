@@ -20,6 +20,7 @@ from specontext.kv.parking import ParkedKV, discard, park, unpark
 from specontext.memory.pages import OutOfPagesError
 
 WATERMARK = 64  # tokens that every running request must have room to grow by before another is admitted
+STUCK = "no room for the only request: this is an error of the engine, please report it"
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ class Scheduler:
                 self._admit()
             decodes, chunks = self._choose()
         if not decodes and not chunks:
+            if self.waiting:
+                raise OutOfPagesError(STUCK)
             return None
         self.parts.residency.step(self.stored, self._lengths_in)
         batch = pack(decodes, chunks, self.parts.kv.device)
