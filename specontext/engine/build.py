@@ -20,6 +20,7 @@ from specontext.memory.facts import HeadFacts, ModelFacts
 from specontext.memory.model import MemoryModel, RunSettings, measured_model
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, MemoryPlanError, TierSizes, free_memory, size_tiers
 from specontext.models.loading import LoadedModel
+from specontext.retrieval.granularity import groups_of
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.key_cache import KeyCache
 from specontext.retrieval.methods import FullSelector, OracleSelector, RandomSelector, SpeculativeSelector, StreamingSelector
@@ -70,18 +71,21 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         logger.info("%s", describe_head(head, max_tokens))
     facts = facts_of_loaded(loaded, head if method.method == "speculative" else None)
     assert method.budget is not None and method.slots is not None
+    budget = 1 if method.method == "full" else method.budget  # of what a table of selections has to hold
     slots = 0 if method.method == "full" else method.slots
     adaptive = method.offload_layers is None
     run = RunSettings(
         config.max_num_seqs,
         max_tokens,
-        method.budget,
+        budget,
         slots,
         sink=method.sink,
         recent=method.recent,
         granularity=method.granularity,
         page_size=config.page_size,
         max_batched_tokens=config.max_num_batched_tokens,
+        sets=token_sets(method, shape, head),
+        selections=shape.layers if method.method == "oracle" else 1,
     )
     runtime, graphs = None, 0
     if device.type == "cuda":
@@ -125,7 +129,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         selector.head_map,
         tables=tables,
         groups=selector.groups,
-        budget=method.budget,
+        budget=budget,
         sink=method.sink,
         seats=config.max_num_seqs,
         device=device,
@@ -179,6 +183,13 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
         sizes = HeadFacts(sum(p.numel() for p in head.parameters()), c.heads, c.kv_heads, c.head_dim, features)
     parameters = sum(p.numel() for p in model.parameters())
     return ModelFacts(loaded.name, loaded.shape, parameters, lookup, intermediate, sizes)
+
+
+def token_sets(method: SpeContextConfig, shape: ModelShape, head: RetrievalHead | None) -> int:
+    """Token sets of a selection."""
+    if method.method in ("full", "streaming"):
+        return 1
+    return groups_of(method.granularity, shape.kv_heads if head is None else head.config.kv_heads)
 
 
 def describe_head(head: RetrievalHead, max_tokens: int) -> str:

@@ -152,6 +152,8 @@ class RunSettings:
     Attributes:
         requests: requests at the same time, R; tables have a row for each.
         max_tokens: longest context; tables and score workspace are made for it.
+        sets: token sets of a selection; None takes what the head's groups and the granularity make.
+        selections: selections of a step: 1, or the number of layers where each selects for itself.
     """
 
     requests: int
@@ -163,6 +165,8 @@ class RunSettings:
     granularity: str = "head"
     page_size: int = 16
     max_batched_tokens: int = 1024
+    sets: int | None = None
+    selections: int = 1
 
 
 def measured_model(
@@ -183,7 +187,7 @@ def measured_model(
         "retrieval_head": facts.head_bytes,
         "runtime": estimate_runtime(facts, run) if runtime is None else runtime,
         "graphs": graphs,
-        "tables": table_bytes(facts, run) + page + 2 * run.page_size * facts.key_bytes_per_token,  # pages that nobody holds
+        "tables": table_bytes(facts, run) + page,  # and the page that nobody holds
         "workspace": workspace_bytes(facts, run),
     }
     kv = KVCost(
@@ -206,12 +210,15 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
     """
     shape, groups = facts.shape, _groups(facts, run)
     width = -(-run.max_tokens // run.page_size)
-    pages = 8 * (shape.layers * (2 * width + -(-run.slots // run.page_size)) + width)  # int64
-    hot = run.slots - run.sink - run.recent
-    slots = 4 * groups * (2 * hot + run.max_tokens)  # int32: token of a slot, its last use, slot of a token
-    statistics = 4 * groups * run.budget + 8 * COUNTERS  # int32, float64
+    slot_width = max(1, -(-run.slots // run.page_size))
+    pages = 8 * (shape.layers * (2 * width + slot_width) + _key_pages(facts, run))  # int64
+    hot = run.slots - run.sink - run.recent if run.slots else 0
+    slots = 4 * groups * (2 * hot + run.max_tokens) if run.slots else 0  # int32: token of a slot, its last use, slot of a token
+    statistics = 4 * groups * run.selections * run.budget + 8 * COUNTERS  # int32, float64
     feature = facts.head.feature_width * shape.dtype.itemsize
-    return (run.requests + 1) * (pages + slots + statistics + feature)
+    # Head map, layer numbers and flags, readers of a group, steps; of the engine, not of a seat.
+    maps = shape.layers * (8 * (shape.kv_heads + 1 + groups) + 1) + 4 * run.selections
+    return (run.requests + 1) * (pages + run.selections * slots + statistics + feature) + maps
 
 
 def workspace_bytes(facts: ModelFacts, run: RunSettings) -> int:
@@ -250,6 +257,16 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
     return steps * token + tiles + logits + sampler + LIBRARIES
 
 
+def _key_pages(facts: ModelFacts, run: RunSettings) -> int:
+    """Pages of the longest context's keys: a page of KV holds the keys of more tokens."""
+    if not facts.key_bytes_per_token:
+        return 0
+    entry = facts.shape.kv_heads * facts.shape.row_bytes
+    return -(-run.max_tokens // (run.page_size * entry // facts.key_bytes_per_token))
+
+
 def _groups(facts: ModelFacts, run: RunSettings) -> int:
     """Token sets of a selection."""
+    if run.sets is not None:
+        return run.sets
     return facts.head.kv_heads if run.granularity == "head" else 1
