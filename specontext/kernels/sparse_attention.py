@@ -59,7 +59,9 @@ def sparse_attention_reference(query: Tensor, arena: Tensor, rows: Tensor, scale
             queries = grouped[part].float() if tokens.dtype == torch.float32 else grouped[part]
             out, lse[part] = attention_with_lse(queries, keys, values, scale, bias=bias_beyond(counts[part], most))
             output[part] = out.to(output.dtype)
-    lse.masked_fill_((counts == 0)[:, None, None], -torch.inf)
+    nothing = (counts == 0)[:, None, None]
+    lse.masked_fill_(nothing, -torch.inf)
+    output.masked_fill_(nothing[..., None], 0.0)
     return output.view(requests, query_heads, head_dim), lse.view(requests, query_heads)
 
 
@@ -70,8 +72,11 @@ def _packed(rows: Tensor) -> tuple[Tensor, Tensor]:
     if rows.device.type == "cpu" and int(counts.min()) == rows.shape[1]:
         return rows, counts
     place = torch.where(present, present.cumsum(-1) - 1, rows.shape[1])
-    # What is skipped goes to a column beyond the result; row 0 stands for it, and is masked.
-    return rows.new_zeros(rows.shape[0], rows.shape[1] + 1).scatter_(1, place, rows)[:, :-1], counts
+    # What is skipped goes to a column beyond the result.
+    packed = rows.new_zeros(rows.shape[0], rows.shape[1] + 1).scatter_(1, place, rows)[:, :-1]
+    # A row that is read in any case stands for it, and is masked: others may hold anything, also what is no number.
+    beyond = torch.arange(rows.shape[1], device=rows.device) >= counts[:, None]
+    return torch.where(beyond, packed[:, :1], packed), counts
 
 
 def of_like_width(counts: Tensor, width: int) -> Iterator[tuple[Tensor | range, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -199,3 +200,18 @@ def test_the_dispatcher_finds_the_kernels(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("SPECONTEXT_KERNELS", "triton")
     through = sparse_attention(query, arena, rows, 0.3)
     assert all(torch.equal(a, b) for a, b in zip(through, split_k.sparse_attention(query, arena, rows, 0.3), strict=True))
+
+
+@pytest.mark.parametrize("implementation", [split_k.sparse_attention, sparse_attention_reference], ids=["triton", "torch"])
+def test_rows_that_nobody_names_may_hold_anything(implementation: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """A staging tile holds what was there before in the places that are skipped: also what is no number."""
+    generator = torch.Generator().manual_seed(11)
+    arena = torch.full((40, 2, 64), torch.nan)
+    arena[5:25] = torch.randn(20, 2, 64, generator=generator)
+    rows = torch.full((3, 2, 12), -1)
+    rows[0, :, 3:9] = torch.randint(5, 25, (2, 6), generator=generator)
+    rows[1, 0, 11] = 7
+    query = torch.randn(3, 4, 64, generator=generator)
+    output, lse = implementation(*(x.to(DEVICE) for x in (query, arena, rows)), 0.1)
+    assert output.isfinite().all()
+    assert (output[2] == 0).all() and (lse[2] == -torch.inf).all() and lse[0].isfinite().all()
