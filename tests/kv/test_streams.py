@@ -2,9 +2,10 @@
 
 The engine runs on a CPU as it would on a GPU, with streams that only record. Every access to a row of the arena, of the host
 or of a staging tile gets the vector clock of its stream; a mark carries a clock, and waiting for it merges it. Two accesses to
-a row, one of them a write, that no chain of waits orders are a race. What this covers: compute waits for a layer's load; a load
-waits for the attention that has read its slots; write-back comes before any load that could select its rows; a staging tile is not
-overwritten while it is read; a layer's flag turns when its rows are there; pages that are given back are read by nobody.
+a row, one of them a write, that no chain of waits orders are a race. What this
+covers: compute waits for a layer's load; a load waits for the attention that has read its slots; write-back comes before any
+load that could select its rows; a staging tile is not overwritten while it is read; a layer's flag turns when its rows are
+there; pages that are given back are read by nobody.
 """
 
 from __future__ import annotations

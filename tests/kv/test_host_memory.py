@@ -1,0 +1,137 @@
+"""Host memory is pinned chunk by chunk ahead of need, refuses with words that help, and gives everything back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from specontext.core import ModelShape
+from specontext.kv import host_memory
+from specontext.kv.host_memory import AHEAD, HostMemory, HostMemoryError
+from specontext.kv.pool import make_pools
+
+CHUNK = 1 << 20
+
+
+class Driver:
+    """Counts what is pinned; refuses beyond `limit` bytes, and holds its answer back while `gate` is closed."""
+
+    def __init__(self) -> None:
+        self.pinned: dict[int, int] = {}
+        self.limit = 1 << 60
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def register(self, address: int, size: int) -> int:
+        self.gate.wait(10)
+        if sum(self.pinned.values()) + size > self.limit:
+            return 2
+        assert address not in self.pinned
+        self.pinned[address] = size
+        return 0
+
+    def unregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    fake = Driver()
+    monkeypatch.setattr(host_memory, "CHUNK", CHUNK)
+    monkeypatch.setattr(host_memory, "register", fake.register)
+    monkeypatch.setattr(host_memory, "unregister", fake.unregister)
+    yield fake
+    fake.gate.set()
+
+
+def settled(memory: HostMemory, end: int) -> None:
+    """Wait until the thread has pinned so far."""
+    assert memory._pins is not None
+    with memory._pins._changed:
+        assert memory._pins._changed.wait_for(lambda: memory.ready_bytes >= end, timeout=10)
+
+
+def test_chunks_are_pinned_in_order_and_ahead_of_need(driver: Driver) -> None:
+    memory = HostMemory(10 * CHUNK + 100, pinned=True)
+    settled(memory, (1 + AHEAD) * CHUNK)
+    first = memory.bytes.data_ptr()
+    assert first % (1 << 21) == 0, "huge pages begin at their own size"
+    assert sorted(driver.pinned) == [first + n * CHUNK for n in range(1 + AHEAD)]
+    driver.gate.clear()
+    memory.reach((1 + AHEAD) * CHUNK)  # is there: nothing to wait for, although the driver does not answer
+    driver.gate.set()
+    memory.reach(10 * CHUNK + 100)
+    assert memory.ready_bytes == 10 * CHUNK + 100 == sum(driver.pinned.values())
+    memory.close()
+    assert not driver.pinned
+
+
+def test_reaching_far_waits_for_the_thread(driver: Driver) -> None:
+    memory = HostMemory(8 * CHUNK, pinned=True)
+    driver.gate.clear()
+    release = threading.Timer(0.05, driver.gate.set)
+    release.start()
+    memory.reach(8 * CHUNK)
+    assert memory.ready_bytes == 8 * CHUNK
+    memory.close()
+
+
+def test_memory_that_cannot_be_pinned_is_an_error_that_says_what_to_set(driver: Driver) -> None:
+    driver.limit = 4 * CHUNK
+    memory = HostMemory(9 * CHUNK, pinned=True)
+    with pytest.raises(HostMemoryError) as caught:
+        memory.reach(6 * CHUNK)
+    words = str(caught.value)
+    for part in (str(4 * CHUNK), str(6 * CHUNK), str(9 * CHUNK), "--host-memory", "ulimit -l", "CUDA error 2"):
+        assert part in words
+    memory.reach(4 * CHUNK)  # what is there can still be used
+    memory.close()
+    assert not driver.pinned
+
+
+def test_pages_are_not_lost_where_their_memory_is_refused(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.limit = 3 * CHUNK
+    shape = ModelShape(1, 8, 2, 2, 64, 10, 64, torch.float32)
+    memory = HostMemory(8 * CHUNK, pinned=True)
+    page = 16 * 2 * 2 * 64 * 4
+    pool = host_memory_pool(shape, memory, 8 * CHUNK // page)
+    taken = pool.allocate(CHUNK // page)
+    with pytest.raises(HostMemoryError):
+        pool.allocate(5 * CHUNK // page)
+    pool.pages.check_integrity([taken])
+    memory.close()
+
+
+def host_memory_pool(shape: ModelShape, memory: HostMemory, pages: int):  # type: ignore[no-untyped-def]
+    from specontext.kv.pool import PagePool
+
+    return PagePool(shape, pages, 16, "host tier of KV", memory)
+
+
+def test_memory_of_a_cpu_is_all_there_at_once() -> None:
+    memory = HostMemory(1 << 32, pinned=False)  # nothing is committed before it is written
+    assert memory.ready_bytes == 1 << 32
+    memory.reach(1 << 32)
+    memory.bytes[:8] = 1
+    assert memory.bytes[:9].tolist() == [1] * 8 + [0]
+    memory.close()
+
+
+def test_more_than_the_system_has_is_refused() -> None:
+    with pytest.raises(HostMemoryError, match="lower --host-memory"):
+        HostMemory(1 << 55, pinned=False)
+
+
+def test_a_file_takes_the_place_of_memory_and_leaves_no_trace(tmp_path: Path) -> None:
+    shape = ModelShape(1, 8, 2, 2, 4, 10, 64, torch.float32)
+    options = {"device_pages": 3, "host_pages": 50, "page_size": 16, "device": torch.device("cpu")}
+    _, pool = make_pools(shape, **options, directory=tmp_path)  # type: ignore[arg-type]
+    pool.rows[10:20] = 3.0
+    assert pool.rows[10:20].eq(3).all() and not list(tmp_path.iterdir())
+    with pytest.raises(HostMemoryError, match="another directory with --offload-dir"):
+        make_pools(shape, **options, directory=tmp_path / "nowhere")  # type: ignore[arg-type]
