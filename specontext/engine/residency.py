@@ -104,9 +104,11 @@ class Residency:
             stored: tokens stored, by seat.
             lengths_in: how long requests will be in so many steps.
         """
+        if self.adaptive:
+            self._go_on(stored, lengths_in)
         self.steps += 1
-        if not self.adaptive:
-            return
+
+    def _go_on(self, stored: Mapping[int, int], lengths_in: Callable[[int], list[int]]) -> None:
         began = time.perf_counter()
         if self._move is None:
             self.pin_ahead(lengths_in)
@@ -208,5 +210,5 @@ class Residency:
         move, self._move = self._move, None
         move.finish(stored)
         stall = self._stall + time.perf_counter() - began
-        self.moves.append(Move(self.steps, move.layer, move.to_host, move.bytes_moved, stall))
+        self.moves.append(Move(self.steps + 1, move.layer, move.to_host, move.bytes_moved, stall))
         self._stall = 0.0
