@@ -89,6 +89,7 @@ class SamplingParams:
         ignore_eos: go on after the model's end tokens.
         max_tokens, min_tokens: bounds of the output in tokens.
         logprobs: number of most likely tokens to report at every position, beside the chosen one; None reports nothing.
+        prompt_logprobs: the same for the tokens of the prompt.
         presence_penalty, frequency_penalty: subtracted from the logits of tokens of the output so far.
         repetition_penalty: divides positive (multiplies negative) logits of tokens of prompt and output.
 
@@ -108,6 +109,7 @@ class SamplingParams:
     max_tokens: int = 16
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -129,8 +131,9 @@ class SamplingParams:
         self._bounds("presence_penalty", -2.0, 2.0)
         self._bounds("frequency_penalty", -2.0, 2.0)
         self._bounds("repetition_penalty", 0.0, math.inf, above=True)
-        if self.logprobs is not None:
-            self._bounds("logprobs", 0, math.inf)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._bounds(name, 0, math.inf)
         if self.seed is not None:
             self._bounds("seed", 0, 2**63 - 1)
         if any(not isinstance(text, str) or not text for text in self.stop):
@@ -168,6 +171,8 @@ class Request:
         seat: row of this request in every per-request table, -1 while it waits.
         prefill_length: tokens that are computed densely: the prompt, and what had been generated before a restart.
         preemptions: how often it had to wait again.
+        prompt_logprobs: for each prompt token the log-probabilities by token id, None for the first one; it grows while the
+            prompt is computed and is complete before the first token is sampled.
     """
 
     request_id: str
@@ -180,6 +185,7 @@ class Request:
     computed: int = 0
     finish_reason: str | None = None
     logprobs: list[dict[int, float]] | None = None
+    prompt_logprobs: list[dict[int, float] | None] | None = None
     arrived: float = 0.0
     prefill_length: int = 0
     preemptions: int = 0
@@ -299,11 +305,17 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """What `LLM.generate` returns for one prompt; `text`, `token_ids`, `finish_reason` and `stats` are the first output's."""
+    """What `LLM.generate` returns for one prompt; `text`, `token_ids`, `finish_reason` and `stats` are the first output's.
+
+    Attributes:
+        prompt_logprobs: for each prompt token the log-probabilities by token id: the token itself and the most likely ones. None
+            for the first token, before which there is nothing.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    prompt_logprobs: list[dict[int, float] | None] | None = None
 
     @property
     def text(self) -> str:

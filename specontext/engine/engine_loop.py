@@ -178,6 +178,7 @@ class EngineLoop:
     def _publish(self, output: _Output) -> bool:
         """Show how far an output has come and count its new tokens; whether its reader is to be woken."""
         stream, generation, request = output.stream, output.generation, output.generation.request
+        made = len(request.token_ids) - request.prompt_length
         if generation.finished or not stream.only_final:
             stream.progress[output.index] = Progress(
                 text=generation.detokenizer.text,
@@ -185,10 +186,10 @@ class EngineLoop:
                 begin=request.prompt_length,
                 end=len(request.token_ids),
                 logprobs=request.logprobs,
+                prompt_logprobs=request.prompt_logprobs if made else None,
                 finish_reason=request.finish_reason,
                 stats=generation.stats,
             )
-        made = len(request.token_ids) - request.prompt_length
         if made > output.made:
             now = generation.last_token_at or time.perf_counter()
             self.meter.generation_tokens += made - output.made

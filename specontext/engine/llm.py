@@ -188,4 +188,5 @@ def _output(job: list[Generation]) -> RequestOutput:
         for g in job
     ]
     first = job[0].request
-    return RequestOutput(first.request_id, first.token_ids[: first.prompt_length], outputs)
+    prompt_logprobs = list(first.prompt_logprobs) if first.prompt_logprobs is not None else None
+    return RequestOutput(first.request_id, first.token_ids[: first.prompt_length], outputs, prompt_logprobs)

@@ -13,9 +13,10 @@ from specontext.config import ConfigError, EngineConfig
 from specontext.core import Request, RequestError, SamplingParams
 from specontext.engine.build import build_parts
 from specontext.engine.detokenizer import Detokenizer
+from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
 from specontext.engine.runner import ModelRunner
 from specontext.engine.sampler import LogitsError, sample
-from specontext.engine.scheduler import Scheduler
+from specontext.engine.scheduler import Schedule, Scheduler
 from specontext.models.loading import LoadedModel, load_model
 from specontext.retrieval.catalog import find_head
 
@@ -103,6 +104,7 @@ class LLMEngine:
             seed=params.seed if params.seed is not None else self.config.seed,
             index=index,
             logprobs=[] if params.logprobs is not None else None,
+            prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
             arrived=time.perf_counter(),
         )
         self.scheduler.add(request)
@@ -138,7 +140,7 @@ class LLMEngine:
         schedule = self.scheduler.schedule()
         if schedule is None:
             return []
-        logits = self.runner.run(schedule.batch)
+        logits = self._run(schedule)
         ready = self.scheduler.advance(schedule)
         if not ready:
             return []
@@ -149,6 +151,15 @@ class LLMEngine:
                 self.abort(request_id)
             self._sample(logits, [pair for pair in ready if pair[1].request_id not in error.request_ids], len(schedule.requests))
             raise
+
+    def _run(self, schedule: Schedule) -> Tensor:
+        """Logits of a step's last tokens, [requests, V]; log-probabilities of its prompt tokens go to those who want them."""
+        rows = prompt_rows(schedule)
+        if rows is None:
+            return self.runner.run(schedule.batch)
+        logits, states = self.runner.run_with_states(schedule.batch, rows.positions)
+        add_prompt_logprobs(rows, states, self.runner.logits_of, self.loaded.shape.vocab_size)
+        return logits
 
     def _sample(self, logits: Tensor, ready: list[tuple[int, Request]], rows: int) -> list[Generation]:
         """Choose the next tokens of (row of the logits, request) pairs."""

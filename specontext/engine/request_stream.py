@@ -21,6 +21,7 @@ class Progress:
     Attributes:
         text: all text that may be shown.
         begin, end: the output's tokens are `token_ids[begin:end]`.
+        prompt_logprobs: complete; None before the first token.
     """
 
     text: str
@@ -28,6 +29,7 @@ class Progress:
     begin: int
     end: int
     logprobs: list[dict[int, float]] | None
+    prompt_logprobs: list[dict[int, float] | None] | None
     finish_reason: str | None
     stats: dict[str, object] | None
 
@@ -38,6 +40,7 @@ class Delta:
 
     Attributes:
         index: number of the output: prompt number * n + which of the prompt's outputs.
+        prompt_logprobs: of all prompt tokens, in the delta of the output's first token, if they were asked for.
         finish_reason: set in the output's last delta.
         stats: statistics of the output, in its last delta.
     """
@@ -46,6 +49,7 @@ class Delta:
     text: str
     token_ids: list[int]
     logprobs: list[dict[int, float]] | None
+    prompt_logprobs: list[dict[int, float] | None] | None
     finish_reason: str | None
     stats: dict[str, object] | None
 
@@ -118,4 +122,12 @@ def _difference(index: int, old: Progress | None, new: Progress) -> Delta:
     shown_text = len(old.text) if old is not None else 0
     shown_end = old.end if old is not None else new.begin
     logprobs = new.logprobs[shown_end - new.begin : new.end - new.begin] if new.logprobs is not None else None
-    return Delta(index, new.text[shown_text:], new.token_ids[shown_end : new.end], logprobs, new.finish_reason, new.stats)
+    return Delta(
+        index,
+        new.text[shown_text:],
+        new.token_ids[shown_end : new.end],
+        logprobs,
+        new.prompt_logprobs if old is None or old.prompt_logprobs is None else None,
+        new.finish_reason,
+        new.stats,
+    )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from specontext.core import Batch, SpeContextError
 from specontext.engine.build import Parts
@@ -47,6 +52,7 @@ class ModelRunner:
         if compiled and loaded.shape.dtype != torch.float32:
             modules = [*loaded.model.get_decoder().layers, *([parts.head] if parts.head is not None else [])]
             self._compiled = CompiledModules(modules)
+        self._output_layer = _output_layer(loaded.model)
         self._graphs: DecodeGraphs | None = None
         if graphs and kv.device.type == "cuda" and not (selector.in_layer or measure_recall or kv.verify_loads):
             seats = kv.token_pages.table.shape[1] - 1
@@ -60,13 +66,34 @@ class ModelRunner:
             DeviceError: the device is out of memory.
         """
         streamed = self.parts.selector.dense and not all(self.parts.kv.resident)
-        try:
+        with _enough_memory(len(batch.token_ids)):
             return self._forward(batch) if self._graphs is None or batch.prefills or streamed else self._graphs.run(batch)
-        except torch.OutOfMemoryError as error:
-            raise DeviceError(
-                f"the device ran out of memory in a step of {len(batch.token_ids)} tokens ({str(error).splitlines()[0]}): lower "
-                "--max-num-batched-tokens or --gpu-memory-utilization"
-            ) from error
+
+    @torch.inference_mode()
+    def run_with_states(self, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """`run` of a batch with prompt chunks, and what enters the output layer at packed positions int64 [E].
+
+        Returns:
+            Logits of the last tokens, [requests, V], and states [E, H], for `logits_of`.
+        """
+        assert batch.prefills, "decode steps may be captured, and hooks would not see them"
+        kept: list[Tensor] = []
+        handle = self.loaded.model.base_model.register_forward_hook(lambda _, __, output: kept.append(output[0][0, positions]))
+        try:
+            return self.run(batch), kept[0]
+        finally:
+            handle.remove()
+
+    @torch.inference_mode()
+    def logits_of(self, states: Tensor) -> Tensor:
+        """Logits [E, V] of states [E, H] that `run_with_states` gave.
+
+        Raises:
+            DeviceError: the device is out of memory.
+        """
+        with _enough_memory(len(states)):
+            logits: Tensor = self._output_layer(inputs_embeds=states[None], use_cache=False).logits[0]
+            return logits
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -99,3 +126,28 @@ class ModelRunner:
         """Take the feature taps off the model."""
         if self.taps is not None:
             self.taps.remove()
+
+
+class _Given(nn.Module):
+    """Stands where a model's decoder stands: what goes in comes out."""
+
+    def forward(self, *, inputs_embeds: Tensor, **_: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)  # has the fields of all decoders' outputs
+
+
+def _output_layer(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its decoder, sharing its weights; so whatever it does to its logits is done."""
+    layer = copy.copy(model)
+    layer._modules = model._modules | {model.base_model_prefix: _Given()}
+    return layer
+
+
+@contextmanager
+def _enough_memory(tokens: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"the device ran out of memory in a step of {tokens} tokens ({str(error).splitlines()[0]}): lower "
+            "--max-num-batched-tokens or --gpu-memory-utilization"
+        ) from error

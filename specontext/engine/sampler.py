@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,7 +118,7 @@ def _sample_random_rows(adjusted: Tensor, requests: Sequence[Request], chosen: T
         if request.params.temperature > 0:
             by_width.setdefault(_ranks_needed(request, vocab_size), []).append(row)
     for width, members in by_width.items():
-        for start in range(0, len(members), step := max(1, _CHUNK // vocab_size)):
+        for start in range(0, len(members), step := rows_at_once(vocab_size)):
             part = members[start : start + step]
             rows = torch.tensor(part, device=adjusted.device)
             chosen[rows] = _sample_rows(adjusted[rows], [requests[row] for row in part], width)
@@ -182,29 +182,42 @@ def _gumbel(keys: Tensor, ids: Tensor) -> Tensor:
     return counter_uniform(keys, ids).neg_().log1p_().neg_().log_().neg_()
 
 
+def rows_at_once(vocab_size: int) -> int:
+    """How many rows of logits are worked on together."""
+    return max(1, _CHUNK // vocab_size)
+
+
+def ranked_logprobs(logits: Tensor, tokens: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of a token and of the `width` most likely ones of each row.
+
+    Args:
+        logits: float32 [R, V].
+        tokens: int64 [R].
+
+    Returns:
+        Ids, int64 [R, 1 + width], first those of `tokens`, and their log-probabilities, float32 of the same shape.
+    """
+    ids = torch.cat((tokens.unsqueeze(1), _ranked(logits, width)), dim=1) if width else tokens.unsqueeze(1)
+    return ids, logits.log_softmax(dim=1).gather(1, ids)
+
+
+def logprob_table(ids: Sequence[int], values: Sequence[float], top: int) -> dict[int, float]:
+    """A row of `ranked_logprobs` by token id: the `top` most likely tokens, and the row's own."""
+    table = dict(zip(ids[1 : 1 + top], values[1 : 1 + top], strict=True))
+    table.setdefault(ids[0], values[0])  # not among the most likely, so it comes last
+    return table
+
+
 def _logprobs(raw: Tensor, chosen: Tensor, requests: Sequence[Request]) -> list[dict[int, float] | None]:
     """Log-probabilities of the chosen and the most likely tokens under the model itself: no temperature, no penalties."""
     found: list[dict[int, float] | None] = [None] * len(requests)
-    for row, ids, values, token, value in _top_logprobs(raw, chosen, requests):
-        top = dict(zip(ids, values, strict=True))
-        top.setdefault(token, value)  # not among the most likely, so it comes last
-        found[row] = top
-    return found
-
-
-def _top_logprobs(
-    raw: Tensor, chosen: Tensor, requests: Sequence[Request]
-) -> Iterator[tuple[int, list[int], list[float], int, float]]:
-    """For each row with log-probabilities: the row, its top ids and their values, the chosen id and its value."""
     vocab_size = raw.shape[1]
     wanted = {row: min(r.params.logprobs, vocab_size) for row, r in enumerate(requests) if r.params.logprobs is not None}
     members = list(wanted)
-    for start in range(0, len(members), step := max(1, _CHUNK // vocab_size)):
+    for start in range(0, len(members), step := rows_at_once(vocab_size)):
         part = members[start : start + step]
         rows = torch.tensor(part, device=raw.device)
-        part_logits = raw[rows]
-        ids = torch.cat((chosen[rows].unsqueeze(1), _ranked(part_logits, max(wanted[row] for row in part))), dim=1)
-        values = part_logits.log_softmax(dim=1).gather(1, ids)
+        ids, values = ranked_logprobs(raw[rows], chosen[rows], max(wanted[row] for row in part))
         for row, row_ids, row_values in zip(part, ids.tolist(), values.tolist(), strict=True):
-            end = 1 + wanted[row]
-            yield row, row_ids[1:end], row_values[1:end], row_ids[0], row_values[0]
+            found[row] = logprob_table(row_ids, row_values, wanted[row])
+    return found

@@ -27,23 +27,48 @@ def chat_logprobs(token_ids: Sequence[int], tables: Sequence[Table], top: int, t
 def completion_logprobs(
     token_ids: Sequence[int], tables: Sequence[Table], top: int, texts: TokenTexts, *, offset: int
 ) -> CompletionLogprobs:
-    """Parallel lists over the tokens.
+    """Parallel lists over the tokens of an output.
 
     Args:
         offset: place of the first token in the text of the choice.
     """
-    found = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+    found = _nothing()
     for token, table in zip(token_ids, tables, strict=True):
-        text = texts.text_of(token)
-        likeliest: dict[str, float] = {}
-        for other, value in _likeliest(table, top):
-            likeliest.setdefault(texts.text_of(other), _finite(value))  # different tokens may have one text
-        found.tokens.append(text)
-        found.token_logprobs.append(_finite(table[token]))
-        found.top_logprobs.append(likeliest | {text: _finite(table[token])})
-        found.text_offset.append(offset)
-        offset += len(text)
+        _append(found, token, table, top, texts, offset)
+        offset += len(found.tokens[-1])
     return found
+
+
+def echo_logprobs(
+    token_ids: Sequence[int], tables: Sequence[Table | None], top: int, texts: TokenTexts, *, echo: str
+) -> CompletionLogprobs:
+    """Parallel lists over the tokens of a prompt, whose text is `echo`; there is no log-probability of the first one."""
+    found, offset = _nothing(), 0
+    for token, table in zip(token_ids, tables, strict=True):
+        _append(found, token, table, top, texts, min(offset, len(echo)))
+        text = found.tokens[-1]
+        if not texts.is_added(token) or echo.startswith(text, offset):  # else the tokenizer put it there
+            offset += len(text)
+    return found
+
+
+def _nothing() -> CompletionLogprobs:
+    return CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+
+
+def _append(found: CompletionLogprobs, token: int, table: Table | None, top: int, texts: TokenTexts, offset: int) -> None:
+    text = texts.text_of(token)
+    found.tokens.append(text)
+    found.text_offset.append(offset)
+    if table is None:
+        found.token_logprobs.append(None)
+        found.top_logprobs.append(None)
+        return
+    likeliest: dict[str, float] = {}
+    for other, value in [*_likeliest(table, top), (token, table[token])]:
+        likeliest.setdefault(texts.text_of(other), _finite(value))  # different tokens may have one text
+    found.token_logprobs.append(_finite(table[token]))
+    found.top_logprobs.append(likeliest)
 
 
 def _likeliest(table: Table, top: int) -> list[tuple[int, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from specontext.core import RequestError, SamplingParams
@@ -49,6 +50,8 @@ def completion_params(
 ) -> SamplingParams:
     """Parameters of text completions whose longest prompt has `prompt_tokens` tokens.
 
+    A mere echo makes one token all the same: the engine computes prompts in order to continue them.
+
     Raises:
         ApiError: contradictory or excessive fields.
     """
@@ -56,7 +59,10 @@ def completion_params(
     limit = body.max_tokens
     if limit is None:
         limit = max(min(COMPLETION_TOKENS, max_len - prompt_tokens), 1)
-    return _params(body, limit, prompt_tokens, max_len, body.logprobs, defaults)
+    elif body.only_echo:
+        limit = 1
+    params = _params(body, limit, prompt_tokens, max_len, body.logprobs, defaults)
+    return replace(params, prompt_logprobs=body.logprobs) if body.echo else params
 
 
 def _params(

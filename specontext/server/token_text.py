@@ -25,6 +25,10 @@ class TokenTexts:
         self._metaspace = '"Metaspace"' in decoder or '"▁"' in decoder
         self.bytes_of = lru_cache(maxsize=1 << 16)(self._bytes_of)
 
+    def is_added(self, token: int) -> bool:
+        """Whether it is one of the marks beside the vocabulary, which texts need not have where their tokens do."""
+        return token in self._added
+
     def text_of(self, token: int) -> str:
         return self.bytes_of(token).decode("utf-8", errors="replace")
 

@@ -120,7 +120,6 @@ def test_lm_eval_generates(server: Server) -> None:
     assert [text.strip(" .") for text in model.generate_until(requests)] == ["apple = 417", "apple = 528"]
 
 
-@pytest.mark.xfail(reason="needs log-probabilities of the prompt from the engine", strict=False)
 def test_lm_eval_judges(server: Server) -> None:
     from lm_eval.api.instance import Instance
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from specontext import LLM, SamplingParams, SpeContextConfig
+from specontext.server.logprobs import echo_logprobs
+from specontext.server.token_text import TokenTexts
 from tests.server.serving import Server
 
 PATH = "/v1/completions"
@@ -141,6 +143,70 @@ def test_logprobs(server: Server, llm: LLM) -> None:
     assert all(len(top) == 1 for top in zero["logprobs"]["top_logprobs"])
 
 
-def test_log_probabilities_of_a_prompt_are_refused(server: Server) -> None:
-    answer = server.post(PATH, {"prompt": "the sun", "echo": True, "logprobs": 1})
-    assert answer.status_code == 400 and "prompt" in answer.json()["error"]["message"]
+def streamed_logprobs(chunks: list[dict[str, Any]], index: int) -> dict[str, list[Any]]:
+    """The lists of one choice, put together."""
+    found: dict[str, list[Any]] = defaultdict(list)
+    for choice in (c for chunk in chunks for c in chunk["choices"] if c["index"] == index and c["logprobs"]):
+        for name, part in choice["logprobs"].items():
+            found[name] += part
+    return dict(found)
+
+
+def test_echo_with_logprobs(server: Server, llm: LLM) -> None:
+    prompts = ["the sun", FACTS]
+    body = {"prompt": prompts, "temperature": 0, "max_tokens": 4, "logprobs": 2, "echo": True, "n": 2}
+    expected = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=4, logprobs=2, prompt_logprobs=2))
+    choices, chunks = server.post(PATH, body).json()["choices"], events(server, PATH, body)
+    assert joined(chunks) == {choice["index"]: choice["text"] for choice in choices}
+    for index, choice in enumerate(choices):
+        prompt, output = prompts[index // 2], expected[index // 2]
+        found, tables = choice["logprobs"], (output.prompt_logprobs or []) + (output.outputs[0].logprobs or [])
+        tokens = output.prompt_token_ids + output.token_ids
+        assert choice["text"] == prompt + output.text
+        assert [len(found[name]) for name in found] == [len(tokens)] * 4
+        assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+        values = [table[token] for token, table in zip(tokens[1:], tables[1:], strict=True) if table is not None]
+        assert found["token_logprobs"][1:] == pytest.approx(values, abs=1e-4)
+        for text, value, top, place in list(zip(*found.values(), strict=True))[1:-1]:
+            assert 2 <= len(top) <= 3 and value == top[text] <= max(top.values())
+            assert choice["text"].startswith(text, place)
+        streamed = streamed_logprobs(chunks, index)
+        assert streamed["tokens"] == found["tokens"] and streamed["text_offset"] == found["text_offset"]
+        assert streamed["token_logprobs"][1:] == pytest.approx(values, abs=1e-4)
+
+
+def test_log_probabilities_of_nothing_but_the_prompt(server: Server) -> None:
+    body = {"prompt": ["the sun", FACTS], "temperature": 0, "logprobs": 1, "echo": True}
+    longer = server.post(PATH, body | {"max_tokens": 1}).json()
+    for answer in (server.post(PATH, body | {"max_tokens": 0}), server.post(PATH, body | {"max_tokens": 0, "ignore_eos": True})):
+        only = answer.json()
+        assert only["usage"]["completion_tokens"] == 0
+        for choice, more, prompt in zip(only["choices"], longer["choices"], body["prompt"], strict=True):
+            assert choice["text"] == prompt and choice["finish_reason"] == "length"
+            assert choice["logprobs"]["tokens"] == more["logprobs"]["tokens"][:-1]
+            assert choice["logprobs"]["text_offset"] == more["logprobs"]["text_offset"][:-1]
+    chunks = events(server, PATH, body | {"max_tokens": 0})
+    assert joined(chunks) == dict(enumerate(body["prompt"]))
+    assert [c["finish_reason"] for chunk in chunks for c in chunk["choices"] if c["finish_reason"]] == ["length"] * 2
+    assert streamed_logprobs(chunks, 1)["tokens"] == only["choices"][1]["logprobs"]["tokens"]
+
+
+def test_limits_of_echoed_logprobs(server: Server) -> None:
+    limit = server.engine.parts.max_tokens
+    body = {"echo": True, "logprobs": 0, "max_tokens": 0}
+    assert server.post(PATH, body | {"prompt": [5] * (limit - 1)}).status_code == 200
+    assert server.post(PATH, body | {"prompt": [5] * limit}).json()["error"]["code"] == "context_length_exceeded"
+    assert server.post(PATH, body | {"prompt": "a", "logprobs": 21}).status_code == 400
+    assert server.post(PATH, {"prompt": "a", "logprobs": 1, "max_tokens": 0}).status_code == 400
+
+
+def test_marks_that_the_tokenizer_adds_have_no_place_in_the_text(llm: LLM) -> None:
+    texts, text = TokenTexts(llm.tokenizer), "a sun – 7"
+    tokens = llm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    [mark] = llm.tokenizer.convert_tokens_to_ids([llm.tokenizer.eos_token])
+    tables: list[Any] = [None] * (len(tokens) + 1)
+    added = echo_logprobs([mark, *tokens], tables, 1, texts, echo=text)
+    plain = echo_logprobs(tokens, tables[1:], 1, texts, echo=text)
+    assert added.text_offset == [0, *plain.text_offset]
+    written = echo_logprobs([mark, *tokens], tables, 1, texts, echo=llm.tokenizer.eos_token + text)
+    assert written.text_offset[1:] == [place + len(llm.tokenizer.eos_token) for place in plain.text_offset]

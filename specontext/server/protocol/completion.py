@@ -58,12 +58,21 @@ class CompletionRequest(SamplingBody):
             return [self.prompt]
         return list(self.prompt)
 
+    @property
+    def only_echo(self) -> bool:
+        """Whether the prompt is all that is to come back."""
+        return bool(self.echo) and self.max_tokens == 0
+
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+    def __add__(self, other: CompletionLogprobs) -> CompletionLogprobs:
+        mine, more = dict(self), dict(other)
+        return CompletionLogprobs(**{name: mine[name] + more[name] for name in mine})
 
 
 class CompletionChoice(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from specontext.engine.request_stream import Delta, RequestStream
 from specontext.server.context import note, state_of
 from specontext.server.errors import ApiError
-from specontext.server.logprobs import completion_logprobs
+from specontext.server.logprobs import completion_logprobs, echo_logprobs
 from specontext.server.protocol.common import COMPLETION_RESPONSES
 from specontext.server.protocol.completion import (
     CompletionChoice,
@@ -35,6 +35,7 @@ class Choice:
 
     Attributes:
         echo: text of the prompt, where it is to come first.
+        prompt_tables: log-probabilities of the prompt's tokens, where they are echoed too.
         length: characters of the tokens so far, where they have log-probabilities.
     """
 
@@ -42,6 +43,7 @@ class Choice:
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     tables: list[dict[int, float]] = field(default_factory=list)
+    prompt_tables: list[dict[int, float] | None] | None = None
     length: int = 0
     finish_reason: str | None = None
     stats: dict[str, Any] = field(default_factory=dict)
@@ -74,13 +76,14 @@ class Completion:
                 choice.text.append(delta.text)
                 choice.token_ids += delta.token_ids
                 choice.tables += delta.logprobs or []
+                choice.prompt_tables = choice.prompt_tables or delta.prompt_logprobs
                 self._count(delta)
         self._note(request)
         choices = [
             CompletionChoice(
                 index=index,
                 text=choice.echo + "".join(choice.text),
-                logprobs=self._logprobs(choice, choice.token_ids, choice.tables),
+                logprobs=self._all_logprobs(index, choice),
                 finish_reason=choice.finish_reason or "length",
             )
             for index, choice in enumerate(self.choices)
@@ -90,7 +93,8 @@ class Completion:
     async def events(self, request: Request) -> AsyncIterator[bytes]:
         """The outputs as they come."""
         ended = "length" if self.stream is None else None
-        if echoes := [(i, choice.echo) for i, choice in enumerate(self.choices) if choice.echo]:
+        echoes = [(i, choice.echo) for i, choice in enumerate(self.choices) if choice.echo]
+        if echoes and (ended or self.body.logprobs is None):  # else they come with their log-probabilities
             yield b"".join(self._event(index, echo, None, ended) for index, echo in echoes)
         async for deltas in self._deltas():
             if data := b"".join(self._delta_event(delta) for delta in deltas):
@@ -102,9 +106,18 @@ class Completion:
     async def _deltas(self) -> AsyncIterator[list[Delta]]:
         if self.stream is not None:
             async for deltas in self.stream:
-                yield deltas
+                yield [_without_output(delta) for delta in deltas] if self.body.only_echo else deltas
 
     def _delta_event(self, delta: Delta) -> bytes:
+        return self._echo_event(delta) + self._output_event(delta)
+
+    def _echo_event(self, delta: Delta) -> bytes:
+        if delta.prompt_logprobs is None:
+            return b""
+        logprobs = self._echo_logprobs(delta.index, delta.prompt_logprobs)
+        return self._event(delta.index, self.choices[delta.index].echo, logprobs.model_dump(), None)
+
+    def _output_event(self, delta: Delta) -> bytes:
         self._count(delta)
         logprobs = self._logprobs(self.choices[delta.index], delta.token_ids, delta.logprobs or []) if delta.token_ids else None
         if not delta.text and logprobs is None and delta.finish_reason is None:
@@ -131,6 +144,17 @@ class Completion:
         choice.length += sum(map(len, found.tokens))
         return found
 
+    def _echo_logprobs(self, index: int, tables: list[dict[int, float] | None]) -> CompletionLogprobs:
+        assert self.body.logprobs is not None
+        tokens, echo = self.prompts[index // (self.body.n or 1)], self.choices[index].echo
+        return echo_logprobs(tokens, tables, self.body.logprobs, self.state.texts, echo=echo)
+
+    def _all_logprobs(self, index: int, choice: Choice) -> CompletionLogprobs | None:
+        found = self._logprobs(choice, choice.token_ids, choice.tables)
+        if found is None or choice.prompt_tables is None:
+            return found
+        return self._echo_logprobs(index, choice.prompt_tables) + found
+
     def _usage(self) -> Any:
         stats = [choice.stats for choice in self.choices if choice.stats]
         return make_usage(sum(map(len, self.prompts)), self.completion_tokens, stats)
@@ -142,6 +166,11 @@ class Completion:
             completion_tokens=self.completion_tokens,
             finish_reason=",".join(choice.finish_reason or "none" for choice in self.choices),
         )
+
+
+def _without_output(delta: Delta) -> Delta:
+    """What is left of a delta where only the prompt was asked for."""
+    return replace(delta, text="", token_ids=[], logprobs=[], finish_reason=delta.finish_reason and "length")
 
 
 async def _encode(state: ServerState, body: CompletionRequest) -> list[list[int]]:
@@ -162,11 +191,9 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continue texts."""
     state = state_of(request)
     state.check_model(body.model)
-    if body.echo and body.logprobs is not None:
-        raise ApiError(400, "log-probabilities of the prompt are not implemented: leave out echo or logprobs", param="echo")
     prompts = await _encode(state, body)
     stream = None
-    if not (body.echo and body.max_tokens == 0):  # a mere echo needs no engine
+    if not body.only_echo or body.logprobs is not None:  # a mere echo needs no engine
         params = completion_params(
             body,
             max(map(len, prompts)),
