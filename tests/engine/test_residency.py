@@ -1,77 +1,382 @@
-"""Which steps prepare a move, and what they ask of the host's memory."""
+"""Layers leave the device and return while requests run: tokens stay what they are without it, and memory within bounds."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from specontext import EngineConfig, SpeContextConfig
-from specontext.engine.llm_engine import LLMEngine
-from specontext.engine.residency import PIN_STEPS, Residency
+from specontext import LLM, SamplingParams, SpeContextConfig
+from specontext.core import RequestError
+from specontext.engine import build
+from specontext.engine.llm_engine import Generation
+from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, MemoryPlanError
 
-LENGTH = 400
-PAGE = 16
+METHODS = ("speculative", "full", "oracle", "streaming", "random")
+MakeLLM = Callable[..., LLM]
+Greedy = Callable[..., SamplingParams]
+Prompts = list[list[int]]
 
-
-@dataclass
-class SlowMemory:
-    """Host memory that is pinned only as far as it has been asked for, and says by whom."""
-
-    num_bytes: int
-    chunk: int
-    ready_bytes: int = 0
-    asked: list[int] = field(default_factory=list)
-
-    def reach(self, end: int) -> None:
-        assert end <= self.ready_bytes, "a step would have to wait"
-        self.asked.append(end)
-        self.ready_bytes = min(self.num_bytes, self.ready_bytes + self.chunk)
+# The Llama checkpoint: 3 layers, 2 KV heads of 24 in float32, pages of 16 tokens.
+LAYERS, TOKEN = 3, 2 * 2 * 24 * 4
+PAGE = 16 * TOKEN
 
 
-@pytest.fixture
-def residency() -> Any:
-    """An adaptive engine: with all layers on the device a request of LENGTH tokens fits, and one of PIN_STEPS more does not."""
-    method = SpeContextConfig(budget=64)
-    config = EngineConfig("nano", method=method, device="cpu", max_num_seqs=1, max_model_len=4096, gpu_memory=1_200_000)
-    engine = LLMEngine(config)
-    found = engine.parts.residency
-    found.kv.open(0, LENGTH)
-    assert found.policy(1).fits(0, LENGTH, 1) and not found.policy(1).fits(0, LENGTH + PIN_STEPS, 1)
-    yield found
-    engine.close()
+@pytest.fixture(scope="module")
+def alone(make_llm: MakeLLM) -> Callable[[str, list[int], SamplingParams], list[int]]:
+    """Tokens of a request by itself and with all the memory it could want."""
+    engines: dict[str, LLM] = {}
+    known: dict[tuple[Any, ...], list[int]] = {}
+
+    def tokens(method: str, prompt: list[int], params: SamplingParams) -> list[int]:
+        key = (method, tuple(prompt), params)
+        if key not in known:
+            if method not in engines:
+                engines[method] = make_llm("llama", method, budget=12, offload_layers=0)
+            known[key] = engines[method].generate([prompt], params)[0].token_ids
+        return known[key]
+
+    return tokens
 
 
-def layer_bytes(residency: Residency) -> int:
-    kv = residency.kv
-    return kv.pages_for(LENGTH) * kv.host.page_bytes
+def check_idle(llm: LLM) -> None:
+    kv = llm.engine.parts.kv
+    assert not llm.engine.has_work and not kv.room and not kv.parked
+    llm.engine.check_integrity()
+    assert kv.arena.pages.num_held == kv.host.pages.num_held == 0
 
 
-def test_the_next_layers_place_is_pinned_without_waiting(residency: Any) -> None:
-    host = residency.kv.host
-    host.memory = memory = SlowMemory(host.num_bytes, chunk=2 * host.page_bytes)
-    calls = 0
-    while not residency.pin_ahead(lambda steps: [LENGTH + steps]):
-        calls += 1
-    assert calls == len(memory.asked) > 1
-    assert layer_bytes(residency) <= memory.ready_bytes < 3 * layer_bytes(residency)
+def check_bounds(llm: LLM) -> None:
+    kv, config = llm.engine.parts.kv, llm.engine.config
+    for pool, limit in ((kv.arena, config.gpu_memory), (kv.host, config.host_memory)):
+        assert limit is None or pool.rows.nbytes <= limit
+        assert pool.rows.nbytes == pool.num_bytes and pool.pages.num_held < pool.pages.num_pages
 
 
-def test_nothing_is_pinned_for_a_layer_that_stays(residency: Any) -> None:
-    host = residency.kv.host
-    host.memory = memory = SlowMemory(host.num_bytes, chunk=host.page_bytes)
-    assert residency.pin_ahead(lambda steps: [LENGTH - PIN_STEPS + steps])
-    assert memory.asked == []
+def run(llm: LLM, prompts: Prompts, params: list[SamplingParams]) -> list[Generation]:
+    """Steps until all is done; after every one, pages are where they belong and bounds are kept."""
+    engine = llm.engine
+    jobs = [engine.add_request(f"r{i}", p, q) for i, (p, q) in enumerate(zip(prompts, params, strict=True))]
+    for _ in range(5000):
+        if not engine.has_work:
+            break
+        engine.step()
+        engine.check_integrity()
+        check_bounds(llm)
+    check_idle(llm)
+    return jobs
 
 
-def test_a_move_is_wanted_early_enough_to_arrive(residency: Any) -> None:
-    most = residency.policy(1).capacity(0, 1)
+def moves_of(llm: LLM) -> list[dict[str, Any]]:
+    """All moves so far, checked: the last layer leaves first and the first that left last returns first, one after the other."""
+    moves = [move.as_dict() for move in llm.engine.parts.residency.moves]
+    offloaded: list[int] = []
+    for move in moves:
+        if move["to_host"]:
+            assert move["layer"] == LAYERS - 1 - len(offloaded), "the last resident layer leaves"
+            offloaded.append(move["layer"])
+        else:
+            assert move["layer"] == offloaded.pop(), "the first offloaded layer returns"
+        assert move["bytes"] % TOKEN == 0 and move["stall_s"] >= 0
+    assert [move["step"] for move in moves] == sorted(move["step"] for move in moves)
+    assert sorted(offloaded) == llm.engine.parts.kv.offloaded
+    return moves
 
-    def wanted(length: int) -> int:
-        return residency.wanted({0: length}, lambda steps: [length + steps])
 
-    residency.chunk_bytes = 10 * residency.kv.host.page_bytes  # so a layer of `most` tokens takes this many steps:
-    steps = -(-most // (10 * PAGE))
-    assert wanted(most - steps - PAGE) == 0
-    assert wanted(most - steps) == 1
+# Leaving --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pages", [10, 16, 22])
+@pytest.mark.parametrize("chunk_bytes", [None, 3000])
+def test_one_request_outgrows_the_device(
+    method: str, pages: int, chunk_bytes: int | None, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any
+) -> None:
+    """Its 7 to 8 pages a layer are 24; every move has its numbers, and what had been stored before it."""
+    llm = make_llm("llama", method, budget=12, gpu_memory=pages * PAGE, host_memory=60 * PAGE, max_num_seqs=2, verify_loads=True)
+    if chunk_bytes is not None:
+        llm.engine.parts.residency.chunk_bytes = chunk_bytes  # a page of one layer takes more than two steps
+    stored: dict[int, int] = {}
+    run_batch = llm.engine.runner.run
+
+    def noting(batch: Any) -> torch.Tensor:
+        stored[llm.engine.parts.residency.steps] = int(batch.positions.min())
+        return run_batch(batch)
+
+    llm.engine.runner.run = noting  # type: ignore[method-assign]
+    (job,) = run(llm, [prompts[2]], [greedy(44)])
+    assert job.request.output_token_ids == alone(method, prompts[2], greedy(44))
+    moves = moves_of(llm)
+    assert moves and all(move["to_host"] for move in moves), "one that only grows never brings a layer back"
+    assert all(move["bytes"] == stored[move["step"]] * TOKEN for move in moves)
+    assert job.stats is not None and job.stats["moves"] == moves and job.stats["preemptions"] == 0
+    assert job.stats["offloaded_layers"] == len(moves) and job.stats["offload_layers"] is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pages", [16, 24, 40])
+def test_many_requests_in_a_device_tier_far_too_small(
+    method: str, pages: int, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any
+) -> None:
+    params = [greedy(n) for n in (60, 24, 50, 7)]
+    llm = make_llm(
+        "llama", method, budget=12, slots=15, gpu_memory=pages * PAGE, host_memory=90 * PAGE, max_num_batched_tokens=30
+    )
+    jobs = run(llm, prompts, params)
+    assert [job.request.output_token_ids for job in jobs] == [alone(method, *pair) for pair in zip(prompts, params, strict=True)]
+    assert moves_of(llm)
+    assert llm.engine.scheduler.preemptions == 0, "the host has room for all"
+
+
+@pytest.mark.parametrize("method", ["speculative", "full", "oracle"])
+def test_a_prompt_longer_than_the_device_tier(method: str, make_llm: MakeLLM, greedy: Greedy, alone: Any) -> None:
+    prompt = [4 + 7 * i % 900 for i in range(300)]
+    llm = make_llm("llama", method, budget=12, gpu_memory=12 * PAGE, host_memory=70 * PAGE, max_num_batched_tokens=64)
+    (job,) = run(llm, [prompt], [greedy(8)])
+    assert job.request.output_token_ids == alone(method, prompt, greedy(8))
+    assert len(llm.engine.parts.kv.offloaded) == LAYERS
+
+
+def test_a_tier_that_holds_everything_moves_nothing(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> None:
+    llm = make_llm("llama", budget=12, gpu_memory=200 * PAGE)
+    run(llm, prompts, [greedy()] * 4)
+    assert moves_of(llm) == []
+
+
+# Returning ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["speculative", "oracle", "full"])
+def test_layers_return_when_memory_frees_up(
+    method: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three requests fill the device; two end early, and the third goes on with all layers on the device."""
+    monkeypatch.setattr("specontext.memory.planner.ResidencyPolicy.__init__.__defaults__", (None, 32))  # tokens, not 256
+    params = [greedy(90), greedy(40), greedy(40)]
+    llm = make_llm("llama", method, budget=12, gpu_memory=36 * PAGE, host_memory=90 * PAGE, max_num_seqs=3)
+    jobs = run(llm, prompts[:3], params)
+    assert [job.request.output_token_ids for job in jobs] == [alone(method, *p) for p in zip(prompts[:3], params, strict=True)]
+    directions = [move["to_host"] for move in moves_of(llm)]
+    assert directions.count(False) > 0 and llm.engine.parts.kv.offloaded == []
+    assert directions == sorted(directions, reverse=True), "first they leave, then they return, and nothing swings"
+
+
+def test_layers_are_back_for_the_next_request(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any) -> None:
+    """While nobody runs a layer changes its tier for nothing."""
+    llm = make_llm("llama", budget=12, gpu_memory=80 * PAGE, host_memory=300 * PAGE, max_num_seqs=6)
+    run(llm, [prompts[2]] * 6, [greedy(60)] * 6)
+    assert llm.engine.parts.kv.offloaded
+    (job,) = run(llm, [prompts[0]], [greedy(8)])
+    assert job.request.output_token_ids == alone("speculative", prompts[0], greedy(8))
+    assert llm.engine.parts.kv.offloaded == [] and moves_of(llm)[-1]["bytes"] == 0
+
+
+@pytest.mark.parametrize("method", ["speculative", "random"])
+def test_requests_whose_slots_take_more_than_their_tokens(
+    method: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy
+) -> None:
+    """To offload a layer then costs pages instead of freeing them: requests wait, and go on where they fit."""
+    roomy = make_llm("llama", method, budget=100, offload_layers=0)
+    params = [greedy(n) for n in (24, 60, 50, 40, 3, 24)]
+    six = [*prompts, prompts[0], prompts[3]]
+    expected = [roomy.generate([p], q)[0].token_ids for p, q in zip(six, params, strict=True)]
+    for pages in (36, 44, 60):
+        llm = make_llm("llama", method, budget=100, gpu_memory=pages * PAGE, host_memory=300 * PAGE, max_num_seqs=6)
+        jobs = run(llm, six, params)
+        assert [job.request.output_token_ids for job in jobs] == expected
+        moves_of(llm)
+
+
+# Waiting --------------------------------------------------------------------------------------------------------------
+
+
+def crowded(make_llm: MakeLLM, method: str = "speculative", **options: Any) -> LLM:
+    """One layer stays on the device, which holds three requests at their start and not at their end; the host holds all."""
+    pages = {"speculative": 34, "full": 26}.get(method, 28)
+    fixed: dict[str, Any] = {"budget": 12, "offload_layers": 2, "gpu_memory": pages * PAGE, "host_memory": 120 * PAGE}
+    return make_llm("llama", method, **fixed | options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_preempted_requests_go_on_where_they_were(
+    method: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any
+) -> None:
+    params = [greedy(n) for n in (140, 150, 120)]
+    llm = crowded(make_llm, method, max_num_batched_tokens=40, verify_loads=True)
+    three = [prompts[0], prompts[3], prompts[1]]
+    jobs = run(llm, three, params)
+    assert [job.request.output_token_ids for job in jobs] == [alone(method, *pair) for pair in zip(three, params, strict=True)]
+    counted = [job.request.preemptions for job in jobs]
+    assert sum(counted) == llm.engine.scheduler.preemptions > 0 and counted[0] == 0, "the first that came never waits"
+    assert [job.stats["preemptions"] for job in jobs if job.stats is not None] == counted
+    assert all(job.request.prefill_length == job.request.prompt_length for job in jobs), "nothing was computed again"
+
+
+@pytest.mark.parametrize("method", ["speculative", "full"])
+def test_statistics_go_on_after_a_preemption(method: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> None:
+    llm = crowded(make_llm, method)
+    jobs = run(llm, [prompts[0], prompts[3], prompts[1]], [greedy(n) for n in (140, 150, 120)])
+    assert llm.engine.scheduler.preemptions
+    quiet = make_llm("llama", method, budget=12, offload_layers=2)
+    for job in jobs:
+        made = len(job.request.output_token_ids)
+        lone = quiet.generate([job.request.token_ids[: job.request.prompt_length]], greedy(made))[0].stats
+        assert job.stats is not None and job.stats["decode_steps"] == made - 1
+        for name in ("tokens_read_per_step", "bytes_full_per_step", "selection_bytes_per_step", "overlap"):
+            assert job.stats[name] == pytest.approx(lone[name])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("device", "host"), [(10, 25), (14, 20), (20, 14), (30, 9)])
+def test_both_tiers_too_small_for_all(
+    method: str, device: int, host: int, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any
+) -> None:
+    """Requests wait or are computed again, and all come to their end; a dense method's tokens are the same even then."""
+    llm = make_llm("llama", method, budget=12, gpu_memory=device * PAGE, host_memory=host * PAGE, max_num_batched_tokens=50)
+    params = [greedy(n) for n in (80, 20, 8, 60)]
+    jobs = run(llm, prompts, params)
+    for job, prompt, wanted in zip(jobs, prompts, params, strict=True):
+        again = job.request.prefill_length > job.request.prompt_length
+        assert len(job.request.output_token_ids) == wanted.max_tokens and job.request.finish_reason == "length"
+        assert (again and method != "full") or job.request.output_token_ids == alone(method, prompt, wanted)
+    assert sum(job.request.preemptions for job in jobs) == llm.engine.scheduler.preemptions
+    moves_of(llm)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 2**32))
+def test_any_sizes_and_any_arrival(seed: int, make_llm: MakeLLM, greedy: Greedy, alone: Any) -> None:
+    """Requests come and are aborted at any time in tiers of any size: nothing hangs, leaks or changes."""
+    rng = random.Random(seed)
+    method = rng.choice(METHODS)
+    memory = {"gpu_memory": rng.choice([8, 10, 12, 16, 20, 30]) * PAGE, "host_memory": rng.choice([9, 14, 20, 30, 60]) * PAGE}
+    seats = {"max_num_seqs": rng.choice([1, 3, 6]), "max_num_batched_tokens": rng.choice([7, 30, 200])}
+    llm = make_llm(
+        "llama", method, budget=12, slots=rng.choice([None, 17, 40]), **memory, **seats, verify_loads=rng.random() < 0.5
+    )
+    engine, jobs = llm.engine, []
+    engine.parts.residency.chunk_bytes = rng.choice([500, 5000, 1 << 30])
+    asked = [
+        ([4 + rng.randrange(900) for _ in range(rng.choice([5, 20, 60]))], greedy(rng.choice([2, 30, 90]))) for _ in range(5)
+    ]
+    for at in range(3000):
+        if len(jobs) < len(asked) and (rng.random() < 0.2 or not engine.has_work):
+            try:
+                jobs.append(engine.add_request(f"r{at}", *asked[len(jobs)]))
+            except RequestError as error:
+                assert "memory" in str(error)
+                asked.pop(len(jobs))
+        elif not engine.has_work:
+            break
+        elif rng.random() < 0.005:
+            engine.abort(rng.choice(jobs).request.request_id)
+        else:
+            engine.step()
+        engine.check_integrity()
+        check_bounds(llm)
+    check_idle(llm)
+    moves_of(llm)
+    for job, (prompt, params) in zip(jobs, asked, strict=True):
+        made, request = job.request.output_token_ids, job.request
+        assert request.finish_reason == "abort" or len(made) == params.max_tokens
+        if request.prefill_length == request.prompt_length or method == "full":
+            assert made == alone(method, prompt, params)[: len(made)]
+
+
+# Refusals and aborts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("device", "host", "setting"), [(9, 60, "gpu_memory"), (9, 8, "host_memory")])
+def test_a_request_that_never_fits_is_refused_at_once(device: int, host: int, setting: str, make_llm: MakeLLM) -> None:
+    llm = make_llm("llama", "streaming", budget=100, gpu_memory=device * PAGE * 3, host_memory=host * PAGE)
+    params = SamplingParams(max_tokens=100)
+    with pytest.raises(RequestError, match=rf"(?s)a request of 500 tokens.*raise .*{setting}.* lower max_tokens") as error:
+        if setting == "host_memory":
+            llm.engine.add_request("long", [5] * 400, params)
+        else:
+            tiny = make_llm("llama", "speculative", budget=12, gpu_memory=device * PAGE, host_memory=host * PAGE * 3)
+            tiny.engine.add_request("long", [5] * 400, params)
+    assert sum(character.isdigit() for character in str(error.value)) > 8, "it names the bytes"
+    check_idle(llm)
+
+
+def test_aborts_of_running_waiting_and_parked_requests(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any) -> None:
+    llm = crowded(make_llm, max_num_seqs=3)
+    engine = llm.engine
+    four = [prompts[0], prompts[3], prompts[1], prompts[0]]
+    jobs = [engine.add_request(f"r{i}", prompt, greedy(150)) for i, prompt in enumerate(four)]
+    for _ in range(200):
+        if not engine.parts.kv.parked:
+            engine.step()
+    parked = next(job for job in jobs if job.request.seat < 0 and job.request.computed)
+    waiting = jobs[3]
+    assert waiting.request.seat < 0 and not waiting.request.computed
+    running = next(job for job in jobs[1:] if job.request.seat >= 0)
+    for job in (parked, waiting, running):
+        engine.abort(job.request.request_id)
+        engine.check_integrity()
+    assert not engine.parts.kv.parked
+    while engine.has_work:
+        engine.step()
+    check_idle(llm)
+    assert jobs[0].request.output_token_ids == alone("speculative", prompts[0], greedy(150))
+    assert [job.request.finish_reason for job in (parked, waiting, running)] == ["abort"] * 3
+
+
+@pytest.mark.parametrize("steps", [1, 3, 20, 30, 40])
+def test_aborts_while_a_layer_is_on_its_way(steps: int, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any) -> None:
+    """The seat is taken by another request before the move is done, which must bring that one's rows."""
+    llm = make_llm("llama", budget=12, gpu_memory=30 * PAGE, host_memory=90 * PAGE, max_num_seqs=2, verify_loads=True)
+    llm.engine.parts.residency.chunk_bytes = 400
+    engine = llm.engine
+    jobs = [engine.add_request(f"r{i}", prompts[i], greedy(60)) for i in (1, 3, 2)]
+    for _ in range(steps):
+        engine.step()
+    engine.abort("r3")
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+    check_idle(llm)
+    for job, i in ((jobs[0], 1), (jobs[2], 2)):
+        assert job.request.output_token_ids == alone("speculative", prompts[i], greedy(60))
+
+
+# Sizes ----------------------------------------------------------------------------------------------------------------
+
+
+def test_memory_that_is_not_named_is_a_share_of_what_is_free(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 100 * PAGE
+    monkeypatch.setattr(build, "free_memory", lambda device: free)
+    sizes = make_llm("llama", "streaming", budget=12, max_num_seqs=50).engine.parts.sizes
+    for used in (sizes.device_bytes, sizes.host_bytes):
+        assert 0.5 * SHARE_OF_FREE_MEMORY * free < used <= SHARE_OF_FREE_MEMORY * free
+
+
+def test_a_tier_without_room_for_one_request_says_what_it_needs(make_llm: MakeLLM) -> None:
+    with pytest.raises(MemoryPlanError, match=r"has \d+ bytes and needs at least \d+ .*--gpu-memory"):
+        make_llm("llama", budget=100, gpu_memory=3 * PAGE)
+
+
+@pytest.mark.slow
+def test_nano_in_a_device_tier_far_too_small() -> None:
+    """The bundled model with its own head, over prompts of several hundred tokens."""
+    rng = random.Random(3)
+    prompts = [[rng.randrange(4, 1800) for _ in range(length)] for length in (700, 300, 150)]
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    config = SpeContextConfig(budget=64)
+    roomy = LLM("nano", config=SpeContextConfig(budget=64, offload_layers=0), device="cpu", dtype="float32", max_model_len=1024)
+    expected = [output.token_ids for output in roomy.generate(prompts, params)]
+    page = roomy.engine.parts.kv.arena.page_bytes
+    for pages in (50, 90):
+        tight = LLM("nano", config=config, device="cpu", dtype="float32", max_model_len=1024, gpu_memory=pages * page)
+        outputs = tight.generate(prompts, params)
+        assert [output.token_ids for output in outputs] == expected
+        moves = outputs[0].stats["moves"]
+        assert isinstance(moves, list) and moves and {"step", "layer", "to_host", "bytes", "stall_s"} <= set(moves[0])
+        check_bounds(tight)
+        check_idle(tight)
