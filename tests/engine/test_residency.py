@@ -248,21 +248,21 @@ def test_both_tiers_too_small_for_all(
     moves_of(llm)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.integers(0, 2**32))
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 2**32))
 def test_any_sizes_and_any_arrival(seed: int, make_llm: MakeLLM, greedy: Greedy, alone: Any) -> None:
     """Requests come and are aborted at any time in tiers of any size: nothing hangs, leaks or changes."""
     rng = random.Random(seed)
     method = rng.choice(METHODS)
-    memory = {"gpu_memory": rng.choice([8, 10, 12, 16, 20, 30]) * PAGE, "host_memory": rng.choice([9, 14, 20, 30, 60]) * PAGE}
+    memory = {"gpu_memory": rng.choice([12, 14, 18, 24]) * PAGE, "host_memory": rng.choice([9, 14, 20, 30, 60]) * PAGE}
     seats = {"max_num_seqs": rng.choice([1, 3, 6]), "max_num_batched_tokens": rng.choice([7, 30, 200])}
     llm = make_llm(
-        "llama", method, budget=12, slots=rng.choice([None, 17, 40]), **memory, **seats, verify_loads=rng.random() < 0.5
+        "llama", method, budget=12, slots=rng.choice([None, 15, 28]), **memory, **seats, verify_loads=rng.random() < 0.5
     )
     engine, jobs = llm.engine, []
     engine.parts.residency.chunk_bytes = rng.choice([500, 5000, 1 << 30])
     asked = [
-        ([4 + rng.randrange(900) for _ in range(rng.choice([5, 20, 60]))], greedy(rng.choice([2, 30, 90]))) for _ in range(5)
+        ([4 + rng.randrange(900) for _ in range(rng.choice([5, 20, 60]))], greedy(rng.choice([2, 30, 70]))) for _ in range(5)
     ]
     for at in range(3000):
         if len(jobs) < len(asked) and (rng.random() < 0.2 or not engine.has_work):
@@ -362,7 +362,6 @@ def test_a_tier_without_room_for_one_request_says_what_it_needs(make_llm: MakeLL
         make_llm("llama", budget=100, gpu_memory=3 * PAGE)
 
 
-@pytest.mark.slow
 def test_nano_in_a_device_tier_far_too_small() -> None:
     """The bundled model with its own head, over prompts of several hundred tokens."""
     rng = random.Random(3)
