@@ -14,7 +14,7 @@ from specontext.core import Request, RequestError, SamplingParams
 from specontext.engine.build import build_parts
 from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
-from specontext.engine.runner import ModelRunner
+from specontext.engine.runner import DeviceMemoryError, ModelRunner
 from specontext.engine.sampler import LogitsError, sample
 from specontext.engine.scheduler import Schedule, Scheduler
 from specontext.models.loading import LoadedModel, load_model
@@ -136,11 +136,18 @@ class LLMEngine:
 
         Raises:
             LogitsError: the logits of some requests are broken. They are named and have ended; all others got their tokens.
+            DeviceMemoryError: the step did not fit. Its requests are named and have ended; others may go on.
         """
         schedule = self.scheduler.schedule()
         if schedule is None:
             return []
-        logits = self._run(schedule)
+        try:
+            logits = self._run(schedule)
+        except DeviceMemoryError as error:
+            error.request_ids = tuple(request.request_id for request in schedule.requests)
+            for request_id in error.request_ids:
+                self.abort(request_id)
+            raise
         ready = self.scheduler.advance(schedule)
         if not ready:
             return []

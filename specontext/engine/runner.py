@@ -22,7 +22,17 @@ from specontext.models.loading import LoadedModel
 
 
 class DeviceError(SpeContextError):
-    """The device failed in a step; the message says what to do."""
+    """The device failed in a step, and no later step can be trusted; the message says what to do."""
+
+
+class DeviceMemoryError(SpeContextError):
+    """The device had too little memory for a step; others may fit.
+
+    Attributes:
+        request_ids: the requests of the step, once they are known.
+    """
+
+    request_ids: tuple[str, ...] = ()
 
 
 class ModelRunner:
@@ -63,10 +73,11 @@ class ModelRunner:
         """Logits of the last token of every request, [requests, V]; valid until the next run.
 
         Raises:
-            DeviceError: the device is out of memory.
+            DeviceMemoryError: the device is out of memory.
+            DeviceError: it has failed.
         """
         streamed = self.parts.selector.dense and not all(self.parts.kv.resident)
-        with _enough_memory(len(batch.token_ids)):
+        with _working_device(len(batch.token_ids)):
             return self._forward(batch) if self._graphs is None or batch.prefills or streamed else self._graphs.run(batch)
 
     @torch.inference_mode()
@@ -89,9 +100,9 @@ class ModelRunner:
         """Logits [E, V] of states [E, H] that `run_with_states` gave.
 
         Raises:
-            DeviceError: the device is out of memory.
+            DeviceMemoryError: the device is out of memory.
         """
-        with _enough_memory(len(states)):
+        with _working_device(len(states)):
             logits: Tensor = self._output_layer(inputs_embeds=states[None], use_cache=False).logits[0]
             return logits
 
@@ -143,11 +154,13 @@ def _output_layer(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def _enough_memory(tokens: int) -> Iterator[None]:
+def _working_device(tokens: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise DeviceError(
+        raise DeviceMemoryError(
             f"the device ran out of memory in a step of {tokens} tokens ({str(error).splitlines()[0]}): lower "
             "--max-num-batched-tokens or --gpu-memory-utilization"
         ) from error
+    except torch.AcceleratorError as error:
+        raise DeviceError(f"the GPU has failed ({str(error).splitlines()[0]}): start the engine again") from error

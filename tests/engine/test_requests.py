@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from specontext import LLM, ConfigError, SamplingParams
 from specontext.core import RequestError
+from specontext.engine.runner import DeviceMemoryError
 
 MakeLLM = Callable[..., LLM]
 
@@ -137,3 +139,28 @@ def test_a_configuration_that_does_not_fit_leaves_the_engine_as_it_was(llm: LLM,
     with pytest.raises(ConfigError):
         llm.reconfigure(type(llm.config)(offload_layers=9))
     assert llm.generate([[5, 6, 7]], SamplingParams(temperature=0))[0].token_ids == before
+
+
+def test_a_step_that_does_not_fit_ends_its_requests_and_no_others(
+    make_llm: Callable[..., LLM], prompts: list[list[int]], greedy: Callable[..., SamplingParams], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_llm("llama", max_num_seqs=1)
+    engine = llm.engine
+    engine.add_request("first", prompts[0], greedy(4))
+    second = engine.add_request("second", prompts[1], greedy(4))
+    forward = engine.runner._forward
+
+    def full(batch: object) -> object:
+        monkeypatch.setattr(engine.runner, "_forward", forward)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore words")
+
+    monkeypatch.setattr(engine.runner, "_forward", full)
+    with pytest.raises(
+        DeviceMemoryError, match=r"step of 5 tokens \(CUDA out of memory.*lower --max-num-batched-tokens"
+    ) as caught:
+        engine.step()
+    assert caught.value.request_ids == ("first",)
+    while engine.has_work:
+        engine.step()
+    assert len(second.request.output_token_ids) == 4
+    engine.check_integrity()
