@@ -62,7 +62,7 @@ def unpark(kv: TieredKV, seat: int, parked: ParkedKV) -> None:
         raise
     for layer in layers:
         kv.host_pages.attach(layer, seat, parked.pages[layer])
-    kv.parked.remove(parked.pages)
+    _forget(kv, parked)
     kv.room[seat] = kv.pages_for(parked.tokens) * kv.page_size
     _copy(kv, resident, seat, parked.tokens, to_host=False)
     kv.host_pages.release([layer for layer in resident if layer != kv.moving], seat)
@@ -74,7 +74,11 @@ def discard(kv: TieredKV, parked: ParkedKV) -> None:
     """Give back what parked KV holds."""
     for pages in parked.pages:
         kv.host.pages.free(pages)
-    kv.parked.remove(parked.pages)
+    _forget(kv, parked)
+
+
+def _forget(kv: TieredKV, parked: ParkedKV) -> None:
+    kv.parked = [pages for pages in kv.parked if pages is not parked.pages]  # others may be equal: all that hold nothing are
 
 
 def _copy(kv: TieredKV, layers: list[int], seat: int, tokens: int, *, to_host: bool) -> None:

@@ -185,7 +185,9 @@ class TieredKV:
         """Give back everything a seat holds."""
         for pages in (self.token_pages, self.slot_pages, self.host_pages):
             pages.release(range(self.shape.layers), seat)
-        self.moved.pop(seat, None)
+        if self.moved.pop(seat, None) is not None:  # rows may be on their way to pages that others get next
+            for side in (PREFETCH, WRITE_BACK):
+                self.streams.wait(COMPUTE, self.streams.record(side))
         del self.room[seat]
 
     # Writing ----------------------------------------------------------------------------------------------------------

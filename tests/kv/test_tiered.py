@@ -284,6 +284,9 @@ class TieredMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.move is not None)
     @rule()
+    def give_up(self) -> None:
+        self.cancel()
+
     def cancel(self) -> None:
         assert self.move is not None
         self.move.cancel()
@@ -314,7 +317,9 @@ class TieredMachine(RuleBasedStateMachine):
                 self.grow_seat(rng.choice(seats), rng.randint(1, 40))
             self.steps(rng, rng.randint(1, 3), rng.choice([0, 3, 10]))
             self.nothing_is_lost()
-        if self.move is not None:
+        if self.move is not None and rng.random() < 0.15:
+            self.cancel()
+        elif self.move is not None:
             self.finish_or_refuse()
 
     # Steps ------------------------------------------------------------------------------------------------------------
@@ -354,6 +359,7 @@ class TieredMachine(RuleBasedStateMachine):
             if sparse:
                 self.kv.wait(layer)
                 rows = self.kv.rows(layer, torch.tensor(decodes), selections[layer], in_layer=self.in_layer)
+                self.attend(rows)
                 self.check_rows(layer, decodes, selections[layer], rows)
             new = [(seat, position) for seat, _ in chunks for position in range(self.length[seat], after[seat])]
             if new:
@@ -380,6 +386,9 @@ class TieredMachine(RuleBasedStateMachine):
             for head in range(self.shape.kv_heads):
                 tokens = [t if t < ends[r] else -1 for t in range(start, stop)]
                 self.check_head(layer, seat, head, tokens, buffer, rows[r, head])
+
+    def attend(self, rows: Tensor) -> None:
+        """Attention reads these rows of the arena; a hook."""
 
     def everything_is_stored(self, seat: int) -> None:
         """Dense reading of a seat finds all its tokens in every layer, and its page table leads to them."""
@@ -432,11 +441,13 @@ class TieredMachine(RuleBasedStateMachine):
 
     @staticmethod
     def recording(loaded: list[float]) -> Any:
+        load = tiered.gather_rows_layers
+
         def gather(source: Tensor, target: Tensor, *plan: Any) -> None:
             written = torch.full_like(target, torch.nan)
             gather_rows_layers(source, written, *plan)
             loaded.extend(number for number in written[:, 0, 0].tolist() if number == number)
-            gather_rows_layers(source, target, *plan)
+            load(source, target, *plan)
 
         return gather
 
@@ -446,7 +457,7 @@ class TieredMachine(RuleBasedStateMachine):
         self, seats: list[int], table: int, layer: int | None, selection: Selection, plan: LoadPlan | None, loaded: list[float]
     ) -> None:
         offloaded = [i for i in self.offloaded if layer is None or i == layer]
-        if not offloaded:
+        if self.dense or not (offloaded or (layer is None and self.adaptive and self.kv.streams.asynchronous)):
             assert plan is None and not loaded
             return
         assert plan is not None
