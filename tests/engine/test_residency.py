@@ -231,6 +231,7 @@ def test_statistics_go_on_after_a_preemption(method: str, make_llm: MakeLLM, pro
             assert job.stats[name] == pytest.approx(lone[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("device", "host"), [(10, 25), (14, 20), (20, 14), (30, 9)])
 def test_both_tiers_too_small_for_all(
@@ -248,6 +249,7 @@ def test_both_tiers_too_small_for_all(
     moves_of(llm)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
 def test_any_sizes_and_any_arrival(seed: int, make_llm: MakeLLM, greedy: Greedy, alone: Any) -> None:
