@@ -117,6 +117,8 @@ def test_a_full_queue() -> None:
     with running(make_engine(max_num_seqs=1), max_queued_requests=2) as server:
         streams = [open_stream(server, ENDLESS)]
         assert streams[0].recv(100)
+        # The answer begins before the request does: it has left the queue when a step has followed its first token.
+        wait_for(lambda: any(len(r.token_ids) > r.prompt_length + 1 for r in list(server.engine.scheduler.running)))
         streams += [open_stream(server, ENDLESS) for _ in range(2)]
         wait_for(lambda: server.open_outputs == 3)
         refused = server.post(TEXT, ENDLESS)
