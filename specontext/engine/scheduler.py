@@ -110,14 +110,12 @@ class Scheduler:
         decodes, chunks = self._choose()
         resettled = False
         while self.running and not decodes and not chunks:  # nobody can grow: the others make room for the first
-            if not self._preempt(but=self.running[0]) and not self._drop_parked(but=None):
+            if not self._preempt(but=self.running[0]):
                 if resettled:
-                    raise OutOfPagesError(
-                        "no room for the only running request: this is an error of the engine, please report it"
-                    )
+                    raise OutOfPagesError(STUCK)
                 # There is a residency that has room for it, but no way there while it holds its pages.
                 resettled = True
-                self._leave_seat(self.running[0])
+                self._leave_seat(self.running[0], dropping=True)
                 self._admit()
             decodes, chunks = self._choose()
         if not decodes and not chunks:
@@ -260,14 +258,22 @@ class Scheduler:
         victim.preemptions += 1
         return True
 
-    def _leave_seat(self, request: Request) -> None:
-        """A running request goes to the front of the queue, and what it has to the host, if there is room."""
+    def _leave_seat(self, request: Request, *, dropping: bool = False) -> None:
+        """A running request goes to the front of the queue, and what it has to the host, if there is room.
+
+        Args:
+            dropping: others that wait may lose what they have there.
+        """
         seat = request.seat
         state = (self.parts.selector.save(seat, request.computed), self.parts.meter.save(seat))
-        try:
-            self._parked[request.request_id] = Parked(park(self.parts.kv, seat, request.computed), *state)
-        except OutOfPagesError:
-            request.restart()
+        while True:
+            try:
+                self._parked[request.request_id] = Parked(park(self.parts.kv, seat, request.computed), *state)
+            except OutOfPagesError:
+                if dropping and self._drop_parked(but=None):
+                    continue
+                request.restart()
+            break
         self.running.remove(request)
         self._leave(request)
         self.waiting.appendleft(request)

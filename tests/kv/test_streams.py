@@ -317,7 +317,7 @@ PLACES = {
 
 def test_any_history_is_free_of_races(monkeypatch: pytest.MonkeyPatch) -> None:
     places: set[str] = set()
-    for seed in range(50):
+    for seed in range(30):
         streams = RecordingStreams()
         with monkeypatch.context() as patch:
             watch(streams, patch)

@@ -131,3 +131,21 @@ def test_keys_of_a_reused_seat_start_afresh(
     first = [llm.generate([p], greedy(12))[0].token_ids for p in prompts]
     again = [llm.generate([p], greedy(12))[0].token_ids for p in reversed(prompts)]
     assert first == again[::-1]
+
+
+def test_saved_state_is_not_touched_by_who_takes_the_seat(
+    make_llm: Callable[..., LLM], prompts: list[list[int]], greedy: Callable[..., SamplingParams]
+) -> None:
+    llm = make_llm("llama", budget=12, max_num_seqs=1)
+    selector, stream = llm.engine.parts.selector, llm.stream(prompts[2], greedy(8))
+    next(stream)
+    keys, feature = selector.save(0, len(prompts[2]))  # type: ignore[misc]
+    before = keys.clone(), feature.clone()
+    stream.close()  # type: ignore[attr-defined]
+    llm.generate([prompts[1]], greedy(8))
+    assert torch.equal(keys, before[0]) and torch.equal(feature, before[1])
+    selector.open(0, len(prompts[2]))
+    selector.restore(0, len(prompts[2]), (keys, feature))
+    again = selector.save(0, len(prompts[2]))
+    assert all(torch.equal(a, b) for a, b in zip(again, before, strict=True))  # type: ignore[call-overload]
+    selector.close(0)

@@ -47,7 +47,9 @@ class SpeculativeSelector(Selector):
         self.cache.close(seat)
 
     def save(self, seat: int, tokens: int) -> object:
-        feature = None if self.last_feature is None else self.last_feature[seat].cpu()
+        feature = None
+        if self.last_feature is not None:
+            feature = self.last_feature[seat].to("cpu", copy=True)  # on a CPU, too: others take the seat
         return self.cache.keys_of(seat, tokens).cpu(), feature
 
     def restore(self, seat: int, tokens: int, state: object) -> None:
