@@ -163,7 +163,9 @@ class Engine:
 
     def _fill_pools(self) -> None:
         page = PAGE * self.parts.kv.shape.kv_heads  # rows of the page that stays zero
-        for rows in (self.parts.kv.arena.rows[page:], self.parts.kv.host.rows[page:]):
+        kv = self.parts.kv
+        pools = [kv.arena, kv.host] if kv.adaptive or kv.offloaded else [kv.arena]
+        for rows in (pool.rows[page:] for pool in pools):
             if len(rows):
                 fill(rows, torch.Generator(rows.device).manual_seed(0))
 

@@ -93,8 +93,9 @@ def parts_for(
     for seat in range(requests):
         parts.kv.open(seat, context)
         parts.selector.open(seat, context)
-    for rows in (parts.kv.arena.rows, parts.kv.host.rows):
-        fill(rows)
+    fill(parts.kv.arena.rows)
+    if parts.kv.offloaded:  # else nothing there is read, and memory that is written is taken
+        fill(parts.kv.host.rows)
     if head is not None:  # its keys lie in the arena
         parts.selector.last_feature.normal_()  # type: ignore[attr-defined]
     return parts

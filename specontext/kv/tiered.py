@@ -167,10 +167,9 @@ class TieredKV:
         count = self.pages_for(tokens)
         on_device = [layer for layer, here in enumerate(self.resident) if here or layer == self.moving]
         on_host = [layer for layer, here in enumerate(self.resident) if not here or layer == self.moving]
-        needed = self.host_pages.lacking(on_host, seat, count)
-        self.host.pages.require(needed)
+        self.arena.pages.require(self.token_pages.lacking(on_device, seat, count))
+        self.host_pages.extend(on_host, seat, count)  # may also fail because its memory is refused
         self.token_pages.extend(on_device, seat, count)
-        self.host_pages.extend(on_host, seat, count)
         self.room[seat] = count * self.page_size
 
     def reserve_slots(self, seat: int) -> None:

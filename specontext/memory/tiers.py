@@ -44,7 +44,8 @@ def size_tiers(
 ) -> TierSizes:
     """Pools for `seats` requests of `max_tokens` tokens, or for as much of that as the memory allows.
 
-    KV pages, slots and the head's keys share the device's pool, so memory goes to whichever needs it.
+    KV pages, slots and the head's keys share the device's pool, so memory goes to whichever needs it. The host's has room for all
+    layers, whichever live there: requests that have to wait keep their KV in it. Only what is reached of it is committed.
 
     Args:
         kv: bytes of a token and of a request's slots.
@@ -56,7 +57,6 @@ def size_tiers(
     """
     page = kv.page_size * kv.resident_token
     tokens = seats * kv.whole_pages(max_tokens)
-    most_offloaded = kv.layers if offloaded is None else offloaded
     least = min(
         _with_null(kv, kv.page_size, 1, number) for number in (range(kv.layers + 1) if offloaded is None else [offloaded])
     )
@@ -65,12 +65,12 @@ def size_tiers(
             f"the device tier of KV has {device_memory} bytes and needs at least {least} for one request: "
             "raise --gpu-memory, lower --slots, or offload more layers"
         )
-    host_least = 2 * page * most_offloaded if offloaded else page
+    host_least = page * max(1, 2 * (kv.layers if offloaded is None else offloaded))
     if host_memory < host_least:
         raise MemoryPlanError(f"the host tier of KV has {host_memory} bytes and needs at least {host_least}: raise --host-memory")
     device_pages = min(_with_null(kv, tokens, seats, offloaded or 0), device_memory) // page
-    host_pages = min(page + tokens * most_offloaded * kv.resident_token, host_memory) // page
-    return TierSizes(device_pages, host_pages, device_pages * page, host_pages * page if host_pages > 1 else 0)
+    host_pages = min(page + tokens * kv.layers * kv.resident_token, host_memory) // page
+    return TierSizes(device_pages, host_pages, device_pages * page, host_pages * page)
 
 
 def _with_null(kv: KVCost, tokens: int, requests: int, offloaded: int) -> int:

@@ -215,6 +215,19 @@ def test_preempted_requests_go_on_where_they_were(
     assert all(job.request.prefill_length == job.request.prompt_length for job in jobs), "nothing was computed again"
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_fixed_layers_on_the_device_do_not_make_waiting_requests_forget(
+    method: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any
+) -> None:
+    """Nothing moves, and still the host keeps what waits: its tokens are those it would have had alone."""
+    # Two requests fit as they come, with room for the next 64 tokens; not as they end, with 3 x (13 + 11) pages.
+    llm = make_llm("llama", method, budget=12, offload_layers=0, gpu_memory=56 * PAGE, host_memory=200 * PAGE)
+    two, params = [prompts[1], prompts[3]], [greedy(150), greedy(140)]
+    jobs = run(llm, two, params)
+    assert [j.request.output_token_ids for j in jobs] == [alone(method, p, q) for p, q in zip(two, params, strict=True)]
+    assert sum(job.request.preemptions for job in jobs) > 0 and not llm.engine.parts.residency.moves
+
+
 def test_statistics_go_on_after_a_preemption(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> None:
     llm = crowded(make_llm)
     jobs = run(llm, [prompts[0], prompts[3], prompts[1]], [greedy(n) for n in (140, 150, 120)])

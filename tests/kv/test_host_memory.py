@@ -12,7 +12,8 @@ import torch
 from specontext.core import ModelShape
 from specontext.kv import host_memory
 from specontext.kv.host_memory import AHEAD, HostMemory, HostMemoryError
-from specontext.kv.pool import make_pools
+from specontext.kv.pool import PagePool, make_pools
+from specontext.kv.tiered import TieredKV
 
 CHUNK = 1 << 20
 
@@ -107,9 +108,35 @@ def test_pages_are_not_lost_where_their_memory_is_refused(driver: Driver, monkey
     memory.close()
 
 
-def host_memory_pool(shape: ModelShape, memory: HostMemory, pages: int):  # type: ignore[no-untyped-def]
-    from specontext.kv.pool import PagePool
+def test_a_seat_that_cannot_grow_on_the_host_is_as_it_was(driver: Driver) -> None:
+    shape = ModelShape(2, 8, 2, 2, 64, 10, 64, torch.float32)
+    memory = HostMemory(8 * CHUNK, pinned=True)
+    arena, _ = make_pools(shape, device_pages=900, host_pages=1, page_size=16, device=torch.device("cpu"))
+    host = host_memory_pool(shape, memory, 8 * CHUNK // arena.page_bytes)
+    kv = TieredKV(
+        shape,
+        resident=(True, False),
+        head_map=torch.zeros(2, 2, dtype=torch.int64),
+        tables=1,
+        groups=1,
+        slots=32,
+        sink=1,
+        recent=2,
+        seats=1,
+        max_tokens=8000,
+        arena=arena,
+        host=host,
+    )
+    kv.open(0, 100)
+    driver.limit = sum(driver.pinned.values())
+    with pytest.raises(HostMemoryError):
+        kv.grow(0, 7000)
+    kv.check_integrity()
+    kv.close(0)
+    memory.close()
 
+
+def host_memory_pool(shape: ModelShape, memory: HostMemory, pages: int) -> PagePool:
     return PagePool(shape, pages, 16, "host tier of KV", memory)
 
 

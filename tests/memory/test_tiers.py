@@ -41,14 +41,14 @@ def test_what_the_requests_need_by_hand() -> None:
     keys = 2 * 7 * 16 * 40  # bytes of full pages of keys; what each request's last page of them wastes is less than a page
     kv = 2 * (3 * 7 + 1 * 3)
     assert found.device_pages == 1 + kv + -(-(keys + 2 * 16 * TOKEN) // (16 * TOKEN))
-    assert found.host_pages == 1 + 2 * 7
+    assert found.host_pages == 1 + 2 * 4 * 7  # all layers: requests that wait keep their KV there
     assert found.device_bytes == found.device_pages * 16 * TOKEN
     assert found.host_bytes == found.host_pages * 16 * TOKEN
 
 
-def test_without_offloaded_layers_there_is_no_host_tier_and_without_a_head_no_keys() -> None:
+def test_without_offloaded_layers_there_are_no_slots_and_without_a_head_no_keys() -> None:
     found = sizes(offloaded=0, keys=0)
-    assert (found.device_pages, found.host_bytes) == (1 + 2 * 4 * 7, 0)
+    assert (found.device_pages, found.host_pages) == (1 + 2 * 4 * 7, 1 + 2 * 4 * 7)
     assert found.device_bytes == found.device_pages * 16 * TOKEN
 
 
