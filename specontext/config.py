@@ -116,7 +116,9 @@ class EngineConfig:
         "Bytes of GPU memory that the engine may use, weights and buffers included; on a CPU, bytes of the device tier of KV. "
         "Default: gpu_memory_utilization; on a CPU what max_num_seqs requests of max_model_len tokens need, as far as free.",
     )
-    gpu_memory_utilization: float = _option(0.9, "Share of the GPU's memory that the engine may use.")  # type: ignore[assignment]
+    gpu_memory_utilization: float | None = _option(  # type: ignore[assignment]
+        None, "Share of the GPU's memory that the engine may use, where gpu_memory names no bytes. Default: 0.9."
+    )
     host_memory: int | None = _option(  # type: ignore[assignment]
         None, "Bytes of the host tier of KV. Default: what the requests need, up to a share of the free memory."
     )
@@ -153,8 +155,11 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _require_int(name, getattr(self, name), 1)
         share = self.gpu_memory_utilization
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise ConfigError(f"gpu_memory_utilization must be a number above 0 and at most 1, got {share!r}")
+        if share is not None:
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+                raise ConfigError(f"gpu_memory_utilization must be a number above 0 and at most 1, got {share!r}")
+            if self.gpu_memory is not None:
+                raise ConfigError("gpu_memory and gpu_memory_utilization both bound the GPU's memory: give one of them")
         for name, least, words in (("head_rope_theta", 0, "above 0"), ("head_yarn_factor", 1, "of at least 1")):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf

@@ -74,6 +74,8 @@ def test_resolve_refuses_what_does_not_fit_the_model_or_the_recommended_budget()
             for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "max_model_len", "gpu_memory", "host_memory")
             for value in (0, -1, 1.5, True, "8")
         ),
+        *(({"gpu_memory_utilization": share}, "above 0 and at most 1") for share in (0, -0.1, 1.01, True, "0.9")),
+        ({"gpu_memory_utilization": 0.5, "gpu_memory": 1 << 30}, "give one of them"),
     ],
 )
 def test_wrong_settings_of_the_engine(settings: dict[str, Any], message: str) -> None:

@@ -27,6 +27,7 @@ from specontext.retrieval.methods import FullSelector, OracleSelector, RandomSel
 from specontext.retrieval.selector import Budget, Selector
 
 logger = logging.getLogger("specontext")
+SHARE_OF_GPU = 0.9  # that the engine may use where nothing was said
 # Between two steps a moving layer copies weights / this bytes: a fraction of what a step reads in any case. On a GPU the bus is
 # some sixty times slower than its memory, and the copy runs beside the step.
 CHUNK_SHARE_OF_WEIGHTS = {"cpu": 4, "cuda": 64}
@@ -157,10 +158,12 @@ def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device)
     On a CPU, where these are ordinary memory, the limit is the tier's own.
     """
     if device.type == "cpu":
+        if config.gpu_memory_utilization is not None:
+            raise ConfigError("gpu_memory_utilization needs a GPU: on a CPU give gpu_memory, the bytes of the device tier of KV")
         return config.gpu_memory or int(SHARE_OF_FREE_MEMORY * free_memory(device))
     free, total = torch.cuda.mem_get_info(device)
     ours = torch.cuda.memory_reserved(device)
-    limit = config.gpu_memory or int(config.gpu_memory_utilization * total)
+    limit = config.gpu_memory or int((config.gpu_memory_utilization or SHARE_OF_GPU) * total)
     others = plan.fixed_bytes
     if limit < others:
         parts = ", ".join(f"{name} {size}" for name, size in plan.fixed.items())

@@ -85,16 +85,16 @@ def _copy(kv: TieredKV, layers: list[int], seat: int, tokens: int, *, to_host: b
     """All rows of a seat in some layers, from one tier to the other; what is computed next finds them there."""
     if not layers or not tokens:
         return
-    index = torch.arange(tokens, device=kv.device).expand(len(layers), 1, -1)
-    chosen = torch.tensor(layers, device=kv.device)
-    here = kv.arena.rows_of(kv.token_pages.table[chosen, seat], index)
-    there = kv.host.rows_of(kv.host_pages.table[chosen, seat], index)
+    index = torch.arange(tokens, device=kv.device)[None, None]
     side = WRITE_BACK if to_host else PREFETCH
-    kv.streams.wait(side, kv.streams.record(COMPUTE))
-    with kv.streams.on(side):
-        if to_host:
-            gather_rows(kv.arena.rows, here, kv.host.rows, there)
-        else:
-            gather_rows(kv.host.rows, there, kv.arena.rows, here)
-    kv.streams.keep(side, here, there)
+    for layer in layers:  # the row numbers of all layers at once would be hundreds of megabytes for a long context
+        here = kv.arena.rows_of(kv.token_pages.table[layer, seat][None], index)
+        there = kv.host.rows_of(kv.host_pages.table[layer, seat][None], index)
+        kv.streams.wait(side, kv.streams.record(COMPUTE))
+        with kv.streams.on(side):
+            if to_host:
+                gather_rows(kv.arena.rows, here, kv.host.rows, there)
+            else:
+                gather_rows(kv.host.rows, there, kv.arena.rows, here)
+        kv.streams.keep(side, here, there)
     kv.streams.wait(COMPUTE, kv.streams.record(side))

@@ -164,3 +164,8 @@ def test_a_step_that_does_not_fit_ends_its_requests_and_no_others(
         engine.step()
     assert len(second.request.output_token_ids) == 4
     engine.check_integrity()
+
+
+def test_a_share_of_a_gpu_s_memory_means_nothing_on_a_cpu(make_llm: Callable[..., LLM]) -> None:
+    with pytest.raises(ConfigError, match="needs a GPU: on a CPU give gpu_memory"):
+        make_llm("llama", gpu_memory_utilization=0.5)
