@@ -109,9 +109,8 @@ class Chat:
         return chat_logprobs(token_ids, tables or [], self.body.top_logprobs or 0, self.state.texts)
 
     def _usage(self) -> Any:
-        return make_usage(
-            sum(map(len, self.stream.prompts)), self.completion_tokens, [choice.stats for choice in self.choices if choice.stats]
-        )
+        prompt_tokens, stats = sum(map(len, self.stream.prompts)), [choice.stats for choice in self.choices]
+        return make_usage(prompt_tokens, self.completion_tokens, stats, n=len(stats))
 
     def _note(self, request: Request) -> None:
         note(

@@ -156,8 +156,8 @@ class Completion:
         return self._echo_logprobs(index, choice.prompt_tables) + found
 
     def _usage(self) -> Any:
-        stats = [choice.stats for choice in self.choices if choice.stats]
-        return make_usage(sum(map(len, self.prompts)), self.completion_tokens, stats)
+        stats = [choice.stats for choice in self.choices]
+        return make_usage(sum(map(len, self.prompts)), self.completion_tokens, stats, n=self.body.n or 1)
 
     def _note(self, request: Request) -> None:
         note(
