@@ -63,14 +63,15 @@ class ProgramTask:
         lines = min((length - count_tokens(HEADER + FOOTER) - 2) // line_tokens, len(NOUNS))
         if lines < 2:
             raise LengthError(f"{self.name}: {length} tokens do not hold two program lines")
-        program, values, worked = self._lines(rng.sample(NOUNS, lines), rng), dict[str, int](), list[str]()
+        program, values, worked = self.lines(rng.sample(NOUNS, lines), rng), dict[str, int](), list[str]()
         for line in program:
             worked.append(line.run(values))
         prompt = HEADER + "".join(line.source() for line in program) + FOOTER
         answer = "".join(worked).lstrip(" ")
         return Problem(self.name, prompt, answer, count_tokens(prompt) + count_tokens(" " + answer))
 
-    def _lines(self, targets: list[str], rng: random.Random) -> list[Line]:
+    def lines(self, targets: list[str], rng: random.Random) -> list[Line]:
+        """A program that assigns `targets` in order."""
         program: list[Line] = []
         begun = set[tuple[str, str]]()
         while len(program) < len(targets):

@@ -1,11 +1,20 @@
-"""The suites by name; each makes its tasks, from a path or a Hub name where the suite has data."""
+"""The suites by name; each makes its tasks, from a path or a Hub name where the suite has data.
+
+A task may say more than `EvalTask` asks of it: `default_lengths`, the lengths that are run where none are asked for (without
+it, its problems have lengths of their own), and `unfit(text)`, why it is left out for a model unless asked for by name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from specontext.evaluation.suites.example import EvalTask, Example, TextTools
+from specontext.evaluation.suites.reasoning import reasoning
+from specontext.evaluation.suites.ruler import ruler
 
 __all__ = ["SUITES", "EvalTask", "Example", "TextTools"]
 
-SUITES: dict[str, Callable[..., list[EvalTask]]] = {}
+SUITES: dict[str, Callable[..., list[EvalTask]]] = {
+    "ruler": ruler,
+    "reasoning": reasoning,
+}

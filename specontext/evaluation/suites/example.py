@@ -50,8 +50,11 @@ class TextTools:
 class EvalTask(Protocol):
     """A task of a suite: draws problems from a seed and scores answers."""
 
-    suite: str
-    name: str
+    @property
+    def suite(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
 
     def examples(self, *, length: int | None, n: int, seed: int, text: TextTools) -> list[Example]:
         """The first `n` problems of `seed`, of at most `length` tokens with the answer's; None: the data's own lengths."""

@@ -1,0 +1,38 @@
+"""A model's tokenizer, as suites and the runner see it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from specontext.evaluation.suites.example import TextTools
+
+
+def text_tools(tokenizer: Any) -> TextTools:
+    """The tools of a Hugging Face tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+
+    def encode(text: str) -> list[int]:
+        if backend is not None:  # many times as fast as the wrapper on short texts
+            return list(backend.encode(text, add_special_tokens=False).ids)
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    def chat(text: str) -> str:
+        if not tokenizer.chat_template:
+            return text
+        turns = [{"role": "user", "content": text}]
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+    def truncate_middle(text: str, most: int) -> str:
+        ids = encode(text)
+        if len(ids) <= most:
+            return text
+        start, end = most // 2, most - most // 2
+        return "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids[-end:]))
+
+    return TextTools(lambda text: len(encode(text)), chat, truncate_middle)
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Tokens of an example's prompt: a chat template has put its special tokens there already, plain text gets the tokenizer's."""
+    templated = prompt.startswith(tuple(tokenizer.all_special_tokens))
+    return list(tokenizer(prompt, add_special_tokens=not templated)["input_ids"])
