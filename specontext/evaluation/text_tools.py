@@ -33,6 +33,6 @@ def text_tools(tokenizer: Any) -> TextTools:
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Tokens of an example's prompt: a chat template has put its special tokens there already, plain text gets the tokenizer's."""
+    """Tokens of an example's prompt: a chat template has put special tokens there already, plain text gets the tokenizer's."""
     templated = prompt.startswith(tuple(tokenizer.all_special_tokens))
     return list(tokenizer(prompt, add_special_tokens=not templated)["input_ids"])

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 from specontext.core import SpeContextError
 from specontext.evaluation.suites.example import Example, TextTools
@@ -29,7 +30,7 @@ class GeneratedTask(ABC):
     suite: str
     name: str
 
-    default_lengths = (4096,)
+    default_lengths: ClassVar[tuple[int, ...]] = (4096,)
 
     def examples(self, *, length: int | None, n: int, seed: int, text: TextTools) -> list[Example]:
         """The first `n` problems of `seed`.

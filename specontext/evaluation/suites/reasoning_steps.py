@@ -6,6 +6,7 @@ import random
 import re
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from specontext.evaluation.suites.example import Example, TextTools
 from specontext.evaluation.suites.generated import GeneratedTask, most_units
@@ -44,7 +45,7 @@ class Puzzle:
 class StepsTask(GeneratedTask):
     """A puzzle whose answer is about as long as its prompt or longer, in the model's chat template."""
 
-    default_lengths = (1024, 2048)
+    default_lengths: ClassVar[tuple[int, ...]] = (1024, 2048)
 
     @abstractmethod
     def puzzle(self, steps: int, rng: random.Random) -> Puzzle:
