@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from specontext.evaluation.suites.example import EvalTask, Example, TextTools
+from specontext.evaluation.suites.longbench import longbench, longbench_e
 from specontext.evaluation.suites.reasoning import reasoning
 from specontext.evaluation.suites.ruler import ruler
 
@@ -17,4 +18,6 @@ __all__ = ["SUITES", "EvalTask", "Example", "TextTools"]
 SUITES: dict[str, Callable[..., list[EvalTask]]] = {
     "ruler": ruler,
     "reasoning": reasoning,
+    "longbench": longbench,
+    "longbench-e": longbench_e,
 }
