@@ -36,7 +36,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from unittest.mock import patch
 import torch
 from adaptive_report import Round, crossings_of, points_of, show, summary_of
 from measure import clock, fill, machine, versions
-from replay import Replay, overlapping
+from replay import Replay, overlapping, with_own_method
 from shapes import DTYPES, random_model
 
 from specontext.config import EngineConfig, SpeContextConfig
@@ -138,7 +138,7 @@ class Engine:
         self.name, self.loaded, self.case, self.device = name, loaded, case, parts.kv.device
         selections = selections_of(parts, case, case.start)
         self.replay = GrowingReplay(parts, selections, self.device)
-        self.parts = parts = replace(parts, selector=self.replay)
+        self.parts = parts = with_own_method(parts, self.replay)
         features = parts.head.config.feature_layers if parts.head is not None else ()
         self.runner = ModelRunner(loaded, parts, feature_layers=features, measure_recall=False)
         self.scheduler = Scheduler(parts, seats=case.requests, max_batched_tokens=max(1024, case.requests))

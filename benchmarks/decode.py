@@ -28,14 +28,14 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
 import specontext  # noqa: F401  # isort: skip  # before torch: it says how torch's threads wait
 import torch
 from measure import clock, machine, read_bandwidth, versions
-from replay import Replay, overlapping
+from replay import Replay, overlapping, with_own_method
 from rich.console import Console
 from rich.table import Table
 from shapes import DTYPES, random_model
@@ -92,7 +92,7 @@ def parts_for(
     parts = build_parts(config, loaded, head, device)
     for seat in range(requests):
         parts.kv.open(seat, context)
-        parts.selector.open(seat, context)
+        parts.methods.open(seat, context, None)
     fill(parts.kv.arena.rows)
     if parts.kv.offloaded:  # else nothing there is read, and memory that is written is taken
         fill(parts.kv.host.rows)
@@ -225,7 +225,7 @@ def main() -> None:
     def replayed(parts: Parts, tokens: int) -> Parts:
         limits = Budget(budget, parts.method.sink, parts.method.recent)
         selections = overlapping(limits, tokens, requests, parts.selector.groups, arguments.overlap, 16)
-        return replace(parts, selector=Replay(parts.selector, selections, device))
+        return with_own_method(parts, Replay(parts.selector, selections, device))
 
     wanted = arguments.systems.split(",")
     systems: list[System] = []

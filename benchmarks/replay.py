@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from specontext.core import Batch, Selection
+from specontext.engine.build import Parts
+from specontext.engine.methods import Methods
 from specontext.retrieval.selector import Budget, DecodeTokens, Selector
 
 
@@ -48,6 +52,13 @@ class Replay(Selector):
 
     def selection_bytes(self, lengths: Tensor) -> Tensor:
         return self.inner.selection_bytes(lengths)
+
+
+def with_own_method(parts: Parts, selector: Selector) -> Parts:
+    """The same parts with another selector as the engine's own method."""
+    methods = parts.methods
+    selectors = methods.selectors | {methods.own.method: selector}
+    return replace(parts, methods=Methods(methods.own.method, methods.budget, selectors, device=parts.kv.device))
 
 
 def overlapping(budget: Budget, context: int, requests: int, groups: int, overlap: float, count: int) -> list[Selection]:

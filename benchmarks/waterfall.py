@@ -12,7 +12,7 @@ import argparse
 import json
 import tempfile
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import specontext  # noqa: F401  # isort: skip  # before torch: it says how torc
 import torch
 from decode import decode_batch, parts_for
 from measure import machine, versions
-from replay import Replay, overlapping
+from replay import Replay, overlapping, with_own_method
 from rich.console import Console
 from rich.table import Table
 from shapes import random_model
@@ -128,7 +128,7 @@ def main() -> None:
     parts = parts_for(loaded, head, method, requests, context, device)
     limits = Budget(budget, parts.method.sink, parts.method.recent)
     selections = overlapping(limits, context, requests, parts.selector.groups, arguments.overlap, 16)
-    parts = replace(parts, selector=Replay(parts.selector, selections, device))
+    parts = with_own_method(parts, Replay(parts.selector, selections, device))
     runner = ModelRunner(loaded, parts, feature_layers=head.config.feature_layers, measure_recall=False)
     batch = decode_batch(requests, context, device)
     for _ in range(20):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from specontext.core import SpeContextError
 
 METHODS = ("full", "speculative", "streaming", "oracle", "random")
+# What requests may name besides, as METHOD-VARIANT.
+VARIANTS: dict[str, tuple[str, ...]] = {"speculative": ("union", "batch", "identity")}
+CHOICES = (*METHODS, *(f"{method}-{variant}" for method, variants in VARIANTS.items() for variant in variants))
+CHEAP_METHODS = ("full", "streaming", "random")  # they need no memory of their own
 GRANULARITIES = ("head", "union", "batch")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_BUDGET = 2048
@@ -106,6 +111,11 @@ class EngineConfig:
     method: SpeContextConfig = field(default_factory=SpeContextConfig)
     dtype: str = _option("auto", "Number format of weights and KV: auto (the checkpoint's), float32, bfloat16 or float16.")  # type: ignore[assignment]
     device: str = _option("auto", "Where the model runs: auto, cpu, cuda or cuda:N.")  # type: ignore[assignment]
+    methods: Sequence[str] | None = _option(  # type: ignore[assignment]
+        None,
+        "Methods that requests may name instead of the engine's own, with budgets up to the engine's. Those that keep state of "
+        "their own take memory for all requests. Default: full, streaming and random, unless the engine's own method is full.",
+    )
     max_model_len: int | None = _option(  # type: ignore[assignment]
         None, "Longest context, prompt and output together, in tokens. Default: the model's own maximum."
     )
@@ -151,6 +161,12 @@ class EngineConfig:
             raise ConfigError(f"unknown dtype '{self.dtype}': choose one of {', '.join(DTYPES)}")
         for name in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
             _require_int(name, getattr(self, name), 1)
+        if self.methods is not None:
+            if not isinstance(self.methods, Sequence) or isinstance(self.methods, str):
+                raise ConfigError(f"methods must be a list of names, got {self.methods!r}")
+            if unknown := [name for name in self.methods if name not in CHOICES]:
+                raise ConfigError(f"unknown method '{unknown[0]}' in methods: choose among {', '.join(CHOICES)}")
+            object.__setattr__(self, "methods", tuple(self.methods))
         for name in ("max_model_len", "gpu_memory", "host_memory"):
             if getattr(self, name) is not None:
                 _require_int(name, getattr(self, name), 1)
@@ -165,6 +181,13 @@ class EngineConfig:
             number = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf
             if value is not None and (not number or value == 0):
                 raise ConfigError(f"{name} must be a number {words}, got {value!r}")
+
+    @property
+    def all_methods(self) -> tuple[str, ...]:
+        """The engine's own method first, then those that requests may name."""
+        own = self.method.method
+        others = self.methods if self.methods is not None else () if own == "full" else CHEAP_METHODS
+        return tuple(dict.fromkeys((own, *others)))
 
 
 def _require_int(name: str, value: object, least: int) -> None:

@@ -92,6 +92,8 @@ class SamplingParams:
         prompt_logprobs: the same for the tokens of the prompt.
         presence_penalty, frequency_penalty: subtracted from the logits of tokens of the output so far.
         repetition_penalty: divides positive (multiplies negative) logits of tokens of prompt and output.
+        method, budget: how KV entries are chosen for this request, among what the engine allows; None is the engine's own. What
+            others in the batch chose makes no difference.
 
     Raises:
         RequestError: a value out of range.
@@ -115,6 +117,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    method: str | None = None
+    budget: int | None = None
 
     def __post_init__(self) -> None:
         self._as_tuple("stop")
@@ -136,6 +140,10 @@ class SamplingParams:
                 self._bounds(name, 0, math.inf)
         if self.seed is not None:
             self._bounds("seed", 0, 2**63 - 1)
+        if self.budget is not None:
+            self._bounds("budget", 1, math.inf)
+        if self.method is not None and not isinstance(self.method, str):
+            raise RequestError(f"method must be a name, got {self.method!r}")
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise RequestError("stop must be non-empty strings")
         if any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in self.stop_token_ids):
@@ -160,6 +168,14 @@ class SamplingParams:
             raise RequestError(f"{name} must be {kind} {least} {low}{most}, got {value!r}")
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How the KV entries of a request are chosen: a method's name, and its budget (0 for a method that reads everything)."""
+
+    method: str
+    budget: int
+
+
 @dataclass(eq=False)
 class Request:
     """One output being made: its tokens, how many of them the model has seen, and its seat in the KV tables.
@@ -167,10 +183,12 @@ class Request:
     `computed <= len(token_ids)`: tokens catch up; a request whose prompt is computed decodes one token a step.
 
     Attributes:
+        choice: how its KV entries are chosen; None is the engine's own way.
         index: which of the `n` outputs of its prompt this is; part of the key of its random numbers.
         seat: row of this request in every per-request table, -1 while it waits.
         prefill_length: tokens that are computed densely: the prompt, and what had been generated before a restart.
         preemptions: how often it had to wait again.
+        captured_steps: decode steps that were replayed as a captured CUDA graph.
         prompt_logprobs: for each prompt token the log-probabilities by token id, None for the first one; it grows while the
             prompt is computed and is complete before the first token is sampled.
     """
@@ -180,6 +198,7 @@ class Request:
     prompt_length: int
     params: SamplingParams
     seed: int
+    choice: Choice | None = None
     index: int = 0
     seat: int = -1
     computed: int = 0
@@ -189,6 +208,7 @@ class Request:
     arrived: float = 0.0
     prefill_length: int = 0
     preemptions: int = 0
+    captured_steps: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.prompt_length <= len(self.token_ids):
@@ -220,6 +240,20 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Lane:
+    """Decode tokens start .. stop - 1 of a batch, whose requests choose in the same way.
+
+    Attributes:
+        span: none of them has more tokens in context.
+    """
+
+    choice: Choice | None
+    start: int
+    stop: int
+    span: int
+
+
+@dataclass(frozen=True)
 class Batch:
     """The packed tokens of one step: decode tokens first (one a request), then prefill chunks.
 
@@ -231,6 +265,7 @@ class Batch:
         prefills: chunks of prompts, after the decode tokens.
         last_tokens: int64 [requests], packed index of every request's last token.
         span: no decoding request has more tokens in context. The host knows it, so nothing has to ask the device.
+        lanes: the decode tokens by how their requests choose; empty where all choose in the engine's own way.
     """
 
     token_ids: Tensor
@@ -242,6 +277,7 @@ class Batch:
     prefills: tuple[Segment, ...]
     last_tokens: Tensor
     span: int
+    lanes: tuple[Lane, ...] = ()
 
     def __post_init__(self) -> None:
         total = self.num_decodes + sum(segment.length for segment in self.prefills)
@@ -252,6 +288,9 @@ class Batch:
         for segment in self.prefills:
             assert segment.offset == expected and segment.length > 0
             expected += segment.length
+        if self.lanes:
+            assert [lane.start for lane in self.lanes] == [0, *(lane.stop for lane in self.lanes[:-1])]
+            assert self.lanes[-1].stop == self.num_decodes
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from specontext.config import ConfigError, EngineConfig, SpeContextConfig
 from specontext.core import ModelShape
+from specontext.engine.methods import Methods
 from specontext.engine.profile import GRAPHS, measure_runtime
 from specontext.engine.residency import Residency
 from specontext.engine.statistics import Meter
@@ -23,8 +25,8 @@ from specontext.models.loading import LoadedModel
 from specontext.retrieval.granularity import groups_of
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.key_cache import KeyCache
-from specontext.retrieval.methods import FullSelector, OracleSelector, RandomSelector, SpeculativeSelector, StreamingSelector
-from specontext.retrieval.selector import Budget, Selector
+from specontext.retrieval.methods import HEADLESS, SpeculativeSelector, base_of, make_method, make_variant
+from specontext.retrieval.selector import Budget, MethodContext, Selector
 
 logger = logging.getLogger("specontext")
 SHARE_OF_GPU = 0.9  # that the engine may use where nothing was said
@@ -38,13 +40,15 @@ class Parts:
     """What a runner works with.
 
     Attributes:
+        method: settings of the engine's own method.
+        methods: it and those that requests may name.
         plan: bytes of everything.
         max_tokens: longest context of one request.
         head: the retrieval head, for the methods that have one.
     """
 
     method: SpeContextConfig
-    selector: Selector
+    methods: Methods
     kv: TieredKV
     meter: Meter
     residency: Residency
@@ -52,6 +56,11 @@ class Parts:
     sizes: TierSizes
     max_tokens: int
     head: RetrievalHead | None = None
+
+    @property
+    def selector(self) -> Selector:
+        """The engine's own method."""
+        return self.methods.selector
 
 
 def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead | None, device: torch.device) -> Parts:
@@ -70,11 +79,25 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         factor = config.head_yarn_factor
         head.set_rope(theta=config.head_rope_theta, yarn_factor=head.config.yarn_factor(max_tokens) if factor is None else factor)
         logger.info("%s", describe_head(head, max_tokens))
-    facts = facts_of_loaded(loaded, head if method.method == "speculative" else None)
+    facts = facts_of_loaded(loaded, head)
+    names = config.all_methods
+    check_methods(names, method, shape, head)
     assert method.budget is not None and method.slots is not None
-    budget = 1 if method.method == "full" else method.budget  # of what a table of selections has to hold
-    slots = 0 if method.method == "full" else method.slots
+    selecting = [name for name in names if name != "full"]
+    budget = method.budget if selecting else 1  # of what a table of selections has to hold
+    slots = method.slots if selecting else 0
     adaptive = method.offload_layers is None
+    context = MethodContext(
+        shape,
+        Budget(method.budget, method.sink, method.recent),
+        method.granularity,
+        config.max_num_seqs,
+        max_tokens,
+        device,
+    )
+    kinds = [HEADLESS[base_of(name)] for name in names if base_of(name) in HEADLESS]
+    tables = shape.layers if any(kind.in_layer for kind in kinds) else 1
+    groups = max(token_sets(name, method.granularity, shape, head) for name in names)
     run = RunSettings(
         config.max_num_seqs,
         max_tokens,
@@ -85,15 +108,22 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         granularity=method.granularity,
         page_size=config.page_size,
         max_batched_tokens=config.max_num_batched_tokens,
-        sets=token_sets(method, shape, head),
-        selections=shape.layers if method.method == "oracle" else 1,
+        sets=groups,
+        selections=tables,
     )
     runtime, graphs = None, 0
     if device.type == "cuda":
         features = head.config.feature_layers if head is not None and head.config.variant == "features" else ()
-        runtime = measure_runtime(loaded, run, feature_layers=features, dense=method.method == "full")
+        runtime = measure_runtime(loaded, run, feature_layers=features)
         graphs = 0 if config.enforce_eager else GRAPHS
-    plan = measured_model(facts, run, runtime=runtime, graphs=graphs, spare_layers=1 if adaptive and slots else 0)
+    plan = measured_model(
+        facts,
+        run,
+        runtime=runtime,
+        graphs=graphs,
+        spare_layers=1 if adaptive and slots else 0,
+        states=sum(kind.state_bytes(context) for kind in dict.fromkeys(kinds)),
+    )
     sizes = size_tiers(
         plan.kv,
         offloaded=method.offload_layers,
@@ -106,14 +136,13 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     if config.offload_dir is not None and device.type == "cuda":
         raise ConfigError("offload_dir works on a CPU only: kernels of a GPU cannot read pages of a file; leave it out")
     arena, host = make_pools(shape, **pages, device=device, directory=config.offload_dir)
-    selector = _selector(config, method, loaded, head, arena, max_tokens)
-    tables = shape.layers if selector.in_layer else 1
+    methods = make_methods(names, context, loaded, head, arena)
     kv = TieredKV(
         shape,
         resident=tuple(layer < shape.layers - (method.offload_layers or 0) for layer in range(shape.layers)),
-        head_map=selector.head_map,
+        reader=methods.reader(None),
         tables=tables,
-        groups=selector.groups,
+        groups=groups,
         slots=slots,
         sink=method.sink,
         recent=method.recent,
@@ -127,9 +156,9 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     kv.write_through |= config.measure_recall
     meter = Meter(
         shape,
-        selector.head_map,
+        methods.reader(None).head_map,
         tables=tables,
-        groups=selector.groups,
+        groups=groups,
         budget=budget,
         sink=method.sink,
         seats=config.max_num_seqs,
@@ -137,10 +166,11 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     )
     share = CHUNK_SHARE_OF_WEIGHTS[device.type]
     # A page holds the keys of a whole number of tokens, and may have a rest.
-    keys = -(-arena.page_bytes // selector.cache.page_size) if isinstance(selector, SpeculativeSelector) else 0
+    keyed = methods.selectors.get("speculative")
+    keys = -(-arena.page_bytes // keyed.cache.page_size) if isinstance(keyed, SpeculativeSelector) else 0
     chunk = max(1, facts.weight_bytes // share)
     residency = Residency(kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=chunk)
-    return Parts(method, selector, kv, meter, residency, plan, sizes, max_tokens, head)
+    return Parts(method, methods, kv, meter, residency, plan, sizes, max_tokens, head)
 
 
 def host_default(config: EngineConfig) -> int:
@@ -188,11 +218,28 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
     return ModelFacts(loaded.name, loaded.shape, parameters, lookup, intermediate, sizes)
 
 
-def token_sets(method: SpeContextConfig, shape: ModelShape, head: RetrievalHead | None) -> int:
-    """Token sets of a selection."""
-    if method.method in ("full", "streaming"):
+def token_sets(name: str, granularity: str, shape: ModelShape, head: RetrievalHead | None) -> int:
+    """Token sets of a method's selection."""
+    if name in ("full", "streaming", "speculative-union", "speculative-batch"):
         return 1
-    return groups_of(method.granularity, shape.kv_heads if head is None else head.config.kv_heads)
+    speculative = head is not None and base_of(name) == "speculative"
+    level = "head" if name == "speculative-identity" else granularity
+    return groups_of(level, head.config.kv_heads if head is not None and speculative else shape.kv_heads)
+
+
+def check_methods(names: Sequence[str], method: SpeContextConfig, shape: ModelShape, head: RetrievalHead | None) -> None:
+    """Raises ConfigError when a method that requests may name cannot work in this engine."""
+    variants = [name for name in names if name != base_of(name)]
+    for name in variants:
+        if base_of(name) not in names:
+            raise ConfigError(f"method '{name}' needs '{base_of(name)}' beside it: name both in methods (--methods)")
+        if name.endswith("-prompt") and method.offload_layers != 0:
+            raise ConfigError(f"method '{name}' reads all generated tokens, for which no slots suffice: set offload_layers to 0")
+    if "speculative-identity" in names and head is not None and head.config.kv_heads != shape.kv_heads:
+        raise ConfigError(
+            f"method 'speculative-identity' needs a head with the model's {shape.kv_heads} KV heads, this one has "
+            f"{head.config.kv_heads}"
+        )
 
 
 def describe_head(head: RetrievalHead, max_tokens: int) -> str:
@@ -210,27 +257,22 @@ def longest_context(config: EngineConfig, shape: ModelShape) -> int:
     return config.max_model_len or shape.max_position
 
 
-def _selector(
-    config: EngineConfig,
-    method: SpeContextConfig,
-    loaded: LoadedModel,
-    head: RetrievalHead | None,
-    arena: PagePool,
-    max_tokens: int,
-) -> Selector:
-    shape = loaded.shape
-    assert method.budget is not None
-    budget = Budget(method.budget, method.sink, method.recent)
-    if method.method == "full":
-        return FullSelector(shape)
-    if method.method == "streaming":
-        return StreamingSelector(shape, budget)
-    if method.method == "random":
-        return RandomSelector(shape, budget, granularity=method.granularity)
-    if method.method == "oracle":
-        return OracleSelector(shape, budget, granularity=method.granularity)
-    assert head is not None
-    keys = arena.as_keys(head.config.kv_heads, head.config.head_dim)
-    cache = KeyCache(keys, arena.pages, seats=config.max_num_seqs, max_tokens=max_tokens)
-    embedding = loaded.model.get_input_embeddings()
-    return SpeculativeSelector(shape, budget, head, embedding, cache, granularity=method.granularity)
+def make_methods(
+    names: Sequence[str], context: MethodContext, loaded: LoadedModel, head: RetrievalHead | None, arena: PagePool
+) -> Methods:
+    """The selectors of all methods; variants share the state of their method."""
+    made: dict[str, Selector] = {}
+    for name in sorted(names, key=lambda name: name != base_of(name)):  # methods before their variants
+        if name != base_of(name):
+            made[name] = make_variant(made[base_of(name)], name)
+        elif name == "speculative":
+            assert head is not None
+            keys = arena.as_keys(head.config.kv_heads, head.config.head_dim)
+            cache = KeyCache(keys, arena.pages, seats=context.seats, max_tokens=context.max_tokens)
+            embedding = loaded.model.get_input_embeddings()
+            made[name] = SpeculativeSelector(
+                context.shape, context.budget, head, embedding, cache, granularity=context.granularity
+            )
+        else:
+            made[name] = make_method(name, context)
+    return Methods(names[0], context.budget, made, device=arena.rows.device)

@@ -62,7 +62,7 @@ class LLMEngine:
             revision=config.revision,
         )
         head = None
-        if config.method.method == "speculative":
+        if "speculative" in config.all_methods:
             head = find_head(
                 config.retrieval_head,
                 model_name=self.loaded.name,
@@ -102,6 +102,7 @@ class LLMEngine:
             len(token_ids),
             params,
             seed=params.seed if params.seed is not None else self.config.seed,
+            choice=self.parts.methods.choose(params.method, params.budget),
             index=index,
             logprobs=[] if params.logprobs is not None else None,
             prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
@@ -142,12 +143,16 @@ class LLMEngine:
         if schedule is None:
             return []
         try:
+            captured = self.runner.captured(schedule.batch)
             logits = self._run(schedule)
         except DeviceMemoryError as error:
             error.request_ids = tuple(request.request_id for request in schedule.requests)
             for request_id in error.request_ids:
                 self.abort(request_id)
             raise
+        if captured:
+            for request in schedule.requests:
+                request.captured_steps += 1
         ready = self.scheduler.advance(schedule)
         if not ready:
             return []
@@ -205,14 +210,15 @@ class LLMEngine:
 
     def _statistics(self, generation: Generation) -> dict[str, object]:
         request, method, head = generation.request, self.parts.method, self.parts.head
+        choice = request.choice or self.parts.methods.own
         made = len(request.token_ids) - request.prompt_length
         assert generation.first_token_at is not None and generation.last_token_at is not None
         report = self.parts.meter.report(request.seat)
         if not self.config.measure_recall:
             report["attention_recall"] = None
         return {
-            "method": method.method,
-            "budget": method.budget if method.method != "full" else None,
+            "method": choice.method,
+            "budget": choice.budget or None,
             "sink": method.sink,
             "recent": method.recent,
             "slots": method.slots if self.parts.kv.hot is not None else None,
@@ -226,6 +232,7 @@ class LLMEngine:
             "prompt_tokens": request.prompt_length,
             "completion_tokens": made,
             **report,
+            "captured_steps": request.captured_steps,
             "ttft_s": generation.first_token_at - request.arrived,
             "tpot_s": (generation.last_token_at - generation.first_token_at) / (made - 1) if made > 1 else None,
         }
@@ -243,7 +250,7 @@ class LLMEngine:
 
     def check_integrity(self) -> None:
         """Raises AssertionError when a page or a table entry was lost."""
-        self.parts.kv.check_integrity(self.parts.selector.held_pages)
+        self.parts.kv.check_integrity(self.parts.methods.held_pages)
 
     def close(self) -> None:
         """Detach from the model, which can then serve another engine."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 
-from specontext.core import Batch, Request, Segment
+from specontext.core import Batch, Lane, Request, Segment
 
 
 def pack(decodes: Sequence[Request], chunks: Sequence[tuple[Request, int]], device: torch.device) -> Batch:
     """The batch of one token of every decoding request and of chunks (request, tokens).
+
+    Decoding requests that choose in the same way must follow one another.
 
     All its numbers go to the device in one copy.
     """
@@ -43,4 +46,14 @@ def pack(decodes: Sequence[Request], chunks: Sequence[tuple[Request, int]], devi
         prefills=tuple(segments),
         last_tokens=last_tokens,
         span=max((request.computed + 1 for request in decodes), default=0),
+        lanes=_lanes(decodes) if any(request.choice is not None for request in decodes) else (),
     )
+
+
+def _lanes(decodes: Sequence[Request]) -> tuple[Lane, ...]:
+    lanes: list[Lane] = []
+    for choice, members in groupby(decodes, key=lambda request: request.choice):
+        spans = [request.computed + 1 for request in members]
+        start = lanes[-1].stop if lanes else 0
+        lanes.append(Lane(choice, start, start + len(spans), max(spans)))
+    return tuple(lanes)

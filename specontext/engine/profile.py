@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.engine.step import GPU_TILE
+from specontext.engine.step import GPU_TILE, LEAST_TILE
 from specontext.kernels.dense_attention import chunk_attention
 from specontext.memory.model import SAMPLER, RunSettings
 from specontext.models.features import FeatureTaps
@@ -22,12 +22,8 @@ class _ChunkOnly:
 
 
 @torch.inference_mode()
-def measure_runtime(loaded: LoadedModel, run: RunSettings, *, feature_layers: tuple[int, ...], dense: bool) -> int:
-    """Bytes that the largest step allocates, from the peak of a prompt's chunk and what decoding and streaming add.
-
-    Args:
-        dense: decode tokens read everything too, in tiles for all requests.
-    """
+def measure_runtime(loaded: LoadedModel, run: RunSettings, *, feature_layers: tuple[int, ...]) -> int:
+    """Bytes that the largest step allocates, from the peak of a prompt's chunk and what decoding and streaming add."""
     device, shape = loaded.model.device, loaded.shape
     tokens = min(run.max_batched_tokens, run.requests * run.max_tokens)
     taps = FeatureTaps(loaded.model, feature_layers) if feature_layers else None
@@ -53,7 +49,7 @@ def measure_runtime(loaded: LoadedModel, run: RunSettings, *, feature_layers: tu
         if taps is not None:
             taps.remove()
         torch.cuda.empty_cache()
-    together = run.requests if dense else 1
-    tiles = 2 * together * min(GPU_TILE, run.max_tokens) * shape.kv_heads * shape.row_bytes
+    streamed = max(GPU_TILE, LEAST_TILE * run.requests)  # tokens of a tile, of all requests together
+    tiles = 2 * min(streamed, run.requests * run.max_tokens) * shape.kv_heads * shape.row_bytes
     sampling = 8 * run.requests * shape.vocab_size + min(SAMPLER, 24 * run.requests * shape.vocab_size)
     return peak + tiles + sampling

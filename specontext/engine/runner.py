@@ -76,9 +76,13 @@ class ModelRunner:
             DeviceMemoryError: the device is out of memory.
             DeviceError: it has failed.
         """
-        streamed = self.parts.selector.dense and not all(self.parts.kv.resident)
         with _working_device(len(batch.token_ids)):
-            return self._forward(batch) if self._graphs is None or batch.prefills or streamed else self._graphs.run(batch)
+            return self._graphs.run(batch) if self._graphs is not None and self.captured(batch) else self._forward(batch)
+
+    def captured(self, batch: Batch) -> bool:
+        """Whether a batch runs as a captured graph: decode tokens only, whose requests choose in the engine's own way."""
+        streamed = self.parts.selector.dense and not all(self.parts.kv.resident)
+        return self._graphs is not None and not (batch.prefills or batch.lanes or streamed)
 
     @torch.inference_mode()
     def run_with_states(self, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +123,7 @@ class ModelRunner:
 
     def _forward(self, batch: Batch) -> Tensor:
         parts = self.parts
-        step = Step(batch, parts.kv, parts.selector, parts.meter, measure_recall=self.measure_recall)
+        step = Step(batch, parts.kv, parts.methods, parts.meter, measure_recall=self.measure_recall)
         step.begin()
         output = self.loaded.model(
             input_ids=batch.token_ids[None],
@@ -129,7 +133,7 @@ class ModelRunner:
             specontext_step=step,
         )
         step.end()
-        parts.selector.observe(batch, self.taps.take()[0] if self.taps is not None else None)
+        parts.methods.observe(batch, self.taps.take()[0] if self.taps is not None else None)
         logits: Tensor = output.logits[0]
         return logits
 

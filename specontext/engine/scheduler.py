@@ -40,7 +40,7 @@ class Parked:
     """Everything of a request that waits: into any seat again."""
 
     kv: ParkedKV
-    selector: object
+    methods: list[object]
     meter: MeterState
 
 
@@ -94,7 +94,7 @@ class Scheduler:
     def _leave(self, request: Request) -> None:
         if request.seat in self.parts.kv.room:
             self.parts.kv.close(request.seat)
-        self.parts.selector.close(request.seat)
+        self.parts.methods.close(request.seat)
         self._seats.append(request.seat)
         request.seat = -1
 
@@ -148,6 +148,8 @@ class Scheduler:
             if request.seat >= 0 and self._grow(request, 1, preempt=True):
                 decodes.append(request)
         decodes = [request for request in decodes if request.seat >= 0]
+        ways = list(dict.fromkeys(request.choice for request in decodes))
+        decodes.sort(key=lambda request: ways.index(request.choice))  # those that choose alike stand together
         chunks: list[tuple[Request, int]] = []
         room = max(self.max_batched_tokens - len(decodes), 1)
         for request in self.running:
@@ -163,7 +165,7 @@ class Scheduler:
 
         def take() -> None:
             self.parts.kv.grow(request.seat, length)
-            self.parts.selector.grow(request.seat, length)
+            self.parts.methods.grow(request.seat, length)
 
         while not self._take(take):
             if not preempt or not self._preempt(but=None):
@@ -219,21 +221,21 @@ class Scheduler:
         first = max(request.computed, min(request.prefill_length, self.max_batched_tokens))
 
         def take() -> None:
-            parts.selector.open(seat, first)
+            parts.methods.open(seat, first, request.choice)
             try:
                 if parked is None:
-                    parts.kv.open(seat, first)
+                    parts.kv.open(seat, first, parts.methods.reader(request.choice))
                 else:
                     unpark(parts.kv, seat, parked.kv)
             except OutOfPagesError:
-                parts.selector.close(seat)
+                parts.methods.close(seat)
                 raise
 
         if not self._take(take):
             return False
         parts.meter.reset(seat)
         if parked is not None:
-            parts.selector.restore(seat, request.computed, parked.selector)
+            parts.methods.restore(seat, request.computed, parked.methods)
             parts.meter.restore(seat, parked.meter)
             del self._parked[request.request_id]
         request.seat = self._seats.pop()
@@ -265,7 +267,7 @@ class Scheduler:
             dropping: others that wait may lose what they have there.
         """
         seat = request.seat
-        state = (self.parts.selector.save(seat, request.computed), self.parts.meter.save(seat))
+        state = (self.parts.methods.save(seat, request.computed), self.parts.meter.save(seat))
         while True:
             try:
                 self._parked[request.request_id] = Parked(park(self.parts.kv, seat, request.computed), *state)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specontext.core import LoadPlan, ModelShape, Selection
+from specontext.core import ModelShape, Selection
+from specontext.kv.reading import Reading
 
 NOTHING = torch.iinfo(torch.int32).max
 FIELDS = (
@@ -21,6 +22,8 @@ FIELDS = (
     "hits",
     "selected",
     "recall",
+    "choosing_s",
+    "timed_steps",
 )
 
 
@@ -38,8 +41,8 @@ class Meter:
     Entries are counted for (layer, KV head) pairs, so a method with one set for all heads counts it once a head.
 
     Args:
-        head_map: int64 [L, Hkv].
-        tables: 1 when one selection serves all layers, L when layers select for themselves.
+        head_map: int64 [L, Hkv], of the engine's own method.
+        tables: 1 when one selection serves all layers, L when layers may select for themselves.
         budget, sink: entries of a selection, and how many of them are sinks.
     """
 
@@ -59,8 +62,9 @@ class Meter:
         self.pairs = shape.layers * shape.kv_heads
         # One row more than seats: the padding of a batch is counted there.
         self.counts = torch.zeros((seats + 1, len(FIELDS)), dtype=torch.float64, device=device)
-        members = torch.nn.functional.one_hot(head_map, groups).sum(1)  # [L, G], KV heads of a layer that read a group
-        self.readers = members.to(device=device, dtype=torch.float64)
+        self.groups = groups
+        self._readers: dict[int, Tensor] = {}
+        self._readers_of(head_map)  # now: it waits for the device, which a captured step must not
         # The last selection of every seat, ascending; what was not scored is NOTHING.
         self.before = torch.full((tables, seats + 1, groups, budget), NOTHING, dtype=torch.int32, device=device)
 
@@ -103,17 +107,22 @@ class Meter:
         """Count bytes moved from the host beside the loads of a plan."""
         self._add("loaded_bytes", seats, byte_counts)
 
-    def sparse(
-        self, seats: Tensor, selection: Selection, plan: LoadPlan | None, resident: Tensor, layer: int | None = None
-    ) -> None:
+    def chosen(self, seats: Tensor, seconds: float) -> None:
+        """Count the seconds that choosing took for each request in a step."""
+        self._add("choosing_s", seats, seconds)
+        self._add("timed_steps", seats, 1.0)
+
+    def sparse(self, reading: Reading, resident: Tensor, layer: int | None = None) -> None:
         """Count a selection and its loads, read by all layers or by the one that selected.
 
         Args:
             resident: bool [L], layers that load nothing.
         """
         layers = slice(None) if layer is None else slice(layer, layer + 1)
-        readers = self.readers[layers].sum(0)  # [G]
-        loaders = (self.readers * ~resident[:, None])[layers].sum(0)
+        seats, selection, plan = reading.seats, reading.selection, reading.plan
+        members = self._readers_of(reading.reader.head_map)[:, : selection.tokens.shape[1]]
+        readers = members[layers].sum(0)  # [G]
+        loaders = (members * ~resident[:, None])[layers].sum(0)
         chosen = (selection.tokens >= 0).sum(-1) * readers  # [R, G]
         missing = plan.missing.sum(-1) * loaders if plan is not None else torch.zeros_like(chosen)
         self._add("read", seats, chosen.sum(-1))
@@ -122,11 +131,18 @@ class Meter:
         self._add("loaded_bytes", seats, missing.sum(-1) * self.shape.row_bytes)
         self._overlap(seats, selection, 0 if layer is None else layer)
 
+    def _readers_of(self, head_map: Tensor) -> Tensor:
+        """KV heads of each layer that read a group, float64 [L, G]."""
+        if id(head_map) not in self._readers:
+            members = torch.nn.functional.one_hot(head_map, self.groups).sum(1)
+            self._readers[id(head_map)] = members.to(device=self.counts.device, dtype=torch.float64)
+        return self._readers[id(head_map)]
+
     def _overlap(self, seats: Tensor, selection: Selection, table: int) -> None:
-        scored, width = selection.scored, self.before.shape[-1]
-        before = self.before[table].index_select(0, seats)  # [R, G, B]
+        scored, groups, width = selection.scored, selection.tokens.shape[1], self.before.shape[-1]
+        before = self.before[table].index_select(0, seats)[:, :groups].contiguous()  # [R, G, B]
         # Scored entries are ascending: with the sinks before them at the end, all are.
-        now = torch.where(scored, selection.tokens, NOTHING).to(torch.int32).roll(-self.sink, -1)
+        now = torch.where(scored, selection.tokens, NOTHING).to(torch.int32).roll(-self.sink, -1)[..., :width]
         place = torch.searchsorted(before, now).clamp_(max=width - 1)
         again = (before.gather(-1, place) == now) & (now != NOTHING)
         total = scored.sum((1, 2))
@@ -134,7 +150,8 @@ class Meter:
         share = again.sum((1, 2)) / total.clamp(min=1)
         self._add("overlap", seats, torch.where(counts, share.double(), 0.0))
         self._add("overlap_steps", seats, counts)
-        self.before[table].index_copy_(0, seats, now)
+        whole = torch.nn.functional.pad(now, (0, width - now.shape[-1], 0, self.groups - groups), value=NOTHING)
+        self.before[table].index_copy_(0, seats, whole)
 
     def recall(self, seats: Tensor, share: Tensor) -> None:
         """Count one layer's share [R] of true attention mass that its selection covers."""
@@ -157,4 +174,5 @@ class Meter:
             "overlap": mean(count["overlap"], count["overlap_steps"]),
             "hit_rate": mean(count["hits"], count["selected"]),
             "attention_recall": mean(count["recall"], steps),
+            "selection_s_per_step": mean(count["choosing_s"], count["timed_steps"]),
         }

@@ -29,7 +29,7 @@ class HotSlots:
     def __init__(
         self, *, tables: int, seats: int, groups: int, slots: int, sink: int, recent: int, max_tokens: int, device: torch.device
     ) -> None:
-        self.tables, self.slots, self.sink, self.recent = tables, slots, sink, recent
+        self.tables, self.groups, self.slots, self.sink, self.recent = tables, groups, slots, sink, recent
         hot = slots - sink - recent
         self.token_of_slot = torch.full((tables, seats, groups, hot), -1, dtype=torch.int32, device=device)
         self.slot_of_token = torch.full((tables, seats, groups, max_tokens), -1, dtype=torch.int32, device=device)

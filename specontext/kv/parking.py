@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from specontext.kernels.rows import gather_rows
+from specontext.kv.reading import Reader
 from specontext.kv.slot_fill import fill_slots
 from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK
 from specontext.kv.tiered import TieredKV
@@ -19,10 +20,12 @@ class ParkedKV:
     Attributes:
         tokens: tokens stored.
         pages: host pages of every layer.
+        reader: how the request reads its selections.
     """
 
     tokens: int
     pages: list[list[int]]
+    reader: Reader
 
 
 def park(kv: TieredKV, seat: int, tokens: int) -> ParkedKV:
@@ -39,7 +42,7 @@ def park(kv: TieredKV, seat: int, tokens: int) -> ParkedKV:
     count = kv.pages_for(tokens)
     for pages in held:  # room for tokens that never came
         kv.host.pages.free(pages[count:])
-    parked = ParkedKV(tokens, [pages[:count] for pages in held])
+    parked = ParkedKV(tokens, [pages[:count] for pages in held], kv.readers[seat])
     kv.parked.append(parked.pages)
     kv.close(seat)
     return parked
@@ -52,7 +55,7 @@ def unpark(kv: TieredKV, seat: int, parked: ParkedKV) -> None:
         OutOfPagesError: the device has too little room; nothing has changed.
     """
     layers = range(kv.shape.layers)
-    kv.open(seat, 0)
+    kv.open(seat, 0, parked.reader)
     resident = [layer for layer in layers if kv.resident[layer]]
     on_device = [layer for layer in layers if kv.resident[layer] or layer == kv.moving]
     try:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from specontext.kernels.rows import gather_rows_layers
+from specontext.kv.reading import Reader
 from specontext.kv.tiered import TieredKV
 
 
@@ -17,12 +18,20 @@ def fill_slots(kv: TieredKV, layer: int, stored: Mapping[int, int], *, from_host
         stored: tokens stored, by seat.
         from_host: copy the host's rows; else those of the layer's own token pages.
     """
-    if kv.hot is None or not stored:
+    if kv.hot is None:
         return
+    readers = {id(kv.readers[seat]): kv.readers[seat] for seat in stored}
+    for reader in readers.values():
+        _fill(kv, layer, reader, {seat: n for seat, n in stored.items() if kv.readers[seat] is reader}, from_host=from_host)
+
+
+def _fill(kv: TieredKV, layer: int, reader: Reader, stored: Mapping[int, int], *, from_host: bool) -> None:
+    """The same for seats that read alike."""
+    assert kv.hot is not None
     device, here = kv.device, slice(layer, layer + 1)
     seats = torch.tensor(list(stored), dtype=torch.int64).to(device)
     lengths = torch.tensor(list(stored.values()), dtype=torch.int64).to(device)
-    tokens = kv.hot.tokens_of(layer if kv.hot.tables > 1 else 0, seats, lengths)  # [R, G, slots]
+    tokens = kv.hot.tokens_of(reader.table(layer), seats, lengths)  # [R, G, slots]
     source = kv.host.rows if from_host else kv.arena.rows
     gather_rows_layers(
         source,
@@ -31,7 +40,7 @@ def fill_slots(kv: TieredKV, layer: int, stored: Mapping[int, int], *, from_host
         kv.slot_pages.table[here],
         torch.zeros(1, dtype=torch.int64, device=device),
         seats,
-        kv.head_map[here],
+        reader.head_map[here],
         torch.zeros(1, dtype=torch.bool, device=device),
         tokens,
         torch.arange(kv.slot_count, device=device).expand_as(tokens),

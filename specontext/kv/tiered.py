@@ -29,6 +29,7 @@ from specontext.kernels.row_index import selected_rows
 from specontext.kernels.rows import append_layer, append_tokens, gather_rows_layers, ring_slots
 from specontext.kv.hot_slots import HotSlots
 from specontext.kv.pool import PagePool
+from specontext.kv.reading import Reader, Reading, with_groups
 from specontext.kv.seat_pages import SeatPages
 from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK, Mark, Streams, streams_of
 from specontext.kv.write_back import write_back
@@ -45,8 +46,9 @@ class TieredKV:
 
     Args:
         resident: for every layer whether its KV is on the device at first.
-        head_map: int64 [L, Hkv], retrieval group that each KV head of each layer reads.
-        tables: 1 when one selection serves all layers, L when each layer selects for itself.
+        reader: how requests read their selections, unless they are opened with another way.
+        tables: 1 when one selection serves all layers, L when layers may select for themselves.
+        groups: sets of a selection, at most.
         slots: device slots for each KV head of an offloaded layer; 0 when the method streams offloaded layers instead.
         arena, host: the pools of both tiers; other things may hold pages of the arena, too.
         adaptive: layers may move: slot space for the next one to leave is always reserved.
@@ -58,7 +60,7 @@ class TieredKV:
         shape: ModelShape,
         *,
         resident: tuple[bool, ...],
-        head_map: Tensor,
+        reader: Reader,
         tables: int,
         groups: int,
         slots: int,
@@ -73,7 +75,7 @@ class TieredKV:
         streams: Streams | None = None,
     ) -> None:
         device, page_size = arena.rows.device, arena.page_size
-        self.shape, self.head_map, self.page_size = shape, head_map.to(device), page_size
+        self.shape, self.reader, self.page_size = shape, reader, page_size
         self.arena, self.host = arena, host
         self.adaptive, self.verify_loads, self.device = adaptive, verify_loads, device
         self.resident = list(resident)
@@ -100,9 +102,8 @@ class TieredKV:
         self.moving: int | None = None  # the layer that is on its way
         self.moved: dict[int, int] = {}  # tokens of open seats that this layer has in both tiers
         self.room: dict[int, int] = {}  # tokens that the pages of an open seat hold
+        self.readers: dict[int, Reader] = {}  # of the open seats
         self.parked: list[list[list[int]]] = []  # host pages of requests without a seat, by layer
-        self._rows: Tensor | None = None  # of the step's selection, all layers
-        self._plans: list[LoadPlan | None] = [None] * tables
         self._loaded: list[Mark] = [None] * shape.layers
         self._written: Mark = None
         # Whether an offloaded layer's new decode rows are on the host within the step, for those who read them there; else they
@@ -139,14 +140,14 @@ class TieredKV:
         device = residents * self.pages_for(tokens) + with_slots * self.pages_for(self.slot_count)
         return device, offloaded * self.pages_for(tokens)
 
-    def open(self, seat: int, tokens: int) -> None:
+    def open(self, seat: int, tokens: int, reader: Reader | None = None) -> None:
         """Give a seat its slots, and pages for the first `tokens` tokens in every layer.
 
         Raises:
             OutOfPagesError: a tier has too few free pages; nothing is taken.
         """
         assert seat not in self.room, f"seat {seat} is taken"
-        self.room[seat] = 0
+        self.room[seat], self.readers[seat] = 0, reader or self.reader
         try:
             self.reserve_slots(seat)
             self.grow(seat, tokens)
@@ -187,7 +188,7 @@ class TieredKV:
         if self.moved.pop(seat, None) is not None:  # rows may be on their way to pages that others get next
             for side in (PREFETCH, WRITE_BACK):
                 self.streams.wait(COMPUTE, self.streams.record(side))
-        del self.room[seat]
+        del self.room[seat], self.readers[seat]
 
     # Writing ----------------------------------------------------------------------------------------------------------
 
@@ -250,27 +251,26 @@ class TieredKV:
 
     # Sparse reading ---------------------------------------------------------------------------------------------------
 
-    def begin_step(self, seats: Tensor, selection: Selection, layer: int | None = None) -> LoadPlan | None:
+    def begin_step(self, seats: Tensor, selection: Selection, layer: int | None = None, reader: Reader | None = None) -> Reading:
         """Plan a selection's loads and start them, for every offloaded layer, or for the one that selected.
 
-        Returns:
-            The plan, None when no layer of it is offloaded.
+        Args:
+            reader: how these requests read it; by default the one that all have which say nothing else.
         """
-        self._rows = None
-        table = 0 if layer is None else layer
-        self._plans[table] = None
+        reading = Reading(seats, selection, reader or self.reader)
         if self.hot is None or not (self.planned if layer is None else not self.resident[layer]):
-            return None
-        self._plans[table] = plan = self.hot.plan(table, seats, selection)
+            return reading
+        reading.selection = selection = with_groups(selection, self.hot.groups)
+        reading.plan = plan = self.hot.plan(0 if layer is None else layer, seats, selection)
         streams = self.streams
         # Compute has read last step's slots, and has written all rows, before it comes to this mark.
         streams.wait(PREFETCH, streams.record(COMPUTE))
         with streams.on(PREFETCH):
             for first, last in self._load_groups(layer):
-                self._load(self.layers[first:last], seats, selection, plan)
+                self._load(self.layers[first:last], reading, plan)
                 self._loaded[first:last] = [streams.record(PREFETCH)] * (last - first)
         streams.keep(PREFETCH, seats, selection.tokens, plan.slots, plan.missing)
-        return plan
+        return reading
 
     def _load_groups(self, layer: int | None) -> list[tuple[int, int]]:
         """Runs first .. last - 1 of layers that are loaded together: all at once where nothing runs beside it."""
@@ -286,17 +286,17 @@ class TieredKV:
             first = last
         return groups
 
-    def _load(self, layers: Tensor, seats: Tensor, selection: Selection, plan: LoadPlan) -> None:
+    def _load(self, layers: Tensor, reading: Reading, plan: LoadPlan) -> None:
         gather_rows_layers(
             self.host.rows,
             self.arena.rows,
             self.host_pages.table,
             self.slot_pages.table,
             layers,
-            seats,
-            self.head_map,
+            reading.seats,
+            reading.reader.head_map,
             self.resident_flags,
-            selection.tokens,
+            reading.selection.tokens,
             plan.slots,
             plan.missing,
             self.page_size,
@@ -307,24 +307,24 @@ class TieredKV:
         self.streams.wait(COMPUTE, self._loaded[layer])
         self._loaded[layer] = None
 
-    def rows(self, layer: int, seats: Tensor, selection: Selection, *, in_layer: bool) -> Tensor:
+    def rows(self, layer: int, reading: Reading) -> Tensor:
         """Arena rows of a selection for every KV head of a layer, in the selection's order: integers [R, Hkv, B]."""
-        plan = self._plans[layer if in_layer else 0]
-        slots = selection.tokens if plan is None else plan.slots
-        if in_layer or not self.streams.asynchronous:
-            rows = self._rows_of(slice(layer, layer + 1), seats, selection.tokens, slots)[0]
+        if reading.reader.in_layer or not self.streams.asynchronous:
+            rows = self._rows_of(slice(layer, layer + 1), reading)[0]
         else:
-            if self._rows is None:
-                self._rows = self._rows_of(slice(None), seats, selection.tokens, slots)
-            rows = self._rows[layer]
+            if reading.rows is None:
+                reading.rows = self._rows_of(slice(None), reading)
+            rows = reading.rows[layer]
         if self.verify_loads and not self.resident[layer]:
-            self._verify(layer, seats, selection.tokens[:, self.head_map[layer]], rows)
+            self._verify(layer, reading.seats, reading.selection.tokens[:, reading.reader.head_map[layer]], rows)
         return rows
 
-    def _rows_of(self, layers: slice, seats: Tensor, tokens: Tensor, slots: Tensor) -> Tensor:
+    def _rows_of(self, layers: slice, reading: Reading) -> Tensor:
+        tokens, plan = reading.selection.tokens, reading.plan
+        slots = tokens if plan is None else plan.slots
         tables = (self.token_pages.table[layers], self.slot_pages.table[layers])
-        flags, head_map = self.resident_flags[layers], self.head_map[layers]
-        return selected_rows(tokens, slots, *tables, flags, seats, head_map, self.page_size)
+        flags, head_map = self.resident_flags[layers], reading.reader.head_map[layers]
+        return selected_rows(tokens, slots, *tables, flags, reading.seats, head_map, self.page_size)
 
     def _verify(self, layer: int, seats: Tensor, tokens: Tensor, rows: Tensor) -> None:
         truth = self.host.rows_of(self.host_pages.table[layer].index_select(0, seats), tokens)

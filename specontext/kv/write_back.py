@@ -28,7 +28,7 @@ def write_back(kv: TieredKV, seats: Tensor, positions: Tensor) -> None:
         kv.host_pages.table,
         kv.layers,
         seats,
-        torch.zeros_like(kv.head_map),
+        torch.zeros_like(kv.reader.head_map),
         kv.resident_flags,
         fixed_slots(tokens, kv.hot.sink, kv.hot.recent),
         tokens,

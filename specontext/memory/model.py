@@ -170,13 +170,14 @@ class RunSettings:
 
 
 def measured_model(
-    facts: ModelFacts, run: RunSettings, *, runtime: int | None = None, graphs: int = 0, spare_layers: int = 1
+    facts: ModelFacts, run: RunSettings, *, runtime: int | None = None, graphs: int = 0, spare_layers: int = 1, states: int = 0
 ) -> MemoryModel:
     """What the engine allocates, part by part.
 
     Args:
         runtime: bytes of activations and library workspaces that a profiling pass found; None takes `estimate_runtime`.
         graphs: bytes set aside for captured CUDA graphs.
+        states: bytes that selection methods keep for all requests, besides the retrieval head's keys.
         spare_layers: see `KVCost`; 1 for an engine that moves layers while it runs, 0 for fixed residency.
     """
     shape = facts.shape
@@ -189,6 +190,7 @@ def measured_model(
         "graphs": graphs,
         "tables": table_bytes(facts, run) + page,  # and the page that nobody holds
         "workspace": workspace_bytes(facts, run),
+        **({"methods": states} if states else {}),
     }
     kv = KVCost(
         layers=shape.layers,

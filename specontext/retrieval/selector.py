@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from specontext.core import Batch, ModelShape, Selection
+from specontext.core import Batch, ModelShape, Segment, Selection
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,12 @@ class DecodeTokens:
     @classmethod
     def of(cls, batch: Batch) -> DecodeTokens:
         """The decode tokens of a batch."""
-        decoding = slice(0, batch.num_decodes)
-        return cls(batch.token_ids[decoding], batch.seats[decoding], batch.positions[decoding], batch.seeds, batch.span)
+        return cls.part(batch, slice(0, batch.num_decodes), batch.span)
+
+    @classmethod
+    def part(cls, batch: Batch, part: slice, span: int) -> DecodeTokens:
+        """Some of the decode tokens of a batch, the longest context of which has `span` tokens."""
+        return cls(batch.token_ids[part], batch.seats[part], batch.positions[part], batch.seeds[part], span)
 
 
 @dataclass(frozen=True)
@@ -63,15 +68,69 @@ class Budget:
             scored: int64 [R, G, K] ascending candidates, then -1 where there is none.
             lengths: int64 [R].
         """
+        return self._compose(scored, lengths, self.candidates_end(lengths), self.recent)
+
+    def compose_after(self, scored: Tensor, lengths: Tensor, prompts: Tensor) -> Selection:
+        """The same with all tokens after the prompt, besides the budget: what methods read that select from the prompt only.
+
+        Args:
+            scored: int64 [R, G, K] ascending candidates before the end that `prompt_end` gives, then -1 where there is none.
+            prompts: int64 [R], tokens of the prompts.
+        """
+        end = self.prompt_end(lengths, prompts)
+        return self._compose(scored, lengths, end, int((lengths - end).max()))
+
+    def prompt_end(self, lengths: Tensor, prompts: Tensor) -> Tensor:
+        """End of the candidates where all tokens after the prompt are read in any case."""
+        return torch.minimum(self.candidates_end(lengths), prompts.clamp(min=self.sink))
+
+    def _compose(self, scored: Tensor, lengths: Tensor, end: Tensor, width: int) -> Selection:
+        """Sinks, scored tokens and the `width` tokens from `end` on, as far as there are."""
         groups = scored.shape[1]
-        end = self.candidates_end(lengths)[:, None]
         sinks = torch.arange(self.sink, device=scored.device).expand(len(lengths), -1)
-        recents = end + torch.arange(self.recent, device=scored.device)
+        recents = end[:, None] + torch.arange(width, device=scored.device)
         fixed = [torch.where(t < lengths[:, None], t, -1)[:, None].expand(-1, groups, -1) for t in (sinks, recents)]
         tokens = torch.cat((fixed[0], scored, fixed[1]), dim=-1)
         is_scored = torch.zeros_like(tokens, dtype=torch.bool)
-        is_scored[..., self.sink : tokens.shape[-1] - self.recent] = scored >= 0
+        is_scored[..., self.sink : tokens.shape[-1] - width] = scored >= 0
         return Selection(tokens, is_scored)
+
+
+@dataclass(frozen=True)
+class MethodContext:
+    """What a method is made of; the one with a retrieval head needs more.
+
+    Attributes:
+        granularity: one set for each KV head, or one for all; see `granularity.py`.
+        seats, max_tokens: requests at the same time and their longest context, for state that is kept for each.
+    """
+
+    shape: ModelShape
+    budget: Budget
+    granularity: str
+    seats: int
+    max_tokens: int
+    device: torch.device
+
+
+class LayerView(Protocol):
+    """What a layer shows a method that selects inside it.
+
+    Attributes:
+        query: [R, Hq, D] of the decode tokens, after RoPE.
+        scale: factor of the attention logits.
+    """
+
+    query: Tensor
+    scale: float
+
+    def logits(self) -> Tensor:
+        """The layer's true attention logits over the whole context, float32 [R, Hq, S]; -inf where a request has no token."""
+        ...
+
+    def keys(self, row: int, start: int, stop: int) -> Tensor:
+        """Stored keys of the step's request `row` after RoPE, [stop - start, Hkv, D]; the token being processed is among them."""
+        ...
 
 
 class Selector(ABC):
@@ -80,15 +139,35 @@ class Selector(ABC):
     A method selects either once before the forward pass, for all layers (`select`), or inside each layer, when it needs
     that layer's query (`in_layer`, `select_in_layer`); a dense method (`dense`) selects nothing and everything is read.
 
+    State is kept by seat, and `with_budget` copies share it.
+
     Attributes:
+        watches_prompts: it wants to see the queries of prompts (`observe_chunk`).
+        replay: last tokens of a prompt that it must see itself although their KV may be known from another request.
         groups: G, how many token sets it chooses for each request.
         head_map: int64 [L, Hkv], the group whose set a KV head reads.
+        keep_generated: all tokens after the prompt are read, besides the budget.
     """
 
     in_layer: ClassVar[bool] = False
     dense: ClassVar[bool] = False
+    watches_prompts: ClassVar[bool] = False
+    replay: ClassVar[int] = 0
     groups: int
     head_map: Tensor
+    budget: Budget
+    keep_generated: bool = False
+
+    def with_budget(self, budget: Budget) -> Self:
+        """The same method with another budget, on the same state."""
+        other = copy.copy(self)
+        other.budget = budget
+        return other
+
+    @classmethod
+    def state_bytes(cls, context: MethodContext) -> int:
+        """Device bytes of its state of all seats."""
+        return 0
 
     def open(self, seat: int, tokens: int) -> None:  # noqa: B027  methods without state have nothing to do
         """A request takes a seat, with room for its first `tokens` tokens."""
@@ -110,13 +189,19 @@ class Selector(ABC):
         """Choose for all layers, before the forward pass."""
         raise NotImplementedError
 
-    def select_in_layer(self, layer: int, step: DecodeTokens, logits: Callable[[], Tensor]) -> Selection:
-        """Choose for one layer.
+    def select_in_layer(self, layer: int, step: DecodeTokens, view: LayerView) -> Selection:
+        """Choose for one layer."""
+        raise NotImplementedError
+
+    def observe_chunk(  # noqa: B027
+        self, layer: int, segment: Segment, query: Tensor, scale: float, keys: Callable[[], Tensor]
+    ) -> None:
+        """See a chunk of a prompt in one layer, once its keys and values are stored; only where it `watches_prompts`.
 
         Args:
-            logits: computes the layer's true attention logits over the whole context, float32 [R, Hq, S].
+            query: [T, Hq, D] of the chunk, after RoPE.
+            keys: gives the keys of all tokens up to the chunk's last one, [start + T, Hkv, D].
         """
-        raise NotImplementedError
 
     def observe(self, batch: Batch, features: Tensor | None) -> None:  # noqa: B027
         """See the tokens of a step after the forward pass, with their features [T, F * H] if the method taps any."""

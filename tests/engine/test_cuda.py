@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from specontext import LLM, SamplingParams, SpeContextConfig
+from specontext.core import Batch
 from specontext.engine import build
+from specontext.engine.runner import DeviceMemoryError
 from specontext.evaluation.token_counter import token_counter
 from specontext.models.loading import LoadedModel, load_model
 from specontext.tasks import sample_problems
@@ -22,21 +27,33 @@ def loaded() -> dict[str, LoadedModel]:
     return {name: load_model("nano", dtype="auto", device=torch.device(name)) for name in ("cpu", "cuda")}
 
 
-@pytest.fixture(scope="module")
-def prompts() -> list[str]:
-    """Chains of variables and programs, of two lengths."""
-    kinds = (("variable_tracking", 3000), ("program", 512))
+def prompts_of(*kinds: tuple[str, int], each: int) -> list[str]:
+    """Problems of some kinds and lengths."""
     count = token_counter("nano")
-    drawn = [sample_problems(kind, length=length, seed=7, n=2, count_tokens=count) for kind, length in kinds]
+    drawn = [sample_problems(kind, length=length, seed=7, n=each, count_tokens=count) for kind, length in kinds]
     return [problem.prompt for problems in drawn for problem in problems]
 
 
 @pytest.fixture(scope="module")
+def prompts() -> list[str]:
+    """Chains of variables and programs, of two lengths."""
+    return prompts_of(("variable_tracking", 3000), ("program", 512), each=2)
+
+
+@pytest.fixture(scope="module")
+def programs() -> list[str]:
+    """Programs with outputs of more than half their length."""
+    return prompts_of(("program", 512), each=4)
+
+
+@pytest.fixture(scope="module")
 def tokens(loaded: dict[str, LoadedModel], prompts: list[str]) -> Callable[..., tuple[list[list[int]], LLM]]:
-    def run(device: str, method: str, *, offload_layers: int | None = 0, **options: Any) -> tuple[list[list[int]], LLM]:
+    def run(
+        device: str, method: str, *, offload_layers: int | None = 0, ask: list[str] = prompts, **options: Any
+    ) -> tuple[list[list[int]], LLM]:
         config = SpeContextConfig(method=method, budget=256, offload_layers=offload_layers)
         llm = LLM(loaded[device], config=config, max_model_len=8192, **options)
-        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=330))
+        outputs = llm.generate(ask, SamplingParams(temperature=0, max_tokens=330))
         llm.engine.check_integrity()
         return [output.token_ids for output in outputs], llm
 
@@ -74,3 +91,117 @@ def test_memory_is_what_was_planned() -> None:
     llm = LLM("nano", device="cuda", gpu_memory=1 << 30, enforce_eager=True)
     llm.generate([[7] * 9000], SamplingParams(temperature=0, max_tokens=20))
     assert torch.cuda.max_memory_allocated() <= 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("method", "offload_layers", "kilobytes"), [("speculative", 0, 3000), ("speculative", 2, 2400), ("full", 0, 3000)]
+)
+def test_requests_that_wait_on_the_host_go_on_as_on_the_cpu(
+    method: str, offload_layers: int, kilobytes: int, tokens: Any, programs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = tokens("cpu", method, ask=programs)
+    monkeypatch.setattr(build, "device_memory", lambda *_: kilobytes * 1000)
+    found, llm = tokens("cuda", method, offload_layers=offload_layers, ask=programs)
+    assert found == expected
+    assert llm.engine.scheduler.preemptions
+
+
+def test_steps_of_every_size_are_captured_before_they_are_needed(tokens: Any, loaded: dict[str, LoadedModel]) -> None:
+    llm = LLM(loaded["cuda"], config=SpeContextConfig(budget=256), max_model_len=4096, max_num_seqs=5)
+    llm.engine.runner.warm_up()
+    llm.engine.check_integrity()
+    captured = dict(llm.engine.runner._graphs._captured)
+    assert {size for size, _ in captured} == {1, 2, 4, 5}
+    ask = [[7 + i] * 300 for i in range(5)]
+    found = [output.token_ids for output in llm.generate(ask, SamplingParams(temperature=0, max_tokens=20))]
+    assert llm.engine.runner._graphs._captured == captured
+    cpu = LLM(loaded["cpu"], config=SpeContextConfig(budget=256), max_model_len=4096, max_num_seqs=5)
+    assert found == [output.token_ids for output in cpu.generate(ask, SamplingParams(temperature=0, max_tokens=20))]
+
+
+# Failures -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def little_memory() -> Iterator[Callable[[], None]]:
+    """Call it, and the device has no memory left beyond what PyTorch has reserved."""
+
+    def begin() -> None:
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+
+    yield begin
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["prompt", "capture"])
+def test_a_step_without_memory_ends_its_requests_and_no_others(
+    graphs: bool, loaded: dict[str, LoadedModel], little_memory: Callable[[], None]
+) -> None:
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    expected = LLM(loaded["cpu"], config=SpeContextConfig(budget=256)).generate([[9] * 400], params)[0].token_ids
+    llm = LLM(
+        loaded["cuda"],
+        config=SpeContextConfig(budget=256, offload_layers=0),
+        max_num_batched_tokens=16000,
+        enforce_eager=not graphs,
+        max_num_seqs=2,
+    )
+    engine = llm.engine
+    engine.add_request("big", [7] * (400 if graphs else 16000), params)
+    if graphs:
+        engine.step()  # the prompt
+    little_memory()
+    with pytest.raises(DeviceMemoryError, match="ran out of memory") as caught:
+        for _ in range(3):
+            engine.step()
+    assert caught.value.request_ids == ("big",)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    assert not engine.has_work
+    engine.check_integrity()
+    assert llm.generate([[9] * 400], params)[0].token_ids == expected
+
+
+def test_memory_that_ends_inside_a_capture_ends_the_requests_of_the_step(
+    loaded: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    expected = LLM(loaded["cpu"], config=SpeContextConfig(budget=256)).generate([[9] * 400], params)[0].token_ids
+    llm = LLM(loaded["cuda"], config=SpeContextConfig(budget=256, offload_layers=0), max_num_seqs=2)
+    graphs = llm.engine.runner._graphs
+    run = graphs._step
+
+    def fails(batch: Batch) -> Tensor:
+        logits = run(batch)
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return logits
+
+    llm.engine.add_request("big", [9] * 400, params)
+    llm.engine.step()
+    monkeypatch.setattr(graphs, "_step", fails)
+    with pytest.raises(DeviceMemoryError, match="ran out of memory"):
+        llm.engine.step()
+    monkeypatch.setattr(graphs, "_step", run)
+    llm.engine.check_integrity()
+    assert llm.generate([[9] * 400], params)[0].token_ids == expected
+
+
+FAILING = """
+import torch
+from specontext import LLM, SamplingParams, SpeContextConfig
+llm = LLM("nano", device="cuda", config=SpeContextConfig(budget=256, offload_layers=0), max_num_seqs=2, enforce_eager={eager})
+llm.engine.add_request("a", [9] * 400, SamplingParams(max_tokens=20, ignore_eos=True))
+for _ in range(3):
+    llm.engine.step()
+llm.engine.parts.kv.token_pages.table.fill_(1 << 40)  # kernels read where nothing is
+for _ in range(3):
+    llm.engine.step()
+"""
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "captured"])
+def test_a_gpu_that_fails_ends_the_engine_with_words(eager: bool) -> None:
+    ended = subprocess.run([sys.executable, "-c", FAILING.format(eager=eager)], capture_output=True, text=True, timeout=300)
+    assert "DeviceError: the GPU has failed" in ended.stderr, ended.stderr[-2000:]

@@ -104,7 +104,7 @@ def test_statistics_do_not_depend_on_chunks_or_company(
         llm.generate([prompts[0]], greedy(3))  # another request had the seat before
         outputs = llm.generate([PROMPT, *prompts] if company else [PROMPT], greedy(10))
         assert outputs[0].stats.pop("moves") == []
-        found.append({k: v for k, v in outputs[0].stats.items() if k not in ("ttft_s", "tpot_s")})
+        found.append({k: v for k, v in outputs[0].stats.items() if k not in ("ttft_s", "tpot_s", "selection_s_per_step")})
     assert found[1] == pytest.approx(found[0]) and found[2] == pytest.approx(found[0])
 
 
@@ -117,12 +117,13 @@ def test_overlap_and_loads_follow_from_the_selections(
     kv, steps = llm.engine.parts.kv, []
     begin = kv.begin_step
 
-    def recording(seats: torch.Tensor, selection: Any, layer: int | None = None) -> Any:
-        plan = begin(seats, selection, layer)
+    def recording(seats: torch.Tensor, selection: Any, layer: int | None = None, reader: Any = None) -> Any:
+        reading = begin(seats, selection, layer, reader)
+        plan = reading.plan
         assert plan is not None
         scored = torch.where(selection.scored, selection.tokens, -1)[0]
         steps.append((layer, [{t for t in row.tolist() if t >= 0} for row in scored], int(plan.missing.sum())))
-        return plan
+        return reading
 
     kv.begin_step = recording  # type: ignore[method-assign]
     stats: dict[str, Any] = llm.generate([prompts[2]], greedy(12))[0].stats

@@ -17,6 +17,7 @@ from specontext.core import ModelShape, Selection
 from specontext.kernels import dispatch, rows
 from specontext.kernels.triton import rows as triton_rows
 from specontext.kv.pool import make_pools
+from specontext.kv.reading import Reader
 from specontext.kv.tiered import TieredKV
 from specontext.retrieval.selector import Budget
 
@@ -252,7 +253,7 @@ def steps_of_two_requests(in_layer: bool) -> list[Tensor]:
     kv = TieredKV(
         shape,
         resident=(False, True, False),
-        head_map=torch.randint(0, groups, (layers, kv_heads), generator=generator),
+        reader=Reader(torch.randint(0, groups, (layers, kv_heads), generator=generator).to(DEVICE), in_layer),
         tables=layers if in_layer else 1,
         groups=groups,
         slots=11,
@@ -284,11 +285,11 @@ def steps_of_two_requests(in_layer: bool) -> list[Tensor]:
             if in_layer or layer == 0:
                 order = torch.rand(2, groups, 16, generator=generator).argsort(-1)[..., : budget.scored]
                 selections.append(budget.compose((2 + order.sort(-1).values).to(DEVICE), lengths))
-                plan = kv.begin_step(seats, selections[-1], layer if in_layer else None)
-                seen += [plan.slots, plan.missing] if plan is not None else []
+                reading = kv.begin_step(seats, selections[-1], layer if in_layer else None)
+                seen += [reading.plan.slots, reading.plan.missing] if reading.plan is not None else []
             append(layer, seats, lengths - 1, lengths)
             kv.wait(layer)
-            rows = kv.rows(layer, seats, selections[-1], in_layer=in_layer)
+            rows = kv.rows(layer, reading)
             seen.append(torch.where((rows >= 0)[..., None, None], kv.arena.rows[rows.clamp(min=0).long()], 0.0))
         kv.end_step()
     kv.check_integrity()

@@ -8,6 +8,7 @@ import torch
 from specontext.core import ModelShape
 from specontext.kv.dense import pages_in_reach, stored_tiles
 from specontext.kv.pool import make_pools
+from specontext.kv.reading import Reader
 from specontext.kv.tiered import TieredKV
 
 HEADS, DIM, TOKENS = 2, 4, 29
@@ -21,7 +22,7 @@ def kv() -> TieredKV:
     kv = TieredKV(
         shape,
         resident=(True, False),
-        head_map=torch.zeros(2, HEADS, dtype=torch.int64),
+        reader=Reader(torch.zeros(2, HEADS, dtype=torch.int64)),
         tables=1,
         groups=1,
         slots=6,

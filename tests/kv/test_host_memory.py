@@ -13,6 +13,7 @@ from specontext.core import ModelShape
 from specontext.kv import host_memory
 from specontext.kv.host_memory import AHEAD, HostMemory, HostMemoryError
 from specontext.kv.pool import PagePool, make_pools
+from specontext.kv.reading import Reader
 from specontext.kv.tiered import TieredKV
 
 CHUNK = 1 << 20
@@ -116,7 +117,7 @@ def test_a_seat_that_cannot_grow_on_the_host_is_as_it_was(driver: Driver) -> Non
     kv = TieredKV(
         shape,
         resident=(True, False),
-        head_map=torch.zeros(2, 2, dtype=torch.int64),
+        reader=Reader(torch.zeros(2, 2, dtype=torch.int64)),
         tables=1,
         groups=1,
         slots=32,

@@ -27,6 +27,7 @@ from specontext.kv.dense import pages_in_reach, read_tile, stored_tiles
 from specontext.kv.moves import LayerMove
 from specontext.kv.parking import ParkedKV, discard, park, unpark
 from specontext.kv.pool import make_pools
+from specontext.kv.reading import Reader, Reading
 from specontext.kv.tiered import LoadError, TieredKV
 from specontext.memory.pages import OutOfPagesError
 from specontext.retrieval.selector import Budget
@@ -84,7 +85,7 @@ class TieredMachine(RuleBasedStateMachine):
         self.kv = TieredKV(
             self.shape,
             resident=tuple(self.resident),
-            head_map=torch.tensor(self.head_map),
+            reader=Reader(torch.tensor(self.head_map), self.in_layer),
             tables=self.tables,
             groups=groups,
             slots=self.slots,
@@ -346,21 +347,21 @@ class TieredMachine(RuleBasedStateMachine):
 
     def run_step(self, rng: random.Random, decodes: list[int], chunks: list[tuple[int, int]]) -> None:
         self.step += 1
-        selections: dict[int, Selection] = {}
+        readings: dict[int, Reading] = {}
         sparse = bool(decodes) and not self.dense
         if sparse and not self.in_layer:
-            selections = dict.fromkeys(range(LAYERS), self.select(rng, decodes, 0, None))
+            readings = dict.fromkeys(range(LAYERS), self.select(rng, decodes, 0, None))
         after = {seat: self.length[seat] + 1 for seat in decodes} | {seat: self.length[seat] + size for seat, size in chunks}
         for layer in range(LAYERS):
             if decodes:
                 self.append(layer, [(seat, self.length[seat]) for seat in decodes], after, self.kv.append)
             if sparse and self.in_layer:
-                selections[layer] = self.select(rng, decodes, layer, layer)
+                readings[layer] = self.select(rng, decodes, layer, layer)
             if sparse:
                 self.kv.wait(layer)
-                rows = self.kv.rows(layer, torch.tensor(decodes), selections[layer], in_layer=self.in_layer)
+                rows = self.kv.rows(layer, readings[layer])
                 self.attend(rows)
-                self.check_rows(layer, decodes, selections[layer], rows)
+                self.check_rows(layer, decodes, readings[layer].selection, rows)
             new = [(seat, position) for seat, _ in chunks for position in range(self.length[seat], after[seat])]
             if new:
                 self.append(layer, new, after, self.kv.append_chunk)
@@ -421,7 +422,7 @@ class TieredMachine(RuleBasedStateMachine):
         lengths = torch.tensor([*(after[seat] for seat, _ in new), 0])
         store(layer, seats, positions, rows, -rows, lengths)
 
-    def select(self, rng: random.Random, decodes: list[int], table: int, layer: int | None) -> Selection:
+    def select(self, rng: random.Random, decodes: list[int], table: int, layer: int | None) -> Reading:
         """A random selection; checks its plan, and that the loads are exactly the misses."""
         lengths = torch.tensor([self.length[seat] + 1 for seat in decodes])
         scored = torch.full((len(decodes), self.groups, self.budget.scored), -1)
@@ -435,9 +436,9 @@ class TieredMachine(RuleBasedStateMachine):
         loaded: list[float] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tiered, "gather_rows_layers", self.recording(loaded))
-            plan = self.kv.begin_step(torch.tensor(decodes), selection, layer)
-        self.check_plan(decodes, table, layer, selection, plan, loaded)
-        return selection
+            reading = self.kv.begin_step(torch.tensor(decodes), selection, layer)
+        self.check_plan(decodes, table, layer, selection, reading.plan, loaded)
+        return reading
 
     @staticmethod
     def recording(loaded: list[float]) -> Any:
@@ -581,7 +582,7 @@ def small_kv(*, slots: int = 6, verify_loads: bool = True) -> TieredKV:
     kv = TieredKV(
         shape,
         resident=(False, False),
-        head_map=torch.zeros(2, 1, dtype=torch.int64),
+        reader=Reader(torch.zeros(2, 1, dtype=torch.int64)),
         tables=1,
         groups=1,
         slots=slots,
@@ -610,9 +611,9 @@ def decode(kv: TieredKV, position: int, scored: list[int]) -> list[Tensor]:
     """One step that selects `scored`; what each layer's attention reads as K."""
     seats = torch.tensor([0])
     selection = Budget(3 + len(scored), 1, 2).compose(torch.tensor([[scored]]), torch.tensor([position + 1]))
-    kv.begin_step(seats, selection)
+    reading = kv.begin_step(seats, selection)
     write(kv, position)
-    return [kv.arena.rows[kv.rows(layer, seats, selection, in_layer=False)[0, 0], 0, 0] for layer in range(kv.shape.layers)]
+    return [kv.arena.rows[kv.rows(layer, reading)[0, 0], 0, 0] for layer in range(kv.shape.layers)]
 
 
 def test_a_step_reads_sinks_scored_and_recent_tokens_of_its_layer() -> None:
@@ -669,7 +670,8 @@ def test_spare_slots_keep_what_was_not_selected() -> None:
         decode(kv, 20, [3, 7, 11])
         decode(kv, 21, [4, 8, 12])
     selection = Budget(6, 1, 2).compose(torch.tensor([[[3, 7, 11]]]), torch.tensor([23]))
-    missing = [plan.missing.sum().item() for kv in (tight, spare) if (plan := kv.begin_step(torch.tensor([0]), selection))]
+    plans = [kv.begin_step(torch.tensor([0]), selection).plan for kv in (tight, spare)]
+    missing = [plan.missing.sum().item() for plan in plans if plan is not None]
     assert missing == [3, 0]
 
 

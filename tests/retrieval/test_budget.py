@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from specontext.core import ModelShape
 from specontext.kernels.top_k import top_k_positions
-from specontext.retrieval.methods import OracleSelector, RandomSelector, StreamingSelector
-from specontext.retrieval.selector import Budget, DecodeTokens, Selector
+from specontext.retrieval.methods import OracleSelector, RandomSelector, StreamingSelector, make_method
+from specontext.retrieval.selector import Budget, DecodeTokens, LayerView, MethodContext, Selector
 
 QUICK = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 SHAPE = ModelShape(
@@ -72,6 +72,20 @@ def test_one_token_beyond_the_budget_drops_exactly_one_candidate() -> None:
     assert 3 <= dropped < 7
 
 
+def context(budget: Budget, granularity: str = "head") -> MethodContext:
+    return MethodContext(SHAPE, budget, granularity, seats=4, max_tokens=400, device=torch.device("cpu"))
+
+
+class Shown(LayerView):
+    """A layer with these logits."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self._logits = logits
+
+    def logits(self) -> torch.Tensor:
+        return self._logits
+
+
 def decode_tokens(lengths: list[int]) -> DecodeTokens:
     count = torch.arange(len(lengths))
     return DecodeTokens(count, count, torch.tensor(lengths) - 1, 5 + count, max(lengths))
@@ -84,13 +98,13 @@ def choose(selector: Selector, lengths: list[int]) -> torch.Tensor:
     logits = torch.full((len(lengths), SHAPE.query_heads, max(lengths)), -torch.inf)
     for r, length in enumerate(lengths):
         logits[r, :, :length] = torch.randn(SHAPE.query_heads, length, generator=torch.Generator().manual_seed(r))
-    return selector.select_in_layer(0, step, lambda: logits).tokens
+    return selector.select_in_layer(0, step, Shown(logits)).tokens
 
 
 @pytest.mark.parametrize("granularity", ["head", "union", "batch"])
 @pytest.mark.parametrize("method", [RandomSelector, OracleSelector])
 def test_batch_granularity_gives_one_set_for_all_heads(method: type, granularity: str) -> None:
-    selector = method(SHAPE, Budget(8, 1, 2), granularity=granularity)
+    selector = method(context(Budget(8, 1, 2), granularity))
     groups = 2 if granularity == "head" else 1
     assert choose(selector, [30, 12]).shape == (2, groups, 8)
     assert selector.head_map.tolist() == [[0, groups - 1]] * 2
@@ -98,18 +112,13 @@ def test_batch_granularity_gives_one_set_for_all_heads(method: type, granularity
 
 @pytest.mark.parametrize("method", ["random", "oracle", "streaming"])
 def test_a_request_s_set_does_not_depend_on_its_company(method: str) -> None:
-    budget = Budget(8, 1, 2)
-    selector: Selector = {
-        "random": lambda: RandomSelector(SHAPE, budget, granularity="head"),
-        "oracle": lambda: OracleSelector(SHAPE, budget, granularity="head"),
-        "streaming": lambda: StreamingSelector(SHAPE, budget),
-    }[method]()
+    selector = make_method(method, context(Budget(8, 1, 2)))
     together = choose(selector, [20, 35])
     assert torch.equal(together[:1], choose(selector, [20]))
 
 
 def test_random_sets_change_with_step_seed_and_group_and_are_spread_evenly() -> None:
-    selector = RandomSelector(SHAPE, Budget(13, 1, 2), granularity="head")
+    selector = RandomSelector(context(Budget(13, 1, 2)))
     base = choose(selector, [40, 40])
     assert not torch.equal(base[0], base[1]) and not torch.equal(base[0, 0], base[0, 1])
     counts = torch.zeros(400)
@@ -120,16 +129,16 @@ def test_random_sets_change_with_step_seed_and_group_and_are_spread_evenly() -> 
 
 
 def test_streaming_keeps_the_first_and_the_last() -> None:
-    tokens = choose(StreamingSelector(SHAPE, Budget(8, 2, 3)), [30, 9, 6])
+    tokens = choose(StreamingSelector(context(Budget(8, 2, 3))), [30, 9, 6])
     assert tokens[0, 0].tolist() == [0, 1, 24, 25, 26, 27, 28, 29]
     assert sorted(t for t in tokens[1, 0].tolist() if t >= 0) == [0, 1, 3, 4, 5, 6, 7, 8]
     assert sorted(t for t in tokens[2, 0].tolist() if t >= 0) == [0, 1, 2, 3, 4, 5]
 
 
 def test_oracle_takes_the_heaviest_entries_of_any_head_of_the_group() -> None:
-    selector = OracleSelector(SHAPE, Budget(5, 1, 2), granularity="head")
+    selector = OracleSelector(context(Budget(5, 1, 2)))
     logits = torch.zeros(1, 4, 20)
     for head, token in enumerate((4, 9, 11, 15)):
         logits[0, head, token] = 5.0
-    tokens = selector.select_in_layer(0, decode_tokens([20]), lambda: logits).tokens
+    tokens = selector.select_in_layer(0, decode_tokens([20]), Shown(logits)).tokens
     assert tokens[0].tolist() == [[0, 4, 9, 18, 19], [0, 11, 15, 18, 19]]

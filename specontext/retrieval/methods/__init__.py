@@ -1,11 +1,58 @@
-"""One selection method a file, and the table of them."""
+"""One selection method a file, and the table of them.
+
+A variant is called METHOD-VARIANT and shares its method's state: `union` and `batch` choose one set for all heads, `identity`
+reads with the identity head map, `prompt` selects from the prompt only and reads all generated tokens besides.
+"""
 
 from __future__ import annotations
+
+import copy
 
 from specontext.retrieval.methods.full import FullSelector
 from specontext.retrieval.methods.oracle import OracleSelector
 from specontext.retrieval.methods.random import RandomSelector
 from specontext.retrieval.methods.speculative import SpeculativeSelector
 from specontext.retrieval.methods.streaming import StreamingSelector
+from specontext.retrieval.selector import MethodContext, Selector
 
-__all__ = ["FullSelector", "OracleSelector", "RandomSelector", "SpeculativeSelector", "StreamingSelector"]
+# Methods without a retrieval head; that one has `SpeculativeSelector`.
+HEADLESS: dict[str, type[Selector]] = {
+    "full": FullSelector,
+    "oracle": OracleSelector,
+    "random": RandomSelector,
+    "streaming": StreamingSelector,
+}
+
+
+def base_of(name: str) -> str:
+    """The method that a name is, or is a variant of."""
+    return name.partition("-")[0]
+
+
+def make_method(name: str, context: MethodContext) -> Selector:
+    """A method without a retrieval head, by its name."""
+    return HEADLESS[name](context)  # type: ignore[call-arg]
+
+
+def make_variant(selector: Selector, name: str) -> Selector:
+    """The variant `name` (its whole name) of a method, on the method's state."""
+    variant = name.partition("-")[2]
+    if isinstance(selector, SpeculativeSelector):
+        return selector.choosing(variant)
+    assert variant == "prompt"
+    other = copy.copy(selector)
+    other.keep_generated = True
+    return other
+
+
+__all__ = [
+    "HEADLESS",
+    "FullSelector",
+    "OracleSelector",
+    "RandomSelector",
+    "SpeculativeSelector",
+    "StreamingSelector",
+    "base_of",
+    "make_method",
+    "make_variant",
+]

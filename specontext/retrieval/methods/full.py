@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.core import ModelShape
-from specontext.retrieval.selector import Selector, uniform_map
+from specontext.retrieval.selector import MethodContext, Selector, uniform_map
 
 
 class FullSelector(Selector):
@@ -14,8 +13,9 @@ class FullSelector(Selector):
 
     dense = True
 
-    def __init__(self, shape: ModelShape) -> None:
-        self.groups, self.head_map = 1, uniform_map(shape, 1)
+    def __init__(self, context: MethodContext) -> None:
+        self.budget = context.budget  # of which it takes no notice
+        self.groups, self.head_map = 1, uniform_map(context.shape, 1)
 
     def selection_bytes(self, lengths: Tensor) -> Tensor:
         return torch.zeros_like(lengths)

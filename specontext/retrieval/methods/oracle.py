@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from specontext.core import ModelShape, Selection
+from specontext.core import Selection
 from specontext.kernels.retrieval_scores import group_weights
 from specontext.retrieval.granularity import choose, groups_of
-from specontext.retrieval.selector import Budget, DecodeTokens, Selector, uniform_map
+from specontext.retrieval.selector import DecodeTokens, LayerView, MethodContext, Selector, uniform_map
 
 
 class OracleSelector(Selector):
@@ -17,13 +15,13 @@ class OracleSelector(Selector):
 
     in_layer = True
 
-    def __init__(self, shape: ModelShape, budget: Budget, *, granularity: str) -> None:
-        self.shape, self.budget = shape, budget
-        self.granularity, self.groups = granularity, groups_of(granularity, shape.kv_heads)
-        self.head_map = uniform_map(shape, self.groups)
+    def __init__(self, context: MethodContext) -> None:
+        self.shape, self.budget, self.granularity = context.shape, context.budget, context.granularity
+        self.groups = groups_of(self.granularity, self.shape.kv_heads)
+        self.head_map = uniform_map(self.shape, self.groups)
 
-    def select_in_layer(self, layer: int, step: DecodeTokens, logits: Callable[[], Tensor]) -> Selection:
-        grouped = logits().unflatten(1, (self.shape.kv_heads, -1))
+    def select_in_layer(self, layer: int, step: DecodeTokens, view: LayerView) -> Selection:
+        grouped = view.logits().unflatten(1, (self.shape.kv_heads, -1))
         scores = group_weights(grouped, self.budget.sink, self.budget.candidates_end(step.lengths))
         return self.budget.compose(choose(scores, self.granularity, self.budget.scored), step.lengths)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ class SpeculativeSelector(Selector):
         self, shape: ModelShape, budget: Budget, head: RetrievalHead, embedding: nn.Module, cache: KeyCache, *, granularity: str
     ) -> None:
         c = head.config
-        self.budget, self.head, self.embedding, self.cache = budget, head, embedding, cache
+        self.shape, self.budget, self.head, self.embedding, self.cache = shape, budget, head, embedding, cache
         self.granularity = granularity
         self.groups = groups_of(granularity, c.kv_heads)
         own_map = granularity == "head" and c.head_map is not None
@@ -34,6 +36,14 @@ class SpeculativeSelector(Selector):
             if c.variant == "features"
             else None
         )
+
+    def choosing(self, variant: str) -> SpeculativeSelector:
+        """The same head with one set for all KV heads ('union', 'batch'), or with the identity head map."""
+        other = copy.copy(self)
+        other.granularity = "head" if variant == "identity" else variant
+        other.groups = groups_of(other.granularity, self.head.config.kv_heads)
+        other.head_map = uniform_map(self.shape, other.groups)
+        return other
 
     def open(self, seat: int, tokens: int) -> None:
         self.cache.open(seat, tokens)

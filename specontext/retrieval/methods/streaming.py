@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.core import ModelShape, Selection
-from specontext.retrieval.selector import Budget, DecodeTokens, Selector, uniform_map
+from specontext.core import Selection
+from specontext.retrieval.selector import DecodeTokens, MethodContext, Selector, uniform_map
 
 
 class StreamingSelector(Selector):
     """The first `sink` tokens and as many last tokens as the budget holds, the same for all heads."""
 
-    def __init__(self, shape: ModelShape, budget: Budget) -> None:
-        self.budget = budget
-        self.groups, self.head_map = 1, uniform_map(shape, 1)
+    def __init__(self, context: MethodContext) -> None:
+        self.budget = context.budget
+        self.groups, self.head_map = 1, uniform_map(context.shape, 1)
 
     def select(self, step: DecodeTokens) -> Selection:
         end = self.budget.candidates_end(step.lengths)[:, None]

@@ -1,0 +1,117 @@
+"""The selection methods of an engine: its own and those that requests may name, and the state each request has in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from specontext.core import Batch, Choice, RequestError
+from specontext.kv.reading import Reader
+from specontext.retrieval.methods import base_of
+from specontext.retrieval.selector import Budget, Selector
+
+
+class Methods:
+    """Selectors by name, and by the choice of a request.
+
+    Variants of a method share its state. Where the engine has a retrieval head, every request has keys in it, whatever it chose:
+    so what is known of a prefix serves all.
+
+    Args:
+        own: what requests get that choose nothing.
+        budget: the engine's; no request may have a larger one.
+        selectors: by name of the method, made for this budget.
+    """
+
+    def __init__(self, own: str, budget: Budget, selectors: Mapping[str, Selector], *, device: torch.device) -> None:
+        self.selectors, self.budget = dict(selectors), budget
+        self.own = Choice(own, 0 if selectors[own].dense else budget.total)
+        self.selector = selectors[own]
+        self.readers = {name: Reader(one.head_map.to(device), one.in_layer) for name, one in selectors.items()}
+        self._made: dict[Choice, Selector] = {self.own: self.selector}
+        self._states: dict[int, list[str]] = {}  # names of the selectors with state of an open seat
+
+    def choose(self, method: str | None, budget: int | None) -> Choice | None:
+        """The choice of a request that names a method or a budget; None for the engine's own way.
+
+        Raises:
+            RequestError: the engine does not run this method, or not with this budget.
+        """
+        name = method if method is not None else self.own.method
+        if name not in self.selectors:
+            known = ", ".join(sorted(self.selectors))
+            raise RequestError(f"method '{name}' is none that this engine runs ({known}): start it with it among --methods")
+        if self.selectors[name].dense:
+            if budget is not None:
+                raise RequestError(f"budget {budget} was given and method '{name}' reads everything: leave it out")
+            choice = Choice(name, 0)
+        else:
+            least, most = self.budget.sink + self.budget.recent + 1, self.budget.total
+            if budget is not None and not least <= budget <= most:
+                raise RequestError(f"budget must be between {least} (sink + recent + 1) and the engine's {most}, got {budget}")
+            choice = Choice(name, most if budget is None else budget)
+        return None if choice == self.own else choice
+
+    def of(self, choice: Choice | None) -> Selector:
+        """The selector that serves a choice."""
+        choice = choice or self.own
+        if choice not in self._made:
+            budget = Budget(choice.budget or self.budget.total, self.budget.sink, self.budget.recent)
+            self._made[choice] = self.selectors[choice.method].with_budget(budget)
+        return self._made[choice]
+
+    def reader(self, choice: Choice | None) -> Reader:
+        """How a request with this choice reads what is selected for it."""
+        return self.readers[(choice or self.own).method]
+
+    # State of the requests --------------------------------------------------------------------------------------------
+
+    def open(self, seat: int, tokens: int, choice: Choice | None) -> None:
+        """A request takes a seat, with room for its first `tokens` tokens; raises OutOfPagesError and takes nothing."""
+        names = [base_of((choice or self.own).method)]
+        if "speculative" in self.selectors and names != ["speculative"]:
+            names.insert(0, "speculative")
+        for name in names:  # only the first takes pages, and can fail
+            self.selectors[name].open(seat, tokens)
+        self._states[seat] = names
+
+    def grow(self, seat: int, tokens: int) -> None:
+        """Make room for `tokens` tokens of a request; raises OutOfPagesError and takes nothing when there is none."""
+        for selector in self._states_of(seat):
+            selector.grow(seat, tokens)
+
+    def close(self, seat: int) -> None:
+        """The request leaves its seat."""
+        for selector in self._states_of(seat):
+            selector.close(seat)
+        del self._states[seat]
+
+    def save(self, seat: int, tokens: int) -> list[object]:
+        """The state of a request of `tokens` tokens that has to leave its seat, in host memory."""
+        return [selector.save(seat, tokens) for selector in self._states_of(seat)]
+
+    def restore(self, seat: int, tokens: int, state: list[object]) -> None:
+        """Put saved state into a seat that was opened with the same choice."""
+        for selector, part in zip(self._states_of(seat), state, strict=True):
+            selector.restore(seat, tokens, part)
+
+    def watcher(self, seat: int) -> Selector | None:
+        """The method of a seat, where it wants to see the queries of its prompt."""
+        selector = self.selectors[self._states[seat][-1]]
+        return selector if selector.watches_prompts else None
+
+    def observe(self, batch: Batch, features: Tensor | None) -> None:
+        """Let the methods see the tokens of a step after the forward pass."""
+        for name, selector in self.selectors.items():
+            if base_of(name) == name:
+                selector.observe(batch, features)
+
+    @property
+    def held_pages(self) -> list[list[int]]:
+        """Pages of the device's arena that states lie in."""
+        return [pages for name, one in self.selectors.items() if base_of(name) == name for pages in one.held_pages]
+
+    def _states_of(self, seat: int) -> list[Selector]:
+        return [self.selectors[name] for name in self._states[seat]]

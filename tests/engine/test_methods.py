@@ -1,0 +1,112 @@
+"""Requests that choose their own method and budget: mixed in one batch, and within what the engine allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from specontext import LLM, SamplingParams
+from specontext.config import CHOICES, ConfigError
+from specontext.core import RequestError
+
+MakeLLM = Callable[..., LLM]
+Greedy = Callable[..., SamplingParams]
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"method": "full"},
+    {"method": "streaming", "budget": 9},
+    {"budget": 10},
+    {"method": "oracle", "budget": 12},
+    {"method": "random"},
+    {"method": "speculative-union", "budget": 11},
+    {"method": "speculative-identity"},
+    {"method": "full"},
+    {"method": "speculative"},
+]
+
+
+# The head of this family has other groups than the model has KV heads, and a calibrated map.
+WITHOUT_IDENTITY = [way for way in WAYS if way.get("method") != "speculative-identity"]
+ALLOWED = {"llama": CHOICES, "qwen3": tuple(name for name in CHOICES if name != "speculative-identity")}
+
+
+def ways(greedy: Greedy, tokens: int, some: list[dict[str, Any]] = WAYS) -> list[SamplingParams]:
+    return [greedy(tokens, **way) for way in some]
+
+
+@pytest.mark.parametrize("offload_layers", [0, 2, -1, None])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_mixed_batch_gives_what_each_request_gets_alone(
+    family: str, offload_layers: int | None, make_llm: MakeLLM, greedy: Greedy, prompts: list[list[int]]
+) -> None:
+    llm = make_llm(family, budget=14, methods=ALLOWED[family], offload_layers=offload_layers, verify_loads=True)
+    some = WAYS if family == "llama" else WITHOUT_IDENTITY
+    params = ways(greedy, 10, some)
+    asked = [prompts[i % len(prompts)] for i in range(len(params))]
+    together = llm.generate(asked, params)
+    alone = [llm.generate([prompt], one)[0] for prompt, one in zip(asked, params, strict=True)]
+    assert [o.token_ids for o in together] == [o.token_ids for o in alone]
+    for way, mixed, single in zip(some, together, alone, strict=True):
+        assert mixed.stats["method"] == way.get("method", "speculative")
+        full = way.get("method") == "full"
+        assert mixed.stats["budget"] == (None if full else way.get("budget", 14))
+        for name in ("tokens_read_per_step", "overlap", "bytes_loaded_per_step", "selection_bytes_per_step", "hit_rate"):
+            assert mixed.stats[name] == pytest.approx(single.stats[name]), (way, name)
+    llm.engine.check_integrity()
+
+
+def test_a_chosen_method_is_the_engine_s_own_elsewhere(make_llm: MakeLLM, greedy: Greedy, prompts: list[list[int]]) -> None:
+    mixed = make_llm("llama", budget=14, methods=CHOICES).generate(prompts[2], ways(greedy, 12)[2])
+    own = make_llm("llama", "streaming", budget=9).generate(prompts[2], greedy(12))
+    assert mixed[0].token_ids == own[0].token_ids
+    assert mixed[0].stats["tokens_read_per_step"] == own[0].stats["tokens_read_per_step"] == 9
+
+
+def test_preempted_requests_keep_their_choice(make_llm: MakeLLM, greedy: Greedy, prompts: list[list[int]]) -> None:
+    """A device tier for about two requests: others wait on the host and go on as they would have."""
+    settings: dict[str, Any] = {"budget": 14, "methods": CHOICES, "offload_layers": 0}
+    page = 16 * 2 * 2 * 24 * 4
+    roomy, tight = make_llm("llama", **settings), make_llm("llama", **settings, gpu_memory=page * 64)
+    params = ways(greedy, 100, WAYS[:6])
+    asked = [prompts[1 + i % 2] for i in range(len(params))]
+    wanted, found = roomy.generate(asked, params), tight.generate(asked, params)
+    assert sum(o.stats["preemptions"] for o in found) > 0  # type: ignore[misc]
+    assert [o.token_ids for o in found] == [o.token_ids for o in wanted]
+    tight.engine.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"method": "oracle"}, "method 'oracle' is none that this engine runs"),
+        ({"method": "nonsense"}, "none that this engine runs"),
+        ({"budget": 15}, "between 7 .* and the engine's 14, got 15"),
+        ({"budget": 6}, "between 7"),
+        ({"method": "streaming", "budget": 15}, "the engine's 14"),
+        ({"method": "full", "budget": 10}, "reads everything"),
+    ],
+)
+def test_choices_beyond_the_engine_s_limits(
+    choice: dict[str, Any], message: str, make_llm: MakeLLM, prompts: list[list[int]]
+) -> None:
+    llm = make_llm("llama", budget=14)
+    with pytest.raises(RequestError, match=message):
+        llm.generate([prompts[0]], SamplingParams(temperature=0.0, **choice))
+    assert llm.generate([prompts[0]], SamplingParams(temperature=0.0, method="speculative", budget=14))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": ("speculative-union", "nothing")}, "unknown method 'nothing' in methods"),
+        ({"methods": "oracle"}, "must be a list of names"),
+        ({"methods": ("speculative-union",), "method": "streaming"}, "needs 'speculative' beside it"),
+        ({"methods": ("speculative-identity",), "family": "qwen3"}, "needs a head with the model's 2 KV heads, this one has 3"),
+    ],
+)
+def test_methods_that_an_engine_cannot_run(settings: dict[str, Any], message: str, make_llm: MakeLLM) -> None:
+    family, method = settings.get("family", "llama"), settings.get("method", "speculative")
+    with pytest.raises(ConfigError, match=message):
+        make_llm(family, method, budget=14, methods=settings["methods"])
