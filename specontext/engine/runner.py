@@ -15,7 +15,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from specontext.core import Batch, SpeContextError
 from specontext.engine.build import Parts
 from specontext.engine.graphs import DecodeGraphs
-from specontext.engine.step import Step
+from specontext.engine.step import AttentionObserver, Step
 from specontext.models.compiled import CompiledModules
 from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
@@ -43,6 +43,9 @@ class ModelRunner:
         graphs: decode steps are captured as CUDA graphs, on a GPU.
         compiled: layers and head of captured steps go through torch.compile. Not in float32, where tokens are promised to be
             those of eager steps.
+
+    Attributes:
+        observer: sees the attention of decode tokens, where recall is measured.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class ModelRunner:
         compiled: bool = True,
     ) -> None:
         self.loaded, self.parts, self.measure_recall = loaded, parts, measure_recall
+        self.observer: AttentionObserver | None = None
         self.taps = FeatureTaps(loaded.model, feature_layers) if feature_layers else None
         kv, selector = parts.kv, parts.selector
         self._compiled: CompiledModules | None = None
@@ -123,7 +127,7 @@ class ModelRunner:
 
     def _forward(self, batch: Batch) -> Tensor:
         parts = self.parts
-        step = Step(batch, parts.kv, parts.methods, parts.meter, measure_recall=self.measure_recall)
+        step = Step(batch, parts.kv, parts.methods, parts.meter, measure_recall=self.measure_recall, observer=self.observer)
         step.begin()
         output = self.loaded.model(
             input_ids=batch.token_ids[None],

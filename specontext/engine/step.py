@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,10 @@ from specontext.kv.reading import Reader, Reading
 from specontext.kv.streams import COMPUTE, STATISTICS, Mark
 from specontext.kv.tiered import TieredKV
 from specontext.retrieval.selector import DecodeTokens, Selector
+
+# Sees a layer of a step: its number, the decode tokens, their true attention [R, Hq, S], and what each KV head reads [R, Hkv, B]
+# (None for everything).
+AttentionObserver = Callable[[int, DecodeTokens, Tensor, Tensor | None], None]
 
 TILE = 1024  # tokens of one tile on a CPU
 GPU_TILE = 16384  # a GPU is idle with small ones
@@ -50,11 +54,23 @@ class Step:
     """Attention of one packed batch; it lives as long as one forward pass.
 
     Decode tokens read what their methods choose (everything, for a dense method); prompt chunks always attend densely.
+
+    Args:
+        observer: called for decode tokens in every layer, where recall is measured.
     """
 
-    def __init__(self, batch: Batch, kv: TieredKV, methods: Methods, meter: Meter, *, measure_recall: bool) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        kv: TieredKV,
+        methods: Methods,
+        meter: Meter,
+        *,
+        measure_recall: bool,
+        observer: AttentionObserver | None = None,
+    ) -> None:
         self.batch, self.kv, self.methods, self.meter = batch, kv, methods, meter
-        self.measure_recall = measure_recall
+        self.measure_recall, self.observer = measure_recall, observer
         self.tile = GPU_TILE if kv.streams.asynchronous else TILE
         lanes = batch.lanes or ((Lane(None, 0, batch.num_decodes, batch.span),) if batch.num_decodes else ())
         self.ways = [self._way(lane) for lane in lanes]
@@ -147,6 +163,8 @@ class Step:
         if way.selector.dense:
             if self.measure_recall:
                 self.meter.recall(way.decode.seats, torch.ones_like(way.decode.seats, dtype=torch.float64))
+                if self.observer is not None:
+                    self.observer(layer, way.decode, self._true_weights(way, layer, query, scale), None)
             return self._decode_dense(way, layer, query, key, value, scale)
         if way.selector.in_layer:
             self._select_in_layer(way, layer, query, scale)
@@ -195,11 +213,17 @@ class Step:
         return torch.cat(parts, dim=-1)
 
     def _measure(self, way: _Way, layer: int, query: Tensor, scale: float, selection: Selection) -> None:
-        weights = torch.softmax(self.true_logits(way.decode, layer, query, scale), dim=-1)  # [R, Hq, S]
+        weights = self._true_weights(way, layer, query, scale)
         tokens = selection.tokens[:, way.reader.head_map[layer]]  # [R, Hkv, B]
+        if self.observer is not None:
+            self.observer(layer, way.decode, weights, tokens)
         tokens = tokens.repeat_interleave(query.shape[1] // tokens.shape[1], dim=1)
         covered = torch.where(tokens >= 0, weights.gather(-1, tokens.clamp(min=0)), 0.0).sum(-1)
         self.meter.recall(way.decode.seats, covered.mean(-1))
+
+    def _true_weights(self, way: _Way, layer: int, query: Tensor, scale: float) -> Tensor:
+        """Attention over the whole context, float32 [R, Hq, S]."""
+        return torch.softmax(self.true_logits(way.decode, layer, query, scale), dim=-1)
 
     # Dense reading ----------------------------------------------------------------------------------------------------
 
