@@ -1,0 +1,24 @@
+"use strict";
+// Tooltips of marks, and folds that open for print.
+const tip = document.getElementById("tip");
+
+function showTip(mark) {
+  tip.textContent = mark.dataset.tip;
+  tip.hidden = false;
+  const at = mark.querySelector(".target").getBoundingClientRect(), own = tip.getBoundingClientRect();
+  tip.style.left = Math.max(4, Math.min(innerWidth - own.width - 4, at.left + at.width / 2 - own.width / 2)) + "px";
+  tip.style.top = (at.top > own.height + 8 ? at.top - own.height - 4 : at.bottom + 4) + "px";
+}
+const markOf = event => event.target.closest ? event.target.closest(".mark") : null;
+for (const kind of ["mouseover", "focusin", "click"])
+  document.addEventListener(kind, event => { const mark = markOf(event); if (mark) showTip(mark); else if (kind === "click") tip.hidden = true; });
+for (const kind of ["mouseout", "focusout"]) document.addEventListener(kind, event => { if (markOf(event)) tip.hidden = true; });
+document.addEventListener("keydown", event => { if (event.key === "Escape") tip.hidden = true; });
+addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
+
+let opened = [];
+addEventListener("beforeprint", () => {
+  opened = [...document.querySelectorAll("details:not([open])")];
+  for (const fold of opened) fold.open = true;
+});
+addEventListener("afterprint", () => { for (const fold of opened) fold.open = false; });
