@@ -7,9 +7,11 @@ it, its problems have lengths of their own), and `unfit(text)`, why it is left o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from specontext.evaluation.suites.example import EvalTask, Example, TextTools
 from specontext.evaluation.suites.longbench import longbench, longbench_e
+from specontext.evaluation.suites.math import DATA_SETS, math_suite
 from specontext.evaluation.suites.reasoning import reasoning
 from specontext.evaluation.suites.ruler import ruler
 
@@ -20,4 +22,5 @@ SUITES: dict[str, Callable[..., list[EvalTask]]] = {
     "reasoning": reasoning,
     "longbench": longbench,
     "longbench-e": longbench_e,
+    **{name: partial(math_suite, name) for name in DATA_SETS},
 }

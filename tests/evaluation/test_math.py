@@ -1,0 +1,269 @@
+"""Mathematics suites: rows as the Hub has them, answers found in outputs, and answers compared by value."""
+
+from __future__ import annotations
+
+import json
+import sys
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specontext.evaluation.suites import SUITES, Example, TextTools
+from specontext.evaluation.suites.data_files import DataFileError
+from specontext.evaluation.suites.math_answers import equivalent, exact_number, final_answer
+from specontext.evaluation.suites.math_values import Unreadable, value
+from specontext.evaluation.text_tools import text_tools
+from specontext.tasks import LengthError
+
+ROWS: dict[str, dict[str, Any]] = {
+    "aime24": {
+        "id": 60,
+        "problem": "Find the number.",
+        "solution": r"\boxed{204}",
+        "answer": "204",
+        "url": "https://example.org",
+        "year": "2024",
+    },
+    "aime25": {"problem": "Find the number.", "answer": "70", "id": "0"},
+    "math500": {
+        "problem": "Find the point.",
+        "solution": r"It is $\boxed{\left( 3, \frac{\pi}{2} \right)}.$",
+        "answer": r"\left( 3, \frac{\pi}{2} \right)",
+        "subject": "Precalculus",
+        "level": 2,
+        "unique_id": "test/precalculus/807.json",
+    },
+    "gsm8k": {"question": "How many eggs?", "answer": "She sells 16 - 3 - 4 = <<16-3-4=9>>9 and more.\n#### 1,018"},
+}
+RIGHT = {"aime24": r"\boxed{204}", "aime25": "The answer is 070.", "math500": r"\boxed{(3, \pi/2)}", "gsm8k": "1018 eggs"}
+WRONG = {"aime24": r"\boxed{24}", "aime25": "70", "math500": r"\boxed{(\pi/2, 3)}", "gsm8k": "1018 or 9 eggs"}
+
+
+@pytest.fixture(scope="module")
+def text(tokenizer: Any) -> TextTools:
+    return text_tools(tokenizer)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def examples(name: str, data: Path | str | None, text: TextTools, **options: Any) -> list[Example]:
+    return SUITES[name](data if data is None else str(data), **options)[0].examples(length=None, n=100, seed=0, text=text)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_become_problems_and_answers_are_scored(tmp_path: Path, text: TextTools, name: str) -> None:
+    wrapped = TextTools(text.count_tokens, lambda message: f"<user>{message}<assistant>", text.truncate_middle)
+    data = write(tmp_path / "test.jsonl", [ROWS[name]])
+    (example,) = examples(name, data, wrapped)
+    statement = ROWS[name].get("problem") or ROWS[name]["question"]
+    assert example.prompt.startswith(f"<user>{statement}") and r"\boxed{}" in example.prompt
+    (task,) = SUITES[name](str(data))
+    assert (task.suite, task.name) == (name, name) == (example.suite, example.task)
+    assert task.score(example, f"I think so.\n{RIGHT[name]}") == {"score": 1.0, "answered": 1.0}
+    assert task.score(example, WRONG[name])["score"] == 0.0
+    assert task.score(example, "I do not know") == {"score": 0.0, "answered": 0.0}
+
+
+def test_other_names_and_missing_answers_of_the_same_fields(tmp_path: Path, text: TextTools) -> None:
+    rows = {
+        "aime25": {"question": "Find it.", "answer": r"336^\circ"},
+        "aime24": {"ID": "2024-II-4", "Problem": "Find it.", "Solution": "", "Answer": 33},
+        "math500": {"problem": "Find it.", "solution": r"so $\boxed{\frac{1}{2}}$", "level": "Level 5", "type": "Algebra"},
+    }
+    found = {name: examples(name, write(tmp_path / f"{name}.jsonl", [row]), text)[0].references for name, row in rows.items()}
+    assert found == {"aime25": (r"336^\circ",), "aime24": ("33",), "math500": (r"\frac{1}{2}",)}
+
+
+def test_directories_as_the_hub_lays_them_out(tmp_path: Path, text: TextTools) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for part in ("main", "socratic"):
+        for split in ("train", "test"):
+            path = tmp_path / "gsm8k" / part / f"{split}-00000-of-00001.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            row = {"question": f"{part} {split}?", "answer": "so\n#### 3"}
+            parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    (example,) = examples("gsm8k", tmp_path / "gsm8k", text)
+    assert "main test?" in example.prompt
+    for part in ("I", "II"):
+        write(tmp_path / "aime25" / f"aime2025-{part}.jsonl", [{"question": f"{part}-{i}", "answer": "1"} for i in range(15)])
+    drawn = examples("aime25", tmp_path / "aime25", text)
+    assert len(drawn) == len({example.key for example in drawn}) == 30
+
+
+def test_the_hub_is_asked_for_the_right_parts(text: TextTools, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    module = ModuleType("datasets")
+
+    def load_dataset(*names: str, split: str) -> list[dict[str, Any]]:
+        asked.append((*names, split))
+        return [ROWS["gsm8k" if "gsm8k" in names[0] else "aime25"]]
+
+    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    for name, data in (
+        *((name, None) for name in ("aime24", "aime25", "gsm8k", "math500")),
+        ("aime25", "opencompass/AIME2025"),
+        ("math500", "some-one/other_set/part:train"),
+    ):
+        examples(name, data, text)
+    assert asked == [
+        ("HuggingFaceH4/aime_2024", "train"),
+        ("math-ai/aime25", "test"),
+        ("openai/gsm8k", "main", "test"),
+        ("HuggingFaceH4/MATH-500", "test"),
+        ("opencompass/AIME2025", "AIME2025-I", "test"),
+        ("opencompass/AIME2025", "AIME2025-II", "test"),
+        ("some-one/other_set", "part", "train"),
+    ]
+
+
+def test_answers_get_what_the_model_has_room_for(tmp_path: Path, tokenizer: Any, text: TextTools) -> None:
+    data = write(tmp_path / "a.jsonl", [ROWS["aime24"]])
+    assert examples("aime24", data, text)[0].max_tokens == 32768
+    (example,) = examples("aime24", data, text, max_length=500)
+    assert 484 <= len(tokenizer(example.prompt)["input_ids"]) + example.max_tokens <= 500
+    with pytest.raises(LengthError, match=r"line 1 of .*a.jsonl has no room for an answer"):
+        examples("aime24", data, text, max_length=20)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("aime24", {"problem": "p", "answer": "1000"}, "the answer '1000' is no whole number from 0 to 999"),
+        ("aime24", {"problem": "p", "answer": "x"}, "line 1 of .*: the answer 'x' is no whole number"),
+        ("aime24", {"problem": "p", "answer": None}, "field 'answer' must be a text, not null"),
+        ("math500", {"problem": "p", "solution": "none"}, r"field 'solution' has no \\boxed"),
+        ("math500", {"prompt": "p", "answer": "1"}, "there is no field 'problem' or 'question' or 'Problem' or 'Question'"),
+        ("math500", {"problem": " ", "answer": "1"}, "field 'problem' is empty"),
+        ("gsm8k", {"question": "q", "answer": "18"}, "field 'answer' has no result behind '####'"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, text: TextTools, name: str, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataFileError, match=message):
+        examples(name, write(tmp_path / "bad.jsonl", [row]), text)
+
+
+@pytest.mark.parametrize(
+    ("output", "answer"),
+    [
+        (r"first \boxed{1}, then \boxed{\frac{1}{\sqrt{2}}}.", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{5} and \boxed{6", "5"),
+        (r"it is \boxed 7.", "7"),
+        (r"\fbox{9}", "9"),
+        ("The final answer is: **42**. Good.", "42"),
+        ("The answer is 3.\nNo, the answer is $\\frac{1}{2}$.", r"\frac{1}{2}"),
+        ("#### 1,234", "1,234"),
+        ("Answer: 3.5 metres", "3.5 metres"),
+        ("5 + 6 = 11", None),
+        ("", None),
+    ],
+)
+def test_final_answers(output: str, answer: str | None) -> None:
+    assert final_answer(output) == answer
+
+
+def test_the_last_number_is_taken_where_asked() -> None:
+    assert final_answer("she has 3, he has $1,200.50.", or_last_number=True) == "1,200.50"
+    assert final_answer("from 10-5 comes 5", or_last_number=True) == "5"
+    assert final_answer("so it is -5", or_last_number=True) == "-5"
+
+
+SAME = [
+    (r"\frac12", "0.5"),
+    (r"\dfrac{1}{2}", "1/2"),
+    (r"2\frac{1}{2}", "2.5"),
+    (r"-\frac{1}{3}", r"\frac{-1}{3}"),
+    (r"3\sqrt{2}", r"\sqrt{18}"),
+    (r"\frac{3\sqrt{3}}{4}", r"\frac{9}{4\sqrt3}"),
+    (r"\sqrt[3]{-8}", "-2"),
+    ("2^{10}", "1024"),
+    ("(1+i)^2", "2i"),
+    ("(x+1)^2", "x^2+2x+1"),
+    ("y = 2x + 3", "3+2x"),
+    ("1,000", "1000"),
+    (r"\$32,\!348", "32348"),
+    ("1{,}000", r"1\,000"),
+    ("4,100 dollars", "4100"),
+    (r"50\%", "50"),
+    (r"90^{\circ}", "90"),
+    (r"18 \text{ inches}", "18"),
+    (r"5\text{ cm}^2", "5"),
+    ("025", "25"),
+    ("3.0", "3"),
+    ("x=5", "5"),
+    (r"\text{Evelyn}", "evelyn"),
+    (r"\text{(C)}", "C"),
+    ("1,-2", "-2, 1"),
+    ("100,200", "200, 100"),
+    (r"x=1 \text{ or } x=-2", "-2,1"),
+    (r"1\pm\sqrt{2}", r"1-\sqrt2, 1+\sqrt2"),
+    (r"\{1,2,3\}", r"\{3,2,1\}"),
+    (r"\left(3,\frac{\pi}{2}\right)", r"(3,\pi/2)"),
+    (r"x \in [1,2)", "[1, 2)"),
+    (r"(-\infty,1]\cup[2,+\infty)", r"[2,\infty) \cup (-\infty, 1]"),
+    (r"\begin{pmatrix} 0.5 & 1\\ 2 &3\end{pmatrix}", r"\begin{bmatrix}\frac12&1\\2&3\end{bmatrix}"),
+    ("52_8", "52_{8}"),
+]
+DIFFERENT = [
+    ("5", "-5"),
+    ("10", "100"),
+    ("0.333", "1/3"),
+    ("1.4142", r"\sqrt2"),
+    (r"50\%", "0.5"),
+    ("(1,2)", "(2,1)"),
+    ("(1,2)", "[1,2]"),
+    ("(1,2)", "1,2"),
+    ("(1,2,3)", "(1,2)"),
+    ("1,1", "1"),
+    ("1,234", "1.234"),
+    ("12", "1 2"),
+    ("3 4", "12"),
+    ("x-y", "y-z"),
+    ("x^2", "x"),
+    ("52_8", "52"),
+    ("A", "B"),
+    ("no", "on"),
+    ("", "5"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), SAME)
+def test_the_same_value_in_other_words(first: str, second: str) -> None:
+    assert equivalent(first, second) and equivalent(second, first)
+
+
+@pytest.mark.parametrize(("first", "second"), DIFFERENT)
+def test_other_values(first: str, second: str) -> None:
+    assert not equivalent(first, second) and not equivalent(second, first)
+
+
+@given(st.fractions(), st.fractions())
+def test_fractions_are_equal_where_their_numbers_are(first: Fraction, second: Fraction) -> None:
+    written = rf"\frac{{{first.numerator}}}{{{first.denominator}}}"
+    assert exact_number(written) == first
+    assert equivalent(written, f"{second.numerator}/{second.denominator}") == (first == second)
+
+
+@given(st.text(alphabet=r"0123456789.,/+-*^(){}[]\ xyie&_$%=" + "π√±", max_size=40))
+def test_any_answer_can_be_compared(answer: str) -> None:
+    assert equivalent(answer, answer) or not answer.strip(" $%\\.{}[]()")
+    equivalent(answer, r"\frac{1}{2}")
+
+
+@pytest.mark.parametrize(
+    "formula", ["9^{9^{9}}", "(" * 100 + "1" + ")" * 100, "1/0", "", "2 3", r"\sin x", "x" * 500, r"\sqrt[x]{2}"]
+)
+def test_formulas_without_a_value_are_refused(formula: str) -> None:
+    with pytest.raises(Unreadable):
+        value(formula)
