@@ -1,0 +1,94 @@
+"""The engines of an evaluation: one for all methods, and one more for each further retrieval head; the weights are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from specontext.config import SpeContextConfig
+from specontext.core import SpeContextError
+from specontext.engine.llm import LLM
+from specontext.evaluation.competitors import READS_ALL, Competitor
+from specontext.evaluation.settings import EvaluationSettings
+from specontext.models.loading import LoadedModel
+from specontext.retrieval.methods import base_of
+
+
+@dataclass(frozen=True)
+class Group:
+    """Methods that one engine runs: those with the same retrieval head."""
+
+    head: str | None
+    competitors: tuple[Competitor, ...]
+
+
+class Engines:
+    """Opens one engine at a time.
+
+    Attributes:
+        budget: the largest; where none was asked for, what the first engine's retrieval head recommends.
+    """
+
+    def __init__(self, loaded: LoadedModel, settings: EvaluationSettings) -> None:
+        self.loaded, self.settings = loaded, settings
+        self.budget = max(settings.budgets) if settings.budgets else None
+        self._open: tuple[Group, LLM] | None = None
+
+    def groups(self, competitors: Sequence[Competitor]) -> list[Group]:
+        """Methods by retrieval head; those without one go with the evaluation's own."""
+        heads = dict.fromkeys(competitor.head for competitor in competitors)
+        return [Group(head, tuple(c for c in competitors if c.head == head)) for head in heads]
+
+    def open(self, group: Group) -> LLM:
+        """The engine of a group; an engine that was opened before is closed.
+
+        Raises:
+            SpeContextError: a method that cannot work on the model, or settings that do not fit.
+        """
+        if self._open is not None and self._open[0] == group:
+            return self._open[1]
+        self.close()
+        settings, names = self.settings, [competitor.method for competitor in group.competitors]
+        methods = tuple(dict.fromkeys([*map(base_of, names), *names]))  # variants work on their method's state
+        own = next((name for name in methods if name != READS_ALL), READS_ALL)
+        config = SpeContextConfig(
+            method=base_of(own),
+            budget=self.budget,
+            sink=settings.sink,
+            recent=settings.recent,
+            offload_layers=settings.offload_layers,
+        )
+        head = group.head if group.head is not None else settings.retrieval_head
+        llm = LLM(self.loaded, head, config, methods=methods, **settings.engine)
+        self.budget, self._open = llm.config.budget, (group, llm)
+        return llm
+
+    def unsupported(self, competitors: Sequence[Competitor]) -> dict[Competitor, str]:
+        """Methods that cannot work on the model, and why.
+
+        Raises:
+            SpeContextError: methods that work one by one and not together.
+        """
+        reasons: dict[Competitor, str] = {}
+        for group in self.groups(competitors):
+            try:
+                self.open(group)
+            except SpeContextError:
+                alone = {one: self._failure(Group(group.head, (one,))) for one in group.competitors}
+                if not any(alone.values()):
+                    raise
+                reasons |= {one: why for one, why in alone.items() if why is not None}
+        return reasons
+
+    def _failure(self, group: Group) -> str | None:
+        try:
+            self.open(group)
+        except SpeContextError as error:
+            return str(error)
+        return None
+
+    def close(self) -> None:
+        """Close the engine that is open."""
+        if self._open is not None:
+            self._open[1].engine.close()
+            self._open = None

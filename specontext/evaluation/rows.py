@@ -1,0 +1,123 @@
+"""Rows of `results.json`: means over the problems of a cell with their intervals, and paired differences between methods."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from specontext.evaluation.bootstrap import mean_interval
+from specontext.evaluation.samples import Sample
+
+# Statistics of the engine that samples keep.
+MEASURES = (
+    "prompt_tokens",
+    "cached_tokens",
+    "decode_steps",
+    "tokens_read_per_step",
+    "selection_bytes_per_step",
+    "selection_seconds_per_step",
+    "bytes_loaded_per_step",
+    "bytes_full_per_step",
+    "overlap",
+    "hit_rate",
+    "attention_recall",
+    "ttft_s",
+    "tpot_s",
+)
+FULL = "full"
+
+Row = dict[str, Any]
+Cell = tuple[str, str, int | None]  # suite, task, length
+
+
+def cell_rows(samples: Iterable[Sample], *, methods: Sequence[str], seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows and pairs of one (suite, task, length).
+
+    Args:
+        methods: in the order in which they are reported.
+        seed: of the resamples.
+    """
+    found: dict[tuple[str, int | None], list[Sample]] = defaultdict(list)
+    for sample in samples:
+        found[sample.method, sample.budget].append(sample)
+    order = sorted(found, key=lambda choice: (methods.index(choice[0]), choice[1] or 0))
+    rows = [_row(found[choice], seed) for choice in order]
+    pairs = []
+    for method, budget in order:
+        for other in methods[methods.index(method) + 1 :]:
+            if method != FULL and (other, budget) in found:
+                pairs.append(_pair(found[method, budget], found[other, budget], budget, seed))
+        if method != FULL and (FULL, None) in found:
+            pairs.append(_pair(found[method, budget], found[FULL, None], budget, seed))
+    return rows, [pair for pair in pairs if pair["n"]]
+
+
+def _row(samples: Sequence[Sample], seed: int) -> Row:
+    first, scores = samples[0], [sample.score for sample in samples]
+    low, high = mean_interval(scores, seed=seed)
+    others = [name for name in first.scores if name != "score"]
+
+    def stat(name: str) -> float | None:
+        return _mean([sample.stats.get(name) for sample in samples])
+
+    return {
+        "suite": first.suite,
+        "task": first.task,
+        "method": first.method,
+        "budget": first.budget,
+        "length": first.length,
+        "n": len(samples),
+        "score": _mean(scores),
+        "ci_low": low,
+        "ci_high": high,
+        "tokens_read": stat("tokens_read_per_step"),
+        "selection_bytes": stat("selection_bytes_per_step"),
+        "bytes_loaded": stat("bytes_loaded_per_step"),
+        "overlap": stat("overlap"),
+        "attention_recall": stat("attention_recall"),
+        "output_tokens": _mean([sample.output_tokens for sample in samples]),
+        "seconds": _mean([sample.seconds for sample in samples]),
+        "selection_seconds": stat("selection_seconds_per_step"),
+        "answer_seconds": _mean([_answer_seconds(sample) for sample in samples]),
+        "scores": {name: _mean([sample.scores.get(name) for sample in samples]) for name in others},
+    }
+
+
+def _pair(samples: Sequence[Sample], others: Sequence[Sample], budget: int | None, seed: int) -> Row:
+    """The difference on the problems that both have answered."""
+    theirs = {sample.key: sample.score for sample in others}
+    differences = [sample.score - theirs[sample.key] for sample in samples if sample.key in theirs]
+    low, high = mean_interval(differences, seed=seed)
+    first = samples[0]
+    return {
+        "suite": first.suite,
+        "task": first.task,
+        "method": first.method,
+        "other": others[0].method,
+        "budget": budget,
+        "length": first.length,
+        "n": len(differences),
+        "difference": _mean(differences),
+        "ci_low": low,
+        "ci_high": high,
+    }
+
+
+def _answer_seconds(sample: Sample) -> float | None:
+    """From asking to the end of the answer, in the company of its batch."""
+    first, each = sample.stats.get("ttft_s"), sample.stats.get("tpot_s")
+    return None if first is None else first + (each or 0.0) * (sample.output_tokens - 1)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def by_cell(samples: Iterable[Sample]) -> dict[Cell, list[Sample]]:
+    """The samples of each (suite, task, length)."""
+    cells: dict[Cell, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        cells[sample.suite, sample.task, sample.length].append(sample)
+    return cells

@@ -1,0 +1,241 @@
+"""Run an evaluation: every method answers the same problems greedily through the same engine.
+
+Problems go in batches of as many as the engine has seats. A batch is prefilled once; then each method and budget answers it,
+all its requests together, and finds the prompts in the prefix cache. Whatever was answered is on the disk at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from specontext.core import RequestOutput, SamplingParams
+from specontext.engine.llm import LLM
+from specontext.engine.llm_engine import pick_device
+from specontext.evaluation.cells import EvalCell, Note, Problem, choose_tasks, draw_cells
+from specontext.evaluation.competitors import Competitor, parse_competitors
+from specontext.evaluation.engines import Engines, Group
+from specontext.evaluation.results import environment, read_meta, write_results
+from specontext.evaluation.rows import MEASURES, Cell, Row, by_cell, cell_rows
+from specontext.evaluation.samples import FILE, EvaluationError, Sample, SampleFile
+from specontext.evaluation.settings import EvaluationSettings
+from specontext.evaluation.text_tools import text_tools
+from specontext.models.loading import LoadedModel, load_model
+
+Advance = Callable[[int], None]
+Begin = Callable[[str, int], Advance]  # a phase and its number of parts; the result is called with parts that are done
+Choice = tuple[Competitor, int | None]
+
+
+def run_evaluation(settings: EvaluationSettings, begin: Begin) -> dict[str, Any]:
+    """Run what is not there yet, and return the content of `results.json`.
+
+    Raises:
+        EvaluationError: a directory of another evaluation, a method that cannot work on the model, or nothing to run.
+        SpeContextError: a model, head or data that cannot be read.
+    """
+    before = _open_folder(settings)
+    loaded = _load(settings)
+    competitors = parse_competitors(settings.methods)
+    notes: list[Note] = []
+    engines = Engines(loaded, settings)
+    try:
+        competitors = _supported(engines, competitors, settings, notes)
+        return _Evaluation(settings, loaded, engines, competitors, notes, before).run(begin)
+    finally:
+        engines.close()
+
+
+def _open_folder(settings: EvaluationSettings) -> dict[str, Any] | None:
+    """Make the directory; the meta of the run that is continued.
+
+    Raises:
+        EvaluationError: it cannot be made, or has samples that do not belong to this evaluation.
+    """
+    folder = settings.out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvaluationError(f"the directory {folder} cannot be made: {error.strerror or error}") from error
+    before = read_meta(folder)
+    if before is None:
+        if (folder / FILE).exists():
+            raise EvaluationError(f"{folder} has samples and no results.json that says of what: choose another directory")
+        return None
+    known, asked = before.get("settings", {}), settings.identity
+    if other := [name for name in {**known, **asked} if known.get(name) != asked.get(name)]:
+        said = ", ".join(f"{name} {known.get(name)} instead of {asked.get(name)}" for name in other)
+        raise EvaluationError(f"{folder} has results of another evaluation ({said}): choose another directory")
+    return before
+
+
+def _load(settings: EvaluationSettings) -> LoadedModel:
+    options = settings.engine
+    return load_model(
+        settings.model,
+        dtype=options.get("dtype", "auto"),
+        device=pick_device(options.get("device", "auto")),
+        trust_remote_code=options.get("trust_remote_code", False),
+        revision=options.get("revision"),
+    )
+
+
+def _supported(
+    engines: Engines, competitors: Sequence[Competitor], settings: EvaluationSettings, notes: list[Note]
+) -> tuple[Competitor, ...]:
+    """The methods that can work on the model; raises EvaluationError for the others unless they are to be skipped."""
+    reasons = engines.unsupported(competitors)
+    if reasons and not settings.skip_unsupported:
+        said = "; ".join(f"{competitor.label}: {why}" for competitor, why in reasons.items())
+        raise EvaluationError(f"{said} (--skip-unsupported runs the other methods)")
+    notes += [{"method": competitor.label, "why": f"skipped: {why}"} for competitor, why in reasons.items()]
+    left = tuple(competitor for competitor in competitors if competitor not in reasons)
+    if not left:
+        raise EvaluationError("no method is left: " + "; ".join(dict.fromkeys(reasons.values())))
+    return left
+
+
+class _Evaluation:
+    """One run: its problems, methods and what is known so far."""
+
+    def __init__(
+        self,
+        settings: EvaluationSettings,
+        loaded: LoadedModel,
+        engines: Engines,
+        competitors: Sequence[Competitor],
+        notes: list[Note],
+        before: dict[str, Any] | None,
+    ) -> None:
+        self.settings, self.engines, self.competitors, self.notes = settings, engines, competitors, notes
+        self.groups = engines.groups(competitors)
+        llm = engines.open(self.groups[0])
+        assert engines.budget is not None
+        self.budgets = settings.budgets or (engines.budget,)
+        self.max_length = llm.engine.parts.max_tokens
+        self.text, self.tokenizer = text_tools(loaded.tokenizer), loaded.tokenizer
+        self.samples = SampleFile(settings.out)
+        self.meta = self._meta(llm, before)
+        asked = [competitor.label for competitor in competitors]
+        self.methods = list(dict.fromkeys([*asked, *(sample.method for sample in self.samples.samples.values())]))
+        self.rows: dict[Cell, tuple[list[Row], list[Row]]] = {}
+
+    def _meta(self, llm: LLM, before: dict[str, Any] | None) -> dict[str, Any]:
+        settings, earlier = self.settings, before or {}
+        head = llm.engine.parts.head
+        commands = [*str(earlier.get("command") or "").split(" && "), settings.command or ""]
+        return {
+            "model": settings.model,
+            "head": None if head is None else settings.retrieval_head,
+            "command": " && ".join(dict.fromkeys(command for command in commands if command)) or None,
+            **environment(llm.engine.device),
+            "seed": settings.seed,
+            "suite": list(dict.fromkeys([*earlier.get("suite", []), *settings.suites])),
+            "settings": settings.identity,
+            "longest_context": self.max_length,
+            "seats": llm.engine.config.max_num_seqs,
+        }
+
+    def run(self, begin: Begin) -> dict[str, Any]:
+        """All cells through all engines."""
+        tasks = choose_tasks(self.settings, self.text, self.max_length, self.notes)
+        advance = begin("drawing problems", len(tasks))
+        cells: list[EvalCell] = []
+        for task in tasks:
+            cells += draw_cells([task], self.settings, self.text, self.tokenizer, self.max_length, self.notes)
+            advance(1)
+        if not cells:
+            raise EvaluationError("nothing can be run: " + "; ".join(dict.fromkeys(note["why"] for note in self.notes)))
+        wanted = [(group, cell, self._choices(group, cell)) for group in self.groups for cell in cells]
+        for name, samples in by_cell(self.samples.samples.values()).items():
+            self._count(name, samples)
+        self._write()
+        advance = begin("answering", sum(len(cell.problems) * len(choices) for _, cell, choices in wanted))
+        for group, cell, choices in wanted:
+            self._run_cell(self.engines.open(group), cell, choices, advance)
+        return self._write()
+
+    def _choices(self, group: Group, cell: EvalCell) -> list[Choice]:
+        """Methods and budgets of a cell, without budgets that hold everything; the run says which."""
+        choices: list[Choice] = []
+        for competitor in group.competitors:
+            for budget in competitor.budgets(self.budgets):
+                if budget is not None and cell.length is not None and budget >= cell.length:
+                    why = f"skipped: a budget of {budget} holds all of {cell.length} tokens, which is what full reads"
+                    note = {"suite": cell.task.suite, "length": cell.length, "budget": budget, "why": why}
+                    self.notes += [note] if note not in self.notes else []
+                else:
+                    choices.append((competitor, budget))
+        return choices
+
+    def _run_cell(self, llm: LLM, cell: EvalCell, choices: Sequence[Choice], advance: Advance) -> None:
+        known, added = self.samples.samples, False
+        for batch in _batches(cell.problems, llm.engine.config.max_num_seqs):
+            todo = [(choice, [p for p in batch if _id(cell, p, choice) not in known]) for choice in choices]
+            advance(sum(len(batch) - len(problems) for _, problems in todo))
+            todo = [(choice, problems) for choice, problems in todo if problems]
+            if len(todo) > 1:
+                llm.generate([p.token_ids for p in batch], SamplingParams(temperature=0.0, max_tokens=1))
+            for choice, problems in todo:
+                self.samples.add(_answer(llm, cell, problems, choice))
+                advance(len(problems))
+                added = True
+        if added:
+            name = (cell.task.suite, cell.task.name, cell.length)
+            self._count(name, by_cell(known.values())[name])
+            self._write()
+
+    def _count(self, name: Cell, samples: Sequence[Sample]) -> None:
+        self.rows[name] = cell_rows(samples, methods=self.methods, seed=self.settings.seed)
+
+    def _write(self) -> dict[str, Any]:
+        """Write `results.json` as far as it is known."""
+        rows = [row for some, _ in self.rows.values() for row in some]
+        pairs = [pair for _, some in self.rows.values() for pair in some]
+        meta = self.meta | {"notes": self.notes}
+        write_results(self.settings.out, meta, rows, pairs)
+        return {"meta": meta, "rows": rows, "pairs": pairs}
+
+
+def _batches(problems: Sequence[Problem], most: int) -> Iterator[Sequence[Problem]]:
+    """The problems in as few batches as possible, all of about the same size."""
+    count = -(-len(problems) // most)
+    edges = [len(problems) * i // count for i in range(count + 1)]
+    for start, stop in pairwise(edges):
+        yield problems[start:stop]
+
+
+def _id(cell: EvalCell, problem: Problem, choice: Choice) -> tuple[str, str, int | None, str, str, int | None]:
+    return (cell.task.suite, cell.task.name, cell.length, problem.example.key, choice[0].label, choice[1])
+
+
+def _answer(llm: LLM, cell: EvalCell, problems: Sequence[Problem], choice: Choice) -> list[Sample]:
+    """Let one method answer problems, all together."""
+    competitor, budget = choice
+    params = [
+        SamplingParams(
+            temperature=0.0, max_tokens=p.example.max_tokens, stop=p.example.stop, method=competitor.method, budget=budget
+        )
+        for p in problems
+    ]
+    began = time.perf_counter()
+    outputs = llm.generate([p.token_ids for p in problems], params)
+    seconds = (time.perf_counter() - began) / len(problems)
+    return [_sample(cell, p, choice, output, seconds) for p, output in zip(problems, outputs, strict=True)]
+
+
+def _sample(cell: EvalCell, problem: Problem, choice: Choice, output: RequestOutput, seconds: float) -> Sample:
+    scores = cell.task.score(problem.example, output.text)
+    stats = {name: output.stats[name] for name in MEASURES if name in output.stats}
+    return Sample(
+        *_id(cell, problem, choice),
+        scores["score"],
+        scores,
+        output.text,
+        output.finish_reason,
+        len(output.token_ids),
+        stats,
+        seconds,
+    )

@@ -1,0 +1,77 @@
+"""What an evaluation is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from specontext.evaluation.competitors import parse_competitors
+from specontext.evaluation.samples import EvaluationError
+from specontext.evaluation.suites import SUITES
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Model, problems and methods.
+
+    Attributes:
+        out: directory of results and samples.
+        methods: names of the engine's methods, also as METHOD@HEAD.
+        budgets: of all methods but `full`; None is what the retrieval head recommends.
+        lengths: in tokens; None is what each task has by default.
+        limit: problems of each task and length at most.
+        tasks: names; None is all that fit the model.
+        data: path or Hub name, for a suite that has data.
+        retrieval_head: of the methods that name none of their own; as `LLM` takes it.
+        offload_layers: last layers whose KV lives in host memory, -1 all.
+        engine: further keyword options of `LLM`.
+        skip_unsupported: leave methods out that cannot work on the model, instead of refusing to run.
+        command: recorded in the results.
+
+    Raises:
+        EvaluationError: values that make no sense.
+    """
+
+    model: str
+    suites: tuple[str, ...]
+    out: Path
+    methods: tuple[str, ...] = ("full", "speculative")
+    budgets: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
+    limit: int = 20
+    tasks: tuple[str, ...] | None = None
+    data: str | None = None
+    seed: int = 0
+    retrieval_head: str | None = "auto"
+    sink: int = 4
+    recent: int = 16
+    offload_layers: int = 0
+    engine: dict[str, Any] = field(default_factory=dict)
+    skip_unsupported: bool = False
+    command: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.suites:
+            raise EvaluationError(f"no suite was named: choose among {', '.join(SUITES)}")
+        if unknown := [name for name in self.suites if name not in SUITES]:
+            raise EvaluationError(f"unknown suite '{unknown[0]}': choose among {', '.join(SUITES)}")
+        parse_competitors(self.methods)
+        least = self.sink + self.recent + 1
+        for name, values, low in (("budget", self.budgets, least), ("length", self.lengths, 1), ("limit", (self.limit,), 1)):
+            if values is not None and not values:
+                raise EvaluationError(f"no {name} was named: give at least one, or leave the option out")
+            if wrong := [value for value in values or () if value < low]:
+                least_words = f"at least {low}" + (" (sink + recent + 1)" if name == "budget" else "")
+                raise EvaluationError(f"a {name} must be {least_words}, got {wrong[0]}")
+        if self.data is not None and len(self.suites) > 1:
+            raise EvaluationError(
+                "data belongs to one suite: run suites with data one by one, into the same directory if you like"
+            )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for all samples of a directory."""
+        same = ("dtype", "max_model_len", "head_rope_theta", "head_yarn_factor", "measure_recall", "revision")
+        own = {"model": self.model, "head": self.retrieval_head, "seed": self.seed, "sink": self.sink, "recent": self.recent}
+        return own | {"offload_layers": self.offload_layers} | {name: self.engine[name] for name in same if name in self.engine}
