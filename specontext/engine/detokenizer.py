@@ -20,6 +20,8 @@ _PATIENCE = 2 * _CHARACTER  # more undecided tokens than this must be invalid by
 class Detokenizer:
     """Text of one output, token by token, at a cost that does not grow with its length.
 
+    Without stop strings tokens are decoded when the text is asked for, which may be while the next step computes.
+
     Each new token is decoded behind the last tokens that gave text, since decoders in the manner of SentencePiece drop the space
     of whatever comes first. The text of the whole output is `decode(output)`, but it keeps such a space, because a prompt goes
     before it.
@@ -28,14 +30,14 @@ class Detokenizer:
     of several at once the one that began first. Occurrences within the first `min_tokens` tokens do not count.
 
     Attributes:
-        text: complete text that may be shown: a prefix of the final text.
         stop: the stop string that was met, or None.
     """
 
     def __init__(self, tokenizer: Any, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
         """`tokenizer` is a Hugging Face tokenizer; of the prompt only the last few tokens are looked at."""
-        self.text = ""
         self.stop: str | None = None
+        self._text = ""
+        self._unread: list[int] = []
         self._tokenizer = tokenizer
         self._params = params
         self._stops = tuple(params.stop)
@@ -48,22 +50,35 @@ class Detokenizer:
 
     def append(self, token_ids: Sequence[int]) -> bool:
         """Takes the next output tokens. Returns whether a stop string was met; tokens after it change nothing."""
-        for token in token_ids:
+        self._unread += token_ids
+        if self._stops:
+            self._read()
+        return self.stop is not None
+
+    @property
+    def text(self) -> str:
+        """Complete text that may be shown: a prefix of the final text."""
+        self._read()
+        return self._text
+
+    def _read(self) -> None:
+        unread, self._unread = self._unread, []
+        for token in unread:
             if self.stop is not None:
                 break
             self._count += 1
             self._pending.append(token)
             self._accept(self._settled())
-        return self.stop is not None
 
     def finish(self) -> str:
         """Releases everything held back, for an output that ended by its length or an end token. Returns the final text."""
+        self._read()
         if self.stop is None:
             self._accept(self._delta(self._pending))
             self._pending = []
         if self.stop is None:
-            self.text = self._full
-        return self.text
+            self._text = self._full
+        return self._text
 
     def _decode(self, token_ids: list[int]) -> str:
         text: str = self._tokenizer.decode(
@@ -130,10 +145,10 @@ class Detokenizer:
         self._full += delta
         if self._count > self._params.min_tokens and (found := self._find_stop(start)):
             begin, self.stop = found
-            self.text = self._full[: begin + len(self.stop) if self._params.include_stop_str_in_output else begin]
+            self._text = self._full[: begin + len(self.stop) if self._params.include_stop_str_in_output else begin]
         else:
             held = self._held()
-            self.text = self._full[:-held] if held else self._full
+            self._text = self._full[:-held] if held else self._full
 
     def _find_stop(self, start: int) -> tuple[int, str] | None:
         """Begin and string of the first occurrence that ends behind `start`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -132,8 +132,11 @@ class LLMEngine:
     def has_work(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
-    def step(self) -> list[Generation]:
+    def step(self, meanwhile: Callable[[], None] | None = None) -> list[Generation]:
         """Run one step; the generations that got a token.
+
+        Args:
+            meanwhile: what else there is to do on the host while a GPU computes, called at most once.
 
         Raises:
             LogitsError: the logits of some requests are broken. They are named and have ended; all others got their tokens.
@@ -154,6 +157,9 @@ class LLMEngine:
             for request in schedule.requests:
                 request.captured_steps += 1
         ready = self.scheduler.advance(schedule)
+        self.scheduler.prepare()
+        if meanwhile is not None:
+            meanwhile()
         if not ready:
             return []
         try:

@@ -47,6 +47,9 @@ class Residency:
     Args:
         adaptive: layers may move; else only the counting below is used.
         chunk_bytes: rows that are copied between two steps.
+
+    Attributes:
+        steps: that the engine has begun.
     """
 
     def __init__(self, kv: TieredKV, cost: KVCost, *, adaptive: bool, chunk_bytes: int) -> None:
@@ -106,7 +109,6 @@ class Residency:
         """
         if self.adaptive:
             self._go_on(stored, lengths_in)
-        self.steps += 1
 
     def _go_on(self, stored: Mapping[int, int], lengths_in: Callable[[int], list[int]]) -> None:
         began = time.perf_counter()

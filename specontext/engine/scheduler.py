@@ -104,6 +104,11 @@ class Scheduler:
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
+    def prepare(self) -> None:
+        """What of the next step does not depend on the tokens of this one: called while the device computes it."""
+        self._admit()
+        self.parts.residency.step(self.stored, self._lengths_in)
+
     def schedule(self) -> Schedule | None:
         """The next step's requests and batch; None when there is nothing to do."""
         self._admit()
@@ -122,7 +127,7 @@ class Scheduler:
             if self.waiting:
                 raise OutOfPagesError(STUCK)
             return None
-        self.parts.residency.step(self.stored, self._lengths_in)
+        self.parts.residency.steps += 1
         batch = pack(decodes, chunks, self.parts.kv.device)
         return Schedule((*decodes, *(request for request, _ in chunks)), batch)
 

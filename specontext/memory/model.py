@@ -20,7 +20,7 @@ FLOAT16 = 2  # bytes; eq. 6-7 count models and KV in 2-byte floats, whatever the
 MIB = 1 << 20
 PREFILL_TILE = 16384  # stored tokens that a prompt chunk reads at once on a GPU
 LIBRARIES = 64 * MIB  # workspaces of matrix products
-COUNTERS = 10  # of the statistics of a request
+COUNTERS = 12  # of the statistics of a request
 SAMPLER = 96 * MIB  # float64 scores and ranks of one chunk of logits
 
 
