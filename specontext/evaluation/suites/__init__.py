@@ -11,6 +11,7 @@ from functools import partial
 
 from specontext.evaluation.suites.example import EvalTask, Example, TextTools
 from specontext.evaluation.suites.longbench import longbench, longbench_e
+from specontext.evaluation.suites.longwriter import longwriter
 from specontext.evaluation.suites.math import DATA_SETS, math_suite
 from specontext.evaluation.suites.reasoning import reasoning
 from specontext.evaluation.suites.ruler import ruler
@@ -22,5 +23,6 @@ SUITES: dict[str, Callable[..., list[EvalTask]]] = {
     "reasoning": reasoning,
     "longbench": longbench,
     "longbench-e": longbench_e,
+    "longwriter": longwriter,
     **{name: partial(math_suite, name) for name in DATA_SETS},
 }

@@ -61,15 +61,15 @@ class DataTask(ABC):
     def score(self, example: Example, output: str) -> dict[str, float]: ...
 
 
-def answer_tokens(row: Row, prompt: str, most: int, room: int | None, text: TextTools) -> int:
-    """Tokens that are left for an answer of at most `most`.
+def answer_tokens(row: Row, prompt: str, most: int, length: int | None, room: int | None, text: TextTools) -> int:
+    """Tokens that are left for an answer of at most `most`; 1 for a prompt that is too long for the model, which shows there.
 
     Raises:
-        LengthError: the prompt alone is too long.
+        LengthError: a length was asked for in which the prompt has no room.
     """
     if room is None:
         return most
     left = room - text.count_tokens(prompt)
-    if left < 1:
-        raise LengthError(f"{row.where} has no room for an answer: its prompt alone needs {room - left} of {room} tokens")
-    return min(most, left)
+    if left < 1 and length is not None:
+        raise LengthError(f"{row.where} has no room for an answer: its prompt needs {room - left} of {room} tokens")
+    return max(1, min(most, left))

@@ -55,7 +55,7 @@ class MathTask(DataTask):
 
     def ask(self, key: str, row: Row, length: int | None, room: int | None, text: TextTools) -> Example:
         prompt = text.chat(f"{row.text(*_PROBLEM).strip()}\n\n{REQUEST}")
-        most = answer_tokens(row, prompt, DATA_SETS[self.name].max_tokens, room, text)
+        most = answer_tokens(row, prompt, DATA_SETS[self.name].max_tokens, length, room, text)
         details = {name: row.fields[name] for name in ("subject", "level") if row.has(name)}
         return Example(self.suite, self.name, key, prompt, (self._reference(row),), most, length, details=details)
 
