@@ -56,7 +56,7 @@ def cell_rows(samples: Iterable[Sample], *, methods: Sequence[str], seed: int) -
 def _row(samples: Sequence[Sample], seed: int) -> Row:
     first, scores = samples[0], [sample.score for sample in samples]
     low, high = mean_interval(scores, seed=seed)
-    others = [name for name in first.scores if name != "score"]
+    others = list(dict.fromkeys(name for sample in samples for name in sample.scores if name != "score"))
 
     def stat(name: str) -> float | None:
         return _mean([sample.stats.get(name) for sample in samples])
