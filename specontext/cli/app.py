@@ -11,9 +11,11 @@ from specontext.cli.bench import bench_app
 from specontext.cli.chat import chat
 from specontext.cli.demo import demo
 from specontext.cli.distill import distill
+from specontext.cli.eval import evaluate
 from specontext.cli.generate import generate
 from specontext.cli.head import head_app
 from specontext.cli.plan import plan
+from specontext.cli.report import report
 from specontext.cli.serve import serve
 from specontext.cli.tasks import tasks_app
 
@@ -31,7 +33,9 @@ app.command()(serve)
 app.command()(chat)
 app.command()(demo)
 app.command()(distill)
+app.command("eval")(evaluate)
 app.command()(plan)
+app.command()(report)
 app.add_typer(tasks_app, name="tasks")
 app.add_typer(head_app, name="head")
 app.add_typer(bench_app, name="bench")

@@ -1,0 +1,204 @@
+"""`specontext eval`: methods side by side on a suite of problems, through the same engine."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from specontext.cli.analyze import whole_numbers
+from specontext.cli.options import ENGINE_OPTIONS, Settings, with_settings
+from specontext.cli.terminal import error_console, human_bytes, quiet_libraries
+
+if TYPE_CHECKING:
+    from specontext.evaluation.run import Advance, Begin
+
+FILE_WIDTH = 120
+EVAL_ENGINE_OPTIONS = (*(name for name in ENGINE_OPTIONS if name != "seed"), "max_num_seqs")
+
+
+@with_settings(method=("sink", "recent"), engine=EVAL_ENGINE_OPTIONS)
+def evaluate(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="'nano' (bundled), a checkpoint directory or a Hub id.", show_default=False)],
+    *,
+    suite: Annotated[str, typer.Option("--suite", metavar="A,B,...", help="Suites of problems.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="DIR", help="Directory of the results; a stopped run goes on there.")
+    ],
+    methods: Annotated[
+        str,
+        typer.Option("--methods", metavar="A,B,...", help="Selection methods; speculative@DIR is one with a head of its own."),
+    ] = "full,speculative",
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            "--budgets",
+            metavar="A,B,...",
+            help="KV entries that are read, sinks and recent ones included. Default: what the retrieval head recommends.",
+        ),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            "--lengths", metavar="A,B,...", help="Tokens of prompt and answer together. Default: the tasks' own lengths."
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", help="Problems of each task and length at most.")] = 20,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", metavar="A,B,...", help="Tasks of the suites. Default: all that fit the model.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="PATH|NAME", help="Data of a suite that needs some: a path or a Hub name.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of problems and resamples.")] = 0,
+    retrieval_head: Annotated[
+        str, typer.Option("--retrieval-head", metavar="DIR|auto|none", help="Retrieval head; 'auto' takes the checkpoint's own.")
+    ] = "auto",
+    offload_layers: Annotated[
+        int, typer.Option("--offload-layers", help="Layers whose KV lives in host memory, the last ones first; -1 offloads all.")
+    ] = 0,
+    skip_unsupported: Annotated[
+        bool, typer.Option("--skip-unsupported", help="Leave methods out that cannot work on the model, instead of an error.")
+    ] = False,
+    settings: Settings,
+) -> None:
+    """Let methods answer the same problems greedily and compare their scores and what they read.
+
+    Writes results.json, report.html and report.md to DIR, and every answer to DIR/samples.jsonl.
+    """
+    quiet_libraries()
+    from specontext.evaluation.report import write_report
+    from specontext.evaluation.run import run_evaluation
+    from specontext.evaluation.settings import EvaluationSettings
+
+    asked = EvaluationSettings(
+        model=model,
+        suites=words(suite),
+        out=out,
+        methods=words(methods),
+        budgets=None if budgets is None else whole_numbers("--budgets", budgets),
+        lengths=None if lengths is None else whole_numbers("--lengths", lengths),
+        limit=limit,
+        tasks=None if tasks is None else words(tasks),
+        data=data,
+        seed=seed,
+        retrieval_head=None if retrieval_head == "none" else retrieval_head,
+        sink=settings.config.sink,
+        recent=settings.config.recent,
+        offload_layers=offload_layers,
+        engine=settings.engine,
+        skip_unsupported=skip_unsupported,
+        command=command_line(context),
+    )
+    with _progress() as begin:
+        results = run_evaluation(asked, begin)
+    print_notes(results["meta"]["notes"])
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
+    for table in tables(results):
+        console.print(table)
+    for file in (out / "results.json", *write_report(out)):
+        print(file)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Names with commas, each once."""
+    return tuple(dict.fromkeys(word for part in text.split(",") if (word := part.strip())))
+
+
+def command_line(context: typer.Context) -> str:
+    """The command with the options that are not at their defaults."""
+    said = ["specontext", str(context.info_name)]
+    for parameter in context.command.params:
+        value = context.params.get(str(parameter.name))
+        if parameter.param_type_name == "argument":
+            said.append(str(value))
+        elif value is not None and value != parameter.default:
+            if isinstance(value, bool):
+                said.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+            else:
+                said += [parameter.opts[0], str(value)]
+    return shlex.join(said)
+
+
+def print_notes(notes: Sequence[dict[str, Any]]) -> None:
+    """Say on stderr what was left out and why, once for each reason."""
+    places: dict[str, list[str]] = {}
+    for note in notes:
+        where = " ".join(str(value) for name, value in note.items() if name != "why" and (name != "suite" or "task" not in note))
+        places.setdefault(note["why"], []).append(where)
+    for why, all_places in places.items():
+        error_console().print(escape(f"{', '.join(all_places)}: {why}"), style="dim")
+
+
+def tables(results: dict[str, Any]) -> Iterator[Table]:
+    """A table for each task, and one of the means over a suite's tasks: scores, differences to full attention, what was read."""
+    from specontext.evaluation.report.averages import mean_over_tasks, mean_pairs
+
+    for suite in dict.fromkeys(row["suite"] for row in results["rows"]):
+        rows, pairs = ([one for one in results[name] if one["suite"] == suite] for name in ("rows", "pairs"))
+        tasks = list(dict.fromkeys(row["task"] for row in rows))
+        for task in tasks:
+            yield _table(f"{suite}: {task}", *([one for one in some if one["task"] == task] for some in (rows, pairs)))
+        if len(tasks) > 1:
+            yield _table(f"{suite}: mean over tasks", mean_over_tasks(rows)[0], mean_pairs(pairs))
+
+
+def _table(title: str, rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]]) -> Table:
+    to_full = {(p["method"], p["budget"], p["length"]): p for p in pairs if p["other"] == "full"}
+    made = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, title_justify="left")
+    for column in ("length", "method", "budget", "n", "score", "95 %", "minus full", "95 %", "read", "overlap", "loaded", "s"):
+        made.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        pair = to_full.get((row["method"], row["budget"], row["length"]))
+        made.add_row(
+            _number(row["length"]),
+            escape(row["method"]),
+            _number(row["budget"]),
+            _number(row["n"]),
+            _percent(row["score"]),
+            _interval(row),
+            _percent(pair["difference"]) if pair else "–",
+            _interval(pair) if pair else "–",
+            _number(row["tokens_read"]),
+            _percent(row["overlap"]),
+            "–" if row["bytes_loaded"] is None else human_bytes(row["bytes_loaded"]),
+            f"{row['seconds']:.2f}",
+        )
+    return made
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return "–" if row["ci_low"] is None else f"{100 * row['ci_low']:.1f} .. {100 * row['ci_high']:.1f}"
+
+
+@contextmanager
+def _progress() -> Iterator[Begin]:
+    """A bar for each phase on a terminal, nothing elsewhere."""
+    console = error_console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bars:
+
+        def begin(phase: str, parts: int) -> Advance:
+            job = bars.add_task(phase, total=parts)
+            return lambda done: bars.advance(job, done)
+
+        yield begin
