@@ -35,6 +35,7 @@ from specontext.retrieval.selector import DecodeTokens
 
 FORMAT = 1
 FILE = "selections.json"
+KEYS = {"model", "head", "method", "budget", "sink", "recent", "prompt_tokens", "texts", "layers", "readers", "steps"}
 TOP = 64  # entries of true attention that are kept for each head
 UNITS = 10_000
 LEAST = 0.0005  # attention that is shown at all
@@ -187,6 +188,11 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         whole = before.rstrip("\ufffd")
         texts.append(after[len(whole) :] if after.startswith(whole) else tokenizer.decode([ids[place]]))
     return texts
+
+
+def is_record(found: Any) -> bool:
+    """Whether this is the content of a `selections.json` of this version."""
+    return isinstance(found, dict) and found.get("format") == FORMAT and found.keys() >= KEYS and bool(found["steps"])
 
 
 def write_selections(directory: str | Path, record: dict[str, Any]) -> Path:

@@ -11,7 +11,7 @@ from specontext.evaluation.report.markdown import as_markdown
 from specontext.evaluation.report.results import ReportError, Results, read_results
 from specontext.evaluation.report.sections import document
 from specontext.evaluation.selections import FILE as SELECTIONS
-from specontext.evaluation.selections import FORMAT
+from specontext.evaluation.selections import is_record
 
 RESULTS = "results.json"
 
@@ -44,7 +44,7 @@ def write_report(directory: str | Path) -> list[Path]:
 
 def _read(folder: Path) -> Results:
     results, selections = _json(folder / RESULTS), _json(folder / SELECTIONS)
-    if selections is not None and (not isinstance(selections, dict) or selections.get("format") != FORMAT):
+    if selections is not None and not is_record(selections):
         raise ReportError(f"{folder / SELECTIONS} is not a record of selections of this version: record it again")
     if results is None and selections is None:
         raise ReportError(

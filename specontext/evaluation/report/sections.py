@@ -23,7 +23,7 @@ SKIPPED = ("skipped", "failed", "left_out", "errors", "notes")  # entries of `me
 def document(results: Results) -> Document:
     """The whole report; chapters that have nothing to say are left out."""
     chapters = [
-        Section("answer", "What was compared, and the answer", tuple(opening(results))),
+        Section("answer", "What was compared, and the answer", tuple(opening(results) if results.rows else ())),
         Section("accuracy", "Accuracy against tokens read", tuple(_accuracy(results))),
         Section("differences", "The same problems, method against method", tuple(_differences(results))),
         Section("selection", "What the selections cover", tuple(_selection(results))),

@@ -32,8 +32,6 @@ class Statement:
 
 def opening(results: Results) -> list[Statement]:
     """What was compared, and for every suite what the answer is."""
-    if not results.rows:
-        return [Statement("No results are recorded here.")]
     said = [_compared(results)]
     for suite in results.suites:
         said += _answer(results, suite)
