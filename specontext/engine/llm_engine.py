@@ -26,11 +26,15 @@ class Generation:
     """A request and what users see of it.
 
     Attributes:
+        forced: the output's first tokens, instead of sampled ones.
+        on_logits: sees the logits [V] before each token of the output; they are valid until the next step.
         stats: filled when the request ends.
     """
 
     request: Request
     detokenizer: Detokenizer
+    forced: Sequence[int] = ()
+    on_logits: Callable[[Tensor], None] | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
     stats: dict[str, object] | None = None
@@ -84,16 +88,31 @@ class LLMEngine:
         self.tokenizer = self.loaded.tokenizer
         self._generations: dict[str, Generation] = {}
 
-    def add_request(self, request_id: str, prompt: str | Sequence[int], params: SamplingParams, *, index: int = 0) -> Generation:
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        index: int = 0,
+        forced: Sequence[int] = (),
+        on_logits: Callable[[Tensor], None] | None = None,
+    ) -> Generation:
         """Queue one output of a prompt.
 
         Args:
             index: which of the prompt's outputs it is; equal seeds give different outputs for different indices.
+            forced, on_logits: see `Generation`.
 
         Raises:
-            RequestError: an empty or over-long prompt, token ids outside the vocabulary, an id in use.
+            RequestError: an empty or over-long prompt, token ids outside the vocabulary, an id in use, log-probabilities of
+                forced tokens.
         """
         token_ids = self._encode(prompt)
+        if forced:
+            forced = self._encode(forced)
+            if params.logprobs is not None:
+                raise RequestError("log-probabilities are of sampled tokens: leave logprobs out, on_logits sees the logits")
         if request_id in self._generations:
             raise RequestError(f"request id '{request_id}' is in use")
         request = Request(
@@ -110,7 +129,9 @@ class LLMEngine:
         )
         self.scheduler.add(request)
         moves_before = len(self.parts.residency.moves)
-        generation = Generation(request, Detokenizer(self.tokenizer, params, token_ids), moves_before=moves_before)
+        generation = Generation(
+            request, Detokenizer(self.tokenizer, params, token_ids), forced, on_logits, moves_before=moves_before
+        )
         self._generations[request_id] = generation
         return generation
 
@@ -186,9 +207,12 @@ class LLMEngine:
         sampled = sample(logits, [r for _, r in ready], end_token_ids=self.loaded.end_token_ids)
         now = time.perf_counter()
         touched = []
-        for (_, request), token, logprobs in zip(ready, sampled.token_ids, sampled.logprobs, strict=True):
+        for row, ((_, request), token, logprobs) in enumerate(zip(ready, sampled.token_ids, sampled.logprobs, strict=True)):
             generation = self._generations[request.request_id]
-            self._receive(generation, token, logprobs, now)
+            if generation.on_logits is not None:
+                generation.on_logits(logits[row])
+            made = len(request.token_ids) - request.prompt_length
+            self._receive(generation, generation.forced[made] if made < len(generation.forced) else token, logprobs, now)
             touched.append(generation)
         return touched
 
@@ -221,7 +245,7 @@ class LLMEngine:
         assert generation.first_token_at is not None and generation.last_token_at is not None
         report = self.parts.meter.report(request.seat)
         if not self.config.measure_recall:
-            report["attention_recall"] = None
+            report |= {"attention_recall": None, "attention_recall_by_layer": None}
         return {
             "method": choice.method,
             "budget": choice.budget or None,

@@ -21,7 +21,6 @@ FIELDS = (
     "overlap_steps",
     "hits",
     "selected",
-    "recall",
     "choosing_s",
     "timed_steps",
 )
@@ -29,9 +28,10 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class MeterState:
-    """Counters of one request: float64 [fields] and int32 [tables, G, B]."""
+    """Counters of one request: float64 [fields], float64 [L] and int32 [tables, G, B]."""
 
     counts: Tensor
+    recalls: Tensor
     before: Tensor
 
 
@@ -62,6 +62,7 @@ class Meter:
         self.pairs = shape.layers * shape.kv_heads
         # One row more than seats: the padding of a batch is counted there.
         self.counts = torch.zeros((seats + 1, len(FIELDS)), dtype=torch.float64, device=device)
+        self.recalls = torch.zeros((seats + 1, shape.layers), dtype=torch.float64, device=device)
         self.groups = groups
         self._readers: dict[int, Tensor] = {}
         self._readers_of(head_map)  # now: it waits for the device, which a captured step must not
@@ -70,15 +71,16 @@ class Meter:
 
     def reset(self, seat: int) -> None:
         self.counts[seat] = 0
+        self.recalls[seat] = 0
         self.before[:, seat] = NOTHING
 
     def save(self, seat: int) -> MeterState:
         """The counters of a seat, for a request that has to wait."""
-        return MeterState(self.counts[seat].clone(), self.before[:, seat].clone())
+        return MeterState(self.counts[seat].clone(), self.recalls[seat].clone(), self.before[:, seat].clone())
 
     def restore(self, seat: int, state: MeterState) -> None:
         """Go on counting in another seat."""
-        self.counts[seat], self.before[:, seat] = state.counts, state.before
+        self.counts[seat], self.recalls[seat], self.before[:, seat] = state.counts, state.recalls, state.before
 
     def _add(self, field: str, seats: Tensor, value: Tensor | float) -> None:
         column = self.counts[:, FIELDS.index(field)]
@@ -153,14 +155,15 @@ class Meter:
         whole = torch.nn.functional.pad(now, (0, width - now.shape[-1], 0, self.groups - groups), value=NOTHING)
         self.before[table].index_copy_(0, seats, whole)
 
-    def recall(self, seats: Tensor, share: Tensor) -> None:
-        """Count one layer's share [R] of true attention mass that its selection covers."""
-        self._add("recall", seats, share / self.shape.layers)
+    def recall(self, layer: int, seats: Tensor, share: Tensor) -> None:
+        """Count a layer's share [R] of true attention mass that its selection covers."""
+        self.recalls[:, layer].index_add_(0, seats, share.double())
 
     def report(self, seat: int) -> dict[str, object]:
         """Means over the decode steps of a request; None where there is nothing to measure."""
         count = dict(zip(FIELDS, self.counts[seat].tolist(), strict=True))
         steps = count["steps"]
+        recalls = self.recalls[seat].tolist()
 
         def mean(value: float, over: float) -> float | None:
             return value / over if over else None
@@ -173,6 +176,7 @@ class Meter:
             "bytes_full_per_step": mean(count["full_bytes"], steps),
             "overlap": mean(count["overlap"], count["overlap_steps"]),
             "hit_rate": mean(count["hits"], count["selected"]),
-            "attention_recall": mean(count["recall"], steps),
+            "attention_recall": mean(sum(recalls), steps * len(recalls)),
+            "attention_recall_by_layer": [recall / steps for recall in recalls] if steps else None,
             "selection_s_per_step": mean(count["choosing_s"], count["timed_steps"]),
         }

@@ -162,7 +162,7 @@ class Step:
     def _decode(self, way: _Way, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         if way.selector.dense:
             if self.measure_recall:
-                self.meter.recall(way.decode.seats, torch.ones_like(way.decode.seats, dtype=torch.float64))
+                self.meter.recall(layer, way.decode.seats, torch.ones_like(way.decode.seats, dtype=torch.float64))
                 if self.observer is not None:
                     self.observer(layer, way.decode, self._true_weights(way, layer, query, scale), None)
             return self._decode_dense(way, layer, query, key, value, scale)
@@ -219,7 +219,7 @@ class Step:
             self.observer(layer, way.decode, weights, tokens)
         tokens = tokens.repeat_interleave(query.shape[1] // tokens.shape[1], dim=1)
         covered = torch.where(tokens >= 0, weights.gather(-1, tokens.clamp(min=0)), 0.0).sum(-1)
-        self.meter.recall(way.decode.seats, covered.mean(-1))
+        self.meter.recall(layer, way.decode.seats, covered.mean(-1))
 
     def _true_weights(self, way: _Way, layer: int, query: Tensor, scale: float) -> Tensor:
         """Attention over the whole context, float32 [R, Hq, S]."""

@@ -56,6 +56,12 @@ def _merged(name: str, stats: Sequence[Stats]) -> Any:
         return min(value for value, _ in values)
     if name == "offloaded_layers":
         return max(value for value, _ in values)
+    if name == "attention_recall_by_layer":
+        steps = sum(weight for _, weight in values)
+        return [
+            sum(share * weight for share, (_, weight) in zip(shares, values, strict=True)) / steps
+            for shares in zip(*(v for v, _ in values), strict=True)
+        ]
     if name in _MEANS or name.endswith("_per_step"):
         steps = sum(weight for _, weight in values)
         return sum(value * weight for value, weight in values) / steps if steps else None

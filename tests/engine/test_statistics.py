@@ -103,8 +103,10 @@ def test_statistics_do_not_depend_on_chunks_or_company(
         llm = make_llm("llama", method, max_num_batched_tokens=chunk, **options)
         llm.generate([prompts[0]], greedy(3))  # another request had the seat before
         outputs = llm.generate([PROMPT, *prompts] if company else [PROMPT], greedy(10))
-        assert outputs[0].stats.pop("moves") == []
-        found.append({k: v for k, v in outputs[0].stats.items() if k not in ("ttft_s", "tpot_s", "selection_s_per_step")})
+        stats = outputs[0].stats
+        assert stats.pop("moves") == []
+        stats |= {f"recall of layer {n}": share for n, share in enumerate(stats.pop("attention_recall_by_layer"))}
+        found.append({k: v for k, v in stats.items() if k not in ("ttft_s", "tpot_s", "selection_s_per_step")})
     assert found[1] == pytest.approx(found[0]) and found[2] == pytest.approx(found[0])
 
 
@@ -165,14 +167,15 @@ def test_recall_is_the_true_attention_s_mass_on_the_selection(
     sparse = causal.clone()
     for position in range(len(prompt), len(ids)):
         sparse[:, position, 2 : position + 1 - 14] = False  # all but two sinks and the last fourteen
-    total = 0.0
+    expected = []
     for layer in range(layers):
         masks = [causal if i == layer else sparse for i in range(layers)]
         weights = masked_forward(model, ids, masks, attentions=True).attentions[layer][0]
-        total += (weights * sparse)[:, len(prompt) :].sum(-1).mean().item()
+        expected.append((weights * sparse)[:, len(prompt) :].sum(-1).mean().item())
     recall = output.stats["attention_recall"]
     assert isinstance(recall, float) and recall < 0.95
-    assert recall == pytest.approx(total / layers, abs=1e-4)
+    assert recall == pytest.approx(sum(expected) / layers, abs=1e-4)
+    assert output.stats["attention_recall_by_layer"] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("method", ["speculative", "streaming", "oracle", "random"])

@@ -35,6 +35,7 @@ def stats(steps: int, **others: Any) -> dict[str, Any]:
         ("overlap", (0.5, None, 1.0), 9 / 14),
         ("hit_rate", (1.0, 0.5, 0.25), 0.75),
         ("attention_recall", (None, None, None), None),
+        ("attention_recall_by_layer", ([8.0, 1.0], [16.0, 1.0], [24.0, 1.0]), [13.0, 1.0]),
         ("tpot_s", (0.016, 0.032, 0.008), 0.016),
         ("slots", (None, None, None), None),
     ],
