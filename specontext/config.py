@@ -9,9 +9,15 @@ from pathlib import Path
 
 from specontext.core import SpeContextError
 
-METHODS = ("full", "speculative", "streaming", "oracle", "random")
+METHODS = ("full", "speculative", "streaming", "oracle", "random", "quest", "shadowkv", "clusterkv", "snapkv", "h2o")
 # What requests may name besides, as METHOD-VARIANT.
-VARIANTS: dict[str, tuple[str, ...]] = {"speculative": ("union", "batch", "identity")}
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "speculative": ("union", "batch", "identity"),
+    "quest": ("prompt",),
+    "shadowkv": ("prompt",),
+    "clusterkv": ("prompt",),
+    "snapkv": ("prompt",),
+}
 CHOICES = (*METHODS, *(f"{method}-{variant}" for method, variants in VARIANTS.items() for variant in variants))
 CHEAP_METHODS = ("full", "streaming", "random")  # they need no memory of their own
 GRANULARITIES = ("head", "union", "batch")
@@ -35,7 +41,7 @@ class SpeContextConfig:
         ConfigError: a value out of range, or values that contradict each other.
     """
 
-    method: str = _option("speculative", "Selection method: full, speculative, streaming, oracle or random.")  # type: ignore[assignment]
+    method: str = _option("speculative", f"Selection method: {', '.join(METHODS)}.")  # type: ignore[assignment]
     budget: int | None = _option(  # type: ignore[assignment]
         None,
         "KV entries that attention reads for one KV head and step, sinks and recent window included. "

@@ -24,12 +24,19 @@ WAYS: list[dict[str, Any]] = [
     {"method": "speculative-identity"},
     {"method": "full"},
     {"method": "speculative"},
+    {"method": "quest"},
+    {"method": "quest", "budget": 9},
+    {"method": "shadowkv"},
+    {"method": "clusterkv", "budget": 11},
+    {"method": "snapkv"},
+    {"method": "h2o"},
 ]
 
 
 # The head of this family has other groups than the model has KV heads, and a calibrated map.
 WITHOUT_IDENTITY = [way for way in WAYS if way.get("method") != "speculative-identity"]
-ALLOWED = {"llama": CHOICES, "qwen3": tuple(name for name in CHOICES if name != "speculative-identity")}
+WITHOUT_PROMPT = tuple(name for name in CHOICES if not name.endswith("-prompt"))
+ALLOWED = {"llama": WITHOUT_PROMPT, "qwen3": tuple(name for name in WITHOUT_PROMPT if name != "speculative-identity")}
 
 
 def ways(greedy: Greedy, tokens: int, some: list[dict[str, Any]] = WAYS) -> list[SamplingParams]:
@@ -58,7 +65,7 @@ def test_a_mixed_batch_gives_what_each_request_gets_alone(
 
 
 def test_a_chosen_method_is_the_engine_s_own_elsewhere(make_llm: MakeLLM, greedy: Greedy, prompts: list[list[int]]) -> None:
-    mixed = make_llm("llama", budget=14, methods=CHOICES).generate(prompts[2], ways(greedy, 12)[2])
+    mixed = make_llm("llama", budget=14, methods=WITHOUT_PROMPT).generate(prompts[2], ways(greedy, 12)[2])
     own = make_llm("llama", "streaming", budget=9).generate(prompts[2], greedy(12))
     assert mixed[0].token_ids == own[0].token_ids
     assert mixed[0].stats["tokens_read_per_step"] == own[0].stats["tokens_read_per_step"] == 9
@@ -69,12 +76,27 @@ def test_preempted_requests_keep_their_choice(make_llm: MakeLLM, greedy: Greedy,
     settings: dict[str, Any] = {"budget": 14, "methods": CHOICES, "offload_layers": 0}
     page = 16 * 2 * 2 * 24 * 4
     roomy, tight = make_llm("llama", **settings), make_llm("llama", **settings, gpu_memory=page * 64)
-    params = ways(greedy, 100, WAYS[:6])
+    params = ways(greedy, 100, [*WAYS[:6], *WAYS[-6:]])
     asked = [prompts[1 + i % 2] for i in range(len(params))]
     wanted, found = roomy.generate(asked, params), tight.generate(asked, params)
     assert sum(o.stats["preemptions"] for o in found) > 0  # type: ignore[misc]
     assert [o.token_ids for o in found] == [o.token_ids for o in wanted]
     tight.engine.check_integrity()
+
+
+def test_what_is_read_besides_the_budget_is_counted(make_llm: MakeLLM, greedy: Greedy, prompts: list[list[int]]) -> None:
+    """All 30 generated tokens but the last one are read, and what the budget leaves for the prompt of 83."""
+    llm = make_llm("llama", budget=14, methods=CHOICES, offload_layers=0)
+    names = [name for name in CHOICES if name.endswith("-prompt")]
+    outputs = llm.generate([prompts[2]] * len(names), [greedy(30, method=name) for name in names])
+    for name, output in zip(names, outputs, strict=True):
+        read = output.stats["tokens_read_per_step"]
+        # 29 steps: sinks and scored tokens (8 of whole blocks at most for two of them), and after them the mean of 1 .. 29 tokens
+        # generated, no fewer than the recent window.
+        generated = sum(max(4, n) for n in range(1, 30)) / 29
+        assert read <= 2 + 8 + generated + 1e-9, name
+        if name in ("snapkv-prompt", "clusterkv-prompt"):
+            assert read == pytest.approx(2 + 8 + generated, abs=0.3), name
 
 
 @pytest.mark.parametrize(
@@ -103,10 +125,11 @@ def test_choices_beyond_the_engine_s_limits(
         ({"methods": ("speculative-union", "nothing")}, "unknown method 'nothing' in methods"),
         ({"methods": "oracle"}, "must be a list of names"),
         ({"methods": ("speculative-union",), "method": "streaming"}, "needs 'speculative' beside it"),
+        ({"methods": ("quest", "quest-prompt"), "offload_layers": None}, "set offload_layers to 0"),
+        ({"methods": ("quest",), "granularity": "union"}, "cannot work with granularity 'union'"),
         ({"methods": ("speculative-identity",), "family": "qwen3"}, "needs a head with the model's 2 KV heads, this one has 3"),
     ],
 )
 def test_methods_that_an_engine_cannot_run(settings: dict[str, Any], message: str, make_llm: MakeLLM) -> None:
-    family, method = settings.get("family", "llama"), settings.get("method", "speculative")
     with pytest.raises(ConfigError, match=message):
-        make_llm(family, method, budget=14, methods=settings["methods"])
+        make_llm(**{"family": "llama", "budget": 14} | settings)

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import copy
 
+from specontext.retrieval.methods.clusterkv import ClusterKVSelector
 from specontext.retrieval.methods.full import FullSelector
+from specontext.retrieval.methods.h2o import H2OSelector
 from specontext.retrieval.methods.oracle import OracleSelector
+from specontext.retrieval.methods.quest import QuestSelector
 from specontext.retrieval.methods.random import RandomSelector
+from specontext.retrieval.methods.shadowkv import ShadowKVSelector
+from specontext.retrieval.methods.snapkv import SnapKVSelector
 from specontext.retrieval.methods.speculative import SpeculativeSelector
 from specontext.retrieval.methods.streaming import StreamingSelector
 from specontext.retrieval.selector import MethodContext, Selector
@@ -21,6 +26,11 @@ HEADLESS: dict[str, type[Selector]] = {
     "oracle": OracleSelector,
     "random": RandomSelector,
     "streaming": StreamingSelector,
+    "quest": QuestSelector,
+    "shadowkv": ShadowKVSelector,
+    "clusterkv": ClusterKVSelector,
+    "snapkv": SnapKVSelector,
+    "h2o": H2OSelector,
 }
 
 
@@ -47,9 +57,14 @@ def make_variant(selector: Selector, name: str) -> Selector:
 
 __all__ = [
     "HEADLESS",
+    "ClusterKVSelector",
     "FullSelector",
+    "H2OSelector",
     "OracleSelector",
+    "QuestSelector",
     "RandomSelector",
+    "ShadowKVSelector",
+    "SnapKVSelector",
     "SpeculativeSelector",
     "StreamingSelector",
     "base_of",
