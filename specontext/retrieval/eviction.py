@@ -10,7 +10,7 @@ from specontext.retrieval.selector import DecodeTokens, LayerView
 from specontext.retrieval.stateful import StatefulSelector
 
 DROPPED = -1.0
-TILE_BYTES = 32 << 20  # of attention weights that are computed at a time
+TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # of attention weights that are computed at a time
 
 
 class EvictingSelector(StatefulSelector):
@@ -42,16 +42,17 @@ def chunk_weights(query: Tensor, keys: Tensor, start: int, scale: float, alive: 
     Returns:
         float32 [Hkv, S].
     """
+    heads, span = keys.shape[1], len(keys)
     keys = keys.float().permute(1, 2, 0)  # [Hkv, D, S]
-    heads, span = keys.shape[0], keys.shape[-1]
     total = torch.zeros((heads, span), device=keys.device)
-    position = torch.arange(span, device=keys.device)
-    tile = max(1, TILE_BYTES // (4 * query.shape[1] * span))
+    tile = max(1, TILE_BYTES[keys.device.type] // (4 * query.shape[1] * span))
     for first in range(0, len(query), tile):
-        part = query[first : first + tile].float() * scale
-        visible = position <= start + first + torch.arange(len(part), device=keys.device)[:, None]  # [t, S]
-        grouped = part.unflatten(1, (heads, -1)).permute(1, 2, 0, 3)  # [Hkv, group, t, D]
-        logits = (grouped.flatten(1, 2) @ keys).view(*grouped.shape[:3], span)
-        seen = visible if alive is None else visible & alive[:, None, None]
-        total += torch.softmax(logits.masked_fill_(~seen, -torch.inf), dim=-1).amax(1).sum(1)
+        part = (query[first : first + tile].float() * scale).unflatten(1, (heads, -1)).permute(1, 2, 0, 3)  # [Hkv, group, t, D]
+        seen = start + first + part.shape[2]  # by the last of these queries
+        logits = (part.flatten(1, 2) @ keys[..., :seen]).view(*part.shape[:3], seen)
+        later = torch.ones(part.shape[2], part.shape[2], dtype=torch.bool, device=keys.device).triu(1)
+        logits[..., start + first :].masked_fill_(later, -torch.inf)
+        if alive is not None:
+            logits.masked_fill_(~alive[:, None, None, :seen], -torch.inf)
+        total[:, :seen] += torch.softmax(logits, dim=-1).amax(1).sum(1)
     return total

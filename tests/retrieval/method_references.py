@@ -82,13 +82,16 @@ class Quest(Head):
 
     def bound(self, query: Array, tokens: list[int]) -> float:
         high, low = self.keys[tokens].max(0), self.keys[tokens].min(0)
-        return float(sum(max(q * h, q * m) for q, h, m in zip(query, high, low, strict=True)))
+        return float(np.maximum(query * high, query * low).sum())
 
 
 class ShadowKV(Head):
+    def begin(self) -> None:
+        self.far_out = self.outliers()
+
     def choose(self, position: int, candidates: range, room: int) -> set[int]:
         chunks = self.blocks(8, self.known(position), candidates)
-        outliers = [c for c in self.outliers()[: min(48, room // 8 * 48 // 304)] if c in chunks]
+        outliers = [c for c in self.far_out[: min(48, room // 8 * 48 // 304)] if c in chunks]
         rest = {c: self.keys[t].mean(0) for c, t in chunks.items() if c not in outliers}
         return self.whole(outliers + best_first(self.weigh(position, rest)), chunks, candidates, room)
 

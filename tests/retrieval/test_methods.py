@@ -21,7 +21,7 @@ from specontext.retrieval.stateful import StatefulSelector
 from tests.retrieval.method_cases import KV_HEADS, LAYERS, SCALE, SHAPE, Talk, View, context, decode, prefill, run, sets_of
 from tests.retrieval.method_references import reference
 
-QUICK = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 METHODS: dict[str, type[StatefulSelector]] = {
     "h2o": H2OSelector,
     "snapkv": SnapKVSelector,
@@ -47,18 +47,18 @@ def make(name: str, budget: Budget, *, seats: int = 4, max_tokens: int = 400) ->
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(
-    ("prompt", "budget"),
+    ("prompt", "steps", "budget"),
     [
-        (203, Budget(64, 4, 16)),  # neither pages nor chunks end where the prompt does
-        (150, Budget(90, 3, 5)),  # a recent window smaller than pages and chunks
-        (100, Budget(21, 4, 16)),  # one entry is chosen, and no page fits
-        (30, Budget(64, 4, 16)),  # the budget holds the prompt and then no longer
-        (2, Budget(32, 4, 8)),  # sinks are generated tokens
+        (203, 70, Budget(64, 4, 16)),  # neither pages nor chunks end where the prompt does
+        (150, 24, Budget(90, 3, 5)),  # a recent window smaller than pages and chunks
+        (100, 20, Budget(21, 4, 16)),  # one entry is chosen, and no page fits
+        (30, 40, Budget(64, 4, 16)),  # the budget holds the prompt and then no longer
+        (2, 40, Budget(32, 4, 8)),  # sinks are generated tokens
     ],
 )
-def test_a_method_chooses_as_in_float64(name: str, prompt: int, budget: Budget) -> None:
-    talk = Talk.random(prompt, 70, seed=prompt)
-    assert run(make(name, budget), talk, 70) == reference(name, talk, budget, range(70))
+def test_a_method_chooses_as_in_float64(name: str, prompt: int, steps: int, budget: Budget) -> None:
+    talk = Talk.random(prompt, steps, seed=prompt)
+    assert run(make(name, budget), talk, steps) == reference(name, talk, budget, range(steps))
 
 
 @pytest.mark.parametrize("name", ["clusterkv", "clusterkv-prompt"])
@@ -198,16 +198,16 @@ def test_requests_come_and_go(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("chunk", [7, 64])
 def test_the_chunks_of_a_prompt_make_no_difference(name: str, chunk: int) -> None:
     talk, budget = Talk.random(133, 10, seed=10), Budget(60, 4, 8)
     assert run(make(name, budget), talk, 10, chunk=chunk) == run(make(name, budget), talk, 10)
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("before", [0, 1, 21])
+@pytest.mark.parametrize("before", [0, 21])
 def test_a_request_goes_on_in_another_seat(name: str, before: int) -> None:
-    talk, budget, steps = Talk.random(101, 60, seed=11), Budget(48, 4, 8), 60
+    talk, budget, steps = Talk.random(101, 36, seed=11), Budget(48, 4, 8), 36
     selector = make(name, budget, seats=3)
     read = run(selector, talk, before)
     state = selector.save(0, talk.prompt + before)
