@@ -36,7 +36,14 @@ def made_row(method: str, budget: int | None, length: int | None = 4096, task: s
 
 
 def made_pair(
-    method: str, other: str, low: float, high: float, budget: int = 512, length: int | None = 4096, task: str = "needle", **changes: Any
+    method: str,
+    other: str,
+    low: float,
+    high: float,
+    budget: int = 512,
+    length: int | None = 4096,
+    task: str = "needle",
+    **changes: Any,
 ) -> dict[str, Any]:
     """A paired difference in the middle of its interval."""
     names = {"suite": "ruler", "task": task, "method": method, "other": other, "budget": budget, "length": length, "n": 20}
@@ -80,7 +87,7 @@ def made_results(
 
 def made_selections(texts: Sequence[str] | None = None) -> dict[str, Any]:
     """A record of three steps over eight tokens of prompt; one layer, two KV heads that read different sets."""
-    texts = list(texts or [f" word{place}" for place in range(8)]) + [" a", " b", " c", " d"]
+    texts = [*(texts or [f" word{place}" for place in range(8)]), " a", " b", " c", " d"]
     steps = []
     for number in range(3):
         length = 9 + number
