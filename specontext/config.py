@@ -141,6 +141,9 @@ class EngineConfig:
     offload_dir: Path | None = _option(  # type: ignore[assignment]  # noqa: RUF009
         None, "Directory for a file that the host tier of KV is mapped to, instead of memory; on a CPU only."
     )
+    enable_prefix_caching: bool = _option(  # type: ignore[assignment]
+        True, "Keep what is known of prompts in free pages of the host tier, for requests that begin with the same tokens."
+    )
     seed: int = _option(0, "Seed of sampled requests that name none.")  # type: ignore[assignment]
     page_size: int = _option(16, "Tokens of one KV page.")  # type: ignore[assignment]
     measure_recall: bool = _option(  # type: ignore[assignment]

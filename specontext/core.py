@@ -189,6 +189,7 @@ class Request:
         prefill_length: tokens that are computed densely: the prompt, and what had been generated before a restart.
         preemptions: how often it had to wait again.
         captured_steps: decode steps that were replayed as a captured CUDA graph.
+        cached_tokens: tokens whose KV was known when it first got a seat; None before.
         prompt_logprobs: for each prompt token the log-probabilities by token id, None for the first one; it grows while the
             prompt is computed and is complete before the first token is sampled.
     """
@@ -209,6 +210,7 @@ class Request:
     prefill_length: int = 0
     preemptions: int = 0
     captured_steps: int = 0
+    cached_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.prompt_length <= len(self.token_ids):

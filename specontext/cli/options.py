@@ -23,6 +23,7 @@ ENGINE_OPTIONS = (
     "gpu_memory_utilization",
     "host_memory",
     "offload_dir",
+    "enable_prefix_caching",
     "enforce_eager",
     "compile",
     "seed",

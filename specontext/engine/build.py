@@ -13,6 +13,7 @@ from torch import Tensor
 from specontext.config import ConfigError, EngineConfig, SpeContextConfig
 from specontext.core import ModelShape
 from specontext.engine.methods import Methods
+from specontext.engine.prefix import PrefixCache
 from specontext.engine.profile import GRAPHS, measure_runtime
 from specontext.engine.residency import Residency
 from specontext.engine.statistics import Meter
@@ -42,6 +43,7 @@ class Parts:
     Attributes:
         method: settings of the engine's own method.
         methods: it and those that requests may name.
+        prefix: what requests know of each other's prompts.
         plan: bytes of everything.
         max_tokens: longest context of one request.
         head: the retrieval head, for the methods that have one.
@@ -50,6 +52,7 @@ class Parts:
     method: SpeContextConfig
     methods: Methods
     kv: TieredKV
+    prefix: PrefixCache
     meter: Meter
     residency: Residency
     plan: MemoryModel
@@ -170,7 +173,8 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     keys = -(-arena.page_bytes // keyed.cache.page_size) if isinstance(keyed, SpeculativeSelector) else 0
     chunk = max(1, facts.weight_bytes // share)
     residency = Residency(kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=chunk)
-    return Parts(method, methods, kv, meter, residency, plan, sizes, max_tokens, head)
+    prefix = PrefixCache(kv, methods, enabled=config.enable_prefix_caching)
+    return Parts(method, methods, kv, prefix, meter, residency, plan, sizes, max_tokens, head)
 
 
 def host_default(config: EngineConfig) -> int:

@@ -260,6 +260,7 @@ class LLMEngine:
             "head_rope_theta": head.rope_theta if head is not None else None,
             "head_yarn_factor": head.yarn_factor if head is not None else None,
             "prompt_tokens": request.prompt_length,
+            "cached_tokens": request.cached_tokens or 0,
             "completion_tokens": made,
             **report,
             "captured_steps": request.captured_steps,
@@ -281,6 +282,11 @@ class LLMEngine:
     def check_integrity(self) -> None:
         """Raises AssertionError when a page or a table entry was lost."""
         self.parts.kv.check_integrity(self.parts.methods.held_pages)
+        self.parts.prefix.check_integrity(self.scheduler.running)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what is known of prompts; running requests keep what they have."""
+        self.parts.prefix.reset()
 
     def close(self) -> None:
         """Detach from the model, which can then serve another engine."""

@@ -137,7 +137,9 @@ class ModelRunner:
             specontext_step=step,
         )
         step.end()
-        parts.methods.observe(batch, self.taps.take()[0] if self.taps is not None else None)
+        features = self.taps.take()[0] if self.taps is not None else None
+        parts.methods.observe(batch, features)
+        parts.prefix.observe(batch, features)
         logits: Tensor = output.logits[0]
         return logits
 

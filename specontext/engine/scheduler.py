@@ -95,6 +95,7 @@ class Scheduler:
         if request.seat in self.parts.kv.room:
             self.parts.kv.close(request.seat)
         self.parts.methods.close(request.seat)
+        self.parts.prefix.leave(request.seat)
         self._seats.append(request.seat)
         request.seat = -1
 
@@ -210,7 +211,9 @@ class Scheduler:
             wanted = [*(self._soon(r) for r in self.running), self._soon(request)]
             self.parts.residency.settle(wanted, but=parked.kv if parked else None)
             fits = self.parts.residency.fits_somehow(wanted, but=parked.kv if parked else None)
-            if fits and self._seat(request):
+            # Who computes the same pages now has a seat, and gets on or leaves it.
+            awaited = parked is None and self.parts.prefix.awaited(request)
+            if fits and not awaited and self._seat(request):
                 self.running.append(self.waiting.popleft())
             elif self.running or not self._drop_parked(but=request):
                 return
@@ -220,21 +223,26 @@ class Scheduler:
         return min(max(len(request.token_ids), request.computed) + WATERMARK, self._most(request))
 
     def _seat(self, request: Request) -> bool:
-        """Give a waiting request a seat, and back what it had before it was preempted."""
+        """Give a waiting request a seat, and back what it had before it was preempted, or what is known of its prompt."""
         parts, seat = self.parts, self._seats[-1]
         parked = self._parked.get(request.request_id)
-        first = max(request.computed, min(request.prefill_length, self.max_batched_tokens))
 
         def take() -> None:
-            parts.methods.open(seat, first, request.choice)
-            try:
+            chain = parts.prefix.find(request, self.max_batched_tokens) if parked is None else []
+            known = max(request.computed, parts.prefix.tokens(chain))
+            first = min(request.prefill_length, known + self.max_batched_tokens)
+            with parts.prefix.using(chain):
+                parts.methods.open(seat, max(known, first), request.choice)
+                try:
+                    if parked is None:
+                        parts.kv.open(seat, first, parts.methods.reader(request.choice))
+                    else:
+                        unpark(parts.kv, seat, parked.kv)
+                except OutOfPagesError:
+                    parts.methods.close(seat)
+                    raise
                 if parked is None:
-                    parts.kv.open(seat, first, parts.methods.reader(request.choice))
-                else:
-                    unpark(parts.kv, seat, parked.kv)
-            except OutOfPagesError:
-                parts.methods.close(seat)
-                raise
+                    parts.prefix.fill(request, seat, chain)
 
         if not self._take(take):
             return False
@@ -244,6 +252,7 @@ class Scheduler:
             parts.meter.restore(seat, parked.meter)
             del self._parked[request.request_id]
         request.seat = self._seats.pop()
+        parts.prefix.follow(request, request.seat)
         return True
 
     def _drop_parked(self, *, but: Request | None) -> bool:

@@ -94,6 +94,7 @@ class LayerMove:
         kv, layer = self.kv, self.layer
         side = WRITE_BACK if self.to_host else PREFETCH
         kv.streams.wait(COMPUTE, kv.streams.record(side))
+        kv.join_copies()  # they read the pages that are given back
         if self.to_host:
             fill_slots(kv, layer, {seat: stored[seat] for seat in kv.room}, from_host=False)
         kv.resident[layer] = not self.to_host

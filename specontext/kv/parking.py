@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from specontext.kernels.rows import gather_rows
+from specontext.kv.copying import copy_pages
 from specontext.kv.reading import Reader
 from specontext.kv.slot_fill import fill_slots
 from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK
@@ -37,7 +35,7 @@ def park(kv: TieredKV, seat: int, tokens: int) -> ParkedKV:
     layers = range(kv.shape.layers)
     resident = [layer for layer in layers if kv.resident[layer]]
     kv.host_pages.extend(resident, seat, kv.pages_for(tokens))
-    _copy(kv, resident, seat, tokens, to_host=True)
+    _copy(kv, seat, tokens, to_host=True)
     held = [kv.host_pages.detach(layer, seat) for layer in layers]
     count = kv.pages_for(tokens)
     for pages in held:  # room for tokens that never came
@@ -67,7 +65,7 @@ def unpark(kv: TieredKV, seat: int, parked: ParkedKV) -> None:
         kv.host_pages.attach(layer, seat, parked.pages[layer])
     _forget(kv, parked)
     kv.room[seat] = kv.pages_for(parked.tokens) * kv.page_size
-    _copy(kv, resident, seat, parked.tokens, to_host=False)
+    _copy(kv, seat, parked.tokens, to_host=False)
     kv.host_pages.release([layer for layer in resident if layer != kv.moving], seat)
     for layer in kv.offloaded:
         fill_slots(kv, layer, {seat: parked.tokens}, from_host=True)
@@ -84,20 +82,13 @@ def _forget(kv: TieredKV, parked: ParkedKV) -> None:
     kv.parked = [pages for pages in kv.parked if pages is not parked.pages]  # others may be equal: all that hold nothing are
 
 
-def _copy(kv: TieredKV, layers: list[int], seat: int, tokens: int, *, to_host: bool) -> None:
-    """All rows of a seat in some layers, from one tier to the other; what is computed next finds them there."""
-    if not layers or not tokens:
+def _copy(kv: TieredKV, seat: int, tokens: int, *, to_host: bool) -> None:
+    """All rows of a seat in its resident layers, from one tier to the other; what is computed next finds them there."""
+    if not any(kv.resident) or not tokens:
         return
-    index = torch.arange(tokens, device=kv.device)[None, None]
-    side = WRITE_BACK if to_host else PREFETCH
-    for layer in layers:  # the row numbers of all layers at once would be hundreds of megabytes for a long context
-        here = kv.arena.rows_of(kv.token_pages.table[layer, seat][None], index)
-        there = kv.host.rows_of(kv.host_pages.table[layer, seat][None], index)
-        kv.streams.wait(side, kv.streams.record(COMPUTE))
-        with kv.streams.on(side):
-            if to_host:
-                gather_rows(kv.arena.rows, here, kv.host.rows, there)
-            else:
-                gather_rows(kv.host.rows, there, kv.arena.rows, here)
-        kv.streams.keep(side, here, there)
+    count, side = kv.pages_for(tokens), WRITE_BACK if to_host else PREFETCH
+    here = (kv.arena, kv.token_pages.table[:, seat, :count])
+    there = (kv.host, kv.host_pages.table[:, seat, :count])
+    source, target = (here, there) if to_host else (there, here)
+    copy_pages(kv, source, target, tokens, skipped=~kv.resident_flags, side=side)
     kv.streams.wait(COMPUTE, kv.streams.record(side))

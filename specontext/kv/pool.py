@@ -29,10 +29,10 @@ class PagePool:
 
     def __init__(self, shape: ModelShape, num_pages: int, page_size: int, name: str, home: torch.device | HostMemory) -> None:
         self.page_size, self.kv_heads = page_size, shape.kv_heads
-        self.pages = PageAllocator(num_pages, name)
         self.page_bytes = page_size * shape.kv_heads * shape.row_bytes
         size = (num_pages * page_size * shape.kv_heads, 2, shape.head_dim)
         self.memory = home if isinstance(home, HostMemory) else None
+        self.pages = PageAllocator(num_pages, name, ready=self._ready_pages if self.memory is not None else None)
         if isinstance(home, HostMemory):
             self.rows = home.bytes[: num_pages * self.page_bytes].view(shape.dtype).view(size)
             home.reach(self.page_bytes)
@@ -44,12 +44,19 @@ class PagePool:
         """`count` pages whose memory is there; raises OutOfPagesError (nothing is taken) or HostMemoryError."""
         pages = self.pages.allocate(count)
         if self.memory is not None and pages:
+            end = max(pages) + 1
+            # Memory is made ready ahead of what is in use. A page of the cache may lie far behind that, and is ready.
+            wanted = end if end > self._ready_pages() else self.pages.num_held + 1
             try:
-                self.memory.reach((max(pages) + 1) * self.page_bytes)
+                self.memory.reach(wanted * self.page_bytes)
             except BaseException:
-                self.pages.free(pages)
+                self.pages.free(pages[::-1])  # as they were, those that are not ready at the bottom
                 raise
         return pages
+
+    def _ready_pages(self) -> int:
+        assert self.memory is not None
+        return min(self.memory.ready_bytes // self.page_bytes, self.pages.num_pages)
 
     def as_keys(self, groups: int, head_dim: int) -> Tensor:
         """The same pages as pages of the retrieval head's keys: [pages, tokens of a page, groups, head_dim].

@@ -106,6 +106,7 @@ class TieredKV:
         self.parked: list[list[list[int]]] = []  # host pages of requests without a seat, by layer
         self._loaded: list[Mark] = [None] * shape.layers
         self._written: Mark = None
+        self.copies: Mark = None  # of pages that are being copied from seats for others to keep
         # Whether an offloaded layer's new decode rows are on the host within the step, for those who read them there; else they
         # follow for all layers at once, from the ring, while the last layer computes.
         self.write_through = verify_loads or tables > 1
@@ -185,6 +186,7 @@ class TieredKV:
         """Give back everything a seat holds."""
         for pages in (self.token_pages, self.slot_pages, self.host_pages):
             pages.release(range(self.shape.layers), seat)
+        self.join_copies()
         if self.moved.pop(seat, None) is not None:  # rows may be on their way to pages that others get next
             for side in (PREFETCH, WRITE_BACK):
                 self.streams.wait(COMPUTE, self.streams.record(side))
@@ -248,6 +250,11 @@ class TieredKV:
         """What follows, compute and loads alike, sees all that this step wrote back."""
         self.streams.wait(COMPUTE, self._written)
         self._written = None
+
+    def join_copies(self) -> None:
+        """What is computed from now on may write to pages that are being copied, or are copied to."""
+        self.streams.wait(COMPUTE, self.copies)
+        self.copies = None
 
     # Sparse reading ---------------------------------------------------------------------------------------------------
 

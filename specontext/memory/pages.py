@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 from specontext.core import SpeContextError
 
 
@@ -17,25 +20,63 @@ class OutOfPagesError(SpeContextError):
         self.pages = pages
 
 
+class PageCache(Protocol):
+    """Holds pages only as long as nobody else wants them."""
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that it holds."""
+        ...
+
+    @property
+    def num_spare(self) -> int:
+        """Those of them that it can do without now."""
+        ...
+
+    def give_up(self, count: int) -> list[int]:
+        """At least `count` pages, of which there are so many to spare, that it holds no longer."""
+        ...
+
+    def held_pages(self) -> list[list[int]]:
+        """The pages that it holds."""
+        ...
+
+
 class PageAllocator:
     """Free list over pages 1 .. num_pages - 1.
 
     Page 0 is never handed out: it stays zero, and every unused entry of a page table points at it, so that a masked read
     is harmless.
+
+    Args:
+        ready: how many of the first pages can be used without waiting for their memory, where that is not all; it only grows.
+
+    Attributes:
+        cache: who holds pages that count as free. It gives them up before pages are taken whose memory is not ready.
     """
 
-    def __init__(self, num_pages: int, name: str) -> None:
+    def __init__(self, num_pages: int, name: str, ready: Callable[[], int] | None = None) -> None:
         self.num_pages, self.name = num_pages, name
+        self.cache: PageCache | None = None
+        self._ready = ready
+        # A stack. Pages that are not ready have never been handed out, and lie at the bottom.
         self._free = list(range(num_pages - 1, 0, -1))
         self._held: set[int] = set()
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Pages that can be had, those of the cache among them."""
+        return len(self._free) + (self.cache.num_spare if self.cache is not None else 0)
 
     @property
     def num_held(self) -> int:
-        return len(self._held)
+        """Pages that are in use; those of the cache are not."""
+        return len(self._held) - (self.cache.num_pages if self.cache is not None else 0)
+
+    @property
+    def num_ready(self) -> int:
+        """Pages that nobody holds, the cache neither, and whose memory is there."""
+        return len(self._free) - (self.num_pages - self._ready() if self._ready is not None else 0)
 
     def allocate(self, count: int) -> list[int]:
         """`count` distinct pages, the most recently freed ones first.
@@ -49,9 +90,12 @@ class PageAllocator:
         return pages
 
     def require(self, count: int) -> None:
-        """Raises OutOfPagesError unless `count` pages are free."""
-        if count > len(self._free):
-            raise OutOfPagesError(f"the {self.name} has {len(self._free)} free pages and {count} are needed", self)
+        """Raises OutOfPagesError unless `count` pages can be had; the cache gives up what it takes."""
+        if count > self.num_free:
+            raise OutOfPagesError(f"the {self.name} has {self.num_free} free pages and {count} are needed", self)
+        short = count - self.num_ready
+        if self.cache is not None and short > 0:
+            self.free(self.cache.give_up(min(short, self.cache.num_spare)))
 
     def free(self, pages: list[int]) -> None:
         """Give pages back; each must be held."""
@@ -60,8 +104,9 @@ class PageAllocator:
             self._free.append(page)
 
     def check_integrity(self, holders: list[list[int]]) -> None:
-        """Raises AssertionError unless `holders` hold exactly the pages that are not free, each once."""
-        held = [page for pages in holders for page in pages]
+        """Raises AssertionError unless `holders` and the cache hold exactly the pages that are not free, each once."""
+        cached = self.cache.held_pages() if self.cache is not None else []
+        held = [page for pages in (*holders, *cached) for page in pages]
         assert len(held) == len(set(held)), f"{self.name}: a page has two holders"
         assert set(held) == self._held, f"{self.name}: held pages and their holders differ"
         assert sorted([*self._free, *held]) == list(range(1, self.num_pages)), f"{self.name}: pages were lost"

@@ -54,6 +54,8 @@ class KeyCache:
         """Pages of the positions 0 .. span - 1 of some seats: int64 [R, P]."""
         return self.table[:, : -(-span // self.page_size)].index_select(0, seats)
 
-    def keys_of(self, seat: int, tokens: int) -> Tensor:
-        """A copy of the keys of a seat's first tokens: [tokens, G, D]."""
-        return self.keys[self.table[seat, : -(-tokens // self.page_size)]].flatten(0, 1)[:tokens]
+    def keys_of(self, seat: int, tokens: int, start: int = 0) -> Tensor:
+        """A copy of the keys of a seat's tokens start .. tokens - 1: [tokens - start, G, D]."""
+        first = start // self.page_size
+        pages = self.table[seat, first : -(-tokens // self.page_size)]
+        return self.keys[pages].flatten(0, 1)[start - first * self.page_size :][: tokens - start]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from specontext import LLM
 from specontext.engine import step as engine_step
-from specontext.kv import dense, moves, parking, slot_fill, tiered, write_back
+from specontext.kv import copying, dense, moves, slot_fill, tiered, write_back
 from specontext.kv.streams import COMPUTE, PREFETCH, STATISTICS, WRITE_BACK, OneStream
 from tests.kv.test_tiered import SEATS, TieredMachine
 
@@ -177,9 +177,9 @@ def watch(streams: RecordingStreams, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return dense_chunk(query, key, value, scale, tiles())
 
-    for module in (dense, moves, parking):
+    for module in (dense, moves):
         monkeypatch.setattr(module, "gather_rows", gathering)
-    for module in (tiered, slot_fill, write_back):
+    for module in (copying, tiered, slot_fill, write_back):
         monkeypatch.setattr(module, "gather_rows_layers", loading)
     monkeypatch.setattr(tiered, "append_layer", appending)
     monkeypatch.setattr(tiered, "append_tokens", appending_chunk)
@@ -297,6 +297,8 @@ def any_history(seed: int, streams: RecordingStreams) -> None:
 
 
 PLACES = {
+    "copying.copy_pages prefetch",
+    "copying.copy_pages write-back",
     "dense._fetch prefetch",  # only in a whole engine
     "dense.take compute",
     "moves._copy prefetch",
@@ -304,8 +306,6 @@ PLACES = {
     "moves.cancel compute",
     "moves.finish compute",
     "parking._copy compute",
-    "parking._copy prefetch",
-    "parking._copy write-back",
     "tiered.append write-back",
     "tiered.append_chunk write-back",
     "tiered.begin_step prefetch",

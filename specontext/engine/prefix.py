@@ -1,0 +1,192 @@
+"""Prompts that begin like earlier ones start from what is known of their pages.
+
+Only full pages that were computed densely are kept, so what a request reads never depends on what others asked before it. A
+request that arrives while another one computes the same pages waits for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from specontext.core import Batch, Request, Segment
+from specontext.engine.methods import Methods
+from specontext.kv.prefix import PrefixStore, State
+from specontext.kv.prefix_tree import Block, page_of
+from specontext.kv.tiered import TieredKV
+from specontext.retrieval.methods import SpeculativeSelector
+
+
+@dataclass(eq=False)
+class _Growing:
+    """A prompt that is being computed and whose pages are kept as they are completed.
+
+    Attributes:
+        chain: blocks of all pages so far.
+    """
+
+    request: Request
+    chain: list[Block] = field(default_factory=list)
+
+
+class PrefixCache:
+    """What requests know of each other's prompts.
+
+    Args:
+        enabled: else nothing is kept and nothing found.
+
+    Attributes:
+        queries, hits: tokens of requests that could have been found, and tokens that were, since the start.
+    """
+
+    def __init__(self, kv: TieredKV, methods: Methods, *, enabled: bool) -> None:
+        self.kv, self.methods, self.enabled = kv, methods, enabled
+        keyed = methods.selectors.get("speculative")
+        self._head = keyed if isinstance(keyed, SpeculativeSelector) else None
+        each = last = 0
+        if self._head is not None:
+            each = kv.page_size * self._head.cache.keys[0, 0].numel()
+            last = self._head.last_feature.shape[1] if self._head.last_feature is not None else 0
+        self.store = PrefixStore(kv, each=each, last=last)
+        self.queries = self.hits = 0
+        self._growing: dict[int, _Growing] = {}  # by seat
+
+    @property
+    def pages(self) -> int:
+        """Pages of the host's pool that are kept."""
+        return self.store.tree.num_pages
+
+    # Finding ----------------------------------------------------------------------------------------------------------
+
+    def _usable(self, request: Request) -> int:
+        """Pages that a request that begins does not have to compute itself, if they are known."""
+        if not self.enabled:
+            return 0
+        tokens = request.prefill_length - max(1, self.methods.of(request.choice).replay)
+        if request.prompt_logprobs is not None:  # they come from the steps that compute the prompt
+            tokens = min(tokens, len(request.prompt_logprobs) - 1)
+        return max(0, tokens) // self.kv.page_size
+
+    def awaited(self, request: Request) -> bool:
+        """Whether a request that begins would find more if it waited for one that is being computed now."""
+        usable = self._usable(request)
+        return any(
+            len(growing.chain) < usable and self._alive(growing) and self._shares_next(request, growing, usable)
+            for growing in self._growing.values()
+        )
+
+    def _shares_next(self, request: Request, growing: _Growing, usable: int) -> bool:
+        """Whether both prompts are the same up to the first page that is not known yet, and that page is full in both."""
+        stop = (len(growing.chain) + 1) * self.kv.page_size
+        return stop <= growing.request.prefill_length and request.token_ids[:stop] == growing.request.token_ids[:stop]
+
+    def _alive(self, growing: _Growing) -> bool:
+        return not growing.chain or growing.chain[-1] in self.store.tree
+
+    def find(self, request: Request, ahead: int) -> list[Block]:
+        """The blocks from which a request that begins goes on, so many that the host has room for its seat beside them.
+
+        Args:
+            ahead: tokens behind them for which the seat is to have room.
+        """
+        kv, size = self.kv, self.store.tree.block_pages
+        chain = self.store.tree.find(request.token_ids, self._usable(request))
+        on_host = sum(not here or layer == kv.moving for layer, here in enumerate(kv.resident))
+        while chain:
+            length = min(request.prefill_length, self.tokens(chain) + ahead)
+            if on_host * kv.pages_for(length) <= kv.host.pages.num_free - len(chain) * size:
+                break
+            chain.pop()
+        return chain
+
+    def tokens(self, chain: Sequence[Block]) -> int:
+        """Tokens of a chain."""
+        return len(chain) * self.kv.page_size
+
+    def using(self, chain: Sequence[Block]) -> AbstractContextManager[None]:
+        """Inside, none of these blocks is dropped."""
+        return self.store.tree.using(chain)
+
+    # Requests ---------------------------------------------------------------------------------------------------------
+
+    def fill(self, request: Request, seat: int, chain: Sequence[Block]) -> None:
+        """Put what is known into the seat of a request that begins."""
+        if chain:
+            state = self.store.bring(chain, seat)
+            if self._head is not None:
+                keys = state.each.reshape(-1, *self._head.cache.keys.shape[2:])
+                self._head.restore(seat, len(keys), (keys, state.last[0]))
+        request.computed = self.tokens(chain)
+        if request.cached_tokens is None:
+            request.cached_tokens = request.computed
+        if self._usable(request):
+            self.queries += request.prefill_length
+            self.hits += request.computed
+
+    def follow(self, request: Request, seat: int) -> None:
+        """Keep the pages of a request's prompt from now on, as they are completed."""
+        if self.enabled and not request.decoding:
+            chain = self.store.tree.find(request.token_ids, request.computed // self.kv.page_size)
+            if len(chain) == request.computed // self.kv.page_size:  # else features of pages in between are unknown
+                self._growing[seat] = _Growing(request, chain)
+
+    def leave(self, seat: int) -> None:
+        """A request leaves its seat."""
+        self._growing.pop(seat, None)
+
+    def observe(self, batch: Batch, features: Tensor | None) -> None:
+        """Keep the pages that the chunks of a step have completed, after the forward pass.
+
+        Args:
+            features: [T, F * H], where the retrieval head sees any.
+        """
+        for segment in batch.prefills:
+            growing = self._growing.get(segment.seat)
+            if growing is None:
+                continue
+            wanted = (segment.start + segment.length) // self.kv.page_size
+            if self._alive(growing):
+                self._keep(growing, segment, wanted, features)
+            if len(growing.chain) < wanted or segment.start + segment.length >= growing.request.prefill_length:
+                del self._growing[segment.seat]
+
+    def _keep(self, growing: _Growing, segment: Segment, wanted: int, features: Tensor | None) -> None:
+        chain, size, tree = growing.chain, self.kv.page_size, self.store.tree
+        pages = [page_of(growing.request.token_ids, page, size) for page in range(len(chain), wanted)]
+        while pages and (known := tree.after(chain[-1] if chain else None, pages[0])) is not None:
+            chain.append(known)  # another request has been faster
+            pages.pop(0)
+        if pages:
+            self.store.keep(chain, pages, segment.seat, self._state(segment, len(chain), wanted, features))
+
+    def _state(self, segment: Segment, first: int, stop: int, features: Tensor | None) -> State:
+        """State of the pages first .. stop - 1 of a seat, the last tokens of which are in a chunk."""
+        size = self.kv.page_size
+        none = self.kv.arena.rows.new_empty((stop - first, 0))
+        if self._head is None:
+            return State(none, none)
+        each = self._head.cache.keys_of(segment.seat, stop * size, first * size).reshape(stop - first, -1)
+        if features is None:
+            return State(each, none)
+        begin = segment.offset - segment.start
+        return State(each, features[begin + (first + 1) * size - 1 : begin + stop * size : size].to(each.dtype))
+
+    def reset(self) -> None:
+        """Drop all that is kept."""
+        tree = self.store.tree
+        self._growing.clear()
+        self.kv.host.pages.free(tree.give_up(tree.num_spare))
+
+    def check_integrity(self, running: Iterable[Request]) -> None:
+        """Raises AssertionError when blocks contradict each other or the requests that they are kept from."""
+        self.store.tree.check_integrity()
+        seats = {request.seat: request for request in running}
+        for seat, growing in self._growing.items():
+            request = growing.request
+            assert seats.get(seat) is request and len(growing.chain) == request.computed // self.kv.page_size
+            if self._alive(growing):
+                tokens = [token for block in growing.chain for token in block.tokens]
+                assert tokens == request.token_ids[: len(tokens)]
