@@ -50,8 +50,8 @@ class Replay(Selector):
     def observe(self, batch: Batch, features: Tensor | None) -> None:
         self.inner.observe(batch, features)
 
-    def selection_bytes(self, lengths: Tensor) -> Tensor:
-        return self.inner.selection_bytes(lengths)
+    def selection_bytes(self, step: DecodeTokens) -> Tensor:
+        return self.inner.selection_bytes(step)
 
 
 def with_own_method(parts: Parts, selector: Selector) -> Parts:

@@ -60,7 +60,17 @@ def tile_rows(kv: TieredKV, layer: int, seats: Tensor, start: int, stop: int, le
 
 def read_tile(kv: TieredKV, layer: int, seats: Tensor, start: int, stop: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """A buffer [N, 2, D] that attention can read, and rows [R, Hkv, T] in it of the tokens start .. stop - 1; see `tile_rows`."""
-    rows = tile_rows(kv, layer, seats, start, stop, lengths)
+    return _read(kv, layer, tile_rows(kv, layer, seats, start, stop, lengths))
+
+
+def read_tokens(kv: TieredKV, layer: int, seats: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of any tokens int64 [R, Hkv, B], -1 for none."""
+    pool, table = _home(kv, layer)
+    return _read(kv, layer, pool.rows_of(table[layer].index_select(0, seats), tokens))
+
+
+def _read(kv: TieredKV, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the pool where a layer lives, copied to the device where attention cannot read them in place."""
     if in_reach(kv, layer):
         return _home(kv, layer)[0].rows, rows
     staging = kv.arena.rows.new_empty((rows.numel(), *kv.arena.rows.shape[1:]))

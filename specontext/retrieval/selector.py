@@ -78,7 +78,7 @@ class Budget:
             prompts: int64 [R], tokens of the prompts.
         """
         end = self.prompt_end(lengths, prompts)
-        return self._compose(scored, lengths, end, int((lengths - end).max()))
+        return self._compose(scored, lengths, end, max(int((lengths - end).max()), 0))
 
     def prompt_end(self, lengths: Tensor, prompts: Tensor) -> Tensor:
         """End of the candidates where all tokens after the prompt are read in any case."""
@@ -117,15 +117,24 @@ class LayerView(Protocol):
     """What a layer shows a method that selects inside it.
 
     Attributes:
-        query: [R, Hq, D] of the decode tokens, after RoPE.
+        query, key: [R, Hq, D] and [R, Hkv, D] of the tokens being processed, after RoPE.
         scale: factor of the attention logits.
     """
 
     query: Tensor
+    key: Tensor
     scale: float
 
     def logits(self) -> Tensor:
         """The layer's true attention logits over the whole context, float32 [R, Hq, S]; -inf where a request has no token."""
+        ...
+
+    def logits_of(self, tokens: Tensor) -> Tensor:
+        """Those of some tokens only, which attention is about to read: float32 [R, Hq, B].
+
+        Args:
+            tokens: int64 [R, Hkv, B], -1 for none, which has -inf.
+        """
         ...
 
     def keys(self, row: int, start: int, stop: int) -> Tensor:
@@ -207,8 +216,11 @@ class Selector(ABC):
         """See the tokens of a step after the forward pass, with their features [T, F * H] if the method taps any."""
 
     @abstractmethod
-    def selection_bytes(self, lengths: Tensor) -> Tensor:
-        """Bytes that choosing has to read for requests of these lengths: int64 [R]."""
+    def selection_bytes(self, step: DecodeTokens) -> Tensor:
+        """Bytes that choosing has to read in a step, all layers together: int64 [R].
+
+        A method that selects in the layer is asked after it has, any other one before.
+        """
 
     @property
     def held_pages(self) -> list[list[int]]:

@@ -111,12 +111,16 @@ class StatefulSelector(Selector):
                     self.learn(layer, row, seat, view)
         if not self.keep_generated:
             self.follow(layer, step, view)
-        prompts = self.prompts[step.seats]
+        chosen = self.choose(layer, step, view, self.ends(step))
         if self.keep_generated:
-            ends = self.budget.prompt_end(step.lengths, prompts)
-            return self.budget.compose_after(self.choose(layer, step, view, ends), step.lengths, prompts)
-        ends = self.budget.candidates_end(step.lengths)
-        return self.budget.compose(self.choose(layer, step, view, ends), step.lengths)
+            return self.budget.compose_after(chosen, step.lengths, self.prompts[step.seats])
+        return self.budget.compose(chosen, step.lengths)
+
+    def ends(self, step: DecodeTokens) -> Tensor:
+        """End of the candidates of each request: int64 [R]."""
+        if self.keep_generated:
+            return self.budget.prompt_end(step.lengths, self.prompts[step.seats])
+        return self.budget.candidates_end(step.lengths)
 
     def prompt(self, seat: int) -> int:
         """Tokens of the prompt of a request that decodes."""
@@ -127,10 +131,6 @@ class StatefulSelector(Selector):
         if self._asked is None or self._asked[0] is not step:
             self._asked = step, list(zip(step.seats.tolist(), step.positions.tolist(), strict=True))
         return self._asked[1]
-
-    def new_keys(self, step: DecodeTokens, view: LayerView) -> Tensor:
-        """Keys of the tokens being processed: [R, Hkv, D]."""
-        return torch.cat([view.keys(row, position, position + 1) for row, (_, position) in enumerate(self.on_host(step))])
 
     def _set_prompt(self, seat: int, tokens: int) -> None:
         self._prompt_of[seat] = tokens

@@ -43,6 +43,7 @@ class View:
     def __init__(self, talks: Sequence[Talk], positions: Sequence[int], layer: int) -> None:
         self.talks, self.positions, self.layer, self.scale = talks, positions, layer, SCALE
         self.query = torch.stack([talk.queries[layer, p] for talk, p in zip(talks, positions, strict=True)])
+        self.key = torch.stack([talk.keys[layer, p] for talk, p in zip(talks, positions, strict=True)])
 
     def logits(self) -> Tensor:
         logits = torch.full((len(self.talks), QUERY_HEADS, max(self.positions) + 1), -torch.inf)
@@ -50,6 +51,10 @@ class View:
             keys = self.keys(row, 0, position + 1).repeat_interleave(QUERY_HEADS // KV_HEADS, dim=1)
             logits[row, :, : position + 1] = torch.einsum("hd,shd->hs", self.query[row] * self.scale, keys)
         return logits
+
+    def logits_of(self, tokens: Tensor) -> Tensor:
+        rows = tokens.repeat_interleave(QUERY_HEADS // KV_HEADS, dim=1)
+        return torch.where(rows >= 0, self.logits().gather(-1, rows.clamp(min=0)), -torch.inf)
 
     def keys(self, row: int, start: int, stop: int) -> Tensor:
         assert 0 <= start < stop <= self.positions[row] + 1, "these keys are not stored"

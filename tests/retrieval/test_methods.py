@@ -251,18 +251,23 @@ def test_state_takes_the_memory_that_was_announced(name: str) -> None:
 
 
 def test_bytes_of_choosing() -> None:
-    lengths = torch.tensor([20, 21, 120, 1620])  # 0, 1, 100 and 1600 candidates
-    budget, heads, vector = Budget(64, 4, 16), LAYERS * KV_HEADS, SHAPE.head_dim * 4
-    counted = {name: make(name, budget).selection_bytes(lengths).tolist() for name in ALL}
-    pages, chunks = [0, 1, 7, 100], [0, 1, 13, 200]
-    assert counted["quest"] == [heads * 2 * vector * pages_ for pages_ in pages]
-    assert counted["shadowkv"] == [heads * (vector * chunks_ + 0) for chunks_ in chunks]  # 5 chunks fit: no outlier
-    assert make("shadowkv", Budget(20 + 152, 4, 16)).selection_bytes(lengths[2:3]).tolist() == [heads * (vector * 13 + 3 * 4)]
-    assert counted["clusterkv-prompt"] == [heads * (vector * c + 2 * t) for c, t in ((0, 0), (1, 1), (2, 100), (20, 1600))]
-    assert counted["clusterkv"] == [heads * (vector * c + 2 * t) for c, t in ((0, 0), (2, 1), (102, 100), (180, 1600))]
-    assert counted["h2o"] == [heads * 4 * entries for entries in (20, 21, 64, 64)]
-    assert counted["snapkv-prompt"] == [0, 0, 0, 0]
-    assert counted["snapkv"] == [heads * entries * 4 + heads * entries * vector // 32 for entries in (20, 21, 64, 64)]
+    """Four requests with 0, 1, 100 and 1,600 candidates, of which 1, 2, 101 and 701 tokens were generated."""
+    lengths, prompts = torch.tensor([20, 21, 120, 1620]), torch.tensor([19, 19, 19, 919])
+    step = DecodeTokens(torch.zeros(4, dtype=torch.int64), torch.arange(4), lengths - 1, torch.zeros(4, dtype=torch.int64), 1620)
+    heads, vector = LAYERS * KV_HEADS, SHAPE.head_dim * 4
+
+    def counted(name: str, budget: int = 64) -> list[float]:
+        selector = make(name, Budget(budget, 4, 16))
+        selector.prompts[:4] = prompts
+        return [size / heads for size in selector.selection_bytes(step).tolist()]
+
+    assert counted("quest") == [2 * vector * pages for pages in (0, 1, 7, 100)]
+    assert counted("quest-prompt") == [2 * vector * pages for pages in (0, 1, 1, 58)]
+    assert counted("shadowkv") == [vector * chunks for chunks in (0, 1, 13, 200)]  # 5 chunks fit: no outlier
+    assert counted("shadowkv", 20 + 152)[2] == vector * 13 + 3 * 4
+    assert counted("shadowkv-prompt") == [vector * chunks for chunks in (0, 1, 2, 115)]
+    assert counted("clusterkv") == [vector * c + 2 * t for c, t in ((2, 0), (3, 1), (102, 100), (12 + 8 + 61, 1600))]
+    assert counted("clusterkv-prompt") == [vector * c + 2 * t for c, t in ((1, 0), (1, 1), (1, 15), (12, 915))]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -46,7 +46,7 @@ class ClusterKVSelector(StatefulSelector):
         waiting = self.tables["waiting"][layer]
         place = step.positions - self._first(step.seats)
         rows = torch.where(place >= 0, step.seats, self.seats)  # sinks are not clustered
-        waiting[rows, :, place % WINDOW] = self.new_keys(step, view)
+        waiting[rows, :, place % WINDOW] = view.key
         for seat, position in self.on_host(step):
             first = max(self.prompt(seat), self.budget.sink)
             done = position + 1 - first
@@ -91,12 +91,14 @@ class ClusterKVSelector(StatefulSelector):
         """Position of the first generated token that is clustered: int64 [R]."""
         return self.prompts[seats].clamp(min=self.budget.sink)
 
-    def selection_bytes(self, lengths: Tensor) -> Tensor:
-        """The mean of every cluster and the cluster of every token; and half a window of single keys, their average number."""
-        tokens = (self.budget.candidates_end(lengths) - self.budget.sink).clamp(min=0)
+    def selection_bytes(self, step: DecodeTokens) -> Tensor:
+        """The mean of every cluster, the cluster of every token, and the keys of those that wait."""
+        tokens = (self.ends(step) - self.budget.sink).clamp(min=0)
         vector = self.shape.head_dim * self.shape.dtype.itemsize
-        vectors = (tokens + TOKENS - 1) // TOKENS
+        first = self._first(step.seats)
+        vectors = (first - self.budget.sink + TOKENS - 1) // TOKENS
         if not self.keep_generated:
-            vectors = vectors + tokens.clamp(max=WINDOW // 2)
+            generated = (step.lengths - first).clamp(min=0)
+            vectors = vectors + generated // WINDOW * (WINDOW // TOKENS) + generated % WINDOW
         numbers = self.layout["clusters"].dtype.itemsize
         return (vectors * vector + tokens * numbers) * (self.shape.layers * self.shape.kv_heads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.retrieval.selector import MethodContext, Selector, uniform_map
+from specontext.retrieval.selector import DecodeTokens, MethodContext, Selector, uniform_map
 
 
 class FullSelector(Selector):
@@ -17,5 +17,5 @@ class FullSelector(Selector):
         self.budget = context.budget  # of which it takes no notice
         self.groups, self.head_map = 1, uniform_map(context.shape, 1)
 
-    def selection_bytes(self, lengths: Tensor) -> Tensor:
-        return torch.zeros_like(lengths)
+    def selection_bytes(self, step: DecodeTokens) -> Tensor:
+        return torch.zeros_like(step.positions)

@@ -21,8 +21,7 @@ class H2OSelector(EvictingSelector):
 
     Ours: of the budget sinks and recent window take their part and heavy hitters the rest (the paper gives half of it to last
     tokens); one set for each KV head, by sums of the greatest weight that a query head of its group gives. A decode
-    step's weights are those that attention computes over the selection in any case, so `selection_bytes` counts the sums
-    only; this implementation takes them from the logits of the whole context.
+    step's weights are those that attention computes over the selection in any case, so `selection_bytes` counts the sums only.
     """
 
     watches_prompts = True
@@ -42,13 +41,12 @@ class H2OSelector(EvictingSelector):
     def select_in_layer(self, layer: int, step: DecodeTokens, view: LayerView) -> Selection:
         selection = super().select_in_layer(layer, step, view)
         tokens = selection.tokens  # [R, Hkv, B]
-        logits = view.logits().unflatten(1, (self.shape.kv_heads, -1))
-        read = logits.gather(-1, tokens.clamp(min=0)[:, :, None].expand(-1, -1, logits.shape[2], -1))
-        weights = torch.softmax(read.masked_fill_((tokens < 0)[:, :, None], -torch.inf), dim=-1).amax(2)
+        logits = view.logits_of(tokens).unflatten(1, (self.shape.kv_heads, -1))
+        weights = torch.softmax(logits, dim=-1).amax(2)
         scores = self.tables["scores"][layer][:, :, : step.span]
         scores.index_copy_(0, step.seats, scores.index_select(0, step.seats).scatter_add_(-1, tokens.clamp(min=0), weights))
         return selection
 
-    def selection_bytes(self, lengths: Tensor) -> Tensor:
+    def selection_bytes(self, step: DecodeTokens) -> Tensor:
         """The sums of the entries that are still there."""
-        return lengths.clamp(max=self.budget.total) * (self.shape.layers * self.shape.kv_heads * torch.float32.itemsize)
+        return step.lengths.clamp(max=self.budget.total) * (self.shape.layers * self.shape.kv_heads * torch.float32.itemsize)

@@ -25,6 +25,6 @@ class OracleSelector(Selector):
         scores = group_weights(grouped, self.budget.sink, self.budget.candidates_end(step.lengths))
         return self.budget.compose(choose(scores, self.granularity, self.budget.scored), step.lengths)
 
-    def selection_bytes(self, lengths: Tensor) -> Tensor:
+    def selection_bytes(self, step: DecodeTokens) -> Tensor:
         """All keys of all layers."""
-        return lengths * (self.shape.kv_bytes_per_token // 2)
+        return step.lengths * (self.shape.kv_bytes_per_token // 2)

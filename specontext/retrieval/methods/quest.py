@@ -41,7 +41,7 @@ class QuestSelector(StatefulSelector):
             self.tables["bounds"][layer, seat, :, : len(high)] = torch.stack((high, low), dim=2).transpose(0, 1)
 
     def follow(self, layer: int, step: DecodeTokens, view: LayerView) -> None:
-        bounds, keys = self.tables["bounds"][layer], self.new_keys(step, view)
+        bounds, keys = self.tables["bounds"][layer], view.key
         rows, pages, places = place_of(step.positions, step.seats, PAGE, self.budget.sink, self.seats)
         known, first = bounds[rows, :, pages], (places == 0)[:, None, None]  # known [R, Hkv, 2, D]
         high = torch.where(first, keys, torch.maximum(known[:, :, 0], keys))
@@ -60,7 +60,7 @@ class QuestSelector(StatefulSelector):
         signed = torch.cat((view.query.clamp(min=0), view.query.clamp(max=0)), dim=-1)
         return group_logits(signed, bounds, view.scale)
 
-    def selection_bytes(self, lengths: Tensor) -> Tensor:
+    def selection_bytes(self, step: DecodeTokens) -> Tensor:
         """Two vectors of every page."""
-        pages = candidate_blocks(self.budget.candidates_end(lengths), PAGE, self.budget.sink)
+        pages = candidate_blocks(self.ends(step), PAGE, self.budget.sink)
         return pages * (2 * self.shape.layers * self.shape.kv_heads * self.shape.head_dim * self.shape.dtype.itemsize)

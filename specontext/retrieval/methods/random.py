@@ -29,5 +29,5 @@ class RandomSelector(Selector):
         scores = scores.masked_fill((position < self.budget.sink) | (position >= end), -1.0)
         return self.budget.compose(top_k_positions(scores, self.budget.scored), step.lengths)
 
-    def selection_bytes(self, lengths: Tensor) -> Tensor:
-        return torch.zeros_like(lengths)
+    def selection_bytes(self, step: DecodeTokens) -> Tensor:
+        return torch.zeros_like(step.positions)

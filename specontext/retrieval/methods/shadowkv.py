@@ -64,7 +64,7 @@ class ShadowKVSelector(StatefulSelector):
         landmarks, sums = self.tables["landmarks"][layer], self.tables["sums"][layer]
         rows, chunks, places = place_of(step.positions, step.seats, CHUNK, self.budget.sink, self.seats)
         places = places[:, None, None]
-        total = torch.where(places == 0, 0.0, sums[rows]) + self.new_keys(step, view).float()
+        total = torch.where(places == 0, 0.0, sums[rows]) + view.key.float()
         sums[rows] = total
         landmarks[rows, :, chunks] = (total / (places + 1)).to(landmarks.dtype)
 
@@ -80,9 +80,9 @@ class ShadowKVSelector(StatefulSelector):
         weights.masked_fill_(outlier & (weights >= 0), ALWAYS)
         return whole_blocks(weights, CHUNK, sink, ends, self.budget.scored)
 
-    def selection_bytes(self, lengths: Tensor) -> Tensor:
+    def selection_bytes(self, step: DecodeTokens) -> Tensor:
         """A vector of every chunk, and the numbers of the outliers."""
-        chunks = candidate_blocks(self.budget.candidates_end(lengths), CHUNK, self.budget.sink)
+        chunks = candidate_blocks(self.ends(step), CHUNK, self.budget.sink)
         numbers = self.outliers * torch.int32.itemsize
         vectors = chunks * (self.shape.head_dim * self.shape.dtype.itemsize)
         return (vectors + numbers) * (self.shape.layers * self.shape.kv_heads)

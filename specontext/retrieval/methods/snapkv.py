@@ -69,9 +69,9 @@ class SnapKVSelector(EvictingSelector):
             new[:, :start] = max_pool1d(weights[None], KERNEL, stride=1, padding=KERNEL // 2)[0]
         scores.copy_(torch.where(scores >= 0, new, DROPPED))
 
-    def selection_bytes(self, lengths: Tensor) -> Tensor:
+    def selection_bytes(self, step: DecodeTokens) -> Tensor:
         """The scores of the entries that are still there and, once in a window, their keys; nothing for prompts only."""
         if self.keep_generated:
-            return torch.zeros_like(lengths)
-        entries = lengths.clamp(max=self.budget.total) * (self.shape.layers * self.shape.kv_heads)
+            return torch.zeros_like(step.positions)
+        entries = step.lengths.clamp(max=self.budget.total) * (self.shape.layers * self.shape.kv_heads)
         return entries * torch.float32.itemsize + entries * (self.shape.head_dim * self.shape.dtype.itemsize) // WINDOW

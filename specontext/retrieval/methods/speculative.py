@@ -98,10 +98,10 @@ class SpeculativeSelector(Selector):
     def _embed(self, token_ids: Tensor) -> Tensor:
         return self.embedding(token_ids).to(self.cache.keys.dtype)
 
-    def selection_bytes(self, lengths: Tensor) -> Tensor:
+    def selection_bytes(self, step: DecodeTokens) -> Tensor:
         """The head's keys of the whole context."""
         keys = self.cache.keys
-        return lengths * (keys.shape[-2] * keys.shape[-1] * keys.element_size())
+        return step.lengths * (keys.shape[-2] * keys.shape[-1] * keys.element_size())
 
     @property
     def held_pages(self) -> list[list[int]]:

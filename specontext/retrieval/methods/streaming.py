@@ -23,5 +23,5 @@ class StreamingSelector(Selector):
         tokens = torch.where(window < end, window, -1)
         return self.budget.compose(tokens[:, None], step.lengths)
 
-    def selection_bytes(self, lengths: Tensor) -> Tensor:
-        return torch.zeros_like(lengths)
+    def selection_bytes(self, step: DecodeTokens) -> Tensor:
+        return torch.zeros_like(step.positions)
