@@ -144,7 +144,7 @@ class Meter:
         scored, groups, width = selection.scored, selection.tokens.shape[1], self.before.shape[-1]
         before = self.before[table].index_select(0, seats)[:, :groups].contiguous()  # [R, G, B]
         # Scored entries are ascending: with the sinks before them at the end, all are.
-        now = torch.where(scored, selection.tokens, NOTHING).to(torch.int32).roll(-self.sink, -1)[..., :width]
+        now = torch.where(scored, selection.tokens, NOTHING).to(torch.int32).roll(-self.sink, -1)[..., :width].contiguous()
         place = torch.searchsorted(before, now).clamp_(max=width - 1)
         again = (before.gather(-1, place) == now) & (now != NOTHING)
         total = scored.sum((1, 2))

@@ -16,7 +16,7 @@ from specontext.kernels.attention_logits import attention_logits
 from specontext.kernels.dense_attention import chunk_attention
 from specontext.kernels.paged_attention import paged_attention
 from specontext.kernels.sparse_attention import merge_partials, sparse_attention
-from specontext.kv.dense import HostTiles, in_reach, pages_in_reach, read_tile, stored_tiles, tile_rows
+from specontext.kv.dense import HostTiles, in_reach, pages_in_reach, read_tile, read_tokens, stored_tiles, tile_rows
 from specontext.kv.reading import Reader, Reading
 from specontext.kv.streams import COMPUTE, STATISTICS, Mark
 from specontext.kv.tiered import TieredKV
@@ -112,7 +112,8 @@ class Step:
         with streams.on(STATISTICS):
             for way in self.ways:
                 seats, lengths = way.decode.seats, way.decode.lengths
-                self.meter.step(seats, lengths, way.selector.selection_bytes(lengths))
+                if not way.selector.in_layer:
+                    self.meter.step(seats, lengths, way.selector.selection_bytes(way.decode))
                 if way.selector.dense:
                     self.meter.dense(seats, lengths, resident=sum(self.kv.resident))
                 elif way.reading is not None:
@@ -123,6 +124,9 @@ class Step:
     def end(self) -> None:
         """After the forward pass."""
         self.kv.streams.wait(COMPUTE, self._counted)
+        for way in self.ways:
+            if way.selector.in_layer:
+                self.meter.step(way.decode.seats, way.decode.lengths, way.selector.selection_bytes(way.decode))
         if self._timed:
             for way in self.ways:
                 self.meter.chosen(way.decode.seats, way.seconds / len(way.decode.seats))
@@ -167,16 +171,15 @@ class Step:
                     self.observer(layer, way.decode, self._true_weights(way, layer, query, scale), None)
             return self._decode_dense(way, layer, query, key, value, scale)
         if way.selector.in_layer:
-            self._select_in_layer(way, layer, query, scale)
+            self._select_in_layer(way, _View(self, way, layer, query, key, scale), layer)
         assert way.reading is not None
         if self.measure_recall:
             self._measure(way, layer, query, scale, way.reading.selection)
         self.kv.wait(layer)
         return sparse_attention(query, self.kv.arena.rows, self.kv.rows(layer, way.reading), scale)[0]
 
-    def _select_in_layer(self, way: _Way, layer: int, query: Tensor, scale: float) -> None:
+    def _select_in_layer(self, way: _Way, view: _View, layer: int) -> None:
         seats = way.decode.seats
-        view = _View(self, way, layer, query, scale)
         began = self._now()
         selection = way.selector.select_in_layer(layer, way.decode, view)
         way.seconds += self._now() - began
@@ -259,8 +262,8 @@ class _View:
         tokens_read: int64 [R], tokens whose keys it has looked at, None for none.
     """
 
-    def __init__(self, step: Step, way: _Way, layer: int, query: Tensor, scale: float) -> None:
-        self.query, self.scale = query, scale
+    def __init__(self, step: Step, way: _Way, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
+        self.query, self.key, self.scale = query, key, scale
         self._step, self._way, self._layer = step, way, layer
         self.tokens_read: Tensor | None = None
 
@@ -268,6 +271,10 @@ class _View:
         decode = self._way.decode
         self._read(decode.lengths)
         return self._step.true_logits(decode, self._layer, self.query, self.scale)
+
+    def logits_of(self, tokens: Tensor) -> Tensor:
+        buffer, rows = read_tokens(self._step.kv, self._layer, self._way.decode.seats, tokens)
+        return attention_logits(self.query, buffer, rows, self.scale)
 
     def keys(self, row: int, start: int, stop: int) -> Tensor:
         decode = self._way.decode
