@@ -58,7 +58,7 @@ def choose_tasks(settings: EvaluationSettings, text: TextTools, max_length: int,
             elif named and task.name not in fit:
                 chosen.append(task)
                 notes.append(_note(task, why=f"run although it does not fit, since it was asked for: {why}"))
-            elif settings.tasks is None:
+            elif settings.tasks is None and task.name not in fit:
                 notes.append(_note(task, why=f"left out: {why}"))
     if missing := [name for name in settings.tasks or () if name not in known]:
         raise EvaluationError(f"no task '{missing[0]}' in {', '.join(settings.suites)}: choose among {', '.join(sorted(known))}")
