@@ -2,19 +2,23 @@
 // Tooltips of marks, and folds that open for print.
 const tip = document.getElementById("tip");
 
+let shown = null;
+
 function showTip(mark) {
+  shown = mark;
+  tip.hidden = mark === null;
+  if (mark === null) return;
   tip.textContent = mark.dataset.tip;
-  tip.hidden = false;
   const at = mark.querySelector(".target").getBoundingClientRect(), own = tip.getBoundingClientRect();
   tip.style.left = Math.max(4, Math.min(innerWidth - own.width - 4, at.left + at.width / 2 - own.width / 2)) + "px";
   tip.style.top = (at.top > own.height + 8 ? at.top - own.height - 4 : at.bottom + 4) + "px";
 }
 const markOf = event => event.target.closest ? event.target.closest(".mark") : null;
 for (const kind of ["mouseover", "focusin", "click"])
-  document.addEventListener(kind, event => { const mark = markOf(event); if (mark) showTip(mark); else if (kind === "click") tip.hidden = true; });
-for (const kind of ["mouseout", "focusout"]) document.addEventListener(kind, event => { if (markOf(event)) tip.hidden = true; });
-document.addEventListener("keydown", event => { if (event.key === "Escape") tip.hidden = true; });
-addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
+  document.addEventListener(kind, event => { const mark = markOf(event); if (mark || kind === "click") showTip(mark); });
+for (const kind of ["mouseout", "focusout"]) document.addEventListener(kind, event => { if (markOf(event)) showTip(null); });
+document.addEventListener("keydown", event => { if (event.key === "Escape") showTip(null); });
+addEventListener("scroll", () => showTip(shown), { passive: true });  // a mark that gets the focus scrolls into view
 
 let opened = [];
 addEventListener("beforeprint", () => {
