@@ -73,11 +73,12 @@ class PrefixStore:
         first = len(chain)
         for i in range(count):
             chain.append(self.tree.add(chain[-1] if chain else None, pages[i], taken[i * size : (i + 1) * size]))
-        with self.tree.using(chain):
-            self._copy(chain[first:], seat, first, to_seat=False)
-            self._keep_state(chain[first:], state)
         if count:
+            of_blocks = self._pages(chain[first:])
+            self._copy(of_blocks, seat, first, to_seat=False)
+            self._keep_state(of_blocks, State(state.each[:count], state.last[:count]))
             self.kv.copies = self.kv.streams.record(WRITE_BACK)
+        self.tree.touch(chain)
 
     def bring(self, chain: Sequence[Block], seat: int) -> State:
         """Put the rows of a chain into an open seat that has nothing stored yet; what is computed next finds them there.
@@ -87,57 +88,55 @@ class PrefixStore:
         """
         kv, tokens = self.kv, len(chain) * self.kv.page_size
         kv.join_copies()
-        self._copy(chain, seat, 0, to_seat=True)
-        state = self._bring_state(chain)
+        of_blocks = self._pages(chain)
+        self._copy(of_blocks, seat, 0, to_seat=True)
+        state = self._bring_state(of_blocks)
         kv.streams.wait(COMPUTE, kv.streams.record(PREFETCH))
         for layer in kv.offloaded:
             fill_slots(kv, layer, {seat: tokens}, from_host=True)
         return state
 
-    def _copy(self, blocks: Sequence[Block], seat: int, first: int, *, to_seat: bool) -> None:
+    def _pages(self, blocks: Sequence[Block]) -> Tensor:
+        """Pages of some blocks: int64 [pages of a block, blocks] on the device."""
+        return torch.tensor([block.pages for block in blocks], dtype=torch.int64).to(self.kv.device).T
+
+    def _copy(self, pages: Tensor, seat: int, first: int, *, to_seat: bool) -> None:
         """Rows of all layers between blocks and a seat's pages from number `first` on, where each layer lives."""
-        if not blocks:
-            return
-        kv = self.kv
-        part = slice(first, first + len(blocks))
-        of_blocks = kv.host, self._pages(blocks)[: kv.shape.layers]
+        kv, count = self.kv, pages.shape[1]
+        of_blocks = kv.host, pages[: kv.shape.layers]
         homes: list[tuple[bool, PagePool, Tensor, Tensor]] = [
             (any(kv.resident), kv.arena, kv.token_pages.table, ~kv.resident_flags),
             (not all(kv.resident), kv.host, kv.host_pages.table, kv.resident_flags),
         ]
         for used, pool, table, skipped in homes:
             if used:
-                of_seat = pool, table[:, seat, part]
+                of_seat = pool, table[:, seat, first : first + count]
                 source, target = (of_blocks, of_seat) if to_seat else (of_seat, of_blocks)
                 side = PREFETCH if to_seat else WRITE_BACK
-                copy_pages(kv, source, target, len(blocks) * kv.page_size, skipped=skipped, side=side)
-
-    def _pages(self, blocks: Sequence[Block]) -> Tensor:
-        """int64 [pages of a block, blocks] on the device."""
-        return torch.tensor([block.pages for block in blocks], dtype=torch.int64).to(self.kv.device).T
+                copy_pages(kv, source, target, count * kv.page_size, skipped=skipped, side=side)
 
     # State ------------------------------------------------------------------------------------------------------------
 
-    def _keep_state(self, blocks: Sequence[Block], state: State) -> None:
-        if not blocks or not any(self._sizes):
+    def _keep_state(self, pages: Tensor, state: State) -> None:
+        kv, count = self.kv, pages.shape[1]
+        row_numbers = self._each_rows + self._last_rows
+        if not row_numbers:
             return
-        kv, count = self.kv, len(blocks)
         width = kv.arena.rows[0].numel()
-        numbers = kv.arena.rows.new_zeros((count, (self._each_rows + self._last_rows) * width))
-        numbers[:, : self._sizes[0]] = state.each[:count]
-        numbers[:, self._each_rows * width :][:, : self._sizes[1]] = state.last[:count]
+        numbers = kv.arena.rows.new_zeros((count, row_numbers * width))
+        numbers[:, : self._sizes[0]] = state.each
+        numbers[:, self._each_rows * width :][:, : self._sizes[1]] = state.last
         rows = numbers.view(-1, *kv.arena.rows.shape[1:])
-        there = self._state_rows(blocks, range(self._each_rows + self._last_rows))
-        here = torch.arange(len(rows), device=kv.device)
+        here, there = torch.arange(len(rows), device=kv.device), self._state_rows(pages, 0, row_numbers)
         kv.streams.wait(WRITE_BACK, kv.streams.record(COMPUTE))
         with kv.streams.on(WRITE_BACK):
             gather_rows(rows, here, kv.host.rows, there)
         kv.streams.keep(WRITE_BACK, rows, here, there)
 
-    def _bring_state(self, chain: Sequence[Block]) -> State:
-        kv = self.kv
-        of_each = self._state_rows(chain, range(self._each_rows))
-        of_last = self._state_rows(chain[-1:], range(self._each_rows, self._each_rows + self._last_rows))
+    def _bring_state(self, pages: Tensor) -> State:
+        kv, count = self.kv, pages.shape[1]
+        of_each = self._state_rows(pages, 0, self._each_rows)
+        of_last = self._state_rows(pages[:, -1:], self._each_rows, self._each_rows + self._last_rows)
         there = torch.cat((of_each, of_last))
         here = torch.arange(len(there), device=kv.device)
         rows = kv.arena.rows.new_empty((len(there), *kv.arena.rows.shape[1:]))
@@ -148,12 +147,12 @@ class PrefixStore:
         each, last = rows.split([len(of_each), len(of_last)])
         width = kv.arena.rows[0].numel()
         return State(
-            each.view(len(chain), self._each_rows * width)[:, : self._sizes[0]],
+            each.view(count, self._each_rows * width)[:, : self._sizes[0]],
             last.view(1, self._last_rows * width)[:, : self._sizes[1]],
         )
 
-    def _state_rows(self, blocks: Sequence[Block], numbers: range) -> Tensor:
-        """Host rows of some of a block's rows of state, for every block: int64 [blocks * numbers]."""
-        pages = self._pages(blocks)[self.kv.shape.layers :]
-        at = torch.arange(numbers.start, numbers.stop, device=self.kv.device)
-        return (pages[at // self._page_rows] * self._page_rows + at[:, None] % self._page_rows).T.reshape(-1)
+    def _state_rows(self, pages: Tensor, start: int, stop: int) -> Tensor:
+        """Host rows of the rows start .. stop - 1 of state, of one block after the other: int64 [blocks * rows]."""
+        at = torch.arange(start, stop, device=self.kv.device)
+        found = pages[self.kv.shape.layers + at // self._page_rows] * self._page_rows + at[:, None] % self._page_rows
+        return found.T.reshape(-1)

@@ -68,12 +68,16 @@ class PrefixTree:
             chain.append(block)
         return chain
 
-    @contextmanager
-    def using(self, chain: Sequence[Block]) -> Iterator[None]:
-        """Blocks from the beginning of a prompt are used now: none of them is dropped meanwhile, and all others before them."""
-        assert not self._in_use
+    def touch(self, chain: Sequence[Block]) -> None:
+        """Blocks from the beginning of a prompt were used now: all others go before them, and each before its parent."""
         for block in reversed(chain):
             self._order.move_to_end(block)
+
+    @contextmanager
+    def using(self, chain: Sequence[Block]) -> Iterator[None]:
+        """None of these blocks from the beginning of a prompt is dropped meanwhile."""
+        assert not self._in_use
+        self.touch(chain)
         self._in_use = len(chain)
         try:
             yield
@@ -81,7 +85,7 @@ class PrefixTree:
             self._in_use = 0
 
     def add(self, parent: Block | None, tokens: Tokens, pages: list[int]) -> Block:
-        """A new block behind another; the chain that it ends is to be used next."""
+        """A new block behind another; the chain that it ends is to be touched next."""
         assert len(tokens) == self.page_size and len(pages) == self.block_pages and self.after(parent, tokens) is None
         block = Block(tokens, parent, pages)
         (self._first if parent is None else parent.children)[tokens] = block
