@@ -23,7 +23,7 @@ from torch import Tensor
 
 from specontext import LLM
 from specontext.engine import step as engine_step
-from specontext.kv import copying, dense, moves, slot_fill, tiered, write_back
+from specontext.kv import copying, dense, moves, prefix, slot_fill, tiered, write_back
 from specontext.kv.streams import COMPUTE, PREFETCH, STATISTICS, WRITE_BACK, OneStream
 from tests.kv.test_tiered import SEATS, TieredMachine
 
@@ -177,7 +177,7 @@ def watch(streams: RecordingStreams, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return dense_chunk(query, key, value, scale, tiles())
 
-    for module in (dense, moves):
+    for module in (dense, moves, prefix):
         monkeypatch.setattr(module, "gather_rows", gathering)
     for module in (copying, tiered, slot_fill, write_back):
         monkeypatch.setattr(module, "gather_rows_layers", loading)
