@@ -69,6 +69,13 @@ def test_nothing_is_claimed_that_the_interval_does_not_support(low: float, high:
     assert expected in text and never not in text
 
 
+def test_problems_that_full_attention_cannot_solve_tell_nothing() -> None:
+    rows = [made_row("full", None, score=0.0, ci_low=0.0, ci_high=0.0), made_row("speculative", 512, score=0.0)]
+    text = answer(rows, [made_pair("speculative", "full", 0.0, 0.0)])
+    assert "It solves none of these problems itself, so they cannot tell what reading less costs." in text
+    assert "keeps" not in text and "the same on every" not in text
+
+
 def test_without_pairs_nothing_is_said_about_differences() -> None:
     text = answer(SPECULATIVE_AND_FULL)
     assert "not compared problem by problem" in text and "nothing is said here about which method is better" in text

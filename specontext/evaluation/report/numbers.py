@@ -54,6 +54,8 @@ def anything(value: Any) -> str:
     """A value of an unknown column."""
     if value is None:
         return DASH
+    if isinstance(value, list):
+        return ", ".join(map(anything, value))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}".replace("-", MINUS)

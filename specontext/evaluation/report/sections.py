@@ -17,7 +17,13 @@ from specontext.evaluation.report.terms import GLOSSARY
 
 LONG_OUTPUT = 32  # mean output tokens from which a suite's output lengths are drawn
 PANELS = 6
-SKIPPED = ("skipped", "failed", "left_out", "errors", "notes")  # entries of `meta` that say what is missing
+SKIPPED = {  # entries of `meta` that say what is missing
+    "notes": "Left out, skipped, or run with a reservation",
+    "skipped": "Skipped",
+    "failed": "Failed",
+    "left_out": "Left out",
+    "errors": "Errors",
+}
 
 
 def document(results: Results) -> Document:
@@ -220,7 +226,7 @@ def _heads(results: Results) -> Iterator[Part]:
 def _missing(results: Results) -> Iterator[Part]:
     for name in SKIPPED:
         if records := results.meta.get(name):
-            yield record_table(name.replace("_", " "), records if isinstance(records, list) else _records(records))
+            yield record_table(SKIPPED[name], records if isinstance(records, list) else _records(records))
     empty = [_cell(row) for row in results.rows if row["score"] is None]
     if empty:
         yield Statement("Rows without a score, of which no mean is made:", items=tuple(unique(empty)))

@@ -148,6 +148,8 @@ def _against_full(full: Row, cell: Row, pair: Row | None) -> str:
             low, high = (1 + pair[end] / reference for end in ("ci_low", "ci_high"))
             said += f" ({LEVEL} {interval(low, high)})"
     said += "."
+    if reference <= 0:
+        return said + " It solves none of these problems itself, so they cannot tell what reading less costs."
     if pair is None or None in (pair["ci_low"], pair["ci_high"]):
         return said + " The two were not compared problem by problem, so whether they differ is not known."
     low, high = pair["ci_low"], pair["ci_high"]

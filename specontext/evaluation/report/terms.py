@@ -19,6 +19,8 @@ GLOSSARY = {
     "overlap": "Share of the chosen tokens that the step before had chosen, too. Only the rest has to be loaded.",
     "attention recall": "Share of the true attention weight that falls on the entries that were read; 100 % is everything.",
     "score": "Share of a task's points that was reached, by the task's own rule; 100 % is best.",
+    "score of the suite fidelity": "Share of positions of a text at which the method's likeliest next token is that of full "
+    "attention; there are no right answers in it.",
     "95 % interval": "How far chance may have moved a number, with other problems of the same kind, in 95 of 100 such "
     "evaluations. It comes from resampling the problems (bootstrap); intervals of means over tasks combine those of the tasks, "
     "which are independent of each other; every task has the same weight. "
