@@ -187,6 +187,7 @@ class Request:
         index: which of the `n` outputs of its prompt this is; part of the key of its random numbers.
         seat: row of this request in every per-request table, -1 while it waits.
         prefill_length: tokens that are computed densely: the prompt, and what had been generated before a restart.
+        arrived, admitted_at: `time.perf_counter()` when it came, and when it got its first seat.
         preemptions: how often it had to wait again.
         captured_steps: decode steps that were replayed as a captured CUDA graph.
         cached_tokens: tokens whose KV was known when it first got a seat; None before.
@@ -207,6 +208,7 @@ class Request:
     logprobs: list[dict[int, float]] | None = None
     prompt_logprobs: list[dict[int, float] | None] | None = None
     arrived: float = 0.0
+    admitted_at: float | None = None
     prefill_length: int = 0
     preemptions: int = 0
     captured_steps: int = 0

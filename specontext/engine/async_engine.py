@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 from specontext.core import RequestError, SamplingParams, SpeContextError
 from specontext.engine.engine_loop import EngineLoop
+from specontext.engine.failures import RequestFailedError
 from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.load import Load
-from specontext.engine.orders import EngineDeadError, Observer, Order, RequestFailedError
+from specontext.engine.orders import EngineDeadError, Observer, Order
 from specontext.engine.request_stream import Delta, RequestStream
 
 __all__ = ["AsyncEngine", "EngineDeadError", "Observer", "QueueFullError", "RequestFailedError"]

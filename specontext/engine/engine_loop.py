@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from specontext.core import SpeContextError
+from specontext.engine.failures import RequestFailedError, describe
 from specontext.engine.llm_engine import Generation, LLMEngine
 from specontext.engine.load import LoadMeter
-from specontext.engine.orders import EngineDeadError, Observer, Order, RequestFailedError
+from specontext.engine.orders import EngineDeadError, Observer, Order
 from specontext.engine.request_stream import Progress, RequestStream
 
 logger = logging.getLogger("specontext")
@@ -30,7 +31,6 @@ class _Output:
     generation: Generation
     last_at: float
     made: int = 0
-    started: bool = False
 
 
 class EngineLoop:
@@ -61,7 +61,7 @@ class EngineLoop:
         self._post, self._observer, self._on_idle, self._on_death = post, observer, on_idle, on_death
         self._inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._outputs: dict[str, _Output] = {}
-        self._unstarted = 0
+        self._unseen: list[Generation] = []
         self._woken: set[RequestStream] = set()
         self._thread = threading.Thread(target=self._run, name="specontext-engine", daemon=True)
 
@@ -89,7 +89,7 @@ class EngineLoop:
             self._end(EngineDeadError("the engine was closed"))
         except BaseException as error:  # whatever it was, nobody else would notice
             logger.exception("the engine's loop has died")
-            self._end(EngineDeadError(f"the engine has died: {_describe(error)}"))
+            self._end(EngineDeadError(f"the engine has died: {describe(error)}"))
             self._on_death()
 
     def _take_orders(self) -> bool:
@@ -117,14 +117,13 @@ class EngineLoop:
                 name = stream.output_id(index)
                 generation = self.engine.add_request(name, stream.prompts[prompt], stream.params, index=which)
                 self._outputs[name] = _Output(stream, index, generation, stream.arrived)
-                self._unstarted += 1
         except Exception as error:
             added = self.drop(stream, "error")
             self._gone(stream.count - added)
             if isinstance(error, SpeContextError):
                 raise
             logger.exception("request %s could not be added", stream.request_id)
-            raise RequestFailedError(f"the request could not be started: {_describe(error)}") from error
+            raise RequestFailedError({stream.request_id: error}) from error
 
     def drop(self, stream: RequestStream, reason: str) -> int:
         """Abort what is left of a stream; how many outputs that were."""
@@ -149,31 +148,43 @@ class EngineLoop:
             self.fail(stream, error)
 
     def _step(self) -> None:
-        began = time.perf_counter()
+        """Run a step. On a GPU what it gives is shown while the next one computes, if there is a next one."""
         try:
-            touched = self.engine.step()
+            touched = self.engine.step(self._show)
         except Exception as error:
             if not self._fail_named(error):
                 raise
             touched = [output.generation for output in self._outputs.values()]  # the others went on, and may have ended
-        if self._unstarted:
-            self._note_started(began)
+        self._show()  # where the step did not call it
+        self._unseen = touched
+        if self.engine.device.type == "cpu" or not self.engine.has_work:
+            self._show()
+
+    def _show(self) -> None:
+        """Publish what the last step gave."""
+        unseen, self._unseen = self._unseen, []
         woken = set()
-        for generation in touched:
+        for generation in unseen:
             output = self._outputs.get(generation.request.request_id)
-            if output is not None and self._publish(output):
-                woken.add(output.stream)
+            if output is None:
+                continue
+            try:
+                if self._publish(output):
+                    woken.add(output.stream)
+            except Exception as error:  # in its text, which is decoded here
+                self._fail_named(RequestFailedError({generation.request.request_id: error}))
         self._wake(woken)
 
     def _fail_named(self, error: Exception) -> bool:
         """Fail the requests that an error of a step names; False when it names none."""
         names = getattr(error, "request_ids", ())
-        broken = {self._outputs[name].stream for name in names if name in self._outputs}
-        if broken:
-            logger.error("%s", error)
-        for stream in broken:
-            self.fail(stream, RequestFailedError(str(error)))
-        return bool(broken)
+        named = error.failures if isinstance(error, RequestFailedError) else dict.fromkeys(names, error)
+        broken = {self._outputs[name].stream: why for name, why in named.items() if name in self._outputs}
+        for stream, why in broken.items():
+            expected = isinstance(why, SpeContextError)
+            logger.error("request %s has failed: %s", stream.request_id, why, exc_info=None if expected else why)
+            self.fail(stream, RequestFailedError({stream.request_id: why}))
+        return bool(named)
 
     def _publish(self, output: _Output) -> bool:
         """Show how far an output has come and count its new tokens; whether its reader is to be woken."""
@@ -202,26 +213,11 @@ class EngineLoop:
             self._forget(request.request_id, request.finish_reason or "stop")
         return not stream.only_final or stream.complete
 
-    def _note_started(self, began: float) -> None:
-        """Count the outputs that were given a place in the step that began then."""
-        for request in self.engine.scheduler.running:
-            output = self._outputs.get(request.request_id)
-            if output is not None and not output.started:
-                self._start(output, began)
-
-    def _start(self, output: _Output, now: float) -> None:
-        output.started = True
-        self._unstarted -= 1
-        if self._observer is not None:
-            self._observer.started(max(0.0, now - output.stream.arrived))
-
     def _forget(self, name: str, reason: str) -> None:
         output, now = self._outputs.pop(name), time.perf_counter()
-        if not output.started:
-            self._start(output, now)
         if self._observer is not None:
-            prompt_tokens = output.generation.request.prompt_length if output.made else 0
-            self._observer.ended(now - output.stream.arrived, reason, prompt_tokens, output.made)
+            arrived, admitted = output.stream.arrived, output.generation.request.admitted_at
+            self._observer.ended(now - arrived, reason, queued=(now if admitted is None else admitted) - arrived)
         self._gone(1)
 
     def _gone(self, count: int) -> None:
@@ -263,7 +259,3 @@ class EngineLoop:
                 order = self._inbox.get(block=False)
                 if order is not None:
                     order.refuse(error)
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -13,9 +13,10 @@ from specontext.config import ConfigError, EngineConfig
 from specontext.core import Request, RequestError, SamplingParams
 from specontext.engine.build import build_parts
 from specontext.engine.detokenizer import Detokenizer
+from specontext.engine.failures import Failures
+from specontext.engine.next_tokens import next_tokens
 from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
 from specontext.engine.runner import DeviceMemoryError, ModelRunner
-from specontext.engine.sampler import LogitsError, sample
 from specontext.engine.scheduler import Schedule, Scheduler
 from specontext.models.loading import LoadedModel, load_model
 from specontext.retrieval.catalog import find_head
@@ -127,11 +128,11 @@ class LLMEngine:
             prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
             arrived=time.perf_counter(),
         )
-        self.scheduler.add(request)
         moves_before = len(self.parts.residency.moves)
         generation = Generation(
             request, Detokenizer(self.tokenizer, params, token_ids), forced, on_logits, moves_before=moves_before
         )
+        self.scheduler.add(request)
         self._generations[request_id] = generation
         return generation
 
@@ -161,14 +162,16 @@ class LLMEngine:
 
         Raises:
             LogitsError: the logits of some requests are broken. They are named and have ended; all others got their tokens.
+            RequestFailedError: something else broke for some requests, and the same holds.
             DeviceMemoryError: the step did not fit. Its requests are named and have ended; others may go on.
         """
         schedule = self.scheduler.schedule()
         if schedule is None:
             return []
+        failures = Failures()
         try:
             captured = self.runner.captured(schedule.batch)
-            logits = self._run(schedule)
+            logits = self._run(schedule, failures)
         except DeviceMemoryError as error:
             error.request_ids = tuple(request.request_id for request in schedule.requests)
             for request_id in error.request_ids:
@@ -177,43 +180,43 @@ class LLMEngine:
         if captured:
             for request in schedule.requests:
                 request.captured_steps += 1
-        ready = self.scheduler.advance(schedule)
+        ready = [(row, r) for row, r in self.scheduler.advance(schedule) if r.request_id not in failures]
         self.scheduler.prepare()
         if meanwhile is not None:
             meanwhile()
-        if not ready:
-            return []
-        try:
-            return self._sample(logits, ready, len(schedule.requests))
-        except LogitsError as error:
-            for request_id in error.request_ids:
-                self.abort(request_id)
-            self._sample(logits, [pair for pair in ready if pair[1].request_id not in error.request_ids], len(schedule.requests))
-            raise
+        touched = self._sample(logits, ready, failures)
+        for request_id in failures.found:
+            self.abort(request_id)
+        failures.raise_any()
+        return touched
 
-    def _run(self, schedule: Schedule) -> Tensor:
+    def _run(self, schedule: Schedule, failures: Failures) -> Tensor:
         """Logits of a step's last tokens, [requests, V]; log-probabilities of its prompt tokens go to those who want them."""
         rows = prompt_rows(schedule)
         if rows is None:
             return self.runner.run(schedule.batch)
         logits, states = self.runner.run_with_states(schedule.batch, rows.positions)
-        add_prompt_logprobs(rows, states, self.runner.logits_of, self.loaded.shape.vocab_size)
+        with failures.of(*(request.request_id for request, _ in rows.counts)):
+            add_prompt_logprobs(rows, states, self.runner.logits_of, self.loaded.shape.vocab_size)
         return logits
 
-    def _sample(self, logits: Tensor, ready: list[tuple[int, Request]], rows: int) -> list[Generation]:
+    def _sample(self, logits: Tensor, ready: list[tuple[int, Request]], failures: Failures) -> list[Generation]:
         """Choose the next tokens of (row of the logits, request) pairs."""
-        if len(ready) < rows:
-            logits = logits[torch.tensor([row for row, _ in ready], dtype=torch.int64).to(logits.device)]
-        sampled = sample(logits, [r for _, r in ready], end_token_ids=self.loaded.end_token_ids)
+        chosen = next_tokens(logits, ready, failures, end_token_ids=self.loaded.end_token_ids)
         now = time.perf_counter()
         touched = []
-        for row, ((_, request), token, logprobs) in enumerate(zip(ready, sampled.token_ids, sampled.logprobs, strict=True)):
+        for row, request, token, logprobs in chosen:
             generation = self._generations[request.request_id]
-            if generation.on_logits is not None:
-                generation.on_logits(logits[row])
-            made = len(request.token_ids) - request.prompt_length
-            self._receive(generation, generation.forced[made] if made < len(generation.forced) else token, logprobs, now)
+            with failures.of(request.request_id):
+                if generation.on_logits is not None:
+                    generation.on_logits(logits[row])
+                made = len(request.token_ids) - request.prompt_length
+                self._receive(generation, generation.forced[made] if made < len(generation.forced) else token, logprobs, now)
+            if request.request_id in failures:
+                continue
             touched.append(generation)
+            if generation.finished:
+                self._drop(request)
         return touched
 
     def _receive(self, generation: Generation, token: int, logprobs: dict[int, float] | None, now: float) -> None:
@@ -236,7 +239,6 @@ class LLMEngine:
             if not stopped:
                 generation.detokenizer.finish()
             generation.stats = self._statistics(generation)
-            self._drop(request)
 
     def _statistics(self, generation: Generation) -> dict[str, object]:
         request, method, head = generation.request, self.parts.method, self.parts.head
@@ -264,6 +266,7 @@ class LLMEngine:
             "completion_tokens": made,
             **report,
             "captured_steps": request.captured_steps,
+            "queue_s": request.admitted_at - request.arrived if request.admitted_at is not None else None,
             "ttft_s": generation.first_token_at - request.arrived,
             "tpot_s": (generation.last_token_at - generation.first_token_at) / (made - 1) if made > 1 else None,
         }

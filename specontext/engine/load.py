@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from specontext.core import Request
 from specontext.engine.llm_engine import LLMEngine
 
 
@@ -56,33 +57,32 @@ class Load:
 
 @dataclass
 class LoadMeter:
-    """Adds up what ended requests did and takes loads; used by the engine's thread only."""
+    """Counts tokens and takes loads; used by the engine's thread only."""
 
     prompt_tokens: int = 0
     generation_tokens: int = 0
-    ended_bytes: float = 0.0
     last_overlap: float | None = None
     latest: Load = field(default_factory=Load)
 
     def ended(self, stats: dict[str, Any]) -> None:
-        """Count the statistics of an output that has ended."""
-        self.ended_bytes += (stats.get("bytes_loaded_per_step") or 0.0) * (stats.get("decode_steps") or 0)
+        """Look at the statistics of an output that has ended."""
         if stats.get("overlap") is not None:
             self.last_overlap = stats["overlap"]
 
     def take(self, engine: LLMEngine) -> Load:
-        """The engine's load now; also kept as `latest`."""
-        now = time.perf_counter()
-        live, live_bytes, overlap = _live_requests(engine, now)
-        parts, before = engine.parts, self.latest
-        loaded = max(self.ended_bytes + live_bytes, before.loaded_bytes)  # an aborted request takes its bytes with it
-        host_pages = parts.kv.host.pages
+        """The engine's load now, in one reading of the device; also kept as `latest`."""
+        now, parts = time.perf_counter(), engine.parts
+        running, waiting = list(engine.scheduler.running), list(engine.scheduler.waiting)
+        decoding = [request.seat for request in running if request.decoding]
+        reports, totals = parts.meter.overview(decoding)
+        of_seat = dict(zip(decoding, reports, strict=True))
+        overlaps: list[Any] = [report["overlap"] for report in reports if report["overlap"] is not None]
         self.latest = Load(
             taken_at=now,
-            running=len(engine.scheduler.running),
-            waiting=len(engine.scheduler.waiting),
+            running=len(running),
+            waiting=len(waiting),
             device_kv_used=_used(parts.kv.arena.pages),
-            host_kv_used=_used(host_pages),
+            host_kv_used=_used(parts.kv.host.pages),
             device_kv_bytes=_pool_bytes(parts.kv.arena),
             host_kv_bytes=_pool_bytes(parts.kv.host),
             offloaded_layers=len(parts.kv.offloaded),
@@ -90,37 +90,28 @@ class LoadMeter:
             preemptions=engine.scheduler.preemptions,
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generation_tokens,
-            loaded_bytes=loaded,
-            stall_s=sum(move.stall_s for move in parts.residency.moves),
-            overlap=overlap if overlap is not None else self.last_overlap,
-            requests=tuple(live),
+            loaded_bytes=totals["loaded_bytes"],
+            stall_s=parts.residency.stalled,
+            overlap=sum(overlaps) / len(overlaps) if overlaps else self.last_overlap,
+            requests=(
+                *(_live(request, "running", now, of_seat.get(request.seat, {})) for request in running),
+                *(_live(request, "waiting", now, {}) for request in waiting),
+            ),
         )
         return self.latest
 
 
-def _live_requests(engine: LLMEngine, now: float) -> tuple[list[LiveRequest], float, float | None]:
-    """The live requests, the bytes they have loaded so far, and their mean overlap."""
-    live, loaded, overlaps = [], 0.0, []
-    for state, requests in (("running", engine.scheduler.running), ("waiting", list(engine.scheduler.waiting))):
-        for request in requests:
-            decodes = request.seat >= 0 and request.decoding
-            report: dict[str, Any] = engine.parts.meter.report(request.seat) if decodes else {}
-            loaded += (report.get("bytes_loaded_per_step") or 0.0) * (report.get("decode_steps") or 0)
-            if report.get("overlap") is not None:
-                overlaps.append(report["overlap"])
-            live.append(
-                LiveRequest(
-                    request.request_id,
-                    state,
-                    request.prompt_length,
-                    request.computed,
-                    len(request.token_ids) - request.prompt_length,
-                    now - request.arrived,
-                    report.get("overlap"),
-                    report.get("bytes_loaded_per_step"),
-                )
-            )
-    return live, loaded, sum(overlaps) / len(overlaps) if overlaps else None
+def _live(request: Request, state: str, now: float, report: dict[str, Any]) -> LiveRequest:
+    return LiveRequest(
+        request.request_id,
+        state,
+        request.prompt_length,
+        request.computed,
+        len(request.token_ids) - request.prompt_length,
+        now - request.arrived,
+        report.get("overlap"),
+        report.get("bytes_loaded_per_step"),
+    )
 
 
 def _used(pages: Any) -> float:

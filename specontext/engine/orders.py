@@ -13,21 +13,14 @@ class EngineDeadError(SpeContextError):
     """The engine's loop has ended; no request can be served any more."""
 
 
-class RequestFailedError(SpeContextError):
-    """Something broke while this request ran; others are not concerned."""
-
-
 class Observer(Protocol):
     """Who counts what happens; called on the engine's thread, so it must be quick."""
-
-    def started(self, waited: float) -> None:
-        """An output left the queue after `waited` seconds."""
 
     def token(self, seconds: float, *, first: bool) -> None:
         """A token came `seconds` after the one before, or after the request's arrival."""
 
-    def ended(self, seconds: float, reason: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """An output has ended, `seconds` after its request's arrival."""
+    def ended(self, seconds: float, reason: str, *, queued: float) -> None:
+        """An output has ended, `seconds` after its request's arrival and `queued` seconds of them before its first seat."""
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ class Residency:
 
     Attributes:
         steps: that the engine has begun.
+        stalled: seconds that steps have waited for moves, in all.
     """
 
     def __init__(self, kv: TieredKV, cost: KVCost, *, adaptive: bool, chunk_bytes: int) -> None:
@@ -57,6 +58,7 @@ class Residency:
         self.cost = cost
         self.steps = 0
         self.moves: list[Move] = []
+        self.stalled = 0.0
         self._move: LayerMove | None = None
         self._stall = 0.0
 
@@ -204,6 +206,7 @@ class Residency:
     def _drop_move(self) -> None:
         assert self._move is not None
         self._move.cancel()
+        self.stalled += self._stall
         self._move, self._stall = None, 0.0
 
     def _finish(self, stored: Mapping[int, int]) -> None:
@@ -213,4 +216,5 @@ class Residency:
         move.finish(stored)
         stall = self._stall + time.perf_counter() - began
         self.moves.append(Move(self.steps + 1, move.layer, move.to_host, move.bytes_moved, stall))
+        self.stalled += stall
         self._stall = 0.0

@@ -8,6 +8,7 @@ and last feature wait on the host. Where the host has no room for them they are 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -252,6 +253,7 @@ class Scheduler:
             parts.meter.restore(seat, parked.meter)
             del self._parked[request.request_id]
         request.seat = self._seats.pop()
+        request.admitted_at = request.admitted_at or time.perf_counter()
         parts.prefix.follow(request, request.seat)
         return True
 

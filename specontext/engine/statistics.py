@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,7 @@ class Meter:
         self.pairs = shape.layers * shape.kv_heads
         # One row more than seats: the padding of a batch is counted there.
         self.counts = torch.zeros((seats + 1, len(FIELDS)), dtype=torch.float64, device=device)
+        self.left = torch.zeros_like(self.counts[0])  # what was counted for those who had the seats before
         self.recalls = torch.zeros((seats + 1, shape.layers), dtype=torch.float64, device=device)
         self.groups = groups
         self._readers: dict[int, Tensor] = {}
@@ -70,6 +72,7 @@ class Meter:
         self.before = torch.full((tables, seats + 1, groups, budget), NOTHING, dtype=torch.int32, device=device)
 
     def reset(self, seat: int) -> None:
+        self.left += self.counts[seat]
         self.counts[seat] = 0
         self.recalls[seat] = 0
         self.before[:, seat] = NOTHING
@@ -79,7 +82,8 @@ class Meter:
         return MeterState(self.counts[seat].clone(), self.recalls[seat].clone(), self.before[:, seat].clone())
 
     def restore(self, seat: int, state: MeterState) -> None:
-        """Go on counting in another seat."""
+        """Go on counting in another seat, which has been reset."""
+        self.left -= state.counts
         self.counts[seat], self.recalls[seat], self.before[:, seat] = state.counts, state.recalls, state.before
 
     def _add(self, field: str, seats: Tensor, value: Tensor | float) -> None:
@@ -161,9 +165,19 @@ class Meter:
 
     def report(self, seat: int) -> dict[str, object]:
         """Means over the decode steps of a request; None where there is nothing to measure."""
-        count = dict(zip(FIELDS, self.counts[seat].tolist(), strict=True))
+        return self._means(torch.cat((self.counts[seat], self.recalls[seat])).tolist())
+
+    def overview(self, seats: Sequence[int]) -> tuple[list[dict[str, object]], dict[str, float]]:
+        """Reports of some requests, and the sums over all requests that there ever were, in one reading of the device."""
+        counts = self.counts[:-1]
+        totals = torch.nn.functional.pad(self.left + counts.sum(0), (0, self.shape.layers))
+        *rows, total = torch.cat((torch.cat((counts, self.recalls[:-1]), dim=1), totals[None])).tolist()
+        return [self._means(rows[seat]) for seat in seats], dict(zip(FIELDS, total[: len(FIELDS)], strict=True))
+
+    def _means(self, counts: list[float]) -> dict[str, object]:
+        """A report, from a row of counters and the recall of each layer."""
+        count, recalls = dict(zip(FIELDS, counts[: len(FIELDS)], strict=True)), counts[len(FIELDS) :]
         steps = count["steps"]
-        recalls = self.recalls[seat].tolist()
 
         def mean(value: float, over: float) -> float | None:
             return value / over if over else None

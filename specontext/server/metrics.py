@@ -40,14 +40,12 @@ class Metrics:
         self._engine = engine
         self.registry.register(self)
 
-    def started(self, waited: float) -> None:
-        self._queue.observe(waited)
-
     def token(self, seconds: float, *, first: bool) -> None:
         (self._ttft if first else self._itl).observe(seconds)
 
-    def ended(self, seconds: float, reason: str, prompt_tokens: int, completion_tokens: int) -> None:
+    def ended(self, seconds: float, reason: str, *, queued: float) -> None:
         self._ended.labels(self._model, reason).inc()
+        self._queue.observe(queued)
         if reason in ("stop", "length"):
             self._e2e.observe(seconds)
 

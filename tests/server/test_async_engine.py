@@ -194,8 +194,8 @@ def breaking(engine: LLMEngine, error: Callable[[], Exception], when: Callable[[
     """Let one step of an engine raise after it was made, which loses what it returns."""
     step = engine.step
 
-    def broken() -> Any:
-        touched = step()
+    def broken(*arguments: Any) -> Any:
+        touched = step(*arguments)
         if when():
             engine.step = step  # type: ignore[method-assign]
             raise error()

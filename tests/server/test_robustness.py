@@ -136,12 +136,12 @@ def test_an_error_after_the_beginning_is_the_next_event(server: Server) -> None:
     step = server.engine.step
     good_ready = threading.Event()
 
-    def broken() -> Any:
+    def broken(*arguments: Any) -> Any:
         bad = [r for r in server.engine.scheduler.running if r.params.max_tokens == 1500 and len(r.token_ids) > r.prompt_length]
         if bad and good_ready.is_set():
             server.engine.step = step  # type: ignore[method-assign]
             raise LogitsError([bad[0].request_id])
-        return step()
+        return step(*arguments)
 
     server.engine.step = broken  # type: ignore[method-assign]
     good = open_stream(server, ENDLESS | {"max_tokens": 200})
@@ -183,7 +183,7 @@ def test_a_poisoned_weight_fails_the_requests_that_meet_it(checkpoint: Callable[
 def test_a_dead_engine_ends_the_server() -> None:
     with running(make_engine()) as server:
 
-        def broken() -> Any:
+        def broken(*_: Any) -> Any:
             raise ZeroDivisionError("a bug")
 
         server.engine.step = broken  # type: ignore[method-assign]

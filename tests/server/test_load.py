@@ -1,0 +1,115 @@
+"""What an engine says of its load: totals that nothing is missing from, and little reading of the device."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from specontext.engine.load import LoadMeter
+from specontext.engine.statistics import Meter
+from tests.server.serving import make_engine
+from tests.server.test_async_engine import PROMPT, collect, params, run, started
+
+
+def test_bytes_of_all_requests_are_counted_however_they_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: Counter[str] = Counter()
+    seen: list[float] = []
+    add, rng = Meter._add, random.Random(0)
+
+    def watched(self: Any, field: str, seats: torch.Tensor, value: Any) -> None:
+        counted[field] += int(value.sum()) if isinstance(value, torch.Tensor) else int(value) * len(seats)
+        add(self, field, seats, value)
+
+    monkeypatch.setattr(Meter, "_add", watched)
+
+    async def test() -> None:
+        engine = make_engine(max_num_seqs=6, max_model_len=512, gpu_memory=800_000)
+        async with started(engine) as served:
+
+            async def client(number: int) -> None:
+                stream = await served.submit(f"r{number}", [PROMPT[number:]], params(rng.randrange(120, 170)))
+                if number % 3:
+                    await collect(stream)
+                else:
+                    for _ in range(rng.randrange(40)):
+                        await anext(stream, None)
+                        seen.append((await served.call(served._loop.meter.take)).loaded_bytes)
+                    stream.abort()
+
+            await asyncio.gather(*map(client, range(8)))
+            load = await served.call(served._loop.meter.take)
+            assert engine.scheduler.preemptions > 0 and load.preemptions == engine.scheduler.preemptions
+            assert load.loaded_bytes == counted["loaded_bytes"] > 0
+            assert seen == sorted(seen) and len(set(seen)) > 5
+
+    run(test)
+
+
+def test_stalls_of_all_moves_are_counted() -> None:
+    async def test() -> None:
+        engine = make_engine(max_num_seqs=4, gpu_memory=1_500_000, offload_layers=None, max_model_len=1024)
+        async with started(engine) as served:
+            await asyncio.gather(*(collect(served.generate(f"r{i}", PROMPT, params(250))) for i in range(4)))
+            moves = engine.parts.residency.moves
+            assert moves and served.load.stall_s >= sum(move.stall_s for move in moves) > 0
+            assert served.load.stall_s == (await served.call(served._loop.meter.take)).stall_s
+
+    run(test)
+
+
+def test_a_load_reads_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    for i in range(5):
+        engine.add_request(f"r{i}", PROMPT, params(20))
+    for _ in range(6):
+        engine.step()
+    reads: Counter[str] = Counter()
+    for name in ("tolist", "item", "cpu", "numpy", "__float__", "__int__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, counting(getattr(torch.Tensor, name), name, reads))
+    load = LoadMeter().take(engine)
+    assert reads == {"tolist": 1}
+    assert load.running == 5 and load.overlap is not None
+    assert all(request.overlap is not None and request.bytes_loaded_per_step for request in load.requests)
+
+
+def counting(method: Any, name: str, calls: Counter[str]) -> Any:
+    def counted(self: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        calls[name] += 1
+        return method(self, *arguments, **options)
+
+    return counted
+
+
+def test_the_time_in_the_queue_is_known_exactly() -> None:
+    waited: list[tuple[float, float, str]] = []
+
+    class Watching:
+        def token(self, seconds: float, *, first: bool) -> None:
+            pass
+
+        def ended(self, seconds: float, reason: str, *, queued: float) -> None:
+            waited.append((queued, seconds, reason))
+
+    async def test() -> None:
+        async with started(make_engine(max_num_seqs=1), observer=Watching()) as served:
+            first = await served.submit("first", [PROMPT], params(60))
+            second = await served.submit("second", [PROMPT], params(5))
+            third = await served.submit("third", [PROMPT], params(5))
+            third.abort()
+            [*_, one] = await collect(first)
+            [*_, two] = await collect(second)
+        assert one.stats is not None and two.stats is not None
+        queued: list[Any] = [one.stats["queue_s"], two.stats["queue_s"]]
+        times: list[Any] = [one.stats["ttft_s"], two.stats["ttft_s"]]
+        assert 0 <= queued[0] < times[0] < queued[1] < times[1]
+        (third_queued, third_whole, reason), *rest = waited
+        assert reason == "abort" and third_queued == third_whole
+        for (found, whole, _), stat in zip(rest, queued, strict=True):
+            assert stat <= found < whole  # counted from the submission on, so a little longer
+
+    run(test)
