@@ -19,6 +19,7 @@ from rich.table import Table
 from specontext.cli.analyze import whole_numbers
 from specontext.cli.options import ENGINE_OPTIONS, Settings, with_settings
 from specontext.cli.terminal import error_console, human_bytes, quiet_libraries
+from specontext.config import CHOICES
 
 if TYPE_CHECKING:
     from specontext.evaluation.run import Advance, Begin
@@ -38,7 +39,7 @@ def evaluate(
     ],
     methods: Annotated[
         str,
-        typer.Option("--methods", metavar="A,B,...", help="Selection methods; speculative@DIR is one with a head of its own."),
+        typer.Option("--methods", metavar="A,B,...", help=f"Among {', '.join(CHOICES)}. speculative@DIR has a head of its own."),
     ] = "full,speculative",
     budgets: Annotated[
         str | None,
@@ -61,6 +62,17 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option("--data", metavar="PATH|NAME", help="Data of a suite that needs some: a path or a Hub name.")
     ] = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            metavar="FILE|tasks|...",
+            help="Text of the suite fidelity: a file, a directory, tasks, hf:NAME; repeatable.",
+        ),
+    ] = None,
+    compared: Annotated[
+        int, typer.Option("--compare", help="Last tokens of a text, half of it at most, that fidelity compares at.")
+    ] = 128,
     seed: Annotated[int, typer.Option("--seed", help="Seed of problems and resamples.")] = 0,
     retrieval_head: Annotated[
         str, typer.Option("--retrieval-head", metavar="DIR|auto|none", help="Retrieval head; 'auto' takes the checkpoint's own.")
@@ -78,6 +90,8 @@ def evaluate(
     Writes results.json, report.html and report.md to DIR, and every answer to DIR/samples.jsonl.
     """
     quiet_libraries()
+    from specontext.evaluation.fidelity.rows import SUITE as FIDELITY
+    from specontext.evaluation.fidelity.run import run_fidelity
     from specontext.evaluation.report import write_report
     from specontext.evaluation.run import run_evaluation
     from specontext.evaluation.settings import EvaluationSettings
@@ -92,6 +106,8 @@ def evaluate(
         limit=limit,
         tasks=None if tasks is None else words(tasks),
         data=data,
+        texts=tuple(texts or ()),
+        compared=compared,
         seed=seed,
         retrieval_head=None if retrieval_head == "none" else retrieval_head,
         sink=settings.config.sink,
@@ -102,7 +118,7 @@ def evaluate(
         command=command_line(context),
     )
     with _progress() as begin:
-        results = run_evaluation(asked, begin)
+        results = run_fidelity(asked, begin) if FIDELITY in asked.suites else run_evaluation(asked, begin)
     print_notes(results["meta"]["notes"])
     console = Console(highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
     for table in tables(results):
@@ -127,7 +143,8 @@ def command_line(context: typer.Context) -> str:
             if isinstance(value, bool):
                 said.append(parameter.opts[0] if value else parameter.secondary_opts[0])
             else:
-                said += [parameter.opts[0], str(value)]
+                for each in value if isinstance(value, list | tuple) else [value]:
+                    said += [parameter.opts[0], str(each)]
     return shlex.join(said)
 
 
@@ -143,9 +160,12 @@ def print_notes(notes: Sequence[dict[str, Any]]) -> None:
 
 def tables(results: dict[str, Any]) -> Iterator[Table]:
     """A table for each task, and one of the means over a suite's tasks: scores, differences to full attention, what was read."""
+    from specontext.cli.fidelity_table import fidelity_tables
+    from specontext.evaluation.fidelity.rows import SUITE as FIDELITY
     from specontext.evaluation.report.averages import mean_over_tasks, mean_pairs
 
-    for suite in dict.fromkeys(row["suite"] for row in results["rows"]):
+    yield from fidelity_tables([row for row in results["rows"] if row["suite"] == FIDELITY])
+    for suite in dict.fromkeys(row["suite"] for row in results["rows"] if row["suite"] != FIDELITY):
         rows, pairs = ([one for one in results[name] if one["suite"] == suite] for name in ("rows", "pairs"))
         tasks = list(dict.fromkeys(row["task"] for row in rows))
         for task in tasks:

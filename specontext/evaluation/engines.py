@@ -49,7 +49,8 @@ class Engines:
             return self._open[1]
         self.close()
         settings, names = self.settings, [competitor.method for competitor in group.competitors]
-        methods = tuple(dict.fromkeys([*map(base_of, names), *names]))  # variants work on their method's state
+        # Variants work on the state of their method; full attention costs nothing.
+        methods = tuple(dict.fromkeys([*map(base_of, names), *names, READS_ALL]))
         own = next((name for name in methods if name != READS_ALL), READS_ALL)
         config = SpeContextConfig(
             method=base_of(own),

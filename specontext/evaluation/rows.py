@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from specontext.evaluation.bootstrap import mean_interval
+from specontext.evaluation.fidelity.rows import SUITE as FIDELITY
+from specontext.evaluation.fidelity.rows import fidelity_columns
 from specontext.evaluation.samples import Sample
 
 # Statistics of the engine that samples keep.
@@ -16,7 +18,7 @@ MEASURES = (
     "decode_steps",
     "tokens_read_per_step",
     "selection_bytes_per_step",
-    "selection_seconds_per_step",
+    "selection_s_per_step",
     "bytes_loaded_per_step",
     "bytes_full_per_step",
     "overlap",
@@ -61,7 +63,7 @@ def _row(samples: Sequence[Sample], seed: int) -> Row:
     def stat(name: str) -> float | None:
         return _mean([sample.stats.get(name) for sample in samples])
 
-    return {
+    row = {
         "suite": first.suite,
         "task": first.task,
         "method": first.method,
@@ -78,10 +80,11 @@ def _row(samples: Sequence[Sample], seed: int) -> Row:
         "attention_recall": stat("attention_recall"),
         "output_tokens": _mean([sample.output_tokens for sample in samples]),
         "seconds": _mean([sample.seconds for sample in samples]),
-        "selection_seconds": stat("selection_seconds_per_step"),
+        "selection_seconds": stat("selection_s_per_step"),
         "answer_seconds": _mean([_answer_seconds(sample) for sample in samples]),
         "scores": {name: _mean([sample.scores.get(name) for sample in samples]) for name in others},
     }
+    return row | fidelity_columns(samples, seed=seed) if first.suite == FIDELITY else row
 
 
 def _pair(samples: Sequence[Sample], others: Sequence[Sample], budget: int | None, seed: int) -> Row:

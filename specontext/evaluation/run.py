@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 from specontext.core import RequestOutput, SamplingParams
 from specontext.engine.llm import LLM
@@ -29,8 +30,11 @@ Begin = Callable[[str, int], Advance]  # a phase and its number of parts; the re
 Choice = tuple[Competitor, int | None]
 
 
-def run_evaluation(settings: EvaluationSettings, begin: Begin) -> dict[str, Any]:
+def run_evaluation(settings: EvaluationSettings, begin: Begin, kind: type[Evaluation] | None = None) -> dict[str, Any]:
     """Run what is not there yet, and return the content of `results.json`.
+
+    Args:
+        kind: what is done with each problem; None lets every method answer it.
 
     Raises:
         EvaluationError: a directory of another evaluation, a method that cannot work on the model, or nothing to run.
@@ -40,10 +44,11 @@ def run_evaluation(settings: EvaluationSettings, begin: Begin) -> dict[str, Any]
     loaded = _load(settings)
     competitors = parse_competitors(settings.methods)
     notes: list[Note] = []
-    engines = Engines(loaded, settings)
+    kind = kind or Evaluation
+    engines = Engines(loaded, replace(settings, engine=settings.engine | kind.engine_options))
     try:
         competitors = _supported(engines, competitors, settings, notes)
-        return _Evaluation(settings, loaded, engines, competitors, notes, before).run(begin)
+        return kind(settings, loaded, engines, competitors, notes, before).run(begin)
     finally:
         engines.close()
 
@@ -97,8 +102,14 @@ def _supported(
     return left
 
 
-class _Evaluation:
-    """One run: its problems, methods and what is known so far."""
+class Evaluation:
+    """One run: its problems, methods and what is known so far.
+
+    Attributes:
+        engine_options: that this kind of evaluation needs.
+    """
+
+    engine_options: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
@@ -148,23 +159,21 @@ class _Evaluation:
             advance(1)
         if not cells:
             raise EvaluationError("nothing can be run: " + "; ".join(dict.fromkeys(note["why"] for note in self.notes)))
-        wanted = [(group, cell, self._choices(group, cell)) for group in self.groups for cell in cells]
-        for name, samples in by_cell(self.samples.samples.values()).items():
-            self._count(name, samples)
-        self._write()
+        wanted = [(group, cell, self._choices(group, cell.task.suite, cell.length)) for group in self.groups for cell in cells]
+        self._count_all()
         advance = begin("answering", sum(len(cell.problems) * len(choices) for _, cell, choices in wanted))
         for group, cell, choices in wanted:
             self._run_cell(self.engines.open(group), cell, choices, advance)
         return self._write()
 
-    def _choices(self, group: Group, cell: EvalCell) -> list[Choice]:
+    def _choices(self, group: Group, suite: str, length: int | None) -> list[Choice]:
         """Methods and budgets of a cell, without budgets that hold everything; the run says which."""
         choices: list[Choice] = []
         for competitor in group.competitors:
             for budget in competitor.budgets(self.budgets):
-                if budget is not None and cell.length is not None and budget >= cell.length:
-                    why = f"skipped: a budget of {budget} holds all of {cell.length} tokens, which is what full reads"
-                    note = {"suite": cell.task.suite, "length": cell.length, "budget": budget, "why": why}
+                if budget is not None and length is not None and budget >= length:
+                    why = f"skipped: a budget of {budget} holds all of {length} tokens, which is what full reads"
+                    note = {"suite": suite, "length": length, "budget": budget, "why": why}
                     self.notes += [note] if note not in self.notes else []
                 else:
                     choices.append((competitor, budget))
@@ -183,9 +192,17 @@ class _Evaluation:
                 advance(len(problems))
                 added = True
         if added:
-            name = (cell.task.suite, cell.task.name, cell.length)
-            self._count(name, by_cell(known.values())[name])
-            self._write()
+            self._recount((cell.task.suite, cell.task.name, cell.length))
+
+    def _recount(self, name: Cell) -> None:
+        """Write `results.json` again after a cell has got samples."""
+        self._count(name, by_cell(self.samples.samples.values())[name])
+        self._write()
+
+    def _count_all(self) -> None:
+        for name, samples in by_cell(self.samples.samples.values()).items():
+            self._count(name, samples)
+        self._write()
 
     def _count(self, name: Cell, samples: Sequence[Sample]) -> None:
         self.rows[name] = cell_rows(samples, methods=self.methods, seed=self.settings.seed)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from specontext.evaluation.competitors import parse_competitors
+from specontext.evaluation.fidelity.rows import SUITE as FIDELITY
 from specontext.evaluation.samples import EvaluationError
 from specontext.evaluation.suites import SUITES
 
@@ -23,6 +24,8 @@ class EvaluationSettings:
         limit: problems of each task and length at most.
         tasks: names; None is all that fit the model.
         data: path or Hub name, for a suite that has data.
+        texts: of the suite `fidelity`, as `specontext.distill.data.open_sources` takes them.
+        compared: last tokens of each text that `fidelity` compares at.
         retrieval_head: of the methods that name none of their own; as `LLM` takes it.
         offload_layers: last layers whose KV lives in host memory, -1 all.
         engine: further keyword options of `LLM`.
@@ -42,6 +45,8 @@ class EvaluationSettings:
     limit: int = 20
     tasks: tuple[str, ...] | None = None
     data: str | None = None
+    texts: tuple[str, ...] = ()
+    compared: int = 128
     seed: int = 0
     retrieval_head: str | None = "auto"
     sink: int = 4
@@ -54,11 +59,20 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         if not self.suites:
             raise EvaluationError(f"no suite was named: choose among {', '.join(SUITES)}")
-        if unknown := [name for name in self.suites if name not in SUITES]:
-            raise EvaluationError(f"unknown suite '{unknown[0]}': choose among {', '.join(SUITES)}")
+        if unknown := [name for name in self.suites if name not in SUITES and name != FIDELITY]:
+            raise EvaluationError(f"unknown suite '{unknown[0]}': choose among {', '.join((*SUITES, FIDELITY))}")
+        if FIDELITY in self.suites and len(self.suites) > 1:
+            raise EvaluationError(f"{FIDELITY} runs by itself: run it into the same directory if you like")
+        if bool(self.texts) != (FIDELITY in self.suites):
+            raise EvaluationError(f"the suite {FIDELITY} needs texts and no other takes them: --suite {FIDELITY} --text FILE")
         parse_competitors(self.methods)
         least = self.sink + self.recent + 1
-        for name, values, low in (("budget", self.budgets, least), ("length", self.lengths, 1), ("limit", (self.limit,), 1)):
+        for name, values, low in (
+            ("budget", self.budgets, least),
+            ("length", self.lengths, 1),
+            ("limit", (self.limit,), 1),
+            ("number of compared tokens", (self.compared,), 1),
+        ):
             if values is not None and not values:
                 raise EvaluationError(f"no {name} was named: give at least one, or leave the option out")
             if wrong := [value for value in values or () if value < low]:

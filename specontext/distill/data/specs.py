@@ -48,8 +48,16 @@ def _open(spec: str, encoder: Encoder, key: str, held_out: bool) -> Source:
     if spec == "tasks" or spec.startswith("tasks:"):
         kinds = [kind.strip() for kind in spec.removeprefix("tasks:").split(",")] if ":" in spec else KINDS
         return TaskSource(kinds, encoder, key=f"{'held out' if held_out else 'training'}/{key}")
-    documents = HubRows(spec, encoder) if spec.startswith("hf:") else _local(Path(spec).expanduser(), encoder)
-    return DocumentSource(documents, encoder, name=spec, key=key, held_out=held_out)
+    return DocumentSource(open_documents(spec, encoder), encoder, name=spec, key=key, held_out=held_out)
+
+
+def open_documents(spec: str, encoder: Encoder) -> Documents:
+    """All documents of a text, rows or a data set, no part held out.
+
+    Raises:
+        DataError: data that cannot be found or is none.
+    """
+    return HubRows(spec, encoder) if spec.startswith("hf:") else _local(Path(spec).expanduser(), encoder)
 
 
 def _local(path: Path, encoder: Encoder) -> Documents:

@@ -1,0 +1,267 @@
+"""Fidelity to full attention: against Hugging Face's own logits, and the whole suite on small texts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from specontext import LLM
+from specontext.evaluation.fidelity.compare import Fidelity, compare_window, measures
+from specontext.evaluation.fidelity.run import run_fidelity
+from specontext.evaluation.fidelity.windows import ShortTextError, Text, Window
+from specontext.evaluation.report import write_report
+from specontext.evaluation.run import Advance
+from specontext.evaluation.samples import EvaluationError
+from specontext.evaluation.settings import EvaluationSettings
+
+MakeLLM = Callable[..., LLM]
+COMPARED = 12
+
+
+def silently(phase: str, parts: int) -> Advance:
+    return lambda done: None
+
+
+@pytest.fixture(scope="module")
+def window(prompts: list[list[int]]) -> Window:
+    """Random tokens, of whose last ones all but two are compared."""
+    wanted = [True] * COMPARED
+    wanted[0] = wanted[5] = False
+    return Window("0", prompts[2], wanted)
+
+
+@pytest.fixture(scope="module")
+def llm(make_llm: MakeLLM) -> LLM:
+    return make_llm("llama", "speculative", budget=100, methods=("full", "streaming", "oracle"), measure_recall=True)
+
+
+def plain(fidelity: Fidelity) -> tuple[float, ...]:
+    return (fidelity.agreement, fidelity.kl_divergence, fidelity.cross_entropy, fidelity.full_cross_entropy)
+
+
+def test_a_budget_that_holds_everything_changes_nothing(llm: LLM, window: Window) -> None:
+    full, *others = compare_window(llm, window, [("speculative", 100), ("streaming", 100), ("oracle", 100), ("full", None)])
+    assert plain(full)[:2] == (1.0, 0.0) and full.cross_entropy == full.full_cross_entropy
+    for other in others:
+        assert plain(other) == pytest.approx(plain(full), abs=1e-5)
+        assert other.agreement == 1.0
+
+
+def test_full_attention_has_hugging_face_s_perplexity(
+    llm: LLM, window: Window, reference: Callable[[str], PreTrainedModel]
+) -> None:
+    (full,) = compare_window(llm, window, [])
+    ids = torch.tensor(window.token_ids)
+    losses = torch.nn.functional.cross_entropy(reference("llama")(ids[None]).logits[0, :-1], ids[1:], reduction="none")
+    expected = losses[-COMPARED:][torch.tensor(window.wanted)].mean().item()
+    assert full.cross_entropy == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_small_window_of_tokens_against_masked_attention(
+    llm: LLM, window: Window, reference: Callable[[str], PreTrainedModel], masked_forward: Callable[..., Any]
+) -> None:
+    """Two sinks and the last 14 tokens, computed by Hugging Face's model under a mask."""
+    full, streaming = compare_window(llm, window, [("streaming", 16)])
+    model, ids = reference("llama"), window.token_ids
+    causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril().expand(model.config.num_attention_heads, -1, -1)
+    sparse = causal.clone()
+    for position in range(len(ids) - COMPARED - 1, len(ids)):
+        sparse[:, position, 2 : position + 1 - 14] = False
+    layers = model.config.num_hidden_layers
+    p, q = (
+        masked_forward(model, ids, [mask] * layers).logits[0, -COMPARED - 1 : -1].log_softmax(-1) for mask in (causal, sparse)
+    )
+    wanted = torch.tensor(window.wanted)
+    expected = (
+        (p.argmax(-1) == q.argmax(-1))[wanted].double().mean().item(),
+        (p.exp() * (p - q)).sum(-1)[wanted].mean().item(),
+        -q.gather(1, torch.tensor(ids[-COMPARED:])[:, None])[wanted].mean().item(),
+        full.cross_entropy,
+    )
+    assert plain(streaming) == pytest.approx(expected, rel=1e-3)
+    assert streaming.kl_divergence > 0.1
+
+
+def test_recall_of_every_layer(llm: LLM, window: Window) -> None:
+    for fidelity in compare_window(llm, window, [("streaming", 16), ("oracle", 16)]):
+        layers = fidelity.stats["attention_recall_by_layer"]
+        assert len(layers) == llm.shape.layers
+        assert sum(layers) / len(layers) == pytest.approx(fidelity.stats["attention_recall"])
+
+
+def test_methods_are_the_same_alone_and_in_any_company(make_llm: MakeLLM, llm: LLM, window: Window) -> None:
+    choices = [("streaming", 16), ("speculative", 20), ("oracle", 16)]
+    together = [plain(fidelity) for fidelity in compare_window(llm, window, choices)[1:]]
+    alone = [plain(compare_window(llm, window, [choice])[1]) for choice in choices]
+    # One seat: full attention has ended before the others begin. A chunk of 9: it decodes while they are prefilled.
+    slow = make_llm("llama", "speculative", budget=100, methods=("full", "streaming", "oracle"), max_num_seqs=1)
+    chunked = make_llm("llama", "speculative", budget=100, methods=("full", "streaming", "oracle"), max_num_batched_tokens=9)
+    for found in (alone, *([plain(one) for one in compare_window(other, window, choices)[1:]] for other in (slow, chunked))):
+        for one, expected in zip(found, together, strict=True):
+            assert one == pytest.approx(expected, abs=1e-5)
+
+
+def test_measures_by_hand() -> None:
+    full, other = torch.tensor([0.5, 0.25, 0.25]).log(), torch.tensor([0.25, 0.5, 0.25]).log()
+    never = torch.tensor([0.5, 0.5, 0.0]).log()
+    found = measures(full, torch.stack((full, other)), 1)
+    divergence = 0.5 * math.log(2) - 0.25 * math.log(2)
+    expected = torch.tensor([[1.0, 0.0, math.log(4)], [0.0, divergence, math.log(2)]], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert measures(never, never[None], 1)[0].tolist() == pytest.approx([1.0, 0.0, math.log(2)])
+
+
+# Windows ------------------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, tokenizer: Any, tokens: int, name: str = "text.txt") -> Path:
+    """A text of words that are tokens; with its end, but without the token that the tokenizer puts before it, so many."""
+    words = [" sun", " moon", " river", " stone"]
+    assert all(len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1 for word in words)
+    path = folder / name
+    path.write_text("".join(words[n * n % 4] for n in range(tokens - 1)))
+    return path
+
+
+def test_windows_follow_each_other(tmp_path: Path, tokenizer: Any) -> None:
+    path = write(tmp_path, tokenizer, 300)
+    windows = Text(str(path), tokenizer, seed=0).windows(100, 2, 10)
+    ids = tokenizer(path.read_text())["input_ids"]
+    assert [window.token_ids for window in windows] == [ids[:100], [ids[0], *ids[100:199]]]
+    assert all(window.wanted == [True] * 10 and len(window.prompt) == 89 for window in windows)
+
+
+def test_windows_of_a_short_text_overlap_outside_of_what_is_compared(tmp_path: Path, tokenizer: Any) -> None:
+    windows = Text(str(write(tmp_path, tokenizer, 124)), tokenizer, seed=0).windows(100, 20, 10)
+    ends = [int(window.key.removeprefix("from ")) + 99 for window in windows]
+    assert ends[0] == 99 and ends[-1] == 124 and len(ends) == 3
+    assert all(after - before >= 10 for before, after in pairwise(ends))
+    (only,) = Text(str(write(tmp_path, tokenizer, 99)), tokenizer, seed=0).windows(100, 20, 10)
+    assert len(only.token_ids) == 100
+
+
+def test_a_text_that_is_too_short(tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(ShortTextError, match="has 98 tokens, too few for a window of 100"):
+        Text(str(write(tmp_path, tokenizer, 98)), tokenizer, seed=0).windows(100, 1, 10)
+
+
+def test_of_rows_only_answers_are_compared(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": " sun" * 30, "completion": " moon" * 7}) + "\n")
+    (window,) = Text(str(path), tokenizer, seed=0).windows(39, 1, 12)
+    assert window.wanted == [False] * 4 + [True] * 8  # the answer and its end
+    path.write_text(json.dumps({"prompt": " sun" * 30, "completion": " moon"}) + "\n" + json.dumps({"text": ""}) + "\n")
+    with pytest.raises(ShortTextError, match="hold none that the model has to say"):
+        Text(str(path), tokenizer, seed=0).windows(20, 1, 5)
+
+
+def test_generated_tasks(tokenizer: Any) -> None:
+    text = Text("tasks:retrieval", tokenizer, seed=3)
+    windows = text.windows(200, 3, 20)
+    assert len(windows) == 3 and len({tuple(window.token_ids) for window in windows}) == 3
+    for window in windows:
+        assert 175 <= len(window.token_ids) <= 200 and len(window.wanted) == 20
+        said = [token for token, wanted in zip(window.token_ids[-20:], window.wanted, strict=True) if wanted]
+        assert said[-1] == tokenizer.eos_token_id
+    with pytest.raises(ShortTextError):
+        text.windows(8, 1, 4)
+
+
+# The suite ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> EvaluationSettings:
+    folder = tmp_path_factory.mktemp("fidelity")
+    return EvaluationSettings(
+        "nano",
+        ("fidelity",),
+        folder / "out",
+        methods=("speculative", "streaming"),
+        budgets=(64, 256),
+        lengths=(192, 400, 99_999),
+        limit=2,
+        texts=("tasks:retrieval", str(write(folder, tokenizer, 300))),
+        compared=16,
+        engine={"device": "cpu", "max_num_seqs": 4, "max_model_len": 512},
+        command="specontext eval nano",
+    )
+
+
+@pytest.fixture(scope="module")
+def results(settings: EvaluationSettings) -> dict[str, Any]:
+    return run_fidelity(settings, silently)
+
+
+def test_rows_of_all_texts(results: dict[str, Any], settings: EvaluationSettings) -> None:
+    cells = {(row["task"], row["length"], row["method"], row["budget"]): row for row in results["rows"]}
+    choices = [("full", None), *((method, 64) for method in settings.methods)]
+    more = [(method, 256) for method in settings.methods]
+    places = [("tasks:retrieval", 192, choices), ("text.txt", 192, choices), ("tasks:retrieval", 400, choices + more)]
+    assert set(cells) == {(task, length, *choice) for task, length, some in places for choice in some}
+    for (_, length, method, _), row in cells.items():
+        scores = row["scores"]
+        assert row["n"] == 2 and 0 <= row["score"] <= 1 and row["output_tokens"] == 16
+        assert scores["kl_low"] <= scores["kl_divergence"] <= scores["kl_high"]
+        assert scores["ratio_low"] <= scores["perplexity_ratio"] <= scores["ratio_high"]
+        full = cells[row["task"], length, "full", None]["scores"]
+        assert scores["perplexity"] == pytest.approx(scores["perplexity_ratio"] * full["perplexity"])
+        assert sum(row["attention_recall_by_layer"]) / 4 == pytest.approx(row["attention_recall"])
+        if method == "full":
+            assert (row["score"], scores["kl_divergence"], scores["perplexity_ratio"], row["attention_recall"]) == (1, 0, 1, 1)
+        else:
+            assert row["attention_recall"] < 1 and scores["kl_divergence"] > 0
+    known, blind = (cells["tasks:retrieval", 400, method, 64] for method in ("speculative", "streaming"))
+    assert known["score"] == 1 and known["scores"]["kl_divergence"] < 0.01
+    assert blind["score"] < 0.9 and blind["scores"]["perplexity_ratio"] > 2
+
+
+def test_pairs_notes_and_report(results: dict[str, Any], settings: EvaluationSettings) -> None:
+    assert {(pair["method"], pair["other"]) for pair in results["pairs"]} == {
+        ("speculative", "full"),
+        ("streaming", "full"),
+        ("speculative", "streaming"),
+    }
+    notes = {(note.get("task"), note["length"]): note["why"] for note in results["meta"]["notes"]}
+    assert "end at 512 tokens" in notes["tasks:retrieval", 99_999]
+    assert "too few for a window of 400" in notes["text.txt", 400]
+    assert notes[None, 192] == "skipped: a budget of 256 holds all of 192 tokens, which is what full reads"
+    report = write_report(settings.out)[1].read_text()
+    assert "kl\\_divergence" in report and "tasks:retrieval" in report
+
+
+def test_a_second_run_measures_only_what_is_missing(results: dict[str, Any], settings: EvaluationSettings) -> None:
+    before = (settings.out / "samples.jsonl").read_text()
+    again = run_fidelity(settings, silently)
+    assert (settings.out / "samples.jsonl").read_text() == before and again["rows"] == results["rows"]
+    more = run_fidelity(replace(settings, methods=("random",), budgets=(64,), lengths=(192,)), silently)
+    added = (settings.out / "samples.jsonl").read_text().removeprefix(before).splitlines()
+    assert [json.loads(line)["method"] for line in added] == ["random"] * 4
+    known = [row for row in more["rows"] if row["method"] != "random"]
+    assert sorted(map(json.dumps, known)) == sorted(map(json.dumps, results["rows"]))
+
+
+def test_what_cannot_be_run_is_named(settings: EvaluationSettings, tmp_path: Path, tokenizer: Any) -> None:
+    asked = replace(settings, out=tmp_path / "out")
+    with pytest.raises(EvaluationError, match="end at 512 tokens"):
+        run_fidelity(replace(asked, lengths=(600,)), silently)
+    with pytest.raises(EvaluationError, match="at least 16 tokens, got 8"):
+        run_fidelity(replace(asked, lengths=(8,)), silently)
+    with pytest.raises(EvaluationError, match="same name"):
+        (tmp_path / "other").mkdir()
+        run_fidelity(replace(asked, texts=(settings.texts[1], str(write(tmp_path / "other", tokenizer, 50)))), silently)
+    with pytest.raises(EvaluationError, match="needs texts"):
+        replace(settings, texts=())
+    with pytest.raises(EvaluationError, match="by itself"):
+        replace(settings, suites=("fidelity", "ruler"))
+    with pytest.raises(EvaluationError, match="compared tokens"):
+        replace(settings, compared=0)
