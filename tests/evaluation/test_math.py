@@ -131,7 +131,7 @@ def test_answers_get_what_the_model_has_room_for(tmp_path: Path, tokenizer: Any,
     assert examples("aime24", data, text)[0].max_tokens == 32768
     (example,) = examples("aime24", data, text, max_length=500)
     assert 484 <= len(tokenizer(example.prompt)["input_ids"]) + example.max_tokens <= 500
-    assert examples("aime24", data, text, max_length=20)[0].max_tokens == 1  # the prompt alone is longer: whoever runs it sees that
+    assert examples("aime24", data, text, max_length=20)[0].max_tokens == 1  # the prompt alone is longer
     (task,) = SUITES["aime24"](str(data), max_length=500)
     with pytest.raises(LengthError, match=r"line 1 of .*a.jsonl has no room for an answer"):
         task.examples(length=20, n=1, seed=0, text=text)
