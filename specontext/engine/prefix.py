@@ -71,17 +71,15 @@ class PrefixCache:
         return max(0, tokens) // self.kv.page_size
 
     def awaited(self, request: Request) -> bool:
-        """Whether a request that begins would find more if it waited for one that is being computed now."""
-        usable = self._usable(request)
-        return any(
-            len(growing.chain) < usable and self._alive(growing) and self._shares_next(request, growing, usable)
-            for growing in self._growing.values()
-        )
-
-    def _shares_next(self, request: Request, growing: _Growing, usable: int) -> bool:
-        """Whether both prompts are the same up to the first page that is not known yet, and that page is full in both."""
-        stop = (len(growing.chain) + 1) * self.kv.page_size
-        return stop <= growing.request.prefill_length and request.token_ids[:stop] == growing.request.token_ids[:stop]
+        """Whether a request that begins would find a page more if it waited for one that is being computed now."""
+        usable = self._usable(request) if self._growing else 0
+        known = len(self.store.tree.find(request.token_ids, usable))
+        if known == usable:
+            return False
+        stop = (known + 1) * self.kv.page_size
+        beginning = request.token_ids[:stop]
+        others = [growing for growing in self._growing.values() if growing.request.prefill_length >= stop]
+        return any(self._alive(growing) and growing.request.token_ids[:stop] == beginning for growing in others)
 
     def _alive(self, growing: _Growing) -> bool:
         return not growing.chain or growing.chain[-1] in self.store.tree

@@ -98,7 +98,10 @@ class PrefixStore:
 
     def _pages(self, blocks: Sequence[Block]) -> Tensor:
         """Pages of some blocks: int64 [pages of a block, blocks] on the device."""
-        return torch.tensor([block.pages for block in blocks], dtype=torch.int64).to(self.kv.device).T
+        pages = torch.tensor([block.pages for block in blocks], dtype=torch.int64)
+        if self.kv.device.type == "cuda":
+            pages = pages.pin_memory()  # so that the host does not wait for the step that is being computed
+        return pages.to(self.kv.device, non_blocking=True).T
 
     def _copy(self, pages: Tensor, seat: int, first: int, *, to_seat: bool) -> None:
         """Rows of all layers between blocks and a seat's pages from number `first` on, where each layer lives."""
