@@ -309,6 +309,7 @@ def test_the_model_s_maximum_ends_an_output(make_llm: MakeLLM, prompts: Prompts,
 def test_streaming_equals_generate(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> None:
     llm = make_llm("llama", budget=14, offload_layers=2, max_num_batched_tokens=19)
     whole = llm.generate([prompts[2]], greedy())[0]
+    llm.engine.reset_prefix_cache()
     parts = list(llm.stream(prompts[2], greedy()))
     assert [len(part.token_ids) for part in parts] == list(range(1, 25))
     assert (parts[-1].token_ids, parts[-1].text, parts[-1].finish_reason) == (whole.token_ids, whole.text, "length")
