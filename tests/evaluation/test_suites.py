@@ -202,7 +202,6 @@ def test_most_units_never_gives_too_many() -> None:
         found = most_units(tokens, room, least=least)
         assert tokens(found) <= room
         assert room - tokens(found) <= max(2 * each + 2, room / 100)
-        assert most_units(tokens, room, least=least, most=3) <= 3
 
 
 def test_text_tools(tokenizer: Any) -> None:

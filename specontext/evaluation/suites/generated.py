@@ -14,6 +14,8 @@ from specontext.evaluation.suites.example import Example, TextTools
 from specontext.tasks import LengthError
 from specontext.tasks.words import vocabulary
 
+MOST_TRIES = 20  # of sizes; four to seven are usual
+
 
 class SuiteError(SpeContextError, ValueError):
     """A suite or task that cannot be run as asked; the message says what to do."""
@@ -64,13 +66,13 @@ def speaks_tasks_only(text: TextTools) -> bool:
     return all(text.count_tokens(word) == 1 for word in vocabulary())
 
 
-def most_units(tokens_with: Callable[[int], int], room: int, *, least: int, most: int | None = None) -> int:
+def most_units(tokens_with: Callable[[int], int], room: int, *, least: int) -> int:
     """About the greatest number of units (sentences, documents ...) that a text has room for; never too many.
 
     Args:
         tokens_with: tokens of the text with so many units, growing about evenly.
         room: tokens that the text may take.
-        least, most: bounds of the number.
+        least: units without which the text makes no sense.
 
     Raises:
         LengthError: not even `least` units fit.
@@ -78,8 +80,9 @@ def most_units(tokens_with: Callable[[int], int], room: int, *, least: int, most
     low, used = least, tokens_with(least)
     if used > room:
         raise LengthError(f"it needs {used} tokens at least and only {room} are there: ask for a greater length")
-    high, step = most + 1 if most is not None else None, 32
-    while True:
+    high: int | None = None
+    step = 32
+    for _ in range(MOST_TRIES):
         guess = low + step if high is None else min(low + step, high - 1)
         if guess <= low:
             return low
@@ -92,3 +95,4 @@ def most_units(tokens_with: Callable[[int], int], room: int, *, least: int, most
         if room - used < max(each, room / 200):
             return low
         step = max(1, int((room - used) / each))
+    return low

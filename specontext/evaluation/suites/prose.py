@@ -31,6 +31,7 @@ CLAUSES = (
     "people who {v} one {n} soon wanted a {a} {n2} as well",
     "the {a} {n} of the neighbours had never been {v}",
 )
+LONG = 65_536  # tokens, for which words of two parts suffice
 COUPLINGS = (", and ", ", but ", "; still, ", ", because ", ", although ", ", so ")
 
 
@@ -69,14 +70,15 @@ def paragraphs(sentences: Sequence[str], rng: random.Random) -> str:
     return "\n\n".join(parts)
 
 
-def distinct_words(count: int, rng: random.Random) -> list[str]:
-    """Different words such as `quiet-otter`.
-
-    Raises:
-        ValueError: more than there are.
-    """
-    picked = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), count)
-    return [f"{ADJECTIVES[i % len(ADJECTIVES)]}-{NOUNS[i // len(ADJECTIVES)]}" for i in picked]
+def distinct_words(count: int, rng: random.Random, *, length: int) -> list[str]:
+    """Different words such as `quiet-otter`, for a text of so many tokens; long texts need more words, which have three parts."""
+    pairs = len(ADJECTIVES) * len(NOUNS)
+    longer = length > LONG
+    words = []
+    for i in rng.sample(range(pairs * len(NOUNS) if longer else pairs), count):
+        end = f"-{NOUNS[i // pairs]}" if longer else ""
+        words.append(f"{ADJECTIVES[i % len(ADJECTIVES)]}-{NOUNS[i % pairs // len(ADJECTIVES)]}{end}")
+    return words
 
 
 def random_uuid(rng: random.Random) -> str:

@@ -122,7 +122,7 @@ def _building(rng: random.Random, used: set[str]) -> Building:
 
     def fresh(ends: tuple[str, ...], first: str = "") -> str:
         while True:
-            middle = "".join(rng.choices(MIDDLES, k=rng.randint(1, 2)))
+            middle = "".join(rng.choices(MIDDLES, k=rng.randint(1, 3)))
             name = f"{first}{rng.choice(STARTS)}{middle}{rng.choice(ends)}"
             if name not in used:
                 used.add(name)

@@ -9,10 +9,8 @@ from specontext.evaluation.suites.example import Example, TextTools
 from specontext.evaluation.suites.generated import GeneratedTask, most_units
 from specontext.evaluation.suites.matching import match_all
 from specontext.evaluation.suites.prose import NOISE, distinct_words, paragraphs, prose_sentence, random_uuid, scatter
-from specontext.tasks.words import ADJECTIVES, NOUNS
 
 ANSWER_TOKENS = 128
-MOST_WORDS = len(ADJECTIVES) * len(NOUNS)
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,8 @@ class NeedleTask(GeneratedTask):
     asked: int = 1
 
     def draw(self, key: str, length: int, rng: random.Random, text: TextTools) -> Example:
-        names = self._distinct(self.keys, self.needles, rng)
-        facts = [(name, value) for name in names for value in self._distinct(self.values, self.values_per_key, rng)]
+        names = self._distinct(self.keys, self.needles, length, rng)
+        facts = [(name, value) for name in names for value in self._distinct(self.values, self.values_per_key, length, rng)]
         asked = rng.sample(names, self.asked)
         references = tuple(value for name in asked for chosen, value in facts if chosen == name)
         hidden = [self._needle(name, value) for name, value in facts]
@@ -45,23 +43,22 @@ class NeedleTask(GeneratedTask):
 
         def prompt(units: int) -> str:
             fresh = random.Random(noise_seed)
-            context = self._context(hidden, units, set(names), fresh)
+            context = self._context(hidden, units, set(names), length, fresh)
             return self._prompt(context, asked, len(references), text)
 
-        most = MOST_WORDS - len(names) if self.haystack == "needles" and self.keys == "words" else None
-        units = most_units(lambda n: text.count_tokens(prompt(n)), length - ANSWER_TOKENS, least=1, most=most)
+        units = most_units(lambda n: text.count_tokens(prompt(n)), length - ANSWER_TOKENS, least=1)
         return Example(self.suite, self.name, key, prompt(units), references, ANSWER_TOKENS, length)
 
     def score(self, example: Example, output: str) -> dict[str, float]:
         return {"score": match_all(output, example.references)}
 
-    def _context(self, hidden: list[str], units: int, taken: set[str], rng: random.Random) -> str:
+    def _context(self, hidden: list[str], units: int, taken: set[str], length: int, rng: random.Random) -> str:
         if self.haystack == "noise":
             return "\n".join(scatter([NOISE] * units, hidden, rng))
         if self.haystack == "essay":
             return paragraphs(scatter([prose_sentence(rng) for _ in range(units)], hidden, rng), rng)
-        others = [name for name in self._distinct(self.keys, units + len(taken), rng) if name not in taken][:units]
-        values = self._distinct(self.values, len(others), rng)
+        others = [name for name in self._distinct(self.keys, units + len(taken), length, rng) if name not in taken][:units]
+        values = self._distinct(self.values, len(others), length, rng)
         return " ".join(scatter([self._needle(name, value) for name, value in zip(others, values, strict=True)], hidden, rng))
 
     def _needle(self, name: str, value: str) -> str:
@@ -80,9 +77,9 @@ class NeedleTask(GeneratedTask):
         return f"{text.chat(message)} The special magic {what} for {query} mentioned in the provided text {verb}"
 
     @staticmethod
-    def _distinct(kind: str, count: int, rng: random.Random) -> list[str]:
+    def _distinct(kind: str, count: int, length: int, rng: random.Random) -> list[str]:
         if kind == "words":
-            return distinct_words(count, rng)
+            return distinct_words(count, rng, length=length)
         if kind == "numbers":
             return [str(number) for number in rng.sample(range(1_000_000, 10_000_000), count)]
         return [random_uuid(rng) for _ in range(count)]

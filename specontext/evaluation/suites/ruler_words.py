@@ -11,7 +11,6 @@ from specontext.evaluation.suites.example import Example, TextTools
 from specontext.evaluation.suites.generated import GeneratedTask, most_units
 from specontext.evaluation.suites.matching import match_all
 from specontext.evaluation.suites.prose import distinct_words
-from specontext.tasks.words import ADJECTIVES, NOUNS
 
 COMMON_TOKENS = 120
 FREQUENT_TOKENS = 50
@@ -34,23 +33,23 @@ class CommonWordsTask(GeneratedTask):
 
     def draw(self, key: str, length: int, rng: random.Random, text: TextTools) -> Example:
         often, rarely = (self.often, self.rarely) if length >= SHORT else (6, 1)
-        example, answers = self._list(EXAMPLE_WORDS, 3, 1, rng)
+        example, answers = self._list(EXAMPLE_WORDS, 3, 1, length, rng)
         shown = f"{_common_question(example, self.common)}\n{_common_answer(self.common)} {_numbered(answers)}\n\n"
         words_seed = rng.random()
 
         def drawn(units: int) -> tuple[str, list[str]]:
-            listed, common = self._list(units, often, rarely, random.Random(words_seed))
+            listed, common = self._list(units, often, rarely, length, random.Random(words_seed))
             return f"{text.chat(shown + _common_question(listed, self.common))} {_common_answer(self.common)}", common
 
-        room, most = length - COMMON_TOKENS, len(ADJECTIVES) * len(NOUNS) - self.common
-        prompt, common = drawn(most_units(lambda n: text.count_tokens(drawn(n)[0]), room, least=1, most=most))
+        room = length - COMMON_TOKENS
+        prompt, common = drawn(most_units(lambda n: text.count_tokens(drawn(n)[0]), room, least=1))
         return Example(self.suite, self.name, key, prompt, tuple(common), COMMON_TOKENS, length)
 
     def score(self, example: Example, output: str) -> dict[str, float]:
         return {"score": match_all(output, example.references)}
 
-    def _list(self, others: int, often: int, rarely: int, rng: random.Random) -> tuple[str, list[str]]:
-        words = distinct_words(self.common + others, rng)
+    def _list(self, others: int, often: int, rarely: int, length: int, rng: random.Random) -> tuple[str, list[str]]:
+        words = distinct_words(self.common + others, rng, length=length)
         common = words[: self.common]
         listed = common * often + words[self.common :] * rarely
         rng.shuffle(listed)
