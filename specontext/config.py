@@ -21,6 +21,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 CHOICES = (*METHODS, *(f"{method}-{variant}" for method, variants in VARIANTS.items() for variant in variants))
 CHEAP_METHODS = ("full", "streaming", "random")  # they need no memory of their own
 GRANULARITIES = ("head", "union", "batch")
+LOAD_FORMATS = ("auto", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_BUDGET = 2048
 
@@ -162,12 +163,24 @@ class EngineConfig:
     compile: bool = _option(  # type: ignore[assignment]
         True, "Fuse the layers' small operations in captured decode steps of 16-bit models (torch.compile)."
     )
+    load_format: str = _option(  # type: ignore[assignment]
+        "auto", "auto (the checkpoint's weights) or dummy (random weights and head: speed without a checkpoint's weights)."
+    )
+    tensor_parallel_size: int = _option(1, "GPUs that share the model; only 1 is implemented.")  # type: ignore[assignment]
     trust_remote_code: bool = _option(False, "Allow modelling code that comes with a checkpoint.")  # type: ignore[assignment]
     revision: str | None = _option(None, "Hub revision of the model.")  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"unknown dtype '{self.dtype}': choose one of {', '.join(DTYPES)}")
+        if self.load_format not in LOAD_FORMATS:
+            raise ConfigError(f"unknown load_format '{self.load_format}': choose one of {', '.join(LOAD_FORMATS)}")
+        _require_int("tensor_parallel_size", self.tensor_parallel_size, 1)
+        if self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size {self.tensor_parallel_size} cannot be honoured: an engine runs on one GPU. Leave it out, "
+                "offload layers to host memory, or start one server for each GPU"
+            )
         for name in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
             _require_int(name, getattr(self, name), 1)
         if self.methods is not None:

@@ -30,11 +30,14 @@ ENGINE_OPTIONS = (
     "head_rope_theta",
     "head_yarn_factor",
     "measure_recall",
+    "load_format",
+    "tensor_parallel_size",
     "trust_remote_code",
     "revision",
 )
 SIZES = ("gpu_memory", "host_memory", "max_body_size")
 SECRETS = ("api_key",)
+SHORT = {"tensor_parallel_size": ("-tp",)}
 UNITS = {"": 1, "B": 1, **{f"{letter}iB": 1024**i for i, letter in enumerate("KMGT", start=1)}}
 UNITS |= {f"{letter}B": 1000**i for i, letter in enumerate("KMGT", start=1)}
 
@@ -128,7 +131,7 @@ def with_settings(
             changed = {name: value for name, value in chosen.items() if value != generated[name].default}
             config = SpeContextConfig(**{name: chosen[name] for name in of_method})
             options = {name: _value(name, chosen[name]) for name in of_engine}
-            further = {name: _value(name, chosen[name]) for name in of_others if chosen[name] is not None}
+            further = {name: value for name in of_others if (value := _value(name, chosen[name])) is not None}
             command(**values, settings=Settings(config, options, changed, further))
 
         parameters = [p for p in own.parameters.values() if p.name != "settings"]
@@ -154,16 +157,21 @@ def _parameter(setting: Field[Any], kind: Any) -> inspect.Parameter:
     default: Any = setting.default
     if size:
         kind, default = str | None, None if default is None else f"{default // 2**20}MiB"
-    elif get_origin(kind) is tuple:
+    elif {tuple, Sequence} & {get_origin(one) for one in (kind, *get_args(kind))}:
         kind, default = list[str] | None, None
     elif default is True:
         flag += "/--no-" + setting.name.replace("_", "-")
-    option = typer.Option(flag, help=setting.metadata["help"], metavar="SIZE" if size else None, show_default=default is not None)
+    option = typer.Option(
+        *(flag, *SHORT.get(setting.name, ())),
+        help=setting.metadata["help"],
+        metavar="SIZE" if size else None,
+        show_default=default is not None,
+    )
     assert kind is bool or {*get_args(kind), kind} & {int, float, str, Path, list[str]}, f"no option type for {setting.name}"
     return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
 def _value(name: str, value: Any) -> Any:
     if isinstance(value, list):
-        return tuple(value)
+        return tuple(value) or None  # an option that was not given
     return parse_size(value) if name in SIZES and value is not None else value

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from specontext.engine.llm_engine import LLMEngine
 
 
-@with_settings(engine=(*ENGINE_OPTIONS, "max_num_seqs"), others=ServerConfig)
+@with_settings(engine=(*ENGINE_OPTIONS, "max_num_seqs", "methods"), others=ServerConfig)
 def serve(
     model: Annotated[str, typer.Argument(help="'nano' (bundled), a checkpoint directory or a Hub id.", show_default=False)],
     *,

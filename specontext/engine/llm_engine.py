@@ -20,6 +20,7 @@ from specontext.engine.runner import DeviceMemoryError, ModelRunner
 from specontext.engine.scheduler import Schedule, Scheduler
 from specontext.models.loading import LoadedModel, load_model
 from specontext.retrieval.catalog import find_head
+from specontext.retrieval.random_head import random_head
 
 
 @dataclass(eq=False)
@@ -63,11 +64,14 @@ class LLMEngine:
             config.model,
             dtype=config.dtype,
             device=self.device,
+            load_format=config.load_format,
             trust_remote_code=config.trust_remote_code,
             revision=config.revision,
         )
         head = None
-        if "speculative" in config.all_methods:
+        if "speculative" in config.all_methods and config.load_format == "dummy" and config.retrieval_head == "auto":
+            head = random_head(self.loaded.shape).to(device=self.device, dtype=self.loaded.shape.dtype)
+        elif "speculative" in config.all_methods:
             head = find_head(
                 config.retrieval_head,
                 model_name=self.loaded.name,

@@ -31,6 +31,7 @@ class Load:
     Attributes:
         device_kv_used, host_kv_used: shares of the tiers' pages that are held, 0 to 1.
         stall_s: seconds that steps have waited for layers to leave the device or to come back.
+        prefix_queries, prefix_hits: prompt tokens that could have been known already, and that were, since the start.
         loaded_bytes: bytes of KV moved from host to device since the start.
         overlap: mean over the decode steps of the live requests, or of the last one that ended.
         prompt_tokens, generation_tokens: totals since the start.
@@ -44,6 +45,8 @@ class Load:
     host_kv_used: float = 0.0
     device_kv_bytes: int = 0
     host_kv_bytes: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
     offloaded_layers: int = 0
     layers: int = 0
     preemptions: int = 0
@@ -85,6 +88,8 @@ class LoadMeter:
             host_kv_used=_used(parts.kv.host.pages),
             device_kv_bytes=_pool_bytes(parts.kv.arena),
             host_kv_bytes=_pool_bytes(parts.kv.host),
+            prefix_queries=parts.prefix.queries,
+            prefix_hits=parts.prefix.hits,
             offloaded_layers=len(parts.kv.offloaded),
             layers=engine.loaded.shape.layers,
             preemptions=engine.scheduler.preemptions,

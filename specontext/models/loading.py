@@ -38,9 +38,18 @@ class LoadedModel:
 
 
 def load_model(
-    name: str | Path, *, dtype: str, device: torch.device, trust_remote_code: bool = False, revision: str | None = None
+    name: str | Path,
+    *,
+    dtype: str,
+    device: torch.device,
+    load_format: str = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> LoadedModel:
     """Load weights and tokenizer, with attention routed through this engine.
+
+    Args:
+        load_format: "dummy" makes random weights, the same ones every time; only config and tokenizer are read.
 
     Raises:
         ModelError: not found, broken, or using a feature that is not supported.
@@ -53,17 +62,8 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(source, **options)
         check_supported(config)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation=ATTENTION_NAME,
-            output_loading_info=True,
-            **options,
-        )
-        model, report = loaded
-        if missing := sorted(report["missing_keys"]):  # transformers would put random numbers in their place
-            raise ModelError(f"the weights of {source} are incomplete: they lack {_first_few(missing)}")
+        dummy = load_format == "dummy"
+        model: Any = _random(config, dtype, device, options) if dummy else _stored(source, config, dtype, options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except SpeContextError:
         raise
@@ -75,6 +75,35 @@ def load_model(
     ends = _as_ids(model.generation_config.eos_token_id) | _as_ids(tokenizer.eos_token_id) | _as_ids(config.eos_token_id)
     path = source if isinstance(source, Path) else None
     return LoadedModel(str(name), path, model, tokenizer, ModelShape.from_config(config, model.dtype), frozenset(ends))
+
+
+def _stored(source: Path | str, config: PreTrainedConfig, dtype: str, options: dict[str, Any]) -> PreTrainedModel:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source,
+        config=config,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        attn_implementation=ATTENTION_NAME,
+        output_loading_info=True,
+        **options,
+    )
+    model: PreTrainedModel
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):  # transformers would put random numbers in their place
+        raise ModelError(f"the weights of {source} are incomplete: they lack {_first_few(missing)}")
+    return model
+
+
+def _random(config: PreTrainedConfig, dtype: str, device: torch.device, options: dict[str, Any]) -> PreTrainedModel:
+    own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config,
+            dtype=own if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=ATTENTION_NAME,
+            trust_remote_code=options["trust_remote_code"],
+        )
+    return model
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:

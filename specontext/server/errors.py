@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from specontext.core import RequestError, SpeContextError
 from specontext.engine.async_engine import EngineDeadError, QueueFullError
+from specontext.server.protocol.common import SamplingBody
 
 logger = logging.getLogger("specontext.server")
 
@@ -57,7 +58,8 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, DrainingError):
         return ApiError(503, str(error), code="shutting_down", headers={"Retry-After": RETRY_AFTER, "Connection": "close"})
     if isinstance(error, RequestError):
-        return ApiError(400, str(error))
+        first = str(error).partition(" ")[0]  # such messages begin with the name of a field, if it is one field's fault
+        return ApiError(400, str(error), param=first if first in SamplingBody.model_fields else None)
     if isinstance(error, EngineDeadError):
         return ApiError(500, str(error), code="engine_dead")
     if isinstance(error, SpeContextError):

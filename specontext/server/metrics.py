@@ -69,6 +69,8 @@ class Metrics:
             ("prompt_tokens", "Prompt tokens processed.", engine.prompt_tokens),
             ("generation_tokens", "Tokens generated.", engine.generation_tokens),
             ("num_preemptions", "Requests that had to make room for others.", load.preemptions),
+            ("prefix_cache_queries", "Prompt tokens that could have been known from earlier prompts.", load.prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens that were known from earlier prompts.", load.prefix_hits),
             ("prefetch_bytes", "Bytes of KV moved from host to device.", load.loaded_bytes),
         )
         for name, help, value in gauges:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from specontext.core import RequestError, SamplingParams
+from specontext.core import SamplingParams
 from specontext.models.loading import LoadedModel
 from specontext.server.errors import ApiError
 from specontext.server.prompts import over_length
@@ -14,7 +14,7 @@ from specontext.server.protocol.common import SamplingBody
 from specontext.server.protocol.completion import CompletionRequest
 
 _FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-_NULLABLE = (*_FROM_MODEL, "n", "seed", "presence_penalty", "frequency_penalty", "stop", "stop_token_ids")
+_NULLABLE = (*_FROM_MODEL, "n", "seed", "presence_penalty", "frequency_penalty", "stop", "stop_token_ids", "method", "budget")
 _PLAIN = ("ignore_eos", "min_tokens", "skip_special_tokens", "include_stop_str_in_output")
 COMPLETION_TOKENS = 16  # max_tokens of text completions, as OpenAI has it
 
@@ -33,6 +33,7 @@ def chat_params(
 
     Raises:
         ApiError: contradictory or excessive fields.
+        RequestError: fields that `SamplingParams` refuses.
     """
     limits = {n for n in (body.max_tokens, body.max_completion_tokens) if n is not None}
     if len(limits) > 1:
@@ -54,6 +55,7 @@ def completion_params(
 
     Raises:
         ApiError: contradictory or excessive fields.
+        RequestError: fields that `SamplingParams` refuses.
     """
     _check_logprobs(body.logprobs, max_logprobs, "logprobs")
     limit = body.max_tokens
@@ -75,12 +77,7 @@ def _params(
         )
     given = {name: getattr(body, name) for name in _NULLABLE if getattr(body, name) is not None}
     plain = {name: getattr(body, name) for name in _PLAIN}
-    try:
-        return SamplingParams(**(defaults | given | plain), max_tokens=limit, logprobs=logprobs)
-    except RequestError as error:
-        raise ApiError(
-            400, str(error), param=next((n for n in str(error).split() if n in SamplingBody.model_fields), None)
-        ) from error
+    return SamplingParams(**(defaults | given | plain), max_tokens=limit, logprobs=logprobs)
 
 
 def _check_logprobs(asked: int | None, most: int, param: str) -> None:

@@ -51,6 +51,8 @@ class SamplingBody(Body):
     repetition_penalty: float | None = Field(None, gt=0)
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    method: str | None = Field(None, description="Selection method, among those that the server allows. Default: the server's.")
+    budget: int | None = Field(None, ge=1, lt=2**63, description="KV entries to read, up to the server's budget, its default.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Accepted for compatibility; changes nothing.")
