@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -97,14 +97,24 @@ def install_handlers(app: FastAPI) -> None:
 
 def _invalid(error: RequestValidationError) -> ApiError:
     """The first of the things that are wrong with a body."""
-    first = error.errors()[0]
+    first = _telling(error.errors())
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    where = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(where) or None
+    param = ".".join(str(part) for part in first["loc"][1:] if not _is_tag(part)) or None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"'{param}' is not known or not supported here: leave it out", param=param, code="unknown_parameter")
     if param is None and first["type"] in ("missing", "model_attributes_type"):
         return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{param}: {message}" if param else message, param=param)
+
+
+def _telling(errors: Sequence[Any]) -> Any:
+    """The first error; where a field may have several types, that of the type which the value has."""
+    of_field = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
+    return next((error for error in of_field if not error["type"].endswith("_type")), errors[0])
+
+
+def _is_tag(part: str | int) -> bool:
+    """Whether a part of an error's place is no field but one of a field's types, such as `str` or `list[TextPart]`."""
+    return isinstance(part, str) and (part == "str" or not part.isidentifier() or part[0].isupper())

@@ -115,6 +115,23 @@ def test_bad_chats(server: Server, field: str, value: Any) -> None:
     assert field in f"{error['param']} {error['message']}" or error["param"] is None
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "value", "param", "says"),
+    [
+        (TEXT, "stop", ["a"] * 65, "stop", "64"),
+        (TEXT, "stop", 5, "stop", "string"),
+        (TEXT, "stream_options", {"surprise": True}, "stream_options.surprise", "not known"),
+        (CHAT, "messages", [{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content.0.type", "'text'"),
+        (CHAT, "messages", [{"role": "user", "content": 5}], "messages.0.content", "string"),
+        (CHAT, "messages", [{"role": "user", "content": "a", "tool_calls": [1]}], "messages.0.tool_calls", "tools"),
+        ("/tokenize", "prompt", 5, "prompt", "string"),
+    ],
+)
+def test_errors_say_where_they_are(server: Server, path: str, field: str, value: Any, param: str, says: str) -> None:
+    error = error_of(server.post(path, GOOD.get(path, {}) | {field: value}))
+    assert error["param"] == param and says in error["message"]
+
+
 def test_what_asks_for_nothing_is_let_through(server: Server) -> None:
     neutral = {
         "tools": [],
