@@ -18,7 +18,7 @@ from rich.table import Table
 
 from specontext.cli.analyze import whole_numbers
 from specontext.cli.options import ENGINE_OPTIONS, Settings, with_settings
-from specontext.cli.terminal import error_console, human_bytes, quiet_libraries
+from specontext.cli.terminal import UsageError, error_console, human_bytes, quiet_libraries
 from specontext.config import CHOICES
 
 if TYPE_CHECKING:
@@ -73,6 +73,13 @@ def evaluate(
     compared: Annotated[
         int, typer.Option("--compare", help="Last tokens of a text, half of it at most, that fidelity compares at.")
     ] = 128,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            "--judge", metavar="URL", help="OpenAI-compatible endpoint that judges what longwriter wrote; key in OPENAI_API_KEY."
+        ),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option("--judge-model", help="Model of the judge.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of problems and resamples.")] = 0,
     retrieval_head: Annotated[
         str, typer.Option("--retrieval-head", metavar="DIR|auto|none", help="Retrieval head; 'auto' takes the checkpoint's own.")
@@ -95,7 +102,10 @@ def evaluate(
     from specontext.evaluation.report import write_report
     from specontext.evaluation.run import run_evaluation
     from specontext.evaluation.settings import EvaluationSettings
+    from specontext.evaluation.suites.longwriter_judge import Judge
 
+    if (judge is None) != (judge_model is None):
+        raise UsageError("--judge and --judge-model belong together: give both, or neither")
     asked = EvaluationSettings(
         model=model,
         suites=words(suite),
@@ -108,6 +118,7 @@ def evaluate(
         data=data,
         texts=tuple(texts or ()),
         compared=compared,
+        judge=None if judge is None or judge_model is None else Judge.at(judge, judge_model),
         seed=seed,
         retrieval_head=None if retrieval_head == "none" else retrieval_head,
         sink=settings.config.sink,
@@ -117,7 +128,7 @@ def evaluate(
         skip_unsupported=skip_unsupported,
         command=command_line(context),
     )
-    with _progress() as begin:
+    with progress_bars() as begin:
         results = run_fidelity(asked, begin) if FIDELITY in asked.suites else run_evaluation(asked, begin)
     print_notes(results["meta"]["notes"])
     console = Console(highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
@@ -211,7 +222,7 @@ def _interval(row: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _progress() -> Iterator[Begin]:
+def progress_bars() -> Iterator[Begin]:
     """A bar for each phase on a terminal, nothing elsewhere."""
     console = error_console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

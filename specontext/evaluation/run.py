@@ -30,18 +30,21 @@ Begin = Callable[[str, int], Advance]  # a phase and its number of parts; the re
 Choice = tuple[Competitor, int | None]
 
 
-def run_evaluation(settings: EvaluationSettings, begin: Begin, kind: type[Evaluation] | None = None) -> dict[str, Any]:
+def run_evaluation(
+    settings: EvaluationSettings, begin: Begin, kind: type[Evaluation] | None = None, loaded: LoadedModel | None = None
+) -> dict[str, Any]:
     """Run what is not there yet, and return the content of `results.json`.
 
     Args:
         kind: what is done with each problem; None lets every method answer it.
+        loaded: the model, where it is loaded already.
 
     Raises:
         EvaluationError: a directory of another evaluation, a method that cannot work on the model, or nothing to run.
         SpeContextError: a model, head or data that cannot be read.
     """
-    before = _open_folder(settings)
-    loaded = _load(settings)
+    before = open_folder(settings)
+    loaded = loaded or _load(settings)
     competitors = parse_competitors(settings.methods)
     notes: list[Note] = []
     kind = kind or Evaluation
@@ -53,7 +56,7 @@ def run_evaluation(settings: EvaluationSettings, begin: Begin, kind: type[Evalua
         engines.close()
 
 
-def _open_folder(settings: EvaluationSettings) -> dict[str, Any] | None:
+def open_folder(settings: EvaluationSettings) -> dict[str, Any] | None:
     """Make the directory; the meta of the run that is continued.
 
     Raises:

@@ -21,6 +21,7 @@ from specontext.evaluation.rows import MEASURES
 from specontext.evaluation.run import Advance, Begin, Choice, Evaluation, run_evaluation
 from specontext.evaluation.samples import EvaluationError, Sample
 from specontext.evaluation.settings import EvaluationSettings
+from specontext.models.loading import LoadedModel
 
 LENGTH = 4096  # of windows, where none was asked for
 SHORTEST = 16
@@ -28,16 +29,19 @@ NOT_MEASURED = ("ttft_s", "tpot_s")  # nobody waits for an answer
 FULL: Choice = (Competitor(READS_ALL, READS_ALL), None)
 
 
-def run_fidelity(settings: EvaluationSettings, begin: Begin) -> dict[str, Any]:
+def run_fidelity(settings: EvaluationSettings, begin: Begin, loaded: LoadedModel | None = None) -> dict[str, Any]:
     """Run what is not there yet, and return the content of `results.json`.
 
     Full attention is run in any case, since all others are compared with it.
+
+    Args:
+        loaded: the model, where it is loaded already.
 
     Raises:
         EvaluationError: as of `run_evaluation`; lengths or texts of which nothing can be run.
         DataError: a text that cannot be read.
     """
-    return run_evaluation(settings, begin, _FidelityEvaluation)
+    return run_evaluation(settings, begin, _FidelityEvaluation, loaded)
 
 
 @dataclass(frozen=True)
