@@ -157,7 +157,7 @@ class Engine:
     def _request(self, number: int) -> Request:
         start = self.case.start
         params = SamplingParams(temperature=0, max_tokens=max(self.last - start, 1), ignore_eos=True)
-        request = Request(str(number), [FILLER] * (start + 1), start, params, seed=number, computed=start)
+        request = Request(str(number), [FILLER] * (start + 1), start, params, seed=number)
         self.scheduler.add(request)
         return request
 
@@ -186,6 +186,7 @@ class Engine:
         assert schedule is not None and len(schedule.requests) == len(self.requests), f"{self.name}: a request had to wait"
         logits = self.runner.run(schedule.batch)
         ready = [request for _, request in self.scheduler.advance(schedule)]
+        self.scheduler.prepare()
         for request, token in zip(ready, sample(logits, ready, end_token_ids=frozenset()).token_ids, strict=True):
             request.token_ids.append(token)
         return self._now() - began
@@ -194,22 +195,27 @@ class Engine:
         return time.process_time() if self.case.clock == "cpu" else clock(self.device)
 
     def begin(self) -> None:
-        """The first step gives the requests their seats."""
-        self.step()
+        """Give the requests their seats, as if their prompts had been computed."""
+        self.scheduler.prepare()
         for request in self.requests:
+            self._grow(request, self.case.start)
             self._fill_keys(request.seat, 0)
+        self.step()
 
     def jump(self, length: int, selections: list[Selection]) -> None:
         """Make all requests this long, as if the tokens between had been decoded."""
         for request in self.requests:
             pages = len(self.replay.inner.cache.held[request.seat])  # type: ignore[attr-defined]
-            self.parts.kv.grow(request.seat, length)
-            self.replay.grow(request.seat, length)
-            self._fill_keys(request.seat, pages)
             request.token_ids += [FILLER] * (length - request.computed)
-            request.computed = length
+            self._grow(request, length)
+            self._fill_keys(request.seat, pages)
         self.replay.redraw(selections)
         self._wait_for_pinning()
+
+    def _grow(self, request: Request, length: int) -> None:
+        self.parts.kv.grow(request.seat, length)
+        self.replay.grow(request.seat, length)
+        request.computed = length
 
     def _wait_for_pinning(self) -> None:
         """A GPU's host memory that would have been pinned beside the skipped steps."""
@@ -228,12 +234,12 @@ class Engine:
         cache.keys.index_copy_(0, pages, some[torch.arange(len(pages), device=self.device) % len(some)])
 
     def quiet_until(self, end: int) -> int:
-        """The longest length, up to `end`, at which no move begins."""
+        """The longest length, up to `end`, at which the next step begins no move for the one behind it."""
         residency, now = self.parts.residency, len(self.parts.kv.offloaded)
 
         def begins(length: int) -> bool:
-            stored = {request.seat: length for request in self.requests}
-            return residency.wanted(stored, lambda steps: [min(length + steps, self.last)] * len(stored)) != now
+            stored = {request.seat: length + 1 for request in self.requests}
+            return residency.wanted(stored, lambda steps: [min(length + 1 + steps, self.last)] * len(stored)) != now
 
         low, high = self.length, end
         while low < high:
@@ -348,7 +354,13 @@ def first_threshold(cost: KVCost, requests: int, device_memory: int) -> int:
 def parts_of(loaded: LoadedModel, head: RetrievalHead, case: Case, offload_layers: int | None, device: torch.device) -> Parts:
     method = SpeContextConfig(budget=case.budget, slots=case.slots, offload_layers=offload_layers)
     config = EngineConfig(
-        loaded.name, method=method, max_num_seqs=case.requests, max_model_len=case.end, page_size=PAGE, host_memory=10**15
+        loaded.name,
+        method=method,
+        max_num_seqs=case.requests,
+        max_model_len=case.end,
+        page_size=PAGE,
+        host_memory=10**15,
+        enable_prefix_caching=False,  # prompts are not computed
     )
     # On a GPU --gpu-memory is the limit of everything; here it is the tier's own, on a CPU and on a GPU alike.
     with patch.object(build, "device_memory", lambda *_: case.device_memory):
