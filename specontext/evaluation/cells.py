@@ -47,7 +47,7 @@ def choose_tasks(settings: EvaluationSettings, text: TextTools, max_length: int,
     chosen: list[EvalTask] = []
     known: set[str] = set()
     for suite in settings.suites:
-        tasks = _tasks_of(suite, settings.data, max_length)
+        tasks = _tasks_of(suite, settings, max_length)
         known |= {task.name for task in tasks}
         reasons = [(task, _why_unfit(task, text)) for task in tasks]
         fit = {task.name for task, why in reasons if why is None}
@@ -67,10 +67,14 @@ def choose_tasks(settings: EvaluationSettings, text: TextTools, max_length: int,
     return chosen
 
 
-def _tasks_of(suite: str, data: str | None, max_length: int) -> list[EvalTask]:
+def _tasks_of(suite: str, settings: EvaluationSettings, max_length: int) -> list[EvalTask]:
+    """The tasks of a suite, told what its factory has parameters for."""
     factory = SUITES[suite]
-    bound = {"max_length": max_length} if "max_length" in inspect.signature(factory).parameters else {}
-    return factory(data=data, **bound)
+    known = inspect.signature(factory).parameters
+    if settings.judge is not None and "judge" not in known:
+        raise EvaluationError(f"a judge was named and the answers of '{suite}' are not judged: leave it out")
+    wanted = {"max_length": max_length, "judge": settings.judge}
+    return factory(data=settings.data, **{name: value for name, value in wanted.items() if name in known})
 
 
 def _why_unfit(task: EvalTask, text: TextTools) -> str | None:
@@ -105,7 +109,9 @@ def draw_cells(
             if too_long := len(problems) - len(fitting):
                 notes.append(_note(task, length, f"{too_long} problems skipped: the model's contexts end at {max_length} tokens"))
             if len(problems) < settings.limit:
-                notes.append(_note(task, length, f"there are {len(problems)} problems, fewer than the limit of {settings.limit}"))
+                notes.append(
+                    _note(task, length, f"the data has fewer problems than the limit of {settings.limit}: {len(problems)}")
+                )
             if fitting:
                 yield EvalCell(task, length, fitting)
 

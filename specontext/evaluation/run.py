@@ -132,6 +132,7 @@ class Evaluation:
         self.text, self.tokenizer = text_tools(loaded.tokenizer), loaded.tokenizer
         self.samples = SampleFile(settings.out)
         self.meta = self._meta(llm, before)
+        self.earlier_notes: list[Note] = (before or {}).get("notes", [])
         asked = [competitor.label for competitor in competitors]
         self.methods = list(dict.fromkeys([*asked, *(sample.method for sample in self.samples.samples.values())]))
         self.rows: dict[Cell, tuple[list[Row], list[Row]]] = {}
@@ -214,7 +215,8 @@ class Evaluation:
         """Write `results.json` as far as it is known."""
         rows = [row for some, _ in self.rows.values() for row in some]
         pairs = [pair for _, some in self.rows.values() for pair in some]
-        meta = self.meta | {"notes": self.notes}
+        known = [note for note in self.earlier_notes if note not in self.notes]
+        meta = self.meta | {"notes": [*known, *self.notes]}
         write_results(self.settings.out, meta, rows, pairs)
         return {"meta": meta, "rows": rows, "pairs": pairs}
 

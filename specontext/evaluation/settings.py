@@ -10,6 +10,7 @@ from specontext.evaluation.competitors import parse_competitors
 from specontext.evaluation.fidelity.rows import SUITE as FIDELITY
 from specontext.evaluation.samples import EvaluationError
 from specontext.evaluation.suites import SUITES
+from specontext.evaluation.suites.longwriter_judge import Judge
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class EvaluationSettings:
         data: path or Hub name, for a suite that has data.
         texts: of the suite `fidelity`, as `specontext.distill.data.open_sources` takes them.
         compared: last tokens of each text that `fidelity` compares at.
+        judge: of what was written, for a suite whose answers can be judged.
         retrieval_head: of the methods that name none of their own; as `LLM` takes it.
         offload_layers: last layers whose KV lives in host memory, -1 all.
         engine: further keyword options of `LLM`.
@@ -47,6 +49,7 @@ class EvaluationSettings:
     data: str | None = None
     texts: tuple[str, ...] = ()
     compared: int = 128
+    judge: Judge | None = None
     seed: int = 0
     retrieval_head: str | None = "auto"
     sink: int = 4
@@ -88,4 +91,5 @@ class EvaluationSettings:
         """What must be the same for all samples of a directory."""
         same = ("dtype", "max_model_len", "head_rope_theta", "head_yarn_factor", "measure_recall", "revision")
         own = {"model": self.model, "head": self.retrieval_head, "seed": self.seed, "sink": self.sink, "recent": self.recent}
+        own |= {} if self.judge is None else {"judge": self.judge.model}
         return own | {"offload_layers": self.offload_layers} | {name: self.engine[name] for name in same if name in self.engine}

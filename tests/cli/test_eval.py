@@ -49,6 +49,8 @@ def test_tables_files_and_a_command_that_can_be_repeated(run: Any, tmp_path: Pat
         (("--retrieval-head", "none"), "needs a retrieval head"),
         (("--methods", "speculative@/no/such/head"), "/no/such/head"),
         (("--device", "abacus"), "unknown device"),
+        (("--judge", "http://localhost:1/v1"), "--judge and --judge-model belong together"),
+        (("--judge", "http://localhost:1/v1", "--judge-model", "m"), "the answers of 'ruler' are not judged"),
     ],
 )
 def test_what_cannot_be_evaluated(fails: Callable[..., str], tmp_path: Path, options: tuple[str, ...], says: str) -> None:

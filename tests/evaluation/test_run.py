@@ -133,7 +133,9 @@ def test_what_is_there_is_not_run_again_and_more_can_be_added(
     run_evaluation(copied, silently)
     assert not asked and (copied.out / FILE).read_bytes() == before
     more = replace(copied, methods=("streaming",), budgets=(64,), command="specontext eval second")
+    skipped = json.loads((copied.out / "results.json").read_text())["meta"]["notes"]
     results = run_evaluation(more, silently)
+    assert all(note in results["meta"]["notes"] for note in skipped)
     assert sum(asked) == 2 * 6
     assert {row["method"] for row in results["rows"]} == {*METHODS, "streaming"}
     assert ("streaming", "full") in {(pair["method"], pair["other"]) for pair in results["pairs"]}

@@ -212,7 +212,7 @@ def test_problems_and_lengths_beyond_the_model_are_named(tmp_path: Path, tokeniz
     notes.clear()
     (cell,) = draw_cells([Fixed()], settings_of(tmp_path, limit=3), text, tokenizer, 512, notes)
     assert cell.length is None and [p.example.key for p in cell.problems] == ["a"]
-    assert [note["why"].split(" ")[0] for note in notes] == ["1", "there"]
+    assert [note["why"].split(" ")[0] for note in notes] == ["1", "the"]
     with pytest.raises(EvaluationError, match="two problems with one key"):
         list(draw_cells([Fixed(("a", "a"))], settings_of(tmp_path), text, tokenizer, 512, notes))
 
