@@ -85,6 +85,7 @@ def _load(settings: EvaluationSettings) -> LoadedModel:
         settings.model,
         dtype=options.get("dtype", "auto"),
         device=pick_device(options.get("device", "auto")),
+        load_format=options.get("load_format", "auto"),
         trust_remote_code=options.get("trust_remote_code", False),
         revision=options.get("revision"),
     )
