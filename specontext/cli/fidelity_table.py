@@ -17,7 +17,7 @@ def fidelity_tables(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
     for text in dict.fromkeys(row["task"] for row in rows):
         made = Table(title=f"fidelity: {text}", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, title_justify="left")
         for column in COLUMNS:
-            made.add_column(column, justify="left" if column == "method" else "right")
+            made.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
         for row in rows:
             if row["task"] == text:
                 made.add_row(*_cells(row))
@@ -31,12 +31,12 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
     yield "–" if row["budget"] is None else f"{row['budget']:,}"
     yield str(row["n"])
     yield f"{100 * row['score']:.1f}"
-    yield _between(row["ci_low"], row["ci_high"], "{:.1f}", 100)
-    yield f"{scores['kl_divergence']:.3g}"
-    yield _between(scores["kl_low"], scores["kl_high"], "{:.2g}")
+    yield _between(row["ci_low"], row["ci_high"], "{:.0f}", 100)
+    yield f"{scores['kl_divergence']:.2g}"
+    yield _between(scores["kl_low"], scores["kl_high"], "{:.1g}")
     yield f"{scores['perplexity']:.4g}"
     yield f"{scores['perplexity_ratio']:.4g}"
-    yield _between(scores["ratio_low"], scores["ratio_high"], "{:.3g}")
+    yield _between(scores["ratio_low"], scores["ratio_high"], "{:.2g}")
     yield f"{100 * row['attention_recall']:.1f}"
     yield f"{row['tokens_read']:,.0f}"
 

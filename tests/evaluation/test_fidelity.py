@@ -250,6 +250,16 @@ def test_a_second_run_measures_only_what_is_missing(results: dict[str, Any], set
     assert sorted(map(json.dumps, known)) == sorted(map(json.dumps, results["rows"]))
 
 
+def test_other_windows_are_not_mixed_in(results: dict[str, Any], settings: EvaluationSettings) -> None:
+    rows = run_fidelity(replace(settings, limit=1), silently)["rows"]
+    assert {row["n"] for row in rows} == {2}
+    short = replace(settings, lengths=(192,), methods=("streaming",), texts=settings.texts[1:])
+    assert max(row["n"] for row in run_fidelity(replace(short, limit=3), silently)["rows"]) == 3  # one more between the two
+    for other in ({"limit": 4}, {"limit": 3, "compared": 8}):
+        with pytest.raises(EvaluationError, match="other windows of"):
+            run_fidelity(replace(short, **other), silently)
+
+
 def test_what_cannot_be_run_is_named(settings: EvaluationSettings, tmp_path: Path, tokenizer: Any) -> None:
     asked = replace(settings, out=tmp_path / "out")
     with pytest.raises(EvaluationError, match="end at 512 tokens"):

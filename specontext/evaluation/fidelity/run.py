@@ -96,7 +96,21 @@ class _FidelityEvaluation(Evaluation):
                     why = f"there are {len(windows)} windows, fewer than the limit of {settings.limit}"
                     self.notes.append(place | {"why": why})
                 cells.append(_Cell(text.name, length, compared, windows))
+                self._check_known(cells[-1])
         return cells
+
+    def _check_known(self, cell: _Cell) -> None:
+        """Raises EvaluationError when samples of other windows would be averaged with those of this run."""
+        samples = self.samples.samples.values()
+        known = {
+            sample.key for sample in samples if (sample.suite, sample.task, sample.length) == (SUITE, cell.text, cell.length)
+        }
+        asked = {_key(cell, window) for window in cell.windows}
+        if not (known <= asked or asked <= known):
+            raise EvaluationError(
+                f"{self.settings.out} has other windows of {cell.text} at {cell.length} tokens: give the same --limit and "
+                "--compare, or choose another directory"
+            )
 
     def _compare(self, llm: LLM, cell: _Cell, choices: Sequence[Choice], advance: Advance) -> None:
         known, added = self.samples.samples, False
@@ -110,8 +124,12 @@ class _FidelityEvaluation(Evaluation):
             self._recount((SUITE, cell.text, cell.length))
 
 
+def _key(cell: _Cell, window: Window) -> str:
+    return f"{window.key}, last {cell.compared}"
+
+
 def _name(cell: _Cell, window: Window, choice: Choice) -> tuple[str, str, int | None, str, str, int | None]:
-    return (SUITE, cell.text, cell.length, f"{window.key}, last {cell.compared}", choice[0].label, choice[1])
+    return (SUITE, cell.text, cell.length, _key(cell, window), choice[0].label, choice[1])
 
 
 def _measure(llm: LLM, cell: _Cell, window: Window, todo: Sequence[Choice]) -> list[Sample]:
