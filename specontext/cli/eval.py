@@ -144,13 +144,13 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def command_line(context: typer.Context) -> str:
-    """The command with the options that are not at their defaults."""
+    """The command with the options that were given."""
     said = ["specontext", str(context.info_name)]
     for parameter in context.command.params:
         value = context.params.get(str(parameter.name))
         if parameter.param_type_name == "argument":
             said.append(str(value))
-        elif value is not None and value != parameter.default:
+        elif (source := context.get_parameter_source(str(parameter.name))) is not None and source.name == "COMMANDLINE":
             if isinstance(value, bool):
                 said.append(parameter.opts[0] if value else parameter.secondary_opts[0])
             else:

@@ -28,6 +28,7 @@ def test_tables_files_and_a_command_that_can_be_repeated(run: Any, tmp_path: Pat
     recalls = {row["method"]: row["attention_recall"] for row in results["rows"]}
     assert recalls["full"] == pytest.approx(1) and 0 < recalls["streaming"] < 1
     command = results["meta"]["command"]
+    assert "--limit 2" in command and "--measure-recall" in command and "--dtype" not in command
     before = (out / "samples.jsonl").read_bytes()
     assert run(*command.split()[1:]).status == 0
     assert (out / "samples.jsonl").read_bytes() == before
