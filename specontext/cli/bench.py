@@ -128,9 +128,9 @@ def bench_throughput(
     prompts = workload.prompts(llm.tokenizer)
     if num_warmups:
         llm.generate(prompts[:1] * num_warmups, params)
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     outputs = llm.generate(prompts, params, progress=True)
-    seconds = time.perf_counter() - began
+    seconds, worked = time.perf_counter() - began, time.process_time() - worked
     made = sum(len(output.token_ids) for output in outputs)
     _print(
         {
@@ -140,6 +140,7 @@ def bench_throughput(
             "output_len": output_len,
             "max_num_seqs": llm.engine.config.max_num_seqs,
             "duration": seconds,
+            "cpu_seconds": worked,
             "request_throughput": num_prompts / seconds,
             "output_throughput": made / seconds,
             "total_token_throughput": (made + num_prompts * input_len) / seconds,

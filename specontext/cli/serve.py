@@ -49,16 +49,28 @@ def announce(engine: LLMEngine, address: str) -> None:
 
 
 def describe(engine: LLMEngine) -> str:
-    """The tiers in a line: tokens that each can hold, and how many requests of full length run at once."""
-    parts, shape = engine.parts, engine.loaded.shape
-    method = parts.method
-    device, host, offloaded = parts.kv.arena, parts.kv.host, len(parts.kv.offloaded)
-    sizes = f"device KV {human_bytes(device.num_bytes)}, host KV {human_bytes(host.num_bytes)}"
-    layers = f"{shape.layers - offloaded} layers on the device, {offloaded} in host memory"
+    """The plan in a line: layers and tiers, tokens that each tier can hold, and how many requests of full length run at once."""
+    parts, layers = engine.parts, engine.loaded.shape.layers
+    method, offloaded = parts.method, len(parts.kv.offloaded)
+    places = f"{layers - offloaded} layers on the device, {offloaded} in host memory"
     if method.offload_layers is None:
-        layers += " to begin with"
+        places += " to begin with"
     chosen = method.method if method.method == "full" else f"{method.method}, budget {method.budget}"
-    return (
-        f"{chosen} | {layers} | {sizes} | "
-        f"up to {engine.config.max_num_seqs} requests at once, contexts of up to {parts.max_tokens} tokens"
-    )
+    on_device, on_host = _tokens(engine)
+    device = f"device KV {human_bytes(parts.kv.arena.num_bytes)}{on_device}"
+    host = f"host KV {human_bytes(parts.kv.host.num_bytes)}{on_host}"
+    seats, longest = engine.config.max_num_seqs, parts.max_tokens
+    full = next((n for n in range(seats, 0, -1) if parts.residency.fits_somehow([longest] * n)), 0)
+    rest = "" if full == seats else f", {seats} shorter ones"
+    return f"{chosen} | {places} | {device}, {host} | {full} requests of {longest} tokens at once{rest}"
+
+
+def _tokens(engine: LLMEngine) -> tuple[str, str]:
+    """How many tokens of all requests together each tier can hold: the device before a layer leaves it, the host in the end."""
+    parts, seats = engine.parts, engine.config.max_num_seqs
+    cost, offloaded = parts.residency.cost, len(parts.kv.offloaded)
+    layers_on_host = offloaded if parts.method.offload_layers is not None else cost.layers
+    each = cost.token(offloaded), layers_on_host * cost.resident_token
+    rooms = parts.kv.arena.num_bytes - cost.slots(seats, offloaded), parts.kv.host.num_bytes - cost.host_fixed
+    device, host = (f" ({max(0, room) // size:,} tokens)" if size else "" for room, size in zip(rooms, each, strict=True))
+    return device, host

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from specontext.cli import main
-from tests.server.serving import Server
+from specontext.cli.serve import describe
+from tests.server.serving import Server, make_engine
 
 Outcome = tuple[int, str, str]
 
@@ -112,3 +114,18 @@ def test_bench_throughput(run: Callable[..., Outcome]) -> None:
     status, out, _ = run("bench", "throughput", "nano", *words)
     found = json.loads(out.splitlines()[-1])
     assert status == 0 and found["output_throughput"] == pytest.approx(15 / found["duration"])
+
+
+def test_the_line_at_the_start_says_what_fits() -> None:
+    def tokens_of(line: str) -> list[int]:
+        return [int(number.replace(",", "")) for number in re.findall(r"\(([\d,]+) tokens\)", line)]
+
+    roomy, tight = make_engine(), make_engine(gpu_memory=3_000_000, offload_layers=None)
+    for engine in (roomy, tight):
+        line = describe(engine)
+        full = int(re.findall(r"(\d+) requests of 2048 tokens", line)[0])
+        fits = engine.parts.residency.fits_somehow
+        assert fits([2048] * full) and (full == 16 or not fits([2048] * (full + 1)))
+        assert len(tokens_of(line)) == 2 and "budget 64" in line
+    assert "16 requests of 2048 tokens at once" in describe(roomy) and "2 in host memory" in describe(roomy)
+    assert "16 shorter ones" in describe(tight) and tokens_of(describe(tight))[0] < 2048

@@ -1,0 +1,39 @@
+"""The serving benchmark at a tiny size: everything it reports is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("serving_benchmark", FOLDER / "serving.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_report(benchmark: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--num-prompts", "4", "--input-len", "8", "--output-len", "6", "--concurrency", "4"]
+    benchmark.main([*sizes, "--rounds", "1", "--engine", "--budget 64 --device cpu --max-model-len 256"])
+    *table, line = capfd.readouterr().out.splitlines()
+    report = json.loads(line)
+    assert table and report["workload"] == {"num_prompts": 4, "input_len": 8, "output_len": 6, "concurrency": 4}
+    [found] = report["rounds"]
+    assert set(report["targets"]) <= set(found) and report["median"] == found
+    assert found["overhead_whole"] == pytest.approx(found["offline"] / found["whole"] - 1)
+    assert found["concurrency_gain"] == pytest.approx(found["whole"] / found["one"])
+    assert all(found[name] > 0 for name in ("ready_s", "streamed", "offline_cpu_ms_a_token", "streamed_cpu_ms_a_token"))
+
+
+def test_medians(benchmark: ModuleType) -> None:
+    assert benchmark.medians([{"a": 1.0, "b": 5.0}, {"a": 3.0, "b": 6.0}, {"a": 2.0, "b": 9.0}]) == {"a": 2.0, "b": 6.0}
