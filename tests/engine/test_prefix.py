@@ -353,6 +353,44 @@ def test_a_twin_whose_other_cannot_keep_its_pages_does_not_wait_for_them(make_ll
     check_idle(llm)
 
 
+def test_pages_that_are_dropped_while_a_prompt_is_computed(make_llm: MakeLLM, greedy: Greedy, fresh: Any) -> None:
+    """What would follow them is of no use to anyone, and nobody waits for it."""
+    llm = make_llm("llama", budget=12, max_num_batched_tokens=20, offload_layers=0)
+    engine, host = llm.engine, llm.engine.parts.kv.host
+    jobs = [engine.add_request(name, SHARED, greedy(5)) for name in ("a", "b")]
+    engine.step()
+    assert engine.parts.prefix.pages == BLOCK and jobs[1].request.seat < 0
+    host.pages.free(host.allocate(host.pages.num_free))  # somebody needs them all for a moment
+    engine.scheduler.prepare()
+    assert jobs[1].request.seat >= 0 and jobs[1].request.cached_tokens == 0
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+    assert [job.request.output_token_ids for job in jobs] == [fresh(SHARED, greedy(5))] * 2
+    assert engine.parts.prefix.pages == 4 * BLOCK, "the other one's"
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_a_prompt_that_waits_half_computed(forgotten: bool, make_llm: MakeLLM, greedy: Greedy, fresh: Any) -> None:
+    """Where its first pages are still kept, the next ones follow them; else the features of pages in between are unknown."""
+    llm = make_llm("llama", budget=12, max_num_batched_tokens=20)
+    engine = llm.engine
+    job = engine.add_request("a", SHARED, greedy(5))
+    for _ in range(2):
+        engine.step()
+    engine.scheduler._leave_seat(job.request)
+    engine.check_integrity()
+    if forgotten:
+        engine.reset_prefix_cache()
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+    assert job.request.output_token_ids == fresh(SHARED, greedy(5))
+    assert engine.parts.prefix.pages == (0 if forgotten else 4 * BLOCK)
+    again = ask(llm, SHARED, greedy(5))
+    assert again.request.output_token_ids == fresh(SHARED, greedy(5)) and cached(again) == (0 if forgotten else 64)
+
+
 # Little memory --------------------------------------------------------------------------------------------------------
 
 
