@@ -84,8 +84,11 @@ class EngineLoop:
             while self._take_orders():
                 if self.engine.has_work:
                     self._step()
-                if not self.engine.has_work or time.perf_counter() - self.meter.latest.taken_at > _LOAD_PERIOD:
+                idle = not self.engine.has_work
+                if idle or time.perf_counter() - self.meter.latest.taken_at > _LOAD_PERIOD:
                     self.meter.take(self.engine)
+                if idle and self.engine.config.verify_loads:
+                    self.engine.check_integrity()
             self._end(EngineDeadError("the engine was closed"))
         except BaseException as error:  # whatever it was, nobody else would notice
             logger.exception("the engine's loop has died")

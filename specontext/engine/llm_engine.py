@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.failures import Failures
 from specontext.engine.next_tokens import next_tokens
 from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
-from specontext.engine.runner import DeviceMemoryError, ModelRunner
+from specontext.engine.runner import DeviceError, DeviceMemoryError, ModelRunner, working_device
 from specontext.engine.scheduler import Schedule, Scheduler
 from specontext.models.loading import LoadedModel, load_model
 from specontext.retrieval.catalog import find_head
@@ -168,19 +169,25 @@ class LLMEngine:
             LogitsError: the logits of some requests are broken. They are named and have ended; all others got their tokens.
             RequestFailedError: something else broke for some requests, and the same holds.
             DeviceMemoryError: the step did not fit. Its requests are named and have ended; others may go on.
+            DeviceError: the device has failed, in this step or since the one before.
         """
-        schedule = self.scheduler.schedule()
+        with working_device(0):
+            schedule = self.scheduler.schedule()
         if schedule is None:
             return []
-        failures = Failures()
         try:
-            captured = self.runner.captured(schedule.batch)
-            logits = self._run(schedule, failures)
+            with working_device(len(schedule.batch.token_ids)):
+                return self._carry_out(schedule, meanwhile)
         except DeviceMemoryError as error:
             error.request_ids = tuple(request.request_id for request in schedule.requests)
             for request_id in error.request_ids:
                 self.abort(request_id)
             raise
+
+    def _carry_out(self, schedule: Schedule, meanwhile: Callable[[], None] | None) -> list[Generation]:
+        failures = Failures()
+        captured = self.runner.captured(schedule.batch)
+        logits = self._run(schedule, failures)
         if captured:
             for request in schedule.requests:
                 request.captured_steps += 1
@@ -280,7 +287,8 @@ class LLMEngine:
         generation = self._generations.get(request_id)
         if generation is not None:
             generation.request.finish_reason = "abort"
-            self._drop(generation.request)
+            with suppress(DeviceError), working_device(0):  # a step has said so, or the next one will
+                self._drop(generation.request)
 
     def _drop(self, request: Request) -> None:
         self.scheduler.finish(request)

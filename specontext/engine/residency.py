@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from specontext.kv.moves import LayerMove
+from specontext.kv.moves import LayerMove, prepare
 from specontext.kv.parking import ParkedKV
 from specontext.kv.tiered import TieredKV
 from specontext.memory.model import KVCost
 from specontext.memory.pages import OutOfPagesError
 from specontext.memory.planner import ResidencyPolicy
 
-MARGIN = 2  # steps by which a move is to arrive early
+MARGIN = 3  # steps by which a move is to arrive early; its last rows have one of them to arrive
 PIN_STEPS = 256  # before a layer leaves: so early its place on the host begins to be pinned
 
 
@@ -60,7 +60,10 @@ class Residency:
         self.moves: list[Move] = []
         self.stalled = 0.0
         self._move: LayerMove | None = None
+        self._copied = False  # all its rows are on their way
         self._stall = 0.0
+        if adaptive:
+            prepare(kv)
 
     # What fits --------------------------------------------------------------------------------------------------------
 
@@ -119,8 +122,11 @@ class Residency:
             self._begin(stored, lengths_in)
         if self._move is None:
             return
-        self._move.advance(stored, self.chunk_bytes)
-        arrived = not self._move.remaining_bytes(stored) and self._move.room_after >= 0
+        # The last rows have had the time of a step to arrive, and none waits for them.
+        arrived = self._copied and self._move.room_after >= 0
+        if not arrived:
+            self._move.advance(stored, self.chunk_bytes)
+            self._copied = not self._move.remaining_bytes(stored)
         self._stall += time.perf_counter() - began
         if arrived:
             self._finish(stored)
@@ -207,12 +213,12 @@ class Residency:
         assert self._move is not None
         self._move.cancel()
         self.stalled += self._stall
-        self._move, self._stall = None, 0.0
+        self._move, self._copied, self._stall = None, False, 0.0
 
     def _finish(self, stored: Mapping[int, int]) -> None:
         assert self._move is not None
         began = time.perf_counter()
-        move, self._move = self._move, None
+        move, self._move, self._copied = self._move, None, False
         move.finish(stored)
         stall = self._stall + time.perf_counter() - began
         self.moves.append(Move(self.steps + 1, move.layer, move.to_host, move.bytes_moved, stall))

@@ -80,7 +80,7 @@ class ModelRunner:
             DeviceMemoryError: the device is out of memory.
             DeviceError: it has failed.
         """
-        with _working_device(len(batch.token_ids)):
+        with working_device(len(batch.token_ids)):
             return self._graphs.run(batch) if self._graphs is not None and self.captured(batch) else self._forward(batch)
 
     def captured(self, batch: Batch) -> bool:
@@ -110,7 +110,7 @@ class ModelRunner:
         Raises:
             DeviceMemoryError: the device is out of memory.
         """
-        with _working_device(len(states)):
+        with working_device(len(states)):
             logits: Tensor = self._output_layer(inputs_embeds=states[None], use_cache=False).logits[0]
             return logits
 
@@ -164,13 +164,25 @@ def _output_layer(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def _working_device(tokens: int) -> Iterator[None]:
+def working_device(tokens: int) -> Iterator[None]:
+    """Says in words what goes wrong on the device inside. A GPU's failure is seen by whoever waits for it next, or by Triton.
+
+    Args:
+        tokens: of the step; 0 between two steps.
+
+    Raises:
+        DeviceMemoryError: the device is out of memory.
+        DeviceError: it has failed.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
+        where = f" in a step of {tokens} tokens" if tokens else ""
         raise DeviceMemoryError(
-            f"the device ran out of memory in a step of {tokens} tokens ({str(error).splitlines()[0]}): lower "
-            "--max-num-batched-tokens or --gpu-memory-utilization"
+            f"the device ran out of memory{where} ({str(error).splitlines()[0]}): lower --max-num-batched-tokens or "
+            "--gpu-memory-utilization"
         ) from error
-    except torch.AcceleratorError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.AcceleratorError) and "Triton Error [CUDA]" not in str(error):
+            raise
         raise DeviceError(f"the GPU has failed ({str(error).splitlines()[0]}): start the engine again") from error

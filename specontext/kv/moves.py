@@ -23,6 +23,13 @@ from specontext.kv.tiered import TieredKV
 from specontext.memory.pages import OutOfPagesError
 
 
+def prepare(kv: TieredKV) -> None:
+    """Compile what a GPU runs when layers move, with a row that is skipped, so that no step waits for the compiler."""
+    if kv.streams.asynchronous:
+        nothing = torch.full((1,), -1, device=kv.device)
+        gather_rows(kv.arena.rows, nothing, kv.host.rows, nothing)
+
+
 class LayerMove:
     """One layer's move; only one is under way at a time.
 

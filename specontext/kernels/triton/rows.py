@@ -222,7 +222,7 @@ def _copy(source, source_row, target, target_row, live, WIDTH: tl.constexpr, BLO
     tl.store(target + target_row[:, None] * WIDTH + column, numbers, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # one kernel, whatever there is to move
 def _gather(source, source_rows, target, target_rows, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     source_row = tl.load(source_rows + at, mask=at < count, other=-1).to(tl.int64)
