@@ -129,7 +129,11 @@ def running(engine: LLMEngine, **options: Any) -> Iterator[Server]:
 
 @dataclass
 class Process:
-    """`specontext serve` in a process of its own."""
+    """`specontext serve` in a process of its own.
+
+    Attributes:
+        seconds: until it was ready: of processor time where the system tells, since other programs may keep it waiting.
+    """
 
     popen: subprocess.Popen[str]
     url: str
@@ -156,7 +160,15 @@ def process(log: Path, *words: str) -> Iterator[Process]:
         assert popen.stdout is not None
         line = popen.stdout.readline()
         assert line.startswith("ready: "), log.read_text()
-        yield Process(popen, line.split(" at ")[1].strip(), log, time.monotonic() - began)
+        yield Process(popen, line.split(" at ")[1].strip(), log, _processor_seconds(popen.pid) or time.monotonic() - began)
     finally:
         popen.kill()
         popen.wait()
+
+
+def _processor_seconds(pid: int) -> float | None:
+    stat = Path(f"/proc/{pid}/stat")
+    if not stat.exists():
+        return None
+    fields = stat.read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

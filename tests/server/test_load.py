@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from specontext.engine.async_engine import EngineDeadError
 from specontext.engine.load import LoadMeter
 from specontext.engine.statistics import Meter
 from tests.server.serving import make_engine
@@ -111,5 +112,19 @@ def test_the_time_in_the_queue_is_known_exactly() -> None:
         assert reason == "abort" and third_queued == third_whole
         for (found, whole, _), stat in zip(rest, queued, strict=True):
             assert stat <= found < whole  # counted from the submission on, so a little longer
+
+    run(test)
+
+
+def test_a_lost_page_is_noticed_where_loads_are_verified() -> None:
+    async def test() -> None:
+        async with started(make_engine(verify_loads=True)) as served:
+            await collect(served.generate("good", PROMPT, params(5)))
+            await served.drained()
+            await served.call(lambda engine: engine.parts.kv.arena.pages.allocate(1))
+            with pytest.raises(EngineDeadError, match="AssertionError"):
+                while True:
+                    await served.call(lambda engine: None)
+            assert served.is_dead
 
     run(test)
