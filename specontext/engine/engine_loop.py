@@ -62,6 +62,8 @@ class EngineLoop:
         self._inbox: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._outputs: dict[str, _Output] = {}
         self._unseen: list[Generation] = []
+        self._unshowable: dict[str, Exception] = {}
+        self._overlaps = engine.device.type != "cpu"  # a GPU computes while the host goes on
         self._woken: set[RequestStream] = set()
         self._thread = threading.Thread(target=self._run, name="specontext-engine", daemon=True)
 
@@ -160,8 +162,11 @@ class EngineLoop:
             touched = [output.generation for output in self._outputs.values()]  # the others went on, and may have ended
         self._show()  # where the step did not call it
         self._unseen = touched
-        if self.engine.device.type == "cpu" or not self.engine.has_work:
+        if not self._overlaps or not self.engine.has_work:
             self._show()
+        if self._unshowable:  # not before the step is over: it may have been theirs too
+            broken, self._unshowable = self._unshowable, {}
+            self._fail_named(RequestFailedError(broken))
 
     def _show(self) -> None:
         """Publish what the last step gave."""
@@ -175,7 +180,7 @@ class EngineLoop:
                 if self._publish(output):
                     woken.add(output.stream)
             except Exception as error:  # in its text, which is decoded here
-                self._fail_named(RequestFailedError({generation.request.request_id: error}))
+                self._unshowable[generation.request.request_id] = error
         self._wake(woken)
 
     def _fail_named(self, error: Exception) -> bool:

@@ -73,7 +73,8 @@ def texts(deltas: list[Delta]) -> dict[int, tuple[str, list[int]]]:
     return found
 
 
-def test_many_at_once_equal_the_offline_engine() -> None:
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_many_at_once_equal_the_offline_engine(overlaps: bool) -> None:
     llm = LLM("nano", config=SpeContextConfig(budget=64, offload_layers=2), device="cpu", max_model_len=2048)
     prompts = [PROMPT[i:] for i in range(20)]
     sampled = params(12, n=2, temperature=1.0, seed=4, logprobs=1)
@@ -81,6 +82,7 @@ def test_many_at_once_equal_the_offline_engine() -> None:
 
     async def test() -> None:
         async with started() as served:
+            served._loop._overlaps = overlaps  # as on a GPU: outputs are shown while the next step computes
             streams = [served.generate(f"r{i}", prompt, sampled) for i, prompt in enumerate(prompts)]
             found = await asyncio.gather(*map(collect, streams))
         for deltas, output in zip(found, expected, strict=True):
