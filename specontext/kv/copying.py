@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.kernels.rows import gather_rows_layers
+from specontext.kernels.rows import gather_rows, gather_rows_layers
 from specontext.kv.pool import PagePool
 from specontext.kv.streams import COMPUTE
 from specontext.kv.tiered import TieredKV
@@ -28,29 +28,32 @@ def copy_pages(
         source, target: pools, and pages int64 [L, P] in them, on the device.
         skipped: bool [L], layers that are passed over.
     """
-    device, streams = kv.device, kv.streams
-    index = torch.arange(tokens, device=device)[None, None]
-    seat = torch.zeros(1, dtype=torch.int64, device=device)
-    head_map = torch.zeros((kv.shape.layers, kv.shape.kv_heads), dtype=torch.int64, device=device)
+    streams = kv.streams
+    if not streams.asynchronous:  # whole pages, as they lie: what is behind the tokens means nothing
+        pools = [pool.rows.view(pool.pages.num_pages, 2, -1) for pool, _ in (source, target)]
+        pages = [pages[~skipped].flatten() for _, pages in (source, target)]
+        gather_rows(pools[0], pages[0], pools[1], pages[1])
+        return
+    # The gather of layers leaves the device to what is computed beside it.
+    index = torch.arange(tokens, device=kv.device)[None, None]
+    seat = torch.zeros(1, dtype=torch.int64, device=kv.device)
+    head_map = torch.zeros((kv.shape.layers, kv.shape.kv_heads), dtype=torch.int64, device=kv.device)
     missing = torch.ones_like(index, dtype=torch.bool)
-    source_pages, target_pages = (pages[:, None].contiguous() for _, pages in (source, target))
-    # On a CPU the row numbers of all layers at once would be hundreds of megabytes for a long context.
-    parts = kv.layers.split(kv.shape.layers if streams.asynchronous else 1)
+    here, there = (pages[:, None].contiguous() for _, pages in (source, target))
     streams.wait(side, streams.record(COMPUTE))
     with streams.on(side):
-        for layers in parts:
-            gather_rows_layers(
-                source[0].rows,
-                target[0].rows,
-                source_pages,
-                target_pages,
-                layers,
-                seat,
-                head_map,
-                skipped,
-                index,
-                index,
-                missing,
-                kv.page_size,
-            )
-    streams.keep(side, index, seat, head_map, missing, source_pages, target_pages, skipped)
+        gather_rows_layers(
+            source[0].rows,
+            target[0].rows,
+            here,
+            there,
+            kv.layers,
+            seat,
+            head_map,
+            skipped,
+            index,
+            index,
+            missing,
+            kv.page_size,
+        )
+    streams.keep(side, here, there, seat, head_map, skipped, index, missing)

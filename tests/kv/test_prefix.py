@@ -263,11 +263,16 @@ def state_of(request: int, first: int, stop: int, each: int = EACH) -> State:
 KINDS = [(True, True, True), (True, True, False), (False, False, False), (False, True, False)]
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("before", KINDS)
 @pytest.mark.parametrize("after", KINDS)
-def test_rows_and_state_come_back_wherever_layers_live(before: tuple[bool, ...], after: tuple[bool, ...]) -> None:
+def test_rows_and_state_come_back_wherever_layers_live(
+    before: tuple[bool, ...], after: tuple[bool, ...], asynchronous: bool
+) -> None:
     """Kept in three parts that end inside of pages; brought back all or some of them, after layers have changed their tiers."""
     bench = Bench(before, adaptive=True)
+    if asynchronous:
+        bench.kv.streams = RecordingStreams()
     chain: list[Block] = []
     for start, stop in ((0, 6), (6, 7), (7, 18)):
         bench.fill(0, 1, stop, start)
@@ -339,18 +344,17 @@ def test_a_cache_without_a_head_has_pages_of_layers_only() -> None:
 def copied(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Rows of KV and of state that were copied."""
     counts = {"kv": 0, "state": 0}
-    layers, gather = copying.gather_rows_layers, prefix.gather_rows
+    gather = prefix.gather_rows
 
-    def counting(*a: Any) -> None:
-        counts["kv"] += int((~a[7][a[4]]).sum()) * HEADS * int(a[10].sum())
-        layers(*a)
+    def counting(name: str, factor: int) -> Callable[..., None]:
+        def count(source: Tensor, rows: Tensor, target: Tensor, to: Tensor) -> None:
+            counts[name] += rows.numel() * factor
+            gather(source, rows, target, to)
 
-    def counting_rows(source: Tensor, rows: Tensor, target: Tensor, to: Tensor) -> None:
-        counts["state"] += rows.numel()
-        gather(source, rows, target, to)
+        return count
 
-    monkeypatch.setattr(copying, "gather_rows_layers", counting)
-    monkeypatch.setattr(prefix, "gather_rows", counting_rows)
+    monkeypatch.setattr(copying, "gather_rows", counting("kv", PAGE * HEADS))
+    monkeypatch.setattr(prefix, "gather_rows", counting("state", 1))
     return counts
 
 
