@@ -234,6 +234,18 @@ def test_prompts_with_logprobs_are_computed_in_full_and_kept(make_llm: MakeLLM, 
         assert one is not None and other is not None and one == pytest.approx(other, abs=1e-4)
 
 
+def test_prompts_that_are_computed_side_by_side_are_kept_once(make_llm: MakeLLM, greedy: Greedy) -> None:
+    """They want log-probabilities and wait for nobody; the longer one goes on from what the other has left."""
+    llm = make_llm("llama", budget=12, max_num_batched_tokens=60)
+    for name, prompt in (("a", SHARED), ("b", SHARED + text(2, 30))):
+        llm.engine.add_request(name, prompt, greedy(3, prompt_logprobs=0))
+    while llm.engine.has_work:
+        llm.engine.step()
+        llm.engine.check_integrity()
+    assert llm.engine.parts.prefix.pages == 6 * BLOCK
+    assert cached(ask(llm, SHARED + text(2, 30), greedy(3))) == 96
+
+
 def test_nothing_is_copied_twice(make_llm: MakeLLM, greedy: Greedy, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = make_llm("llama", budget=12)
     store = llm.engine.parts.prefix.store

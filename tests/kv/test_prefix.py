@@ -390,6 +390,16 @@ def test_blocks_take_no_page_from_seats_and_replace_what_was_used_longest_ago(ro
     assert len(chain) == room, "a prompt never drops its own beginning for what follows"
 
 
+def test_blocks_lie_only_where_memory_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench((True, True, True))
+    ready = 1 + 2 * BLOCK + 1
+    monkeypatch.setattr(bench.kv.host.pages, "_ready", lambda: ready)
+    bench.fill(0, 1, 20)
+    chain: list[Block] = []
+    bench.keep(0, 1, chain, 5)
+    assert len(chain) == 2 and max(page for pages in bench.store.tree.held_pages() for page in pages) < ready
+
+
 # Streams --------------------------------------------------------------------------------------------------------------
 
 
