@@ -20,7 +20,7 @@ FLOAT16 = 2  # bytes; eq. 6-7 count models and KV in 2-byte floats, whatever the
 MIB = 1 << 20
 PREFILL_TILE = 16384  # stored tokens that a prompt chunk reads at once on a GPU
 LIBRARIES = 64 * MIB  # workspaces of matrix products
-COUNTERS = 12  # of the statistics of a request
+COUNTERS = 11  # of the statistics of a request, besides the recall of every layer
 SAMPLER = 96 * MIB  # float64 scores and ranks of one chunk of logits
 
 
@@ -216,10 +216,10 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
     pages = 8 * (shape.layers * (2 * width + slot_width) + _key_pages(facts, run))  # int64
     hot = run.slots - run.sink - run.recent if run.slots else 0
     slots = 4 * groups * (2 * hot + run.max_tokens) if run.slots else 0  # int32: token of a slot, its last use, slot of a token
-    statistics = 4 * groups * run.selections * run.budget + 8 * COUNTERS  # int32, float64
+    statistics = 4 * groups * run.selections * run.budget + 8 * (COUNTERS + shape.layers)  # int32, float64
     feature = facts.head.feature_width * shape.dtype.itemsize
-    # Head map, layer numbers and flags, readers of a group, steps; of the engine, not of a seat.
-    maps = shape.layers * (8 * (shape.kv_heads + 1 + groups) + 1) + 4 * run.selections
+    # Head map, layer numbers and flags, readers of a group, steps, counters of requests that left; of the engine, not of a seat.
+    maps = shape.layers * (8 * (shape.kv_heads + 1 + groups) + 1) + 4 * run.selections + 8 * COUNTERS
     return (run.requests + 1) * (pages + run.selections * slots + statistics + feature) + maps
 
 

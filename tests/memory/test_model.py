@@ -81,10 +81,10 @@ def test_tables_have_a_row_for_each_seat_and_one_for_padding(granularity: str, g
     token_pages, slot_pages = 2 * 4 * 7 * 8, 4 * 3 * 8  # two tiers; layers, pages of 100 tokens, int64
     key_pages = -(-100 // (16 * ENTRY // (3 * 8 * 2))) * 8  # keys of as many tokens as a page of KV has room for
     hot_slots, slot_of_token = 2 * groups * (40 - 4 - 16) * 4, groups * 100 * 4  # int32
-    last_selection, counters, feature = groups * 32 * 4, 12 * 8, 192 * 2
+    last_selection, counters, feature = groups * 32 * 4, (11 + 4) * 8, 192 * 2
     row = token_pages + slot_pages + key_pages + hot_slots + slot_of_token + last_selection + counters + feature
     run = RunSettings(**(RUN.__dict__ | {"granularity": granularity}))
-    maps = 4 * (8 * (FACTS.shape.kv_heads + 1 + groups) + 1) + 4  # layers: head map, numbers, readers, flags; steps
+    maps = 4 * (8 * (FACTS.shape.kv_heads + 1 + groups) + 1) + 4 + 11 * 8  # layers: head map, numbers, readers, flags; steps; left
     assert table_bytes(FACTS, run) == (3 + 1) * row + maps
     assert measured_model(FACTS, run).fixed["tables"] == (3 + 1) * row + maps + 16 * ENTRY
 
