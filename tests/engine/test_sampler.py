@@ -29,7 +29,7 @@ def request(
     name: str = "r",
     **params: Any,
 ) -> Request:
-    return Request(name, [*prompt, *output], len(prompt), SamplingParams(**params), seed, index)
+    return Request(name, [*prompt, *output], len(prompt), SamplingParams(**params), seed, index=index)
 
 
 def random_logits(rows: int, vocab: int = VOCAB, scale: float = 3.0) -> Tensor:

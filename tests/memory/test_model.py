@@ -84,7 +84,7 @@ def test_tables_have_a_row_for_each_seat_and_one_for_padding(granularity: str, g
     last_selection, counters, feature = groups * 32 * 4, (11 + 4) * 8, 192 * 2
     row = token_pages + slot_pages + key_pages + hot_slots + slot_of_token + last_selection + counters + feature
     run = RunSettings(**(RUN.__dict__ | {"granularity": granularity}))
-    maps = 4 * (8 * (FACTS.shape.kv_heads + 1 + groups) + 1) + 4 + 11 * 8  # layers: head map, numbers, readers, flags; steps; left
+    maps = 4 * (8 * (FACTS.shape.kv_heads + 1 + groups) + 1) + 4 + 11 * 8  # layers: map, numbers, readers, flags; steps; left
     assert table_bytes(FACTS, run) == (3 + 1) * row + maps
     assert measured_model(FACTS, run).fixed["tables"] == (3 + 1) * row + maps + 16 * ENTRY
 

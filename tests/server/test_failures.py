@@ -179,7 +179,7 @@ def test_a_device_that_fails_is_nobody_s_fault(break_it: Break, monkeypatch: pyt
     async def test() -> None:
         async with started() as served:
             break_it(monkeypatch, torch.AcceleratorError("unspecified launch failure"))
-            with pytest.raises(EngineDeadError, match="AcceleratorError|GPU has failed"):
+            with pytest.raises(EngineDeadError, match=r"AcceleratorError|GPU has failed"):
                 await collect(served.generate("bad", PROMPT, params(20, seed=MARK, stop="never")))
             assert served.is_dead
 
