@@ -71,6 +71,7 @@ def test_a_chosen_method_is_the_engine_s_own_elsewhere(make_llm: MakeLLM, greedy
     assert mixed[0].stats["tokens_read_per_step"] == own[0].stats["tokens_read_per_step"] == 9
 
 
+@pytest.mark.slow
 def test_preempted_requests_keep_their_choice(make_llm: MakeLLM, greedy: Greedy, prompts: list[list[int]]) -> None:
     """A device tier for about two requests: others wait on the host and go on as they would have."""
     settings: dict[str, Any] = {"budget": 14, "methods": CHOICES, "offload_layers": 0}

@@ -89,6 +89,7 @@ def test_sparse_attention(
 @pytest.mark.parametrize("splits", SPLITS)
 @pytest.mark.parametrize("page_size", [1, 7, 16])
 @pytest.mark.parametrize(("requests", "kv_heads", "ratio", "width", "dim"), SHAPES[1:5])
+@pytest.mark.slow
 def test_paged_attention(
     requests: int, kv_heads: int, ratio: int, width: int, dim: int, page_size: int, splits: int | None, dtype: torch.dtype
 ) -> None:

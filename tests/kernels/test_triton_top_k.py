@@ -71,6 +71,7 @@ def test_ties_gaps_and_short_rows(top_k: TopK, rows: list[list[float]], k: int, 
 @example(span=1, k=1, levels=1, seed=0)
 @example(span=640, k=640, levels=2, seed=0)
 @example(span=513, k=1, levels=1, seed=0)
+@pytest.mark.slow
 def test_rows_of_several_parts_with_many_ties(top_k: TopK, span: int, k: int, levels: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     values = torch.tensor(LEVELS)[torch.randperm(len(LEVELS), generator=generator)[:levels]]
@@ -87,6 +88,7 @@ def test_any_numbers(top_k: TopK, row: list[float], k: int) -> None:
 @EACH
 @pytest.mark.parametrize("value", [-1.0, -0.0, 0.25, INF])
 @pytest.mark.parametrize("k", [1, 130, 300, 400])
+@pytest.mark.slow
 def test_constant_rows_keep_the_last_positions(top_k: TopK, value: float, k: int) -> None:
     check(top_k, torch.full((2, 300), value), k)
 

@@ -327,6 +327,7 @@ def test_any_history_is_free_of_races(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("place", sorted(place for place in PLACES if not place.startswith("dense")))
+@pytest.mark.slow
 def test_no_single_wait_can_be_left_out(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RaceError):
         for seed in range(300):

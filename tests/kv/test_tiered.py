@@ -549,6 +549,7 @@ def test_any_sequence_of_steps() -> None:
     assert min(TieredMachine.seen[what] for what in ("evictions", "refusals", "parked")) > 3
 
 
+@pytest.mark.slow
 def test_moves_while_requests_come_and_go() -> None:
     """Mostly moves, from their start to their end, with everything that may happen between."""
     TieredMachine.seen.clear()

@@ -149,6 +149,7 @@ def test_requests_that_cannot_be_served_are_refused_at_once() -> None:
     run(test)
 
 
+@pytest.mark.slow
 def test_a_thousand_random_submits_and_aborts_leak_nothing() -> None:
     rng = random.Random(0)
 

@@ -42,6 +42,7 @@ def small() -> Iterator[Server]:
     [(label, mode) for label in OPERATIONS for mode in MODES if mode == MODES[0] or label.startswith("POST")],
     ids=lambda value: getattr(value, "value", value),
 )
+@pytest.mark.slow
 def test_nothing_breaks_the_server(label: str, mode: Any, small: Server) -> None:
     answered: set[int] = set()
 
