@@ -19,7 +19,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "snapkv": ("prompt",),
 }
 CHOICES = (*METHODS, *(f"{method}-{variant}" for method, variants in VARIANTS.items() for variant in variants))
-CHEAP_METHODS = ("full", "streaming", "random")  # they need no memory of their own
+CHEAP_METHODS = ("full", "streaming")  # they need no memory of their own, also within a step
 GRANULARITIES = ("head", "union", "batch")
 LOAD_FORMATS = ("auto", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -121,7 +121,7 @@ class EngineConfig:
     methods: Sequence[str] | None = _option(  # type: ignore[assignment]
         None,
         "Methods that requests may name instead of the engine's own, with budgets up to the engine's. Those that keep state of "
-        "their own take memory for all requests. Default: full, streaming and random, unless the engine's own method is full.",
+        "their own take memory for all requests. Default: full and streaming, unless the engine's own method is full.",
     )
     max_model_len: int | None = _option(  # type: ignore[assignment]
         None, "Longest context, prompt and output together, in tokens. Default: the model's own maximum."
