@@ -94,7 +94,7 @@ def test_meta_says_what_was_run_and_what_was_not(results: dict[str, Any]) -> Non
 
 
 def test_answers_are_those_of_the_engine_by_itself(settings: EvaluationSettings, results: dict[str, Any]) -> None:
-    llm = LLM("nano", device="cpu", max_model_len=512)
+    llm = LLM("nano", device="cpu", max_model_len=512, methods=("random",))
     count = lambda text: len(llm.tokenizer.encode(text, add_special_tokens=False))  # noqa: E731
     (problem,) = sample_problems("niah_multivalue", length=256, seed=5, n=1, count_tokens=count)
     (output,) = llm.generate(problem.prompt, SamplingParams(temperature=0.0, max_tokens=40, method="random", budget=32))
