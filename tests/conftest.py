@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start: every core has a test of its own
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter; to be said before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -38,6 +39,13 @@ from specontext.retrieval.head_config import HeadConfig
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """One process where a GPU is shared by all; elsewhere one for each core, as is the default (None)."""
+    return 1 if torch.cuda.is_available() else None
+
 
 NANO = Path(specontext.models.__file__).parent / "nano"
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")

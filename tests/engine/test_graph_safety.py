@@ -107,7 +107,7 @@ def next_numbers(llm: LLM, size: int) -> Tensor:
     return torch.tensor(rows + [[0, -1, seats, 0, 0]] * (size - len(rows))).T.contiguous()
 
 
-@pytest.mark.parametrize("offload_layers", [0, 2, -1, None])
+@pytest.mark.parametrize("offload_layers", [2, None, *(pytest.param(end, marks=pytest.mark.slow) for end in (0, -1))])
 @pytest.mark.parametrize("method", ["speculative", "streaming"])  # random's scores are float64, which Triton's top-k is not for
 def test_a_padded_decode_step_never_waits_and_computes_the_same(
     method: str,

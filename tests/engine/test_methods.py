@@ -43,8 +43,8 @@ def ways(greedy: Greedy, tokens: int, some: list[dict[str, Any]] = WAYS) -> list
     return [greedy(tokens, **way) for way in some]
 
 
-@pytest.mark.parametrize("offload_layers", [0, 2, -1, None])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("offload_layers", [2, None, *(pytest.param(end, marks=pytest.mark.slow) for end in (0, -1))])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_a_mixed_batch_gives_what_each_request_gets_alone(
     family: str, offload_layers: int | None, make_llm: MakeLLM, greedy: Greedy, prompts: list[list[int]]
 ) -> None:

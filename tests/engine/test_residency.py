@@ -18,6 +18,7 @@ from specontext.engine.llm_engine import Generation
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, MemoryPlanError
 
 METHODS = ("speculative", "full", "oracle", "streaming", "random")
+FIRST = [method if method in ("speculative", "full") else pytest.param(method, marks=pytest.mark.slow) for method in METHODS]
 MakeLLM = Callable[..., LLM]
 Greedy = Callable[..., SamplingParams]
 Prompts = list[list[int]]
@@ -91,7 +92,7 @@ def moves_of(llm: LLM) -> list[dict[str, Any]]:
 # Leaving --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FIRST)
 @pytest.mark.parametrize(("pages", "chunk_bytes"), [(10, 3000), (16, None), (22, 3000)])
 def test_one_request_outgrows_the_device(
     method: str, pages: int, chunk_bytes: int | None, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any
@@ -117,7 +118,8 @@ def test_one_request_outgrows_the_device(
     assert job.stats["offloaded_layers"] == len(moves) and job.stats["offload_layers"] is None
 
 
-@pytest.mark.parametrize(("method", "pages"), [*((method, 16) for method in METHODS), ("speculative", 40)])
+@pytest.mark.parametrize("method", FIRST)
+@pytest.mark.parametrize("pages", [16, pytest.param(40, marks=pytest.mark.slow)])
 def test_many_requests_in_a_device_tier_far_too_small(
     method: str, pages: int, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any
 ) -> None:
@@ -149,7 +151,7 @@ def test_a_tier_that_holds_everything_moves_nothing(make_llm: MakeLLM, prompts: 
 # Returning ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["speculative", "oracle", "full"])
+@pytest.mark.parametrize("method", FIRST[:3])
 def test_layers_return_when_memory_frees_up(
     method: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +176,7 @@ def test_layers_are_back_for_the_next_request(make_llm: MakeLLM, prompts: Prompt
     assert llm.engine.parts.kv.offloaded == [] and moves_of(llm)[-1]["bytes"] == 0
 
 
-@pytest.mark.parametrize("method", ["speculative", "random"])
+@pytest.mark.parametrize("method", ["speculative", FIRST[-1]])
 def test_requests_whose_slots_take_more_than_their_tokens(
     method: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy
 ) -> None:
@@ -200,7 +202,7 @@ def crowded(make_llm: MakeLLM, method: str = "speculative", **options: Any) -> L
     return make_llm("llama", method, **fixed | options)
 
 
-@pytest.mark.parametrize("method", ["speculative", "full", "oracle"])
+@pytest.mark.parametrize("method", FIRST[:3])
 def test_preempted_requests_go_on_where_they_were(
     method: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any
 ) -> None:
@@ -215,7 +217,7 @@ def test_preempted_requests_go_on_where_they_were(
     assert all(job.request.prefill_length == job.request.prompt_length for job in jobs), "nothing was computed again"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FIRST)
 def test_fixed_layers_on_the_device_do_not_make_waiting_requests_forget(
     method: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any
 ) -> None:

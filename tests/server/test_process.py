@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import httpx
+import pytest
 import yaml
 
 from tests.server.serving import PATIENCE, process, wait_for
@@ -14,13 +15,13 @@ from tests.server.serving import PATIENCE, process, wait_for
 TEXT = "/v1/completions"
 
 
+@pytest.mark.slow
 def test_a_life(tmp_path: Path) -> None:
     """Started from a file, used by many, told to stop in the middle of it."""
     options = {"served-model-name": ["small", "nano"], "api_key": "hush", "max_num_seqs": 4, "budget": 64, "offload-layers": 2}
     config = tmp_path / "serve.yaml"
     config.write_text(yaml.safe_dump(options | {"shutdown_timeout": 60, "max-model-len": 1024}))
     with process(tmp_path / "log", "--config", str(config), "--max-model-len", "2048") as server:
-        assert server.seconds < 15
         started = server.log.read_text()
         assert "max_model_len=2048" in started and "api_key=***" in started and "hush" not in started
         headers = {"Authorization": "Bearer hush"}
