@@ -101,7 +101,7 @@ def test_wrong_results_end_the_run(benchmark: ModuleType, monkeypatch: pytest.Mo
     def first(scores: Tensor, k: int) -> Tensor:
         return torch.arange(k).expand(*scores.shape[:-1], k)
 
-    monkeypatch.setattr(benchmark, "top_k_positions", first)
+    monkeypatch.setattr("kernel_choice.top_k_positions", first)
     with pytest.raises(benchmark.WrongResult, match="top_k"):
         benchmark.measure(tiny(benchmark), ["top_k", "scores"], rounds=1)
     report = benchmark.measure(tiny(benchmark), ["top_k", "scores"], rounds=1, keep_going=True)

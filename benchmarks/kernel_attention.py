@@ -1,0 +1,85 @@
+"""Attention operations: over the rows of a budget, over a whole context in pages, of a chunk of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from kernel_case import PAGE_SIZE, Case
+from kernel_checks import ROUNDED, Operation, calls_of, exact_attention, relative_error, require, row_numbers
+from torch import Tensor
+
+from specontext.kernels.dense_attention import chunk_attention
+from specontext.kernels.paged_attention import paged_attention, tile_buffer, tokens_of_pages
+from specontext.kernels.sparse_attention import sparse_attention
+
+
+def sparse(case: Case) -> list[Operation]:
+    """One call a layer, as in a decode step: every layer has rows of its own."""
+    shape, width = case.shape, case.budget.total
+    count = min(shape.layers, 32)
+    queries, rows = case.queries(count), []
+    for layer in range(count):
+        order = [torch.randperm(case.slots, generator=case.order)[:width] for _ in range(case.requests * shape.kv_heads)]
+        entries = torch.stack(order).view(case.requests, shape.kv_heads, width).to(case.device)
+        rows.append(row_numbers(case.arena_pages[layer], entries, shape.kv_heads))
+
+    def call(i: int) -> tuple[Tensor, Tensor]:
+        return sparse_attention(queries[i], case.arena, rows[i], case.scale)
+
+    found = call(1)[0]
+    right = torch.stack([exact_attention(queries[1, r], case.arena[rows[1][r]], case.scale) for r in range(case.requests)])
+    error = require("sparse attention", relative_error(found, right), ROUNDED[shape.dtype])
+    words = f"{case.requests} x {shape.query_heads} / {shape.kv_heads} heads, {width} rows of {shape.row_bytes} B"
+    moved = case.requests * shape.kv_heads * width * (shape.row_bytes + rows[0].itemsize)
+    return [Operation("sparse_attention", words, calls_of(call, count), error, moved)]
+
+
+def paged(case: Case) -> list[Operation]:
+    shape, count = case.shape, len(case.context_pages)
+    queries, lengths = case.queries(count), torch.full((case.requests,), case.context, device=case.device)
+    sizes = {"page_size": PAGE_SIZE, "kv_heads": shape.kv_heads}
+
+    def call(i: int) -> tuple[Tensor, Tensor]:
+        return paged_attention(queries[i], case.context_rows, case.context_pages[i], lengths, case.scale, **sizes)
+
+    found, right = call(1)[0], []
+    for r in range(case.requests):
+        right.append(exact_attention(queries[1, r], _context(case, 1, r), case.scale))
+    error = require("paged attention", relative_error(found, torch.stack(right)), ROUNDED[shape.dtype])
+    words = f"{case.requests} x {shape.query_heads} / {shape.kv_heads} heads, {case.context} tokens"
+    moved = case.requests * case.context * shape.kv_heads * shape.row_bytes
+    return [Operation("paged_attention", words, calls_of(call, count), error, moved)]
+
+
+def _context(case: Case, i: int, r: int) -> Tensor:
+    """Rows [Hkv, S, 2, D] of a request's context, copied."""
+    paged_rows = case.context_rows.view(-1, PAGE_SIZE, case.shape.kv_heads, 2, case.shape.head_dim)
+    return paged_rows[case.context_pages[i, r]].flatten(0, 1)[: case.context].transpose(0, 1)
+
+
+def prefill(case: Case) -> list[Operation]:
+    """A chunk of request 0 whose earlier tokens are read from pages of the device, tile by tile, as the engine does."""
+    shape, chunk, count = case.shape, case.chunk, len(case.context_pages)
+    past, tile = case.context - chunk, 16384 if case.device.type == "cuda" else 1024
+    query = case.random(count, chunk, shape.query_heads, shape.head_dim)
+    new = case.random(2, count, chunk, shape.kv_heads, shape.head_dim)
+    sizes = {"page_size": PAGE_SIZE, "kv_heads": shape.kv_heads}
+    buffer = tile_buffer(case.context_rows, tile, **sizes)
+
+    def tiles(i: int) -> Iterator[Tensor]:
+        for start in range(0, past, tile):
+            end = min(start + tile, past)
+            yield tokens_of_pages(case.context_rows, case.context_pages[i, 0], start, end, **sizes, buffer=buffer)
+
+    def call(i: int) -> Tensor:
+        return chunk_attention(query[i], new[0, i], new[1, i], case.scale, tiles(i))
+
+    found = call(1)
+    stored, own = _context(case, 1, 0)[:, :past], torch.stack((new[0, 1], new[1, 1]), 2).transpose(0, 1)  # [Hkv, T, 2, D]
+    some = sorted({0, chunk // 2, chunk - 1})
+    right = [exact_attention(query[1, n], torch.cat((stored, own[:, : n + 1]), 1), case.scale) for n in some]
+    error = require("prefill attention", relative_error(found[some], torch.stack(right)), ROUNDED[shape.dtype])
+    flops = 4 * shape.query_heads * shape.head_dim * (chunk * past + chunk * (chunk + 1) // 2)
+    words = f"{chunk} tokens after {past}, {shape.query_heads} / {shape.kv_heads} heads"
+    return [Operation("prefill_attention", words, calls_of(call, count), error, flops=flops, over="arithmetic")]

@@ -1,0 +1,180 @@
+"""Sizes of a run of the kernels benchmark, and the random data that its operations share."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from measure import fill, host_memory
+from torch import Tensor
+
+from specontext.core import ModelShape
+from specontext.kernels.slot_plan import plan_slots_reference
+from specontext.retrieval.selector import Budget
+
+PAGE_SIZE = 16
+SINK, RECENT = 4, 16
+LONG_ROWS = (4, 65536, 2048)  # rows, scores and k of the case that has a target
+
+
+@dataclass
+class Case:
+    """Sizes of one run and the data that operations share, made when first used.
+
+    Attributes:
+        shape: of the model; its dtype is that of KV and head keys.
+        slots: device slots of each KV head.
+        chunk: tokens of a prefill chunk.
+        long_rows: rows, scores and k of the second top-k.
+        pool_bytes: size of the host pool; on a CPU None makes it as large as the context needs.
+        rotated_bytes: inputs of one operation together are at least that large.
+    """
+
+    shape: ModelShape
+    context: int
+    budget: Budget
+    slots: int
+    requests: int
+    overlap: float
+    chunk: int
+    device: torch.device
+    pool_bytes: int | None = None
+    long_rows: tuple[int, int, int] = LONG_ROWS
+    rotated_bytes: int = 256 << 20
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator(self.device).manual_seed(0)
+        self.order = torch.Generator().manual_seed(1)
+
+    @property
+    def groups(self) -> int:
+        """Retrieval groups: the head has as many as the model has KV heads."""
+        return self.shape.kv_heads
+
+    @property
+    def scale(self) -> float:
+        return self.shape.head_dim**-0.5
+
+    def random(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        return fill(torch.empty(size, dtype=dtype or self.shape.dtype, device=self.device), self.generator)
+
+    def queries(self, count: int) -> Tensor:
+        """Queries [count, R, Hq, D]; their logits over random keys have a standard deviation of 1."""
+        return self.random(count, self.requests, self.shape.query_heads, self.shape.head_dim)
+
+    def permutation(self, count: int, least: int = 0) -> Tensor:
+        return (torch.randperm(count, generator=self.order) + least).to(self.device)
+
+    def sets(self, set_bytes: int, most: int = 16) -> int:
+        """How many sets of inputs of this size an operation rotates among."""
+        return min(most, max(2, -(-self.rotated_bytes // set_bytes)))
+
+    @cached_property
+    def token_pages(self) -> int:
+        """Pages of one request's context in one layer."""
+        return -(-self.context // PAGE_SIZE)
+
+    @cached_property
+    def seats(self) -> Tensor:
+        return torch.arange(self.requests, device=self.device)
+
+    @cached_property
+    def arena(self) -> Tensor:
+        """Slots of all layers and requests: [N, 2, D]."""
+        return self.random((self.arena_pages.numel() + 1) * PAGE_SIZE * self.shape.kv_heads, 2, self.shape.head_dim)
+
+    @cached_property
+    def arena_pages(self) -> Tensor:
+        """int64 [L, R, P], distinct."""
+        pages = -(-self.slots // PAGE_SIZE)
+        return self.permutation(self.shape.layers * self.requests * pages, 1).view(self.shape.layers, self.requests, pages)
+
+    @cached_property
+    def host(self) -> Tensor:
+        """The host pool [N, 2, D], on CUDA pinned."""
+        page_bytes = PAGE_SIZE * self.shape.kv_heads * self.shape.row_bytes
+        needed = self.shape.layers * self.requests * self.token_pages + 1
+        pages = needed if self.pool_bytes is None else self.pool_bytes // page_bytes
+        if pages <= self.requests * self.token_pages:
+            raise ValueError(f"the host pool holds fewer than {self.requests} x {self.context} tokens of one layer: enlarge it")
+        memory = self.stack.enter_context(host_memory(pages * page_bytes, pinned=self.device.type == "cuda"))
+        # The CPU writes it: a copy engine refuses a range that was pinned in several parts.
+        return fill(memory.view(self.shape.dtype), self.order).view(-1, 2, self.shape.head_dim)
+
+    @cached_property
+    def host_pages(self) -> Tensor:
+        """int64 [L, R, P], distinct, as prompts of `chunk` tokens a step leave them: runs of a layer's pages, layer after layer.
+
+        Where the pool has too little room, layers share pages.
+        """
+        layers, run = self.shape.layers, max(1, self.chunk // PAGE_SIZE)
+        token = torch.arange(self.token_pages)
+        layer = torch.arange(layers)[:, None, None]
+        request = torch.arange(self.requests)[:, None] * (-(-self.token_pages // run) * run * layers)
+        pages = request + token // run * (run * layers) + layer * run + token % run
+        pool = self.host.numel() * self.host.itemsize // (PAGE_SIZE * self.shape.kv_heads * self.shape.row_bytes) - 1
+        return (1 + pages % pool).to(self.device)
+
+    @cached_property
+    def scattered_pages(self) -> Tensor:
+        """int64 [L, R, P], anywhere in the pool; distinct in a layer."""
+        pool = self.host.numel() * self.host.itemsize // (PAGE_SIZE * self.shape.kv_heads * self.shape.row_bytes) - 1
+        most = self.requests * self.token_pages
+        rows = [self.permutation(pool, 1)[:most].view(self.requests, -1) for _ in range(self.shape.layers)]
+        return torch.stack(rows)
+
+    @cached_property
+    def context_pages(self) -> Tensor:
+        """Page tables int64 [sets, R, P] of whole contexts of a layer on the device."""
+        count = self.sets(self.requests * self.token_pages * PAGE_SIZE * self.shape.kv_heads * self.shape.row_bytes)
+        pages = self.permutation(count * self.requests * self.token_pages, 1)
+        return pages.view(count, self.requests, self.token_pages)
+
+    @cached_property
+    def context_rows(self) -> Tensor:
+        """Rows [N, 2, D] of these pages."""
+        return self.random((self.context_pages.numel() + 1) * PAGE_SIZE * self.shape.kv_heads, 2, self.shape.head_dim)
+
+    @cached_property
+    def selections(self) -> list[Tensor]:
+        """Scored tokens int64 [R, G, K] of a sequence that ends where it begins; steps share `overlap` of their tokens.
+
+        Tokens come back after so many steps that their slots have been taken, so that every step misses what is new in it.
+        """
+        low, high, width = SINK, self.context - RECENT, self.budget.scored
+        new = width - round(width * self.overlap)
+        hot = self.slots - SINK - RECENT
+        count = 4 if new == 0 else max(4, -(-hot // new) + 2)
+        cycle = max(width, count * new)
+        if cycle > high - low:
+            raise ValueError(f"{self.context} tokens are too few for selections of {width} with overlap {self.overlap}")
+        pairs = range(self.requests * self.groups)
+        orders = torch.stack([torch.randperm(high - low, generator=self.order)[:cycle] + low for _ in pairs])
+        found = []
+        for step in range(count):
+            window = (step * new + torch.arange(width)) % cycle
+            found.append(orders[:, window].sort(-1).values.view(self.requests, self.groups, width))
+        return found
+
+    def empty_tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """slot_of_token, token_of_slot and last_used of empty slots."""
+        pairs, hot = (self.requests, self.groups), self.slots - SINK - RECENT
+        slot_of_token = torch.full((*pairs, self.context), -1, dtype=torch.int32, device=device)
+        token_of_slot = torch.full((*pairs, hot), -1, dtype=torch.int32, device=device)
+        return slot_of_token, token_of_slot, torch.zeros((*pairs, hot), dtype=torch.int32, device=device)
+
+    @cached_property
+    def plans(self) -> list[tuple[Tensor, Tensor]]:
+        """Slots and misses of two rounds through the selections by the reference, on the CPU; the second is the steady state."""
+        tables = self.empty_tables(torch.device("cpu"))
+        seats = torch.arange(self.requests)
+        return [plan_slots_reference(tokens, seats, *tables, step + 1) for step, tokens in enumerate(self.selections * 2)]
+
+    @cached_property
+    def misses(self) -> int:
+        """Misses of a step in the steady state, all pairs together (mean)."""
+        steady = self.plans[len(self.selections) :]
+        return round(sum(int(missing.sum()) for _, missing in steady) / len(steady))
