@@ -303,10 +303,10 @@ class Growth:
     def _round(self) -> None:
         self._drop_those_that_cannot(self.adaptive.length + 1)
         residency, kv = self.adaptive.parts.residency, self.adaptive.parts.kv
-        moves, captured = len(residency.moves), {engine.name: engine.captured for engine in self.engines}
+        moves, captured = residency.num_moves, {engine.name: engine.captured for engine in self.engines}
         turn = len(self.rounds) % len(self.engines)
         seconds = {engine.name: engine.step() for engine in [*self.engines[turn:], *self.engines[:turn]]}
-        finished = tuple(residency.moves[moves:])
+        finished = tuple(residency.moves_since(moves))
         moving = kv.moving is not None or bool(finished)
         new_graphs = tuple(engine.name for engine in self.engines if engine.captured != captured[engine.name])
         round_ = Round(

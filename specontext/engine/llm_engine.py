@@ -133,7 +133,7 @@ class LLMEngine:
             prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
             arrived=time.perf_counter(),
         )
-        moves_before = len(self.parts.residency.moves)
+        moves_before = self.parts.residency.num_moves
         generation = Generation(
             request, Detokenizer(self.tokenizer, params, token_ids), forced, on_logits, moves_before=moves_before
         )
@@ -267,7 +267,7 @@ class LLMEngine:
             "slots": method.slots if self.parts.kv.hot is not None else None,
             "offload_layers": method.offload_layers,
             "offloaded_layers": len(self.parts.kv.offloaded),
-            "moves": [move.as_dict() for move in self.parts.residency.moves[generation.moves_before :]],
+            "moves": [move.as_dict() for move in self.parts.residency.moves_since(generation.moves_before)],
             "preemptions": request.preemptions,
             "granularity": method.granularity,
             "head_rope_theta": head.rope_theta if head is not None else None,

@@ -7,6 +7,7 @@ and starts early enough to arrive before its pages are needed; only when request
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -19,6 +20,7 @@ from specontext.memory.planner import ResidencyPolicy
 
 MARGIN = 3  # steps by which a move is to arrive early; its last rows have one of them to arrive
 PIN_STEPS = 256  # before a layer leaves: so early its place on the host begins to be pinned
+KEPT_MOVES = 1000
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Residency:
 
     Attributes:
         steps: that the engine has begun.
+        moves: the last of them, `KEPT_MOVES` at most; a server may live long.
+        num_moves: all there ever were.
         stalled: seconds that steps have waited for moves, in all.
     """
 
@@ -57,13 +61,19 @@ class Residency:
         self.kv, self.adaptive, self.chunk_bytes = kv, adaptive, chunk_bytes
         self.cost = cost
         self.steps = 0
-        self.moves: list[Move] = []
+        self.moves: deque[Move] = deque(maxlen=KEPT_MOVES)
+        self.num_moves = 0
         self.stalled = 0.0
         self._move: LayerMove | None = None
         self._copied = False  # all its rows are on their way
         self._stall = 0.0
         if adaptive:
             prepare(kv)
+
+    def moves_since(self, count: int) -> list[Move]:
+        """Moves after the first `count`, as far as they are kept."""
+        new = min(self.num_moves - count, len(self.moves))
+        return list(self.moves)[len(self.moves) - new :]
 
     # What fits --------------------------------------------------------------------------------------------------------
 
@@ -221,6 +231,7 @@ class Residency:
         move, self._move, self._copied = self._move, None, False
         move.finish(stored)
         stall = self._stall + time.perf_counter() - began
+        self.num_moves += 1
         self.moves.append(Move(self.steps + 1, move.layer, move.to_host, move.bytes_moved, stall))
         self.stalled += stall
         self._stall = 0.0

@@ -118,6 +118,18 @@ def test_one_request_outgrows_the_device(
     assert job.stats["offloaded_layers"] == len(moves) and job.stats["offload_layers"] is None
 
 
+def test_only_the_last_moves_are_kept(
+    make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specontext.engine.residency.KEPT_MOVES", 2)
+    llm = make_llm("llama", budget=12, gpu_memory=10 * PAGE, host_memory=60 * PAGE, max_num_seqs=2)
+    (job,) = run(llm, [prompts[1]], [greedy(60)])
+    residency = llm.engine.parts.residency
+    assert residency.num_moves == LAYERS and job.stats is not None
+    assert job.stats["moves"] == [move.as_dict() for move in residency.moves]
+    assert [move["layer"] for move in job.stats["moves"]] == [1, 0]
+
+
 @pytest.mark.parametrize("method", FIRST)
 @pytest.mark.parametrize("pages", [16, pytest.param(40, marks=pytest.mark.slow)])
 def test_many_requests_in_a_device_tier_far_too_small(

@@ -133,6 +133,7 @@ def test_tokenizing(server: Server) -> None:
 def test_health_and_version(server: Server) -> None:
     health = server.get("/health")
     assert health.status_code == 200 and health.content == b""
+    assert server.http.head("/health").status_code == 200
     assert server.get("/version").json() == {"version": __version__}
 
 

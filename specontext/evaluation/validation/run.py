@@ -21,7 +21,7 @@ from specontext.evaluation.suites import SUITES, TextTools
 from specontext.evaluation.text_tools import prompt_ids, text_tools
 from specontext.evaluation.validation.machine import machine
 from specontext.evaluation.validation.summary import summary
-from specontext.evaluation.validation.systems import SYSTEMS, Question, free_memory, run_system
+from specontext.evaluation.validation.systems import SYSTEMS, Question, Trial, free_memory, run_system
 from specontext.models.loading import LoadedModel, load_model
 
 RULER = ("niah_single_2", "niah_multikey_2", "niah_multivalue", "vt", "fwe")
@@ -181,19 +181,9 @@ class _Validation:
 
     def _system(self, name: str) -> None:
         settings = self.settings
-        prompts = [self._prompt(length) for length in self.lengths]
-        total = self.question.max_tokens + (settings.steps + 1) * len(prompts)
-        result = run_system(
-            name,
-            self.loaded,
-            settings.retrieval_head,
-            self.question,
-            prompts,
-            budget=settings.budgets[0] if settings.budgets else None,
-            steps=settings.steps,
-            options={"max_model_len": self.longest},
-            advance=self.begin(name, total),
-        )
+        budget = settings.budgets[0] if settings.budgets else None
+        trial = Trial(self.question, [self._prompt(length) for length in self.lengths], budget, settings.steps, self.longest)
+        result = run_system(name, self.loaded, settings.retrieval_head, trial, self.begin(name, trial.tokens))
         self.content["systems"].append(result.as_dict())
 
     def _prompt(self, length: int) -> list[int]:

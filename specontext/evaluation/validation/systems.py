@@ -94,33 +94,40 @@ class Question:
     max_tokens: int
 
 
-def run_system(
-    name: str,
-    loaded: LoadedModel,
-    retrieval_head: str | None,
-    question: Question,
-    prompts: Sequence[Sequence[int]],
-    *,
-    budget: int | None,
-    steps: int,
-    options: dict[str, Any],
-    advance: Advance,
-) -> SystemResult:
-    """Start a system, let it answer the question and time it after prompts; what fails is in the result.
+@dataclass(frozen=True)
+class Trial:
+    """What every system is asked to do.
 
-    Args:
-        name: of `SYSTEMS`.
+    Attributes:
         prompts: tokens of the contexts that decoding is timed at.
         budget: KV entries; None is what the head recommends.
         steps: tokens that are timed.
-        options: further options of `LLM`.
+        longest: tokens of the longest prompt and its output.
+    """
+
+    question: Question
+    prompts: Sequence[Sequence[int]]
+    budget: int | None
+    steps: int
+    longest: int
+
+    @property
+    def tokens(self) -> int:
+        """The most that a system writes, without what warms it up."""
+        return self.question.max_tokens + (self.steps + 1) * len(self.prompts)
+
+
+def run_system(name: str, loaded: LoadedModel, retrieval_head: str | None, trial: Trial, advance: Advance) -> SystemResult:
+    """Start a system of `SYSTEMS`, let it answer the question and time it after prompts; what fails is in the result.
+
+    Args:
         advance: called with tokens as they come, those that warm up left out.
     """
     result, device = SystemResult(name), loaded.model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        _measure(result, loaded, retrieval_head, question, prompts, budget, steps, options, advance)
+        _measure(result, loaded, retrieval_head, trial, advance)
     except SpeContextError as error:
         result.failure = str(error)
     if device.type == "cuda":
@@ -129,27 +136,18 @@ def run_system(
     return result
 
 
-def _measure(
-    result: SystemResult,
-    loaded: LoadedModel,
-    retrieval_head: str | None,
-    question: Question,
-    prompts: Sequence[Sequence[int]],
-    budget: int | None,
-    steps: int,
-    options: dict[str, Any],
-    advance: Advance,
-) -> None:
+def _measure(result: SystemResult, loaded: LoadedModel, retrieval_head: str | None, trial: Trial, advance: Advance) -> None:
     method, offloaded = SYSTEMS[result.name]
-    config = SpeContextConfig(method=method, budget=budget, offload_layers=offloaded)
-    llm = LLM(loaded, retrieval_head if method != "full" else None, config, max_num_seqs=1, **options)
+    config = SpeContextConfig(method=method, budget=trial.budget, offload_layers=offloaded)
+    head = retrieval_head if method != "full" else None
+    llm = LLM(loaded, head, config, max_num_seqs=1, max_model_len=trial.longest)
     try:
         parts = llm.engine.parts
         result.budget = None if method == "full" else llm.config.budget
         result.device_kv_bytes, result.host_kv_bytes = parts.kv.arena.num_bytes, parts.kv.host.num_bytes
-        result.chain = _chain(llm, question, advance)
-        for prompt in prompts:
-            result.speeds.append(_speed(llm, prompt, steps, advance))
+        result.chain = _chain(llm, trial.question, advance)
+        for prompt in trial.prompts:
+            result.speeds.append(_speed(llm, prompt, trial.steps, advance))
     finally:
         llm.engine.close()
 
