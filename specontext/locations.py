@@ -54,7 +54,7 @@ def shape_of(model: ModelShape | PreTrainedConfig | str | Path) -> ModelShape:
         source = resolve_model_path(model)
         try:
             config = AutoConfig.from_pretrained(source)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(f"cannot read the config of the model {source}: {first_line}") from error
     try:

@@ -69,7 +69,7 @@ def load_model(
         raise
     except SafetensorError as error:
         raise ModelError(f"the weights of {source} are broken or truncated: {error}") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"cannot load the model {source}: {_first_line(error)}") from error
     model = model.to(device).eval().requires_grad_(False)
     ends = _as_ids(model.generation_config.eos_token_id) | _as_ids(tokenizer.eos_token_id) | _as_ids(config.eos_token_id)
