@@ -145,7 +145,7 @@ class EngineConfig:
     enable_prefix_caching: bool = _option(  # type: ignore[assignment]
         True, "Keep what is known of prompts in free pages of the host tier, for requests that begin with the same tokens."
     )
-    seed: int = _option(0, "Seed of sampled requests that name none.")  # type: ignore[assignment]
+    seed: int = _option(0, "Seed from which sampled requests that name none get theirs, in the order in which they come.")  # type: ignore[assignment]
     page_size: int = _option(16, "Tokens of one KV page.")  # type: ignore[assignment]
     measure_recall: bool = _option(  # type: ignore[assignment]
         False, "Measure the share of the true attention that the selection covers (reads all KV; slow)."

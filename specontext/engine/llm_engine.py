@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -93,6 +94,7 @@ class LLMEngine:
         self.scheduler = Scheduler(self.parts, seats=config.max_num_seqs, max_batched_tokens=config.max_num_batched_tokens)
         self.tokenizer = self.loaded.tokenizer
         self._generations: dict[str, Generation] = {}
+        self._seeds = random.Random(config.seed)  # of requests that name none
 
     def add_request(
         self,
@@ -126,7 +128,7 @@ class LLMEngine:
             list(token_ids),
             len(token_ids),
             params,
-            seed=params.seed if params.seed is not None else self.config.seed,
+            seed=params.seed if params.seed is not None else self._seeds.randrange(2**63),
             choice=self.parts.methods.choose(params.method, params.budget),
             index=index,
             logprobs=[] if params.logprobs is not None else None,

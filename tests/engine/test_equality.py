@@ -256,6 +256,19 @@ def test_outputs_of_one_prompt_differ_when_sampled_and_agree_when_greedy(
     check_idle(llm)
 
 
+def test_requests_that_name_no_seed_differ_and_the_engine_s_seed_decides_how(make_llm: MakeLLM, prompts: Prompts) -> None:
+    params = SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True)
+
+    def ask(seed: int) -> list[tuple[int, ...]]:
+        llm = make_llm("llama", budget=14, seed=seed)
+        outputs = [*llm.generate([prompts[1]] * 2, params), *llm.generate([prompts[1]], params)]
+        return [tuple(output.token_ids) for output in outputs]
+
+    first, other = ask(3), ask(4)
+    assert len({*first, *other}) == 6
+    assert ask(3) == first
+
+
 # Ends -----------------------------------------------------------------------------------------------------------------
 
 
