@@ -59,12 +59,12 @@ def chat(
     """
     given = {"max_tokens": max_tokens, "temperature": temperature}
     options = {name: value for name, value in given.items() if value is not None}
-    asyncio.run(_talk(Address.parse(base_url, api_key), model, options, system, prompt))
+    _talk(Address.parse(base_url, api_key), model, options, system, prompt)
 
 
-async def _talk(address: Address, model: str | None, options: dict[str, Any], system: str | None, prompt: str | None) -> None:
+def _talk(address: Address, model: str | None, options: dict[str, Any], system: str | None, prompt: str | None) -> None:
     if model is None:
-        listed = await fetch_json(address, "GET", "/v1/models")
+        listed = asyncio.run(fetch_json(address, "GET", "/v1/models"))
         try:
             model = str(listed["data"][0]["id"])
         except (KeyError, IndexError, TypeError) as error:
@@ -72,16 +72,16 @@ async def _talk(address: Address, model: str | None, options: dict[str, Any], sy
     beginning: list[Message] = [{"role": "system", "content": system}] if system is not None else []
     conversation = Conversation(address, model, options, list(beginning))
     if prompt is not None:
-        await _say(conversation, prompt)
+        asyncio.run(_say(conversation, prompt))
         return
     console = error_console()
     console.print(escape(f"{model} at {address.host}:{address.port}; an empty line ends, /new begins anew"), style="dim")
-    while text := await asyncio.to_thread(_read_line):
+    while text := _read_line():  # outside of asyncio, which would wait for the line before it lets Ctrl-C end the program
         if text == "/new":
             conversation.messages = list(beginning)
             continue
         try:
-            await _say(conversation, text)
+            asyncio.run(_say(conversation, text))
         except HttpError as error:  # the conversation can go on
             console.print(escape(f"error: {error}"), style="red")
 

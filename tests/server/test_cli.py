@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 
 from specontext.cli import main
 from specontext.cli.serve import describe
-from tests.server.serving import Server, make_engine
+from tests.server.serving import PATIENCE, Server, make_engine
 
 Outcome = tuple[int, str, str]
 
@@ -83,6 +86,17 @@ def test_chat(server: Server, run: Callable[..., Outcome], monkeypatch: pytest.M
     assert "nano at" in err and "error: the prompt has" in err
     status, _, err = run("chat", "--base-url", "http://127.0.0.1:1")
     assert status == 1 and "cannot reach" in err
+
+
+def test_chat_ends_at_once_when_it_is_interrupted_at_its_prompt() -> None:
+    words = [sys.executable, "-m", "specontext.cli", "chat", "--model", "nano"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as popen:
+        try:
+            assert popen.stderr is not None and "/new begins anew" in popen.stderr.readline()
+            popen.send_signal(signal.SIGINT)
+            assert popen.wait(PATIENCE / 4) == 130
+        finally:
+            popen.kill()
 
 
 @pytest.mark.parametrize("options", [[], ["--no-stream"], ["--request-rate", 40, "--max-concurrency", 2]])
