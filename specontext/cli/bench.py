@@ -29,6 +29,7 @@ bench_app = typer.Typer(help="Measure throughput and latencies: a table, then on
 NumPrompts = Annotated[int, typer.Option("--num-prompts", help="Requests to send.")]
 InputLen = Annotated[int, typer.Option("--input-len", help="Tokens of each prompt; they are random.")]
 OutputLen = Annotated[int, typer.Option("--output-len", help="Tokens to generate for each prompt.")]
+NumWarmups = Annotated[int, typer.Option("--num-warmups", min=0, help="Further prompts that go before and are not counted.")]
 
 
 @bench_app.command("serve")
@@ -53,7 +54,7 @@ def bench_serve(
         bool, typer.Option("--ignore-eos/--no-ignore-eos", help="Go on after end tokens (servers other than ours may refuse it).")
     ] = True,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
-    num_warmups: Annotated[int, typer.Option("--num-warmups", help="Requests that are sent before and not counted.")] = 1,
+    num_warmups: NumWarmups = 1,
     seed: Annotated[int, typer.Option("--seed", help="Seed of prompts and arrivals.")] = 0,
 ) -> None:
     """Send random prompts to a running OpenAI-compatible server."""
@@ -82,27 +83,33 @@ async def _measure_server(
     temperature: float,
     warmups: int,
 ) -> dict[str, Any]:
-    listed = await fetch_json(address, "GET", "/v1/models")
-    try:
-        served = listed["data"][0]
-        name, root = model or served["id"], tokenizer or served.get("root") or served["id"]
-    except (KeyError, IndexError, TypeError) as error:
-        raise HttpError("the server lists no models: give --model and --tokenizer") from error
+    name, root = (model, tokenizer) if model and tokenizer else await _served(address, model, tokenizer)
     quiet_libraries()
     from specontext.models.loading import load_tokenizer
 
-    prompts = workload.prompts(load_tokenizer(root))
+    prompts = workload.prompts(load_tokenizer(root), more=warmups)
     target = Target(address, name, stream, ignore_eos, temperature)
     if warmups:
-        await measure(target, Workload(warmups, workload.input_len, workload.output_len), prompts[:1] * warmups)
+        first = Workload(warmups, workload.input_len, workload.output_len)
+        await measure(target, first, prompts[workload.num_prompts :])
     with _bar(workload.num_prompts) as (bar, task):
-        run = await measure(target, workload, prompts, done=lambda: bar.advance(task))
+        run = await measure(target, workload, prompts[: workload.num_prompts], done=lambda: bar.advance(task))
     errors = [record.error for record in run.records if record.error is not None]
     if errors:
         error_console().print(f"{len(errors)} requests failed, the first one with: {errors[0]}", markup=False)
     if len(errors) == len(run.records):
         raise HttpError("every request failed")
     return {"model": name} | summarise(run)
+
+
+async def _served(address: Address, model: str | None, tokenizer: str | None) -> tuple[str, str]:
+    """Names of the model and of its tokenizer, where they were not given those of the server's first model."""
+    listed = await fetch_json(address, "GET", "/v1/models")
+    try:
+        first = listed["data"][0]
+        return model or first["id"], tokenizer or first.get("root") or first["id"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise HttpError("the server lists no models: give --model and --tokenizer") from error
 
 
 @bench_app.command("throughput")
@@ -116,7 +123,7 @@ def bench_throughput(
     num_prompts: NumPrompts = 100,
     input_len: InputLen = 128,
     output_len: OutputLen = 128,
-    num_warmups: Annotated[int, typer.Option("--num-warmups", help="Prompts that are run before and not counted.")] = 1,
+    num_warmups: NumWarmups = 1,
     settings: Settings,
 ) -> None:
     """Generate for random prompts with the offline engine, all at once."""
@@ -125,11 +132,11 @@ def bench_throughput(
     from specontext import SamplingParams
 
     params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=output_len)
-    prompts = workload.prompts(llm.tokenizer)
+    prompts = workload.prompts(llm.tokenizer, more=num_warmups)
     if num_warmups:
-        llm.generate(prompts[:1] * num_warmups, params)
+        llm.generate(prompts[num_prompts:], params)
     began, worked = time.perf_counter(), time.process_time()
-    outputs = llm.generate(prompts, params, progress=True)
+    outputs = llm.generate(prompts[:num_prompts], params, progress=True)
     seconds, worked = time.perf_counter() - began, time.process_time() - worked
     made = sum(len(output.token_ids) for output in outputs)
     _print(

@@ -10,9 +10,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from specontext import LLM
 from specontext.cli import main
 from specontext.cli.serve import describe
 from tests.server.serving import PATIENCE, Server, make_engine
@@ -114,6 +116,58 @@ def test_bench_serve(server: Server, run: Callable[..., Outcome], options: list[
             value = found[f"{kind}_{name}_ms"]
             assert (value is None) if "--no-stream" in options and name != "e2el" else value > 0
     server.check_idle()
+
+
+def test_what_warms_a_server_up_is_not_measured(server: Server, run: Callable[..., Outcome]) -> None:
+    """A prompt that was sent before is known, and would be answered too soon."""
+    words = ["--num-prompts", 2, "--input-len", 64, "--output-len", 2, "--num-warmups", 3, "--seed", 77]
+    found = server.engine.parts.prefix.hits
+    status, out, _ = run("bench", "serve", "--base-url", server.url, *words)
+    assert status == 0 and json.loads(out.splitlines()[-1])["completed"] == 2
+    assert server.engine.parts.prefix.hits == found
+    assert run("bench", "serve", "--base-url", server.url, "--num-warmups", -1)[0] == 2
+    server.check_idle()
+
+
+def test_what_warms_the_engine_up_is_not_measured(run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[list[int]]] = []
+    generate = LLM.generate
+
+    def watched(llm: LLM, prompts: list[list[int]], *arguments: Any, **options: Any) -> Any:
+        ran.append(prompts)
+        return generate(llm, prompts, *arguments, **options)
+
+    monkeypatch.setattr(LLM, "generate", watched)
+    words = [
+        "--device",
+        "cpu",
+        "--max-model-len",
+        512,
+        "--num-prompts",
+        3,
+        "--num-warmups",
+        2,
+        "--input-len",
+        9,
+        "--output-len",
+        2,
+    ]
+    assert run("bench", "throughput", "nano", *words, "--output-len", 2)[0] == 0
+    warm, measured = ran
+    assert (len(warm), len(measured)) == (2, 3) and not any(prompt in measured for prompt in warm)
+
+
+def test_bench_serve_of_a_server_that_lists_no_models(
+    server: Server, run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing(*_: object) -> dict[str, list[object]]:
+        return {"data": []}
+
+    monkeypatch.setattr("specontext.cli.bench.fetch_json", nothing)
+    words = ["--base-url", server.url, "--num-prompts", 1, "--input-len", 3, "--output-len", 2]
+    status, _, err = run("bench", "serve", *words)
+    assert status == 1 and "--model and --tokenizer" in err
+    assert run("bench", "serve", *words, "--model", "nano", "--tokenizer", "nano")[0] == 0
 
 
 def test_bench_serve_with_failures(server: Server, run: Callable[..., Outcome]) -> None:

@@ -40,12 +40,12 @@ class Workload:
         if not self.request_rate > 0:
             raise WorkloadError(f"request_rate must be above 0, got {self.request_rate}: inf sends all at once")
 
-    def prompts(self, tokenizer: Any) -> list[list[int]]:
-        """Token ids of ordinary tokens."""
+    def prompts(self, tokenizer: Any, *, more: int = 0) -> list[list[int]]:
+        """Token ids of ordinary tokens; `more` further prompts are for warming up, since one that is sent twice is known."""
         rng = random.Random(self.seed)
         special = set(tokenizer.all_special_ids)
         ordinary: Sequence[int] = [token for token in range(len(tokenizer)) if token not in special]
-        return [rng.choices(ordinary, k=self.input_len) for _ in range(self.num_prompts)]
+        return [rng.choices(ordinary, k=self.input_len) for _ in range(self.num_prompts + more)]
 
     def arrivals(self) -> list[float]:
         """Seconds after the start at which each request is sent: a Poisson process."""
