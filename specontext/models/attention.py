@@ -11,6 +11,10 @@ from transformers import AttentionInterface
 ATTENTION_NAME = "specontext"
 
 
+class NoStepError(RuntimeError):
+    """Attention is called without a running step."""
+
+
 class LayerAttention(Protocol):
     """What a step does when a layer calls attention."""
 
@@ -35,7 +39,7 @@ def attention_forward(
     The name is unknown to the mask interface, so no mask is ever built: causality and boundaries are the step's.
     """
     if specontext_step is None:
-        raise RuntimeError("this model was loaded for SpeContext's engine: run it through specontext.LLM")
+        raise NoStepError("this model was loaded for SpeContext's engine: run it through specontext.LLM")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     output = specontext_step.attend(module.layer_idx, q, k, v, scale)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from specontext.core import ModelShape, SpeContextError
 from specontext.locations import ModelError, resolve_model_path
 from specontext.models.attention import ATTENTION_NAME, register_attention
+from specontext.models.checking import check_attention
 
 SUPPORTED_ROPE = ("default", "linear", "yarn", "llama3", None)
 
@@ -69,12 +70,18 @@ def load_model(
         raise
     except SafetensorError as error:
         raise ModelError(f"the weights of {source} are broken or truncated: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except KeyError as error:
+        foreign = error.args == (ATTENTION_NAME,)  # a class that looks attention up in a list of its own
+        why = "its attention cannot be exchanged" if foreign else f"{error} is missing"
+        raise ModelError(f"cannot load the model {source}: {why}") from error
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise ModelError(f"cannot load the model {source}: {_first_line(error)}") from error
     model = model.to(device).eval().requires_grad_(False)
+    shape = ModelShape.from_config(config, model.dtype)
+    check_attention(model, shape)
     ends = _as_ids(model.generation_config.eos_token_id) | _as_ids(tokenizer.eos_token_id) | _as_ids(config.eos_token_id)
     path = source if isinstance(source, Path) else None
-    return LoadedModel(str(name), path, model, tokenizer, ModelShape.from_config(config, model.dtype), frozenset(ends))
+    return LoadedModel(str(name), path, model, tokenizer, shape, frozenset(ends))
 
 
 def _stored(source: Path | str, config: PreTrainedConfig, dtype: str, options: dict[str, Any]) -> PreTrainedModel:
