@@ -20,7 +20,7 @@ from specontext.evaluation.competitors import Competitor, parse_competitors
 from specontext.evaluation.engines import Engines, Group
 from specontext.evaluation.results import environment, read_meta, write_results
 from specontext.evaluation.rows import MEASURES, Cell, Row, by_cell, cell_rows
-from specontext.evaluation.samples import FILE, EvaluationError, Sample, SampleFile
+from specontext.evaluation.samples import FILE, EvaluationError, Sample, SampleFile, fingerprint
 from specontext.evaluation.settings import EvaluationSettings
 from specontext.evaluation.text_tools import text_tools
 from specontext.models.loading import LoadedModel, load_model
@@ -164,6 +164,9 @@ class Evaluation:
             advance(1)
         if not cells:
             raise EvaluationError("nothing can be run: " + "; ".join(dict.fromkeys(note["why"] for note in self.notes)))
+        for cell in cells:
+            asked = {problem.example.key: fingerprint(problem.token_ids) for problem in cell.problems}
+            self.samples.check(cell.task.suite, cell.task.name, cell.length, asked)
         wanted = [(group, cell, self._choices(group, cell.task.suite, cell.length)) for group in self.groups for cell in cells]
         self._count_all()
         advance = begin("answering", sum(len(cell.problems) * len(choices) for _, cell, choices in wanted))
@@ -190,10 +193,10 @@ class Evaluation:
             todo = [(choice, [p for p in batch if _id(cell, p, choice) not in known]) for choice in choices]
             advance(sum(len(batch) - len(problems) for _, problems in todo))
             todo = [(choice, problems) for choice, problems in todo if problems]
-            if len(todo) > 1:
+            if todo and llm.engine.config.enable_prefix_caching:  # so that no method's time has the prompts in it
                 llm.generate([p.token_ids for p in batch], SamplingParams(temperature=0.0, max_tokens=1))
             for choice, problems in todo:
-                self.samples.add(_answer(llm, cell, problems, choice))
+                self.samples.add(_answer(llm, cell, problems, choice, self.settings.seed))
                 advance(len(problems))
                 added = True
         if added:
@@ -234,15 +237,11 @@ def _id(cell: EvalCell, problem: Problem, choice: Choice) -> tuple[str, str, int
     return (cell.task.suite, cell.task.name, cell.length, problem.example.key, choice[0].label, choice[1])
 
 
-def _answer(llm: LLM, cell: EvalCell, problems: Sequence[Problem], choice: Choice) -> list[Sample]:
-    """Let one method answer problems, all together."""
+def _answer(llm: LLM, cell: EvalCell, problems: Sequence[Problem], choice: Choice, seed: int) -> list[Sample]:
+    """Let one method answer problems, all together; by the seed the choice of `random` does not depend on what ran before."""
     competitor, budget = choice
-    params = [
-        SamplingParams(
-            temperature=0.0, max_tokens=p.example.max_tokens, stop=p.example.stop, method=competitor.method, budget=budget
-        )
-        for p in problems
-    ]
+    greedy = SamplingParams(temperature=0.0, seed=seed, method=competitor.method, budget=budget)
+    params = [replace(greedy, max_tokens=p.example.max_tokens, stop=p.example.stop) for p in problems]
     began = time.perf_counter()
     outputs = llm.generate([p.token_ids for p in problems], params)
     seconds = (time.perf_counter() - began) / len(problems)
@@ -261,4 +260,5 @@ def _sample(cell: EvalCell, problem: Problem, choice: Choice, output: RequestOut
         len(output.token_ids),
         stats,
         seconds,
+        fingerprint(problem.token_ids),
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ class Sample:
         budget: None for a method that reads everything.
         scores: `score` and whatever else the task's scorer reports.
         stats: of the engine, see `MEASURES` in `specontext.evaluation.rows`.
-        seconds: wall time of the batch that the problem was answered in, over the problems in it.
+        seconds: wall time of the batch that the problem was answered in, over the problems in it; its prompts were known before.
+        asked: fingerprint of what the model was given; empty in samples of versions that did not record it.
     """
 
     suite: str
@@ -46,11 +48,17 @@ class Sample:
     output_tokens: int
     stats: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    asked: str = ""
 
     @property
     def id(self) -> SampleId:
         """What a resumed run knows it by."""
         return (self.suite, self.task, self.length, self.key, self.method, self.budget)
+
+
+def fingerprint(token_ids: Sequence[int]) -> str:
+    """Tells prompts apart that have the same name."""
+    return hashlib.sha256(" ".join(map(str, token_ids)).encode()).hexdigest()[:12]
 
 
 class SampleFile:
@@ -76,6 +84,21 @@ class SampleFile:
         for sample in new:
             self.samples[sample.id] = sample
 
+    def check(self, suite: str, task: str, length: int | None, asked: Mapping[str, str]) -> None:
+        """Raises EvaluationError where a problem that is answered already was another one than the one of its name now.
+
+        Args:
+            asked: fingerprints of problems by their keys.
+        """
+        for sample in self.samples.values():
+            if (sample.suite, sample.task, sample.length) != (suite, task, length) or not sample.asked:
+                continue
+            if asked.get(sample.key, sample.asked) != sample.asked:
+                raise EvaluationError(
+                    f"{self.path.parent} has answers to other problems of {suite}/{task} (problem {sample.key} is not the same): "
+                    "the data, or the version that drew the problems, is another one; choose another directory"
+                )
+
     def _read(self) -> list[Sample]:
         if not self.path.exists():
             return []
@@ -85,13 +108,13 @@ class SampleFile:
             if torn:  # the run was stopped while it wrote this line
                 with self.path.open("r+b") as file:
                     file.truncate(len(whole) + len(newline))
-            return [self._sample(line, number) for number, line in enumerate(whole.decode().splitlines(), 1) if line]
+            return [self._sample(line, number) for number, line in enumerate(whole.decode().split("\n"), 1) if line]
         except (OSError, UnicodeDecodeError) as error:
             raise EvaluationError(f"{self.path} cannot be read: {error}") from error
 
     def _sample(self, line: str, number: int) -> Sample:
         try:
             raw = json.loads(line)
-            return Sample(**{f.name: raw[f.name] for f in fields(Sample)})
+            return Sample(**{f.name: raw[f.name] for f in fields(Sample) if f.name != "asked"}, asked=raw.get("asked", ""))
         except (ValueError, KeyError, TypeError) as error:
             raise EvaluationError(f"line {number} of {self.path} is no sample: mend it or choose another directory") from error

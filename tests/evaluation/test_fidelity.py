@@ -260,6 +260,17 @@ def test_other_windows_are_not_mixed_in(results: dict[str, Any], settings: Evalu
             run_fidelity(replace(short, **other), silently)
 
 
+def test_a_text_that_has_changed_is_refused(settings: EvaluationSettings, tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "texts").mkdir()
+    file = write(tmp_path / "texts", tokenizer, 60)
+    one = replace(settings, texts=(str(file),), lengths=(32,), limit=1, budgets=(24,), methods=("full",), out=tmp_path / "out")
+    run_fidelity(one, silently)
+    words = file.read_text().split(" ")
+    file.write_text(" ".join([words[1], words[0], *words[2:]]))
+    with pytest.raises(EvaluationError, match="answers to other problems of fidelity"):
+        run_fidelity(one, silently)
+
+
 def test_what_cannot_be_run_is_named(settings: EvaluationSettings, tmp_path: Path, tokenizer: Any) -> None:
     asked = replace(settings, out=tmp_path / "out")
     with pytest.raises(EvaluationError, match="end at 512 tokens"):

@@ -97,7 +97,7 @@ def test_answers_are_those_of_the_engine_by_itself(settings: EvaluationSettings,
     llm = LLM("nano", device="cpu", max_model_len=512, methods=("random",))
     count = lambda text: len(llm.tokenizer.encode(text, add_special_tokens=False))  # noqa: E731
     (problem,) = sample_problems("niah_multivalue", length=256, seed=5, n=1, count_tokens=count)
-    (output,) = llm.generate(problem.prompt, SamplingParams(temperature=0.0, max_tokens=40, method="random", budget=32))
+    (output,) = llm.generate(problem.prompt, SamplingParams(temperature=0.0, seed=5, max_tokens=40, method="random", budget=32))
     found = [line for line in lines(settings.out) if (line["task"], line["key"]) == ("niah_multivalue", "5-0")]
     (line,) = [line for line in found if (line["method"], line["budget"]) == ("random", 32)]
     assert line["output"] == output.text
@@ -136,7 +136,7 @@ def test_what_is_there_is_not_run_again_and_more_can_be_added(
     skipped = json.loads((copied.out / "results.json").read_text())["meta"]["notes"]
     results = run_evaluation(more, silently)
     assert all(note in results["meta"]["notes"] for note in skipped)
-    assert sum(asked) == 2 * 6
+    assert sum(asked) == 2 * (6 + 6)  # prompts first, so that they are in no method's time
     assert {row["method"] for row in results["rows"]} == {*METHODS, "streaming"}
     assert ("streaming", "full") in {(pair["method"], pair["other"]) for pair in results["pairs"]}
     assert results["meta"]["command"] == "specontext eval first && specontext eval second"
@@ -182,6 +182,21 @@ def test_directories_of_other_evaluations(copied: EvaluationSettings) -> None:
         run_evaluation(copied, silently)
     with pytest.raises(EvaluationError, match="cannot be made"):
         run_evaluation(replace(copied, out=copied.out / FILE / "below"), silently)
+
+
+def test_answers_to_other_problems_are_not_mixed_in(settings: EvaluationSettings, tmp_path: Path) -> None:
+    def rows(*questions: str) -> str:
+        (tmp_path / "test.jsonl").write_text("".join(json.dumps({"question": q, "answer": "#### 5"}) + "\n" for q in questions))
+        return str(tmp_path / "test.jsonl")
+
+    asked = replace(settings, suites=("gsm8k",), tasks=None, lengths=None, methods=("full",), budgets=None, out=tmp_path / "out")
+    asked = replace(asked, engine={"device": "cpu", "max_model_len": 256})
+    first = run_evaluation(replace(asked, data=rows("the red cat", "the old dog")), silently)["rows"]
+    assert [row["n"] for row in first] == [2]
+    with pytest.raises(EvaluationError, match=r"answers to other problems of gsm8k/gsm8k \(problem 1 is not the same\)"):
+        run_evaluation(replace(asked, data=rows("the red cat", "the old fox")), silently)
+    again = run_evaluation(replace(asked, data=rows("the red cat", "the old dog")), silently)["rows"]
+    assert again == first
 
 
 def test_methods_that_cannot_work_on_a_model(

@@ -114,7 +114,8 @@ def test_pairing_removes_what_problems_have_in_common() -> None:
 
 def test_samples_come_back_and_a_torn_line_does_not(tmp_path: Path) -> None:
     file = SampleFile(tmp_path)
-    file.add([sample("0", output="ein Wort – naïve"), sample("1", "quest", 64)])
+    breaks = "a\nb\r\u2028c\u2029d\x85e\x0bf\x1cg"  # all that some reader takes for the end of a line
+    file.add([sample("0", output=f"ein Wort – naïve {breaks}"), sample("1", "quest", 64)])
     whole = (tmp_path / FILE).read_bytes()
     (tmp_path / FILE).write_bytes(whole + whole[:40])
     again = SampleFile(tmp_path)

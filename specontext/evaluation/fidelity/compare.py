@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -91,7 +91,7 @@ def measures(full: Tensor, logits: Tensor, target: int) -> Tensor:
     return torch.stack((same.double(), divergence, -found[:, target]), dim=-1)
 
 
-def compare_window(llm: LLM, window: Window, choices: Sequence[tuple[str, int | None]]) -> list[Fidelity]:
+def compare_window(llm: LLM, window: Window, choices: Sequence[tuple[str, int | None]], *, seed: int = 0) -> list[Fidelity]:
     """Compare methods with full attention where a window wants it, all in one batch.
 
     The token before the first that may be compared is the first that is decoded; all before it are the prompt.
@@ -99,6 +99,7 @@ def compare_window(llm: LLM, window: Window, choices: Sequence[tuple[str, int | 
     Args:
         llm: runs `full` and all methods.
         choices: methods and budgets.
+        seed: of the method `random`.
 
     Returns:
         Full attention's own, then one for each choice.
@@ -107,10 +108,11 @@ def compare_window(llm: LLM, window: Window, choices: Sequence[tuple[str, int | 
     prompt, forced = window.prompt, window.token_ids[len(window.prompt) :]
     everyone = [("full", None), *choices]
     comparison = _Comparison(forced[1:], window.wanted, len(everyone), engine.device)
+    greedy = SamplingParams(temperature=0.0, seed=seed, ignore_eos=True, max_tokens=len(forced))
     generations = []
     try:
         for number, (method, budget) in enumerate(everyone):
-            params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=len(forced), method=method, budget=budget)
+            params = replace(greedy, method=method, budget=budget)
             see = partial(comparison.see, number)
             generations.append(engine.add_request(f"fidelity-{number}", prompt, params, forced=forced, on_logits=see))
         while not all(generation.finished for generation in generations):

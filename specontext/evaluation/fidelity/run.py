@@ -19,7 +19,7 @@ from specontext.evaluation.fidelity.rows import SUITE
 from specontext.evaluation.fidelity.windows import ShortTextError, Text, Window
 from specontext.evaluation.rows import MEASURES
 from specontext.evaluation.run import Advance, Begin, Choice, Evaluation, run_evaluation
-from specontext.evaluation.samples import EvaluationError, Sample
+from specontext.evaluation.samples import EvaluationError, Sample, fingerprint
 from specontext.evaluation.settings import EvaluationSettings
 from specontext.models.loading import LoadedModel
 
@@ -105,19 +105,20 @@ class _FidelityEvaluation(Evaluation):
         known = {
             sample.key for sample in samples if (sample.suite, sample.task, sample.length) == (SUITE, cell.text, cell.length)
         }
-        asked = {_key(cell, window) for window in cell.windows}
-        if not (known <= asked or asked <= known):
+        asked = {_key(cell, window): fingerprint(window.token_ids) for window in cell.windows}
+        if not (known <= asked.keys() or asked.keys() <= known):
             raise EvaluationError(
                 f"{self.settings.out} has other windows of {cell.text} at {cell.length} tokens: give the same --limit and "
                 "--compare, or choose another directory"
             )
+        self.samples.check(SUITE, cell.text, cell.length, asked)
 
     def _compare(self, llm: LLM, cell: _Cell, choices: Sequence[Choice], advance: Advance) -> None:
         known, added = self.samples.samples, False
         for window in cell.windows:
             todo = [choice for choice in (FULL, *choices) if _name(cell, window, choice) not in known]
             if todo:
-                self.samples.add(_measure(llm, cell, window, todo))
+                self.samples.add(_measure(llm, cell, window, todo, self.settings.seed))
                 added = True
             advance(1)
         if added:
@@ -132,7 +133,7 @@ def _name(cell: _Cell, window: Window, choice: Choice) -> tuple[str, str, int | 
     return (SUITE, cell.text, cell.length, _key(cell, window), choice[0].label, choice[1])
 
 
-def _measure(llm: LLM, cell: _Cell, window: Window, todo: Sequence[Choice]) -> list[Sample]:
+def _measure(llm: LLM, cell: _Cell, window: Window, todo: Sequence[Choice], seed: int) -> list[Sample]:
     """Compare one window, as many methods at once as the engine has seats for beside full attention."""
     others = [choice for choice in todo if choice != FULL]
     at_once = max(llm.engine.config.max_num_seqs - 1, 1)
@@ -142,7 +143,7 @@ def _measure(llm: LLM, cell: _Cell, window: Window, todo: Sequence[Choice]) -> l
     for start in range(0, max(len(others), 1), at_once):
         some = others[start : start + at_once]
         began = time.perf_counter()
-        measured = compare_window(llm, window, [(one.method, budget) for one, budget in some])
+        measured = compare_window(llm, window, [(one.method, budget) for one, budget in some], seed=seed)
         seconds = (time.perf_counter() - began) / len(measured)
         pairs = zip((FULL, *some), measured, strict=True)
         new = [_sample(cell, window, choice, fidelity, seconds) for choice, fidelity in pairs]
@@ -160,4 +161,4 @@ def _sample(cell: _Cell, window: Window, choice: Choice, fidelity: Fidelity, sec
     kept = [name for name in (*MEASURES, "attention_recall_by_layer") if name in fidelity.stats and name not in NOT_MEASURED]
     stats = {name: fidelity.stats[name] for name in kept}
     name = _name(cell, window, choice)
-    return Sample(*name, fidelity.agreement, scores, "", "length", cell.compared, stats, seconds)
+    return Sample(*name, fidelity.agreement, scores, "", "length", cell.compared, stats, seconds, fingerprint(window.token_ids))
