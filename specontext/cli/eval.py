@@ -187,7 +187,7 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
 
 def _table(title: str, rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]]) -> Table:
     to_full = {(p["method"], p["budget"], p["length"]): p for p in pairs if p["other"] == "full"}
-    made = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, title_justify="left")
+    made = Table(title=escape(title), box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, title_justify="left")
     for column in ("length", "method", "budget", "n", "score", "95 %", "minus full", "95 %", "read", "overlap", "loaded", "s"):
         made.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:

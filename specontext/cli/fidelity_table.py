@@ -15,7 +15,9 @@ COLUMNS = ("length", "method", "budget", "n", "agreement", "95 %", "KL", "95 %",
 def fidelity_tables(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
     """A table for each text."""
     for text in dict.fromkeys(row["task"] for row in rows):
-        made = Table(title=f"fidelity: {text}", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, title_justify="left")
+        made = Table(
+            title=escape(f"fidelity: {text}"), box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, title_justify="left"
+        )
         for column in COLUMNS:
             made.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
         for row in rows:

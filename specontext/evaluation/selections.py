@@ -36,6 +36,7 @@ from specontext.retrieval.selector import DecodeTokens
 FORMAT = 1
 FILE = "selections.json"
 KEYS = {"model", "head", "method", "budget", "sink", "recent", "prompt_tokens", "texts", "layers", "readers", "steps"}
+STEP_KEYS = {"length", "sets", "heads"}
 TOP = 64  # entries of true attention that are kept for each head
 UNITS = 10_000
 LEAST = 0.0005  # attention that is shown at all
@@ -192,7 +193,10 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 def is_record(found: Any) -> bool:
     """Whether this is the content of a `selections.json` of this version."""
-    return isinstance(found, dict) and found.get("format") == FORMAT and found.keys() >= KEYS and bool(found["steps"])
+    if not isinstance(found, dict) or found.get("format") != FORMAT or not found.keys() >= KEYS:
+        return False
+    steps = found["steps"]
+    return isinstance(steps, list) and bool(steps) and all(isinstance(step, dict) and step.keys() >= STEP_KEYS for step in steps)
 
 
 def write_selections(directory: str | Path, record: dict[str, Any]) -> Path:

@@ -211,6 +211,7 @@ def test_chinese_answers_are_scored_by_words(jieba: None) -> None:
         ({"answers": [3]}, r"field 'answers' must hold texts only, not 3"),
         ({"context": None}, r"line 2 of .*: field 'context' must be a text, not null"),
         ({"length": "240"}, r"field 'length' must be a whole number, not \"240\""),
+        ({"_id": "a\ud800"}, r"line 2 of .* has half of a character \(\\ud800\)"),
         ({"dataset": "lcc"}, r"field 'dataset' says 'lcc', but the data is read as 'qasper'"),
     ],
 )

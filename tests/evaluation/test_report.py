@@ -363,6 +363,8 @@ def test_colours_can_be_told_from_the_page(dark: bool, tmp_path: Path) -> None:
         ({"rows": [1]}, "row 1 is no object"),
         ({"rows": [made_row("full", None), {"task": "a"}]}, 'row 2 has no "suite"'),
         ({"rows": [made_row("full", None, score="high")]}, '"score" must be a number'),
+        ({"rows": [], "pairs": 5}, '"pairs" a list'),
+        ({"rows": [], "meta": [1]}, '"meta" must be an object'),
         ({"rows": [], "pairs": [{"suite": "a", "task": "b", "method": "c"}]}, 'pair 1 has no "other"'),
     ],
 )
@@ -378,10 +380,10 @@ def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(ReportError, match="cannot be read"):
         write_report(tmp_path)
-    record = copy.deepcopy(made_selections()) | {"format": 0}
-    write(tmp_path, made_results(), record)
-    with pytest.raises(ReportError, match="record it again"):
-        write_report(tmp_path)
+    for damage in ({"format": 0}, {"steps": [1]}, {"steps": {}}):
+        write(tmp_path, made_results(), copy.deepcopy(made_selections()) | damage)
+        with pytest.raises(ReportError, match="record it again"):
+            write_report(tmp_path)
 
 
 def test_selections_alone_are_a_report(tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ def read_results(raw: Any, selections: Any = None) -> Results:
     """
     if not isinstance(raw, Mapping) or not isinstance(raw.get("rows"), list):
         raise ReportError('results.json holds no evaluation: it must be an object with a list "rows"')
+    if not isinstance(raw.get("meta") or {}, Mapping) or not isinstance(raw.get("pairs") or [], list):
+        raise ReportError('results.json is damaged: "meta" must be an object and "pairs" a list')
     rows = [_row(row, f"row {number}", (*NAMED,), (*CELL, *MEASURED)) for number, row in enumerate(raw["rows"], 1)]
     pairs = [
         _row(pair, f"pair {number}", (*NAMED, "other"), (*CELL, *PAIRED)) for number, pair in enumerate(raw.get("pairs") or [], 1)

@@ -21,6 +21,7 @@ from specontext.core import SpeContextError
 SUFFIXES = (".jsonl", ".parquet")
 INSTALL = 'pip install "specontext[eval]"'
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<subset>[\w.-]+))?(?::(?P<split>[^/]+))?")
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair; JSON can write one, UTF-8 cannot
 
 
 class DataFileError(SpeContextError, ValueError):
@@ -155,6 +156,8 @@ class DataFile:
                 raise DataFileError(f"{where} is no JSON: {error}") from error
             if not isinstance(fields, dict):
                 raise DataFileError(f"{where} must be a JSON object, not {_shown(fields)}")
+            if half := _HALF.search(json.dumps(fields, ensure_ascii=False)):
+                raise DataFileError(f"{where} has half of a character (\\u{ord(half[0]):04x}): mend or remove the line")
             yield Row(fields, where)
 
     def _parquet(self) -> Iterator[Row]:
