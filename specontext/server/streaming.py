@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from specontext.server.context import FACTS
 from specontext.server.errors import as_api_error, error_body
 
 Result = TypeVar("Result")
@@ -43,11 +44,14 @@ async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, Resul
 
 
 class EventStream(Response):
-    """A stream of server-sent events; an error after the first byte is the next event.
+    """A stream of server-sent events; an error after the first byte is the next event, and a fact for the log.
 
     Args:
         events: encoded events.
         close: called once, whichever way the answer ends.
+
+    Raises when it is sent:
+        ClientGone: the client left before the end.
     """
 
     media_type = "text/event-stream"
@@ -58,23 +62,26 @@ class EventStream(Response):
         self._events, self._close = events, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writer = asyncio.ensure_future(self._write(send))
+        writer = asyncio.ensure_future(self._write(scope, send))
         watch = asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait((writer, watch), return_when=asyncio.FIRST_COMPLETED)
-            if writer.done():
-                writer.result()
+            if not writer.done():
+                raise ClientGone
+            writer.result()
         finally:
             self._close()
             await _cancelled(writer, watch)
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for data in self._events:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         except Exception as error:
-            await send({"type": "http.response.body", "body": event(error_body(as_api_error(error))), "more_body": True})
+            known = as_api_error(error)
+            scope.setdefault(FACTS, {}).update(error=known.code or known.status_code)
+            await send({"type": "http.response.body", "body": event(error_body(known)), "more_body": True})
         await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
 

@@ -124,7 +124,11 @@ def test_bad_chats(server: Server, field: str, value: Any) -> None:
         (CHAT, "messages", [{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content.0.type", "'text'"),
         (CHAT, "messages", [{"role": "user", "content": 5}], "messages.0.content", "string"),
         (CHAT, "messages", [{"role": "user", "content": "a", "tool_calls": [1]}], "messages.0.tool_calls", "tools"),
+        (CHAT, "max_completion_tokens", 0, "max_completion_tokens", "greater"),
         ("/tokenize", "prompt", 5, "prompt", "string"),
+        ("/tokenize", "messages", [], "messages", "at least 1"),
+        ("/tokenize", "messages", [{"role": "robot", "content": "a"}], "messages.0.role", "'user'"),
+        ("/tokenize", "surprise", 1, "prompt", "required"),
     ],
 )
 def test_errors_say_where_they_are(server: Server, path: str, field: str, value: Any, param: str, says: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import logging
 import math
 import socket
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from specontext.core import RequestError
 from tests.server.serving import PATIENCE, Server, check_free, make_engine, running, wait_for
 
 TEXT = "/v1/completions"
@@ -39,6 +41,24 @@ def test_a_client_that_vanishes_in_mid_stream(server: Server) -> None:
     assert connection.recv(100).startswith(b"HTTP/1.1 200")
     assert server.open_outputs == 3
     connection.close()
+    server.check_idle()
+
+
+def test_the_log_says_how_a_stream_ended(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    def logged(words: str) -> bool:
+        return any(words in record.getMessage() and "status=200" in record.getMessage() for record in caplog.records)
+
+    caplog.set_level(logging.INFO, "specontext.server")
+    connection = open_stream(server, ENDLESS)
+    assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    connection.close()
+    wait_for(lambda: logged("outcome=client_left"))
+    with server.client() as client, client.stream("POST", TEXT, json=ENDLESS | {"stream": True}) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: {")
+        server.serving.state.engine.abort_all(RequestError("enough"))
+        assert any("enough" in line for line in lines)
+    wait_for(lambda: logged("error=400"))
     server.check_idle()
 
 

@@ -52,7 +52,7 @@ class TemplateBody(Body):
 
 
 class ChatRequest(SamplingBody, TemplateBody):
-    max_completion_tokens: int | None = Field(None, lt=2**63)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**63)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, lt=2**63)
     metadata: dict[str, str] | None = Field(None, description="Accepted for compatibility; changes nothing.")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Discriminator, Field, Tag
 
 from specontext.server.protocol.chat import TemplateBody
 from specontext.server.protocol.common import Body
@@ -21,6 +21,16 @@ class TokenizeChat(TemplateBody):
     model: str | None = None
     add_special_tokens: bool = Field(False, description="The chat template adds the special tokens.")
     return_token_strs: bool = False
+
+
+def _kind(body: Any) -> str:
+    """What a body for /tokenize is meant to be, so that errors speak of the right one."""
+    return "TokenizeChat" if isinstance(body, TokenizeChat) or (isinstance(body, dict) and "messages" in body) else "TokenizeText"
+
+
+TokenizeRequest = Annotated[
+    Annotated[TokenizeText, Tag("TokenizeText")] | Annotated[TokenizeChat, Tag("TokenizeChat")], Discriminator(_kind)
+]
 
 
 class TokenizeResponse(BaseModel):

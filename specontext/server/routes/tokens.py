@@ -10,15 +10,15 @@ from specontext.server.protocol.others import (
     DetokenizeRequest,
     DetokenizeResponse,
     TokenizeChat,
+    TokenizeRequest,
     TokenizeResponse,
-    TokenizeText,
 )
 
 router = APIRouter()
 
 
 @router.post("/tokenize", responses=ERROR_RESPONSES)
-async def tokenize(request: Request, body: TokenizeText | TokenizeChat) -> TokenizeResponse:
+async def tokenize(request: Request, body: TokenizeRequest) -> TokenizeResponse:
     """Token ids of a text, or of a conversation in the chat template."""
     state = state_of(request)
     state.check_model(body.model)
