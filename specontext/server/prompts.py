@@ -35,21 +35,22 @@ class PromptEncoder:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="specontext-tokenizer")
 
     async def texts(self, prompts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of texts.
+        """Token ids of texts that are to be continued.
 
         Raises:
             ApiError: an empty or over-long text.
         """
-        for prompt in prompts:
-            if not prompt:
-                raise ApiError(400, "the prompt is empty: give some text or token ids", param="prompt")
-            self._check_text(prompt)
-        encoded = await self._run(
-            lambda: [self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"] for prompt in prompts]
-        )
+        if not all(prompts):
+            raise ApiError(400, "the prompt is empty: give some text or token ids", param="prompt")
+        encoded = [await self.text(prompt, add_special_tokens=add_special_tokens) for prompt in prompts]
         if not all(encoded):
             raise ApiError(400, "the prompt has no tokens: give some text", param="prompt")
-        return [list(ids) for ids in encoded]
+        return encoded
+
+    async def text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, which may have none; raises ApiError for an over-long one."""
+        self._check_text(text)
+        return list(await self._run(lambda: self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]))
 
     async def messages(self, body: TemplateBody, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a conversation in the model's chat template.

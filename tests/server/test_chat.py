@@ -123,6 +123,8 @@ def test_tokenizing(server: Server) -> None:
     assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"]) and answer["max_model_len"] == 2048
     bare = server.post("/tokenize", {"prompt": "the sun é", "add_special_tokens": False}).json()
     assert bare["token_strs"] is None and bare["tokens"] == answer["tokens"][1:]
+    assert server.post("/tokenize", {"prompt": ""}).json()["tokens"] == answer["tokens"][:1]  # the mark that begins every text
+    assert server.post("/tokenize", {"prompt": "", "add_special_tokens": False}).json()["count"] == 0
     assert server.post("/detokenize", {"tokens": bare["tokens"]}).json() == {"prompt": "the sun é"}
     assert server.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
     assert server.post("/detokenize", {"tokens": [10**9]}).status_code == 400

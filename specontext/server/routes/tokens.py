@@ -25,7 +25,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> TokenizeResponse:
     if isinstance(body, TokenizeChat):
         ids = await state.encoder.messages(body, add_special_tokens=body.add_special_tokens)
     else:
-        [ids] = await state.encoder.texts([body.prompt], add_special_tokens=body.add_special_tokens)
+        ids = await state.encoder.text(body.prompt, add_special_tokens=body.add_special_tokens)
     strings = [state.texts.text_of(token) for token in ids] if body.return_token_strs else None
     return TokenizeResponse(count=len(ids), max_model_len=state.max_model_len, tokens=ids, token_strs=strings)
 
