@@ -20,6 +20,7 @@ from specontext.evaluation.samples import EvaluationError
 from specontext.evaluation.validation.run import ValidationSettings, validate
 from specontext.evaluation.validation.summary import summary
 from specontext.evaluation.validation.systems import FULL, OFFLOADED, RESIDENT, parting
+from specontext.retrieval.head_config import HeadError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "validate_real_model"
 SYSTEMS = [FULL, RESIDENT, OFFLOADED]
@@ -35,7 +36,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> ValidationSettings:
         "nano",
         tmp_path_factory.mktemp("validation") / "out",
         methods=("speculative",),
-        budgets=(64,),
+        budgets=(64, 500),
         lengths=(192, 99_999),
         windows=2,
         problems=1,
@@ -63,6 +64,9 @@ def test_every_part_is_there(text: str, content: dict[str, Any], settings: Valid
     for said in ("# SpeContext on nano", "Fidelity on tasks", "RULER, 4 tasks", "A long chain of thought", "tokens/s", "float32"):
         assert said in text
     assert content["failures"] == {} and content["lengths"] == [192]
+    assert "**Left out: lengths of 99,999 tokens.** The model's contexts end at 16,640." in text
+    held = "skipped: a budget of 500 holds all of 192 tokens, which is what full reads"
+    assert f"**fidelity, length 192, budget 500 and ruler, length 192, budget 500:** {held}" in text
     rows = json.loads((settings.out / "results.json").read_text())["rows"]
     assert {row["suite"] for row in rows} == {"fidelity", "ruler"}
     assert (settings.out / "report.html").exists()
@@ -106,6 +110,8 @@ def test_what_cannot_be_validated(settings: ValidationSettings, text: str, tmp_p
         validate(replace(asked, texts=("/no/such/text",)), silently)
     with pytest.raises(EvaluationError, match="unknown method 'chess'"):
         validate(replace(asked, methods=("chess",)), silently)
+    with pytest.raises(HeadError, match="no retrieval head in"):
+        validate(replace(asked, retrieval_head=str(tmp_path)), silently)
     with pytest.raises(EvaluationError, match="results of another evaluation"):
         validate(replace(settings, seed=1), silently)
     for wrong in ({"lengths": ()}, {"steps": 0}, {"windows": 0}, {"lengths": (10,)}):

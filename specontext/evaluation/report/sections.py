@@ -75,6 +75,8 @@ def _accuracy(results: Results) -> Iterator[Part]:
 
 def _tasks_of(means: list[Row]) -> str:
     counts = ordered(mean["tasks"] for mean in means)
+    if counts == [1]:
+        return "one task"
     return f"{whole(counts[0])} tasks" if len(counts) == 1 else f"the tasks of each length ({listed([whole(c) for c in counts])})"
 
 

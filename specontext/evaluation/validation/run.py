@@ -23,6 +23,7 @@ from specontext.evaluation.validation.machine import machine
 from specontext.evaluation.validation.summary import summary
 from specontext.evaluation.validation.systems import SYSTEMS, Question, Trial, free_memory, run_system
 from specontext.models.loading import LoadedModel, load_model
+from specontext.retrieval.catalog import find_head
 
 RULER = ("niah_single_2", "niah_multikey_2", "niah_multivalue", "vt", "fwe")
 RULER_OF_NANO = ("niah_single", "niah_multikey", "variable_tracking")
@@ -90,7 +91,7 @@ def validate(settings: ValidationSettings, begin: Begin) -> Path:
 
     Raises:
         EvaluationError: lengths beyond the model, unknown methods, or a directory that cannot be used.
-        SpeContextError: a model or a text that cannot be loaded.
+        SpeContextError: a model, its retrieval head or a text that cannot be loaded.
     """
     return _Validation(settings, begin).run()
 
@@ -99,7 +100,9 @@ class _Validation:
     def __init__(self, settings: ValidationSettings, begin: Begin) -> None:
         self.settings, self.begin = settings, begin
         self.loaded = load_model(settings.model, dtype=settings.dtype, device=pick_device(settings.device))
-        most = self.loaded.shape.max_position
+        shape, most = self.loaded.shape, self.loaded.shape.max_position
+        # Without its head there is nothing to validate; better said before hours of full attention.
+        find_head(settings.retrieval_head, model_name=self.loaded.name, model_path=self.loaded.path, target=shape)
         self.lengths = tuple(length for length in settings.lengths if length <= most)
         if not self.lengths:
             raise EvaluationError(f"the model's contexts end at {most} tokens: give shorter --lengths")
@@ -113,9 +116,10 @@ class _Validation:
             "settings": {name: value for name, value in asdict(settings).items() if name != "out"},
             **environment(self.loaded.model.device),
             "host": machine(self.loaded.model.device),
-            "model": {"name": settings.model, "dtype": str(self.loaded.shape.dtype).removeprefix("torch.")},
+            "model": {"name": settings.model, "longest": most, "dtype": str(shape.dtype).removeprefix("torch.")},
             "longest_context": self.longest,
             "lengths": self.lengths,
+            "too_long": [length for length in settings.lengths if length > most],
             "systems": [],
             "failures": {},
         }

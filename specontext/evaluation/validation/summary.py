@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from specontext.evaluation.report.averages import mean_over_tasks, mean_pairs
-from specontext.evaluation.report.numbers import anything, duration, interval, percent, points, size, whole
+from specontext.evaluation.report.numbers import anything, duration, interval, listed, percent, points, size, whole
 from specontext.evaluation.validation.systems import FULL, OFFLOADED, RESIDENT, parting
 
 Content = dict[str, Any]
@@ -30,6 +30,7 @@ def summary(content: Content, evaluated: Content) -> str:
         *_say_chain(systems),
         *_say_speed(systems),
         *(f"**Not run: {name}.** {why}" for name, why in content["failures"].items()),
+        *_say_left_out(content, evaluated.get("meta", {}).get("notes", [])),
     ]
     parts = [
         f"# SpeContext on {content['model']['name']}",
@@ -162,6 +163,20 @@ def _say_speed(systems: dict[str, Content]) -> Iterator[str]:
     for name, system in systems.items():
         if system["failure"]:
             yield f"**{name} could not go on:** {system['failure']}"
+
+
+def _say_left_out(content: Content, notes: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A sentence for each reason for which something is missing in the tables."""
+    if lengths := content["too_long"]:
+        end = whole(content["model"]["longest"])
+        yield f"**Left out: lengths of {listed([whole(n) for n in lengths])} tokens.** The model's contexts end at {end}."
+    places: dict[str, list[str]] = {}
+    for note in notes:
+        words = (f"{name} {value}" for name, value in note.items() if name not in ("why", "suite", "task"))
+        where = " ".join(filter(None, (note.get("suite"), note.get("task"))))
+        places.setdefault(note["why"], []).append(", ".join(filter(None, (where, *words))))
+    for why, where_all in places.items():
+        yield f"**{listed(list(dict.fromkeys(where_all)))}:** {why}"
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
