@@ -169,6 +169,12 @@ class Evaluation:
             self.samples.check(cell.task.suite, cell.task.name, cell.length, asked)
         wanted = [(group, cell, self._choices(group, cell.task.suite, cell.length)) for group in self.groups for cell in cells]
         self._count_all()
+        known = self.samples.samples
+        missing = any(
+            _id(cell, p, choice) not in known for _, cell, choices in wanted for p in cell.problems for choice in choices
+        )
+        if missing and self.settings.judge is not None:
+            self.settings.judge.try_out()
         advance = begin("answering", sum(len(cell.problems) * len(choices) for _, cell, choices in wanted))
         for group, cell, choices in wanted:
             self._run_cell(self.engines.open(group), cell, choices, advance)

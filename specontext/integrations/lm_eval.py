@@ -105,6 +105,7 @@ class SpeContextLM(TemplateLM):
         config = SpeContextConfig(method=base_of(method), **{name: settings.pop(name) for name in selecting & set(settings)})
         self.llm = LLM(pretrained, retrieval_head, config, methods=(method,), device=_device(device), **settings)
         self.method = method
+        self._told_of_prefill = False
         self.tokenizer = self.llm.tokenizer
         self._add_bos_token, self._think_end_token = add_bos_token, think_end_token
         self._template_options: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
@@ -223,6 +224,9 @@ class SpeContextLM(TemplateLM):
         self, requests: Sequence[Scored], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is the greedy one."""
+        if self.method != "full" and not self._told_of_prefill:
+            logger.warning("log-likelihoods come from the dense prefill: they say nothing about the method %s", self.method)
+            self._told_of_prefill = True
         found: list[tuple[float, bool]] = []
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
         for part in _parts(requests):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from specontext.evaluation.load.http import HttpError
+from specontext.evaluation.run import run_evaluation
+from specontext.evaluation.settings import EvaluationSettings
 from specontext.evaluation.suites import SUITES, TextTools
 from specontext.evaluation.suites.data_files import DataFileError
 from specontext.evaluation.suites.longwriter import count_words, length_score
@@ -171,6 +173,34 @@ def test_a_judge_out_of_reach_is_named(endpoint: Endpoint) -> None:
     with pytest.raises(JudgeError, match=r"cannot reach 127\.0\.0\.1"):
         judge.marks("r", "t")
     assert pauses == [1.0]
+
+
+def test_a_judge_is_tried_before_anything_is_written_for_it(tmp_path: Path, endpoint: Endpoint) -> None:
+    judge, _ = judge_at(endpoint)
+    asked = EvaluationSettings(
+        "nano",
+        ("longwriter",),
+        tmp_path / "out",
+        methods=("full",),
+        limit=1,
+        data=str(write(tmp_path / "a.jsonl", ROWS[:1])),
+        judge=judge,
+        engine={"device": "cpu", "max_model_len": 128},
+    )
+    begun: list[str] = []
+
+    def begin(phase: str, parts: int) -> Callable[[int], None]:
+        begun.append(phase)
+        return lambda done: None
+
+    endpoint.replies = [(401, "no such key")]
+    with pytest.raises(JudgeError, match="no such key"):
+        run_evaluation(asked, begin)
+    assert "answering" not in begun
+    endpoint.replies = [(200, SIX), (200, SIX)]
+    (row,) = run_evaluation(asked, begin)["rows"]
+    assert row["scores"]["judged"] == 1 and "raining" in endpoint.asked[-2][2]["messages"][0]["content"]
+    assert run_evaluation(asked, begin)["rows"] == [row]  # nobody is asked where nothing is missing
 
 
 SIX = json.dumps(MARKS)

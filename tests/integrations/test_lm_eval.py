@@ -100,9 +100,13 @@ def test_answers_are_those_of_the_engine(nano: SpeContextLM) -> None:
     assert any(answer in f" {one.answer}" for answer, one in zip(answers, problems, strict=True))
 
 
-def test_the_method_is_the_one_that_was_named(checkpoint: Callable[[str], Path]) -> None:
+def test_the_method_is_the_one_that_was_named(checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
     model = SpeContextLM(str(checkpoint("llama")), "quest-prompt", budget=48, offload_layers=0, device="cpu")
     model.generate_until(requests("generate_until", ("the red cat " * 40, {"until": [], "max_gen_toks": 4})))
+    assert "log-likelihoods" not in caplog.text
+    for _ in range(2):
+        model.loglikelihood(requests("loglikelihood", ("the red cat", " sat")))
+    assert caplog.text.count("log-likelihoods come from the dense prefill: they say nothing about the method quest-prompt") == 1
     (output,) = model.llm.generate("the red cat", SamplingParams(max_tokens=2, method="quest-prompt"))
     assert output.stats["method"] == "quest-prompt" == model.get_model_info()["specontext"]["method"]
 

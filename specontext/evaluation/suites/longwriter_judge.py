@@ -64,6 +64,14 @@ class Judge:
         """
         return cls(Address.parse(url, os.environ.get(KEY_VARIABLE)), model)
 
+    def try_out(self) -> None:
+        """Ask once, so that a judge that cannot be asked is known before anything is written for it.
+
+        Raises:
+            JudgeError: as of `marks`.
+        """
+        self.marks("Write one sentence about rain.", "It has been raining since the morning.")
+
     def marks(self, request: str, response: str) -> Marks | None:
         """What the judge thinks of a response; None where it gave no complete marks, or refused this text.
 
