@@ -161,6 +161,8 @@ def test_bad_rows_are_named(tmp_path: Path, text: TextTools, name: str, row: dic
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         (r"\boxed{5} and \boxed{6", "5"),
         (r"it is \boxed 7.", "7"),
+        (r"\boxed{5}, that is \boxed{ }", "5"),
+        (r"\boxed{}", None),
         (r"\fbox{9}", "9"),
         ("The final answer is: **42**. Good.", "42"),
         ("The answer is 3.\nNo, the answer is $\\frac{1}{2}$.", r"\frac{1}{2}"),

@@ -67,11 +67,11 @@ def final_answer(output: str, *, or_last_number: bool = False) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...} (or \fbox{...}, or \boxed 7) whose braces are complete; None where there is none."""
+    r"""What stands in the last \boxed{...} (or \fbox{...}, or \boxed 7), complete and not empty; None where there is none."""
     for match in reversed(list(_BOX.finditer(text))):
         if text[match.end() : match.end() + 1] == "{":
             content = _braced(text, match.end())
-            if content is not None:
+            if content is not None and content.strip():
                 return content.strip()
         elif bare := re.match(r"[^\s$.,]+", text[match.end() :]):
             return bare[0]
