@@ -21,6 +21,7 @@ True attention is the softmax of a layer's own logits over the whole context, me
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,9 +151,12 @@ def _layers(llm: LLM, choice: Choice, tokens: int) -> list[int]:
     shared = 0 if selector.in_layer else tokens * read
     count = min(shape.layers, (MOST_NUMBERS - shared) // each)
     if count < 1:
+        # One layer takes tokens * (grow * tokens + once) numbers.
+        grow, once = selector.groups, choice.budget * selector.groups + shape.kv_heads * 2 * TOP
+        fit = int((math.sqrt(once**2 + 4 * grow * MOST_NUMBERS) - once) / (2 * grow))
         raise SelectionError(
             f"{tokens} steps of {choice.method} with budget {choice.budget} would make a record too large to look at: record "
-            f"fewer tokens, such as {max(1, tokens * MOST_NUMBERS // (2 * (shared + each)))}"
+            f"fewer tokens, {max(1, fit):,} at most"
         )
     spread = (shape.layers - 1) / max(count - 1, 1)
     return [round(number * spread) for number in range(count)]

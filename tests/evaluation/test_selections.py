@@ -111,10 +111,24 @@ def test_the_engine_is_left_as_it_was(llm: LLM, prompt: list[int]) -> None:
     assert llm.engine.runner.observer is None
 
 
+@pytest.mark.parametrize("method", ("speculative", "oracle"))
+def test_the_number_that_is_named_is_the_greatest_that_works(
+    llm: LLM, prompt: list[int], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specontext.evaluation.selections.MOST_NUMBERS", 3000)
+    with pytest.raises(SelectionError, match="record fewer tokens") as refused:
+        record_selections(llm, prompt, tokens=300, method=method)
+    most = int(str(refused.value).removesuffix(" at most").rpartition(" ")[2])
+    made = record_selections(llm, prompt, tokens=most, method=method, ignore_eos=True)
+    assert len(made["steps"]) == most > 1 and len(made["layers"]) == 1
+    with pytest.raises(SelectionError, match=f" {most} at most"):
+        record_selections(llm, prompt, tokens=most + 1, method=method)
+
+
 def test_what_cannot_be_recorded_is_refused(llm: LLM, prompt: list[int], make_llm: Callable[..., LLM]) -> None:
     with pytest.raises(SelectionError, match="at least one step"):
         record_selections(llm, prompt, tokens=0)
-    with pytest.raises(SelectionError, match="would make a record too large to look at: record fewer tokens, such as"):
+    with pytest.raises(SelectionError, match="would make a record too large to look at: record fewer tokens, "):
         record_selections(llm, prompt, tokens=100_000)
     with pytest.raises(ValueError, match="'quest' is none that this engine runs"):
         record_selections(llm, prompt, method="quest")
