@@ -84,7 +84,7 @@ class SamplingParams:
         temperature: 0 is greedy.
         top_p, top_k, min_p: restrictions of the candidates; top_k 0 or -1 is no restriction.
         seed: random numbers depend on (seed, output index, position) only. None takes one that is drawn from the engine's,
-            another for every request.
+            another for every sampled request.
         stop: strings that end the output; they are cut off unless `include_stop_str_in_output`.
         stop_token_ids: tokens that end the output, beside the model's end tokens.
         ignore_eos: go on after the model's end tokens.

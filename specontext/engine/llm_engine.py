@@ -94,7 +94,7 @@ class LLMEngine:
         self.scheduler = Scheduler(self.parts, seats=config.max_num_seqs, max_batched_tokens=config.max_num_batched_tokens)
         self.tokenizer = self.loaded.tokenizer
         self._generations: dict[str, Generation] = {}
-        self._seeds = random.Random(config.seed)  # of requests that name none
+        self._seeds = random.Random(config.seed)  # of sampled requests that name none
 
     def add_request(
         self,
@@ -128,7 +128,7 @@ class LLMEngine:
             list(token_ids),
             len(token_ids),
             params,
-            seed=params.seed if params.seed is not None else self._seeds.randrange(2**63),
+            seed=self._seed(params),
             choice=self.parts.methods.choose(params.method, params.budget),
             index=index,
             logprobs=[] if params.logprobs is not None else None,
@@ -142,6 +142,12 @@ class LLMEngine:
         self.scheduler.add(request)
         self._generations[request_id] = generation
         return generation
+
+    def _seed(self, params: SamplingParams) -> int:
+        """What a request names; else another one for each that is sampled, and the engine's for greedy ones, which repeat."""
+        if params.seed is not None:
+            return params.seed
+        return self._seeds.randrange(2**63) if params.temperature > 0 else self.config.seed
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
