@@ -165,7 +165,7 @@ class SamplingParams:
         if isinstance(value, bool) or not number or not low <= value <= high or value >= 2**63 or (above and value == low):
             kind = "an integer" if whole else "a number"
             least = "above" if above else "of at least"
-            most = "" if math.isinf(high) else f" and at most {high}"
+            most = f" and at most {high}" if not math.isinf(high) else " and below 2**63" if number and value >= 2**63 else ""
             raise RequestError(f"{name} must be {kind} {least} {low}{most}, got {value!r}")
 
 

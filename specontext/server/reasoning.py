@@ -17,16 +17,19 @@ class Pieces(NamedTuple):
     content: str
 
 
-def starts_inside(parser: str, prompt_end: str) -> bool:
+def starts_inside(parser: str, prompt_end: str, *, continued: bool = False) -> bool:
     """Whether an output begins with thinking although it does not say so.
 
     Args:
         prompt_end: text of the last tokens of the prompt.
+        continued: the prompt ends amid a message of the assistant, which may have begun to think; else with what the chat template
+            puts before an answer, where only the last mark counts: others are somebody's words.
     """
-    begin, end = prompt_end.rfind(BEGIN), prompt_end.rfind(END)
-    if begin < 0 and end < 0:
+    end = prompt_end.rstrip()
+    opened, closed = (end.rfind(BEGIN), end.rfind(END)) if continued else (end.endswith(BEGIN), end.endswith(END))
+    if opened == closed:  # neither
         return parser == "deepseek_r1"  # R1 always thinks first
-    return begin > end
+    return opened > closed
 
 
 class ReasoningParser:

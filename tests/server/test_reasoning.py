@@ -54,6 +54,9 @@ def test_cuts_change_nothing(text: str, inside: bool, cuts: list[int]) -> None:
 def test_where_an_output_begins() -> None:
     assert starts_inside("deepseek_r1", "<assistant>") and not starts_inside("qwen3", "<assistant>")
     assert starts_inside("qwen3", "<assistant><think>\n") and starts_inside("deepseek_r1", "<assistant><think>\n")
+    assert starts_inside("deepseek_r1", "say </think><assistant>") and not starts_inside("qwen3", "say <think><assistant>")
+    assert starts_inside("qwen3", "<assistant><think>\nI think", continued=True)
+    assert not starts_inside("deepseek_r1", "<assistant><think>I think</think> It", continued=True)
     assert not starts_inside("qwen3", "<think>\n\n</think>\n\n") and not starts_inside("deepseek_r1", "<think>\n\n</think>\n\n")
 
 

@@ -121,11 +121,12 @@ class Chat:
         )
 
 
-async def _parsers(state: ServerState, prompt: list[int], count: int) -> list[ReasoningParser | None]:
+async def _parsers(state: ServerState, body: ChatRequest, prompt: list[int], count: int) -> list[ReasoningParser | None]:
     name = state.config.reasoning_parser
     if name is None:
         return [None] * count
-    inside = starts_inside(name, await state.encoder.decode(prompt[-_PROMPT_END:]))
+    end = await state.encoder.decode(prompt[-_PROMPT_END:])
+    inside = starts_inside(name, end, continued=body.continue_final_message)
     return [ReasoningParser(inside=inside) for _ in range(count)]
 
 
@@ -142,7 +143,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
         max_logprobs=state.config.max_logprobs,
         defaults=state.defaults,
     )
-    choices = [Choice(parser) for parser in await _parsers(state, prompt, params.n)]
+    choices = [Choice(parser) for parser in await _parsers(state, body, prompt, params.n)]
     stream = await state.submit(uuid.uuid4().hex, [prompt], params, streaming=bool(body.stream))
     note(request, engine_id=stream.request_id)
     chat = Chat(state, body, stream, choices)
