@@ -91,6 +91,7 @@ def draw_cells(
         EvaluationError: two problems with one key.
         SpeContextError: data that cannot be read.
     """
+    opening = len(prompt_ids(tokenizer, "x")) - text.count_tokens("x")  # special tokens, which tasks do not count
     for task in tasks:
         own: tuple[int | None, ...] = getattr(task, "default_lengths", (None,))
         for length in settings.lengths or own:
@@ -98,7 +99,8 @@ def draw_cells(
                 notes.append(_note(task, length, f"skipped: the model's contexts end at {max_length} tokens"))
                 continue
             try:
-                examples = task.examples(length=length, n=settings.limit, seed=settings.seed, text=text)
+                room = None if length is None else min(length, max_length - opening)
+                examples = task.examples(length=room, n=settings.limit, seed=settings.seed, text=text)
             except LengthError as error:
                 notes.append(_note(task, length, f"skipped: {error}"))
                 continue

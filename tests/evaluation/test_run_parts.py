@@ -218,6 +218,16 @@ def test_problems_and_lengths_beyond_the_model_are_named(tmp_path: Path, tokeniz
         list(draw_cells([Fixed(("a", "a"))], settings_of(tmp_path), text, tokenizer, 512, notes))
 
 
+def test_special_tokens_leave_the_answer_its_room_at_the_model_s_end(tokenizer: Any, tmp_path: Path) -> None:
+    text, tasks = text_tools(tokenizer), ("niah_multivalue",)
+    settings = EvaluationSettings("nano", ("ruler",), tmp_path, limit=8, tasks=tasks, lengths=(300, 299))
+    cells = list(draw_cells(choose_tasks(settings, text, 300, []), settings, text, tokenizer, 300, []))
+    assert [cell.length for cell in cells] == [300, 299]
+    for problem in (problem for cell in cells for problem in cell.problems):
+        answer = text.count_tokens(" " + problem.example.details["answer"])
+        assert len(problem.token_ids) + answer <= 300 and len(problem.token_ids) > text.count_tokens(problem.example.prompt)
+
+
 def test_tasks_that_do_not_fit_are_named_and_run_only_when_asked_for(tmp_path: Path, tokenizer: Any) -> None:
     text, notes = text_tools(tokenizer), list[dict[str, Any]]()
     chosen = choose_tasks(settings_of(tmp_path), text, 512, notes)
