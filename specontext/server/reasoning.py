@@ -22,8 +22,8 @@ def starts_inside(parser: str, prompt_end: str, *, continued: bool = False) -> b
 
     Args:
         prompt_end: text of the last tokens of the prompt.
-        continued: the prompt ends amid a message of the assistant, which may have begun to think; else with what the chat template
-            puts before an answer, where only the last mark counts: others are somebody's words.
+        continued: the prompt ends amid a message of the assistant, which may have begun to think; else with what the chat
+            template puts before an answer, where only a mark at the very end counts: others are somebody's words.
     """
     end = prompt_end.rstrip()
     opened, closed = (end.rfind(BEGIN), end.rfind(END)) if continued else (end.endswith(BEGIN), end.endswith(END))
