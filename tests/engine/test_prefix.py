@@ -447,13 +447,13 @@ def test_blocks_make_room_for_layers_that_leave_the_device(make_llm: MakeLLM, gr
     check_idle(llm)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 8))])
 def test_any_history(seed: int, make_llm: MakeLLM, greedy: Greedy, fresh: Any) -> None:
     any_history(seed, make_llm, greedy, fresh)
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
 def test_many_histories(seed: int, make_llm: MakeLLM, greedy: Greedy, fresh: Any) -> None:
     any_history(seed, make_llm, greedy, fresh)

@@ -138,20 +138,7 @@ def test_what_warms_the_engine_up_is_not_measured(run: Callable[..., Outcome], m
         return generate(llm, prompts, *arguments, **options)
 
     monkeypatch.setattr(LLM, "generate", watched)
-    words = [
-        "--device",
-        "cpu",
-        "--max-model-len",
-        512,
-        "--num-prompts",
-        3,
-        "--num-warmups",
-        2,
-        "--input-len",
-        9,
-        "--output-len",
-        2,
-    ]
+    words = ["--device", "cpu", "--max-model-len", 512, "--num-prompts", 3, "--num-warmups", 2, "--input-len", 9]
     assert run("bench", "throughput", "nano", *words, "--output-len", 2)[0] == 0
     warm, measured = ran
     assert (len(warm), len(measured)) == (2, 3) and not any(prompt in measured for prompt in warm)
