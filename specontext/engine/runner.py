@@ -83,6 +83,11 @@ class ModelRunner:
         with working_device(len(batch.token_ids)):
             return self._graphs.run(batch) if self._graphs is not None and self.captured(batch) else self._forward(batch)
 
+    @property
+    def captures(self) -> bool:
+        """Whether steps may run as captured graphs, into which nobody can look."""
+        return self._graphs is not None
+
     def captured(self, batch: Batch) -> bool:
         """Whether a batch runs as a captured graph: decode tokens only, whose requests choose in the engine's own way."""
         streamed = self.parts.selector.dense and not all(self.parts.kv.resident)
@@ -121,7 +126,9 @@ class ModelRunner:
             self._graphs.warm_up()
 
     def _fused(self, batch: Batch) -> Tensor:
-        fused: AbstractContextManager[None] = self._compiled.use() if self._compiled is not None else nullcontext()
+        fused: AbstractContextManager[None] = nullcontext()
+        if self._compiled is not None:
+            fused = self._compiled.use(len(batch.token_ids))
         with fused:
             return self._forward(batch)
 

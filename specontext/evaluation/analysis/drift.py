@@ -140,12 +140,14 @@ def measure_drift(
         tick: called after each prompt.
 
     Raises:
-        AnalysisError: an engine whose head reads no features.
+        AnalysisError: an engine whose head reads no features, or one that may capture its steps.
         RequestError: prompt and new tokens are longer than the engine's longest context.
     """
     head, method = llm.engine.parts.head, llm.config
     if head is None or head.config.variant != "features" or method.granularity != "head":
         raise AnalysisError("drift is measured on an engine of method speculative at head level, with a head that reads features")
+    if llm.engine.runner.captures:
+        raise AnalysisError("drift looks into every step, and captured ones cannot be seen: start the engine with enforce_eager")
     assert method.budget is not None
     target = Target(llm.engine.loaded.model, head.config.feature_layers)
     drift = Drift()
