@@ -218,6 +218,10 @@ SAME: dict[str, Pairs] = {
         (r"S = \{1, 2\}", r"\{1,2\}"),
         (r"\text{Area} = 12", "12"),
         ("x = 2, y = 3", "x=2,y=3"),
+        ("|AB| = 1", "1"),
+        (r"\frac{1}{3} \approx 0.333", "1/3"),
+        (r"x = \frac{1}{3} \approx 0.333", "1/3"),
+        (r"A = 2\pi \approx 6.28", r"2\pi"),
         ("x=5", "x = 5.0"),
     ],
     "equations": [
@@ -253,6 +257,9 @@ SAME: dict[str, Pairs] = {
         (r"x=1 \text{ or } x=-2", "-2,1"),
         ("x = 1, x = -2", "1, -2"),
         ("1 and -2", "-2,1"),
+        ("$1$ and $2$ and $3$", "1,2,3"),
+        ("(11,7)or(7,11)", "(7,11), (11,7)"),
+        (r"x_1=1,\quadx_2=2", "2, 1"),
         (r"1 \text{ and } 2", "1, 2"),
         (r"1, 2, \text{ and } 3", "1,2,3"),
         (r"1;2;3", "1,2,3"),
@@ -440,6 +447,7 @@ DIFFERENT: dict[str, Pairs] = {
         (r"0.\overline{3}", "0.3"),
         (r"0.\overline{36}", "0.36"),
         ("0.9999", "1"),
+        (r"\frac{1}{3} \approx 0.333", "0.334"),
         (r"\frac{22}{7}", r"\pi"),
     ],
     "units and percent": [
@@ -511,6 +519,7 @@ DIFFERENT: dict[str, Pairs] = {
         (r"\infty", "0"),
         ("1 = 2", "3 = 7"),
         ("xy = 1", "xz = 1"),
+        ("|x| = 1", "1"),
     ],
     "functions": [
         (r"\sin x", r"\cos x"),

@@ -12,6 +12,8 @@ from specontext.evaluation.suites.math_answers import equivalent, exact_number
 from specontext.evaluation.suites.math_values import Unreadable, proportion, value
 from tests.evaluation.answer_pairs import DIFFERENT, SAME
 
+SEPARATORS = (",", "{,}", r",\!", r",\! ", r"{,}\!", r"\,", r"\;", r"\ ", "~", " ", "\u202f", "'", ", ")
+
 
 @pytest.mark.parametrize("kind", SAME)
 def test_the_same_value_in_other_words(kind: str) -> None:
@@ -33,7 +35,21 @@ def test_every_answer_is_itself_in_any_wrapping() -> None:
 
 def test_answers_of_different_kinds_are_different() -> None:
     """One answer of each kind, against all others."""
-    ones = ["7", r"\frac{1}{7}", "(1,7)", "[1,7]", "1, 7", r"\{1,7,8\}", r"\sqrt{7}", "7i", "x^7", "x > 7", "7_8", "x^2=y^7", r"\sin 7"]
+    ones = [
+        "7",
+        r"\frac{1}{7}",
+        "(1,7)",
+        "[1,7]",
+        "1, 7",
+        r"\{1,7,8\}",
+        r"\sqrt{7}",
+        "7i",
+        "x^7",
+        "x > 7",
+        "7_8",
+        "x^2=y^7",
+        r"\sin 7",
+    ]
     assert not [(a, b) for n, a in enumerate(ones) for b in ones[:n] if equivalent(a, b)]
 
 
@@ -44,7 +60,10 @@ def test_fractions_are_equal_where_their_numbers_are(first: Fraction, second: Fr
     assert equivalent(written, f"{second.numerator}/{second.denominator}") == (first == second)
 
 
-@given(st.integers(1000, 10**15), st.sampled_from([",", "{,}", r",\!", r",\! ", r"{,}\!", r"\,", r"\;", r"\ ", "~", " ", "\u202f", "'", ", "]))
+@given(
+    st.integers(1000, 10**15),
+    st.sampled_from([",", "{,}", r",\!", r",\! ", r"{,}\!", r"\,", r"\;", r"\ ", "~", " ", "\u202f", "'", ", "]),
+)
 def test_thousands_may_be_separated_in_any_way(number: int, separator: str) -> None:
     written = f"{number:,}".replace(",", separator)
     assert equivalent(written, str(number)) and equivalent(written, f"{number:,}")
@@ -58,7 +77,8 @@ def test_any_answer_can_be_compared(answer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "formula", ["9^{9^{9}}", "(" * 100 + "1" + ")" * 100, "1/0", "", "2 3", r"\foo x", "x" * 1001, r"\sqrt[x]{2}", "(-1)!", "201!"]
+    "formula",
+    ["9^{9^{9}}", "(" * 100 + "1" + ")" * 100, "1/0", "", "2 3", r"\foo x", "x" * 1001, r"\sqrt[x]{2}", "(-1)!", "201!"],
 )
 def test_formulas_without_a_value_are_refused(formula: str) -> None:
     with pytest.raises(Unreadable):

@@ -15,12 +15,14 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from specontext.evaluation.suites.math_brackets import braced
 from specontext.evaluation.suites.math_forms import Leaf, Named, read, same
-from specontext.evaluation.suites.math_spelling import braced, plain
+from specontext.evaluation.suites.math_spelling import plain
 from specontext.evaluation.suites.math_values import Unreadable, value
 
 _LONGEST = 400  # characters of an answer that is looked into
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+_BETWEEN = re.compile(r"(?:[\s,;$]|\\q?quad|\\[,; ()\[\]]|\\(?:text|mbox)\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b)*")
 _SAID = re.compile(r"(?:\banswer\b\**\s*(?:is|:|=)\**\s*:?|####)[ \t]*\**[ \t]*(?P<answer>[^\n]+)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?|(?<![\w.])-?\.\d+")
 
@@ -49,15 +51,30 @@ def final_answer(output: str, *, or_last_number: bool = False) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...} (or \fbox{...}, or \boxed 7), complete and not empty; None where there is none."""
+    r"""What stands in the last \boxed{...} (or \fbox{...}, or \boxed 7), complete and not empty; None where there is none.
+
+    Boxes with nothing but commas and "and" between them are one answer, a list.
+    """
+    parts: list[str] = []
+    end = len(text)
     for match in reversed(list(_BOX.finditer(text))):
-        if text[match.end() : match.end() + 1] == "{":
-            content = braced(text, match.end())
-            if content is not None and content.strip():
-                return content.strip()
-        elif bare := re.match(r"[^\s$.,]+", text[match.end() :]):
-            return bare[0]
-    return None
+        content, closed = _boxed(text, match.end())
+        if not content:
+            continue
+        if parts and not _BETWEEN.fullmatch(text[closed:end]):
+            break
+        parts.insert(0, content)
+        end = match.start()
+    return ", ".join(parts) or None
+
+
+def _boxed(text: str, start: int) -> tuple[str, int]:
+    """What stands in a box whose content begins at `start`, and where it ends."""
+    if text[start : start + 1] != "{":
+        bare = re.match(r"[^\s$.,]+", text[start:])
+        return (bare[0], start + bare.end()) if bare else ("", start)
+    content = braced(text, start)
+    return ("", start) if content is None else (content.strip(), start + len(content) + 2)
 
 
 def equivalent(answer: str, reference: str) -> bool:

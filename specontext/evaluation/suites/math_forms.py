@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from specontext.evaluation.suites.math_spelling import braced, without_commas
+from specontext.evaluation.suites.math_brackets import outside, split, squeezed, unbraced
+from specontext.evaluation.suites.math_spelling import without_commas
 from specontext.evaluation.suites.math_values import proportion, same_value
 
 _MATRIX = re.compile(r"\(?\s*\\begin\{([pbvBV]?matrix)\}(.*)\\end\{\1\}\s*\)?", re.DOTALL)
-_SIGN = re.compile(r"\\(?:le|ge|ne|approx|in)(?![a-zA-Z])|[=<>]")
-_SIGNS = {r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "=", r"\in": "in"}
+_SIGN = r"\\(?:le|ge|ne|approx|in)(?![a-zA-Z])|[=<>]"
+_SIGNS = {r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "~", r"\in": "in"}
 _MIRRORED = {">": "<", ">=": "<="}
 _CONDITION = re.compile(r"\s*[a-zA-Z]\s*(?:\\in\s*R\s*)?[|:](.*[<>=].*|.*\\[lg]e(?![a-zA-Z]).*)")  # { x | x > 3 }
 _PRODUCT = re.compile(r"\s*[a-z]\s*[a-z]\s*")  # what may be a name of two letters or a product
@@ -65,16 +66,16 @@ Answer = Leaf | Group | Named | Relation
 
 def read(text: str) -> Answer:
     """What an answer in the plain spelling is made of."""
-    text = _unbraced(text.strip())
+    text = unbraced(text.strip())
     if matrix := _MATRIX.fullmatch(text):
         rows = [row.split("&") for row in re.split(r"\\\\", matrix[2]) if row.strip()]
         return Group(text, f"matrix of {[len(row) for row in rows]}", tuple(read(cell) for row in rows for cell in row), True)
     for separator in (",", ";"):
-        if len(pieces := [piece for piece in _split(text, separator) if piece]) > 1:
+        if len(pieces := [piece for piece in split(text, separator) if piece]) > 1:
             return Group(text, "list", tuple(map(read, pieces)), False)
     if (signs := _relations(text)) is not None:
         return signs
-    if len(pieces := _split(text, r"\cup")) > 1:
+    if len(pieces := split(text, r"\cup")) > 1:
         return Group(text, "union", tuple(map(read, pieces)), False)
     if _PLUS_MINUS.search(text):
         return Group(text, "list", (read(_PLUS_MINUS.sub(_upper, text)), read(_PLUS_MINUS.sub(_lower, text))), False)
@@ -111,11 +112,6 @@ def same(first: Answer, second: Answer, *, by_name: bool = False) -> bool:
     return isinstance(first, Leaf) and isinstance(second, Leaf) and _same_leaf(first.text, second.text)
 
 
-def squeezed(text: str) -> str:
-    """Without spaces, but for those between two digits."""
-    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
-
-
 def _value(answer: Answer) -> Answer:
     return answer.value if isinstance(answer, Named) else answer
 
@@ -140,29 +136,33 @@ def _bracketed(text: str) -> Answer | None:
         if text.startswith(opening) and text.endswith(closing):
             inside = text[len(opening) : -len(closing)]
             if opening == r"\langle":
-                return Group(text, "()", tuple(map(read, _split(inside, ","))), True)
+                return Group(text, "()", tuple(map(read, split(inside, ","))), True)
             content = read(condition[1] if (condition := _CONDITION.fullmatch(inside)) else inside)
             return Group(text, "list", content.parts, False) if isinstance(content, Group) and content.kind == "list" else content
     if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
         for separator in (",", ";"):
-            if len(pieces := _split(text[1:-1], separator)) > 1:
+            if len(pieces := split(text[1:-1], separator)) > 1:
                 return Group(text, text[0] + text[-1], tuple(map(read, pieces)), True)
-    if len(pieces := _split(text, ":")) > 1 and all(pieces):
+    if len(pieces := split(text, ":")) > 1 and all(pieces):
         return Group(text, ":", tuple(map(read, pieces)), True)
     return None
 
 
 def _relations(text: str) -> Answer | None:
     """A value with its name, or equations and inequalities; None where there is no such sign outside of brackets."""
-    pieces, signs = [], []
-    rest = text
-    while (found := _first_sign(rest)) is not None:
-        pieces.append(rest[: found.start()].strip())
-        signs.append(_SIGNS.get(found[0], found[0]))
-        rest = rest[found.end() :]
+    pieces: list[str] = []
+    signs: list[str] = []
+    place = 0
+    while (found := outside(text[place:], _SIGN)) is not None:
+        pieces.append(text[place : place + found.start()].strip())
+        sign = _SIGNS.get(found[0], found[0])
+        if sign == "~" and (signs or not _is_name(pieces[0])):  # in front of a rounded value stands the exact one
+            return read(text[: place + found.start()])
+        signs.append("=" if sign == "~" else sign)
+        place += found.end()
     if not signs:
         return None
-    pieces.append(rest.strip())
+    pieces.append(text[place:].strip())
     if not all(pieces[1:]) or not (pieces[0] or signs == ["="]):
         return Leaf(text)
     if set(signs) <= {"=", "in"} and (_is_name(pieces[0]) or _holds(pieces)):
@@ -176,21 +176,9 @@ def _relations(text: str) -> Answer | None:
     return Relation(text, links)
 
 
-def _first_sign(text: str) -> re.Match[str] | None:
-    depth = 0
-    for match in re.finditer(rf"\\[{{}}]|[(\[{{]|[)\]}}]|{_SIGN.pattern}", text):
-        if match[0].lstrip("\\") in tuple("([{"):
-            depth += 1
-        elif match[0].lstrip("\\") in tuple(")]}"):
-            depth -= 1
-        elif depth == 0:
-            return match
-    return None
-
-
 def _is_name(text: str) -> bool:
-    """Whether what stands in front of "=" is what is asked for, as in "x", "f(2)", "Area of ABC", not a formula."""
-    bare = re.sub(r"(?<=[a-zA-Z])\([^()]*\)", "", re.sub(r"_\{[^{}]*\}", "", text))
+    """Whether what stands in front of "=" is what is asked for, as in "x", "f(2)", "|AB|", "Area of ABC", not a formula."""
+    bare = re.sub(r"(?<=[a-zA-Z])\([^()]*\)|_\{[^{}]*\}|\|(?=[A-Z]{2}\|)|(?<=[A-Z]{2})\|", "", text)
     return not re.search(r"[\d+\-*/^|!]", bare)
 
 
@@ -269,27 +257,3 @@ def _same_leaf(first: str, second: str) -> bool:
         return words[0].casefold() == words[1].casefold()
     agree = same_value(first, second)
     return words[0] == words[1] != "" if agree is None else agree
-
-
-def _unbraced(text: str) -> str:
-    """Without braces around the whole."""
-    while text.startswith("{") and (content := braced(text, 0)) is not None and len(content) + 2 == len(text):
-        text = content.strip()
-    return text
-
-
-def _split(text: str, separator: str) -> list[str]:
-    """The pieces between separators that stand outside all brackets; an interval may open and close with different ones."""
-    pieces, depth, start, place = [], 0, 0, 0
-    while place < len(text):
-        if text[place] in "([{" or text.startswith((r"\langle", r"\begin"), place):
-            depth += 1
-        elif text[place] in ")]}" or text.startswith((r"\rangle", r"\end"), place):
-            depth -= 1
-        elif depth == 0 and text.startswith(separator, place):
-            pieces.append(text[start:place].strip())
-            place += len(separator)
-            start = place
-            continue
-        place += 1
-    return [*pieces, text[start:].strip()]

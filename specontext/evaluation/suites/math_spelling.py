@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 
+from specontext.evaluation.suites.math_brackets import braced
+
 _TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|mathrm|mathbf|mathsf|mathit|operatorname\*?)\s*\{([^{}]*)\}"
 _STYLES = (
     "displaystyle|textstyle|scriptstyle|limits|left|right|middle|[bB]igg?[lrm]?|bf|rm|it|boldmath|mathstrut|strut|hfill|noindent|"
-    "quad|qquad|thinspace|enspace"
+    "thinspace|enspace"
 )
-_STYLE = re.compile(rf"\\\\|\\(?:{_STYLES})(?![a-zA-Z])\.?(?!\d)|\\[,;:>! ]|~|\\(?:[hv]space|mspace)\*?\{{[^{{}}]*\}}")
+_STYLE = re.compile(rf"\\\\|\\q?quad|\\(?:{_STYLES})(?![a-zA-Z])\.?(?!\d)|\\[,;:>! ]|~|\\(?:[hv]space|mspace)\*?\{{[^{{}}]*\}}")
 _DROPPED = re.compile(r"\\(?:h?phantom|tag|label)\*?\{[^{}]*\}|\\(?:text)?color\{[^{}]*\}(?!\{)")
 _WRAPPERS = re.compile(
     r"\\(?:mathbf|mathrm|mathit|mathsf|mathcal|mathbb|boldsymbol|bm|pmb|underline|boxed|fbox|vec|overrightarrow|hat|ensuremath|"
@@ -39,9 +41,33 @@ _OTHER_NAMES = {
     **{"varnothing": "emptyset", "colon": ":", "ast": "*", "star": "*", "lbrace": "{", "rbrace": "}", "land": ",", "lor": ","},
     **{"varphi": "phi", "vartheta": "theta", "varepsilon": "epsilon", "lt": "<", "gt": ">", "simeq": "approx", "pounds": ""},
     **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
-    **{"lbrack": "[", "rbrack": "]", "degree": r"^\circ", "euro": "", "percent": "%", "implies": "Rightarrow", "to": "rightarrow"},
+    **{
+        "lbrack": "[",
+        "rbrack": "]",
+        "degree": r"^\circ",
+        "euro": "",
+        "percent": "%",
+        "implies": "Rightarrow",
+        "to": "rightarrow",
+    },
 }
-_MARKS = ("lvert", "rvert", "vert", "mid", "colon", "ast", "star", "lt", "gt", "land", "lor", "lbrack", "rbrack", "degree", "percent")
+_MARKS = (
+    "lvert",
+    "rvert",
+    "vert",
+    "mid",
+    "colon",
+    "ast",
+    "star",
+    "lt",
+    "gt",
+    "land",
+    "lor",
+    "lbrack",
+    "rbrack",
+    "degree",
+    "percent",
+)
 _COMMAND = re.compile(rf"\\({'|'.join(_OTHER_NAMES)})(?![a-zA-Z])")
 _WORD_FUNCTIONS = re.compile(r"(?<![a-zA-Z\\])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|pi)(?![a-zA-Z])")
 _OVER = re.compile(r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}")
@@ -59,14 +85,16 @@ _MIXED = re.compile(r"(?<![\d./^_])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/.])")
 _DEGREE = r"\s*(?:\^\s*(?:\\circ|\{\s*\\circ\s*\}))"
 _ANGLE = re.compile(rf"(\d+(?:\.\d+)?){_DEGREE}")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
-_CLOCK = re.compile(rf"(?P<time>\d{{1,2}}(?::\d\d)?)\s*(?:\\text\s*\{{)?\s*(?P<half>[aApP])\.?\s*[mM]\.?\s*\}}?\.?")
+_CLOCK = re.compile(r"(?P<time>\d{1,2}(?::\d\d)?)\s*(?P<half>[aApP])\.?\s*[mM]\.?")
 
 _CONJUNCTION = re.compile(
-    r"\s*,?\s*\\(?:text|mbox|textrm|mathrm)\s*\{\s*,?\s*(?:and|or)\s*\}\s*|(?<=[\w})\]])\s*,?\s+(?:and|or)\s+(?=[-\w\\({\[])"
+    r"\s*,?\s*\\(?:text|mbox|textrm|mathrm)\s*\{\s*,?\s*(?:and|or)\s*\}\s*"
+    r"|(?<=[\w})\]$])\s*,?\s+(?:and|or)\s+(?=[-\w\\({\[$])|(?<=[\d)\]}])(?:and|or)(?=[-a-zA-Z(\\])"
 )
 _UNIT = re.compile(rf"(?P<number>.*[\d)}}].*?)\s*(?:(?!\\mathrm\s*\{{[ie]\}}){_TEXT}(?:\^\{{?-?\d\}}?)?[\s./]*)+")
 _SHORT_UNITS = frozenset(
-    "cm mm km dm kg mg ml mL dl dL ft yd mi lb lbs oz hr hrs min mins sec secs mph kph mpg sq cu in pt qt gal rad deg USD EUR kmh bps".split()
+    "cm mm km dm kg mg ml mL dl dL ft yd mi lb lbs oz hr hrs min mins sec secs mph kph mpg sq cu in pt qt gal rad deg USD "
+    "EUR kmh".split()
 )
 _NOT_UNITS = frozenset("sin cos tan cot csc log exp abc xyz pqr mod and per".split())
 _WORDS_BEHIND = re.compile(
@@ -97,20 +125,6 @@ def without_commas(text: str) -> str | None:
     return re.sub(r"[,\s]", "", text) if re.fullmatch(r"[-+]?\d{1,3}(?:,\s*\d{3})+(?:\.\d+)?", text.strip()) else None
 
 
-def braced(text: str, start: int) -> str | None:
-    """The content of the braces that open at `start`; escaped ones do not count. None if they never close."""
-    depth, place = 0, start
-    while place < len(text):
-        if text[place] == "\\":
-            place += 2
-            continue
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[start + 1 : place]
-        place += 1
-    return None
-
-
 def _without_wrapping(text: str) -> str:
     r"""Without the signs of a formula, of bold type and of line ends around it."""
     while True:
@@ -138,7 +152,9 @@ def _commands(text: str) -> str:
         text = fraction
     text = text.replace("**", "^").replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
     text = _CONJUNCTION.sub(",", text)
-    text = re.sub(r"_\s*(\w)|(?<=\d)_\s*(\d+)", lambda match: f"_{{{match[1] or match[2]}}}", re.sub(r"(?<=\d)_(\d+)", r"_{\1}", text))
+    text = re.sub(
+        r"_\s*(\w)|(?<=\d)_\s*(\d+)", lambda match: f"_{{{match[1] or match[2]}}}", re.sub(r"(?<=\d)_(\d+)", r"_{\1}", text)
+    )
     text = re.sub(r"(?<![a-zA-Z])\{(\d+)\}_", r"\1_", text)
     return re.sub(r"_\s*\{\s*\(?\s*(?:\\text\s*\{)?\s*([a-z]+|\d+)\s*\}?\s*\)?\s*\}", _base, text)
 
@@ -187,7 +203,9 @@ def _without_units(text: str) -> str:
     if not behind:
         return text
     first = re.split(r"[\s.^/-]", behind["words"])[0]
-    known = first in _SHORT_UNITS or (behind["gap"] and len(first) > 2 and first not in _NOT_UNITS and re.search("[aeiouy]", first))
+    known = first in _SHORT_UNITS or (
+        behind["gap"] and len(first) > 2 and first not in _NOT_UNITS and re.search("[aeiouy]", first)
+    )
     return behind["number"] if known else text
 
 

@@ -8,7 +8,6 @@ are equal if their values are.
 
 from __future__ import annotations
 
-import cmath
 import math
 import re
 import zlib
@@ -16,8 +15,18 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 
 from specontext.evaluation.suites.math_functions import FUNCTIONS, INVERSES, logarithm
-
-Value = Fraction | complex
+from specontext.evaluation.suites.math_numbers import (
+    Unreadable,
+    Value,
+    add,
+    as_complex,
+    binomial,
+    divide,
+    factorial,
+    multiply,
+    power,
+    root,
+)
 
 POINTS = 3  # sets of values of the variables; as many each have negative and large ones
 _SUBSCRIPT = r"(?:\s*_\{[^{}]*\})?"
@@ -30,11 +39,7 @@ _GREEK = frozenset(
 _ROUNDED = {r"\lfloor": (r"\rfloor", math.floor), r"\lceil": (r"\rceil", math.ceil)}
 _ENDS = ("+", "-", ")", "}", "]", r"\rfloor", r"\rceil")
 _PRODUCT_SIGNS = ("*", r"\cdot", r"\times", "/", r"\div")
-_LONGEST, _DEEPEST, _LARGEST_POWER, _MOST_BITS, _LARGEST_FACTORIAL = 1000, 40, 4096, 20_000, 200
-
-
-class Unreadable(ValueError):
-    """Not a formula of the kind that is read here."""
+_LONGEST, _DEEPEST = 1000, 40
 
 
 def same_value(first: str, second: str) -> bool | None:
@@ -51,7 +56,7 @@ def proportion(first: str, second: str) -> float | None:
     None where one of them is not read, or where they are numbers, all of which are multiples of each other.
     """
     try:
-        values = [(_as_complex(value(first, point)), _as_complex(value(second, point))) for point in _points(first + second)]
+        values = [(as_complex(value(first, point)), as_complex(value(second, point))) for point in _points(first + second)]
     except Unreadable:
         return None
     a, b = values[0]
@@ -91,12 +96,8 @@ def _points(text: str) -> Iterator[int]:
 def _close(first: Value, second: Value) -> bool:
     if isinstance(first, Fraction) and isinstance(second, Fraction):
         return first == second
-    a, b = _as_complex(first), _as_complex(second)
+    a, b = as_complex(first), as_complex(second)
     return abs(a - b) <= max(1e-12, 1e-9 * max(abs(a), abs(b)))
-
-
-def _as_complex(number: Value) -> complex:
-    return complex(float(number)) if isinstance(number, Fraction) else number
 
 
 _BRACKETS = {"(": ")", "{": "}", "[": "]"}
@@ -141,7 +142,7 @@ class _Reader:
         while self._next() in ("+", "-"):
             sign = self._take()
             term = self._product()
-            result = _add(result, term if sign == "+" else _multiply(Fraction(-1), term))
+            result = add(result, term if sign == "+" else multiply(Fraction(-1), term))
         self.depth -= 1
         return result
 
@@ -150,41 +151,41 @@ class _Reader:
         while (token := self._next()) and token not in _ENDS and not (token == "|" and self.bars):
             if token in _PRODUCT_SIGNS:
                 sign, factor = self._take(), self._signed()
-                result = _divide(result, factor) if sign in ("/", r"\div") else _multiply(result, factor)
+                result = divide(result, factor) if sign in ("/", r"\div") else multiply(result, factor)
             elif token[0].isdigit() or token[0] == ".":
                 raise Unreadable("a number behind a factor")
             else:
-                result = _multiply(result, self._power())
+                result = multiply(result, self._power())
         return result
 
     def _signed(self) -> Value:
         if self._next() in ("+", "-"):
             sign = self._take()
             number = self._signed()
-            return number if sign == "+" else _multiply(Fraction(-1), number)
+            return number if sign == "+" else multiply(Fraction(-1), number)
         return self._power()
 
     def _power(self) -> Value:
         base = self._atom()
         while self._next() == "!":
             self._take()
-            base = _factorial(base)
+            base = factorial(base)
         if self._next() != "^":
             return base
         self._take()
-        return _raise(base, self._group() if self._next() == "{" else self._signed_atom())
+        return power(base, self._group() if self._next() == "{" else self._signed_atom())
 
     def _signed_atom(self) -> Value:
         if self._next() != "-":
             return self._atom()
         self._take()
-        return _multiply(Fraction(-1), self._atom())
+        return multiply(Fraction(-1), self._atom())
 
     def _atom(self) -> Value:
         token = self._take()
         if token[0].isdigit() or token[0] == ".":
             number = Fraction(token.rstrip("."))
-            return _add(number, self._fraction()) if self._mixed(token) else number
+            return add(number, self._fraction()) if self._mixed(token) else number
         if token == r"\frac":
             self.place -= 1
             return self._fraction()
@@ -194,13 +195,13 @@ class _Reader:
                 self._take()
                 degree = self._sum()
                 self._take("]")
-            return _root(self._argument(), degree)
+            return root(self._argument(), degree)
         if token in _BRACKETS:
             inner = self._sum()
             self._take(_BRACKETS[token])
             return inner
         if token == r"\binom":
-            return _binomial(self._argument(), self._argument())
+            return binomial(self._argument(), self._argument())
         if token == "|":
             return self._absolute()
         if token in _ROUNDED:
@@ -226,7 +227,7 @@ class _Reader:
         self.bars -= 1
         return abs(inner) if isinstance(inner, Fraction) else complex(abs(inner))
 
-    def _rounded(self, closing: str, to_whole: Callable[[float], int]) -> Value:
+    def _rounded(self, closing: str, to_whole: Callable[[Fraction | float], int]) -> Value:
         inner = self._sum()
         self._take(closing)
         if not isinstance(inner, Fraction) and abs(inner.imag) > 1e-12:
@@ -235,19 +236,19 @@ class _Reader:
 
     def _function(self, name: str, token: str) -> Value:
         r"""A function of what follows: \sin^2 x, \log_{2} 8, \sin 2x\cos x."""
-        power: Value = Fraction(1)
+        exponent: Value = Fraction(1)
         if self._next() == "^":
             self._take()
-            power = self._group() if self._next() == "{" else self._signed_atom()
-        inverse = power == -1 and name in INVERSES
+            exponent = self._group() if self._next() == "{" else self._signed_atom()
+        inverse = exponent == -1 and name in INVERSES
         of = self._function_argument()
         if subscript := re.search(r"_\{([^{}]*)\}", token):
             if name != r"\log":
                 raise Unreadable(token)
-            result: Value = logarithm(_as_complex(of), _as_complex(value(subscript[1], self.point)))
+            result: Value = logarithm(as_complex(of), as_complex(value(subscript[1], self.point)))
         else:
-            result = (INVERSES if inverse else FUNCTIONS)[name](_as_complex(of))
-        return result if inverse or power == 1 else _raise(result, power)
+            result = (INVERSES if inverse else FUNCTIONS)[name](as_complex(of))
+        return result if inverse or exponent == 1 else power(result, exponent)
 
     def _function_argument(self) -> Value:
         r"""What is in brackets, else all factors up to the next sign, bracket or function."""
@@ -257,10 +258,10 @@ class _Reader:
             return self._signed()
         argument = self._power()
         while (token := self._next()) and (token[0].isalpha() or token in _GREEK or token in (r"\pi", r"\frac", r"\sqrt")):
-            argument = _multiply(argument, self._power())
+            argument = multiply(argument, self._power())
         if token == "/":
             self._take()
-            argument = _divide(argument, self._power())
+            argument = divide(argument, self._power())
         return argument
 
     def _group(self) -> Value:
@@ -281,7 +282,7 @@ class _Reader:
     def _fraction(self) -> Value:
         self._take(r"\frac")
         above = self._argument()
-        return _divide(above, self._argument())
+        return divide(above, self._argument())
 
     def _mixed(self, whole: str) -> bool:
         """Whether a fraction of whole numbers below one follows a whole number."""
@@ -291,68 +292,3 @@ class _Reader:
             return False
         above, below = (int(number) for number in match.groups() if number is not None)
         return 0 < above < below
-
-
-def _add(first: Value, second: Value) -> Value:
-    if isinstance(first, Fraction) and isinstance(second, Fraction):
-        return first + second
-    return _as_complex(first) + _as_complex(second)
-
-
-def _multiply(first: Value, second: Value) -> Value:
-    if isinstance(first, Fraction) and isinstance(second, Fraction):
-        return first * second
-    return _as_complex(first) * _as_complex(second)
-
-
-def _divide(first: Value, second: Value) -> Value:
-    if isinstance(first, Fraction) and isinstance(second, Fraction):
-        return first / second
-    return _as_complex(first) / _as_complex(second)
-
-
-def _raise(base: Value, exponent: Value) -> Value:
-    if isinstance(exponent, Fraction) and isinstance(base, Fraction):
-        if exponent.denominator != 1:
-            return _root(_raise(base, Fraction(exponent.numerator)), Fraction(exponent.denominator))
-        bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-        if abs(exponent) > _LARGEST_POWER or bits * abs(exponent) > _MOST_BITS:
-            raise Unreadable("too large a power")
-        return Fraction(base ** int(exponent))
-    return _as_complex(base) ** _as_complex(exponent)
-
-
-def _factorial(number: Value) -> Value:
-    if not isinstance(number, Fraction) or number.denominator != 1 or not 0 <= number <= _LARGEST_FACTORIAL:
-        raise Unreadable("a factorial of an unusual number")
-    return Fraction(math.factorial(int(number)))
-
-
-def _binomial(above: Value, below: Value) -> Value:
-    for number in (above, below):
-        if not isinstance(number, Fraction) or number.denominator != 1 or not 0 <= number <= _LARGEST_FACTORIAL:
-            raise Unreadable("a binomial of unusual numbers")
-    assert isinstance(above, Fraction) and isinstance(below, Fraction)
-    return Fraction(math.comb(int(above), int(below)))
-
-
-def _root(number: Value, degree: Value) -> Value:
-    if not isinstance(degree, Fraction) or degree.denominator != 1 or not 2 <= degree <= 64:
-        raise Unreadable("a root of an unusual degree")
-    if isinstance(number, Fraction) and (number >= 0 or degree % 2):
-        sign = 1 if number >= 0 else -1
-        above, below = (_whole_root(abs(part), int(degree)) for part in (number.numerator, number.denominator))
-        if above is not None and below is not None:
-            return Fraction(sign * above, below)
-        return complex(sign * abs(float(number)) ** (1 / int(degree)))
-    if degree == 2:
-        return cmath.sqrt(_as_complex(number))
-    return _as_complex(number) ** (1 / int(degree))
-
-
-def _whole_root(number: int, degree: int) -> int | None:
-    if degree == 2:
-        root = math.isqrt(number)
-    else:
-        root = round(float(number) ** (1 / degree))
-    return root if root**degree == number else None
