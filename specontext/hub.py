@@ -82,8 +82,8 @@ def _reason(name: str, subset: str | None, split: str, error: Exception) -> str:
         copy = f"name its copy {COPIES[name]}, or " if name in COPIES else "name a copy of it in Parquet or JSON, or "
         return (
             f"it is kept as a loading script ({script['script']}), which the package datasets no longer runs; {copy}download the "
-            f"Parquet files that the Hub made of it, where it did, and give DIR or a part of it: hf download {name} --repo-type dataset "
-            "--revision refs/convert/parquet --local-dir DIR"
+            f"Parquet files that the Hub made of it, where it did, and give DIR or a part of it: hf download {name} "
+            "--repo-type dataset --revision refs/convert/parquet --local-dir DIR"
         )
     if subsets := _NO_SUBSET.search(text):
         return f"it has several subsets, write {name}/SUBSET: {_listed(subsets)}"
