@@ -19,7 +19,7 @@ def calibrate(
     target: Annotated[str, typer.Option("--target", help="The model the head selects for.")],
     text: Annotated[
         list[str],
-        typer.Option("--text", metavar="SPEC", help="Text file, directory, .jsonl, hf:NAME or tasks; may be repeated."),
+        typer.Option("--text", metavar="SPEC", help="Text file, directory, .jsonl, .parquet, hf:NAME or tasks; may be repeated."),
     ],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the head here. Default: where it lies.")] = None,
     budget: Annotated[int | None, typer.Option("--budget", help="KV entries of a selection. Default: 1/8 of the length.")] = None,

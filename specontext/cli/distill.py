@@ -21,7 +21,7 @@ def distill(
         typer.Option(
             "--data",
             metavar="SPEC",
-            help="Text file, directory, .jsonl file, hf:NAME of a data set, tasks, or tasks:KIND,...; may be repeated.",
+            help="Text file, directory, .jsonl or .parquet file, hf:NAME of a data set, tasks, or tasks:KIND,...; repeatable.",
         ),
     ],
     objective: Annotated[
