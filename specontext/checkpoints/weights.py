@@ -18,6 +18,7 @@ from specontext.checkpoints.wording import first_few, in_one_sentence
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 LOOKED_FOR = ("model.safetensors", SHARDED[0], "pytorch_model.bin", SHARDED[1])  # in the order of transformers
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or expert, in a tensor's name
 SHARD = re.compile(r"(.+)-\d+-of-(\d+)\.(safetensors|bin)$")
 # Endings of files with weights that are not in Hugging Face's format, and what writes them.
 FOREIGN = {
@@ -67,6 +68,11 @@ def weight_files(folder: Path, failure: Failure, *, named: str | None = None) ->
     Raises:
         failure: there are none, or some of them are missing; the message says which.
     """
+    if (folder / "adapter_config.json").exists() and (adapters := sorted(folder.glob("adapter_model.*"))):
+        raise failure(
+            f"{folder} has a LoRA adapter beside its weights ({adapters[0].name}), which would be left out: merge it into them "
+            "with peft's merge_and_unload, or move it elsewhere if they are meant without it"
+        )
     for name in (named,) if named else LOOKED_FOR:
         path = folder / name
         if not (path.exists() or path.is_symlink()):
@@ -131,13 +137,12 @@ def odd_experts(tensors: Mapping[str, StoredTensor]) -> list[str]:
     groups: dict[str, dict[tuple[str, ...], str]] = defaultdict(dict)  # names by their numbers, by name without numbers
     for name in tensors:
         if ".experts." in name:
-            groups[re.sub(r"(?<=\.)\d+(?=\.)", "*", name)][tuple(re.findall(r"(?<=\.)\d+(?=\.)", name))] = name
+            groups[NUMBER.sub("{}", name)][tuple(NUMBER.findall(name))] = name
     everywhere = {numbers for members in groups.values() for numbers in members}
     wrong = []
     for pattern, members in sorted(groups.items()):
-        if gone := sorted(everywhere - members.keys()):
-            parts = iter(gone[0])
-            wrong.append(f"{re.sub('[*]', lambda _: next(parts), pattern)} is not there")  # noqa: B023  called at once
+        gone = sorted(numbers for numbers in everywhere - members.keys() if len(numbers) == pattern.count("{}"))
+        wrong += [f"{pattern.format(*numbers)} is not there" for numbers in gone]
         [(usual, _)] = Counter(tensors[name].shape for name in members.values()).most_common(1)
         for name in members.values():
             if tensors[name].shape != usual:

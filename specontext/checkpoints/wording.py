@@ -10,6 +10,7 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 NOISE = (
     re.compile(r"Model type should be one of [^.]*\.?"),
     re.compile(r",? or contain one of the following strings in its name: [^.]*"),
+    re.compile(r"Checkout 'https://huggingface\.co/[/.][^']*' for available files\.?"),  # of a directory
     re.compile(r"(This file can still be loaded, to do so|In PyTorch 2\.6, we changed the default).*?(?=WeightsUnpickler error)"),
     re.compile(r"WeightsUnpickler error:(?=[\s.]*$)"),
     re.compile(r"Please use `torch\.serialization\.add_safe_globals.*?if you trust this class/function\."),

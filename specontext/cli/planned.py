@@ -68,11 +68,11 @@ def find_facts(name: str, dtype: str, retrieval_head: str | None) -> ModelFacts:
     from specontext.models.loading import check_supported
 
     try:
+        check_not_quantised(source)  # its weights have other sizes than those of this plan
         config = read_config(source)
     except ModelError as error:
         raise ModelError(f"{str(error).rstrip('.')}{did_you_mean(name)}") from error
     check_supported(config)
-    check_not_quantised(config, source)  # whose bytes would be others than those of this plan
     from specontext.retrieval.checkpoint import OWN_HEAD
 
     head = None

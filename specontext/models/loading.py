@@ -62,9 +62,9 @@ def load_model(
     register_attention()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
+    check_not_quantised(source, revision=revision)
     config = read_config(source, **options)
     check_supported(config)
-    check_not_quantised(config, source, revision=revision)
     tokenizer = load_tokenizer(source, **options)  # before the weights, which take longer
     if load_format == "dummy":
         model: Any = random_model(config, dtype, device, options)

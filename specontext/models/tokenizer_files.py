@@ -9,12 +9,19 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from specontext.checkpoints.files import check_side_files
+from specontext.checkpoints.files import check_side_files, read_json
 from specontext.checkpoints.wording import first_few
 from specontext.locations import ModelError, folder_of, one_sentence, resolve_model_path
 
 WHOLE = "tokenizer.json"
-VOCABULARIES = ("*.model", "vocab.*", "*.tiktoken", "tekken.json")  # what a tokenizer can be made of where that is missing
+PAIR = ("vocab.json", "merges.txt")  # what byte-pair tokenizers have in its place, both or neither
+VOCABULARIES = (
+    "*.model",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "tekken.json",
+)  # what a tokenizer can be made of where that is missing
 
 
 def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -31,12 +38,23 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False, revisio
     try:
         with one_sentence(f"cannot load the tokenizer of {source}"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
-    except ModelError as error:
-        if isinstance(source, Path) and not _vocabularies(source):
-            raise ModelError(f"cannot load the tokenizer of {source}: {_lacks(source, [WHOLE])}") from error
+    except ModelError:
+        if isinstance(source, Path):  # what the library says of such files does not name them
+            _check_whole(source)
         raise
     _check_vocabulary(tokenizer, folder_of(source, revision=revision))
     return tokenizer
+
+
+def _check_whole(folder: Path) -> None:
+    """Raises ModelError for a vocabulary that is missing, in part or whole, or broken."""
+    if (folder / WHOLE).exists():
+        if "model" not in read_json(folder / WHOLE, ModelError):
+            raise ModelError(f"{folder / WHOLE} is broken: it holds no tokenizer; download it again")
+    elif not _vocabularies(folder):
+        raise ModelError(f"cannot load the tokenizer of {folder}: {_lacks(folder, [WHOLE])}")
+    elif (lacking := [name for name in PAIR if not (folder / name).exists()]) and len(lacking) < len(PAIR):
+        raise ModelError(f"cannot load the tokenizer of {folder}: {_lacks(folder, lacking)}")
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -56,11 +74,8 @@ def _lacks(folder: Path, names: list[str]) -> str:
     wanted = names if WHOLE in names else [WHOLE, *names]
     there = _vocabularies(folder)
     beside = f" ({first_few(there)} alone is not enough)" if there else ""
-    return (
-        f"its vocabulary is missing{beside}: neither {' nor '.join(wanted)} is in the directory, so download it too"
-        if len(wanted) > 1
-        else f"its vocabulary is missing{beside}: {wanted[0]} is not in the directory, so download it too"
-    )
+    missing = f"neither {' nor '.join(wanted)}" if len(wanted) > 1 else f"no {wanted[0]}"
+    return f"its vocabulary is missing{beside}: {missing} is in the directory, so download it too"
 
 
 def _vocabularies(folder: Path) -> list[str]:
@@ -69,15 +84,24 @@ def _vocabularies(folder: Path) -> list[str]:
 
 def _check_packages(folder: Path) -> None:
     """Raises ModelError where a tokenizer has to be made from a file that only an absent package can read."""
-    if (folder / WHOLE).exists():
+    if any(not name.endswith(".model") for name in _vocabularies(folder)):
         return
     for file in sorted(folder.glob("*.model")):
-        package, more = ("sentencepiece", " protobuf") if _is_sentencepiece(file) else ("tiktoken", "")
-        if importlib.util.find_spec(package) is None:
+        needed = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+        if not _is_sentencepiece(file):
+            needed = {"tiktoken": "tiktoken"}
+        if absent := [package for package, module in needed.items() if not _is_installed(module)]:
             raise ModelError(
-                f"cannot load the tokenizer of {folder}: {WHOLE} is missing, and {file.name} is read by the package {package}, "
-                f"which is not installed: `pip install {package}{more}`, or download {WHOLE}"
+                f"cannot load the tokenizer of {folder}: {WHOLE} is missing, and {file.name} cannot be read without "
+                f"{' and '.join(absent)}: `pip install {' '.join(absent)}`, or download {WHOLE}"
             )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it is part of is not there
+        return False
 
 
 def _is_sentencepiece(file: Path) -> bool:

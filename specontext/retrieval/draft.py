@@ -21,7 +21,7 @@ from torch import Tensor
 
 from specontext.checkpoints.files import check_file, missing_shards, read_json
 from specontext.checkpoints.quantization import ADVICE, quantization_of
-from specontext.checkpoints.weights import SHARDED, what_is_there
+from specontext.checkpoints.weights import SHARDED, SINGLE, what_is_there
 from specontext.checkpoints.wording import first_few, in_one_sentence
 from specontext.core import ModelShape
 from specontext.retrieval.head_config import HeadConfig, HeadError
@@ -191,13 +191,16 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         HeadError: there are none, or an index names some that are not there.
     """
-    for index in filter(Path.exists, (folder / name for name in SHARDED)):
-        if missing := missing_shards(index, HeadError):
-            raise HeadError(f"the weights in {folder} are incomplete: download {first_few(missing)}, which {index.name} names")
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise HeadError(f"no weights in {folder}: expected *.safetensors or pytorch_model.bin{what_is_there(folder)}")
-    return files
+    for single, index, pattern in zip(SINGLE, SHARDED, ("*.safetensors", "pytorch_model*.bin"), strict=True):
+        if (
+            not (folder / single).exists()
+            and (folder / index).exists()
+            and (missing := missing_shards(folder / index, HeadError))
+        ):
+            raise HeadError(f"the weights in {folder} are incomplete: download {first_few(missing)}, which {index} names")
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise HeadError(f"no weights in {folder}: expected *.safetensors or pytorch_model.bin{what_is_there(folder)}")
 
 
 def read_weights(files: Sequence[Path], wanted: Callable[[str], bool]) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
