@@ -69,7 +69,7 @@ def read_config(source: Path | str, *, trust_remote_code: bool = False, revision
     from transformers import AutoConfig
 
     if isinstance(source, Path):
-        _config_values(source)
+        _config_values(source, source)
     with one_sentence(f"cannot read the config of the model {source}"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
     return config
@@ -108,15 +108,15 @@ def one_sentence(failed: str) -> Iterator[None]:
 def check_not_quantised(source: Path | str, *, revision: str | None = None) -> None:
     """Raises ModelError, naming the method, for a checkpoint that says that its weights are quantised."""
     folder = folder_of(source, revision=revision)
-    if found := quantization_of(_config_values(folder), folder, ModelError):
+    if found := quantization_of(_config_values(source, folder), folder, ModelError):
         raise ModelError(f"the quantised weights of {source} are not supported: {found}; {ADVICE}")
 
 
-def _config_values(folder: Path) -> dict[str, Any]:
+def _config_values(source: Path | str, folder: Path) -> dict[str, Any]:
     try:
         return read_json(folder / "config.json", ModelError)
     except ModelError as error:
-        raise ModelError(f"cannot read the config of the model {folder}: {error}") from error
+        raise ModelError(f"cannot read the config of the model {source}: {error}") from error
 
 
 def shape_of(model: ModelShape | PreTrainedConfig | str | Path) -> ModelShape:

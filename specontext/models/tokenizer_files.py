@@ -39,8 +39,7 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False, revisio
         with one_sentence(f"cannot load the tokenizer of {source}"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
     except ModelError:
-        if isinstance(source, Path):  # what the library says of such files does not name them
-            _check_whole(source)
+        _check_whole(folder_of(source, revision=revision))  # what the library says of such files does not name them
         raise
     _check_vocabulary(tokenizer, folder_of(source, revision=revision))
     return tokenizer
