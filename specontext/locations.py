@@ -109,7 +109,7 @@ def check_not_quantised(source: Path | str, *, revision: str | None = None) -> N
     """Raises ModelError, naming the method, for a checkpoint that says that its weights are quantised."""
     folder = folder_of(source, revision=revision)
     if found := quantization_of(_config_values(source, folder), folder, ModelError):
-        raise ModelError(f"the quantised weights of {source} are not supported: {found}; {ADVICE}")
+        raise ModelError(f"quantised weights are not supported: {found} of {source}; {ADVICE}")
 
 
 def _config_values(source: Path | str, folder: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ ADVICE = "only weights in float32, bfloat16 or float16 are computed with, so tak
 
 
 def quantization_of(values: Mapping[str, Any], folder: Path | None, failure: Failure) -> str | None:
-    """Where and how a checkpoint says that it is quantised, in words; None where it says nothing of the kind.
+    """How a checkpoint says that it is quantised, and where, in words; None where it says nothing of the kind.
 
     Args:
         values: content of its config.json.
@@ -44,15 +44,15 @@ def quantization_of(values: Mapping[str, Any], folder: Path | None, failure: Fai
         failure: a file beside the config is broken.
     """
     for where, entry in _entries(values, ""):
-        return f"{where} in its config.json is {_described(entry)}"
+        return f"{_described(entry)} ({where} in config.json)"
     for key in ("dtype", "torch_dtype"):
         if (number := str(values.get(key)).removeprefix("torch.")).startswith(SMALL_NUMBERS):
-            return f"{key} in its config.json is {number}"
+            return f"{number} ({key} in config.json)"
     for file in sorted(file for pattern in FILES for file in folder.glob(pattern)) if folder is not None else ():
         content = read_json(file, failure)
         entry = content.get("quantization", content)
         if not isinstance(entry, Mapping) or not _says_none(entry):
-            return f"{file.name} beside its config.json is {_described(entry)}"
+            return f"{_described(entry)} ({file.name})"
     return None
 
 

@@ -38,7 +38,7 @@ def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, optio
     stored: Tensors | None = None
     if isinstance(source, Path):  # before the long work of reading; a Hub id's files come with it
         stored = _headers(source, config)
-        _check_numbers(source, stored)
+        _check_numbers(stored)
     with _no_report(), one_sentence(f"cannot load the model {source}"):
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -60,7 +60,7 @@ def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, optio
             raise
     if stored is None:
         stored = _headers(folder_of(source, revision=options["revision"]), config)
-        _check_numbers(source, stored)
+        _check_numbers(stored)
     model, report = loaded
     _check_report(source, model, report, stored)
     kept: PreTrainedModel = model
@@ -92,7 +92,7 @@ def _headers(folder: Path, config: PreTrainedConfig) -> Tensors:
     return read_headers(weight_files(folder, ModelError, named=named), ModelError)
 
 
-def _check_numbers(source: Path | str, stored: Tensors) -> None:
+def _check_numbers(stored: Tensors) -> None:
     """Raises ModelError, naming tensors, where numbers in the files stand for others: 8 or 4 bits, integers, packed ones."""
     odd = quantised_numbers(stored)
     if not odd:
@@ -102,8 +102,8 @@ def _check_numbers(source: Path | str, stored: Tensors) -> None:
     scales = f", with scales such as {first_few(beside)} that would be left out" if beside else ""
     more = f" and {len(odd) - 1} more tensors" if len(odd) > 1 else ""
     raise ModelError(
-        f"the quantised weights of {source} are not supported: {name} ({number}){more} in {stored[name].file.name} hold no plain "
-        f"floating-point numbers{scales}; {ADVICE}"
+        f"quantised weights are not supported: {name} ({number}){more} in {stored[name].file} hold no plain floating-point "
+        f"numbers{scales}; {ADVICE}"
     )
 
 

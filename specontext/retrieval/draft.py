@@ -269,5 +269,5 @@ def config_values(folder: Path) -> dict[str, Any]:
         raise HeadError(f"no retrieval head in {folder}: it has no config.json")
     values = read_json(folder / "config.json", HeadError)
     if found := quantization_of(values, folder, HeadError):
-        raise HeadError(f"the quantised weights in {folder} are not supported: {found}; {ADVICE}")
+        raise HeadError(f"quantised weights are not supported: {found} of {folder}; {ADVICE}")
     return values
