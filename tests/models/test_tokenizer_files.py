@@ -109,11 +109,3 @@ def test_a_broken_vocabulary_is_named(folder: Path, content: bytes, said: str) -
 def test_pointers_in_place_of_what_lies_beside_it(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 3\n")
     assert f"{folder / name} is not the file but Git LFS's pointer to it" in refusal(folder)
-
-
-def test_a_chat_without_a_template_says_which_file_and_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    copy = Path(shutil.copytree(NANO, tmp_path / "copy"))
-    (copy / "chat_template.jinja").unlink()
-    assert main(["generate", str(copy), "--prompt", "a", "--chat", "--method", "full"]) == 2
-    said = capsys.readouterr().err
-    assert "chat_template.jinja" in said and "tokenizer_config.json" in said and "--chat-template" in said
