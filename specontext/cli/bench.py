@@ -85,7 +85,7 @@ async def _measure_server(
 ) -> dict[str, Any]:
     name, root = (model, tokenizer) if model and tokenizer else await _served(address, model, tokenizer)
     quiet_libraries()
-    from specontext.models.loading import load_tokenizer
+    from specontext.models.tokenizer_files import load_tokenizer
 
     prompts = workload.prompts(load_tokenizer(root), more=warmups)
     target = Target(address, name, stream, ignore_eos, temperature)

@@ -119,7 +119,10 @@ def chat_prompt(llm: LLM, text: str) -> list[int]:
         UsageError: the model has no chat template.
     """
     if not llm.tokenizer.chat_template:
-        raise UsageError("the model has no chat template: leave out --chat")
+        raise UsageError(
+            "the model has no chat template, neither in chat_template.jinja nor in tokenizer_config.json beside its weights: "
+            "download that file, leave out --chat, or give the template to the server (specontext serve --chat-template FILE)"
+        )
     message = [{"role": "user", "content": text}]
     tokens = llm.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
     return cast(list[int], tokens)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from specontext.cli.terminal import quiet_libraries
 from specontext.config import DEFAULT_BUDGET, ConfigError, SpeContextConfig
 from specontext.core import ModelShape
-from specontext.locations import ModelError, resolve_model_path
+from specontext.locations import ModelError, check_not_quantised, read_config, resolve_model_path
 
 if TYPE_CHECKING:
     import torch
@@ -64,10 +64,11 @@ def find_facts(name: str, dtype: str, retrieval_head: str | None) -> ModelFacts:
         alike = did_you_mean(name) or ", and no such preset (--list-presets)"
         raise ModelError(f"{error}{alike}") from error
     quiet_libraries()
-    from specontext.memory.facts import check_heads, facts_of_config, read_config
+    from specontext.memory.facts import check_heads, facts_of_config
     from specontext.models.loading import check_supported
 
     try:
+        check_not_quantised(source)  # its weights have other sizes than those of this plan
         config = read_config(source)
     except ModelError as error:
         raise ModelError(f"{str(error).rstrip('.')}{did_you_mean(name)}") from error
@@ -94,10 +95,10 @@ def _dtype(name: str) -> torch.dtype:
 def _head(source: str, shape: ModelShape, described: str) -> HeadFacts:
     """Facts of a head directory, checked against the model."""
     from specontext.memory.facts import HeadFacts
-    from specontext.retrieval.checkpoint import read_config
+    from specontext.retrieval import checkpoint
     from specontext.retrieval.head import head_parameters
 
-    config = read_config(source)
+    config = checkpoint.read_config(source)
     config.check_target(shape, need_map=False)
     width = config.target_hidden_size * len(config.feature_layers)
     sizes = (head_parameters(config), config.heads, config.kv_heads, config.head_dim, width)

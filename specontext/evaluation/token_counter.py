@@ -7,6 +7,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 import specontext.models
+from specontext.checkpoints.files import check_file
+from specontext.checkpoints.wording import in_one_sentence
 from specontext.core import SpeContextError
 from specontext.tasks.problem import TokenCounter
 
@@ -24,17 +26,18 @@ def token_counter(model: str | Path) -> TokenCounter:
     file = folder / "tokenizer.json"
     if not file.is_file():
         return _slow_counter(model)
+    check_file(file, SpeContextError)
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exceptions
-        raise SpeContextError(f"cannot read the tokenizer {file}: {error}") from error
+        raise SpeContextError(f"cannot read the tokenizer {file}: {in_one_sentence(error)}; download it again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def _slow_counter(model: str | Path) -> TokenCounter:
-    from specontext.models.loading import load_tokenizer
+    from specontext.models.tokenizer_files import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False))

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from specontext.core import ModelShape
-from specontext.locations import ModelError
+from specontext.locations import ModelError, one_sentence
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need them
     import torch
@@ -98,21 +98,6 @@ def eagle3_head(shape: ModelShape) -> HeadFacts:
     )
 
 
-def read_config(source: Any) -> PreTrainedConfig:
-    """The config of a checkpoint directory or Hub id.
-
-    Raises:
-        ModelError: it cannot be read.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"cannot read the config of the model {source}: {_first_line(error)}") from error
-    return config
-
-
 def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
     """`parameters` and `lookup_parameters` of `ModelFacts`, from modules without memory.
 
@@ -122,11 +107,8 @@ def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError, ImportError) as error:
-        raise ModelError(f"cannot build a decoder from this config: {_first_line(error)}") from error
+    with one_sentence("cannot build a decoder from this config"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     table, output = model.get_input_embeddings(), model.get_output_embeddings()
     tied = output is not None and output.weight is table.weight
@@ -169,7 +151,3 @@ def check_heads(shape: ModelShape, kv_heads: int | None = None) -> None:
         raise ModelError(f"the model's config is broken: {wrong[0]} is {getattr(shape, wrong[0])}")
     if shape.query_heads % shape.kv_heads:
         raise ModelError(f"the model's config is broken: {shape.query_heads} query heads over {shape.kv_heads} KV heads")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

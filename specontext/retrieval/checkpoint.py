@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specontext.checkpoints.weights import what_is_there
+from specontext.checkpoints.wording import first_few, in_one_sentence
 from specontext.core import ModelShape
 from specontext.locations import NANO, shape_of
 from specontext.retrieval.draft import config_values, read_draft, read_weights
@@ -171,23 +173,24 @@ def head_folder(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=[CONFIG, "*.safetensors", "pytorch_model*.bin"]))
     except (OSError, ValueError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise HeadError(f"no directory {source}, and it cannot be had from the Hub: {first_line}") from error
+        raise HeadError(f"no directory {source}, and it cannot be had from the Hub: {in_one_sentence(error)}") from error
 
 
 def _weights(folder: Path) -> Path:
     if not (folder / WEIGHTS).is_file():
-        raise HeadError(f"the retrieval head in {folder} has no {WEIGHTS}")
+        raise HeadError(f"the retrieval head in {folder} has no {WEIGHTS}{what_is_there(folder)}")
     return folder / WEIGHTS
 
 
 def _fitting(head: RetrievalHead, stored: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The stored tensors by the head's own names, as far as it needs them.
+    """The stored tensors by the head's own names, all of them.
 
     Raises:
-        HeadError: tensors that are missing, of another shape or number format, or not finite.
+        HeadError: tensors that are missing or not taken, of another shape or number format, or not finite.
     """
     wanted = {tensor_name(name): (name, parameter) for name, parameter in head.state_dict().items()}
+    if extra := sorted(stored.keys() - wanted.keys()):
+        raise HeadError(f"the retrieval head in {folder} holds {first_few(extra)}, which a head of its config does not take")
     if missing := [name for name in wanted if name not in stored]:
         raise HeadError(f"the retrieval head in {folder} lacks the tensor{'s' * (len(missing) > 1)} {', '.join(missing)}")
     for stored_name, (name, parameter) in wanted.items():

@@ -15,6 +15,10 @@ from specontext.server.errors import ApiError
 from specontext.server.protocol.chat import TemplateBody
 
 Result = TypeVar("Result")
+NO_CHAT_TEMPLATE = (
+    "the model has no chat template, neither in chat_template.jinja nor in tokenizer_config.json beside its weights: download "
+    "that file, start the server with --chat-template FILE, or use /v1/completions"
+)
 
 
 class PromptEncoder:
@@ -59,7 +63,7 @@ class PromptEncoder:
             ApiError: no template, or one that refuses the messages.
         """
         if not self.tokenizer.chat_template:
-            raise ApiError(400, "the model has no chat template: use /v1/completions, or start the server with --chat-template")
+            raise ApiError(400, NO_CHAT_TEMPLATE)
         text = await self._run(lambda: self._render(body))
         self._check_text(text)
         ids = await self._run(lambda: self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])

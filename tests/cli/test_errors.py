@@ -74,7 +74,8 @@ def test_missing_chat_template(fails: Fails, tiny: Path, tmp_path: Path) -> None
     for file in tiny.glob("*.*"):
         if file.name != "chat_template.jinja":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    assert "--chat" in fails(["generate", tmp_path, "--prompt", "a", "--chat", "--method", "full"])
+    said = fails(["generate", tmp_path, "--prompt", "a", "--chat", "--method", "full"])
+    assert "chat_template.jinja" in said and "leave out --chat" in said and "--chat-template" in said
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import (
     DeepseekV3Config,
     Gemma2Config,
@@ -25,7 +24,8 @@ from transformers import (
 
 from specontext import LLM, SpeContextConfig
 from specontext.core import ModelShape
-from specontext.models.loading import ModelError, check_supported, load_tokenizer, resolve_model_path
+from specontext.locations import ModelError, resolve_model_path
+from specontext.models.loading import check_supported
 
 FULL = SpeContextConfig(method="full")
 
@@ -102,38 +102,15 @@ def test_truncated_weights(copy: Path, size: int) -> None:
 
 
 def test_weights_that_are_not_safetensors(copy: Path) -> None:
-    (copy / "model.safetensors").write_bytes(b"<html>not found</html>" * 50)
+    (copy / "model.safetensors").write_bytes(b"not found" * 50)
     with pytest.raises(ModelError, match="broken or truncated"):
-        LLM(copy, config=FULL)
-
-
-def test_no_weights(copy: Path) -> None:
-    (copy / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="cannot load the model"):
-        LLM(copy, config=FULL)
-
-
-def test_a_missing_tensor_is_named_and_not_replaced_by_random_numbers(copy: Path) -> None:
-    name = "model.layers.1.self_attn.k_proj.weight"
-    tensors = load_file(copy / "model.safetensors")
-    del tensors[name]
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=name):
-        LLM(copy, config=FULL)
-
-
-def test_a_tensor_of_another_shape(copy: Path) -> None:
-    tensors = load_file(copy / "model.safetensors")
-    tensors["model.norm.weight"] = torch.ones(7)
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="cannot load the model"):
         LLM(copy, config=FULL)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model_type": "no such model"}'])
 def test_a_config_that_is_not_one(copy: Path, text: str) -> None:
     (copy / "config.json").write_text(text)
-    with pytest.raises(ModelError, match="cannot load the model"):
+    with pytest.raises(ModelError, match="cannot read the config of the model"):
         LLM(copy, config=FULL)
 
 
@@ -151,11 +128,3 @@ def test_a_directory_without_config(tmp_path: Path) -> None:
 def test_a_hub_id_is_left_to_the_hub_and_nano_is_bundled() -> None:
     assert resolve_model_path("organisation/name") == "organisation/name"
     assert isinstance(nano := resolve_model_path("nano"), Path) and nano.name == "nano"
-
-
-def test_a_broken_tokenizer(copy: Path) -> None:
-    (copy / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelError, match="cannot load the tokenizer"):
-        load_tokenizer(copy)
-    with pytest.raises(ModelError, match="cannot load"):
-        LLM(copy, config=FULL)

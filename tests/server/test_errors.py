@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from specontext.locations import NANO
 from tests.server.serving import PATIENCE, Server, make_engine, running
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -222,3 +225,10 @@ def test_api_keys() -> None:
         assert server.get("/health").status_code == server.get("/").status_code == 200
         for key in (b"first", "secönd".encode()):
             assert server.get("/v1/models", headers={b"authorization": b"Bearer " + key}).status_code == 200
+
+
+def test_a_chat_without_a_template_says_which_file_and_option(tmp_path: Path) -> None:
+    shutil.copytree(NANO, tmp_path / "model", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    with running(make_engine(tmp_path / "model")) as server:
+        message = error_of(server.http.post(CHAT, json=GOOD[CHAT]))["message"]
+    assert "chat_template.jinja" in message and "--chat-template" in message and TEXT in message
