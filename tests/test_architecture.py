@@ -17,6 +17,7 @@ PACKAGE = Path(specontext.config.__file__).parent
 # A module may import from its own room and from rooms on lower floors.
 FLOORS = [
     {"core"},
+    {"gguf"},
     {"config", "locations", "tasks"},
     {"kernels"},
     {"memory"},

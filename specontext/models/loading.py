@@ -14,9 +14,11 @@ from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from specontext.core import ModelShape, SpeContextError
+from specontext.gguf.source import weights_note
 from specontext.locations import ModelError, resolve_model_path
 from specontext.models.attention import ATTENTION_NAME, register_attention
 from specontext.models.checking import check_attention
+from specontext.models.number_format import running_format
 
 SUPPORTED_ROPE = ("default", "linear", "yarn", "llama3", None)
 
@@ -36,6 +38,11 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     shape: ModelShape
     end_token_ids: frozenset[int]
+
+    @property
+    def weights_note(self) -> str | None:
+        """What was done to the weights before they were loaded, such as 'dequantised from Q4_1'."""
+        return weights_note(self.path)
 
 
 def load_model(
@@ -63,6 +70,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(source, **options)
         check_supported(config)
+        dtype = running_format(dtype, config, device)
         dummy = load_format == "dummy"
         model: Any = _random(config, dtype, device, options) if dummy else _stored(source, config, dtype, options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
