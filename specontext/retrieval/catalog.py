@@ -80,7 +80,9 @@ def find_head(
         return load_head(choice, target=target, need_map=need_map)
     if model_path is not None and (model_path / OWN_HEAD).is_dir():
         return load_head(model_path / OWN_HEAD, target=target, need_map=need_map)
-    if (bundled := bundled_head(model_name, model_path, target)) is not None and (bundled / CONFIG).is_file():
+    if model_name in HEADS:
+        return load_head(model_name, target=target, need_map=need_map)
+    if (bundled := bundled_head(model_name, model_path, target)) is not None:
         return load_head(bundled, target=target, need_map=need_map)
     if model_name in KNOWN_DRAFTS:
         return load_head(KNOWN_DRAFTS[model_name], target=target, need_map=need_map)
