@@ -23,8 +23,12 @@ if TYPE_CHECKING:
     from specontext import LLM
 
 TOPICS = ("debugger", "raise", "assert", "del", "lambda", "return")
-QUESTION = "Which class is the debugger defined as?"
-EXPECTED = "Pdb"
+# One sentence is put into the text, so that its answer is known on every version of Python; a small model finds nothing harder.
+NOTE = "A note from the kitchen: the cook of the research station is called Margaret Ellison."
+PLACE = 0.65  # of the text
+QUESTION = "Who is the cook of the research station?"
+EXPECTED = "Margaret Ellison"
+OURS = "speculative"
 FRACTION = 8
 ANSWER = 32  # tokens
 SHOWN_CHARACTERS = 400
@@ -40,7 +44,13 @@ class Answer:
 
     def as_object(self) -> dict[str, object]:
         """What `--json` prints for it."""
-        return {"method": self.method, "budget": self.budget, "answer": self.output.text.strip(), "stats": self.output.stats}
+        return {
+            "method": self.method,
+            "budget": self.budget,
+            "answer": self.output.text.strip(),
+            "right": EXPECTED in self.output.text,
+            "stats": self.output.stats,
+        }
 
 
 def check_packaged() -> None:
@@ -53,12 +63,14 @@ def check_packaged() -> None:
 
 
 def document(llm: LLM, tokens: int) -> str:
-    """Chapters of Python's reference, cut to at most `tokens` tokens."""
+    """Chapters of Python's reference, cut to about `tokens` tokens, with the note between two paragraphs."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(str(topics[name]).strip() for name in TOPICS if name in topics)
     ids = llm.tokenizer.encode(text, add_special_tokens=False)
-    return text if len(ids) <= tokens else llm.tokenizer.decode(ids[:tokens])
+    paragraphs = str(llm.tokenizer.decode(ids[:tokens])).split("\n\n")
+    paragraphs.insert(int(PLACE * len(paragraphs)), NOTE)
+    return "\n\n".join(paragraphs)
 
 
 def show_document(model: str, *, length: int, as_json: bool, console: Console) -> None:
@@ -71,20 +83,22 @@ def show_document(model: str, *, length: int, as_json: bool, console: Console) -
     quiet_libraries()
     from specontext import LLM
 
-    config = SpeContextConfig(budget=max(64, length // FRACTION), offload_layers=-1)
-    llm = LLM(model, config=config, methods=("full",), max_num_seqs=1)
+    config = SpeContextConfig(method=OURS, budget=max(64, length // FRACTION), offload_layers=-1)
+    llm = LLM(model, config=config, methods=("full", "streaming"), max_num_seqs=1)
     text = document(llm, min(length, llm.engine.parts.max_tokens - ANSWER - 200))
-    prompt = _prompt(llm, f"{text}\n\n{QUESTION}")
+    prompt = _prompt(llm, f"{text}\n\nUsing the text above, answer this question: {QUESTION}")
     console.print(f"[bold]Python's reference: {', '.join(TOPICS)}[/bold], {len(prompt):,} tokens with the question")
     console.print(escape(shorten(text, SHOWN_CHARACTERS)), style="dim")
-    console.print(f"\n[bold]{escape(QUESTION)}[/bold] (the text says: {EXPECTED})")
+    console.print(f"In the middle of it stands: {NOTE}")
+    console.print(f"\n[bold]{escape(QUESTION)}[/bold]")
     answers = []
-    for method, budget in (("full", None), ("speculative", config.budget)):
+    for method, budget in (("full", None), (OURS, config.budget), ("streaming", config.budget)):
         params = SamplingParams(temperature=0, max_tokens=ANSWER, method=method, budget=budget)
         [output] = llm.generate([prompt], params)
         answers.append(Answer(method, budget, output))
         label = method if budget is None else f"{method} {budget}"
-        console.print(f"  {label:<16} {escape(' '.join(output.text.split()))}")
+        mark, colour = ("✓", "green") if EXPECTED in output.text else ("✗", "red")
+        console.print(f"[{colour}]{mark}[/{colour}] {label:<16} {escape(' '.join(output.text.split()))}")
     elapsed = time.perf_counter() - began
     if as_json:
         rows = [answer.as_object() for answer in answers]

@@ -137,7 +137,8 @@ def test_demo(with_head: Path, capsys: Any) -> None:
     assert code == 0, err
     said = json.loads(out)
     assert said["weights"] == NOTE and said["prompt_tokens"] < 512
-    full, ours = said["answers"]
+    full, ours, window = said["answers"]
+    assert window["method"] == "streaming" and window["budget"] == ours["budget"]
     assert (full["method"], ours["method"], ours["budget"]) == ("full", "speculative", 64)
     assert full["stats"]["tokens_read_per_step"] > 300 and ours["stats"]["tokens_read_per_step"] == 64
     code, out, _ = run(capsys, "demo", "smollm2", "--length", 480)
