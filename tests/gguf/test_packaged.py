@@ -19,6 +19,7 @@ from specontext.gguf.files import packaged_file
 from specontext.locations import HEADS, ModelError, resolve_model_path
 from specontext.retrieval.head_config import HeadError
 from tests.gguf.gguf_files import byte_level, write_gguf
+from tests.server.serving import make_engine, running
 
 FULL = SpeContextConfig(method="full")
 NOTE = "converted from F32"
@@ -130,6 +131,12 @@ def test_evaluation_says_it(with_head: Path, capsys: Any, tmp_path: Path) -> Non
     assert run(capsys, "report", tmp_path / "out")[0] == 0
     reports = [path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix in (".md", ".html")]
     assert reports and all(NOTE in report for report in reports)
+
+
+def test_the_server_says_it(installed: None) -> None:
+    with running(make_engine("smollm2", method={"method": "full"}, max_model_len=512, offload_layers=0)) as server:
+        [model] = server.get("/v1/models").json()["data"]
+        assert (model["root"], model["weights"]) == ("smollm2", NOTE)
 
 
 def test_demo(with_head: Path, capsys: Any) -> None:
