@@ -1,4 +1,8 @@
-"""Where models lie: names to checkpoint directories, and a model's config and shape without its weights."""
+"""Where models lie: names to checkpoint directories, and a model's config and shape without its weights.
+
+GGUF files, and models that an installed package ships as such, are converted into checkpoint directories when they are first
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 from specontext.checkpoints.files import read_json
 from specontext.checkpoints.quantization import ADVICE, quantization_of
 from specontext.checkpoints.quantization import FILES as QUANTIZATION_FILES
-from specontext.checkpoints.wording import first_few, in_one_sentence
+from specontext.checkpoints.wording import in_one_sentence
 from specontext.core import ModelShape, SpeContextError
+from specontext.gguf.cache import converted
+from specontext.gguf.errors import GGUFError
+from specontext.gguf.files import PACKAGED, is_file, only_file, packaged_file
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need it
     from transformers import PreTrainedConfig
@@ -21,6 +28,8 @@ NEEDS_CODE = (
     "(generate, serve, eval) or trust_remote_code=True (in Python)"
 )
 NANO = Path(__file__).parent / "models" / "nano"
+# Retrieval heads that come with this package for models that do not, by the model's name.
+HEADS = {"smollm2": Path(__file__).parent / "models" / "smollm2" / "retrieval_head"}
 
 
 class ModelError(SpeContextError):
@@ -30,22 +39,42 @@ class ModelError(SpeContextError):
 def resolve_model_path(name: str | Path) -> Path | str:
     """The directory of a checkpoint: the bundled one for `nano`, a directory as given, else the Hub id itself.
 
+    A GGUF file, a directory that has nothing else, and the name of a model that a package ships ('smollm2') give the directory
+    that the file was converted into; the first call converts it.
+
     Raises:
-        ModelError: a path that does not exist, or a directory without a config.json.
+        ModelError: a path that does not exist, a directory without a checkpoint, or a GGUF file that cannot be converted.
     """
     if str(name) == "nano":
         return NANO
     path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    try:
+        if str(name) in PACKAGED:
+            return converted(packaged_file(str(name)))
+        if is_file(path):
+            return converted(path)
+        if path.is_dir():
+            if (path / "config.json").is_file():
+                return path
+            if (file := only_file(path)) is not None:
+                return converted(file)
             raise ModelError(f"{path} is not a checkpoint directory: it has no config.json{_instead_of_config(path)}")
-        return path
+    except GGUFError as error:
+        raise ModelError(str(error)) from error
     if path.is_file():
         raise ModelError(f"{path} is a file: name the checkpoint directory with a config.json, weights and a tokenizer")
     looks_like_path = isinstance(name, Path) or path.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1
-    if looks_like_path:
-        raise ModelError(f"no checkpoint directory at {path}; give 'nano', a directory, or a Hub id like organisation/name")
+    if looks_like_path or path.suffix.lower() == ".gguf":
+        raise ModelError(
+            f"no checkpoint directory at {path}; give {named_models()}, a directory, a GGUF file, "
+            "or a Hub id like organisation/name"
+        )
     return str(name)
+
+
+def named_models() -> str:
+    """The models that need no path, for messages."""
+    return "'nano', " + ", ".join(f"'{name}'" for name in PACKAGED)
 
 
 def _instead_of_config(path: Path) -> str:
@@ -53,8 +82,6 @@ def _instead_of_config(path: Path) -> str:
     inner = sorted(found.parent for pattern in ("*/config.json", "snapshots/*/config.json") for found in path.glob(pattern))
     if (path / "adapter_config.json").exists():
         return "; it is a LoRA adapter: merge it into its model with peft's merge_and_unload, and name the result"
-    if files := sorted(file.name for file in path.glob("*.gguf")):
-        return f"; GGUF files ({first_few(files)}) are not read: take the checkpoint in Hugging Face's format (safetensors)"
     if (path / "params.json").exists():
         return "; its params.json is of the maker's own format: take the checkpoint in Hugging Face's format (safetensors)"
     return f"; {inner[0]} has one: name that directory" if inner else ": download it again, whole"
@@ -123,7 +150,7 @@ def shape_of(model: ModelShape | PreTrainedConfig | str | Path) -> ModelShape:
     """The shape of a decoder, without loading its weights.
 
     Args:
-        model: a shape (returned as it is), a config, or a name: 'nano', a checkpoint directory or a Hub id.
+        model: a shape (returned as it is), a config, or a name that `resolve_model_path` takes.
 
     Raises:
         ModelError: no such model, a broken config, or one that is not a decoder's.

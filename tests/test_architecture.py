@@ -17,7 +17,7 @@ PACKAGE = Path(specontext.config.__file__).parent
 # A module may import from its own room and from rooms on lower floors.
 FLOORS = [
     {"core"},
-    {"checkpoints"},
+    {"checkpoints", "gguf"},
     {"config", "hub", "locations", "tasks"},
     {"kernels"},
     {"memory"},

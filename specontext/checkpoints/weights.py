@@ -96,6 +96,8 @@ def what_is_there(folder: Path) -> str:
         return ": this is a LoRA adapter; merge it into its model with peft's merge_and_unload, and name the result"
     if files:
         named = first_few([file.name for file in files])
+        if files[0].suffix == ".gguf":
+            return f"; to run a GGUF file ({named}), name the file itself"
         return f"; {FOREIGN[files[0].suffix]} ({named}) are not read: take the checkpoint in Hugging Face's format (safetensors)"
     return ""
 

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from specontext.cli.options import Settings, with_settings
-from specontext.cli.terminal import UsageError, error_console, human_bytes, quiet_libraries
+from specontext.cli.terminal import MODEL_HELP, UsageError, error_console, human_bytes, quiet_libraries
 from specontext.core import RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @with_settings()
 def generate(
-    model: Annotated[str, typer.Argument(help="'nano' (bundled), a checkpoint directory or a Hub id.", show_default=False)],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
     stdin: Annotated[str | None, typer.Argument(metavar="[-]", help="'-' reads the prompt from standard input.")] = None,
     *,
     prompt: Annotated[str | None, typer.Option("--prompt", help="The prompt, taken as it is.")] = None,
@@ -175,4 +175,4 @@ def summary(stats: dict[str, Any]) -> str:
     parts += show("first token {:.2f} s", "ttft_s")
     if stats.get("tpot_s") is not None:
         parts.append(f"{stats['tpot_s'] * 1000:.1f} ms a token")
-    return " | ".join(parts)
+    return " | ".join(parts + show("weights {}", "weights"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specontext.cli.terminal import quiet_libraries
 from specontext.config import DEFAULT_BUDGET, ConfigError, SpeContextConfig
 from specontext.core import ModelShape
+from specontext.gguf.source import weights_note
 from specontext.locations import ModelError, check_not_quantised, read_config, resolve_model_path
 
 if TYPE_CHECKING:
@@ -73,16 +74,19 @@ def find_facts(name: str, dtype: str, retrieval_head: str | None) -> ModelFacts:
     except ModelError as error:
         raise ModelError(f"{str(error).rstrip('.')}{did_you_mean(name)}") from error
     check_supported(config)
+    from specontext.retrieval.catalog import bundled_head
     from specontext.retrieval.checkpoint import OWN_HEAD
 
     head = None
     own = Path(source) / OWN_HEAD
     named = retrieval_head or (str(own) if own.is_dir() else None)
+    shape = ModelShape.from_config(config, format_)
+    if named is None and (bundled := bundled_head(name, Path(source), shape)) is not None and bundled.is_dir():
+        named = str(bundled)
     if named is not None:
-        shape = ModelShape.from_config(config, format_)
         check_heads(shape, getattr(config, "num_key_value_heads", None))
         head = _head(named, shape, "the model's own" if retrieval_head is None else named)
-    return facts_of_config(name, config, dtype=format_, head=head)
+    return replace(facts_of_config(name, config, dtype=format_, head=head), weights_note=weights_note(source))
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -206,6 +210,7 @@ def as_object(planned: Planned) -> dict[str, Any]:
     speed = planned.speed
     return {
         "model": facts.name,
+        "weights": facts.weights_note,
         "mode": plan.model.mode,
         "thresholds": list(plan.thresholds),
         "bytes": parts,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-import specontext.models
 from specontext.checkpoints.files import check_file
 from specontext.checkpoints.wording import in_one_sentence
 from specontext.core import SpeContextError
+from specontext.locations import resolve_model_path
 from specontext.tasks.problem import TokenCounter
 
 
@@ -17,15 +17,15 @@ def token_counter(model: str | Path) -> TokenCounter:
     """Counts the tokens of a text, special tokens left out.
 
     Args:
-        model: `nano`, a checkpoint directory or a Hub id.
+        model: a name that `resolve_model_path` takes.
 
     Raises:
         SpeContextError: there is no such model, or its tokenizer is broken.
     """
-    folder = Path(specontext.models.__path__[0], "nano") if str(model) == "nano" else Path(model)
-    file = folder / "tokenizer.json"
+    folder = resolve_model_path(model)
+    file = Path(folder) / "tokenizer.json"
     if not file.is_file():
-        return _slow_counter(model)
+        return _slow_counter(folder)
     check_file(file, SpeContextError)
     try:
         tokenizer = Tokenizer.from_file(str(file))

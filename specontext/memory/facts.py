@@ -46,6 +46,7 @@ class ModelFacts:
         lookup_parameters: those of them that a decode step does not read: an embedding table of its own, of which it reads a
             row for each request.
         intermediate_size: width of the feed-forward layers.
+        weights_note: what was done to the weights, such as 'dequantised from Q4_1'; None where they are the checkpoint's own.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ModelFacts:
     lookup_parameters: int
     intermediate_size: int
     head: HeadFacts
+    weights_note: str | None = None
 
     @property
     def weight_bytes(self) -> int:

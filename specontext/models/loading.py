@@ -13,9 +13,11 @@ from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from specontext.core import ModelShape
+from specontext.gguf.source import weights_note
 from specontext.locations import ModelError, check_not_quantised, one_sentence, read_config, resolve_model_path
 from specontext.models.attention import register_attention
 from specontext.models.checking import check_attention
+from specontext.models.number_format import running_format
 from specontext.models.tokenizer_files import load_tokenizer
 from specontext.models.weights import random_model, stored_model
 
@@ -37,6 +39,11 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     shape: ModelShape
     end_token_ids: frozenset[int]
+
+    @property
+    def weights_note(self) -> str | None:
+        """What was done to the weights before they were loaded, such as 'dequantised from Q4_1'."""
+        return weights_note(self.path)
 
 
 def load_model(
@@ -65,6 +72,7 @@ def load_model(
     check_not_quantised(source, revision=revision)
     config = read_config(source, **options)
     check_supported(config)
+    dtype = running_format(dtype, config, device)
     tokenizer = load_tokenizer(source, **options)  # before the weights, which take longer
     if load_format == "dummy":
         model: Any = random_model(config, dtype, device, options)

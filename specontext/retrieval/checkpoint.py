@@ -21,7 +21,7 @@ from torch import Tensor
 from specontext.checkpoints.weights import what_is_there
 from specontext.checkpoints.wording import first_few, in_one_sentence
 from specontext.core import ModelShape
-from specontext.locations import NANO, shape_of
+from specontext.locations import HEADS, NANO, shape_of
 from specontext.retrieval.draft import config_values, read_draft, read_weights
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig, HeadError
@@ -107,7 +107,7 @@ def load_head(
 
     Args:
         source: a head directory, the directory of an EAGLE-3 draft, a Hub id of either, or a model with a head of its own
-            ('nano' or a checkpoint directory).
+            ('nano', 'smollm2' or a checkpoint directory).
         target: the model it serves: a shape, a transformers config, or a name ('nano', a checkpoint directory, a Hub id).
         dtype: number format of the weights; None keeps that of the stored query projection.
         need_map: refuse a head that has another number of groups than the model has KV heads, and no head map.
@@ -163,11 +163,16 @@ def head_folder(source: str | Path) -> Path:
     """The directory of a head or draft; a Hub id is downloaded.
 
     Raises:
-        HeadError: a Hub id that cannot be had.
+        HeadError: a Hub id that cannot be had, or a model for which no head comes with this package.
     """
-    folder = NANO if str(source) == "nano" else Path(source)
+    folder = NANO if str(source) == "nano" else HEADS.get(str(source), Path(source))
     if (folder / OWN_HEAD / CONFIG).is_file():
         return folder / OWN_HEAD
+    if str(source) in HEADS and not (folder / CONFIG).is_file():
+        raise HeadError(
+            f"no retrieval head for '{source}' comes with this version of specontext: name one, or train it with "
+            f"`specontext distill {source}`"
+        )
     if folder.exists() or isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/")):
         return folder
     try:

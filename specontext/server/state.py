@@ -30,7 +30,7 @@ class ServerState:
     def __init__(self, engine: LLMEngine, config: ServerConfig) -> None:
         self.config, self.started = config, time.time()
         self.names = config.served_model_name or (engine.loaded.name,)
-        self.root = engine.loaded.name
+        self.root, self.weights_note = engine.loaded.name, engine.loaded.weights_note
         self.max_model_len = engine.parts.max_tokens
         self.metrics = Metrics(self.names[0])
         self.engine = AsyncEngine(engine, max_waiting=config.max_queued_requests, observer=self.metrics)

@@ -94,8 +94,8 @@ def test_bad_tasks(fails: Fails, options: list[str], says: str) -> None:
 
 def test_bad_demos(fails: Fails, tiny: Path) -> None:
     assert "niah_single" in fails(["demo", "--tasks", "crossword"])
-    assert "--length" in fails(["demo", "--tasks", "niah_single", "--length", "256", "--model", tiny])
-    assert "n must be" in fails(["demo", "--tasks", "niah_single", "--problems", "0", "--model", tiny])
+    assert "--length" in fails(["demo", "--tasks", "niah_single", "--length", "256", tiny])
+    assert "n must be" in fails(["demo", "--tasks", "niah_single", "--problems", "0", tiny])
 
 
 def test_the_process_itself_shows_no_traceback() -> None:

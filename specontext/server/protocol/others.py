@@ -55,6 +55,7 @@ class Model(BaseModel):
     created: int
     owned_by: str
     root: str
+    weights: str | None = Field(default=None, description="What was done to the weights, such as 'dequantised from Q4_1'.")
     parent: None = None
     max_model_len: int
 
