@@ -65,7 +65,7 @@ def find_facts(name: str, dtype: str, retrieval_head: str | None) -> ModelFacts:
         raise ModelError(f"{error}{alike}") from error
     quiet_libraries()
     from specontext.memory.facts import check_heads, facts_of_config, read_config
-    from specontext.models.loading import check_supported
+    from specontext.models.config_check import check_supported
 
     try:
         config = read_config(source)
@@ -131,7 +131,7 @@ def make_plan(
 
     shape = facts.shape
     if max_model_len is not None and max_model_len > shape.max_position:
-        raise ConfigError(f"max_model_len {max_model_len} exceeds the model's maximum of {shape.max_position} tokens")
+        raise ConfigError(f"max_model_len {max_model_len} exceeds the model's maximum of {shape.longest}")
     length = max_model_len or shape.max_position
     chosen = budget if budget is not None else facts.head.recommended_budget or DEFAULT_BUDGET
     settings = SpeContextConfig(budget=chosen, slots=slots)

@@ -128,7 +128,7 @@ class Session:
         loaded = load_model(self.target, dtype=self.dtype, device=device)
         shape = loaded.shape
         if self.length > shape.max_position:
-            raise ConfigError(f"length {self.length} exceeds the model's maximum of {shape.max_position} tokens")
+            raise ConfigError(f"length {self.length} exceeds the model's maximum of {shape.longest}")
         source = self._source(loaded)
         student = self._student(loaded.model, shape, source)
         student.to(device)

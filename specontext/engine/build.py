@@ -257,7 +257,9 @@ def describe_head(head: RetrievalHead, max_tokens: int) -> str:
 def longest_context(config: EngineConfig, shape: ModelShape) -> int:
     """The engine's longest context in tokens; raises ConfigError for one beyond the model's."""
     if config.max_model_len is not None and config.max_model_len > shape.max_position:
-        raise ConfigError(f"max_model_len {config.max_model_len} exceeds the model's maximum of {shape.max_position} tokens")
+        raise ConfigError(f"max_model_len {config.max_model_len} exceeds the model's maximum of {shape.longest}")
+    if config.max_model_len is None and shape.limited_by:
+        logger.warning("contexts of up to %s", shape.longest)
     return config.max_model_len or shape.max_position
 
 

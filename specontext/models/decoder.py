@@ -47,6 +47,20 @@ def output_layer(model: PreTrainedModel) -> PreTrainedModel:
     return whole
 
 
+def fix_rope(model: PreTrainedModel) -> None:
+    """Keep the angles of RoPE that would follow the longest position of a batch: those of the length that is served.
+
+    Requests of one batch would change each other, and a captured step cannot ask how long they are.
+    """
+    fixed = {"dynamic": "default", "longrope": "default"}
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, str):
+            module.__dict__["rope_type"] = fixed.get(kind, kind)
+        elif isinstance(kind, dict):
+            module.__dict__["rope_type"] = {layers: fixed.get(own, own) for layers, own in kind.items()}
+
+
 class _Given(nn.Module):
     """Stands where a model's decoder stands: what goes in comes out."""
 

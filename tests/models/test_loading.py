@@ -25,7 +25,8 @@ from transformers import (
 
 from specontext import LLM, SpeContextConfig
 from specontext.core import ModelShape
-from specontext.models.loading import ModelError, check_supported, load_tokenizer, resolve_model_path
+from specontext.models.config_check import check_supported
+from specontext.models.loading import ModelError, load_tokenizer, resolve_model_path
 
 FULL = SpeContextConfig(method="full")
 
