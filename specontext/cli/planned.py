@@ -101,7 +101,8 @@ def _head(source: str, shape: ModelShape, described: str) -> HeadFacts:
     config.check_target(shape, need_map=False)
     width = config.target_hidden_size * len(config.feature_layers)
     sizes = (head_parameters(config), config.heads, config.kv_heads, config.head_dim, width)
-    return HeadFacts(*sizes, recommended_budget=config.recommended_budget, source=described)
+    table = config.table_parameters
+    return HeadFacts(*sizes, recommended_budget=config.recommended_budget, source=described, lookup_parameters=table)
 
 
 def make_plan(

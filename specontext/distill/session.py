@@ -189,7 +189,7 @@ class Session:
         vocabulary = None
         if self.draft_vocabulary is not None and self.draft_vocabulary < shape.vocab_size:
             vocabulary = frequent_tokens(self._token_counts(source, shape.vocab_size), self.draft_vocabulary)
-        matrix = model.get_output_embeddings().weight
+        matrix = model.get_output_embeddings().weight if head.config.hidden_size == shape.hidden_size else None
         intermediate = getattr(model.config, "intermediate_size", None) or 4 * shape.hidden_size
         return Student(head, Draft(head, intermediate_size=intermediate, vocabulary=vocabulary, lm_head=matrix))
 

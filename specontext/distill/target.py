@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from specontext.models.attention import RUNNING, attention_of, listening, refuse_foreign
 from specontext.models.features import FeatureTaps
+from specontext.retrieval.head import RetrievalHead
 
 IMPLEMENTATION = "specontext_teaching"
 LayerListener = Callable[[int, Tensor], None]
@@ -28,14 +29,20 @@ class Observation:
     """What one pass of the target shows.
 
     Attributes:
+        ids: int64 [N, S], the tokens.
         embeddings: [N, S, H], of the tokens.
         features: [N, S, F * H], of the token before each; zero at position 0.
         hidden: [N, S, H], after the last norm: what the output matrix reads.
     """
 
+    ids: Tensor
     embeddings: Tensor
     features: Tensor
     hidden: Tensor
+
+    def embedded(self, head: RetrievalHead) -> Tensor:
+        """Embeddings [N, S, H] of the tokens as a head sees them."""
+        return head.embedded(self.ids, lambda _: self.embeddings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +98,7 @@ class Target:
         finally:
             if taps is not None:
                 taps.remove()
-        return Observation(self.model.get_input_embeddings()(ids), features, hidden)
+        return Observation(ids, self.model.get_input_embeddings()(ids), features, hidden)
 
 
 def teaching_attention(

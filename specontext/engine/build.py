@@ -217,7 +217,7 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
         sizes = HeadFacts(0, 0, 0, 0, 0)
     else:
         features = c.target_hidden_size * len(c.feature_layers) if c.variant == "features" else 0
-        sizes = HeadFacts(sum(p.numel() for p in head.parameters()), c.heads, c.kv_heads, c.head_dim, features)
+        sizes = HeadFacts(head.size, c.heads, c.kv_heads, c.head_dim, features, lookup_parameters=c.table_parameters)
     parameters = sum(p.numel() for p in model.parameters())
     return ModelFacts(loaded.name, loaded.shape, parameters, lookup, intermediate, sizes)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from specontext.core import ModelShape
 from specontext.locations import NANO, shape_of
-from specontext.retrieval.draft import config_values, read_draft, read_weights
+from specontext.retrieval.draft import EMBEDDING, config_values, read_draft, read_weights
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig, HeadError
 
@@ -40,6 +40,7 @@ NAMES = {
     "q_norm.weight": "midlayer.self_attn.q_norm.weight",
     "k_norm.weight": "midlayer.self_attn.k_norm.weight",
     "feature_norm.weight": "input_norm.weight",
+    "embed_tokens": EMBEDDING,
 }
 
 
