@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -61,8 +62,15 @@ def fix_rope(model: PreTrainedModel) -> None:
             module.__dict__["rope_type"] = {layers: fixed.get(own, own) for layers, own in kind.items()}
 
 
+@dataclass
+class _Output(MoeModelOutputWithPast):
+    """Has the fields of all decoders' outputs."""
+
+    cross_attentions: None = None
+
+
 class _Given(nn.Module):
     """Stands where a model's decoder stands: what goes in comes out."""
 
-    def forward(self, *_: Any, inputs_embeds: Any, **__: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)  # has the fields of all decoders' outputs
+    def forward(self, *_: Any, inputs_embeds: Any, **__: Any) -> _Output:
+        return _Output(last_hidden_state=inputs_embeds)
