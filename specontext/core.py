@@ -117,7 +117,8 @@ def _longest_context(config: PreTrainedConfig) -> tuple[int, str]:
     base = stated or min(named.values())
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     ropes = [part for part in rope.values() if isinstance(part, dict)] or [rope]
-    original = rope.get("original_max_position_embeddings") or base
+    said = _tokens(config, "original_max_position_embeddings")  # beside RoPE's own entries it has precedence in the library
+    original = said or rope.get("original_max_position_embeddings") or base
     longest, factor = base, rope.get("factor")
     if (rope.get("rope_type") or rope.get("type")) in ("linear", "yarn") and isinstance(factor, int | float):
         longest = max(base, int(original * factor))
@@ -125,7 +126,8 @@ def _longest_context(config: PreTrainedConfig) -> tuple[int, str]:
         longest = max(longest, named.get("model_max_length", 0))
     limits = {f"{name} {tokens} in its config": tokens for name, tokens in named.items() if tokens not in (base, original)}
     for part in ropes:
-        if part.get("rope_type") == "longrope" and (tokens := part.get("original_max_position_embeddings")):
+        if part.get("rope_type") == "longrope":
+            tokens = said or part.get("original_max_position_embeddings") or base
             limits[f"original_max_position_embeddings {tokens}, beyond which RoPE of type longrope is not supported"] = tokens
     own = not is_dataclass(config) or "layer_types" in {entry.name for entry in fields(config)}  # else the class ignores them
     kinds = getattr(config, "layer_types", None) if own else None

@@ -38,7 +38,7 @@ SPEAKS = re.compile(
 # ... and yet says how it is computed or trained, or is told by the shapes of the weights.
 HARMLESS = re.compile(
     r"drop|flash|sdpa|implementation|backend|kernel|fuse|(sequence|tensor|context)_parallel|(attention|attn|qkv|proj)_(\w+_)?bias$"
-    r"|_in_fp32|upcast|initiali[sz]|_token(_ids?|_index)?$|_ids?$|loss|train|layer_?norm|(num|n)_\w*heads?|head_(dim|size|type)"
+    r"|_in_fp32|upcast|initiali[sz]|_token(_ids?|_index)?$|_ids?$|loss|train|(?<!qk_)layer_?norm|(num|n)_\w*heads?|head_(dim|size|type)"
     r"|_dtype|max_window_layers|original_max_position|(^|_)new_"
 )
 ON = {
@@ -110,6 +110,9 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
     window = getattr(config, "sliding_window", None)
     if window is not None and (not isinstance(window, int) or window < 0):
         yield f"its sliding_window is {window!r}, and it should be a number of tokens or null"
+    dual = getattr(config, "dual_chunk_attention_config", None)
+    if dual and not isinstance(_value(dual, "chunk_size"), int):
+        yield f"its dual_chunk_attention_config {_shown(dual)} does not name its chunk_size"
     yield from _rope_obstacles(config)
     try:
         longest = ModelShape.from_config(config).max_position
