@@ -17,7 +17,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from specontext.core import LENGTHS, ModelShape
-from specontext.locations import ModelError
+from specontext.locations import ModelError, parts_of
 
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # the latter two up to the size of window and chunk
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
@@ -84,10 +84,8 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
     """Reasons, the plainest first; what is asked later may rely on what was asked before."""
     if getattr(config, "is_encoder_decoder", False):
         yield "it is an encoder-decoder"
-    text = config.get_text_config(decoder=True)
-    if text is not config:
-        parts = ", ".join(sorted(config.sub_configs)) or type(text).__name__
-        yield f"it is made of several models ({parts}), and only decoders of text alone are loaded"
+    if parts := parts_of(config):
+        yield f"it {parts}"
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - LAYERS:
         yield f"it uses layers of type {', '.join(sorted(map(str, kinds - LAYERS)))} (layer_types)"

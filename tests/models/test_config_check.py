@@ -28,7 +28,7 @@ from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.cli.planned import find_facts
 from specontext.config import ConfigError
 from specontext.core import ModelShape, RequestError
-from specontext.locations import ModelError
+from specontext.locations import ModelError, shape_of
 from specontext.models.config_check import check_supported
 
 SIZES = {
@@ -93,9 +93,13 @@ def test_plain_decoders_are_accepted(config: PreTrainedConfig) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "llava", "qwen2_vl", "mistral3", "llama4"])
-def test_several_models_in_one_are_refused_as_such(model_type: str, read: Callable[..., PreTrainedConfig]) -> None:
+def test_several_models_in_one_are_refused_as_such(
+    model_type: str, read: Callable[..., PreTrainedConfig], tmp_path: Path
+) -> None:
     with pytest.raises(ModelError, match=r"it is made of several models .text_config, vision_config., and only decoders of text"):
         check_supported(read(model_type))
+    with pytest.raises(ModelError, match="it is made of several models"):
+        shape_of(tmp_path)
 
 
 # Vendor entries -------------------------------------------------------------------------------------------------------
