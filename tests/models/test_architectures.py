@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.locations import ModelError, shape_of
@@ -77,6 +79,8 @@ def write(tmp_path: Path, tokenizer: Any) -> Write:
             "tie_word_embeddings": False,
         }
         config = getattr(transformers, f"{architecture}Config")(**common | changes)
+        if architecture in RUN and not hasattr(code_of(config), "ALL_ATTENTION_FUNCTIONS"):
+            pytest.skip("this version of transformers has the attention of these models built in")
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
         randomise(model, seed=1)
         model.eval().save_pretrained(tmp_path)
@@ -85,6 +89,11 @@ def write(tmp_path: Path, tokenizer: Any) -> Write:
         return model
 
     return make
+
+
+def code_of(config: PreTrainedConfig) -> ModuleType:
+    """The modelling code of a config's decoder."""
+    return sys.modules[AutoModelForCausalLM._model_mapping[type(config)].__module__]
 
 
 def right_tokens(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
