@@ -15,7 +15,9 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from specontext import LLM, SamplingParams, SpeContextConfig
+from specontext.distill.target import Target
 from specontext.locations import ModelError, shape_of
+from specontext.models.decoder import decoder_layers
 from specontext.models.loading import load_model
 from specontext.retrieval.checkpoint import save_head
 from specontext.retrieval.random_head import random_head
@@ -46,6 +48,7 @@ RUN: dict[str, dict[str, Any]] = {
     "SmolLM3": {},
     "StableLm": {},
 }
+SOME = [name if name in ("GPT2", "OPT", "Qwen3Moe", "StableLm") else pytest.param(name, marks=pytest.mark.slow) for name in RUN]
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "Bloom": ({}, "BloomForCausalLM is not supported: its layers have attention of their own"),
     "Doge": ({}, "DogeForCausalLM is not supported: it hands its attention a mask of its own"),
@@ -127,7 +130,7 @@ def test_tokens_are_hugging_face_s(architecture: str, write: Write, tmp_path: Pa
     assert found == pytest.approx(wanted, abs=1e-3)
 
 
-@pytest.mark.parametrize("architecture", RUN)
+@pytest.mark.parametrize("architecture", SOME)
 def test_in_16_bits_it_is_neither_refused_nor_left_without_parts_to_compile(
     architecture: str, write: Write, tmp_path: Path
 ) -> None:
@@ -135,6 +138,26 @@ def test_in_16_bits_it_is_neither_refused_nor_left_without_parts_to_compile(
     llm = LLM(tmp_path, config=SpeContextConfig(budget=24), device="cpu", dtype="bfloat16", max_model_len=64)
     (output,) = llm.generate([list(range(4, 40))], SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
     assert len(output.token_ids) == 3
+
+
+@pytest.mark.parametrize("architecture", SOME)
+@torch.no_grad()
+def test_a_teacher_shows_hugging_face_s_states(architecture: str, write: Write, tmp_path: Path) -> None:
+    model, ids = write(architecture, RUN[architecture]), torch.arange(4, 44)[None]
+    loaded = load_model(tmp_path, dtype="auto", device=torch.device("cpu"))
+    seen = Target(loaded.model, (1, 2, 3)).observe(ids)
+    right = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    for layer, found in enumerate(seen.features.unflatten(-1, (3, -1))[0, 1:].unbind(1)[:2], start=1):
+        torch.testing.assert_close(found, right[layer][0, :-1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(seen.hidden, right[3], atol=1e-4, rtol=1e-4)  # after the final norm
+    last = seen.features[0, 1:, 2 * 64 :]  # before it
+    assert not torch.allclose(last, right[3][0, :-1], atol=1e-2)
+    caught: list[torch.Tensor] = []
+    decoder_layers(model)[-1].register_forward_hook(
+        lambda *call: caught.append(call[2][0] if isinstance(call[2], tuple) else call[2])
+    )
+    model(ids)
+    torch.testing.assert_close(last, caught[0][0, :-1], atol=1e-4, rtol=1e-4)
 
 
 def test_the_table_of_models_is_what_is_tested() -> None:
