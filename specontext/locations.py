@@ -160,7 +160,17 @@ def shape_of(model: ModelShape | PreTrainedConfig | str | Path) -> ModelShape:
     config: Any = model
     if isinstance(model, str | Path):
         config = read_config(resolve_model_path(model))
+    if parts := parts_of(config):
+        raise ModelError(f"{type(config).__name__} is not supported: it {parts}")
     try:
         return ModelShape.from_config(config)
     except (AttributeError, TypeError) as error:
-        raise ModelError(f"{type(config).__name__} does not describe a decoder with ordinary attention heads: {error}") from error
+        raise ModelError(f"{type(config).__name__} does not describe a decoder with attention heads: {error}") from error
+
+
+def parts_of(config: Any) -> str:
+    """Says what a config of several models is made of, such as one of text and one of images; '' for a decoder of text alone."""
+    if not hasattr(config, "get_text_config") or config.get_text_config(decoder=True) is config:
+        return ""
+    names = ", ".join(sorted(config.sub_configs))
+    return f"is made of several models ({names}), and only decoders of text alone are loaded"

@@ -66,7 +66,7 @@ def find_facts(name: str, dtype: str, retrieval_head: str | None) -> ModelFacts:
         raise ModelError(f"{error}{alike}") from error
     quiet_libraries()
     from specontext.memory.facts import check_heads, facts_of_config
-    from specontext.models.loading import check_supported
+    from specontext.models.config_check import check_supported
 
     try:
         check_not_quantised(source)  # its weights have other sizes than those of this plan
@@ -106,7 +106,8 @@ def _head(source: str, shape: ModelShape, described: str) -> HeadFacts:
     config.check_target(shape, need_map=False)
     width = config.target_hidden_size * len(config.feature_layers)
     sizes = (head_parameters(config), config.heads, config.kv_heads, config.head_dim, width)
-    return HeadFacts(*sizes, recommended_budget=config.recommended_budget, source=described)
+    table = config.table_parameters
+    return HeadFacts(*sizes, recommended_budget=config.recommended_budget, source=described, lookup_parameters=table)
 
 
 def make_plan(
@@ -136,7 +137,7 @@ def make_plan(
 
     shape = facts.shape
     if max_model_len is not None and max_model_len > shape.max_position:
-        raise ConfigError(f"max_model_len {max_model_len} exceeds the model's maximum of {shape.max_position} tokens")
+        raise ConfigError(f"max_model_len {max_model_len} exceeds the model's maximum of {shape.longest}")
     length = max_model_len or shape.max_position
     chosen = budget if budget is not None else facts.head.recommended_budget or DEFAULT_BUDGET
     settings = SpeContextConfig(budget=chosen, slots=slots)

@@ -128,7 +128,7 @@ class Student(nn.Module):
         if config.speaks:
             assert self.draft is not None
             loss, agreement = self.draft.loss(
-                seen.embeddings,
+                seen.embedded(self.head),
                 seen.features,
                 seen.hidden,
                 target.output_matrix,

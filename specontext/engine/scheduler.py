@@ -72,8 +72,10 @@ class Scheduler:
         """
         limit = self.parts.max_tokens
         if request.prompt_length >= limit:
+            shape = self.parts.kv.shape
+            why = f" ({shape.limited_by})" if shape.limited_by and limit == shape.max_position else ""
             raise RequestError(
-                f"the prompt has {request.prompt_length} tokens and the model's maximum is {limit}, output included: "
+                f"the prompt has {request.prompt_length} tokens and the model's maximum is {limit}{why}, output included: "
                 "shorten the prompt, or raise max_model_len where the model allows it"
             )
         length = self._most(request)

@@ -21,7 +21,8 @@ class HeadFacts:
     """Size of a retrieval head.
 
     Attributes:
-        parameters: numbers in its projections and norms; the embedding table is the model's.
+        parameters: numbers in its projections and norms, and in its embedding table where it does not use the model's.
+        lookup_parameters: those of them in that table, of which a step reads a row for each token.
         heads, kv_heads, head_dim: its own query heads, groups and width, which its key cache and scores have.
         feature_width: numbers of the features that it keeps of each request's last token; 0 for an embedding-only head.
         recommended_budget: what its config recommends, None if nothing.
@@ -35,6 +36,7 @@ class HeadFacts:
     feature_width: int
     recommended_budget: int | None = None
     source: str = ""
+    lookup_parameters: int = 0
 
 
 @dataclass(frozen=True)

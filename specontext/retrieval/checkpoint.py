@@ -22,7 +22,7 @@ from specontext.checkpoints.weights import what_is_there
 from specontext.checkpoints.wording import first_few, in_one_sentence
 from specontext.core import ModelShape
 from specontext.locations import HEADS, NANO, shape_of
-from specontext.retrieval.draft import config_values, read_draft, read_weights
+from specontext.retrieval.draft import EMBEDDING, config_values, read_draft, read_weights
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig, HeadError
 
@@ -42,6 +42,7 @@ NAMES = {
     "q_norm.weight": "midlayer.self_attn.q_norm.weight",
     "k_norm.weight": "midlayer.self_attn.k_norm.weight",
     "feature_norm.weight": "input_norm.weight",
+    "embed_tokens": EMBEDDING,
 }
 
 

@@ -2,7 +2,8 @@
 
 Drafts come in dialects. EAGLE, SpecForge and AngelSlim name the layer `midlayer` and count feature layers by their *outputs*;
 speculators names it `layers.0`, nests the layer's config and counts by *inputs* (Hugging Face's `hidden_states` index, ours).
-Only the tensors that queries and keys need are read; the others are counted.
+Only the tensors that queries and keys need are read; the others are counted. An embedding table is needed where the draft is of
+another width than its target; one of the target's own width is the target's, which EAGLE-3 trains with as it is.
 """
 
 from __future__ import annotations
@@ -87,15 +88,27 @@ def read_draft(folder: Path, values: dict[str, Any], target: ModelShape, *, name
     heads, hidden = layer["num_attention_heads"], layer["hidden_size"]
     theta, scaling = _rope(dialect, layer)
     parameters, embedding = count_parameters(shapes)
+    feature_layers = _feature_layers(values, dialect, target)
+    width = values.get("target_hidden_size") or layer.get("target_hidden_size")
+    if width is None:  # where nobody says it, the fusion may tell a draft of another width than its target's
+        width = target.hidden_size if shapes["fc.weight"][-1] == target.hidden_size * len(feature_layers) else hidden
+    own = hidden != width == target.hidden_size and hidden == len(tensors["midlayer.hidden_norm.weight"])
+    if own:
+        if not embedding:
+            raise HeadError(
+                f"the draft in {folder} has width {hidden} and its target {width}, so it needs an embedding table of its own, "
+                f"and it has no {EMBEDDING}"
+            )
+        tensors |= read_weights(files, lambda name: name == EMBEDDING)[0]
     config = HeadConfig(
         variant="features",
         hidden_size=hidden,
-        target_hidden_size=values.get("target_hidden_size") or layer.get("target_hidden_size") or hidden,
+        target_hidden_size=width,
         vocab_size=layer["vocab_size"],
         heads=heads,
         kv_heads=layer.get("num_key_value_heads") or heads,
         head_dim=layer.get("head_dim") or tensors["midlayer.self_attn.q_proj.weight"].shape[0] // max(heads, 1),
-        feature_layers=_feature_layers(values, dialect, target),
+        feature_layers=feature_layers,
         feature_norm=_feature_norm(tensors),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -106,6 +119,7 @@ def read_draft(folder: Path, values: dict[str, Any], target: ModelShape, *, name
         draft_parameters=parameters,
         draft_embedding_parameters=embedding or target.vocab_size * target.hidden_size,
         source_hash=_hash(files),
+        own_embedding=own,
     )
     return config, tensors
 
