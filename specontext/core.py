@@ -76,6 +76,23 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class Thinking:
+    """How an output's thinking is told from the answer after it.
+
+    Attributes:
+        inside: the output begins with thinking, although no mark says so.
+        begin, end: the marks around it.
+        begin_id, end_id: their tokens, where each is a single one. Then no other token is taken for the mark, whatever its text.
+    """
+
+    inside: bool
+    begin: str = "<think>"
+    end: str = "</think>"
+    begin_id: int | None = None
+    end_id: int | None = None
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How a request is sampled and when it ends; names and meanings as in vLLM.
 
@@ -84,7 +101,7 @@ class SamplingParams:
         temperature: 0 is greedy.
         top_p, top_k, min_p: restrictions of the candidates; top_k 0 or -1 is no restriction.
         seed: random numbers depend on (seed, output index, position) only. None takes one that is drawn from the engine's,
-            another for every sampled request.
+            another for every sampled request; so does -1.
         stop: strings that end the output; they are cut off unless `include_stop_str_in_output`.
         stop_token_ids: tokens that end the output, beside the model's end tokens.
         ignore_eos: go on after the model's end tokens.
@@ -95,6 +112,7 @@ class SamplingParams:
         repetition_penalty: divides positive (multiplies negative) logits of tokens of prompt and output.
         method, budget: how KV entries are chosen for this request, among what the engine allows; None is the engine's own. What
             others in the batch chose makes no difference.
+        thinking: tell the output's thinking from its answer; the text is then the answer alone, where stop strings count.
 
     Raises:
         RequestError: a value out of range.
@@ -120,6 +138,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     method: str | None = None
     budget: int | None = None
+    thinking: Thinking | None = None
 
     def __post_init__(self) -> None:
         self._as_tuple("stop")
@@ -140,7 +159,9 @@ class SamplingParams:
             if getattr(self, name) is not None:
                 self._bounds(name, 0, math.inf)
         if self.seed is not None:
-            self._bounds("seed", 0, 2**63 - 1)
+            self._bounds("seed", -(2**63), 2**63 - 1)
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
         if self.budget is not None:
             self._bounds("budget", 1, math.inf)
         if self.method is not None and not isinstance(self.method, str):

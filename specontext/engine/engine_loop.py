@@ -199,8 +199,10 @@ class EngineLoop:
         stream, generation, request = output.stream, output.generation, output.generation.request
         made = len(request.token_ids) - request.prompt_length
         if generation.finished or not stream.only_final:
+            detokenizer = generation.detokenizer
+            text, thinking = detokenizer.text, detokenizer.thinking
             stream.progress[output.index] = Progress(
-                text=generation.detokenizer.text,
+                text=text,
                 token_ids=request.token_ids,
                 begin=request.prompt_length,
                 end=len(request.token_ids),
@@ -208,6 +210,8 @@ class EngineLoop:
                 prompt_logprobs=request.prompt_logprobs if made else None,
                 finish_reason=request.finish_reason,
                 stats=generation.stats,
+                reasoning=thinking.text if thinking is not None else "",
+                reasoning_tokens=thinking.tokens if thinking is not None else 0,
             )
         if made > output.made:
             now = generation.last_token_at or time.perf_counter()

@@ -20,6 +20,7 @@ class Progress:
 
     Attributes:
         text: all text that may be shown.
+        reasoning, reasoning_tokens: the thinking before it, where it is told apart, and its tokens with their marks.
         begin, end: the output's tokens are `token_ids[begin:end]`.
         prompt_logprobs: complete; None before the first token.
     """
@@ -32,6 +33,8 @@ class Progress:
     prompt_logprobs: list[dict[int, float] | None] | None
     finish_reason: str | None
     stats: dict[str, object] | None
+    reasoning: str = ""
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Delta:
         prompt_logprobs: of all prompt tokens, in the delta of the output's first token, if they were asked for.
         finish_reason: set in the output's last delta.
         stats: statistics of the output, in its last delta.
+        reasoning: new text of the thinking, where it is told from the answer.
+        reasoning_tokens: tokens of all the thinking so far.
     """
 
     index: int
@@ -52,6 +57,8 @@ class Delta:
     prompt_logprobs: list[dict[int, float] | None] | None
     finish_reason: str | None
     stats: dict[str, object] | None
+    reasoning: str = ""
+    reasoning_tokens: int = 0
 
 
 class RequestStream:
@@ -130,4 +137,6 @@ def _difference(index: int, old: Progress | None, new: Progress) -> Delta:
         new.prompt_logprobs if old is None or old.prompt_logprobs is None else None,
         new.finish_reason,
         new.stats,
+        new.reasoning[len(old.reasoning) if old is not None else 0 :],
+        new.reasoning_tokens,
     )

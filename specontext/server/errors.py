@@ -27,6 +27,14 @@ TYPES = {
 }
 
 
+LONGEST_QUOTE = 100  # characters of what a client sent, in an error
+
+
+def cut(text: str) -> str:
+    """What a client sent, as an error quotes it."""
+    return text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]}..."
+
+
 class ApiError(HTTPException):
     """An error with everything its response says."""
 
@@ -100,7 +108,7 @@ def _invalid(error: RequestValidationError) -> ApiError:
     first = _telling(error.errors())
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    param = ".".join(str(part) for part in first["loc"][1:] if not _is_tag(part)) or None
+    param = cut(".".join(str(part) for part in first["loc"][1:] if not _is_tag(part))) or None
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"'{param}' is not known or not supported here: leave it out", param=param, code="unknown_parameter")
     if param is None and first["type"] in ("missing", "model_attributes_type"):

@@ -52,7 +52,6 @@ def test_a_body_that_is_not_sent_as_json(server: Server) -> None:
         ("n", 0),
         ("n", 10**9),
         ("n", "1"),
-        ("seed", -1),
         ("seed", 10**40),
         ("stop", 5),
         ("stop", [""]),

@@ -8,17 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specontext.server.reasoning import Pieces, ReasoningParser, starts_inside
+from specontext.core import Thinking
+from specontext.engine.thinking import ThinkingReader
+from specontext.server.reasoning import starts_inside
 from tests.server.serving import make_engine, running
 from tests.server.test_chat import MESSAGES, PATH
 from tests.server.test_completions import events
 
 
-def split(text: str, *, inside: bool, cuts: tuple[int, ...] = ()) -> Pieces:
-    parser, places = ReasoningParser(inside=inside), sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
-    pieces = [parser.feed(text[a:b]) for a, b in itertools.pairwise(places)]
-    pieces.append(parser.feed("", last=True))
-    return Pieces(*("".join(part) for part in zip(*pieces, strict=True)))
+def split(text: str, *, inside: bool, cuts: tuple[int, ...] = ()) -> tuple[str, str]:
+    reader, places = ThinkingReader(Thinking(inside)), sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
+    answer = "".join(reader.feed(text[a:b]) for a, b in itertools.pairwise(places)) + reader.feed("", last=True)
+    return reader.text, answer
 
 
 @pytest.mark.parametrize(
@@ -55,8 +56,13 @@ def test_where_an_output_begins() -> None:
     assert starts_inside("deepseek_r1", "<assistant>") and not starts_inside("qwen3", "<assistant>")
     assert starts_inside("qwen3", "<assistant><think>\n") and starts_inside("deepseek_r1", "<assistant><think>\n")
     assert starts_inside("deepseek_r1", "say </think><assistant>") and not starts_inside("qwen3", "say <think><assistant>")
-    assert starts_inside("qwen3", "<assistant><think>\nI think", continued=True)
-    assert not starts_inside("deepseek_r1", "<assistant><think>I think</think> It", continued=True)
+    assert starts_inside("qwen3", "<assistant><think>\nI think", continued="<think>\nI think")
+    assert starts_inside("qwen3", "<assistant><think>\nI think", continued="I think")  # the template has opened it
+    assert starts_inside("deepseek_r1", "<assistant>I think", continued="I think")
+    assert not starts_inside("qwen3", "say <think><assistant>I think", continued="I think")
+    assert not starts_inside("deepseek_r1", "<assistant><think>I think</think> It", continued="<think>I think</think> It")
+    assert not starts_inside("deepseek_r1", "<assistant><think>\n\n</think>\n\nIt", continued="It")
+    assert starts_inside("qwen3", "<assistant><think>\n" + "long " * 100, continued="<think>\n" + "long " * 100)
     assert not starts_inside("qwen3", "<think>\n\n</think>\n\n") and not starts_inside("deepseek_r1", "<think>\n\n</think>\n\n")
 
 

@@ -14,6 +14,7 @@ from specontext.engine.request_stream import Delta, RequestStream
 from specontext.server.context import note, state_of
 from specontext.server.errors import ApiError
 from specontext.server.logprobs import completion_logprobs, echo_logprobs
+from specontext.server.prompts import over_length
 from specontext.server.protocol.common import COMPLETION_RESPONSES
 from specontext.server.protocol.completion import (
     CompletionChoice,
@@ -132,7 +133,8 @@ class Completion:
 
     def _event(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> bytes:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-        return event(self._head() | {"choices": [choice]} | ({"usage": None} if self.body.wants_usage else {}))
+        usage = {"usage": None} if self.body.wants_usage else {}
+        return event(self._head() | {"choices": [choice]} | usage, obfuscate=self.body.wants_obfuscation)
 
     def _head(self) -> dict[str, Any]:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.state.model}
@@ -182,6 +184,8 @@ async def _encode(state: ServerState, body: CompletionRequest) -> list[list[int]
     for prompt in ids:
         if not prompt:
             raise ApiError(400, "a prompt is empty: give some text or token ids", param="prompt")
+        if len(prompt) > state.max_model_len:
+            raise over_length(f"a prompt has {len(prompt)} tokens, and the model's context is {state.max_model_len}: shorten it")
         state.encoder.check_ids(prompt, "prompt")
     return ids
 
@@ -191,6 +195,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continue texts."""
     state = state_of(request)
     state.check_model(body.model)
+    state.encoder.check_ids(body.stop_token_ids or (), "stop_token_ids")
     prompts = await _encode(state, body)
     stream = None
     if not body.only_echo or body.logprobs is not None:  # a mere echo needs no engine
