@@ -30,7 +30,8 @@ BOTH = EACH.format(
 SYSTEM_STRING = EACH.format(
     "{% if m.role == 'system' %}{{ m.content | trim }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}"
 )
-KNOWN = "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"
+SHOWN = "[{{ m.role }}]{{ m.content }}"
+KNOWN = "{% for m in messages if m.role in ['system', 'user', 'assistant'] %}" + SHOWN + "{% endfor %}"
 DEVELOPERS = KNOWN.replace("'system'", "'developer'")
 FIRST_SYSTEM = (
     "{% if messages[0].role == 'system' %}[system]{{ messages[0].content }}{% endif %}"

@@ -10,8 +10,14 @@ from specontext.server.protocol.bounds import MOST_MESSAGES, Metadata, Name, Var
 from specontext.server.protocol.common import Body, SamplingBody, Usage, unsupported
 
 
+def _check_kind(value: Any) -> Any:
+    if isinstance(value, str) and value != "text":
+        raise ValueError(f"content of type '{value[:50]}' is not supported: only 'text' is")
+    return value
+
+
 class TextPart(Body):
-    type: Literal["text"]
+    type: Annotated[Literal["text"], BeforeValidator(_check_kind)]
     text: str
 
 

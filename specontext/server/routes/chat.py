@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 
 from specontext.core import Thinking
 from specontext.engine.request_stream import Delta, RequestStream
+from specontext.server.bounded_body import BoundedRoute
 from specontext.server.context import note, state_of
 from specontext.server.logprobs import chat_logprobs
 from specontext.server.prompts import ChatPrompt
@@ -22,7 +23,7 @@ from specontext.server.state import ServerState
 from specontext.server.streaming import EventStream, event, unless_client_leaves
 from specontext.server.usage import make_usage
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 
 @dataclass

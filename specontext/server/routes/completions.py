@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from specontext.engine.request_stream import Delta, RequestStream
+from specontext.server.bounded_body import BoundedRoute
 from specontext.server.context import note, state_of
 from specontext.server.errors import ApiError
 from specontext.server.logprobs import completion_logprobs, echo_logprobs
@@ -27,7 +28,7 @@ from specontext.server.state import ServerState
 from specontext.server.streaming import EventStream, event, unless_client_leaves
 from specontext.server.usage import make_usage
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 
 @dataclass

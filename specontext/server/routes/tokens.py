@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
+from specontext.server.bounded_body import BoundedRoute
 from specontext.server.context import state_of
 from specontext.server.prompts import over_length
 from specontext.server.protocol.common import ERROR_RESPONSES
@@ -15,7 +16,7 @@ from specontext.server.protocol.others import (
     TokenizeResponse,
 )
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 
 @router.post("/tokenize", responses=ERROR_RESPONSES)
