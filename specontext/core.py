@@ -359,6 +359,7 @@ class CompletionOutput:
     Attributes:
         finish_reason: "stop" (end token or stop string) or "length"; None while it streams.
         logprobs: for each token the log-probabilities by token id: the chosen token and the most likely ones.
+        reasoning: the thinking before the text, where `SamplingParams.thinking` tells it apart.
     """
 
     text: str
@@ -366,6 +367,7 @@ class CompletionOutput:
     finish_reason: str | None
     logprobs: list[dict[int, float]] | None = None
     stats: dict[str, object] = field(default_factory=dict)
+    reasoning: str = ""
 
 
 @dataclass

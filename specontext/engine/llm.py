@@ -184,6 +184,7 @@ def _output(job: list[Generation]) -> RequestOutput:
             g.request.finish_reason,
             list(g.request.logprobs) if g.request.logprobs is not None else None,
             g.stats or {},
+            g.detokenizer.thinking.text if g.detokenizer.thinking is not None else "",
         )
         for g in job
     ]

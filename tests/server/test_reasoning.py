@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from specontext import LLM, SamplingParams, SpeContextConfig
+from specontext.core import Thinking
 from specontext.server.reasoning import starts_inside
 from tests.server.serving import Server, make_engine, running
 from tests.server.speaking import save_speaking
@@ -104,3 +107,12 @@ def test_thinking_goes_back_as_it_came(thinker: Server) -> None:
     message["reasoning"] = "another"
     refused = thinker.post(PATH, again)
     assert refused.status_code == 400 and "reasoning_content" in refused.json()["error"]["message"]
+
+
+def test_offline_too(tmp_path: Path) -> None:
+    path = save_speaking(tmp_path / "m", "<think>abc</think>xyz", OPENING, special=True)
+    llm = LLM(path, device="cpu", max_model_len=128, retrieval_head=None, config=SpeContextConfig(method="full"))
+    begin, end = llm.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    thinking = Thinking(False, begin_id=begin, end_id=end)
+    [output] = llm.generate(["q>"], SamplingParams(temperature=0, thinking=thinking, stop=["b", "z"]))
+    assert (output.outputs[0].reasoning, output.text) == ("abc", "xy")
