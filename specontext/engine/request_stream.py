@@ -19,12 +19,13 @@ class Progress:
     """How far one output has come; the lists belong to the engine, which only appends to them.
 
     Attributes:
-        text: all text that may be shown.
+        pieces: text that may be shown, the first `num_pieces` of them.
         begin, end: the output's tokens are `token_ids[begin:end]`.
         prompt_logprobs: complete; None before the first token.
     """
 
-    text: str
+    pieces: list[str]
+    num_pieces: int
     token_ids: list[int]
     begin: int
     end: int
@@ -119,12 +120,12 @@ class RequestStream:
 
 
 def _difference(index: int, old: Progress | None, new: Progress) -> Delta:
-    shown_text = len(old.text) if old is not None else 0
+    shown_pieces = old.num_pieces if old is not None else 0
     shown_end = old.end if old is not None else new.begin
     logprobs = new.logprobs[shown_end - new.begin : new.end - new.begin] if new.logprobs is not None else None
     return Delta(
         index,
-        new.text[shown_text:],
+        "".join(new.pieces[shown_pieces : new.num_pieces]),
         new.token_ids[shown_end : new.end],
         logprobs,
         new.prompt_logprobs if old is None or old.prompt_logprobs is None else None,

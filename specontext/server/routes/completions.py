@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from specontext.engine.llm_engine import which_prompt
 from specontext.engine.request_stream import Delta, RequestStream
 from specontext.server.context import note, state_of
 from specontext.server.errors import ApiError
@@ -179,10 +180,11 @@ async def _encode(state: ServerState, body: CompletionRequest) -> list[list[int]
     if texts:
         return await state.encoder.texts(texts, add_special_tokens=body.add_special_tokens)
     ids = [list(prompt) for prompt in prompts if not isinstance(prompt, str)]
-    for prompt in ids:
+    for number, prompt in enumerate(ids):
+        place = which_prompt(number, len(ids))
         if not prompt:
-            raise ApiError(400, "a prompt is empty: give some text or token ids", param="prompt")
-        state.encoder.check_ids(prompt, "prompt")
+            raise ApiError(400, f"{place}the prompt is empty: give some text or token ids", param="prompt")
+        await state.encoder.check_ids(prompt, "prompt", place)
     return ids
 
 
