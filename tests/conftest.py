@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Call
         return made[family]
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def larger_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`nano` as fine-tuning leaves a model whose embedding was not resized: the tokenizer knows '<|new|>', the model does not."""
+    folder = tmp_path_factory.mktemp("larger") / "model"
+    shutil.copytree(NANO, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

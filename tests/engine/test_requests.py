@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from specontext import LLM, ConfigError, SamplingParams, SpeContextConfig
 from specontext.core import RequestError
 from specontext.engine.runner import DeviceMemoryError
-from specontext.locations import NANO
 from specontext.memory.tiers import MemoryPlanError
 from specontext.models.token_ids import unknown_token
 
@@ -100,17 +97,6 @@ def test_tokens_that_end_an_output_must_be_the_model_s(token: int, llm: LLM) -> 
 
 
 # A tokenizer that knows more than its model ---------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def larger_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`nano` as fine-tuning leaves a model whose embedding was not resized; the last word of the vocabulary is '<|new|>'."""
-    folder = tmp_path_factory.mktemp("larger") / "model"
-    shutil.copytree(NANO, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(["<|new|>"])
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_a_token_without_a_row_is_named_wherever_it_comes_from(larger_tokenizer: Path) -> None:
