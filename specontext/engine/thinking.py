@@ -15,17 +15,23 @@ class ThinkingReader:
     pieces, the sums of what is returned are the same. A mark that is one token is met by its token, which may give no text.
 
     Attributes:
-        text: the thinking so far.
+        pieces: the thinking so far, which is only appended to.
         tokens: how many tokens it has, with its marks.
     """
 
     def __init__(self, thinking: Thinking) -> None:
-        self.text, self.tokens = "", 0
+        self.pieces: list[str] = []
+        self.tokens = 0
         self._marks, self._inside = thinking, thinking.inside
         self._can_begin = True  # an opening mark is one only in front of everything else
         self._held = ""
         self._strip = True  # white space at the beginning of a part is no part of it
         self._seen = 0
+
+    @property
+    def text(self) -> str:
+        """The pieces in one."""
+        return "".join(self.pieces)
 
     def count(self, tokens: int) -> None:
         """Take note of how many tokens the output has, before what the last of them says is fed."""
@@ -70,7 +76,7 @@ class ThinkingReader:
         self._held, self._inside, self._can_begin, self.tokens = rest, True, False, self._seen
 
     def _close(self, thought: str) -> None:
-        self.text += (thought.lstrip() if self._strip else thought).rstrip()
+        self._think_on((thought.lstrip() if self._strip else thought).rstrip())
         self._inside, self._can_begin, self._strip = False, False, True
 
     def _think(self, last: bool) -> None:
@@ -84,8 +90,12 @@ class ThinkingReader:
             self._close(thought)
             return
         sure = len(self._held) if last else len(_without_start_of(mark, self._held).rstrip())
-        self.text += self._held[:sure]
+        self._think_on(self._held[:sure])
         self._held = self._held[sure:]
+
+    def _think_on(self, text: str) -> None:
+        if text:
+            self.pieces.append(text)
 
     def _answer(self) -> str:
         if self._strip:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
+from specontext.engine.llm_engine import which_prompt
 from specontext.models.chat_template import ChatTemplate, ChatTemplateError
+from specontext.models.token_ids import unknown_token
 from specontext.server.errors import ApiError
 from specontext.server.protocol.chat import TemplateBody
 
@@ -30,6 +32,7 @@ class PromptEncoder:
         tokenizer: copied, since the engine's thread goes on using it.
         chat_template: used in place of the tokenizer's own.
         max_model_len: a text that must be longer than this is refused before it is encoded.
+        vocab_size: rows of the model's embedding.
     """
 
     def __init__(self, tokenizer: Any, *, chat_template: str | None, max_model_len: int, vocab_size: int) -> None:
@@ -49,21 +52,36 @@ class PromptEncoder:
         """
         if not all(prompts):
             raise ApiError(400, "the prompt is empty: give some text or token ids", param="prompt")
-        encoded = [await self.text(prompt, add_special_tokens=add_special_tokens) for prompt in prompts]
-        if not all(encoded):
-            raise ApiError(400, "the prompt has no tokens: give some text", param="prompt")
+        places = [which_prompt(number, len(prompts)) for number in range(len(prompts))]
+        encoded = [
+            await self.text(prompt, add_special_tokens=add_special_tokens, place=place)
+            for prompt, place in zip(prompts, places, strict=True)
+        ]
+        for ids, place in zip(encoded, places, strict=True):
+            if not ids:
+                raise ApiError(400, f"{place}the prompt has no tokens: give some text", param="prompt")
         return encoded
 
-    async def text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, which may have none; raises ApiError for an over-long one."""
+    async def text(self, text: str, *, add_special_tokens: bool = True, place: str = "") -> list[int]:
+        """Token ids of a text, which may have none.
+
+        Args:
+            place: begins errors.
+
+        Raises:
+            ApiError: an over-long text, or one with tokens that the model cannot read.
+        """
         self._check_text(text)
-        return list(await self._run(lambda: self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]))
+        ids = list(await self._run(lambda: self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]))
+        await self.check_ids(ids, "prompt", place)
+        return ids
 
     async def messages(self, body: TemplateBody, *, add_special_tokens: bool = False) -> ChatPrompt:
         """A conversation in the model's chat template.
 
         Raises:
-            ApiError: no template, or one that refuses the messages or leaves some of their text out.
+            ApiError: no template, one that refuses the messages or leaves some of their text out, or tokens that the model cannot
+                read.
         """
         if not self.tokenizer.chat_template:
             raise ApiError(400, "the model has no chat template: use /v1/completions, or start the server with --chat-template")
@@ -72,21 +90,21 @@ class PromptEncoder:
         ids = await self._run(lambda: self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
         if not ids:
             raise ApiError(400, "the messages have no tokens: give some text", param="messages")
+        await self.check_ids(ids, "messages")
         return ChatPrompt(text, list(ids))
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of tokens; raises ApiError for ids that are not the model's."""
-        self.check_ids(token_ids)
+        await self.check_ids(token_ids)
         return await self._run(
             lambda: self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
         )
 
-    def check_ids(self, token_ids: Sequence[int], param: str = "tokens") -> None:
-        wrong = next((token for token in token_ids if not 0 <= token < self.vocab_size), None)
+    async def check_ids(self, token_ids: Sequence[int], param: str = "tokens", place: str = "") -> None:
+        """Raises ApiError, beginning with `place`, for ids that the model cannot read."""
+        wrong = await self._run(lambda: unknown_token(token_ids, self.vocab_size, self.tokenizer))
         if wrong is not None:
-            raise ApiError(
-                400, f"{wrong} is not a token id of this model: its vocabulary is 0 .. {self.vocab_size - 1}", param=param
-            )
+            raise ApiError(400, f"{place}{wrong}", param=param)
 
     def _render(self, body: TemplateBody) -> str:
         own = {"messages", *inspect.signature(self.tokenizer.apply_chat_template).parameters}

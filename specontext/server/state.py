@@ -7,11 +7,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from specontext.core import SamplingParams
+from specontext.core import SamplingParams, shown
 from specontext.engine.async_engine import AsyncEngine
 from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.request_stream import RequestStream
-from specontext.server.errors import ApiError, DrainingError, cut
+from specontext.server.errors import ApiError, DrainingError
 from specontext.server.metrics import Metrics
 from specontext.server.prompts import PromptEncoder
 from specontext.server.reasoning import Reasoning
@@ -56,7 +56,7 @@ class ServerState:
         """Raises ApiError for a model that is not served here."""
         if name is not None and name not in self.names:
             raise ApiError(
-                404, f"the model '{cut(name)}' is not served here: use '{self.model}'", param="model", code="model_not_found"
+                404, f"the model {shown(name)} is not served here: use '{self.model}'", param="model", code="model_not_found"
             )
 
     async def submit(

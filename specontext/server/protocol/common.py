@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
+from specontext.core import MOST_STOP_TOKENS, MOST_STOPS
 from specontext.server.protocol.bounds import MOST_OUTPUTS, Name
 
 
@@ -53,8 +54,8 @@ class SamplingBody(Body):
     top_k: int | None = Field(None, ge=-1, lt=2**63, description="-1 and 0 are no restriction.")
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="-1 is none, as for vLLM.")
-    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=64)] | None = None
-    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=1024)] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=MOST_STOPS)] | None = None
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=MOST_STOP_TOKENS)] | None = None
     ignore_eos: bool = False
     max_tokens: int | None = Field(None, lt=2**63)
     min_tokens: int = Field(0, ge=0, lt=2**63)

@@ -134,7 +134,6 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Continue a conversation."""
     state = state_of(request)
     state.check_model(body.model)
-    state.encoder.check_ids(body.stop_token_ids or (), "stop_token_ids")
     prompt = await state.encoder.messages(body)
     params = chat_params(
         body,

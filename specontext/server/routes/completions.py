@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from specontext.engine.llm_engine import which_prompt
 from specontext.engine.request_stream import Delta, RequestStream
 from specontext.server.bounded_body import BoundedRoute
 from specontext.server.context import note, state_of
@@ -182,12 +183,15 @@ async def _encode(state: ServerState, body: CompletionRequest) -> list[list[int]
     if texts:
         return await state.encoder.texts(texts, add_special_tokens=body.add_special_tokens)
     ids = [list(prompt) for prompt in prompts if not isinstance(prompt, str)]
-    for prompt in ids:
+    for number, prompt in enumerate(ids):
+        place = which_prompt(number, len(ids))
         if not prompt:
-            raise ApiError(400, "a prompt is empty: give some text or token ids", param="prompt")
+            raise ApiError(400, f"{place}the prompt is empty: give some text or token ids", param="prompt")
         if len(prompt) > state.max_model_len:
-            raise over_length(f"a prompt has {len(prompt)} tokens, and the model's context is {state.max_model_len}: shorten it")
-        state.encoder.check_ids(prompt, "prompt")
+            raise over_length(
+                f"{place}the prompt has {len(prompt)} tokens, and the model's context is {state.max_model_len}: shorten it"
+            )
+        await state.encoder.check_ids(prompt, "prompt", place)
     return ids
 
 
@@ -196,7 +200,6 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continue texts."""
     state = state_of(request)
     state.check_model(body.model)
-    state.encoder.check_ids(body.stop_token_ids or (), "stop_token_ids")
     prompts = await _encode(state, body)
     stream = None
     if not body.only_echo or body.logprobs is not None:  # a mere echo needs no engine
