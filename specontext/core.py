@@ -6,8 +6,9 @@ Shapes use R requests, S tokens in context, L layers, Hq query heads, Hkv KV hea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # torch takes seconds to import, and only annotations here need it
@@ -16,12 +17,30 @@ if TYPE_CHECKING:  # torch takes seconds to import, and only annotations here ne
     from transformers import PreTrainedConfig
 
 
+MOST_OUTPUTS = 1024  # of one prompt
+MOST_STOPS = 64
+LONGEST_STOP = 1 << 17  # characters; matching costs no more for a long one, but it is kept, and text may be held back for it
+MOST_STOP_TOKENS = 1024
+LONGEST_SHOWN = 80  # characters of a value that an error quotes
+
+
 class SpeContextError(Exception):
     """Base of every error that a user's input can cause; its message says what to do."""
 
 
 class RequestError(SpeContextError, ValueError):
     """A request that cannot be served as asked."""
+
+
+def shown(value: object) -> str:
+    """A value as errors quote it: whatever was given, in a few words."""
+    if isinstance(value, int) and value.bit_length() > 4 * LONGEST_SHOWN:  # Python refuses to write very large ones out
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str | bytes | list | tuple) and len(value) > LONGEST_SHOWN:
+        head = repr(value[: LONGEST_SHOWN // 2]) if isinstance(value, str | bytes) else type(value).__name__
+        return f"{head} ({len(value)} {'characters' if isinstance(value, str) else 'items'} in all)"
+    text = repr(value)
+    return text if len(text) <= 2 * LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]} ..."
 
 
 @dataclass(frozen=True)
@@ -152,25 +171,45 @@ def _tokens(config: PreTrainedConfig, name: str) -> int | None:
 
 
 @dataclass(frozen=True)
+class Thinking:
+    """How an output's thinking is told from the answer after it.
+
+    Attributes:
+        inside: the output begins with thinking, although no mark says so.
+        begin, end: the marks around it.
+        begin_id, end_id: their tokens, where each is a single one. Then no other token is taken for the mark, whatever its text.
+    """
+
+    inside: bool
+    begin: str = "<think>"
+    end: str = "</think>"
+    begin_id: int | None = None
+    end_id: int | None = None
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How a request is sampled and when it ends; names and meanings as in vLLM.
 
     Attributes:
-        n: outputs for each prompt.
+        n: outputs for each prompt, `MOST_OUTPUTS` at most.
         temperature: 0 is greedy.
         top_p, top_k, min_p: restrictions of the candidates; top_k 0 or -1 is no restriction.
         seed: random numbers depend on (seed, output index, position) only. None takes one that is drawn from the engine's,
-            another for every sampled request.
-        stop: strings that end the output; they are cut off unless `include_stop_str_in_output`.
-        stop_token_ids: tokens that end the output, beside the model's end tokens.
+            another for every sampled request; so does -1.
+        stop: strings that end the output; they are cut off unless `include_stop_str_in_output`. `MOST_STOPS` at most, of
+            `LONGEST_STOP` characters at most.
+        stop_token_ids: tokens that end the output, beside the model's end tokens; `MOST_STOP_TOKENS` at most.
         ignore_eos: go on after the model's end tokens.
         max_tokens, min_tokens: bounds of the output in tokens.
-        logprobs: number of most likely tokens to report at every position, beside the chosen one; None reports nothing.
+        logprobs: number of most likely tokens to report at every position, beside the chosen one; None reports nothing, and no
+            more are reported than the model has.
         prompt_logprobs: the same for the tokens of the prompt.
         presence_penalty, frequency_penalty: subtracted from the logits of tokens of the output so far.
         repetition_penalty: divides positive (multiplies negative) logits of tokens of prompt and output.
         method, budget: how KV entries are chosen for this request, among what the engine allows; None is the engine's own. What
             others in the batch chose makes no difference.
+        thinking: tell the output's thinking from its answer; the text is then the answer alone, where stop strings count.
 
     Raises:
         RequestError: a value out of range.
@@ -196,13 +235,14 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     method: str | None = None
     budget: int | None = None
+    thinking: Thinking | None = None
 
     def __post_init__(self) -> None:
-        self._as_tuple("stop")
-        self._as_tuple("stop_token_ids")
+        self._as_tuple("stop", MOST_STOPS)
+        self._as_tuple("stop_token_ids", MOST_STOP_TOKENS)
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
-        self._bounds("n", 1, math.inf)
+        self._bounds("n", 1, MOST_OUTPUTS)
         self._bounds("temperature", 0.0, math.inf)
         self._bounds("top_p", 0.0, 1.0, above=True)
         self._bounds("top_k", 0, math.inf)
@@ -216,23 +256,32 @@ class SamplingParams:
             if getattr(self, name) is not None:
                 self._bounds(name, 0, math.inf)
         if self.seed is not None:
-            self._bounds("seed", 0, 2**63 - 1)
+            self._bounds("seed", -(2**63), 2**63 - 1)
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
         if self.budget is not None:
             self._bounds("budget", 1, math.inf)
         if self.method is not None and not isinstance(self.method, str):
-            raise RequestError(f"method must be a name, got {self.method!r}")
+            raise RequestError(f"method must be a name, got {shown(self.method)}")
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise RequestError("stop must be non-empty strings")
+        if (longest := max(map(len, self.stop), default=0)) > LONGEST_STOP:
+            raise RequestError(f"stop must be strings of at most {LONGEST_STOP} characters, got one of {longest}")
         if any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in self.stop_token_ids):
             raise RequestError("stop_token_ids must be token ids, integers from 0 up")
 
-    def _as_tuple(self, name: str) -> None:
+    def _as_tuple(self, name: str, most: int) -> None:
         value = getattr(self, name)
         if value is None or isinstance(value, str):
             value = () if value is None else (value,)
         elif not isinstance(value, Iterable):
-            raise RequestError(f"{name} must be a list, got {value!r}")
-        object.__setattr__(self, name, tuple(value))
+            raise RequestError(f"{name} must be a list, got {shown(value)}")
+        items = tuple(islice(value, most + 1))
+        if len(items) > most:
+            raise RequestError(
+                f"{name} must be a list of at most {most}, got {len(value) if isinstance(value, Sized) else 'more'}"
+            )
+        object.__setattr__(self, name, items)
 
     def _bounds(self, name: str, low: float, high: float, *, above: bool = False) -> None:
         value = getattr(self, name)
@@ -242,7 +291,7 @@ class SamplingParams:
             kind = "an integer" if whole else "a number"
             least = "above" if above else "of at least"
             most = f" and at most {high}" if not math.isinf(high) else " and below 2**63" if number and value >= 2**63 else ""
-            raise RequestError(f"{name} must be {kind} {least} {low}{most}, got {value!r}")
+            raise RequestError(f"{name} must be {kind} {least} {low}{most}, got {shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -414,6 +463,7 @@ class CompletionOutput:
     Attributes:
         finish_reason: "stop" (end token or stop string) or "length"; None while it streams.
         logprobs: for each token the log-probabilities by token id: the chosen token and the most likely ones.
+        reasoning: the thinking before the text, where `SamplingParams.thinking` tells it apart.
     """
 
     text: str
@@ -421,6 +471,7 @@ class CompletionOutput:
     finish_reason: str | None
     logprobs: list[dict[int, float]] | None = None
     stats: dict[str, object] = field(default_factory=dict)
+    reasoning: str = ""
 
 
 @dataclass

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+import shutil
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,28 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Call
         return made[family]
 
     return folder_of
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Processes that a test starts can be interrupted, also where the tests were started with SIGINT ignored, as many CI systems
+    and shells do with what runs in the background: a child inherits that, and Python then leaves it alone."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def larger_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`nano` as fine-tuning leaves a model whose embedding was not resized: the tokenizer knows '<|new|>', the model does not."""
+    folder = tmp_path_factory.mktemp("larger") / "model"
+    shutil.copytree(NANO, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

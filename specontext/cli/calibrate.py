@@ -70,7 +70,7 @@ def calibrate(
     if thetas and found.config.rope_scaling is not None:
         raise UsageError("this head has RoPE scaling of its own, which --theta would change: leave out --theta")
     kept = budget if budget is not None else length // 8
-    source = open_sources(text, tokenizer=loaded.tokenizer, seed=seed)
+    source = open_sources(text, tokenizer=loaded.tokenizer, seed=seed, vocab_size=loaded.shape.vocab_size)
     results = measure(
         found,
         Target(loaded.model, found.config.feature_layers),

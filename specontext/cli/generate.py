@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -117,15 +117,17 @@ def chat_prompt(llm: LLM, text: str) -> list[int]:
 
     Raises:
         UsageError: the model has no chat template.
+        ChatTemplateError: it does not take the message.
     """
     if not llm.tokenizer.chat_template:
         raise UsageError(
             "the model has no chat template, neither in chat_template.jinja nor in tokenizer_config.json beside its weights: "
             "download that file, leave out --chat, or give the template to the server (specontext serve --chat-template FILE)"
         )
-    message = [{"role": "user", "content": text}]
-    tokens = llm.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return cast(list[int], tokens)
+    from specontext.models.chat_template import ChatTemplate
+
+    prompt = ChatTemplate(llm.tokenizer).render([{"role": "user", "content": text}])
+    return list(llm.tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
 def print_stream(llm: LLM, prompt: str | list[int], params: SamplingParams) -> RequestOutput:

@@ -133,7 +133,7 @@ class Session:
         student = self._student(loaded.model, shape, source)
         student.to(device)
         target = Target(loaded.model, student.head.config.feature_layers)
-        held_out = open_sources(self.data, tokenizer=loaded.tokenizer, seed=self.config.seed, held_out=True)
+        held_out = self._open(loaded, held_out=True)
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / SETTINGS).write_text(json.dumps(self.describe(), indent=1) + "\n")
         train(
@@ -165,8 +165,17 @@ class Session:
         if self.config.speaks and self.shape.variant != "features":
             raise ConfigError("the output objective trains an EAGLE-3 draft, which reads features: choose --variant features")
 
+    def _open(self, loaded: LoadedModel, *, held_out: bool) -> Source:
+        return open_sources(
+            self.data,
+            tokenizer=loaded.tokenizer,
+            seed=self.config.seed,
+            held_out=held_out,
+            vocab_size=loaded.shape.vocab_size,
+        )
+
     def _source(self, loaded: LoadedModel) -> Source:
-        source = open_sources(self.data, tokenizer=loaded.tokenizer, seed=self.config.seed)
+        source = self._open(loaded, held_out=False)
         if not self.on_policy:
             return source
         llm = LLM(loaded, None, SpeContextConfig(method="full"), max_model_len=self.length, max_num_batched_tokens=4096)

@@ -198,11 +198,19 @@ def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device)
     free, total = torch.cuda.mem_get_info(device)
     ours = torch.cuda.memory_reserved(device)
     limit = config.gpu_memory or int((config.gpu_memory_utilization or SHARE_OF_GPU) * total)
-    others = plan.fixed_bytes
+    others, parts = plan.fixed_bytes, ", ".join(f"{name} {size}" for name, size in plan.fixed.items())
     if limit < others:
-        parts = ", ".join(f"{name} {size}" for name, size in plan.fixed.items())
-        raise MemoryPlanError(f"--gpu-memory allows {limit} bytes and {others} are needed beside KV ({parts}): allow more")
-    return min(limit - others, free + ours - others)
+        raise MemoryPlanError(
+            f"--gpu-memory allows {limit} bytes and {others} are needed beside KV ({parts}): raise it by more than "
+            f"{others - limit}"
+        )
+    if free + ours < limit:  # raising the limit would change nothing
+        logger.warning("--gpu-memory allows %d bytes and the GPU has %d of them free: end what else uses it", limit, free + ours)
+        if free + ours < others:
+            raise MemoryPlanError(
+                f"the GPU has {free + ours} bytes free and {others} are needed beside KV ({parts}): end what else uses it"
+            )
+    return min(limit, free + ours) - others
 
 
 def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFacts:

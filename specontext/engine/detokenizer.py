@@ -6,19 +6,23 @@ the next tokens decide.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 from specontext.core import SamplingParams
+from specontext.engine.stop_strings import StopStrings
+from specontext.engine.thinking import ThinkingReader
 
 _REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no character, or none yet
 _CONTEXT = 6  # tokens of the prompt that are decoded in front of the first output token
 _CHARACTER = 4  # tokens of a character at most: its bytes
 _PATIENCE = 2 * _CHARACTER  # more undecided tokens than this must be invalid bytes
+_MOST_PENDING = 4 * _PATIENCE
 
 
 class Detokenizer:
-    """Text of one output, token by token, at a cost that does not grow with its length.
+    """Text of one output, token by token, at a cost that grows neither with its length nor with that of stop strings.
 
     Without stop strings tokens are decoded when the text is asked for, which may be while the next step computes.
 
@@ -29,20 +33,24 @@ class Detokenizer:
     A stop string is met as if the text were read character by character: the occurrence that is complete first ends the output,
     of several at once the one that began first. Occurrences within the first `min_tokens` tokens do not count.
 
+    Where the thinking is told from the answer, all this is about the answer.
+
     Attributes:
         stop: the stop string that was met, or None.
+        thinking: splits off the thinking, where that was asked for.
     """
 
     def __init__(self, tokenizer: Any, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
         """`tokenizer` is a Hugging Face tokenizer; of the prompt only the last few tokens are looked at."""
         self.stop: str | None = None
-        self._text = ""
+        self.thinking = ThinkingReader(params.thinking) if params.thinking is not None else None
+        self._pieces: list[str] = []  # text that may be shown
+        self._held: deque[str] = deque()  # text behind it that may become a stop string
+        self._num_held = 0  # characters of it
         self._unread: list[int] = []
         self._tokenizer = tokenizer
         self._params = params
-        self._stops = tuple(params.stop)
-        self._longest_stop = max(map(len, self._stops), default=0)
-        self._full = ""  # all decoded text, with what is held back
+        self._stops = StopStrings(params.stop) if params.stop else None
         self._count = 0
         self._pending: list[int] = []  # tokens whose text is undecided
         # Tokens decoded in front of the pending ones; they never end inside a character.
@@ -51,15 +59,20 @@ class Detokenizer:
     def append(self, token_ids: Sequence[int]) -> bool:
         """Takes the next output tokens. Returns whether a stop string was met; tokens after it change nothing."""
         self._unread += token_ids
-        if self._stops:
+        if self._stops is not None:
             self._read()
         return self.stop is not None
 
     @property
-    def text(self) -> str:
-        """Complete text that may be shown: a prefix of the final text."""
+    def pieces(self) -> list[str]:
+        """Complete text that may be shown, in pieces; it is only appended to, and its whole is a prefix of the final text."""
         self._read()
-        return self._text
+        return self._pieces
+
+    @property
+    def text(self) -> str:
+        """The pieces in one."""
+        return "".join(self.pieces)
 
     def _read(self) -> None:
         unread, self._unread = self._unread, []
@@ -67,18 +80,28 @@ class Detokenizer:
             if self.stop is not None:
                 break
             self._count += 1
-            self._pending.append(token)
-            self._accept(self._settled())
+            if self.thinking is None or not self._take_mark(self.thinking, token):
+                self._pending.append(token)
+                self._accept(self._settled())
+
+    def _take_mark(self, thinking: ThinkingReader, token: int) -> bool:
+        """Tell the reader of the thinking about a token; whether it is a mark, which gives no text."""
+        thinking.count(self._count)
+        if not thinking.awaits(token):
+            return False
+        self._accept(self._delta(self._pending))  # a mark ends the character before it
+        self._pending = []
+        return thinking.take(token)
 
     def finish(self) -> str:
         """Releases everything held back, for an output that ended by its length or an end token. Returns the final text."""
         self._read()
         if self.stop is None:
-            self._accept(self._delta(self._pending))
+            self._accept(self._delta(self._pending), last=True)
             self._pending = []
         if self.stop is None:
-            self._text = self._full
-        return self._text
+            self._release(0)
+        return self.text
 
     def _decode(self, token_ids: list[int]) -> str:
         text: str = self._tokenizer.decode(
@@ -124,7 +147,10 @@ class Detokenizer:
             if tail and head + tail == delta:
                 self._move_context(cut, head)
                 return head
-        return ""
+        if len(self._pending) < _MOST_PENDING:
+            return ""
+        self._move_context(len(self._pending), delta)  # a decoder of which no cut is known; a few characters may come out wrong
+        return delta
 
     def _move_context(self, count: int, delta: str) -> None:
         """Turns the first pending tokens, whose text is `delta`, into the context."""
@@ -137,37 +163,35 @@ class Detokenizer:
             return  # skipped special tokens: the text before them is still what the next token follows
         self._context_text = self._decode(self._context)
 
-    def _accept(self, delta: str) -> None:
-        """Appends decoded text, looks for stop strings in it and decides how much may be shown."""
+    def _accept(self, delta: str, *, last: bool = False) -> None:
+        """Takes decoded text, looks for stop strings in it and decides how much may be shown."""
+        if self.thinking is not None:
+            delta = self.thinking.feed(delta, last=last)
         if not delta:
             return
-        start = len(self._full)
-        self._full += delta
-        if self._count > self._params.min_tokens and (found := self._find_stop(start)):
-            begin, self.stop = found
-            self._text = self._full[: begin + len(self.stop) if self._params.include_stop_str_in_output else begin]
+        if self._stops is None:
+            self._pieces.append(delta)
+            return
+        found, include = self._stops.read(delta), self._params.include_stop_str_in_output
+        if found is not None and self._count > self._params.min_tokens:
+            self.stop = found.stop
+            self._hold(delta[: found.end])
+            self._release(0 if include else len(found.stop))
+            self._held.clear()
         else:
-            held = self._held()
-            self._text = self._full[:-held] if held else self._full
+            self._hold(delta)
+            self._release(0 if include else self._stops.begun)
 
-    def _find_stop(self, start: int) -> tuple[int, str] | None:
-        """Begin and string of the first occurrence that ends behind `start`."""
-        found = []
-        for stop in self._stops:
-            begin = self._full.find(stop, max(0, start + 1 - len(stop)))
-            if begin >= 0:
-                found.append((begin + len(stop), begin, stop))
-        if not found:
-            return None
-        _, begin, stop = min(found)
-        return begin, stop
+    def _hold(self, text: str) -> None:
+        self._held.append(text)
+        self._num_held += len(text)
 
-    def _held(self) -> int:
-        """Length of the longest end of the text that is the beginning of a stop string and would be cut off with it."""
-        if self._params.include_stop_str_in_output:
-            return 0
-        for length in range(min(self._longest_stop - 1, len(self._full)), 0, -1):
-            tail = self._full[-length:]
-            if any(len(stop) > length and stop.startswith(tail) for stop in self._stops):
-                return length
-        return 0
+    def _release(self, kept: int) -> None:
+        """Shows what is held but for the last `kept` characters."""
+        while self._held and self._num_held > kept:
+            piece = self._held.popleft()
+            count = min(len(piece), self._num_held - kept)
+            self._pieces.append(piece[:count])
+            self._num_held -= count
+            if count < len(piece):
+                self._held.appendleft(piece[count:])

@@ -117,10 +117,11 @@ class EngineLoop:
             SpeContextError: the engine cannot serve it.
         """
         try:
+            prompts = self.engine.check_requests(stream.prompts, [stream.params] * len(stream.prompts))
             for index in range(stream.count):
                 prompt, which = divmod(index, stream.params.n)
                 name = stream.output_id(index)
-                generation = self.engine.add_request(name, stream.prompts[prompt], stream.params, index=which)
+                generation = self.engine.add_request(name, prompts[prompt], stream.params, index=which, checked=True)
                 self._outputs[name] = _Output(stream, index, generation, stream.arrived)
         except Exception as error:
             added = self.drop(stream, "error")
@@ -198,9 +199,12 @@ class EngineLoop:
         """Show how far an output has come and count its new tokens; whether its reader is to be woken."""
         stream, generation, request = output.stream, output.generation, output.generation.request
         made = len(request.token_ids) - request.prompt_length
+        pieces = generation.detokenizer.pieces  # decoded now even if nobody waits for it: all at once it would hold others up
         if generation.finished or not stream.only_final:
+            thinking = generation.detokenizer.thinking
             stream.progress[output.index] = Progress(
-                text=generation.detokenizer.text,
+                pieces=pieces,
+                num_pieces=len(pieces),
                 token_ids=request.token_ids,
                 begin=request.prompt_length,
                 end=len(request.token_ids),
@@ -208,6 +212,9 @@ class EngineLoop:
                 prompt_logprobs=request.prompt_logprobs if made else None,
                 finish_reason=request.finish_reason,
                 stats=generation.stats,
+                thoughts=thinking.pieces if thinking is not None else [],
+                num_thoughts=len(thinking.pieces) if thinking is not None else 0,
+                reasoning_tokens=thinking.tokens if thinking is not None else 0,
             )
         if made > output.made:
             now = generation.last_token_at or time.perf_counter()

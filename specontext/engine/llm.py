@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from specontext.config import ConfigError, EngineConfig, SpeContextConfig
-from specontext.core import CompletionOutput, ModelShape, RequestError, RequestOutput, SamplingParams
+from specontext.core import CompletionOutput, ModelShape, RequestError, RequestOutput, SamplingParams, shown
 from specontext.engine.llm_engine import Generation, LLMEngine
 from specontext.models.loading import LoadedModel
 
@@ -97,14 +97,15 @@ class LLM:
             One output for each prompt, in order.
 
         Raises:
-            RequestError: a prompt that cannot be served; then none is run.
+            RequestError: a prompt that cannot be served; then none is run. It says which one, where there are several.
         """
         batch = _as_prompts(prompts)
         each = _one_each(params, len(batch))
+        checked = self.engine.check_requests(batch, each)
         jobs: list[list[Generation]] = []
         try:
-            for prompt, sampling in zip(batch, each, strict=True):
-                jobs.append(self._submit(prompt, sampling))
+            for token_ids, sampling in zip(checked, each, strict=True):
+                jobs.append(self._submit(token_ids, sampling))
             self._run(jobs, progress)
         finally:
             self._abandon(jobs)
@@ -115,7 +116,11 @@ class LLM:
 
         Leaving the iterator early ends the request.
         """
-        stream = self._stream(self._submit(_as_prompts(prompt)[0], params or SamplingParams()))
+        given, [sampling] = _as_prompts(prompt), _one_each(params, 1)
+        if len(given) > 1:
+            raise RequestError(f"stream takes one prompt, got {len(given)}: give one, or use generate")
+        [token_ids] = self.engine.check_requests(given, [sampling])
+        stream = self._stream(self._submit(token_ids, sampling))
         next(stream)  # enters the generator, so that closing or dropping it ends the request in any case
         return stream
 
@@ -135,12 +140,12 @@ class LLM:
         finally:
             self._abandon([job])
 
-    def _submit(self, prompt: Prompt, params: SamplingParams) -> list[Generation]:
+    def _submit(self, token_ids: list[int], params: SamplingParams) -> list[Generation]:
         job: list[Generation] = []
         try:
             for index in range(params.n):
-                job.append(self.engine.add_request(f"request-{next(self._ids)}", prompt, params, index=index))
-        except RequestError:
+                job.append(self.engine.add_request(f"request-{next(self._ids)}", token_ids, params, index=index, checked=True))
+        except BaseException:
             self._abandon([job])
             raise
         return job
@@ -162,16 +167,22 @@ class LLM:
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) and not isinstance(prompts[0], str | Sequence)):
-        return [prompts]  # type: ignore[list-item]
-    if not len(prompts):
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise RequestError(f"prompts must be a text, token ids, or a list of them, got {shown(prompts)}")
+    if not prompts:
         raise RequestError("no prompt was given: pass a text, token ids, or a list of them")
+    if not any(isinstance(item, str | Sequence) for item in prompts):
+        return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 
 
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
+        raise RequestError(f"params must be SamplingParams, or a list of them, got {shown(params)}")
     if len(params) != count:
         raise RequestError(f"{len(params)} sampling parameters were given for {count} prompts: give one, or one for each")
     return list(params)
@@ -185,6 +196,7 @@ def _output(job: list[Generation]) -> RequestOutput:
             g.request.finish_reason,
             list(g.request.logprobs) if g.request.logprobs is not None else None,
             g.stats or {},
+            g.detokenizer.thinking.text if g.detokenizer.thinking is not None else "",
         )
         for g in job
     ]

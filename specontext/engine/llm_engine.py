@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specontext.config import ConfigError, EngineConfig
-from specontext.core import Request, RequestError, SamplingParams
+from specontext.core import Request, RequestError, SamplingParams, shown
 from specontext.engine.build import build_parts
 from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.failures import Failures
@@ -21,6 +21,7 @@ from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
 from specontext.engine.runner import DeviceError, DeviceMemoryError, ModelRunner, working_device
 from specontext.engine.scheduler import Schedule, Scheduler
 from specontext.models.loading import LoadedModel, load_model
+from specontext.models.token_ids import unknown_token
 from specontext.retrieval.catalog import find_head
 from specontext.retrieval.random_head import random_head
 
@@ -32,6 +33,7 @@ class Generation:
     Attributes:
         forced: the output's first tokens, instead of sampled ones.
         on_logits: sees the logits [V] before each token of the output; they are valid until the next step.
+        end_token_ids: tokens that end the output.
         stats: filled when the request ends.
     """
 
@@ -39,6 +41,7 @@ class Generation:
     detokenizer: Detokenizer
     forced: Sequence[int] = ()
     on_logits: Callable[[Tensor], None] | None = None
+    end_token_ids: frozenset[int] = frozenset()
     first_token_at: float | None = None
     last_token_at: float | None = None
     stats: dict[str, object] | None = None
@@ -105,18 +108,20 @@ class LLMEngine:
         index: int = 0,
         forced: Sequence[int] = (),
         on_logits: Callable[[Tensor], None] | None = None,
+        checked: bool = False,
     ) -> Generation:
         """Queue one output of a prompt.
 
         Args:
             index: which of the prompt's outputs it is; equal seeds give different outputs for different indices.
+            checked: the prompt is what `check_request` returned for these parameters.
             forced, on_logits: see `Generation`.
 
         Raises:
-            RequestError: an empty or over-long prompt, token ids outside the vocabulary, an id in use, log-probabilities of
-                forced tokens.
+            RequestError: as of `check_request`; an id in use, forced tokens that are none, log-probabilities of forced tokens.
         """
-        token_ids = self._encode(prompt)
+        assert not (checked and isinstance(prompt, str))
+        token_ids: list[int] = [*prompt] if checked else self.check_request(prompt, params)
         if forced:
             forced = self._encode(forced)
             if params.logprobs is not None:
@@ -125,7 +130,7 @@ class LLMEngine:
             raise RequestError(f"request id '{request_id}' is in use")
         request = Request(
             request_id,
-            list(token_ids),
+            token_ids,
             len(token_ids),
             params,
             seed=self._seed(params),
@@ -137,11 +142,40 @@ class LLMEngine:
         )
         moves_before = self.parts.residency.num_moves
         generation = Generation(
-            request, Detokenizer(self.tokenizer, params, token_ids), forced, on_logits, moves_before=moves_before
+            request,
+            Detokenizer(self.tokenizer, params, token_ids),
+            forced,
+            on_logits,
+            end_token_ids=frozenset(params.stop_token_ids).union(() if params.ignore_eos else self.loaded.end_token_ids),
+            moves_before=moves_before,
         )
         self.scheduler.add(request)
         self._generations[request_id] = generation
         return generation
+
+    def check_requests(self, prompts: Sequence[str | Sequence[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
+        """`check_request` of several prompts; the error of a bad one says which it is."""
+        checked = []
+        for number, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                checked.append(self.check_request(prompt, sampling))
+            except RequestError as error:
+                raise RequestError(f"{which_prompt(number, len(prompts))}{error}") from error
+        return checked
+
+    def check_request(self, prompt: str | Sequence[int], params: SamplingParams) -> list[int]:
+        """The tokens of a prompt that can be served with these parameters; nothing is changed.
+
+        Raises:
+            RequestError: an empty or over-long prompt, tokens that the model cannot read, a method that does not run here, more
+                than the memory could ever hold.
+        """
+        token_ids = self._encode(prompt)
+        if (wrong := self._unknown(params.stop_token_ids)) is not None:
+            raise RequestError(f"stop_token_ids: {wrong}")
+        self.parts.methods.choose(params.method, params.budget)
+        self.scheduler.check(len(token_ids), params)
+        return token_ids
 
     def _seed(self, params: SamplingParams) -> int:
         """What a request names; else another one for each that is sampled, and the engine's for greedy ones, which repeat."""
@@ -150,18 +184,25 @@ class LLMEngine:
         return self._seeds.randrange(2**63) if params.temperature > 0 else self.config.seed
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if not prompt:
-                raise RequestError("the prompt is empty: give some text or token ids")
-            return list(self.tokenizer(prompt)["input_ids"])
-        ids = list(prompt)
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise RequestError(f"a prompt must be a text or a list of token ids, got {shown(prompt)}")
+        ids = self._tokens_of(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise RequestError("the prompt is empty: give some text or token ids")
-        size = self.loaded.shape.vocab_size
-        wrong = [t for t in ids if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < size]
-        if wrong:
-            raise RequestError(f"{wrong[0]!r} is not a token id of this model: its vocabulary is 0 .. {size - 1}")
+        if (wrong := self._unknown(ids)) is not None:
+            raise RequestError(wrong)
         return ids
+
+    def _tokens_of(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the text is not Unicode: half a character at {error.start}") from error
+        return list(self.tokenizer(text)["input_ids"]) if text else []
+
+    def _unknown(self, ids: Sequence[int]) -> str | None:
+        """What is wrong with token ids that the model cannot read."""
+        return unknown_token(ids, self.loaded.shape.vocab_size, self.tokenizer)
 
     @property
     def has_work(self) -> bool:
@@ -247,7 +288,7 @@ class LLMEngine:
         generation.last_token_at = now
         made = len(request.token_ids) - request.prompt_length
         enough = made >= params.min_tokens
-        ended = token in params.stop_token_ids or (not params.ignore_eos and token in self.loaded.end_token_ids)
+        ended = token in generation.end_token_ids
         hidden = ended and enough and not params.include_stop_str_in_output  # an end token is no part of the text
         stopped = not hidden and generation.detokenizer.append([token])
         if enough and (ended or stopped):
@@ -315,6 +356,11 @@ class LLMEngine:
     def close(self) -> None:
         """Detach from the model, which can then serve another engine."""
         self.runner.close()
+
+
+def which_prompt(number: int, count: int) -> str:
+    """How an error begins that is about one of several prompts; nothing where there is only one."""
+    return f"prompt {number} of {count}, counted from 0: " if count > 1 else ""
 
 
 def pick_device(name: str) -> torch.device:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from specontext.core import Batch, Choice, RequestError
+from specontext.core import Batch, Choice, RequestError, shown
 from specontext.kv.reading import Reader
 from specontext.retrieval.methods import base_of
 from specontext.retrieval.selector import Budget, Selector
@@ -42,7 +42,7 @@ class Methods:
         name = method if method is not None else self.own.method
         if name not in self.selectors:
             known = ", ".join(sorted(self.selectors))
-            raise RequestError(f"method '{name}' is none that this engine runs ({known}): start it with it among --methods")
+            raise RequestError(f"method {shown(name)} is none that this engine runs ({known}): start it with it among --methods")
         if self.selectors[name].dense:
             if budget is not None:
                 raise RequestError(f"budget {budget} was given and method '{name}' reads everything: leave it out")

@@ -84,34 +84,50 @@ class Residency:
             but: parked KV that is asked about, so that what it holds on the host is not counted twice.
         """
         own = but.pages if but is not None else None
-        parked = sum(len(pages) for held in self.kv.parked if held is not own for pages in held)
+        return self._policy(requests, sum(len(pages) for held in self.kv.parked if held is not own for pages in held))
+
+    def _policy(self, requests: int, parked: int) -> ResidencyPolicy:
+        """The same where waiting requests hold `parked` pages of the host."""
         arena, host = self.kv.arena, self.kv.host
         # Pages of keys hold more tokens than those of KV: of each request one may be emptier than the rule counts.
         kept = arena.page_bytes * (1 + (requests if self.cost.common_token else 0))
         return ResidencyPolicy(self.cost, arena.num_bytes - kept, host.num_bytes - parked * host.page_bytes)
 
+    @property
+    def _numbers(self) -> Sequence[int]:
+        """How many layers may be offloaded: as many as now or, where layers move, any number."""
+        return range(self.cost.layers + 1) if self.adaptive else [len(self.kv.offloaded)]
+
     def fits_somehow(self, lengths: Sequence[int], *, but: ParkedKV | None = None) -> bool:
         """Whether requests of these lengths fit into both tiers, with as many layers offloaded as now or, where layers move, with
         any number."""
-        numbers = range(self.cost.layers + 1) if self.adaptive else [len(self.kv.offloaded)]
         policy = self.policy(len(lengths), but=but)
         tokens = policy.tokens_after(lengths, 0)
-        return any(policy.fits(number, tokens, len(lengths)) for number in numbers)
+        return any(policy.fits(number, tokens, len(lengths)) for number in self._numbers)
 
-    def why_not(self, length: int) -> str:
-        """Why a request of so many tokens could never run, and what would help."""
-        layers = self.cost.layers if self.adaptive else len(self.kv.offloaded)
-        tokens = self.cost.whole_pages(length)
-        needs = (self.cost.device(tokens, 1, layers) + 2 * self.kv.arena.page_bytes, self.cost.host(tokens, layers))
-        pools = ((self.kv.arena, "gpu_memory"), (self.kv.host, "host_memory"))
-        where = f" with {layers} of {self.cost.layers} layers offloaded" if layers else ""
-        for need, (pool, setting) in zip(needs, pools, strict=True):
-            if need > pool.num_bytes:
-                return (
-                    f"a request of {length} tokens{where} needs {need} bytes and the {pool.pages.name} has {pool.num_bytes}: "
-                    f"raise {setting}, or lower max_tokens"
-                )
-        return f"a request of {length} tokens does not fit into both tiers: raise gpu_memory or host_memory, or lower max_tokens"
+    def lack(self, length: int) -> str | None:
+        """Which tier a request of so many tokens could not run in even alone, and what would help; None where it could."""
+        policy = self._policy(1, parked=0)
+        tokens, available = policy.tokens_after([length], 0), policy.host_available or 0
+        lacking = [
+            (max(0, self.cost.device(tokens, 1, n) - policy.available), max(0, self.cost.host(tokens, n) - available))
+            for n in self._numbers
+        ]
+        if (0, 0) in lacking:
+            return None
+        # What either tier lacks where the other has enough; where neither has, they lack it both.
+        on_device = min((device for device, host in lacking if not host), default=0)
+        on_host = min((host for device, host in lacking if not device), default=0)
+        link = "or"
+        if not on_device and not on_host:
+            (on_device, on_host), link = min(lacking, key=sum), "and"
+        found = ((self.kv.arena, on_device, "gpu_memory"), (self.kv.host, on_host, "host_memory"))
+        short = [(pool, -(-more // pool.page_bytes) * pool.page_bytes, setting) for pool, more, setting in found if more]
+        lacks = f" {link} ".join(
+            f"{more} bytes more than the {pool.num_bytes} of the {pool.pages.name}" for pool, more, _ in short
+        )
+        settings = f" {link} ".join(setting for *_, setting in short)
+        return f"a request of {length} tokens needs {lacks}: raise {settings} by that, lower max_tokens, or shorten the prompt"
 
     # Moving -----------------------------------------------------------------------------------------------------------
 

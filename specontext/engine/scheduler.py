@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from specontext.core import Batch, Request, RequestError
+from specontext.core import Batch, Request, RequestError, SamplingParams
 from specontext.engine.build import Parts
 from specontext.engine.packing import pack
 from specontext.engine.statistics import MeterState
@@ -64,23 +64,22 @@ class Scheduler:
 
     # In and out -------------------------------------------------------------------------------------------------------
 
-    def add(self, request: Request) -> None:
-        """Queue a request.
-
-        Raises:
-            RequestError: its prompt leaves no room for an output, or it could not run even alone.
-        """
+    def check(self, prompt_length: int, params: SamplingParams) -> None:
+        """Raises RequestError for a prompt that leaves no room for an output, or a request that could not run even alone."""
         limit = self.parts.max_tokens
-        if request.prompt_length >= limit:
+        if prompt_length >= limit:
             shape = self.parts.kv.shape
             why = f" ({shape.limited_by})" if shape.limited_by and limit == shape.max_position else ""
             raise RequestError(
-                f"the prompt has {request.prompt_length} tokens and the model's maximum is {limit}{why}, output included: "
+                f"the prompt has {prompt_length} tokens and the model's maximum is {limit}{why}, output included: "
                 "shorten the prompt, or raise max_model_len where the model allows it"
             )
-        length = self._most(request)
-        if not self.parts.residency.fits_somehow([length]):
-            raise RequestError(self.parts.residency.why_not(length))
+        length = min(prompt_length + params.max_tokens, limit)
+        if (lack := self.parts.residency.lack(length)) is not None:
+            raise RequestError(lack)
+
+    def add(self, request: Request) -> None:
+        """Queue a request that `check` lets through."""
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:

@@ -131,6 +131,7 @@ class Evaluation:
         self.budgets = settings.budgets or (engines.budget,)
         self.max_length = llm.engine.parts.max_tokens
         self.text, self.tokenizer = text_tools(loaded.tokenizer), loaded.tokenizer
+        self.vocab_size = loaded.shape.vocab_size
         self.samples = SampleFile(settings.out)
         self.meta = self._meta(llm, before)
         self.earlier_notes: list[Note] = (before or {}).get("notes", [])

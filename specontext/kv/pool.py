@@ -9,6 +9,7 @@ so one token of one head is one contiguous read of 2 * D numbers, in the device 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from specontext.core import ModelShape
 from specontext.kv.host_memory import HostMemory
 from specontext.memory.pages import PageAllocator
+from specontext.memory.tiers import MemoryPlanError
 
 
 class PagePool:
@@ -37,7 +39,7 @@ class PagePool:
             self.rows = home.bytes[: num_pages * self.page_bytes].view(shape.dtype).view(size)
             home.reach(self.page_bytes)
         else:
-            self.rows = torch.empty(size, dtype=shape.dtype, device=home)
+            self.rows = _empty(size, shape.dtype, home, name)
         self.rows[: page_size * shape.kv_heads] = 0
 
     def allocate(self, count: int) -> list[int]:
@@ -92,6 +94,17 @@ class PagePool:
         return torch.where(present, rows, -1)
 
 
+def _empty(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, name: str) -> Tensor:
+    try:
+        return torch.empty(size, dtype=dtype, device=device)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise MemoryPlanError(
+            f"the {name} asks for {math.prod(size) * dtype.itemsize} bytes and the {device.type} refuses them: lower --gpu-memory"
+        ) from error
+
+
 def make_pools(
     shape: ModelShape,
     *,
@@ -104,7 +117,7 @@ def make_pools(
     """The arena of a device, and the pool of its host; the host's rows are pinned for a GPU, or lie in a file in `directory`.
 
     Raises:
-        HostMemoryError: the host refuses the memory.
+        HostMemoryError, MemoryPlanError: host or device refuse the memory.
     """
     arena = PagePool(shape, device_pages, page_size, "device tier of KV", device)
     memory = HostMemory(host_pages * arena.page_bytes, pinned=device.type == "cuda", directory=directory)

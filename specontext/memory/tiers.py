@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from specontext.core import SpeContextError
+from specontext.memory.free import free_host_memory
 
 if TYPE_CHECKING:
     import torch
@@ -31,12 +31,12 @@ class TierSizes:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device (for the CPU: what the system calls available)."""
+    """Bytes that are free on a device (for the CPU: of the host's memory)."""
     if device.type == "cuda":
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_host_memory()
 
 
 def size_tiers(
@@ -61,13 +61,21 @@ def size_tiers(
         _with_null(kv, kv.page_size, 1, number) for number in (range(kv.layers + 1) if offloaded is None else [offloaded])
     )
     if device_memory < least:
+        ways = ["raise --gpu-memory by that"]
+        if kv.layer_slots:
+            ways.append("lower --slots")
+        if offloaded is not None and offloaded < kv.layers:
+            ways.append("offload more layers")
         raise MemoryPlanError(
-            f"the device tier of KV has {device_memory} bytes and needs at least {least} for one request: "
-            "raise --gpu-memory, lower --slots, or offload more layers"
+            f"the device tier of KV has {device_memory} bytes and needs at least {least} for one request, "
+            f"{least - device_memory} more: {', or '.join(ways)}"
         )
     host_least = page * max(1, 2 * (kv.layers if offloaded is None else offloaded))
     if host_memory < host_least:
-        raise MemoryPlanError(f"the host tier of KV has {host_memory} bytes and needs at least {host_least}: raise --host-memory")
+        raise MemoryPlanError(
+            f"the host tier of KV has {host_memory} bytes and needs at least {host_least}, {host_least - host_memory} more: "
+            "raise --host-memory by that"
+        )
     device_pages = min(_with_null(kv, tokens, seats, offloaded or 0), device_memory) // page
     host_pages = min(page + tokens * kv.layers * kv.resident_token, host_memory) // page
     return TierSizes(device_pages, host_pages, device_pages * page, host_pages * page)

@@ -7,10 +7,11 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from jinja2 import TemplateError
-
+from specontext.engine.llm_engine import which_prompt
+from specontext.models.chat_template import ChatTemplate, ChatTemplateError
+from specontext.models.token_ids import unknown_token
 from specontext.server.errors import ApiError
 from specontext.server.protocol.chat import TemplateBody
 
@@ -21,6 +22,13 @@ NO_CHAT_TEMPLATE = (
 )
 
 
+class ChatPrompt(NamedTuple):
+    """A conversation in the chat template."""
+
+    text: str
+    token_ids: list[int]
+
+
 class PromptEncoder:
     """A tokenizer of the server's own, used by one thread.
 
@@ -28,12 +36,14 @@ class PromptEncoder:
         tokenizer: copied, since the engine's thread goes on using it.
         chat_template: used in place of the tokenizer's own.
         max_model_len: a text that must be longer than this is refused before it is encoded.
+        vocab_size: rows of the model's embedding.
     """
 
     def __init__(self, tokenizer: Any, *, chat_template: str | None, max_model_len: int, vocab_size: int) -> None:
         self.tokenizer = copy.deepcopy(tokenizer)
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
+        self.template = ChatTemplate(self.tokenizer)
         self.max_model_len, self.vocab_size = max_model_len, vocab_size
         self._longest_token = max((len(token) for token in self.tokenizer.get_vocab()), default=1)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="specontext-tokenizer")
@@ -46,21 +56,36 @@ class PromptEncoder:
         """
         if not all(prompts):
             raise ApiError(400, "the prompt is empty: give some text or token ids", param="prompt")
-        encoded = [await self.text(prompt, add_special_tokens=add_special_tokens) for prompt in prompts]
-        if not all(encoded):
-            raise ApiError(400, "the prompt has no tokens: give some text", param="prompt")
+        places = [which_prompt(number, len(prompts)) for number in range(len(prompts))]
+        encoded = [
+            await self.text(prompt, add_special_tokens=add_special_tokens, place=place)
+            for prompt, place in zip(prompts, places, strict=True)
+        ]
+        for ids, place in zip(encoded, places, strict=True):
+            if not ids:
+                raise ApiError(400, f"{place}the prompt has no tokens: give some text", param="prompt")
         return encoded
 
-    async def text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, which may have none; raises ApiError for an over-long one."""
-        self._check_text(text)
-        return list(await self._run(lambda: self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]))
+    async def text(self, text: str, *, add_special_tokens: bool = True, place: str = "") -> list[int]:
+        """Token ids of a text, which may have none.
 
-    async def messages(self, body: TemplateBody, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a conversation in the model's chat template.
+        Args:
+            place: begins errors.
 
         Raises:
-            ApiError: no template, or one that refuses the messages.
+            ApiError: an over-long text, or one with tokens that the model cannot read.
+        """
+        self._check_text(text)
+        ids = list(await self._run(lambda: self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]))
+        await self.check_ids(ids, "prompt", place)
+        return ids
+
+    async def messages(self, body: TemplateBody, *, add_special_tokens: bool = False) -> ChatPrompt:
+        """A conversation in the model's chat template.
+
+        Raises:
+            ApiError: no template, one that refuses the messages or leaves some of their text out, or tokens that the model cannot
+                read.
         """
         if not self.tokenizer.chat_template:
             raise ApiError(400, NO_CHAT_TEMPLATE)
@@ -69,21 +94,21 @@ class PromptEncoder:
         ids = await self._run(lambda: self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
         if not ids:
             raise ApiError(400, "the messages have no tokens: give some text", param="messages")
-        return list(ids)
+        await self.check_ids(ids, "messages")
+        return ChatPrompt(text, list(ids))
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of tokens; raises ApiError for ids that are not the model's."""
-        self.check_ids(token_ids)
+        await self.check_ids(token_ids)
         return await self._run(
             lambda: self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
         )
 
-    def check_ids(self, token_ids: Sequence[int], param: str = "tokens") -> None:
-        wrong = next((token for token in token_ids if not 0 <= token < self.vocab_size), None)
+    async def check_ids(self, token_ids: Sequence[int], param: str = "tokens", place: str = "") -> None:
+        """Raises ApiError, beginning with `place`, for ids that the model cannot read."""
+        wrong = await self._run(lambda: unknown_token(token_ids, self.vocab_size, self.tokenizer))
         if wrong is not None:
-            raise ApiError(
-                400, f"{wrong} is not a token id of this model: its vocabulary is 0 .. {self.vocab_size - 1}", param=param
-            )
+            raise ApiError(400, f"{place}{wrong}", param=param)
 
     def _render(self, body: TemplateBody) -> str:
         own = {"messages", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
@@ -91,15 +116,15 @@ class PromptEncoder:
         if clash := sorted(own & extra.keys()):
             raise ApiError(400, f"chat_template_kwargs may not set {', '.join(clash)}", param="chat_template_kwargs")
         try:
-            return self.tokenizer.apply_chat_template(
+            return self.template.render(
                 [message.for_template() for message in body.messages],
-                tokenize=False,
-                add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+                add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
                 **extra,
             )
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
-            raise ApiError(400, f"the chat template refuses these messages: {error}", param="messages") from error
+        except ChatTemplateError as error:
+            place = "messages" if error.message is None else f"messages.{error.message}"
+            raise ApiError(400, str(error), param=place) from error
 
     def _check_text(self, text: str) -> None:
         if not text.isascii():

@@ -368,7 +368,7 @@ def test_long_rows_give_windows_with_something_to_say(write_rows: Write, words: 
         ("{nonsense", r"line 2 of .* is no JSON"),
         ({"text": 5}, r"'text' of line 2 .* must be a string, got int"),
         ({"prompt": "a", "completion": ""}, "empty completion"),
-        ({"input_ids": [1, -1]}, r"'input_ids' of line 2 .* token ids"),
+        ({"input_ids": [1, -1]}, r"'input_ids' of line 2 of .*: -1 is not a token id"),
         ({"input_ids": [1, 2], "wanted": [True]}, r"'wanted' of line 2 .* list of 2 values"),
         ({"input_ids": [1, 2], "wanted": [0, 0]}, "no wanted position"),
         ({"messages": "hello"}, r"'messages' of line 2 .* must be a list"),
@@ -557,7 +557,7 @@ def test_blocks_hold_steps_until_there_are_rows_enough(tokenizer: Any, llm: LLM)
     made: list[int] = []
 
     class Counting:
-        tokenizer, config = llm.tokenizer, llm.config
+        tokenizer, config, shape = llm.tokenizer, llm.config, llm.shape
 
         def generate(self, prompts: Any, params: Any) -> Any:
             made.append(len(prompts))

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import specontext.models
 from specontext.core import SamplingParams
 from specontext.engine.detokenizer import Detokenizer
+from specontext.engine.stop_strings import StopStrings
 
 NANO: Any = AutoTokenizer.from_pretrained(Path(specontext.models.__file__).parent / "nano")
 PROMPT = NANO.encode("Find the word. Answer:")
@@ -236,6 +237,88 @@ def test_stopping_equals_reading_character_by_character(text: str, stops: list[s
     check_stream(shown)
     if not include:
         assert not any(stop in part for part in shown for stop in stops)
+
+
+class Counted(str):
+    """A text that counts how often a character of it is looked at."""
+
+    looks = 0
+
+    def __getitem__(self, index: Any) -> str:
+        Counted.looks += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ("#" * 100_000, "apple = 417.\n"),
+        ("#" * 100_000, "#"),
+        ("ab" * 50_000, "ab"),
+        ("a" * 50_000 + "b", "a" * 10 + "c"),
+        ("a" * 9 + "b" + "a" * 90_000, "a" * 9 + "b" + "a" * 8 + "c"),
+    ],
+    ids=["never", "always", "periodic", "nearly", "often"],
+)
+def test_matching_looks_at_a_stop_string_a_few_times_for_each_character(stop: str, text: str) -> None:
+    """However long it is, and however much of it has been met."""
+    read, Counted.looks = StopStrings([Counted(stop)]).read, 0
+    pieces = [text[start : start + 3] for start in range(0, len(text), 3)] * (6000 // len(text))
+    assert not any(map(read, pieces))
+    assert Counted.looks <= 8 * sum(map(len, pieces))
+
+
+@QUICK
+@given(
+    text=st.text("ab", max_size=60),
+    stops=st.lists(st.text("ab", min_size=1, max_size=12), min_size=1, max_size=4),
+    cuts=st.lists(st.integers(1, 9), min_size=1),
+)
+def test_what_is_found_and_begun_is_what_the_text_says(text: str, stops: list[str], cuts: list[int]) -> None:
+    """After an occurrence that does not count as well."""
+    strings, read, number = StopStrings(stops), "", 0
+    while len(read) < len(text):
+        piece = text[len(read) : len(read) + cuts[number % len(cuts)]]
+        found, before, read, number = strings.read(piece), len(read), read + piece, number + 1
+        ends = [(end, stop) for end in range(before + 1, len(read) + 1) for stop in stops if read[:end].endswith(stop)]
+        first = min(ends, key=lambda one: (one[0], -len(one[1])), default=None)
+        assert (found and (before + found.end, found.stop)) == first
+        begun = [n for stop in stops for n in range(1, len(stop)) if n <= len(read) and stop.startswith(read[-n:])]
+        assert strings.begun == max(begun, default=0)
+
+
+def test_a_long_beginning_of_a_stop_string_is_held_and_let_go_in_one() -> None:
+    stop = "a" * 5000 + "b"
+    detokenizer = Detokenizer(NANO, SamplingParams(stop=stop), PROMPT)
+    for _ in range(6000):
+        assert not detokenizer.append(encode("a"))
+    assert detokenizer.text == "a" * 1000
+    assert not detokenizer.append(encode("c")) and detokenizer.text == "a" * 6000 + "c"
+    assert not detokenizer.append(encode("a" * 4999))
+    assert detokenizer.finish() == "a" * 6000 + "c" + "a" * 4999
+
+
+def test_pieces_are_only_appended_to() -> None:
+    detokenizer = Detokenizer(NANO, SamplingParams(stop=" STOP"), PROMPT)
+    pieces = detokenizer.pieces
+    for token in encode("One two. ST three STOP four"):
+        before = list(pieces)
+        detokenizer.append([token])
+        assert detokenizer.pieces is pieces and pieces[: len(before)] == before
+    assert "".join(pieces) == detokenizer.finish() == "One two. ST three"
+
+
+def test_a_decoder_without_any_cut_does_not_pile_tokens_up() -> None:
+    class Endless:
+        """Whatever it decodes is undecided, and no cut gives the same text as the whole."""
+
+        def decode(self, ids: Sequence[int], **options: Any) -> str:
+            return f"{len(ids)}" * len(ids) + "\ufffd"
+
+    detokenizer = Detokenizer(Endless(), SamplingParams(), [1])
+    for _ in range(500):
+        detokenizer.append([1])
+        assert len(detokenizer.pieces) <= 500 and len(detokenizer._pending) <= 64
 
 
 def test_stop_strings_wait_for_min_tokens() -> None:

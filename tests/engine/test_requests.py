@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from specontext import LLM, ConfigError, SamplingParams
+from specontext import LLM, ConfigError, SamplingParams, SpeContextConfig
 from specontext.core import RequestError
 from specontext.engine.runner import DeviceMemoryError
+from specontext.memory.tiers import MemoryPlanError
+from specontext.models.token_ids import unknown_token
 
 MakeLLM = Callable[..., LLM]
 
@@ -47,6 +53,97 @@ def test_one_bad_prompt_stops_the_whole_call_before_anything_runs(llm: LLM) -> N
     assert not llm.engine.has_work and llm.engine.parts.kv.arena.pages.num_held == 0
 
 
+def test_a_bad_prompt_among_others_is_named_and_nothing_of_them_is_left(llm: LLM) -> None:
+    """Not even a random number: sampled requests that name no seed draw one."""
+    before = llm.engine._seeds.getstate()
+    for bad, why in (
+        ([5, 10**6], "not a token id"),
+        ([], "empty"),
+        ([7] * 64, "64 tokens"),
+        (None, "a text or a list"),
+        ("", "empty"),
+    ):
+        prompts: Any = [[5, 6], "Find", bad, [7]]
+        with pytest.raises(RequestError, match=f"^prompt 2 of 4, counted from 0: .*{why}"):
+            llm.generate(prompts, SamplingParams(n=2))
+    with pytest.raises(RequestError, match=r"^prompt 1 of 2, counted from 0: stop_token_ids: 1000000 is not"):
+        llm.generate([[5], [6]], [SamplingParams(), SamplingParams(stop_token_ids=[10**6])])
+    assert not llm.engine.has_work and llm.engine.parts.kv.arena.pages.num_held == 0
+    assert llm.engine._seeds.getstate() == before
+
+
+@pytest.mark.parametrize("given", [5, None, {5}, iter([5]), [5, "text"], b"text"])
+def test_what_is_no_prompt_is_refused(given: Any, llm: LLM) -> None:
+    with pytest.raises(RequestError):
+        llm.generate(given)
+    assert not llm.engine.has_work
+
+
+def test_what_is_no_text_is_refused(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="not Unicode: half a character at 1"):
+        llm.generate("a\ud800")
+    with pytest.raises(RequestError, match="stream takes one prompt, got 2"):
+        llm.stream([[5], [6]])  # type: ignore[list-item]
+    wrong: Any = "greedy"
+    with pytest.raises(RequestError, match="params must be SamplingParams"):
+        llm.generate([5], wrong)
+
+
+@pytest.mark.parametrize("token", [-1, 10**6, 10**30, 1 << 20000], ids=["negative", "large", "larger", "huge"])
+def test_tokens_that_end_an_output_must_be_the_model_s(token: int, llm: LLM) -> None:
+    with pytest.raises(RequestError, match="stop_token_ids"):
+        llm.generate([5], SamplingParams(stop_token_ids=[7, token]))
+    assert llm.generate([5], SamplingParams(stop_token_ids=[llm.shape.vocab_size - 1], max_tokens=2))[0].token_ids
+
+
+# A tokenizer that knows more than its model ---------------------------------------------------------------------------
+
+
+def test_a_token_without_a_row_is_named_wherever_it_comes_from(larger_tokenizer: Path) -> None:
+    llm = LLM(larger_tokenizer, device="cpu", max_model_len=64)
+    rows, greedy = llm.shape.vocab_size, SamplingParams(temperature=0, max_tokens=2)
+    expected = llm.generate("apple = 417.", greedy)[0].token_ids
+    named = rf"token {rows} \('<\|new\|>'\) is in the tokenizer and not in the model, whose embedding has the {rows} rows"
+    for prompt in ("apple <|new|>", [5, rows]):
+        with pytest.raises(RequestError, match="^" + named):
+            llm.generate(prompt, greedy)
+        with pytest.raises(RequestError, match="^prompt 1 of 2, counted from 0: " + named):
+            llm.generate(["apple = 417.", prompt], greedy)  # type: ignore[list-item]
+        with pytest.raises(RequestError, match="^" + named):
+            llm.stream(prompt, greedy)
+        with pytest.raises(RequestError, match="^" + named):
+            llm.engine.add_request("forced", [5], greedy, forced=llm.tokenizer("<|new|>")["input_ids"])
+    with pytest.raises(RequestError, match="^stop_token_ids: " + named):
+        llm.generate([5], SamplingParams(stop_token_ids=[rows]))
+    with pytest.raises(RequestError, match=f"^{rows + 1} is not a token id of this model: its vocabulary is 0 .. {rows - 1}"):
+        llm.generate([5, rows + 1])
+    assert not llm.engine.has_work
+    assert llm.generate("apple = 417.", greedy)[0].token_ids == expected
+
+
+def test_what_a_tokenizer_says_of_ids_that_it_lacks_is_not_believed() -> None:
+    class Unknown:
+        """As older tokenizers do, it answers '<unk>' for whatever it does not know."""
+
+        def convert_ids_to_tokens(self, token: int) -> str:
+            return "<unk>"
+
+        def convert_tokens_to_ids(self, text: str) -> int:
+            return 0
+
+    assert unknown_token([9], 5, Unknown()) == "9 is not a token id of this model: its vocabulary is 0 .. 4"
+    assert unknown_token(range(5), 5, Unknown()) is None and unknown_token([], 5, Unknown()) is None
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.integers(-2, 9) | st.booleans() | st.floats() | st.integers() | st.none(), max_size=8))
+def test_ids_are_known_or_refused(ids: list[Any]) -> None:
+    class Silent:
+        def convert_ids_to_tokens(self, token: int) -> None: ...
+
+    assert (unknown_token(ids, 8, Silent()) is None) == all(type(token) is int and 0 <= token < 8 for token in ids)
+
+
 def test_as_many_parameters_as_prompts(llm: LLM) -> None:
     with pytest.raises(RequestError, match="3 sampling parameters were given for 2 prompts"):
         llm.generate([[5], [6]], [SamplingParams()] * 3)
@@ -75,13 +172,51 @@ def memory_for(llm: LLM, pages: int) -> int:
 def test_a_request_that_could_never_run_is_refused(tier: str, llm: LLM, make_llm: MakeLLM) -> None:
     offload_layers = 0 if tier == "gpu_memory" else 1
     small = make_llm("llama", "streaming", budget=20, offload_layers=offload_layers, **{tier: memory_for(llm, 8)}, max_num_seqs=1)
-    if tier == "gpu_memory":
-        with pytest.raises(RequestError, match=f"raise {tier}, or lower max_tokens"):
-            small.generate([[5] * 100])
-    else:
-        with pytest.raises(RequestError, match=f"raise {tier}"):
-            small.generate([[5] * 140])
+    with pytest.raises(RequestError, match=f"raise {tier} by that"):
+        small.generate([[5] * (100 if tier == "gpu_memory" else 140)])
     assert small.generate([[5] * 10])[0].token_ids
+
+
+@pytest.mark.parametrize("method", ["full", "streaming", "speculative"])
+@pytest.mark.parametrize("offload_layers", [0, 2, -1, None])
+@pytest.mark.parametrize(("device", "host"), [(20, 6), (4, 200), (500, 6), (6, 12)])
+def test_the_tier_that_is_short_is_named_and_what_it_lacks_is_enough(
+    method: str, offload_layers: int | None, device: int, host: int, llm: LLM, make_llm: MakeLLM
+) -> None:
+    options: dict[str, Any] = {"budget": 20, "sink": 2, "recent": 2, "offload_layers": offload_layers, "max_num_seqs": 1}
+    memory = {"gpu_memory": memory_for(llm, device), "host_memory": memory_for(llm, host)}
+    try:
+        small = make_llm("llama", method, **options, **memory)
+        small.engine.add_request("long", [5] * 400, SamplingParams(max_tokens=20))
+    except MemoryPlanError:
+        return  # not even one page of KV: tests/memory/test_tiers.py
+    except RequestError as error:
+        lacks = re.findall(r"(\d+) bytes more than the (\d+) of the (device|host) tier", str(error))
+        settings = re.search(r"raise (gpu_memory|host_memory)(?: (and|or) (host_memory))? by that", str(error))
+        assert settings is not None and len(lacks) == (2 if settings[2] else 1)
+        named = {"gpu_memory" if tier == "device" else "host_memory": int(more) for more, _, tier in lacks}
+        assert {name for name in settings.groups() if name and name.endswith("memory")} == set(named)
+        for helps in [named] if settings[2] == "and" else [{name: more} for name, more in named.items()]:
+            more = memory | {name: small.engine.parts.kv.arena.num_bytes + more for name, more in helps.items() if name[0] == "g"}
+            more |= {name: small.engine.parts.kv.host.num_bytes + more for name, more in helps.items() if name[0] == "h"}
+            make_llm("llama", method, **options, **more).engine.add_request("long", [5] * 400, SamplingParams(max_tokens=20))
+
+
+def test_a_host_tier_too_small_is_not_blamed_on_the_device() -> None:
+    config = SpeContextConfig(method="full", offload_layers=-1)
+    small = LLM("nano", None, config, device="cpu", max_num_seqs=1, host_memory=1 << 20, gpu_memory=1 << 33)
+    with pytest.raises(RequestError, match=r"more than the 1048576 of the host tier of KV: raise host_memory by that") as error:
+        small.generate([[5] * 6000], SamplingParams(max_tokens=7))
+    assert "gpu_memory" not in str(error.value)
+
+
+def test_memory_that_others_hold_for_now_is_no_reason_to_refuse(make_llm: MakeLLM) -> None:
+    """Requests that wait keep their KV on the host; whoever comes then waits too."""
+    small = make_llm("llama", "streaming", budget=20, gpu_memory=1 << 16, host_memory=1 << 18, offload_layers=None)
+    longest = next(n for n in range(500, 0, -1) if small.engine.parts.residency.lack(n) is None)
+    kv = small.engine.parts.kv
+    kv.parked.append([kv.host.allocate(kv.host.pages.num_free)])
+    assert small.engine.parts.residency.lack(longest) is None and not small.engine.parts.residency.fits_somehow([longest])
 
 
 @pytest.mark.parametrize("offload_layers", [-1, 1, None])

@@ -15,6 +15,7 @@ from specontext.kv.host_memory import AHEAD, HostMemory, HostMemoryError
 from specontext.kv.pool import PagePool, make_pools
 from specontext.kv.reading import Reader
 from specontext.kv.tiered import TieredKV
+from specontext.memory.tiers import MemoryPlanError
 
 CHUNK = 1 << 20
 
@@ -163,3 +164,9 @@ def test_a_file_takes_the_place_of_memory_and_leaves_no_trace(tmp_path: Path) ->
     assert pool.rows[10:20].eq(3).all() and not list(tmp_path.iterdir())
     with pytest.raises(HostMemoryError, match="another directory with --offload-dir"):
         make_pools(shape, **options, directory=tmp_path / "nowhere")  # type: ignore[arg-type]
+
+
+def test_a_device_that_refuses_the_memory_of_its_tier_says_so() -> None:
+    shape = ModelShape(1, 8, 1, 1, 8, 10, 10, torch.float32)
+    with pytest.raises(MemoryPlanError, match=r"the device tier of KV asks for \d{15} bytes .*: lower --gpu-memory"):
+        PagePool(shape, 2, 1 << 42, "device tier of KV", torch.device("cpu"))

@@ -79,10 +79,12 @@ def test_no_tier_exceeds_its_memory_and_errors_say_what_would_do(**values: Any) 
     except MemoryPlanError as error:
         host = "host tier" in str(error)
         name, flag = ("host_memory", "--host-memory") if host else ("device_memory", "--gpu-memory")
-        match = re.search(r"has (\d+) bytes and needs at least (\d+)", str(error))
-        assert match is not None and flag in str(error)
-        allowed, needed = map(int, match.groups())
-        assert allowed == values[name] < needed
+        match = re.search(r"has (\d+) bytes and needs at least (\d+)\D+(\d+) more: raise (--\S+) by that", str(error))
+        assert match is not None and match[4] == flag
+        allowed, needed, more = map(int, match.groups()[:3])
+        assert allowed == values[name] < needed == allowed + more
+        if "offload more layers" in str(error):
+            assert values["offloaded"] is not None and values["offloaded"] < LAYERS
         other = {"device_memory" if host else "host_memory": PLENTY}
         sizes(**values | {name: needed} | other)
         with pytest.raises(MemoryPlanError):
@@ -97,3 +99,12 @@ def test_no_tier_exceeds_its_memory_and_errors_say_what_would_do(**values: Any) 
 
 def test_free_memory_of_the_cpu_is_a_positive_number_of_bytes() -> None:
     assert tiers.free_memory(torch.device("cpu")) > 1 << 20
+
+
+def test_only_what_helps_is_advised() -> None:
+    with pytest.raises(MemoryPlanError, match=r"raise --gpu-memory by that, or lower --slots$"):
+        sizes(offloaded=4, device_memory=1)
+    with pytest.raises(MemoryPlanError, match=r"raise --gpu-memory by that, or lower --slots, or offload more layers$"):
+        sizes(offloaded=3, device_memory=1)
+    with pytest.raises(MemoryPlanError, match=r"raise --gpu-memory by that$"):
+        sizes(offloaded=None, slots=0, device_memory=1)

@@ -90,7 +90,7 @@ def test_chat(server: Server, run: Callable[..., Outcome], monkeypatch: pytest.M
     assert status == 1 and "cannot reach" in err
 
 
-def test_chat_ends_at_once_when_it_is_interrupted_at_its_prompt() -> None:
+def test_chat_ends_at_once_when_it_is_interrupted_at_its_prompt(interruptible: None) -> None:
     words = [sys.executable, "-m", "specontext.cli", "chat", "--model", "nano"]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as popen:
         try:

@@ -38,14 +38,14 @@ def in_detokenizer(patch: pytest.MonkeyPatch, error: Exception) -> None:
 
 
 def in_shown_text(patch: pytest.MonkeyPatch, error: Exception) -> None:
-    text: Any = Detokenizer.text
+    pieces: Any = Detokenizer.pieces
 
-    def broken(self: Any) -> str:
-        if self._params.seed == MARK and len(self._full) > 5:
+    def broken(self: Any) -> Any:
+        if self._params.seed == MARK and self._count > 3:
             raise error
-        return str(text.fget(self))
+        return pieces.fget(self)
 
-    patch.setattr(Detokenizer, "text", property(broken))
+    patch.setattr(Detokenizer, "pieces", property(broken))
 
 
 def in_last_text(patch: pytest.MonkeyPatch, error: Exception) -> None:

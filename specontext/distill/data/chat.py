@@ -36,9 +36,9 @@ def conversation(messages: object, encoder: Encoder, where: str, *, tools: Any =
         raise DataError(f"{where} has 'messages' and the tokenizer no chat template: give rows with 'prompt' and 'completion'")
     try:
         ids, said = _encode(messages, encoder, where, tools)
+    except DataError:
+        raise
     except (TemplateError, TypeError, KeyError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"the tokenizer's chat template does not take the messages of {where}: {error}") from error
     if not any(said):
         raise DataError(f"the tokenizer's chat template marks nothing of the assistant's in {where}: nothing could be learned")
@@ -49,7 +49,7 @@ def _encode(messages: Sequence[Mapping], encoder: Encoder, where: str, tools: An
     tokenizer = encoder.tokenizer
     if MARKS_GENERATION.search(tokenizer.get_chat_template()):
         out = tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
-        return list(out["input_ids"]), [bool(mark) for mark in out["assistant_masks"]]
+        return encoder.known(list(out["input_ids"])), [bool(mark) for mark in out["assistant_masks"]]
 
     def render(count: int, answer: bool = False) -> str:
         return tokenizer.apply_chat_template(messages[:count], tools=tools, tokenize=False, add_generation_prompt=answer)

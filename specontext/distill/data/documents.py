@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specontext.distill.data.encoder import Encoder
+from specontext.distill.data.encoder import Encoder, UnknownTokenError
 from specontext.distill.data.source import DataError
 
 
@@ -63,11 +63,13 @@ class TextFiles:
         """Read and encode one file.
 
         Raises:
-            DataError: it cannot be read, or is no UTF-8 text.
+            DataError: it cannot be read, is no UTF-8 text, or has a token that the model cannot read.
         """
         path = self.paths[number]
         try:
             return plain(path.read_text(encoding="utf-8-sig"), self.encoder)
+        except UnknownTokenError as error:
+            raise DataError(f"{path}: {error}") from error
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:

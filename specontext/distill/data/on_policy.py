@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from typing import Any, NamedTuple, Protocol
 
 from specontext.config import SpeContextConfig
-from specontext.core import RequestOutput, SamplingParams
+from specontext.core import ModelShape, RequestOutput, SamplingParams
 from specontext.distill.data.encoder import Encoder
 from specontext.distill.data.mixing import Sizes
 from specontext.distill.data.source import DataError, Row, Sequences, Source, check_size, collate
@@ -33,6 +33,9 @@ class Generator(Protocol):
 
     @property
     def config(self) -> SpeContextConfig: ...
+
+    @property
+    def shape(self) -> ModelShape: ...
 
     def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]: ...
 
@@ -73,7 +76,7 @@ class OnPolicy:
         if together < 1:
             raise DataError(f"at least 1 sequence is generated at once, got {together}")
         self.source, self.llm, self.seed, self.temperature, self.together = source, llm, seed, temperature, together
-        self.sizes, self.pad = sizes, Encoder(llm.tokenizer).pad
+        self.sizes, self.pad = sizes, Encoder(llm.tokenizer, llm.shape.vocab_size).pad
         self._made: OrderedDict[tuple[Job, ...], dict[int, Sequences]] = OrderedDict()
 
     def draw(self, step: int, length: int, rows: int) -> Sequences:

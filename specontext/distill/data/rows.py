@@ -7,8 +7,9 @@ from typing import Any
 
 from specontext.distill.data.chat import conversation
 from specontext.distill.data.documents import Document, marked, plain
-from specontext.distill.data.encoder import Encoder
+from specontext.distill.data.encoder import Encoder, UnknownTokenError
 from specontext.distill.data.source import DataError
+from specontext.models.token_ids import unknown_token
 
 COMPLETIONS = ("completion", "response", "output")
 UNDERSTOOD = (
@@ -28,8 +29,15 @@ def document(row: object, encoder: Encoder, where: str) -> Document:
         where: names the row in errors.
 
     Raises:
-        DataError: a row that has none of these, or a value of the wrong kind.
+        DataError: a row that has none of these, a value of the wrong kind, or a token that the model cannot read.
     """
+    try:
+        return _document(row, encoder, where)
+    except UnknownTokenError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _document(row: object, encoder: Encoder, where: str) -> Document:
     if not isinstance(row, Mapping):
         raise DataError(f"{where} is {type(row).__name__}, not an object; understood are rows with {UNDERSTOOD}")
     if "input_ids" in row:
@@ -63,9 +71,11 @@ def _completed(prompt: str, completion: str, encoder: Encoder, where: str) -> Do
 
 def _tokens(row: Mapping[str, Any], encoder: Encoder, where: str) -> Document:
     ids, wanted = row["input_ids"], row.get("wanted")
-    vocabulary = len(encoder.tokenizer)
-    if not isinstance(ids, list) or any(type(token) is not int or not 0 <= token < vocabulary for token in ids):
-        raise DataError(f"'input_ids' of {where} must be a list of this tokenizer's token ids, 0 .. {vocabulary - 1}")
+    if not isinstance(ids, list):
+        raise DataError(f"'input_ids' of {where} must be a list of token ids, got {type(ids).__name__}")
+    size = len(encoder.tokenizer) if encoder.vocab_size is None else encoder.vocab_size
+    if (wrong := unknown_token(ids, size, encoder.tokenizer)) is not None:
+        raise DataError(f"'input_ids' of {where}: {wrong}")
     if wanted is None:
         wanted = [True] * len(ids)
     elif not isinstance(wanted, list) or len(wanted) != len(ids) or any(mark not in (0, 1) for mark in wanted):

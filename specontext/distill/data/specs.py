@@ -25,7 +25,14 @@ _ROWS: dict[str, Callable[[Path, Encoder], Documents]] = {".jsonl": JsonLines, "
 PROBED = 4096  # bytes of a file in a directory that are looked at to tell text from other data
 
 
-def open_sources(specs: Sequence[str | Path], *, tokenizer: PreTrainedTokenizerBase, seed: int, held_out: bool = False) -> Source:
+def open_sources(
+    specs: Sequence[str | Path],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    held_out: bool = False,
+    vocab_size: int | None = None,
+) -> Source:
     """The source that draws evenly from everything that `specs` name.
 
     `tasks` or `tasks:KIND,KIND` are generated problems. A `.jsonl` or `.parquet` file has a document in every row (see
@@ -36,6 +43,8 @@ def open_sources(specs: Sequence[str | Path], *, tokenizer: PreTrainedTokenizerB
         held_out: open the part that is kept from training, disjoint from what is opened without it whatever the seeds: of ten
             or more documents every tenth, of fewer text files the last tenth of each, of fewer rows the last row (see
             `held_out.Split`). Generated problems are held out by other random numbers.
+        vocab_size: rows of the embedding of the model that will read the sequences, where there is one; no source gives a token
+            beyond it.
 
     Raises:
         DataError: a spec that is not understood, data that cannot be read or used, fewer than two tokens in one of them.
@@ -43,7 +52,7 @@ def open_sources(specs: Sequence[str | Path], *, tokenizer: PreTrainedTokenizerB
     listed = [specs] if isinstance(specs, str | Path) else list(specs)
     if not listed:
         raise DataError(f"no data was given: give {FORMS}")
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, vocab_size)
     sources = [_open(str(spec), encoder, f"{seed}/{number}", held_out) for number, spec in enumerate(listed)]
     return sources[0] if len(sources) == 1 else Evenly(sources, seed)
 

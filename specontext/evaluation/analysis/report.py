@@ -73,7 +73,7 @@ class Analysis:
         llm = LLM(settings.target, None, full, settings.dtype, settings.device, **options)
         heads = load_heads(settings, shape, llm.engine.device)
         target = Target(llm.engine.loaded.model, feature_layers(heads))
-        source = open_sources(settings.texts, tokenizer=llm.tokenizer, seed=settings.seed, held_out=True)
+        source = self._open(settings.texts, llm, held_out=True)
         length = settings.length or fitting_length(source, _halves(min(LENGTH, shape.max_position)))
         budgets = settings.budgets_for(length)
         eighth = min(budgets, key=lambda budget: abs(math.log(8 * budget / length)))
@@ -89,7 +89,7 @@ class Analysis:
         tick = self.begin("calibrating head maps", 1)
         samples = []
         if count:
-            training = open_sources(self.settings.texts, tokenizer=llm.tokenizer, seed=self.settings.seed)
+            training = self._open(self.settings.texts, llm, held_out=False)
             samples = draw_samples(training, length, count)
         entrants = make_entrants(heads, target, samples, length=length, budget=budget, settings=self.settings)
         self.notes["calibration"] = {"sequences": len(samples), "budget": budget if samples else None}
@@ -157,7 +157,11 @@ class Analysis:
         }
 
     def _programs(self, llm: LLM) -> Source:
-        return open_sources(["tasks:program"], tokenizer=llm.tokenizer, seed=self.settings.seed, held_out=True)
+        return self._open(["tasks:program"], llm, held_out=True)
+
+    def _open(self, specs: Sequence[str], llm: LLM, *, held_out: bool) -> Source:
+        settings, size = self.settings, llm.shape.vocab_size
+        return open_sources(specs, tokenizer=llm.tokenizer, seed=settings.seed, held_out=held_out, vocab_size=size)
 
     def _report(
         self, entrants: Sequence[Entrant], length: int, budgets: Sequence[int], eighth: int, device: torch.device

@@ -75,7 +75,8 @@ class _FidelityEvaluation(Evaluation):
         lengths = settings.lengths or (min(LENGTH, self.max_length),)
         if min(lengths) < SHORTEST:
             raise EvaluationError(f"a length of {SUITE} must be at least {SHORTEST} tokens, got {min(lengths)}")
-        texts = [Text(spec, self.tokenizer, seed=settings.seed) for spec in dict.fromkeys(settings.texts)]
+        options = {"seed": settings.seed, "vocab_size": self.vocab_size}
+        texts = [Text(spec, self.tokenizer, **options) for spec in dict.fromkeys(settings.texts)]
         if len({text.name for text in texts}) < len(texts):
             raise EvaluationError("two texts have the same name: give them as relative paths, or rename one")
         advance = begin("reading texts", len(texts) * len(lengths))

@@ -47,6 +47,7 @@ class Text:
 
     Args:
         spec: as of `specontext.distill.data.open_sources`: 'tasks', a text or JSONL file, a directory, a data set of the Hub.
+        vocab_size: as there.
 
     Attributes:
         name: how results call it.
@@ -55,13 +56,13 @@ class Text:
         DataError: there is no such text.
     """
 
-    def __init__(self, spec: str, tokenizer: Any, *, seed: int) -> None:
+    def __init__(self, spec: str, tokenizer: Any, *, seed: int, vocab_size: int | None = None) -> None:
         self.name, self.spec = shown(spec), spec
-        self._encoder = Encoder(tokenizer)
+        self._encoder = Encoder(tokenizer, vocab_size)
         self._source: Source | None = None
         self._documents: Documents | None = None
         if spec == "tasks" or spec.startswith("tasks:"):
-            self._source = open_sources(spec, tokenizer=tokenizer, seed=seed, held_out=True)
+            self._source = open_sources(spec, tokenizer=tokenizer, seed=seed, held_out=True, vocab_size=vocab_size)
         else:
             self._documents = open_documents(spec, self._encoder)
 

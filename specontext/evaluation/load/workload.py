@@ -43,8 +43,8 @@ class Workload:
     def prompts(self, tokenizer: Any, *, more: int = 0) -> list[list[int]]:
         """Token ids of ordinary tokens; `more` further prompts are for warming up, since one that is sent twice is known."""
         rng = random.Random(self.seed)
-        special = set(tokenizer.all_special_ids)
-        ordinary: Sequence[int] = [token for token in range(len(tokenizer)) if token not in special]
+        added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}  # the model may have no rows for these
+        ordinary: Sequence[int] = [token for token in range(len(tokenizer)) if token not in added]
         return [rng.choices(ordinary, k=self.input_len) for _ in range(self.num_prompts + more)]
 
     def arrivals(self) -> list[float]:
