@@ -36,7 +36,10 @@ def ground(window: int = 1200) -> object:
 def test_a_page_loses_its_navigation_and_keeps_its_code() -> None:
     from smollm2_readers import html
 
-    page = '<body><div class="navheader"><p>Next</p></div><h1>Title</h1><p>One\n  two</p><pre>if x:\n    y</pre><footer>(c)</footer></body>'
+    page = (
+        '<body><div class="navheader"><p>Next</p></div><h1>Title</h1><p>One\n  two</p>'
+        "<pre>if x:\n    y</pre><footer>(c)</footer></body>"
+    )
     text = html(page, "a.html")
     assert re.sub(r"\n+", "\n", text).strip() == "Title\nOne two\nif x:\n    y"
 
