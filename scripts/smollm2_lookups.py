@@ -264,11 +264,13 @@ def answers(rng: random.Random, ground: Ground) -> str:
     return _conversation(rng, ground, _spread(rng, text, facts, [], 0.95), turns)
 
 
-def reading(rng: random.Random, ground: Ground) -> str:
-    """A chat about a real document: sentences completed, found by a word, continued."""
+def reading(rng: random.Random, ground: Ground) -> str | None:
+    """A chat about a real document: sentences completed, found by a word, quoted; None for text with hardly a sentence."""
     text = ground.pieces(rng, rng.choice(("prose", "prose", "reference", "dialogue")), ground.characters - 3000)
     turns: list[tuple[str, str]] = []
     pool = _sentences(text)
+    if len(pool) < 8:
+        return None
     for sentence in rng.sample(pool, min(len(pool), rng.randrange(8, 14))):
         words = sentence.split(" ")
         cut = len(words) // 2
@@ -281,13 +283,16 @@ def reading(rng: random.Random, ground: Ground) -> str:
     return _conversation(rng, ground, "\n\n".join(text), turns)
 
 
-FORMS: tuple[Callable[[random.Random, Ground], str], ...] = (notes, directory, settings, program, quotations, answers, reading)
+Form = Callable[[random.Random, Ground], str | None]
+FORMS: tuple[Form, ...] = (notes, directory, settings, program, quotations, answers, reading)
 
 
-def fitted(seed: str, form: Callable[[random.Random, Ground], str], ground: Ground) -> str | None:
+def fitted(seed: str, form: Form, ground: Ground) -> str | None:
     """A document whose real text is made longer or shorter until the whole fits, or None where it does not."""
     for _ in range(12):
         text = form(random.Random(seed), ground)
+        if text is None:
+            return None
         excess = ground.tokens(text) - ground.window
         if 0 <= excess <= ground.over:
             return text

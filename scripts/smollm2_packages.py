@@ -56,7 +56,12 @@ def fetch(package: Package, folder: Path) -> Path:
         scratch = folder / f"{target.name}.part"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        run = subprocess.run(command(package), cwd=scratch, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        try:
+            run = subprocess.run(command(package), cwd=scratch, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        except subprocess.TimeoutExpired:
+            raise MissingPackage(
+                f"{package.name} {package.version} did not come in {TIMEOUT:.0f} s; start again to go on."
+            ) from None
         files = [path for path in scratch.iterdir() if path.suffix in (".whl", ".gz", ".tgz", ".deb", ".zip")]
         if run.returncode or len(files) != 1:
             said = (run.stderr.strip() or run.stdout.strip() or "no message").splitlines()[-1]

@@ -7,6 +7,7 @@ import random
 import re
 import sys
 import tarfile
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -131,6 +132,14 @@ def test_lookups_fill_a_window_and_follow_from_the_seed() -> None:
     assert first == list(islice(lookups("s", ground()), len(FORMS)))  # type: ignore[arg-type]
     assert first[0] != next(lookups("t", ground()))  # type: ignore[arg-type]
     assert all(1200 <= len(text.split()) <= 1320 for text in first)
+
+
+def test_text_without_sentences_gives_no_chat_about_it() -> None:
+    from smollm2_lookups import reading
+
+    headings = replace(ground(), pieces=lambda rng, kind, characters: ["heading"] * (characters // 9))  # type: ignore[type-var]
+    assert reading(random.Random(1), headings) is None  # type: ignore[arg-type]
+    assert reading(random.Random(1), ground()) is not None  # type: ignore[arg-type]
 
 
 def test_what_notes_ask_for_stood_above() -> None:
