@@ -12,6 +12,7 @@ from specontext.core import Batch, SpeContextError
 from specontext.engine.build import Parts
 from specontext.engine.graphs import DecodeGraphs
 from specontext.engine.step import AttentionObserver, Step
+from specontext.engine.twin import DenseTwin
 from specontext.models.attention import listening
 from specontext.models.compiled import CompiledModules
 from specontext.models.decoder import decoder_layers, output_layer
@@ -60,13 +61,16 @@ class ModelRunner:
         self.observer: AttentionObserver | None = None
         self.taps = FeatureTaps(loaded.model, feature_layers) if feature_layers else None
         kv, selector = parts.kv, parts.selector
+        foreseeing = any(one.foresees for one in parts.methods.selectors.values())
+        self._look_ahead = DenseTwin(loaded, parts).look_ahead if foreseeing else None
         self._compiled: CompiledModules | None = None
         if compiled and loaded.shape.dtype != torch.float32:
             modules = [*decoder_layers(loaded.model), *([parts.head] if parts.head is not None else [])]
             self._compiled = CompiledModules(modules)
         self._output_layer = output_layer(loaded.model)
         self._graphs: DecodeGraphs | None = None
-        if graphs and kv.device.type == "cuda" and not (selector.in_layer or measure_recall or kv.verify_loads):
+        eager = selector.in_layer or selector.foresees or measure_recall or kv.verify_loads
+        if graphs and kv.device.type == "cuda" and not eager:
             seats = kv.token_pages.table.shape[1] - 1
             self._graphs = DecodeGraphs(self._fused, seats=seats, max_tokens=parts.max_tokens, device=kv.device)
 
@@ -132,7 +136,15 @@ class ModelRunner:
 
     def _forward(self, batch: Batch) -> Tensor:
         parts = self.parts
-        step = Step(batch, parts.kv, parts.methods, parts.meter, measure_recall=self.measure_recall, observer=self.observer)
+        step = Step(
+            batch,
+            parts.kv,
+            parts.methods,
+            parts.meter,
+            measure_recall=self.measure_recall,
+            observer=self.observer,
+            look_ahead=self._look_ahead,
+        )
         step.begin()
         with listening(self.loaded.model, step):
             output = self.loaded.model(
