@@ -23,6 +23,7 @@ from specontext.evaluation.rows import MEASURES, Cell, Row, by_cell, cell_rows
 from specontext.evaluation.samples import FILE, EvaluationError, Sample, SampleFile, fingerprint
 from specontext.evaluation.settings import EvaluationSettings
 from specontext.evaluation.text_tools import text_tools
+from specontext.evaluation.windows import Text
 from specontext.models.loading import LoadedModel, load_model
 
 Advance = Callable[[int], None]
@@ -182,6 +183,19 @@ class Evaluation:
         for group, cell, choices in wanted:
             self._run_cell(self.engines.open(group), cell, choices, advance)
         return self._write()
+
+    def open_texts(self) -> list[Text]:
+        """The texts that were given.
+
+        Raises:
+            EvaluationError: two of the same name.
+            DataError: one that cannot be read.
+        """
+        options = {"seed": self.settings.seed, "vocab_size": self.vocab_size}
+        texts = [Text(spec, self.tokenizer, **options) for spec in dict.fromkeys(self.settings.texts)]
+        if len({text.name for text in texts}) < len(texts):
+            raise EvaluationError("two texts have the same name: give them as relative paths, or rename one")
+        return texts
 
     def _choices(self, group: Group, suite: str, length: int | None) -> list[Choice]:
         """Methods and budgets of a cell, without budgets that hold everything; the run says which."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from specontext import LLM
 from specontext.evaluation.fidelity.compare import Fidelity, compare_window, measures
 from specontext.evaluation.fidelity.run import run_fidelity
-from specontext.evaluation.fidelity.windows import ShortTextError, Text, Window
+from specontext.evaluation.windows import ShortTextError, Text, Window, reservations
 from specontext.evaluation.report import write_report
 from specontext.evaluation.run import Advance
 from specontext.evaluation.samples import EvaluationError
@@ -113,11 +113,11 @@ def test_methods_are_the_same_alone_and_in_any_company(make_llm: MakeLLM, llm: L
 def test_measures_by_hand() -> None:
     full, other = torch.tensor([0.5, 0.25, 0.25]).log(), torch.tensor([0.25, 0.5, 0.25]).log()
     never = torch.tensor([0.5, 0.5, 0.0]).log()
-    found = measures(full, torch.stack((full, other)), 1)
+    found = measures(torch.stack((full, full)), torch.stack((full, other)), torch.tensor([1, 1]))
     divergence = 0.5 * math.log(2) - 0.25 * math.log(2)
     expected = torch.tensor([[1.0, 0.0, math.log(4)], [0.0, divergence, math.log(2)]], dtype=torch.float64)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    assert measures(never, never[None], 1)[0].tolist() == pytest.approx([1.0, 0.0, math.log(2)])
+    assert measures(never[None], never[None], torch.tensor([1]))[0].tolist() == pytest.approx([1.0, 0.0, math.log(2)])
 
 
 # Windows ------------------------------------------------------------------------------------------------------------------
@@ -132,12 +132,51 @@ def write(folder: Path, tokenizer: Any, tokens: int, name: str = "text.txt") -> 
     return path
 
 
-def test_windows_follow_each_other(tmp_path: Path, tokenizer: Any) -> None:
+def test_windows_are_spread_over_a_text(tmp_path: Path, tokenizer: Any) -> None:
     path = write(tmp_path, tokenizer, 300)
-    windows = Text(str(path), tokenizer, seed=0).windows(100, 2, 10)
-    ids = tokenizer(path.read_text())["input_ids"]
-    assert [window.token_ids for window in windows] == [ids[:100], [ids[0], *ids[100:199]]]
-    assert all(window.wanted == [True] * 10 and len(window.prompt) == 89 for window in windows)
+    windows = Text(str(path), tokenizer, seed=0).windows(100, 3, 10)
+    ids = [*tokenizer(path.read_text())["input_ids"], tokenizer.eos_token_id]
+    assert [window.token_ids for window in windows] == [ids[:100], [ids[0], *ids[101:200]], [ids[0], *ids[202:301]]]
+    assert all(window.wanted == [True] * 10 and len(window.prompt) == 89 and not window.joined for window in windows)
+
+
+def numbered(path: Path, sizes: list[int]) -> Path:
+    """A JSONL file in which each document repeats a word of its own, to so many tokens with the end."""
+    words = [" sun", " moon", " river", " stone"]
+    path.write_text("".join(json.dumps({"text": words[n] * (size - 1)}) + "\n" for n, size in enumerate(sizes)))
+    return path
+
+
+def test_windows_of_rows_lie_in_one_document(tmp_path: Path, tokenizer: Any) -> None:
+    path = numbered(tmp_path / "rows.jsonl", [250, 99, 100, 450])
+    windows = Text(str(path), tokenizer, seed=0).windows(51, 12, 10)
+    assert [len(set(window.token_ids[1:])) for window in windows if window.token_ids[-1] != 1] == [1] * 9
+    documents = [window.key.partition(",")[0] for window in windows]
+    assert [documents.count(f"document {n}") for n in range(4)] == [5, 1, 2, 4]  # one each, then again from the first on
+    assert not any(window.joined for window in windows)
+    few = Text(str(path), tokenizer, seed=0).windows(200, 2, 10)
+    assert [window.key for window in few] == ["document 0, from 0", "document 3, from 0"]
+    with pytest.raises(ShortTextError, match="no document of .* has the 600 tokens of a window, the longest has 451"):
+        Text(str(path), tokenizer, seed=0).windows(600, 2, 10)
+
+
+def test_files_that_are_all_too_short_are_read_as_one(tmp_path: Path, tokenizer: Any) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, tokens in (("a", 60), ("b", 70), ("c", 90)):
+        write(folder, tokenizer, tokens, name)
+    text = Text(str(folder), tokenizer, seed=0)
+    assert [(window.key, window.joined) for window in text.windows(80, 2, 10)] == [("document 2, from 0", False)] + [
+        ("document 2, from 11", False)
+    ]
+    (joined,) = text.windows(200, 1, 10)
+    assert joined.joined and reservations([joined], 2) == [
+        "no file is as long as a window: windows go over the ends of files",
+        "there are 1 windows, fewer than the limit of 2",
+    ]
+    assert joined.token_ids.count(tokenizer.eos_token_id) == 2
+    with pytest.raises(ShortTextError, match="has 221 tokens, too few for a window of 300"):
+        text.windows(300, 1, 10)
 
 
 def test_windows_of_a_short_text_overlap_outside_of_what_is_compared(tmp_path: Path, tokenizer: Any) -> None:
@@ -150,7 +189,7 @@ def test_windows_of_a_short_text_overlap_outside_of_what_is_compared(tmp_path: P
 
 
 def test_a_text_that_is_too_short(tmp_path: Path, tokenizer: Any) -> None:
-    with pytest.raises(ShortTextError, match="has 98 tokens, too few for a window of 100"):
+    with pytest.raises(ShortTextError, match="has 99 tokens, too few for a window of 100"):
         Text(str(write(tmp_path, tokenizer, 98)), tokenizer, seed=0).windows(100, 1, 10)
 
 

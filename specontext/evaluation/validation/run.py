@@ -11,7 +11,7 @@ from typing import Any
 from specontext.core import SpeContextError
 from specontext.engine.llm_engine import pick_device
 from specontext.evaluation.fidelity.run import run_fidelity
-from specontext.evaluation.fidelity.windows import ShortTextError, Text
+from specontext.evaluation.windows import ShortTextError, Text
 from specontext.evaluation.report import write_report
 from specontext.evaluation.results import environment
 from specontext.evaluation.run import Begin, open_folder, run_evaluation
