@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from specontext.core import RequestOutput, SamplingParams
 from specontext.engine.llm import LLM
 from specontext.engine.llm_engine import pick_device
+from specontext.evaluation.budgets import entries
 from specontext.evaluation.cells import EvalCell, Note, Problem, choose_tasks, draw_cells
 from specontext.evaluation.competitors import Competitor, parse_competitors
 from specontext.evaluation.engines import Engines, Group
@@ -199,16 +200,24 @@ class Evaluation:
 
     def _choices(self, group: Group, suite: str, length: int | None) -> list[Choice]:
         """Methods and budgets of a cell, without budgets that hold everything; the run says which."""
-        choices: list[Choice] = []
-        for competitor in group.competitors:
-            for budget in competitor.budgets(self.budgets):
-                if budget is not None and length is not None and budget >= length:
-                    why = f"skipped: a budget of {budget} holds all of {length} tokens, which is what full reads"
-                    note = {"suite": suite, "length": length, "budget": budget, "why": why}
-                    self.notes += [note] if note not in self.notes else []
-                else:
-                    choices.append((competitor, budget))
-        return choices
+        budgets = self._budgets(suite, length) if any(one.budgets((1,)) != (None,) for one in group.competitors) else []
+        return [(competitor, budget) for competitor in group.competitors for budget in competitor.budgets(budgets)]
+
+    def _budgets(self, suite: str, length: int | None) -> list[int]:
+        """The KV entries of the budgets at a length, without those that hold everything or nothing; the run says which."""
+        fitting, least = [], self.settings.least_budget
+        for asked in self.budgets:
+            budget, why = entries(asked, length), None
+            if length is not None and budget >= length:
+                why = f"skipped: a budget of {budget} holds all of {length} tokens, which is what full reads"
+            elif budget < least:  # of a share
+                why = f"skipped: {asked} of {length} tokens is less than the {least} of sinks, recent window and one more"
+            if why is None:
+                fitting.append(budget)
+                continue
+            note = {"suite": suite, "length": length, "budget": budget, "why": why}
+            self.notes += [note] if note not in self.notes else []
+        return fitting
 
     def _run_cell(self, llm: LLM, cell: EvalCell, choices: Sequence[Choice], advance: Advance) -> None:
         known, added = self.samples.samples, False
