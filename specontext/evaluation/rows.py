@@ -8,7 +8,7 @@ from typing import Any
 
 from specontext.evaluation.bootstrap import mean_interval
 from specontext.evaluation.fidelity.rows import SUITE as FIDELITY
-from specontext.evaluation.fidelity.rows import fidelity_columns
+from specontext.evaluation.fidelity.rows import fidelity_columns, fidelity_differences
 from specontext.evaluation.samples import Sample
 
 # Statistics of the engine that samples keep.
@@ -93,7 +93,7 @@ def _pair(samples: Sequence[Sample], others: Sequence[Sample], budget: int | Non
     differences = [sample.score - theirs[sample.key] for sample in samples if sample.key in theirs]
     low, high = mean_interval(differences, seed=seed)
     first = samples[0]
-    return {
+    pair = {
         "suite": first.suite,
         "task": first.task,
         "method": first.method,
@@ -105,6 +105,7 @@ def _pair(samples: Sequence[Sample], others: Sequence[Sample], budget: int | Non
         "ci_low": low,
         "ci_high": high,
     }
+    return pair | fidelity_differences(samples, others, seed=seed) if first.suite == FIDELITY else pair
 
 
 def _answer_seconds(sample: Sample) -> float | None:
