@@ -177,7 +177,7 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
     from specontext.evaluation.fidelity.rows import SUITE as FIDELITY
     from specontext.evaluation.report.averages import mean_over_tasks, mean_pairs
 
-    yield from fidelity_tables([row for row in results["rows"] if row["suite"] == FIDELITY])
+    yield from fidelity_tables(*([one for one in results[name] if one["suite"] == FIDELITY] for name in ("rows", "pairs")))
     for suite in dict.fromkeys(row["suite"] for row in results["rows"] if row["suite"] != FIDELITY):
         rows, pairs = ([one for one in results[name] if one["suite"] == suite] for name in ("rows", "pairs"))
         tasks = list(dict.fromkeys(row["task"] for row in rows))

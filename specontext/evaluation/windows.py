@@ -180,8 +180,8 @@ class Text:
             raise ShortTextError(f"{self.spec} has {longest} tokens, too few for a window of {length}: give more text")
         if not documents.running:
             raise ShortTextError(
-                f"no document of {self.spec} has the {length} tokens of a window, the longest has {longest}: give longer documents, "
-                "or a smaller length"
+                f"no document of {self.spec} has the {length} tokens of a window, the longest has {longest}: give longer "
+                "documents, or a smaller length"
             )
         joined = _Run("all, ", self._joined(documents, length * most), joined=True)
         if joined.spare(length) < 0:

@@ -74,13 +74,9 @@ def test_its_reading_is_counted_like_that_of_others(
     llm.engine.check_integrity()
 
 
-def test_it_covers_less_than_the_oracle_and_more_than_chance(
-    make_llm: MakeLLM, greedy: Greedy, prompts: list[list[int]]
-) -> None:
+def test_it_covers_less_than_the_oracle_and_more_than_chance(make_llm: MakeLLM, greedy: Greedy, prompts: list[list[int]]) -> None:
     methods = ("oracle", "shared-oracle-bands3", "shared-oracle", "random")
-    llm = make_llm(
-        "llama", "shared-oracle", budget=BUDGET, methods=("shared-oracle", "full", *methods), measure_recall=True
-    )
+    llm = make_llm("llama", "shared-oracle", budget=BUDGET, methods=("shared-oracle", "full", *methods), measure_recall=True)
     outputs = llm.generate([prompts[2]] * 4, [greedy(2, method=method) for method in methods])  # one step: the same state
     first = [output.stats["attention_recall_by_layer"][0] for output in outputs]  # where all have the same query
     assert first == sorted(first, reverse=True) and first[0] == pytest.approx(first[1], abs=0.01)

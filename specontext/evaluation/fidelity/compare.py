@@ -1,8 +1,8 @@
-"""Windows of text through the engine: what full attention expects next, and what methods make of it, the text's own tokens forced.
+"""Windows of text through the engine: what full attention expects next and what methods do, the text's own tokens forced.
 
 Full attention runs first, and its logits at the compared positions are kept; then methods run, as many requests at once as the
-engine has seats, and each row of theirs is compared in the step in which it is made. Every request of a window has the same prompt
-and the same forced output, so next-token distributions at a position are comparable.
+engine has seats, and each row of theirs is compared in the step in which it is made. Every request of a window has the same
+prompt and the same forced output, so next-token distributions at a position are comparable.
 
 Shapes use R rows of logits, V vocabulary size.
 """
@@ -70,9 +70,7 @@ class Comparison:
 
     def __init__(self, llm: LLM, windows: Sequence[Window], *, seed: int = 0) -> None:
         self.llm, self.windows, self.seed = llm, windows, seed
-        self._targets = [
-            torch.tensor(window.token_ids[-len(window.wanted) :], device=llm.engine.device) for window in windows
-        ]
+        self._targets = [torch.tensor(window.token_ids[-len(window.wanted) :], device=llm.engine.device) for window in windows]
         self._full: list[dict[int, Tensor]] = [{} for _ in windows]
         self.full = [found[0] for found in self._run([("full", None)], self._keep)]
 
@@ -127,7 +125,7 @@ class Comparison:
         for window in range(len(self.windows)):
             rows = means[window * len(ways) : (window + 1) * len(ways)]
             own = rows[0][2] if keep is not None else self.full[window].cross_entropy
-            found.append([Fidelity(*row, own, next(made).stats or {}) for row in rows])
+            found.append([Fidelity(row[0], row[1], row[2], own, next(made).stats or {}) for row in rows])
         return found
 
     def _compare(self, new: Sequence[tuple[int, int, int, Tensor]], sums: Tensor) -> None:

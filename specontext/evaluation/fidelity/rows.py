@@ -10,7 +10,7 @@ from specontext.evaluation.bootstrap import mean_interval
 from specontext.evaluation.samples import Sample
 
 SUITE = "fidelity"
-DIFFERENCES = ("kl", "log_perplexity")  # what pairs have beside their difference in agreement
+PAIRED = ("kl_divergence", "cross_entropy")  # in which methods are compared window by window, beside their agreement
 
 
 def fidelity_columns(samples: Sequence[Sample], *, seed: int) -> dict[str, Any]:
@@ -40,21 +40,6 @@ def fidelity_columns(samples: Sequence[Sample], *, seed: int) -> dict[str, Any]:
         },
         "attention_recall_by_layer": [_mean(layer) for layer in zip(*recalls, strict=True)],
     }
-
-
-def fidelity_differences(samples: Sequence[Sample], others: Sequence[Sample], *, seed: int) -> dict[str, Any]:
-    """Columns of a pair: paired differences in KL (nats) and in the logarithm of perplexity, with 95 % intervals.
-
-    Less of either is better, so of a better method they are negative. Both are None without a window that both have.
-    """
-    theirs = {sample.key: sample.scores for sample in others}
-    both = [(sample.scores, theirs[sample.key]) for sample in samples if sample.key in theirs]
-    columns: dict[str, Any] = {}
-    for name, score in zip(DIFFERENCES, ("kl_divergence", "cross_entropy"), strict=True):
-        differences = [mine[score] - other[score] for mine, other in both]
-        low, high = mean_interval(differences, seed=seed)
-        columns |= {f"{name}_difference": _mean(differences) if both else None, f"{name}_low": low, f"{name}_high": high}
-    return columns
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -15,11 +15,11 @@ from specontext.engine.llm import LLM
 from specontext.evaluation.competitors import READS_ALL, Competitor
 from specontext.evaluation.fidelity.compare import Comparison, Fidelity, most_windows
 from specontext.evaluation.fidelity.rows import SUITE
-from specontext.evaluation.windows import ShortTextError, Window, reservations
 from specontext.evaluation.rows import MEASURES
 from specontext.evaluation.run import Advance, Begin, Choice, Evaluation, run_evaluation
 from specontext.evaluation.samples import EvaluationError, Sample, fingerprint
 from specontext.evaluation.settings import EvaluationSettings
+from specontext.evaluation.windows import ShortTextError, Window, reservations
 from specontext.models.loading import LoadedModel
 
 LENGTH = 4096  # of windows, where none was asked for

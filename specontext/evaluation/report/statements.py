@@ -11,6 +11,7 @@ from specontext.evaluation.report.numbers import interval, listed, percent, poin
 from specontext.evaluation.report.results import BOUNDS, FULL, UPPER_BOUNDS, Results, Row, ordered, unique
 
 SHARE = 8  # the headline's budget is the one nearest to 1/8 of the context
+RELATIVE = ("fidelity", "continuation")  # suites in which full attention has 100 % by definition
 LEVEL = "95\u00a0% interval"
 
 
@@ -206,6 +207,8 @@ def _worse(results: Results, suite: str) -> list[Statement]:
     if main is None:
         return []
     mine = [pair for pair in seen_from(main, results.pairs_of(suite)) if verdict_of(pair) is not None]
+    if suite in RELATIVE:
+        mine = [pair for pair in mine if pair["other"] != FULL]
     if not mine:
         return []
     several = len(unique(pair["task"] for pair in mine)) > 1

@@ -33,7 +33,8 @@ class SharedOracleSelector(Selector):
     def _set_bands(self, bands: int) -> None:
         layers, sets = self.shape.layers, groups_of(self.granularity, self.shape.kv_heads)
         if bands > layers:
-            raise ConfigError(f"method 'shared-oracle-bands{bands}' needs {bands} layers and the model has {layers}: leave it out")
+            name = f"shared-oracle-bands{bands}"
+            raise ConfigError(f"method '{name}' needs {bands} layers and the model has {layers}: leave it out")
         edges = [layers * band // bands for band in range(1, bands + 1)]
         self.band_of = [next(band for band, edge in enumerate(edges) if layer < edge) for layer in range(layers)]
         self.bands, self.groups = bands, bands * sets
