@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from specontext.evaluation.samples import EvaluationError
 from specontext.evaluation.settings import EvaluationSettings
 from specontext.evaluation.suites import SUITES, EvalTask, Example, TextTools
 from specontext.evaluation.text_tools import prompt_ids
+from specontext.evaluation.windows import Text
 from specontext.tasks import LengthError
 
 Note = dict[str, Any]
@@ -33,10 +34,13 @@ class EvalCell:
     problems: tuple[Problem, ...]
 
 
-def choose_tasks(settings: EvaluationSettings, text: TextTools, max_length: int, notes: list[Note]) -> list[EvalTask]:
+def choose_tasks(
+    settings: EvaluationSettings, text: TextTools, max_length: int, notes: list[Note], texts: Sequence[Text] = ()
+) -> list[EvalTask]:
     """The tasks of all suites: those asked for by name, or all that fit the model.
 
     Args:
+        texts: that were given, for the suites that are about texts.
         max_length: longest context of the model in tokens.
         notes: gets what is left out, and why.
 
@@ -47,7 +51,7 @@ def choose_tasks(settings: EvaluationSettings, text: TextTools, max_length: int,
     chosen: list[EvalTask] = []
     known: set[str] = set()
     for suite in settings.suites:
-        tasks = _tasks_of(suite, settings, max_length)
+        tasks = _tasks_of(suite, settings, max_length, texts)
         known |= {task.name for task in tasks}
         reasons = [(task, _why_unfit(task, text)) for task in tasks]
         fit = {task.name for task, why in reasons if why is None}
@@ -67,13 +71,13 @@ def choose_tasks(settings: EvaluationSettings, text: TextTools, max_length: int,
     return chosen
 
 
-def _tasks_of(suite: str, settings: EvaluationSettings, max_length: int) -> list[EvalTask]:
+def _tasks_of(suite: str, settings: EvaluationSettings, max_length: int, texts: Sequence[Text]) -> list[EvalTask]:
     """The tasks of a suite, told what its factory has parameters for."""
     factory = SUITES[suite]
     known = inspect.signature(factory).parameters
     if settings.judge is not None and "judge" not in known:
         raise EvaluationError(f"a judge was named and the answers of '{suite}' are not judged: leave it out")
-    wanted = {"max_length": max_length, "judge": settings.judge}
+    wanted = {"max_length": max_length, "judge": settings.judge, "texts": texts}
     return factory(data=settings.data, **{name: value for name, value in wanted.items() if name in known})
 
 

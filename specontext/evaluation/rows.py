@@ -14,6 +14,9 @@ from specontext.evaluation.fidelity.rows import PAIRED as FIDELITY_PAIRED
 from specontext.evaluation.fidelity.rows import SUITE as FIDELITY
 from specontext.evaluation.fidelity.rows import fidelity_columns
 from specontext.evaluation.samples import Sample
+from specontext.evaluation.suites.documents import PAIRED as DOCUMENTS_PAIRED
+from specontext.evaluation.suites.documents import SUITE as DOCUMENTS
+from specontext.evaluation.suites.documents import document_columns
 
 # Statistics of the engine that samples keep.
 MEASURES = (
@@ -34,8 +37,9 @@ MEASURES = (
 FULL = "full"
 # What rows of suites say beside what all do.
 COLUMNS: dict[str, Callable[..., dict[str, Any]]] = {FIDELITY: fidelity_columns, CONTINUATION: continuation_columns}
+BESIDE_FULL: dict[str, Callable[..., dict[str, Any]]] = {DOCUMENTS: document_columns}  # told full attention's samples, too
 # Scores of suites, beside `score`, in which methods are compared problem by problem.
-PAIRED: dict[str, tuple[str, ...]] = {FIDELITY: FIDELITY_PAIRED, CONTINUATION: CONTINUATION_PAIRED}
+PAIRED: dict[str, tuple[str, ...]] = {FIDELITY: FIDELITY_PAIRED, CONTINUATION: CONTINUATION_PAIRED, DOCUMENTS: DOCUMENTS_PAIRED}
 
 Row = dict[str, Any]
 Cell = tuple[str, str, int | None]  # suite, task, length
@@ -52,7 +56,7 @@ def cell_rows(samples: Iterable[Sample], *, methods: Sequence[str], seed: int) -
     for sample in samples:
         found[sample.method, sample.budget].append(sample)
     order = sorted(found, key=lambda choice: (methods.index(choice[0]), choice[1] or 0))
-    rows = [_row(found[choice], seed) for choice in order]
+    rows = [_row(found[choice], found.get((FULL, None), ()), seed) for choice in order]
     pairs = []
     for method, budget in order:
         for other in methods[methods.index(method) + 1 :]:
@@ -63,7 +67,7 @@ def cell_rows(samples: Iterable[Sample], *, methods: Sequence[str], seed: int) -
     return rows, [pair for pair in pairs if pair["n"]]
 
 
-def _row(samples: Sequence[Sample], seed: int) -> Row:
+def _row(samples: Sequence[Sample], full: Sequence[Sample], seed: int) -> Row:
     first, scores = samples[0], [sample.score for sample in samples]
     low, high = mean_interval(scores, seed=seed)
     others = list(dict.fromkeys(name for sample in samples for name in sample.scores if name != "score"))
@@ -92,8 +96,11 @@ def _row(samples: Sequence[Sample], seed: int) -> Row:
         "answer_seconds": _mean([_answer_seconds(sample) for sample in samples]),
         "scores": {name: _mean([sample.scores.get(name) for sample in samples]) for name in others},
     }
-    columns = COLUMNS.get(first.suite)
-    return row if columns is None else row | columns(samples, seed=seed)
+    if first.suite in COLUMNS:
+        row |= COLUMNS[first.suite](samples, seed=seed)
+    if first.suite in BESIDE_FULL:
+        row |= BESIDE_FULL[first.suite](samples, full, seed=seed)
+    return row
 
 
 def _pair(samples: Sequence[Sample], others: Sequence[Sample], budget: int | None, seed: int) -> Row:

@@ -161,7 +161,7 @@ class Evaluation:
 
     def run(self, begin: Begin) -> dict[str, Any]:
         """All cells through all engines."""
-        tasks = choose_tasks(self.settings, self.text, self.max_length, self.notes)
+        tasks = choose_tasks(self.settings, self.text, self.max_length, self.notes, self.open_texts())
         advance = begin("drawing problems", len(tasks))
         cells: list[EvalCell] = []
         for task in tasks:

@@ -12,10 +12,11 @@ from specontext.evaluation.continuation.rows import SUITE as CONTINUATION
 from specontext.evaluation.fidelity.rows import SUITE as FIDELITY
 from specontext.evaluation.samples import EvaluationError
 from specontext.evaluation.suites import SUITES
+from specontext.evaluation.suites.documents import SUITE as DOCUMENTS
 from specontext.evaluation.suites.longwriter_judge import Judge
 
 ALONE = (FIDELITY, CONTINUATION)  # suites that are compared with full attention rather than with answers
-READING = ALONE  # suites of the user's own texts
+READING = (*ALONE, DOCUMENTS)  # suites of the user's own texts
 
 
 @dataclass(frozen=True)

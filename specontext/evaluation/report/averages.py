@@ -18,6 +18,8 @@ DIFFERENCE = ("difference", "ci_low", "ci_high")
 FURTHER = (
     ("scores.kl_divergence", "scores.kl_low", "scores.kl_high"),
     ("scores.perplexity_ratio", "scores.ratio_low", "scores.ratio_high"),
+    ("beside_full.same.mean", "beside_full.same.low", "beside_full.same.high"),
+    ("beside_full.f1.mean", "beside_full.f1.low", "beside_full.f1.high"),
 )
 PREFIX = "differences."
 Triple = tuple[str, str, str]

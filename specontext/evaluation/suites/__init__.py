@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from specontext.evaluation.suites.documents import documents
 from specontext.evaluation.suites.example import EvalTask, Example, TextTools
 from specontext.evaluation.suites.longbench import longbench, longbench_e
 from specontext.evaluation.suites.longwriter import longwriter
@@ -24,5 +25,6 @@ SUITES: dict[str, Callable[..., list[EvalTask]]] = {
     "longbench": longbench,
     "longbench-e": longbench_e,
     "longwriter": longwriter,
+    "documents": documents,
     **{name: partial(math_suite, name) for name in DATA_SETS},
 }
