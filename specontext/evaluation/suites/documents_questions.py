@@ -24,7 +24,8 @@ _NUMBER = re.compile(r"\d[\d.,:/-]*\d")
 _IDENTIFIER = re.compile(r"[A-Za-z0-9]+(?:[._/-]+[A-Za-z0-9]+)+|[a-z]+[A-Z]\w+|--?[a-z][\w-]+")
 _NAME = re.compile(r"[A-Z][a-z]{3,}")
 _LINE = re.compile(
-    r"^[ \t>*-]*(?P<key>[A-Za-z_][\w./-]{2,40}(?: [\w./-]{1,40}){0,2})(?P<mark>[ \t]*[:=][ \t]+)(?P<value>[^\s{(\[\\][^\n]{0,60}?)[ \t]*[,;]?[ \t]*$",
+    r"^[ \t>*-]*(?P<key>[A-Za-z_][\w./-]{2,40}(?: [\w./-]{1,40}){0,2})(?P<mark>[ \t]*[:=][ \t]+)"
+    r"(?P<value>[^\s{(\[\\][^\n]{0,60}?)[ \t]*[,;]?[ \t]*$",
     re.MULTILINE,
 )
 _ROW = re.compile(r"^\|[ \t]*(?P<key>[^|\n]{3,40}?)(?P<mark>[ \t]*\|[ \t]*)(?P<value>[^|\n]{1,60}?)[ \t]*\|", re.MULTILINE)
