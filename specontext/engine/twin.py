@@ -51,5 +51,7 @@ class DenseTwin:
         step = Step(twin, self.kv, self._methods, self._meter, measure_recall=True, observer=show)
         step.begin()
         with listening(self.loaded.model, step):
-            self.loaded.model.get_decoder()(input_ids=twin.token_ids[None], position_ids=twin.positions[None], use_cache=False)
+            # Not as a call: whoever looks at what leaves the decoder means the step itself.
+            decoder = self.loaded.model.get_decoder()
+            decoder.forward(input_ids=twin.token_ids[None], position_ids=twin.positions[None], use_cache=False)
         step.end()

@@ -87,3 +87,15 @@ def test_it_covers_less_than_the_oracle_and_more_than_chance(make_llm: MakeLLM, 
 def test_a_model_with_fewer_layers_than_bands(make_llm: MakeLLM) -> None:
     with pytest.raises(ConfigError, match="needs 5 layers and the model has 3"):
         make_llm("llama", "shared-oracle", budget=BUDGET, methods=("shared-oracle", "shared-oracle-bands5"))
+
+
+def test_what_others_ask_for_beside_it_is_theirs(make_llm: MakeLLM, greedy: Greedy, prompts: list[list[int]]) -> None:
+    """Log-probabilities of prompts that are computed in steps in which the dense pass runs, too."""
+    llm = make_llm("llama", "speculative", budget=BUDGET, methods=("shared-oracle", "full"), max_num_batched_tokens=9)
+    asked = [greedy(30, method="shared-oracle"), greedy(4, prompt_logprobs=0)]
+    together = llm.generate([prompts[1], prompts[2]], asked)
+    alone = [llm.generate([prompt], one)[0] for prompt, one in zip(prompts[1:3], asked, strict=True)]
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+    for found, expected in zip(together[1].prompt_logprobs or [], alone[1].prompt_logprobs or [], strict=True):
+        assert (found is None) == (expected is None)
+        assert found is None or found == pytest.approx(expected, abs=1e-5)
