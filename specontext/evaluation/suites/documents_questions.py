@@ -16,8 +16,9 @@ AFTER = 3  # words that are asked for
 RARE = 2  # occurrences at most
 LAST_PART = 0.9  # of a document; behind it stands what every method reads
 LONGEST = 240  # characters of a quotation
-# Words of the passage in the question itself would be one more place where they stand, and go on with something else.
+# What is quoted stands behind the question and not in it, where it would go on with something else than in the document.
 PASSAGE = "Which passage of the document is it that begins as follows? Quote it word for word."
+VALUE = "What is the value of the following in the document? Quote it word for word."
 _WORD = re.compile(r"\S+")
 _SENTENCE_END = re.compile(r"[.!?:;][\"')\]]*$")
 _NUMBER = re.compile(r"\d[\d.,:/-]*\d")
@@ -83,9 +84,16 @@ def values(document: str) -> list[Question]:
         key, value = match["key"], match["value"]
         if keys[key] > 1 or document.count(key) > RARE or match.end() > stop or not _SPEAKS.search(value):
             continue
-        asked = f'What is the value of "{key}" in the document? Give the value only, as it stands there.'
-        found.append(Question(asked, f"{key}{match['mark'].rstrip()}", " ".join(value.split()[:AFTER])))
+        begun = document[_line_before(document, match.start()) : match.end("mark")].strip()
+        found.append(Question(VALUE, begun, " ".join(value.split()[:AFTER])))
     return found
+
+
+def _line_before(document: str, start: int) -> int:
+    """Where the line before the one at `start` begins; a name alone would be too little to go on from."""
+    before = document[:start].rstrip()
+    line = before.rfind("\n") + 1
+    return line if len(before) - line <= LONGEST else start
 
 
 KINDS: dict[str, Callable[[str], list[Question]]] = {"passages": passages, "values": values}
