@@ -130,6 +130,9 @@ class PrefixCache:
             chain = self.store.tree.find(request.token_ids, request.computed // self.kv.page_size)
             if len(chain) == request.computed // self.kv.page_size:  # else features of pages in between are unknown
                 self._growing[seat] = _Growing(request, chain)
+                self.store.expect(
+                    sum(one.request.prefill_length // self.kv.page_size - len(one.chain) for one in self._growing.values())
+                )
 
     def leave(self, seat: int) -> None:
         """A request leaves its seat."""

@@ -68,6 +68,11 @@ class HostMemory:
         if self._pins is not None:
             self._pins.reach(end)
 
+    def prepare(self, end: int) -> None:
+        """Have the first `end` bytes, or all there are, made usable meanwhile, without waiting."""
+        if self._pins is not None:
+            self._pins.prepare(end)
+
     def close(self) -> None:
         """Unpin; the memory must not be in use any more."""
         if self._pins is not None:
@@ -109,13 +114,17 @@ class _Pins:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def reach(self, end: int) -> None:
-        assert end <= self.num_bytes
+    def prepare(self, end: int) -> None:
         with self._changed:
-            self.wanted = min(self.num_bytes, max(self.wanted, (-(-end // CHUNK) + AHEAD) * CHUNK))
+            self.wanted = min(self.num_bytes, max(self.wanted, -(-end // CHUNK) * CHUNK))
             if self.ready < self.wanted and self._thread is None and self.error is None:
                 self._thread = threading.Thread(target=self._work, name="specontext-pin", daemon=True)
                 self._thread.start()
+
+    def reach(self, end: int) -> None:
+        assert end <= self.num_bytes
+        self.prepare(end + AHEAD * CHUNK)
+        with self._changed:
             self._changed.wait_for(lambda: self.ready >= end or self.error is not None)
             if self.ready < end:
                 raise HostMemoryError(

@@ -56,6 +56,11 @@ class PagePool:
                 raise
         return pages
 
+    def prepare(self, count: int) -> None:
+        """Have memory made ready meanwhile for `count` more pages than are in use or kept, as far as there are so many."""
+        if self.memory is not None and (short := count - self.pages.num_ready) > 0:
+            self.memory.prepare((self._ready_pages() + short) * self.page_bytes)
+
     def _ready_pages(self) -> int:
         assert self.memory is not None
         return min(self.memory.ready_bytes // self.page_bytes, self.pages.num_pages)

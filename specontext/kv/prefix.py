@@ -55,6 +55,10 @@ class PrefixStore:
         self.tree = PrefixTree(kv.page_size, kv.shape.layers + state_pages, kv.join_copies)
         kv.host.pages.cache = self.tree
 
+    def expect(self, blocks: int) -> None:
+        """Have memory made ready for blocks that will soon be kept, beside those that are: a GPU pins it meanwhile."""
+        self.kv.host.prepare(blocks * self.tree.block_pages)
+
     def keep(self, chain: list[Block], pages: Sequence[Tokens], seat: int, state: State) -> None:
         """Add blocks behind a chain for the next pages of a seat, as many as there is room for without taking it from anyone.
 

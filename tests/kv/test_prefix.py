@@ -500,3 +500,21 @@ def test_what_is_brought_is_awaited_before_it_is_read(streams: RecordingStreams)
     bench.fill(1, 1, 24, 20)
     parked = park(bench.kv, 1, 24)
     assert len(parked.pages) == LAYERS
+
+
+def test_memory_for_prompts_that_will_be_kept_is_made_ready_without_waiting(driver: Driver) -> None:
+    shape = ModelShape(1, 8, 2, 2, 64, 10, 64, torch.float32)
+    memory = HostMemory(20 * CHUNK, pinned=True)
+    page = 16 * 2 * 2 * 64 * 4
+    pool = host_memory_pool(shape, memory, 20 * CHUNK // page)
+    settled(memory, (1 + AHEAD) * CHUNK)
+    held = pool.allocate(pool.pages.num_ready // 2)
+    beside = pool.pages.num_ready
+    pool.prepare(beside)
+    settled(memory, (1 + AHEAD) * CHUNK)
+    pool.prepare(beside + 2 * CHUNK // page)
+    settled(memory, (3 + AHEAD) * CHUNK)
+    pool.prepare(100 * CHUNK // page)  # more than there is
+    settled(memory, 20 * CHUNK)
+    pool.pages.check_integrity([held])
+    memory.close()
