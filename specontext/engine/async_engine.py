@@ -80,7 +80,7 @@ class AsyncEngine:
 
     @property
     def running(self) -> int:
-        return len(self.engine.scheduler.running)
+        return 0 if self.engine.closed else len(self.engine.scheduler.running)
 
     @property
     def waiting(self) -> int:

@@ -7,6 +7,8 @@ prompts of any length never wait for a compiler.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +33,8 @@ class CompiledModules:
             # Products of one row become reductions, which read weights at full speed.
             options: dict[str, Any] = {"coordinate_descent_tuning": True}
             self._forwards = [torch.compile(module.forward, options=options) for module in self._modules]
+            # What the compiler has looked at stays in cycles, and the modules with it, until they are searched for.
+            weakref.finalize(self, gc.collect).atexit = False
         try:
             for module, forward in zip(self._modules, self._forwards, strict=True):
                 module.forward = forward
