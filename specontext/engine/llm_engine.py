@@ -354,6 +354,7 @@ class LLMEngine:
 
     def _drop(self, request: Request) -> None:
         self.scheduler.finish(request)
+        request.history = None  # it lies on the device, and whoever reads the output may keep the request
         del self._generations[request.request_id]
 
     def check_integrity(self) -> None:

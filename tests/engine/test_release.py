@@ -231,8 +231,17 @@ def test_closing_ends_what_runs_and_what_comes_later_is_refused() -> None:
         engine.no_such_thing  # type: ignore[attr-defined]  # noqa: B018
 
 
-def test_of_an_engine_behind_asyncio() -> None:
+def test_of_an_engine_behind_asyncio(monkeypatch: pytest.MonkeyPatch) -> None:
     refs: Refs = {}
+
+    append, broken = llm_engine.Detokenizer.append, SamplingParams(seed=12345)
+
+    def fails(self: Any, tokens: Any) -> bool:
+        if self._params.seed == broken.seed:
+            raise RuntimeError("a bug")
+        return append(self, tokens)
+
+    monkeypatch.setattr(llm_engine.Detokenizer, "append", fails)
 
     async def live(fail: bool) -> None:
         engine = make_engine()
@@ -242,6 +251,9 @@ def test_of_an_engine_behind_asyncio() -> None:
         served.start()
         async for _ in served.generate("one", PROMPT, PARAMS):
             pass
+        with pytest.raises(RequestFailedError):
+            async for _ in served.generate("broken", PROMPT, broken):
+                pass
         left = await served.submit("left", [PROMPT], PARAMS)
         failing = await served.submit("two", [PROMPT], SamplingParams(max_tokens=400, ignore_eos=True))
         if fail:
