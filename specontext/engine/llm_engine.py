@@ -135,7 +135,7 @@ class LLMEngine:
         assert not (checked and isinstance(prompt, str))
         token_ids: list[int] = [*prompt] if checked else self.check_request(prompt, params)
         if forced:
-            forced = self._encode(forced)
+            forced = self.encode(forced)
             if params.logprobs is not None:
                 raise RequestError("log-probabilities are of sampled tokens: leave logprobs out, on_logits sees the logits")
         if request_id in self._generations:
@@ -182,7 +182,7 @@ class LLMEngine:
             RequestError: an empty or over-long prompt, tokens that the model cannot read, a method that does not run here, more
                 than the memory could ever hold.
         """
-        token_ids = self._encode(prompt)
+        token_ids = self.encode(prompt)
         if (wrong := self._unknown(params.stop_token_ids)) is not None:
             raise RequestError(f"stop_token_ids: {wrong}")
         self.parts.methods.choose(params.method, params.budget)
@@ -195,7 +195,8 @@ class LLMEngine:
             return params.seed
         return self.seeds.randrange(2**63) if params.temperature > 0 else self.config.seed
 
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """The tokens of a prompt; raises RequestError for an empty one, and for tokens that the model cannot read."""
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise RequestError(f"a prompt must be a text or a list of token ids, got {shown(prompt)}")
         ids = self._tokens_of(prompt) if isinstance(prompt, str) else list(prompt)

@@ -87,11 +87,14 @@ def test_layers_move_under_captured_steps(method: str, megabytes: int, tokens: A
 
 
 def test_memory_is_what_was_planned() -> None:
+    gc.collect()  # tracebacks of tests that expect errors hold engines, in cycles with themselves
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    others = torch.cuda.memory_allocated()
+    assert others < 256 << 20, "engines of other tests are still there"
     llm = LLM("nano", device="cuda", gpu_memory=1 << 30, enforce_eager=True)
     llm.generate([[7] * 9000], SamplingParams(temperature=0, max_tokens=20))
-    assert torch.cuda.max_memory_allocated() <= 1 << 30
+    assert torch.cuda.max_memory_allocated() - others <= 1 << 30
 
 
 @pytest.mark.parametrize("close", [False, True], ids=["dropped", "closed"])
