@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 
 demo: $(STAMP)
 	$(BIN)/specontext demo
+	@if $(BIN)/python -c 'from specontext.cli.demo_document import check_packaged; check_packaged()' 2>/dev/null; \
+		then $(BIN)/specontext demo smollm2; fi
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

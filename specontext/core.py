@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -49,7 +49,10 @@ class ModelShape:
 
     Attributes:
         dtype: number format of weights and KV.
-        max_position: longest context the checkpoint was made for, in tokens.
+        max_position: longest context that is served, in tokens: what the checkpoint was made for, as far as attention here
+            computes it.
+        limited_by: the entry of the config that keeps `max_position` below what the checkpoint was made for, in words; '' for
+            none.
     """
 
     layers: int
@@ -60,6 +63,7 @@ class ModelShape:
     vocab_size: int
     max_position: int
     dtype: torch.dtype
+    limited_by: str = ""
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> ModelShape:
@@ -67,7 +71,11 @@ class ModelShape:
 
         Args:
             dtype: by default the config's own, float32 where it names none.
+
+        Raises:
+            AttributeError: an entry that is missing.
         """
+        max_position, limited_by = _longest_context(config)
         if dtype is None:
             import torch
 
@@ -79,9 +87,15 @@ class ModelShape:
             kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             vocab_size=config.vocab_size,
-            max_position=config.max_position_embeddings,
+            max_position=max_position,
             dtype=dtype,
+            limited_by=limited_by,
         )
+
+    @property
+    def longest(self) -> str:
+        """`max_position` in words, with what limits it."""
+        return f"{self.max_position} tokens" + (f" ({self.limited_by})" if self.limited_by else "")
 
     @property
     def row_bytes(self) -> int:
@@ -94,6 +108,85 @@ class ModelShape:
         return self.layers * self.kv_heads * self.row_bytes
 
 
+# Entries of configs that name the longest context in tokens, besides max_position_embeddings.
+LENGTHS = (
+    *("n_ctx", "n_positions", "seq_len", "seq_length", "sequence_length", "max_seq_len", "max_seq_length", "max_sequence_length"),
+    *(
+        "model_max_length",
+        "tokenizer_model_max_length",
+        "max_model_len",
+        "context_length",
+        "max_context_length",
+        "max_target_positions",
+    ),
+)
+
+
+def _longest_context(config: PreTrainedConfig) -> tuple[int, str]:
+    """`max_position` and `limited_by` of a decoder.
+
+    Linear and YaRN scaling serve the original length times their factor, also where max_position_embeddings is still the original
+    length. A window serves contexts of its own size, in which it leaves nothing out. RoPE of type longrope serves its original
+    length: beyond it, the angles of one request would depend on the others.
+    """
+    stated = _tokens(config, "max_position_embeddings")
+    named = {name: tokens for name in LENGTHS if (tokens := _tokens(config, name)) is not None}
+    if stated is None and not named:
+        raise AttributeError("its config does not name its longest context (max_position_embeddings)")
+    base = stated or min(named.values())
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    ropes = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    said = _tokens(config, "original_max_position_embeddings")  # beside RoPE's own entries it has precedence in the library
+    original = said or rope.get("original_max_position_embeddings") or base
+    longest, factor = base, rope.get("factor")
+    if (rope.get("rope_type") or rope.get("type")) in ("linear", "yarn") and isinstance(factor, int | float):
+        longest = max(base, int(original * factor))
+    if config.model_type.startswith("cohere"):  # the length that Command R's model card promises
+        longest = max(longest, named.get("model_max_length", 0))
+    limits = {f"{name} {tokens} in its config": tokens for name, tokens in named.items() if tokens not in (base, original)}
+    for part in ropes:
+        if part.get("rope_type") == "longrope":
+            tokens = said or part.get("original_max_position_embeddings") or base
+            limits[f"original_max_position_embeddings {tokens}, beyond which RoPE of type longrope is not supported"] = tokens
+    own = not is_dataclass(config) or "layer_types" in {entry.name for entry in fields(config)}  # else the class ignores them
+    kinds = getattr(config, "layer_types", None) if own else None
+    window, chunk = _tokens(config, "sliding_window"), _tokens(config, "attention_chunk_size")
+    used = getattr(config, "use_sliding_window", True) is not False and (not kinds or "sliding_attention" in kinds)
+    if window is not None and used:
+        limits[f"sliding_window {window} in its config, and sliding windows are not supported"] = window
+    if chunk is not None and (not kinds or "chunked_attention" in kinds):
+        limits[f"attention_chunk_size {chunk} in its config, and chunked attention is not supported"] = chunk
+    dual = getattr(config, "dual_chunk_attention_config", None)
+    if isinstance(dual, dict) and isinstance(dual.get("chunk_size"), int):
+        tokens = dual["chunk_size"] - (dual.get("local_size") or 0)
+        limits[f"dual_chunk_attention_config in its config, which has no effect on up to {tokens} tokens"] = tokens
+    least = min(limits, key=lambda words: limits[words], default="")
+    return (limits[least], least) if least and limits[least] < longest else (longest, "")
+
+
+def _tokens(config: PreTrainedConfig, name: str) -> int | None:
+    """A number of tokens above 0 that an entry of a config names."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """How an output's thinking is told from the answer after it.
+
+    Attributes:
+        inside: the output begins with thinking, although no mark says so.
+        begin, end: the marks around it.
+        begin_id, end_id: their tokens, where each is a single one. Then no other token is taken for the mark, whatever its text.
+    """
+
+    inside: bool
+    begin: str = "<think>"
+    end: str = "</think>"
+    begin_id: int | None = None
+    end_id: int | None = None
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How a request is sampled and when it ends; names and meanings as in vLLM.
@@ -103,7 +196,7 @@ class SamplingParams:
         temperature: 0 is greedy.
         top_p, top_k, min_p: restrictions of the candidates; top_k 0 or -1 is no restriction.
         seed: random numbers depend on (seed, output index, position) only. None takes one that is drawn from the engine's,
-            another for every sampled request.
+            another for every sampled request; so does -1.
         stop: strings that end the output; they are cut off unless `include_stop_str_in_output`. `MOST_STOPS` at most, of
             `LONGEST_STOP` characters at most.
         stop_token_ids: tokens that end the output, beside the model's end tokens; `MOST_STOP_TOKENS` at most.
@@ -116,6 +209,7 @@ class SamplingParams:
         repetition_penalty: divides positive (multiplies negative) logits of tokens of prompt and output.
         method, budget: how KV entries are chosen for this request, among what the engine allows; None is the engine's own. What
             others in the batch chose makes no difference.
+        thinking: tell the output's thinking from its answer; the text is then the answer alone, where stop strings count.
 
     Raises:
         RequestError: a value out of range.
@@ -141,6 +235,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     method: str | None = None
     budget: int | None = None
+    thinking: Thinking | None = None
 
     def __post_init__(self) -> None:
         self._as_tuple("stop", MOST_STOPS)
@@ -161,7 +256,9 @@ class SamplingParams:
             if getattr(self, name) is not None:
                 self._bounds(name, 0, math.inf)
         if self.seed is not None:
-            self._bounds("seed", 0, 2**63 - 1)
+            self._bounds("seed", -(2**63), 2**63 - 1)
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
         if self.budget is not None:
             self._bounds("budget", 1, math.inf)
         if self.method is not None and not isinstance(self.method, str):
@@ -368,6 +465,7 @@ class CompletionOutput:
     Attributes:
         finish_reason: "stop" (end token or stop string) or "length"; None while it streams.
         logprobs: for each token the log-probabilities by token id: the chosen token and the most likely ones.
+        reasoning: the thinking before the text, where `SamplingParams.thinking` tells it apart.
     """
 
     text: str
@@ -375,6 +473,7 @@ class CompletionOutput:
     finish_reason: str | None
     logprobs: list[dict[int, float]] | None = None
     stats: dict[str, object] = field(default_factory=dict)
+    reasoning: str = ""
 
 
 @dataclass

@@ -1,16 +1,35 @@
-"""Where models lie: names to checkpoint directories, and a model's shape without its weights."""
+"""Where models lie: names to checkpoint directories, and a model's config and shape without its weights.
+
+GGUF files, and models that an installed package ships as such, are converted into checkpoint directories when they are first
+asked for.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specontext.checkpoints.files import read_json
+from specontext.checkpoints.quantization import ADVICE, quantization_of
+from specontext.checkpoints.quantization import FILES as QUANTIZATION_FILES
+from specontext.checkpoints.wording import in_one_sentence
 from specontext.core import ModelShape, SpeContextError
+from specontext.gguf.cache import converted
+from specontext.gguf.errors import GGUFError
+from specontext.gguf.files import PACKAGED, is_file, only_file, packaged_file
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need it
     from transformers import PreTrainedConfig
 
+NEEDS_CODE = (
+    "it comes with code of its own, which runs only where that is allowed, once you have read it: with --trust-remote-code "
+    "(generate, serve, eval) or trust_remote_code=True (in Python)"
+)
 NANO = Path(__file__).parent / "models" / "nano"
+# Retrieval heads that come with this package for models that do not, by the model's name.
+HEADS = {"smollm2": Path(__file__).parent / "models" / "smollm2" / "retrieval_head"}
 
 
 class ModelError(SpeContextError):
@@ -20,27 +39,118 @@ class ModelError(SpeContextError):
 def resolve_model_path(name: str | Path) -> Path | str:
     """The directory of a checkpoint: the bundled one for `nano`, a directory as given, else the Hub id itself.
 
+    A GGUF file, a directory that has nothing else, and the name of a model that a package ships ('smollm2') give the directory
+    that the file was converted into; the first call converts it.
+
     Raises:
-        ModelError: a path that does not exist, or a directory without a config.json.
+        ModelError: a path that does not exist, a directory without a checkpoint, or a GGUF file that cannot be converted.
     """
     if str(name) == "nano":
         return NANO
     path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path} is not a checkpoint directory: it has no config.json")
-        return path
+    try:
+        if str(name) in PACKAGED:
+            return converted(packaged_file(str(name)))
+        if is_file(path):
+            return converted(path)
+        if path.is_dir():
+            if (path / "config.json").is_file():
+                return path
+            if (file := only_file(path)) is not None:
+                return converted(file)
+            raise ModelError(f"{path} is not a checkpoint directory: it has no config.json{_instead_of_config(path)}")
+    except GGUFError as error:
+        raise ModelError(str(error)) from error
+    if path.is_file():
+        raise ModelError(f"{path} is a file: name the checkpoint directory with a config.json, weights and a tokenizer")
     looks_like_path = isinstance(name, Path) or path.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1
-    if looks_like_path:
-        raise ModelError(f"no checkpoint directory at {path}; give 'nano', a directory, or a Hub id like organisation/name")
+    if looks_like_path or path.suffix.lower() == ".gguf":
+        raise ModelError(
+            f"no checkpoint directory at {path}; give {named_models()}, a directory, a GGUF file, "
+            "or a Hub id like organisation/name"
+        )
     return str(name)
+
+
+def named_models() -> str:
+    """The models that need no path, for messages."""
+    return "'nano', " + ", ".join(f"'{name}'" for name in PACKAGED)
+
+
+def _instead_of_config(path: Path) -> str:
+    """What a directory without a config.json is, as far as its files tell, as the rest of a sentence."""
+    inner = sorted(found.parent for pattern in ("*/config.json", "snapshots/*/config.json") for found in path.glob(pattern))
+    if (path / "adapter_config.json").exists():
+        return "; it is a LoRA adapter: merge it into its model with peft's merge_and_unload, and name the result"
+    if (path / "params.json").exists():
+        return "; its params.json is of the maker's own format: take the checkpoint in Hugging Face's format (safetensors)"
+    return f"; {inner[0]} has one: name that directory" if inner else ": download it again, whole"
+
+
+def read_config(source: Path | str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
+    """The config of a checkpoint directory or Hub id, as `resolve_model_path` gives them.
+
+    Raises:
+        ModelError: it is not there, broken, or of a kind that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    if isinstance(source, Path):
+        _config_values(source, source)
+    with one_sentence(f"cannot read the config of the model {source}"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
+    return config
+
+
+def folder_of(source: Path | str, *, revision: str | None = None) -> Path:
+    """The directory with a checkpoint's files; of a Hub id the snapshot in the cache, as far as it has been downloaded.
+
+    Raises:
+        ModelError: a Hub id that cannot be had.
+    """
+    if isinstance(source, Path):
+        return source
+    from huggingface_hub import snapshot_download
+
+    with one_sentence(f"no directory {source}, and it cannot be had from the Hub"):
+        return Path(snapshot_download(source, revision=revision, allow_patterns=["config.json", *QUANTIZATION_FILES]))
+
+
+@contextmanager
+def one_sentence(failed: str) -> Iterator[None]:
+    """Turns whatever a library, or code that comes with a checkpoint, raises into a ModelError of one sentence.
+
+    Args:
+        failed: what could not be done, as the sentence's beginning.
+    """
+    try:
+        yield
+    except SpeContextError:
+        raise
+    except Exception as error:  # a checkpoint's own code fails in any way, and so do libraries on broken files
+        why = NEEDS_CODE if "trust_remote_code" in str(error) else in_one_sentence(error)
+        raise ModelError(f"{failed}: {why}") from error
+
+
+def check_not_quantised(source: Path | str, *, revision: str | None = None) -> None:
+    """Raises ModelError, naming the method, for a checkpoint that says that its weights are quantised."""
+    folder = folder_of(source, revision=revision)
+    if found := quantization_of(_config_values(source, folder), folder, ModelError):
+        raise ModelError(f"quantised weights are not supported: {found} of {source}; {ADVICE}")
+
+
+def _config_values(source: Path | str, folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / "config.json", ModelError)
+    except ModelError as error:
+        raise ModelError(f"cannot read the config of the model {source}: {error}") from error
 
 
 def shape_of(model: ModelShape | PreTrainedConfig | str | Path) -> ModelShape:
     """The shape of a decoder, without loading its weights.
 
     Args:
-        model: a shape (returned as it is), a config, or a name: 'nano', a checkpoint directory or a Hub id.
+        model: a shape (returned as it is), a config, or a name that `resolve_model_path` takes.
 
     Raises:
         ModelError: no such model, a broken config, or one that is not a decoder's.
@@ -49,15 +159,18 @@ def shape_of(model: ModelShape | PreTrainedConfig | str | Path) -> ModelShape:
         return model
     config: Any = model
     if isinstance(model, str | Path):
-        from transformers import AutoConfig
-
-        source = resolve_model_path(model)
-        try:
-            config = AutoConfig.from_pretrained(source)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"cannot read the config of the model {source}: {first_line}") from error
+        config = read_config(resolve_model_path(model))
+    if parts := parts_of(config):
+        raise ModelError(f"{type(config).__name__} is not supported: it {parts}")
     try:
         return ModelShape.from_config(config)
     except (AttributeError, TypeError) as error:
-        raise ModelError(f"{type(config).__name__} does not describe a decoder with ordinary attention heads: {error}") from error
+        raise ModelError(f"{type(config).__name__} does not describe a decoder with attention heads: {error}") from error
+
+
+def parts_of(config: Any) -> str:
+    """Says what a config of several models is made of, such as one of text and one of images; '' for a decoder of text alone."""
+    if not hasattr(config, "get_text_config") or config.get_text_config(decoder=True) is config:
+        return ""
+    names = ", ".join(sorted(config.sub_configs))
+    return f"is made of several models ({names}), and only decoders of text alone are loaded"

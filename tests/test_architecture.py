@@ -17,7 +17,8 @@ PACKAGE = Path(specontext.config.__file__).parent
 # A module may import from its own room and from rooms on lower floors.
 FLOORS = [
     {"core"},
-    {"config", "locations", "tasks"},
+    {"checkpoints", "gguf"},
+    {"config", "hub", "locations", "tasks"},
     {"kernels"},
     {"memory"},
     {"kv", "retrieval"},

@@ -29,7 +29,7 @@ def test_defaults_are_valid() -> None:
         *(("frequency_penalty", value) for value in (-2.01, 2.01, math.nan, "0")),
         *(("repetition_penalty", value) for value in (0.0, -1.0, math.nan, math.inf)),
         *(("logprobs", value) for value in (-1, 1.0, True)),
-        *(("seed", value) for value in (-1, 2**63, 1.0, True)),
+        *(("seed", value) for value in (-(2**63) - 1, 2**63, 1.0, True)),
         *(("stop", value) for value in ("", [""], ["a", ""], [1], [None], 3, ["a"] * 65, cycle("a"))),
         *(("stop_token_ids", value) for value in ([-1], [1.0], [True], ["1"], "1", 3, [5] * 1025, count())),
     ],
@@ -100,3 +100,8 @@ def test_min_tokens_is_bounded_by_max_tokens() -> None:
     assert SamplingParams(max_tokens=3, min_tokens=3).min_tokens == 3
     with pytest.raises(RequestError, match="min_tokens must be an integer of at least 0 and at most 3, got 4"):
         SamplingParams(max_tokens=3, min_tokens=4)
+
+
+def test_a_seed_of_minus_one_is_none() -> None:
+    assert SamplingParams(seed=-1) == SamplingParams()
+    assert SamplingParams(seed=-5).seed == -5 and SamplingParams(seed=-(2**63)).seed == -(2**63)

@@ -32,7 +32,7 @@ def analyze(
         typer.Option(
             "--text",
             metavar="SPEC",
-            help="Text file, directory, .jsonl, hf:NAME, tasks or tasks:KIND; its held-out part is measured on; may be repeated.",
+            help="Text file, directory, .jsonl, .parquet, hf:NAME, tasks or tasks:KIND; held-out parts are measured; repeatable.",
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Directory for analysis.json and the plots.")],

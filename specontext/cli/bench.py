@@ -18,7 +18,7 @@ from rich.table import Table
 
 from specontext.cli.generate import load_llm
 from specontext.cli.options import ENGINE_OPTIONS, Settings, with_settings
-from specontext.cli.terminal import error_console, quiet_libraries
+from specontext.cli.terminal import MODEL_HELP, error_console, quiet_libraries
 from specontext.evaluation.load.http import Address, HttpError, fetch_json
 from specontext.evaluation.load.measure import Target, measure
 from specontext.evaluation.load.report import TIMES, summarise
@@ -83,9 +83,9 @@ async def _measure_server(
     temperature: float,
     warmups: int,
 ) -> dict[str, Any]:
-    name, root = (model, tokenizer) if model and tokenizer else await _served(address, model, tokenizer)
+    name, root, note = (model, tokenizer, None) if model and tokenizer else await _served(address, model, tokenizer)
     quiet_libraries()
-    from specontext.models.loading import load_tokenizer
+    from specontext.models.tokenizer_files import load_tokenizer
 
     prompts = workload.prompts(load_tokenizer(root), more=warmups)
     target = Target(address, name, stream, ignore_eos, temperature)
@@ -99,15 +99,16 @@ async def _measure_server(
         error_console().print(f"{len(errors)} requests failed, the first one with: {errors[0]}", markup=False)
     if len(errors) == len(run.records):
         raise HttpError("every request failed")
-    return {"model": name} | summarise(run)
+    return {"model": name, "weights": note} | summarise(run)
 
 
-async def _served(address: Address, model: str | None, tokenizer: str | None) -> tuple[str, str]:
-    """Names of the model and of its tokenizer, where they were not given those of the server's first model."""
+async def _served(address: Address, model: str | None, tokenizer: str | None) -> tuple[str, str, str | None]:
+    """Names of the model and of its tokenizer, where they were not given those of the server's first model, and what was done to
+    its weights."""
     listed = await fetch_json(address, "GET", "/v1/models")
     try:
         first = listed["data"][0]
-        return model or first["id"], tokenizer or first.get("root") or first["id"]
+        return model or first["id"], tokenizer or first.get("root") or first["id"], first.get("weights")
     except (KeyError, IndexError, TypeError) as error:
         raise HttpError("the server lists no models: give --model and --tokenizer") from error
 
@@ -115,7 +116,7 @@ async def _served(address: Address, model: str | None, tokenizer: str | None) ->
 @bench_app.command("throughput")
 @with_settings(engine=(*ENGINE_OPTIONS, "max_num_seqs"))
 def bench_throughput(
-    model: Annotated[str, typer.Argument(help="'nano' (bundled), a checkpoint directory or a Hub id.", show_default=False)],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
     *,
     retrieval_head: Annotated[
         str, typer.Option("--retrieval-head", metavar="DIR|auto|none", help="Retrieval head; 'auto' takes the checkpoint's own.")
@@ -142,6 +143,7 @@ def bench_throughput(
     _print(
         {
             "model": model,
+            "weights": llm.engine.loaded.weights_note,
             "num_prompts": num_prompts,
             "input_len": input_len,
             "output_len": output_len,

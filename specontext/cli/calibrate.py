@@ -19,7 +19,7 @@ def calibrate(
     target: Annotated[str, typer.Option("--target", help="The model the head selects for.")],
     text: Annotated[
         list[str],
-        typer.Option("--text", metavar="SPEC", help="Text file, directory, .jsonl, hf:NAME or tasks; may be repeated."),
+        typer.Option("--text", metavar="SPEC", help="Text file, directory, .jsonl, .parquet, hf:NAME or tasks; may be repeated."),
     ],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the head here. Default: where it lies.")] = None,
     budget: Annotated[int | None, typer.Option("--budget", help="KV entries of a selection. Default: 1/8 of the length.")] = None,
@@ -65,7 +65,7 @@ def calibrate(
     found = load_head(head, target=loaded.shape, need_map=False).to(where)
     length = length if length is not None else min(4096, loaded.shape.max_position)
     if length > loaded.shape.max_position:
-        raise UsageError(f"length {length} exceeds the model's maximum of {loaded.shape.max_position} tokens")
+        raise UsageError(f"length {length} exceeds the model's maximum of {loaded.shape.longest}")
     thetas = parse_thetas(theta, found.config.rope_theta)
     if thetas and found.config.rope_scaling is not None:
         raise UsageError("this head has RoPE scaling of its own, which --theta would change: leave out --theta")

@@ -16,17 +16,20 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
+from specontext.cli.demo_document import show_document
 from specontext.cli.tasks import draw_problems
 from specontext.cli.terminal import UsageError, error_console, human_bytes, quiet_libraries, shorten
 from specontext.config import ConfigError, SpeContextConfig
 from specontext.evaluation.solve import Scored, Summary, solve, summarize
 from specontext.evaluation.token_counter import token_counter
+from specontext.gguf.files import PACKAGED
 from specontext.tasks import TASKS, Problem
 
 if TYPE_CHECKING:
     from specontext import LLM
 
 FRACTIONS = (8, 16)
+DEFAULT_LENGTH, DOCUMENT_LENGTH = 4096, 6600
 SPARSE_METHODS = ("speculative", "streaming")
 DEFAULT_TASKS = ("niah_multikey", "niah_multivalue", "variable_tracking", "program")
 # A program's answer takes two thirds of its length: 1,024 tokens give some 700 generated ones.
@@ -63,9 +66,18 @@ class Cell:
 
 
 def demo(
+    model: Annotated[
+        str, typer.Argument(help="Model that shows itself; it needs a retrieval head. 'smollm2' answers a question.")
+    ] = "nano",
+    *,
     length: Annotated[
-        int, typer.Option("--length", help="Context of the problems in tokens; 'program' takes 1,024 at most.")
-    ] = 4096,
+        int | None,
+        typer.Option(
+            "--length",
+            help="Context in tokens; the task 'program' takes 1,024 at most.",
+            show_default=f"{DEFAULT_LENGTH}; of a document {DOCUMENT_LENGTH}",
+        ),
+    ] = None,
     problems: Annotated[
         int | None, typer.Option("--problems", help="Problems of each task.", show_default="3, of program 2")
     ] = None,
@@ -79,14 +91,18 @@ def demo(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Another seed draws other problems.")] = 0,
-    model: Annotated[str, typer.Option("--model", help="Model that solves them; it needs a retrieval head.")] = "nano",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with the rows of the table.")] = False,
 ) -> None:
     """Solve generated long-context problems with full attention and at budgets of 1/8 and 1/16 of the context.
 
-    With a budget, all layers keep their KV in host memory, so that the loaded bytes are real.
+    A pretrained model, such as smollm2, answers a question about a long document instead, unless tasks are named. With a budget,
+    all layers keep their KV in host memory, so that the loaded bytes are real.
     """
     began = time.perf_counter()
+    if model in PACKAGED and tasks is None:
+        console = Console(highlight=False, quiet=as_json, width=None if sys.stdout.isatty() else FILE_WIDTH)
+        return show_document(model, length=length or DOCUMENT_LENGTH, as_json=as_json, console=console)
+    length = length or DEFAULT_LENGTH
     names = [name for listed in tasks or DEFAULT_TASKS for name in listed.split(",")]
     _check_budgets(names, length)
     drawn = {name: _draw(name, length, problems, seed, model) for name in names}

@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from specontext.cli.terminal import UsageError, error_console, quiet_libraries
+from specontext.cli.terminal import MODEL_HELP, UsageError, error_console, quiet_libraries
 
 
 def distill(
-    target: Annotated[str, typer.Argument(help="'nano' (bundled), a checkpoint directory or a Hub id.", show_default=False)],
+    target: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
     *,
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the head and of the training's checkpoints.")],
     data: Annotated[
@@ -21,7 +21,7 @@ def distill(
         typer.Option(
             "--data",
             metavar="SPEC",
-            help="Text file, directory, .jsonl file, hf:NAME of a data set, tasks, or tasks:KIND,...; may be repeated.",
+            help="Text file, directory, .jsonl or .parquet file, hf:NAME of a data set, tasks, or tasks:KIND,...; repeatable.",
         ),
     ],
     objective: Annotated[

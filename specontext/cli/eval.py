@@ -18,7 +18,7 @@ from rich.table import Table
 
 from specontext.cli.analyze import whole_numbers
 from specontext.cli.options import ENGINE_OPTIONS, Settings, with_settings
-from specontext.cli.terminal import UsageError, error_console, human_bytes, quiet_libraries
+from specontext.cli.terminal import MODEL_HELP, UsageError, error_console, human_bytes, quiet_libraries
 from specontext.config import CHOICES
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ EVAL_ENGINE_OPTIONS = (*(name for name in ENGINE_OPTIONS if name != "seed"), "ma
 @with_settings(method=("sink", "recent"), engine=EVAL_ENGINE_OPTIONS)
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="'nano' (bundled), a checkpoint directory or a Hub id.", show_default=False)],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
     *,
     suite: Annotated[str, typer.Option("--suite", metavar="A,B,...", help="Suites of problems.", show_default=False)],
     out: Annotated[

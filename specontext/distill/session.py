@@ -128,7 +128,7 @@ class Session:
         loaded = load_model(self.target, dtype=self.dtype, device=device)
         shape = loaded.shape
         if self.length > shape.max_position:
-            raise ConfigError(f"length {self.length} exceeds the model's maximum of {shape.max_position} tokens")
+            raise ConfigError(f"length {self.length} exceeds the model's maximum of {shape.longest}")
         source = self._source(loaded)
         student = self._student(loaded.model, shape, source)
         student.to(device)
@@ -198,7 +198,7 @@ class Session:
         vocabulary = None
         if self.draft_vocabulary is not None and self.draft_vocabulary < shape.vocab_size:
             vocabulary = frequent_tokens(self._token_counts(source, shape.vocab_size), self.draft_vocabulary)
-        matrix = model.get_output_embeddings().weight
+        matrix = model.get_output_embeddings().weight if head.config.hidden_size == shape.hidden_size else None
         intermediate = getattr(model.config, "intermediate_size", None) or 4 * shape.hidden_size
         return Student(head, Draft(head, intermediate_size=intermediate, vocabulary=vocabulary, lm_head=matrix))
 

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from specontext.core import SpeContextError
+from specontext.models.attention import RUNNING, attention_of, listening, refuse_foreign
 from specontext.models.features import FeatureTaps
+from specontext.retrieval.head import RetrievalHead
 
 IMPLEMENTATION = "specontext_teaching"
 LayerListener = Callable[[int, Tensor], None]
@@ -28,14 +29,28 @@ class Observation:
     """What one pass of the target shows.
 
     Attributes:
+        ids: int64 [N, S], the tokens.
         embeddings: [N, S, H], of the tokens.
         features: [N, S, F * H], of the token before each; zero at position 0.
         hidden: [N, S, H], after the last norm: what the output matrix reads.
     """
 
+    ids: Tensor
     embeddings: Tensor
     features: Tensor
     hidden: Tensor
+
+    def embedded(self, head: RetrievalHead) -> Tensor:
+        """Embeddings [N, S, H] of the tokens as a head sees them."""
+        return head.embedded(self.ids, lambda _: self.embeddings)
+
+
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """Query positions int64 [N, Q] whose attention is shown, and to whom."""
+
+    rows: Tensor | None
+    listeners: tuple[LayerListener, ...]
 
 
 class Target:
@@ -72,20 +87,18 @@ class Target:
             listeners: called for every layer with its index and the probabilities float32 [N, Hq, Q, S] of these rows.
 
         Raises:
-            SpeContextError: the model's attention is not plain causal softmax attention.
+            ModelError: the model's attention is not plain causal softmax attention.
         """
-        before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(IMPLEMENTATION)
         taps = FeatureTaps(self.model, self.feature_layers) if self.feature_layers else None
         try:
-            out = self.model.base_model(input_ids=ids, use_cache=False, teaching_rows=rows, teaching_listeners=listeners)
+            with attention_of(self.model, IMPLEMENTATION), listening(self.model, _Shown(rows, listeners)):
+                out = self.model.get_decoder()(input_ids=ids, use_cache=False)
             hidden = out.last_hidden_state
             features = hidden.new_zeros((*ids.shape, 0)) if taps is None else F.pad(taps.take()[:, :-1], (0, 0, 1, 0))
         finally:
-            self.model.set_attn_implementation(before)
             if taps is not None:
                 taps.remove()
-        return Observation(self.model.get_input_embeddings()(ids), features, hidden)
+        return Observation(ids, self.model.get_input_embeddings()(ids), features, hidden)
 
 
 def teaching_attention(
@@ -94,10 +107,7 @@ def teaching_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
     scaling: float | None = None,
-    teaching_rows: Tensor | None = None,
-    teaching_listeners: tuple[LayerListener, ...] = (),
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention in Hugging Face's calling convention that shows the probabilities of some rows.
@@ -106,18 +116,19 @@ def teaching_attention(
         query: [N, Hq, S, D] after RoPE; key and value [N, G, S, D].
 
     Raises:
-        SpeContextError: a feature that plain causal attention lacks.
+        ModelError: a feature that plain causal attention lacks.
     """
-    if unsupported := [name for name in ("sliding_window", "softcap", "s_aux") if options.get(name) is not None]:
-        raise SpeContextError(f"cannot observe this model's attention: it uses {', '.join(unsupported)}")
+    running = getattr(module, RUNNING)
+    refuse_foreign(attention_mask, options, running.longest)
+    shown: _Shown = running.step
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-    if teaching_rows is not None and teaching_listeners:
-        index = teaching_rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
+    if shown.rows is not None and shown.listeners:
+        index = shown.rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
         logits = grouped_scores(query.gather(2, index), key).float() * scale
-        future = torch.arange(key.shape[2], device=key.device) > teaching_rows[..., None]  # [N, Q, S]
+        future = torch.arange(key.shape[2], device=key.device) > shown.rows[..., None]  # [N, Q, S]
         weights = logits.masked_fill_(future[:, None], -math.inf).softmax(-1)
-        for listener in teaching_listeners:
+        for listener in shown.listeners:
             listener(module.layer_idx, weights)  # type: ignore[arg-type]
     return out.transpose(1, 2), None
 

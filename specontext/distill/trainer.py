@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from specontext.checkpoints.wording import in_one_sentence
 from specontext.config import ConfigError
 from specontext.core import SpeContextError
 from specontext.distill.attention import Pool, Teacher, attention_loss, head_log_weights, map_of
@@ -127,7 +128,7 @@ class Student(nn.Module):
         if config.speaks:
             assert self.draft is not None
             loss, agreement = self.draft.loss(
-                seen.embeddings,
+                seen.embedded(self.head),
                 seen.features,
                 seen.hidden,
                 target.output_matrix,
@@ -250,6 +251,5 @@ def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimiz
         student.load_state_dict(saved["student"])
         optimizer.load_state_dict(saved["optimizer"])
         return int(saved["step"])
-    except (KeyError, RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SpeContextError(f"cannot resume from {path}: {first_line}") from error
+    except (LookupError, RuntimeError, ValueError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise SpeContextError(f"cannot resume from {path}: {in_one_sentence(error)}") from error

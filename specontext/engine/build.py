@@ -227,7 +227,7 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
         sizes = HeadFacts(0, 0, 0, 0, 0)
     else:
         features = c.target_hidden_size * len(c.feature_layers) if c.variant == "features" else 0
-        sizes = HeadFacts(sum(p.numel() for p in head.parameters()), c.heads, c.kv_heads, c.head_dim, features)
+        sizes = HeadFacts(head.size, c.heads, c.kv_heads, c.head_dim, features, lookup_parameters=c.table_parameters)
     parameters = sum(p.numel() for p in model.parameters())
     return ModelFacts(loaded.name, loaded.shape, parameters, lookup, intermediate, sizes)
 
@@ -267,7 +267,9 @@ def describe_head(head: RetrievalHead, max_tokens: int) -> str:
 def longest_context(config: EngineConfig, shape: ModelShape) -> int:
     """The engine's longest context in tokens; raises ConfigError for one beyond the model's."""
     if config.max_model_len is not None and config.max_model_len > shape.max_position:
-        raise ConfigError(f"max_model_len {config.max_model_len} exceeds the model's maximum of {shape.max_position} tokens")
+        raise ConfigError(f"max_model_len {config.max_model_len} exceeds the model's maximum of {shape.longest}")
+    if config.max_model_len is None and shape.limited_by:
+        logger.warning("contexts of up to %s", shape.longest)
     return config.max_model_len or shape.max_position
 
 

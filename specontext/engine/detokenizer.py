@@ -12,6 +12,7 @@ from typing import Any
 
 from specontext.core import SamplingParams
 from specontext.engine.stop_strings import StopStrings
+from specontext.engine.thinking import ThinkingReader
 
 _REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no character, or none yet
 _CONTEXT = 6  # tokens of the prompt that are decoded in front of the first output token
@@ -32,13 +33,17 @@ class Detokenizer:
     A stop string is met as if the text were read character by character: the occurrence that is complete first ends the output,
     of several at once the one that began first. Occurrences within the first `min_tokens` tokens do not count.
 
+    Where the thinking is told from the answer, all this is about the answer.
+
     Attributes:
         stop: the stop string that was met, or None.
+        thinking: splits off the thinking, where that was asked for.
     """
 
     def __init__(self, tokenizer: Any, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
         """`tokenizer` is a Hugging Face tokenizer; of the prompt only the last few tokens are looked at."""
         self.stop: str | None = None
+        self.thinking = ThinkingReader(params.thinking) if params.thinking is not None else None
         self._pieces: list[str] = []  # text that may be shown
         self._held: deque[str] = deque()  # text behind it that may become a stop string
         self._num_held = 0  # characters of it
@@ -75,14 +80,24 @@ class Detokenizer:
             if self.stop is not None:
                 break
             self._count += 1
-            self._pending.append(token)
-            self._accept(self._settled())
+            if self.thinking is None or not self._take_mark(self.thinking, token):
+                self._pending.append(token)
+                self._accept(self._settled())
+
+    def _take_mark(self, thinking: ThinkingReader, token: int) -> bool:
+        """Tell the reader of the thinking about a token; whether it is a mark, which gives no text."""
+        thinking.count(self._count)
+        if not thinking.awaits(token):
+            return False
+        self._accept(self._delta(self._pending))  # a mark ends the character before it
+        self._pending = []
+        return thinking.take(token)
 
     def finish(self) -> str:
         """Releases everything held back, for an output that ended by its length or an end token. Returns the final text."""
         self._read()
         if self.stop is None:
-            self._accept(self._delta(self._pending))
+            self._accept(self._delta(self._pending), last=True)
             self._pending = []
         if self.stop is None:
             self._release(0)
@@ -148,8 +163,10 @@ class Detokenizer:
             return  # skipped special tokens: the text before them is still what the next token follows
         self._context_text = self._decode(self._context)
 
-    def _accept(self, delta: str) -> None:
+    def _accept(self, delta: str, *, last: bool = False) -> None:
         """Takes decoded text, looks for stop strings in it and decides how much may be shown."""
+        if self.thinking is not None:
+            delta = self.thinking.feed(delta, last=last)
         if not delta:
             return
         if self._stops is None:

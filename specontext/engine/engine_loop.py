@@ -203,6 +203,7 @@ class EngineLoop:
         made = len(request.token_ids) - request.prompt_length
         pieces = generation.detokenizer.pieces  # decoded now even if nobody waits for it: all at once it would hold others up
         if generation.finished or not stream.only_final:
+            thinking = generation.detokenizer.thinking
             stream.progress[output.index] = Progress(
                 pieces=pieces,
                 num_pieces=len(pieces),
@@ -213,6 +214,9 @@ class EngineLoop:
                 prompt_logprobs=request.prompt_logprobs if made else None,
                 finish_reason=request.finish_reason,
                 stats=generation.stats,
+                thoughts=thinking.pieces if thinking is not None else [],
+                num_thoughts=len(thinking.pieces) if thinking is not None else 0,
+                reasoning_tokens=thinking.tokens if thinking is not None else 0,
             )
         if made > output.made:
             now = generation.last_token_at or time.perf_counter()

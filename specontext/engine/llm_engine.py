@@ -323,6 +323,7 @@ class LLMEngine:
         if not self.config.measure_recall:
             report |= {"attention_recall": None, "attention_recall_by_layer": None}
         return {
+            "weights": self.loaded.weights_note,
             "method": choice.method,
             "budget": choice.budget or None,
             "sink": method.sink,

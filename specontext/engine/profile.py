@@ -8,6 +8,7 @@ from torch import Tensor
 from specontext.engine.step import GPU_TILE, LEAST_TILE
 from specontext.kernels.dense_attention import chunk_attention
 from specontext.memory.model import HISTORY, SAMPLER, RunSettings
+from specontext.models.attention import listening
 from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
 
@@ -34,13 +35,8 @@ def measure_runtime(loaded: LoadedModel, run: RunSettings, *, feature_layers: tu
     try:
         positions = torch.arange(tokens, device=device)[None]
         last = torch.arange(min(run.requests, tokens), device=device)
-        loaded.model(
-            input_ids=torch.zeros_like(positions),
-            position_ids=positions,
-            use_cache=False,
-            logits_to_keep=last,
-            specontext_step=_ChunkOnly(),
-        )
+        with listening(loaded.model, _ChunkOnly()):
+            loaded.model(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False, logits_to_keep=last)
         if taps is not None:
             taps.take()
         torch.cuda.synchronize(device)

@@ -20,6 +20,8 @@ class Progress:
 
     Attributes:
         pieces: text that may be shown, the first `num_pieces` of them.
+        thoughts, num_thoughts, reasoning_tokens: the same of the thinking before it, where it is told apart, and its tokens with
+            their marks.
         begin, end: the output's tokens are `token_ids[begin:end]`.
         prompt_logprobs: complete; None before the first token.
     """
@@ -33,6 +35,9 @@ class Progress:
     prompt_logprobs: list[dict[int, float] | None] | None
     finish_reason: str | None
     stats: dict[str, object] | None
+    thoughts: Sequence[str] = ()
+    num_thoughts: int = 0
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Delta:
         prompt_logprobs: of all prompt tokens, in the delta of the output's first token, if they were asked for.
         finish_reason: set in the output's last delta.
         stats: statistics of the output, in its last delta.
+        reasoning: new text of the thinking, where it is told from the answer.
+        reasoning_tokens: tokens of all the thinking so far.
     """
 
     index: int
@@ -53,6 +60,8 @@ class Delta:
     prompt_logprobs: list[dict[int, float] | None] | None
     finish_reason: str | None
     stats: dict[str, object] | None
+    reasoning: str = ""
+    reasoning_tokens: int = 0
 
 
 class RequestStream:
@@ -131,4 +140,6 @@ def _difference(index: int, old: Progress | None, new: Progress) -> Delta:
         new.prompt_logprobs if old is None or old.prompt_logprobs is None else None,
         new.finish_reason,
         new.stats,
+        "".join(new.thoughts[old.num_thoughts if old is not None else 0 : new.num_thoughts]),
+        new.reasoning_tokens,
     )

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from torch import Tensor
 
 from specontext.core import Batch, SpeContextError
 from specontext.engine.build import Parts
 from specontext.engine.graphs import DecodeGraphs
 from specontext.engine.step import AttentionObserver, Step
+from specontext.models.attention import listening
 from specontext.models.compiled import CompiledModules
+from specontext.models.decoder import decoder_layers, output_layer
 from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
 
@@ -67,9 +65,9 @@ class ModelRunner:
         kv, selector = parts.kv, parts.selector
         self._compiled: CompiledModules | None = None
         if compiled and loaded.shape.dtype != torch.float32:
-            modules = [*loaded.model.get_decoder().layers, *([parts.head] if parts.head is not None else [])]
+            modules = [*decoder_layers(loaded.model), *([parts.head] if parts.head is not None else [])]
             self._compiled = CompiledModules(modules)
-        self._output_layer = _output_layer(loaded.model)
+        self._output_layer = output_layer(loaded.model)
         self._graphs: DecodeGraphs | None = None
         if graphs and kv.device.type == "cuda" and not (selector.in_layer or measure_recall or kv.verify_loads):
             seats = kv.token_pages.table.shape[1] - 1
@@ -88,6 +86,11 @@ class ModelRunner:
                 return self._graphs.run(batch, self._fused)
             return self._forward(batch)
 
+    @property
+    def captures(self) -> bool:
+        """Whether steps may run as captured graphs, into which nobody can look."""
+        return self._graphs is not None
+
     def captured(self, batch: Batch) -> bool:
         """Whether a batch runs as a captured graph: decode tokens only, whose requests choose in the engine's own way."""
         streamed = self.parts.selector.dense and not all(self.parts.kv.resident)
@@ -102,7 +105,7 @@ class ModelRunner:
         """
         assert batch.prefills, "decode steps may be captured, and hooks would not see them"
         kept: list[Tensor] = []
-        handle = self.loaded.model.base_model.register_forward_hook(lambda _, __, output: kept.append(output[0][0, positions]))
+        handle = self.loaded.model.get_decoder().register_forward_hook(lambda _, __, output: kept.append(output[0][0, positions]))
         try:
             return self.run(batch), kept[0]
         finally:
@@ -126,7 +129,9 @@ class ModelRunner:
             self._graphs.warm_up(self._fused)
 
     def _fused(self, batch: Batch) -> Tensor:
-        fused: AbstractContextManager[None] = self._compiled.use() if self._compiled is not None else nullcontext()
+        fused: AbstractContextManager[None] = nullcontext()
+        if self._compiled is not None:
+            fused = self._compiled.use(len(batch.token_ids))
         with fused:
             return self._forward(batch)
 
@@ -135,13 +140,13 @@ class ModelRunner:
         step = Step(batch, parts.kv, parts.methods, parts.meter, measure_recall=self.measure_recall, observer=self.observer)
         try:
             step.begin()
-            output = self.loaded.model(
-                input_ids=batch.token_ids[None],
-                position_ids=batch.positions[None],
-                use_cache=False,
-                logits_to_keep=batch.last_tokens,
-                specontext_step=step,
-            )
+            with listening(self.loaded.model, step):
+                output = self.loaded.model(
+                    input_ids=batch.token_ids[None],
+                    position_ids=batch.positions[None],
+                    use_cache=False,
+                    logits_to_keep=batch.last_tokens,
+                )
             step.end()
         finally:
             step.close()
@@ -158,20 +163,6 @@ class ModelRunner:
         if self._graphs is not None:
             self._graphs.close()
         self._compiled = None
-
-
-class _Given(nn.Module):
-    """Stands where a model's decoder stands: what goes in comes out."""
-
-    def forward(self, *, inputs_embeds: Tensor, **_: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)  # has the fields of all decoders' outputs
-
-
-def _output_layer(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without its decoder, sharing its weights; so whatever it does to its logits is done."""
-    layer = copy.copy(model)
-    layer._modules = model._modules | {model.base_model_prefix: _Given()}
-    return layer
 
 
 @contextmanager

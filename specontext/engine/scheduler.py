@@ -68,8 +68,10 @@ class Scheduler:
         """Raises RequestError for a prompt that leaves no room for an output, or a request that could not run even alone."""
         limit = self.parts.max_tokens
         if prompt_length >= limit:
+            shape = self.parts.kv.shape
+            why = f" ({shape.limited_by})" if shape.limited_by and limit == shape.max_position else ""
             raise RequestError(
-                f"the prompt has {prompt_length} tokens and the model's maximum is {limit}, output included: "
+                f"the prompt has {prompt_length} tokens and the model's maximum is {limit}{why}, output included: "
                 "shorten the prompt, or raise max_model_len where the model allows it"
             )
         length = min(prompt_length + params.max_tokens, limit)

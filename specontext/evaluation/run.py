@@ -145,6 +145,8 @@ class Evaluation:
         commands = [*str(earlier.get("command") or "").split(" && "), settings.command or ""]
         return {
             "model": settings.model,
+            "weights": llm.engine.loaded.weights_note,
+            "dtype": str(llm.shape.dtype).removeprefix("torch."),
             "head": None if head is None else settings.retrieval_head,
             "command": " && ".join(dict.fromkeys(command for command in commands if command)) or None,
             **environment(llm.engine.device),

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from specontext.evaluation.suites.example import TextTools
+from specontext.models.chat_template import ChatTemplate
 
 
 def text_tools(tokenizer: Any) -> TextTools:
     """The tools of a Hugging Face tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    template = ChatTemplate(tokenizer)
 
     def encode(text: str) -> list[int]:
         if backend is not None:  # many times as fast as the wrapper on short texts
@@ -19,8 +21,7 @@ def text_tools(tokenizer: Any) -> TextTools:
     def chat(text: str) -> str:
         if not tokenizer.chat_template:
             return text
-        turns = [{"role": "user", "content": text}]
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        return template.render([{"role": "user", "content": text}])
 
     def truncate_middle(text: str, most: int) -> str:
         ids = encode(text)

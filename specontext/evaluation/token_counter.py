@@ -6,8 +6,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-import specontext.models
+from specontext.checkpoints.files import check_file
+from specontext.checkpoints.wording import in_one_sentence
 from specontext.core import SpeContextError
+from specontext.locations import resolve_model_path
 from specontext.tasks.problem import TokenCounter
 
 
@@ -15,26 +17,27 @@ def token_counter(model: str | Path) -> TokenCounter:
     """Counts the tokens of a text, special tokens left out.
 
     Args:
-        model: `nano`, a checkpoint directory or a Hub id.
+        model: a name that `resolve_model_path` takes.
 
     Raises:
         SpeContextError: there is no such model, or its tokenizer is broken.
     """
-    folder = Path(specontext.models.__path__[0], "nano") if str(model) == "nano" else Path(model)
-    file = folder / "tokenizer.json"
+    folder = resolve_model_path(model)
+    file = Path(folder) / "tokenizer.json"
     if not file.is_file():
-        return _slow_counter(model)
+        return _slow_counter(folder)
+    check_file(file, SpeContextError)
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exceptions
-        raise SpeContextError(f"cannot read the tokenizer {file}: {error}") from error
+        raise SpeContextError(f"cannot read the tokenizer {file}: {in_one_sentence(error)}; download it again") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def _slow_counter(model: str | Path) -> TokenCounter:
-    from specontext.models.loading import load_tokenizer
+    from specontext.models.tokenizer_files import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False))

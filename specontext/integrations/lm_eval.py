@@ -23,6 +23,7 @@ import torch
 from specontext.config import ConfigError, EngineConfig, SpeContextConfig
 from specontext.core import RequestError, RequestOutput, SamplingParams, SpeContextError
 from specontext.engine.llm import LLM
+from specontext.models.chat_template import ChatTemplate
 from specontext.retrieval.methods import base_of
 
 try:
@@ -147,18 +148,15 @@ class SpeContextLM(TemplateLM):
         """A conversation as the model's prompt; without a generation prompt its last message is to be continued.
 
         Raises:
-            SpeContextError: the model has no chat template.
+            SpeContextError: the model has no chat template, or it leaves out some of the text.
         """
         if not self.tokenizer.chat_template:
             raise SpeContextError("the model has no chat template: run without --apply_chat_template")
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-                **self._template_options,
-            )
+        return ChatTemplate(self.tokenizer).render(
+            chat_history,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+            **self._template_options,
         )
 
     def get_model_info(self) -> dict[str, Any]:

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from specontext.core import ModelShape
-from specontext.locations import ModelError
+from specontext.locations import ModelError, one_sentence
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need them
     import torch
@@ -21,7 +21,8 @@ class HeadFacts:
     """Size of a retrieval head.
 
     Attributes:
-        parameters: numbers in its projections and norms; the embedding table is the model's.
+        parameters: numbers in its projections and norms, and in its embedding table where it does not use the model's.
+        lookup_parameters: those of them in that table, of which a step reads a row for each token.
         heads, kv_heads, head_dim: its own query heads, groups and width, which its key cache and scores have.
         feature_width: numbers of the features that it keeps of each request's last token; 0 for an embedding-only head.
         recommended_budget: what its config recommends, None if nothing.
@@ -35,6 +36,7 @@ class HeadFacts:
     feature_width: int
     recommended_budget: int | None = None
     source: str = ""
+    lookup_parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class ModelFacts:
         lookup_parameters: those of them that a decode step does not read: an embedding table of its own, of which it reads a
             row for each request.
         intermediate_size: width of the feed-forward layers.
+        weights_note: what was done to the weights, such as 'dequantised from Q4_1'; None where they are the checkpoint's own.
     """
 
     name: str
@@ -54,6 +57,7 @@ class ModelFacts:
     lookup_parameters: int
     intermediate_size: int
     head: HeadFacts
+    weights_note: str | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -98,21 +102,6 @@ def eagle3_head(shape: ModelShape) -> HeadFacts:
     )
 
 
-def read_config(source: Any) -> PreTrainedConfig:
-    """The config of a checkpoint directory or Hub id.
-
-    Raises:
-        ModelError: it cannot be read.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"cannot read the config of the model {source}: {_first_line(error)}") from error
-    return config
-
-
 def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
     """`parameters` and `lookup_parameters` of `ModelFacts`, from modules without memory.
 
@@ -122,11 +111,8 @@ def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError, ImportError) as error:
-        raise ModelError(f"cannot build a decoder from this config: {_first_line(error)}") from error
+    with one_sentence("cannot build a decoder from this config"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     table, output = model.get_input_embeddings(), model.get_output_embeddings()
     tied = output is not None and output.weight is table.weight
@@ -169,7 +155,3 @@ def check_heads(shape: ModelShape, kv_heads: int | None = None) -> None:
         raise ModelError(f"the model's config is broken: {wrong[0]} is {getattr(shape, wrong[0])}")
     if shape.query_heads % shape.kv_heads:
         raise ModelError(f"the model's config is broken: {shape.query_heads} query heads over {shape.kv_heads} KV heads")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,14 +1,28 @@
-"""The attention function that Hugging Face modules call: it hands q, k and v of a layer to the running step."""
+"""The attention function that Hugging Face modules call: it hands q, k and v of a layer to the running step.
+
+The step stands at the modules, not among their arguments: some modelling code does not pass unknown arguments on to its layers.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
+
+from specontext.locations import ModelError
 
 ATTENTION_NAME = "specontext"
+RUNNING = "specontext_running"  # attribute of every module of a model that has run here
+
+# Keywords of modelling code that do not change what is computed, whatever their value.
+WITHOUT_EFFECT = frozenset(
+    "position_ids cache_position position_embeddings layer_idx use_cache return_dict target_dtype deterministic "
+    "output_attentions output_hidden_states output_router_logits logits_to_keep num_items_in_batch".split()
+)
 
 
 class NoStepError(RuntimeError):
@@ -23,6 +37,54 @@ class LayerAttention(Protocol):
         ...
 
 
+class Running:
+    """What the modules of a model share while a forward pass runs.
+
+    Attributes:
+        step: whoever listens to attention; None between two passes.
+        longest: contexts that the model is served with, in tokens; a window at least as long leaves nothing out.
+    """
+
+    def __init__(self) -> None:
+        self.step: Any = None
+        self.longest: int | None = None
+
+
+def running_of(model: PreTrainedModel) -> Running:
+    """What the modules of a model share; made when it is first asked for."""
+    running = getattr(model, RUNNING, None)
+    if not isinstance(running, Running):
+        running = Running()
+        for module in model.modules():
+            setattr(module, RUNNING, running)
+    return running
+
+
+@contextmanager
+def listening(model: PreTrainedModel, step: object) -> Iterator[None]:
+    """Inside, the model's layers hand their attention to `step`."""
+    running = running_of(model)
+    before, running.step = running.step, step
+    try:
+        yield
+    finally:
+        running.step = before
+
+
+@contextmanager
+def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Inside, the model's modules call the attention function of this name."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    before = [(config, config._attn_implementation) for config in configs.values() if hasattr(config, "_attn_implementation")]
+    try:
+        for config, _ in before:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, old in before:
+            config._attn_implementation = old
+
+
 @torch.compiler.disable
 def attention_forward(
     module: nn.Module,
@@ -31,19 +93,44 @@ def attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    specontext_step: LayerAttention | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """Packed attention: query [1, Hq, T, D], key and value [1, Hkv, T, D]; the running step comes as a keyword argument.
+    """Packed attention: query [1, Hq, T, D], key and value [1, Hkv, T, D], all of the running step.
 
-    The name is unknown to the mask interface, so no mask is ever built: causality and boundaries are the step's.
+    The name is unknown to the mask interface, so the library builds no mask: causality and boundaries are the step's.
+
+    Raises:
+        ModelError: a mask of the model's own, or a keyword that changes attention and is not understood.
     """
-    if specontext_step is None:
+    running: Running | None = getattr(module, RUNNING, None)
+    if running is None or running.step is None:
         raise NoStepError("this model was loaded for SpeContext's engine: run it through specontext.LLM")
+    refuse_foreign(attention_mask, options, running.longest)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    output = specontext_step.attend(module.layer_idx, q, k, v, scale)  # type: ignore[arg-type]
+    output = running.step.attend(module.layer_idx, q, k, v, scale)
     return output[None], None
+
+
+def refuse_foreign(attention_mask: Tensor | None, options: Mapping[str, Any], longest: int | None = None) -> None:
+    """Raises ModelError for what modelling code hands to attention beside q, k, v and scale, unless it is without effect.
+
+    Args:
+        longest: context that is served, in tokens, which a window may be as long as; None for no such bound.
+    """
+    if attention_mask is not None:
+        raise ModelError("it hands its attention a mask of its own, and only causal attention over the whole context is computed")
+    for name, value in options.items():
+        if name in WITHOUT_EFFECT or value is None or (name != "is_causal" and value is False):
+            continue
+        if name == "is_causal" and value is True:
+            continue
+        if name == "dropout" and value == 0:
+            continue
+        if name == "sliding_window" and longest is not None and isinstance(value, int) and value >= longest:
+            continue
+        shown = f"={value}" if isinstance(value, bool | int | float | str) else ""
+        raise ModelError(f"it hands its attention '{name}{shown}', which changes attention in a way that is not computed here")
 
 
 def register_attention() -> None:

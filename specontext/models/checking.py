@@ -1,22 +1,63 @@
-"""One token through a model that has just been loaded: does every layer hand over what the engine counts on?"""
+"""Some tokens through a model that has just been loaded: does it compute here what it computes in the library?
+
+They go through it twice, in the same two chunks at the far end of its context. First as the engine runs models: attention
+here, no cache, positions given. Then as the library does: its masks, its own attention function, and a cache that says how
+many tokens came before. Each layer must bring the same queries, keys and values both times, and attend to the same.
+
+The second pass goes on with the attention outputs of the first, so all that both compute is computed from equal numbers in
+products of equal shapes. What differs is then a difference of meaning (a mask, a window, a position that is taken from the
+cache) and not of rounding, in any number format, with random weights and with experts, who are chosen alike.
+"""
 
 from __future__ import annotations
 
+import inspect
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask
 
 from specontext.core import ModelShape
+from specontext.kernels.dense_attention import chunk_attention
 from specontext.locations import ModelError
-from specontext.models.attention import NoStepError
+from specontext.models.attention import RUNNING, NoStepError, attention_of, listening, running_of
+
+LIBRARY_NAME = "specontext_library"  # the library's own attention, seen while it runs
+CHUNKS = (6, 3)
+# Largest relative difference, of what attention gets and of what it gives: in float32, and in 16 bits, where results of one
+# product may differ in the last bit and attention rounds its weights.
+TOLERANCE = {4: (1e-3, 1e-2), 2: (2e-2, 6e-2)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call of attention: q, k and v [T, heads, D] of the chunk's own tokens, and the output [T, Hq, D]."""
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
 
 
 class _Witness:
-    """Stands where a step stands and compares what layers bring with the shape that the config promised."""
+    """Stands where a step stands: attends to what came before, and writes down what layers bring.
+
+    Raises:
+        ModelError: a shape that is not what the config promised.
+    """
 
     def __init__(self, shape: ModelShape) -> None:
-        self.layers: list[int] = []
+        self.calls: list[_Call] = []
         self._promised = ((shape.query_heads, shape.head_dim), *[(shape.kv_heads, shape.head_dim)] * 2)
+        self._stored: dict[int, Tensor] = {}  # of each layer [tokens, Hkv, 2, D]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         brought = tuple((int(x.shape[1]), int(x.shape[2])) for x in (query, key, value))
@@ -24,23 +65,139 @@ class _Witness:
             if found != promised:
                 has, says = (f"{heads} heads with {dim} dimensions" for heads, dim in (found, promised))
                 raise ModelError(f"layer {layer} has {name} of {has}, the config says {says}")
-        self.layers.append(layer)
-        return query
+        past = self._stored.get(layer)
+        output = chunk_attention(query, key, value, scale, [] if past is None else [past])
+        new = torch.stack((key, value), dim=2)
+        self._stored[layer] = new if past is None else torch.cat((past, new))
+        self.calls.append(_Call(layer, query, key, value, output))
+        return output
+
+
+class _Comparison:
+    """Listens to the library's attention and holds it against what a witness saw."""
+
+    def __init__(self, calls: Sequence[_Call]) -> None:
+        self._calls = iter(calls)
+
+    def see(self, layer: int, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> Tensor:
+        """What the layer shall go on with: the witness's output.
+
+        Args:
+            query, output: [T, Hq, D]; key and value of all tokens so far, [tokens, Hkv, D].
+
+        Raises:
+            ModelError: something differs.
+        """
+        ours = next(self._calls, None)
+        if ours is None or ours.layer != layer:
+            raise ModelError("its layers come to attention in another order when it has a cache")
+        states, outputs = TOLERANCE[4 if query.dtype.itemsize >= 4 else 2]
+        tokens = len(query)
+        pairs = (
+            ("queries", ours.query, query),
+            ("keys", ours.key, key[-tokens:]),
+            ("values", ours.value, value[-tokens:]),
+        )
+        for name, mine, theirs in pairs:
+            if differ(mine, theirs, states):
+                raise ModelError(
+                    f"layer {layer} makes other {name} here than in the library, for example because it takes positions from "
+                    "the library's cache"
+                )
+        if differ(ours.output, output, outputs):
+            raise ModelError(
+                f"the library's own attention of layer {layer} gives other results than causal softmax attention over the whole "
+                "context, for example because it has a mask, a window or a bias of its own"
+            )
+        return ours.output
+
+    def end(self) -> None:
+        """Raises ModelError unless all that the witness saw was seen again."""
+        if next(self._calls, None) is not None:
+            raise ModelError("its layers come to attention in another order when it has a cache")
+
+
+def differ(mine: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    """Whether two tensors differ by more than a share of the second's norm, over the numbers that are finite in both."""
+    if mine.shape != theirs.shape:
+        return True
+    a, b = mine.float(), theirs.float()
+    finite = a.isfinite() & b.isfinite()
+    a, b = a.where(finite, 0.0), b.where(finite, 0.0)
+    return bool((a - b).norm() > tolerance * b.norm())
+
+
+def library_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """The attention that a module has in the library, shown to the running comparison; see `attention_forward` for shapes."""
+    home = sys.modules[type(module).__module__]
+    own = getattr(home, "eager_attention_forward", sdpa_attention_forward)
+    output: Tensor = own(module, query, key, value, attention_mask, **options)[0]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    step = getattr(module, RUNNING).step
+    return step.see(module.layer_idx, q, k, v, output[0].view(q.shape[0], q.shape[1], -1))[None], None
+
+
+class _LaterLayer(DynamicLayer):
+    """A layer of the library's cache in which some tokens are said to have come before those that it stores."""
+
+    def __init__(self, before: int) -> None:
+        super().__init__()
+        self.before = before
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.before + (0 if self.keys is None or not self.keys.numel() else int(self.keys.shape[-2]))
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        new = query_length if isinstance(query_length, int) else len(query_length)
+        return self.get_seq_length() - self.before + new, self.before
 
 
 @torch.inference_mode()
 def check_attention(model: PreTrainedModel, shape: ModelShape) -> None:
-    """Raises ModelError unless every layer comes to the engine's attention, once and in the shape of the config."""
-    name, witness = type(model).__name__, _Witness(shape)
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    """Raises ModelError unless every layer comes to the engine's attention, once and in the shape of the config, and attends
+    there as it does in the library."""
+    name = type(model).__name__
+    running_of(model).longest = shape.max_position
+    AttentionInterface.register(LIBRARY_NAME, library_attention)
+    AttentionMaskInterface.register(LIBRARY_NAME, eager_mask)
     try:
-        model(input_ids=token, position_ids=token, use_cache=False, logits_to_keep=1, specontext_step=witness)
+        _check(model, shape)
     except NoStepError as error:
         raise ModelError(f"{name} is not supported: its layers do not pass on what the engine gives them") from error
     except ModelError as error:
         raise ModelError(f"{name} is not supported: {error}") from error
-    except (TypeError, AttributeError, KeyError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, AttributeError, KeyError, ValueError, IndexError, RuntimeError) as error:
         raise ModelError(f"{name} is not supported: it does not run as the engine runs models: {error}") from error
-    if witness.layers != list(range(shape.layers)):
-        numbers = ", ".join(map(str, witness.layers)) or "no layer"
-        raise ModelError(f"{name} is not supported: of its {shape.layers} layers these have ordinary attention: {numbers}")
+
+
+def _check(model: PreTrainedModel, shape: ModelShape) -> None:
+    sizes = [size for size in CHUNKS if sum(CHUNKS) <= shape.max_position] or [1]
+    begin = shape.max_position - sum(sizes)
+    ids = (torch.arange(sum(sizes), device=model.device) * 7919 + 17) % shape.vocab_size
+    positions = torch.arange(begin, shape.max_position, device=model.device)
+    parts = list(zip(ids[None].split(sizes, dim=1), positions[None].split(sizes, dim=1), strict=True))
+    witness = _Witness(shape)
+    with listening(model, witness):
+        for tokens, places in parts:
+            before = len(witness.calls)
+            model(input_ids=tokens, position_ids=places, use_cache=False, logits_to_keep=1)
+            layers = [call.layer for call in witness.calls[before:]]
+            if layers != list(range(shape.layers)):
+                if not layers:
+                    raise ModelError("its layers have attention of their own, which cannot be exchanged for the engine's")
+                numbers = ", ".join(map(str, layers))
+                raise ModelError(f"of its {shape.layers} layers these have ordinary attention: {numbers}")
+    comparison, cache = _Comparison(witness.calls), Cache(layers=[_LaterLayer(begin) for _ in range(shape.layers)])
+    with listening(model, comparison), attention_of(model, LIBRARY_NAME):
+        for tokens, places in parts:
+            model(input_ids=tokens, position_ids=places, use_cache=True, logits_to_keep=1, **{_cache_name(model): cache})
+    comparison.end()
+
+
+def _cache_name(model: PreTrainedModel) -> str:
+    """The name that a cache has among the arguments of the model's forward."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

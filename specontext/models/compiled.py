@@ -18,27 +18,33 @@ from torch import nn
 
 
 class CompiledModules:
-    """Modules, many of them alike, that are compiled when they are first run inside `use`."""
+    """Modules, many of them alike, that are compiled when they are first run inside `use`: once for one token, where
+    products become reductions, which read weights at full speed, and once for any other number of tokens."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = list(modules)
-        self._forwards: list[Any] | None = None
+        self._forwards: dict[bool, list[Any]] = {}
 
     @contextmanager
-    def use(self) -> Iterator[None]:
-        """Inside, the modules run compiled."""
-        if self._forwards is None:
-            # Alike modules differ in their weights only, which are inputs of the compiled code; a limit counts them all the same.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(self._modules))
-            # Products of one row become reductions, which read weights at full speed.
-            options: dict[str, Any] = {"coordinate_descent_tuning": True}
-            self._forwards = [torch.compile(module.forward, options=options) for module in self._modules]
-            # What the compiler has looked at stays in cycles, and the modules with it, until they are searched for.
-            weakref.finalize(self, gc.collect).atexit = False
+    def use(self, tokens: int) -> Iterator[None]:
+        """Inside, the modules run compiled for that many tokens."""
+        single = tokens == 1
+        if single not in self._forwards:
+            if not self._forwards:
+                # What the compiler has looked at stays in cycles, and the modules with it, until they are searched for.
+                weakref.finalize(self, gc.collect).atexit = False
+            self._forwards[single] = self._compiled(single)
         try:
-            for module, forward in zip(self._modules, self._forwards, strict=True):
+            for module, forward in zip(self._modules, self._forwards[single], strict=True):
                 module.forward = forward
             yield
         finally:
             for module in self._modules:
                 del module.forward
+
+    def _compiled(self, single: bool) -> list[Any]:
+        # Alike modules differ in their weights only, which are inputs of the compiled code; a limit counts them all the same.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(self._modules))
+        # Tuning the kernels takes half of the time of compiling, and with several tokens it gains nothing.
+        options: dict[str, Any] = {"coordinate_descent_tuning": single}
+        return [torch.compile(module.forward, options=options, dynamic=not single) for module in self._modules]

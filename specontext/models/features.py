@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from specontext.models.decoder import decoder_layers
+
 
 class FeatureTaps:
-    """Forward hooks that keep the inputs of chosen decoder layers during one forward pass.
+    """Forward hooks that keep hidden states between decoder layers during one forward pass.
 
-    Feature layer l is Hugging Face's `hidden_states[l]`: the input of layer l. l = L, the output of the last layer before
-    the final norm, is taken as the final norm's input.
+    Feature layer l is Hugging Face's `hidden_states[l]`: the input of layer l. l = L is the output of the last layer, before
+    the final norm.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
         self.layers = tuple(layers)
         self._taken: dict[int, Tensor] = {}
-        decoder = model.get_decoder()
-        modules = [*decoder.layers, decoder.norm]
-        self._handles = [modules[layer].register_forward_pre_hook(self._keep(layer), with_kwargs=True) for layer in self.layers]
+        modules = decoder_layers(model)
+        last = len(modules)
+        self._handles = [
+            modules[layer].register_forward_pre_hook(self._keep(layer), with_kwargs=True) for layer in self.layers if layer < last
+        ]
+        if last in self.layers:
+            self._handles.append(modules[-1].register_forward_hook(self._keep_output(last)))
 
     def _keep(self, layer: int):  # type: ignore[no-untyped-def]
         def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             self._taken[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def _keep_output(self, layer: int):  # type: ignore[no-untyped-def]
+        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Any) -> None:
+            self._taken[layer] = output[0] if isinstance(output, tuple) else output
 
         return hook
 

@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from specontext.core import ModelShape, SpeContextError
-from specontext.locations import ModelError, resolve_model_path
-from specontext.models.attention import ATTENTION_NAME, register_attention
+from specontext.core import ModelShape
+from specontext.gguf.source import weights_note
+from specontext.locations import check_not_quantised, one_sentence, read_config, resolve_model_path
+from specontext.models.attention import register_attention
 from specontext.models.checking import check_attention
-
-SUPPORTED_ROPE = ("default", "linear", "yarn", "llama3", None)
+from specontext.models.config_check import check_supported
+from specontext.models.decoder import fix_rope
+from specontext.models.end_tokens import end_tokens
+from specontext.models.number_format import running_format
+from specontext.models.tokenizer_files import load_tokenizer
+from specontext.models.weights import random_model, stored_model
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class LoadedModel:
 
     Attributes:
         path: checkpoint directory, or None for a Hub id.
-        end_token_ids: tokens that end an output.
+        end_token_ids: tokens that end an output, see `end_tokens`.
     """
 
     name: str
@@ -36,6 +40,11 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     shape: ModelShape
     end_token_ids: frozenset[int]
+
+    @property
+    def weights_note(self) -> str | None:
+        """What was done to the weights before they were loaded, such as 'dequantised from Q4_1'."""
+        return weights_note(self.path)
 
 
 def load_model(
@@ -50,114 +59,31 @@ def load_model(
     """Load weights and tokenizer, with attention routed through this engine.
 
     Args:
-        load_format: "dummy" makes random weights, the same ones every time; only config and tokenizer are read.
+        load_format: "dummy" makes random weights, the same ones every time; only config and tokenizer are read. The shape
+            of a quantised checkpoint is refused all the same: its sizes and speeds would be those of another model.
 
     Raises:
-        ModelError: not found, broken, or using a feature that is not supported.
+        ModelError: not found, broken or incomplete, quantised, or using a feature that is not supported.
     """
     source = resolve_model_path(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     register_attention()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-        check_supported(config)
-        dummy = load_format == "dummy"
-        model: Any = _random(config, dtype, device, options) if dummy else _stored(source, config, dtype, options)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except SpeContextError:
-        raise
-    except SafetensorError as error:
-        raise ModelError(f"the weights of {source} are broken or truncated: {error}") from error
-    except KeyError as error:
-        foreign = error.args == (ATTENTION_NAME,)  # a class that looks attention up in a list of its own
-        why = "its attention cannot be exchanged" if foreign else f"{error} is missing"
-        raise ModelError(f"cannot load the model {source}: {why}") from error
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise ModelError(f"cannot load the model {source}: {_first_line(error)}") from error
-    model = model.to(device).eval().requires_grad_(False)
-    shape = ModelShape.from_config(config, model.dtype)
-    check_attention(model, shape)
-    ends = _as_ids(model.generation_config.eos_token_id) | _as_ids(tokenizer.eos_token_id) | _as_ids(config.eos_token_id)
+    check_not_quantised(source, revision=revision)
+    config = read_config(source, **options)
+    check_supported(config)
+    dtype = running_format(dtype, config, device)
+    tokenizer = load_tokenizer(source, **options)  # before the weights, which take longer
+    if load_format == "dummy":
+        model: Any = random_model(config, dtype, device, options)
+    else:
+        model = stored_model(source, config, dtype, options)
+    with one_sentence(f"cannot load the model {source}"):
+        model = model.to(device).eval().requires_grad_(False)
+        shape = ModelShape.from_config(config, model.dtype)
+        check_attention(model, shape)
+    fix_rope(model)
+    ends = end_tokens(source, tokenizer, revision=revision)
     path = source if isinstance(source, Path) else None
-    return LoadedModel(str(name), path, model, tokenizer, shape, frozenset(ends))
-
-
-def _stored(source: Path | str, config: PreTrainedConfig, dtype: str, options: dict[str, Any]) -> PreTrainedModel:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source,
-        config=config,
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        attn_implementation=ATTENTION_NAME,
-        output_loading_info=True,
-        **options,
-    )
-    model: PreTrainedModel
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):  # transformers would put random numbers in their place
-        raise ModelError(f"the weights of {source} are incomplete: they lack {_first_few(missing)}")
-    return model
-
-
-def _random(config: PreTrainedConfig, dtype: str, device: torch.device, options: dict[str, Any]) -> PreTrainedModel:
-    own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
-        torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config,
-            dtype=own if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation=ATTENTION_NAME,
-            trust_remote_code=options["trust_remote_code"],
-        )
-    return model
-
-
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer alone.
-
-    Raises:
-        ModelError: not found or broken.
-    """
-    source = resolve_model_path(name)
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the tokenizer of {source}: {_first_line(error)}") from error
-
-
-def check_supported(config: PreTrainedConfig) -> None:
-    """Raises ModelError, naming the feature, for attention that this engine does not compute."""
-    name = config.architectures[0] if config.architectures else config.model_type
-    refused = None
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    if getattr(config, "is_encoder_decoder", False):
-        refused = "an encoder-decoder"
-    elif getattr(config, "num_attention_heads", None) is None or getattr(config, "max_position_embeddings", None) is None:
-        refused = "a model without ordinary attention heads"
-    elif getattr(config, "kv_lora_rank", None):
-        refused = "multi-head latent attention"
-    elif getattr(config, "attn_logit_softcapping", None):
-        refused = "a soft cap on attention logits"
-    elif config.model_type == "gpt_oss":
-        refused = "attention sinks as parameters"
-    elif layer_types - {"full_attention"}:
-        refused = f"layers of type {', '.join(sorted(layer_types - {'full_attention'}))}"
-    elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        refused = f"a sliding window of {config.sliding_window} tokens"
-    elif (rope := (getattr(config, "rope_parameters", None) or {}).get("rope_type")) not in SUPPORTED_ROPE:
-        refused = f"RoPE of type {rope}, which depends on the longest request in a batch"
-    if refused:
-        raise ModelError(f"{name} is not supported: it uses {refused}")
-
-
-def _as_ids(value: int | list[int] | None) -> set[int]:
-    return set() if value is None else {value} if isinstance(value, int) else set(value)
-
-
-def _first_few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return LoadedModel(str(name), path, model, tokenizer, shape, ends)

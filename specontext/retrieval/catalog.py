@@ -1,11 +1,13 @@
-"""Find the retrieval head of a model: its own directory, or a draft that is known to fit."""
+"""Find the retrieval head of a model: its own directory, one that comes with this package, or a draft that is known to fit."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from specontext.core import ModelShape
-from specontext.retrieval.checkpoint import OWN_HEAD, load_head
+from specontext.gguf.source import source_of
+from specontext.locations import HEADS
+from specontext.retrieval.checkpoint import CONFIG, OWN_HEAD, load_head, read_config
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadError
 
@@ -22,13 +24,47 @@ KNOWN_DRAFTS = {
 }
 
 
+# How the model of a head that comes with this package is called elsewhere: the last part of its Hub id, which copies and GGUF
+# files of it have in their names, and the name in the metadata of its GGUF files.
+KNOWN_AS = {"smollm2": ("smollm2-135m-instruct", "smollm2 135m 8k lc100k mix1 ep2")}
+
+
+def bundled_head(model_name: str, model_path: Path | None, target: ModelShape) -> Path | None:
+    """The directory of the head that comes with this package for a model, whether it is there or not; None for other models.
+
+    Args:
+        model_path: directory of the model's checkpoint: one that was converted, or a copy of the Hub's, is known by its name.
+    """
+    if model_name in HEADS:
+        return HEADS[model_name]
+    made_from = source_of(model_path)
+    names = {Path(model_name).name, *(model_path.parts if model_path is not None else ())}
+    names |= {str(made_from.get("file", "")), str(made_from.get("name", ""))}
+    for name, folder in HEADS.items():
+        if any(known in said.lower() for known in KNOWN_AS[name] for said in names) and _fits(folder, target):
+            return folder
+    return None
+
+
+def _fits(folder: Path, target: ModelShape) -> bool:
+    """Whether a head is there and was made for a model of this shape: a name alone may belong to another model."""
+    if not (folder / CONFIG).is_file():
+        return False
+    try:
+        read_config(folder).check_target(target, need_map=False)
+    except HeadError:
+        return False
+    return True
+
+
 def find_head(
     choice: str | Path | None, *, model_name: str, model_path: Path | None, target: ModelShape, need_map: bool = True
 ) -> RetrievalHead:
     """The retrieval head that `choice` names.
 
     Args:
-        choice: a directory, a Hub id, or 'auto': the checkpoint's own `retrieval_head/`, else the known draft of the model.
+        choice: a directory, a Hub id, or 'auto': the checkpoint's own `retrieval_head/`, else the one that comes with this
+            package for the model, else the known draft of the model.
         model_path: directory of the model's checkpoint, None for a Hub id.
         need_map: whether a head with other groups than the model's KV heads needs a head map: not where all heads read one set.
 
@@ -44,6 +80,10 @@ def find_head(
         return load_head(choice, target=target, need_map=need_map)
     if model_path is not None and (model_path / OWN_HEAD).is_dir():
         return load_head(model_path / OWN_HEAD, target=target, need_map=need_map)
+    if model_name in HEADS:
+        return load_head(model_name, target=target, need_map=need_map)
+    if (bundled := bundled_head(model_name, model_path, target)) is not None:
+        return load_head(bundled, target=target, need_map=need_map)
     if model_name in KNOWN_DRAFTS:
         return load_head(KNOWN_DRAFTS[model_name], target=target, need_map=need_map)
     raise HeadError(

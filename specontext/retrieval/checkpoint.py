@@ -18,9 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specontext.checkpoints.weights import what_is_there
+from specontext.checkpoints.wording import first_few, in_one_sentence
 from specontext.core import ModelShape
-from specontext.locations import NANO, shape_of
-from specontext.retrieval.draft import config_values, read_draft, read_weights
+from specontext.locations import HEADS, NANO, shape_of
+from specontext.retrieval.draft import EMBEDDING, config_values, read_draft, read_weights
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig, HeadError
 
@@ -40,6 +42,7 @@ NAMES = {
     "q_norm.weight": "midlayer.self_attn.q_norm.weight",
     "k_norm.weight": "midlayer.self_attn.k_norm.weight",
     "feature_norm.weight": "input_norm.weight",
+    "embed_tokens": EMBEDDING,
 }
 
 
@@ -105,7 +108,7 @@ def load_head(
 
     Args:
         source: a head directory, the directory of an EAGLE-3 draft, a Hub id of either, or a model with a head of its own
-            ('nano' or a checkpoint directory).
+            ('nano', 'smollm2' or a checkpoint directory).
         target: the model it serves: a shape, a transformers config, or a name ('nano', a checkpoint directory, a Hub id).
         dtype: number format of the weights; None keeps that of the stored query projection.
         need_map: refuse a head that has another number of groups than the model has KV heads, and no head map.
@@ -161,33 +164,39 @@ def head_folder(source: str | Path) -> Path:
     """The directory of a head or draft; a Hub id is downloaded.
 
     Raises:
-        HeadError: a Hub id that cannot be had.
+        HeadError: a Hub id that cannot be had, or a model for which no head comes with this package.
     """
-    folder = NANO if str(source) == "nano" else Path(source)
+    folder = NANO if str(source) == "nano" else HEADS.get(str(source), Path(source))
     if (folder / OWN_HEAD / CONFIG).is_file():
         return folder / OWN_HEAD
+    if str(source) in HEADS and not (folder / CONFIG).is_file():
+        raise HeadError(
+            f"no retrieval head for '{source}' comes with this version of specontext: name one, or train it with "
+            f"`specontext distill {source}`"
+        )
     if folder.exists() or isinstance(source, Path) or source.count("/") != 1 or source.startswith((".", "/")):
         return folder
     try:
         return Path(snapshot_download(source, allow_patterns=[CONFIG, "*.safetensors", "pytorch_model*.bin"]))
     except (OSError, ValueError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise HeadError(f"no directory {source}, and it cannot be had from the Hub: {first_line}") from error
+        raise HeadError(f"no directory {source}, and it cannot be had from the Hub: {in_one_sentence(error)}") from error
 
 
 def _weights(folder: Path) -> Path:
     if not (folder / WEIGHTS).is_file():
-        raise HeadError(f"the retrieval head in {folder} has no {WEIGHTS}")
+        raise HeadError(f"the retrieval head in {folder} has no {WEIGHTS}{what_is_there(folder)}")
     return folder / WEIGHTS
 
 
 def _fitting(head: RetrievalHead, stored: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The stored tensors by the head's own names, as far as it needs them.
+    """The stored tensors by the head's own names, all of them.
 
     Raises:
-        HeadError: tensors that are missing, of another shape or number format, or not finite.
+        HeadError: tensors that are missing or not taken, of another shape or number format, or not finite.
     """
     wanted = {tensor_name(name): (name, parameter) for name, parameter in head.state_dict().items()}
+    if extra := sorted(stored.keys() - wanted.keys()):
+        raise HeadError(f"the retrieval head in {folder} holds {first_few(extra)}, which a head of its config does not take")
     if missing := [name for name in wanted if name not in stored]:
         raise HeadError(f"the retrieval head in {folder} lacks the tensor{'s' * (len(missing) > 1)} {', '.join(missing)}")
     for stored_name, (name, parameter) in wanted.items():

@@ -2,16 +2,16 @@
 
 Drafts come in dialects. EAGLE, SpecForge and AngelSlim name the layer `midlayer` and count feature layers by their *outputs*;
 speculators names it `layers.0`, nests the layer's config and counts by *inputs* (Hugging Face's `hidden_states` index, ours).
-Only the tensors that queries and keys need are read; the others are counted.
+Only the tensors that queries and keys need are read; the others are counted. An embedding table is needed where the draft is of
+another width than its target; one of the target's own width is the target's, which EAGLE-3 trains with as it is.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from specontext.checkpoints.files import check_file, missing_shards, read_json
+from specontext.checkpoints.quantization import ADVICE, quantization_of
+from specontext.checkpoints.weights import SHARDED, SINGLE, what_is_there
+from specontext.checkpoints.wording import first_few, in_one_sentence
 from specontext.core import ModelShape
 from specontext.retrieval.head_config import HeadConfig, HeadError
 
@@ -32,7 +36,6 @@ NEEDED = (
     "midlayer.self_attn.k_proj.weight",
 )
 OPTIONAL = ("input_norm.weight", "midlayer.self_attn.q_norm.weight", "midlayer.self_attn.k_norm.weight")
-REFUSED = ("midlayer.self_attn.q_proj.bias", "midlayer.self_attn.k_proj.bias", "fc.bias")
 EMBEDDING = "embed_tokens.weight"
 NO_PARAMETERS = ("d2t", "t2d", "rotary_emb.inv_freq")  # tables between the vocabularies, and RoPE frequencies
 
@@ -74,26 +77,38 @@ def read_draft(folder: Path, values: dict[str, Any], target: ModelShape, *, name
     dialect = dialect_of(values)
     layer = _object(values, "transformer_layer_config") if dialect is SPECULATORS else values
     files = weight_files(folder)
-    tensors, shapes = read_weights(files, lambda name: name in NEEDED + OPTIONAL + REFUSED or name.startswith("fc_norm."))
+    tensors, shapes = read_weights(files, lambda name: name in NEEDED + OPTIONAL or name.startswith("fc_norm."))
     if missing := [name for name in NEEDED if name not in tensors]:
         raise HeadError(f"{folder} is not an EAGLE-3 draft: it lacks {', '.join(missing)}")
-    if refused := [name for name in REFUSED if name in tensors]:
-        raise HeadError(f"the draft in {folder} has {', '.join(refused)}, which a retrieval head does not have")
+    if refused := unknown_parts(shapes):
+        raise HeadError(f"the draft in {folder} has {first_few(refused)}, which a retrieval head does not have")
     required = ("num_attention_heads", "hidden_size", "vocab_size")
     if lacking := [name for name in required if not isinstance(layer.get(name), int)]:
         raise HeadError(f"the config.json of the draft in {folder} lacks '{', '.join(lacking)}'")
     heads, hidden = layer["num_attention_heads"], layer["hidden_size"]
     theta, scaling = _rope(dialect, layer)
     parameters, embedding = count_parameters(shapes)
+    feature_layers = _feature_layers(values, dialect, target)
+    width = values.get("target_hidden_size") or layer.get("target_hidden_size")
+    if width is None:  # where nobody says it, the fusion may tell a draft of another width than its target's
+        width = target.hidden_size if shapes["fc.weight"][-1] == target.hidden_size * len(feature_layers) else hidden
+    own = hidden != width == target.hidden_size and hidden == len(tensors["midlayer.hidden_norm.weight"])
+    if own:
+        if not embedding:
+            raise HeadError(
+                f"the draft in {folder} has width {hidden} and its target {width}, so it needs an embedding table of its own, "
+                f"and it has no {EMBEDDING}"
+            )
+        tensors |= read_weights(files, lambda name: name == EMBEDDING)[0]
     config = HeadConfig(
         variant="features",
         hidden_size=hidden,
-        target_hidden_size=values.get("target_hidden_size") or layer.get("target_hidden_size") or hidden,
+        target_hidden_size=width,
         vocab_size=layer["vocab_size"],
         heads=heads,
         kv_heads=layer.get("num_key_value_heads") or heads,
         head_dim=layer.get("head_dim") or tensors["midlayer.self_attn.q_proj.weight"].shape[0] // max(heads, 1),
-        feature_layers=_feature_layers(values, dialect, target),
+        feature_layers=feature_layers,
         feature_norm=_feature_norm(tensors),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -104,6 +119,7 @@ def read_draft(folder: Path, values: dict[str, Any], target: ModelShape, *, name
         draft_parameters=parameters,
         draft_embedding_parameters=embedding or target.vocab_size * target.hidden_size,
         source_hash=_hash(files),
+        own_embedding=own,
     )
     return config, tensors
 
@@ -130,6 +146,13 @@ def dialect_of(values: dict[str, Any]) -> Dialect:
             "decoder's name (EAGLE's own drafts) and speculators; if the draft follows one of them, name it in its config.json"
         )
     return EAGLE
+
+
+def unknown_parts(names: Iterable[str]) -> list[str]:
+    """Tensors that belong to a module of the head and that it does not take: biases, scales, zero points."""
+    known = {*NEEDED, *OPTIONAL}
+    modules = {name.rpartition(".")[0] for name in known} | {"midlayer.self_attn"}
+    return sorted(name for name in names if name not in known and name.rpartition(".")[0] in modules)
 
 
 def count_parameters(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
@@ -180,12 +203,18 @@ def weight_files(folder: Path) -> list[Path]:
     """The files with a draft's weights: safetensors if there are any, else pytorch_model*.bin.
 
     Raises:
-        HeadError: there are none.
+        HeadError: there are none, or an index names some that are not there.
     """
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise HeadError(f"no weights in {folder}: expected *.safetensors or pytorch_model.bin")
-    return files
+    for single, index, pattern in zip(SINGLE, SHARDED, ("*.safetensors", "pytorch_model*.bin"), strict=True):
+        if (
+            not (folder / single).exists()
+            and (folder / index).exists()
+            and (missing := missing_shards(folder / index, HeadError))
+        ):
+            raise HeadError(f"the weights in {folder} are incomplete: download {first_few(missing)}, which {index} names")
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise HeadError(f"no weights in {folder}: expected *.safetensors or pytorch_model.bin{what_is_there(folder)}")
 
 
 def read_weights(files: Sequence[Path], wanted: Callable[[str], bool]) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
@@ -197,6 +226,7 @@ def read_weights(files: Sequence[Path], wanted: Callable[[str], bool]) -> tuple[
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
+        check_file(file, HeadError)
         read = _read_safetensors if file.suffix == ".safetensors" else _read_pickle
         found, sizes = read(file, wanted)
         tensors |= found
@@ -211,15 +241,14 @@ def _read_safetensors(file: Path, wanted: Callable[[str], bool]) -> tuple[dict[s
             tensors = {common: stored.get_tensor(name) for common, name in names.items() if wanted(common)}
             return tensors, {common: tuple(stored.get_slice(name).get_shape()) for common, name in names.items()}
     except (OSError, SafetensorError) as error:
-        raise HeadError(f"{file} is broken or truncated: {error}") from error
+        raise HeadError(f"{file} is broken or truncated: {in_one_sentence(error)}; download it again") from error
 
 
 def _read_pickle(file: Path, wanted: Callable[[str], bool]) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a damaged pickle fails in any way
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise HeadError(f"{file} is broken, or holds more than tensors: {first_line}") from error
+        raise HeadError(f"{file} is broken, or holds more than tensors: {in_one_sentence(error)}") from error
     if not isinstance(stored, dict):
         raise HeadError(f"{file} holds more than tensors: a {type(stored).__name__} at its top")
     if odd := [str(name) for name, value in stored.items() if not isinstance(value, Tensor)]:
@@ -248,14 +277,11 @@ def config_values(folder: Path) -> dict[str, Any]:
     """The content of a config.json.
 
     Raises:
-        HeadError: there is none, or it is not a JSON object.
+        HeadError: there is none, it is broken, or it says that the weights are quantised.
     """
-    try:
-        values = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError as error:
-        raise HeadError(f"no retrieval head in {folder}: it has no config.json") from error
-    except (OSError, ValueError) as error:
-        raise HeadError(f"cannot read {folder / 'config.json'}: {error}") from error
-    if not isinstance(values, dict):
-        raise HeadError(f"{folder / 'config.json'} is not a JSON object")
+    if not folder.is_file() and not (folder / "config.json").exists():
+        raise HeadError(f"no retrieval head in {folder}: it has no config.json")
+    values = read_json(folder / "config.json", HeadError)
+    if found := quantization_of(values, folder, HeadError):
+        raise HeadError(f"quantised weights are not supported: {found} of {folder}; {ADVICE}")
     return values

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specontext.core import ModelShape
@@ -39,20 +40,24 @@ class RMSNorm(nn.Module):
 class RetrievalHead(nn.Module):
     """Queries and keys for retrieval from token embeddings and fused features.
 
-    The embedding table is the target's own and is passed in as vectors, so the head holds projections and norms only.
+    Embeddings are passed in as vectors, from the target's table or from the head's own (`embedded`): mostly the head holds
+    projections and norms only.
 
     Attributes:
+        embed_tokens: [V, H], the head's own embedding table, which is never trained; None for the target's.
         rope_theta, yarn_factor: RoPE in use; the config's theta and no extension until `set_rope` says otherwise.
         inverse_frequencies: float32 [D / 2], whatever the number format of the weights.
         attention_scaling: factor of cos and sin.
     """
 
     inverse_frequencies: Tensor
+    embed_tokens: Tensor | None
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = config
         c = config
+        self.register_buffer("embed_tokens", torch.zeros(c.vocab_size, c.hidden_size) if c.own_embedding else None)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         width = c.hidden_size
         if c.variant == "features":
@@ -136,6 +141,15 @@ class RetrievalHead(nn.Module):
         head.set_rope(theta=self.rope_theta, yarn_factor=self.yarn_factor)
         return head.train(self.training).requires_grad_(self.q_proj.weight.requires_grad)
 
+    def embedded(self, token_ids: Tensor, embedding: Callable[[Tensor], Tensor]) -> Tensor:
+        """Embeddings [..., H] of tokens [...], from the head's own table or, where it has none, from the target's `embedding`."""
+        return embedding(token_ids) if self.embed_tokens is None else F.embedding(token_ids, self.embed_tokens)
+
+    @property
+    def size(self) -> int:
+        """Numbers that the head holds, its own embedding table among them."""
+        return sum(parameter.numel() for parameter in self.parameters()) + self.config.table_parameters
+
     def forward(self, embeddings: Tensor, features: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated queries and keys.
 
@@ -183,6 +197,6 @@ class RetrievalHead(nn.Module):
 
 
 def head_parameters(config: HeadConfig) -> int:
-    """Number of parameters of a head, without allocating them."""
+    """`size` of a head of this config, without allocating it."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in RetrievalHead(config).parameters())
+        return RetrievalHead(config).size

@@ -24,8 +24,10 @@ class HeadConfig:
     Attributes:
         variant: 'features' reads the embedding and the fused features of the token before, 'embedding' the embedding only.
         hidden_size: width of the embedding and of the fused feature.
+        own_embedding: whether the head has an embedding table of its own, for a draft of another width than its target; else it
+            uses the target's.
         target_hidden_size: width of one feature layer of the target.
-        vocab_size: vocabulary of the target, whose embedding table the head uses.
+        vocab_size: vocabulary of the target.
         heads, kv_heads, head_dim: query heads, retrieval groups, width of one head.
         feature_norm: RMSNorm before the features are fused: 'none', 'joint' over all of them, or 'each' layer's own.
         feature_layers: indices l of the target's `hidden_states[l]` (the input of decoder layer l), concatenated in order.
@@ -63,6 +65,7 @@ class HeadConfig:
     draft_parameters: int | None = None
     draft_embedding_parameters: int | None = None
     source_hash: str = ""
+    own_embedding: bool = False
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -76,7 +79,7 @@ class HeadConfig:
             _require(name, value, "a positive integer or null", value is None or _is_whole(value))
         for name in ("rope_theta", "rms_norm_eps"):
             _require(name, getattr(self, name), "a number above 0", is_positive(getattr(self, name)))
-        for name in ("yarn", "qk_norm"):
+        for name in ("yarn", "qk_norm", "own_embedding"):
             _require(name, getattr(self, name), "true or false", isinstance(getattr(self, name), bool))
         layers = self.feature_layers
         _require("feature_layers", list(layers), "a list of integers", all(_is_whole(layer, least=-math.inf) for layer in layers))
@@ -126,7 +129,7 @@ class HeadConfig:
         """
         pairs = (
             ("hidden size", self.target_hidden_size, target.hidden_size),
-            ("embedding width", self.hidden_size, target.hidden_size),
+            ("embedding width", self.hidden_size, self.hidden_size if self.own_embedding else target.hidden_size),
             ("vocabulary", self.vocab_size, target.vocab_size),
         )
         wrong = [f"{name} {mine} (the model has {theirs})" for name, mine, theirs in pairs if mine != theirs]
@@ -150,16 +153,21 @@ class HeadConfig:
             return 1.0
         return max(1.0, max_tokens / self.trained_length)
 
+    @property
+    def table_parameters(self) -> int:
+        """Numbers of the head's own embedding table, 0 if it uses the target's."""
+        return self.vocab_size * self.hidden_size if self.own_embedding else 0
+
     def pruned_share(self, parameters: int, *, with_embeddings: bool = False) -> float | None:
         """Share of the draft that was left out in a head of `parameters` numbers; None if it was not pruned from a draft.
 
         Args:
-            with_embeddings: count the embedding table as part of the draft.
+            with_embeddings: count the embedding table as part of the draft, and of a head that has its own.
         """
         if self.draft_parameters is None or (with_embeddings and self.draft_embedding_parameters is None):
             return None
         whole = self.draft_parameters + (self.draft_embedding_parameters or 0) * with_embeddings
-        return 1 - parameters / whole
+        return 1 - (parameters - (0 if with_embeddings else self.table_parameters)) / whole
 
 
 def _is_whole(value: object, least: float = 1) -> bool:

@@ -19,6 +19,7 @@ from specontext.server.protocol.common import SamplingBody
 logger = logging.getLogger("specontext.server")
 
 RETRY_AFTER = "1"  # seconds; a place in the queue is free as soon as any request ends
+_LONGEST_PARAM = 100  # characters
 TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -58,7 +59,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, DrainingError):
         return ApiError(503, str(error), code="shutting_down", headers={"Retry-After": RETRY_AFTER, "Connection": "close"})
     if isinstance(error, RequestError):
-        first = str(error).partition(" ")[0]  # such messages begin with the name of a field, if it is one field's fault
+        first = str(error).partition(" ")[0].rstrip(":")  # such messages begin with the name of the field at fault
         return ApiError(400, str(error), param=first if first in SamplingBody.model_fields else None)
     if isinstance(error, EngineDeadError):
         return ApiError(500, str(error), code="engine_dead")
@@ -101,6 +102,8 @@ def _invalid(error: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     param = ".".join(str(part) for part in first["loc"][1:] if not _is_tag(part)) or None
+    if param is not None and len(param) > _LONGEST_PARAM:
+        param = f"{param[:_LONGEST_PARAM]}..."
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"'{param}' is not known or not supported here: leave it out", param=param, code="unknown_parameter")
     if param is None and first["type"] in ("missing", "model_attributes_type"):

@@ -25,6 +25,28 @@ QUIET_PATHS = ("/health", "/metrics", "/status")
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
+class PlainPath:
+    """Takes a slash at the end of a path as none."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["path"] = scope["path"].rstrip("/") or "/"
+        await self.app(scope, receive, send)
+
+
+class HeadAsGet:
+    """Answers HEAD as GET; the server keeps the body to itself, since it knows what was asked."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app({**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope, receive, send)
+
+
 class RequestId:
     """Names every request, answers errors that nobody else has answered, and writes the log."""
 

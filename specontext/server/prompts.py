@@ -7,16 +7,26 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
-
-from jinja2 import TemplateError
+from typing import Any, NamedTuple, TypeVar
 
 from specontext.engine.llm_engine import which_prompt
+from specontext.models.chat_template import ChatTemplate, ChatTemplateError
 from specontext.models.token_ids import unknown_token
 from specontext.server.errors import ApiError
 from specontext.server.protocol.chat import TemplateBody
 
 Result = TypeVar("Result")
+NO_CHAT_TEMPLATE = (
+    "the model has no chat template, neither in chat_template.jinja nor in tokenizer_config.json beside its weights: download "
+    "that file, start the server with --chat-template FILE, or use /v1/completions"
+)
+
+
+class ChatPrompt(NamedTuple):
+    """A conversation in the chat template."""
+
+    text: str
+    token_ids: list[int]
 
 
 class PromptEncoder:
@@ -33,6 +43,7 @@ class PromptEncoder:
         self.tokenizer = copy.deepcopy(tokenizer)
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
+        self.template = ChatTemplate(self.tokenizer)
         self.max_model_len, self.vocab_size = max_model_len, vocab_size
         self._longest_token = max((len(token) for token in self.tokenizer.get_vocab()), default=1)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="specontext-tokenizer")
@@ -69,21 +80,22 @@ class PromptEncoder:
         await self.check_ids(ids, "prompt", place)
         return ids
 
-    async def messages(self, body: TemplateBody, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a conversation in the model's chat template.
+    async def messages(self, body: TemplateBody, *, add_special_tokens: bool = False) -> ChatPrompt:
+        """A conversation in the model's chat template.
 
         Raises:
-            ApiError: no template, or one that refuses the messages; tokens that the model cannot read.
+            ApiError: no template, one that refuses the messages or leaves some of their text out, or tokens that the model cannot
+                read.
         """
         if not self.tokenizer.chat_template:
-            raise ApiError(400, "the model has no chat template: use /v1/completions, or start the server with --chat-template")
+            raise ApiError(400, NO_CHAT_TEMPLATE)
         text = await self._run(lambda: self._render(body))
         self._check_text(text)
         ids = await self._run(lambda: self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
         if not ids:
             raise ApiError(400, "the messages have no tokens: give some text", param="messages")
         await self.check_ids(ids, "messages")
-        return list(ids)
+        return ChatPrompt(text, list(ids))
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of tokens; raises ApiError for ids that are not the model's."""
@@ -104,15 +116,15 @@ class PromptEncoder:
         if clash := sorted(own & extra.keys()):
             raise ApiError(400, f"chat_template_kwargs may not set {', '.join(clash)}", param="chat_template_kwargs")
         try:
-            return self.tokenizer.apply_chat_template(
+            return self.template.render(
                 [message.for_template() for message in body.messages],
-                tokenize=False,
-                add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+                add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
                 **extra,
             )
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
-            raise ApiError(400, f"the chat template refuses these messages: {error}", param="messages") from error
+        except ChatTemplateError as error:
+            place = "messages" if error.message is None else f"messages.{error.message}"
+            raise ApiError(400, str(error), param=place) from error
 
     def _check_text(self, text: str) -> None:
         if not text.isascii():

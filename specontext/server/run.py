@@ -16,6 +16,7 @@ from specontext.config import ConfigError, EngineConfig
 from specontext.core import SpeContextError
 from specontext.engine.llm_engine import LLMEngine
 from specontext.server.app import create_app
+from specontext.server.http_head import BoundedHttp
 from specontext.server.logs import configure_logging, log_load
 from specontext.server.settings import ServerConfig
 from specontext.server.state import ServerState
@@ -59,6 +60,7 @@ class Serving:
         self.server = _UvicornServer(
             uvicorn.Config(
                 create_app(self.state),
+                http=BoundedHttp,
                 log_config=None,
                 access_log=False,
                 lifespan="off",

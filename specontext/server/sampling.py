@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from specontext.core import SamplingParams
+from specontext.core import SamplingParams, Thinking
 from specontext.models.loading import LoadedModel
 from specontext.server.errors import ApiError
 from specontext.server.prompts import over_length
@@ -27,7 +27,13 @@ def sampling_defaults(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def chat_params(
-    body: ChatRequest, prompt_tokens: int, *, max_len: int, max_logprobs: int, defaults: dict[str, Any]
+    body: ChatRequest,
+    prompt_tokens: int,
+    *,
+    max_len: int,
+    max_logprobs: int,
+    defaults: dict[str, Any],
+    thinking: Thinking | None = None,
 ) -> SamplingParams:
     """Parameters of a chat completion, which may be as long as the context allows unless it says otherwise.
 
@@ -43,7 +49,8 @@ def chat_params(
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     _check_logprobs(logprobs, max_logprobs, "top_logprobs")
     room = max_len - prompt_tokens
-    return _params(body, limits.pop() if limits else max(room, 1), prompt_tokens, max_len, logprobs, defaults)
+    params = _params(body, limits.pop() if limits else max(room, 1), prompt_tokens, max_len, logprobs, defaults)
+    return replace(params, thinking=thinking)
 
 
 def completion_params(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from specontext.config import ConfigError
 
 REASONING_PARSERS = ("deepseek_r1", "qwen3")
+_ALL = ("*",), ("*",)
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+|null")
 
 
 def _option(default: object, help: str) -> object:
@@ -39,6 +43,20 @@ class ServerConfig:
     generation_config: str = _option(  # type: ignore[assignment]
         "auto", "Sampling defaults of requests: auto (what the model's generation_config.json says) or none."
     )
+    allowed_origins: tuple[str, ...] = _option(  # type: ignore[assignment]
+        (),
+        "Origin, such as http://localhost:3000, whose pages browsers let call the server, or * for any; may be repeated, or a "
+        "JSON list. Default: none.",
+    )
+    allow_credentials: bool = _option(  # type: ignore[assignment]
+        False, "Let pages of the allowed origins send cookies and the like."
+    )
+    allowed_methods: tuple[str, ...] = _option(  # type: ignore[assignment]
+        ("*",), "Method that pages of the allowed origins may use; as --allowed-origins. Default: all."
+    )
+    allowed_headers: tuple[str, ...] = _option(  # type: ignore[assignment]
+        ("*",), "Header that pages of the allowed origins may send; as --allowed-origins. Default: all."
+    )
     max_queued_requests: int = _option(512, "Requests that may wait; more are refused with 429.")  # type: ignore[assignment]
     max_logprobs: int = _option(20, "Most log-probabilities a token that a request may ask for.")  # type: ignore[assignment]
     max_body_size: int = _option(32 * 2**20, "Longest request body.")  # type: ignore[assignment]
@@ -69,6 +87,17 @@ class ServerConfig:
         for name in ("api_key", "served_model_name"):
             if not all(getattr(self, name)):
                 raise ConfigError(f"{name} must not be empty")
+        for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
+            object.__setattr__(self, name, _listed(name, getattr(self, name)))
+        for origin in self.allowed_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"'{origin}' in allowed_origins is not an origin: write *, or for example http://localhost:3000"
+                )
+        if not self.allowed_origins and (self.allow_credentials, self.allowed_methods, self.allowed_headers) != (False, *_ALL):
+            raise ConfigError(
+                "allow_credentials, allowed_methods and allowed_headers say what allowed_origins may do: give these too"
+            )
 
     def read_chat_template(self) -> str | None:
         """The text of the chat template that was named, if any.
@@ -82,3 +111,18 @@ class ServerConfig:
             return Path(self.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the chat template {self.chat_template}: {error}") from error
+
+
+def _listed(name: str, values: tuple[str, ...]) -> tuple[str, ...]:
+    """The items of an option that may be repeated, or one JSON list, as vLLM has it."""
+    if len(values) == 1 and values[0].lstrip().startswith("["):
+        try:
+            items = json.loads(values[0])
+        except ValueError:
+            items = None
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise ConfigError(f"{name} is not a JSON list of texts: {values[0]}")
+        values = tuple(items)
+    if not all(values):
+        raise ConfigError(f"{name} must not be empty")
+    return tuple(values)

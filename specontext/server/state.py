@@ -7,13 +7,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from specontext.core import SamplingParams
+from specontext.core import SamplingParams, shown
 from specontext.engine.async_engine import AsyncEngine
 from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.request_stream import RequestStream
 from specontext.server.errors import ApiError, DrainingError
 from specontext.server.metrics import Metrics
 from specontext.server.prompts import PromptEncoder
+from specontext.server.reasoning import Reasoning
 from specontext.server.sampling import sampling_defaults
 from specontext.server.settings import ServerConfig
 from specontext.server.token_text import TokenTexts
@@ -30,7 +31,7 @@ class ServerState:
     def __init__(self, engine: LLMEngine, config: ServerConfig) -> None:
         self.config, self.started = config, time.time()
         self.names = config.served_model_name or (engine.loaded.name,)
-        self.root = engine.loaded.name
+        self.root, self.weights_note = engine.loaded.name, engine.loaded.weights_note
         self.max_model_len = engine.parts.max_tokens
         self.metrics = Metrics(self.names[0])
         self.engine = AsyncEngine(engine, max_waiting=config.max_queued_requests, observer=self.metrics)
@@ -41,6 +42,8 @@ class ServerState:
             max_model_len=self.max_model_len,
             vocab_size=engine.loaded.shape.vocab_size,
         )
+        parser = config.reasoning_parser
+        self.reasoning = Reasoning(parser, self.encoder.tokenizer) if parser is not None else None
         self.texts = TokenTexts(self.encoder.tokenizer)
         self.defaults: dict[str, Any] = sampling_defaults(engine.loaded) if config.generation_config == "auto" else {}
         self.draining = False
@@ -53,7 +56,7 @@ class ServerState:
         """Raises ApiError for a model that is not served here."""
         if name is not None and name not in self.names:
             raise ApiError(
-                404, f"the model '{name}' is not served here: use '{self.model}'", param="model", code="model_not_found"
+                404, f"the model {shown(name)} is not served here: use '{self.model}'", param="model", code="model_not_found"
             )
 
     async def submit(

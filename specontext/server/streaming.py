@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -17,14 +18,19 @@ from specontext.server.errors import as_api_error, error_body
 Result = TypeVar("Result")
 
 DONE = b"data: [DONE]\n\n"
+_GRAIN = 64  # bytes; the lengths of obfuscated events are multiples of it
 
 
 class ClientGone(Exception):
     """Nobody waits for the answer any more."""
 
 
-def event(data: Any) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
+def event(data: dict[str, Any], *, obfuscate: bool = False) -> bytes:
+    """One event; obfuscated, its length tells hardly anything of the text in it."""
+    if not obfuscate:
+        return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
+    bare = event(data | {"obfuscation": ""})
+    return event(data | {"obfuscation": secrets.token_hex(_GRAIN // 2)[: -len(bare) % _GRAIN]})
 
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from specontext.server.protocol.common import PromptTokensDetails, Usage
+from specontext.server.protocol.common import CompletionTokensDetails, PromptTokensDetails, Usage
 
 Stats = dict[str, Any]
 
@@ -14,11 +14,14 @@ _EARLIEST = ("queue_s", "ttft_s")
 _MEANS = ("overlap", "hit_rate", "attention_recall", "tpot_s")  # and all that is counted for a step
 
 
-def make_usage(prompt_tokens: int, completion_tokens: int, stats: Sequence[Stats], *, n: int) -> Usage:
+def make_usage(
+    prompt_tokens: int, completion_tokens: int, stats: Sequence[Stats], *, n: int, reasoning_tokens: int | None = None
+) -> Usage:
     """Usage of all outputs of a request together; a prompt counts once however many outputs it has.
 
     Args:
         stats: of every output, `n` for each prompt, one prompt after another; empty where nothing was made.
+        reasoning_tokens: of the completion tokens, where thinking is told from answers.
     """
     cached = [s.get("cached_tokens") for s in stats]
     of_prompts = [[c for c in cached[begin : begin + n] if c is not None] for begin in range(0, len(cached), n)]
@@ -28,6 +31,9 @@ def make_usage(prompt_tokens: int, completion_tokens: int, stats: Sequence[Stats
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(known)) if known else None,
+        completion_tokens_details=None
+        if reasoning_tokens is None
+        else CompletionTokensDetails(reasoning_tokens=reasoning_tokens),
         specontext=merge([s for s in stats if s]) or None,
     )
 

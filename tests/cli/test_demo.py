@@ -11,7 +11,7 @@ from specontext.tasks import TASKS
 
 
 def test_demo(run: Any, tiny: Path) -> None:
-    words = ["demo", "--tasks", "niah_single,niah_multiquery", "--length", 400, "--problems", 2, "--model", tiny]
+    words = ["demo", "--tasks", "niah_single,niah_multiquery", "--length", 400, "--problems", 2, tiny]
     ran = run(*words, "--json")
     assert ran.status == 0, ran.stderr
     rows = ran.json["rows"]
@@ -30,7 +30,7 @@ def test_demo(run: Any, tiny: Path) -> None:
 
 
 def test_demo_prints_problems_and_a_table(run: Any, tiny: Path) -> None:
-    ran = run("demo", "--tasks", "niah_single", "--length", 400, "--problems", 1, "--model", tiny)
+    ran = run("demo", "--tasks", "niah_single", "--length", 400, "--problems", 1, tiny)
     assert ran.status == 0, ran.stderr
     assert "Remember the facts" in ran.stdout and "characters" in ran.stdout
     for word in ("expected", "exact match", "tokens read", "bytes loaded", "overlap", "s in all"):
@@ -39,7 +39,7 @@ def test_demo_prints_problems_and_a_table(run: Any, tiny: Path) -> None:
 
 @pytest.mark.slow
 def test_demo_scores_steps_of_programs(run: Any, tiny: Path) -> None:
-    ran = run("demo", "--tasks", "program", "--length", 400, "--problems", 1, "--model", tiny, "--json")
+    ran = run("demo", "--tasks", "program", "--length", 400, "--problems", 1, tiny, "--json")
     assert all(0 <= row["correct_steps"] <= 1 for row in ran.json["rows"])
 
 

@@ -181,6 +181,13 @@ def test_bad_options(fails: Fails, words: list[str], says: str) -> None:
     assert says in fails(["plan", *words])
 
 
+def test_what_limits_the_context_is_said(run: Any, tiny: Path, tmp_path: Path) -> None:
+    values = json.loads((tiny / "config.json").read_text()) | {"sliding_window": 128}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    said = run("plan", tmp_path, "--gpu-memory", "1GiB", "--budget", 64).stdout
+    assert "contexts of up to 128 tokens (sliding_window 128 in its config" in said
+
+
 def test_models_that_cannot_be_planned(fails: Fails, tmp_path: Path) -> None:
     memory = ["--gpu-memory", "24GiB"]
     assert "did you mean llama-3.1-8b" in fails(["plan", "lama-3.1-8b", *memory], status=1)
@@ -190,7 +197,7 @@ def test_models_that_cannot_be_planned(fails: Fails, tmp_path: Path) -> None:
     config.write_text("{")
     assert "cannot read the config" in fails(["plan", tmp_path, *memory], status=1)
     config.write_text(json.dumps({"model_type": "mamba"}))
-    assert "without ordinary attention heads" in fails(["plan", tmp_path, *memory], status=1)
+    assert "layers of type linear_attention" in fails(["plan", tmp_path, *memory], status=1)
     config.write_text(json.dumps({"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 0}))
     assert "0 KV heads" in fails(["plan", tmp_path, *memory], status=1)
 

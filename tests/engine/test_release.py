@@ -297,7 +297,7 @@ def test_host_memory_is_unpinned_once_and_not_before_the_device_is_idle(monkeypa
 def test_modules_that_were_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler keeps what it looked at in cycles; they go with the engine. Here it makes no code, which takes its time."""
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, options: compiler(function, backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiler(function, backend="eager"))
     llm = make(dtype="bfloat16")
     runner = llm.engine.runner
     forward, calls = ModelRunner._forward, []
@@ -307,13 +307,13 @@ def test_modules_that_were_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
             return forward(self, batch)
         calls.append(batch)
         assert self._compiled is not None
-        with self._compiled.use():  # as captured steps are, for which it takes a GPU
+        with self._compiled.use(len(batch.token_ids)):  # as captured steps are, for which it takes a GPU
             return forward(self, batch)
 
     monkeypatch.setattr(ModelRunner, "_forward", compiled)
     llm.generate([PROMPT], PARAMS)
     refs = watch(llm.engine)
-    assert calls and runner._compiled is not None and runner._compiled._forwards is not None
+    assert calls and runner._compiled is not None and runner._compiled._forwards
     del llm, runner
     calls.clear()
     assert not alive(refs)

@@ -96,7 +96,10 @@ def test_a_zip_a_folder_and_parquet_hold_the_same(folder: Path, tmp_path: Path, 
     table = tmp_path / "hub" / "qasper" / "test-00000-of-00001.parquet"
     table.parent.mkdir(parents=True)
     parquet.write_table(pyarrow.Table.from_pylist([record("qasper", i) for i in range(3)]), table)
-    places = [folder / "data", archive, tmp_path / "hub", folder / "data" / "qasper.jsonl"]
+    converted = tmp_path / "converted" / "qasper" / "test" / "0000.parquet"  # as the Hub's own conversion lies
+    converted.parent.mkdir(parents=True)
+    converted.write_bytes(table.read_bytes())
+    places = [folder / "data", archive, tmp_path / "hub", tmp_path / "converted", folder / "data" / "qasper.jsonl"]
     seen = [task_of("longbench", place, "qasper").examples(length=None, n=3, seed=0, text=text) for place in places]
     assert all(examples == seen[0] for examples in seen)
 
@@ -259,8 +262,44 @@ def test_places_without_data_are_refused(tmp_path: Path, text: TextTools, monkey
     with pytest.raises(DataFileError, match=r"lcc.jsonl has no rows"):
         task_of("longbench", tmp_path / "blank", "lcc").examples(length=None, n=1, seed=0, text=text)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataFileError, match=r"THUDM/LongBench/lcc:test needs the package datasets: pip install"):
-        SUITES["longbench"]("THUDM/LongBench/lcc")[0].examples(length=None, n=1, seed=0, text=text)
+    with pytest.raises(DataFileError, match=r"some-one/LongBench/lcc:test needs the package datasets: pip install"):
+        SUITES["longbench"]("some-one/LongBench/lcc")[0].examples(length=None, n=1, seed=0, text=text)
+
+
+@pytest.mark.parametrize("data", [None, "THUDM/LongBench", "zai-org/LongBench", "hf:THUDM/LongBench/lcc"])
+def test_the_authors_data_set_is_read_from_its_archive(
+    folder: Path, text: TextTools, monkeypatch: pytest.MonkeyPatch, data: str | None
+) -> None:
+    archive = folder / "data.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted((folder / "data").iterdir()):
+            file.write(path, f"data/{path.name}")
+    asked: list[tuple[str, ...]] = []
+
+    def download(name: str, file: str, *, repo_type: str) -> str:
+        asked.append((name, file, repo_type))
+        return str(archive)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setitem(sys.modules, "datasets", None)  # is not needed
+    tasks = SUITES["longbench"](data)
+    assert [task.name for task in tasks] == (["lcc"] if data and data.endswith("lcc") else list(TASKS)) and not asked
+    for suite, name in (("longbench", "lcc"), ("longbench-e", "lcc_e")):
+        chosen = SUITES[suite](None if data is None else data.replace("/lcc", f"/{name}"))
+        task = next(task for task in chosen if task.name == name)
+        assert len(task.examples(length=None, n=5, seed=0, text=text)) == 3
+    assert asked == [("zai-org/LongBench", "data.zip", "dataset")] * 2
+    with pytest.raises(DataFileError, match="THUDM/LongBench has no split 'train', only 'test'"):
+        SUITES["longbench"]("THUDM/LongBench/lcc:train")
+
+
+def test_an_archive_that_cannot_be_had_is_named(text: TextTools, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, file: str, *, repo_type: str) -> str:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(DataFileError, match=r"cannot download data.zip of .*zai-org/LongBench: the Hub cannot be reached"):
+        SUITES["longbench"](None)[0].examples(length=None, n=1, seed=0, text=text)
 
 
 def test_the_hub_is_asked_for_the_task_s_own_subset(text: TextTools, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,8 +312,8 @@ def test_the_hub_is_asked_for_the_task_s_own_subset(text: TextTools, monkeypatch
 
     module.load_dataset = load_dataset  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", module)
-    assert [task.name for task in SUITES["longbench"](None)] == list(TASKS)
+    assert [task.name for task in SUITES["longbench"]("some-one/LongBench")] == list(TASKS)
     for suite, name in (("longbench", "lcc"), ("longbench-e", "lcc_e")):
-        task = next(task for task in SUITES[suite](None) if task.name == name)
+        task = next(task for task in SUITES[suite]("some-one/LongBench") if task.name == name)
         assert len(task.examples(length=None, n=5, seed=0, text=text)) == 2
-    assert asked == [("THUDM/LongBench", "lcc", "test"), ("THUDM/LongBench", "lcc_e", "test")]
+    assert asked == [("some-one/LongBench", "lcc", "test"), ("some-one/LongBench", "lcc_e", "test")]

@@ -1,22 +1,18 @@
-"""Mathematics suites: rows as the Hub has them, answers found in outputs, and answers compared by value."""
+"""Mathematics suites: rows as the Hub has them, and answers found in outputs."""
 
 from __future__ import annotations
 
 import json
 import sys
-from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from specontext.evaluation.suites import SUITES, Example, TextTools
 from specontext.evaluation.suites.data_files import DataFileError
-from specontext.evaluation.suites.math_answers import equivalent, exact_number, final_answer
-from specontext.evaluation.suites.math_values import Unreadable, value
+from specontext.evaluation.suites.math_answers import final_answer
 from specontext.evaluation.text_tools import text_tools
 from specontext.tasks import LengthError
 
@@ -164,6 +160,10 @@ def test_bad_rows_are_named(tmp_path: Path, text: TextTools, name: str, row: dic
         (r"\boxed{5}, that is \boxed{ }", "5"),
         (r"\boxed{}", None),
         (r"\fbox{9}", "9"),
+        (r"so $\boxed{2}$ and $\boxed{6}$.", "2, 6"),
+        (r"\boxed{1}, \boxed{2}, \text{ and } \boxed{3}", "1, 2, 3"),
+        (r"\(\boxed{x = 1} \quad \text{or} \quad \boxed{x = 2}\)", "x = 1, x = 2"),
+        (r"\boxed{5}" + "\n\nSo the answer is $\\boxed{5}$", "5"),
         ("The final answer is: **42**. Good.", "42"),
         ("The answer is 3.\nNo, the answer is $\\frac{1}{2}$.", r"\frac{1}{2}"),
         ("#### 1,234", "1,234"),
@@ -180,94 +180,3 @@ def test_the_last_number_is_taken_where_asked() -> None:
     assert final_answer("she has 3, he has $1,200.50.", or_last_number=True) == "1,200.50"
     assert final_answer("from 10-5 comes 5", or_last_number=True) == "5"
     assert final_answer("so it is -5", or_last_number=True) == "-5"
-
-
-SAME = [
-    (r"\frac12", "0.5"),
-    (r"\dfrac{1}{2}", "1/2"),
-    (r"2\frac{1}{2}", "2.5"),
-    (r"-\frac{1}{3}", r"\frac{-1}{3}"),
-    (r"3\sqrt{2}", r"\sqrt{18}"),
-    (r"\frac{3\sqrt{3}}{4}", r"\frac{9}{4\sqrt3}"),
-    (r"\sqrt[3]{-8}", "-2"),
-    ("2^{10}", "1024"),
-    ("(1+i)^2", "2i"),
-    ("(x+1)^2", "x^2+2x+1"),
-    ("y = 2x + 3", "3+2x"),
-    ("1,000", "1000"),
-    (r"\$32,\!348", "32348"),
-    ("1{,}000", r"1\,000"),
-    ("4,100 dollars", "4100"),
-    (r"50\%", "50"),
-    (r"90^{\circ}", "90"),
-    (r"18 \text{ inches}", "18"),
-    (r"5\text{ cm}^2", "5"),
-    ("025", "25"),
-    ("3.0", "3"),
-    ("x=5", "5"),
-    (r"\text{Evelyn}", "evelyn"),
-    (r"\text{(C)}", "C"),
-    ("1,-2", "-2, 1"),
-    ("100,200", "200, 100"),
-    (r"x=1 \text{ or } x=-2", "-2,1"),
-    (r"1\pm\sqrt{2}", r"1-\sqrt2, 1+\sqrt2"),
-    (r"\{1,2,3\}", r"\{3,2,1\}"),
-    (r"\left(3,\frac{\pi}{2}\right)", r"(3,\pi/2)"),
-    (r"x \in [1,2)", "[1, 2)"),
-    (r"(-\infty,1]\cup[2,+\infty)", r"[2,\infty) \cup (-\infty, 1]"),
-    (r"\begin{pmatrix} 0.5 & 1\\ 2 &3\end{pmatrix}", r"\begin{bmatrix}\frac12&1\\2&3\end{bmatrix}"),
-    ("52_8", "52_{8}"),
-]
-DIFFERENT = [
-    ("5", "-5"),
-    ("10", "100"),
-    ("0.333", "1/3"),
-    ("1.4142", r"\sqrt2"),
-    (r"50\%", "0.5"),
-    ("(1,2)", "(2,1)"),
-    ("(1,2)", "[1,2]"),
-    ("(1,2)", "1,2"),
-    ("(1,2,3)", "(1,2)"),
-    ("1,1", "1"),
-    ("1,234", "1.234"),
-    ("12", "1 2"),
-    ("3 4", "12"),
-    ("x-y", "y-z"),
-    ("x^2", "x"),
-    ("52_8", "52"),
-    ("A", "B"),
-    ("no", "on"),
-    ("", "5"),
-    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
-]
-
-
-@pytest.mark.parametrize(("first", "second"), SAME)
-def test_the_same_value_in_other_words(first: str, second: str) -> None:
-    assert equivalent(first, second) and equivalent(second, first)
-
-
-@pytest.mark.parametrize(("first", "second"), DIFFERENT)
-def test_other_values(first: str, second: str) -> None:
-    assert not equivalent(first, second) and not equivalent(second, first)
-
-
-@given(st.fractions(), st.fractions())
-def test_fractions_are_equal_where_their_numbers_are(first: Fraction, second: Fraction) -> None:
-    written = rf"\frac{{{first.numerator}}}{{{first.denominator}}}"
-    assert exact_number(written) == first
-    assert equivalent(written, f"{second.numerator}/{second.denominator}") == (first == second)
-
-
-@given(st.text(alphabet=r"0123456789.,/+-*^(){}[]\ xyie&_$%=" + "π√±", max_size=40))
-def test_any_answer_can_be_compared(answer: str) -> None:
-    assert equivalent(answer, answer) or not answer.strip(" $%\\.{}[]()")
-    equivalent(answer, r"\frac{1}{2}")
-
-
-@pytest.mark.parametrize(
-    "formula", ["9^{9^{9}}", "(" * 100 + "1" + ")" * 100, "1/0", "", "2 3", r"\sin x", "x" * 500, r"\sqrt[x]{2}"]
-)
-def test_formulas_without_a_value_are_refused(formula: str) -> None:
-    with pytest.raises(Unreadable):
-        value(formula)

@@ -1,42 +1,59 @@
-"""Architectures beyond those of the other tests: Hugging Face's tokens exactly, or a refusal that says why."""
+"""Architectures beyond those of the other tests: Hugging Face's tokens exactly, also with a head, or a refusal that says why."""
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from specontext import LLM, SamplingParams, SpeContextConfig
-from specontext.locations import ModelError
+from specontext.distill.target import Target
+from specontext.locations import ModelError, shape_of
+from specontext.models.decoder import decoder_layers
+from specontext.models.loading import load_model
 from specontext.retrieval.checkpoint import save_head
-from specontext.retrieval.head import RetrievalHead
-from specontext.retrieval.head_config import HeadConfig
-from tests.conftest import randomise
+from specontext.retrieval.random_head import random_head
+from tests.conftest import FAMILIES, randomise
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+OLD = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "num_key_value_heads": 4}  # names of GPT-2's time
 RUN: dict[str, dict[str, Any]] = {
+    "BioGpt": {"num_key_value_heads": 4},
+    "CodeGen": OLD | {"rotary_dim": 8},
     "Cohere": {},
     "Gemma": {"head_dim": 16},
     "Glm4": {"head_dim": 16},
+    "GPT2": OLD,
+    "GPTJ": OLD | {"rotary_dim": 8},
     "GPTNeoX": {"num_key_value_heads": 4},
     "Granite": {"attention_multiplier": 0.3},
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "Nemotron": {},
     "Olmo2": {},
+    "OPT": {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": 4},
+    "Persimmon": {"num_key_value_heads": 4},
+    "Phi": {},
     "Phi3": {"sliding_window": None},
     "Qwen2Moe": {"num_experts": 4, "shared_expert_intermediate_size": 32, **EXPERTS},
     "Qwen3Moe": {"num_experts": 4, "head_dim": 24, **EXPERTS},
     "SmolLM3": {},
+    "StableLm": {},
 }
+SOME = [name if name in ("GPT2", "OPT", "Qwen3Moe", "StableLm") else pytest.param(name, marks=pytest.mark.slow) for name in RUN]
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "Bloom": ({}, "BloomForCausalLM is not supported: its layers have attention of their own"),
+    "Doge": ({}, "DogeForCausalLM is not supported: it hands its attention a mask of its own"),
     "Falcon": ({}, "its attention cannot be exchanged"),
     "Gemma2": ({"head_dim": 16}, "Gemma2ForCausalLM is not supported: it uses a soft cap on attention logits"),
-    "Olmo3": ({}, "Olmo3ForCausalLM is not supported: it uses layers of type sliding_attention"),
-    "StableLm": ({}, "StableLmForCausalLM is not supported: its layers do not pass on what the engine gives them"),
     "GPTNeoX": (
         {"num_key_value_heads": 2},
         "layer 0 has keys of 4 heads with 16 dimensions, the config says 2 heads with 16 dimensions",
@@ -48,7 +65,7 @@ Write = Callable[..., PreTrainedModel]
 
 @pytest.fixture
 def write(tmp_path: Path, tokenizer: Any) -> Write:
-    """write(architecture, changes of a tiny config): the model, stored in tmp_path."""
+    """write(architecture, changes of a tiny config): the model, stored in tmp_path with a random retrieval head."""
 
     def make(architecture: str, changes: dict[str, Any]) -> PreTrainedModel:
         common = {
@@ -65,39 +82,89 @@ def write(tmp_path: Path, tokenizer: Any) -> Write:
             "tie_word_embeddings": False,
         }
         config = getattr(transformers, f"{architecture}Config")(**common | changes)
+        if architecture in RUN and not hasattr(code_of(config), "ALL_ATTENTION_FUNCTIONS"):
+            pytest.skip("this version of transformers has the attention of these models built in")
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
         randomise(model, seed=1)
         model.eval().save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
+        save_head(random_head(shape_of(tmp_path)), tmp_path / "retrieval_head")
         return model
 
     return make
 
 
-def check_tokens(llm: LLM, model: PreTrainedModel, prompts: list[list[int]]) -> None:
-    found = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True))
-    for prompt, output in zip(prompts, found, strict=True):
-        right = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=1)
-        assert output.token_ids == right[0, len(prompt) :].tolist()
+def code_of(config: PreTrainedConfig) -> ModuleType:
+    """The modelling code of a config's decoder."""
+    return sys.modules[AutoModelForCausalLM._model_mapping[type(config)].__module__]
+
+
+def right_tokens(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
+    """Hugging Face's greedy continuations."""
+    made = []
+    for prompt in prompts:
+        output = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=1)
+        made.append(output[0, len(prompt) :].tolist())
+    return made
+
+
+def tokens_of(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
+    outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True))
+    return [output.token_ids for output in outputs]
 
 
 @pytest.mark.parametrize("architecture", RUN)
 def test_tokens_are_hugging_face_s(architecture: str, write: Write, tmp_path: Path, prompts: list[list[int]]) -> None:
     model = write(architecture, RUN[architecture])
-    everything = SpeContextConfig(method="oracle", budget=512, offload_layers=1)
-    check_tokens(LLM(tmp_path, config=everything, device="cpu"), model, prompts[1:3])
-
-
-def test_a_retrieval_head_for_experts(write: Write, tmp_path: Path, tokenizer: Any, prompts: list[list[int]]) -> None:
-    model = write("Qwen3Moe", RUN["Qwen3Moe"])
-    shape: dict[str, Any] = {"hidden_size": 64, "target_hidden_size": 64, "vocab_size": len(tokenizer), "head_dim": 16}
-    head = RetrievalHead(HeadConfig("features", heads=4, kv_heads=2, feature_layers=(0, 2, 3), rope_theta=500.0, **shape))
-    randomise(head, seed=2)
-    save_head(head, tmp_path / "retrieval_head")
-    check_tokens(LLM(tmp_path, config=SpeContextConfig(budget=512, offload_layers=-1), device="cpu"), model, prompts[1:3])
-    few = LLM(tmp_path, config=SpeContextConfig(budget=24, sink=2, recent=4, offload_layers=-1), device="cpu")
-    (output,) = few.generate(prompts[2:3], SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True))
+    right = right_tokens(model, prompts[1:3])
+    llm = LLM(tmp_path, config=SpeContextConfig(method="oracle", budget=512, offload_layers=1), device="cpu")
+    assert tokens_of(llm, prompts[1:3]) == right
+    llm.reconfigure(SpeContextConfig(budget=512, offload_layers=-1))
+    assert tokens_of(llm, prompts[1:3]) == right, "with a head that leaves nothing out"
+    llm.reconfigure(SpeContextConfig(budget=24, sink=2, recent=4, offload_layers=-1))
+    (output,) = llm.generate(prompts[2:3], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, prompt_logprobs=0))
     assert output.stats["tokens_read_per_step"] == 24
+    scores = model(torch.tensor(prompts[2:3])).logits[0].log_softmax(-1)
+    wanted = [scores[at, token].item() for at, token in enumerate(prompts[2][1:])]
+    found = [entry[token] for token, entry in zip(prompts[2][1:], output.prompt_logprobs[1:], strict=True)]
+    assert found == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.parametrize("architecture", SOME)
+def test_in_16_bits_it_is_neither_refused_nor_left_without_parts_to_compile(
+    architecture: str, write: Write, tmp_path: Path
+) -> None:
+    write(architecture, RUN[architecture])
+    llm = LLM(tmp_path, config=SpeContextConfig(budget=24), device="cpu", dtype="bfloat16", max_model_len=64)
+    (output,) = llm.generate([list(range(4, 40))], SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
+    assert len(output.token_ids) == 3
+
+
+@pytest.mark.parametrize("architecture", SOME)
+@torch.no_grad()
+def test_a_teacher_shows_hugging_face_s_states(architecture: str, write: Write, tmp_path: Path) -> None:
+    model, ids = write(architecture, RUN[architecture]), torch.arange(4, 44)[None]
+    loaded = load_model(tmp_path, dtype="auto", device=torch.device("cpu"))
+    seen = Target(loaded.model, (1, 2, 3)).observe(ids)
+    right = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    for layer, found in enumerate(seen.features.unflatten(-1, (3, -1))[0, 1:].unbind(1)[:2], start=1):
+        torch.testing.assert_close(found, right[layer][0, :-1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(seen.hidden, right[3], atol=1e-4, rtol=1e-4)  # after the final norm
+    last = seen.features[0, 1:, 2 * 64 :]  # before it
+    assert not torch.allclose(last, right[3][0, :-1], atol=1e-2)
+    caught: list[torch.Tensor] = []
+    decoder_layers(model)[-1].register_forward_hook(
+        lambda *call: caught.append(call[2][0] if isinstance(call[2], tuple) else call[2])
+    )
+    model(ids)
+    torch.testing.assert_close(last, caught[0][0, :-1], atol=1e-4, rtol=1e-4)
+
+
+def test_the_table_of_models_is_what_is_tested() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \| (.*) \|$", DOCUMENT.read_text(), re.MULTILINE)
+    classes = {name.removesuffix("ForCausalLM").removesuffix("LMHeadModel").lower() for name, *_ in rows}
+    assert classes == {name.lower() for name in (*RUN, *FAMILIES)}
+    assert all(words == ["yes", "yes"] for _, *words in rows)
 
 
 @pytest.mark.parametrize("architecture", REFUSED)
@@ -120,3 +187,12 @@ def test_layers_without_attention_are_refused(write: Write, tmp_path: Path, monk
     monkeypatch.setattr(SmolLM3DecoderLayer, "forward", skipping)
     with pytest.raises(ModelError, match="of its 3 layers these have ordinary attention: 0, 2"):
         LLM(tmp_path, config=SpeContextConfig(method="full"), device="cpu")
+
+
+def test_models_of_one_process_do_not_disturb_each_other(write: Write, tmp_path: Path, prompts: list[list[int]]) -> None:
+    model = write("StableLm", {})
+    one, two = (load_model(tmp_path, dtype="auto", device=torch.device("cpu")) for _ in range(2))
+    config = SpeContextConfig(method="full")
+    first, second = LLM(one, None, config), LLM(two, None, config)
+    right = right_tokens(model, prompts[1:2])
+    assert all(tokens_of(llm, prompts[1:2]) == right for llm in (first, second, first))

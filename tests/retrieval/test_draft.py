@@ -257,6 +257,22 @@ def test_a_draft_in_several_files_is_one_draft(tmp_path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(head.parameters(), whole.parameters(), strict=True))
 
 
+def test_a_draft_with_a_shard_missing_or_scales_beside_its_weights_is_refused_by_name(tmp_path) -> None:
+    folder = specforge(tmp_path / "draft")
+    tensors = load_file(folder / "model.safetensors")
+    scale = "midlayer.self_attn.k_proj.weight_scale"
+    save_file(tensors | {scale: torch.ones(1)}, folder / "model.safetensors")
+    with pytest.raises(HeadError, match=scale):
+        load_head(folder, target=TARGET)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    table = {"fc.weight": "model-00001-of-00002.safetensors", scale: "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    with pytest.raises(
+        HeadError, match=r"download model-00002-of-00002\.safetensors, which model\.safetensors\.index\.json names"
+    ):
+        load_head(folder, target=TARGET)
+
+
 def draft_shapes(hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int) -> dict[str, list[int]]:
     """Tensors of a published draft, by EAGLE's names."""
     attention = {"q": [heads * head_dim, 2 * hidden], "o": [hidden, heads * head_dim]}

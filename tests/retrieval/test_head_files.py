@@ -295,3 +295,27 @@ def test_auto_takes_the_known_draft_of_a_model(target: ModelShape, monkeypatch: 
         with pytest.raises(HeadError):
             find_head("auto", model_name=model, model_path=None, target=target)
         assert asked.pop() == draft
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 3\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize(("content", "said"), [(POINTER, "git lfs pull"), (b"", "is empty"), (b"<html></html>", "web page")])
+def test_what_a_download_leaves_in_place_of_a_file(
+    folder: Path, name: str, content: bytes, said: str, target: ModelShape
+) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(HeadError, match=said) as caught:
+        load_head(folder, target=target)
+    assert str(folder / name) in str(caught.value)
+
+
+def test_tensors_that_a_head_does_not_take_and_quantised_heads_are_refused(folder: Path, target: ModelShape) -> None:
+    name = "midlayer.self_attn.q_proj.weight_scale"
+    change_tensors(folder, lambda tensors: tensors.update({name: torch.ones(1)}))
+    with pytest.raises(HeadError, match=name):
+        load_head(folder, target=target)
+    change_config(folder, quantization_config={"quant_method": "awq", "bits": 4})
+    with pytest.raises(HeadError, match="quantised weights are not supported: awq, 4 bits"):
+        load_head(folder, target=target)

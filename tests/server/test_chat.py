@@ -28,7 +28,8 @@ def test_a_chat(server: Server, expected: Any) -> None:
     answer = server.post(PATH, {"model": "nano", "messages": MESSAGES, "temperature": 0}).json()
     assert answer["object"] == "chat.completion" and answer["id"].startswith("chatcmpl-")
     [choice] = answer["choices"]
-    assert choice["message"] == {"role": "assistant", "content": expected.text, "reasoning_content": None, "refusal": None}
+    nothing = dict.fromkeys(("reasoning", "reasoning_content", "refusal"))
+    assert choice["message"] == {"role": "assistant", "content": expected.text} | nothing
     assert choice["finish_reason"] == "stop" and choice["logprobs"] is None
     assert answer["usage"]["prompt_tokens"] == len(expected.prompt_token_ids)
     assert answer["usage"]["completion_tokens"] == len(expected.token_ids)
@@ -46,6 +47,29 @@ def test_a_streamed_chat(server: Server, expected: Any) -> None:
         assert all("role" not in choice["delta"] for choice in mine[1:])
         assert "".join(choice["delta"].get("content", "") for choice in mine) == expected.text
         assert [choice["finish_reason"] for choice in mine if choice["finish_reason"]] == ["stop"]
+
+
+def test_options_of_streams(server: Server) -> None:
+    for path, prompt in ((PATH, {"messages": MESSAGES}), ("/v1/completions", {"prompt": "the sun"})):
+        asked = prompt | {"temperature": 0, "max_tokens": 8, "stream": True}
+        for obfuscate in (True, False):
+            answer = server.post(path, asked | {"stream_options": {"include_obfuscation": obfuscate, "include_usage": True}})
+            found = [line for line in answer.content.split(b"\n\n") if b'"choices":[{' in line]
+            assert found and all((len(line) + 2) % 64 == 0 for line in found) == obfuscate
+            assert all((b'"obfuscation":"' in line) == obfuscate for line in found)
+        refused = server.post(path, asked | {"stream": False, "stream_options": {"include_usage": True}})
+        assert refused.status_code == 400 and "stream_options" in refused.json()["error"]["message"]
+        assert server.post(path, asked | {"stream": False, "stream_options": None}).status_code == 200
+
+
+def test_seeds_of_all_kinds(server: Server) -> None:
+    def say(seed: int | None) -> str:
+        body = {"messages": MESSAGES, "temperature": 5.0, "max_tokens": 12, "ignore_eos": True, "seed": seed}
+        return str(server.post(PATH, body).json()["choices"][0]["message"]["content"])
+
+    for seed in (-2, -(2**63), 2**63 - 1, 0):
+        assert say(seed) == say(seed)
+    assert say(-1) != say(-1) and say(-2) != say(2)  # -1 is no seed at all
 
 
 def test_lengths(server: Server) -> None:
@@ -91,6 +115,37 @@ def test_parts_and_roles(server: Server) -> None:
         {"role": "user", "content": "b"},
     ]
     assert server.post(PATH, {"messages": talk, "max_tokens": 1}).status_code == 200
+
+
+WANTS_PARTS = (
+    "{% for m in messages %}[{{ m.role }}]{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}{% endfor %}"
+)
+KNOWS_THREE = "{% for m in messages if m.role in ['system', 'user', 'assistant'] %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [WANTS_PARTS, KNOWS_THREE])
+def test_every_message_is_in_the_prompt_or_refused(template: str) -> None:
+    with running(make_engine(), chat_template=template) as server:
+
+        def prompt(*messages: tuple[str, Any]) -> str:
+            body = {"messages": [{"role": role, "content": content} for role, content in messages]}
+            answer, chat = server.post("/tokenize", body), server.post(PATH, body | {"max_tokens": 1})
+            assert answer.status_code == chat.status_code
+            if chat.status_code == 400:
+                assert answer.json() == chat.json()
+                error = chat.json()["error"]
+                return f"{error['param']} {error['message']}"
+            assert chat.json()["usage"]["prompt_tokens"] == answer.json()["count"]
+            return str(server.post("/detokenize", {"tokens": answer.json()["tokens"]}).json()["prompt"])
+
+        for content in ("apple", [{"type": "text", "text": "apple"}]):
+            assert prompt(("user", content)) == "[user]apple"
+        assert prompt(("user", "apple"), ("developer", "pear")) == "[user]apple[system]pear"
+        told = prompt(("user", "apple"), ("tool", "pear"))
+        if template == WANTS_PARTS:
+            assert told == "[user]apple[tool]pear"
+        else:
+            assert told.startswith("messages.1 ") and "'tool'" in told
 
 
 def test_continuing_a_message(server: Server) -> None:

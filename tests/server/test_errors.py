@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from specontext.locations import NANO
 from tests.server.serving import PATIENCE, Server, make_engine, running
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -52,13 +55,14 @@ def test_a_body_that_is_not_sent_as_json(server: Server) -> None:
         ("n", 0),
         ("n", 10**9),
         ("n", "1"),
-        ("seed", -1),
         ("seed", 10**40),
         ("stop", 5),
         ("stop", [""]),
         ("stop", ["a"] * 100),
         ("stop_token_ids", ["a"]),
         ("stop_token_ids", [-5]),
+        ("stop_token_ids", [5, 10**6]),
+        ("stop_token_ids", [10**30]),
         ("max_tokens", -1),
         ("max_tokens", 1.5),
         ("max_tokens", 10**9),
@@ -121,7 +125,7 @@ def test_bad_chats(server: Server, field: str, value: Any) -> None:
         (TEXT, "stop", ["a"] * 65, "stop", "64"),
         (TEXT, "stop", 5, "stop", "string"),
         (TEXT, "stream_options", {"surprise": True}, "stream_options.surprise", "not known"),
-        (CHAT, "messages", [{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content.0.type", "'text'"),
+        (CHAT, "messages", [{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content.0.type", "'image_url'"),
         (CHAT, "messages", [{"role": "user", "content": 5}], "messages.0.content", "string"),
         (CHAT, "messages", [{"role": "user", "content": "a", "tool_calls": [1]}], "messages.0.tool_calls", "tools"),
         (CHAT, "max_completion_tokens", 0, "max_completion_tokens", "greater"),
@@ -222,3 +226,10 @@ def test_api_keys() -> None:
         assert server.get("/health").status_code == server.get("/").status_code == 200
         for key in (b"first", "secönd".encode()):
             assert server.get("/v1/models", headers={b"authorization": b"Bearer " + key}).status_code == 200
+
+
+def test_a_chat_without_a_template_says_which_file_and_option(tmp_path: Path) -> None:
+    shutil.copytree(NANO, tmp_path / "model", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    with running(make_engine(tmp_path / "model")) as server:
+        message = error_of(server.http.post(CHAT, json=GOOD[CHAT]))["message"]
+    assert "chat_template.jinja" in message and "--chat-template" in message and TEXT in message

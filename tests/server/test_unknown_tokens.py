@@ -69,7 +69,7 @@ def test_the_bad_prompt_of_several_is_named(server: Server, bad: Any) -> None:
         ("stop", ["a"] * 65, "64"),
         ("stop", "#" * 131_073, "131072 characters, got one of 131073"),
         ("n", 129, "128"),
-        ("method", "m" * 100_000, "100000 characters in all"),
+        ("method", "m" * 100_000, "1024 characters"),
     ],
     ids=["no row", "beyond", "far beyond", "negative", "many ids", "many stops", "long stop", "many outputs", "long name"],
 )

@@ -1,49 +1,37 @@
-"""Data sets of the Hugging Face Hub as collections of documents, by the optional package `datasets`."""
+"""Data sets of the Hugging Face Hub and Parquet files as collections of documents, by the optional package `datasets`."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from specontext.distill.data.documents import Document
 from specontext.distill.data.encoder import Encoder
 from specontext.distill.data.rows import document
 from specontext.distill.data.source import DataError
+from specontext.hub import HubError, load_parquet, load_split
 
 FORM = "hf:ORGANISATION/NAME, hf:ORGANISATION/NAME:SPLIT or hf:ORGANISATION/NAME:SPLIT:FIELD (NAME/SUBSET for one with subsets)"
 
 
-class HubRows:
-    """The rows of one split, read from the copy on disk that `datasets` keeps.
+class TableRows:
+    """The rows of a table of `datasets`, read from the copy on disk that it keeps.
 
-    Args:
-        spec: `hf:org/name`, `hf:org/name:split` or `hf:org/name:split:field`, the name with a third part `/subset` where the data
-            set has several; the split is `train` where none is given. Rows have the forms that JSONL rows have, or with a
-            field its value is taken: a text, or a list of messages.
+    Rows have the forms that JSONL rows have, or with a field its value is taken: a text, or a list of messages.
 
     Raises:
-        DataError: `datasets` is not installed, the data set cannot be loaded, or has no rows or no such field.
+        DataError: no rows, or no such field.
     """
 
     running = False
 
-    def __init__(self, spec: str, encoder: Encoder) -> None:
-        self.spec, self.encoder = spec, encoder
-        name, split, self.field = parse(spec)
-        try:
-            import datasets
-        except ImportError as error:
-            raise DataError(f'{spec} needs the package datasets: pip install "specontext[datasets]"') from error
-        organisation_name = name.split("/")
-        try:
-            loaded: Any = datasets.load_dataset("/".join(organisation_name[:2]), *organisation_name[2:], split=split)
-        except Exception as error:  # the library and what it calls raise many kinds
-            raise DataError(f"cannot load {spec}: {error}") from error
-        self.rows = loaded
-        if not len(loaded):
-            raise DataError(f"{spec} has no rows")
-        if self.field is not None and self.field not in loaded.column_names:
-            raise DataError(f"{spec} has no field '{self.field}': its fields are {', '.join(loaded.column_names)}")
+    def __init__(self, where: str, table: Any, encoder: Encoder, field: str | None = None) -> None:
+        self.where, self.rows, self.encoder, self.field = where, table, encoder, field
+        if not len(table):
+            raise DataError(f"{where} has no rows")
+        if field is not None and field not in table.column_names:
+            raise DataError(f"{where} has no field '{field}': its fields are {', '.join(table.column_names)}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,11 +42,43 @@ class HubRows:
         Raises:
             DataError: a row of an unknown form; the message names it.
         """
-        row, where = self.rows[number], f"row {number} of {self.spec}"
+        row, where = self.rows[number], f"row {number} of {self.where}"
         if self.field is not None:
             value = row[self.field]
             row = {"messages" if isinstance(value, list) else "text": value}
         return document(row, self.encoder, where)
+
+
+def hub_rows(spec: str, encoder: Encoder) -> TableRows:
+    """The rows of one split of a data set of the Hub, which is downloaded whole.
+
+    Args:
+        spec: `hf:org/name`, `hf:org/name:split` or `hf:org/name:split:field`, the name with a third part `/subset` where the data
+            set has several; the split is `train` where none is given.
+
+    Raises:
+        DataError: `datasets` is not installed, the data set cannot be loaded, or has no rows or no such field.
+    """
+    name, split, field = parse(spec)
+    parts = name.split("/")
+    try:
+        table = load_split("/".join(parts[:2]), parts[2] if len(parts) > 2 else None, split, extra="datasets")
+    except HubError as error:
+        raise DataError(f"cannot load {spec}: {error}") from error
+    return TableRows(spec, table, encoder, field)
+
+
+def parquet_rows(path: Path, encoder: Encoder) -> TableRows:
+    """The rows of a Parquet file.
+
+    Raises:
+        DataError: `datasets` is not installed, or the file cannot be read or has no rows.
+    """
+    try:
+        table = load_parquet(path, extra="datasets")
+    except HubError as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    return TableRows(str(path), table, encoder)
 
 
 def parse(spec: str) -> tuple[str, str, str | None]:

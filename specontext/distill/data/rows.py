@@ -1,4 +1,4 @@
-"""Rows of JSONL files and data sets as documents."""
+"""Rows of JSONL and Parquet files and of data sets as documents."""
 
 from __future__ import annotations
 

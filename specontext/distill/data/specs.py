@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from specontext.distill.data.documents import Documents, Joined, TextFiles
 from specontext.distill.data.encoder import Encoder
-from specontext.distill.data.hub import HubRows
+from specontext.distill.data.hub import hub_rows, parquet_rows
 from specontext.distill.data.jsonl import JsonLines
 from specontext.distill.data.mixing import Evenly
 from specontext.distill.data.source import DataError, Source
@@ -17,7 +17,11 @@ from specontext.distill.data.tasks import TaskSource
 from specontext.distill.data.text import DocumentSource
 from specontext.tasks.training import KINDS
 
-FORMS = "'tasks', 'tasks:KIND,KIND', a text file, a .jsonl file, a directory of these, or hf:ORGANISATION/NAME[:SPLIT[:FIELD]]"
+FORMS = (
+    "'tasks', 'tasks:KIND,KIND', a text file, a .jsonl or .parquet file, a directory of these, or "
+    "hf:ORGANISATION/NAME[/SUBSET][:SPLIT[:FIELD]]"
+)
+_ROWS: dict[str, Callable[[Path, Encoder], Documents]] = {".jsonl": JsonLines, ".parquet": parquet_rows}
 PROBED = 4096  # bytes of a file in a directory that are looked at to tell text from other data
 
 
@@ -31,8 +35,8 @@ def open_sources(
 ) -> Source:
     """The source that draws evenly from everything that `specs` name.
 
-    `tasks` or `tasks:KIND,KIND` are generated problems. A `.jsonl` file has a document in every row (see `rows.document`
-    for the forms), any other file is a text. A directory is all text and JSONL files below it, sorted by path; hidden
+    `tasks` or `tasks:KIND,KIND` are generated problems. A `.jsonl` or `.parquet` file has a document in every row (see
+    `rows.document` for the forms), any other file is a text. A directory is all of these below it, sorted by path; hidden
     files and files that are not text are left out. `hf:org/name:split:field` is a data set of the Hub.
 
     Args:
@@ -66,7 +70,7 @@ def open_documents(spec: str, encoder: Encoder) -> Documents:
     Raises:
         DataError: data that cannot be found or is none.
     """
-    return HubRows(spec, encoder) if spec.startswith("hf:") else _local(Path(spec).expanduser(), encoder)
+    return hub_rows(spec, encoder) if spec.startswith("hf:") else _local(Path(spec).expanduser(), encoder)
 
 
 def _local(path: Path, encoder: Encoder) -> Documents:
@@ -74,23 +78,23 @@ def _local(path: Path, encoder: Encoder) -> Documents:
         return _directory(path, encoder)
     if not path.is_file():
         raise DataError(f"there is no file or directory {path}: give {FORMS}")
-    return JsonLines(path, encoder) if path.suffix == ".jsonl" else TextFiles([path], encoder)
+    return _ROWS[path.suffix](path, encoder) if path.suffix in _ROWS else TextFiles([path], encoder)
 
 
 def _directory(folder: Path, encoder: Encoder) -> Documents:
-    """Text files first, then the rows of JSONL files.
+    """Text files first, then the rows of JSONL and Parquet files.
 
     Raises:
         DataError: there are none.
     """
     visible = [path for path in sorted(folder.rglob("*")) if not any(part[0] == "." for part in path.relative_to(folder).parts)]
     files = [path for path in visible if path.is_file()]
-    texts = [path for path in files if path.suffix != ".jsonl" and is_text(path)]
-    parts: list[Documents] = [JsonLines(path, encoder) for path in files if path.suffix == ".jsonl"]
+    texts = [path for path in files if path.suffix not in _ROWS and is_text(path)]
+    parts: list[Documents] = [_ROWS[path.suffix](path, encoder) for path in files if path.suffix in _ROWS]
     if texts:
         parts.insert(0, TextFiles(texts, encoder))
     if not parts:
-        raise DataError(f"{folder} has no text files and no .jsonl files")
+        raise DataError(f"{folder} has no text files and no .jsonl files, and no .parquet files")
     return parts[0] if len(parts) == 1 else Joined(parts)
 
 

@@ -140,12 +140,14 @@ def measure_drift(
         tick: called after each prompt.
 
     Raises:
-        AnalysisError: an engine whose head reads no features.
+        AnalysisError: an engine whose head reads no features, or one that may capture its steps.
         RequestError: prompt and new tokens are longer than the engine's longest context.
     """
     head, method = llm.engine.parts.head, llm.config
     if head is None or head.config.variant != "features" or method.granularity != "head":
         raise AnalysisError("drift is measured on an engine of method speculative at head level, with a head that reads features")
+    if llm.engine.runner.captures:
+        raise AnalysisError("drift looks into every step, and captured ones cannot be seen: start the engine with enforce_eager")
     assert method.budget is not None
     target = Target(llm.engine.loaded.model, head.config.feature_layers)
     drift = Drift()
@@ -163,7 +165,7 @@ def measure_drift(
             sparse = torch.stack([record.features[place] for place in places])
             distance = feature_distance(sparse, dense[places.start : places.stop], len(head.config.feature_layers))
             rows = torch.arange(places.start, places.stop, device=target.device)[None]
-            until = Observation(*(part[:, : places.stop] for part in (seen.embeddings, seen.features, seen.hidden)))
+            until = Observation(*(part[:, : places.stop] for part in (seen.ids, seen.embeddings, seen.features, seen.hidden)))
             far, always = candidates(rows, places.stop, method.sink, method.recent)
             with torch.no_grad():
                 weights = head_log_weights(head, until, rows, far).exp()

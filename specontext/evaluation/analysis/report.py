@@ -69,7 +69,8 @@ class Analysis:
         settings.check_lengths(shape.max_position)
         longest = min(shape.max_position, max(settings.length or LENGTH, PROGRAM_LENGTH) + settings.drift_tokens)
         full = SpeContextConfig(method="full")
-        llm = LLM(settings.target, None, full, settings.dtype, settings.device, max_num_seqs=1, max_model_len=longest)
+        options: dict[str, Any] = {"max_num_seqs": 1, "max_model_len": longest, "enforce_eager": True}  # drift looks into steps
+        llm = LLM(settings.target, None, full, settings.dtype, settings.device, **options)
         heads = load_heads(settings, shape, llm.engine.device)
         target = Target(llm.engine.loaded.model, feature_layers(heads))
         source = self._open(settings.texts, llm, held_out=True)

@@ -42,7 +42,8 @@ def document(results: Results) -> Document:
     ]
     model, head = results.meta.get("model"), results.meta.get("head")
     title = f"{model}: does it keep its accuracy?" if model and results.rows else f"{model or 'Evaluation'}: what the heads read"
-    said = [f"retrieval head {head}"] if head else []
+    said = [f"weights {results.meta['weights']}"] if results.meta.get("weights") else []
+    said += [f"retrieval head {head}"] if head else []
     said += [f"suite {listed(results.suites)}"] if results.rows else []
     said += [str(results.meta["date"])] if results.meta.get("date") else []
     return Document(title, " · ".join(said), tuple(chapter for chapter in chapters if chapter.parts))

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from specontext.core import SpeContextError
+from specontext.hub import HubError, fetch_file, load_split
 
 SUFFIXES = (".jsonl", ".parquet")
 INSTALL = 'pip install "specontext[eval]"'
-_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<subset>[\w.-]+))?(?::(?P<split>[^/]+))?")
+_HUB_NAME = re.compile(r"(?:hf:)?(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<subset>[\w.-]+))?(?::(?P<split>[^/]+))?")
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair; JSON can write one, UTF-8 cannot
 
 
@@ -193,12 +194,8 @@ class HubData:
             DataFileError: `datasets` is not installed, or the data set cannot be loaded or has no rows.
         """
         try:
-            datasets = importlib.import_module("datasets")
-        except ImportError as error:
-            raise DataFileError(f"the Hub's {self} needs the package datasets: {INSTALL}, or give a local file") from error
-        try:
-            records = datasets.load_dataset(self.name, *([self.subset] if self.subset else []), split=self.split)
-        except Exception as error:  # the library and what it calls raise many kinds
+            records = load_split(self.name, self.subset, self.split, extra="eval")
+        except HubError as error:
             raise DataFileError(f"cannot load {self} from the Hub (and no file of that name is here): {error}") from error
         rows = [Row(record, f"row {number} of {self}") for number, record in enumerate(records, 1)]
         if not rows:
@@ -207,8 +204,39 @@ class HubData:
 
 
 @dataclass(frozen=True)
+class HubArchive:
+    """One data file in a zip archive that a data set of the Hub keeps.
+
+    Attributes:
+        stem: of the data file.
+    """
+
+    name: str
+    archive: str
+    stem: str
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.archive}:{self.stem}"
+
+    def rows(self) -> list[Row]:
+        """All rows; the archive is downloaded unless it is here.
+
+        Raises:
+            DataFileError: it cannot be had, or has no such file.
+        """
+        try:
+            path = fetch_file(self.name, self.archive)
+        except HubError as error:
+            raise DataFileError(f"cannot download {self.archive} of the Hub's {self.name}: {error}") from error
+        found = [file for file in data_files(path) if file.place.stem == self.stem]
+        if len(found) != 1:
+            raise DataFileError(f"{path} has {len(found)} files called {self.stem}, there must be one")
+        return found[0].rows()
+
+
+@dataclass(frozen=True)
 class HubName:
-    """A data set of the Hub, with subset and split where the user gave them: `organisation/name[/subset][:split]`."""
+    """A data set of the Hub, with subset and split where the user gave them: `[hf:]organisation/name[/subset][:split]`."""
 
     name: str
     subset: str | None
@@ -245,6 +273,10 @@ def data_files(path: Path) -> list[DataFile]:
     files: list[DataFile] = []
     for found in paths:
         files += _members(found) if found.suffix == ".zip" else [DataFile(found)]
+    if not files and (path / f"{path.name}.py").is_file():
+        raise DataFileError(
+            f"{path} is kept as a loading script ({path.name}.py), which is not run: give rows as {' or '.join(SUFFIXES)} files"
+        )
     if not files:
         raise DataFileError(f"there is no {' or '.join(SUFFIXES)} file in {path}")
     return files

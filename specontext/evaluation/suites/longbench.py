@@ -1,9 +1,11 @@
 """LongBench and LongBench-E (arXiv 2308.14508), asked and scored as https://github.com/THUDM/LongBench does it.
 
-Data is the Hub's `THUDM/LongBench`, its `data.zip`, or a directory with `NAME.jsonl` files (`NAME_e.jsonl` for LongBench-E), also
-in a folder `data`, or Parquet files in folders NAME. A prompt that is too long for the model loses its middle before the chat
-template is put around it. Upstream also forbids `samsum` to begin with a line break and ends it at the next one; here it is
-written to its full length and its first line counts, which is the same answer unless the model begins with a line break.
+Data is the `data.zip` of the Hub's `zai-org/LongBench`, also under its former name `THUDM/LongBench` (the data set itself is a
+loading script, which `datasets` does not run), a copy on the Hub with the same fields, or a directory with `NAME.jsonl` files
+(`NAME_e.jsonl` for LongBench-E), also in a folder `data`, or Parquet files in folders NAME. A prompt that is too long for the
+model loses its middle before the chat template is put around it. Upstream also forbids `samsum` to begin with a line break and
+ends it at the next one; here it is written to its full length and its first line counts, which is the same answer unless the
+model begins with a line break.
 """
 
 from __future__ import annotations
@@ -12,14 +14,26 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from specontext.evaluation.suites.data_files import DataFile, DataFileError, HubData, HubName, Row, RowSource, data_files, locate
+from specontext.evaluation.suites.data_files import (
+    DataFile,
+    DataFileError,
+    HubArchive,
+    HubData,
+    HubName,
+    Row,
+    RowSource,
+    data_files,
+    locate,
+)
 from specontext.evaluation.suites.data_task import DataTask
 from specontext.evaluation.suites.example import EvalTask, Example, TextTools
 from specontext.evaluation.suites.longbench_metrics import METRICS, NEED_JIEBA, load_jieba
 from specontext.evaluation.suites.longbench_tasks import EVEN_TASKS, TASKS, LongBenchTask
 from specontext.tasks import LengthError
 
-HUB = "THUDM/LongBench"
+HUB = "zai-org/LongBench"
+AUTHORS = (HUB, "THUDM/LongBench")  # one data set
+ARCHIVE = "data.zip"
 # LongBench-E reports means by the row's own length, in words or characters.
 LENGTH_CLASSES = ((4000, "0-4k"), (8000, "4-8k"))
 LAST_CLASS = "8k+"
@@ -148,10 +162,18 @@ def _hub(hub: HubName, names: list[str]) -> dict[str, tuple[RowSource, ...]]:
     if hub.subset is not None and hub.subset not in names:
         raise DataFileError(f"{hub.name} has no task '{hub.subset}' in this suite: choose one of {', '.join(names)}")
     chosen = [hub.subset] if hub.subset else names
+    if hub.name in AUTHORS:
+        if hub.split not in (None, "test"):
+            raise DataFileError(f"{hub.name} has no split '{hub.split}', only 'test'")
+        return {name: (HubArchive(HUB, ARCHIVE, name),) for name in chosen}
     return {name: (HubData(hub.name, name, hub.split or "test"),) for name in chosen}
 
 
 def _name(file: DataFile) -> str:
-    """The task of a file: its own name, or that of its folder for Parquet files called after their split."""
+    """The task of a file: its own name, or that of its folder for Parquet files called after their split or in a folder of it."""
     place: Path = file.place
-    return place.parent.name if place.suffix == ".parquet" and place.stem.startswith("test") else place.stem
+    if place.suffix != ".parquet":
+        return place.stem
+    if place.parent.name == "test":
+        return place.parent.parent.name
+    return place.parent.name if place.stem.startswith("test") else place.stem

@@ -34,9 +34,21 @@ class DataSet:
 
 
 DATA_SETS = {
-    "aime24": DataSet({"HuggingFaceH4/aime_2024": ((None,), "train"), "Maxwell-Jia/AIME_2024": ((None,), "train")}, 32768),
+    "aime24": DataSet(
+        {
+            "HuggingFaceH4/aime_2024": ((None,), "train"),
+            "Maxwell-Jia/AIME_2024": ((None,), "train"),
+            "math-ai/aime24": ((None,), "test"),
+        },
+        32768,
+    ),
     "aime25": DataSet(
-        {"math-ai/aime25": ((None,), "test"), "opencompass/AIME2025": (("AIME2025-I", "AIME2025-II"), "test")}, 32768
+        {
+            "math-ai/aime25": ((None,), "test"),
+            "opencompass/AIME2025": (("AIME2025-I", "AIME2025-II"), "test"),
+            "yentinglin/aime_2025": (("default",), "train"),
+        },
+        32768,
     ),
     "math500": DataSet({"HuggingFaceH4/MATH-500": ((None,), "test")}, 16384),
     "gsm8k": DataSet({"openai/gsm8k": (("main",), "test")}, 4096),
@@ -111,8 +123,8 @@ def _local(path: Path) -> tuple[RowSource, ...]:
 
 
 def _is_test(file: DataFile) -> bool:
-    return file.place.stem.startswith("test")
+    return file.place.stem.startswith("test") or file.place.parent.name == "test"
 
 
 def _is_main(file: DataFile) -> bool:
-    return file.place.parent.name == "main"
+    return "main" in (file.place.parent.name, file.place.parent.parent.name)

@@ -116,7 +116,12 @@ class _Validation:
             "settings": {name: value for name, value in asdict(settings).items() if name != "out"},
             **environment(self.loaded.model.device),
             "host": machine(self.loaded.model.device),
-            "model": {"name": settings.model, "longest": most, "dtype": str(shape.dtype).removeprefix("torch.")},
+            "model": {
+                "name": settings.model,
+                "longest": most,
+                "dtype": str(shape.dtype).removeprefix("torch."),
+                "weights": self.loaded.weights_note,
+            },
             "longest_context": self.longest,
             "lengths": self.lengths,
             "too_long": [length for length in settings.lengths if length > most],

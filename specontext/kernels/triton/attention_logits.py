@@ -16,7 +16,7 @@ from torch import Tensor
 from specontext.kernels.triton.sparse_attention import tile_shape
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "rows_r", "rows_h"])
 def _logits(
     query_ptr,  # [R, Hq, D]
     arena_ptr,  # [N, 2, D]

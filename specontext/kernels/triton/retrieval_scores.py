@@ -29,7 +29,7 @@ LEAST = tl.constexpr(-3.0e38)
 TINY = tl.constexpr(1.0e-37)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "span", "chunks"])
 def _chunk_logits(
     query,
     keys,
@@ -100,7 +100,7 @@ def _chunk_logits(
     tl.store(lse + (first_head + head) * chunks + chunk, best + tl.log2(tl.maximum(whole, TINY)), mask=head < HEADS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "chunks", "steps"])
 def _group_weights(
     logits,
     lse,

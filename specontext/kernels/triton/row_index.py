@@ -49,7 +49,7 @@ def selected_rows(
     return rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "seat_count", "token_width", "slot_width"])
 def _rows(
     tokens, slots, token_pages, slot_pages, resident, seats, head_map, rows,
     requests, groups, width, seat_count, token_width, slot_width,

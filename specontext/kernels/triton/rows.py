@@ -244,7 +244,7 @@ def _row_of(pages, entry, head, live, PAGE: tl.constexpr, HEADS: tl.constexpr):
     return (page * PAGE + entry % PAGE) * HEADS + head
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["items", "splits", "requests", "seat_count", "source_width", "target_width"])
 def _gather_layers(
     source, target, source_pages, target_pages, layers, seats, head_map, resident, tokens, slots, misses, counts,
     items, splits, requests, groups, width, seat_count, source_width, target_width,
@@ -285,7 +285,7 @@ def _read(new, token, head, token_stride, head_stride, live, DIM: tl.constexpr, 
     return tl.load(new + (token * token_stride + head * head_stride)[:, None] + column, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _append(
     arena, rows, key, value, count, key_token, key_head, value_token, value_head,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -299,7 +299,7 @@ def _append(
     _write(arena, row, new_key, new_value, live, DIM, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "page_width"])
 def _append_to_pages(
     pool, pages, seats, positions, key, value,
     count, page_width, key_token, key_head, value_token, value_head,
@@ -316,7 +316,7 @@ def _append_to_pages(
     _write(pool, row, new_key, new_value, live, DIM, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "host_width", "token_width", "slot_width", "sink", "recent"])
 def _append_to_tier(
     host, arena, host_pages, token_pages, slot_pages, resident, seats, positions, lengths, key, value,
     count, host_width, token_width, slot_width, key_token, key_head, value_token, value_head, sink, recent,

@@ -26,7 +26,7 @@ LEAST_ROWS = 32  # entries of the smallest split
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "splits"])
 def _attend(
     query_ptr,  # [R, Hq, D]
     arena_ptr,  # [N, 2, D]
@@ -113,7 +113,7 @@ def _attend(
     tl.store(output_ptr + place[:, None] * DIM + dim[None, :], result, mask=in_group[:, None] & in_dim[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge(
     partial_ptr,  # [R * Hq, splits, D]
     partial_lse_ptr,  # [R * Hq, splits], base 2

@@ -50,7 +50,7 @@ def _leading_digits(counts, k, DIGITS: tl.constexpr):
     return found, room
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "k"])
 def _count_digits(
     scores,
     counts,
@@ -91,7 +91,7 @@ def _count_digits(
         tl.store(reaches + VALUES, above)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "k"])
 def _write_positions(scores, counts, reaches, chosen, span, chunk, parts, k, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     row = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts

@@ -96,7 +96,7 @@ class SpeculativeSelector(Selector):
             self.last_feature.index_copy_(0, batch.seats[batch.last_tokens], features[batch.last_tokens])
 
     def _embed(self, token_ids: Tensor) -> Tensor:
-        return self.embedding(token_ids).to(self.cache.keys.dtype)
+        return self.head.embedded(token_ids, self.embedding).to(self.cache.keys.dtype)
 
     def selection_bytes(self, step: DecodeTokens) -> Tensor:
         """The head's keys of the whole context."""

@@ -4,44 +4,66 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from specontext.server.protocol.bounds import MOST_MESSAGES, Metadata, Name, Variables, check_messages
 from specontext.server.protocol.common import Body, SamplingBody, Usage, unsupported
 
 
+def _check_kind(value: Any) -> Any:
+    if isinstance(value, str) and value != "text":
+        raise ValueError(f"content of type '{value[:50]}' is not supported: only 'text' is")
+    return value
+
+
 class TextPart(Body):
-    type: Literal["text"]
+    type: Annotated[Literal["text"], BeforeValidator(_check_kind)]
     text: str
 
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None
-    name: str | None = None
-    reasoning_content: str | None = None
+    name: Name | None = Field(None, description="Given to the chat template, which may have no place for it.")
+    reasoning: str | None = None
+    reasoning_content: str | None = Field(None, description="The same as reasoning, by its older name.")
     tool_call_id: unsupported("tools are not implemented") = None  # type: ignore[valid-type]
     tool_calls: unsupported("tools are not implemented", []) = None  # type: ignore[valid-type]
     function_call: unsupported("tools are not implemented") = None  # type: ignore[valid-type]
     refusal: unsupported("the chat template has no place for it", "") = None  # type: ignore[valid-type]
     audio: unsupported("only text is implemented") = None  # type: ignore[valid-type]
+    annotations: unsupported("the chat template has no place for them", []) = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _one_reasoning(self) -> Message:
+        if self.reasoning and self.reasoning_content and self.reasoning != self.reasoning_content:
+            raise ValueError("reasoning and reasoning_content differ: give one of them")
+        return self
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "\n".join(part.text for part in self.content)
+        return self.content or ""
 
     def for_template(self) -> dict[str, Any]:
-        """The message as chat templates expect it: its text in one piece."""
-        content = self.content
-        if isinstance(content, list):
-            content = "\n".join(part.text for part in content)
-        message: dict[str, Any] = {"role": self.role, "content": content or ""}
+        """The message as `ChatTemplate` takes it."""
+        content = [part.model_dump() for part in self.content] if isinstance(self.content, list) else self.content
+        message: dict[str, Any] = {"role": self.role, "content": content}
         message |= {"name": self.name} if self.name is not None else {}
-        return message | ({"reasoning_content": self.reasoning_content} if self.reasoning_content is not None else {})
+        reasoning = self.reasoning_content or self.reasoning
+        return message | ({"reasoning_content": reasoning} if reasoning is not None else {})
 
 
 class TemplateBody(Body):
     """Fields that say how messages become a prompt."""
 
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+    messages: Annotated[
+        list[Message], Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES), BeforeValidator(check_messages)
+    ]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Variables | None = None
     tools: unsupported("tools are not implemented", []) = None  # type: ignore[valid-type]
 
     @model_validator(mode="after")
@@ -55,9 +77,9 @@ class ChatRequest(SamplingBody, TemplateBody):
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**63)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, lt=2**63)
-    metadata: dict[str, str] | None = Field(None, description="Accepted for compatibility; changes nothing.")
-    safety_identifier: str | None = Field(None, description="Accepted for compatibility; changes nothing.")
-    prompt_cache_key: str | None = Field(None, description="Accepted for compatibility; changes nothing.")
+    metadata: Metadata | None = Field(None, description="Accepted for compatibility; changes nothing.")
+    safety_identifier: Name | None = Field(None, description="Accepted for compatibility; changes nothing.")
+    prompt_cache_key: Name | None = Field(None, description="Accepted for compatibility; changes nothing.")
     parallel_tool_calls: bool | None = Field(None, description="Without tools it changes nothing.")
     service_tier: unsupported("there is one tier", "auto", "default") = None  # type: ignore[valid-type]
     store: unsupported("nothing is stored", False) = None  # type: ignore[valid-type]
@@ -91,6 +113,7 @@ class ChatLogprobs(BaseModel):
 class ChatMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str | None
+    reasoning: str | None = None
     reasoning_content: str | None = None
     refusal: None = None
 

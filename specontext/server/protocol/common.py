@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from specontext.core import MOST_STOP_TOKENS, MOST_STOPS
-
-MOST_OUTPUTS = 128  # of one prompt, as OpenAI has it
+from specontext.server.protocol.bounds import MOST_OUTPUTS, Name
 
 
 class Body(BaseModel):
     """A request's body: types are not converted, unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, value: Any) -> Any:
+        """Of the fields that nobody knows keep only the first: each of them would become an error."""
+        if not isinstance(value, dict) or len(value) <= len(cls.model_fields):
+            return value
+        first = next(name for name in value if name not in cls.model_fields)
+        return {name: item for name, item in value.items() if name in cls.model_fields or name == first}
 
 
 def unsupported(reason: str, *neutral: Any) -> Any:
@@ -31,18 +39,21 @@ def unsupported(reason: str, *neutral: Any) -> Any:
 
 class StreamOptions(Body):
     include_usage: bool = False
+    include_obfuscation: bool = Field(
+        False, description="Pad events to multiples of 64 bytes, so that their lengths tell little. Off unless asked for."
+    )
 
 
 class SamplingBody(Body):
     """Fields that both kinds of completion take; None is the default of the model or of `SamplingParams`."""
 
-    model: str | None = Field(None, description="One of the names that /v1/models lists.")
+    model: Name | None = Field(None, description="One of the names that /v1/models lists.")
     n: int | None = Field(None, ge=1, le=MOST_OUTPUTS)
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**63, description="-1 and 0 are no restriction.")
     min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="-1 is none, as for vLLM.")
     stop: str | Annotated[list[str], Field(fail_fast=True, max_length=MOST_STOPS)] | None = None
     stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=MOST_STOP_TOKENS)] | None = None
     ignore_eos: bool = False
@@ -53,20 +64,34 @@ class SamplingBody(Body):
     repetition_penalty: float | None = Field(None, gt=0)
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    method: str | None = Field(None, description="Selection method, among those that the server allows. Default: the server's.")
+    method: Name | None = Field(None, description="Selection method, among those that the server allows. Default: the server's.")
     budget: int | None = Field(None, ge=1, lt=2**63, description="KV entries to read, up to the server's budget, its default.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Accepted for compatibility; changes nothing.")
+    user: Name | None = Field(None, description="Accepted for compatibility; changes nothing.")
     logit_bias: unsupported("a bias on logits is not implemented", {}) = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> SamplingBody:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options are for streams only: leave them out, or set stream to true")
+        return self
 
     @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def wants_obfuscation(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_obfuscation
+
 
 class PromptTokensDetails(BaseModel):
     cached_tokens: int = 0
+
+
+class CompletionTokensDetails(BaseModel):
+    reasoning_tokens: int = 0
 
 
 class Usage(BaseModel):
@@ -76,6 +101,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: CompletionTokensDetails | None = Field(None, description="With a reasoning parser.")
     specontext: dict[str, Any] | None = Field(
         None, description="Statistics of the request: settings, tokens read, bytes loaded, overlap, hit rate, times."
     )

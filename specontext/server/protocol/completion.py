@@ -6,9 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
+from specontext.server.protocol.bounds import MOST_PROMPTS
 from specontext.server.protocol.common import SamplingBody, Usage, unsupported
-
-MOST_PROMPTS = 512
 
 
 def _check_prompt(value: Any) -> Any:

@@ -6,19 +6,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag
 
+from specontext.server.protocol.bounds import Name
 from specontext.server.protocol.chat import TemplateBody
 from specontext.server.protocol.common import Body
 
 
 class TokenizeText(Body):
     prompt: str
-    model: str | None = None
+    model: Name | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
 
 class TokenizeChat(TemplateBody):
-    model: str | None = None
+    model: Name | None = None
     add_special_tokens: bool = Field(False, description="The chat template adds the special tokens.")
     return_token_strs: bool = False
 
@@ -42,7 +43,7 @@ class TokenizeResponse(BaseModel):
 
 class DetokenizeRequest(Body):
     tokens: Annotated[list[int], Field(fail_fast=True)]
-    model: str | None = None
+    model: Name | None = None
 
 
 class DetokenizeResponse(BaseModel):
@@ -55,6 +56,7 @@ class Model(BaseModel):
     created: int
     owned_by: str
     root: str
+    weights: str | None = Field(default=None, description="What was done to the weights, such as 'dequantised from Q4_1'.")
     parent: None = None
     max_model_len: int
 

@@ -10,53 +10,52 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from specontext.core import Thinking
 from specontext.engine.request_stream import Delta, RequestStream
+from specontext.server.bounded_body import BoundedRoute
 from specontext.server.context import note, state_of
 from specontext.server.logprobs import chat_logprobs
+from specontext.server.prompts import ChatPrompt
 from specontext.server.protocol.chat import ChatChoice, ChatMessage, ChatRequest, ChatResponse
 from specontext.server.protocol.common import COMPLETION_RESPONSES
-from specontext.server.reasoning import Pieces, ReasoningParser, starts_inside
 from specontext.server.sampling import chat_params
 from specontext.server.state import ServerState
 from specontext.server.streaming import EventStream, event, unless_client_leaves
 from specontext.server.usage import make_usage
 
-router = APIRouter()
-
-_PROMPT_END = 32  # tokens at the end of a prompt in which a reasoning mark is looked for
+router = APIRouter(route_class=BoundedRoute)
 
 
 @dataclass
 class Choice:
     """What one output has come to."""
 
-    parser: ReasoningParser | None
     reasoning: list[str] = field(default_factory=list)
     content: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     tables: list[dict[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
     stats: dict[str, Any] = field(default_factory=dict)
+    reasoning_tokens: int = 0
 
-    def add(self, delta: Delta, *, keep: bool) -> Pieces:
+    def add(self, delta: Delta, *, keep: bool) -> None:
         """Take a delta, and keep its text and log-probabilities where the whole will be asked for."""
-        last = delta.finish_reason is not None
-        pieces = self.parser.feed(delta.text, last=last) if self.parser is not None else Pieces("", delta.text)
+        self.reasoning_tokens = delta.reasoning_tokens
         if keep:
-            self.reasoning.append(pieces.reasoning)
-            self.content.append(pieces.content)
+            self.reasoning.append(delta.reasoning)
+            self.content.append(delta.text)
             self.token_ids += delta.token_ids
             self.tables += delta.logprobs or []
-        if last:
+        if delta.finish_reason is not None:
             self.finish_reason, self.stats = delta.finish_reason, delta.stats or {}
-        return pieces
 
 
 class Chat:
     """One chat request on its way through the engine."""
 
-    def __init__(self, state: ServerState, body: ChatRequest, stream: RequestStream, choices: list[Choice]) -> None:
-        self.state, self.body, self.stream, self.choices = state, body, stream, choices
+    def __init__(self, state: ServerState, body: ChatRequest, stream: RequestStream) -> None:
+        self.state, self.body, self.stream = state, body, stream
+        self.choices = [Choice() for _ in range(stream.count)]
         self.id, self.created = f"chatcmpl-{stream.request_id}", int(time.time())
         self.completion_tokens = 0
 
@@ -69,8 +68,8 @@ class Chat:
         self._note(request)
         choices = []
         for index, choice in enumerate(self.choices):
-            reasoning = "".join(choice.reasoning)
-            message = ChatMessage(content="".join(choice.content), reasoning_content=reasoning or None)
+            reasoning = "".join(choice.reasoning) or None
+            message = ChatMessage(content="".join(choice.content), reasoning=reasoning, reasoning_content=reasoning)
             logprobs = self._logprobs(choice.token_ids, choice.tables)
             choices.append(
                 ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=choice.finish_reason or "stop")
@@ -89,8 +88,9 @@ class Chat:
 
     def _delta_event(self, delta: Delta) -> bytes:
         self.completion_tokens += len(delta.token_ids)
-        pieces = self.choices[delta.index].add(delta, keep=False)
-        message = {name: text for name, text in (("reasoning_content", pieces.reasoning), ("content", pieces.content)) if text}
+        self.choices[delta.index].add(delta, keep=False)
+        texts = {"reasoning": delta.reasoning, "reasoning_content": delta.reasoning, "content": delta.text}
+        message = {name: text for name, text in texts.items() if text}
         logprobs = self._logprobs(delta.token_ids, delta.logprobs) if delta.logprobs else None
         if not message and logprobs is None and delta.finish_reason is None:
             return b""
@@ -98,7 +98,8 @@ class Chat:
 
     def _event(self, index: int, delta: dict[str, str], logprobs: Any = None, finish_reason: str | None = None) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return event(self._head() | {"choices": [choice]} | ({"usage": None} if self.body.wants_usage else {}))
+        usage = {"usage": None} if self.body.wants_usage else {}
+        return event(self._head() | {"choices": [choice]} | usage, obfuscate=self.body.wants_obfuscation)
 
     def _head(self) -> dict[str, Any]:
         return {"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.state.model}
@@ -110,7 +111,8 @@ class Chat:
 
     def _usage(self) -> Any:
         prompt_tokens, stats = sum(map(len, self.stream.prompts)), [choice.stats for choice in self.choices]
-        return make_usage(prompt_tokens, self.completion_tokens, stats, n=len(stats))
+        thought = sum(choice.reasoning_tokens for choice in self.choices) if self.stream.params.thinking is not None else None
+        return make_usage(prompt_tokens, self.completion_tokens, stats, n=len(stats), reasoning_tokens=thought)
 
     def _note(self, request: Request) -> None:
         note(
@@ -121,13 +123,10 @@ class Chat:
         )
 
 
-async def _parsers(state: ServerState, body: ChatRequest, prompt: list[int], count: int) -> list[ReasoningParser | None]:
-    name = state.config.reasoning_parser
-    if name is None:
-        return [None] * count
-    end = await state.encoder.decode(prompt[-_PROMPT_END:])
-    inside = starts_inside(name, end, continued=body.continue_final_message)
-    return [ReasoningParser(inside=inside) for _ in range(count)]
+def _thinking(state: ServerState, body: ChatRequest, prompt: ChatPrompt) -> Thinking | None:
+    if state.reasoning is None:
+        return None
+    return state.reasoning.thinking(prompt.text, continued=body.messages[-1].text if body.continue_final_message else None)
 
 
 @router.post("/v1/chat/completions", response_model=ChatResponse, responses=COMPLETION_RESPONSES)
@@ -138,15 +137,15 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     prompt = await state.encoder.messages(body)
     params = chat_params(
         body,
-        len(prompt),
+        len(prompt.token_ids),
         max_len=state.max_model_len,
         max_logprobs=state.config.max_logprobs,
         defaults=state.defaults,
+        thinking=_thinking(state, body, prompt),
     )
-    choices = [Choice(parser) for parser in await _parsers(state, body, prompt, params.n)]
-    stream = await state.submit(uuid.uuid4().hex, [prompt], params, streaming=bool(body.stream))
+    stream = await state.submit(uuid.uuid4().hex, [prompt.token_ids], params, streaming=bool(body.stream))
     note(request, engine_id=stream.request_id)
-    chat = Chat(state, body, stream, choices)
+    chat = Chat(state, body, stream)
     if body.stream:
         return EventStream(chat.events(request), close=stream.abort)
     try:

@@ -12,9 +12,11 @@ from fastapi import APIRouter, Request, Response
 
 from specontext.engine.llm_engine import which_prompt
 from specontext.engine.request_stream import Delta, RequestStream
+from specontext.server.bounded_body import BoundedRoute
 from specontext.server.context import note, state_of
 from specontext.server.errors import ApiError
 from specontext.server.logprobs import completion_logprobs, echo_logprobs
+from specontext.server.prompts import over_length
 from specontext.server.protocol.common import COMPLETION_RESPONSES
 from specontext.server.protocol.completion import (
     CompletionChoice,
@@ -27,7 +29,7 @@ from specontext.server.state import ServerState
 from specontext.server.streaming import EventStream, event, unless_client_leaves
 from specontext.server.usage import make_usage
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 
 @dataclass
@@ -133,7 +135,8 @@ class Completion:
 
     def _event(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> bytes:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-        return event(self._head() | {"choices": [choice]} | ({"usage": None} if self.body.wants_usage else {}))
+        usage = {"usage": None} if self.body.wants_usage else {}
+        return event(self._head() | {"choices": [choice]} | usage, obfuscate=self.body.wants_obfuscation)
 
     def _head(self) -> dict[str, Any]:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.state.model}
@@ -184,6 +187,10 @@ async def _encode(state: ServerState, body: CompletionRequest) -> list[list[int]
         place = which_prompt(number, len(ids))
         if not prompt:
             raise ApiError(400, f"{place}the prompt is empty: give some text or token ids", param="prompt")
+        if len(prompt) > state.max_model_len:
+            raise over_length(
+                f"{place}the prompt has {len(prompt)} tokens, and the model's context is {state.max_model_len}: shorten it"
+            )
         await state.encoder.check_ids(prompt, "prompt", place)
     return ids
 

@@ -13,7 +13,14 @@ router = APIRouter()
 
 
 def _model(state: ServerState, name: str) -> Model:
-    return Model(id=name, created=int(state.started), owned_by="specontext", root=state.root, max_model_len=state.max_model_len)
+    return Model(
+        id=name,
+        created=int(state.started),
+        owned_by="specontext",
+        root=state.root,
+        weights=state.weights_note,
+        max_model_len=state.max_model_len,
+    )
 
 
 @router.get("/v1/models", responses=ERROR_RESPONSES)

@@ -22,7 +22,6 @@ _PAGE = (Path(__file__).parent.parent / "status.html").read_bytes()
 _MOST_SHOWN = 100  # requests on the status page
 
 
-@router.head("/health", include_in_schema=False)
 @router.get("/health", response_class=PlainTextResponse, responses={503: {"description": "The engine is dead."}})
 async def health(request: Request) -> Response:
     """200 while the engine lives."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
+from specontext.server.bounded_body import BoundedRoute
 from specontext.server.context import state_of
+from specontext.server.prompts import over_length
 from specontext.server.protocol.common import ERROR_RESPONSES
 from specontext.server.protocol.others import (
     DetokenizeRequest,
@@ -14,7 +16,7 @@ from specontext.server.protocol.others import (
     TokenizeResponse,
 )
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 
 
 @router.post("/tokenize", responses=ERROR_RESPONSES)
@@ -23,9 +25,11 @@ async def tokenize(request: Request, body: TokenizeRequest) -> TokenizeResponse:
     state = state_of(request)
     state.check_model(body.model)
     if isinstance(body, TokenizeChat):
-        ids = await state.encoder.messages(body, add_special_tokens=body.add_special_tokens)
+        ids = (await state.encoder.messages(body, add_special_tokens=body.add_special_tokens)).token_ids
     else:
         ids = await state.encoder.text(body.prompt, add_special_tokens=body.add_special_tokens)
+    if body.return_token_strs and len(ids) > state.max_model_len:
+        raise over_length(f"return_token_strs is for at most {state.max_model_len} tokens, and these are {len(ids)}")
     strings = [state.texts.text_of(token) for token in ids] if body.return_token_strs else None
     return TokenizeResponse(count=len(ids), max_model_len=state.max_model_len, tokens=ids, token_strs=strings)
 
@@ -35,4 +39,6 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> DetokenizeRes
     """Text of token ids."""
     state = state_of(request)
     state.check_model(body.model)
+    if len(body.tokens) > state.max_model_len:
+        raise over_length(f"tokens are {len(body.tokens)}, and the model's context is {state.max_model_len}: send fewer")
     return DetokenizeResponse(prompt=await state.encoder.decode(body.tokens))

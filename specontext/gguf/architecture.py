@@ -1,0 +1,194 @@
+"""What a GGUF file's metadata say of the model, as the Hugging Face config of the same model.
+
+llama.cpp's own names on the left, those of transformers on the right. A setting that is not known here is refused: it may change
+what the model computes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specontext.gguf.errors import GGUFError
+from specontext.gguf.reading import GGUFFile
+
+# llama.cpp keeps Mistral's dense models under "llama": without a sliding window they compute the same.
+ARCHITECTURES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+}
+# Query and key rows of these lie in llama.cpp's order, in which a pair that RoPE turns is adjacent.
+INTERLEAVED = {"llama"}
+TENSORS = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+LAYER_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ROPE_FACTORS = "rope_freqs.weight"
+SIZES = {
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "context_length": "max_position_embeddings",
+    "attention.head_count": "num_attention_heads",
+}
+KNOWN = {
+    *SIZES,
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
+    "attention.causal",
+    "expert_count",
+    "expert_used_count",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "rope.scaling.attn_factor",
+    "tensor_data_layout",
+    "vocab_size",
+}
+# Llama 3.1 and its kin: their factors come as a tensor, from which the settings that made it are found again.
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+SPECIAL_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+
+
+def config_of(file: GGUFFile) -> dict[str, Any]:
+    """The values of a Hugging Face `config.json` that describes this model.
+
+    Raises:
+        GGUFError: an architecture or a setting that is not supported.
+    """
+    if file.architecture not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise GGUFError(
+            f"{file.path} holds a model of the architecture '{file.architecture}': of GGUF files, {known} can be loaded; "
+            "take the model's safetensors checkpoint"
+        )
+    _check(file)
+    model_type, name = ARCHITECTURES[file.architecture]
+    heads, width = int(file.need("attention.head_count")), int(file.need("embedding_length"))
+    head_dim = int(file.own("attention.key_length") or width // heads)
+    names = {tensor.name: tensor for tensor in file.tensors}
+    if "token_embd.weight" not in names:
+        raise GGUFError(f"{file.path} is incomplete: it has no token_embd.weight")
+    ids = {key: file.metadata.get(f"tokenizer.ggml.{said}_token_id") for key, said in SPECIAL_IDS.items()}
+    config = {
+        "architectures": [name],
+        "model_type": model_type,
+        **{theirs: int(file.need(ours)) for ours, theirs in SIZES.items()},
+        "num_key_value_heads": int(file.own("attention.head_count_kv") or heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": float(str(np.float32(file.need("attention.layer_norm_rms_epsilon")))),
+        "rope_parameters": _rope(file, head_dim),
+        "vocab_size": names["token_embd.weight"].shape[0],
+        "tie_word_embeddings": "output.weight" not in names,
+        "hidden_act": "silu",
+        **{key: int(value) for key, value in ids.items() if value is not None},
+    }
+    if model_type != "qwen2":
+        config["attention_bias"] = "blk.0.attn_q.bias" in names
+    return config
+
+
+def _check(file: GGUFFile) -> None:
+    """Raises GGUFError for settings that the config cannot say."""
+    prefix = f"{file.architecture}."
+    own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    refused = None
+    if unknown := sorted(set(own) - KNOWN):
+        refused = f"the setting {prefix}{unknown[0]}"
+    elif listed := sorted(key for key, value in own.items() if isinstance(value, list)):
+        refused = f"{prefix}{listed[0]} that differs from layer to layer"
+    elif own.get("expert_count"):
+        refused = "a mixture of experts"
+    elif own.get("attention.sliding_window"):
+        refused = f"a sliding window of {own['attention.sliding_window']} tokens"
+    elif own.get("attention.causal") is False:
+        refused = "attention in both directions"
+    elif own.get("attention.value_length") != own.get("attention.key_length"):
+        refused = "values of another width than keys"
+    if refused:
+        raise GGUFError(f"{file.path} is not supported: it has {refused}; take the model's safetensors checkpoint")
+
+
+def _rope(file: GGUFFile, head_dim: int) -> dict[str, Any]:
+    if (turned := int(file.own("rope.dimension_count") or head_dim)) != head_dim:
+        raise GGUFError(f"{file.path} is not supported: RoPE turns {turned} of {head_dim} dimensions")
+    theta = float(file.own("rope.freq_base") or 10000.0)
+    factors = next((tensor for tensor in file.tensors if tensor.name == ROPE_FACTORS), None)
+    if factors is not None:
+        return {"rope_theta": theta, **_llama3(file, factors.values().ravel(), theta, head_dim)}
+    factor = float(file.own("rope.scaling.factor") or file.own("rope.scale_linear") or 1.0)
+    kind = file.own("rope.scaling.type") or ("linear" if factor != 1 else "none")
+    if kind == "none" or (kind == "linear" and factor == 1):
+        return {"rope_theta": theta, "rope_type": "default"}
+    if kind == "linear":
+        return {"rope_theta": theta, "rope_type": "linear", "factor": factor}
+    if kind == "yarn" and float(file.own("rope.scaling.attn_factor") or 1.0) == 1:
+        before = int(file.need("rope.scaling.original_context_length"))
+        return {"rope_theta": theta, "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": before}
+    raise GGUFError(f"{file.path} is not supported: it uses RoPE scaled by '{kind}'")
+
+
+def _llama3(file: GGUFFile, factors: NDArray[np.float32], theta: float, head_dim: int) -> dict[str, Any]:
+    """The settings of `llama3` RoPE whose divisors of frequencies are `factors` [head_dim / 2]."""
+    if np.allclose(factors, 1):
+        return {"rope_type": "default"}
+    rope: dict[str, Any] = {"rope_type": "llama3", "factor": float(str(factors.max())), **LLAMA3}
+    low, high, before = LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"], LLAMA3["original_max_position_embeddings"]
+    turns = before * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)  # in the length it was trained on
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    made = 1 / ((1 - smooth) / rope["factor"] + smooth)
+    if factors.shape != made.shape or not np.allclose(factors, made, rtol=1e-3):
+        raise GGUFError(f"{file.path} is not supported: its {ROPE_FACTORS} is not the RoPE of Llama 3")
+    return rope
+
+
+def parameter_name(tensor: str) -> str | None:
+    """The name in transformers of a GGUF tensor; None for one that is no parameter there.
+
+    Raises:
+        KeyError: a tensor that no supported model has.
+    """
+    if tensor == ROPE_FACTORS:
+        return None
+    stem, kind = tensor.rsplit(".", 1)
+    if layer := re.fullmatch(r"blk\.(\d+)\.(.+)", stem):
+        return f"model.layers.{layer[1]}.{LAYER_TENSORS[layer[2]]}.{kind}"
+    return f"{TENSORS[stem]}.{kind}"
+
+
+def in_order(file: GGUFFile, tensor: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The rows of a tensor as transformers has them."""
+    part = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(?:weight|bias)", tensor)
+    if file.architecture not in INTERLEAVED or part is None:
+        return values
+    heads = int(file.need("attention.head_count"))
+    if part[1] == "k":
+        heads = int(file.own("attention.head_count_kv") or heads)
+    halves = values.reshape(heads, -1, 2, *values.shape[1:]).swapaxes(1, 2)
+    return np.ascontiguousarray(halves).reshape(values.shape)

@@ -1,0 +1,81 @@
+"""Where converted checkpoints lie: each is made once, whole or not at all, whoever asks for it at the same time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import uuid
+from pathlib import Path
+
+from specontext.gguf.errors import GGUFError
+from specontext.gguf.source import VERSION
+
+VARIABLE = "SPECONTEXT_CACHE"
+HASHED = 2**20  # bytes at a file's begin that go into its key
+
+
+def cache_folder() -> Path:
+    """`$SPECONTEXT_CACHE`, else `specontext` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
+    if own := os.environ.get(VARIABLE):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specontext"
+
+
+def converted(path: Path) -> Path:
+    """The checkpoint directory that a GGUF file was converted into; the first to ask converts.
+
+    A line on standard error says that it is converted, and where to.
+
+    Raises:
+        GGUFError: the file cannot be read or is not supported, or the cache cannot be written.
+    """
+    folder = cache_folder() / "gguf" / f"{path.stem}-{_key(path)}"
+    if folder.is_dir():
+        return folder
+    from filelock import FileLock
+    from safetensors import SafetensorError
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):  # the system lets go of it when its holder dies
+            if folder.is_dir():
+                return folder
+            print(f"converting {path} once, into {folder}", file=sys.stderr, flush=True)
+            for left in folder.parent.glob(f".{folder.name}.*.part"):  # of a conversion that died: nobody else is at it now
+                shutil.rmtree(left, ignore_errors=True)
+            _convert(path, folder)
+    except (OSError, SafetensorError) as error:
+        raise GGUFError(
+            f"the converted checkpoint cannot be written to {folder}: {error}; "
+            f"name a directory with room for it in the environment variable {VARIABLE}"
+        ) from error
+    return folder
+
+
+def _convert(path: Path, folder: Path) -> None:
+    from specontext.gguf.convert import convert
+
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
+    try:
+        draft.mkdir()
+        convert(path, draft)
+        for file in draft.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _key(path: Path) -> str:
+    """Another one for another file: from its size, its time, its metadata, and the version of the converter."""
+    try:
+        facts = path.stat()
+        with path.open("rb") as stream:
+            begin = stream.read(HASHED)
+    except OSError as error:
+        raise GGUFError(f"{path} cannot be read: {error.strerror or error}") from error
+    key = hashlib.sha256(f"{VERSION} {facts.st_size} {facts.st_mtime_ns} ".encode() + begin)
+    return key.hexdigest()[:16]

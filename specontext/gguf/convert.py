@@ -1,0 +1,120 @@
+"""A GGUF file written as an ordinary checkpoint directory: dequantised weights, config, tokenizer, and where they come from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from specontext.gguf.architecture import config_of, in_order, parameter_name
+from specontext.gguf.errors import GGUFError
+from specontext.gguf.reading import GGUFFile, StoredTensor, read_file
+from specontext.gguf.source import SOURCE, VERSION
+from specontext.gguf.tokenizer import tokenizer_of
+
+SHARD = 4 * 2**30  # bytes of weights that are held in memory and lie in one file
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED = torch.bfloat16  # of dequantised numbers
+
+
+def convert(path: Path, folder: Path) -> None:
+    """Write the model in the GGUF file `path` to `folder`, which exists and is empty.
+
+    Raises:
+        GGUFError: a file that cannot be read or is not supported.
+        OSError: `folder` cannot be written.
+        SafetensorError: the same, while weights are written.
+    """
+    file = read_file(path)
+    config = config_of(file)
+    tokenizer, tokenizer_config = tokenizer_of(file)
+    dtype = PLAIN.get(file.format, STORED)
+    names = _names(file, config)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    _write(folder / "config.json", config)
+    ends: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    _write(folder / "generation_config.json", ends)
+    _write(folder / "tokenizer_config.json", tokenizer_config)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_weights(file, names, dtype, folder)
+    _write(folder / SOURCE, _source(file))
+
+
+def _names(file: GGUFFile, config: dict[str, Any]) -> dict[str, StoredTensor]:
+    """The stored tensors by the model's own names; raises GGUFError unless they are exactly the model's."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(config)
+    made = AutoConfig.for_model(values.pop("model_type"), **values)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(made)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    names: dict[str, StoredTensor] = {}
+    for tensor in file.tensors:
+        try:
+            name = parameter_name(tensor.name)
+        except (KeyError, ValueError):
+            name = tensor.name
+        if name is None:
+            continue
+        if shapes.get(name) != tensor.shape:
+            wanted = f"not {list(shapes[name])}" if name in shapes else "which the model does not have"
+            raise GGUFError(f"{file.path} is not supported: it has a tensor {tensor.name} {list(tensor.shape)}, {wanted}")
+        names[name] = tensor
+    if missing := sorted(set(shapes) - set(names)):
+        raise GGUFError(f"{file.path} is incomplete: it has nothing for {missing[0]}" + " and others" * (len(missing) > 1))
+    return names
+
+
+def _write_weights(file: GGUFFile, names: dict[str, StoredTensor], dtype: torch.dtype, folder: Path) -> None:
+    shards = list(_shards(names, dtype))
+    places: dict[str, str] = {}
+    for i, some in enumerate(shards):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        save_file({own: _values(file, names[own], dtype) for own in some}, folder / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(some, name)
+    if len(shards) > 1:
+        total = sum(math.prod(tensor.shape) for tensor in names.values()) * dtype.itemsize
+        _write(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _shards(names: dict[str, StoredTensor], dtype: torch.dtype) -> Iterator[list[str]]:
+    some: list[str] = []
+    size = 0
+    for name, tensor in names.items():
+        bytes_ = math.prod(tensor.shape) * dtype.itemsize
+        if some and size + bytes_ > SHARD:
+            yield some
+            some, size = [], 0
+        some.append(name)
+        size += bytes_
+    yield some
+
+
+def _values(file: GGUFFile, tensor: StoredTensor, dtype: torch.dtype) -> Tensor:
+    values = torch.tensor(in_order(file, tensor.name, tensor.values())).to(dtype)
+    if not torch.isfinite(values).all():
+        raise GGUFError(f"{tensor.name} in {file.path} holds values that are not finite numbers")
+    return values
+
+
+def _source(file: GGUFFile) -> dict[str, Any]:
+    quantised = file.format not in PLAIN
+    general = ("name", "basename", "size_label", "license", "organization")
+    return {
+        "file": file.path.name,
+        "format": file.format,
+        "weights": f"{'dequantised' if quantised else 'converted'} from {file.format}",
+        **{key: file.metadata[f"general.{key}"] for key in general if f"general.{key}" in file.metadata},
+        "converter": VERSION,
+    }
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,208 @@
+"""From the messages of a conversation to a prompt, in the tokenizer's chat template: all their text, or an error that says what.
+
+Templates leave out what they have no place for, without a word: roles they do not know, system messages that are not the first,
+content that comes in another form than they expect. So each conversation is rendered twice: once with a mark in the text of every
+message, which must all come out, and then as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+
+from specontext.core import RequestError
+
+Message = Mapping[str, Any]
+
+_LONGEST_REASON = 400  # characters of a template's own error that are shown; some quote the conversation
+_LONGEST_TAG = 64
+_MARK = re.compile(r"zq[0-9]+(?:m[0-9]+qz|key)")
+
+
+class ChatTemplateError(RequestError):
+    """Messages that the chat template does not take.
+
+    Attributes:
+        message: number of the message at fault, from 0; None where it is not known or is the fault of several.
+    """
+
+    def __init__(self, text: str, message: int | None = None) -> None:
+        super().__init__(text)
+        self.message = message
+
+
+class ChatTemplate:
+    """The chat template of a Hugging Face tokenizer.
+
+    Content may be text, a list of parts `{"type": "text", "text": ...}` or None. It reaches the template as it is if the template
+    takes that, else parts as one text, joined by line ends, or a text as a list of one part. The role `developer` becomes
+    `system` where the template does not speak of developers, or does not take them.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The prompt, which begins with the special tokens that the template writes.
+
+        Args:
+            messages: `role`, `content` and whatever else the template knows.
+            add_generation_prompt: end with what opens an answer of the assistant.
+            continue_final_message: end with the last message, unfinished.
+            variables: of the template.
+
+        Raises:
+            ChatTemplateError: the template raises an error, or leaves the text of a message out.
+        """
+        options = {
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            "continue_final_message": continue_final_message,
+            **variables,
+        }
+        errors: list[Exception] = []
+        left_out: list[int] = []
+        for candidate in self._candidates(messages):
+            try:
+                settled, missing = self._settle(candidate, options)
+                if not missing:
+                    return self._apply(settled, options)
+            except Exception as error:  # a template is a program, and may fail in any way
+                errors.append(error)
+            else:
+                left_out = missing if not left_out or len(missing) < len(left_out) else left_out
+        if left_out:
+            number, role = left_out[0], messages[left_out[0]]["role"]
+            raise ChatTemplateError(
+                f"the chat template leaves out text of message {number}, whose role is '{role}': leave the message out, move its "
+                "text into another one, or use a chat template that has a place for it",
+                number,
+            )
+        # What a template raises itself explains more than what it stumbles over.
+        worst = next((each for each in errors if type(each) is TemplateError), errors[0])
+        reason = str(worst) or type(worst).__name__
+        shown = reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} ..."
+        raise ChatTemplateError(f"the chat template refuses these messages: {shown}") from worst
+
+    def _candidates(self, messages: Sequence[Message]) -> Iterator[list[Message]]:
+        """The conversation in the forms that a template may take, the likeliest one first."""
+        conversations = [list(messages)]
+        if any(message["role"] == "developer" for message in messages):
+            renamed = [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
+            conversations = [list(messages), renamed] if self._speaks_of("developer") else [renamed]
+        for conversation in conversations:
+            sent = [_as_sent(message) for message in conversation]
+            yield sent
+            for form in (_as_text, _as_parts):
+                changed = [form(message) for message in conversation]
+                if changed != sent:
+                    yield changed
+
+    def _speaks_of(self, role: str) -> bool:
+        template = self._tokenizer.chat_template
+        texts = template.values() if isinstance(template, dict) else [template]
+        return any(role in str(text) for text in texts)
+
+    def _settle(self, messages: Sequence[Message], options: Mapping[str, Any]) -> tuple[Sequence[Message], list[int]]:
+        """The messages, those that are left out in another form if that helps, and the numbers of those that still are."""
+        missing = self._missing(messages, options)
+        if not missing:
+            return messages, missing
+        changed = list(messages)
+        for number in missing:
+            other = _as_text if isinstance(messages[number]["content"], list) else _as_parts
+            changed[number] = other(messages[number])
+        try:
+            return changed, self._missing(changed, options)
+        except Exception:  # it was not the form
+            return messages, missing
+
+    def _missing(self, messages: Sequence[Message], options: Mapping[str, Any]) -> list[int]:
+        """Numbers of the messages of which some text is left out, or whose list of parts is written out as such."""
+        marked = [_marked(message, number) for number, message in enumerate(messages)]
+        prompt = self._apply([each.message for each in marked], options)
+        found = set(_MARK.findall(prompt.lower()))  # some templates write in capitals
+        return [number for number, each in enumerate(marked) if not found.issuperset(each.wanted) or each.unwanted in found]
+
+    def _apply(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
+        return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+
+
+class _Marked(NamedTuple):
+    """A message with marks in its text, all of which must come out, and the name of a key of its parts, which must not."""
+
+    message: Message
+    wanted: Sequence[str]
+    unwanted: str
+
+
+def _marked(message: Message, number: int) -> _Marked:
+    wanted: list[str] = []
+    key = f"zq{number}key"
+    # An assistant's text may be thinking or begin with it, which many templates drop from all turns but the last.
+    places_in = _before_last if message["role"] == "assistant" else _inside
+
+    def mark(text: str) -> str:
+        for place in reversed(places_in(text)):
+            wanted.append(f"zq{number}m{len(wanted)}qz")
+            text = text[:place] + wanted[-1] + text[place:]
+        return text
+
+    content = message["content"]
+    marked: Any = (
+        mark(content) if isinstance(content, str) else [{**part, "text": mark(part["text"]), key: 0} for part in content]
+    )
+    return _Marked({**message, "content": marked}, wanted, key)
+
+
+def _inside(text: str) -> tuple[int, ...]:
+    """Two places inside a text, behind its first character or tag and before its last one; none in a blank text.
+
+    Templates look at how a text begins and ends, and often trim it.
+    """
+    begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    if begin >= end:
+        return ()
+    first, last = begin + 1, end - 1
+    if text[begin] == "<" and (close := text.find(">", begin, begin + _LONGEST_TAG)) >= 0:
+        first = close + 1
+    if text[last] == ">" and (start := text.rfind("<", max(begin, end - _LONGEST_TAG), end)) >= 0:
+        last = start
+    return (first, last) if first <= last else (first, first)
+
+
+def _before_last(text: str) -> tuple[int, ...]:
+    """The place before a text's last character, inside a tag if it ends with one; none in a blank text."""
+    end = len(text.rstrip())
+    return (end - 1,) if end else ()
+
+
+def _text_of(message: Message) -> str:
+    content = message["content"]
+    return "\n".join(part["text"] for part in content) if isinstance(content, list) else content or ""
+
+
+def _as_sent(message: Message) -> Message:
+    """The message, with text for content that says nothing."""
+    content = message["content"]
+    says = content and (isinstance(content, str) or any(part["text"] for part in content))
+    return message if says else {**message, "content": ""}
+
+
+def _as_text(message: Message) -> Message:
+    return {**message, "content": _text_of(message)}
+
+
+def _as_parts(message: Message) -> Message:
+    if isinstance(message["content"], list):
+        return message
+    return {**message, "content": [{"type": "text", "text": _text_of(message)}]}

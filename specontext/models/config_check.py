@@ -1,0 +1,206 @@
+"""What a config asks of attention, positions and length that is not computed here: refused by the entry's name, before loading.
+
+Entries that a class of configs declares are what its modelling code computes, and modelling code runs unchanged; of these only
+what lies in the engine's part is judged. Entries that the class does not know were put there by a vendor: the library stores
+them and computes something else, so those that speak of attention, positions or length are refused. Lengths and windows are
+no obstacle up to their own size: see `ModelShape.from_config`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from specontext.core import LENGTHS, ModelShape
+from specontext.locations import ModelError, parts_of
+
+LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # the latter two up to the size of window and chunk
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+# What types of RoPE are computed: "dynamic" and "longrope" are served up to their original length, where they are constant.
+ROPES = {"default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional"}
+SCALING_KEYS = {
+    *("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "finetuned"),
+    *("low_freq_factor", "high_freq_factor", "short_factor", "long_factor"),
+}
+ONES = {"factor", "attn_factor", "extrapolation_factor", "attention_factor"}  # nothing as long as they are 1
+
+# Vendor entries by name. What speaks of attention, positions or length ...
+LENGTH = re.compile(r"window|(^|_)(seq|sequence|context|ctx)(_|$)|^max_\w+_(length|len)$")
+SPEAKS = re.compile(
+    LENGTH.pattern + r"|att(n|ention)|rope|rotary|position|alibi|ntk|logn|yarn|sinks?(_|$)|causal|bidirection|softcap|soft_cap"
+    r"|query_pre|clip_qkv|qk_|_qk|cache_(bits|quant)|cross_layer|kv_shar|(^|_)mla(_|$)"
+)
+# ... and yet says how it is computed or trained, or is told by the shapes of the weights.
+HARMLESS = re.compile(
+    r"drop|flash|sdpa|implementation|backend|kernel|fuse|(sequence|tensor|context)_parallel|(attention|attn|qkv|proj)_(\w+_)?bias$"
+    r"|_in_fp32|upcast|initiali[sz]|_token(_ids?|_index)?$|_ids?$|loss|train|(?<!qk_)layer_?norm|(num|n)_\w*heads?|head_(dim|size|type)"
+    r"|_dtype|max_window_layers|original_max_position|(^|_)new_"
+)
+ON = {
+    "rotary",
+    "use_rotary",
+    "use_rope",
+    "use_rotary_pos_emb",
+    "use_rotary_embeddings",
+    "scale_attn_weights",
+    "is_causal",
+    "causal",
+}
+ORDINARY = {
+    "full",
+    "full_attention",
+    "default",
+    "rope",
+    "rotary",
+    "causal",
+    "gqa",
+    "mha",
+    "mqa",
+    "multihead",
+    "multi_head",
+    "self",
+}
+# Judged elsewhere, for every class.
+JUDGED = {
+    *("max_position_embeddings", "sliding_window", "use_sliding_window", "attention_chunk_size", "dual_chunk_attention_config"),
+    *("layer_types", "kv_lora_rank", "attn_logit_softcapping", "alibi", "is_causal", "causal", "use_bidirectional_attention"),
+    *LENGTHS,
+}
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Raises ModelError, naming the entry, for a config that asks for what this engine does not compute."""
+    name = config.architectures[0] if config.architectures else config.model_type
+    for why in _obstacles(config):
+        raise ModelError(f"{name} is not supported: {why}")
+
+
+def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
+    """Reasons, the plainest first; what is asked later may rely on what was asked before."""
+    if getattr(config, "is_encoder_decoder", False):
+        yield "it is an encoder-decoder"
+    if parts := parts_of(config):
+        yield f"it {parts}"
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - LAYERS:
+        yield f"it uses layers of type {', '.join(sorted(map(str, kinds - LAYERS)))} (layer_types)"
+    if getattr(config, "num_attention_heads", None) is None:
+        yield "it has no attention heads (num_attention_heads)"
+    if getattr(config, "kv_lora_rank", None):
+        yield f"it uses multi-head latent attention (kv_lora_rank {config.kv_lora_rank})"
+    if getattr(config, "attn_logit_softcapping", None):
+        yield f"it uses a soft cap on attention logits (attn_logit_softcapping {config.attn_logit_softcapping})"
+    if config.model_type == "gpt_oss":
+        yield "it uses attention sinks as parameters"
+    if getattr(config, "alibi", False) or _value(getattr(config, "attn_config", None), "alibi"):
+        yield "it uses biases instead of positions (alibi)"
+    if getattr(config, "add_cross_attention", False):
+        yield "it attends to another model (add_cross_attention)"
+    for entry, causal in (("use_bidirectional_attention", False), ("is_causal", True), ("causal", True)):
+        value = getattr(config, entry, None)
+        if value is not None and bool(value) != causal:
+            yield f"its attention is not causal ({entry} {value})"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and (not isinstance(window, int) or window < 0):
+        yield f"its sliding_window is {window!r}, and it should be a number of tokens or null"
+    dual = getattr(config, "dual_chunk_attention_config", None)
+    if dual and not isinstance(_value(dual, "chunk_size"), int):
+        yield f"its dual_chunk_attention_config {_shown(dual)} does not name its chunk_size"
+    yield from _rope_obstacles(config)
+    try:
+        longest = ModelShape.from_config(config).max_position
+    except (AttributeError, TypeError, ZeroDivisionError) as error:
+        yield f"{error}"
+    else:
+        yield from _vendor_obstacles(config, longest)
+
+
+def _value(part: Any, name: str) -> Any:
+    return part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
+
+
+def _rope_obstacles(config: PreTrainedConfig) -> Iterator[str]:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    parts = {entry: part for entry, part in rope.items() if isinstance(part, dict)} or {"": rope}
+    ignored = set(getattr(config, "ignore_keys_at_rope_validation", None) or ())
+    for label, part in parts.items():
+        where = "rope_parameters" + (f" of {label}" if label else "")
+        kind = part.get("rope_type") or part.get("type") or "default"
+        if kind not in ROPES:
+            yield f"it uses RoPE of type {kind} ({where})"
+            continue
+        if (other := part.get("type")) not in (None, kind, "default") and not _mentioned(config, str(other)):
+            yield f"its {where} say both rope_type {kind} and type {other}"
+        known = ROPE_KEYS | ignored | (SCALING_KEYS if kind != "default" else set())
+        for key, value in part.items():
+            if value in (None, False) or key in known or (key in ONES and value == 1):
+                continue
+            if key in SCALING_KEYS or not _mentioned(config, key):
+                yield f"it uses RoPE of type {kind} with {key} {_shown(value)} ({where}), which the library does not compute"
+        share = part.get("partial_rotary_factor")
+        if share not in (None, 1) and kind == "default" and not _mentioned(config, "partial_rotary_factor"):
+            yield f"it turns a share of each head (partial_rotary_factor {share}), which its class does not compute"
+
+
+def _vendor_obstacles(config: PreTrainedConfig, longest: int) -> Iterator[str]:
+    """Entries that the config's class does not know; windows and lengths of at least `longest` tokens leave nothing out."""
+    known = declared(config)
+    rope = getattr(config, "rope_parameters", None) or {}
+    equal = {  # spellings of what RoPE's own entries say
+        **dict.fromkeys(("rotary_pct", "rope_pct", "rope_percent", "rotary_percent"), rope.get("partial_rotary_factor") or 1),
+        **dict.fromkeys(("rotary_emb_base", "rotary_base", "rope_base", "rope_theta"), rope.get("rope_theta")),
+    }
+    for name, value in vars(config).items():
+        if name.startswith("_") or name in known or name in JUDGED or hasattr(type(config), name):
+            continue
+        wanted = name in ON
+        if not (wanted or SPEAKS.search(name.lower())) or (HARMLESS.search(name.lower()) and not wanted):
+            continue
+        off = value is None or (not wanted and (value is False or value == 0 or value in ("", [], {})))
+        if off or (wanted and value is True) or (name in equal and value == equal[name]) or _is_ordinary(value):
+            continue
+        if LENGTH.search(name.lower()) and isinstance(value, int) and not isinstance(value, bool) and value >= longest:
+            continue
+        if "qk" in name and _mentioned(config, r"(q|k|query|key)_(layer)?norm"):
+            continue
+        if not _mentioned(config, re.escape(name)):
+            yield f"its config has {name} {_shown(value)}, which changes attention, positions or length and is not computed here"
+
+
+def _is_ordinary(value: Any) -> bool:
+    """Whether a value names attention as it is everywhere, or is a list of nothing else."""
+    if isinstance(value, str):
+        return value.lower().replace("-", "_") in ORDINARY
+    return isinstance(value, list) and bool(value) and all(part == 1 or _is_ordinary(part) for part in value)
+
+
+def declared(config: PreTrainedConfig) -> set[str]:
+    """Names of the entries that a config's class knows: fields, arguments, what it sets itself, and other names of these."""
+    kind = type(config)
+    names = set(getattr(kind, "__dataclass_fields__", {})) | set(inspect.signature(kind.__init__).parameters)
+    names |= set(config.attribute_map) | set(config.attribute_map.values())
+    try:
+        names |= set(vars(kind()))
+    except Exception:  # a class that cannot be made without arguments; what it declares is known all the same
+        return names
+    return names
+
+
+def _mentioned(config: PreTrainedConfig, pattern: str) -> bool:
+    """Whether the code of a config's class or of its decoder mentions an entry, and so may be trusted to follow it."""
+    kinds: list[type] = [type(config)]
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        found: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        kinds += found if isinstance(found, tuple) else (found,)
+    sources = (inspect.getsource(sys.modules[kind.__module__]) for kind in kinds)
+    return any(re.search(rf"\b{pattern}\b", source) for source in sources)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,154 @@
+"""Weights into a decoder: those of a checkpoint, every one of them and nothing beside, or random ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import logging as transformers_logging
+
+from specontext.checkpoints.quantization import ADVICE
+from specontext.checkpoints.weights import StoredTensor, is_buffer, odd_experts, quantised_numbers, read_headers, weight_files
+from specontext.checkpoints.wording import first_few
+from specontext.locations import ModelError, folder_of, one_sentence
+from specontext.models.attention import ATTENTION_NAME
+
+SCALES = re.compile(r"scale|zero|qweight|g_idx|absmax|quant|packed|amax")  # in the names of what quantised weights come with
+NEXT_TOKENS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+NEXT_TOKEN_PART = re.compile(r"(^|\.)mtp(_\w+)?\.")  # layers that predict further tokens, which no decoder here runs
+
+Tensors = Mapping[str, StoredTensor]
+
+
+def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, options: Mapping[str, Any]) -> PreTrainedModel:
+    """The decoder with the checkpoint's weights.
+
+    Args:
+        options: `trust_remote_code` and `revision`.
+
+    Raises:
+        ModelError: files that are missing or broken, weights in a format that needs more than reading, and tensors that the
+            decoder lacks, does not take or has in another shape; the message names them.
+    """
+    stored: Tensors | None = None
+    if isinstance(source, Path):  # before the long work of reading; a Hub id's files come with it
+        stored = _headers(source, config)
+        _check_numbers(stored)
+    with _no_report(), one_sentence(f"cannot load the model {source}"):
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                attn_implementation=ATTENTION_NAME,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported, and refused below by name
+                **options,
+            )
+        except KeyError as error:
+            if error.args == (ATTENTION_NAME,):  # a class that looks attention up in a list of its own
+                raise ModelError(f"cannot load the model {source}: its attention cannot be exchanged") from error
+            raise
+        except RuntimeError as error:
+            if stored and "CONVERSION" in str(error) and (wrong := odd_experts(stored)):
+                raise ModelError(f"the weights of {source} do not fit together: {first_few(wrong)}") from error
+            raise
+    if stored is None:
+        stored = _headers(folder_of(source, revision=options["revision"]), config)
+        _check_numbers(stored)
+    model, report = loaded
+    _check_report(source, model, report, stored)
+    kept: PreTrainedModel = model
+    return kept
+
+
+def random_model(config: PreTrainedConfig, dtype: str, device: torch.device, options: Mapping[str, Any]) -> PreTrainedModel:
+    """The decoder with random weights, the same every time.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    failed = f"cannot build the model of {config.name_or_path or 'this config'}"
+    devices = [device] if device.type == "cuda" else []
+    with one_sentence(failed), torch.random.fork_rng(devices), torch.device(device):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config,
+            dtype=own if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=ATTENTION_NAME,
+            trust_remote_code=options["trust_remote_code"],
+        )
+    return model
+
+
+def _headers(folder: Path, config: PreTrainedConfig) -> Tensors:
+    named = getattr(config, "transformers_weights", None)
+    return read_headers(weight_files(folder, ModelError, named=named), ModelError)
+
+
+def _check_numbers(stored: Tensors) -> None:
+    """Raises ModelError, naming tensors, where numbers in the files stand for others: 8 or 4 bits, integers, packed ones."""
+    odd = quantised_numbers(stored)
+    if not odd:
+        return
+    name, number = next(iter(odd.items()))
+    beside = [other for other in stored if other not in odd and SCALES.search(other.rpartition(".")[2])]
+    scales = f", with scales such as {first_few(beside)} that would be left out" if beside else ""
+    more = f" and {len(odd) - 1} more tensors" if len(odd) > 1 else ""
+    raise ModelError(
+        f"quantised weights are not supported: {name} ({number}){more} in {stored[name].file} hold no plain floating-point "
+        f"numbers{scales}; {ADVICE}"
+    )
+
+
+def _check_report(source: Path | str, model: PreTrainedModel, report: Mapping[str, Any], stored: Tensors) -> None:
+    """Raises ModelError, naming tensors, unless files and decoder have the same ones in the same shapes."""
+    kind = type(model).__name__
+    mismatched = {name: (list(found), list(asked)) for name, found, asked in sorted(report["mismatched_keys"])}
+    wrong = []
+    if missing := sorted(set(report["missing_keys"]) - mismatched.keys()):  # transformers would put random numbers in their place
+        wrong.append(f"they are incomplete and lack {first_few(missing)}")
+    if mismatched:
+        shown = [f"{name} has shape {found} where the config asks for {asked}" for name, (found, asked) in mismatched.items()]
+        wrong.append(first_few(shown))
+    extra = _not_taken(report["unexpected_keys"], model.config, stored)
+    if extra:
+        wrong.append(f"{first_few(extra)} {'is' if len(extra) == 1 else 'are'} not taken by {kind}")
+    if not wrong:
+        return
+    if any(SCALES.search(name.rpartition(".")[2]) for name in extra):
+        remedy = f"these weights look quantised: {ADVICE}"
+    elif missing and not extra and not mismatched:
+        remedy = "download the checkpoint again, whole"
+    else:
+        remedy = "take the config.json that belongs to these weights, or a checkpoint whose architecture is supported as it is"
+    raise ModelError(f"the weights of {source} do not fit its config: {'; '.join(wrong)}; {remedy}")
+
+
+def _not_taken(names: Iterable[str], config: PreTrainedConfig, stored: Tensors) -> list[str]:
+    """Those of the tensors that the decoder left aside that it should have had."""
+    layers = int(getattr(config, "num_hidden_layers", 0))
+    further = max(int(getattr(config, key, None) or 0) for key in NEXT_TOKENS)
+
+    def predicts_further(name: str) -> bool:
+        number = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        return bool(NEXT_TOKEN_PART.search(name)) or (number is not None and layers <= int(number[1]) < layers + further)
+
+    return sorted(name for name in names if not predicts_further(name) and not is_buffer(name, stored.get(name)))
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Keeps transformers from logging its table of what does not fit, and that it can be ignored: it is refused by name here."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(max(before, transformers_logging.ERROR))
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

@@ -1,0 +1,57 @@
+"""How much a request may bring along: each of these costs time or memory before the engine sees the request."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+MOST_OUTPUTS = 128  # of one prompt, as OpenAI has it
+MOST_PROMPTS = 512
+MOST_MESSAGES = 4096
+MOST_PARTS = 16_384  # of all messages together
+MOST_VARIABLES = 65_536  # characters of a chat template's variables, each value counting as one more
+DEEPEST_VARIABLES = 16  # levels of lists and objects in them
+MOST_METADATA = 16  # entries, keys and values as OpenAI has them
+
+Name = Annotated[str, Field(max_length=1024)]
+
+
+def _check_metadata(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MOST_METADATA:
+        raise ValueError(f"{len(value)} entries are too many: at most {MOST_METADATA}")
+    return value
+
+
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], BeforeValidator(_check_metadata)
+]
+
+
+def check_messages(value: Any) -> Any:
+    """A list of messages, counted before each of them is looked at."""
+    if isinstance(value, list):
+        if len(value) > MOST_MESSAGES:
+            raise ValueError(f"{len(value)} messages are too many: at most {MOST_MESSAGES}")
+        contents = [item.get("content") for item in value if isinstance(item, dict)]
+        parts = sum(len(content) for content in contents if isinstance(content, list))
+        if parts > MOST_PARTS:
+            raise ValueError(f"their contents have {parts} parts in all, which are too many: at most {MOST_PARTS}")
+    return value
+
+
+def _check_variables(value: Any) -> Any:
+    size, waiting = 0, [(value, 0)]
+    while waiting:
+        item, depth = waiting.pop()
+        if depth > DEEPEST_VARIABLES:
+            raise ValueError(f"it is nested too deeply: at most {DEEPEST_VARIABLES} levels")
+        size += 1 + (len(item) if isinstance(item, str | list) else sum(map(len, item)) if isinstance(item, dict) else 0)
+        if size > MOST_VARIABLES:
+            raise ValueError(f"it is too large: at most {MOST_VARIABLES} characters and values in all")
+        inner = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+        waiting += [(one, depth + 1) for one in inner]
+    return value
+
+
+Variables = Annotated[dict[str, Any], BeforeValidator(_check_variables)]

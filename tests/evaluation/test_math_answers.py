@@ -1,0 +1,91 @@
+"""Answers to mathematics problems are compared by value, whatever their spelling."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specontext.evaluation.suites.math_answers import equivalent, exact_number
+from specontext.evaluation.suites.math_values import Unreadable, proportion, value
+from tests.evaluation.answer_pairs import DIFFERENT, SAME
+
+SEPARATORS = (",", "{,}", r",\!", r",\! ", r"{,}\!", r"\,", r"\;", r"\ ", "~", " ", "\u202f", "'", ", ")
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_the_same_value_in_other_words(kind: str) -> None:
+    missed = [(a, b) for a, b in SAME[kind] if not (equivalent(a, b) and equivalent(b, a))]
+    assert not missed
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_other_values(kind: str) -> None:
+    taken = [(a, b) for a, b in DIFFERENT[kind] if equivalent(a, b) or equivalent(b, a)]
+    assert not taken
+
+
+def test_every_answer_is_itself_in_any_wrapping() -> None:
+    answers = {answer for pairs in SAME.values() for pair in pairs for answer in pair}
+    for wrapping in ("{}", "${}$", "\\boxed{{{}}}", " {} "):
+        assert not [answer for answer in answers if not equivalent(wrapping.format(answer), answer)], wrapping
+
+
+def test_answers_of_different_kinds_are_different() -> None:
+    """One answer of each kind, against all others."""
+    ones = [
+        "7",
+        r"\frac{1}{7}",
+        "(1,7)",
+        "[1,7]",
+        "1, 7",
+        r"\{1,7,8\}",
+        r"\sqrt{7}",
+        "7i",
+        "x^7",
+        "x > 7",
+        "7_8",
+        "x^2=y^7",
+        r"\sin 7",
+    ]
+    assert not [(a, b) for n, a in enumerate(ones) for b in ones[:n] if equivalent(a, b)]
+
+
+@given(st.fractions(), st.fractions())
+def test_fractions_are_equal_where_their_numbers_are(first: Fraction, second: Fraction) -> None:
+    written = rf"\frac{{{first.numerator}}}{{{first.denominator}}}"
+    assert exact_number(written) == first
+    assert equivalent(written, f"{second.numerator}/{second.denominator}") == (first == second)
+
+
+@given(
+    st.integers(1000, 10**15),
+    st.sampled_from([",", "{,}", r",\!", r",\! ", r"{,}\!", r"\,", r"\;", r"\ ", "~", " ", "\u202f", "'", ", "]),
+)
+def test_thousands_may_be_separated_in_any_way(number: int, separator: str) -> None:
+    written = f"{number:,}".replace(",", separator)
+    assert equivalent(written, str(number)) and equivalent(written, f"{number:,}")
+    assert not equivalent(written, str(number + 1)) and not equivalent(written, f"{number // 10}")
+
+
+@given(st.text(alphabet=r"0123456789.,/+-*^(){}[]\ xyie&_$%=<>|!:;~" + "π√±", max_size=40))
+def test_any_answer_can_be_compared(answer: str) -> None:
+    assert equivalent(answer, answer) or not answer.strip(" $%\\.{}[]()*,;:~_^&")
+    equivalent(answer, r"\frac{1}{2}")
+
+
+@pytest.mark.parametrize(
+    "formula",
+    ["9^{9^{9}}", "(" * 100 + "1" + ")" * 100, "1/0", "", "2 3", r"\foo x", "x" * 1001, r"\sqrt[x]{2}", "(-1)!", "201!"],
+)
+def test_formulas_without_a_value_are_refused(formula: str) -> None:
+    with pytest.raises(Unreadable):
+        value(formula)
+
+
+def test_proportions() -> None:
+    assert proportion("2x+4y", "x+2y") == pytest.approx(2)
+    assert proportion("x-y", "y-x") == pytest.approx(-1)
+    assert proportion("x+y", "x-y") == 0 and proportion("2", "3") is None and proportion("x", r"\foo") is None

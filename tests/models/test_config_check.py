@@ -1,0 +1,314 @@
+"""What a config says of attention, positions and length: followed, refused by name, or a bound of the context."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BloomConfig,
+    DeepseekV3Config,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    T5Config,
+)
+
+from specontext import LLM, SamplingParams, SpeContextConfig
+from specontext.cli.planned import find_facts
+from specontext.config import ConfigError
+from specontext.core import ModelShape, RequestError
+from specontext.locations import ModelError, shape_of
+from specontext.models.config_check import check_supported
+
+SIZES = {
+    "vocab_size": 1839,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+FULL = SpeContextConfig(method="full")
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[..., PreTrainedConfig]:
+    """read(model_type, entries): the config, as it is read from a file that has these entries too."""
+
+    def written(model_type: str, **entries: Any) -> PreTrainedConfig:
+        values = SIZES | {"model_type": model_type, "architectures": ["SomeModel"]} | entries
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        config: PreTrainedConfig = AutoConfig.from_pretrained(tmp_path)
+        return config
+
+    return written
+
+
+def rope(kind: str, **more: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0} | more
+
+
+@pytest.mark.parametrize(
+    ("config", "feature"),
+    [
+        (Gemma2Config(), "uses a soft cap on attention logits .attn_logit_softcapping 50"),
+        (GptOssConfig(), "uses attention sinks"),
+        (DeepseekV3Config(), "uses multi-head latent attention .kv_lora_rank 512"),
+        (T5Config(), "is an encoder-decoder"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, PreTrainedConfig) else "",
+)
+def test_unsupported_attention_is_refused_by_name(config: PreTrainedConfig, feature: str) -> None:
+    config.architectures = ["SomeModel"]
+    with pytest.raises(ModelError, match=rf"SomeModel is not supported: it {feature}"):
+        check_supported(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(),
+        MistralConfig(sliding_window=None),
+        Qwen2Config(),  # names a window, and does not use it
+        Qwen3Config(),
+        LlamaConfig(rope_parameters=rope("linear")),
+        LlamaConfig(rope_parameters=rope("yarn", original_max_position_embeddings=64)),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_plain_decoders_are_accepted(config: PreTrainedConfig) -> None:
+    check_supported(config)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "llava", "qwen2_vl", "mistral3", "llama4"])
+def test_several_models_in_one_are_refused_as_such(
+    model_type: str, read: Callable[..., PreTrainedConfig], tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=r"it is made of several models .text_config, vision_config., and only decoders of text"):
+        check_supported(read(model_type))
+    with pytest.raises(ModelError, match="it is made of several models"):
+        shape_of(tmp_path)
+
+
+# Vendor entries -------------------------------------------------------------------------------------------------------
+
+REFUSED: list[dict[str, Any]] = [
+    {"use_logn_attn": True},
+    {"use_dynamic_ntk": True},
+    {"no_rope_layers": [0, 1, 1, 1]},
+    {"query_pre_attn_scalar": 16},
+    {"use_qk_norm": True},
+    {"qk_layernorm": True},
+    {"attn_logit_softcapping": 50.0},
+    {"final_logit_softcapping": 30.0},
+    {"alibi": True},
+    {"position_embedding_type": "alibi"},
+    {"attention_type": "local"},
+    {"attention_multiplier": 0.5},
+    {"attention_sinks": 4},
+    {"attention_sink_size": 4},
+    {"attention_window": 64},
+    {"window_size": [64, 0]},
+    {"sparse_attention_config": {"block": 64}},
+    {"dual_chunk_attention_config": {"mode": 1}},
+    {"use_cache_quantization": True},
+    {"rope_interleaved": True},
+    {"rope_ratio": 4},
+    {"rotary_pct": 0.25},
+    {"rotary_emb_base": 1e6},
+    {"partial_rotary_factor": 0.5},
+    {"use_rope": False},
+    {"scale_attn_weights": False},
+    {"use_mrope": True},
+    {"is_causal": False},
+    {"use_bidirectional_attention": True},
+    {"kv_lora_rank": 32},
+    {"cross_layer_attention": True},
+    {"max_input_length": 64},
+    {"sliding_window": -1},
+    {"layer_types": ["linear_attention"] * 4},
+    {"rope_scaling": {"type": "su", "factor": 2.0}},
+    {"rope_scaling": {"type": "ntk", "factor": 2.0}},
+    {"rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 4]}},
+    {"rope_scaling": {"rope_type": "default", "type": "mrope", "mrope_section": [2, 2, 4]}},
+    {"rope_scaling": {"factor": 2.0}},
+    {"rope_scaling": {"name": "yarn", "factor": 2.0}},
+    {"rope_scaling": {"type": "yarn", "factor": 2.0, "attn_factor": 2.0}},
+    {"rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 1000}},
+]
+
+
+@pytest.mark.parametrize("entries", REFUSED, ids=str)
+def test_entries_that_are_not_followed_are_refused_by_name(
+    entries: dict[str, Any], read: Callable[..., PreTrainedConfig]
+) -> None:
+    (name,) = entries
+    said = "rope_parameters" if name == "rope_scaling" else name
+    with pytest.raises(ModelError, match=rf"SomeModel is not supported: .*{said}"):
+        check_supported(read("llama", **entries))
+
+
+HARMLESS: list[tuple[str, dict[str, Any]]] = [
+    (
+        "llama",
+        {"torch_dtype": "float32", "auto_map": {}, "pretraining_tp": 2, "transformers_version": "4.1", "unsloth_version": "1"},
+    ),
+    ("llama", {"_name_or_path": "x", "attention_dropout": 0.1, "attn_implementation": "sdpa", "use_flash_attn": True}),
+    ("llama", {"task_specific_params": {"text": 1}, "max_length": 20, "sequence_parallel": True, "output_attentions": False}),
+    (
+        "llama",
+        {"use_logn_attn": False, "use_dynamic_ntk": False, "attention_sinks": 0, "use_mrope": False, "rope_interleaved": False},
+    ),
+    ("llama", {"rope_theta": 1e6, "rotary_emb_base": 1e6, "rotary_pct": 1.0, "position_embedding_type": "rope"}),
+    ("llama", {"attention_window": 512, "train_seq_len": 64, "attention_type": "gqa", "attention_bias": True}),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0, "attn_factor": 1.0, "finetuned": True}}),
+    ("gptj", {"rotary": True, "rotary_dim": 8, "scale_attn_weights": True}),
+    ("gpt_neox", {"rotary_pct": 0.25, "rotary_emb_base": 10000, "use_parallel_residual": True}),
+    ("stablelm", {"rope_pct": 0.25, "qk_layernorm": False}),
+    ("glm", {"head_dim": 16, "partial_rotary_factor": 0.5}),
+    ("minimax_m2", {"rotary_dim": 8, "attn_type_list": [1, 1], "qk_norm_type": "per_layer", "use_qk_norm": True}),
+    (
+        "hunyuan_v1_dense",
+        {
+            "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "mscale": 1.0},
+            "use_qk_norm": True,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("model_type", "entries"), HARMLESS, ids=str)
+def test_what_does_not_change_attention_is_no_obstacle(
+    model_type: str, entries: dict[str, Any], read: Callable[..., PreTrainedConfig]
+) -> None:
+    check_supported(read(model_type, **entries))
+
+
+# Lengths --------------------------------------------------------------------------------------------------------------
+
+ORIGINAL = {"original_max_position_embeddings": 128}
+FACTORS = {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+LENGTHS: list[tuple[str, dict[str, Any], int, str]] = [
+    ("llama", {}, 512, ""),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 4}}, 2048, ""),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, 2048, ""),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.5, "original_max_position_embeddings": 512}}, 1280, ""),
+    (
+        "llama",
+        {"rope_scaling": {"type": "yarn", "factor": 4.0} | ORIGINAL},
+        512,
+        "",
+    ),  # max_position_embeddings has the factor in it
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 16.0} | ORIGINAL}, 2048, ""),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 16.0}} | ORIGINAL, 2048, ""),
+    ("llama", {"rope_scaling": rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0) | ORIGINAL}, 512, ""),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, 512, ""),
+    ("llama", {"rope_scaling": {"type": "longrope"} | FACTORS | ORIGINAL}, 128, "original_max_position_embeddings 128"),
+    ("llama", {"seq_length": 64}, 64, "seq_length 64"),
+    ("llama", {"n_ctx": 64, "max_sequence_length": 100}, 64, "n_ctx 64"),
+    ("llama", {"model_max_length": 4096}, 512, ""),
+    ("llama", {"max_sequence_length": 512, "rope_scaling": {"type": "linear", "factor": 4.0}}, 2048, ""),
+    ("llama", {"max_sequence_length": 1024, "rope_scaling": {"type": "linear", "factor": 4.0}}, 1024, "max_sequence_length 1024"),
+    ("cohere", {"model_max_length": 4096}, 4096, ""),
+    ("llama", {"sliding_window": 64}, 64, "sliding_window 64"),
+    ("llama", {"attention_chunk_size": 64}, 64, "attention_chunk_size 64"),
+    ("llama", {"dual_chunk_attention_config": {"chunk_size": 96, "local_size": 32}}, 64, "dual_chunk_attention_config"),
+    ("mistral", {"sliding_window": 64}, 64, "sliding_window 64"),
+    ("mistral", {"sliding_window": 512}, 512, ""),
+    ("mistral", {"sliding_window": None}, 512, ""),
+    ("qwen2", {"use_sliding_window": False, "sliding_window": 64}, 512, ""),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}, 64, "sliding_window 64"),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 4}, 512, ""),
+    ("olmo3", {"sliding_window": 64}, 64, "sliding_window 64"),
+    ("olmo3", {"sliding_window": 64, "layer_types": ["full_attention"] * 4}, 512, ""),
+    ("llama4_text", {"attention_chunk_size": 64, "head_dim": 16}, 64, "attention_chunk_size 64"),
+    ("gpt2", {"n_ctx": 256}, 256, "n_ctx 256"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "entries", "longest", "limited_by"), LENGTHS, ids=str)
+def test_the_longest_context(
+    model_type: str, entries: dict[str, Any], longest: int, limited_by: str, read: Callable[..., PreTrainedConfig], tmp_path: Path
+) -> None:
+    config = read(model_type, **entries)
+    check_supported(config)
+    shape = ModelShape.from_config(config)
+    assert shape.max_position == longest
+    assert shape.limited_by.startswith(limited_by) and bool(shape.limited_by) == bool(limited_by)
+    if model_type == "llama":
+        assert find_facts(str(tmp_path), "auto", None).shape.max_position == longest, "the plan's length is the engine's"
+
+
+def test_no_length_at_all() -> None:
+    config = BloomConfig()
+    with pytest.raises(ModelError, match=r"does not name its longest context .max_position_embeddings"):
+        check_supported(config)
+    config.max_seq_len = 77
+    assert ModelShape.from_config(config).max_position == 77
+
+
+# Served ---------------------------------------------------------------------------------------------------------------
+
+
+def tokens_of(llm: LLM, prompt: list[int], count: int) -> list[int]:
+    (output,) = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True))
+    return output.token_ids
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "longest"),
+    [
+        ("mistral", {"sliding_window": 64}, 64),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, 64),
+        ("llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **ORIGINAL, **FACTORS, "factor": 4.0}}, 128),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, 512),
+    ],
+)
+def test_up_to_its_bound_a_model_gives_hugging_face_s_tokens_and_is_not_asked_for_more(
+    family: str,
+    changes: dict[str, Any],
+    longest: int,
+    write_family: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if "rope_parameters" in changes and "short_factor" in changes["rope_parameters"]:
+        changes["rope_parameters"] |= {"short_factor": [1.0 + i / 9 for i in range(12)], "long_factor": [3.0] * 12}
+    folder = write_family(family, **changes)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    llm = LLM(folder, config=FULL, device="cpu")
+    assert llm.engine.parts.max_tokens == longest
+    prompt = torch.randint(4, 1839, (longest - 12,), generator=torch.Generator().manual_seed(0)).tolist()
+    right = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=1)
+    assert tokens_of(llm, prompt, 12) == right[0, len(prompt) :].tolist()
+    if longest == 512:
+        return
+    reason = llm.shape.limited_by
+    assert reason in caplog.text, "the engine says how long contexts may be, where nobody asked for a length"
+    for _ in range(2):
+        with pytest.raises(RequestError, match=f"the model's maximum is {longest} .{reason}"):
+            tokens_of(llm, prompt * 2, 4)
+    with pytest.raises(ConfigError, match=f"max_model_len 512 exceeds the model's maximum of {longest} tokens .{reason}"):
+        LLM(folder, config=FULL, device="cpu", max_model_len=512)
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear"])
+def test_scaled_contexts_are_served_beyond_max_position_embeddings(kind: str, write_family: Callable[..., Path]) -> None:
+    parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    folder = write_family("llama", max_position_embeddings=64, rope_parameters=parameters)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    llm = LLM(folder, config=FULL, device="cpu", max_model_len=256)
+    prompt = torch.randint(4, 1839, (230,), generator=torch.Generator().manual_seed(0)).tolist()
+    right = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=1)
+    assert tokens_of(llm, prompt, 12) == right[0, len(prompt) :].tolist()
