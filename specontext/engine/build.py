@@ -196,7 +196,9 @@ def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device)
             raise ConfigError("gpu_memory_utilization needs a GPU: on a CPU give gpu_memory, the bytes of the device tier of KV")
         return config.gpu_memory or int(SHARE_OF_FREE_MEMORY * free_memory(device))
     free, total = torch.cuda.mem_get_info(device)
-    ours = torch.cuda.memory_reserved(device)
+    # Weights are there already. What PyTorch keeps beside what is in use will be used; what others use of it is theirs.
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free += kept + plan.fixed["weights"] + plan.fixed["retrieval_head"]
     limit = config.gpu_memory or int((config.gpu_memory_utilization or SHARE_OF_GPU) * total)
     others, parts = plan.fixed_bytes, ", ".join(f"{name} {size}" for name, size in plan.fixed.items())
     if limit < others:
@@ -204,13 +206,13 @@ def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device)
             f"--gpu-memory allows {limit} bytes and {others} are needed beside KV ({parts}): raise it by more than "
             f"{others - limit}"
         )
-    if free + ours < limit:  # raising the limit would change nothing
-        logger.warning("--gpu-memory allows %d bytes and the GPU has %d of them free: end what else uses it", limit, free + ours)
-        if free + ours < others:
+    if free < limit:  # raising the limit would change nothing
+        logger.warning("the engine may use %d bytes of the GPU and %d of them are free: end what else uses it", limit, free)
+        if free < others:
             raise MemoryPlanError(
-                f"the GPU has {free + ours} bytes free and {others} are needed beside KV ({parts}): end what else uses it"
+                f"the GPU has {free} bytes free and {others} are needed beside KV ({parts}): end what else uses it"
             )
-    return min(limit, free + ours) - others
+    return min(limit, free) - others
 
 
 def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFacts:

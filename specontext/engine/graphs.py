@@ -19,6 +19,7 @@ from specontext.core import Batch
 
 logger = logging.getLogger("specontext")
 LEAST_SPAN = 4096
+DecodeStep = Callable[[Batch], Tensor]
 PARTS = 5  # token ids, positions, seats, lengths, seeds
 
 
@@ -36,32 +37,34 @@ class _Captured:
 class DecodeGraphs:
     """Captured steps by size.
 
+    Whoever has the graphs gives the step with every call: it runs a batch of decode tokens and returns logits [R, V]. If the
+    graphs kept it, they and the engine would keep each other alive.
+
     Args:
-        step: runs a batch of decode tokens and returns logits [R, V]; called in capture and to warm up.
         seats: number of seats; the row of that number belongs to none.
         max_tokens: longest context.
     """
 
-    def __init__(self, step: Callable[[Batch], Tensor], *, seats: int, max_tokens: int, device: torch.device) -> None:
-        self._step, self._seats, self._max_tokens, self._device = step, seats, max_tokens, device
+    def __init__(self, *, seats: int, max_tokens: int, device: torch.device) -> None:
+        self._seats, self._max_tokens, self._device = seats, max_tokens, device
         self._captured: dict[tuple[int, int], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def warm_up(self) -> None:
+    def warm_up(self, step: DecodeStep) -> None:
         """Capture a step of every size, for short contexts."""
         for size in sorted({requests_bucket(requests, self._seats) for requests in range(1, self._seats + 1)}):
-            self._of(size, span_bucket(1, self._max_tokens))
+            self._of(size, span_bucket(1, self._max_tokens), step)
 
-    def _of(self, size: int, span: int) -> _Captured:
+    def _of(self, size: int, span: int, step: DecodeStep) -> _Captured:
         captured = self._captured.get((size, span))
         if captured is None:
-            captured = self._captured[size, span] = self._capture(size, span)
+            captured = self._captured[size, span] = self._capture(size, span, step)
         return captured
 
-    def run(self, batch: Batch) -> Tensor:
+    def run(self, batch: Batch, step: DecodeStep) -> Tensor:
         """Logits [R, V] of a batch of decode tokens; valid until the next run."""
         size, span = requests_bucket(batch.num_decodes, self._seats), span_bucket(batch.span, self._max_tokens)
-        captured = self._of(size, span)
+        captured = self._of(size, span, step)
         columns = (batch.token_ids, batch.positions, batch.seats, batch.lengths, batch.seeds)
         if batch.num_decodes == size:
             torch.stack(columns, out=captured.numbers)
@@ -70,22 +73,30 @@ class DecodeGraphs:
         captured.graph.replay()
         return captured.logits[: batch.num_decodes]
 
-    def _capture(self, size: int, span: int) -> _Captured:
+    def close(self) -> None:
+        """Give the graphs' memory back."""
+        self._captured.clear()
+
+    def _capture(self, size: int, span: int, step: DecodeStep) -> _Captured:
         """Record a step of padding, which changes nothing when it is run to warm up."""
         padding = _padding(size, self._seats, self._device)
         numbers = padding.clone()
         batch = decode_batch(numbers, span)
-        side = torch.cuda.Stream(self._device)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may pin memory or copy meanwhile: only this thread's calls are checked.
+        capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        # Libraries keep a workspace for every stream that they have seen. So all steps warm up on the one stream on which all are
+        # captured: with streams of their own they would hold another 32 MiB each on an H100, and nobody would give them back.
+        side = capture.capture_stream
+        assert side is not None
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
-                self._step(batch)
+                step(batch)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may pin memory or copy meanwhile: only this thread's calls are checked.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = self._step(batch)
+        with capture:
+            logits = step(batch)
         logger.debug("captured a decode step of %d requests and %d positions", size, span)
         return _Captured(graph, numbers, padding, batch, logits)
 

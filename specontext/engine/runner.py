@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -59,6 +60,8 @@ class ModelRunner:
         self.loaded, self.parts, self.measure_recall = loaded, parts, measure_recall
         self.observer: AttentionObserver | None = None
         self.taps = FeatureTaps(loaded.model, feature_layers) if feature_layers else None
+        if self.taps is not None:  # the model may live on, and nobody has to call `close`
+            weakref.finalize(self, self.taps.remove).atexit = False
         kv, selector = parts.kv, parts.selector
         self._compiled: CompiledModules | None = None
         if compiled and loaded.shape.dtype != torch.float32:
@@ -68,7 +71,7 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         if graphs and kv.device.type == "cuda" and not (selector.in_layer or measure_recall or kv.verify_loads):
             seats = kv.token_pages.table.shape[1] - 1
-            self._graphs = DecodeGraphs(self._fused, seats=seats, max_tokens=parts.max_tokens, device=kv.device)
+            self._graphs = DecodeGraphs(seats=seats, max_tokens=parts.max_tokens, device=kv.device)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
@@ -79,7 +82,9 @@ class ModelRunner:
             DeviceError: it has failed.
         """
         with working_device(len(batch.token_ids)):
-            return self._graphs.run(batch) if self._graphs is not None and self.captured(batch) else self._forward(batch)
+            if self._graphs is not None and self.captured(batch):
+                return self._graphs.run(batch, self._fused)
+            return self._forward(batch)
 
     @property
     def captures(self) -> bool:
@@ -121,7 +126,7 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Capture decode steps of all sizes now, rather than when the first requests need them; nothing to do on a CPU."""
         if self._graphs is not None:
-            self._graphs.warm_up()
+            self._graphs.warm_up(self._fused)
 
     def _fused(self, batch: Batch) -> Tensor:
         fused: AbstractContextManager[None] = nullcontext()
@@ -133,15 +138,18 @@ class ModelRunner:
     def _forward(self, batch: Batch) -> Tensor:
         parts = self.parts
         step = Step(batch, parts.kv, parts.methods, parts.meter, measure_recall=self.measure_recall, observer=self.observer)
-        step.begin()
-        with listening(self.loaded.model, step):
-            output = self.loaded.model(
-                input_ids=batch.token_ids[None],
-                position_ids=batch.positions[None],
-                use_cache=False,
-                logits_to_keep=batch.last_tokens,
-            )
-        step.end()
+        try:
+            step.begin()
+            with listening(self.loaded.model, step):
+                output = self.loaded.model(
+                    input_ids=batch.token_ids[None],
+                    position_ids=batch.positions[None],
+                    use_cache=False,
+                    logits_to_keep=batch.last_tokens,
+                )
+            step.end()
+        finally:
+            step.close()
         features = self.taps.take()[0] if self.taps is not None else None
         parts.methods.observe(batch, features)
         parts.prefix.observe(batch, features)
@@ -149,9 +157,12 @@ class ModelRunner:
         return logits
 
     def close(self) -> None:
-        """Take the feature taps off the model."""
+        """Take the feature taps off the model and give back the memory of captured and compiled steps."""
         if self.taps is not None:
             self.taps.remove()
+        if self._graphs is not None:
+            self._graphs.close()
+        self._compiled = None
 
 
 @contextmanager

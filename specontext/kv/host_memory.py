@@ -153,9 +153,18 @@ class _Pins:
         with self._changed:
             self.wanted = 0  # stops the thread after the chunk it is at
             self._changed.wait_for(lambda: self._thread is None, timeout=10)
+            if self.ready:
+                settle()  # copies may still be under way
             for start in range(0, self.ready, CHUNK):
                 unregister(self.address + start)
             self.ready = 0
+
+
+def settle() -> None:
+    """Wait for whatever GPUs are doing; one that has failed does nothing any more."""
+    if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
+        with suppress(RuntimeError):
+            torch.cuda.synchronize()
 
 
 def register(address: int, size: int) -> int:

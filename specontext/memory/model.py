@@ -21,6 +21,7 @@ MIB = 1 << 20
 PREFILL_TILE = 16384  # stored tokens that a prompt chunk reads at once on a GPU
 LIBRARIES = 64 * MIB  # workspaces of matrix products
 COUNTERS = 11  # of the statistics of a request, besides the recall of every layer
+HISTORY = 5  # of each token of the vocabulary that a request with penalties has seen: a flag and a count
 SAMPLER = 96 * MIB  # float64 scores and ranks of one chunk of logits
 
 
@@ -241,7 +242,8 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
 
     For a step of T tokens, all at once (which errs on the large side): four hidden states, features and their copy, q, k, v
     before and after RoPE, three feed-forward activations, two float32 attention outputs, two tiles of stored KV, logits with a
-    float32 copy, the sampler's chunk, and the workspaces of matrix products. The CUDA context is no part of it.
+    float32 copy and the record that penalties need, the sampler's chunk, and the workspaces of matrix products. The CUDA
+    context is no part of it.
     """
     shape, size = facts.shape, facts.shape.dtype.itemsize
     heads = shape.query_heads * shape.head_dim
@@ -253,7 +255,7 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
     )
     token += 2 * 4 * heads
     tiles = 2 * min(PREFILL_TILE, run.max_tokens) * shape.kv_heads * shape.row_bytes
-    logits = run.requests * shape.vocab_size * (size + 4)
+    logits = run.requests * shape.vocab_size * (size + 4 + HISTORY)
     sampler = min(SAMPLER, 24 * run.requests * shape.vocab_size)
     steps = min(run.max_batched_tokens, run.requests * run.max_tokens)
     return steps * token + tiles + logits + sampler + LIBRARIES

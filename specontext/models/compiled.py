@@ -7,6 +7,8 @@ prompts of any length never wait for a compiler.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +30,9 @@ class CompiledModules:
         """Inside, the modules run compiled for that many tokens."""
         single = tokens == 1
         if single not in self._forwards:
+            if not self._forwards:
+                # What the compiler has looked at stays in cycles, and the modules with it, until they are searched for.
+                weakref.finalize(self, gc.collect).atexit = False
             self._forwards[single] = self._compiled(single)
         try:
             for module, forward in zip(self._modules, self._forwards[single], strict=True):

@@ -12,9 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from specontext import LLM, SamplingParams, SpeContextConfig
+from specontext.config import EngineConfig
 from specontext.core import RequestError
 from specontext.engine import build
 from specontext.engine.llm_engine import Generation
+from specontext.memory.model import KVCost, MemoryModel
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, MemoryPlanError
 
 METHODS = ("speculative", "full", "oracle", "streaming", "random")
@@ -383,6 +385,31 @@ def test_memory_that_is_not_named_is_a_share_of_what_is_free(make_llm: MakeLLM, 
     sizes = make_llm("llama", "streaming", budget=12, max_num_seqs=50).engine.parts.sizes
     for used in (sizes.device_bytes, sizes.host_bytes):
         assert 0.5 * SHARE_OF_FREE_MEMORY * free < used <= SHARE_OF_FREE_MEMORY * free
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "allocated", "limit", "expected"),
+    [
+        (70, 20, 20, None, 72 - 30),  # weights of 10 are there; the rest that is in use is somebody else's
+        (70, 20, 10, 60, 60 - 30),
+        (40, 15, 10, 60, 40 + 5 + 10 - 30),  # less is free than allowed
+        (10, 15, 10, None, "the GPU has 25 bytes free and 30 are needed beside KV"),
+        (70, 10, 10, 29, "--gpu-memory allows 29 bytes and 30 are needed beside KV .*: raise it by more than 1"),
+    ],
+)
+def test_what_a_gpu_has_for_kv(
+    free: int, reserved: int, allocated: int, limit: int | None, expected: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    plan = MemoryModel("measured", {"weights": 9, "retrieval_head": 1, "runtime": 20}, KVCost(1, 1, 0, 0))
+    config, device = EngineConfig("nano", gpu_memory=limit), torch.device("cuda")
+    if isinstance(expected, int):
+        assert build.device_memory(config, plan, device) == expected
+    else:
+        with pytest.raises(MemoryPlanError, match=expected):
+            build.device_memory(config, plan, device)
 
 
 def test_a_tier_without_room_for_one_request_says_what_it_needs(make_llm: MakeLLM) -> None:
