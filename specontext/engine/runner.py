@@ -18,6 +18,7 @@ from specontext.models.compiled import CompiledModules
 from specontext.models.decoder import decoder_layers, output_layer
 from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
+from specontext.retrieval.selector import Selector
 
 
 class DeviceError(SpeContextError):
@@ -62,14 +63,14 @@ class ModelRunner:
         self.taps = FeatureTaps(loaded.model, feature_layers) if feature_layers else None
         if self.taps is not None:  # the model may live on, and nobody has to call `close`
             weakref.finalize(self, self.taps.remove).atexit = False
-        kv, selector = parts.kv, parts.selector
+        kv = parts.kv
         self._compiled: CompiledModules | None = None
         if compiled and loaded.shape.dtype != torch.float32:
             modules = [*decoder_layers(loaded.model), *([parts.head] if parts.head is not None else [])]
             self._compiled = CompiledModules(modules)
         self._output_layer = output_layer(loaded.model)
         self._graphs: DecodeGraphs | None = None
-        if graphs and kv.device.type == "cuda" and not (selector.in_layer or measure_recall or kv.verify_loads):
+        if graphs and kv.device.type == "cuda" and not (measure_recall or kv.verify_loads):
             seats = kv.token_pages.table.shape[1] - 1
             self._graphs = DecodeGraphs(seats=seats, max_tokens=parts.max_tokens, device=kv.device)
 
@@ -82,8 +83,10 @@ class ModelRunner:
             DeviceError: it has failed.
         """
         with working_device(len(batch.token_ids)):
-            if self._graphs is not None and self.captured(batch):
-                return self._graphs.run(batch, self._fused)
+            if self._graphs is not None and self._capturable(batch):
+                if self._graphs.takes(batch):
+                    return self._graphs.run(batch, self._fused)
+                self._graphs.meet(batch)
             return self._forward(batch)
 
     @property
@@ -92,9 +95,19 @@ class ModelRunner:
         return self._graphs is not None
 
     def captured(self, batch: Batch) -> bool:
-        """Whether a batch runs as a captured graph: decode tokens only, whose requests choose in the engine's own way."""
-        streamed = self.parts.selector.dense and not all(self.parts.kv.resident)
-        return self._graphs is not None and not (batch.prefills or batch.lanes or streamed)
+        """Whether a batch runs as a captured graph."""
+        return self._graphs is not None and self._capturable(batch) and self._graphs.takes(batch)
+
+    def _capturable(self, batch: Batch) -> bool:
+        """Whether a batch has decode tokens only, whose requests choose alike, and nothing in its step waits for the host."""
+        if batch.prefills or len(batch.lanes) > 1:
+            return False
+        return not self._waits(self.parts.methods.of(batch.lanes[0].choice if batch.lanes else None))
+
+    def _waits(self, selector: Selector) -> bool:
+        """Whether decode steps of a method need the host, or rows that are streamed in from it."""
+        streamed = (selector.dense or selector.in_layer) and not all(self.parts.kv.resident)
+        return streamed or selector.asks_host
 
     @torch.inference_mode()
     def run_with_states(self, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +138,7 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Capture decode steps of all sizes now, rather than when the first requests need them; nothing to do on a CPU."""
-        if self._graphs is not None:
+        if self._graphs is not None and not self._waits(self.parts.selector):
             self._graphs.warm_up(self._fused)
 
     def _fused(self, batch: Batch) -> Tensor:

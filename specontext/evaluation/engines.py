@@ -22,6 +22,10 @@ class Group:
     competitors: tuple[Competitor, ...]
 
 
+# Tokens of a step on a GPU where nothing was said: nobody waits for the next token of an evaluation, and a GPU wants large chunks.
+GPU_BATCHED_TOKENS = 8192
+
+
 class Engines:
     """Opens one engine at a time.
 
@@ -60,7 +64,8 @@ class Engines:
             offload_layers=settings.offload_layers,
         )
         head = group.head if group.head is not None else settings.retrieval_head
-        llm = LLM(self.loaded, head, config, methods=methods, **settings.engine)
+        options = {"max_num_batched_tokens": GPU_BATCHED_TOKENS} if self.loaded.model.device.type == "cuda" else {}
+        llm = LLM(self.loaded, head, config, methods=methods, **options | settings.engine)
         self.budget, self._open = llm.config.budget, (group, llm)
         return llm
 

@@ -140,12 +140,12 @@ def group_weights(logits: Tensor, start: int, stops: Tensor) -> Tensor:
         float32 [R, G, S]; -1 where there is no candidate.
     """
     # Up to the first stop requests differ in nothing, and need no mask of their own. A GPU is not asked for it.
-    common = max(start, int(stops.min())) if stops.device.type == "cpu" and len(stops) else start
+    common = max(start, int(stops.min())) if len(stops) and not use_triton(stops) else start
     position = torch.arange(common, max(common, logits.shape[-1]), device=logits.device)
     absent = position >= stops[:, None]  # [R, S - common]
-    logits[..., :start] = -torch.inf
+    logits[..., :start].fill_(-torch.inf)
     logits[..., common:].masked_fill_(absent[:, None, None], -torch.inf)
     weights = torch.softmax(logits, dim=-1).nan_to_num_(0.0).amax(2)
-    weights[..., :start] = -1.0
+    weights[..., :start].fill_(-1.0)
     weights[..., common:].masked_fill_(absent[:, None], -1.0)
     return weights
