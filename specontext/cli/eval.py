@@ -97,6 +97,7 @@ def evaluate(
     Writes results.json, report.html and report.md to DIR, and every answer to DIR/samples.jsonl.
     """
     quiet_libraries()
+    from specontext.evaluation.engines import GPU_OPTIONS
     from specontext.evaluation.fidelity.rows import SUITE as FIDELITY
     from specontext.evaluation.fidelity.run import run_fidelity
     from specontext.evaluation.report import write_report
@@ -106,6 +107,8 @@ def evaluate(
 
     if (judge is None) != (judge_model is None):
         raise UsageError("--judge and --judge-model belong together: give both, or neither")
+    sources = {name: context.get_parameter_source(name) for name in GPU_OPTIONS}
+    unsaid = [name for name, source in sources.items() if source is not None and source.name == "DEFAULT"]
     asked = EvaluationSettings(
         model=model,
         suites=words(suite),
@@ -124,7 +127,7 @@ def evaluate(
         sink=settings.config.sink,
         recent=settings.config.recent,
         offload_layers=offload_layers,
-        engine=settings.engine,
+        engine={name: value for name, value in settings.engine.items() if name not in unsaid},
         skip_unsupported=skip_unsupported,
         command=command_line(context),
     )

@@ -22,8 +22,9 @@ class Group:
     competitors: tuple[Competitor, ...]
 
 
-# Tokens of a step on a GPU where nothing was said: nobody waits for the next token of an evaluation, and a GPU wants large chunks.
-GPU_BATCHED_TOKENS = 8192
+# Engine options on a GPU where nothing was said. Nobody waits for the next token of an evaluation, so chunks of prompts may be
+# large; and compiling layers takes longer than it saves, unless an evaluation runs for hours.
+GPU_OPTIONS = {"max_num_batched_tokens": 8192, "compile": False}
 
 
 class Engines:
@@ -64,7 +65,7 @@ class Engines:
             offload_layers=settings.offload_layers,
         )
         head = group.head if group.head is not None else settings.retrieval_head
-        options = {"max_num_batched_tokens": GPU_BATCHED_TOKENS} if self.loaded.model.device.type == "cuda" else {}
+        options = GPU_OPTIONS if self.loaded.model.device.type == "cuda" else {}
         llm = LLM(self.loaded, head, config, methods=methods, **options | settings.engine)
         self.budget, self._open = llm.config.budget, (group, llm)
         return llm

@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.core import Batch
 from specontext.engine import build
+from specontext.engine.graphs import NAMED
 from specontext.engine.runner import DeviceMemoryError
 from specontext.evaluation.token_counter import token_counter
 from specontext.models.loading import LoadedModel, load_model
@@ -142,12 +144,37 @@ def test_steps_of_every_size_are_captured_before_they_are_needed(tokens: Any, lo
     llm.engine.runner.warm_up()
     llm.engine.check_integrity()
     captured = dict(llm.engine.runner._graphs._captured)
-    assert {size for size, _ in captured} == {1, 2, 4, 5}
+    assert {kind.size for kind in captured} == {1, 2, 4, 5}
     ask = [[7 + i] * 300 for i in range(5)]
     found = [output.token_ids for output in llm.generate(ask, SamplingParams(temperature=0, max_tokens=20))]
     assert llm.engine.runner._graphs._captured == captured
     cpu = LLM(loaded["cpu"], config=SpeContextConfig(budget=256), max_model_len=4096, max_num_seqs=5)
     assert found == [output.token_ids for output in cpu.generate(ask, SamplingParams(temperature=0, max_tokens=20))]
+
+
+@pytest.mark.parametrize("method", ["streaming", "full", "oracle", "quest", "shadowkv", "h2o", "clusterkv", "snapkv"])
+def test_methods_that_requests_name_are_captured_once_they_recur(method: str, loaded: dict[str, LoadedModel]) -> None:
+    ask, greedy = (
+        [[7 + i] * 700 + [*range(20, 320)] for i in range(3)],
+        SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
+    )
+    found = {}
+    for device, options in (("cpu", {}), ("cuda", {"enforce_eager": True}), ("cuda graphs", {})):
+        config = SpeContextConfig(budget=128, offload_layers=0)
+        llm = LLM(loaded[device[:4].strip()], config=config, methods=("speculative", method), max_model_len=2048, **options)
+        outputs = llm.generate(ask, [replace(greedy, method=method)] * 3)
+        found[device] = [output.token_ids for output in outputs]
+        llm.engine.check_integrity()
+    assert found["cuda"] == found["cuda graphs"] == found["cpu"]
+    steps = outputs[0].stats["captured_steps"]
+    assert steps == 0 if method in ("clusterkv", "snapkv") else steps > 12
+
+
+def test_clients_that_name_many_budgets_fill_no_memory_with_graphs(loaded: dict[str, LoadedModel]) -> None:
+    llm = LLM(loaded["cuda"], config=SpeContextConfig(budget=128), max_model_len=2048)
+    for budget in range(40, 80):
+        llm.generate([9] * 300, SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, budget=budget))
+    assert len(llm.engine.runner._graphs._captured) <= NAMED
 
 
 # Failures -------------------------------------------------------------------------------------------------------------
