@@ -11,12 +11,12 @@ from specontext.retrieval.checkpoint import CONFIG, OWN_HEAD, load_head, read_co
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadError
 
-# Public EAGLE-3 drafts by the model that they were distilled from, the one that knows the longest contexts first; a head is pruned
-# from it. The names stand in public sources: TanBaby's (trained further at 32,768 tokens with YaRN) in the README of
-# github.com/TanZhendong/SpecPV, AngelSlim's in that of Tencent/AngelSlim, RedHatAI's in that of vllm-project/speculators, lmsys's in
-# sgl-project/SpecForge (community_resources/specbundle.md); yuhuili's are those of EAGLE's authors, which vLLM's tests use.
-# EAGLE 3.1 has none here: its public drafts (lightseekorg/kimi-k2.6-eagle3.1-mla, nvidia/gpt-oss-120b-Eagle3-v3) are of models whose
-# attention this engine does not compute.
+# Public EAGLE-3 drafts by the model that they were distilled from, those first that know the longest contexts; a head is pruned
+# from one. Where the names stand: TanBaby's (trained further at 32,768 tokens with YaRN) in the README of
+# github.com/TanZhendong/SpecPV, AngelSlim's in that of Tencent/AngelSlim, RedHatAI's in that of vllm-project/speculators, lmsys's
+# in sgl-project/SpecForge (community_resources/specbundle.md); yuhuili's are those of EAGLE's authors, which vLLM's tests use.
+# EAGLE 3.1 has none here: its public drafts (lightseekorg/kimi-k2.6-eagle3.1-mla, nvidia/gpt-oss-120b-Eagle3-v3) are of models
+# whose attention this engine does not compute.
 KNOWN_DRAFTS: dict[str, tuple[str, ...]] = {
     "meta-llama/Llama-3.1-8B-Instruct": (
         "TanBaby/EAGLE3-LLaMA3.1-Instruct-8B-YARN-64K",

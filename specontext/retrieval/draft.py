@@ -61,8 +61,8 @@ class Dialect:
 
 EAGLE = Dialect("EAGLE", False, False, False, 2048)
 SPECFORGE = Dialect("SpecForge", True, True, False, 4096)
-# The drafts of SpecPV (github.com/TanZhendong/SpecPV), trained further at 32K tokens with github.com/TanZhendong/SpecForge-Yarn. Its
-# YaRN has base 10000 whatever the config says (that for Qwen3-8B says 1,000,000), and takes an argument that no other has.
+# The drafts of SpecPV (github.com/TanZhendong/SpecPV), trained further at 32K tokens with github.com/TanZhendong/SpecForge-Yarn,
+# whose YaRN has base 10000 whatever the config says (that for Qwen3-8B says 1,000,000), and an entry that no other has.
 SPECPV = Dialect("SpecPV", False, True, False, 32768)
 SPECPV_MARK = "finetuned"
 ANGELSLIM = Dialect("AngelSlim", False, False, False, 2048)
