@@ -239,7 +239,8 @@ class _Reading:
 
 def main(arguments: list[str] | None = None) -> int:
     """kvpress's evaluation with the press `specontext`; returns the exit status."""
-    parser = argparse.ArgumentParser(description="kvpress's evaluation with the press 'specontext'; other options are its own.")
+    said = "kvpress's evaluation with the press 'specontext'; all other options are its own"
+    parser = argparse.ArgumentParser("specontext.integrations.kvpress", description=said)
     parser.add_argument("evaluation", type=Path, help="the directory 'evaluation' of a checkout of kvpress")
     parser.add_argument("--retrieval-head", default="auto", help="a head or draft, directory or Hub id; auto: the model's own")
     asked, others = parser.parse_known_args(arguments)
