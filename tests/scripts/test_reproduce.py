@@ -218,23 +218,13 @@ def test_the_texts_that_are_taken_by_default_can_be_read() -> None:
 
 @pytest.mark.slow
 def test_the_script_with_nano(tmp_path: Path) -> None:
-    problem = {"problem": "What is 3 + 4?", "answer": "7"}
-    (tmp_path / "aime.jsonl").write_text(json.dumps(problem) + "\n")
-    bench = {
-        "input": "who?",
-        "context": "Ann is here. " * 30,
-        "answers": ["Ann"],
-        "length": 90,
-        "dataset": "qasper",
-        "language": "en",
-    }
-    (tmp_path / "qasper.jsonl").write_text(json.dumps(bench | {"_id": "1", "all_classes": None}) + "\n")
-    data = ["--longbench-data", str(tmp_path / "qasper.jsonl")]
-    data += [word for name in ("aime24", "aime25") for word in (f"--{name}-data", str(tmp_path / "aime.jsonl"))]
-    words = [SCRIPTS / "reproduce_8b.sh", "nano", "--quick", "--device", "cpu", "-o", tmp_path / "out", *data]
-    ran = subprocess.run(
-        words, capture_output=True, text=True, env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
-    )
+    """Parts with real commands; that of validate has a test of its own."""
+    bench = {"input": "who?", "context": "Ann is here. " * 30, "answers": ["Ann"], "length": 90, "dataset": "qasper"}
+    (tmp_path / "qasper.jsonl").write_text(json.dumps(bench | {"_id": "1", "all_classes": None, "language": "en"}) + "\n")
+    words = [SCRIPTS / "reproduce_8b.sh", "nano", "--quick", "--device", "cpu", "-o", tmp_path / "out"]
+    words += ["--parts", "head,ruler,longbench", "--longbench-data", tmp_path / "qasper.jsonl"]
+    environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr + ran.stdout
     text = (tmp_path / "out" / "report.md").read_text()
-    assert all(said in text for said in ("**ruler.**", "**aime24.**", "Fidelity on tasks", "qasper", "This is a quick run"))
+    assert all(said in text for said in ("**ruler.**", "qasper", "This is a quick run"))
