@@ -20,7 +20,14 @@ from specontext.memory.model import (
     workspace_bytes,
 )
 from specontext.memory.presets import PRESETS
-from specontext.memory.speed import Bandwidths, decode_floor, floor_seconds, measure_bandwidths
+from specontext.memory.speed import (
+    Bandwidths,
+    decode_floor,
+    floor_seconds,
+    measure_bandwidths,
+    measure_products,
+    prefill_operations,
+)
 
 SHAPE = ModelShape(
     layers=4, hidden_size=64, query_heads=8, kv_heads=2, head_dim=16, vocab_size=90, max_position=512, dtype=torch.float16
@@ -143,6 +150,17 @@ def test_floor_of_a_decode_step_by_hand() -> None:
     assert resident.host_bytes == 0 and resident.seconds == resident.device_bytes / 1e9
     short = decode_floor(FACTS, speed, offloaded=4, **(options | {"length": 20}))
     assert short.host_bytes == 0  # all of it has a slot
+
+
+def test_operations_of_reading_by_hand() -> None:
+    shape = FACTS.shape
+    pairs = 10 * 10 / 2  # of a query and a key before it
+    attention = shape.layers * shape.query_heads * pairs * 2 * 2 * shape.head_dim
+    assert prefill_operations(FACTS, 10) == 2 * (5000 - 90 * 64) * 10 + attention
+
+
+def test_products_can_be_measured() -> None:
+    assert 1e8 < measure_products(torch.device("cpu"), torch.float32, size=128) < 1e14
 
 
 def test_bandwidths_can_be_measured() -> None:
