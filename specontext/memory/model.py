@@ -183,6 +183,7 @@ def measured_model(
     shape = facts.shape
     entry = shape.kv_heads * shape.row_bytes
     page = run.page_size * entry
+    keyed = facts.tokens_of_key_page(run.page_size)
     fixed = {
         "weights": facts.weight_bytes,
         "retrieval_head": facts.head_bytes,
@@ -195,7 +196,7 @@ def measured_model(
     kv = KVCost(
         layers=shape.layers,
         resident_token=entry,
-        common_token=facts.key_bytes_per_token,
+        common_token=-(-page // keyed) if keyed else 0,  # with what is left over at the end of a page
         layer_slots=-(-run.slots // run.page_size) * page,
         page_size=run.page_size,
         spare_layers=spare_layers,
@@ -208,7 +209,7 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
     """Bytes of the tables that have a row for each seat, and one for the padding of a batch.
 
     Pages of tokens and slots in both tiers and of the keys, the slot tables with their inverse, the last selection and the
-    counters of the statistics, and the last feature of each request.
+    counters of the statistics, and what the head keeps of each request's last token.
     """
     shape, groups = facts.shape, _groups(facts, run)
     width = -(-run.max_tokens // run.page_size)
@@ -217,7 +218,7 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
     hot = run.slots - run.sink - run.recent if run.slots else 0
     slots = 4 * groups * (2 * hot + run.max_tokens) if run.slots else 0  # int32: token of a slot, its last use, slot of a token
     statistics = 4 * groups * run.selections * run.budget + 8 * (COUNTERS + shape.layers)  # int32, float64
-    feature = facts.head.feature_width * shape.dtype.itemsize
+    feature = facts.head.state_width * shape.dtype.itemsize
     # Head map, layer numbers and flags, readers of a group, steps, counters of requests that left; of the engine, not of a seat.
     maps = shape.layers * (8 * (shape.kv_heads + 1 + groups) + 1) + 4 * run.selections + 8 * COUNTERS
     return (run.requests + 1) * (pages + run.selections * slots + statistics + feature) + maps
@@ -261,10 +262,8 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
 
 def _key_pages(facts: ModelFacts, run: RunSettings) -> int:
     """Pages of the longest context's keys: a page of KV holds the keys of more tokens."""
-    if not facts.key_bytes_per_token:
-        return 0
-    entry = facts.shape.kv_heads * facts.shape.row_bytes
-    return -(-run.max_tokens // (run.page_size * entry // facts.key_bytes_per_token))
+    tokens = facts.tokens_of_key_page(run.page_size)
+    return -(-run.max_tokens // tokens) if tokens else 0
 
 
 def _groups(facts: ModelFacts, run: RunSettings) -> int:
