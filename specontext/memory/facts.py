@@ -95,8 +95,8 @@ class ModelFacts:
         token, key = self.shape.kv_heads * self.shape.row_bytes, self.key_bytes_per_token
         if key > page_size * token:
             raise ConfigError(
-                f"a page of {page_size} tokens has {page_size * token} bytes, and the retrieval head's keys of one token take {key}: "
-                f"set page_size to {-(-key // token)} or more"
+                f"a page of {page_size} tokens has {page_size * token} bytes, and the retrieval head's keys of one token take "
+                f"{key}: set page_size to {-(-key // token)} or more"
             )
         return page_size * token // key if key else 0
 

@@ -47,7 +47,7 @@ class KeyCache:
         self.table[seat] = 0
 
     def append(self, seats: Tensor, positions: Tensor, keys: Tensor) -> None:
-        """Store keys [T, key heads, D] of the tokens at `positions` [T] of `seats` [T]; those at negative positions are dropped."""
+        """Store keys [T, key heads, D] of tokens at `positions` [T] of `seats` [T]; those at negative positions are dropped."""
         append_keys(self.keys, self.table, seats, positions, keys)
 
     def pages_of(self, seats: Tensor, span: int) -> Tensor:

@@ -7,8 +7,8 @@
 2. One program per (group, tile of positions, request) merges the log-sum-exps of the chunks, a few KB, and writes
    2 ** max over heads (logit - log-sum-exp).
 
-Logits are in base 2 (scaled by log2 e). For bfloat16 keys and D = 128, keys are 256 bytes a position and key head and are read from
-memory; logits are 4 bytes a query head, written and read, and mostly stay in the L2 cache; scores are 4 bytes a group.
+Logits are in base 2 (scaled by log2 e). For bfloat16 keys and D = 128, keys are 256 bytes a position and key head and are read
+from memory; logits are 4 bytes a query head, written and read, and mostly stay in the L2 cache; scores are 4 bytes a group.
 
 Chunks are aligned to positions and merged in order, so a request's scores depend neither on the other requests nor on the span.
 """
