@@ -227,14 +227,15 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
 def workspace_bytes(facts: ModelFacts, run: RunSettings) -> int:
     """Bytes that selecting and loading write in a step, for requests as long as they may be.
 
-    Logits of the head's query heads and scores of its groups, float32 for every position; the counts of top-k; and for every
-    place of the budget the selection, the load plan and the rows of a layer.
+    The head's queries, before and after they are rotated in float32; logits of its query heads and scores of its groups, float32
+    for every position; the counts of top-k; and for every place of the budget the selection, the load plan and the rows of a layer.
     """
     head, groups = facts.head, _groups(facts, run)
+    queries = head.heads * head.head_dim * (2 * facts.shape.dtype.itemsize + 12)
     position = 4 * (head.heads + head.kv_heads)
     counts = 4 * head.kv_heads * (1024 + 129 * min(256, -(-run.max_tokens // 1024)))
     place = 26 * groups + 40 * facts.shape.kv_heads
-    return run.requests * (run.max_tokens * position + counts + run.budget * place + 8 * groups * run.slots)
+    return run.requests * (queries + run.max_tokens * position + counts + run.budget * place + 8 * groups * run.slots)
 
 
 def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specontext.config import ConfigError
 from specontext.core import ModelShape
 from specontext.memory.facts import HeadFacts, ModelFacts, eagle3_head, weight_bytes
 from specontext.memory.model import (
@@ -74,6 +76,17 @@ def test_measured_counts_pages_slots_and_keys() -> None:
     assert model.host(50, 3, 0) == 0
     assert model.by_part(50, 3, 4)["slots"] == 3 * 4 * 48 * ENTRY
     assert measured_model(FACTS, RUN, spare_layers=0).by_part(50, 3, 0)["slots"] == 0
+
+
+def test_keys_that_groups_share_are_counted_once_and_have_to_fit_a_page() -> None:
+    def facts(key_heads: int, width: int) -> ModelFacts:
+        return replace(FACTS, head=replace(HEAD, kv_heads=6, key_heads=key_heads, head_dim=width))
+
+    assert [facts(heads, 32).key_bytes_per_token for heads in (1, 2, 6)] == [64, 128, 384]
+    assert facts(1, 512).tokens_of_key_page(8) == 1
+    assert measured_model(facts(1, 512), RUN).kv.common_token == 1024
+    with pytest.raises(ConfigError, match="keys of one token take 1040: set page_size to 9 or more"):
+        measured_model(facts(1, 520), replace(RUN, page_size=8))
 
 
 @pytest.mark.parametrize(("granularity", "groups"), [("head", 3), ("union", 1)])
