@@ -51,7 +51,7 @@ def pytest_xdist_auto_num_workers() -> int | None:
 
 
 NANO = Path(specontext.models.__file__).parent / "nano"
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "bands")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")  # architectures; 'bands' is one more checkpoint
 MAX_POSITION = 512
 
 Prompts = list[list[int]]

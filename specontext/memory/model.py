@@ -227,8 +227,9 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
 def workspace_bytes(facts: ModelFacts, run: RunSettings) -> int:
     """Bytes that selecting and loading write in a step, for requests as long as they may be.
 
-    The head's queries, before and after they are rotated in float32; logits of its query heads and scores of its groups, float32
-    for every position; the counts of top-k; and for every place of the budget the selection, the load plan and the rows of a layer.
+    The head's queries, before and after they are rotated in float32; logits of its query heads and scores of its groups,
+    float32 for every position; the counts of top-k; and for every place of the budget the selection, the load plan and the
+    rows of a layer.
     """
     head, groups = facts.head, _groups(facts, run)
     queries = head.heads * head.head_dim * (2 * facts.shape.dtype.itemsize + 12)
