@@ -418,12 +418,24 @@ def test_only_the_assistant_s_parts_are_wanted(
 
 def test_messages_that_a_template_refuses(write_rows: Write, other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(other, "chat_template", "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(DataError, match=r"does not take the messages of line 1 .*roles must alternate"):
+    with pytest.raises(DataError, match=r"messages of line 1 .* cannot be written out: .*roles must alternate"):
         open_sources([write_rows({"messages": CHAT}, {"text": "held out"})], tokenizer=other, seed=0)
     shouting = "{% for m in messages %}{{ m.content | upper }}{{ loop.revindex }}{% endfor %}"
     monkeypatch.setattr(other, "chat_template", shouting)
     with pytest.raises(DataError, match=r"does not show where message 2 of line 1 .* stands"):
         open_sources([write_rows({"messages": CHAT}, {"text": "held out"})], tokenizer=other, seed=0)
+
+
+def test_a_message_that_a_template_drops_makes_no_row(write_rows: Write, other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{% for m in messages %}{% if m.role != 'tool' %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"
+    monkeypatch.setattr(other, "chat_template", template)
+    said = [
+        {"role": "user", "content": "apple"},
+        {"role": "tool", "content": "banana"},
+        {"role": "assistant", "content": "cherry"},
+    ]
+    with pytest.raises(DataError, match=r"leaves out text of message 1, whose role is 'tool'"):
+        open_sources([write_rows({"messages": said})], tokenizer=other, seed=0).draw(0, 64, 1)
 
 
 # ---- data sets of the Hub
