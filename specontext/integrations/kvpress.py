@@ -115,9 +115,9 @@ class _Reading:
     """One cache being filled and read through the hooks of a model.
 
     Attributes:
-        keys: [S, G, D] of the head, one for each token of the cache.
-        features: of the last token of each forward pass, by the number of tokens in the cache after it: kvpress cuts answers off
-            the cache again, and then an earlier one is the last.
+        keys: [S, key heads, D] of the head, one for each token of the cache.
+        fused: what the head has fused of the last token of each forward pass, [1, H], by the number of tokens in the cache after
+            it: kvpress cuts answers off the cache again, and then an earlier one is the last.
     """
 
     def __init__(self, press: SpeContextPress, model: PreTrainedModel, head: RetrievalHead) -> None:
@@ -127,8 +127,8 @@ class _Reading:
         own = torch.tensor(c.head_map) if c.head_map is not None else uniform_map(self.shape, c.kv_heads)
         self.head_map = own.to(model.device)  # [L, Hkv]
         self.cache: weakref.ref[Cache] | None = None
-        self.keys = torch.empty((0, c.kv_heads, c.head_dim), device=model.device, dtype=model.dtype)
-        self.features: dict[int, Tensor] = {}
+        self.keys = torch.empty((0, c.key_count, c.head_dim), device=model.device, dtype=model.dtype)
+        self.fused: dict[int, Tensor] = {}
         self.ids: Tensor | None = None  # [T] of the forward pass that runs
         self.masks: Tensor | None = None  # [G, S], what each group's heads do not read
         self.taps = FeatureTaps(model, c.feature_layers) if c.variant == "features" else None
@@ -179,7 +179,7 @@ class _Reading:
         known = cache.get_seq_length()
         self.ids = ids[0]
         self.keys = self.keys[:known]
-        self.features = {length: feature for length, feature in self.features.items() if length <= known}
+        self.fused = {length: last for length, last in self.fused.items() if length <= known}
         if known and len(self.ids) > 1:
             raise SpeContextError("tokens after the context go through the whole model, not through its decoder alone")
         if known:
@@ -188,41 +188,44 @@ class _Reading:
     def _choose(self, known: int) -> Tensor | None:
         """What each group does not read at position `known`, bool [G, known + 1]; None where everything is read."""
         assert self.ids is not None
-        queries = self._project(self.ids, self._feature(known), known)
+        place = torch.full((1,), known, device=self.ids.device)
+        queries = self.head.queries(self._embedded(self.ids), self._before_token(known), place)
         budget = self.press._budget(known + 1)
         if budget.total > known:
             return None
         lengths = torch.tensor([known + 1], device=self.keys.device)
-        scores = retrieval_scores(queries, self.keys[None], budget.sink, budget.candidates_end(lengths))
+        ends, groups = budget.candidates_end(lengths), self.head.config.kv_heads
+        scores = retrieval_scores(queries, self.keys[None], budget.sink, ends, groups)
         tokens = budget.compose(choose(scores, "head", budget.scored), lengths).tokens[0]  # [G, B]
         hidden = torch.ones((len(tokens), known + 2), dtype=torch.bool, device=tokens.device)
         return hidden.scatter_(1, torch.where(tokens < 0, known + 1, tokens), False)[:, :-1]
 
-    def _project(self, ids: Tensor, features: Tensor | None, start: int) -> Tensor:
-        """Store the head's keys of tokens and return their queries."""
-        embeddings = self.head.embedded(ids, self.model.get_input_embeddings()).to(self.keys.dtype)
-        positions = torch.arange(start, start + len(ids), device=ids.device)
-        queries, keys = self.head(embeddings, features, positions)
-        self.keys = torch.cat((self.keys, keys))
-        return queries
+    def _embedded(self, ids: Tensor) -> Tensor:
+        return self.head.embedded(ids, self.model.get_input_embeddings()).to(self.keys.dtype)
 
-    def _feature(self, known: int) -> Tensor | None:
-        """Features [1, F * H] of the last of `known` tokens."""
+    def _before_token(self, known: int) -> Tensor | None:
+        """What was fused of the last of `known` tokens, [1, H]; zeros where there is none."""
         if self.taps is None:
             return None
-        if known not in self.features:
+        if not known:
+            return self.keys.new_zeros((1, self.head.config.hidden_size))
+        if known not in self.fused:
             raise SpeContextError(f"the cache was cut to {known} tokens, where no forward pass had ended: fill a new one")
-        return self.features[known]
+        return self.fused[known]
 
     def _after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
         taken = None if self.taps is None else self.taps.take()[0]  # [T, F * H]
         if self.ids is None:
             return
-        if not len(self.keys):  # the context: a position has the features of the one before it
-            before = None if taken is None else torch.cat((torch.zeros_like(taken[:1]), taken[:-1]))
-            self._project(self.ids, before, 0)
+        known, own, before = len(self.keys), None, None
         if taken is not None:
-            self.features[len(self.keys)] = taken[-1:]
+            own, last = self.head.fuse(taken.to(self.keys.dtype)), self._before_token(known)
+            assert last is not None
+            before = torch.cat((last, own[:-1]))
+        positions = torch.arange(known, known + len(self.ids), device=self.ids.device)
+        self.keys = torch.cat((self.keys, self.head.keys(self._embedded(self.ids), own, before, positions)))
+        if own is not None:
+            self.fused[len(self.keys)] = own[-1:]
 
     def _masking(self, number: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:

@@ -313,7 +313,7 @@ def test_modules_that_were_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelRunner, "_forward", compiled)
     llm.generate([PROMPT], PARAMS)
     refs = watch(llm.engine)
-    assert calls and runner._compiled is not None and runner._compiled._forwards
+    assert calls and runner._compiled is not None and runner._compiled._functions
     del llm, runner
     calls.clear()
     assert not alive(refs)
