@@ -65,9 +65,9 @@ def head_log_weights(head: RetrievalHead, seen: Observation, rows: Tensor, far: 
     """Log of the head's weights among `far` [N, 1, Q, S], pooled over each group up to a constant: float32 [N, G, Q, S]."""
     config = head.config
     positions = torch.arange(seen.embeddings.shape[1], device=rows.device)
-    queries, keys = head(seen.embedded(head), seen.features if config.variant == "features" else None, positions)
-    index = rows[:, :, None, None].expand(-1, -1, config.heads, config.head_dim)
-    scores = grouped_scores(queries.gather(1, index).transpose(1, 2), keys.transpose(1, 2)).float() / math.sqrt(config.head_dim)
+    features = seen.features if config.variant == "features" else None
+    queries, keys = head(seen.embedded(head), features, positions, rows)
+    scores = grouped_scores(queries.transpose(1, 2), keys.transpose(1, 2)).float() / math.sqrt(config.head_dim)
     split = scores.masked_fill(~far, LOWEST).log_softmax(-1).unflatten(1, (config.kv_heads, -1))
     return split.amax(2) if pool == "max" else split.logsumexp(2)
 

@@ -33,7 +33,7 @@ class Observation:
     Attributes:
         ids: int64 [N, S], the tokens.
         embeddings: [N, S, H], of the tokens.
-        features: [N, S, F * H], of the token before each; zero at position 0.
+        features: [N, S, F * H], each token's own.
         hidden: [N, S, H], after the last norm: what the output matrix reads.
         stored: of each layer keys and values [N, Hkv, S, D], where they were asked for.
     """
@@ -134,7 +134,7 @@ class Target:
             with attention_of(self.model, IMPLEMENTATION), listening(self.model, dense):
                 out = self.model.get_decoder()(input_ids=ids, use_cache=False)
             hidden = out.last_hidden_state
-            features = hidden.new_zeros((*ids.shape, 0)) if taps is None else F.pad(taps.take()[:, :-1], (0, 0, 1, 0))
+            features = hidden.new_zeros((*ids.shape, 0)) if taps is None else taps.take()
         finally:
             if taps is not None:
                 taps.remove()

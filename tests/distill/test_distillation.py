@@ -105,8 +105,7 @@ def test_teacher_rows_features_and_hidden_states_are_the_models_own(target: Targ
     for mine, theirs in zip(shown, attentions, strict=True):
         expected = torch.stack([theirs[n][:, rows[n]] for n in range(2)])  # [N, Hq, Q, S]
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(seen.features[:, 1:], torch.cat(hidden[:3], -1)[:, :-1], rtol=1e-4, atol=1e-5)
-    assert not seen.features[:, 0].any()
+    torch.testing.assert_close(seen.features, torch.cat(hidden[:3], -1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(seen.hidden, hidden[-1], rtol=1e-4, atol=1e-5)
     first_group = torch.stack([layer[:, :2].amax(1) for layer in shown]).mean(0)
     torch.testing.assert_close(teacher.weights[:, 0], first_group)

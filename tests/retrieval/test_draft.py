@@ -210,8 +210,9 @@ def test_a_head_selects_what_the_draft_s_own_attention_selects(tmp_path, dialect
     assert head.config.feature_layers == feature_layers
     generator = torch.Generator().manual_seed(3)
     embeddings, features = torch.randn(80, HIDDEN, generator=generator), torch.randn(80, 3 * HIDDEN, generator=generator)
+    features[0] = 0  # a draft sees each token's predecessor, and position 0 has none
     expected = draft_attention(folder, rope, embeddings, features)
-    queries, keys = head(embeddings, features, torch.arange(80))
+    queries, keys = head(embeddings, features.roll(-1, 0), torch.arange(80))
     torch.testing.assert_close(queries, expected[0], atol=2e-4, rtol=2e-4)
     torch.testing.assert_close(keys, expected[1], atol=2e-4, rtol=2e-4)
     for length in (80, 41, 20):

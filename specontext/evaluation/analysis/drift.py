@@ -158,7 +158,7 @@ def measure_drift(
         ids = torch.tensor([[*prompt, *output.token_ids]], device=target.device)
         with torch.no_grad():
             seen = target.observe(ids)
-        dense = seen.features[0, 1:]  # of the token at each position; the last token was never processed
+        dense = seen.features[0]
         for start in range(0, len(output.token_ids) - 1, BIN):
             end = min(start + BIN, len(output.token_ids) - 1)
             places = range(len(prompt) + start, len(prompt) + end)
