@@ -1,9 +1,9 @@
 """What a selection does to what the target says: the effect of single tokens, and selections inside the model.
 
-The effect of a token on a query row is how much the log probability of what the model says there changes when the token's weight in
-the attention of all layers and KV heads that read a group changes: one gate, 1 for everything, multiplies its softmax terms in all
-of them, and |d log p(y) / d gate| is taken at y drawn from the model itself. Its mean square over y is the Fisher information of the
-gate, and leaving the token out costs about half of it in KL divergence; so it weighs tokens by what their loss would do, where
+The effect of a token on a query row is how much the log probability of what the model says there changes with the token's weight
+in the attention of all layers and KV heads that read a group: one gate, 1 for everything, multiplies its softmax terms in all of
+them, and |d log p(y) / d gate| is taken at y drawn from the model itself. Its mean square over y is the Fisher information of the
+gate, and leaving the token out costs about half of that in KL divergence. So it weighs tokens by what their loss would do, where
 attention weighs them by how much they are looked at.
 
 Shapes: N sequences, S tokens, Q rows, G retrieval groups.
@@ -53,7 +53,7 @@ def straight_through(weights: Tensor, far: Tensor, always: Tensor, count: int, t
 
     Args:
         weights: log weights float32 [N, G, Q, S]; the `count` best candidates `far` are read, and `always` in any case.
-        temperature: width of the soft edge in nats: the gradient is that of sigmoid((weight - the least chosen one's) / temperature).
+        temperature: width of the soft edge in nats; the gradient is that of sigmoid((weight - least chosen one) / temperature).
     """
     scores = weights.detach()
     hard = keep(scores.exp(), far, always, count)

@@ -114,9 +114,7 @@ class Target:
         return wide(self._output_layer(inputs_embeds=states[None], use_cache=False).logits[0])
 
     @torch.no_grad()
-    def observe(
-        self, ids: Tensor, rows: Tensor | None = None, *listeners: LayerListener, keep: bool = False
-    ) -> Observation:
+    def observe(self, ids: Tensor, rows: Tensor | None = None, *listeners: LayerListener, keep: bool = False) -> Observation:
         """Run sequences through the target.
 
         Args:
