@@ -50,7 +50,7 @@ from shapes import DTYPES, random_model
 
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.core import Request, SamplingParams, Selection
-from specontext.distill.session import HeadShape, new_head
+from specontext.distill.new_head import HeadShape, new_head
 from specontext.engine import build
 from specontext.engine.build import Parts, build_parts
 from specontext.engine.runner import ModelRunner

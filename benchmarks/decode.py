@@ -45,7 +45,7 @@ from transformers import DynamicCache
 
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.core import Batch
-from specontext.distill.session import HeadShape, new_head
+from specontext.distill.new_head import HeadShape, new_head
 from specontext.engine.build import Parts, build_parts
 from specontext.engine.runner import ModelRunner
 from specontext.models.attention import ATTENTION_NAME

@@ -22,9 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specontext.core import ModelShape
 from specontext.distill.draft import Draft
-from specontext.distill.session import HeadShape, new_head
+from specontext.distill.new_head import HeadShape, new_head
+from specontext.distill.settings import DistillConfig
+from specontext.distill.student import Student, weighted
 from specontext.distill.target import Target
-from specontext.distill.trainer import DistillConfig, Student
 
 GIB = 1024**3
 
@@ -73,7 +74,7 @@ def measure(model: LlamaForCausalLM, objective: str, length: int, unroll: int, s
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16):
             found = student.losses(target, (ids, wanted), config, step)
-        sum(found[name] for name in ("attention", "output") if name in found).backward()
+        weighted(found, config).backward()
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":

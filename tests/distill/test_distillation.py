@@ -19,8 +19,10 @@ from specontext.distill.data.source import Sequences
 from specontext.distill.draft import Draft
 from specontext.distill.queries import candidates, sample_rows
 from specontext.distill.recall import keep, measure
+from specontext.distill.settings import DistillConfig
+from specontext.distill.student import Student
 from specontext.distill.target import Target
-from specontext.distill.trainer import DistillConfig, Student, train
+from specontext.distill.trainer import train
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig
 from specontext.retrieval.head_map import band_map
@@ -229,7 +231,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(target: Target, tmp_
             part = slice(step % 2, step % 2 + 1) if rows == 1 else slice(None)
             return Sequences(ids[part], torch.full((rows,), length), wanted[part])
 
-    config = replace(CONFIG, steps=1, queries=LENGTH, random_share=0.0, warmup=1, clip=1e9)
+    config = replace(CONFIG, steps=1, queries=LENGTH, random_share=0.0, warmup=1, clip=1e9, effect_weight=0.0)
     whole, parts = student_of("attention"), student_of("attention")
     train(whole, target, Two(), config, tmp_path / "whole")
     train(parts, target, Two(), replace(config, accumulate=2), tmp_path / "parts")

@@ -165,7 +165,10 @@ def measure_drift(
             sparse = torch.stack([record.features[place] for place in places])
             distance = feature_distance(sparse, dense[places.start : places.stop], len(head.config.feature_layers))
             rows = torch.arange(places.start, places.stop, device=target.device)[None]
-            until = Observation(*(part[:, : places.stop] for part in (seen.ids, seen.embeddings, seen.features, seen.hidden)))
+            ids, embeddings, features, hidden = (
+                part[:, : places.stop] for part in (seen.ids, seen.embeddings, seen.features, seen.hidden)
+            )
+            until = Observation(ids, embeddings, features, hidden)
             far, always = candidates(rows, places.stop, method.sink, method.recent)
             with torch.no_grad():
                 weights = head_log_weights(head, until, rows, far).exp()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from specontext.core import SamplingParams
+from specontext.distill.fidelity import measures
 from specontext.engine.llm import LLM
 from specontext.evaluation.fidelity.windows import Window
 
@@ -76,19 +77,6 @@ class _Comparison:
                 self._left[position] -= len(rows)
                 if not self._left[position]:
                     del self._left[position], self._full[position]
-
-
-def measures(full: Tensor, logits: Tensor, target: int) -> Tensor:
-    """Agreement, KL(full || row) and cross-entropy of each row, float64 [R, 3].
-
-    Args:
-        full: logits [V] of full attention; logits: [R, V] of requests; target: the token that follows.
-    """
-    whole = torch.cat((full[None], logits)).double().log_softmax(-1)
-    expected, found = whole[:1], whole[1:]
-    same = logits.argmax(-1) == full.argmax(-1)
-    divergence = torch.where(expected > -torch.inf, expected.exp() * (expected - found), 0.0).sum(-1)
-    return torch.stack((same.double(), divergence, -found[:, target]), dim=-1)
 
 
 def compare_window(llm: LLM, window: Window, choices: Sequence[tuple[str, int | None]], *, seed: int = 0) -> list[Fidelity]:
