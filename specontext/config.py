@@ -9,10 +9,14 @@ from pathlib import Path
 
 from specontext.core import SpeContextError
 
-METHODS = ("full", "speculative", "streaming", "oracle", "random", "quest", "shadowkv", "clusterkv", "snapkv", "h2o")
+METHODS = (
+    *("full", "speculative", "streaming", "oracle", "shared-oracle", "random"),
+    *("quest", "shadowkv", "clusterkv", "snapkv", "h2o"),
+)
 # What requests may name besides, as METHOD-VARIANT.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "speculative": ("union", "batch", "identity"),
+    "shared-oracle": ("bands2", "bands3", "bands5"),
     "quest": ("prompt",),
     "shadowkv": ("prompt",),
     "clusterkv": ("prompt",),

@@ -46,7 +46,8 @@ def evaluate(
         typer.Option(
             "--budgets",
             metavar="A,B,...",
-            help="KV entries that are read, sinks and recent ones included. Default: what the retrieval head recommends.",
+            help="KV entries that are read, sinks and recent ones included, or shares of the length such as 1/8. "
+            "Default: what the retrieval head recommends.",
         ),
     ] = None,
     lengths: Annotated[
@@ -97,6 +98,7 @@ def evaluate(
     Writes results.json, report.html and report.md to DIR, and every answer to DIR/samples.jsonl.
     """
     quiet_libraries()
+    from specontext.evaluation.budgets import parse_budgets
     from specontext.evaluation.engines import GPU_OPTIONS
     from specontext.evaluation.fidelity.rows import SUITE as FIDELITY
     from specontext.evaluation.fidelity.run import run_fidelity
@@ -114,7 +116,7 @@ def evaluate(
         suites=words(suite),
         out=out,
         methods=words(methods),
-        budgets=None if budgets is None else whole_numbers("--budgets", budgets),
+        budgets=None if budgets is None else parse_budgets(budgets),
         lengths=None if lengths is None else whole_numbers("--lengths", lengths),
         limit=limit,
         tasks=None if tasks is None else words(tasks),
@@ -178,7 +180,7 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
     from specontext.evaluation.fidelity.rows import SUITE as FIDELITY
     from specontext.evaluation.report.averages import mean_over_tasks, mean_pairs
 
-    yield from fidelity_tables([row for row in results["rows"] if row["suite"] == FIDELITY])
+    yield from fidelity_tables(*([one for one in results[name] if one["suite"] == FIDELITY] for name in ("rows", "pairs")))
     for suite in dict.fromkeys(row["suite"] for row in results["rows"] if row["suite"] != FIDELITY):
         rows, pairs = ([one for one in results[name] if one["suite"] == suite] for name in ("rows", "pairs"))
         tasks = list(dict.fromkeys(row["task"] for row in rows))

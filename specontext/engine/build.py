@@ -232,6 +232,8 @@ def token_sets(name: str, granularity: str, shape: ModelShape, head: RetrievalHe
     """Token sets of a method's selection."""
     if name in ("full", "streaming", "speculative-union", "speculative-batch"):
         return 1
+    if name.startswith("shared-oracle-bands"):
+        return int(name.removeprefix("shared-oracle-bands")) * groups_of(granularity, shape.kv_heads)
     speculative = head is not None and base_of(name) == "speculative"
     level = "head" if name == "speculative-identity" else granularity
     return groups_of(level, head.config.kv_heads if head is not None and speculative else shape.kv_heads)

@@ -13,6 +13,7 @@ from specontext.core import Batch, SpeContextError
 from specontext.engine.build import Parts
 from specontext.engine.graphs import DecodeGraphs
 from specontext.engine.step import AttentionObserver, Step
+from specontext.engine.twin import DenseTwin
 from specontext.models.attention import listening
 from specontext.models.compiled import CompiledModules
 from specontext.models.decoder import decoder_layers, output_layer
@@ -65,6 +66,8 @@ class ModelRunner:
         if self.taps is not None:  # the model may live on, and nobody has to call `close`
             weakref.finalize(self, self.taps.remove).atexit = False
         kv = parts.kv
+        foreseeing = any(one.foresees for one in parts.methods.selectors.values())
+        self._look_ahead = DenseTwin(loaded, parts).look_ahead if foreseeing else None
         self._compiled: CompiledModules | None = None
         if compiled and loaded.shape.dtype != torch.float32:
             compiling = [(layer, "forward") for layer in decoder_layers(loaded.model)]
@@ -110,7 +113,7 @@ class ModelRunner:
     def _waits(self, selector: Selector) -> bool:
         """Whether decode steps of a method need the host, or rows that are streamed in from it."""
         streamed = (selector.dense or selector.in_layer) and not all(self.parts.kv.resident)
-        return streamed or selector.asks_host
+        return streamed or selector.asks_host or selector.foresees
 
     @torch.inference_mode()
     def run_with_states(self, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +156,15 @@ class ModelRunner:
 
     def _forward(self, batch: Batch) -> Tensor:
         parts = self.parts
-        step = Step(batch, parts.kv, parts.methods, parts.meter, measure_recall=self.measure_recall, observer=self.observer)
+        step = Step(
+            batch,
+            parts.kv,
+            parts.methods,
+            parts.meter,
+            measure_recall=self.measure_recall,
+            observer=self.observer,
+            look_ahead=self._look_ahead,
+        )
         try:
             step.begin()
             with listening(self.loaded.model, step):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,13 +26,16 @@ from specontext.retrieval.selector import DecodeTokens, Selector
 # (None for everything).
 AttentionObserver = Callable[[int, DecodeTokens, Tensor, Tensor | None], None]
 
+# Shows the decode tokens of some ways of a batch, with full attention, to the methods that have to know it beforehand.
+LookAhead = Callable[[Batch, Sequence["Way"]], None]
+
 TILE = 1024  # tokens of one tile on a CPU
 GPU_TILE = 16384  # a GPU is idle with small ones
 LEAST_TILE = 256  # tokens of one request in a tile that many requests share
 
 
 @dataclass(eq=False)
-class _Way:
+class Way:
     """The decode tokens start .. stop - 1 of a step, whose requests choose in the same way.
 
     Attributes:
@@ -57,6 +60,7 @@ class Step:
 
     Args:
         observer: called for decode tokens in every layer, where recall is measured.
+        look_ahead: called before methods select that foresee.
     """
 
     def __init__(
@@ -68,9 +72,10 @@ class Step:
         *,
         measure_recall: bool,
         observer: AttentionObserver | None = None,
+        look_ahead: LookAhead | None = None,
     ) -> None:
         self.batch, self.kv, self.methods, self.meter = batch, kv, methods, meter
-        self.measure_recall, self.observer = measure_recall, observer
+        self.measure_recall, self.observer, self.look_ahead = measure_recall, observer, look_ahead
         self.tile = GPU_TILE if kv.streams.asynchronous else TILE
         lanes = batch.lanes or ((Lane(None, 0, batch.num_decodes, batch.span),) if batch.num_decodes else ())
         self.ways = [self._way(lane) for lane in lanes]
@@ -79,14 +84,15 @@ class Step:
         self._counted: Mark = None
         self._streamed: HostTiles | None = None
 
-    def _way(self, lane: Lane) -> _Way:
+    def _way(self, lane: Lane) -> Way:
         part = slice(lane.start, lane.stop)
         decode = DecodeTokens.part(self.batch, part, lane.span)
         tile = max(self.tile // max(lane.stop - lane.start, 1), LEAST_TILE) if self.kv.streams.asynchronous else self.tile
-        return _Way(self.methods.of(lane.choice), self.methods.reader(lane.choice), decode, part, tile)
+        return Way(self.methods.of(lane.choice), self.methods.reader(lane.choice), decode, part, tile)
 
     def begin(self) -> None:
         """Select before the forward pass, where the method does, and start the loads of all offloaded layers."""
+        self._foresee([way for way in self.ways if way.selector.foresees])
         for way in self.ways:
             if not way.selector.dense and not way.selector.in_layer:
                 began = self._now()
@@ -99,6 +105,18 @@ class Step:
         if (self.batch.prefills or reads) and not all(in_reach(self.kv, layer) for layer in range(self.kv.shape.layers)):
             tokens = max([self.tile, *(len(way.decode.seats) * way.tile for way in reads)])
             self._streamed = HostTiles(self.kv, self._streamed_tiles(), tokens * self.kv.shape.kv_heads)
+
+    def _foresee(self, ways: Sequence[Way]) -> None:
+        if not ways:
+            return
+        assert self.look_ahead is not None
+        began = self._now()
+        self.look_ahead(self.batch, ways)
+        each = (self._now() - began) / sum(len(way.decode.seats) for way in ways)
+        streamed = len(self.kv.offloaded) * self.kv.shape.kv_heads * self.kv.shape.row_bytes  # of a token
+        for way in ways:
+            way.seconds += each * len(way.decode.seats)
+            self.meter.streamed(way.decode.seats, way.decode.lengths * streamed)
 
     def _now(self) -> float:
         if self._timed and self.kv.streams.asynchronous:
@@ -167,7 +185,7 @@ class Step:
 
     # Decode -----------------------------------------------------------------------------------------------------------
 
-    def _decode(self, way: _Way, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def _decode(self, way: Way, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         if way.selector.dense:
             if self.measure_recall:
                 self.meter.recall(layer, way.decode.seats, torch.ones_like(way.decode.seats, dtype=torch.float64))
@@ -182,7 +200,7 @@ class Step:
         self.kv.wait(layer)
         return sparse_attention(query, self.kv.arena.rows, self.kv.rows(layer, way.reading), scale)[0]
 
-    def _select_in_layer(self, way: _Way, view: _View, layer: int) -> None:
+    def _select_in_layer(self, way: Way, view: _View, layer: int) -> None:
         seats = way.decode.seats
         began = self._now()
         selection = way.selector.select_in_layer(layer, way.decode, view)
@@ -192,7 +210,7 @@ class Step:
         way.reading = self.kv.begin_step(seats, selection, layer, way.reader)
         self.meter.sparse(way.reading, self.kv.resident_flags, layer)
 
-    def _decode_dense(self, way: _Way, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def _decode_dense(self, way: Way, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         kv, seats, lengths = self.kv, way.decode.seats, way.decode.lengths
         if in_reach(kv, layer):
             rows, pages = pages_in_reach(kv, layer, seats)
@@ -219,7 +237,7 @@ class Step:
             parts.append(attention_logits(query, buffer, rows, scale))
         return torch.cat(parts, dim=-1)
 
-    def _measure(self, way: _Way, layer: int, query: Tensor, scale: float, selection: Selection) -> None:
+    def _measure(self, way: Way, layer: int, query: Tensor, scale: float, selection: Selection) -> None:
         weights = self._true_weights(way, layer, query, scale)
         tokens = selection.tokens[:, way.reader.head_map[layer]]  # [R, Hkv, B]
         if self.observer is not None:
@@ -228,7 +246,7 @@ class Step:
         covered = torch.where(tokens >= 0, weights.gather(-1, tokens.clamp(min=0)), 0.0).sum(-1)
         self.meter.recall(layer, way.decode.seats, covered.mean(-1))
 
-    def _true_weights(self, way: _Way, layer: int, query: Tensor, scale: float) -> Tensor:
+    def _true_weights(self, way: Way, layer: int, query: Tensor, scale: float) -> Tensor:
         """Attention over the whole context, float32 [R, Hq, S]."""
         return torch.softmax(self.true_logits(way.decode, layer, query, scale), dim=-1)
 
@@ -266,7 +284,7 @@ class _View:
         tokens_read: int64 [R], tokens whose keys it has looked at, None for none.
     """
 
-    def __init__(self, step: Step, way: _Way, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
+    def __init__(self, step: Step, way: Way, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
         self.query, self.key, self.scale = query, key, scale
         self._step, self._way, self._layer = step, way, layer
         self.tokens_read: Tensor | None = None

@@ -44,7 +44,7 @@ class Competitor:
 
     def budgets(self, asked: Sequence[int]) -> tuple[int | None, ...]:
         """Those of the asked budgets that are different ones for this method."""
-        return (None,) if self.method == READS_ALL else tuple(asked)
+        return (None,) if self.method == READS_ALL else tuple(dict.fromkeys(asked))
 
 
 def parse_competitors(texts: Sequence[str]) -> tuple[Competitor, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from specontext.config import SpeContextConfig
 from specontext.core import SpeContextError
 from specontext.engine.llm import LLM
+from specontext.evaluation.budgets import largest
 from specontext.evaluation.competitors import READS_ALL, Competitor
 from specontext.evaluation.settings import EvaluationSettings
 from specontext.models.loading import LoadedModel
@@ -36,7 +37,10 @@ class Engines:
 
     def __init__(self, loaded: LoadedModel, settings: EvaluationSettings) -> None:
         self.loaded, self.settings = loaded, settings
-        self.budget = max(settings.budgets) if settings.budgets else None
+        longest = settings.engine.get("max_model_len") or loaded.shape.max_position
+        self.budget: int | None = None
+        if settings.budgets:
+            self.budget = largest(settings.budgets, settings.lengths, longest, settings.least_budget)
         self._open: tuple[Group, LLM] | None = None
 
     def groups(self, competitors: Sequence[Competitor]) -> list[Group]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from specontext.evaluation.bootstrap import mean_interval
+from specontext.evaluation.fidelity.rows import PAIRED as FIDELITY_PAIRED
 from specontext.evaluation.fidelity.rows import SUITE as FIDELITY
 from specontext.evaluation.fidelity.rows import fidelity_columns
 from specontext.evaluation.samples import Sample
@@ -28,6 +29,8 @@ MEASURES = (
     "tpot_s",
 )
 FULL = "full"
+# Scores of suites, beside `score`, in which methods are compared problem by problem.
+PAIRED: dict[str, tuple[str, ...]] = {FIDELITY: FIDELITY_PAIRED}
 
 Row = dict[str, Any]
 Cell = tuple[str, str, int | None]  # suite, task, length
@@ -89,11 +92,12 @@ def _row(samples: Sequence[Sample], seed: int) -> Row:
 
 def _pair(samples: Sequence[Sample], others: Sequence[Sample], budget: int | None, seed: int) -> Row:
     """The difference on the problems that both have answered."""
-    theirs = {sample.key: sample.score for sample in others}
-    differences = [sample.score - theirs[sample.key] for sample in samples if sample.key in theirs]
+    theirs = {sample.key: sample for sample in others}
+    both = [(sample, theirs[sample.key]) for sample in samples if sample.key in theirs]
+    differences = [mine.score - other.score for mine, other in both]
     low, high = mean_interval(differences, seed=seed)
     first = samples[0]
-    return {
+    pair = {
         "suite": first.suite,
         "task": first.task,
         "method": first.method,
@@ -105,6 +109,15 @@ def _pair(samples: Sequence[Sample], others: Sequence[Sample], budget: int | Non
         "ci_low": low,
         "ci_high": high,
     }
+    further = {name: _difference(both, name, seed) for name in PAIRED.get(first.suite, ())}
+    return pair | {"differences": further} if further else pair
+
+
+def _difference(both: Sequence[tuple[Sample, Sample]], name: str, seed: int) -> dict[str, float | None]:
+    """Mean and interval of the differences in one of the scores."""
+    values = [mine.scores[name] - other.scores[name] for mine, other in both]
+    low, high = mean_interval(values, seed=seed)
+    return {"mean": _mean(values), "low": low, "high": high}
 
 
 def _answer_seconds(sample: Sample) -> float | None:

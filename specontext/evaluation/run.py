@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from specontext.core import RequestOutput, SamplingParams
 from specontext.engine.llm import LLM
 from specontext.engine.llm_engine import pick_device
+from specontext.evaluation.budgets import entries
 from specontext.evaluation.cells import EvalCell, Note, Problem, choose_tasks, draw_cells
 from specontext.evaluation.competitors import Competitor, parse_competitors
 from specontext.evaluation.engines import Engines, Group
@@ -23,6 +24,7 @@ from specontext.evaluation.rows import MEASURES, Cell, Row, by_cell, cell_rows
 from specontext.evaluation.samples import FILE, EvaluationError, Sample, SampleFile, fingerprint
 from specontext.evaluation.settings import EvaluationSettings
 from specontext.evaluation.text_tools import text_tools
+from specontext.evaluation.windows import Text
 from specontext.models.loading import LoadedModel, load_model
 
 Advance = Callable[[int], None]
@@ -183,18 +185,39 @@ class Evaluation:
             self._run_cell(self.engines.open(group), cell, choices, advance)
         return self._write()
 
+    def open_texts(self) -> list[Text]:
+        """The texts that were given.
+
+        Raises:
+            EvaluationError: two of the same name.
+            DataError: one that cannot be read.
+        """
+        options = {"seed": self.settings.seed, "vocab_size": self.vocab_size}
+        texts = [Text(spec, self.tokenizer, **options) for spec in dict.fromkeys(self.settings.texts)]
+        if len({text.name for text in texts}) < len(texts):
+            raise EvaluationError("two texts have the same name: give them as relative paths, or rename one")
+        return texts
+
     def _choices(self, group: Group, suite: str, length: int | None) -> list[Choice]:
         """Methods and budgets of a cell, without budgets that hold everything; the run says which."""
-        choices: list[Choice] = []
-        for competitor in group.competitors:
-            for budget in competitor.budgets(self.budgets):
-                if budget is not None and length is not None and budget >= length:
-                    why = f"skipped: a budget of {budget} holds all of {length} tokens, which is what full reads"
-                    note = {"suite": suite, "length": length, "budget": budget, "why": why}
-                    self.notes += [note] if note not in self.notes else []
-                else:
-                    choices.append((competitor, budget))
-        return choices
+        budgets = self._budgets(suite, length) if any(one.budgets((1,)) != (None,) for one in group.competitors) else []
+        return [(competitor, budget) for competitor in group.competitors for budget in competitor.budgets(budgets)]
+
+    def _budgets(self, suite: str, length: int | None) -> list[int]:
+        """The KV entries of the budgets at a length, without those that hold everything or nothing; the run says which."""
+        fitting, least = [], self.settings.least_budget
+        for asked in self.budgets:
+            budget, why = entries(asked, length), None
+            if length is not None and budget >= length:
+                why = f"skipped: a budget of {budget} holds all of {length} tokens, which is what full reads"
+            elif budget < least:  # of a share
+                why = f"skipped: {asked} of {length} tokens is less than the {least} of sinks, recent window and one more"
+            if why is None:
+                fitting.append(budget)
+                continue
+            note = {"suite": suite, "length": length, "budget": budget, "why": why}
+            self.notes += [note] if note not in self.notes else []
+        return fitting
 
     def _run_cell(self, llm: LLM, cell: EvalCell, choices: Sequence[Choice], advance: Advance) -> None:
         known, added = self.samples.samples, False

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specontext.evaluation.budgets import AskedBudget, check_budgets
 from specontext.evaluation.competitors import parse_competitors
 from specontext.evaluation.fidelity.rows import SUITE as FIDELITY
 from specontext.evaluation.samples import EvaluationError
@@ -20,7 +21,7 @@ class EvaluationSettings:
     Attributes:
         out: directory of results and samples.
         methods: names of the engine's methods, also as METHOD@HEAD.
-        budgets: of all methods but `full`; None is what the retrieval head recommends.
+        budgets: of all methods but `full`, in KV entries or as shares of the length; None is what the retrieval head recommends.
         lengths: in tokens; None is what each task has by default.
         limit: problems of each task and length at most.
         tasks: names; None is all that fit the model.
@@ -42,7 +43,7 @@ class EvaluationSettings:
     suites: tuple[str, ...]
     out: Path
     methods: tuple[str, ...] = ("full", "speculative")
-    budgets: tuple[int, ...] | None = None
+    budgets: tuple[AskedBudget, ...] | None = None
     lengths: tuple[int, ...] | None = None
     limit: int = 20
     tasks: tuple[str, ...] | None = None
@@ -69,9 +70,11 @@ class EvaluationSettings:
         if bool(self.texts) != (FIDELITY in self.suites):
             raise EvaluationError(f"the suite {FIDELITY} needs texts and no other takes them: --suite {FIDELITY} --text FILE")
         parse_competitors(self.methods)
-        least = self.sink + self.recent + 1
+        if self.budgets is not None:
+            if not self.budgets:
+                raise EvaluationError("no budget was named: give at least one, or leave the option out")
+            check_budgets(self.budgets, self.least_budget)
         for name, values, low in (
-            ("budget", self.budgets, least),
             ("length", self.lengths, 1),
             ("limit", (self.limit,), 1),
             ("number of compared tokens", (self.compared,), 1),
@@ -79,12 +82,16 @@ class EvaluationSettings:
             if values is not None and not values:
                 raise EvaluationError(f"no {name} was named: give at least one, or leave the option out")
             if wrong := [value for value in values or () if value < low]:
-                least_words = f"at least {low}" + (" (sink + recent + 1)" if name == "budget" else "")
-                raise EvaluationError(f"a {name} must be {least_words}, got {wrong[0]}")
+                raise EvaluationError(f"a {name} must be at least {low}, got {wrong[0]}")
         if self.data is not None and len(self.suites) > 1:
             raise EvaluationError(
                 "data belongs to one suite: run suites with data one by one, into the same directory if you like"
             )
+
+    @property
+    def least_budget(self) -> int:
+        """Sinks, recent window and one entry more."""
+        return self.sink + self.recent + 1
 
     @property
     def identity(self) -> dict[str, Any]:

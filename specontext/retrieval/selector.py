@@ -151,6 +151,7 @@ class Selector(ABC):
     State is kept by seat, and `with_budget` copies share it.
 
     Attributes:
+        foresees: it has to know the true attention of a token in all layers before it selects for it (`foresee`).
         watches_prompts: it wants to see the queries of prompts (`observe_chunk`).
         replay: last tokens of a prompt that it must see itself although their KV may be known from another request.
         groups: G, how many token sets it chooses for each request.
@@ -160,6 +161,7 @@ class Selector(ABC):
 
     in_layer: ClassVar[bool] = False
     dense: ClassVar[bool] = False
+    foresees: ClassVar[bool] = False
     watches_prompts: ClassVar[bool] = False
     replay: ClassVar[int] = 0
     groups: int
@@ -193,6 +195,14 @@ class Selector(ABC):
 
     def restore(self, seat: int, tokens: int, state: object) -> None:  # noqa: B027
         """Put saved state into a seat that is open with room for it."""
+
+    def foresee(self, layer: int, weights: Tensor) -> None:
+        """See what full attention would weigh in a layer, layer after layer, right before `select`; only where it `foresees`.
+
+        Args:
+            weights: float32 [R, Hq, S] of the tokens of the step.
+        """
+        raise NotImplementedError
 
     def select(self, step: DecodeTokens) -> Selection:
         """Choose for all layers, before the forward pass."""

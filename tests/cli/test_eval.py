@@ -40,7 +40,7 @@ def test_tables_files_and_a_command_that_can_be_repeated(run: Any, tmp_path: Pat
     [
         (("--suite", "chess"), "unknown suite 'chess'"),
         (("--methods", "full,chess"), "unknown method 'chess'"),
-        (("--budgets", "many"), "whole numbers"),
+        (("--budgets", "many"), "shares of the length"),
         (("--budgets", "8"), "a budget must be at least 21"),
         (("--lengths", "20000"), "the model's contexts end at 512 tokens"),
         (("--lengths", "15"), "ask for a greater length"),

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,12 @@ from specontext import LLM
 from specontext.distill.fidelity import measures
 from specontext.evaluation.fidelity.compare import Fidelity, compare_window
 from specontext.evaluation.fidelity.run import run_fidelity
-from specontext.evaluation.fidelity.windows import ShortTextError, Text, Window
 from specontext.evaluation.report import write_report
 from specontext.evaluation.run import Advance
 from specontext.evaluation.samples import EvaluationError
 from specontext.evaluation.settings import EvaluationSettings
+from specontext.evaluation.windows import Window
+from tests.evaluation.test_windows import write
 
 MakeLLM = Callable[..., LLM]
 COMPARED = 12
@@ -114,67 +114,11 @@ def test_methods_are_the_same_alone_and_in_any_company(make_llm: MakeLLM, llm: L
 def test_measures_by_hand() -> None:
     full, other = torch.tensor([0.5, 0.25, 0.25]).log(), torch.tensor([0.25, 0.5, 0.25]).log()
     never = torch.tensor([0.5, 0.5, 0.0]).log()
-    found = measures(full, torch.stack((full, other)), 1)
+    found = measures(torch.stack((full, full)), torch.stack((full, other)), torch.tensor([1, 1]))
     divergence = 0.5 * math.log(2) - 0.25 * math.log(2)
     expected = torch.tensor([[1.0, 0.0, math.log(4)], [0.0, divergence, math.log(2)]], dtype=torch.float64)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    assert measures(never, never[None], 1)[0].tolist() == pytest.approx([1.0, 0.0, math.log(2)])
-
-
-# Windows ------------------------------------------------------------------------------------------------------------------
-
-
-def write(folder: Path, tokenizer: Any, tokens: int, name: str = "text.txt") -> Path:
-    """A text of words that are tokens; with its end, but without the token that the tokenizer puts before it, so many."""
-    words = [" sun", " moon", " river", " stone"]
-    assert all(len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1 for word in words)
-    path = folder / name
-    path.write_text("".join(words[n * n % 4] for n in range(tokens - 1)))
-    return path
-
-
-def test_windows_follow_each_other(tmp_path: Path, tokenizer: Any) -> None:
-    path = write(tmp_path, tokenizer, 300)
-    windows = Text(str(path), tokenizer, seed=0).windows(100, 2, 10)
-    ids = tokenizer(path.read_text())["input_ids"]
-    assert [window.token_ids for window in windows] == [ids[:100], [ids[0], *ids[100:199]]]
-    assert all(window.wanted == [True] * 10 and len(window.prompt) == 89 for window in windows)
-
-
-def test_windows_of_a_short_text_overlap_outside_of_what_is_compared(tmp_path: Path, tokenizer: Any) -> None:
-    windows = Text(str(write(tmp_path, tokenizer, 124)), tokenizer, seed=0).windows(100, 20, 10)
-    ends = [int(window.key.removeprefix("from ")) + 99 for window in windows]
-    assert ends[0] == 99 and ends[-1] == 124 and len(ends) == 3
-    assert all(after - before >= 10 for before, after in pairwise(ends))
-    (only,) = Text(str(write(tmp_path, tokenizer, 99)), tokenizer, seed=0).windows(100, 20, 10)
-    assert len(only.token_ids) == 100
-
-
-def test_a_text_that_is_too_short(tmp_path: Path, tokenizer: Any) -> None:
-    with pytest.raises(ShortTextError, match="has 98 tokens, too few for a window of 100"):
-        Text(str(write(tmp_path, tokenizer, 98)), tokenizer, seed=0).windows(100, 1, 10)
-
-
-def test_of_rows_only_answers_are_compared(tmp_path: Path, tokenizer: Any) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"prompt": " sun" * 30, "completion": " moon" * 7}) + "\n")
-    (window,) = Text(str(path), tokenizer, seed=0).windows(39, 1, 12)
-    assert window.wanted == [False] * 4 + [True] * 8  # the answer and its end
-    path.write_text(json.dumps({"prompt": " sun" * 30, "completion": " moon"}) + "\n" + json.dumps({"text": ""}) + "\n")
-    with pytest.raises(ShortTextError, match="hold none that the model has to say"):
-        Text(str(path), tokenizer, seed=0).windows(20, 1, 5)
-
-
-def test_generated_tasks(tokenizer: Any) -> None:
-    text = Text("tasks:retrieval", tokenizer, seed=3)
-    windows = text.windows(200, 3, 20)
-    assert len(windows) == 3 and len({tuple(window.token_ids) for window in windows}) == 3
-    for window in windows:
-        assert 175 <= len(window.token_ids) <= 200 and len(window.wanted) == 20
-        said = [token for token, wanted in zip(window.token_ids[-20:], window.wanted, strict=True) if wanted]
-        assert said[-1] == tokenizer.eos_token_id
-    with pytest.raises(ShortTextError):
-        text.windows(8, 1, 4)
+    assert measures(never[None], never[None], torch.tensor([1]))[0].tolist() == pytest.approx([1.0, 0.0, math.log(2)])
 
 
 # The suite ----------------------------------------------------------------------------------------------------------------
@@ -238,6 +182,26 @@ def test_pairs_notes_and_report(results: dict[str, Any], settings: EvaluationSet
     assert notes[None, 192] == "skipped: a budget of 256 holds all of 192 tokens, which is what full reads"
     report = write_report(settings.out)[1].read_text()
     assert "kl\\_divergence" in report and "tasks:retrieval" in report
+    chapter = report.partition("## What is lost against full attention")[2].partition("## Accuracy")[0]
+    assert "speculative beside each other method" in chapter and "KL of speculative minus this" in chapter
+    assert "mean over 2 texts, 192 tokens" in chapter and "tasks:retrieval, 400 tokens" in chapter
+
+
+def test_differences_in_what_is_lost_are_paired(results: dict[str, Any], settings: EvaluationSettings) -> None:
+    samples = [json.loads(line) for line in (settings.out / "samples.jsonl").read_text().splitlines()]
+    of = {(one["task"], one["length"], one["method"], one["budget"], one["key"]): one["scores"] for one in samples}
+    for pair in results["pairs"]:
+        place, budget = (pair["task"], pair["length"]), pair["budget"]
+        keys = [name[-1] for name in of if name[:4] == (*place, pair["method"], budget)]
+        other = None if pair["other"] == "full" else budget
+        for name in ("kl_divergence", "cross_entropy"):
+            mine, theirs = (
+                [of[*place, method, entries, key][name] for key in keys]
+                for method, entries in ((pair["method"], budget), (pair["other"], other))
+            )
+            differences, said = [a - b for a, b in zip(mine, theirs, strict=True)], pair["differences"][name]
+            assert said["mean"] == pytest.approx(sum(differences) / len(differences))
+            assert said["low"] == pytest.approx(min(differences)) and said["high"] == pytest.approx(max(differences))  # of two
 
 
 def test_a_second_run_measures_only_what_is_missing(results: dict[str, Any], settings: EvaluationSettings) -> None:

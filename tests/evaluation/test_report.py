@@ -193,6 +193,9 @@ def test_pairs_are_turned_and_counted_once() -> None:
     pairs = read_results({"rows": [], "pairs": [made_pair("a", "b", -0.1, 0.3), made_pair("b", "a", -0.3, 0.1)]}).pairs
     [pair] = seen_from("a", pairs)
     assert (pair["other"], pair["ci_low"], pair["ci_high"]) == ("b", -0.1, 0.3)
+    further = {"differences.kl.mean": 0.3, "differences.kl.low": 0.2, "differences.kl.high": 0.5}
+    [turned] = seen_from("b", [pairs[0] | further])
+    assert [turned[f"differences.kl.{name}"] for name in ("mean", "low", "high")] == [-0.3, -0.5, -0.2]
     [pair] = seen_from("b", pairs[:1])
     assert (pair["other"], pair["difference"], pair["ci_low"], pair["ci_high"]) == ("a", pytest.approx(-0.1), -0.3, 0.1)
 

@@ -1,16 +1,16 @@
-"""One window of text through the engine: full attention and methods beside each other, the window's own tokens forced.
+"""Windows of text through the engine: what full attention expects next and what methods do, the text's own tokens forced.
 
-Every request is the same prompt with the same forced output, so their next-token distributions at a position are comparable. A
-row of logits lives until all requests have passed its position; they decode in the same steps, so it is a few rows at a time.
+Full attention runs first, and its logits at the compared positions are kept; then methods run, as many requests at once as the
+engine has seats, and each row of theirs is compared in the step in which it is made. Every request of a window has the same
+prompt and the same forced output, so next-token distributions at a position are comparable.
 
-Shapes use R requests, V vocabulary size.
+Shapes use R rows of logits, V vocabulary size.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,12 @@ from torch import Tensor
 from specontext.core import SamplingParams
 from specontext.distill.fidelity import measures
 from specontext.engine.llm import LLM
-from specontext.evaluation.fidelity.windows import Window
+from specontext.evaluation.windows import Window
+
+LOGITS_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # of full attention that are kept
+ROWS = 32  # that are compared at a time, in float64
+
+Way = tuple[str, int | None]  # method and budget
 
 
 @dataclass(frozen=True)
@@ -41,77 +46,104 @@ class Fidelity:
     stats: dict[str, Any]
 
 
-class _Comparison:
-    """Compares rows of logits with those of request 0 as they come.
+class Comparison:
+    """Some windows that methods are compared on.
 
     Args:
-        targets: the text's token at every position.
-        wanted: positions at which distributions are compared.
+        windows: no more than `most_windows` says.
+        seed: of the method `random`.
+
+    Attributes:
+        full: full attention's own numbers, for each window.
     """
 
-    def __init__(self, targets: Sequence[int], wanted: Sequence[bool], requests: int, device: torch.device) -> None:
-        self.targets, self.wanted, self.requests = targets, wanted, requests
-        self.sums = torch.zeros((requests, 3), dtype=torch.float64, device=device)
-        self._seen = [-1] * requests  # the first logits are the prompt's, which is computed in the same way for all
-        self._new: dict[int, dict[int, Tensor]] = defaultdict(dict)  # by position and request
-        self._full: dict[int, Tensor] = {}
-        self._left: dict[int, int] = defaultdict(lambda: requests)
+    def __init__(self, llm: LLM, windows: Sequence[Window], *, seed: int = 0) -> None:
+        self.llm, self.windows, self.seed = llm, windows, seed
+        self._targets = [torch.tensor(window.token_ids[-len(window.wanted) :], device=llm.engine.device) for window in windows]
+        self._full: list[dict[int, Tensor]] = [{} for _ in windows]
+        self.full = [found[0] for found in self._run([("full", None)], self._keep)]
 
-    def see(self, request: int, logits: Tensor) -> None:
-        """Take a row [V] of a request, position after position."""
-        position = self._seen[request]
-        self._seen[request] += 1
-        if position >= 0 and self.wanted[position]:
-            self._new[position][request] = logits.clone()
+    def methods(self, ways: Sequence[Way]) -> list[list[Fidelity]]:
+        """Fidelity of methods and budgets, for each window in the order of `ways`."""
+        return self._run(ways, None)
 
-    def settle(self) -> None:
-        """Compare what can be compared, after a step."""
-        for position in list(self._new):
-            if 0 in self._new[position]:
-                self._full[position] = self._new[position][0]
-            if position in self._full:
-                rows = self._new.pop(position)
-                numbers = torch.tensor(list(rows), device=self.sums.device)
-                measured = measures(self._full[position], torch.stack(list(rows.values())), self.targets[position])
-                self.sums.index_add_(0, numbers, measured)
-                self._left[position] -= len(rows)
-                if not self._left[position]:
-                    del self._left[position], self._full[position]
+    def _keep(self, window: int, position: int, row: Tensor) -> None:
+        self._full[window][position] = row.clone()
+
+    def _run(self, ways: Sequence[Way], keep: Callable[[int, int, Tensor], None] | None) -> list[list[Fidelity]]:
+        """Decode the last tokens of every window with every way, all in one batch.
+
+        The token before the first that may be compared is the first that is decoded; all before it are the prompt.
+        """
+        engine = self.llm.engine
+        jobs = [(window, way) for window in range(len(self.windows)) for way in ways]
+        sums = torch.zeros((len(jobs), 3), dtype=torch.float64, device=engine.device)
+        seen = [-1] * len(jobs)  # the first logits are the prompt's, which is computed in the same way for all
+        new: list[tuple[int, int, int, Tensor]] = []  # job, window, position and row of a step
+
+        def see(job: int, logits: Tensor) -> None:
+            position, window = seen[job], jobs[job][0]
+            seen[job] += 1
+            if position < 0 or not self.windows[window].wanted[position]:
+                return
+            if keep is not None:
+                keep(window, position, logits)
+            new.append((job, window, position, logits))
+
+        generations = []
+        try:
+            for number, (window, (method, budget)) in enumerate(jobs):
+                prompt = self.windows[window].prompt
+                forced = self.windows[window].token_ids[len(prompt) :]
+                params = SamplingParams(
+                    temperature=0.0, seed=self.seed, ignore_eos=True, max_tokens=len(forced), method=method, budget=budget
+                )
+                name = f"fidelity-{number}"
+                generations.append(engine.add_request(name, prompt, params, forced=forced, on_logits=partial(see, number)))
+            while not all(generation.finished for generation in generations):
+                engine.step()
+                self._compare(new, sums)
+                new.clear()
+        finally:
+            for generation in generations:
+                if not generation.finished:
+                    engine.abort(generation.request.request_id)
+        wanted = torch.tensor([sum(self.windows[window].wanted) for window, _ in jobs], device=sums.device)
+        means, made = (sums / wanted[:, None]).tolist(), iter(generations)
+        found: list[list[Fidelity]] = []
+        for window in range(len(self.windows)):
+            rows = means[window * len(ways) : (window + 1) * len(ways)]
+            own = rows[0][2] if keep is not None else self.full[window].cross_entropy
+            found.append([Fidelity(row[0], row[1], row[2], own, next(made).stats or {}) for row in rows])
+        return found
+
+    def _compare(self, new: Sequence[tuple[int, int, int, Tensor]], sums: Tensor) -> None:
+        """Compare the rows of a step, before the next one writes over them."""
+        for start in range(0, len(new), ROWS):
+            some = new[start : start + ROWS]
+            full = torch.stack([self._full[window][position] for _, window, position, _ in some])
+            logits = torch.stack([row for _, _, _, row in some])
+            targets = torch.stack([self._targets[window][position] for _, window, position, _ in some])
+            jobs = torch.tensor([job for job, _, _, _ in some], device=sums.device)
+            sums.index_add_(0, jobs, measures(full, logits, targets))
 
 
-def compare_window(llm: LLM, window: Window, choices: Sequence[tuple[str, int | None]], *, seed: int = 0) -> list[Fidelity]:
-    """Compare methods with full attention where a window wants it, all in one batch.
+def most_windows(llm: LLM, compared: int) -> int:
+    """Windows whose full logits may be kept at a time, no more than the engine has seats for."""
+    row = llm.shape.vocab_size * llm.shape.dtype.itemsize
+    fit = LOGITS_BYTES[llm.engine.device.type] // (row * compared)
+    return max(1, min(fit, llm.engine.config.max_num_seqs))
 
-    The token before the first that may be compared is the first that is decoded; all before it are the prompt.
+
+def compare_window(llm: LLM, window: Window, ways: Sequence[Way], *, seed: int = 0) -> list[Fidelity]:
+    """Compare methods with full attention where a window wants it.
 
     Args:
         llm: runs `full` and all methods.
-        choices: methods and budgets.
         seed: of the method `random`.
 
     Returns:
-        Full attention's own, then one for each choice.
+        Full attention's own, then one for each way.
     """
-    engine = llm.engine
-    prompt, forced = window.prompt, window.token_ids[len(window.prompt) :]
-    everyone = [("full", None), *choices]
-    comparison = _Comparison(forced[1:], window.wanted, len(everyone), engine.device)
-    greedy = SamplingParams(temperature=0.0, seed=seed, ignore_eos=True, max_tokens=len(forced))
-    generations = []
-    try:
-        for number, (method, budget) in enumerate(everyone):
-            params = replace(greedy, method=method, budget=budget)
-            see = partial(comparison.see, number)
-            generations.append(engine.add_request(f"fidelity-{number}", prompt, params, forced=forced, on_logits=see))
-        while not all(generation.finished for generation in generations):
-            engine.step()
-            comparison.settle()
-    finally:
-        for generation in generations:
-            if not generation.finished:
-                engine.abort(generation.request.request_id)
-    means = (comparison.sums / sum(window.wanted)).tolist()
-    return [
-        Fidelity(agreement, divergence, entropy, means[0][2], made.stats or {})
-        for (agreement, divergence, entropy), made in zip(means, generations, strict=True)
-    ]
+    comparison = Comparison(llm, [window], seed=seed)
+    return [comparison.full[0], *comparison.methods(ways)[0]]

@@ -10,6 +10,7 @@ from specontext.evaluation.bootstrap import mean_interval
 from specontext.evaluation.samples import Sample
 
 SUITE = "fidelity"
+PAIRED = ("kl_divergence", "cross_entropy")  # in which methods are compared window by window, beside their agreement
 
 
 def fidelity_columns(samples: Sequence[Sample], *, seed: int) -> dict[str, Any]:

@@ -7,20 +7,19 @@ A row's score is the share of positions at which a method finds the same most li
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from specontext.core import SamplingParams
 from specontext.engine.llm import LLM
 from specontext.evaluation.competitors import READS_ALL, Competitor
-from specontext.evaluation.fidelity.compare import Fidelity, compare_window
+from specontext.evaluation.fidelity.compare import Comparison, Fidelity, most_windows
 from specontext.evaluation.fidelity.rows import SUITE
-from specontext.evaluation.fidelity.windows import ShortTextError, Text, Window
 from specontext.evaluation.rows import MEASURES
 from specontext.evaluation.run import Advance, Begin, Choice, Evaluation, run_evaluation
 from specontext.evaluation.samples import EvaluationError, Sample, fingerprint
 from specontext.evaluation.settings import EvaluationSettings
+from specontext.evaluation.windows import ShortTextError, Window, reservations
 from specontext.models.loading import LoadedModel
 
 LENGTH = 4096  # of windows, where none was asked for
@@ -54,6 +53,15 @@ class _Cell:
     windows: list[Window]
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A window, and what is not known of it yet."""
+
+    cell: _Cell
+    window: Window
+    todo: tuple[Choice, ...]
+
+
 class _FidelityEvaluation(Evaluation):
     engine_options: ClassVar[dict[str, Any]] = {"measure_recall": True}
 
@@ -62,11 +70,14 @@ class _FidelityEvaluation(Evaluation):
         cells = self._draw(begin)
         if not cells:
             raise EvaluationError("nothing can be run: " + "; ".join(dict.fromkeys(note["why"] for note in self.notes)))
-        wanted = [(group, cell, self._choices(group, SUITE, cell.length)) for group in self.groups for cell in cells]
+        lengths = dict.fromkeys(cell.length for cell in cells)
+        wanted = [(group, length, self._choices(group, SUITE, length)) for group in self.groups for length in lengths]
         self._count_all()
-        advance = begin("comparing", sum(len(cell.windows) for _, cell, _ in wanted))
-        for group, cell, choices in wanted:
-            self._compare(self.engines.open(group), cell, [choice for choice in choices if choice != FULL], advance)
+        at = {length: [cell for cell in cells if cell.length == length] for length in lengths}
+        parts = {length: sum(len(cell.windows) for cell in some) for length, some in at.items()}
+        advance = begin("comparing", sum(parts[length] * (len(choices) + (FULL not in choices)) for _, length, choices in wanted))
+        for group, length, choices in wanted:
+            self._compare(self.engines.open(group), at[length], dict.fromkeys((FULL, *choices)), advance)
         return self._write()
 
     def _draw(self, begin: Begin) -> list[_Cell]:
@@ -75,10 +86,7 @@ class _FidelityEvaluation(Evaluation):
         lengths = settings.lengths or (min(LENGTH, self.max_length),)
         if min(lengths) < SHORTEST:
             raise EvaluationError(f"a length of {SUITE} must be at least {SHORTEST} tokens, got {min(lengths)}")
-        options = {"seed": settings.seed, "vocab_size": self.vocab_size}
-        texts = [Text(spec, self.tokenizer, **options) for spec in dict.fromkeys(settings.texts)]
-        if len({text.name for text in texts}) < len(texts):
-            raise EvaluationError("two texts have the same name: give them as relative paths, or rename one")
+        texts = self.open_texts()
         advance = begin("reading texts", len(texts) * len(lengths))
         for text in texts:
             for length in lengths:
@@ -93,9 +101,7 @@ class _FidelityEvaluation(Evaluation):
                 except ShortTextError as error:
                     self.notes.append(place | {"why": f"skipped: {error}"})
                     continue
-                if len(windows) < settings.limit:
-                    why = f"there are {len(windows)} windows, fewer than the limit of {settings.limit}"
-                    self.notes.append(place | {"why": why})
+                self.notes += [place | {"why": why} for why in reservations(windows, settings.limit)]
                 cells.append(_Cell(text.name, length, compared, windows))
                 self._check_known(cells[-1])
         return cells
@@ -114,16 +120,24 @@ class _FidelityEvaluation(Evaluation):
             )
         self.samples.check(SUITE, cell.text, cell.length, asked)
 
-    def _compare(self, llm: LLM, cell: _Cell, choices: Sequence[Choice], advance: Advance) -> None:
-        known, added = self.samples.samples, False
-        for window in cell.windows:
-            todo = [choice for choice in (FULL, *choices) if _name(cell, window, choice) not in known]
-            if todo:
-                self.samples.add(_measure(llm, cell, window, todo, self.settings.seed))
-                added = True
-            advance(1)
-        if added:
-            self._recount((SUITE, cell.text, cell.length))
+    def _compare(self, llm: LLM, cells: Sequence[_Cell], choices: Collection[Choice], advance: Advance) -> None:
+        """All windows of one length: those of all texts go together, as many at once as the engine takes."""
+        jobs = [
+            _Job(cell, window, tuple(choice for choice in choices if _name(cell, window, choice) not in self.samples.samples))
+            for cell in cells
+            for window in cell.windows
+        ]
+        advance(sum(len(choices) - len(job.todo) for job in jobs))
+        for todo in dict.fromkeys(job.todo for job in jobs if job.todo):
+            alike = [job for job in jobs if job.todo == todo]
+            at_once = most_windows(llm, max(job.cell.compared for job in alike))
+            for start in range(0, len(alike), at_once):
+                some = alike[start : start + at_once]
+                for samples in _measure(llm, some, self.settings.seed):
+                    self.samples.add(samples)
+                    advance(len(samples))
+                for text, length in dict.fromkeys((job.cell.text, job.cell.length) for job in some):
+                    self._recount((SUITE, text, length))
 
 
 def _key(cell: _Cell, window: Window) -> str:
@@ -134,25 +148,27 @@ def _name(cell: _Cell, window: Window, choice: Choice) -> tuple[str, str, int | 
     return (SUITE, cell.text, cell.length, _key(cell, window), choice[0].label, choice[1])
 
 
-def _measure(llm: LLM, cell: _Cell, window: Window, todo: Sequence[Choice], seed: int) -> list[Sample]:
-    """Compare one window, as many methods at once as the engine has seats for beside full attention."""
+def _measure(llm: LLM, jobs: Sequence[_Job], seed: int) -> Iterator[list[Sample]]:
+    """Samples of jobs that lack the same choices, of as many choices at a time as the engine has seats for."""
+    todo, began = jobs[0].todo, time.perf_counter()
+    comparison = Comparison(llm, [job.window for job in jobs], seed=seed)
+    if FULL in todo:
+        seconds = (time.perf_counter() - began) / len(jobs)
+        yield [_sample(job, FULL, own, seconds) for job, own in zip(jobs, comparison.full, strict=True)]
     others = [choice for choice in todo if choice != FULL]
-    at_once = max(llm.engine.config.max_num_seqs - 1, 1)
-    if others:  # its prompt is computed once and found by all
-        llm.generate([window.prompt], SamplingParams(temperature=0.0, max_tokens=1))
-    samples: list[Sample] = []
-    for start in range(0, max(len(others), 1), at_once):
-        some = others[start : start + at_once]
-        began = time.perf_counter()
-        measured = compare_window(llm, window, [(one.method, budget) for one, budget in some], seed=seed)
-        seconds = (time.perf_counter() - began) / len(measured)
-        pairs = zip((FULL, *some), measured, strict=True)
-        new = [_sample(cell, window, choice, fidelity, seconds) for choice, fidelity in pairs]
-        samples += new if FULL in todo and not start else new[1:]
-    return samples
+    together = max(1, llm.engine.config.max_num_seqs // len(jobs))
+    for start in range(0, len(others), together):
+        some, began = others[start : start + together], time.perf_counter()
+        measured = comparison.methods([(competitor.method, budget) for competitor, budget in some])
+        seconds = (time.perf_counter() - began) / (len(jobs) * len(some))
+        yield [
+            _sample(job, choice, fidelity, seconds)
+            for job, found in zip(jobs, measured, strict=True)
+            for choice, fidelity in zip(some, found, strict=True)
+        ]
 
 
-def _sample(cell: _Cell, window: Window, choice: Choice, fidelity: Fidelity, seconds: float) -> Sample:
+def _sample(job: _Job, choice: Choice, fidelity: Fidelity, seconds: float) -> Sample:
     scores = {
         "score": fidelity.agreement,
         "kl_divergence": fidelity.kl_divergence,
@@ -161,5 +177,5 @@ def _sample(cell: _Cell, window: Window, choice: Choice, fidelity: Fidelity, sec
     }
     kept = [name for name in (*MEASURES, "attention_recall_by_layer") if name in fidelity.stats and name not in NOT_MEASURED]
     stats = {name: fidelity.stats[name] for name in kept}
-    name = _name(cell, window, choice)
-    return Sample(*name, fidelity.agreement, scores, "", "length", cell.compared, stats, seconds, fingerprint(window.token_ids))
+    name, asked = _name(job.cell, job.window, choice), fingerprint(job.window.token_ids)
+    return Sample(*name, fidelity.agreement, scores, "", "length", job.cell.compared, stats, seconds, asked)

@@ -7,10 +7,20 @@ Means of other sets of tasks cannot be compared. So a mean is made of all tasks 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from specontext.evaluation.report.results import MEASURED, PAIRED, Row
+from specontext.evaluation.report.results import MEASURED, PAIRED, Row, unique
+
+# A number and the bounds of its interval.
+SCORE = ("score", "ci_low", "ci_high")
+DIFFERENCE = ("difference", "ci_low", "ci_high")
+FURTHER = (
+    ("scores.kl_divergence", "scores.kl_low", "scores.kl_high"),
+    ("scores.perplexity_ratio", "scores.ratio_low", "scores.ratio_high"),
+)
+PREFIX = "differences."
+Triple = tuple[str, str, str]
 
 Cell = tuple[str, float | None, float | None]  # method, budget, length
 
@@ -40,7 +50,9 @@ def mean_over_tasks(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
         if missing or not tasks:
             partial.append(cell | {"missing": missing})
         else:
-            whole.append(cell | _means([found[task] for task in tasks], "score", MEASURED))
+            some = [found[task] for task in tasks]
+            triples = [SCORE, *(triple for triple in FURTHER if all(triple[0] in row for row in some))]
+            whole.append(cell | _means(some, triples, MEASURED))
     return whole, partial
 
 
@@ -56,8 +68,14 @@ def mean_pairs(pairs: Sequence[Row]) -> list[Row]:
     for (method, other, budget, length), found in cells.items():
         if set(found) == wanted[length]:
             cell: Row = {"method": method, "other": other, "budget": budget, "length": length, "task": None, "tasks": len(found)}
-            made.append(cell | _means(list(found.values()), "difference", PAIRED))
+            made.append(cell | _means(list(found.values()), [DIFFERENCE, *further_differences(found.values())], PAIRED))
     return made
+
+
+def further_differences(pairs: Iterable[Row]) -> list[Triple]:
+    """The keys of what pairs compare beside their score."""
+    means = unique(key for pair in pairs for key in pair if key.startswith(PREFIX) and key.endswith(".mean"))
+    return [(mean, f"{mean.removesuffix('mean')}low", f"{mean.removesuffix('mean')}high") for mean in means]
 
 
 def seen_from(method: str, pairs: Sequence[Row]) -> list[Row]:
@@ -67,12 +85,11 @@ def seen_from(method: str, pairs: Sequence[Row]) -> list[Row]:
         if pair["method"] == method:
             turned.append(pair)
         elif pair["other"] == method:
-            low, high, difference = pair["ci_low"], pair["ci_high"], pair["difference"]
-            turned.append(
-                pair
-                | {"method": method, "other": pair["method"], "difference": _negative(difference)}
-                | {"ci_low": _negative(high), "ci_high": _negative(low)}
-            )
+            other_way = pair | {"method": method, "other": pair["method"]}
+            for mean, low, high in (DIFFERENCE, *further_differences([pair])):
+                bounds = {low: _negative(pair[high]), high: _negative(pair[low])}
+                other_way |= {mean: _negative(pair[mean])} | bounds
+            turned.append(other_way)
     once = {(pair.get("suite"), pair["task"], pair["other"], pair["budget"], pair["length"]): pair for pair in reversed(turned)}
     return list(once.values())[::-1]
 
@@ -81,14 +98,15 @@ def _negative(value: float | None) -> float | None:
     return None if value is None else -value
 
 
-def _means(rows: Sequence[Row], centre: str, names: Sequence[str]) -> Row:
-    """Means where all rows have a value; of `ci_low` and `ci_high` what the module's text says."""
+def _means(rows: Sequence[Row], triples: Sequence[Triple], names: Sequence[str]) -> Row:
+    """Means where all rows have a value; of the bounds of intervals what the module's text says."""
     made: Row = {"n": sum(row["n"] or 0 for row in rows) or None, "least_n": min((row["n"] or 0 for row in rows), default=0)}
-    for name in names:
-        values = [row[name] for row in rows]
+    for name in unique([*names, *(name for triple in triples for name in triple)]):
+        values: list[Any] = [row.get(name) for row in rows]
         made[name] = None if None in values else sum(values) / len(values)
-    for name, sign in (("ci_low", -1), ("ci_high", 1)):
-        if made[name] is not None:
-            squares = sum((row[name] - row[centre]) ** 2 for row in rows)
-            made[name] = made[centre] + sign * math.sqrt(squares) / len(rows)
+    for centre, low, high in triples:
+        for name, sign in ((low, -1), (high, 1)):
+            if made[name] is not None:
+                squares = sum((row[name] - row[centre]) ** 2 for row in rows)
+                made[name] = made[centre] + sign * math.sqrt(squares) / len(rows)
     return made

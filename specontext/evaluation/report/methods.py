@@ -14,6 +14,8 @@ DESCRIPTIONS = {
     "speculative-identity": "as speculative, without a head map: in every layer KV head h reads the set of group h",
     "oracle": "every layer first computes the true attention over everything and then reads the entries that it weighs most; an "
     "upper bound, since it saves nothing",
+    "shared-oracle": "the true attention over everything is computed for all layers beforehand, and each KV head reads the same "
+    "best entries in all of them; an upper bound for what chooses before the model runs",
     "random": "reads entries drawn by chance: the floor that any method must clear",
     "streaming": "StreamingLLM: the first tokens and a window of the last ones",
     "h2o": "H2O: keeps the entries that have got the most attention so far, and forgets the others",
@@ -23,6 +25,7 @@ DESCRIPTIONS = {
     "clusterkv": "ClusterKV-style: groups keys of similar content, and reads the groups whose centres score best in each layer",
 }
 PROMPT_ONLY = "-prompt"
+BANDS = "-bands"
 PROMPT_ONLY_WORDS = "; chooses among the tokens of the prompt only and keeps all generated ones"
 COLOURS = 7  # --c0 .. --c6 of style.css
 SHAPES = ("circle", "square", "diamond", "up", "down", "plus", "cross", "star")
@@ -33,6 +36,10 @@ KNOWN = {  # colour, shape, dashed line; None is the colour of text
     "speculative-batch": (0, "down", True),
     "speculative-identity": (0, "diamond", True),
     "oracle": (6, "star", True),
+    "shared-oracle": (6, "up", True),
+    "shared-oracle-bands2": (6, "square", True),
+    "shared-oracle-bands3": (6, "diamond", True),
+    "shared-oracle-bands5": (6, "down", True),
     "random": (6, "cross", False),
     "streaming": (4, "diamond", False),
     "h2o": (5, "plus", False),
@@ -70,9 +77,9 @@ def marks_of(methods: Sequence[str]) -> dict[str, Mark]:
 def describe(method: str) -> str | None:
     """What a method does, in words; None for an unknown one."""
     name, _, head = method.partition("@")
-    base = name.removesuffix(PROMPT_ONLY)
+    base, _, bands = name.removesuffix(PROMPT_ONLY).partition(BANDS)
     if base not in DESCRIPTIONS:
         return None
-    return (
-        DESCRIPTIONS[base] + (PROMPT_ONLY_WORDS if base != name else "") + (f"; with the retrieval head {head}" if head else "")
-    )
+    said = DESCRIPTIONS[base] + (PROMPT_ONLY_WORDS if name.endswith(PROMPT_ONLY) else "")
+    said += f"; with sets for each of {bands} bands of layers" if bands else ""
+    return said + (f"; with the retrieval head {head}" if head else "")

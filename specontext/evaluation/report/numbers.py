@@ -30,6 +30,13 @@ def interval(low: float | None, high: float | None, shown: Any = percent) -> str
     return DASH if low is None or high is None else f"[{shown(low)}, {shown(high)}]".replace("\u00a0%, ", ", ")
 
 
+def small(value: float | None, *, digits: int = 2, sign: bool = False) -> str:
+    """A number of any size with so many significant digits, and its sign where it is a difference."""
+    if value is None:
+        return DASH
+    return f"{value:{'+' if sign and value else ''}.{digits}g}".replace("-", MINUS)
+
+
 def size(count: float | None) -> str:
     """Bytes with three digits or so."""
     if count is None:

@@ -17,7 +17,7 @@ Marks = dict[str, Mark]
 
 def pareto_front(means: Sequence[Row]) -> list[Row]:
     """Cells that no other cell beats: none reads as little or less and scores higher. The bounds are no methods to use."""
-    cells = [mean for mean in means if None not in (mean["score"], mean["tokens_read"]) and mean["method"] not in BOUNDS]
+    cells = [mean for mean in means if None not in (mean["score"], mean["tokens_read"]) and not mean["method"].startswith(BOUNDS)]
     front: list[Row] = []
     for cell in sorted(cells, key=lambda cell: (cell["tokens_read"], -cell["score"])):
         if not front or cell["score"] > front[-1]["score"]:

@@ -31,7 +31,8 @@ PAIRED = ("difference", "ci_low", "ci_high")
 
 FULL = "full"
 MAIN = "speculative"
-BOUNDS = ("oracle", "random")  # no methods to use: the one looks at the true attention first, the other at nothing
+UPPER_BOUNDS = ("oracle", "shared-oracle")  # no methods to use: they look at the true attention first
+BOUNDS = (*UPPER_BOUNDS, "random")  # and that one looks at nothing
 
 
 class ReportError(SpeContextError, ValueError):
@@ -67,7 +68,7 @@ class Results:
     def main(self) -> str | None:
         """The method that the report is about: SpeContext's own, or else the first that could stand for full attention."""
         candidates = [method for method in self.methods if method != FULL]
-        usable = [method for method in candidates if method not in BOUNDS]
+        usable = [method for method in candidates if not method.startswith(BOUNDS)]
         own = [method for method in usable if method.startswith(MAIN)]
         return MAIN if MAIN in candidates else next(iter(own or usable or candidates), None)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from specontext.evaluation.report.averages import mean_over_tasks, mean_pairs, seen_from
+from specontext.evaluation.report.fidelity import fidelity_chapter
 from specontext.evaluation.report.methods import describe, marks_of
 from specontext.evaluation.report.numbers import DASH, anything, duration, listed, percent, whole
 from specontext.evaluation.report.parts import Code, Document, Fold, Heads, Part, Pictures, Section, Table, Terms
@@ -30,6 +31,7 @@ def document(results: Results) -> Document:
     """The whole report; chapters that have nothing to say are left out."""
     chapters = [
         Section("answer", "What was compared, and the answer", tuple(opening(results) if results.rows else ())),
+        Section("fidelity", "What is lost against full attention", tuple(fidelity_chapter(results))),
         Section("accuracy", "Accuracy against tokens read", tuple(_accuracy(results))),
         Section("differences", "The same problems, method against method", tuple(_differences(results))),
         Section("selection", "What the selections cover", tuple(_selection(results))),

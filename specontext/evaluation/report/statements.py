@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from specontext.evaluation.report.averages import mean_over_tasks, mean_pairs, seen_from
 from specontext.evaluation.report.numbers import interval, listed, percent, points, whole
-from specontext.evaluation.report.results import BOUNDS, FULL, Results, Row, ordered, unique
+from specontext.evaluation.report.results import BOUNDS, FULL, UPPER_BOUNDS, Results, Row, ordered, unique
 
 SHARE = 8  # the headline's budget is the one nearest to 1/8 of the context
+RELATIVE = ("fidelity", "continuation")  # suites in which full attention has 100 % by definition
 LEVEL = "95\u00a0% interval"
 
 
@@ -206,6 +207,8 @@ def _worse(results: Results, suite: str) -> list[Statement]:
     if main is None:
         return []
     mine = [pair for pair in seen_from(main, results.pairs_of(suite)) if verdict_of(pair) is not None]
+    if suite in RELATIVE:
+        mine = [pair for pair in mine if pair["other"] != FULL]
     if not mine:
         return []
     several = len(unique(pair["task"] for pair in mine)) > 1
@@ -225,7 +228,7 @@ def _worse(results: Results, suite: str) -> list[Statement]:
 
 def _weight(pair: Row) -> tuple[bool, bool, float]:
     """Means come first, then real methods before the bounds, and the greatest losses first."""
-    return pair["task"] is not None, pair["other"] in BOUNDS, pair["difference"]
+    return pair["task"] is not None, pair["other"].startswith(BOUNDS), pair["difference"]
 
 
 def _losing(pair: Row) -> str:
@@ -234,7 +237,7 @@ def _losing(pair: Row) -> str:
         where.append(f"{whole(pair['length'])} tokens")
     if pair["budget"] is not None:
         where.append(f"budget {whole(pair['budget'])}")
-    bound = " (an upper bound, no method to use)" if pair["other"] == "oracle" else ""
+    bound = " (an upper bound, no method to use)" if pair["other"].startswith(UPPER_BOUNDS) else ""
     return f"than {pair['other']}{bound}, {', '.join(where)}: {difference(pair)}"
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from specontext.core import SpeContextError
 from specontext.engine.llm_engine import pick_device
 from specontext.evaluation.fidelity.run import run_fidelity
-from specontext.evaluation.fidelity.windows import ShortTextError, Text
 from specontext.evaluation.report import write_report
 from specontext.evaluation.results import environment
 from specontext.evaluation.run import Begin, open_folder, run_evaluation
@@ -22,6 +21,7 @@ from specontext.evaluation.text_tools import prompt_ids, text_tools
 from specontext.evaluation.validation.machine import machine
 from specontext.evaluation.validation.summary import summary
 from specontext.evaluation.validation.systems import SYSTEMS, Question, Trial, free_memory, run_system
+from specontext.evaluation.windows import ShortTextError, Text
 from specontext.models.loading import LoadedModel, load_model
 from specontext.retrieval.catalog import find_head
 

@@ -1,0 +1,60 @@
+"""The dense twin of a step: what decode tokens would attend to with full attention, known before they are processed.
+
+For methods that analyse what selections could reach; nothing that serves needs it, since it costs all that selecting saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specontext.core import Batch
+from specontext.engine.build import Parts
+from specontext.engine.methods import Methods
+from specontext.engine.statistics import Meter
+from specontext.engine.step import Step, Way
+from specontext.models.attention import listening
+from specontext.models.loading import LoadedModel
+from specontext.retrieval.methods import FullSelector
+from specontext.retrieval.selector import DecodeTokens, MethodContext
+
+
+class DenseTwin:
+    """Runs decode tokens with full attention ahead of their step and shows their weights to the methods that foresee.
+
+    The K and V that it stores for a token are replaced when the step stores its own. Its steps are not counted: a method says
+    in `selection_bytes` what it has read here.
+    """
+
+    def __init__(self, loaded: LoadedModel, parts: Parts) -> None:
+        self.loaded, self.kv = loaded, parts.kv
+        shape, device, seats = parts.kv.shape, parts.kv.device, parts.kv.token_pages.table.shape[1] - 1
+        full = FullSelector(MethodContext(shape, parts.methods.budget, "head", seats, parts.max_tokens, device))
+        self._methods = Methods("full", parts.methods.budget, {"full": full}, device=device)
+        self._meter = Meter(shape, full.head_map, tables=1, groups=1, budget=1, sink=0, seats=seats, device=device)
+
+    def look_ahead(self, batch: Batch, ways: Sequence[Way]) -> None:
+        """Show every layer's attention of the decode tokens of these ways to their selectors."""
+        device = batch.token_ids.device
+        index = torch.cat([torch.arange(way.part.start, way.part.stop, device=device) for way in ways])
+        sizes = [way.part.stop - way.part.start for way in ways]
+
+        def show(layer: int, _: DecodeTokens, weights: Tensor, __: Tensor | None) -> None:
+            for way, part in zip(ways, weights.split(sizes), strict=True):
+                way.selector.foresee(layer, part[..., : way.decode.span])
+
+        tokens = (batch.token_ids[index], batch.positions[index], batch.seats[index], batch.lengths[index], batch.seeds[index])
+        last = torch.arange(len(index), device=device)
+        twin = Batch(*tokens, len(index), (), last, span=max(way.decode.span for way in ways))
+        step = Step(twin, self.kv, self._methods, self._meter, measure_recall=True, observer=show)
+        try:
+            step.begin()
+            with listening(self.loaded.model, step):
+                self.loaded.model.get_decoder()(
+                    input_ids=twin.token_ids[None], position_ids=twin.positions[None], use_cache=False
+                )
+            step.end()
+        finally:
+            step.close()
