@@ -336,7 +336,7 @@ def cost_of(loaded: LoadedModel, head: RetrievalHead, slots: int) -> KVCost:
     """Bytes on the device, for choosing how much memory there is to be."""
     shape, c = loaded.shape, head.config
     entry = shape.kv_heads * shape.row_bytes
-    keys = c.kv_heads * c.head_dim * shape.dtype.itemsize
+    keys = c.key_count * c.head_dim * shape.dtype.itemsize
     return KVCost(shape.layers, entry, keys, -(-slots // PAGE) * PAGE * entry, PAGE, spare_layers=1)
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from specontext.core import ModelShape
-from specontext.distill.draft import Draft, other_than_eagle
+from specontext.distill.draft import Draft
 from specontext.retrieval.checkpoint import WEIGHTS, load_head, tensor_name
 from specontext.retrieval.draft import EMBEDDING, SPECULATORS, config_values, dialect_of, read_weights, weight_files
 from specontext.retrieval.head_config import HeadConfig, HeadError
@@ -91,7 +91,7 @@ def check_form(config: HeadConfig) -> None:
         "rope_scaling": config.rope_scaling is not None,
         "a head_map": config.head_map is not None,
         f"feature layers {layers} (it wants {FEATURE_LAYERS}, from 1 up)": len(layers) != FEATURE_LAYERS or min(layers) < 1,
-    } | dict.fromkeys(other_than_eagle(config), True)
+    }
     if wrong := [reason for reason, holds in reasons.items() if holds]:
         raise HeadError(
             f"EAGLE-3's dialect {ARCHITECTURE} cannot express this draft, its head has {'; '.join(wrong)}: "

@@ -19,12 +19,12 @@ from specontext.engine.residency import Residency
 from specontext.engine.statistics import Meter
 from specontext.kv.pool import PagePool, make_pools
 from specontext.kv.tiered import TieredKV
-from specontext.memory.facts import HeadFacts, ModelFacts
+from specontext.memory.facts import NO_HEAD, ModelFacts
 from specontext.memory.model import MemoryModel, RunSettings, measured_model
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, MemoryPlanError, TierSizes, free_memory, size_tiers
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.granularity import groups_of
-from specontext.retrieval.head import RetrievalHead
+from specontext.retrieval.head import RetrievalHead, facts_of_head
 from specontext.retrieval.key_cache import KeyCache
 from specontext.retrieval.methods import HEADLESS, SpeculativeSelector, base_of, make_method, make_variant
 from specontext.retrieval.selector import Budget, MethodContext, Selector
@@ -215,17 +215,13 @@ def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device)
 
 def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFacts:
     """Sizes of a loaded model and its head, 0 for a method without one."""
-    model, c = loaded.model, head.config if head is not None else None
+    model = loaded.model
     table = model.get_input_embeddings().weight
     assert isinstance(table, Tensor)
     output = model.get_output_embeddings()
     lookup = 0 if output is not None and output.weight is table else table.numel()
     intermediate = getattr(model.config, "intermediate_size", None) or 4 * loaded.shape.hidden_size
-    if c is None or head is None:
-        sizes = HeadFacts(0, 0, 0, 0, 0)
-    else:
-        features = c.target_hidden_size * len(c.feature_layers) if c.variant == "features" else 0
-        sizes = HeadFacts(head.size, c.heads, c.kv_heads, c.head_dim, features, lookup_parameters=c.table_parameters)
+    sizes = NO_HEAD if head is None else facts_of_head(head.config)
     parameters = sum(p.numel() for p in model.parameters())
     return ModelFacts(loaded.name, loaded.shape, parameters, lookup, intermediate, sizes)
 
@@ -281,7 +277,7 @@ def make_methods(
             made[name] = make_variant(made[base_of(name)], name)
         elif name == "speculative":
             assert head is not None
-            keys = arena.as_keys(head.config.kv_heads, head.config.head_dim)
+            keys = arena.as_keys(head.config.key_count, head.config.head_dim)
             cache = KeyCache(keys, arena.pages, seats=context.seats, max_tokens=context.max_tokens)
             embedding = loaded.model.get_input_embeddings()
             made[name] = SpeculativeSelector(

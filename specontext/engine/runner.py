@@ -17,6 +17,7 @@ from specontext.models.compiled import CompiledModules
 from specontext.models.decoder import decoder_layers, output_layer
 from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
+from specontext.retrieval.head import STEPS
 
 
 class DeviceError(SpeContextError):
@@ -62,8 +63,10 @@ class ModelRunner:
         kv, selector = parts.kv, parts.selector
         self._compiled: CompiledModules | None = None
         if compiled and loaded.shape.dtype != torch.float32:
-            modules = [*decoder_layers(loaded.model), *([parts.head] if parts.head is not None else [])]
-            self._compiled = CompiledModules(modules)
+            compiling = [(layer, "forward") for layer in decoder_layers(loaded.model)]
+            if parts.head is not None:
+                compiling += [(parts.head, name) for name in STEPS]
+            self._compiled = CompiledModules(compiling)
         self._output_layer = output_layer(loaded.model)
         self._graphs: DecodeGraphs | None = None
         if graphs and kv.device.type == "cuda" and not (selector.in_layer or measure_recall or kv.verify_loads):

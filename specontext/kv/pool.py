@@ -60,14 +60,15 @@ class PagePool:
         assert self.memory is not None
         return min(self.memory.ready_bytes // self.page_bytes, self.pages.num_pages)
 
-    def as_keys(self, groups: int, head_dim: int) -> Tensor:
-        """The same pages as pages of the retrieval head's keys: [pages, tokens of a page, groups, head_dim].
+    def as_keys(self, heads: int, head_dim: int) -> Tensor:
+        """The same pages as pages of the retrieval head's keys: [pages, tokens of a page, heads, head_dim].
 
-        A page has room for the keys of more tokens than for K and V of all KV heads; what is left over at its end is not used.
+        A page has room for the keys of as many tokens as fit whole; what is left over at its end is not used.
         """
         numbers = self.rows[0].numel() * self.page_size * self.kv_heads
-        entry = groups * head_dim
-        shape = (self.pages.num_pages, numbers // entry, groups, head_dim)
+        entry = heads * head_dim
+        assert entry <= numbers, "a page has no room for the keys of a token"
+        shape = (self.pages.num_pages, numbers // entry, heads, head_dim)
         return self.rows.as_strided(shape, (numbers, entry, head_dim, 1))
 
     @property

@@ -183,6 +183,7 @@ def measured_model(
     shape = facts.shape
     entry = shape.kv_heads * shape.row_bytes
     page = run.page_size * entry
+    keyed = facts.tokens_of_key_page(run.page_size)
     fixed = {
         "weights": facts.weight_bytes,
         "retrieval_head": facts.head_bytes,
@@ -195,7 +196,7 @@ def measured_model(
     kv = KVCost(
         layers=shape.layers,
         resident_token=entry,
-        common_token=facts.key_bytes_per_token,
+        common_token=-(-page // keyed) if keyed else 0,  # with what is left over at the end of a page
         layer_slots=-(-run.slots // run.page_size) * page,
         page_size=run.page_size,
         spare_layers=spare_layers,
@@ -208,7 +209,7 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
     """Bytes of the tables that have a row for each seat, and one for the padding of a batch.
 
     Pages of tokens and slots in both tiers and of the keys, the slot tables with their inverse, the last selection and the
-    counters of the statistics, and the last feature of each request.
+    counters of the statistics, and what the head keeps of each request's last token.
     """
     shape, groups = facts.shape, _groups(facts, run)
     width = -(-run.max_tokens // run.page_size)
@@ -217,7 +218,7 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
     hot = run.slots - run.sink - run.recent if run.slots else 0
     slots = 4 * groups * (2 * hot + run.max_tokens) if run.slots else 0  # int32: token of a slot, its last use, slot of a token
     statistics = 4 * groups * run.selections * run.budget + 8 * (COUNTERS + shape.layers)  # int32, float64
-    feature = facts.head.feature_width * shape.dtype.itemsize
+    feature = facts.head.state_width * shape.dtype.itemsize
     # Head map, layer numbers and flags, readers of a group, steps, counters of requests that left; of the engine, not of a seat.
     maps = shape.layers * (8 * (shape.kv_heads + 1 + groups) + 1) + 4 * run.selections + 8 * COUNTERS
     return (run.requests + 1) * (pages + run.selections * slots + statistics + feature) + maps
@@ -226,14 +227,16 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
 def workspace_bytes(facts: ModelFacts, run: RunSettings) -> int:
     """Bytes that selecting and loading write in a step, for requests as long as they may be.
 
-    Logits of the head's query heads and scores of its groups, float32 for every position; the counts of top-k; and for every
-    place of the budget the selection, the load plan and the rows of a layer.
+    The head's queries, before and after they are rotated in float32; logits of its query heads and scores of its groups,
+    float32 for every position; the counts of top-k; and for every place of the budget the selection, the load plan and the
+    rows of a layer.
     """
     head, groups = facts.head, _groups(facts, run)
+    queries = head.heads * head.head_dim * (2 * facts.shape.dtype.itemsize + 12)
     position = 4 * (head.heads + head.kv_heads)
     counts = 4 * head.kv_heads * (1024 + 129 * min(256, -(-run.max_tokens // 1024)))
     place = 26 * groups + 40 * facts.shape.kv_heads
-    return run.requests * (run.max_tokens * position + counts + run.budget * place + 8 * groups * run.slots)
+    return run.requests * (queries + run.max_tokens * position + counts + run.budget * place + 8 * groups * run.slots)
 
 
 def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
@@ -261,10 +264,8 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
 
 def _key_pages(facts: ModelFacts, run: RunSettings) -> int:
     """Pages of the longest context's keys: a page of KV holds the keys of more tokens."""
-    if not facts.key_bytes_per_token:
-        return 0
-    entry = facts.shape.kv_heads * facts.shape.row_bytes
-    return -(-run.max_tokens // (run.page_size * entry // facts.key_bytes_per_token))
+    tokens = facts.tokens_of_key_page(run.page_size)
+    return -(-run.max_tokens // tokens) if tokens else 0
 
 
 def _groups(facts: ModelFacts, run: RunSettings) -> int:

@@ -19,11 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specontext.core import ModelShape
+from specontext.memory.facts import HeadFacts
 from specontext.retrieval.head_config import HeadConfig, HeadError, is_positive
 from specontext.retrieval.rope import rope_frequencies, rotate
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need it
     from transformers import PreTrainedConfig
+
+STEPS = ("queries", "fuse", "keys")  # what the engine calls of a head, before and after the target has run
 
 
 class RMSNorm(nn.Module):
@@ -257,3 +260,19 @@ def head_parameters(config: HeadConfig) -> int:
     """`size` of a head of this config, without allocating it."""
     with torch.device("meta"):
         return RetrievalHead(config).size
+
+
+def facts_of_head(config: HeadConfig, source: str = "") -> HeadFacts:
+    """What a memory plan must know of a head of this config."""
+    return HeadFacts(
+        parameters=head_parameters(config),
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        key_heads=config.key_count,
+        head_dim=config.head_dim,
+        feature_width=config.target_hidden_size * len(config.feature_layers),
+        state_width=config.hidden_size if config.variant == "features" else 0,
+        recommended_budget=config.recommended_budget,
+        source=source,
+        lookup_parameters=config.table_parameters,
+    )

@@ -272,6 +272,9 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         Draft(make_head(), intermediate_size=INTERMEDIATE, lm_head=torch.zeros(VOCABULARY, HIDDEN + 1))
     with pytest.raises(HeadError, match="'features' head"):
         Draft(make_head().embedding_variant(), intermediate_size=INTERMEDIATE)
+    for odd in ({"key_heads": 1}, {"key_inputs": "around"}, {"query_rank": 3}):
+        with pytest.raises(HeadError, match=f"leave out {next(iter(odd))}"):
+            Draft(make_head(**odd), intermediate_size=INTERMEDIATE)
 
 
 def test_training_raises_agreement_with_a_tiny_llama() -> None:

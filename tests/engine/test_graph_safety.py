@@ -108,8 +108,11 @@ def next_numbers(llm: LLM, size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("offload_layers", [2, None, *(pytest.param(end, marks=pytest.mark.slow) for end in (0, -1))])
-@pytest.mark.parametrize("method", ["speculative", "streaming"])  # random's scores are float64, which Triton's top-k is not for
+@pytest.mark.parametrize(
+    ("family", "method"), [("llama", "speculative"), ("bands", "speculative"), ("llama", "streaming")]
+)  # random's scores are float64, which Triton's top-k is not for
 def test_a_padded_decode_step_never_waits_and_computes_the_same(
+    family: str,
     method: str,
     offload_layers: int | None,
     make_llm: Callable[..., LLM],
@@ -118,7 +121,7 @@ def test_a_padded_decode_step_never_waits_and_computes_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = {"budget": 12, "offload_layers": offload_layers, "max_num_seqs": 5, "slots": 14}
-    plain, captured = (make_llm("llama", method, **options) for _ in range(2))
+    plain, captured = (make_llm(family, method, **options) for _ in range(2))
     for llm in (plain, captured):
         decoding(llm, prompts[1:3], greedy())
     size = requests_bucket(3, 5)

@@ -47,7 +47,7 @@ def change_config(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "bands"])
 def test_heads_of_every_kind_are_read_back(
     family: str, checkpoint: Callable[[str], Path], reference: Callable[[str], Any]
 ) -> None:

@@ -16,7 +16,7 @@ from specontext.core import ModelShape, Selection
 from specontext.retrieval.checkpoint import load_head
 from specontext.retrieval.head import RetrievalHead
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "bands")
 BUDGET, SINK, RECENT = 14, 2, 4
 
 

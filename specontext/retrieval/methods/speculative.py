@@ -74,7 +74,8 @@ class SpeculativeSelector(Selector):
         before = None if self.last_fused is None else self.last_fused[step.seats]
         queries = self.head.queries(self._embed(step.token_ids), before, step.positions)
         pages, stops = self.cache.pages_of(step.seats, step.span), self.budget.candidates_end(step.lengths)
-        scores = paged_retrieval_scores(queries, self.cache.keys, pages, self.budget.sink, stops, step.span)
+        keys, groups = self.cache.keys, self.head.config.kv_heads
+        scores = paged_retrieval_scores(queries, keys, pages, self.budget.sink, stops, step.span, groups)
         return self.budget.compose(choose(scores, self.granularity, self.budget.scored), step.lengths)
 
     def observe(self, batch: Batch, features: Tensor | None) -> None:
