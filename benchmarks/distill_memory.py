@@ -4,8 +4,8 @@ Usage: python benchmarks/distill_memory.py [--target llama-3.1-8b] [--trainings 
            [--sequences 1] [--queries 256] [--layers N] [--device cuda]
 
 A training is `attention` (what the target attends to, a head of EAGLE-3's form), `standard` (effects beside it, the standard
-form), `loop` (the same with the selection in the loop) or `both` (attention and a whole draft). Weights of the target are bfloat16,
-those of the head and its Adam moments float32, products bfloat16. Prints a table, then one JSON line. On a CPU it counts nothing
+form), `loop` (the same with the selection in the loop) or `both` (attention and a whole draft). The target is in bfloat16, the
+head and its Adam moments in float32, products in bfloat16. Prints a table, then one JSON line. On a CPU it counts nothing
 but time: give it few layers.
 """
 
