@@ -1,10 +1,11 @@
 """What a selection does to what the target says: the effect of single tokens, and selections inside the model.
 
-The effect of a token on a query row is how much the log probability of what the model says there changes with the token's weight
-in the attention of all layers and KV heads that read a group: one gate, 1 for everything, multiplies its softmax terms in all of
-them, and |d log p(y) / d gate| is taken at y drawn from the model itself. Its mean square over y is the Fisher information of the
-gate, and leaving the token out costs about half of that in KL divergence. So it weighs tokens by what their loss would do, where
-attention weighs them by how much they are looked at.
+The effect of a token on a query row is how much the log odds of what the model says there change with the token's weight in the
+attention of all layers and KV heads that read a group: one gate, 1 for everything, multiplies its softmax terms in all of them,
+and |d log odds(y) / d gate| is taken at y drawn from the model itself. So it weighs tokens by what their loss would do, where
+attention weighs them by how much they are looked at. While y is one of many possible tokens this is the slope of log p(y), whose
+mean square is the Fisher information of the gate and twice what a small change of it costs in KL divergence. Where the model is
+sure, log p(y) is flat, though all may rest on one token: the odds are not.
 
 Shapes: N sequences, S tokens, Q rows, G retrieval groups.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from specontext.distill.attention import HeadMap
 from specontext.distill.recall import keep
-from specontext.distill.replay import Gates, Replay, divergence, log_likelihood, sampled
+from specontext.distill.replay import Gates, Replay, divergence, log_odds, sampled
 
 
 def grouped(gates: Tensor | tuple[Tensor, ...], head_map: HeadMap | None) -> Gates:
@@ -29,7 +30,7 @@ def grouped(gates: Tensor | tuple[Tensor, ...], head_map: HeadMap | None) -> Gat
 
 
 def token_effects(replay: Replay, head_map: HeadMap, groups: int, real: Tensor, chance: Tensor) -> tuple[Tensor, Tensor]:
-    """|d log p(y) / d gate| of every token, and the states that the rows have when everything is read.
+    """|d log odds(y) / d gate| of every token, and the states that the rows have when everything is read.
 
     Args:
         real: bool [N, Q], the rows that count.
@@ -43,7 +44,7 @@ def token_effects(replay: Replay, head_map: HeadMap, groups: int, real: Tensor, 
         gates = tuple(torch.ones(shape, device=device, requires_grad=True) for _ in range(groups))
         hidden = replay.hidden(grouped(gates, head_map))
         said = sampled(replay.target, hidden, chance)
-        total = (log_likelihood(replay.target, hidden, said) * real).sum()
+        total = (log_odds(replay.target, hidden, said) * real).sum()
         changes = torch.autograd.grad(total, gates, materialize_grads=True)
     return torch.stack(changes, 1).abs(), hidden.detach()
 

@@ -21,7 +21,7 @@ from specontext.distill.attention import HeadMap, Teacher, head_log_weights, map
 from specontext.distill.effects import grouped
 from specontext.distill.queries import candidates
 from specontext.distill.recall import keep
-from specontext.distill.replay import Replay
+from specontext.distill.replay import Gates, Replay
 from specontext.distill.target import Observation, Target
 from specontext.retrieval.head import RetrievalHead
 
@@ -51,22 +51,19 @@ class Losses:
     windows: int = 0
 
     @torch.no_grad()
-    def add(
-        self, target: Target, seen: Observation, window: Window, selections: Mapping[str, tuple[Tensor, HeadMap | None]]
-    ) -> None:
+    def add(self, target: Target, seen: Observation, window: Window, selections: Mapping[str, Gates]) -> None:
         """Add sequences.
 
         Args:
             seen: with keys and values.
-            selections: by name, kept tokens bool [N, G, Q, S] and the group that each layer's KV heads read (None where G is 1 or
-                the KV heads' own).
+            selections: by name, what the KV heads of each layer read, bool [N, Hkv or 1, Q, S].
         """
         replay = Replay(target, seen, window.rows, chained=True)
         dense = replay.hidden()
         following = seen.ids.gather(1, window.rows + 1)
         self.windows += len(window.rows)
-        for name, (kept, head_map) in selections.items():
-            sparse = replay.hidden(grouped(kept, head_map))
+        for name, gates in selections.items():
+            sparse = replay.hidden(gates)
             total = self.sums.setdefault(name, torch.zeros(3, dtype=torch.float64, device=dense.device))
             for n, real in enumerate(window.real):
                 full, mine = target.logits(dense[n][real]), target.logits(sparse[n][real])
@@ -155,12 +152,13 @@ def measure_losses(
             weights["head"] = scores, map_of(head.config, target.layers, target.groups)
         if "shared" in compared:
             weights["shared"] = teacher.weights, identity
-        selections: dict[str, tuple[Tensor, HeadMap | None]] = {}
+        selections: dict[str, Gates] = {}
         for budget in budgets:
             for name, (each, head_map) in weights.items():
-                selections[f"{name}/{budget}"] = keep(each, far, always, budget - sink - recent), head_map
+                selections[f"{name}/{budget}"] = grouped(keep(each, far, always, budget - sink - recent), head_map)
             if "window" in compared:
-                selections[f"window/{budget}"] = candidates(window.rows, ids.shape[1], sink, budget - sink)[1], None
+                kept = candidates(window.rows, ids.shape[1], sink, budget - sink)[1]
+                selections[f"window/{budget}"] = grouped(kept, None)
         losses.add(target, seen, window, selections)
     if not losses.windows:
         return {}

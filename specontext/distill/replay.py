@@ -160,11 +160,12 @@ def divergence(target: Target, hidden: Tensor, reference: Tensor) -> Tensor:
     return _by_rows(target, compare, hidden, reference)
 
 
-def log_likelihood(target: Target, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Log probability float32 [N, Q] that states [N, Q, H] give to tokens int64 [N, Q]."""
+def log_odds(target: Target, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """log p / (1 - p) float32 [N, Q] of the probabilities that states [N, Q, H] give to tokens int64 [N, Q]."""
 
     def look_up(states: Tensor, said: Tensor) -> Tensor:
-        return target.logits(states).log_softmax(-1).gather(-1, said[:, None])[:, 0]
+        logits, place = target.logits(states), said[:, None]
+        return logits.gather(-1, place)[:, 0] - logits.scatter(-1, place, -torch.inf).logsumexp(-1)
 
     return _by_rows(target, look_up, hidden, tokens)
 

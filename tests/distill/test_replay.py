@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specontext.distill.effects import grouped, selection_loss, straight_through, token_effects
 from specontext.distill.queries import candidates
-from specontext.distill.replay import Replay, divergence, log_likelihood, sampled
+from specontext.distill.replay import Replay, divergence, log_odds, sampled
 from specontext.distill.target import Target
 from specontext.kernels.top_k import top_k_positions
 
@@ -95,7 +95,7 @@ def test_effects_are_what_leaving_a_little_of_a_token_out_does(target_of: Callab
             gates = torch.ones(2, groups, 2, LENGTH, dtype=torch.float64)
             gates[n, group, row, token] += change
             with torch.no_grad():
-                ends.append(log_likelihood(target, replay.hidden(grouped(gates, head_map)), said)[n, row])
+                ends.append(log_odds(target, replay.hidden(grouped(gates, head_map)), said)[n, row])
         expected = (ends[0] - ends[1]).abs() / (2 * step)
         assert effects[n, group, row, token].item() == pytest.approx(expected.item(), rel=2e-3, abs=1e-5)
 
