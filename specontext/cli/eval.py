@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from specontext.evaluation.run import Advance, Begin
 
 FILE_WIDTH = 120
+CONTINUATION_COLUMNS = (
+    *("budget", "method", "rows read", "n", "parts after", "alike", "repeated 4-grams", "log-probability", "minus full's "),
+    "tokens written",
+)
 EVAL_ENGINE_OPTIONS = (*(name for name in ENGINE_OPTIONS if name != "seed"), "max_num_seqs")
 
 
@@ -68,12 +72,15 @@ def evaluate(
         typer.Option(
             "--text",
             metavar="FILE|tasks|...",
-            help="Text of the suite fidelity: a file, a directory, tasks, hf:NAME; repeatable.",
+            help="Text of the suites fidelity, continuation and documents: a file, a directory, hf:NAME, tasks; repeatable.",
         ),
     ] = None,
     compared: Annotated[
         int, typer.Option("--compare", help="Last tokens of a text, half of it at most, that fidelity compares at.")
     ] = 128,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", help="Tokens that continuation writes at most; half of a length is the prompt.")
+    ] = 2048,
     judge: Annotated[
         str | None,
         typer.Option(
@@ -100,11 +107,9 @@ def evaluate(
     quiet_libraries()
     from specontext.evaluation.budgets import parse_budgets
     from specontext.evaluation.engines import GPU_OPTIONS
-    from specontext.evaluation.fidelity.rows import SUITE as FIDELITY
-    from specontext.evaluation.fidelity.run import run_fidelity
     from specontext.evaluation.report import write_report
-    from specontext.evaluation.run import run_evaluation
     from specontext.evaluation.settings import EvaluationSettings
+    from specontext.evaluation.start import evaluate as run
     from specontext.evaluation.suites.longwriter_judge import Judge
 
     if (judge is None) != (judge_model is None):
@@ -123,6 +128,7 @@ def evaluate(
         data=data,
         texts=tuple(texts or ()),
         compared=compared,
+        new_tokens=new_tokens,
         judge=None if judge is None or judge_model is None else Judge.at(judge, judge_model),
         seed=seed,
         retrieval_head=None if retrieval_head == "none" else retrieval_head,
@@ -134,7 +140,7 @@ def evaluate(
         command=command_line(context),
     )
     with progress_bars() as begin:
-        results = run_fidelity(asked, begin) if FIDELITY in asked.suites else run_evaluation(asked, begin)
+        results = run(asked, begin)
     print_notes(results["meta"]["notes"])
     console = Console(highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
     for table in tables(results):
@@ -177,11 +183,21 @@ def print_notes(notes: Sequence[dict[str, Any]]) -> None:
 def tables(results: dict[str, Any]) -> Iterator[Table]:
     """A table for each task, and one of the means over a suite's tasks: scores, differences to full attention, what was read."""
     from specontext.cli.fidelity_table import fidelity_tables
+    from specontext.cli.part_table import part_table
+    from specontext.evaluation.continuation.rows import SUITE as CONTINUATION
     from specontext.evaluation.fidelity.rows import SUITE as FIDELITY
     from specontext.evaluation.report.averages import mean_over_tasks, mean_pairs
+    from specontext.evaluation.report.continuation import continuation_tables
+    from specontext.evaluation.report.results import read_results
 
-    yield from fidelity_tables(*([one for one in results[name] if one["suite"] == FIDELITY] for name in ("rows", "pairs")))
-    for suite in dict.fromkeys(row["suite"] for row in results["rows"] if row["suite"] != FIDELITY):
+    for suite in dict.fromkeys(row["suite"] for row in results["rows"]):
+        if suite == CONTINUATION:
+            read = read_results(results)
+            yield from (part_table(table, CONTINUATION_COLUMNS) for table in continuation_tables(read.of(suite), read))
+            continue
+        if suite == FIDELITY:
+            yield from fidelity_tables(*([one for one in results[name] if one["suite"] == suite] for name in ("rows", "pairs")))
+            continue
         rows, pairs = ([one for one in results[name] if one["suite"] == suite] for name in ("rows", "pairs"))
         tasks = list(dict.fromkeys(row["task"] for row in rows))
         for task in tasks:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from specontext.evaluation.bootstrap import mean_interval
+from specontext.evaluation.continuation.rows import PAIRED as CONTINUATION_PAIRED
+from specontext.evaluation.continuation.rows import SUITE as CONTINUATION
+from specontext.evaluation.continuation.rows import continuation_columns
 from specontext.evaluation.fidelity.rows import PAIRED as FIDELITY_PAIRED
 from specontext.evaluation.fidelity.rows import SUITE as FIDELITY
 from specontext.evaluation.fidelity.rows import fidelity_columns
@@ -29,8 +32,10 @@ MEASURES = (
     "tpot_s",
 )
 FULL = "full"
+# What rows of suites say beside what all do.
+COLUMNS: dict[str, Callable[..., dict[str, Any]]] = {FIDELITY: fidelity_columns, CONTINUATION: continuation_columns}
 # Scores of suites, beside `score`, in which methods are compared problem by problem.
-PAIRED: dict[str, tuple[str, ...]] = {FIDELITY: FIDELITY_PAIRED}
+PAIRED: dict[str, tuple[str, ...]] = {FIDELITY: FIDELITY_PAIRED, CONTINUATION: CONTINUATION_PAIRED}
 
 Row = dict[str, Any]
 Cell = tuple[str, str, int | None]  # suite, task, length
@@ -87,7 +92,8 @@ def _row(samples: Sequence[Sample], seed: int) -> Row:
         "answer_seconds": _mean([_answer_seconds(sample) for sample in samples]),
         "scores": {name: _mean([sample.scores.get(name) for sample in samples]) for name in others},
     }
-    return row | fidelity_columns(samples, seed=seed) if first.suite == FIDELITY else row
+    columns = COLUMNS.get(first.suite)
+    return row if columns is None else row | columns(samples, seed=seed)
 
 
 def _pair(samples: Sequence[Sample], others: Sequence[Sample], budget: int | None, seed: int) -> Row:

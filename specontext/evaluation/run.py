@@ -7,7 +7,7 @@ all its requests together, and finds the prompts in the prefix cache. Whatever w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -197,6 +197,20 @@ class Evaluation:
         if len({text.name for text in texts}) < len(texts):
             raise EvaluationError("two texts have the same name: give them as relative paths, or rename one")
         return texts
+
+    def refuse_other_windows(self, suite: str, text: str, length: int, asked: Mapping[str, str]) -> None:
+        """Raises EvaluationError when samples of other windows of a text would be averaged with those of this run.
+
+        Args:
+            asked: fingerprints of the windows by their keys.
+        """
+        known = {one.key for one in self.samples.samples.values() if (one.suite, one.task, one.length) == (suite, text, length)}
+        if not (known <= asked.keys() or asked.keys() <= known):
+            raise EvaluationError(
+                f"{self.settings.out} has other windows of {text} at {length} tokens: give the same --limit, --compare and "
+                "--new-tokens, or choose another directory"
+            )
+        self.samples.check(suite, text, length, asked)
 
     def _choices(self, group: Group, suite: str, length: int | None) -> list[Choice]:
         """Methods and budgets of a cell, without budgets that hold everything; the run says which."""

@@ -8,10 +8,14 @@ from typing import Any
 
 from specontext.evaluation.budgets import AskedBudget, check_budgets
 from specontext.evaluation.competitors import parse_competitors
+from specontext.evaluation.continuation.rows import SUITE as CONTINUATION
 from specontext.evaluation.fidelity.rows import SUITE as FIDELITY
 from specontext.evaluation.samples import EvaluationError
 from specontext.evaluation.suites import SUITES
 from specontext.evaluation.suites.longwriter_judge import Judge
+
+ALONE = (FIDELITY, CONTINUATION)  # suites that are compared with full attention rather than with answers
+READING = ALONE  # suites of the user's own texts
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,9 @@ class EvaluationSettings:
         limit: problems of each task and length at most.
         tasks: names; None is all that fit the model.
         data: path or Hub name, for a suite that has data.
-        texts: of the suite `fidelity`, as `specontext.distill.data.open_sources` takes them.
+        texts: of the suites that need some, as `specontext.distill.data.open_sources` takes them.
         compared: last tokens of each text that `fidelity` compares at.
+        new_tokens: that `continuation` writes at most.
         judge: of what was written, for a suite whose answers can be judged.
         retrieval_head: of the methods that name none of their own; as `LLM` takes it.
         offload_layers: last layers whose KV lives in host memory, -1 all.
@@ -50,6 +55,7 @@ class EvaluationSettings:
     data: str | None = None
     texts: tuple[str, ...] = ()
     compared: int = 128
+    new_tokens: int = 2048
     judge: Judge | None = None
     seed: int = 0
     retrieval_head: str | None = "auto"
@@ -63,12 +69,14 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         if not self.suites:
             raise EvaluationError(f"no suite was named: choose among {', '.join(SUITES)}")
-        if unknown := [name for name in self.suites if name not in SUITES and name != FIDELITY]:
-            raise EvaluationError(f"unknown suite '{unknown[0]}': choose among {', '.join((*SUITES, FIDELITY))}")
-        if FIDELITY in self.suites and len(self.suites) > 1:
-            raise EvaluationError(f"{FIDELITY} runs by itself: run it into the same directory if you like")
-        if bool(self.texts) != (FIDELITY in self.suites):
-            raise EvaluationError(f"the suite {FIDELITY} needs texts and no other takes them: --suite {FIDELITY} --text FILE")
+        if unknown := [name for name in self.suites if name not in SUITES and name not in ALONE]:
+            raise EvaluationError(f"unknown suite '{unknown[0]}': choose among {', '.join((*SUITES, *ALONE))}")
+        if len(self.suites) > 1 and (alone := [name for name in self.suites if name in ALONE]):
+            raise EvaluationError(f"{alone[0]} runs by itself: run it into the same directory if you like")
+        if bool(self.texts) != any(name in READING for name in self.suites):
+            named = next((name for name in self.suites if name in READING), None)
+            asked = f"the suite {named} needs texts" if named else f"only the suites {', '.join(READING)} take texts"
+            raise EvaluationError(f"{asked}: --suite {named or FIDELITY} --text FILE")
         parse_competitors(self.methods)
         if self.budgets is not None:
             if not self.budgets:
@@ -78,6 +86,7 @@ class EvaluationSettings:
             ("length", self.lengths, 1),
             ("limit", (self.limit,), 1),
             ("number of compared tokens", (self.compared,), 1),
+            ("number of new tokens", (self.new_tokens,), 1),
         ):
             if values is not None and not values:
                 raise EvaluationError(f"no {name} was named: give at least one, or leave the option out")

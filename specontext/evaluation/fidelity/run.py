@@ -103,22 +103,9 @@ class _FidelityEvaluation(Evaluation):
                     continue
                 self.notes += [place | {"why": why} for why in reservations(windows, settings.limit)]
                 cells.append(_Cell(text.name, length, compared, windows))
-                self._check_known(cells[-1])
+                asked = {_key(cells[-1], window): fingerprint(window.token_ids) for window in windows}
+                self.refuse_other_windows(SUITE, text.name, length, asked)
         return cells
-
-    def _check_known(self, cell: _Cell) -> None:
-        """Raises EvaluationError when samples of other windows would be averaged with those of this run."""
-        samples = self.samples.samples.values()
-        known = {
-            sample.key for sample in samples if (sample.suite, sample.task, sample.length) == (SUITE, cell.text, cell.length)
-        }
-        asked = {_key(cell, window): fingerprint(window.token_ids) for window in cell.windows}
-        if not (known <= asked.keys() or asked.keys() <= known):
-            raise EvaluationError(
-                f"{self.settings.out} has other windows of {cell.text} at {cell.length} tokens: give the same --limit and "
-                "--compare, or choose another directory"
-            )
-        self.samples.check(SUITE, cell.text, cell.length, asked)
 
     def _compare(self, llm: LLM, cells: Sequence[_Cell], choices: Collection[Choice], advance: Advance) -> None:
         """All windows of one length: those of all texts go together, as many at once as the engine takes."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from specontext.evaluation.report.averages import mean_over_tasks, mean_pairs, seen_from
+from specontext.evaluation.report.continuation import continuation_chapter
 from specontext.evaluation.report.fidelity import fidelity_chapter
 from specontext.evaluation.report.methods import describe, marks_of
 from specontext.evaluation.report.numbers import DASH, anything, duration, listed, percent, whole
@@ -32,6 +33,7 @@ def document(results: Results) -> Document:
     chapters = [
         Section("answer", "What was compared, and the answer", tuple(opening(results) if results.rows else ())),
         Section("fidelity", "What is lost against full attention", tuple(fidelity_chapter(results))),
+        Section("continuation", "Long continuations beside full attention's", tuple(continuation_chapter(results))),
         Section("accuracy", "Accuracy against tokens read", tuple(_accuracy(results))),
         Section("differences", "The same problems, method against method", tuple(_differences(results))),
         Section("selection", "What the selections cover", tuple(_selection(results))),
