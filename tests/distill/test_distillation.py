@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specontext.config import ConfigError
 from specontext.core import SpeContextError
-from specontext.distill.attention import Teacher, attention_loss, head_log_weights, map_of
+from specontext.distill.attention import Pool, Teacher, attention_loss, head_log_weights, map_of
 from specontext.distill.data.source import Sequences
 from specontext.distill.draft import Draft
 from specontext.distill.queries import candidates, sample_rows
@@ -119,14 +119,16 @@ def test_teacher_rows_features_and_hidden_states_are_the_models_own(target: Targ
     torch.testing.assert_close(teacher.weights[:, 0], first_group)
 
 
-def test_the_head_map_says_which_heads_teach_a_group() -> None:
+@pytest.mark.parametrize("layers", ["mean", "max"])
+def test_the_head_map_says_which_heads_teach_a_group(layers: Pool) -> None:
     weights = [torch.rand(1, HEADS, 3, 8) for _ in range(LAYERS)]
-    teacher = Teacher(((0, 0), (2, 0), (2, 2)), 3)
+    teacher = Teacher(((0, 0), (2, 0), (2, 2)), 3, layers=layers)
     for layer, each in enumerate(weights):
         teacher(layer, each)
     pairs = [[each[:, 2 * h : 2 * h + 2].amax(1) for h in range(2)] for each in weights]
-    torch.testing.assert_close(teacher.weights[:, 0], (pairs[0][0] + pairs[0][1] + pairs[1][1]) / 3)
-    torch.testing.assert_close(teacher.weights[:, 2], (pairs[1][0] + pairs[2][0] + pairs[2][1]) / 3)
+    for group, read in ((0, (pairs[0][0], pairs[0][1], pairs[1][1])), (2, (pairs[1][0], pairs[2][0], pairs[2][1]))):
+        together = torch.stack(read)
+        torch.testing.assert_close(teacher.weights[:, group], together.mean(0) if layers == "mean" else together.amax(0))
     assert not teacher.weights[:, 1].any()
 
 
@@ -210,9 +212,9 @@ def test_training_lowers_the_loss_and_raises_recall(target: Target, tmp_path: Pa
         assert log[-1]["agreement"] > log[0]["agreement"]
 
 
-@pytest.mark.parametrize("objective", ["attention", "both"])
-def test_a_stopped_training_continues_exactly(target: Target, tmp_path: Path, objective: str) -> None:
-    config = replace(CONFIG, steps=8, warmup=3, queries=8, save_every=3, objective=objective)
+@pytest.mark.parametrize(("objective", "loop_steps"), [("attention", 0), ("both", 0), ("attention", 6)])
+def test_a_stopped_training_continues_exactly(target: Target, tmp_path: Path, objective: str, loop_steps: int) -> None:
+    config = replace(CONFIG, steps=8 - loop_steps, warmup=3, queries=8, save_every=3, objective=objective, loop_steps=loop_steps)
     whole, parts, resumed = (student_of(objective) for _ in range(3))
     train(whole, target, Fixed(), config, tmp_path / "whole")
     train(parts, target, Fixed(), config, tmp_path / "parts", until=3)
@@ -258,6 +260,12 @@ def test_a_checkpoint_of_other_settings_or_a_broken_one_is_refused(target: Targe
         ({"precision": "int8"}, "unknown precision"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"teacher_layers": "median"}, "unknown teacher_layers 'median': choose one of max, mean"),
+        ({"effect_weight": -1.0}, "effect_weight must be at least 0"),
+        ({"attention_weight": 0.0, "effect_weight": 0.0}, "are both 0: raise one of them"),
+        ({"loop_temperature": 0.0}, "loop_temperature must be above 0"),
+        ({"loop_steps": 2, "objective": "output"}, "the loop teaches a head to select"),
+        ({"loop_steps": 2, "loop_weight": 0.0}, "loop_weight is 0"),
         ({"lengths": ((20, 1.0),), "sink": 4, "recent": 16}, r"longer than sink \+ recent = 20"),
     ],
 )

@@ -25,7 +25,7 @@ from specontext.evaluation.fidelity.windows import Window
 from specontext.retrieval.checkpoint import load_head
 from specontext.retrieval.head import RetrievalHead
 
-COMPARED, BUDGET = 12, 14
+BUDGET = 14
 KEPT = {"sink": 2, "recent": 4}
 
 
@@ -34,34 +34,24 @@ def target_and_head(llm: LLM, folder: Path) -> tuple[Target, RetrievalHead]:
     return Target(llm.engine.loaded.model, head.config.feature_layers), head
 
 
-@pytest.mark.parametrize(("family", "close"), [("mistral", 1e-4), ("llama", 0.3), ("qwen3", 0.3)])
+@pytest.mark.parametrize(("family", "compared"), [("mistral", 12), ("llama", 1), ("qwen2", 1), ("qwen3", 1)])
 def test_losses_are_those_of_the_evaluation_suite(
-    make_llm: Callable[..., LLM],
-    checkpoint: Callable[[str], Path],
-    prompts: list[list[int]],
-    family: str,
-    close: float,
+    make_llm: Callable[..., LLM], checkpoint: Callable[[str], Path], prompts: list[list[int]], family: str, compared: int
 ) -> None:
-    """A head that reads no features selects the same in both; others see features that drift in the engine, as each token of
-    these random models changes much."""
+    """A head without features selects the same in both; others do at the first token, before features drift in the engine."""
     llm = make_llm(family, "speculative", budget=BUDGET, methods=("full", "streaming"))
-    wanted = [True] * COMPARED
-    wanted[3] = False
-    full, speculative, streaming = compare_window(
-        llm, Window("0", prompts[2], wanted), [("speculative", BUDGET), ("streaming", BUDGET)]
-    )
     target, head = target_and_head(llm, checkpoint(family))
-    ids = torch.tensor([[*prompts[2], 7, 7, 7]])  # padded
-    marks = torch.zeros(ids.shape, dtype=torch.bool)
-    marks[0, len(prompts[2]) - COMPARED - 1 : len(prompts[2]) - 1] = torch.tensor(wanted)
-    found = measure_losses(head, target, [(ids, marks)], [BUDGET, 400], queries=COMPARED, **KEPT)
-    for mine, theirs, tolerance in ((found[BUDGET]["window"], streaming, 1e-4), (found[BUDGET]["head"], speculative, close)):
-        assert mine.kl_divergence == pytest.approx(theirs.kl_divergence, rel=tolerance, abs=1e-5)
-        assert math.log(mine.perplexity_ratio) == pytest.approx(
-            theirs.cross_entropy - full.cross_entropy, rel=tolerance, abs=1e-4
-        )
-        assert mine.agreement == pytest.approx(theirs.agreement, abs=0.0 if tolerance < 0.1 else 0.2)
-    assert found[BUDGET]["shared"].kl_divergence > 0.1
+    ids = prompts[2][:60]
+    wanted = [number != 3 for number in range(compared)]
+    choices = [("speculative", BUDGET), ("streaming", BUDGET)]
+    full, *theirs = compare_window(llm, Window("0", ids, wanted), choices)
+    marks = torch.tensor([[*[False] * (59 - compared), *wanted, False, False, False, False]])
+    padded = torch.tensor([[*ids, 7, 7, 7]])
+    found = measure_losses(head, target, [(padded, marks)], [BUDGET, 400], queries=compared, **KEPT)
+    for mine, their in zip((found[BUDGET]["head"], found[BUDGET]["window"]), theirs, strict=True):
+        assert mine.kl_divergence == pytest.approx(their.kl_divergence, rel=1e-3, abs=1e-5) and mine.kl_divergence > 0.01
+        assert math.log(mine.perplexity_ratio) == pytest.approx(their.cross_entropy - full.cross_entropy, rel=1e-3, abs=1e-4)
+        assert mine.agreement == their.agreement
     for lost in found[400].values():  # everything fits
         assert (lost.kl_divergence, lost.perplexity_ratio, lost.agreement) == pytest.approx((0.0, 1.0, 1.0), abs=1e-4)
 
