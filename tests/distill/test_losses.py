@@ -21,7 +21,7 @@ from specontext.distill.student import Student
 from specontext.distill.target import Target
 from specontext.distill.trainer import CRITERION, train
 from specontext.evaluation.fidelity.compare import compare_window
-from specontext.evaluation.fidelity.windows import Window
+from specontext.evaluation.windows import Window
 from specontext.retrieval.checkpoint import load_head
 from specontext.retrieval.head import RetrievalHead
 

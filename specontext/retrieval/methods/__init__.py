@@ -39,8 +39,8 @@ HEADLESS: dict[str, type[Selector]] = {
 
 
 def base_of(name: str) -> str:
-    """The method that a name is, or is a variant of."""
-    return next(method for method in METHODS if name == method or name.startswith(f"{method}-"))
+    """The method that a name is, or is a variant of; a name of none as it is."""
+    return next((method for method in METHODS if name == method or name.startswith(f"{method}-")), name)
 
 
 def make_method(name: str, context: MethodContext) -> Selector:
