@@ -50,7 +50,7 @@ from shapes import DTYPES, random_model
 
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.core import Request, SamplingParams, Selection
-from specontext.distill.session import HeadShape, new_head
+from specontext.distill.new_head import HeadShape, new_head
 from specontext.engine import build
 from specontext.engine.build import Parts, build_parts
 from specontext.engine.runner import ModelRunner
@@ -336,7 +336,7 @@ def cost_of(loaded: LoadedModel, head: RetrievalHead, slots: int) -> KVCost:
     """Bytes on the device, for choosing how much memory there is to be."""
     shape, c = loaded.shape, head.config
     entry = shape.kv_heads * shape.row_bytes
-    keys = c.kv_heads * c.head_dim * shape.dtype.itemsize
+    keys = c.key_count * c.head_dim * shape.dtype.itemsize
     return KVCost(shape.layers, entry, keys, -(-slots // PAGE) * PAGE * entry, PAGE, spare_layers=1)
 
 

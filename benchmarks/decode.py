@@ -45,7 +45,7 @@ from transformers import DynamicCache
 
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.core import Batch
-from specontext.distill.session import HeadShape, new_head
+from specontext.distill.new_head import HeadShape, new_head
 from specontext.engine.build import Parts, build_parts
 from specontext.engine.runner import ModelRunner
 from specontext.models.attention import ATTENTION_NAME
@@ -97,7 +97,7 @@ def parts_for(
     if parts.kv.offloaded:  # else nothing there is read, and memory that is written is taken
         fill(parts.kv.host.rows)
     if head is not None:  # its keys lie in the arena
-        parts.selector.last_feature.normal_()  # type: ignore[attr-defined]
+        parts.selector.last_fused.normal_()  # type: ignore[attr-defined]
     return parts
 
 
@@ -185,7 +185,7 @@ def floor_bytes(loaded: LoadedModel, parts: Parts, requests: int, context: int, 
     weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     weights -= 0 if tied else embedding.numel() * embedding.element_size()  # only a few rows of a table of its own are read
     weights += sum(p.numel() * p.element_size() for p in head.parameters())
-    keys = requests * context * head.config.kv_heads * head.config.head_dim * shape.dtype.itemsize
+    keys = requests * context * head.config.key_count * head.config.head_dim * shape.dtype.itemsize
     rows = requests * shape.layers * shape.kv_heads * parts.method.budget
     missing = rows * (1 - overlap)
     return int(weights + keys + (rows + 2 * missing) * shape.row_bytes)

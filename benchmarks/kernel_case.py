@@ -12,10 +12,13 @@ from torch import Tensor
 
 from specontext.core import ModelShape
 from specontext.kernels.slot_plan import plan_slots_reference
+from specontext.retrieval.head_config import HeadConfig
+from specontext.retrieval.head_map import band_map
 from specontext.retrieval.selector import Budget
 
 PAGE_SIZE = 16
 SINK, RECENT = 4, 16
+FEATURE_LAYERS = 3
 LONG_ROWS = (4, 65536, 2048)  # rows, scores and k of the case that has a target
 
 
@@ -30,6 +33,9 @@ class Case:
         long_rows: rows, scores and k of the second top-k.
         pool_bytes: size of the host pool; on a CPU None makes it as large as the context needs.
         rotated_bytes: inputs of one operation together are at least that large.
+        bands: groups of the head for each KV head, one for each band of layers.
+        key_heads, key_dim: keys of the head for each token, and their width; None: one for each group, and that of the model.
+        query_rank: of the head's query projection; None for one matrix.
     """
 
     shape: ModelShape
@@ -43,6 +49,10 @@ class Case:
     pool_bytes: int | None = None
     long_rows: tuple[int, int, int] = LONG_ROWS
     rotated_bytes: int = 256 << 20
+    bands: int = 1
+    key_heads: int | None = None
+    key_dim: int | None = None
+    query_rank: int | None = None
     stack: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
@@ -50,19 +60,41 @@ class Case:
         self.order = torch.Generator().manual_seed(1)
 
     @property
-    def groups(self) -> int:
-        """Retrieval groups: the head has as many as the model has KV heads."""
-        return self.shape.kv_heads
-
-    @property
     def scale(self) -> float:
         return self.shape.head_dim**-0.5
+
+    @property
+    def head(self) -> HeadConfig:
+        """A head with as many query heads for each group as the model has for each KV head."""
+        shape = self.shape
+        return HeadConfig(
+            variant="features",
+            hidden_size=shape.hidden_size,
+            target_hidden_size=shape.hidden_size,
+            vocab_size=shape.vocab_size,
+            heads=shape.query_heads * self.bands,
+            kv_heads=self.groups,
+            head_dim=self.key_dim or shape.head_dim,
+            feature_layers=tuple(range(FEATURE_LAYERS)),
+            key_heads=self.key_heads,
+            key_inputs="before" if self.key_heads is None else "around",
+            query_rank=self.query_rank,
+        )
+
+    @property
+    def groups(self) -> int:
+        return self.shape.kv_heads * self.bands
+
+    @cached_property
+    def head_map(self) -> Tensor:
+        """int64 [L, Hkv]."""
+        return torch.tensor(band_map(self.shape.layers, self.shape.kv_heads, self.bands), device=self.device)
 
     def random(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         return fill(torch.empty(size, dtype=dtype or self.shape.dtype, device=self.device), self.generator)
 
     def queries(self, count: int) -> Tensor:
-        """Queries [count, R, Hq, D]; their logits over random keys have a standard deviation of 1."""
+        """Queries of the model [count, R, Hq, D]; their logits over random keys have a standard deviation of 1."""
         return self.random(count, self.requests, self.shape.query_heads, self.shape.head_dim)
 
     def permutation(self, count: int, least: int = 0) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from kernel_case import LONG_ROWS, PAGE_SIZE, RECENT, SINK, Case
+from kernel_case import FEATURE_LAYERS, LONG_ROWS, PAGE_SIZE, RECENT, SINK, Case
 from kernel_checks import ROUNDED, Operation, WrongResult, calls_of, relative_error, require, require_equal
 from torch import Tensor
 
@@ -13,64 +13,63 @@ from specontext.kernels.retrieval_scores import paged_retrieval_scores
 from specontext.kernels.slot_plan import plan_slots
 from specontext.kernels.top_k import top_k_positions
 from specontext.retrieval.head import RetrievalHead
-from specontext.retrieval.head_config import HeadConfig
 
-FEATURE_LAYERS = 3
 LONG_ROWS_TARGET = 25e-6
 
 
 def head(case: Case) -> list[Operation]:
-    """Rotates among copies of the head: between two steps the model's weights drive it out of the caches."""
-    shape = case.shape
-    config = HeadConfig(
-        variant="features",
-        hidden_size=shape.hidden_size,
-        target_hidden_size=shape.hidden_size,
-        vocab_size=shape.vocab_size,
-        heads=shape.query_heads,
-        kv_heads=case.groups,
-        head_dim=shape.head_dim,
-        feature_layers=tuple(range(FEATURE_LAYERS)),
-    )
+    """What a step computes of the head, before and after the model has run.
+
+    Rotates among copies of the head: between two steps the model's weights drive it out of the caches.
+    """
+    shape, config = case.shape, case.head
     first = RetrievalHead(config).to(device=case.device, dtype=shape.dtype).requires_grad_(False)
     size = sum(p.numel() * p.element_size() for p in first.parameters())
     heads = [first, *(copy.deepcopy(first) for _ in range(case.sets(size) - 1))]
-    embeddings = case.random(len(heads), case.requests, shape.hidden_size)
+    embeddings, before = (case.random(len(heads), case.requests, shape.hidden_size) for _ in range(2))
     features = case.random(len(heads), case.requests, shape.hidden_size * FEATURE_LAYERS)
     positions = torch.full((case.requests,), case.context - 1, device=case.device)
 
-    def call(i: int) -> tuple[Tensor, Tensor]:
-        return heads[i](embeddings[i], features[i], positions)
+    def run(module: RetrievalHead, embedding: Tensor, previous: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
+        queries = module.queries(embedding, previous, positions)
+        return queries, module.keys(embedding, module.fuse(feature), previous, positions)
 
-    exact = copy.deepcopy(first).double()(embeddings[1].double(), features[1].double(), positions)
+    def call(i: int) -> tuple[Tensor, Tensor]:
+        return run(heads[i], embeddings[i], before[i], features[i])
+
+    exact = run(copy.deepcopy(first).double(), *(x[1].double() for x in (embeddings, before, features)))
     error = max(relative_error(found, right) for found, right in zip(call(1), exact, strict=True))
     require("head", error, 3 * ROUNDED[shape.dtype])
-    words = f"{case.requests} tokens, {size / 1e6:.0f} MB of weights, {config.heads} / {config.kv_heads} heads"
+    words = f"{case.requests} tokens, {size / 1e6:.0f} MB of weights, {config.heads} queries, {config.key_count} keys"
     return [Operation("head_forward", words, calls_of(call, len(heads)), error, size)]
 
 
 def scores(case: Case) -> list[Operation]:
-    shape, groups = case.shape, case.groups
-    set_bytes = case.requests * case.context * groups * shape.head_dim * shape.dtype.itemsize
+    config, groups = case.head, case.groups
+    heads, dim = config.heads, config.head_dim
+    set_bytes = case.requests * case.context * config.key_count * dim * case.shape.dtype.itemsize
     count = case.sets(set_bytes)
     pages = case.permutation(count * case.requests * case.token_pages, 1).view(count, case.requests, case.token_pages)
-    keys = case.random(pages.numel() + 1, PAGE_SIZE, groups, shape.head_dim)
-    queries, stops = case.queries(count), torch.full((case.requests,), case.context - RECENT, device=case.device)
+    keys = case.random(pages.numel() + 1, PAGE_SIZE, config.key_count, dim)
+    queries = case.random(count, case.requests, heads, dim)  # logits over random keys have a standard deviation of 1
+    stops = torch.full((case.requests,), case.context - RECENT, device=case.device)
 
     def call(i: int) -> Tensor:
-        return paged_retrieval_scores(queries[i], keys, pages[i], SINK, stops, case.context)
+        return paged_retrieval_scores(queries[i], keys, pages[i], SINK, stops, case.context, groups)
 
     found = call(1)
     error = 0.0
     for r in range(case.requests):
-        seen = keys[pages[1, r]].flatten(0, 1)[SINK : case.context - RECENT].double()  # [S, G, D]
-        grouped = queries[1, r].double().view(groups, -1, shape.head_dim)
-        right = torch.softmax(grouped @ seen.permute(1, 2, 0) * case.scale, -1).amax(1)
-        error = max(error, relative_error(found[r, :, SINK : case.context - RECENT], right))
+        seen = keys[pages[1, r]].flatten(0, 1)[SINK : case.context - RECENT]  # [S, K, D]
+        for key, part in enumerate(queries[1, r].view(config.key_count, -1, dim)):
+            right = torch.softmax(part.double() @ seen[:, key].double().T * dim**-0.5, -1)
+            each = groups // config.key_count
+            mine = found[r, key * each : (key + 1) * each, SINK : case.context - RECENT]
+            error = max(error, relative_error(mine, right.unflatten(0, (each, -1)).amax(1)))
         if (found[r, :, :SINK] != -1).any() or (found[r, :, case.context - RECENT :] != -1).any():
             raise WrongResult("retrieval scores: entries that do not compete have scores")
     require("retrieval scores", error, 1e-3)
-    words = f"{case.requests} x {case.context} keys, {groups} x {shape.query_heads // groups} queries, D {shape.head_dim}"
+    words = f"{case.requests} x {case.context} x {config.key_count} keys, {groups} x {heads // groups} queries, D {dim}"
     moved = set_bytes + case.requests * groups * case.context * 4
     return [Operation("retrieval_scores", words, calls_of(call, count), error, moved)]
 

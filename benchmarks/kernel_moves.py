@@ -34,7 +34,7 @@ def _gather(case: Case, name: str, pages: Tensor) -> Operation:
         "target_pages": case.arena_pages,
         "layers": torch.arange(shape.layers, device=device),
         "seats": case.seats,
-        "head_map": torch.arange(shape.kv_heads, device=device).expand(shape.layers, -1).contiguous(),
+        "head_map": case.head_map,
         "resident": torch.zeros(shape.layers, dtype=torch.bool, device=device),
         "page_size": PAGE_SIZE,
     }
@@ -71,7 +71,7 @@ def rows(case: Case) -> list[Operation]:
         "slot_pages": case.arena_pages.flip(2).contiguous(),
         "resident": torch.arange(shape.layers, device=device) % 2 == 0,
         "seats": case.seats,
-        "head_map": torch.arange(shape.kv_heads, device=device).expand(shape.layers, -1).contiguous(),
+        "head_map": case.head_map,
         "page_size": PAGE_SIZE,
     }
 

@@ -2,6 +2,7 @@
 
 Usage: python benchmarks/kernels.py [--device cuda] [--model llama-3.1-8b] [--context 131072] [--budget 2048] [--json]
        python benchmarks/kernels.py --only top_k,gather --quick
+       python benchmarks/kernels.py --only scores,top_k,head --bands 3 --key-heads 1 --key-dim 1024 --query-rank 1024
 
 Operations (names for --only):
   scores     paged retrieval scores of all keys of the head, with the maximum of each group
@@ -185,6 +186,10 @@ def parse(values: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--slots", type=int, help="device slots of a KV head; default: the budget and a quarter")
     parser.add_argument("--requests", type=int, default=1)
     parser.add_argument("--overlap", type=float, default=0.85)
+    parser.add_argument("--bands", type=int, default=1, help="groups of the head for each KV head, one for each band of layers")
+    parser.add_argument("--key-heads", type=int, help="keys of the head for each token; default: one for each group")
+    parser.add_argument("--key-dim", type=int, help="their width; default: that of the model's heads")
+    parser.add_argument("--query-rank", type=int, help="of the head's query projection; default: one matrix")
     parser.add_argument("--chunk", type=int, help="tokens of a prefill chunk; default: 1024 on CUDA, 256 on a CPU")
     parser.add_argument("--pool-gib", type=float, help="host pool; default: 16 on CUDA, what the context needs on a CPU")
     parser.add_argument("--rounds", type=int, help="samples of each operation; default: 25 on CUDA, 7 on a CPU")
@@ -244,11 +249,16 @@ def case_of(arguments: argparse.Namespace, device: torch.device) -> Case:
         chunk=arguments.chunk,
         device=device,
         pool_bytes=None if arguments.pool_gib is None else round(arguments.pool_gib * GIB),
+        bands=arguments.bands,
+        key_heads=arguments.key_heads,
+        key_dim=arguments.key_dim,
+        query_rank=arguments.query_rank,
     )
 
 
 def make_report(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     settings = ("model", "dtype", "device", "context", "budget", "slots", "requests", "overlap", "chunk", "pool_gib", "rounds")
+    settings += ("bands", "key_heads", "key_dim", "query_rank")
     return {
         "benchmark": "kernels",
         "date": date.today().isoformat(),

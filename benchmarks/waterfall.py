@@ -27,7 +27,7 @@ from rich.table import Table
 from shapes import random_model
 
 from specontext.config import SpeContextConfig
-from specontext.distill.session import HeadShape, new_head
+from specontext.distill.new_head import HeadShape, new_head
 from specontext.engine.runner import ModelRunner
 from specontext.retrieval.selector import Budget
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from specontext.core import SpeContextError
 
 METHODS = (
-    *("full", "speculative", "streaming", "oracle", "random", "quest", "shadowkv", "clusterkv", "snapkv", "h2o"),
-    "shared-oracle",
+    *("full", "speculative", "streaming", "oracle", "shared-oracle", "random"),
+    *("quest", "shadowkv", "clusterkv", "snapkv", "h2o"),
 )
 # What requests may name besides, as METHOD-VARIANT.
 VARIANTS: dict[str, tuple[str, ...]] = {

@@ -317,6 +317,7 @@ class Request:
         preemptions: how often it had to wait again.
         captured_steps: decode steps that were replayed as a captured CUDA graph.
         cached_tokens: tokens whose KV was known when it first got a seat; None before.
+        history: what the sampler remembers of the tokens, for penalties.
         prompt_logprobs: for each prompt token the log-probabilities by token id, None for the first one; it grows while the
             prompt is computed and is complete before the first token is sampled.
     """
@@ -339,6 +340,7 @@ class Request:
     preemptions: int = 0
     captured_steps: int = 0
     cached_tokens: int | None = None
+    history: object = None
 
     def __post_init__(self) -> None:
         if not 0 < self.prompt_length <= len(self.token_ids):

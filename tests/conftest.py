@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of four model families, each with a retrieval head of its own kind, and helpers to run them.
+"""Tiny random checkpoints of five kinds, each with a retrieval head of its own kind, and helpers to run them.
 
 Weights are wide (`initializer_range` 0.2) and norms and biases random: with the defaults attention is nearly uniform and
 hides errors.
@@ -38,6 +38,7 @@ from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.retrieval.checkpoint import save_head
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig
+from specontext.retrieval.head_map import band_map
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
@@ -50,7 +51,7 @@ def pytest_xdist_auto_num_workers() -> int | None:
 
 
 NANO = Path(specontext.models.__file__).parent / "nano"
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")  # architectures; 'bands' is one more checkpoint
 MAX_POSITION = 512
 
 Prompts = list[list[int]]
@@ -63,7 +64,10 @@ def tokenizer() -> Any:
 
 
 def family_config(family: str, vocab_size: int, **changes: Any) -> PreTrainedConfig:
-    """A tiny config; head dims differ from hidden / heads, and GQA ratios are 2, 1, 3 and 4."""
+    """A tiny config; head dims differ from hidden / heads, and GQA ratios are 2, 1, 3, 4 and 2.
+
+    A token of 'bands', a Llama with three KV heads, takes as many bytes as one of 'llama'.
+    """
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": 64,
@@ -78,6 +82,8 @@ def family_config(family: str, vocab_size: int, **changes: Any) -> PreTrainedCon
     }
     if family == "llama":
         own = LlamaConfig, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
+    elif family == "bands":
+        own = LlamaConfig, {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16}
     elif family == "qwen2":
         own = Qwen2Config, {"num_attention_heads": 4, "num_key_value_heads": 4}
     elif family == "qwen3":
@@ -88,10 +94,15 @@ def family_config(family: str, vocab_size: int, **changes: Any) -> PreTrainedCon
 
 
 def family_head(family: str, vocab_size: int) -> HeadConfig:
-    """A head of another kind for each family: plain, the last hidden state among its features, a head map, no features."""
+    """A head of another kind for each family: plain, the last hidden state among its features, a head map, no features, and one
+    for three bands of layers with a single wide key that knows its own token."""
     common: dict[str, Any] = {"hidden_size": 64, "target_hidden_size": 64, "vocab_size": vocab_size, "head_dim": 16}
     if family == "llama":
         return HeadConfig("features", heads=4, kv_heads=2, feature_layers=(0, 1, 2), rope_theta=500.0, **common)
+    if family == "bands":
+        wide: dict[str, Any] = {"key_heads": 1, "key_inputs": "around", "query_rank": 20, "head_map": band_map(3, 3, 3)}
+        sizes = {"hidden_size": 96, "target_hidden_size": 96, "head_dim": 40}
+        return HeadConfig("features", heads=18, kv_heads=9, feature_layers=(1, 2), **common | sizes | wide)
     if family == "qwen2":
         return HeadConfig("features", heads=8, kv_heads=4, feature_layers=(3, 1), **common)
     if family == "qwen3":

@@ -14,7 +14,10 @@ from specontext.core import SpeContextError
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "quest9"}, "unknown method 'quest9': choose one of full, speculative, streaming, oracle, random"),
+        (
+            {"method": "quest9"},
+            "unknown method 'quest9': choose one of full, speculative, streaming, oracle, shared-oracle, random",
+        ),
         ({"granularity": "layer"}, "unknown granularity 'layer': choose one of head, union, batch"),
         *(({"sink": value}, "sink must be an integer of at least 1") for value in (0, -1, 1.0, True, None, "4")),
         *(({"recent": value}, "recent must be an integer of at least 1") for value in (0, 2.5, None)),

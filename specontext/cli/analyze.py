@@ -68,7 +68,8 @@ def analyze(
     dtype: Annotated[str, typer.Option("--dtype", help="Number format of the target's weights.")] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Measure a head's selections: attention recall, hit rate, overlap of steps, reach in length, drift of features.
+    """Measure a head's selections: attention recall, hit rate, what the model's output loses, overlap of steps, reach in length,
+    drift of features.
 
     They are compared with other granularities and head maps, with oracles on the true attention, with sinks and window and with
     random selections, all at equal budgets. Numbers go to DIR/analysis.json, plots beside it.
@@ -124,22 +125,23 @@ def whole_numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """Recall, hit rate and overlap of everything at the budget that is nearest to 1/8 of the length."""
-    from specontext.evaluation.analysis.rows import find, value_of
+    """Recall, hit rate, overlap and losses of everything at the budget that is nearest to 1/8 of the length."""
+    from specontext.evaluation.analysis.rows import LOSSES, find, value_of
 
     rows, budget, length = report["rows"], report["table_budget"], report["length"]
     title = f"Budget {budget:,} of {length:,} tokens; means over layers, heads and queries"
     made = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for column in ("selection", "level", "map"):
         made.add_column(column)
-    for column in ("attention recall", "hit rate", "overlap"):
+    for column in ("attention recall", "hit rate", "overlap", "KL divergence", "perplexity ratio", "agreement"):
         made.add_column(column, justify="right")
     for one in find(rows, what="recall", budget=budget, length=length, layer=None):
         same = {name: one[name] for name in ("method", "granularity", "variant", "budget", "length")}
         hits = value_of(rows, what="hit_rate", map=one["map"], **same)
         again = value_of(rows, what="overlap", **same)
         name = one["variant"] or one["method"].replace("_", " ")
-        cells = [f"{one['value']:.3f}", *("–" if value is None else f"{value:.3f}" for value in (hits, again))]
+        lost = [value_of(rows, what=what, map=one["map"], **same) for what in LOSSES]
+        cells = [f"{one['value']:.3f}", *("–" if value is None else f"{value:.3f}" for value in (hits, again, *lost))]
         made.add_row(escape(name), one["granularity"] or "–", one["map"] or "–", *cells)
     return made
 

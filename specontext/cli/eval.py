@@ -106,6 +106,7 @@ def evaluate(
     """
     quiet_libraries()
     from specontext.evaluation.budgets import parse_budgets
+    from specontext.evaluation.engines import GPU_OPTIONS
     from specontext.evaluation.report import write_report
     from specontext.evaluation.settings import EvaluationSettings
     from specontext.evaluation.start import evaluate as run
@@ -113,6 +114,8 @@ def evaluate(
 
     if (judge is None) != (judge_model is None):
         raise UsageError("--judge and --judge-model belong together: give both, or neither")
+    sources = {name: context.get_parameter_source(name) for name in GPU_OPTIONS}
+    unsaid = [name for name, source in sources.items() if source is not None and source.name == "DEFAULT"]
     asked = EvaluationSettings(
         model=model,
         suites=words(suite),
@@ -132,7 +135,7 @@ def evaluate(
         sink=settings.config.sink,
         recent=settings.config.recent,
         offload_layers=offload_layers,
-        engine=settings.engine,
+        engine={name: value for name, value in settings.engine.items() if name not in unsaid},
         skip_unsupported=skip_unsupported,
         command=command_line(context),
     )

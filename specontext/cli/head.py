@@ -14,6 +14,11 @@ from specontext.cli.calibrate import calibrate
 from specontext.cli.terminal import UsageError, error_console, human_bytes, quiet_libraries
 
 VARIANTS = ("features", "embedding")
+KEYS_READ = {
+    ("embedding", "before"): "its embedding",
+    ("features", "before"): "its embedding and the features of the token before",
+    ("features", "around"): "its embedding, its own features and those of the token before",
+}
 
 head_app = typer.Typer(help="Retrieval heads: prune, look at, calibrate, analyze.", no_args_is_help=True, rich_markup_mode=None)
 head_app.command()(calibrate)
@@ -110,6 +115,9 @@ def head_facts(source: str, max_model_len: int | None = None) -> dict[str, Any]:
         "feature_layers": list(config.feature_layers),
         "heads": config.heads,
         "kv_heads": config.kv_heads,
+        "key_heads": config.key_count,
+        "key_inputs": config.key_inputs,
+        "query_rank": config.query_rank,
         "head_dim": config.head_dim,
         "head_map": config.head_map,
         "source": config.source,
@@ -132,7 +140,9 @@ def as_text(facts: dict[str, Any]) -> str:
         "YaRN": reach if yarn["factor"] is None else f"{reach}, factor {yarn['factor']:.4g}",
         "trained length": f"{facts['trained_length']:,} tokens",
         "feature layers": ", ".join(map(str, facts["feature_layers"])) or "none",
-        "heads": f"{facts['heads']} in {facts['kv_heads']} groups, width {facts['head_dim']}",
+        "heads": f"{facts['heads']} in {facts['kv_heads']} groups, width {facts['head_dim']}"
+        + ("" if facts["query_rank"] is None else f", queries of rank {facts['query_rank']}"),
+        "keys": f"{facts['key_heads']} of each token, from {KEYS_READ[facts['variant'], facts['key_inputs']]}",
         "head map": "none, KV head i reads group i" if head_map is None else f"for {len(head_map)} layers",
         "source": facts["source"] or "unknown",
         "source hash": facts["source_hash"] or "none",

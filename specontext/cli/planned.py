@@ -98,16 +98,12 @@ def _dtype(name: str) -> torch.dtype:
 
 def _head(source: str, shape: ModelShape, described: str) -> HeadFacts:
     """Facts of a head directory, checked against the model."""
-    from specontext.memory.facts import HeadFacts
     from specontext.retrieval import checkpoint
-    from specontext.retrieval.head import head_parameters
+    from specontext.retrieval.head import facts_of_head
 
     config = checkpoint.read_config(source)
     config.check_target(shape, need_map=False)
-    width = config.target_hidden_size * len(config.feature_layers)
-    sizes = (head_parameters(config), config.heads, config.kv_heads, config.head_dim, width)
-    table = config.table_parameters
-    return HeadFacts(*sizes, recommended_budget=config.recommended_budget, source=described, lookup_parameters=table)
+    return facts_of_head(config, described)
 
 
 def make_plan(

@@ -1,8 +1,9 @@
 """Attention distillation: a retrieval head learns which tokens its target attends to.
 
 Teacher of retrieval group g at query t: the target's attention probabilities, pooled over the query heads of each KV head that
-reads g, averaged over these KV heads and all layers. Sinks and the recent window are kept whatever the head says, so both
-distributions are restricted to the tokens between them, and every query counts by the teacher's mass there.
+reads g, then over these KV heads and all layers: their maximum, which keeps what a single layer looks up, or their mean. Sinks
+and the recent window are kept whatever the head says, so both distributions are restricted to the tokens between them, and every
+query counts by the teacher's mass there.
 Shapes: N sequences, S tokens, Q sampled queries, L layers, Hq query heads, G groups, D head dim.
 """
 
@@ -35,20 +36,30 @@ def pooled(weights: Tensor, groups: int, how: Pool) -> Tensor:
 
 
 class Teacher:
-    """Adds up the target's attention, layer after layer, for each retrieval group; a listener of `Target.observe`."""
+    """Pools the target's attention, layer after layer, for each retrieval group; a listener of `Target.observe`.
 
-    def __init__(self, head_map: HeadMap, groups: int, how: Pool = "max") -> None:
-        self.head_map, self.groups, self.how = head_map, groups, how
+    Args:
+        how: over the query heads of a KV head.
+        layers: over the layers and KV heads that read a group.
+    """
+
+    def __init__(self, head_map: HeadMap, groups: int, how: Pool = "max", layers: Pool = "mean") -> None:
+        self.head_map, self.groups, self.how, self.layers = head_map, groups, how, layers
         self._sums: list[Tensor | None] = [None] * groups
-        self._counts = [0] * groups
+        self._counts = [1] * groups
 
     def __call__(self, layer: int, weights: Tensor) -> None:
         row = self.head_map[layer]
         for kv_head, each in enumerate(pooled(weights, len(row), self.how).unbind(-3)):
             group = row[kv_head]
             so_far = self._sums[group]
-            self._sums[group] = each.clone() if so_far is None else so_far.add_(each)
-            self._counts[group] += 1
+            if so_far is None:
+                self._sums[group] = each.clone()
+            elif self.layers == "mean":
+                so_far.add_(each)
+                self._counts[group] += 1
+            else:
+                torch.maximum(so_far, each, out=so_far)
 
     @property
     def weights(self) -> Tensor:
@@ -65,9 +76,9 @@ def head_log_weights(head: RetrievalHead, seen: Observation, rows: Tensor, far: 
     """Log of the head's weights among `far` [N, 1, Q, S], pooled over each group up to a constant: float32 [N, G, Q, S]."""
     config = head.config
     positions = torch.arange(seen.embeddings.shape[1], device=rows.device)
-    queries, keys = head(seen.embedded(head), seen.features if config.variant == "features" else None, positions)
-    index = rows[:, :, None, None].expand(-1, -1, config.heads, config.head_dim)
-    scores = grouped_scores(queries.gather(1, index).transpose(1, 2), keys.transpose(1, 2)).float() / math.sqrt(config.head_dim)
+    features = seen.features if config.variant == "features" else None
+    queries, keys = head(seen.embedded(head), features, positions, rows)
+    scores = grouped_scores(queries.transpose(1, 2), keys.transpose(1, 2)).float() / math.sqrt(config.head_dim)
     split = scores.masked_fill(~far, LOWEST).log_softmax(-1).unflatten(1, (config.kv_heads, -1))
     return split.amax(2) if pool == "max" else split.logsumexp(2)
 

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from specontext.core import SpeContextError
 from specontext.retrieval.head import RetrievalHead, RMSNorm
-from specontext.retrieval.head_config import HeadError
+from specontext.retrieval.head_config import HeadConfig, HeadError
 
 
 def frequent_tokens(counts: Tensor, size: int) -> Tensor:
@@ -44,6 +44,16 @@ def frequent_tokens(counts: Tensor, size: int) -> Tensor:
     if not 1 <= size <= len(counts):
         raise SpeContextError(f"a draft vocabulary of {size} tokens: choose from 1 to {len(counts)}, the target's vocabulary")
     return counts.sort(descending=True, stable=True).indices[:size].sort().values
+
+
+def other_than_eagle(config: HeadConfig) -> list[str]:
+    """Settings of a head that no EAGLE-3 draft can have around it."""
+    odd = {
+        "key_heads": config.key_count != config.kv_heads,
+        f"key_inputs '{config.key_inputs}'": config.key_inputs != "before",
+        "query_rank": config.query_rank is not None,
+    }
+    return [name for name, holds in odd.items() if holds]
 
 
 class Draft(nn.Module):
@@ -72,12 +82,16 @@ class Draft(nn.Module):
             lm_head: [V, H], the target's output matrix, whose rows initialise the draft's; None: random.
 
         Raises:
-            HeadError: a head that reads no features, a vocabulary or matrix that does not fit.
+            HeadError: a head that no EAGLE-3 draft has, a vocabulary or matrix that does not fit.
         """
         super().__init__()
         c = head.config
         if c.variant != "features":
             raise HeadError(f"a draft reads features, this retrieval head is of variant '{c.variant}': use a 'features' head")
+        if odd := other_than_eagle(c):
+            raise HeadError(
+                f"an EAGLE-3 draft has a query and a key for each group, of the same input: leave out {', '.join(odd)}"
+            )
         if vocabulary is None:
             vocabulary = torch.arange(c.vocab_size)
         ascending = vocabulary.ndim == 1 and len(vocabulary) > 0 and bool((vocabulary.diff() > 0).all())
@@ -106,7 +120,7 @@ class Draft(nn.Module):
 
         Args:
             embeddings: [N, S, H]; sequences are padded at the end only.
-            features: [N, S, F * H], row t those of token t-1.
+            features: [N, S, F * H], each token's own.
             steps: number of unrolled steps, the first of which sees true features only.
 
         Returns:
@@ -118,7 +132,7 @@ class Draft(nn.Module):
         if steps < 1:
             raise SpeContextError(f"cannot unroll {steps} steps: ask for at least one")
         head, length = self.head, embeddings.shape[1]
-        state = head.fuse(features)[:, 1:]
+        state = head.project_features(features)[:, :-1]
         positions = torch.arange(length, device=embeddings.device)
         keys: list[Tensor] = []
         values: list[Tensor] = []
@@ -127,9 +141,9 @@ class Draft(nn.Module):
             first = min(step + 1, length)  # row r of this step belongs to the draft from position r + 1 and stands at r + first
             state = state[:, : length - first]
             if first < length:
-                x = head.layer_input(embeddings[:, first:], state)
-                queries, key = head.project(x, positions[first:])
-                keys.append(key)
+                x = head.layer_input(embeddings[:, first:], head.hidden_norm(state))
+                queries = head.project_queries(x, positions[first:])
+                keys.append(head.project_keys(x, positions[first:]))
                 values.append(self.v_proj(x).unflatten(-1, (head.config.kv_heads, -1)))
                 state = state + self.o_proj(self._attend(queries, keys, values))
                 state = state + checkpoint(self._mlp, state, use_reentrant=False, preserve_rng_state=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specontext.config import ConfigError
+
 
 def sample_rows(wanted: Tensor, queries: int, random_share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw query positions of each sequence: wanted ones, and a few anywhere up to the last of these.
@@ -30,7 +32,13 @@ def sample_rows(wanted: Tensor, queries: int, random_share: float, generator: to
 
 
 def candidates(rows: Tensor, length: int, sink: int, recent: int) -> tuple[Tensor, Tensor]:
-    """The tokens that compete for queries `rows` [N, Q], and those that are always kept: bool [N, 1, Q, length] each."""
+    """The tokens that compete for queries `rows` [N, Q], and those that are always kept: bool [N, 1, Q, length] each.
+
+    Raises:
+        ConfigError: no recent tokens; the query's own is one, and has no key yet when it is processed.
+    """
+    if recent < 1:
+        raise ConfigError(f"recent must be at least 1, got {recent}: a query's own token is always read")
     token, row = torch.arange(length, device=rows.device), rows[:, None, :, None]
     far = (token >= sink) & (token <= row - recent)
     return far, (token <= row) & ~far

@@ -17,61 +17,20 @@ from specontext.distill.data import Mixed, OnPolicy, Source, open_sources
 from specontext.distill.data.mixing import sizes_of_share
 from specontext.distill.draft import Draft, frequent_tokens
 from specontext.distill.draft_files import save_draft
-from specontext.distill.recall import measure
+from specontext.distill.held_out import HeldOut
+from specontext.distill.new_head import HeadShape, new_head, standard_shape
+from specontext.distill.settings import DistillConfig
+from specontext.distill.student import Student
 from specontext.distill.target import Target
-from specontext.distill.trainer import CHECKPOINT, DistillConfig, Student, size_of, train
+from specontext.distill.trainer import CHECKPOINT, size_of, train
 from specontext.engine.llm import LLM
 from specontext.engine.llm_engine import pick_device
 from specontext.models.loading import LoadedModel, load_model
 from specontext.retrieval.checkpoint import load_head, save_head
-from specontext.retrieval.head import RetrievalHead
-from specontext.retrieval.head_config import HeadConfig
 
 SETTINGS = "training.json"
 SHARES = (0.5, 0.25, 0.15, 0.1)  # of the longest sequences, of half as long ones, ...
 SHORTEST = 256
-
-
-@dataclass(frozen=True)
-class HeadShape:
-    """Form of a new head; None takes the target's, which is EAGLE-3's choice."""
-
-    variant: str = "features"
-    heads: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    feature_layers: tuple[int, ...] | None = None
-    rope_theta: float = 10000.0
-
-
-def standard_feature_layers(layers: int) -> tuple[int, ...]:
-    """EAGLE-3's 2, L // 2, L - 3 where they are distinct and in order, else up to three layers spread evenly."""
-    standard = (2, layers // 2, layers - 3)
-    if layers >= 7:
-        return standard
-    return tuple(sorted({max(1, round(layers * part)) for part in (0.25, 0.5, 0.75)}))
-
-
-def new_head(shape: HeadShape, target: ModelShape, *, trained_length: int, source: str, seed: int) -> RetrievalHead:
-    """A head of random weights for a model of shape `target`."""
-    kv_heads = shape.kv_heads or target.kv_heads
-    features = () if shape.variant == "embedding" else shape.feature_layers or standard_feature_layers(target.layers)
-    config = HeadConfig(
-        variant=shape.variant,
-        hidden_size=target.hidden_size,
-        target_hidden_size=target.hidden_size,
-        vocab_size=target.vocab_size,
-        heads=shape.heads or target.query_heads,
-        kv_heads=kv_heads,
-        head_dim=shape.head_dim or target.head_dim,
-        feature_layers=features,
-        rope_theta=shape.rope_theta,
-        trained_length=trained_length,
-        source=source,
-    )
-    config.check_target(target)
-    torch.manual_seed(seed)
-    return RetrievalHead(config)
 
 
 def mixed_lengths(longest: int) -> tuple[tuple[int, float], ...]:
@@ -88,7 +47,8 @@ class Session:
         target: 'nano', a checkpoint directory or a Hub id.
         data: where sequences come from, see `specontext.distill.data.open_sources`.
         length: longest sequences, in tokens; the head's `trained_length`.
-        shape: form of a new head; without effect when `start` names one.
+        shape: form of a new head; None takes `standard_shape`, or EAGLE-3's where a draft is trained around it. Without effect
+            when `start` names a head.
         start: head directory or EAGLE-3 draft to go on from; None starts from random weights.
         on_policy: share of the sequences whose answers the target generates itself.
         temperature: of these generations.
@@ -101,7 +61,7 @@ class Session:
     data: tuple[str, ...]
     config: DistillConfig
     length: int = 4096
-    shape: HeadShape = HeadShape()
+    shape: HeadShape | None = None
     start: str | None = None
     on_policy: float = 0.0
     temperature: float = 1.0
@@ -118,7 +78,8 @@ class Session:
             resume: go on with the training that was stopped in `out`; without it a started training there is an error.
 
         Returns:
-            held-out attention recall by length and budget.
+            what was measured on held-out text with the head that was written, as of `HeldOut.judge`, and `kept_step`, the steps
+            that it was trained for.
 
         Raises:
             SpeContextError: settings, data or checkpoints that do not fit.
@@ -133,22 +94,23 @@ class Session:
         student = self._student(loaded.model, shape, source)
         student.to(device)
         target = Target(loaded.model, student.head.config.feature_layers)
-        held_out = self._open(loaded, held_out=True)
+        held_out = HeldOut(target, self._open(loaded, held_out=True), self.length, self.config.sink, self.config.recent)
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / SETTINGS).write_text(json.dumps(self.describe(), indent=1) + "\n")
-        train(
+        best = train(
             student,
             target,
             source,
             self.config,
             self.out,
-            evaluate=lambda: self._recall(student.head, target, held_out, rounds=2),
+            evaluate=lambda: held_out.judge(student.head, rounds=2),
             report=report,
         )
         save_head(student.head, self.out)
         if student.draft is not None:
             save_draft(student.draft, self.out / "draft")
-        return self._recall(student.head, target, held_out, rounds=4)
+        kept = self.config.total_steps if best is None else best.step
+        return {"kept_step": kept} | held_out.judge(student.head, rounds=4)
 
     def describe(self) -> dict[str, object]:
         """The settings, for the log; paths as they were given."""
@@ -162,7 +124,7 @@ class Session:
             raise ConfigError(f"there is no training to resume in {self.out}: it has no {CHECKPOINT}")
         if not 0 <= self.on_policy <= 1:
             raise ConfigError(f"on_policy is a share from 0 to 1, got {self.on_policy}")
-        if self.config.speaks and self.shape.variant != "features":
+        if self.config.speaks and self.shape is not None and self.shape.variant != "features":
             raise ConfigError("the output objective trains an EAGLE-3 draft, which reads features: choose --variant features")
 
     def _open(self, loaded: LoadedModel, *, held_out: bool) -> Source:
@@ -189,7 +151,8 @@ class Session:
             head.config = replace(head.config, trained_length=self.length)
         else:
             name = f"{self.config.objective} distillation from {Path(self.target).name} on {', '.join(self.data)}"
-            head = new_head(self.shape, shape, trained_length=self.length, source=name, seed=self.config.seed)
+            form = self.shape or (HeadShape() if self.config.speaks else standard_shape(shape))
+            head = new_head(form, shape, trained_length=self.length, source=name, seed=self.config.seed)
         head.config = replace(head.config, yarn=self.yarn)
         if self.recommended_budget is not None:
             head.config = replace(head.config, recommended_budget=self.recommended_budget)
@@ -210,25 +173,6 @@ class Session:
             real = torch.arange(sequences.ids.shape[1]) < sequences.lengths[:, None]
             counts += sequences.ids[real].bincount(minlength=size)
         return counts
-
-    def _recall(self, head: RetrievalHead, target: Target, held_out: Source, rounds: int) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for length in (self.length, self.length // 4):
-            budgets = [length // 8, length // 16]
-            if budgets[-1] <= self.config.sink + self.config.recent:
-                continue
-            rows = max(1, min(4, 8192 // length))
-
-            def batches(length: int = length, rows: int = rows) -> Iterator[tuple[Tensor, Tensor]]:
-                for step in range(rounds):
-                    sequences = held_out.draw(step, length, rows)
-                    yield sequences.ids, sequences.wanted
-
-            recalls = measure(head, target, batches(), budgets, sink=self.config.sink, recent=self.config.recent)
-            for budget, recall in recalls.items():
-                found[f"recall_{length}_{budget}"] = round(recall["head"], 4)
-                found[f"of_shared_oracle_{length}_{budget}"] = round(recall["head"] / recall["shared"], 4)
-        return found
 
 
 def sequences_of(source: Source, *, length: int, rows: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,15 +1,16 @@
 """The target model as a teacher: one dense pass shows its features, its last hidden states and its attention.
 
 Attention is shown layer by layer, for sampled query positions only, and is never kept: what a listener does not add up is
-gone. So a long sequence costs the memory of one layer's sampled rows.
+gone. So a long sequence costs the memory of one layer's sampled rows. Keys and values of all layers are kept only where some rows
+will be run again (`specontext.distill.replay`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from specontext.models.attention import RUNNING, attention_of, listening, refuse_foreign
+from specontext.models.decoder import output_layer
 from specontext.models.features import FeatureTaps
 from specontext.retrieval.head import RetrievalHead
 
@@ -31,26 +33,55 @@ class Observation:
     Attributes:
         ids: int64 [N, S], the tokens.
         embeddings: [N, S, H], of the tokens.
-        features: [N, S, F * H], of the token before each; zero at position 0.
+        features: [N, S, F * H], each token's own.
         hidden: [N, S, H], after the last norm: what the output matrix reads.
+        stored: of each layer keys and values [N, Hkv, S, D], where they were asked for.
     """
 
     ids: Tensor
     embeddings: Tensor
     features: Tensor
     hidden: Tensor
+    stored: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def embedded(self, head: RetrievalHead) -> Tensor:
         """Embeddings [N, S, H] of the tokens as a head sees them."""
         return head.embedded(self.ids, lambda _: self.embeddings)
 
 
+class TaughtPass(Protocol):
+    """What one pass of the target does when a layer calls attention."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """The attention output [N, Hq, S, D] of q [N, Hq, S, D], k and v [N, Hkv, S, D]; all after RoPE."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
-class _Shown:
-    """Query positions int64 [N, Q] whose attention is shown, and to whom."""
+class _Dense:
+    """Causal attention over whole sequences.
+
+    Attributes:
+        rows: int64 [N, Q], query positions whose attention is shown to the listeners.
+        stored: takes keys and values of every layer where they are kept.
+    """
 
     rows: Tensor | None
     listeners: tuple[LayerListener, ...]
+    keep: bool
+    stored: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if self.rows is not None and self.listeners:
+            index = self.rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
+            logits = wide(grouped_scores(query.gather(2, index), key)) * scale
+            future = torch.arange(key.shape[2], device=key.device) > self.rows[..., None]  # [N, Q, S]
+            weights = logits.masked_fill_(future[:, None], -math.inf).softmax(-1)
+            for listener in self.listeners:
+                listener(layer, weights)
+        if self.keep:
+            self.stored.append((key, value))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
 
 
 class Target:
@@ -67,6 +98,7 @@ class Target:
         self.layers: int = config.num_hidden_layers
         self.query_heads: int = config.num_attention_heads
         self.groups: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self._output_layer = output_layer(model)
 
     @property
     def device(self) -> torch.device:
@@ -77,28 +109,34 @@ class Target:
         """[V, H], which turns `Observation.hidden` into logits."""
         return self.model.get_output_embeddings().weight
 
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [P, V] that the model makes of states [P, H] of `Observation.hidden`, in float32 or wider."""
+        return wide(self._output_layer(inputs_embeds=states[None], use_cache=False).logits[0])
+
     @torch.no_grad()
-    def observe(self, ids: Tensor, rows: Tensor | None = None, *listeners: LayerListener) -> Observation:
+    def observe(self, ids: Tensor, rows: Tensor | None = None, *listeners: LayerListener, keep: bool = False) -> Observation:
         """Run sequences through the target.
 
         Args:
             ids: int64 [N, S], padded at the end only.
             rows: int64 [N, Q], query positions whose attention is shown.
             listeners: called for every layer with its index and the probabilities float32 [N, Hq, Q, S] of these rows.
+            keep: keep the keys and values of all layers, for `Replay`.
 
         Raises:
             ModelError: the model's attention is not plain causal softmax attention.
         """
+        dense = _Dense(rows, listeners, keep)
         taps = FeatureTaps(self.model, self.feature_layers) if self.feature_layers else None
         try:
-            with attention_of(self.model, IMPLEMENTATION), listening(self.model, _Shown(rows, listeners)):
+            with attention_of(self.model, IMPLEMENTATION), listening(self.model, dense):
                 out = self.model.get_decoder()(input_ids=ids, use_cache=False)
             hidden = out.last_hidden_state
-            features = hidden.new_zeros((*ids.shape, 0)) if taps is None else F.pad(taps.take()[:, :-1], (0, 0, 1, 0))
+            features = hidden.new_zeros((*ids.shape, 0)) if taps is None else taps.take()
         finally:
             if taps is not None:
                 taps.remove()
-        return Observation(ids, self.model.get_input_embeddings()(ids), features, hidden)
+        return Observation(ids, self.model.get_input_embeddings()(ids), features, hidden, tuple(dense.stored))
 
 
 def teaching_attention(
@@ -110,26 +148,19 @@ def teaching_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention in Hugging Face's calling convention that shows the probabilities of some rows.
+    """Attention in Hugging Face's calling convention, as the running pass computes it.
 
     Args:
-        query: [N, Hq, S, D] after RoPE; key and value [N, G, S, D].
+        query: [N, Hq, S, D] after RoPE; key and value [N, Hkv, S, D].
 
     Raises:
         ModelError: a feature that plain causal attention lacks.
     """
     running = getattr(module, RUNNING)
     refuse_foreign(attention_mask, options, running.longest)
-    shown: _Shown = running.step
+    taught: TaughtPass = running.step
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-    if shown.rows is not None and shown.listeners:
-        index = shown.rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
-        logits = grouped_scores(query.gather(2, index), key).float() * scale
-        future = torch.arange(key.shape[2], device=key.device) > shown.rows[..., None]  # [N, Q, S]
-        weights = logits.masked_fill_(future[:, None], -math.inf).softmax(-1)
-        for listener in shown.listeners:
-            listener(module.layer_idx, weights)  # type: ignore[arg-type]
+    out = taught.attend(module.layer_idx, query, key, value, scale)  # type: ignore[arg-type]
     return out.transpose(1, 2), None
 
 
@@ -137,3 +168,8 @@ def grouped_scores(query: Tensor, key: Tensor) -> Tensor:
     """Dot products [N, Hq, Q, S] of queries [N, Hq, Q, D] with the keys [N, G, S, D] of their group."""
     scores = query.unflatten(1, (key.shape[1], -1)) @ key[:, :, None].transpose(-1, -2)
     return scores.flatten(1, 2)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, or wider where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -80,7 +80,7 @@ class AsyncEngine:
 
     @property
     def running(self) -> int:
-        return len(self.engine.scheduler.running)
+        return 0 if self.engine.closed else len(self.engine.scheduler.running)
 
     @property
     def waiting(self) -> int:
@@ -132,8 +132,7 @@ class AsyncEngine:
 
     async def generate(self, request_id: str, prompt: str | Sequence[int], params: SamplingParams) -> AsyncIterator[list[Delta]]:
         """The deltas of one prompt's outputs; leaving the iteration early ends the request. Raises as `submit`."""
-        tokens = self.engine.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-        stream = await self.submit(request_id, [tokens], params)
+        stream = await self.submit(request_id, [self.engine.encode(prompt)], params)
         try:
             async for deltas in stream:
                 yield deltas

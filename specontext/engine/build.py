@@ -19,12 +19,12 @@ from specontext.engine.residency import Residency
 from specontext.engine.statistics import Meter
 from specontext.kv.pool import PagePool, make_pools
 from specontext.kv.tiered import TieredKV
-from specontext.memory.facts import HeadFacts, ModelFacts
+from specontext.memory.facts import NO_HEAD, ModelFacts
 from specontext.memory.model import MemoryModel, RunSettings, measured_model
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, MemoryPlanError, TierSizes, free_memory, size_tiers
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.granularity import groups_of
-from specontext.retrieval.head import RetrievalHead
+from specontext.retrieval.head import RetrievalHead, facts_of_head
 from specontext.retrieval.key_cache import KeyCache
 from specontext.retrieval.methods import HEADLESS, SpeculativeSelector, base_of, make_method, make_variant
 from specontext.retrieval.selector import Budget, MethodContext, Selector
@@ -196,7 +196,9 @@ def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device)
             raise ConfigError("gpu_memory_utilization needs a GPU: on a CPU give gpu_memory, the bytes of the device tier of KV")
         return config.gpu_memory or int(SHARE_OF_FREE_MEMORY * free_memory(device))
     free, total = torch.cuda.mem_get_info(device)
-    ours = torch.cuda.memory_reserved(device)
+    # Weights are there already. What PyTorch keeps beside what is in use will be used; what others use of it is theirs.
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free += kept + plan.fixed["weights"] + plan.fixed["retrieval_head"]
     limit = config.gpu_memory or int((config.gpu_memory_utilization or SHARE_OF_GPU) * total)
     others, parts = plan.fixed_bytes, ", ".join(f"{name} {size}" for name, size in plan.fixed.items())
     if limit < others:
@@ -204,28 +206,24 @@ def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device)
             f"--gpu-memory allows {limit} bytes and {others} are needed beside KV ({parts}): raise it by more than "
             f"{others - limit}"
         )
-    if free + ours < limit:  # raising the limit would change nothing
-        logger.warning("--gpu-memory allows %d bytes and the GPU has %d of them free: end what else uses it", limit, free + ours)
-        if free + ours < others:
+    if free < limit:  # raising the limit would change nothing
+        logger.warning("the engine may use %d bytes of the GPU and %d of them are free: end what else uses it", limit, free)
+        if free < others:
             raise MemoryPlanError(
-                f"the GPU has {free + ours} bytes free and {others} are needed beside KV ({parts}): end what else uses it"
+                f"the GPU has {free} bytes free and {others} are needed beside KV ({parts}): end what else uses it"
             )
-    return min(limit, free + ours) - others
+    return min(limit, free) - others
 
 
 def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFacts:
     """Sizes of a loaded model and its head, 0 for a method without one."""
-    model, c = loaded.model, head.config if head is not None else None
+    model = loaded.model
     table = model.get_input_embeddings().weight
     assert isinstance(table, Tensor)
     output = model.get_output_embeddings()
     lookup = 0 if output is not None and output.weight is table else table.numel()
     intermediate = getattr(model.config, "intermediate_size", None) or 4 * loaded.shape.hidden_size
-    if c is None or head is None:
-        sizes = HeadFacts(0, 0, 0, 0, 0)
-    else:
-        features = c.target_hidden_size * len(c.feature_layers) if c.variant == "features" else 0
-        sizes = HeadFacts(head.size, c.heads, c.kv_heads, c.head_dim, features, lookup_parameters=c.table_parameters)
+    sizes = NO_HEAD if head is None else facts_of_head(head.config)
     parameters = sum(p.numel() for p in model.parameters())
     return ModelFacts(loaded.name, loaded.shape, parameters, lookup, intermediate, sizes)
 
@@ -283,7 +281,7 @@ def make_methods(
             made[name] = make_variant(made[base_of(name)], name)
         elif name == "speculative":
             assert head is not None
-            keys = arena.as_keys(head.config.kv_heads, head.config.head_dim)
+            keys = arena.as_keys(head.config.key_count, head.config.head_dim)
             cache = KeyCache(keys, arena.pages, seats=context.seats, max_tokens=context.max_tokens)
             embedding = loaded.model.get_input_embeddings()
             made[name] = SpeculativeSelector(

@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -192,6 +193,7 @@ class EngineLoop:
         for stream, why in broken.items():
             expected = isinstance(why, SpeContextError)
             logger.error("request %s has failed: %s", stream.request_id, why, exc_info=None if expected else why)
+            traceback.clear_frames(why.__traceback__)  # the reader gets the error, and not the tensors of the step with it
             self.fail(stream, RequestFailedError({stream.request_id: why}))
         return bool(named)
 

@@ -51,14 +51,19 @@ class Failures:
         except Exception as error:
             self.add(error, *request_ids)
 
-    def raise_any(self) -> None:
-        """Raise what was found, if anything: an error that speaks for all failed requests as it is."""
-        if not self.found:
-            return
-        first = next(iter(self.found.values()))
-        if isinstance(first, SpeContextError) and getattr(first, "request_ids", ()) == tuple(self.found):
-            raise first
-        raise RequestFailedError(self.found) from first
+    def take(self) -> Exception:
+        """What was found, as one error: one that speaks for all failed requests as it is.
+
+        It is to be raised as it is returned. A variable that held it, or this object if it still did, would be part of its
+        traceback, and with the traceback it would keep the engine alive.
+        """
+        found, self.found = self.found, {}
+        first = next(iter(found.values()))
+        if isinstance(first, SpeContextError) and getattr(first, "request_ids", ()) == tuple(found):
+            return first
+        error = RequestFailedError(found)
+        error.__cause__ = first
+        return error
 
 
 def describe(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from specontext.config import ConfigError, EngineConfig, SpeContextConfig
 from specontext.core import CompletionOutput, ModelShape, RequestError, RequestOutput, SamplingParams, shown
-from specontext.engine.llm_engine import Generation, LLMEngine
+from specontext.engine.llm_engine import EngineClosedError, Generation, LLMEngine
 from specontext.models.loading import LoadedModel
 
 Prompt = str | Sequence[int]
@@ -70,15 +71,23 @@ class LLM:
     def reconfigure(self, config: SpeContextConfig, *, retrieval_head: str | Path | None = "auto") -> None:
         """Change method, budget or tiers; the weights stay loaded.
 
+        The engine before is closed first, since there may be no room for two; what it knew of prompts is forgotten.
+
         Raises:
-            SpeContextError: settings that do not fit; the engine is then as it was.
+            SpeContextError: settings that do not fit; the LLM then goes on with those it had.
         """
         if self.engine.has_work:
             raise ConfigError("finish or drop the running streams before changing the configuration")
-        settings = replace(self.engine.config, method=config, retrieval_head=retrieval_head)
-        engine = LLMEngine(settings, self.engine.loaded)
+        before, loaded, seeds = self.engine.config, self.engine.loaded, self.engine.seeds
+        settings = replace(before, method=config, retrieval_head=retrieval_head)
         self.engine.close()
-        self.engine = engine
+        try:
+            self.engine = LLMEngine(settings, loaded)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold what was made of the new engine
+            self.engine = LLMEngine(before, loaded)
+            self.engine.seeds = seeds
+            raise
 
     def generate(
         self,
@@ -114,7 +123,7 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Generate for one prompt, yielding the output so far whenever it has grown; the last one has its statistics.
 
-        Leaving the iterator early ends the request.
+        Leaving the iterator early ends the request; closing the engine makes it raise EngineClosedError.
         """
         given, [sampling] = _as_prompts(prompt), _one_each(params, 1)
         if len(given) > 1:
@@ -133,6 +142,8 @@ class LLM:
                 if made > shown:
                     shown = made
                     yield _output(job)
+                elif self.engine.closed and any(g.stats is None for g in job):
+                    raise EngineClosedError("the engine was closed before the output had ended")
                 elif all(g.finished for g in job):
                     return
                 else:

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from specontext.config import ConfigError, EngineConfig
-from specontext.core import Request, RequestError, SamplingParams, shown
+from specontext.core import Request, RequestError, SamplingParams, SpeContextError, shown
 from specontext.engine.build import build_parts
 from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.failures import Failures
@@ -20,10 +21,17 @@ from specontext.engine.next_tokens import next_tokens
 from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
 from specontext.engine.runner import DeviceError, DeviceMemoryError, ModelRunner, working_device
 from specontext.engine.scheduler import Schedule, Scheduler
+from specontext.kv.host_memory import settle
 from specontext.models.loading import LoadedModel, load_model
 from specontext.models.token_ids import unknown_token
 from specontext.retrieval.catalog import find_head
 from specontext.retrieval.random_head import random_head
+
+UNTIL_CLOSED = ("loaded", "parts", "runner", "scheduler")
+
+
+class EngineClosedError(SpeContextError):
+    """An engine is asked for something after it was closed."""
 
 
 @dataclass(eq=False)
@@ -57,6 +65,10 @@ class LLMEngine:
 
     Args:
         loaded: a model that is loaded already; None loads `config.model`.
+
+    Attributes:
+        loaded, parts, runner, scheduler: what it works with, until it is closed.
+        seeds: of sampled requests that name none.
 
     Raises:
         SpeContextError: anything in the settings or the checkpoints that does not fit.
@@ -97,7 +109,7 @@ class LLMEngine:
         self.scheduler = Scheduler(self.parts, seats=config.max_num_seqs, max_batched_tokens=config.max_num_batched_tokens)
         self.tokenizer = self.loaded.tokenizer
         self._generations: dict[str, Generation] = {}
-        self._seeds = random.Random(config.seed)  # of sampled requests that name none
+        self.seeds = random.Random(config.seed)
 
     def add_request(
         self,
@@ -123,7 +135,7 @@ class LLMEngine:
         assert not (checked and isinstance(prompt, str))
         token_ids: list[int] = [*prompt] if checked else self.check_request(prompt, params)
         if forced:
-            forced = self._encode(forced)
+            forced = self.encode(forced)
             if params.logprobs is not None:
                 raise RequestError("log-probabilities are of sampled tokens: leave logprobs out, on_logits sees the logits")
         if request_id in self._generations:
@@ -170,7 +182,7 @@ class LLMEngine:
             RequestError: an empty or over-long prompt, tokens that the model cannot read, a method that does not run here, more
                 than the memory could ever hold.
         """
-        token_ids = self._encode(prompt)
+        token_ids = self.encode(prompt)
         if (wrong := self._unknown(params.stop_token_ids)) is not None:
             raise RequestError(f"stop_token_ids: {wrong}")
         self.parts.methods.choose(params.method, params.budget)
@@ -181,9 +193,10 @@ class LLMEngine:
         """What a request names; else another one for each that is sampled, and the engine's for greedy ones, which repeat."""
         if params.seed is not None:
             return params.seed
-        return self._seeds.randrange(2**63) if params.temperature > 0 else self.config.seed
+        return self.seeds.randrange(2**63) if params.temperature > 0 else self.config.seed
 
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """The tokens of a prompt; raises RequestError for an empty one, and for tokens that the model cannot read."""
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise RequestError(f"a prompt must be a text or a list of token ids, got {shown(prompt)}")
         ids = self._tokens_of(prompt) if isinstance(prompt, str) else list(prompt)
@@ -206,7 +219,7 @@ class LLMEngine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return not self.closed and bool(self.scheduler.running or self.scheduler.waiting)
 
     def step(self, meanwhile: Callable[[], None] | None = None) -> list[Generation]:
         """Run one step; the generations that got a token.
@@ -247,7 +260,8 @@ class LLMEngine:
         touched = self._sample(logits, ready, failures)
         for request_id in failures.found:
             self.abort(request_id)
-        failures.raise_any()
+        if failures.found:
+            raise failures.take()
         return touched
 
     def _run(self, schedule: Schedule, failures: Failures) -> Tensor:
@@ -342,6 +356,7 @@ class LLMEngine:
 
     def _drop(self, request: Request) -> None:
         self.scheduler.finish(request)
+        request.history = None  # it lies on the device, and whoever reads the output may keep the request
         del self._generations[request.request_id]
 
     def check_integrity(self) -> None:
@@ -353,9 +368,32 @@ class LLMEngine:
         """Forget what is known of prompts; running requests keep what they have."""
         self.parts.prefix.reset()
 
+    @property
+    def closed(self) -> bool:
+        return "parts" not in vars(self)
+
     def close(self) -> None:
-        """Detach from the model, which can then serve another engine."""
+        """End what still runs and let go of the model, both tiers and captured steps; the engine cannot be used any more.
+
+        The model can then serve another engine. Closing again changes nothing.
+        """
+        if self.closed:
+            return
+        for request_id in list(self._generations):
+            self.abort(request_id)
+        settle()
         self.runner.close()
+        if self.parts.kv.host.memory is not None:
+            self.parts.kv.host.memory.close()
+        for name in UNTIL_CLOSED:
+            delattr(self, name)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name in UNTIL_CLOSED:
+                raise EngineClosedError("the engine was closed: make a new one")
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
 
 def which_prompt(number: int, count: int) -> str:

@@ -49,7 +49,7 @@ class PrefixCache:
         each = last = 0
         if self._head is not None:
             each = kv.page_size * self._head.cache.keys[0, 0].numel()
-            last = self._head.last_feature.shape[1] if self._head.last_feature is not None else 0
+            last = self._head.last_fused.shape[1] if self._head.last_fused is not None else 0
         self.store = PrefixStore(kv, each=each, last=last)
         self.queries = self.hits = 0
         self._growing: dict[int, _Growing] = {}  # by seat
@@ -130,6 +130,9 @@ class PrefixCache:
             chain = self.store.tree.find(request.token_ids, request.computed // self.kv.page_size)
             if len(chain) == request.computed // self.kv.page_size:  # else features of pages in between are unknown
                 self._growing[seat] = _Growing(request, chain)
+                self.store.expect(
+                    sum(one.request.prefill_length // self.kv.page_size - len(one.chain) for one in self._growing.values())
+                )
 
     def leave(self, seat: int) -> None:
         """A request leaves its seat."""
@@ -170,7 +173,8 @@ class PrefixCache:
         if features is None:
             return State(each, none)
         begin = segment.offset - segment.start
-        return State(each, features[begin + (first + 1) * size - 1 : begin + stop * size : size].to(each.dtype))
+        last = features[begin + (first + 1) * size - 1 : begin + stop * size : size].to(each.dtype)
+        return State(each, self._head.head.fuse(last))
 
     def reset(self) -> None:
         """Drop all that is kept."""

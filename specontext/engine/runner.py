@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -18,6 +19,8 @@ from specontext.models.compiled import CompiledModules
 from specontext.models.decoder import decoder_layers, output_layer
 from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
+from specontext.retrieval.head import STEPS
+from specontext.retrieval.selector import Selector
 
 
 class DeviceError(SpeContextError):
@@ -60,19 +63,22 @@ class ModelRunner:
         self.loaded, self.parts, self.measure_recall = loaded, parts, measure_recall
         self.observer: AttentionObserver | None = None
         self.taps = FeatureTaps(loaded.model, feature_layers) if feature_layers else None
-        kv, selector = parts.kv, parts.selector
+        if self.taps is not None:  # the model may live on, and nobody has to call `close`
+            weakref.finalize(self, self.taps.remove).atexit = False
+        kv = parts.kv
         foreseeing = any(one.foresees for one in parts.methods.selectors.values())
         self._look_ahead = DenseTwin(loaded, parts).look_ahead if foreseeing else None
         self._compiled: CompiledModules | None = None
         if compiled and loaded.shape.dtype != torch.float32:
-            modules = [*decoder_layers(loaded.model), *([parts.head] if parts.head is not None else [])]
-            self._compiled = CompiledModules(modules)
+            compiling = [(layer, "forward") for layer in decoder_layers(loaded.model)]
+            if parts.head is not None:
+                compiling += [(parts.head, name) for name in STEPS]
+            self._compiled = CompiledModules(compiling)
         self._output_layer = output_layer(loaded.model)
         self._graphs: DecodeGraphs | None = None
-        eager = selector.in_layer or selector.foresees or measure_recall or kv.verify_loads
-        if graphs and kv.device.type == "cuda" and not eager:
+        if graphs and kv.device.type == "cuda" and not (measure_recall or kv.verify_loads):
             seats = kv.token_pages.table.shape[1] - 1
-            self._graphs = DecodeGraphs(self._fused, seats=seats, max_tokens=parts.max_tokens, device=kv.device)
+            self._graphs = DecodeGraphs(seats=seats, max_tokens=parts.max_tokens, device=kv.device)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
@@ -83,7 +89,11 @@ class ModelRunner:
             DeviceError: it has failed.
         """
         with working_device(len(batch.token_ids)):
-            return self._graphs.run(batch) if self._graphs is not None and self.captured(batch) else self._forward(batch)
+            if self._graphs is not None and self._capturable(batch):
+                if self._graphs.takes(batch):
+                    return self._graphs.run(batch, self._fused)
+                self._graphs.meet(batch)
+            return self._forward(batch)
 
     @property
     def captures(self) -> bool:
@@ -91,9 +101,19 @@ class ModelRunner:
         return self._graphs is not None
 
     def captured(self, batch: Batch) -> bool:
-        """Whether a batch runs as a captured graph: decode tokens only, whose requests choose in the engine's own way."""
-        streamed = self.parts.selector.dense and not all(self.parts.kv.resident)
-        return self._graphs is not None and not (batch.prefills or batch.lanes or streamed)
+        """Whether a batch runs as a captured graph."""
+        return self._graphs is not None and self._capturable(batch) and self._graphs.takes(batch)
+
+    def _capturable(self, batch: Batch) -> bool:
+        """Whether a batch has decode tokens only, whose requests choose alike, and nothing in its step waits for the host."""
+        if batch.prefills or len(batch.lanes) > 1:
+            return False
+        return not self._waits(self.parts.methods.of(batch.lanes[0].choice if batch.lanes else None))
+
+    def _waits(self, selector: Selector) -> bool:
+        """Whether decode steps of a method need the host, or rows that are streamed in from it."""
+        streamed = (selector.dense or selector.in_layer) and not all(self.parts.kv.resident)
+        return streamed or selector.asks_host or selector.foresees
 
     @torch.inference_mode()
     def run_with_states(self, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,8 +144,8 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Capture decode steps of all sizes now, rather than when the first requests need them; nothing to do on a CPU."""
-        if self._graphs is not None:
-            self._graphs.warm_up()
+        if self._graphs is not None and not self._waits(self.parts.selector):
+            self._graphs.warm_up(self._fused)
 
     def _fused(self, batch: Batch) -> Tensor:
         fused: AbstractContextManager[None] = nullcontext()
@@ -145,15 +165,18 @@ class ModelRunner:
             observer=self.observer,
             look_ahead=self._look_ahead,
         )
-        step.begin()
-        with listening(self.loaded.model, step):
-            output = self.loaded.model(
-                input_ids=batch.token_ids[None],
-                position_ids=batch.positions[None],
-                use_cache=False,
-                logits_to_keep=batch.last_tokens,
-            )
-        step.end()
+        try:
+            step.begin()
+            with listening(self.loaded.model, step):
+                output = self.loaded.model(
+                    input_ids=batch.token_ids[None],
+                    position_ids=batch.positions[None],
+                    use_cache=False,
+                    logits_to_keep=batch.last_tokens,
+                )
+            step.end()
+        finally:
+            step.close()
         features = self.taps.take()[0] if self.taps is not None else None
         parts.methods.observe(batch, features)
         parts.prefix.observe(batch, features)
@@ -161,9 +184,12 @@ class ModelRunner:
         return logits
 
     def close(self) -> None:
-        """Take the feature taps off the model."""
+        """Take the feature taps off the model and give back the memory of captured and compiled steps."""
         if self.taps is not None:
             self.taps.remove()
+        if self._graphs is not None:
+            self._graphs.close()
+        self._compiled = None
 
 
 @contextmanager

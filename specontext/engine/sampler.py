@@ -9,7 +9,6 @@ Shapes use R requests, V vocabulary size, C candidates.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from specontext.core import Request, SpeContextError
+from specontext.engine.penalties import penalise, penalised
 from specontext.kernels.counter_random import combine_keys, counter_uniform
 
 _NARROW = 256  # a row with top_k up to this is ranked only so far
@@ -77,37 +77,23 @@ def _penalised(raw: Tensor, requests: Sequence[Request], end_token_ids: Collecti
     """Logits [R, V] with forbidden end tokens and penalties; `raw` itself where no request has any."""
     vocab_size = raw.shape[1]
     forbidden: list[tuple[int, int]] = []
-    penalised: list[int] = []
+    rows_with_penalties: list[int] = []
     for row, request in enumerate(requests):
         params = request.params
         if len(request.token_ids) - request.prompt_length < params.min_tokens:
             ends = set(params.stop_token_ids).union(() if params.ignore_eos else end_token_ids)
             forbidden += [(row, token) for token in ends if token < vocab_size]
-        if params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty:
-            penalised.append(row)
-    if not forbidden and not penalised:
+        if penalised(request):
+            rows_with_penalties.append(row)
+    if not forbidden and not rows_with_penalties:
         return raw
     adjusted = raw.clone()
     if forbidden:
         rows, tokens = torch.tensor(forbidden, device=raw.device).unbind(dim=1)
         adjusted[rows, tokens] = -math.inf
-    for row in penalised:
-        _penalise(adjusted[row], requests[row])
+    for row in rows_with_penalties:
+        penalise(adjusted[row], requests[row])
     return adjusted
-
-
-def _penalise(row: Tensor, request: Request) -> None:
-    """Applies the three penalties to one row [V] in place."""
-    params = request.params
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(request.token_ids)), device=row.device)
-        values = row[seen]
-        row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    counts = Counter(request.output_token_ids)
-    if counts and (params.frequency_penalty or params.presence_penalty):
-        tokens = torch.tensor(list(counts), device=row.device)
-        times = torch.tensor(list(counts.values()), device=row.device, dtype=row.dtype)
-        row[tokens] -= params.frequency_penalty * times + params.presence_penalty
 
 
 def _sample_random_rows(adjusted: Tensor, requests: Sequence[Request], chosen: Tensor) -> None:

@@ -150,6 +150,10 @@ class Step:
                 self.meter.chosen(way.decode.seats, way.seconds / len(way.decode.seats))
         self.kv.end_step()
 
+    def close(self) -> None:
+        """Let go of everything: what has seen the step, such as a compiler, may keep it for a while, and not the engine too."""
+        vars(self).clear()
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `LayerAttention.attend`."""
         batch, kv, decodes = self.batch, self.kv, self.batch.num_decodes

@@ -49,9 +49,12 @@ class DenseTwin:
         last = torch.arange(len(index), device=device)
         twin = Batch(*tokens, len(index), (), last, span=max(way.decode.span for way in ways))
         step = Step(twin, self.kv, self._methods, self._meter, measure_recall=True, observer=show)
-        step.begin()
-        with listening(self.loaded.model, step):
-            # Not as a call: whoever looks at what leaves the decoder means the step itself.
-            decoder = self.loaded.model.get_decoder()
-            decoder.forward(input_ids=twin.token_ids[None], position_ids=twin.positions[None], use_cache=False)
-        step.end()
+        try:
+            step.begin()
+            with listening(self.loaded.model, step):
+                # Not as a call: whoever looks at what leaves the decoder means the step itself.
+                decoder = self.loaded.model.get_decoder()
+                decoder.forward(input_ids=twin.token_ids[None], position_ids=twin.positions[None], use_cache=False)
+            step.end()
+        finally:
+            step.close()

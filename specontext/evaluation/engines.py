@@ -23,6 +23,11 @@ class Group:
     competitors: tuple[Competitor, ...]
 
 
+# Engine options on a GPU where nothing was said. Nobody waits for the next token of an evaluation, so chunks of prompts may be
+# large; and compiling layers takes longer than it saves, unless an evaluation runs for hours.
+GPU_OPTIONS = {"max_num_batched_tokens": 8192, "compile": False}
+
+
 class Engines:
     """Opens one engine at a time.
 
@@ -64,7 +69,8 @@ class Engines:
             offload_layers=settings.offload_layers,
         )
         head = group.head if group.head is not None else settings.retrieval_head
-        llm = LLM(self.loaded, head, config, methods=methods, **settings.engine)
+        options = GPU_OPTIONS if self.loaded.model.device.type == "cuda" else {}
+        llm = LLM(self.loaded, head, config, methods=methods, **options | settings.engine)
         self.budget, self._open = llm.config.budget, (group, llm)
         return llm
 

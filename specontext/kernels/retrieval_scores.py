@@ -22,16 +22,17 @@ BLOCK = 128  # tokens of one product, at least
 VECTOR = 64  # a block is a multiple of as many tokens
 
 
-def retrieval_scores(query: Tensor, keys: Tensor, start: int, stops: Tensor) -> Tensor:
+def retrieval_scores(query: Tensor, keys: Tensor, start: int, stops: Tensor, groups: int | None = None) -> Tensor:
     """Attention weights over the candidates start .. stops[r] - 1, maximised over the query heads of each group.
 
     The weights are normalised over the candidates only: sinks and recent tokens are read in any case and do not compete.
 
     Args:
-        query: [R, Hq, D].
-        keys: [R, S, G, D]; query heads g * Hq / G and up belong to group g.
+        query: [R, Hq, D]; query heads g * Hq / G and up belong to group g.
+        keys: [R, S, K, D]; query heads k * Hq / K and up, and so their groups, read key head k.
         start: first candidate.
         stops: integers [R], end of the candidates of each request; S where it is greater.
+        groups: G, a multiple of K; None for K.
 
     Returns:
         float32 [R, G, S]; -1 where there is no candidate. A request's scores do not depend on the others.
@@ -39,18 +40,20 @@ def retrieval_scores(query: Tensor, keys: Tensor, start: int, stops: Tensor) -> 
     if use_triton(query):
         from specontext.kernels.triton.retrieval_scores import retrieval_scores as triton_scores
 
-        return triton_scores(query, keys, start, stops)
-    return retrieval_scores_reference(query, keys, start, stops)
+        return triton_scores(query, keys, start, stops, groups)
+    return retrieval_scores_reference(query, keys, start, stops, groups)
 
 
-def paged_retrieval_scores(query: Tensor, keys: Tensor, table: Tensor, start: int, stops: Tensor, span: int) -> Tensor:
+def paged_retrieval_scores(
+    query: Tensor, keys: Tensor, table: Tensor, start: int, stops: Tensor, span: int, groups: int | None = None
+) -> Tensor:
     """`retrieval_scores` of keys that lie in pages, read where they are.
 
     Args:
         query: [R, Hq, D].
-        keys: [pages, page_size, G, D].
+        keys: [pages, page_size, K, D].
         table: integers [R, P], pages of each request: position p is entry p % page_size of page table[r, p // page_size].
-        start, stops: as in `retrieval_scores`.
+        start, stops, groups: as in `retrieval_scores`.
         span: number of positions that compete and are returned, at most P * page_size.
 
     Returns:
@@ -60,42 +63,46 @@ def paged_retrieval_scores(query: Tensor, keys: Tensor, table: Tensor, start: in
     if use_triton(query):
         from specontext.kernels.triton.retrieval_scores import paged_retrieval_scores as triton_scores
 
-        return triton_scores(query, keys, table, start, stops, span)
-    return paged_retrieval_scores_reference(query, keys, table, start, stops, span)
+        return triton_scores(query, keys, table, start, stops, span, groups)
+    return paged_retrieval_scores_reference(query, keys, table, start, stops, span, groups)
 
 
-def retrieval_scores_reference(query: Tensor, keys: Tensor, start: int, stops: Tensor) -> Tensor:
+def retrieval_scores_reference(query: Tensor, keys: Tensor, start: int, stops: Tensor, groups: int | None = None) -> Tensor:
     """`retrieval_scores` in PyTorch: the keys of a request are one long page."""
     requests, span = keys.shape[:2]
     if not span:
-        return query.new_empty((requests, keys.shape[2], 0), dtype=torch.float32)
+        return query.new_empty((requests, groups or keys.shape[2], 0), dtype=torch.float32)
     size = math.gcd(span, BLOCK)
     table = torch.arange(requests * (span // size), device=keys.device).view(requests, -1)
-    return paged_retrieval_scores_reference(query, keys.reshape(-1, size, *keys.shape[2:]), table, start, stops, span)
+    pages = keys.reshape(-1, size, *keys.shape[2:])
+    return paged_retrieval_scores_reference(query, pages, table, start, stops, span, groups)
 
 
-def paged_retrieval_scores_reference(query: Tensor, keys: Tensor, table: Tensor, start: int, stops: Tensor, span: int) -> Tensor:
+def paged_retrieval_scores_reference(
+    query: Tensor, keys: Tensor, table: Tensor, start: int, stops: Tensor, span: int, groups: int | None = None
+) -> Tensor:
     """`paged_retrieval_scores` in PyTorch."""
-    requests, _, head_dim = query.shape
-    page_size, groups = keys.shape[1:3]
+    requests, query_heads, head_dim = query.shape
+    page_size, key_heads = keys.shape[1:3]
     # Whole vectors: the last numbers of a softmax over an odd width are computed another way than the others.
     step = VECTOR // math.gcd(VECTOR, page_size)
     pages_a_block = -(-BLOCK // (step * page_size)) * step
     block = pages_a_block * page_size
     blocks = -(-span // block)
-    grouped = query.float().view(requests, groups, -1, head_dim) * head_dim**-0.5
-    logits = query.new_full((requests, groups, grouped.shape[2], blocks * block), -torch.inf, dtype=torch.float32)
+    grouped = query.float().view(requests, key_heads, -1, head_dim) * head_dim**-0.5
+    logits = query.new_full((requests, query_heads, blocks * block), -torch.inf, dtype=torch.float32)
     rows = logits.view(-1, block)
     row_of = torch.arange(len(rows), device=logits.device).view(requests, -1, blocks)  # [R, Hq, blocks]
     owner, number = _blocks_of(stops.clamp(max=span), block, blocks)
     places = (number[:, None] * pages_a_block + torch.arange(pages_a_block, device=table.device)).clamp(max=table.shape[1] - 1)
     pages = table[owner[:, None], places]  # [blocks of all requests, pages_a_block]
-    tile = max(1, TILE_BYTES // (block * groups * head_dim * 4))
+    tile = max(1, TILE_BYTES // (block * key_heads * head_dim * 4))
     for first in range(0, len(owner), tile):
         part = slice(first, first + tile)
-        places = row_of[owner[part], :, number[part]].view(-1, *grouped.shape[1:3]).transpose(0, 1)  # [G, W, heads]
+        places = row_of[owner[part], :, number[part]].view(-1, *grouped.shape[1:3]).transpose(0, 1)  # [K, W, heads]
         rows.index_copy_(0, places.flatten(), _products(grouped, keys, owner[part], pages[part]))
-    return group_weights(logits, start, stops.clamp(max=span))[..., :span]
+    pooled = logits.view(requests, groups or key_heads, -1, blocks * block)
+    return group_weights(pooled, start, stops.clamp(max=span))[..., :span]
 
 
 def _blocks_of(ends: Tensor, block: int, most: int) -> tuple[Tensor, Tensor]:
@@ -112,20 +119,20 @@ def _blocks_of(ends: Tensor, block: int, most: int) -> tuple[Tensor, Tensor]:
 
 
 def _products(query: Tensor, keys: Tensor, owner: Tensor, pages: Tensor) -> Tensor:
-    """Logits of some blocks: float32 [G * W * heads, block].
+    """Logits of some blocks: float32 [K * W * heads, block].
 
     Args:
-        query: scaled, float32 [R, G, heads, D].
-        keys: [pages, page_size, G, D].
+        query: scaled, float32 [R, K, heads, D].
+        keys: [pages, page_size, K, D].
         owner: int64 [W], the request of a block; pages: integers [W, pages a block].
     """
-    count, groups, head_dim = len(owner), *keys.shape[2:]
+    count, key_heads, head_dim = len(owner), *keys.shape[2:]
     shape = (pages.numel(), *keys.shape[1:])
     raw = torch.index_select(keys, 0, pages.flatten(), out=scratch("scores.gathered", shape, keys.dtype, keys.device))
-    raw = raw.view(count, -1, groups, head_dim)
-    ordered = scratch("scores.float32", (groups, *raw.shape[:2], head_dim), torch.float32, keys.device)
+    raw = raw.view(count, -1, key_heads, head_dim)
+    ordered = scratch("scores.float32", (key_heads, *raw.shape[:2], head_dim), torch.float32, keys.device)
     ordered.copy_(raw.permute(2, 0, 1, 3))
-    queries = query.transpose(0, 1).index_select(1, owner).flatten(0, 1)  # [G * W, heads, D]
+    queries = query.transpose(0, 1).index_select(1, owner).flatten(0, 1)  # [K * W, heads, D]
     return torch.bmm(queries, ordered.flatten(0, 1).mT).flatten(0, 1)
 
 
@@ -140,12 +147,12 @@ def group_weights(logits: Tensor, start: int, stops: Tensor) -> Tensor:
         float32 [R, G, S]; -1 where there is no candidate.
     """
     # Up to the first stop requests differ in nothing, and need no mask of their own. A GPU is not asked for it.
-    common = max(start, int(stops.min())) if stops.device.type == "cpu" and len(stops) else start
+    common = max(start, int(stops.min())) if len(stops) and not use_triton(stops) else start
     position = torch.arange(common, max(common, logits.shape[-1]), device=logits.device)
     absent = position >= stops[:, None]  # [R, S - common]
-    logits[..., :start] = -torch.inf
+    logits[..., :start].fill_(-torch.inf)
     logits[..., common:].masked_fill_(absent[:, None, None], -torch.inf)
     weights = torch.softmax(logits, dim=-1).nan_to_num_(0.0).amax(2)
-    weights[..., :start] = -1.0
+    weights[..., :start].fill_(-1.0)
     weights[..., common:].masked_fill_(absent[:, None], -1.0)
     return weights

@@ -68,6 +68,11 @@ class HostMemory:
         if self._pins is not None:
             self._pins.reach(end)
 
+    def prepare(self, end: int) -> None:
+        """Have the first `end` bytes, or all there are, made usable meanwhile, without waiting."""
+        if self._pins is not None:
+            self._pins.prepare(end)
+
     def close(self) -> None:
         """Unpin; the memory must not be in use any more."""
         if self._pins is not None:
@@ -109,13 +114,17 @@ class _Pins:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def reach(self, end: int) -> None:
-        assert end <= self.num_bytes
+    def prepare(self, end: int) -> None:
         with self._changed:
-            self.wanted = min(self.num_bytes, max(self.wanted, (-(-end // CHUNK) + AHEAD) * CHUNK))
+            self.wanted = min(self.num_bytes, max(self.wanted, -(-end // CHUNK) * CHUNK))
             if self.ready < self.wanted and self._thread is None and self.error is None:
                 self._thread = threading.Thread(target=self._work, name="specontext-pin", daemon=True)
                 self._thread.start()
+
+    def reach(self, end: int) -> None:
+        assert end <= self.num_bytes
+        self.prepare(end + AHEAD * CHUNK)
+        with self._changed:
             self._changed.wait_for(lambda: self.ready >= end or self.error is not None)
             if self.ready < end:
                 raise HostMemoryError(
@@ -144,9 +153,18 @@ class _Pins:
         with self._changed:
             self.wanted = 0  # stops the thread after the chunk it is at
             self._changed.wait_for(lambda: self._thread is None, timeout=10)
+            if self.ready:
+                settle()  # copies may still be under way
             for start in range(0, self.ready, CHUNK):
                 unregister(self.address + start)
             self.ready = 0
+
+
+def settle() -> None:
+    """Wait for whatever GPUs are doing; one that has failed does nothing any more."""
+    if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
+        with suppress(RuntimeError):
+            torch.cuda.synchronize()
 
 
 def register(address: int, size: int) -> int:

@@ -10,6 +10,7 @@ so one token of one head is one contiguous read of 2 * D numbers, in the device 
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,8 @@ class PagePool:
         self.page_bytes = page_size * shape.kv_heads * shape.row_bytes
         size = (num_pages * page_size * shape.kv_heads, 2, shape.head_dim)
         self.memory = home if isinstance(home, HostMemory) else None
-        self.pages = PageAllocator(num_pages, name, ready=self._ready_pages if self.memory is not None else None)
+        ready = None if self.memory is None else partial(_ready_pages, self.memory, num_pages, self.page_bytes)
+        self.pages = PageAllocator(num_pages, name, ready)
         if isinstance(home, HostMemory):
             self.rows = home.bytes[: num_pages * self.page_bytes].view(shape.dtype).view(size)
             home.reach(self.page_bytes)
@@ -48,7 +50,8 @@ class PagePool:
         if self.memory is not None and pages:
             end = max(pages) + 1
             # Memory is made ready ahead of what is in use. A page of the cache may lie far behind that, and is ready.
-            wanted = end if end > self._ready_pages() else self.pages.num_held + 1
+            ready = _ready_pages(self.memory, self.pages.num_pages, self.page_bytes)
+            wanted = end if end > ready else self.pages.num_held + 1
             try:
                 self.memory.reach(wanted * self.page_bytes)
             except BaseException:
@@ -56,18 +59,21 @@ class PagePool:
                 raise
         return pages
 
-    def _ready_pages(self) -> int:
-        assert self.memory is not None
-        return min(self.memory.ready_bytes // self.page_bytes, self.pages.num_pages)
+    def prepare(self, count: int) -> None:
+        """Have memory made ready meanwhile for `count` more pages than are in use or kept, as far as there are so many."""
+        if self.memory is not None and (short := count - self.pages.num_ready) > 0:
+            ready = _ready_pages(self.memory, self.pages.num_pages, self.page_bytes)
+            self.memory.prepare((ready + short) * self.page_bytes)
 
-    def as_keys(self, groups: int, head_dim: int) -> Tensor:
-        """The same pages as pages of the retrieval head's keys: [pages, tokens of a page, groups, head_dim].
+    def as_keys(self, heads: int, head_dim: int) -> Tensor:
+        """The same pages as pages of the retrieval head's keys: [pages, tokens of a page, heads, head_dim].
 
-        A page has room for the keys of more tokens than for K and V of all KV heads; what is left over at its end is not used.
+        A page has room for the keys of as many tokens as fit whole; what is left over at its end is not used.
         """
         numbers = self.rows[0].numel() * self.page_size * self.kv_heads
-        entry = groups * head_dim
-        shape = (self.pages.num_pages, numbers // entry, groups, head_dim)
+        entry = heads * head_dim
+        assert entry <= numbers, "a page has no room for the keys of a token"
+        shape = (self.pages.num_pages, numbers // entry, heads, head_dim)
         return self.rows.as_strided(shape, (numbers, entry, head_dim, 1))
 
     @property
@@ -92,6 +98,11 @@ class PagePool:
         heads = torch.arange(self.kv_heads, device=index.device)[None, :, None]
         rows = (page * self.page_size + entry % self.page_size) * self.kv_heads + heads
         return torch.where(present, rows, -1)
+
+
+def _ready_pages(memory: HostMemory, num_pages: int, page_bytes: int) -> int:
+    """The first pages, whose memory is there; no method, so that pool and allocator do not keep each other alive."""
+    return min(memory.ready_bytes // page_bytes, num_pages)
 
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, name: str) -> Tensor:

@@ -10,8 +10,9 @@ are taken from what is free on the host and ready to be used, and are free to al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -23,6 +24,17 @@ from specontext.kv.prefix_tree import Block, PrefixTree, Tokens
 from specontext.kv.slot_fill import fill_slots
 from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK
 from specontext.kv.tiered import TieredKV
+
+
+def weak(method: Callable[[], None]) -> Callable[[], None]:
+    """Calls a method of an object as long as there is the object."""
+    reference = WeakMethod(method)
+
+    def call() -> None:
+        if (alive := reference()) is not None:
+            alive()
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -52,8 +64,13 @@ class PrefixStore:
         self._each_rows, self._last_rows = -(-each // row), -(-last // row)
         self._page_rows = kv.page_size * kv.shape.kv_heads
         state_pages = -(-(self._each_rows + self._last_rows) // self._page_rows)
-        self.tree = PrefixTree(kv.page_size, kv.shape.layers + state_pages, kv.join_copies)
+        # The pool of the host holds the tree: with a weak reference the tables of an engine that is dropped go at once.
+        self.tree = PrefixTree(kv.page_size, kv.shape.layers + state_pages, weak(kv.join_copies))
         kv.host.pages.cache = self.tree
+
+    def expect(self, blocks: int) -> None:
+        """Have memory made ready for blocks that will soon be kept, beside those that are: a GPU pins it meanwhile."""
+        self.kv.host.prepare(blocks * self.tree.block_pages)
 
     def keep(self, chain: list[Block], pages: Sequence[Tokens], seat: int, state: State) -> None:
         """Add blocks behind a chain for the next pages of a seat, as many as there is room for without taking it from anyone.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from specontext.config import ConfigError
 from specontext.core import ModelShape
 from specontext.locations import ModelError, one_sentence
 
@@ -23,8 +24,9 @@ class HeadFacts:
     Attributes:
         parameters: numbers in its projections and norms, and in its embedding table where it does not use the model's.
         lookup_parameters: those of them in that table, of which a step reads a row for each token.
-        heads, kv_heads, head_dim: its own query heads, groups and width, which its key cache and scores have.
-        feature_width: numbers of the features that it keeps of each request's last token; 0 for an embedding-only head.
+        heads, kv_heads, key_heads, head_dim: its own query heads, groups, keys of each token, and width.
+        feature_width: numbers of the features that it reads of each token; 0 for an embedding-only head.
+        state_width: numbers that it keeps of each request's last token; 0 for an embedding-only head.
         recommended_budget: what its config recommends, None if nothing.
         source: where these facts come from, in words.
     """
@@ -32,11 +34,16 @@ class HeadFacts:
     parameters: int
     heads: int
     kv_heads: int
+    key_heads: int
     head_dim: int
     feature_width: int
+    state_width: int
     recommended_budget: int | None = None
     source: str = ""
     lookup_parameters: int = 0
+
+
+NO_HEAD = HeadFacts(parameters=0, heads=0, kv_heads=0, key_heads=0, head_dim=0, feature_width=0, state_width=0)
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,21 @@ class ModelFacts:
     @property
     def key_bytes_per_token(self) -> int:
         """Bytes of the retrieval head's keys of one token."""
-        return self.head.kv_heads * self.head.head_dim * self.shape.dtype.itemsize
+        return self.head.key_heads * self.head.head_dim * self.shape.dtype.itemsize
+
+    def tokens_of_key_page(self, page_size: int) -> int:
+        """Tokens whose head keys lie in a page that holds K and V of `page_size` tokens of a layer; 0 without a head.
+
+        Raises:
+            ConfigError: none has room in it.
+        """
+        token, key = self.shape.kv_heads * self.shape.row_bytes, self.key_bytes_per_token
+        if key > page_size * token:
+            raise ConfigError(
+                f"a page of {page_size} tokens has {page_size * token} bytes, and the retrieval head's keys of one token take "
+                f"{key}: set page_size to {-(-key // token)} or more"
+            )
+        return page_size * token // key if key else 0
 
 
 def weight_bytes(parameters: int, dtype: torch.dtype) -> int:
@@ -96,8 +117,10 @@ def eagle3_head(shape: ModelShape) -> HeadFacts:
         parameters=2 * width * heads * shape.head_dim + 2 * width + 3 * width * width,
         heads=shape.query_heads,
         kv_heads=shape.kv_heads,
+        key_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         feature_width=3 * width,
+        state_width=width,
         source="size of a head pruned from an EAGLE-3 draft of this model",
     )
 

@@ -21,6 +21,7 @@ MIB = 1 << 20
 PREFILL_TILE = 16384  # stored tokens that a prompt chunk reads at once on a GPU
 LIBRARIES = 64 * MIB  # workspaces of matrix products
 COUNTERS = 11  # of the statistics of a request, besides the recall of every layer
+HISTORY = 5  # of each token of the vocabulary that a request with penalties has seen: a flag and a count
 SAMPLER = 96 * MIB  # float64 scores and ranks of one chunk of logits
 
 
@@ -183,6 +184,7 @@ def measured_model(
     shape = facts.shape
     entry = shape.kv_heads * shape.row_bytes
     page = run.page_size * entry
+    keyed = facts.tokens_of_key_page(run.page_size)
     fixed = {
         "weights": facts.weight_bytes,
         "retrieval_head": facts.head_bytes,
@@ -195,7 +197,7 @@ def measured_model(
     kv = KVCost(
         layers=shape.layers,
         resident_token=entry,
-        common_token=facts.key_bytes_per_token,
+        common_token=-(-page // keyed) if keyed else 0,  # with what is left over at the end of a page
         layer_slots=-(-run.slots // run.page_size) * page,
         page_size=run.page_size,
         spare_layers=spare_layers,
@@ -208,7 +210,7 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
     """Bytes of the tables that have a row for each seat, and one for the padding of a batch.
 
     Pages of tokens and slots in both tiers and of the keys, the slot tables with their inverse, the last selection and the
-    counters of the statistics, and the last feature of each request.
+    counters of the statistics, and what the head keeps of each request's last token.
     """
     shape, groups = facts.shape, _groups(facts, run)
     width = -(-run.max_tokens // run.page_size)
@@ -217,7 +219,7 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
     hot = run.slots - run.sink - run.recent if run.slots else 0
     slots = 4 * groups * (2 * hot + run.max_tokens) if run.slots else 0  # int32: token of a slot, its last use, slot of a token
     statistics = 4 * groups * run.selections * run.budget + 8 * (COUNTERS + shape.layers)  # int32, float64
-    feature = facts.head.feature_width * shape.dtype.itemsize
+    feature = facts.head.state_width * shape.dtype.itemsize
     # Head map, layer numbers and flags, readers of a group, steps, counters of requests that left; of the engine, not of a seat.
     maps = shape.layers * (8 * (shape.kv_heads + 1 + groups) + 1) + 4 * run.selections + 8 * COUNTERS
     return (run.requests + 1) * (pages + run.selections * slots + statistics + feature) + maps
@@ -226,14 +228,16 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
 def workspace_bytes(facts: ModelFacts, run: RunSettings) -> int:
     """Bytes that selecting and loading write in a step, for requests as long as they may be.
 
-    Logits of the head's query heads and scores of its groups, float32 for every position; the counts of top-k; and for every
-    place of the budget the selection, the load plan and the rows of a layer.
+    The head's queries, before and after they are rotated in float32; logits of its query heads and scores of its groups,
+    float32 for every position; the counts of top-k; and for every place of the budget the selection, the load plan and the
+    rows of a layer.
     """
     head, groups = facts.head, _groups(facts, run)
+    queries = head.heads * head.head_dim * (2 * facts.shape.dtype.itemsize + 12)
     position = 4 * (head.heads + head.kv_heads)
     counts = 4 * head.kv_heads * (1024 + 129 * min(256, -(-run.max_tokens // 1024)))
     place = 26 * groups + 40 * facts.shape.kv_heads
-    return run.requests * (run.max_tokens * position + counts + run.budget * place + 8 * groups * run.slots)
+    return run.requests * (queries + run.max_tokens * position + counts + run.budget * place + 8 * groups * run.slots)
 
 
 def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
@@ -241,7 +245,8 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
 
     For a step of T tokens, all at once (which errs on the large side): four hidden states, features and their copy, q, k, v
     before and after RoPE, three feed-forward activations, two float32 attention outputs, two tiles of stored KV, logits with a
-    float32 copy, the sampler's chunk, and the workspaces of matrix products. The CUDA context is no part of it.
+    float32 copy and the record that penalties need, the sampler's chunk, and the workspaces of matrix products. The CUDA
+    context is no part of it.
     """
     shape, size = facts.shape, facts.shape.dtype.itemsize
     heads = shape.query_heads * shape.head_dim
@@ -253,7 +258,7 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
     )
     token += 2 * 4 * heads
     tiles = 2 * min(PREFILL_TILE, run.max_tokens) * shape.kv_heads * shape.row_bytes
-    logits = run.requests * shape.vocab_size * (size + 4)
+    logits = run.requests * shape.vocab_size * (size + 4 + HISTORY)
     sampler = min(SAMPLER, 24 * run.requests * shape.vocab_size)
     steps = min(run.max_batched_tokens, run.requests * run.max_tokens)
     return steps * token + tiles + logits + sampler + LIBRARIES
@@ -261,10 +266,8 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
 
 def _key_pages(facts: ModelFacts, run: RunSettings) -> int:
     """Pages of the longest context's keys: a page of KV holds the keys of more tokens."""
-    if not facts.key_bytes_per_token:
-        return 0
-    entry = facts.shape.kv_heads * facts.shape.row_bytes
-    return -(-run.max_tokens // (run.page_size * entry // facts.key_bytes_per_token))
+    tokens = facts.tokens_of_key_page(run.page_size)
+    return -(-run.max_tokens // tokens) if tokens else 0
 
 
 def _groups(facts: ModelFacts, run: RunSettings) -> int:

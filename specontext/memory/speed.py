@@ -69,6 +69,25 @@ def decode_floor(
     return StepFloor(device, loaded, max(compute, loads), loads > compute)
 
 
+def prefill_operations(facts: ModelFacts, length: int) -> int:
+    """Floating-point operations of reading a text of `length` tokens densely.
+
+    Two for every parameter that multiplies a token, and the products of causal attention: queries with keys, and weights with
+    values, of half of all pairs.
+    """
+    shape = facts.shape
+    attention = 2 * shape.layers * shape.query_heads * shape.head_dim * length * length
+    return 2 * (facts.parameters - facts.lookup_parameters) * length + attention
+
+
+def measure_products(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """Floating-point operations a second of this machine: the best of five products of two matrices [size, size]."""
+    import torch
+
+    matrix = torch.ones((size, size), dtype=dtype, device=device)
+    return 2 * size**3 / _best_seconds(device, lambda: matrix @ matrix)
+
+
 def measure_bandwidths(device: torch.device, size: int = 1 << 28) -> Bandwidths:
     """The bandwidths of this machine: the best of five sums over `size` bytes, and of five copies of them from the host.
 
@@ -79,18 +98,21 @@ def measure_bandwidths(device: torch.device, size: int = 1 << 28) -> Bandwidths:
     block = torch.ones(max(size // 4, 1), dtype=torch.float32, device=device)
     source = torch.ones(block.shape, dtype=torch.float32, pin_memory=device.type == "cuda")
 
-    def seconds(work: Callable[[], object]) -> float:
-        best = float("inf")
-        for _ in range(5):
-            _wait(device)
-            began = time.perf_counter()
-            work()
-            _wait(device)
-            best = min(best, time.perf_counter() - began)
-        return best
-
     count = block.numel() * 4
-    return Bandwidths(count / seconds(block.sum), count / seconds(lambda: block.copy_(source, non_blocking=True)))
+    seconds = _best_seconds(device, block.sum), _best_seconds(device, lambda: block.copy_(source, non_blocking=True))
+    return Bandwidths(count / seconds[0], count / seconds[1])
+
+
+def _best_seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """The least time that a work takes, of five."""
+    best = float("inf")
+    for _ in range(5):
+        _wait(device)
+        began = time.perf_counter()
+        work()
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return best
 
 
 def _wait(device: torch.device) -> None:

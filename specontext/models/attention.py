@@ -43,18 +43,21 @@ class Running:
     Attributes:
         step: whoever listens to attention; None between two passes.
         longest: contexts that the model is served with, in tokens; a window at least as long leaves nothing out.
+        configs: those that say which attention function the modules call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.step: Any = None
         self.longest: int | None = None
+        configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+        self.configs = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
 
 
 def running_of(model: PreTrainedModel) -> Running:
     """What the modules of a model share; made when it is first asked for."""
     running = getattr(model, RUNNING, None)
     if not isinstance(running, Running):
-        running = Running()
+        running = Running(model)
         for module in model.modules():
             setattr(module, RUNNING, running)
     return running
@@ -74,8 +77,7 @@ def listening(model: PreTrainedModel, step: object) -> Iterator[None]:
 @contextmanager
 def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Inside, the model's modules call the attention function of this name."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    before = [(config, config._attn_implementation) for config in configs.values() if hasattr(config, "_attn_implementation")]
+    before = [(config, config._attn_implementation) for config in running_of(model).configs]
     try:
         for config, _ in before:
             config._attn_implementation = name

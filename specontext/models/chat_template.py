@@ -69,13 +69,21 @@ class ChatTemplate:
             "continue_final_message": continue_final_message,
             **variables,
         }
+        return self._written(messages, options)[1]
+
+    def settle(self, messages: Sequence[Message], **variables: Any) -> list[Message]:
+        """The messages in the form in which the template writes all their text; errors as of `render`."""
+        return list(self._written(messages, variables)[0])
+
+    def _written(self, messages: Sequence[Message], options: Mapping[str, Any]) -> tuple[Sequence[Message], str]:
+        """The messages in a form of which the template leaves nothing out, and what it makes of them."""
         errors: list[Exception] = []
         left_out: list[int] = []
         for candidate in self._candidates(messages):
             try:
                 settled, missing = self._settle(candidate, options)
                 if not missing:
-                    return self._apply(settled, options)
+                    return settled, self._apply(settled, options)
             except Exception as error:  # a template is a program, and may fail in any way
                 errors.append(error)
             else:

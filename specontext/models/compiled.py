@@ -7,6 +7,8 @@ prompts of any length never wait for a compiler.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,30 +18,37 @@ from torch import nn
 
 
 class CompiledModules:
-    """Modules, many of them alike, that are compiled when they are first run inside `use`: once for one token, where
-    products become reductions, which read weights at full speed, and once for any other number of tokens."""
+    """Methods of modules, many of them alike, that are compiled when they are first run inside `use`: once for one token, where
+    products become reductions, which read weights at full speed, and once for any other number of tokens.
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = list(modules)
-        self._forwards: dict[bool, list[Any]] = {}
+    Args:
+        parts: modules and names of their methods.
+    """
+
+    def __init__(self, parts: Sequence[tuple[nn.Module, str]]) -> None:
+        self._parts = list(parts)
+        self._functions: dict[bool, list[Any]] = {}
 
     @contextmanager
     def use(self, tokens: int) -> Iterator[None]:
-        """Inside, the modules run compiled for that many tokens."""
+        """Inside, they run compiled for that many tokens."""
         single = tokens == 1
-        if single not in self._forwards:
-            self._forwards[single] = self._compiled(single)
+        if single not in self._functions:
+            if not self._functions:
+                # What the compiler has looked at stays in cycles, and the modules with it, until they are searched for.
+                weakref.finalize(self, gc.collect).atexit = False
+            self._functions[single] = self._compiled(single)
         try:
-            for module, forward in zip(self._modules, self._forwards[single], strict=True):
-                module.forward = forward
+            for (module, name), function in zip(self._parts, self._functions[single], strict=True):
+                setattr(module, name, function)
             yield
         finally:
-            for module in self._modules:
-                del module.forward
+            for module, name in self._parts:
+                vars(module).pop(name, None)
 
     def _compiled(self, single: bool) -> list[Any]:
         # Alike modules differ in their weights only, which are inputs of the compiled code; a limit counts them all the same.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(self._modules))
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(self._parts))
         # Tuning the kernels takes half of the time of compiling, and with several tokens it gains nothing.
         options: dict[str, Any] = {"coordinate_descent_tuning": single}
-        return [torch.compile(module.forward, options=options, dynamic=not single) for module in self._modules]
+        return [torch.compile(getattr(module, name), options=options, dynamic=not single) for module, name in self._parts]

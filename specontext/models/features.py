@@ -49,5 +49,7 @@ class FeatureTaps:
         return features
 
     def remove(self) -> None:
+        """Take the hooks off the model; doing so again changes nothing."""
         for handle in self._handles:
             handle.remove()
+        self._taken.clear()

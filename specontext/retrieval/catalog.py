@@ -11,16 +11,38 @@ from specontext.retrieval.checkpoint import CONFIG, OWN_HEAD, load_head, read_co
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadError
 
-# Public EAGLE-3 drafts by the model that they were distilled from; a head is pruned from them.
-KNOWN_DRAFTS = {
-    "meta-llama/Llama-3.1-8B-Instruct": "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B",
-    "meta-llama/Llama-3.3-70B-Instruct": "yuhuili/EAGLE3-LLaMA3.3-Instruct-70B",
-    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": "yuhuili/EAGLE3-DeepSeek-R1-Distill-LLaMA-8B",
-    "Qwen/Qwen3-1.7B": "AngelSlim/Qwen3-1.7B_eagle3",
-    "Qwen/Qwen3-4B": "AngelSlim/Qwen3-4B_eagle3",
-    "Qwen/Qwen3-8B": "AngelSlim/Qwen3-8B_eagle3",
-    "Qwen/Qwen3-14B": "AngelSlim/Qwen3-14B_eagle3",
-    "Qwen/Qwen3-32B": "AngelSlim/Qwen3-32B_eagle3",
+# Public EAGLE-3 drafts by the model that they were distilled from, those first that know the longest contexts; a head is pruned
+# from one. Where the names stand: TanBaby's (trained further at 32,768 tokens with YaRN) in the README of
+# github.com/TanZhendong/SpecPV, AngelSlim's in that of Tencent/AngelSlim, RedHatAI's in that of vllm-project/speculators, lmsys's
+# in sgl-project/SpecForge (community_resources/specbundle.md); yuhuili's are those of EAGLE's authors, which vLLM's tests use.
+# EAGLE 3.1 has none here: its public drafts (lightseekorg/kimi-k2.6-eagle3.1-mla, nvidia/gpt-oss-120b-Eagle3-v3) are of models
+# whose attention this engine does not compute.
+KNOWN_DRAFTS: dict[str, tuple[str, ...]] = {
+    "meta-llama/Llama-3.1-8B-Instruct": (
+        "TanBaby/EAGLE3-LLaMA3.1-Instruct-8B-YARN-64K",
+        "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B",
+        "lmsys/SGLang-EAGLE3-Llama-3.1-8B-Instruct-SpecForge",
+        "RedHatAI/Llama-3.1-8B-Instruct-speculator.eagle3",
+    ),
+    "meta-llama/Llama-3.3-70B-Instruct": (
+        "yuhuili/EAGLE3-LLaMA3.3-Instruct-70B",
+        "lmsys/SGLang-EAGLE3-Llama-3.3-70B-Instruct-SpecForge",
+        "RedHatAI/Llama-3.3-70B-Instruct-speculator.eagle3",
+    ),
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": ("yuhuili/EAGLE3-DeepSeek-R1-Distill-LLaMA-8B",),
+    "Qwen/Qwen3-1.7B": ("AngelSlim/Qwen3-1.7B_eagle3",),
+    "Qwen/Qwen3-4B": ("TanBaby/EAGLE3-Qwen3-4B-YARN-64K", "AngelSlim/Qwen3-4B_eagle3"),
+    "Qwen/Qwen3-8B": (
+        "TanBaby/EAGLE3-Qwen3-8B-YARN-64K",
+        "AngelSlim/Qwen3-8B_eagle3",
+        "RedHatAI/Qwen3-8B-speculator.eagle3",
+    ),
+    "Qwen/Qwen3-14B": (
+        "TanBaby/EAGLE3-Qwen3-14B-YARN-64K",
+        "AngelSlim/Qwen3-14B_eagle3",
+        "RedHatAI/Qwen3-14B-speculator.eagle3",
+    ),
+    "Qwen/Qwen3-32B": ("AngelSlim/Qwen3-32B_eagle3", "RedHatAI/Qwen3-32B-speculator.eagle3"),
 }
 
 
@@ -64,7 +86,7 @@ def find_head(
 
     Args:
         choice: a directory, a Hub id, or 'auto': the checkpoint's own `retrieval_head/`, else the one that comes with this
-            package for the model, else the known draft of the model.
+            package for the model, else the first known draft of the model.
         model_path: directory of the model's checkpoint, None for a Hub id.
         need_map: whether a head with other groups than the model's KV heads needs a head map: not where all heads read one set.
 
@@ -85,7 +107,7 @@ def find_head(
     if (bundled := bundled_head(model_name, model_path, target)) is not None:
         return load_head(bundled, target=target, need_map=need_map)
     if model_name in KNOWN_DRAFTS:
-        return load_head(KNOWN_DRAFTS[model_name], target=target, need_map=need_map)
+        return load_head(KNOWN_DRAFTS[model_name][0], target=target, need_map=need_map)
     raise HeadError(
         f"no retrieval head is known for '{model_name}': put one into the checkpoint's {OWN_HEAD}/ directory, name an EAGLE-3 "
         "draft of this model or a head directory with retrieval_head (--retrieval-head), train one with `specontext distill`, "

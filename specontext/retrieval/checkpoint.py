@@ -38,6 +38,8 @@ NAMES = {
     "hidden_norm.weight": "midlayer.hidden_norm.weight",
     "input_layernorm.weight": "midlayer.input_layernorm.weight",
     "q_proj.weight": "midlayer.self_attn.q_proj.weight",
+    "q_a_proj.weight": "midlayer.self_attn.q_a_proj.weight",
+    "q_b_proj.weight": "midlayer.self_attn.q_b_proj.weight",
     "k_proj.weight": "midlayer.self_attn.k_proj.weight",
     "q_norm.weight": "midlayer.self_attn.q_norm.weight",
     "k_norm.weight": "midlayer.self_attn.k_norm.weight",
@@ -110,7 +112,7 @@ def load_head(
         source: a head directory, the directory of an EAGLE-3 draft, a Hub id of either, or a model with a head of its own
             ('nano', 'smollm2' or a checkpoint directory).
         target: the model it serves: a shape, a transformers config, or a name ('nano', a checkpoint directory, a Hub id).
-        dtype: number format of the weights; None keeps that of the stored query projection.
+        dtype: number format of the weights; None keeps that of the stored key projection.
         need_map: refuse a head that has another number of groups than the model has KV heads, and no head map.
 
     Raises:
@@ -129,7 +131,7 @@ def load_head(
     with torch.device("meta"):
         head = RetrievalHead(config)
     tensors = _fitting(head, stored, folder)
-    kept = dtype or tensors["q_proj.weight"].dtype
+    kept = dtype or tensors["k_proj.weight"].dtype
     head.load_state_dict({name: tensor.to(kept, copy=True) for name, tensor in tensors.items()}, assign=True)
     return head.to(kept).eval().requires_grad_(False)
 

@@ -1,6 +1,7 @@
 """Whole EAGLE-3 drafts, pruned to a retrieval head while they are read.
 
-Drafts come in dialects. EAGLE, SpecForge and AngelSlim name the layer `midlayer` and count feature layers by their *outputs*;
+Drafts come in dialects. EAGLE, SpecForge and AngelSlim name the layer `midlayer` and count feature layers by their *outputs*
+(SpecPV is SpecForge with a YaRN of its own);
 speculators names it `layers.0`, nests the layer's config and counts by *inputs* (Hugging Face's `hidden_states` index, ours).
 Only the tensors that queries and keys need are read; the others are counted. An embedding table is needed where the draft is of
 another width than its target; one of the target's own width is the target's, which EAGLE-3 trains with as it is.
@@ -45,21 +46,27 @@ class Dialect:
     """How a family of drafts is written and was trained.
 
     Attributes:
-        follows_rope: the training code obeyed the RoPE settings of the config; else it used base 10000 whatever they say.
+        follows_theta: the training code obeyed the RoPE base of the config; else it used 10000 whatever it says.
+        follows_scaling: the training code obeyed the RoPE scaling of the config; else there was none.
         counts_inputs: feature layers are counted by their inputs, else by their outputs.
         trained_length: tokens of the training samples where the makers say so, else the shortest that is known.
     """
 
     name: str
-    follows_rope: bool
+    follows_theta: bool
+    follows_scaling: bool
     counts_inputs: bool
     trained_length: int
 
 
-EAGLE = Dialect("EAGLE", False, False, 2048)
-SPECFORGE = Dialect("SpecForge", True, False, 4096)
-ANGELSLIM = Dialect("AngelSlim", False, False, 2048)
-SPECULATORS = Dialect("speculators", True, True, 2048)
+EAGLE = Dialect("EAGLE", False, False, False, 2048)
+SPECFORGE = Dialect("SpecForge", True, True, False, 4096)
+# The drafts of SpecPV (github.com/TanZhendong/SpecPV), trained further at 32K tokens with github.com/TanZhendong/SpecForge-Yarn,
+# whose YaRN has base 10000 whatever the config says (that for Qwen3-8B says 1,000,000), and an entry that no other has.
+SPECPV = Dialect("SpecPV", False, True, False, 32768)
+SPECPV_MARK = "finetuned"
+ANGELSLIM = Dialect("AngelSlim", False, False, False, 2048)
+SPECULATORS = Dialect("speculators", True, True, True, 2048)
 ARCHITECTURES = {"LlamaForCausalLMEagle3": SPECFORGE, "Eagle3LlamaForCausalLM": ANGELSLIM}
 
 
@@ -128,7 +135,7 @@ def dialect_of(values: dict[str, Any]) -> Dialect:
     """The dialect that a draft's config.json is written in.
 
     Raises:
-        HeadError: none of the four.
+        HeadError: none of them.
     """
     if kind := values.get("speculators_model_type"):
         if kind != "eagle3":
@@ -139,7 +146,8 @@ def dialect_of(values: dict[str, Any]) -> Dialect:
     names = values.get("architectures") or ["LlamaForCausalLM"]
     name = str(names[0] if isinstance(names, list) else names)
     if name in ARCHITECTURES:
-        return ARCHITECTURES[name]
+        known = ARCHITECTURES[name]
+        return SPECPV if known is SPECFORGE and SPECPV_MARK in _object(values, "rope_scaling") else known
     if "eagle" in name.lower() or not name.endswith("ForCausalLM"):
         raise HeadError(
             f"unknown dialect of EAGLE-3 drafts: architecture {name}. Known are {', '.join(ARCHITECTURES)}, an ordinary "
@@ -184,10 +192,11 @@ def _feature_norm(tensors: Mapping[str, Tensor]) -> str:
 
 def _rope(dialect: Dialect, layer: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """RoPE base and scaling that the draft was trained with."""
-    if not dialect.follows_rope:
+    if not dialect.follows_scaling:
         return 10000.0, None
     rope = _object(layer, "rope_parameters") or _object(layer, "rope_scaling")
-    theta = rope.get("rope_theta") or layer.get("rope_theta") or 10000.0
+    theta = (rope.get("rope_theta") or layer.get("rope_theta") or 10000.0) if dialect.follows_theta else 10000.0
+    rope = {name: value for name, value in rope.items() if name != SPECPV_MARK}
     return theta, {"original_max_position_embeddings": layer.get("max_position_embeddings")} | rope if rope else None
 
 

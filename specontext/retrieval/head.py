@@ -1,8 +1,10 @@
 """The retrieval head (C1): the query and key projections of an EAGLE-3 draft layer, and nothing else of it.
 
 At position t the head sees the embedding of token x_t and, in the `features` variant, the target's fused hidden features
-g_{t-1} of the token before; both exist before the target runs on x_t. The pair gives the query of position t and the key
-under which later queries find it. Position 0 has no feature and hence no key: it is always kept as a sink.
+g_{t-1} of the token before; both exist before the target runs on x_t, and give the query of position t. The key under which
+later queries find x_t reads the same pair (key_inputs 'before'), or also the token's own g_t ('around'), and is then known once
+the target has run on x_t: in time, since the tokens closest to a query are read in any case. Position 0 has nothing before it
+and sees zeros there; it is always kept as a sink.
 """
 
 from __future__ import annotations
@@ -17,11 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specontext.core import ModelShape
+from specontext.memory.facts import HeadFacts
 from specontext.retrieval.head_config import HeadConfig, HeadError, is_positive
 from specontext.retrieval.rope import rope_frequencies, rotate
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need it
     from transformers import PreTrainedConfig
+
+STEPS = ("queries", "fuse", "keys")  # what the engine calls of a head, before and after the target has run
 
 
 class RMSNorm(nn.Module):
@@ -68,14 +73,19 @@ class RetrievalHead(nn.Module):
             elif c.feature_norm == "each":
                 self.feature_norms = nn.ModuleList(RMSNorm(c.target_hidden_size, c.rms_norm_eps) for _ in c.feature_layers)
             width = 2 * c.hidden_size
-        self.q_proj = nn.Linear(width, c.heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, c.kv_heads * c.head_dim, bias=False)
+        if c.query_rank is None:
+            self.q_proj = nn.Linear(width, c.heads * c.head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(width, c.query_rank, bias=False)
+            self.q_b_proj = nn.Linear(c.query_rank, c.heads * c.head_dim, bias=False)
+        key_width = width + c.hidden_size * (c.key_inputs == "around")
+        self.k_proj = nn.Linear(key_width, c.key_count * c.head_dim, bias=False)
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
         self.rope_theta, self.yarn_factor = float(c.rope_theta), 1.0
         frequencies, self.attention_scaling = rope_frequencies(c, theta=self.rope_theta, yarn_factor=1.0)
-        self.register_buffer("inverse_frequencies", frequencies.to(self.q_proj.weight.device), persistent=False)
+        self.register_buffer("inverse_frequencies", frequencies.to(self.k_proj.weight.device), persistent=False)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, *, target: ModelShape | PreTrainedConfig | str | Path) -> RetrievalHead:
@@ -127,19 +137,27 @@ class RetrievalHead(nn.Module):
         """Move or convert the weights; the frequencies move along and stay in float32, where far positions need them."""
         super()._apply(fn, recurse)
         frequencies, _ = rope_frequencies(self.config, theta=self.rope_theta, yarn_factor=self.yarn_factor)
-        self.inverse_frequencies = frequencies.to(self.q_proj.weight.device)
+        self.inverse_frequencies = frequencies.to(self.k_proj.weight.device)
         return self
 
     def embedding_variant(self) -> RetrievalHead:
-        """The same head without features: the embedding's half of the projections, columns 0 .. hidden_size - 1."""
+        """The same head without features: the embedding's part of the projections, columns 0 .. hidden_size - 1."""
         width = self.config.hidden_size
-        config = replace(self.config, variant="embedding", feature_layers=(), feature_norm="none", recommended_budget=None)
-        head = RetrievalHead(config).to(self.q_proj.weight)
+        config = replace(
+            self.config,
+            variant="embedding",
+            feature_layers=(),
+            feature_norm="none",
+            key_inputs="before",
+            recommended_budget=None,
+        )
+        head = RetrievalHead(config).to(self.k_proj.weight)
         own = self.state_dict()
-        own |= {name: own[name][:, :width] for name in ("q_proj.weight", "k_proj.weight")}
+        reading = [name for name in own if name in ("q_proj.weight", "q_a_proj.weight", "k_proj.weight")]
+        own |= {name: own[name][:, :width] for name in reading}
         head.load_state_dict({name: own[name] for name in head.state_dict()})
         head.set_rope(theta=self.rope_theta, yarn_factor=self.yarn_factor)
-        return head.train(self.training).requires_grad_(self.q_proj.weight.requires_grad)
+        return head.train(self.training).requires_grad_(self.k_proj.weight.requires_grad)
 
     def embedded(self, token_ids: Tensor, embedding: Callable[[Tensor], Tensor]) -> Tensor:
         """Embeddings [..., H] of tokens [...], from the head's own table or, where it has none, from the target's `embedding`."""
@@ -150,53 +168,111 @@ class RetrievalHead(nn.Module):
         """Numbers that the head holds, its own embedding table among them."""
         return sum(parameter.numel() for parameter in self.parameters()) + self.config.table_parameters
 
-    def forward(self, embeddings: Tensor, features: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated queries and keys.
+    def forward(
+        self, embeddings: Tensor, features: Tensor | None, positions: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rotated queries and keys of whole sequences.
 
         Args:
-            embeddings: [..., H], of the tokens at `positions`.
-            features: [..., F * target hidden], of the tokens one before; None for the embedding variant.
-            positions: integer [...].
+            embeddings: [..., S, H].
+            features: [..., S, F * target hidden], each token's own; None for the embedding variant.
+            positions: integer [S] or [..., S].
+            rows: int64 [..., Q], the places in the sequences that queries are wanted of; None for all.
 
         Returns:
-            queries [..., heads, D] and keys [..., kv_heads, D].
+            queries [..., S or Q, heads, D] and keys [..., S, key heads, D].
         """
-        fused = None
+        fused = before = None
         if self.config.variant == "features":
             assert features is not None
             fused = self.fuse(features)
-        return self.project(self.layer_input(embeddings, fused), positions)
+            before = F.pad(fused[..., :-1, :], (0, 0, 1, 0))
+        keys = self.keys(embeddings, fused, before, positions)
+        if rows is not None:
+            positions = positions.expand(embeddings.shape[:-1]).gather(-1, rows)
+            index = rows[..., None].expand(*rows.shape, embeddings.shape[-1])
+            embeddings, before = embeddings.gather(-2, index), None if before is None else before.gather(-2, index)
+        return self.queries(embeddings, before, positions), keys
 
     def fuse(self, features: Tensor) -> Tensor:
-        """Fused features [..., H] of the target's features [..., F * target hidden]."""
+        """What the head sees of the target's features [..., F * target hidden]: fused and normalised, [..., H].
+
+        Zeros stand for a token that is not there.
+        """
+        fused: Tensor = self.hidden_norm(self.project_features(features))
+        return fused
+
+    def project_features(self, features: Tensor) -> Tensor:
+        """Fused features before the norm, which are the hidden state of a draft: [..., H]."""
         features = features.to(self.fc.weight.dtype)
         if self.config.feature_norm == "joint":
             features = self.feature_norm(features)
         elif self.config.feature_norm == "each":
             parts = features.chunk(len(self.feature_norms), dim=-1)
             features = torch.cat([norm(part) for norm, part in zip(self.feature_norms, parts, strict=True)], dim=-1)
-        fused: Tensor = self.fc(features)
-        return fused
+        projected: Tensor = self.fc(features)
+        return projected
 
-    def layer_input(self, embeddings: Tensor, fused: Tensor | None) -> Tensor:
-        """What the projections read: [..., 2H], or [..., H] in the embedding variant."""
-        x: Tensor = self.input_layernorm(embeddings)
-        return x if fused is None else torch.cat((x, self.hidden_norm(fused)), dim=-1)
+    def queries(self, embeddings: Tensor, before: Tensor | None, positions: Tensor) -> Tensor:
+        """Rotated queries [..., heads, D] of tokens at integer `positions` [...].
 
-    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated queries [..., heads, D] and keys [..., kv_heads, D] of layer inputs at integer `positions` [...]."""
+        Args:
+            embeddings: [..., H].
+            before: [..., H], what `fuse` gave of the tokens one before; None for the embedding variant.
+        """
+        return self.project_queries(self.layer_input(embeddings, before), positions)
+
+    def keys(self, embeddings: Tensor, own: Tensor | None, before: Tensor | None, positions: Tensor) -> Tensor:
+        """Rotated keys [..., key heads, D] of tokens at integer `positions` [...].
+
+        Args:
+            embeddings: [..., H].
+            own, before: [..., H], what `fuse` gave of these tokens and of those one before; None for the embedding variant.
+        """
+        seen = (own, before) if self.config.key_inputs == "around" else (before,)
+        return self.project_keys(self.layer_input(embeddings, *seen), positions)
+
+    def layer_input(self, embeddings: Tensor, *fused: Tensor | None) -> Tensor:
+        """What a projection reads: [..., H] for the embedding, and as much for everything that is seen beside it."""
+        return torch.cat((self.input_layernorm(embeddings), *(part for part in fused if part is not None)), dim=-1)
+
+    def project_queries(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotated queries [..., heads, D] of layer inputs."""
         c = self.config
-        queries = self.q_proj(x).unflatten(-1, (c.heads, c.head_dim))
-        keys = self.k_proj(x).unflatten(-1, (c.kv_heads, c.head_dim))
-        if c.qk_norm:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        flat = self.q_proj(x) if c.query_rank is None else self.q_b_proj(self.q_a_proj(x))
+        queries = flat.unflatten(-1, (c.heads, c.head_dim))
+        return self._rotated(self.q_norm(queries) if c.qk_norm else queries, positions)
+
+    def project_keys(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotated keys [..., key heads, D] of layer inputs."""
+        c = self.config
+        keys = self.k_proj(x).unflatten(-1, (c.key_count, c.head_dim))
+        return self._rotated(self.k_norm(keys) if c.qk_norm else keys, positions)
+
+    def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
         angles = positions[..., None].float() * self.inverse_frequencies
         cos = angles.cos()[..., None, :] * self.attention_scaling
         sin = angles.sin()[..., None, :] * self.attention_scaling
-        return rotate(queries, cos, sin), rotate(keys, cos, sin)
+        return rotate(x, cos, sin)
 
 
 def head_parameters(config: HeadConfig) -> int:
     """`size` of a head of this config, without allocating it."""
     with torch.device("meta"):
         return RetrievalHead(config).size
+
+
+def facts_of_head(config: HeadConfig, source: str = "") -> HeadFacts:
+    """What a memory plan must know of a head of this config."""
+    return HeadFacts(
+        parameters=head_parameters(config),
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        key_heads=config.key_count,
+        head_dim=config.head_dim,
+        feature_width=config.target_hidden_size * len(config.feature_layers),
+        state_width=config.hidden_size if config.variant == "features" else 0,
+        recommended_budget=config.recommended_budget,
+        source=source,
+        lookup_parameters=config.table_parameters,
+    )

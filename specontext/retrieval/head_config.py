@@ -10,6 +10,7 @@ from specontext.core import ModelShape, SpeContextError
 
 VARIANTS = ("features", "embedding")
 FEATURE_NORMS = ("none", "joint", "each")
+KEY_INPUTS = ("before", "around")
 SCALED_ROPE = ("linear", "llama3", "yarn")  # frequencies that do not change while a request grows
 
 
@@ -28,7 +29,8 @@ class HeadConfig:
             uses the target's.
         target_hidden_size: width of one feature layer of the target.
         vocab_size: vocabulary of the target.
-        heads, kv_heads, head_dim: query heads, retrieval groups, width of one head.
+        heads, kv_heads, head_dim: query heads, retrieval groups, width of one head. Where a KV head has several groups, one for
+            each band of layers, those of KV head 0 come first.
         feature_norm: RMSNorm before the features are fused: 'none', 'joint' over all of them, or 'each' layer's own.
         feature_layers: indices l of the target's `hidden_states[l]` (the input of decoder layer l), concatenated in order.
         head_map: for every target layer the retrieval group that each KV head reads; None maps head h to group h.
@@ -42,6 +44,11 @@ class HeadConfig:
         draft_parameters: size of the draft that the head was pruned from, without embedding table; None if there was none.
         draft_embedding_parameters: size of the embedding table that the draft works with, the target's if it has none.
         source_hash: sha256 of the draft's weight files, one after the other.
+        key_heads: keys stored of each token, which divide the groups: group g reads key g * key_heads // kv_heads. None stores
+            one for each group.
+        key_inputs: what the key of a token reads beside its embedding: 'before' (EAGLE's) the features of the token before, or
+            'around' its own and those of the token before.
+        query_rank: width between two factors of the query projection; None for one matrix.
     """
 
     variant: str
@@ -66,15 +73,24 @@ class HeadConfig:
     draft_embedding_parameters: int | None = None
     source_hash: str = ""
     own_embedding: bool = False
+    key_heads: int | None = None
+    key_inputs: str = "before"
+    query_rank: int | None = None
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise HeadError(f"unknown retrieval head variant '{self.variant}': expected one of {', '.join(VARIANTS)}")
         if self.feature_norm not in FEATURE_NORMS:
             raise HeadError(f"unknown feature_norm '{self.feature_norm}': expected one of {', '.join(FEATURE_NORMS)}")
+        if self.key_inputs not in KEY_INPUTS:
+            raise HeadError(f"unknown key_inputs '{self.key_inputs}': expected one of {', '.join(KEY_INPUTS)}")
+        if self.key_inputs == "around" and self.variant != "features":
+            raise HeadError(
+                f"key_inputs 'around' reads features, which a head of variant '{self.variant}' does not: use 'before'"
+            )
         for name in ("hidden_size", "target_hidden_size", "vocab_size", "heads", "kv_heads", "head_dim", "trained_length"):
             _require(name, getattr(self, name), "a positive integer", _is_whole(getattr(self, name)))
-        for name in ("recommended_budget", "draft_parameters", "draft_embedding_parameters"):
+        for name in ("recommended_budget", "draft_parameters", "draft_embedding_parameters", "key_heads", "query_rank"):
             value = getattr(self, name)
             _require(name, value, "a positive integer or null", value is None or _is_whole(value))
         for name in ("rope_theta", "rms_norm_eps"):
@@ -90,6 +106,8 @@ class HeadConfig:
             raise HeadError(f"head_dim {self.head_dim} of a retrieval head must be even: RoPE turns pairs")
         if self.heads % self.kv_heads:
             raise HeadError(f"{self.heads} query heads do not divide into {self.kv_heads} retrieval groups")
+        if self.kv_heads % self.key_count:
+            raise HeadError(f"{self.kv_heads} retrieval groups do not divide into {self.key_heads} key heads")
         if self.variant == "features":
             if not layers:
                 raise HeadError("a features head must name its feature_layers")
@@ -152,6 +170,11 @@ class HeadConfig:
         if not self.yarn or self.rope_scaling is not None:
             return 1.0
         return max(1.0, max_tokens / self.trained_length)
+
+    @property
+    def key_count(self) -> int:
+        """Keys stored of each token."""
+        return self.key_heads or self.kv_heads
 
     @property
     def table_parameters(self) -> int:

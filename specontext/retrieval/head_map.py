@@ -13,6 +13,20 @@ import torch
 from torch import Tensor
 
 from specontext.retrieval.head import RetrievalHead
+from specontext.retrieval.head_config import HeadError
+
+
+def band_map(layers: int, kv_heads: int, bands: int) -> tuple[tuple[int, ...], ...]:
+    """The map of a head with `bands` groups for each KV head: group kv_head * bands + band serves it in a band of layers.
+
+    Bands are neighbouring layers, as many in each as can be.
+
+    Raises:
+        HeadError: more bands than layers, or none.
+    """
+    if not 1 <= bands <= layers:
+        raise HeadError(f"{layers} layers do not divide into {bands} bands: choose from 1 to {layers}")
+    return tuple(tuple(head * bands + layer * bands // layers for head in range(kv_heads)) for layer in range(layers))
 
 
 def best_map(coverage: Tensor) -> tuple[tuple[int, ...], ...]:

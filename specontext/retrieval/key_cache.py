@@ -13,7 +13,7 @@ class KeyCache:
     """Keys of the retrieval head for all tokens of all seats.
 
     Args:
-        keys: [pages, page_size, G, D] on the device, page 0 zero; strides may leave gaps.
+        keys: [pages, page_size, key heads, D] on the device, page 0 zero; strides may leave gaps.
         pages: which of the pages are free; others may take some, too.
 
     Attributes:
@@ -47,7 +47,7 @@ class KeyCache:
         self.table[seat] = 0
 
     def append(self, seats: Tensor, positions: Tensor, keys: Tensor) -> None:
-        """Store keys [T, G, D] of the tokens at `positions` [T] of `seats` [T]; those at negative positions are dropped."""
+        """Store keys [T, key heads, D] of tokens at `positions` [T] of `seats` [T]; those at negative positions are dropped."""
         append_keys(self.keys, self.table, seats, positions, keys)
 
     def pages_of(self, seats: Tensor, span: int) -> Tensor:
@@ -55,7 +55,7 @@ class KeyCache:
         return self.table[:, : -(-span // self.page_size)].index_select(0, seats)
 
     def keys_of(self, seat: int, tokens: int, start: int = 0) -> Tensor:
-        """A copy of the keys of a seat's tokens start .. tokens - 1: [tokens - start, G, D]."""
+        """A copy of the keys of a seat's tokens start .. tokens - 1: [tokens - start, key heads, D]."""
         first = start // self.page_size
         pages = self.table[seat, first : -(-tokens // self.page_size)]
         return self.keys[pages].flatten(0, 1)[start - first * self.page_size :][: tokens - start]

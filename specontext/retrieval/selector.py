@@ -233,6 +233,11 @@ class Selector(ABC):
         """
 
     @property
+    def asks_host(self) -> bool:
+        """Whether its next decode step asks the device for numbers, so that it cannot be captured."""
+        return False
+
+    @property
     def held_pages(self) -> list[list[int]]:
         """Pages of the device's arena that the method's state lies in."""
         return []

@@ -122,6 +122,11 @@ class StatefulSelector(Selector):
             return self.budget.prompt_end(step.lengths, self.prompts[step.seats])
         return self.budget.candidates_end(step.lengths)
 
+    @property
+    def asks_host(self) -> bool:
+        """State of a request is built in its first decode step, layer by layer, from what the host knows of it."""
+        return any(self._fresh)
+
     def prompt(self, seat: int) -> int:
         """Tokens of the prompt of a request that decodes."""
         return self._prompt_of[seat]

@@ -71,8 +71,11 @@ def tiny(module: ModuleType, **changes: Any) -> Any:
     return module.Case(**settings | changes)
 
 
-def test_report(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(benchmark, "case_of", lambda arguments, device: tiny(benchmark))
+@pytest.mark.parametrize("head", [{}, {"bands": 3, "key_heads": 1, "key_dim": 24, "query_rank": 8}], ids=["own", "wide"])
+def test_report(
+    head: dict[str, int], benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark, "case_of", lambda arguments, device: tiny(benchmark, **head))
     monkeypatch.setattr(sys, "argv", ["kernels.py", "--quick", "--json"])
     benchmark.main()
     report = json.loads(capsys.readouterr().out.splitlines()[-1])

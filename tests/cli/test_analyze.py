@@ -20,8 +20,9 @@ def test_analyze_writes_rows_and_plots(run: Any, tiny: Path, tmp_path: Path) -> 
     assert ran.status == 0, ran.stderr
     report = json.loads((out / "analysis.json").read_text())
     assert report["budgets"] == [32, 64] and report["length"] == 256 and str(tiny) not in json.dumps(report)
-    plots = ["recall_vs_budget.png", "hit_rate_vs_budget.png", "overlap_vs_budget.png", "recall_heat_map.png"]
-    assert ran.stdout.splitlines()[-5:] == [str(out / name) for name in ("analysis.json", *plots)]
+    subjects = ("recall", "hit_rate", "kl_divergence", "perplexity_ratio", "agreement", "overlap")
+    plots = [*(f"{subject}_vs_budget.png" for subject in subjects), "recall_heat_map.png"]
+    assert ran.stdout.splitlines()[-8:] == [str(out / name) for name in ("analysis.json", *plots)]
     assert {path.name for path in out.iterdir()} == {"analysis.json", *plots}
     assert "Budget 32 of 256 tokens" in ran.stdout and "shared oracle" in ran.stdout
     for said in ("recall at 256 tokens", "budgets of 999 left out", "drift of features left out: not asked for"):

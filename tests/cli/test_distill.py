@@ -27,6 +27,25 @@ def test_a_distilled_head_serves_its_target(run: Run, tiny: Path, tmp_path: Path
     assert served.status == 0 and served.json["stats"]["budget"] == 64
 
 
+def test_bands_and_a_phase_with_the_selection_in_the_loop(run: Run, tiny: Path, tmp_path: Path) -> None:
+    """Trained on two sources, stopped at the end and asked again: nothing is left to do."""
+    out, loop = tmp_path / "head", ("--loop-steps", 2, "--bands", 3, "--measure-every", 2)
+    data = ("--data", "tasks:retrieval=3", "--data", "tasks:program")
+    ran = run("distill", tiny, "-o", out, *data, "--steps", 2, "--json", *SMALL, *loop)
+    assert ran.status == 0, ran.stderr
+    assert ran.json["steps"] == 4 and ran.json["held_out"]["kept_step"] in (2, 4)
+    assert {"kl_divergence", "kl_256_32", "kl_shared_oracle_256_32", "agreement_256_32"} <= set(ran.json["held_out"])
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert ["selection" in row for row in log] == [False, False, True, True] and all("effect" in row for row in log)
+    config = read_config(out)
+    assert (config.kv_heads, config.key_heads, config.key_inputs, config.head_dim) == (6, 1, "around", 48)
+    assert config.head_map == ((0, 3), (1, 4), (2, 5))
+    served = run("generate", tiny, "--retrieval-head", out, "--prompt", "lamp = 4.", "--max-tokens", 3, "--budget", 32, "--json")
+    assert served.status == 0, served.stderr
+    again = run("distill", tiny, "-o", out, *data, "--steps", 2, *SMALL, *loop, "--resume")
+    assert again.status == 0 and "with the lowest held-out KL divergence" in again.stdout
+
+
 def test_output_distillation_writes_a_whole_draft_that_prunes_to_the_head(run: Run, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "head"
     options = ("--objective", "both", "--unroll-steps", 2, "--draft-vocabulary", 300, "--feature-layers", "1,2,3")
@@ -75,6 +94,16 @@ def test_on_policy_sequences_leave_the_engine_and_the_teacher_apart(run: Run, ti
         (("--feature-layers", "1,1,2"), "not distinct"),
         (("--on-policy", 1.5), "share from 0 to 1"),
         (("--steps", 0), "steps must be at least 1"),
+        (("--teacher-layers", "median"), "unknown teacher_layers 'median'"),
+        (("--attention-weight", 0, "--effect-weight", 0), "are both 0"),
+        (("--loop-steps", 2, "--objective", "output"), "the loop teaches a head to select"),
+        (("--bands", 9), "3 layers do not divide into 9 bands"),
+        (("--heads", 1), "1 query heads are fewer than the 2 groups"),
+        (("--key-heads", 5), "do not divide into 5 key heads"),
+        (("--key-inputs", "after"), "unknown key_inputs 'after'"),
+        (("--variant", "embedding", "--key-inputs", "around"), "reads features"),
+        (("--objective", "both", "--key-inputs", "around", "--feature-layers", "1,2,3"), "an EAGLE-3 draft has"),
+        (("--data", "tasks=0"), "weight of tasks must be a number above 0"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_sentence(

@@ -29,6 +29,9 @@ KEYS = [
     "feature_layers",
     "heads",
     "kv_heads",
+    "key_heads",
+    "key_inputs",
+    "query_rank",
     "head_dim",
     "head_map",
     "source",
@@ -136,6 +139,7 @@ def test_info_of_a_model_with_its_own_head(run: Any, tiny: Path) -> None:
         facts = run("head", "info", source, "--json").json
         assert facts["kv_heads"] == heads
         assert facts["pruned_share"] is None and facts["pruned_share_with_embeddings"] is None
+    assert (facts["key_heads"], facts["key_inputs"], facts["query_rank"]) == (2, "before", None)
     shown = run("head", "info", tiny, "--max-model-len", 4096).stdout
     assert "not pruned from a draft" in shown and "factor 2" in shown and "features" in shown
     assert "off" in next(line for line in run("head", "info", "nano").stdout.splitlines() if line.startswith("YaRN"))

@@ -13,8 +13,8 @@ from specontext.distill.calibration import calibrate
 from specontext.distill.recall import measure
 from specontext.distill.target import Target
 from specontext.retrieval.head import RetrievalHead
-from specontext.retrieval.head_config import HeadConfig
-from specontext.retrieval.head_map import best_map, with_map
+from specontext.retrieval.head_config import HeadConfig, HeadError
+from specontext.retrieval.head_map import band_map, best_map, with_map
 
 LENGTH, GROUPS, DIM, HIDDEN = 80, 2, 16, 32
 
@@ -88,6 +88,14 @@ def test_theta_is_chosen_by_recall_and_the_head_is_left_as_it_was() -> None:
 def test_ties_keep_the_heads_own_number() -> None:
     coverage = torch.tensor([[[0.5, 0.5], [0.5, 0.5]], [[0.1, 0.2], [0.3, 0.2]]])
     assert best_map(coverage) == ((0, 1), (1, 0))
+
+
+def test_bands_are_neighbouring_layers() -> None:
+    assert band_map(5, 2, 3) == ((0, 3), (0, 3), (1, 4), (1, 4), (2, 5))
+    assert band_map(2, 3, 1) == ((0, 1, 2),) * 2
+    for bands in (0, 3):
+        with pytest.raises(HeadError, match=f"2 layers do not divide into {bands} bands"):
+            band_map(2, 3, bands)
 
 
 def test_a_head_with_another_map_has_its_own_rope() -> None:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from specontext import LLM, SamplingParams, SpeContextConfig
-from specontext.distill.data import DataError, Evenly, Mixed, OnPolicy, Sequences, Source, open_sources, sizes_of_share
+from specontext.distill.data import DataError, Mixed, OnPolicy, Sequences, Source, Weighted, open_sources, sizes_of_share
 from specontext.distill.data.encoder import Encoder, chunks
 from specontext.distill.data.held_out import Split
 from specontext.distill.data.hub import parse
@@ -418,12 +418,24 @@ def test_only_the_assistant_s_parts_are_wanted(
 
 def test_messages_that_a_template_refuses(write_rows: Write, other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(other, "chat_template", "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(DataError, match=r"does not take the messages of line 1 .*roles must alternate"):
+    with pytest.raises(DataError, match=r"messages of line 1 .* cannot be written out: .*roles must alternate"):
         open_sources([write_rows({"messages": CHAT}, {"text": "held out"})], tokenizer=other, seed=0)
     shouting = "{% for m in messages %}{{ m.content | upper }}{{ loop.revindex }}{% endfor %}"
     monkeypatch.setattr(other, "chat_template", shouting)
     with pytest.raises(DataError, match=r"does not show where message 2 of line 1 .* stands"):
         open_sources([write_rows({"messages": CHAT}, {"text": "held out"})], tokenizer=other, seed=0)
+
+
+def test_a_message_that_a_template_drops_makes_no_row(write_rows: Write, other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{% for m in messages %}{% if m.role != 'tool' %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"
+    monkeypatch.setattr(other, "chat_template", template)
+    said = [
+        {"role": "user", "content": "apple"},
+        {"role": "tool", "content": "banana"},
+        {"role": "assistant", "content": "cherry"},
+    ]
+    with pytest.raises(DataError, match=r"leaves out text of message 1, whose role is 'tool'"):
+        open_sources([write_rows({"messages": said})], tokenizer=other, seed=0).draw(0, 64, 1)
 
 
 # ---- data sets of the Hub
@@ -491,11 +503,26 @@ class Constant:
         return Sequences(torch.full((rows, length), self.token), torch.full((rows,), length), wanted)
 
 
-def test_several_specs_are_mixed_evenly() -> None:
-    source = Evenly([Constant(0), Constant(1), Constant(2)], seed=5)
-    rows = torch.cat([source.draw(step, 8, 3).ids[:, 0] for step in range(200)])
-    assert all(160 < count < 240 for count in rows.bincount(minlength=3).tolist())
-    assert not same(source.draw(0, 8, 16), Evenly(source.sources, seed=6).draw(0, 8, 16))
+def test_several_sources_are_mixed_by_weight() -> None:
+    source = Weighted([Constant(0), Constant(1), Constant(2)], [1, 1, 2], seed=5)
+    rows = torch.cat([source.draw(step, 8, 4).ids[:, 0] for step in range(200)])
+    assert all(
+        expected - 40 < count < expected + 40 for count, expected in zip(rows.bincount().tolist(), (200, 200, 400), strict=True)
+    )
+    assert not same(source.draw(0, 8, 16), Weighted(source.sources, source.weights, seed=6).draw(0, 8, 16))
+
+
+def test_specs_say_their_weights(tokenizer: Any, tmp_path: Path) -> None:
+    for name in ("often.txt", "seldom.txt", "a=3"):
+        (tmp_path / name).write_text("The lamp is on . " * 40)
+    specs = [f"{tmp_path}/often.txt=7.5", f"{tmp_path}/seldom.txt", f"{tmp_path}/a=3", f"{tmp_path}/a=3=2", "tasks:retrieval=0.5"]
+    source = open_sources(specs, tokenizer=tokenizer, seed=0)
+    assert isinstance(source, Weighted) and source.weights == (7.5, 1.0, 1.0, 2.0, 0.5)
+    for wrong in ("0", "-1", "nan", "inf"):
+        with pytest.raises(DataError, match="weight of tasks must be a number above 0"):
+            open_sources([f"tasks={wrong}"], tokenizer=tokenizer, seed=0)
+    with pytest.raises(DataError, match="there is no file or directory nowhere=b"):
+        open_sources(["nowhere=b"], tokenizer=tokenizer, seed=0)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.3, 0.5, 1.0])

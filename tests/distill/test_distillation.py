@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,15 +14,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specontext.config import ConfigError
 from specontext.core import SpeContextError
-from specontext.distill.attention import Teacher, attention_loss, head_log_weights, map_of
+from specontext.distill.attention import Pool, Teacher, attention_loss, head_log_weights, map_of
 from specontext.distill.data.source import Sequences
 from specontext.distill.draft import Draft
 from specontext.distill.queries import candidates, sample_rows
 from specontext.distill.recall import keep, measure
+from specontext.distill.settings import DistillConfig
+from specontext.distill.student import Student
 from specontext.distill.target import Target
-from specontext.distill.trainer import DistillConfig, Student, train
+from specontext.distill.trainer import train
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig
+from specontext.retrieval.head_map import band_map
 
 LENGTH, LAYERS, HEADS, GROUPS = 96, 3, 4, 2
 IDENTITY = ((0, 1),) * LAYERS
@@ -58,7 +62,11 @@ def target() -> Target:
 
 
 def make_head(variant: str = "features") -> RetrievalHead:
+    """Also of variant 'bands': two groups for each band of layers, and one wide key that knows its own token."""
     torch.manual_seed(1)
+    if variant == "bands":
+        wide: dict[str, Any] = {"key_heads": 1, "key_inputs": "around", "query_rank": 12, "head_map": band_map(LAYERS, GROUPS, 3)}
+        return RetrievalHead(HeadConfig("features", 32, 32, 64, 12, 6, 24, (0, 1, 2), **wide))
     layers = (0, 1, 2) if variant == "features" else ()
     return RetrievalHead(HeadConfig(variant, 32, 32, 64, HEADS, GROUPS, 16, layers))
 
@@ -105,21 +113,22 @@ def test_teacher_rows_features_and_hidden_states_are_the_models_own(target: Targ
     for mine, theirs in zip(shown, attentions, strict=True):
         expected = torch.stack([theirs[n][:, rows[n]] for n in range(2)])  # [N, Hq, Q, S]
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(seen.features[:, 1:], torch.cat(hidden[:3], -1)[:, :-1], rtol=1e-4, atol=1e-5)
-    assert not seen.features[:, 0].any()
+    torch.testing.assert_close(seen.features, torch.cat(hidden[:3], -1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(seen.hidden, hidden[-1], rtol=1e-4, atol=1e-5)
     first_group = torch.stack([layer[:, :2].amax(1) for layer in shown]).mean(0)
     torch.testing.assert_close(teacher.weights[:, 0], first_group)
 
 
-def test_the_head_map_says_which_heads_teach_a_group() -> None:
+@pytest.mark.parametrize("layers", ["mean", "max"])
+def test_the_head_map_says_which_heads_teach_a_group(layers: Pool) -> None:
     weights = [torch.rand(1, HEADS, 3, 8) for _ in range(LAYERS)]
-    teacher = Teacher(((0, 0), (2, 0), (2, 2)), 3)
+    teacher = Teacher(((0, 0), (2, 0), (2, 2)), 3, layers=layers)
     for layer, each in enumerate(weights):
         teacher(layer, each)
     pairs = [[each[:, 2 * h : 2 * h + 2].amax(1) for h in range(2)] for each in weights]
-    torch.testing.assert_close(teacher.weights[:, 0], (pairs[0][0] + pairs[0][1] + pairs[1][1]) / 3)
-    torch.testing.assert_close(teacher.weights[:, 2], (pairs[1][0] + pairs[2][0] + pairs[2][1]) / 3)
+    for group, read in ((0, (pairs[0][0], pairs[0][1], pairs[1][1])), (2, (pairs[1][0], pairs[2][0], pairs[2][1]))):
+        together = torch.stack(read)
+        torch.testing.assert_close(teacher.weights[:, group], together.mean(0) if layers == "mean" else together.amax(0))
     assert not teacher.weights[:, 1].any()
 
 
@@ -182,7 +191,7 @@ def test_recall_is_the_mass_of_the_kept_tokens(target: Target) -> None:
 
 @pytest.mark.parametrize(
     ("objective", "variant"),
-    [("attention", "features"), ("attention", "embedding"), ("both", "features"), ("output", "features")],
+    [*(("attention", variant) for variant in ("features", "embedding", "bands")), ("both", "features"), ("output", "features")],
 )
 def test_training_lowers_the_loss_and_raises_recall(target: Target, tmp_path: Path, objective: str, variant: str) -> None:
     student = student_of(objective, variant)
@@ -197,14 +206,15 @@ def test_training_lowers_the_loss_and_raises_recall(target: Target, tmp_path: Pa
     after = measure(student.head, target, batches, (12,), sink=2, recent=4)[12]
     if objective != "output":  # what output distillation does to recall is measured, not promised
         assert after["head"] > before["head"] + 0.03
-        assert after["window"] < after["head"] < after["shared"] < after["layer"] <= 1.0
+        assert after["window"] < after["head"] < after["layer"] <= 1.0 and after["shared"] < after["layer"]
+        assert after["head"] < after["shared"] or variant == "bands"
     else:
         assert log[-1]["agreement"] > log[0]["agreement"]
 
 
-@pytest.mark.parametrize("objective", ["attention", "both"])
-def test_a_stopped_training_continues_exactly(target: Target, tmp_path: Path, objective: str) -> None:
-    config = replace(CONFIG, steps=8, warmup=3, queries=8, save_every=3, objective=objective)
+@pytest.mark.parametrize(("objective", "loop_steps"), [("attention", 0), ("both", 0), ("attention", 6)])
+def test_a_stopped_training_continues_exactly(target: Target, tmp_path: Path, objective: str, loop_steps: int) -> None:
+    config = replace(CONFIG, steps=8 - loop_steps, warmup=3, queries=8, save_every=3, objective=objective, loop_steps=loop_steps)
     whole, parts, resumed = (student_of(objective) for _ in range(3))
     train(whole, target, Fixed(), config, tmp_path / "whole")
     train(parts, target, Fixed(), config, tmp_path / "parts", until=3)
@@ -223,7 +233,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(target: Target, tmp_
             part = slice(step % 2, step % 2 + 1) if rows == 1 else slice(None)
             return Sequences(ids[part], torch.full((rows,), length), wanted[part])
 
-    config = replace(CONFIG, steps=1, queries=LENGTH, random_share=0.0, warmup=1, clip=1e9)
+    config = replace(CONFIG, steps=1, queries=LENGTH, random_share=0.0, warmup=1, clip=1e9, effect_weight=0.0)
     whole, parts = student_of("attention"), student_of("attention")
     train(whole, target, Two(), config, tmp_path / "whole")
     train(parts, target, Two(), replace(config, accumulate=2), tmp_path / "parts")
@@ -250,6 +260,12 @@ def test_a_checkpoint_of_other_settings_or_a_broken_one_is_refused(target: Targe
         ({"precision": "int8"}, "unknown precision"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"teacher_layers": "median"}, "unknown teacher_layers 'median': choose one of max, mean"),
+        ({"effect_weight": -1.0}, "effect_weight must be at least 0"),
+        ({"attention_weight": 0.0, "effect_weight": 0.0}, "are both 0: raise one of them"),
+        ({"loop_temperature": 0.0}, "loop_temperature must be above 0"),
+        ({"loop_steps": 2, "objective": "output"}, "the loop teaches a head to select"),
+        ({"loop_steps": 2, "loop_weight": 0.0}, "loop_weight is 0"),
         ({"lengths": ((20, 1.0),), "sink": 4, "recent": 16}, r"longer than sink \+ recent = 20"),
     ],
 )

@@ -48,7 +48,6 @@ def make_batch() -> dict[str, Tensor]:
         return torch.randn(*size, generator=generator)
 
     features = random(SEQUENCES, LENGTH, 3 * HIDDEN)
-    features[:, 0] = 0
     wanted = torch.rand(SEQUENCES, LENGTH, generator=generator) < 0.8
     wanted[1, 8:] = False  # the second sequence is padded
     return {
@@ -108,10 +107,10 @@ class Plain:
         return hidden + self.times(F.silu(self.times(x, "gate_proj")) * self.times(x, "up_proj"), "down_proj")
 
     def draft(self, embeddings: Tensor, features: Tensor, start: int, steps: int) -> list[Tensor]:
-        """Hidden states of the steps of one draft over embeddings [S, H] and features [S, F * H]."""
-        true = [self.read(embeddings[t], self.fused(features[t]), t) for t in range(1, start + 1)]
+        """Hidden states of the steps of one draft over embeddings [S, H] and each token's own features [S, F * H]."""
+        true = [self.read(embeddings[t], self.fused(features[t - 1]), t) for t in range(1, start + 1)]
         keys, values = [key for _, key, _ in true], [value for _, _, value in true]
-        hidden = [self.layer(true[-1][0], keys, values, self.fused(features[start]))]
+        hidden = [self.layer(true[-1][0], keys, values, self.fused(features[start - 1]))]
         for position in range(start + 1, min(start + steps, len(embeddings))):
             query, key, value = self.read(embeddings[position], hidden[-1], position)
             keys.append(key)
@@ -194,7 +193,7 @@ def test_position_0_is_neither_key_nor_query_and_padding_is_not_seen() -> None:
     draft, batch = make_draft(), make_batch()
     before, _ = draft.loss(**batch, steps=3)
     batch["embeddings"][:, 0] = 7
-    batch["features"][:, 0] = -3
+    batch["features"][:, -1] = -3
     batch["wanted"][:, 0] = ~batch["wanted"][:, 0]
     for name in ("embeddings", "features", "teacher_hidden"):
         batch[name][1, 8:] = 5
@@ -273,6 +272,9 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         Draft(make_head(), intermediate_size=INTERMEDIATE, lm_head=torch.zeros(VOCABULARY, HIDDEN + 1))
     with pytest.raises(HeadError, match="'features' head"):
         Draft(make_head().embedding_variant(), intermediate_size=INTERMEDIATE)
+    for odd in ({"key_heads": 1}, {"key_inputs": "around"}, {"query_rank": 3}):
+        with pytest.raises(HeadError, match=f"leave out {next(iter(odd))}"):
+            Draft(make_head(**odd), intermediate_size=INTERMEDIATE)
 
 
 def test_training_raises_agreement_with_a_tiny_llama() -> None:
@@ -290,7 +292,7 @@ def test_training_raises_agreement_with_a_tiny_llama() -> None:
     ids = torch.randint(VOCABULARY, (4, 24))
     with torch.no_grad():
         out = model.model(ids, output_hidden_states=True)
-    features = F.pad(torch.cat([out.hidden_states[layer] for layer in (1, 2, 4)], -1)[:, :-1], (0, 0, 1, 0))
+    features = torch.cat([out.hidden_states[layer] for layer in (1, 2, 4)], -1)
     matrix = model.lm_head.weight
     draft = Draft(make_head(), intermediate_size=INTERMEDIATE, lm_head=matrix)
     optimizer = torch.optim.AdamW(draft.parameters(), 5e-3)

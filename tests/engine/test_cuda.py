@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor
 from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.core import Batch
 from specontext.engine import build
+from specontext.engine.graphs import NAMED
 from specontext.engine.runner import DeviceMemoryError
 from specontext.evaluation.token_counter import token_counter
 from specontext.models.loading import LoadedModel, load_model
@@ -86,11 +89,41 @@ def test_layers_move_under_captured_steps(method: str, megabytes: int, tokens: A
 
 
 def test_memory_is_what_was_planned() -> None:
+    gc.collect()  # tracebacks of tests that expect errors hold engines, in cycles with themselves
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    others = torch.cuda.memory_allocated()
+    assert others < 256 << 20, "engines of other tests are still there"
     llm = LLM("nano", device="cuda", gpu_memory=1 << 30, enforce_eager=True)
     llm.generate([[7] * 9000], SamplingParams(temperature=0, max_tokens=20))
-    assert torch.cuda.max_memory_allocated() <= 1 << 30
+    assert torch.cuda.max_memory_allocated() - others <= 1 << 30
+
+
+@pytest.mark.parametrize("close", [False, True], ids=["dropped", "closed"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_engines_that_come_and_go_leave_nothing(dtype: str, close: bool) -> None:
+    """Captured steps in number formats with and without compiled layers; the collector does not run by itself."""
+
+    def live(ends: bool) -> None:
+        config = SpeContextConfig(budget=256, offload_layers=None if ends else 0)
+        llm = LLM("nano", config=config, device="cuda", gpu_memory=1 << 30, max_model_len=8192, dtype=dtype)
+        llm.generate([[7] * 3000, [8] * 500], SamplingParams(temperature=0, max_tokens=20))
+        assert llm.engine.runner._graphs._captured
+        if close:
+            llm.engine.close()
+
+    gc.collect()
+    gc.disable()
+    try:
+        live(True)  # what libraries keep for good
+        before = torch.cuda.memory_allocated()
+        for number in range(4):
+            live(bool(number % 2))
+            assert torch.cuda.memory_allocated() <= before + (1 << 20)
+    finally:
+        gc.enable()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + (64 << 20)
 
 
 @pytest.mark.parametrize(
@@ -111,12 +144,37 @@ def test_steps_of_every_size_are_captured_before_they_are_needed(tokens: Any, lo
     llm.engine.runner.warm_up()
     llm.engine.check_integrity()
     captured = dict(llm.engine.runner._graphs._captured)
-    assert {size for size, _ in captured} == {1, 2, 4, 5}
+    assert {kind.size for kind in captured} == {1, 2, 4, 5}
     ask = [[7 + i] * 300 for i in range(5)]
     found = [output.token_ids for output in llm.generate(ask, SamplingParams(temperature=0, max_tokens=20))]
     assert llm.engine.runner._graphs._captured == captured
     cpu = LLM(loaded["cpu"], config=SpeContextConfig(budget=256), max_model_len=4096, max_num_seqs=5)
     assert found == [output.token_ids for output in cpu.generate(ask, SamplingParams(temperature=0, max_tokens=20))]
+
+
+@pytest.mark.parametrize("method", ["streaming", "full", "oracle", "quest", "shadowkv", "h2o", "clusterkv", "snapkv"])
+def test_methods_that_requests_name_are_captured_once_they_recur(method: str, loaded: dict[str, LoadedModel]) -> None:
+    ask, greedy = (
+        [[7 + i] * 700 + [*range(20, 320)] for i in range(3)],
+        SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
+    )
+    found = {}
+    for device, options in (("cpu", {}), ("cuda", {"enforce_eager": True}), ("cuda graphs", {})):
+        config = SpeContextConfig(budget=128, offload_layers=0)
+        llm = LLM(loaded[device[:4].strip()], config=config, methods=("speculative", method), max_model_len=2048, **options)
+        outputs = llm.generate(ask, [replace(greedy, method=method)] * 3)
+        found[device] = [output.token_ids for output in outputs]
+        llm.engine.check_integrity()
+    assert found["cuda"] == found["cuda graphs"] == found["cpu"]
+    steps = outputs[0].stats["captured_steps"]
+    assert steps == 0 if method in ("clusterkv", "snapkv") else steps > 12
+
+
+def test_clients_that_name_many_budgets_fill_no_memory_with_graphs(loaded: dict[str, LoadedModel]) -> None:
+    llm = LLM(loaded["cuda"], config=SpeContextConfig(budget=128), max_model_len=2048)
+    for budget in range(40, 80):
+        llm.generate([9] * 300, SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, budget=budget))
+    assert len(llm.engine.runner._graphs._captured) <= NAMED
 
 
 # Failures -------------------------------------------------------------------------------------------------------------
@@ -169,8 +227,8 @@ def test_memory_that_ends_inside_a_capture_ends_the_requests_of_the_step(
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     expected = LLM(loaded["cpu"], config=SpeContextConfig(budget=256)).generate([[9] * 400], params)[0].token_ids
     llm = LLM(loaded["cuda"], config=SpeContextConfig(budget=256, offload_layers=0), max_num_seqs=2)
-    graphs = llm.engine.runner._graphs
-    run = graphs._step
+    runner = llm.engine.runner
+    run = runner._fused
 
     def fails(batch: Batch) -> Tensor:
         logits = run(batch)
@@ -180,10 +238,10 @@ def test_memory_that_ends_inside_a_capture_ends_the_requests_of_the_step(
 
     llm.engine.add_request("big", [9] * 400, params)
     llm.engine.step()
-    monkeypatch.setattr(graphs, "_step", fails)
+    monkeypatch.setattr(runner, "_fused", fails)
     with pytest.raises(DeviceMemoryError, match="ran out of memory"):
         llm.engine.step()
-    monkeypatch.setattr(graphs, "_step", run)
+    monkeypatch.setattr(runner, "_fused", run)
     llm.engine.check_integrity()
     assert llm.generate([[9] * 400], params)[0].token_ids == expected
 

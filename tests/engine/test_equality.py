@@ -12,7 +12,7 @@ import torch
 from specontext import LLM, SamplingParams
 from specontext.kv.tiered import LoadError
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "bands")
 SPARSE = ("speculative", "streaming", "oracle", "random")
 Prompts = list[list[int]]
 MakeLLM = Callable[..., LLM]
@@ -51,21 +51,24 @@ def test_a_budget_of_the_whole_context_gives_hugging_face_s_tokens(
     assert tokens_of(llm, prompts, greedy()) == expected(family)
 
 
-@pytest.mark.parametrize("method", ["full", "speculative", "oracle"])
+@pytest.mark.parametrize(
+    ("family", "method"), [*(("llama", method) for method in ("full", "speculative", "oracle")), ("bands", "speculative")]
+)
 @pytest.mark.parametrize("chunk", [1, 23])
 def test_chunks_change_nothing(
-    method: str, chunk: int, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected
+    family: str, method: str, chunk: int, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected
 ) -> None:
-    llm = make_llm("llama", method, budget=110, offload_layers=2, max_num_batched_tokens=chunk)
-    assert tokens_of(llm, prompts, greedy()) == expected("llama")
+    llm = make_llm(family, method, budget=110, offload_layers=2, max_num_batched_tokens=chunk)
+    assert tokens_of(llm, prompts, greedy()) == expected(family)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "bands"])
 @pytest.mark.parametrize(("granularity", "page_size"), [("head", 1), ("batch", 7), ("union", 16), ("head", 64)])
 def test_pages_and_granularity_change_nothing(
-    granularity: str, page_size: int, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected
+    family: str, granularity: str, page_size: int, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected
 ) -> None:
-    llm = make_llm("qwen3", budget=110, offload_layers=2, granularity=granularity, page_size=page_size, verify_loads=True)
-    assert tokens_of(llm, prompts, greedy()) == expected("qwen3")
+    llm = make_llm(family, budget=110, offload_layers=2, granularity=granularity, page_size=page_size, verify_loads=True)
+    assert tokens_of(llm, prompts, greedy()) == expected(family)
 
 
 def test_the_default_budget_and_a_limit_on_the_context(
@@ -108,9 +111,10 @@ def test_a_tight_budget_changes_tokens(method: str, alone: Callable[[str, str], 
     assert alone("llama", method)[1:] != expected("llama")[1:]
 
 
-@pytest.mark.parametrize("method", SPARSE)
+@pytest.mark.parametrize(("family", "method"), [*(("llama", method) for method in SPARSE), ("bands", "speculative")])
 @pytest.mark.parametrize(("offload_layers", "slots"), [(0, None), (1, None), (1, 17), (-1, 14)])
 def test_tiers_and_slots_change_nothing(
+    family: str,
     method: str,
     offload_layers: int,
     slots: int | None,
@@ -119,8 +123,8 @@ def test_tiers_and_slots_change_nothing(
     greedy: Greedy,
     alone: Callable[[str, str], list[list[int]]],
 ) -> None:
-    llm = make_llm("llama", method, **TIGHT, offload_layers=offload_layers, slots=slots, verify_loads=True)
-    assert tokens_of(llm, prompts, greedy()) == alone("llama", method)
+    llm = make_llm(family, method, **TIGHT, offload_layers=offload_layers, slots=slots, verify_loads=True)
+    assert tokens_of(llm, prompts, greedy()) == alone(family, method)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -137,9 +141,10 @@ def test_every_family_with_evictions(
     assert tokens_of(llm, prompts, greedy()) == alone(family, method)
 
 
-@pytest.mark.parametrize("method", SPARSE)
+@pytest.mark.parametrize(("family", "method"), [*(("llama", method) for method in SPARSE), ("bands", "speculative")])
 @pytest.mark.parametrize(("seats", "chunk"), [(1, 1024), (2, 9)])
 def test_requests_that_join_and_leave_change_nothing(
+    family: str,
     method: str,
     seats: int,
     chunk: int,
@@ -148,10 +153,10 @@ def test_requests_that_join_and_leave_change_nothing(
     greedy: Greedy,
     alone: Callable[[str, str], list[list[int]]],
 ) -> None:
-    llm = make_llm("llama", method, budget=12, offload_layers=2, slots=15, max_num_seqs=seats, max_num_batched_tokens=chunk)
+    llm = make_llm(family, method, budget=12, offload_layers=2, slots=15, max_num_seqs=seats, max_num_batched_tokens=chunk)
     lengths = [24, 3, 11, 20]  # some leave early, and others take their seats
     outputs = llm.generate(prompts, [greedy(n) for n in lengths])
-    assert [o.token_ids for o in outputs] == [t[:n] for t, n in zip(alone("llama", method), lengths, strict=True)]
+    assert [o.token_ids for o in outputs] == [t[:n] for t, n in zip(alone(family, method), lengths, strict=True)]
     assert [o.finish_reason for o in outputs] == ["length"] * 4
     check_idle(llm)
 

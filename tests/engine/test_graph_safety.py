@@ -108,8 +108,11 @@ def next_numbers(llm: LLM, size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("offload_layers", [2, None, *(pytest.param(end, marks=pytest.mark.slow) for end in (0, -1))])
-@pytest.mark.parametrize("method", ["speculative", "streaming"])  # random's scores are float64, which Triton's top-k is not for
+@pytest.mark.parametrize(
+    ("family", "method"), [("llama", "speculative"), ("bands", "speculative"), ("llama", "streaming")]
+)  # random's scores are float64, which Triton's top-k is not for
 def test_a_padded_decode_step_never_waits_and_computes_the_same(
+    family: str,
     method: str,
     offload_layers: int | None,
     make_llm: Callable[..., LLM],
@@ -118,7 +121,7 @@ def test_a_padded_decode_step_never_waits_and_computes_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = {"budget": 12, "offload_layers": offload_layers, "max_num_seqs": 5, "slots": 14}
-    plain, captured = (make_llm("llama", method, **options) for _ in range(2))
+    plain, captured = (make_llm(family, method, **options) for _ in range(2))
     for llm in (plain, captured):
         decoding(llm, prompts[1:3], greedy())
     size = requests_bucket(3, 5)
@@ -141,17 +144,40 @@ def test_a_padded_decode_step_never_waits_and_computes_the_same(
             torch.testing.assert_close(kv.host.rows[rows[0]], other.host.rows[rows[1]], rtol=1e-4, atol=1e-4)
 
 
-def test_full_attention_on_the_device_never_waits(
-    make_llm: Callable[..., LLM], prompts: list[list[int]], greedy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("method", ["full", "oracle", "quest", "shadowkv", "h2o"])
+def test_methods_that_look_at_each_layer_never_wait_on_the_device(
+    method: str,
+    make_llm: Callable[..., LLM],
+    prompts: list[list[int]],
+    greedy: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    llm = make_llm("llama", "full", offload_layers=0)
-    decoding(llm, prompts[1:3], greedy())
+    plain, captured = (make_llm("llama", method, budget=24, offload_layers=0) for _ in range(2))
+    for llm in (plain, captured):
+        decoding(llm, prompts[1:3], greedy())
+    assert not captured.engine.parts.selector.asks_host
+    expected = plain.engine.runner.run(decode_batch(next_numbers(plain, 2), 90))
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
-    llm.engine.parts.kv.streams = SeveralStreams()
-    batch = decode_batch(next_numbers(llm, 4), 512)
+    captured.engine.parts.kv.streams = SeveralStreams()
+    batch = decode_batch(next_numbers(captured, 4), 512)
     with torch.inference_mode(), guarded(monkeypatch):
-        logits = llm.engine.runner._forward(batch)
-    assert logits[:2].isfinite().all()
+        logits = captured.engine.runner._forward(batch)
+    torch.testing.assert_close(logits[:2], expected, rtol=1e-4, atol=1e-4)
+    captured.engine.check_integrity()
+
+
+def test_methods_that_need_positions_on_the_host_say_so(
+    make_llm: Callable[..., LLM], prompts: list[list[int]], greedy: Callable[..., Any]
+) -> None:
+    for method in ("clusterkv", "snapkv"):
+        llm = make_llm("llama", method, budget=24, offload_layers=0)
+        decoding(llm, prompts[1:2], greedy())
+        assert llm.engine.parts.selector.asks_host
+    llm = make_llm("llama", "quest", budget=24, offload_layers=0)
+    assert not llm.engine.parts.selector.asks_host
+    llm.engine.add_request("new", prompts[0], greedy())
+    llm.engine.step()
+    assert llm.engine.parts.selector.asks_host, "its state is built in the first decode step"
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ WAYS: list[dict[str, Any]] = [
 WITHOUT_IDENTITY = [way for way in WAYS if way.get("method") != "speculative-identity"]
 POSSIBLE = tuple(name for name in CHOICES if name != "shared-oracle-bands5")  # of three layers
 WITHOUT_PROMPT = tuple(name for name in POSSIBLE if not name.endswith("-prompt"))
-ALLOWED = {"llama": WITHOUT_PROMPT, "qwen3": tuple(name for name in WITHOUT_PROMPT if name != "speculative-identity")}
+WITHOUT_BOTH = tuple(name for name in WITHOUT_PROMPT if name != "speculative-identity")
+ALLOWED = {"llama": WITHOUT_PROMPT, "qwen3": WITHOUT_BOTH, "bands": WITHOUT_BOTH}
 
 
 def ways(greedy: Greedy, tokens: int, some: list[dict[str, Any]] = WAYS) -> list[SamplingParams]:
@@ -48,7 +49,7 @@ def ways(greedy: Greedy, tokens: int, some: list[dict[str, Any]] = WAYS) -> list
 
 
 @pytest.mark.parametrize("offload_layers", [2, None, *(pytest.param(end, marks=pytest.mark.slow) for end in (0, -1))])
-@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama", "bands", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_a_mixed_batch_gives_what_each_request_gets_alone(
     family: str, offload_layers: int | None, make_llm: MakeLLM, greedy: Greedy, prompts: list[list[int]]
 ) -> None:

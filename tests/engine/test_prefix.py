@@ -105,9 +105,9 @@ def test_tokens_are_those_of_a_fresh_engine(
     check_idle(llm)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "bands"])
 def test_heads_of_every_kind(family: str, make_llm: MakeLLM, greedy: Greedy, fresh: Any) -> None:
-    """One that sees the last hidden state, one with more groups and a map, one without features."""
+    """One that sees the last hidden state, one with more groups and a map, one without features, one of bands of layers."""
     llm = make_llm(family, budget=12, offload_layers=1, methods=[])
     for prompt, found in zip(ASKED, FOUND, strict=True):
         job = ask(llm, prompt, greedy(12))
@@ -153,10 +153,11 @@ def test_methods_that_learn_from_prompts(
     assert cached(job) == {"h2o": 0}.get(method, 64), "exactly so many queries are left"
 
 
-def test_keys_features_and_selections_are_those_of_a_fresh_engine(make_llm: MakeLLM, greedy: Greedy) -> None:
+@pytest.mark.parametrize("family", ["llama", "bands"])
+def test_keys_features_and_selections_are_those_of_a_fresh_engine(family: str, make_llm: MakeLLM, greedy: Greedy) -> None:
     settings_: dict[str, Any] = {"budget": 16, "offload_layers": 1, "measure_recall": True, "max_num_batched_tokens": 40}
-    llm = make_llm("llama", **settings_)
-    plain = make_llm("llama", **settings_, enable_prefix_caching=False)
+    llm = make_llm(family, **settings_)
+    plain = make_llm(family, **settings_, enable_prefix_caching=False)
     ask(llm, SHARED, greedy(1))
     prompt = SHARED + text(2, 40)
     for one in (llm, plain):
@@ -166,7 +167,7 @@ def test_keys_features_and_selections_are_those_of_a_fresh_engine(make_llm: Make
     assert llm.engine.scheduler.running[0].cached_tokens == 64
     ours, theirs = (one.engine.parts.selector for one in (llm, plain))
     torch.testing.assert_close(ours.cache.keys_of(0, len(prompt)), theirs.cache.keys_of(0, len(prompt)), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(ours.last_feature[0], theirs.last_feature[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.last_fused[0], theirs.last_fused[0], rtol=1e-4, atol=1e-4)
     ends = []
     for one in (llm, plain):
         job = one.engine._generations["x"]
@@ -177,9 +178,10 @@ def test_keys_features_and_selections_are_those_of_a_fresh_engine(make_llm: Make
         assert ends[0][name] == pytest.approx(ends[1][name]), name
 
 
-def test_the_first_key_after_a_hit_needs_the_last_feature(make_llm: MakeLLM, greedy: Greedy) -> None:
+@pytest.mark.parametrize("family", ["llama", "bands"])
+def test_the_first_key_after_a_hit_needs_the_last_feature(family: str, make_llm: MakeLLM, greedy: Greedy) -> None:
     """It is made of the feature of a token that this engine has not computed for this request."""
-    llm, plain = make_llm("llama", budget=16), make_llm("llama", budget=16, enable_prefix_caching=False)
+    llm, plain = make_llm(family, budget=16), make_llm(family, budget=16, enable_prefix_caching=False)
     ask(llm, SHARED, greedy(1))
     keys = []
     for one in (llm, plain):

@@ -12,13 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from specontext import LLM, SamplingParams, SpeContextConfig
+from specontext.config import EngineConfig
 from specontext.core import RequestError
 from specontext.engine import build
 from specontext.engine.llm_engine import Generation
+from specontext.memory.model import KVCost, MemoryModel
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, MemoryPlanError
 
 METHODS = ("speculative", "full", "oracle", "streaming", "random")
 FIRST = [method if method in ("speculative", "full") else pytest.param(method, marks=pytest.mark.slow) for method in METHODS]
+WAYS = [("speculative", "llama"), ("full", "llama"), ("speculative", "bands")]  # a head of more groups with one wide key
 MakeLLM = Callable[..., LLM]
 Greedy = Callable[..., SamplingParams]
 Prompts = list[list[int]]
@@ -29,17 +32,17 @@ PAGE = 16 * TOKEN
 
 
 @pytest.fixture(scope="module")
-def alone(make_llm: MakeLLM) -> Callable[[str, list[int], SamplingParams], list[int]]:
+def alone(make_llm: MakeLLM) -> Callable[..., list[int]]:
     """Tokens of a request by itself and with all the memory it could want."""
-    engines: dict[str, LLM] = {}
+    engines: dict[tuple[str, str], LLM] = {}
     known: dict[tuple[Any, ...], list[int]] = {}
 
-    def tokens(method: str, prompt: list[int], params: SamplingParams) -> list[int]:
-        key = (method, tuple(prompt), params)
+    def tokens(method: str, prompt: list[int], params: SamplingParams, family: str = "llama") -> list[int]:
+        key = (method, family, tuple(prompt), params)
         if key not in known:
-            if method not in engines:
-                engines[method] = make_llm("llama", method, budget=12, offload_layers=0)
-            known[key] = engines[method].generate([prompt], params)[0].token_ids
+            if (method, family) not in engines:
+                engines[method, family] = make_llm(family, method, budget=12, offload_layers=0)
+            known[key] = engines[method, family].generate([prompt], params)[0].token_ids
         return known[key]
 
     return tokens
@@ -92,13 +95,20 @@ def moves_of(llm: LLM) -> list[dict[str, Any]]:
 # Leaving --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", FIRST)
+@pytest.mark.parametrize(("method", "family"), [*WAYS, *(pytest.param(m, "llama", marks=pytest.mark.slow) for m in METHODS[2:])])
 @pytest.mark.parametrize(("pages", "chunk_bytes"), [(10, 3000), (16, None), (22, 3000)])
 def test_one_request_outgrows_the_device(
-    method: str, pages: int, chunk_bytes: int | None, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any
+    method: str,
+    family: str,
+    pages: int,
+    chunk_bytes: int | None,
+    make_llm: MakeLLM,
+    prompts: Prompts,
+    greedy: Greedy,
+    alone: Any,
 ) -> None:
     """Its 7 to 8 pages a layer are 24; every move has its numbers, and what had been stored before it."""
-    llm = make_llm("llama", method, budget=12, gpu_memory=pages * PAGE, host_memory=60 * PAGE, max_num_seqs=2, verify_loads=True)
+    llm = make_llm(family, method, budget=12, gpu_memory=pages * PAGE, host_memory=60 * PAGE, max_num_seqs=2, verify_loads=True)
     if chunk_bytes is not None:
         llm.engine.parts.residency.chunk_bytes = chunk_bytes  # a page of one layer takes more than two steps
     stored: dict[int, int] = {}
@@ -110,7 +120,7 @@ def test_one_request_outgrows_the_device(
 
     llm.engine.runner.run = noting  # type: ignore[method-assign]
     (job,) = run(llm, [prompts[2]], [greedy(44)])
-    assert job.request.output_token_ids == alone(method, prompts[2], greedy(44))
+    assert job.request.output_token_ids == alone(method, prompts[2], greedy(44), family)
     moves = moves_of(llm)
     assert moves and all(move["to_host"] for move in moves), "one that only grows never brings a layer back"
     assert all(move["bytes"] == stored[move["step"]] * TOKEN for move in moves)
@@ -207,22 +217,23 @@ def test_requests_whose_slots_take_more_than_their_tokens(
 # Waiting --------------------------------------------------------------------------------------------------------------
 
 
-def crowded(make_llm: MakeLLM, method: str = "speculative", **options: Any) -> LLM:
+def crowded(make_llm: MakeLLM, method: str = "speculative", family: str = "llama", **options: Any) -> LLM:
     """One layer stays on the device, which holds three requests at their start and not at their end; the host holds all."""
-    pages = {"speculative": 34, "full": 26}.get(method, 28)
+    pages = {"speculative": 34, "full": 26}.get(method, 28) + 3 * (family == "bands")  # longer keys
     fixed: dict[str, Any] = {"budget": 12, "offload_layers": 2, "gpu_memory": pages * PAGE, "host_memory": 120 * PAGE}
-    return make_llm("llama", method, **fixed | options)
+    return make_llm(family, method, **fixed | options)
 
 
-@pytest.mark.parametrize("method", FIRST[:3])
+@pytest.mark.parametrize(("method", "family"), [*WAYS, pytest.param("oracle", "llama", marks=pytest.mark.slow)])
 def test_preempted_requests_go_on_where_they_were(
-    method: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any
+    method: str, family: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any
 ) -> None:
     params = [greedy(n) for n in (140, 150, 120)]
-    llm = crowded(make_llm, method, max_num_batched_tokens=40, verify_loads=True)
+    llm = crowded(make_llm, method, family, max_num_batched_tokens=40, verify_loads=True)
     three = [prompts[0], prompts[3], prompts[1]]
     jobs = run(llm, three, params)
-    assert [job.request.output_token_ids for job in jobs] == [alone(method, *pair) for pair in zip(three, params, strict=True)]
+    for job, prompt, wanted in zip(jobs, three, params, strict=True):
+        assert job.request.output_token_ids == alone(method, prompt, wanted, family)
     counted = [job.request.preemptions for job in jobs]
     assert sum(counted) == llm.engine.scheduler.preemptions > 0 and counted[0] == 0, "the first that came never waits"
     assert [job.stats["preemptions"] for job in jobs if job.stats is not None] == counted
@@ -383,6 +394,31 @@ def test_memory_that_is_not_named_is_a_share_of_what_is_free(make_llm: MakeLLM, 
     sizes = make_llm("llama", "streaming", budget=12, max_num_seqs=50).engine.parts.sizes
     for used in (sizes.device_bytes, sizes.host_bytes):
         assert 0.5 * SHARE_OF_FREE_MEMORY * free < used <= SHARE_OF_FREE_MEMORY * free
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "allocated", "limit", "expected"),
+    [
+        (70, 20, 20, None, 72 - 30),  # weights of 10 are there; the rest that is in use is somebody else's
+        (70, 20, 10, 60, 60 - 30),
+        (40, 15, 10, 60, 40 + 5 + 10 - 30),  # less is free than allowed
+        (10, 15, 10, None, "the GPU has 25 bytes free and 30 are needed beside KV"),
+        (70, 10, 10, 29, "--gpu-memory allows 29 bytes and 30 are needed beside KV .*: raise it by more than 1"),
+    ],
+)
+def test_what_a_gpu_has_for_kv(
+    free: int, reserved: int, allocated: int, limit: int | None, expected: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    plan = MemoryModel("measured", {"weights": 9, "retrieval_head": 1, "runtime": 20}, KVCost(1, 1, 0, 0))
+    config, device = EngineConfig("nano", gpu_memory=limit), torch.device("cuda")
+    if isinstance(expected, int):
+        assert build.device_memory(config, plan, device) == expected
+    else:
+        with pytest.raises(MemoryPlanError, match=expected):
+            build.device_memory(config, plan, device)
 
 
 def test_a_tier_without_room_for_one_request_says_what_it_needs(make_llm: MakeLLM) -> None:

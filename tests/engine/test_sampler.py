@@ -203,6 +203,42 @@ def test_penalties_equal_the_naive_formula() -> None:
     assert torch.equal(logits, before)
 
 
+class Counting(list[int]):
+    """Tokens that know how many of them were read."""
+
+    read = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        Counting.read += len(found) if isinstance(index, slice) else 1
+        return found
+
+    def __iter__(self) -> Any:
+        raise AssertionError("all tokens were read")
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"repetition_penalty": 1.7},
+        {"frequency_penalty": 0.3},
+        {"presence_penalty": -0.9},
+        {"repetition_penalty": 0.6, "frequency_penalty": -0.3, "presence_penalty": 0.9},
+    ],
+)
+def test_penalties_keep_up_with_the_tokens_and_read_each_once(parameters: dict[str, Any]) -> None:
+    prompt, made = tuple(i % 7 for i in range(5000)), [3, 8, 8, 0, 8, 3, 9, 1]
+    growing = request(prompt=prompt, output=made[:2], **parameters)
+    growing.token_ids = Counting(growing.token_ids)
+    Counting.read = 0
+    for count in range(2, len(made) + 1):
+        logits = random_logits(1, vocab=12)
+        fresh = request(prompt=prompt, output=tuple(made[:count]), **parameters)
+        assert torch.equal(sampler._penalised(logits, [growing], ()), sampler._penalised(logits, [fresh], ()))
+        growing.token_ids += made[count : count + 1]
+    assert Counting.read <= len(prompt) + len(made)
+
+
 def test_penalties_change_the_choice_of_their_own_request_only() -> None:
     row = torch.zeros(10)
     row[4], row[6], row[7] = 2.0, 1.5, 1.0

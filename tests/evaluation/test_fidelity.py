@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from specontext import LLM
-from specontext.evaluation.fidelity.compare import Fidelity, compare_window, measures
+from specontext.distill.fidelity import measures
+from specontext.evaluation.fidelity.compare import Fidelity, compare_window
 from specontext.evaluation.fidelity.run import run_fidelity
 from specontext.evaluation.report import write_report
 from specontext.evaluation.run import Advance

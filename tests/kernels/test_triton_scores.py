@@ -21,7 +21,13 @@ FORMATS = [torch.float32, torch.float16, torch.bfloat16]
 # R, G, Hq / G, S, D
 SHAPES = [(1, 1, 1, 1, 64), (2, 2, 3, 141, 80), (3, 1, 16, 100, 96), (2, 3, 2, 333, 128), (1, 2, 5, 70, 256), (1, 1, 24, 40, 24)]
 
-Paged = Callable[[Tensor, Tensor, Tensor, int, Tensor, int], Tensor]
+# R, K, G / K, Hq / G, S, D: few keys that many queries read, wide ones among them
+SHARED = [
+    *[(1, 1, 9, 3, 300, 512), (2, 1, 15, 3, 141, 320), (3, 3, 3, 1, 129, 264), (1, 1, 24, 4, 131, 1024)],
+    *[(2, 2, 20, 7, 40, 40), (1, 1, 3, 2, 200, 96)],
+]
+
+Paged = Callable[..., Tensor]
 PAGED = pytest.mark.parametrize(
     "paged", [kernels.paged_retrieval_scores, paged_retrieval_scores_reference], ids=["triton", "torch"]
 )
@@ -43,16 +49,19 @@ def rand(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
-def exact_scores(query: Tensor, keys: Tensor, start: int, stops: list[int]) -> Tensor:
-    """The definition in float64, with query [R, Hq, D] and keys [R, S, G, D]."""
-    requests, span, groups, dim = keys.shape
+def exact_scores(query: Tensor, keys: Tensor, start: int, stops: list[int], groups: int | None = None) -> Tensor:
+    """The definition in float64, with query [R, Hq, D] and keys [R, S, K, D]."""
+    requests, span, key_heads, dim = keys.shape
+    groups = groups or key_heads
     ratio = query.shape[1] // groups
     scores = torch.full((requests, groups, span), -1.0, dtype=torch.float64)
     for r, stop in enumerate(stops):
         seen = keys[r, start:stop].cpu().double()
         for g in range(groups):
             if start < stop:
-                logits = query[r, g * ratio : (g + 1) * ratio].cpu().double() @ seen[:, g].T / math.sqrt(dim)
+                logits = (
+                    query[r, g * ratio : (g + 1) * ratio].cpu().double() @ seen[:, g * key_heads // groups].T / math.sqrt(dim)
+                )
                 scores[r, g, start:stop] = torch.softmax(logits, -1).amax(0)
     return scores
 
@@ -87,6 +96,24 @@ def test_scores(requests: int, groups: int, ratio: int, span: int, dim: int, dty
         close(scores(query, keys, start, torch.tensor(stops, device=DEVICE)), expected)
 
 
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize(("requests", "key_heads", "each", "ratio", "span", "dim"), SHARED)
+def test_groups_that_share_a_key(
+    requests: int, key_heads: int, each: int, ratio: int, span: int, dim: int, dtype: torch.dtype
+) -> None:
+    groups = key_heads * each
+    query = rand(requests, groups * ratio, dim, dtype=dtype, seed=0)
+    keys = rand(requests, span, key_heads, dim, dtype=dtype, seed=1)
+    stops = [span, span // 2, 4][:requests]
+    expected = exact_scores(query, keys, 4, stops, groups)
+    pool, table = in_pages(keys, 12, torch.int64)
+    at = torch.tensor(stops, device=DEVICE)
+    for scores in (kernels.retrieval_scores, retrieval_scores_reference):
+        close(scores(query, keys, 4, at, groups), expected)
+    for paged in (kernels.paged_retrieval_scores, paged_retrieval_scores_reference):
+        close(paged(query, pool, table, 4, at, span, groups), expected)
+
+
 @PAGED
 @pytest.mark.parametrize(
     ("page_size", "index", "dtype"),
@@ -106,17 +133,18 @@ def test_pages_are_read_in_place(page_size: int, index: torch.dtype, dtype: torc
 
 
 @PAGED
-def test_neither_company_nor_span_changes_a_number(paged: Paged) -> None:
+@pytest.mark.parametrize(("key_heads", "dim"), [(2, 32), (1, 272)])
+def test_neither_company_nor_span_changes_a_number(key_heads: int, dim: int, paged: Paged) -> None:
     if DEVICE == "cuda" and paged is paged_retrieval_scores_reference:
         pytest.skip("on a GPU the reference multiplies the keys of the whole span")
-    query, keys = rand(3, 8, 32, dtype=torch.float32, seed=0), rand(3, 600, 2, 32, dtype=torch.float32, seed=1)
+    query, keys = (rand(3, *shape, dim, dtype=torch.float32, seed=1) for shape in ((8,), (600, key_heads)))
     pool, table = in_pages(keys, 16, torch.int64)
     stops = torch.tensor([203, 600, 37], device=DEVICE)
-    together = paged(query, pool, table, 2, stops, 600)
+    together = paged(query, pool, table, 2, stops, 600, 2)
     for r, stop in enumerate(stops.tolist()):
         for span in (stop, min(stop + 50, 600)):
             one = slice(r, r + 1)
-            alone = paged(query[one], pool, table[one, : -(-span // 16)], 2, stops[one], span)
+            alone = paged(query[one], pool, table[one, : -(-span // 16)], 2, stops[one], span, 2)
             assert torch.equal(alone[0], together[r, :, :span])
 
 

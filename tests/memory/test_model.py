@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specontext.config import ConfigError
 from specontext.core import ModelShape
 from specontext.memory.facts import HeadFacts, ModelFacts, eagle3_head, weight_bytes
 from specontext.memory.model import (
@@ -20,12 +22,19 @@ from specontext.memory.model import (
     workspace_bytes,
 )
 from specontext.memory.presets import PRESETS
-from specontext.memory.speed import Bandwidths, decode_floor, floor_seconds, measure_bandwidths
+from specontext.memory.speed import (
+    Bandwidths,
+    decode_floor,
+    floor_seconds,
+    measure_bandwidths,
+    measure_products,
+    prefill_operations,
+)
 
 SHAPE = ModelShape(
     layers=4, hidden_size=64, query_heads=8, kv_heads=2, head_dim=16, vocab_size=90, max_position=512, dtype=torch.float16
 )
-HEAD = HeadFacts(parameters=1000, heads=6, kv_heads=3, head_dim=8, feature_width=192)
+HEAD = HeadFacts(parameters=1000, heads=6, kv_heads=3, key_heads=3, head_dim=8, feature_width=192, state_width=64)
 FACTS = ModelFacts("small", SHAPE, parameters=5000, lookup_parameters=90 * 64, intermediate_size=96, head=HEAD)
 RUN = RunSettings(requests=3, max_tokens=100, budget=32, slots=40, sink=4, recent=16, page_size=16)
 ENTRY = 2 * 2 * 16 * 2  # KV heads, K and V, head dim, bytes: one token of one layer
@@ -68,7 +77,7 @@ def test_measured_counts_pages_slots_and_keys() -> None:
     assert parts["runtime"] == 12345 and parts["graphs"] == 77
     assert parts["kv_device"] == 3 * 3 * 64 * ENTRY
     assert parts["slots"] == 3 * (1 + 1) * 48 * ENTRY  # one layer is offloaded and the slots of one more are kept free
-    assert parts["keys"] == 3 * 64 * 3 * 8 * 2
+    assert parts["keys"] == 3 * 64 * 49  # a page of 2,048 bytes holds the keys of 42 tokens, 48 bytes each, and has a rest
     assert parts["kv_host"] == 3 * 1 * 64 * ENTRY + 16 * ENTRY  # and the null page
     assert model.device(50, 3, 1) == sum(parts.values()) - parts["kv_host"]
     assert model.host(50, 3, 0) == 0
@@ -76,12 +85,23 @@ def test_measured_counts_pages_slots_and_keys() -> None:
     assert measured_model(FACTS, RUN, spare_layers=0).by_part(50, 3, 0)["slots"] == 0
 
 
+def test_keys_that_groups_share_are_counted_once_and_have_to_fit_a_page() -> None:
+    def facts(key_heads: int, width: int) -> ModelFacts:
+        return replace(FACTS, head=replace(HEAD, kv_heads=6, key_heads=key_heads, head_dim=width))
+
+    assert [facts(heads, 32).key_bytes_per_token for heads in (1, 2, 6)] == [64, 128, 384]
+    assert facts(1, 512).tokens_of_key_page(8) == 1
+    assert measured_model(facts(1, 512), RUN).kv.common_token == 1024
+    with pytest.raises(ConfigError, match="keys of one token take 1040: set page_size to 9 or more"):
+        measured_model(facts(1, 520), replace(RUN, page_size=8))
+
+
 @pytest.mark.parametrize(("granularity", "groups"), [("head", 3), ("union", 1)])
 def test_tables_have_a_row_for_each_seat_and_one_for_padding(granularity: str, groups: int) -> None:
     token_pages, slot_pages = 2 * 4 * 7 * 8, 4 * 3 * 8  # two tiers; layers, pages of 100 tokens, int64
     key_pages = -(-100 // (16 * ENTRY // (3 * 8 * 2))) * 8  # keys of as many tokens as a page of KV has room for
     hot_slots, slot_of_token = 2 * groups * (40 - 4 - 16) * 4, groups * 100 * 4  # int32
-    last_selection, counters, feature = groups * 32 * 4, (11 + 4) * 8, 192 * 2
+    last_selection, counters, feature = groups * 32 * 4, (11 + 4) * 8, 64 * 2
     row = token_pages + slot_pages + key_pages + hot_slots + slot_of_token + last_selection + counters + feature
     run = RunSettings(**(RUN.__dict__ | {"granularity": granularity}))
     maps = 4 * (8 * (FACTS.shape.kv_heads + 1 + groups) + 1) + 4 + 11 * 8  # layers: map, numbers, readers, flags; steps; left
@@ -143,6 +163,17 @@ def test_floor_of_a_decode_step_by_hand() -> None:
     assert resident.host_bytes == 0 and resident.seconds == resident.device_bytes / 1e9
     short = decode_floor(FACTS, speed, offloaded=4, **(options | {"length": 20}))
     assert short.host_bytes == 0  # all of it has a slot
+
+
+def test_operations_of_reading_by_hand() -> None:
+    shape = FACTS.shape
+    pairs = 10 * 10 / 2  # of a query and a key before it
+    attention = shape.layers * shape.query_heads * pairs * 2 * 2 * shape.head_dim
+    assert prefill_operations(FACTS, 10) == 2 * (5000 - 90 * 64) * 10 + attention
+
+
+def test_products_can_be_measured() -> None:
+    assert 1e8 < measure_products(torch.device("cpu"), torch.float32, size=128) < 1e14
 
 
 def test_bandwidths_can_be_measured() -> None:

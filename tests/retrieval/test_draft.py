@@ -106,6 +106,11 @@ def specforge_scaled(folder: Path, kv_heads: int = KV_HEADS) -> Path:
     return specforge(folder, kv_heads, rope_scaling={"type": "linear", "factor": 3.0})
 
 
+def specpv(folder: Path, kv_heads: int = KV_HEADS) -> Path:
+    """Its YaRN has base 10000, whatever the config says."""
+    return specforge(folder, kv_heads, rope_scaling=YARN | {"type": "yarn", "finetuned": True}, max_position_embeddings=128)
+
+
 def angelslim(folder: Path, kv_heads: int = KV_HEADS) -> Path:
     config = LAYER_CONFIG | {"architectures": ["Eagle3LlamaForCausalLM"], "rope_theta": 1e6, "tie_word_embeddings": True}
     return write(
@@ -144,6 +149,7 @@ CASES = [
     (eagle_safetensors, {"rope_type": "default", "rope_theta": 10000.0}, (2, 4, 5)),
     (specforge, {"rope_type": "default", "rope_theta": 500.0}, (1, 4, 6)),
     (specforge_scaled, {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}, (1, 4, 6)),
+    (specpv, YARN | {"rope_theta": 10000.0}, (1, 4, 6)),
     (angelslim, {"rope_type": "default", "rope_theta": 10000.0}, (2, 4, 5)),
     (speculators, {"rope_type": "default", "rope_theta": 500.0}, (1, 4, 6)),
     (speculators_qwen3, YARN | {"rope_theta": 300.0}, (1, 4, 6)),
@@ -210,8 +216,9 @@ def test_a_head_selects_what_the_draft_s_own_attention_selects(tmp_path, dialect
     assert head.config.feature_layers == feature_layers
     generator = torch.Generator().manual_seed(3)
     embeddings, features = torch.randn(80, HIDDEN, generator=generator), torch.randn(80, 3 * HIDDEN, generator=generator)
+    features[0] = 0  # a draft sees each token's predecessor, and position 0 has none
     expected = draft_attention(folder, rope, embeddings, features)
-    queries, keys = head(embeddings, features, torch.arange(80))
+    queries, keys = head(embeddings, features.roll(-1, 0), torch.arange(80))
     torch.testing.assert_close(queries, expected[0], atol=2e-4, rtol=2e-4)
     torch.testing.assert_close(keys, expected[1], atol=2e-4, rtol=2e-4)
     for length in (80, 41, 20):
@@ -228,7 +235,13 @@ def test_the_number_of_heads_and_a_missing_head_dim(tmp_path) -> None:
 
 def test_what_is_known_of_the_draft_is_kept(tmp_path) -> None:
     expected = sum(t.numel() for name, t in draft_tensors().items() if name not in ("d2t", "t2d"))
-    for dialect, name, length in ((eagle, "EAGLE", 2048), (specforge, "SpecForge", 4096), (speculators, "speculators", 2048)):
+    lengths = (
+        (eagle, "EAGLE", 2048),
+        (specforge, "SpecForge", 4096),
+        (specpv, "SpecPV", 32768),
+        (speculators, "speculators", 2048),
+    )
+    for dialect, name, length in lengths:
         folder = dialect(tmp_path / name)
         config = load_head(folder, target=TARGET).config
         assert config.source == f"EAGLE-3 draft {name}, {name} dialect"

@@ -77,7 +77,8 @@ def test_queries_and_keys_equal_the_attention_input_of_eagle3(variant: str, qk_n
 
     x = norm(embeddings, weights["input_layernorm.weight"])
     if features is not None:
-        x = torch.cat((x, norm(features @ weights["fc.weight"].T, weights["hidden_norm.weight"])), -1)
+        before = torch.cat((torch.zeros(1, 3 * 32), features[:-1]))
+        x = torch.cat((x, norm(before @ weights["fc.weight"].T, weights["hidden_norm.weight"])), -1)
     expected = []
     for name, heads in (("q", 6), ("k", 2)):
         projected = (x.float() @ weights[f"{name}_proj.weight"].T).view(7, heads, 12)
@@ -90,13 +91,48 @@ def test_queries_and_keys_equal_the_attention_input_of_eagle3(variant: str, qk_n
     torch.testing.assert_close(keys, expected[1], rtol=1e-4, atol=1e-4)
 
 
-def test_a_token_s_key_does_not_depend_on_its_company() -> None:
-    head, generator = random_head(), torch.Generator().manual_seed(2)
+@pytest.mark.parametrize("rank", [None, 5])
+def test_few_keys_that_know_their_own_token_serve_many_queries(rank: int | None) -> None:
+    head = random_head(kv_heads=6, heads=12, key_heads=2, key_inputs="around", query_rank=rank)
+    generator = torch.Generator().manual_seed(1)
+    embeddings, features = (torch.randn(7, width, generator=generator) for width in (32, 3 * 32))
+    weights = head.state_dict()
+    own = norm(features @ weights["fc.weight"].T, weights["hidden_norm.weight"])
+    x = norm(embeddings, weights["input_layernorm.weight"])
+    before = torch.cat((torch.zeros(1, 32), own[:-1]))
+    query = weights["q_proj.weight"] if rank is None else weights["q_b_proj.weight"] @ weights["q_a_proj.weight"]
+    expected = (
+        (torch.cat((x, before), -1).float() @ query.T).view(7, 12, 12),
+        (torch.cat((x, own, before), -1).float() @ weights["k_proj.weight"].T).view(7, 2, 12),
+    )
+    for mine, plain in zip(head(embeddings, features, torch.arange(7)), expected, strict=True):
+        torch.testing.assert_close(mine, hugging_face_rope(plain, torch.arange(7), 500.0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"key_heads": 1, "key_inputs": "around", "query_rank": 5}])
+def test_queries_of_some_rows_are_those_of_all(changes: dict[str, Any]) -> None:
+    head, generator = random_head(**changes), torch.Generator().manual_seed(2)
+    embeddings, features = torch.randn(2, 5, 32, generator=generator), torch.randn(2, 5, 96, generator=generator)
+    rows = torch.tensor([[4, 0, 2], [1, 1, 3]])
+    queries, keys = head(embeddings, features, torch.arange(5))
+    some, same = head(embeddings, features, torch.arange(5), rows)
+    torch.testing.assert_close(same, keys)
+    for n in range(2):
+        torch.testing.assert_close(some[n], queries[n, rows[n]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"key_heads": 1, "key_inputs": "around", "query_rank": 5}])
+def test_a_token_s_key_does_not_depend_on_its_company(changes: dict[str, Any]) -> None:
+    head, generator = random_head(**changes), torch.Generator().manual_seed(2)
     embeddings, features = torch.randn(5, 32, generator=generator), torch.randn(5, 96, generator=generator)
-    _, together = head(embeddings, features, torch.arange(5))
+    queries, together = head(embeddings, features, torch.arange(5))
+    fused = head.fuse(features)
     for i in range(5):
-        _, alone = head(embeddings[i : i + 1], features[i : i + 1], torch.tensor([i]))
+        before = fused[i - 1 : i] if i else torch.zeros(1, 32)
+        alone = head.keys(embeddings[i : i + 1], fused[i : i + 1], before, torch.tensor([i]))
         torch.testing.assert_close(alone[0], together[i], rtol=1e-5, atol=1e-5)
+        query = head.queries(embeddings[i : i + 1], before, torch.tensor([i]))
+        torch.testing.assert_close(query[0], queries[i], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +140,11 @@ def test_a_token_s_key_does_not_depend_on_its_company() -> None:
     [
         ({"variant": "output"}, "unknown retrieval head variant 'output'"),
         ({"heads": 5}, "5 query heads do not divide into 2 retrieval groups"),
+        ({"key_inputs": "after"}, "unknown key_inputs 'after'"),
+        ({"key_inputs": "around", "variant": "embedding"}, "key_inputs 'around' reads features"),
+        ({"key_heads": 4}, "2 retrieval groups do not divide into 4 key heads"),
+        ({"key_heads": 0}, "key_heads of a retrieval head must be a positive integer or null"),
+        ({"query_rank": 2.5}, "query_rank of a retrieval head must be a positive integer or null"),
         ({"kv_heads": 0}, "kv_heads of a retrieval head must be a positive integer"),
         ({"feature_layers": ()}, "must name its feature_layers"),
         ({"feature_layers": (1, 2, 1)}, r"feature_layers \[1, 2, 1\] are not distinct"),

@@ -47,7 +47,7 @@ def change_config(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "bands"])
 def test_heads_of_every_kind_are_read_back(
     family: str, checkpoint: Callable[[str], Path], reference: Callable[[str], Any]
 ) -> None:
@@ -291,7 +291,7 @@ def test_auto_takes_the_known_draft_of_a_model(target: ModelShape, monkeypatch: 
         raise HeadError("stop here")
 
     monkeypatch.setattr("specontext.retrieval.catalog.load_head", refuse)
-    for model, draft in KNOWN_DRAFTS.items():
+    for model, (draft, *_) in KNOWN_DRAFTS.items():
         with pytest.raises(HeadError):
             find_head("auto", model_name=model, model_path=None, target=target)
         assert asked.pop() == draft

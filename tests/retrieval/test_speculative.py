@@ -16,7 +16,7 @@ from specontext.core import ModelShape, Selection
 from specontext.retrieval.checkpoint import load_head
 from specontext.retrieval.head import RetrievalHead
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "bands")
 BUDGET, SINK, RECENT = 14, 2, 4
 
 
@@ -40,11 +40,14 @@ def plain_selection(head: RetrievalHead, embeddings: Tensor, inputs: list[Tensor
     features = None
     if c.variant == "features":
         known = torch.cat([inputs[layer] for layer in c.feature_layers], dim=-1)
-        features = torch.cat((torch.zeros_like(known[:1]), known))  # each token sees its predecessor's
+        features = torch.cat((known, torch.zeros_like(known[:1])))  # nobody sees the last token's
     queries, keys = head(embeddings, features, torch.arange(length))
     candidates = list(range(SINK, length - RECENT))
     weights = torch.stack(
-        [torch.softmax(keys[candidates, h * c.kv_heads // c.heads] @ queries[-1, h] / c.head_dim**0.5, 0) for h in range(c.heads)]
+        [
+            torch.softmax(keys[candidates, h * c.key_count // c.heads] @ queries[-1, h] / c.head_dim**0.5, 0)
+            for h in range(c.heads)
+        ]
     )
     groups = weights.view(c.kv_heads, -1, len(candidates)).amax(1)
     if one_set:

@@ -19,8 +19,8 @@ from specontext.distill.attention import head_log_weights
 from specontext.distill.draft import Draft
 from specontext.distill.draft_files import load_draft, save_draft
 from specontext.distill.recall import candidates
+from specontext.distill.student import Student
 from specontext.distill.target import Target
-from specontext.distill.trainer import Student
 from specontext.engine.build import facts_of_loaded
 from specontext.locations import shape_of
 from specontext.memory.speed import Bandwidths, decode_floor

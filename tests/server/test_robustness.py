@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from specontext.core import RequestError
+from specontext.engine.llm_engine import LLMEngine
 from tests.server.serving import PATIENCE, Server, check_free, make_engine, running, wait_for
 
 TEXT = "/v1/completions"
@@ -215,8 +216,21 @@ def test_a_dead_engine_ends_the_server() -> None:
         assert not server.thread.is_alive() and "died" in str(server.ended[0])
 
 
+def checked_when_closed(engine: LLMEngine) -> LLMEngine:
+    """The engine must have given back all pages by the time it is closed."""
+    close = engine.close
+
+    def closing() -> None:
+        if not engine.closed:
+            check_free(engine)
+        close()
+
+    engine.close = closing  # type: ignore[method-assign]
+    return engine
+
+
 def test_draining() -> None:
-    with running(make_engine(), shutdown_timeout=PATIENCE) as own:
+    with running(checked_when_closed(make_engine()), shutdown_timeout=PATIENCE) as own:
         stream = open_stream(own, ENDLESS | {"max_tokens": 300})
         assert stream.recv(100)
         own.stop()
@@ -228,11 +242,11 @@ def test_draining() -> None:
         assert not own.thread.is_alive() and not own.ended
         with pytest.raises(httpx.ConnectError):
             own.get("/health")
-        check_free(own.engine)
+        assert own.engine.closed
 
 
 def test_draining_has_an_end() -> None:
-    with running(make_engine(), shutdown_timeout=0.2) as server:
+    with running(checked_when_closed(make_engine()), shutdown_timeout=0.2) as server:
         stream = open_stream(server, ENDLESS)
         assert stream.recv(100)
         server.stop()
@@ -241,5 +255,5 @@ def test_draining_has_an_end() -> None:
             received += piece
         assert b"shutting down" in received and b'"code":"shutting_down"' in received
         server.thread.join(PATIENCE)
-        assert not server.thread.is_alive()
-        check_free(server.engine)
+        assert not server.thread.is_alive() and not server.ended
+        assert server.engine.closed

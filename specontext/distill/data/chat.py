@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from specontext.distill.data.documents import Document, marked
 from specontext.distill.data.encoder import Encoder
 from specontext.distill.data.source import DataError
+from specontext.models.chat_template import ChatTemplate, ChatTemplateError
 
 MARKS_GENERATION = re.compile(r"\{%-?\s*generation\b")
 
@@ -26,7 +27,8 @@ def conversation(messages: object, encoder: Encoder, where: str, *, tools: Any =
         where: names the row in errors.
 
     Raises:
-        DataError: no chat template, messages that it refuses, none of the assistant, or a part that cannot be found.
+        DataError: no chat template, messages that it refuses or leaves text of out, none of the assistant, or a part that
+            cannot be found.
     """
     if not isinstance(messages, list) or not all(isinstance(one, Mapping) and "role" in one for one in messages):
         raise DataError(f"'messages' of {where} must be a list of objects with 'role' and 'content'")
@@ -35,14 +37,29 @@ def conversation(messages: object, encoder: Encoder, where: str, *, tools: Any =
     if not encoder.tokenizer.chat_template:
         raise DataError(f"{where} has 'messages' and the tokenizer no chat template: give rows with 'prompt' and 'completion'")
     try:
-        ids, said = _encode(messages, encoder, where, tools)
+        template = ChatTemplate(encoder.tokenizer)
+        settled = template.settle([_with_content(one, where) for one in messages], tools=tools)
+        ids, said = _encode(settled, encoder, where, tools)
     except DataError:
         raise
+    except ChatTemplateError as error:
+        raise DataError(f"the messages of {where} cannot be written out: {error}") from error
     except (TemplateError, TypeError, KeyError, ValueError) as error:
         raise DataError(f"the tokenizer's chat template does not take the messages of {where}: {error}") from error
     if not any(said):
         raise DataError(f"the tokenizer's chat template marks nothing of the assistant's in {where}: nothing could be learned")
     return marked(ids, said, encoder.opening)
+
+
+def _with_content(message: Mapping, where: str) -> Mapping:
+    """The message with content of text, parts of text, or None, as chat templates take it."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    if not isinstance(content, str | list | None) or not all(
+        isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in parts
+    ):
+        raise DataError(f"the message of role '{message['role']}' in {where} has content that is no text: leave the row out")
+    return {**message, "content": content}
 
 
 def _encode(messages: Sequence[Mapping], encoder: Encoder, where: str, tools: Any) -> tuple[list[int], list[bool]]:

@@ -14,16 +14,16 @@ from specontext.distill.data.source import DataError, Sequences, Source, check_s
 Sizes = Callable[[int], tuple[int, int]]  # length and rows that a step is drawn with
 
 
-class Evenly:
-    """Every sequence comes from one of `sources`, each as likely as the others, drawn by (seed, step)."""
+class Weighted:
+    """Every sequence comes from one of `sources`, as likely as its weight says, drawn by (seed, step)."""
 
-    def __init__(self, sources: Sequence[Source], seed: int) -> None:
-        self.sources, self.seed = tuple(sources), seed
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], seed: int) -> None:
+        self.sources, self.weights, self.seed = tuple(sources), tuple(weights), seed
 
     def draw(self, step: int, length: int, rows: int) -> Sequences:
         check_size(step, length, rows)
         rng = random.Random(f"mixing/{self.seed}/{step}")
-        chosen = torch.tensor([rng.randrange(len(self.sources)) for _ in range(rows)])
+        chosen = torch.tensor(rng.choices(range(len(self.sources)), self.weights, k=rows))
         ids = torch.zeros((rows, length), dtype=torch.int64)
         lengths = torch.zeros(rows, dtype=torch.int64)
         wanted = torch.zeros((rows, length), dtype=torch.bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from specontext.distill.data.documents import Documents, Joined, TextFiles
 from specontext.distill.data.encoder import Encoder
 from specontext.distill.data.hub import hub_rows, parquet_rows
 from specontext.distill.data.jsonl import JsonLines
-from specontext.distill.data.mixing import Evenly
+from specontext.distill.data.mixing import Weighted
 from specontext.distill.data.source import DataError, Source
 from specontext.distill.data.tasks import TaskSource
 from specontext.distill.data.text import DocumentSource
@@ -33,11 +34,12 @@ def open_sources(
     held_out: bool = False,
     vocab_size: int | None = None,
 ) -> Source:
-    """The source that draws evenly from everything that `specs` name.
+    """The source that draws from everything that `specs` name, evenly or by weights.
 
     `tasks` or `tasks:KIND,KIND` are generated problems. A `.jsonl` or `.parquet` file has a document in every row (see
     `rows.document` for the forms), any other file is a text. A directory is all of these below it, sorted by path; hidden
-    files and files that are not text are left out. `hf:org/name:split:field` is a data set of the Hub.
+    files and files that are not text are left out. `hf:org/name:split:field` is a data set of the Hub. Each of these may end with
+    `=WEIGHT`: sequences come from it as often as from one without, times WEIGHT.
 
     Args:
         held_out: open the part that is kept from training, disjoint from what is opened without it whatever the seeds: of ten
@@ -47,14 +49,33 @@ def open_sources(
             beyond it.
 
     Raises:
-        DataError: a spec that is not understood, data that cannot be read or used, fewer than two tokens in one of them.
+        DataError: a spec or weight that is not understood, data that cannot be read or used, fewer than two tokens in any.
     """
     listed = [specs] if isinstance(specs, str | Path) else list(specs)
     if not listed:
         raise DataError(f"no data was given: give {FORMS}")
     encoder = Encoder(tokenizer, vocab_size)
-    sources = [_open(str(spec), encoder, f"{seed}/{number}", held_out) for number, spec in enumerate(listed)]
-    return sources[0] if len(sources) == 1 else Evenly(sources, seed)
+    parts = [with_weight(str(spec)) for spec in listed]
+    sources = [_open(spec, encoder, f"{seed}/{number}", held_out) for number, (spec, _) in enumerate(parts)]
+    return sources[0] if len(sources) == 1 else Weighted(sources, [weight for _, weight in parts], seed)
+
+
+def with_weight(spec: str) -> tuple[str, float]:
+    """What a spec names, and its weight: `corpus.jsonl=0.3`; 1 where it says none. A file's own name may have a '='.
+
+    Raises:
+        DataError: a weight that is no number above 0.
+    """
+    name, sign, written = spec.rpartition("=")
+    if not sign or (not spec.startswith(("tasks", "hf:")) and Path(spec).expanduser().exists()):
+        return spec, 1.0
+    try:
+        weight = float(written)
+    except ValueError:
+        return spec, 1.0  # what is not there is said where it is opened
+    if not 0 < weight < math.inf:
+        raise DataError(f"the weight of {name} must be a number above 0, got {written}")
+    return name, weight
 
 
 def _open(spec: str, encoder: Encoder, key: str, held_out: bool) -> Source:

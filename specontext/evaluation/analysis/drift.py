@@ -158,14 +158,17 @@ def measure_drift(
         ids = torch.tensor([[*prompt, *output.token_ids]], device=target.device)
         with torch.no_grad():
             seen = target.observe(ids)
-        dense = seen.features[0, 1:]  # of the token at each position; the last token was never processed
+        dense = seen.features[0]
         for start in range(0, len(output.token_ids) - 1, BIN):
             end = min(start + BIN, len(output.token_ids) - 1)
             places = range(len(prompt) + start, len(prompt) + end)
             sparse = torch.stack([record.features[place] for place in places])
             distance = feature_distance(sparse, dense[places.start : places.stop], len(head.config.feature_layers))
             rows = torch.arange(places.start, places.stop, device=target.device)[None]
-            until = Observation(*(part[:, : places.stop] for part in (seen.ids, seen.embeddings, seen.features, seen.hidden)))
+            ids, embeddings, features, hidden = (
+                part[:, : places.stop] for part in (seen.ids, seen.embeddings, seen.features, seen.hidden)
+            )
+            until = Observation(ids, embeddings, features, hidden)
             far, always = candidates(rows, places.stop, method.sink, method.recent)
             with torch.no_grad():
                 weights = head_log_weights(head, until, rows, far).exp()

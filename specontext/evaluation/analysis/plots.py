@@ -127,7 +127,7 @@ def _references(rows: list[Row]) -> list[tuple[str, list[Row], dict[str, Any]]]:
     return found
 
 
-def _against_budget(what: str, label: str, title: str) -> Callable[[list[Row], dict[str, Any]], Any]:
+def _against_budget(what: str, label: str, title: str, *, log: bool = False) -> Callable[[list[Row], dict[str, Any]], Any]:
     def draw(rows: list[Row], report: dict[str, Any]) -> Any:
         mine = find(rows, what=what, layer=None)
         if not mine:
@@ -136,6 +136,8 @@ def _against_budget(what: str, label: str, title: str) -> Callable[[list[Row], d
         axes = figure.add_subplot()
         shown = [one for one in _references(mine) if not (what == "hit_rate" and one[0] == NAMES["oracle"])]
         _lines(axes, _speculative(mine) + shown, "budget")
+        if log and all(one["value"] > 0 for one in mine):
+            axes.set_yscale("log")
         _log2(axes, (one["budget"] for one in mine), "budget (KV entries, sinks and recent tokens among them)")
         return _finish(figure, axes, label, f"{report['target']}, contexts of {mine[0]['length']:,} tokens: {title}")
 
@@ -224,6 +226,13 @@ def _drift(rows: list[Row], report: dict[str, Any]) -> Any:
 PLOTS: dict[str, Callable[[list[Row], dict[str, Any]], Any]] = {
     "recall_vs_budget.png": _against_budget("recall", "attention recall", "share of the attention mass that is read"),
     "hit_rate_vs_budget.png": _against_budget("hit_rate", "hit rate", "share of each layer's own best tokens that are read"),
+    "kl_divergence_vs_budget.png": _against_budget(
+        "kl_divergence", "KL divergence (nats a token)", "distance of the output from that with everything read", log=True
+    ),
+    "perplexity_ratio_vs_budget.png": _against_budget(
+        "perplexity_ratio", "perplexity ratio", "perplexity of the text over that with everything read", log=True
+    ),
+    "agreement_vs_budget.png": _against_budget("agreement", "agreement", "positions with the same most likely token"),
     "overlap_vs_budget.png": _against_budget("overlap", "overlap", "scored tokens that the step before had scored too"),
     "recall_vs_length.png": _against_length,
     "recall_heat_map.png": _heat_map,

@@ -23,6 +23,7 @@ from specontext.engine.llm import LLM
 from specontext.evaluation.analysis.drift import PROGRAM_LENGTH, PROMPTS, draw_prompts, drift_budget, measure_drift
 from specontext.evaluation.analysis.entrants import feature_layers, load_heads, make_entrants
 from specontext.evaluation.analysis.lengths import length_curve, standard_lengths
+from specontext.evaluation.analysis.losses import loss_rows
 from specontext.evaluation.analysis.overlap import overlap_rows
 from specontext.evaluation.analysis.recall import ORACLE, Tick, judge
 from specontext.evaluation.analysis.rows import Row, recall_targets
@@ -111,6 +112,8 @@ class Analysis:
         self.rows += judged.rows(length) + judged.hit_rows(length)
         kinds = [*entrants[0].standard().kinds("head"), Kind("shared_oracle", "head"), ORACLE]
         self.rows += judged.layer_rows(length, kinds, eighth)
+        tick = self.begin("what the model loses", len(samples))
+        self.rows += loss_rows(target, entrants, samples, budgets, length, self.settings, tick=tick)
         tick = self.begin("overlap of adjacent steps", len(samples))
         self.rows += overlap_rows(target, entrants, samples, budgets, length, self.settings, tick=tick)
 

@@ -8,6 +8,7 @@ from typing import Any
 KEYS = ("what", "method", "granularity", "variant", "map", "budget", "length", "layer", "head", "value")
 METHODS = ("speculative", "oracle", "shared_oracle", "streaming", "random", "full")
 MAPS = ("own", "identity", "calibrated")  # in the order in which one is taken for a head's standard
+LOSSES = ("kl_divergence", "perplexity_ratio", "agreement")  # of the model's output, against everything read
 LENGTH_CURVE = "recall_vs_length"  # for the head with a colon and the YaRN state: no_yarn, yarn or default
 
 Row = dict[str, Any]

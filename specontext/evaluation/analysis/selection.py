@@ -72,6 +72,7 @@ class View:
         far, always: bool [N, 1, Q, S], as of `candidates`.
         weights: float32 [N, G, Q, S], of each head by its label.
         shared: float32 [N, Hkv, Q, S], the true attention, mean over layers and maximum in each group.
+        seen: what the dense pass showed.
     """
 
     rows: Tensor
@@ -80,6 +81,7 @@ class View:
     always: Tensor
     weights: dict[str, Tensor]
     shared: Tensor
+    seen: Observation
 
     @property
     def span(self) -> int:
@@ -97,16 +99,21 @@ def look(
     sink: int,
     recent: int,
     listeners: Sequence[LayerListener] = (),
+    stored: bool = False,
 ) -> View:
-    """Run sequences [N, S] through target and heads; the RoPE of the heads is set to each entrant's."""
+    """Run sequences [N, S] through target and heads; the RoPE of the heads is set to each entrant's.
+
+    Args:
+        stored: keep the keys and values of all layers.
+    """
     far, always = candidates(rows, ids.shape[1], sink, recent)
     teacher = Teacher(identity_map(target), target.groups)
-    seen = target.observe(ids, rows, teacher, *listeners)
+    seen = target.observe(ids, rows, teacher, *listeners, keep=stored)
     weights = {}
     for entrant in entrants:
         entrant.head.set_rope(yarn_factor=entrant.yarn_factor)
         weights[entrant.label] = head_log_weights(entrant.head, seen_by(entrant.head, seen, target), rows, far).exp()
-    return View(rows, real, far, always, weights, teacher.weights)
+    return View(rows, real, far, always, weights, teacher.weights, seen)
 
 
 def seen_by(head: RetrievalHead, seen: Observation, target: Target) -> Observation:

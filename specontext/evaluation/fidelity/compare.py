@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from specontext.core import SamplingParams
+from specontext.distill.fidelity import measures
 from specontext.engine.llm import LLM
 from specontext.evaluation.windows import Window
 
@@ -43,18 +44,6 @@ class Fidelity:
     cross_entropy: float
     full_cross_entropy: float
     stats: dict[str, Any]
-
-
-def measures(full: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """Agreement, KL(full || row) and cross-entropy of each row, float64 [R, 3].
-
-    Args:
-        full: logits [R, V] of full attention; logits: [R, V] of the same positions; targets: int64 [R], the tokens that follow.
-    """
-    expected, found = full.double().log_softmax(-1), logits.double().log_softmax(-1)
-    same = logits.argmax(-1) == full.argmax(-1)
-    divergence = torch.where(expected > -torch.inf, expected.exp() * (expected - found), 0.0).sum(-1)
-    return torch.stack((same.double(), divergence, -found.gather(-1, targets[:, None])[:, 0]), dim=-1)
 
 
 class Comparison:

@@ -1,12 +1,14 @@
-"""Triton kernels of `retrieval_scores` and `paged_retrieval_scores`: two launches, and every key is read once.
+"""Triton kernels of `retrieval_scores` and `paged_retrieval_scores`: two launches, and every key is read from memory once.
 
-1. One program per (group, chunk of CHUNK positions, request) writes the logits of the group's heads and, for each head, the
-   log-sum-exp of its chunk. Programs of neighbouring groups run side by side, so the rows [G, D] of a token are read together.
+1. One program per (key head, chunk of positions, request) writes the logits of the query heads that read this key, and, for each
+   of them, the log-sum-exp of its chunk. Programs of neighbouring key heads run side by side, so the keys of a token are read
+   together. `_chunk_logits` holds the queries of a narrow key (D up to 256, up to 32 query heads) in registers while keys stream
+   by; `_wide_logits` multiplies tile by tile, piece by piece of D, and reads its queries again for each tile, from the L2 cache.
 2. One program per (group, tile of positions, request) merges the log-sum-exps of the chunks, a few KB, and writes
    2 ** max over heads (logit - log-sum-exp).
 
-Logits are in base 2 (scaled by log2 e). For bfloat16 keys and D = 128, keys are 256 bytes a position and group and are read from
-memory; logits are 4 bytes a query head, written and read, and mostly stay in the L2 cache; scores are 4 bytes.
+Logits are in base 2 (scaled by log2 e). For bfloat16 keys and D = 128, keys are 256 bytes a position and key head and are read
+from memory; logits are 4 bytes a query head, written and read, and mostly stay in the L2 cache; scores are 4 bytes a group.
 
 Chunks are aligned to positions and merged in order, so a request's scores depend neither on the other requests nor on the span.
 """
@@ -24,6 +26,9 @@ from torch import Tensor
 
 CHUNK = 512  # positions of one program of the first launch
 TILE_BYTES = 32768  # of keys that one step of its loop loads; three such stages are in flight
+WIDE_CHUNK = 128  # positions of one program of the first launch where keys are wide
+WIDE_PIECE = 128  # bytes of a key, and of a query, that one step of its loop loads
+MOST_HEADS = 128  # query heads of one such program
 PARTS = 128  # chunks that are merged at a time
 LEAST = tl.constexpr(-3.0e38)
 TINY = tl.constexpr(1.0e-37)
@@ -41,11 +46,11 @@ def _chunk_logits(
     span,
     width,
     chunks,
-    groups,
+    key_heads,
     scale,
     key_stride_page,
     key_stride_token,
-    key_stride_group,
+    key_stride_head,
     table_stride,
     PAGE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -56,12 +61,12 @@ def _chunk_logits(
     CHUNK: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    group, chunk = tl.program_id(0), tl.program_id(1)
+    key_head, chunk = tl.program_id(0), tl.program_id(1)
     request = tl.program_id(2).to(tl.int64)
     stop = tl.minimum(tl.load(stops + request), span).to(tl.int32)
     head = tl.arange(0, HEADS_PADDED)
     dim = tl.arange(0, DIM_PADDED)
-    first_head = (request * groups + group) * HEADS
+    first_head = (request * key_heads + key_head) * HEADS
 
     # Queries are the narrow operand [D, heads], so that positions fill the tall side of the tensor cores.
     present = (head[None, :] < HEADS) & (dim[:, None] < DIM)
@@ -83,7 +88,7 @@ def _chunk_logits(
             row = page * key_stride_page + (position % PAGE) * key_stride_token
         else:
             row = request * key_stride_page + position.to(tl.int64) * key_stride_token
-        address = keys + row[:, None] + group * key_stride_group + dim[None, :]
+        address = keys + row[:, None] + key_head * key_stride_head + dim[None, :]
         k = tl.load(address, mask=seen[:, None] & (dim[None, :] < DIM), other=0.0, eviction_policy="evict_first")
         if WIDEN:
             k = k.to(tl.float32)
@@ -98,6 +103,69 @@ def _chunk_logits(
     best = tl.max(top, 0)
     whole = tl.sum(total * tl.exp2(top - best[None, :]), 0)
     tl.store(lse + (first_head + head) * chunks + chunk, best + tl.log2(tl.maximum(whole, TINY)), mask=head < HEADS)
+
+
+@triton.jit(do_not_specialize=["start", "span", "chunks"])
+def _wide_logits(
+    query,
+    keys,
+    table,
+    stops,
+    logits,
+    lse,
+    start,
+    span,
+    width,
+    chunks,
+    key_heads,
+    scale,
+    key_stride_page,
+    key_stride_token,
+    key_stride_head,
+    table_stride,
+    PAGE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PIECE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    tiles: tl.constexpr = (HEADS + HEADS_TILE - 1) // HEADS_TILE
+    key_head, chunk = tl.program_id(0) // tiles, tl.program_id(1)
+    request = tl.program_id(2).to(tl.int64)
+    stop = tl.minimum(tl.load(stops + request), span).to(tl.int32)
+    head = tl.program_id(0) % tiles * HEADS_TILE + tl.arange(0, HEADS_TILE)
+    first_head = (request * key_heads + key_head) * HEADS
+    position = chunk * CHUNK + tl.arange(0, CHUNK)
+    seen = (position >= start) & (position < stop)
+    if PAGE:
+        page = tl.load(table + request * table_stride + position // PAGE, mask=seen, other=0).to(tl.int64)
+        row = page * key_stride_page + (position % PAGE) * key_stride_token
+    else:
+        row = request * key_stride_page + position.to(tl.int64) * key_stride_token
+    key = keys + row[:, None] + key_head * key_stride_head
+    mine = query + (first_head + head[None, :]) * DIM
+    present = head < HEADS
+
+    x = tl.zeros([CHUNK, HEADS_TILE], tl.float32)
+    some = (chunk * CHUNK < stop) & (chunk * CHUNK + CHUNK > start)
+    for first in range(0, tl.where(some, DIM, 0), DIM_PIECE):
+        dim = first + tl.arange(0, DIM_PIECE)
+        inside = dim < DIM
+        k = tl.load(key + dim[None, :], mask=seen[:, None] & inside[None, :], other=0.0)
+        q = tl.load(mine + dim[:, None], mask=present[None, :] & inside[:, None], other=0.0)
+        if WIDEN:
+            k, q = k.to(tl.float32), q.to(tl.float32)
+        x = tl.dot(k, q, x, input_precision="ieee")
+    x *= scale
+    out = logits + (first_head + head[None, :]) * width + position[:, None]
+    tl.store(out, x, mask=seen[:, None] & present[None, :])
+    x = tl.where(seen[:, None], x, float("-inf"))
+    # A chunk without candidates is left at LEAST and weighs nothing.
+    best = tl.maximum(tl.max(x, 0), LEAST)
+    whole = tl.sum(tl.exp2(x - best[None, :]), 0)
+    tl.store(lse + (first_head + head) * chunks + chunk, best + tl.log2(tl.maximum(whole, TINY)), mask=present)
 
 
 @triton.jit(do_not_specialize=["start", "chunks", "steps"])
@@ -159,65 +227,68 @@ def _group_weights(
             tl.store(out, tl.full([BLOCK], -1.0, tl.float32), mask=position < span)
 
 
-def retrieval_scores(query: Tensor, keys: Tensor, start: int, stops: Tensor) -> Tensor:
+def retrieval_scores(query: Tensor, keys: Tensor, start: int, stops: Tensor, groups: int | None = None) -> Tensor:
     """See `specontext.kernels.retrieval_scores.retrieval_scores`."""
-    return _launch(query, keys, None, start, stops, keys.shape[1])
+    return _launch(query, keys, None, start, stops, keys.shape[1], groups or keys.shape[2])
 
 
-def paged_retrieval_scores(query: Tensor, keys: Tensor, table: Tensor, start: int, stops: Tensor, span: int) -> Tensor:
+def paged_retrieval_scores(
+    query: Tensor, keys: Tensor, table: Tensor, start: int, stops: Tensor, span: int, groups: int | None = None
+) -> Tensor:
     """See `specontext.kernels.retrieval_scores.paged_retrieval_scores`."""
-    return _launch(query, keys, table, start, stops, span)
+    return _launch(query, keys, table, start, stops, span, groups or keys.shape[2])
 
 
-def _launch(query: Tensor, keys: Tensor, table: Tensor | None, start: int, stops: Tensor, span: int) -> Tensor:
-    """Scores of keys [R, S, G, D], or of keys [pages, page_size, G, D] where there is a page table."""
+def _launch(query: Tensor, keys: Tensor, table: Tensor | None, start: int, stops: Tensor, span: int, groups: int) -> Tensor:
+    """Scores [R, groups, span] of keys [R, S, key heads, D], or [pages, page_size, key heads, D] with a page table."""
     requests, query_heads, dim = query.shape
-    groups = keys.shape[2]
-    heads = query_heads // groups
+    key_heads = keys.shape[2]
+    readers = query_heads // key_heads
     query = query.contiguous()
     keys = keys if keys.stride(3) == 1 else keys.contiguous()
     stops = stops.contiguous()
     if table is not None and table.stride(1) != 1:
         table = table.contiguous()
+    # Float32 operands where the two formats differ, and in the interpreter, which has no bfloat16 products.
+    widen = query.dtype != keys.dtype or not keys.is_cuda
+    dim_padded, readers_padded = (max(16, triton.next_power_of_2(size)) for size in (dim, readers))
+    narrow = dim_padded <= 256 and readers_padded <= 32
+    chunk = CHUNK if narrow else WIDE_CHUNK
     width = -(-span // 16) * 16  # aligned rows
-    chunks = triton.cdiv(span, CHUNK)
+    chunks = triton.cdiv(span, chunk)
     logits = torch.empty((requests, query_heads, width), dtype=torch.float32, device=query.device)
     lse = torch.empty((requests, query_heads, chunks), dtype=torch.float32, device=query.device)
     scores = torch.empty((requests, groups, span), dtype=torch.float32, device=query.device)
     if scores.numel() == 0:
         return scores
-    # Float32 operands where the two formats differ, and in the interpreter, which has no bfloat16 products.
-    widen = query.dtype != keys.dtype or not keys.is_cuda
-    dim_padded = max(16, triton.next_power_of_2(dim))
-    block = min(128, max(16, TILE_BYTES // (dim_padded * keys.element_size())))
-    _chunk_logits[(groups, chunks, requests)](
-        query,
-        keys,
-        table,
-        stops,
-        logits,
-        lse,
-        start,
-        span,
-        width,
-        chunks,
-        groups,
-        dim**-0.5 * math.log2(math.e),
-        keys.stride(0),
-        keys.stride(1),
-        keys.stride(2),
+    arguments = (
+        *(query, keys, table, stops, logits, lse),
+        *(start, span, width, chunks, key_heads, dim**-0.5 * math.log2(math.e)),
+        *keys.stride()[:3],
         0 if table is None else table.stride(0),
-        PAGE=0 if table is None else keys.shape[1],
-        HEADS=heads,
-        HEADS_PADDED=max(16, triton.next_power_of_2(heads)),
-        DIM=dim,
-        DIM_PADDED=dim_padded,
-        BLOCK=block,
-        CHUNK=CHUNK,
-        WIDEN=widen,
-        num_warps=4,
-        num_stages=3,
     )
+    sizes = {"PAGE": 0 if table is None else keys.shape[1], "HEADS": readers, "DIM": dim, "CHUNK": chunk, "WIDEN": widen}
+    if narrow:
+        _chunk_logits[(key_heads, chunks, requests)](
+            *arguments,
+            **sizes,
+            HEADS_PADDED=readers_padded,
+            DIM_PADDED=dim_padded,
+            BLOCK=min(128, max(16, TILE_BYTES // (dim_padded * keys.element_size()))),
+            num_warps=4,
+            num_stages=3,
+        )
+    else:
+        tile = min(MOST_HEADS, readers_padded)
+        _wide_logits[(key_heads * triton.cdiv(readers, tile), chunks, requests)](
+            *arguments,
+            **sizes,
+            HEADS_TILE=tile,
+            DIM_PIECE=max(16, min(dim_padded, WIDE_PIECE // keys.element_size())),
+            num_warps=8 if tile > 32 else 4,
+            num_stages=3,
+        )
+    heads = query_heads // groups
     heads_padded = triton.next_power_of_2(heads)
     block = max(64, min(1024, 4096 // heads_padded))
     steps = max(1, min(8, triton.next_power_of_2(span >> 16)))  # long rows: larger tiles, so that lse is read less often
@@ -235,7 +306,7 @@ def _launch(query: Tensor, keys: Tensor, table: Tensor | None, start: int, stops
         HEADS=heads,
         HEADS_PADDED=heads_padded,
         BLOCK=block,
-        CHUNK=CHUNK,
+        CHUNK=chunk,
         PARTS=PARTS,
         num_warps=4,
     )

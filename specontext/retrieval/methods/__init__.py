@@ -39,7 +39,7 @@ HEADLESS: dict[str, type[Selector]] = {
 
 
 def base_of(name: str) -> str:
-    """The method that a name is, or is a variant of; the name itself where there is no such method."""
+    """The method that a name is, or is a variant of; a name of none as it is."""
     return next((method for method in METHODS if name == method or name.startswith(f"{method}-")), name)
 
 

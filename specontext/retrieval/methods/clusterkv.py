@@ -37,6 +37,11 @@ class ClusterKVSelector(StatefulSelector):
             "waiting": Table((shape.kv_heads, WINDOW, shape.head_dim), shape.dtype),  # keys of the tokens of this window
         }
 
+    @property
+    def asks_host(self) -> bool:
+        """Where generated tokens are scored too, positions decide when a window is complete."""
+        return super().asks_host or not self.keep_generated
+
     def learn(self, layer: int, row: int, seat: int, view: LayerView) -> None:
         sink, prompt = self.budget.sink, self.prompt(seat)
         if prompt > sink:

@@ -46,6 +46,11 @@ class SnapKVSelector(EvictingSelector):
         place = torch.arange(stop - len(last), stop, device=query.device) % WINDOW
         self.tables["queries"][layer, segment.seat, place] = last
 
+    @property
+    def asks_host(self) -> bool:
+        """Where generated tokens are scored too, positions decide when a window is complete."""
+        return super().asks_host or not self.keep_generated
+
     def learn(self, layer: int, row: int, seat: int, view: LayerView) -> None:
         self._score(layer, row, seat, self.prompt(seat), view)
 

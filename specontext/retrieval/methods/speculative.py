@@ -18,7 +18,11 @@ from specontext.retrieval.selector import Budget, DecodeTokens, Selector, unifor
 class SpeculativeSelector(Selector):
     """Scores all keys of the retrieval head with the query of the token about to be processed.
 
-    A request's state is its keys and the feature of its last token; both change only here.
+    A request's state is its keys and what the head saw of the target at its last token; both change only here. A query is made
+    before the forward pass and a key after it, which is in time: at least the query's own token is read in any case.
+
+    Attributes:
+        last_fused: [seats + 1, H], what `RetrievalHead.fuse` gave of each seat's last token; None for the embedding variant.
     """
 
     def __init__(
@@ -30,12 +34,8 @@ class SpeculativeSelector(Selector):
         self.groups = groups_of(granularity, c.kv_heads)
         own_map = granularity == "head" and c.head_map is not None
         self.head_map = torch.tensor(c.head_map) if own_map else uniform_map(shape, self.groups)
-        keys = cache.keys
-        self.last_feature = (
-            keys.new_zeros((cache.table.shape[0], c.target_hidden_size * len(c.feature_layers)))
-            if c.variant == "features"
-            else None
-        )
+        sees = c.variant == "features"
+        self.last_fused = cache.keys.new_zeros((cache.table.shape[0], c.hidden_size)) if sees else None
 
     def choosing(self, variant: str) -> SpeculativeSelector:
         """The same head with one set for all KV heads ('union', 'batch'), or with the identity head map."""
@@ -47,8 +47,8 @@ class SpeculativeSelector(Selector):
 
     def open(self, seat: int, tokens: int) -> None:
         self.cache.open(seat, tokens)
-        if self.last_feature is not None:
-            self.last_feature[seat] = 0
+        if self.last_fused is not None:
+            self.last_fused[seat] = 0
 
     def grow(self, seat: int, tokens: int) -> None:
         self.cache.grow(seat, tokens)
@@ -57,43 +57,41 @@ class SpeculativeSelector(Selector):
         self.cache.close(seat)
 
     def save(self, seat: int, tokens: int) -> object:
-        feature = None
-        if self.last_feature is not None:
-            feature = self.last_feature[seat].to("cpu", copy=True)  # on a CPU, too: others take the seat
-        return self.cache.keys_of(seat, tokens).cpu(), feature
+        fused = None
+        if self.last_fused is not None:
+            fused = self.last_fused[seat].to("cpu", copy=True)  # on a CPU, too: others take the seat
+        return self.cache.keys_of(seat, tokens).cpu(), fused
 
     def restore(self, seat: int, tokens: int, state: object) -> None:
         assert isinstance(state, tuple)
-        keys, feature = state
+        keys, fused = state
         positions = torch.arange(tokens, device=self.cache.keys.device)
         self.cache.append(torch.full_like(positions, seat), positions, keys.to(self.cache.keys.device))
-        if self.last_feature is not None:
-            self.last_feature[seat] = feature.to(self.last_feature.device)
+        if self.last_fused is not None:
+            self.last_fused[seat] = fused.to(self.last_fused.device)
 
     def select(self, step: DecodeTokens) -> Selection:
-        features = None if self.last_feature is None else self.last_feature[step.seats]
-        queries, keys = self.head(self._embed(step.token_ids), features, step.positions)
-        self.cache.append(step.seats, step.positions, keys)
+        before = None if self.last_fused is None else self.last_fused[step.seats]
+        queries = self.head.queries(self._embed(step.token_ids), before, step.positions)
         pages, stops = self.cache.pages_of(step.seats, step.span), self.budget.candidates_end(step.lengths)
-        scores = paged_retrieval_scores(queries, self.cache.keys, pages, self.budget.sink, stops, step.span)
+        keys, groups = self.cache.keys, self.head.config.kv_heads
+        scores = paged_retrieval_scores(queries, keys, pages, self.budget.sink, stops, step.span, groups)
         return self.budget.compose(choose(scores, self.granularity, self.budget.scored), step.lengths)
 
     def observe(self, batch: Batch, features: Tensor | None) -> None:
-        if self.last_feature is not None:
+        fused = before = None
+        if self.last_fused is not None:
             assert features is not None
-            features = features.to(self.last_feature.dtype)
-        if batch.prefills:
-            chunk = slice(batch.num_decodes, None)
-            tokens, seats, positions = batch.token_ids[chunk], batch.seats[chunk], batch.positions[chunk]
-            before = None
-            if self.last_feature is not None and features is not None:
-                before = features[chunk].roll(1, dims=0)  # the feature of the token before, inside a chunk
-                for segment in batch.prefills:
-                    before[segment.offset - batch.num_decodes] = self.last_feature[segment.seat]
-            _, keys = self.head(self._embed(tokens), before, positions)
-            self.cache.append(seats, positions, keys)
-        if self.last_feature is not None and features is not None:
-            self.last_feature.index_copy_(0, batch.seats[batch.last_tokens], features[batch.last_tokens])
+            fused = self.head.fuse(features.to(self.last_fused.dtype))
+            before = fused.roll(1, dims=0)  # of the token before, inside a chunk
+            for segment in batch.prefills:
+                before[segment.offset] = self.last_fused[segment.seat]
+            decodes = slice(0, batch.num_decodes)
+            before[decodes] = self.last_fused[batch.seats[decodes]]
+        keys = self.head.keys(self._embed(batch.token_ids), fused, before, batch.positions)
+        self.cache.append(batch.seats, batch.positions, keys)
+        if self.last_fused is not None and fused is not None:
+            self.last_fused.index_copy_(0, batch.seats[batch.last_tokens], fused[batch.last_tokens])
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         return self.head.embedded(token_ids, self.embedding).to(self.cache.keys.dtype)
