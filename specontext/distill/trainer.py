@@ -53,8 +53,8 @@ class Progress:
     best: Best | None = None
 
     def see(self, student: Student, value: float | None) -> None:
-        """Keep the student if it is better than all before."""
-        if value is not None and math.isfinite(value) and (self.best is None or value < self.best.value):
+        """Keep the student if none before was better."""
+        if value is not None and math.isfinite(value) and (self.best is None or value <= self.best.value):
             state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in student.state_dict().items()}
             self.best = Best(self.step, value, state)
 

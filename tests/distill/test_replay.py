@@ -116,6 +116,24 @@ def test_half_the_squared_effect_is_what_a_small_change_costs(target_of: Callabl
     assert cost > 0
 
 
+def test_effects_do_not_vanish_where_the_model_is_sure(target_of: Callable[..., Target]) -> None:
+    """With logits twenty times as great one token has all the probability, and its odds hang on the same tokens as before."""
+    head_map, real = ((0, 1),) * 3, torch.ones(1, 1, dtype=torch.bool)
+    found = []
+    for factor in (1.0, 20.0):
+        target = target_of("llama")
+        target.model.get_output_embeddings().weight.mul_(factor)
+        seen = target.observe(some_ids(1), keep=True)
+        row = int(target.logits(seen.hidden[0, 8:]).softmax(-1).amax(-1).argmax()) + 8  # the one that is the surest
+        replay = Replay(target, seen, torch.tensor([[row]]))
+        effects, hidden = token_effects(replay, head_map, 2, real, torch.tensor([[0.5]]))
+        said = sampled(target, hidden, torch.tensor([[0.5]]))
+        found.append((effects[0, :, 0], log_odds(target, hidden, said).item()))
+    (plain, unsure), (sharp, sure) = found
+    assert unsure < 0 and sure > 12  # where log p is flat
+    assert sharp.amax() > 5 * plain.amax()
+
+
 def test_sampling_follows_the_distribution(target_of: Callable[..., Target]) -> None:
     target = target_of("llama")
     hidden = target.observe(some_ids(1)).hidden[:, :1].expand(1, 2000, -1)
