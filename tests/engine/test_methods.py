@@ -105,6 +105,17 @@ def test_what_is_read_besides_the_budget_is_counted(make_llm: MakeLLM, greedy: G
             assert read == pytest.approx(2 + 8 + generated, abs=0.3), name
 
 
+def test_no_method_reads_more_than_its_budget(make_llm: MakeLLM, greedy: Greedy, prompts: list[list[int]]) -> None:
+    """Whole blocks may leave less than a block of it."""
+    llm = make_llm("llama", budget=40, methods=WITHOUT_PROMPT)
+    names = [name for name in WITHOUT_PROMPT if name != "full"]
+    for budget in (40, 31):
+        outputs = llm.generate([prompts[2]] * len(names), [greedy(12, method=name, budget=budget) for name in names])
+        for name, output in zip(names, outputs, strict=True):
+            block = {"quest": 16, "shadowkv": 8}.get(name, 1)
+            assert budget - block < output.stats["tokens_read_per_step"] <= budget, name
+
+
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
