@@ -19,7 +19,7 @@ from specontext.distill.held_out import HeldOut
 from specontext.distill.settings import DistillConfig
 from specontext.distill.student import Student
 from specontext.distill.target import Target
-from specontext.distill.trainer import CRITERION, train
+from specontext.distill.trainer import CRITERION, Progress, train
 from specontext.evaluation.fidelity.compare import compare_window
 from specontext.evaluation.windows import Window
 from specontext.retrieval.checkpoint import load_head
@@ -130,6 +130,21 @@ def test_the_best_head_of_a_training_is_kept_across_a_stop(
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in resumed.state_dict().items())
     for mine, theirs in zip(states["parts"][-1].values(), states["whole"][-1].values(), strict=True):
         assert torch.equal(mine, theirs)  # the last state, loop included, is also the same
+
+
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [([3e-5, 9e-5], 1), ([0.0100, 0.0101], 1), ([0.0100, 0.0104], 0), ([0.5, 0.505, 0.5099, 0.5149], 2), ([0.2, 0.1, 0.15], 1)],
+)
+def test_of_heads_that_lose_alike_the_one_that_was_trained_longest_is_kept(
+    values: list[float], kept: int, make_llm: Callable[..., LLM], checkpoint: Callable[[str], Path]
+) -> None:
+    student = Student(target_and_head(make_llm("llama", "full"), checkpoint("llama"))[1])
+    progress = Progress()
+    for step, value in enumerate(values):
+        progress.step = step
+        progress.see(student, value)
+    assert progress.best is not None and progress.best.step == kept
 
 
 @pytest.mark.parametrize("options", [{"effect_weight": 0.0}, {"attention_weight": 0.0}, {"teacher_layers": "mean"}, {}])

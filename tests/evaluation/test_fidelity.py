@@ -137,7 +137,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Evalua
         limit=2,
         texts=("tasks:retrieval", str(write(folder, tokenizer, 300))),
         compared=16,
-        engine={"device": "cpu", "max_num_seqs": 4, "max_model_len": 512},
+        engine={"device": "cpu", "max_num_seqs": 4, "max_model_len": 512, "measure_recall": True},
         command="specontext eval nano",
     )
 

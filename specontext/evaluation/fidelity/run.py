@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from specontext.engine.llm import LLM
 from specontext.evaluation.competitors import READS_ALL, Competitor
@@ -63,8 +63,6 @@ class _Job:
 
 
 class _FidelityEvaluation(Evaluation):
-    engine_options: ClassVar[dict[str, Any]] = {"measure_recall": True}
-
     def run(self, begin: Begin) -> dict[str, Any]:
         self.methods = [READS_ALL, *(method for method in self.methods if method != READS_ALL)]
         cells = self._draw(begin)

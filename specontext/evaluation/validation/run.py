@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,7 @@ class _Validation:
     def _fidelity(self) -> None:
         settings = self.settings
         asked = self._evaluation("fidelity", settings.windows, texts=settings.texts, compared=settings.compared)
-        run_fidelity(asked, self.begin, self.loaded)
+        run_fidelity(replace(asked, engine=asked.engine | {"measure_recall": True}), self.begin, self.loaded)
 
     def _ruler(self) -> None:
         fit = [task.name for task in SUITES["ruler"]() if getattr(task, "unfit")(self.text) is None]  # noqa: B009
