@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,13 +11,13 @@ import pytest
 import specontext.config
 import specontext.models
 from specontext import LLM
-from specontext.config import METHODS
+from specontext.retrieval.registry import ENTRIES, METHODS
 
 PACKAGE = Path(specontext.config.__file__).parent
 # A module may import from its own room and from rooms on lower floors.
 FLOORS = [
     {"core"},
-    {"checkpoints", "gguf"},
+    {"checkpoints", "gguf", "retrieval.registry"},
     {"config", "hub", "locations", "tasks"},
     {"kernels"},
     {"memory"},
@@ -32,7 +32,12 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return room_in(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def room_in(parts: Sequence[str]) -> str:
+    """A room, or a file that has a floor of its own: the names of the methods, which settings are checked against."""
+    return ".".join(parts[:2]) if ".".join(parts[:2]) in FLOOR_OF else parts[0]
 
 
 def imports_of(path: Path) -> Iterator[tuple[str, int]]:
@@ -48,7 +53,7 @@ def imports_of(path: Path) -> Iterator[tuple[str, int]]:
         for name in names:
             parts = name.split(".")
             if parts[0] == "specontext" and len(parts) > 1:
-                yield parts[1], node.lineno
+                yield room_in(parts[1:]), node.lineno
 
 
 def modules() -> list[Path]:
@@ -83,7 +88,8 @@ def test_core_knows_nobody() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_built_and_lives_in_its_own_file(method: str, make_llm: Callable[..., LLM]) -> None:
     selector = make_llm("llama", method, budget=16).engine.parts.selector
-    assert type(selector).__module__ == f"specontext.retrieval.methods.{method.replace('-', '_')}"
+    entry = next(entry for entry in ENTRIES if entry.name == method)
+    assert type(selector).__module__ == f"specontext.retrieval.methods.{method.replace('-', '_')}" == entry.module
 
 
 def test_every_method_s_file_can_be_named() -> None:

@@ -23,10 +23,10 @@ from specontext.memory.facts import NO_HEAD, ModelFacts
 from specontext.memory.model import MemoryModel, RunSettings, measured_model
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, MemoryPlanError, TierSizes, free_memory, size_tiers
 from specontext.models.loading import LoadedModel
-from specontext.retrieval.granularity import groups_of
 from specontext.retrieval.head import RetrievalHead, facts_of_head
 from specontext.retrieval.key_cache import KeyCache
-from specontext.retrieval.methods import HEADLESS, SpeculativeSelector, base_of, make_method, make_variant
+from specontext.retrieval.methods import make_selectors, selector_class, token_sets
+from specontext.retrieval.registry import variant_of
 from specontext.retrieval.selector import Budget, MethodContext, Selector
 
 logger = logging.getLogger("specontext")
@@ -84,9 +84,8 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         logger.info("%s", describe_head(head, max_tokens))
     facts = facts_of_loaded(loaded, head)
     names = config.all_methods
-    check_methods(names, method, shape, head)
     assert method.budget is not None and method.slots is not None
-    selecting = [name for name in names if name != "full"]
+    selecting = [name for name in names if not selector_class(name).dense]
     budget = method.budget if selecting else 1  # of what a table of selections has to hold
     slots = method.slots if selecting else 0
     adaptive = method.offload_layers is None
@@ -97,10 +96,15 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         config.max_num_seqs,
         max_tokens,
         device,
+        head,
     )
-    kinds = [HEADLESS[base_of(name)] for name in names if base_of(name) in HEADLESS]
+    kinds = [selector_class(name) for name in names]
     tables = shape.layers if any(kind.in_layer for kind in kinds) else 1
-    groups = max(token_sets(name, method.granularity, shape, head) for name in names)
+    groups = max(token_sets(name, context) for name in names)
+    if method.offload_layers != 0 and (keeping := [name for name in names if (v := variant_of(name)) and v.keeps_generated]):
+        raise ConfigError(
+            f"method '{keeping[0]}' reads all generated tokens, for which no slots suffice: set offload_layers to 0"
+        )
     run = RunSettings(
         config.max_num_seqs,
         max_tokens,
@@ -139,7 +143,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     if config.offload_dir is not None and device.type == "cuda":
         raise ConfigError("offload_dir works on a CPU only: kernels of a GPU cannot read pages of a file; leave it out")
     arena, host = make_pools(shape, **pages, device=device, directory=config.offload_dir)
-    methods = make_methods(names, context, loaded, head, arena)
+    methods = make_methods(names, context, loaded, arena)
     kv = TieredKV(
         shape,
         resident=tuple(layer < shape.layers - (method.offload_layers or 0) for layer in range(shape.layers)),
@@ -169,8 +173,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     )
     share = CHUNK_SHARE_OF_WEIGHTS[device.type]
     # A page holds the keys of a whole number of tokens, and may have a rest.
-    keyed = methods.selectors.get("speculative")
-    keys = -(-arena.page_bytes // keyed.cache.page_size) if isinstance(keyed, SpeculativeSelector) else 0
+    keys = -(-arena.page_bytes // methods.shared.page_tokens) if methods.shared is not None else 0
     chunk = max(1, facts.weight_bytes // share)
     residency = Residency(kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=chunk)
     prefix = PrefixCache(kv, methods, enabled=config.enable_prefix_caching)
@@ -228,32 +231,6 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
     return ModelFacts(loaded.name, loaded.shape, parameters, lookup, intermediate, sizes)
 
 
-def token_sets(name: str, granularity: str, shape: ModelShape, head: RetrievalHead | None) -> int:
-    """Token sets of a method's selection."""
-    if name in ("full", "streaming", "speculative-union", "speculative-batch"):
-        return 1
-    if name.startswith("shared-oracle-bands"):
-        return int(name.removeprefix("shared-oracle-bands")) * groups_of(granularity, shape.kv_heads)
-    speculative = head is not None and base_of(name) == "speculative"
-    level = "head" if name == "speculative-identity" else granularity
-    return groups_of(level, head.config.kv_heads if head is not None and speculative else shape.kv_heads)
-
-
-def check_methods(names: Sequence[str], method: SpeContextConfig, shape: ModelShape, head: RetrievalHead | None) -> None:
-    """Raises ConfigError when a method that requests may name cannot work in this engine."""
-    variants = [name for name in names if name != base_of(name)]
-    for name in variants:
-        if base_of(name) not in names:
-            raise ConfigError(f"method '{name}' needs '{base_of(name)}' beside it: name both in methods (--methods)")
-        if name.endswith("-prompt") and method.offload_layers != 0:
-            raise ConfigError(f"method '{name}' reads all generated tokens, for which no slots suffice: set offload_layers to 0")
-    if "speculative-identity" in names and head is not None and head.config.kv_heads != shape.kv_heads:
-        raise ConfigError(
-            f"method 'speculative-identity' needs a head with the model's {shape.kv_heads} KV heads, this one has "
-            f"{head.config.kv_heads}"
-        )
-
-
 def describe_head(head: RetrievalHead, max_tokens: int) -> str:
     """What kind of head is in use and how far its RoPE reaches, in a line."""
     scaling = head.config.rope_scaling
@@ -271,22 +248,10 @@ def longest_context(config: EngineConfig, shape: ModelShape) -> int:
     return config.max_model_len or shape.max_position
 
 
-def make_methods(
-    names: Sequence[str], context: MethodContext, loaded: LoadedModel, head: RetrievalHead | None, arena: PagePool
-) -> Methods:
-    """The selectors of all methods; variants share the state of their method."""
-    made: dict[str, Selector] = {}
-    for name in sorted(names, key=lambda name: name != base_of(name)):  # methods before their variants
-        if name != base_of(name):
-            made[name] = make_variant(made[base_of(name)], name)
-        elif name == "speculative":
-            assert head is not None
-            keys = arena.as_keys(head.config.key_count, head.config.head_dim)
-            cache = KeyCache(keys, arena.pages, seats=context.seats, max_tokens=context.max_tokens)
-            embedding = loaded.model.get_input_embeddings()
-            made[name] = SpeculativeSelector(
-                context.shape, context.budget, head, embedding, cache, granularity=context.granularity
-            )
-        else:
-            made[name] = make_method(name, context)
-    return Methods(names[0], context.budget, made, device=arena.rows.device)
+def make_methods(names: Sequence[str], context: MethodContext, loaded: LoadedModel, arena: PagePool) -> Methods:
+    """The selectors of all methods, the keys of a retrieval head in pages of the arena."""
+    if context.head is not None:
+        keys = arena.as_keys(context.head.config.key_count, context.head.config.head_dim)
+        cache = KeyCache(keys, arena.pages, seats=context.seats, max_tokens=context.max_tokens)
+        context = replace(context, embedding=loaded.model.get_input_embeddings(), key_cache=cache)
+    return Methods(names[0], context.budget, make_selectors(names, context), device=context.device)

@@ -26,6 +26,7 @@ from specontext.models.loading import LoadedModel, load_model
 from specontext.models.token_ids import unknown_token
 from specontext.retrieval.catalog import find_head
 from specontext.retrieval.random_head import random_head
+from specontext.retrieval.registry import needs_head
 
 UNTIL_CLOSED = ("loaded", "parts", "runner", "scheduler")
 
@@ -86,9 +87,10 @@ class LLMEngine:
             revision=config.revision,
         )
         head = None
-        if "speculative" in config.all_methods and config.load_format == "dummy" and config.retrieval_head == "auto":
+        headed = any(map(needs_head, config.all_methods))
+        if headed and config.load_format == "dummy" and config.retrieval_head == "auto":
             head = random_head(self.loaded.shape).to(device=self.device, dtype=self.loaded.shape.dtype)
-        elif "speculative" in config.all_methods:
+        elif headed:
             head = find_head(
                 config.retrieval_head,
                 model_name=self.loaded.name,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specontext.core import Batch, Choice, RequestError, shown
 from specontext.kv.reading import Reader
-from specontext.retrieval.methods import base_of
+from specontext.retrieval.registry import base_of, needs_head
 from specontext.retrieval.selector import Budget, Selector
 
 
@@ -23,12 +23,18 @@ class Methods:
         own: what requests get that choose nothing.
         budget: the engine's; no request may have a larger one.
         selectors: by name of the method, made for this budget.
+
+    Attributes:
+        shared: the method whose state every request has, so that what is known of a prefix serves all; None without a head.
     """
 
     def __init__(self, own: str, budget: Budget, selectors: Mapping[str, Selector], *, device: torch.device) -> None:
         self.selectors, self.budget = dict(selectors), budget
         self.own = Choice(own, 0 if selectors[own].dense else budget.total)
         self.selector = selectors[own]
+        headed = [name for name in selectors if base_of(name) == name and needs_head(name)]
+        self._shared_name = headed[0] if headed else None
+        self.shared = selectors[headed[0]] if headed else None
         self.readers = {name: Reader(one.head_map.to(device), one.in_layer) for name, one in selectors.items()}
         self._made: dict[Choice, Selector] = {self.own: self.selector}
         self._states: dict[int, list[str]] = {}  # names of the selectors with state of an open seat
@@ -71,8 +77,8 @@ class Methods:
     def open(self, seat: int, tokens: int, choice: Choice | None) -> None:
         """A request takes a seat, with room for its first `tokens` tokens; raises OutOfPagesError and takes nothing."""
         names = [base_of((choice or self.own).method)]
-        if "speculative" in self.selectors and names != ["speculative"]:
-            names.insert(0, "speculative")
+        if self._shared_name is not None and self._shared_name not in names:
+            names.insert(0, self._shared_name)
         for name in names:  # only the first takes pages, and can fail
             self.selectors[name].open(seat, tokens)
         self._states[seat] = names

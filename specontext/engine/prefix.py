@@ -17,7 +17,7 @@ from specontext.engine.methods import Methods
 from specontext.kv.prefix import PrefixStore, State
 from specontext.kv.prefix_tree import Block, page_of
 from specontext.kv.tiered import TieredKV
-from specontext.retrieval.methods import SpeculativeSelector
+from specontext.retrieval.selector import PageState
 
 
 @dataclass(eq=False)
@@ -44,12 +44,7 @@ class PrefixCache:
 
     def __init__(self, kv: TieredKV, methods: Methods, *, enabled: bool) -> None:
         self.kv, self.methods, self.enabled = kv, methods, enabled
-        keyed = methods.selectors.get("speculative")
-        self._head = keyed if isinstance(keyed, SpeculativeSelector) else None
-        each = last = 0
-        if self._head is not None:
-            each = kv.page_size * self._head.cache.keys[0, 0].numel()
-            last = self._head.last_fused.shape[1] if self._head.last_fused is not None else 0
+        each, last = (0, 0) if methods.shared is None else methods.shared.page_numbers(kv.page_size)
         self.store = PrefixStore(kv, each=each, last=last)
         self.queries = self.hits = 0
         self._growing: dict[int, _Growing] = {}  # by seat
@@ -114,9 +109,8 @@ class PrefixCache:
         """Put what is known into the seat of a request that begins."""
         if chain:
             state = self.store.bring(chain, seat)
-            if self._head is not None:
-                keys = state.each.reshape(-1, *self._head.cache.keys.shape[2:])
-                self._head.restore(seat, len(keys), (keys, state.last[0]))
+            if self.methods.shared is not None:
+                self.methods.shared.restore_pages(seat, self.tokens(chain), PageState(state.each, state.last))
         request.computed = self.tokens(chain)
         if request.cached_tokens is None:
             request.cached_tokens = request.computed
@@ -165,16 +159,11 @@ class PrefixCache:
 
     def _state(self, segment: Segment, first: int, stop: int, features: Tensor | None) -> State:
         """State of the pages first .. stop - 1 of a seat, the last tokens of which are in a chunk."""
-        size = self.kv.page_size
-        none = self.kv.arena.rows.new_empty((stop - first, 0))
-        if self._head is None:
+        if self.methods.shared is None:
+            none = self.kv.arena.rows.new_empty((stop - first, 0))
             return State(none, none)
-        each = self._head.cache.keys_of(segment.seat, stop * size, first * size).reshape(stop - first, -1)
-        if features is None:
-            return State(each, none)
-        begin = segment.offset - segment.start
-        last = features[begin + (first + 1) * size - 1 : begin + stop * size : size].to(each.dtype)
-        return State(each, self._head.head.fuse(last))
+        known = self.methods.shared.page_state(segment, first, stop, self.kv.page_size, features)
+        return State(known.each, known.last)
 
     def reset(self) -> None:
         """Drop all that is kept."""

@@ -17,7 +17,8 @@ from specontext.engine.statistics import Meter
 from specontext.engine.step import Step, Way
 from specontext.models.attention import listening
 from specontext.models.loading import LoadedModel
-from specontext.retrieval.methods import FullSelector
+from specontext.retrieval.methods.full import FullSelector
+from specontext.retrieval.registry import FULL
 from specontext.retrieval.selector import DecodeTokens, MethodContext
 
 
@@ -32,7 +33,7 @@ class DenseTwin:
         self.loaded, self.kv = loaded, parts.kv
         shape, device, seats = parts.kv.shape, parts.kv.device, parts.kv.token_pages.table.shape[1] - 1
         full = FullSelector(MethodContext(shape, parts.methods.budget, "head", seats, parts.max_tokens, device))
-        self._methods = Methods("full", parts.methods.budget, {"full": full}, device=device)
+        self._methods = Methods(FULL, parts.methods.budget, {FULL: full}, device=device)
         self._meter = Meter(shape, full.head_map, tables=1, groups=1, budget=1, sink=0, seats=seats, device=device)
 
     def look_ahead(self, batch: Batch, ways: Sequence[Way]) -> None:

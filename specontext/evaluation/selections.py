@@ -32,6 +32,7 @@ from torch import Tensor
 from specontext.core import Choice, RequestOutput, SamplingParams, SpeContextError
 from specontext.engine.llm import LLM
 from specontext.evaluation.analysis.settings import shown
+from specontext.retrieval.registry import needs_head
 from specontext.retrieval.selector import DecodeTokens
 
 FORMAT = 1
@@ -164,7 +165,7 @@ def _layers(llm: LLM, choice: Choice, tokens: int) -> list[int]:
 
 def _record(llm: LLM, choice: Choice, layers: list[int], recorder: Recorder, output: RequestOutput) -> dict[str, Any]:
     methods, engine = llm.engine.parts.methods, llm.engine
-    head = engine.config.retrieval_head if choice.method.split("-")[0] == "speculative" else None
+    head = engine.config.retrieval_head if needs_head(choice.method) else None
     dense = methods.of(choice).dense
     read_by = methods.reader(choice).head_map.tolist()
     ids = [*output.prompt_token_ids, *output.token_ids]

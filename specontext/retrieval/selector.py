@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specontext.core import Batch, ModelShape, Segment, Selection
+from specontext.retrieval.granularity import groups_of
+from specontext.retrieval.head import RetrievalHead
+from specontext.retrieval.key_cache import KeyCache
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class MethodContext:
-    """What a method is made of; the one with a retrieval head needs more.
+    """What a method is made of.
 
     Attributes:
         granularity: one set for each KV head, or one for all; see `granularity.py`.
         seats, max_tokens: requests at the same time and their longest context, for state that is kept for each.
+        head, embedding, key_cache: for methods with a retrieval head: it, the model's table of embeddings, and where keys of the
+            head lie; memory is measured before there are the last two.
     """
 
     shape: ModelShape
@@ -111,6 +116,22 @@ class MethodContext:
     seats: int
     max_tokens: int
     device: torch.device
+    head: RetrievalHead | None = None
+    embedding: nn.Module | None = None
+    key_cache: KeyCache | None = None
+
+
+@dataclass(frozen=True)
+class PageState:
+    """What a method knows of pages of a prompt, so that a request that begins with the same tokens need not compute it.
+
+    Attributes:
+        each: [pages, numbers], of every page.
+        last: [pages, numbers], of the last token of every page.
+    """
+
+    each: Tensor
+    last: Tensor
 
 
 class LayerView(Protocol):
@@ -148,7 +169,7 @@ class Selector(ABC):
     A method selects either once before the forward pass, for all layers (`select`), or inside each layer, when it needs
     that layer's query (`in_layer`, `select_in_layer`); a dense method (`dense`) selects nothing and everything is read.
 
-    State is kept by seat, and `with_budget` copies share it.
+    State is kept by seat, and copies of `with_budget` and `variant` share it.
 
     Attributes:
         foresees: it has to know the true attention of a token in all layers before it selects for it (`foresee`).
@@ -169,11 +190,30 @@ class Selector(ABC):
     budget: Budget
     keep_generated: bool = False
 
+    def __init__(self, context: MethodContext) -> None:
+        """A method without state; KV head h reads the set of group h, or all the only one."""
+        self.shape, self.budget, self.granularity = context.shape, context.budget, context.granularity
+        self.groups = self.token_sets(context, None)
+        self.head_map = uniform_map(self.shape, self.groups)
+
     def with_budget(self, budget: Budget) -> Self:
         """The same method with another budget, on the same state."""
         other = copy.copy(self)
         other.budget = budget
         return other
+
+    @classmethod
+    def token_sets(cls, context: MethodContext, variant: str | None) -> int:
+        """G of a method or of a variant of it, known before it is made.
+
+        Raises:
+            ConfigError: it cannot work in this context.
+        """
+        return groups_of(context.granularity, context.shape.kv_heads)
+
+    def variant(self, name: str) -> Selector:
+        """A variant of the registry's entry, on the same state."""
+        raise NotImplementedError
 
     @classmethod
     def state_bytes(cls, context: MethodContext) -> int:
@@ -241,6 +281,29 @@ class Selector(ABC):
     def held_pages(self) -> list[list[int]]:
         """Pages of the device's arena that the method's state lies in."""
         return []
+
+    # What is known of prompts, for methods whose state every request has -------------------------------------------------
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens whose state fits into one page of the arena; 0 where none lies there."""
+        return 0
+
+    def page_numbers(self, tokens: int) -> tuple[int, int]:
+        """Numbers in `PageState.each` and `last` of one page of `tokens` tokens."""
+        return 0, 0
+
+    def page_state(self, segment: Segment, first: int, stop: int, tokens: int, features: Tensor | None) -> PageState:
+        """What is known of the pages first .. stop - 1 of a seat, of `tokens` tokens each, whose last ones are in a chunk.
+
+        Args:
+            features: [T, F * H] of the step, if the method taps any.
+        """
+        raise NotImplementedError
+
+    def restore_pages(self, seat: int, tokens: int, state: PageState) -> None:
+        """Put what is known of the first `tokens` tokens of a prompt into a seat; the first row of `last` is of the last one."""
+        raise NotImplementedError
 
 
 def uniform_map(shape: ModelShape, groups: int) -> Tensor:

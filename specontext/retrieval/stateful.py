@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from specontext.config import ConfigError
 from specontext.core import Selection
-from specontext.retrieval.selector import DecodeTokens, LayerView, MethodContext, Selector, uniform_map
+from specontext.retrieval.selector import DecodeTokens, LayerView, MethodContext, Selector
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,8 @@ class StatefulSelector(Selector):
                 f"{type(self).__name__} chooses for every KV head and cannot work with granularity '{context.granularity}': "
                 "set granularity to 'head'"
             )
-        shape = context.shape
-        self.shape, self.budget, self.seats = shape, context.budget, context.seats
-        self.groups, self.head_map = shape.kv_heads, uniform_map(shape, shape.kv_heads)
+        super().__init__(context)
+        shape, self.seats = context.shape, context.seats
         self.layout = self.tables_for(context)
         self.tables = {
             name: torch.zeros((shape.layers, context.seats + 1, *table.size), dtype=table.dtype, device=context.device)
@@ -76,6 +76,13 @@ class StatefulSelector(Selector):
         self._prompt_of: dict[int, int] = {}
         self._fresh: list[set[int]] = [set() for _ in range(shape.layers)]
         self._asked: tuple[DecodeTokens, list[tuple[int, int]]] | None = None
+
+    def variant(self, name: str) -> Selector:
+        """The same, choosing among the tokens of prompts only ('prompt')."""
+        assert name == "prompt"
+        other = copy.copy(self)
+        other.keep_generated = True
+        return other
 
     # What a method has to say ------------------------------------------------------------------------------------------
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from specontext import LLM, SamplingParams
-from specontext.config import CHOICES, ConfigError
+from specontext.config import ConfigError
 from specontext.core import RequestError
+from specontext.retrieval.registry import CHOICES
 
 MakeLLM = Callable[..., LLM]
 Greedy = Callable[..., SamplingParams]

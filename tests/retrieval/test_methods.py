@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from specontext.config import ConfigError
 from specontext.core import Segment
 from specontext.retrieval.clustering import cosine_clusters
-from specontext.retrieval.methods import make_variant
 from specontext.retrieval.methods.clusterkv import ClusterKVSelector
 from specontext.retrieval.methods.h2o import H2OSelector
 from specontext.retrieval.methods.quest import PAGE, QuestSelector
@@ -37,7 +36,7 @@ def make(name: str, budget: Budget, *, seats: int = 4, max_tokens: int = 400) ->
     selector = METHODS[name.partition("-")[0]](context(budget, seats=seats, max_tokens=max_tokens))
     if "-" not in name:
         return selector
-    variant = make_variant(selector, name)
+    variant = selector.variant("prompt")
     assert isinstance(variant, StatefulSelector) and variant.keep_generated and not selector.keep_generated
     return variant
 

@@ -6,19 +6,14 @@ from torch import Tensor
 
 from specontext.core import Selection
 from specontext.kernels.retrieval_scores import group_weights
-from specontext.retrieval.granularity import choose, groups_of
-from specontext.retrieval.selector import DecodeTokens, LayerView, MethodContext, Selector, uniform_map
+from specontext.retrieval.granularity import choose
+from specontext.retrieval.selector import DecodeTokens, LayerView, Selector
 
 
 class OracleSelector(Selector):
     """Top-k of the layer's own attention weights, maximised over the query heads of a group."""
 
     in_layer = True
-
-    def __init__(self, context: MethodContext) -> None:
-        self.shape, self.budget, self.granularity = context.shape, context.budget, context.granularity
-        self.groups = groups_of(self.granularity, self.shape.kv_heads)
-        self.head_map = uniform_map(self.shape, self.groups)
 
     def select_in_layer(self, layer: int, step: DecodeTokens, view: LayerView) -> Selection:
         grouped = view.logits().unflatten(1, (self.shape.kv_heads, -1))

@@ -8,17 +8,11 @@ from torch import Tensor
 from specontext.core import Selection
 from specontext.kernels.counter_random import combine_keys, counter_uniform
 from specontext.kernels.top_k import top_k_positions
-from specontext.retrieval.granularity import groups_of
-from specontext.retrieval.selector import DecodeTokens, MethodContext, Selector, uniform_map
+from specontext.retrieval.selector import DecodeTokens, Selector
 
 
 class RandomSelector(Selector):
     """A fresh random set at every step, keyed by (seed, position, group): the batch does not change it."""
-
-    def __init__(self, context: MethodContext) -> None:
-        self.budget = context.budget
-        self.groups = groups_of(context.granularity, context.shape.kv_heads)
-        self.head_map = uniform_map(context.shape, self.groups)
 
     def select(self, step: DecodeTokens) -> Selection:
         position = torch.arange(step.span, device=step.seats.device)

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from specontext.core import Selection
-from specontext.retrieval.selector import DecodeTokens, MethodContext, Selector, uniform_map
+from specontext.retrieval.selector import DecodeTokens, MethodContext, Selector
 
 
 class StreamingSelector(Selector):
     """The first `sink` tokens and as many last tokens as the budget holds, the same for all heads."""
 
-    def __init__(self, context: MethodContext) -> None:
-        self.budget = context.budget
-        self.groups, self.head_map = 1, uniform_map(context.shape, 1)
+    @classmethod
+    def token_sets(cls, context: MethodContext, variant: str | None) -> int:
+        return 1
 
     def select(self, step: DecodeTokens) -> Selection:
         end = self.budget.candidates_end(step.lengths)[:, None]
