@@ -24,16 +24,19 @@ def run(*arguments):
 
 print(run("generate", "nano", "--prompt", "one two three " * 40, "--method", "every-other", "--budget", "32", "--max-tokens", "4",
           "--ignore-eos", "--json"))
-run("eval", "nano", "--suite", "nano", "--tasks", "kv_lookup", "--lengths", "256", "--limit", "1", "--budgets", "48",
+run("eval", "nano", "--suite", "ruler", "--tasks", "niah_single", "--lengths", "256", "--limit", "1", "--budgets", "48",
     "--methods", "full,every-other", "--out", "results")
 """
 
 
-def blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+def method_of(page: str) -> tuple[str, str]:
+    """The page's file and line."""
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    [line] = re.findall(r"```\n(Method\(.*\),)\n```", page)
+    return code, line
 
 
-def with_new_method(target: Path, code: str, entry: str) -> None:
+def with_new_method(target: Path, code: str, line: str) -> None:
     """The package with one more file and one more line; everything else is where it was."""
     (target / "specontext" / "retrieval" / "methods").mkdir(parents=True)
     for folder in ("", "retrieval", "retrieval/methods"):
@@ -45,14 +48,12 @@ def with_new_method(target: Path, code: str, entry: str) -> None:
     registry.unlink()
     text = (PACKAGE / "retrieval" / "registry.py").read_text()
     assert text.count("\n)\n\nFULL") == 1
-    registry.write_text(text.replace("\n)\n\nFULL", f"\n    {entry.strip()}\n)\n\nFULL"))
+    registry.write_text(text.replace("\n)\n\nFULL", f"\n    {line}\n)\n\nFULL"))
     (target / "specontext" / "retrieval" / "methods" / "every_other.py").write_text(code)
 
 
 def test_a_method_is_one_file_and_one_line(tmp_path: Path) -> None:
-    code, entry = blocks(PAGE.read_text())[:2]
-    assert entry.count("\n") == 1
-    with_new_method(tmp_path, code, entry)
+    with_new_method(tmp_path, *method_of(PAGE.read_text()))
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     ran = subprocess.run([sys.executable, "-c", RUN], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr

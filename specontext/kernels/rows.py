@@ -65,21 +65,6 @@ def gather_rows_layers(
     return gather_rows_layers_reference(source, target, *arguments)
 
 
-def append_rows(arena: Tensor, rows: Tensor, key: Tensor, value: Tensor) -> None:
-    """Write K and V of new tokens: arena[rows[t, h]] = (key[t, h], value[t, h]); negative rows are skipped.
-
-    Args:
-        arena: [N, 2, D], changed in place.
-        rows: int64 [T, Hkv], distinct where not negative.
-        key, value: [T, Hkv, D].
-    """
-    if use_triton(key):
-        from specontext.kernels.triton.rows import append_rows as kernel
-
-        return kernel(arena, rows, key, value)
-    return append_rows_reference(arena, rows, key, value)
-
-
 def append_tokens(
     pool: Tensor, pages: Tensor, seats: Tensor, positions: Tensor, key: Tensor, value: Tensor, page_size: int
 ) -> None:
@@ -199,13 +184,6 @@ def gather_rows_layers_reference(
         return page.mul_(page_size * kv_heads).add_((index % page_size * kv_heads).index_select(0, miss)).add_(head)
 
     copy_rows(source, rows(source_pages, token), target, rows(target_pages, slot))
-
-
-def append_rows_reference(arena: Tensor, rows: Tensor, key: Tensor, value: Tensor) -> None:
-    """See `append_rows`."""
-    wanted = rows >= 0
-    new = torch.stack((key[wanted], value[wanted]), dim=1)
-    arena.index_copy_(0, rows[wanted].to(arena.device), new.to(arena))
 
 
 def append_tokens_reference(

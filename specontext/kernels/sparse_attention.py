@@ -15,9 +15,7 @@ TILE_BYTES = 4 << 20  # of float32 K and V that are attended to at a time; stays
 LEAST_WIDTH = 16
 
 
-def sparse_attention(
-    query: Tensor, arena: Tensor, rows: Tensor, scale: float, *, workspace: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def sparse_attention(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Softmax attention of one query a head over the KV rows that `rows` names.
 
     Args:
@@ -25,7 +23,6 @@ def sparse_attention(
         arena: [N, 2, D], K and V of each row.
         rows: int64 or int32 [R, Hkv, B] row indices, -1 is skipped. Query heads h * Hq / Hkv and up read the rows of KV head h.
         scale: factor of the logits.
-        workspace: scratch of the GPU kernel (`triton.sparse_attention.make_workspace`), allocated when None.
 
     Returns:
         output [R, Hq, D] in the query's dtype, and float32 log-sum-exp of the logits [R, Hq], -inf where nothing was read.
@@ -33,7 +30,7 @@ def sparse_attention(
     if use_triton(query):
         from specontext.kernels.triton.sparse_attention import sparse_attention as on_gpu
 
-        return on_gpu(query, arena, rows, scale, workspace=workspace)
+        return on_gpu(query, arena, rows, scale)
     return sparse_attention_reference(query, arena, rows, scale)
 
 

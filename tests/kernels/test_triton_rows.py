@@ -151,24 +151,6 @@ def new_tokens(tokens: int, kv_heads: int, dim: int, dtype: torch.dtype, *, tran
 
 @both
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
-@pytest.mark.parametrize("dim", DIMS)
-def test_append_to_rows(module: Any, dim: int, dtype: torch.dtype) -> None:
-    tokens, kv_heads = 11, 3
-    key, value = new_tokens(tokens, kv_heads, dim, dtype, transposed=dim != 80)
-    arena = random_rows(50, dim, dtype)
-    where = torch.randperm(50, generator=torch.Generator().manual_seed(5))[: tokens * kv_heads].view(tokens, kv_heads)
-    where[2, 1] = where[7, 0] = -1
-    expected = arena.clone()
-    for t in range(tokens):
-        for h in range(kv_heads):
-            if where[t, h] >= 0:
-                expected[where[t, h]] = torch.stack((key[t, h], value[t, h]))
-    function_of(module, "append_rows")(arena, where.to(DEVICE), key, value)
-    assert torch.equal(arena, expected)
-
-
-@both
-@pytest.mark.parametrize("dtype", FORMATS, ids=str)
 @pytest.mark.parametrize(
     ("dim", "kv_heads", "page_size"), [(3, 1, 1), (64, 5, 3), (80, 2, 16), (96, 3, 5), (128, 1, 4), (256, 2, 7)]
 )
@@ -213,7 +195,8 @@ def test_append_to_both_tiers(module: Any, resident: bool, dim: int, kv_heads: i
 def test_append_converts_to_the_pools_format(module: Any) -> None:
     key, value = new_tokens(4, 2, 64, torch.float32, transposed=True)
     arena = random_rows(8, 64, torch.float16)
-    function_of(module, "append_rows")(arena, torch.arange(8, device=DEVICE).view(4, 2), key, value)
+    seats, page = torch.zeros(4, dtype=torch.int64, device=DEVICE), torch.zeros((1, 1), dtype=torch.int64, device=DEVICE)
+    function_of(module, "append_tokens")(arena, page, seats, torch.arange(4, device=DEVICE), key, value, 4)
     assert torch.equal(arena, torch.stack((key, value), dim=2).half().view(8, 2, 64))
 
 
@@ -223,7 +206,6 @@ def test_append_of_nothing(module: Any) -> None:
     before, nothing = pool.clone(), torch.zeros(0, dtype=torch.int64, device=DEVICE)
     key, value = new_tokens(0, 2, 4, torch.float32, transposed=False)
     pages = torch.ones((1, 1), dtype=torch.int64, device=DEVICE)
-    function_of(module, "append_rows")(pool, nothing.view(0, 2), key, value)
     function_of(module, "append_tokens")(pool, pages, nothing, nothing, key, value, 2)
     to = (pool, pages, pool, pages, pages, torch.zeros(1, dtype=torch.bool, device=DEVICE))
     function_of(module, "append_layer")(*to, nothing, nothing, nothing, key, value, 2, 1, 1)

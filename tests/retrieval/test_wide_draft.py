@@ -17,7 +17,7 @@ from specontext.cli.planned import find_facts
 from specontext.core import ModelShape
 from specontext.distill.attention import head_log_weights
 from specontext.distill.draft import Draft
-from specontext.distill.draft_files import load_draft, save_draft
+from specontext.distill.draft_files import save_draft
 from specontext.distill.recall import candidates
 from specontext.distill.student import Student
 from specontext.distill.target import Target
@@ -169,4 +169,4 @@ def test_training_uses_the_table_and_leaves_it_as_it_is(
     loss.backward()
     assert not any(name.endswith("embed_tokens") for name, _ in student.named_parameters())
     save_draft(student.draft, tmp_path / "trained")
-    assert torch.equal(load_draft(tmp_path / "trained", target).head.embed_tokens, head.embed_tokens)
+    assert torch.equal(load_head(tmp_path / "trained", target=target).embed_tokens, head.embed_tokens)

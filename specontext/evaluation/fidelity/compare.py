@@ -133,17 +133,3 @@ def most_windows(llm: LLM, compared: int) -> int:
     row = llm.shape.vocab_size * llm.shape.dtype.itemsize
     fit = LOGITS_BYTES[llm.engine.device.type] // (row * compared)
     return max(1, min(fit, llm.engine.config.max_num_seqs))
-
-
-def compare_window(llm: LLM, window: Window, ways: Sequence[Way], *, seed: int = 0) -> list[Fidelity]:
-    """Compare methods with full attention where a window wants it.
-
-    Args:
-        llm: runs `full` and all methods.
-        seed: of the method `random`.
-
-    Returns:
-        Full attention's own, then one for each way.
-    """
-    comparison = Comparison(llm, [window], seed=seed)
-    return [comparison.full[0], *comparison.methods(ways)[0]]
