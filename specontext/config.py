@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from specontext.core import SpeContextError
+from specontext.errors import ConfigError
 from specontext.retrieval.registry import CHEAP_METHODS, CHOICES, DEFAULT, FULL, METHODS, base_of
 
 GRANULARITIES = ("head", "union", "batch")
@@ -16,10 +16,6 @@ LOAD_FORMATS = ("auto", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_BUDGET = 2048
 T = TypeVar("T")
-
-
-class ConfigError(SpeContextError, ValueError):
-    """A setting that cannot be honoured; the message says which one and what would work."""
 
 
 def _option(default: T, help: str) -> T:

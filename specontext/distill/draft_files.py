@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from specontext.distill.draft import Draft
+from specontext.errors import HeadError
 from specontext.retrieval.checkpoint import WEIGHTS, tensor_name
 from specontext.retrieval.draft import config_values
-from specontext.retrieval.head_config import HeadConfig, HeadError
+from specontext.retrieval.head_config import HeadConfig
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 FEATURE_LAYERS = 3

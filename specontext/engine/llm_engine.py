@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from specontext.config import ConfigError, EngineConfig
-from specontext.core import Request, RequestError, SamplingParams, SpeContextError, shown
+from specontext.config import EngineConfig
+from specontext.core import Request, SamplingParams, shown
 from specontext.engine.build import build_parts
 from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.failures import Failures
 from specontext.engine.next_tokens import next_tokens
 from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
-from specontext.engine.runner import DeviceError, DeviceMemoryError, ModelRunner, working_device
+from specontext.engine.runner import ModelRunner, working_device
 from specontext.engine.scheduler import Schedule, Scheduler
+from specontext.errors import ConfigError, DeviceError, DeviceMemoryError, EngineClosedError, RequestError
 from specontext.kv.host_memory import settle
 from specontext.models.loading import LoadedModel, load_model
 from specontext.models.token_ids import unknown_token
@@ -29,10 +30,6 @@ from specontext.retrieval.random_head import random_head
 from specontext.retrieval.registry import needs_head
 
 UNTIL_CLOSED = ("loaded", "parts", "runner", "scheduler")
-
-
-class EngineClosedError(SpeContextError):
-    """An engine is asked for something after it was closed."""
 
 
 @dataclass(eq=False)

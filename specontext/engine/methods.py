@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from specontext.core import Batch, Choice, RequestError, shown
+from specontext.core import Batch, Choice, shown
+from specontext.errors import RequestError
 from specontext.kv.reading import Reader
 from specontext.retrieval.registry import base_of, needs_head
 from specontext.retrieval.selector import Budget, Selector

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from specontext.core import Request
 from specontext.engine.failures import NOBODYS, Failures
-from specontext.engine.sampler import LogitsError, sample
+from specontext.engine.sampler import sample
+from specontext.errors import LogitsError
 
 
 class NextToken(NamedTuple):

@@ -9,11 +9,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from specontext.core import Batch, SpeContextError
+from specontext.core import Batch
 from specontext.engine.build import Parts
 from specontext.engine.graphs import DecodeGraphs
 from specontext.engine.step import AttentionObserver, Step
 from specontext.engine.twin import DenseTwin
+from specontext.errors import DeviceError, DeviceMemoryError
 from specontext.models.attention import listening
 from specontext.models.compiled import CompiledModules
 from specontext.models.decoder import decoder_layers, output_layer
@@ -21,20 +22,6 @@ from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import STEPS
 from specontext.retrieval.selector import Selector
-
-
-class DeviceError(SpeContextError):
-    """The device failed in a step, and no later step can be trusted; the message says what to do."""
-
-
-class DeviceMemoryError(SpeContextError):
-    """The device had too little memory for a step; others may fit.
-
-    Attributes:
-        request_ids: the requests of the step, once they are known.
-    """
-
-    request_ids: tuple[str, ...] = ()
 
 
 class ModelRunner:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specontext.config import SpeContextConfig
-from specontext.core import SpeContextError
 from specontext.engine.llm import LLM
+from specontext.errors import SpeContextError
 from specontext.evaluation.budgets import largest
 from specontext.evaluation.competitors import Competitor
 from specontext.evaluation.settings import EvaluationSettings

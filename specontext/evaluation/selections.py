@@ -29,8 +29,9 @@ from typing import Any
 
 from torch import Tensor
 
-from specontext.core import Choice, RequestOutput, SamplingParams, SpeContextError
+from specontext.core import Choice, RequestOutput, SamplingParams
 from specontext.engine.llm import LLM
+from specontext.errors import SpeContextError
 from specontext.evaluation.analysis.settings import shown
 from specontext.retrieval.registry import needs_head
 from specontext.retrieval.selector import DecodeTokens

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specontext.gguf.errors import GGUFError
+from specontext.errors import GGUFError
 from specontext.gguf.reading import GGUFFile
 
 # llama.cpp keeps Mistral's dense models under "llama": without a sliding window they compute the same.

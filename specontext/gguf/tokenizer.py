@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from specontext.gguf.errors import GGUFError
+from specontext.errors import GGUFError
 from specontext.gguf.reading import GGUFFile
 
 

@@ -30,8 +30,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from specontext.config import ConfigError, SpeContextConfig
-from specontext.core import ModelShape, SpeContextError
+from specontext.config import SpeContextConfig
+from specontext.core import ModelShape
+from specontext.errors import ConfigError, SpeContextError
 from specontext.kernels.retrieval_scores import paged_retrieval_scores
 from specontext.models.decoder import decoder_layers
 from specontext.models.features import FeatureTaps

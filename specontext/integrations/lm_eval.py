@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from specontext.config import ConfigError, EngineConfig, SpeContextConfig
-from specontext.core import RequestError, RequestOutput, SamplingParams, SpeContextError
+from specontext.config import EngineConfig, SpeContextConfig
+from specontext.core import RequestOutput, SamplingParams
 from specontext.engine.llm import LLM
+from specontext.errors import ConfigError, RequestError, SpeContextError
 from specontext.models.chat_template import ChatTemplate
 from specontext.retrieval.registry import FULL, base_of
 

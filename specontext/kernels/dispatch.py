@@ -11,7 +11,7 @@ from functools import cache
 
 from torch import Tensor
 
-from specontext.core import SpeContextError
+from specontext.errors import SpeContextError
 
 VARIABLE = "SPECONTEXT_KERNELS"
 CHOICES = ("auto", "torch", "triton")

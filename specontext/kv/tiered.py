@@ -24,7 +24,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specontext.core import LoadPlan, ModelShape, Selection, SpeContextError
+from specontext.core import LoadPlan, ModelShape, Selection
+from specontext.errors import LoadError
 from specontext.kernels.row_index import selected_rows
 from specontext.kernels.rows import append_layer, append_tokens, gather_rows_layers, ring_slots
 from specontext.kv.hot_slots import HotSlots
@@ -35,10 +36,6 @@ from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK, Mark, Streams, 
 from specontext.kv.write_back import write_back
 
 GROUPS = (1, 1, 2, 4)  # layers of the first launches of a load, so that the first layer waits little; 8 for all others
-
-
-class LoadError(SpeContextError):
-    """A row in a slot differs from the host's (only found with `verify_loads`)."""
 
 
 class TieredKV:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from specontext.core import SpeContextError
+from specontext.errors import MemoryPlanError
 from specontext.memory.free import free_host_memory
 
 if TYPE_CHECKING:
@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from specontext.memory.model import KVCost
 
 SHARE_OF_FREE_MEMORY = 0.4
-
-
-class MemoryPlanError(SpeContextError):
-    """The memory that was allowed cannot hold what was asked for; the message says how much is needed."""
 
 
 @dataclass(frozen=True)

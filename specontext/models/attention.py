@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from specontext.locations import ModelError
+from specontext.errors import ModelError
 
 ATTENTION_NAME = "specontext"
 RUNNING = "specontext_running"  # attribute of every module of a model that has run here

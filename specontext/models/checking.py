@@ -25,8 +25,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
 from specontext.core import ModelShape
+from specontext.errors import ModelError
 from specontext.kernels.dense_attention import chunk_attention
-from specontext.locations import ModelError
 from specontext.models.attention import RUNNING, NoStepError, attention_of, listening, running_of
 
 LIBRARY_NAME = "specontext_library"  # the library's own attention, seen while it runs

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specontext.core import ModelShape
+from specontext.errors import HeadError
 from specontext.memory.facts import HeadFacts
-from specontext.retrieval.head_config import HeadConfig, HeadError, is_positive
+from specontext.retrieval.head_config import HeadConfig, is_positive
 from specontext.retrieval.rope import rope_frequencies, rotate
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need it

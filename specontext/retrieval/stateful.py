@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specontext.config import ConfigError
 from specontext.core import Selection
+from specontext.errors import ConfigError
 from specontext.retrieval.selector import DecodeTokens, LayerView, MethodContext, Selector
 
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from specontext.config import ConfigError
+from specontext.errors import ConfigError
 
 REASONING_PARSERS = ("deepseek_r1", "qwen3")
 _ALL = ("*",), ("*",)

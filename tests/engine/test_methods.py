@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from specontext import LLM, SamplingParams
-from specontext.config import ConfigError
-from specontext.core import RequestError
+from specontext.errors import ConfigError, RequestError
 from specontext.retrieval.registry import CHOICES
 
 MakeLLM = Callable[..., LLM]

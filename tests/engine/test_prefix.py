@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from specontext import LLM, SamplingParams
-from specontext.core import Batch, RequestError
+from specontext.core import Batch
 from specontext.engine.llm_engine import Generation
+from specontext.errors import RequestError
 
 MakeLLM = Callable[..., LLM]
 Greedy = Callable[..., SamplingParams]

@@ -13,9 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specontext import LLM, ConfigError, SamplingParams, SpeContextConfig
-from specontext.core import RequestError
-from specontext.engine.runner import DeviceMemoryError
-from specontext.memory.tiers import MemoryPlanError
+from specontext.errors import DeviceMemoryError, MemoryPlanError, RequestError
 from specontext.models.token_ids import unknown_token
 
 MakeLLM = Callable[..., LLM]

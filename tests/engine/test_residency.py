@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.config import EngineConfig
-from specontext.core import RequestError
 from specontext.engine import build
 from specontext.engine.llm_engine import Generation
+from specontext.errors import MemoryPlanError, RequestError
 from specontext.memory.model import KVCost, MemoryModel
-from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, MemoryPlanError
+from specontext.memory.tiers import SHARE_OF_FREE_MEMORY
 
 METHODS = ("speculative", "full", "oracle", "streaming", "random")
 FIRST = [method if method in ("speculative", "full") else pytest.param(method, marks=pytest.mark.slow) for method in METHODS]

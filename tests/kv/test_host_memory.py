@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from specontext.core import ModelShape
+from specontext.errors import HostMemoryError, MemoryPlanError
 from specontext.kv import host_memory
-from specontext.kv.host_memory import AHEAD, HostMemory, HostMemoryError
+from specontext.kv.host_memory import AHEAD, HostMemory
 from specontext.kv.pool import PagePool, make_pools
 from specontext.kv.reading import Reader
 from specontext.kv.tiered import TieredKV
-from specontext.memory.tiers import MemoryPlanError
 
 CHUNK = 1 << 20
 

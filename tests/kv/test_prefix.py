@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specontext.core import ModelShape
+from specontext.errors import OutOfPagesError
 from specontext.kv import copying, prefix
 from specontext.kv.host_memory import AHEAD, HostMemory
 from specontext.kv.moves import LayerMove
@@ -24,7 +25,7 @@ from specontext.kv.prefix_tree import Block, PrefixTree, Tokens, page_of
 from specontext.kv.reading import Reader
 from specontext.kv.streams import PREFETCH, WRITE_BACK
 from specontext.kv.tiered import TieredKV
-from specontext.memory.pages import OutOfPagesError, PageAllocator
+from specontext.memory.pages import PageAllocator
 from tests.kv.test_host_memory import CHUNK, Driver, driver, host_memory_pool, settled
 from tests.kv.test_streams import RaceError, RecordingStreams, watch
 

@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from specontext.core import LoadPlan, ModelShape, Selection
+from specontext.errors import LoadError, OutOfPagesError
 from specontext.kernels.rows import gather_rows_layers
 from specontext.kv import tiered
 from specontext.kv.dense import pages_in_reach, read_tile, stored_tiles
@@ -28,8 +29,7 @@ from specontext.kv.moves import LayerMove
 from specontext.kv.parking import ParkedKV, discard, park, unpark
 from specontext.kv.pool import make_pools
 from specontext.kv.reading import Reader, Reading
-from specontext.kv.tiered import LoadError, TieredKV
-from specontext.memory.pages import OutOfPagesError
+from specontext.kv.tiered import TieredKV
 from specontext.retrieval.selector import Budget
 
 LAYERS, SEATS, DIM = 3, 3, 2

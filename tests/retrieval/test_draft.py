@@ -16,12 +16,13 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from specontext.core import ModelShape
+from specontext.errors import HeadError
 from specontext.kernels.retrieval_scores import paged_retrieval_scores
 from specontext.kernels.top_k import top_k_positions
 from specontext.retrieval.checkpoint import load_head
 from specontext.retrieval.draft import count_parameters, dialect_of
 from specontext.retrieval.head import RetrievalHead, head_parameters
-from specontext.retrieval.head_config import HeadConfig, HeadError
+from specontext.retrieval.head_config import HeadConfig
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY, LAYERS = 32, 4, 2, 12, 50, 8
 SINK, RECENT, CHOSEN = 2, 3, 9

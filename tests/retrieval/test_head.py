@@ -12,8 +12,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from specontext.core import ModelShape
+from specontext.errors import HeadError
 from specontext.retrieval.head import RetrievalHead
-from specontext.retrieval.head_config import HeadConfig, HeadError
+from specontext.retrieval.head_config import HeadConfig
 from specontext.retrieval.rope import rotate
 
 TARGET = ModelShape(

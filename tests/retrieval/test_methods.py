@@ -7,8 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from specontext.config import ConfigError
 from specontext.core import Segment
+from specontext.errors import ConfigError
 from specontext.retrieval.clustering import cosine_clusters
 from specontext.retrieval.methods.clusterkv import ClusterKVSelector
 from specontext.retrieval.methods.h2o import H2OSelector

@@ -22,11 +22,11 @@ from specontext.distill.recall import candidates
 from specontext.distill.student import Student
 from specontext.distill.target import Target
 from specontext.engine.build import facts_of_loaded
+from specontext.errors import HeadError
 from specontext.locations import shape_of
 from specontext.memory.speed import Bandwidths, decode_floor
 from specontext.retrieval.checkpoint import load_head, read_config, save_head
 from specontext.retrieval.head import head_parameters
-from specontext.retrieval.head_config import HeadError
 
 WIDTH, HEADS, KV_HEADS, HEAD_DIM = 40, 4, 2, 16  # the target is 64 wide
 DIALECTS = ("EAGLE", "SpecForge", "AngelSlim", "speculators")

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from specontext.engine.async_engine import EngineDeadError
 from specontext.engine.load import LoadMeter
 from specontext.engine.statistics import Meter
+from specontext.errors import EngineDeadError
 from tests.server.serving import make_engine
 from tests.server.test_async_engine import PROMPT, collect, params, run, started
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from specontext.core import SpeContextError
+from specontext.errors import SpeContextError
 from specontext.retrieval.registry import DEFAULT, FULL, bound_of, needs_head
 
 Row = dict[str, Any]

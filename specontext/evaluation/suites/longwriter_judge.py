@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from specontext.core import SpeContextError
+from specontext.errors import SpeContextError
 from specontext.evaluation.load.http import Address, HttpError, fetch_json
 
 DIMENSIONS = {

@@ -11,8 +11,8 @@ import copy
 import torch
 from torch import Tensor
 
-from specontext.config import ConfigError
 from specontext.core import Selection
+from specontext.errors import ConfigError
 from specontext.retrieval.granularity import choose, groups_of
 from specontext.retrieval.selector import DecodeTokens, MethodContext, Selector
 

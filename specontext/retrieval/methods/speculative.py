@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import Tensor
 
-from specontext.config import ConfigError
 from specontext.core import Batch, Segment, Selection
+from specontext.errors import ConfigError
 from specontext.kernels.retrieval_scores import paged_retrieval_scores
 from specontext.retrieval.granularity import choose, groups_of
 from specontext.retrieval.selector import DecodeTokens, MethodContext, PageState, Selector, uniform_map
