@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from specontext.errors import ConfigError
-from specontext.retrieval.registry import CHEAP_METHODS, CHOICES, DEFAULT, FULL, METHODS, base_of
+from specontext.retrieval.registry import CHEAP_METHODS, CHOICES, DEFAULT, FULL, METHODS
 
 GRANULARITIES = ("head", "union", "batch")
 LOAD_FORMATS = ("auto", "dummy")
@@ -175,10 +175,6 @@ class EngineConfig:
             if unknown := [name for name in self.methods if name not in CHOICES]:
                 raise ConfigError(f"unknown method '{unknown[0]}' in methods: choose among {', '.join(CHOICES)}")
             object.__setattr__(self, "methods", tuple(self.methods))
-        names = self.all_methods
-        for name in names:
-            if base_of(name) not in names:
-                raise ConfigError(f"method '{name}' needs '{base_of(name)}' beside it: name both in methods (--methods)")
         for name in ("max_model_len", "gpu_memory", "host_memory"):
             if getattr(self, name) is not None:
                 _require_int(name, getattr(self, name), 1)

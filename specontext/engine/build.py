@@ -26,7 +26,7 @@ from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import RetrievalHead, facts_of_head
 from specontext.retrieval.key_cache import KeyCache
 from specontext.retrieval.methods import make_selectors, selector_class, token_sets
-from specontext.retrieval.registry import variant_of
+from specontext.retrieval.registry import base_of, variant_of
 from specontext.retrieval.selector import Budget, MethodContext, Selector
 
 logger = logging.getLogger("specontext")
@@ -84,6 +84,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         logger.info("%s", describe_head(head, max_tokens))
     facts = facts_of_loaded(loaded, head)
     names = config.all_methods
+    check_variants(names, method)
     assert method.budget is not None and method.slots is not None
     selecting = [name for name in names if not selector_class(name).dense]
     budget = method.budget if selecting else 1  # of what a table of selections has to hold
@@ -101,10 +102,6 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     kinds = [selector_class(name) for name in names]
     tables = shape.layers if any(kind.in_layer for kind in kinds) else 1
     groups = max(token_sets(name, context) for name in names)
-    if method.offload_layers != 0 and (keeping := [name for name in names if (v := variant_of(name)) and v.keeps_generated]):
-        raise ConfigError(
-            f"method '{keeping[0]}' reads all generated tokens, for which no slots suffice: set offload_layers to 0"
-        )
     run = RunSettings(
         config.max_num_seqs,
         max_tokens,
@@ -229,6 +226,16 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
     sizes = NO_HEAD if head is None else facts_of_head(head.config)
     parameters = sum(p.numel() for p in model.parameters())
     return ModelFacts(loaded.name, loaded.shape, parameters, lookup, intermediate, sizes)
+
+
+def check_variants(names: Sequence[str], method: SpeContextConfig) -> None:
+    """Raises ConfigError for a variant that requests may name and that cannot work in this engine."""
+    for name in names:
+        if base_of(name) not in names:
+            raise ConfigError(f"method '{name}' needs '{base_of(name)}' beside it: name both in methods (--methods)")
+        variant = variant_of(name)
+        if variant is not None and variant.keeps_generated and method.offload_layers != 0:
+            raise ConfigError(f"method '{name}' reads all generated tokens, for which no slots suffice: set offload_layers to 0")
 
 
 def describe_head(head: RetrievalHead, max_tokens: int) -> str:

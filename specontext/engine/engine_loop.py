@@ -224,7 +224,8 @@ class EngineLoop:
                 self._observer.token(now - output.last_at, first=not output.made)
             output.last_at, output.made = now, made
         if generation.finished:
-            self.meter.ended(generation.stats or {})
+            if generation.stats is not None:
+                self.meter.ended(generation.stats)
             self._forget(request.request_id, request.finish_reason or "stop")
         return not stream.only_final or stream.complete
 

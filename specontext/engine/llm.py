@@ -207,7 +207,7 @@ def _output(job: list[Generation]) -> RequestOutput:
             g.request.output_token_ids,
             g.request.finish_reason,
             list(g.request.logprobs) if g.request.logprobs is not None else None,
-            g.stats or {},
+            g.stats.as_dict() if g.stats is not None else {},
             g.detokenizer.thinking.text if g.detokenizer.thinking is not None else "",
         )
         for g in job

@@ -20,6 +20,7 @@ from torch import Tensor
 from specontext.core import SamplingParams
 from specontext.distill.fidelity import measures
 from specontext.engine.llm import LLM
+from specontext.engine.llm_engine import Generation
 from specontext.evaluation.windows import Window
 
 LOGITS_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # of full attention that are kept
@@ -114,7 +115,7 @@ class Comparison:
         for window in range(len(self.windows)):
             rows = means[window * len(ways) : (window + 1) * len(ways)]
             own = rows[0][2] if keep is not None else self.full[window].cross_entropy
-            found.append([Fidelity(row[0], row[1], row[2], own, next(made).stats or {}) for row in rows])
+            found.append([Fidelity(row[0], row[1], row[2], own, _stats(next(made))) for row in rows])
         return found
 
     def _compare(self, new: Sequence[tuple[int, int, int, Tensor]], sums: Tensor) -> None:
@@ -126,6 +127,10 @@ class Comparison:
             targets = torch.stack([self._targets[window][position] for _, window, position, _ in some])
             jobs = torch.tensor([job for job, _, _, _ in some], device=sums.device)
             sums.index_add_(0, jobs, measures(full, logits, targets))
+
+
+def _stats(generation: Generation) -> dict[str, Any]:
+    return generation.stats.as_dict() if generation.stats is not None else {}
 
 
 def most_windows(llm: LLM, compared: int) -> int:

@@ -187,7 +187,7 @@ def _generate(
             advance(len(llm.engine.step()))
     finally:
         llm.engine.abort("validation")
-    return generation, generation.stats or {}
+    return generation, generation.stats.as_dict() if generation.stats is not None else {}
 
 
 def parting(one: Sequence[int], other: Sequence[int]) -> int | None:
