@@ -20,7 +20,7 @@ from specontext.models.compiled import CompiledModules
 from specontext.models.decoder import decoder_layers, output_layer
 from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
-from specontext.retrieval.head import STEPS
+from specontext.retrieval.head import CALLED
 from specontext.retrieval.selector import Selector
 
 
@@ -59,7 +59,7 @@ class ModelRunner:
         if compiled and loaded.shape.dtype != torch.float32:
             compiling = [(layer, "forward") for layer in decoder_layers(loaded.model)]
             if parts.head is not None:
-                compiling += [(parts.head, name) for name in STEPS]
+                compiling += [(parts.head, name) for name in CALLED]
             self._compiled = CompiledModules(compiling)
         self._output_layer = output_layer(loaded.model)
         self._graphs: DecodeGraphs | None = None

@@ -20,11 +20,11 @@ from specontext.kv.dense import HostTiles, in_reach, pages_in_reach, read_tile, 
 from specontext.kv.reading import Reader, Reading
 from specontext.kv.streams import COMPUTE, STATISTICS, Mark
 from specontext.kv.tiered import TieredKV
-from specontext.retrieval.selector import DecodeTokens, Selector
+from specontext.retrieval.selector import LaneTokens, Selector
 
 # Sees a layer of a step: its number, the decode tokens, their true attention [R, Hq, S], and what each KV head reads [R, Hkv, B]
 # (None for everything).
-AttentionObserver = Callable[[int, DecodeTokens, Tensor, Tensor | None], None]
+AttentionObserver = Callable[[int, LaneTokens, Tensor, Tensor | None], None]
 
 # Shows the decode tokens of some ways of a batch, with full attention, to the methods that have to know it beforehand.
 LookAhead = Callable[[Batch, Sequence["Way"]], None]
@@ -46,7 +46,7 @@ class Way:
 
     selector: Selector
     reader: Reader
-    decode: DecodeTokens
+    decode: LaneTokens
     part: slice
     tile: int
     reading: Reading | None = None
@@ -86,7 +86,7 @@ class Step:
 
     def _way(self, lane: Lane) -> Way:
         part = slice(lane.start, lane.stop)
-        decode = DecodeTokens.part(self.batch, part, lane.span)
+        decode = LaneTokens.part(self.batch, part, lane.span)
         tile = max(self.tile // max(lane.stop - lane.start, 1), LEAST_TILE) if self.kv.streams.asynchronous else self.tile
         return Way(self.methods.of(lane.choice), self.methods.reader(lane.choice), decode, part, tile)
 
@@ -229,7 +229,7 @@ class Step:
         outputs, lses = zip(*parts, strict=True)
         return merge_partials(torch.stack(outputs), torch.stack(lses))
 
-    def true_logits(self, decode: DecodeTokens, layer: int, query: Tensor, scale: float) -> Tensor:
+    def true_logits(self, decode: LaneTokens, layer: int, query: Tensor, scale: float) -> Tensor:
         """Attention logits over the whole context of some decode tokens, float32 [R, Hq, S]."""
         parts = []
         for start, stop in _tiles(decode.span, self.tile):

@@ -19,7 +19,7 @@ from specontext.models.attention import listening
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.methods.full import FullSelector
 from specontext.retrieval.registry import FULL
-from specontext.retrieval.selector import DecodeTokens, MethodContext
+from specontext.retrieval.selector import LaneTokens, MethodContext
 
 
 class DenseTwin:
@@ -42,7 +42,7 @@ class DenseTwin:
         index = torch.cat([torch.arange(way.part.start, way.part.stop, device=device) for way in ways])
         sizes = [way.part.stop - way.part.start for way in ways]
 
-        def show(layer: int, _: DecodeTokens, weights: Tensor, __: Tensor | None) -> None:
+        def show(layer: int, _: LaneTokens, weights: Tensor, __: Tensor | None) -> None:
             for way, part in zip(ways, weights.split(sizes), strict=True):
                 way.selector.foresee(layer, part[..., : way.decode.span])
 

@@ -34,7 +34,7 @@ from specontext.engine.llm import LLM
 from specontext.errors import SpeContextError
 from specontext.evaluation.analysis.settings import shown
 from specontext.retrieval.registry import needs_head
-from specontext.retrieval.selector import DecodeTokens
+from specontext.retrieval.selector import LaneTokens
 
 FORMAT = 1
 FILE = "selections.json"
@@ -64,7 +64,7 @@ class Recorder:
     kv_heads: int
     steps: list[dict[str, Any]] = field(default_factory=list)
 
-    def __call__(self, layer: int, decode: DecodeTokens, weights: Tensor, tokens: Tensor | None) -> None:
+    def __call__(self, layer: int, decode: LaneTokens, weights: Tensor, tokens: Tensor | None) -> None:
         """See one layer of a step.
 
         Args:

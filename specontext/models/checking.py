@@ -135,8 +135,8 @@ def library_attention(
     own = getattr(home, "eager_attention_forward", sdpa_attention_forward)
     output: Tensor = own(module, query, key, value, attention_mask, **options)[0]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    step = getattr(module, RUNNING).step
-    return step.see(module.layer_idx, q, k, v, output[0].view(q.shape[0], q.shape[1], -1))[None], None
+    listener = getattr(module, RUNNING).listener
+    return listener.see(module.layer_idx, q, k, v, output[0].view(q.shape[0], q.shape[1], -1))[None], None
 
 
 class _LaterLayer(DynamicLayer):

@@ -27,7 +27,7 @@ from specontext.retrieval.rope import rope_frequencies, rotate
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need it
     from transformers import PreTrainedConfig
 
-STEPS = ("queries", "fuse", "keys")  # what the engine calls of a head, before and after the target has run
+CALLED = ("queries", "fuse", "keys")  # what the engine calls of a head, before and after the target has run
 
 
 class RMSNorm(nn.Module):

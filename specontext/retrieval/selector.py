@@ -18,8 +18,8 @@ from specontext.retrieval.key_cache import KeyCache
 
 
 @dataclass(frozen=True)
-class DecodeTokens:
-    """The decode tokens of a step, one a request.
+class LaneTokens:
+    """The decode tokens of a lane in a step, one a request.
 
     Attributes:
         token_ids, seats, positions, seeds: int64 [R]; a negative position is padding.
@@ -38,12 +38,12 @@ class DecodeTokens:
         return self.positions + 1
 
     @classmethod
-    def of(cls, batch: Batch) -> DecodeTokens:
+    def of(cls, batch: Batch) -> LaneTokens:
         """The decode tokens of a batch."""
         return cls.part(batch, slice(0, batch.num_decodes), batch.span)
 
     @classmethod
-    def part(cls, batch: Batch, part: slice, span: int) -> DecodeTokens:
+    def part(cls, batch: Batch, part: slice, span: int) -> LaneTokens:
         """Some of the decode tokens of a batch, the longest context of which has `span` tokens."""
         return cls(batch.token_ids[part], batch.seats[part], batch.positions[part], batch.seeds[part], span)
 
@@ -159,7 +159,7 @@ class LayerView(Protocol):
         ...
 
     def keys(self, row: int, start: int, stop: int) -> Tensor:
-        """Stored keys of the step's request `row` after RoPE, [stop - start, Hkv, D]; the token being processed is among them."""
+        """Stored keys of the lane's request `row` after RoPE, [stop - start, Hkv, D]; the token being processed is among them."""
         ...
 
 
@@ -240,15 +240,15 @@ class Selector(ABC):
         """See what full attention would weigh in a layer, layer after layer, right before `select`; only where it `foresees`.
 
         Args:
-            weights: float32 [R, Hq, S] of the tokens of the step.
+            weights: float32 [R, Hq, S] of the lane's tokens.
         """
         raise NotImplementedError
 
-    def select(self, step: DecodeTokens) -> Selection:
+    def select(self, lane: LaneTokens) -> Selection:
         """Choose for all layers, before the forward pass."""
         raise NotImplementedError
 
-    def select_in_layer(self, layer: int, step: DecodeTokens, view: LayerView) -> Selection:
+    def select_in_layer(self, layer: int, lane: LaneTokens, view: LayerView) -> Selection:
         """Choose for one layer."""
         raise NotImplementedError
 
@@ -266,7 +266,7 @@ class Selector(ABC):
         """See the tokens of a step after the forward pass, with their features [T, F * H] if the method taps any."""
 
     @abstractmethod
-    def selection_bytes(self, step: DecodeTokens) -> Tensor:
+    def selection_bytes(self, lane: LaneTokens) -> Tensor:
         """Bytes that choosing has to read in a step, all layers together: int64 [R].
 
         A method that selects in the layer is asked after it has, any other one before.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specontext.core import Selection
 from specontext.errors import ConfigError
-from specontext.retrieval.selector import DecodeTokens, LayerView, MethodContext, Selector
+from specontext.retrieval.selector import LaneTokens, LayerView, MethodContext, Selector
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class StatefulSelector(Selector):
         # Both are shared with `with_budget` copies, like the tables.
         self._prompt_of: dict[int, int] = {}
         self._fresh: list[set[int]] = [set() for _ in range(shape.layers)]
-        self._asked: tuple[DecodeTokens, list[tuple[int, int]]] | None = None
+        self._asked: tuple[LaneTokens, list[tuple[int, int]]] | None = None
 
     def variant(self, name: str) -> Selector:
         """The same, choosing among the tokens of prompts only ('prompt')."""
@@ -95,11 +95,11 @@ class StatefulSelector(Selector):
     def learn(self, layer: int, row: int, seat: int, view: LayerView) -> None:
         """Build the state of a request whose prompt, of `self.prompt(seat)` tokens, is stored."""
 
-    def follow(self, layer: int, step: DecodeTokens, view: LayerView) -> None:
+    def follow(self, layer: int, lane: LaneTokens, view: LayerView) -> None:
         """Take notice of the tokens of this step, before choosing; not called where all generated tokens are read."""
 
     @abstractmethod
-    def choose(self, layer: int, step: DecodeTokens, view: LayerView, ends: Tensor) -> Tensor:
+    def choose(self, layer: int, lane: LaneTokens, view: LayerView, ends: Tensor) -> Tensor:
         """The best candidates among the positions sink .. ends[r] - 1.
 
         Returns:
@@ -108,26 +108,26 @@ class StatefulSelector(Selector):
 
     # The step ----------------------------------------------------------------------------------------------------------
 
-    def select_in_layer(self, layer: int, step: DecodeTokens, view: LayerView) -> Selection:
+    def select_in_layer(self, layer: int, lane: LaneTokens, view: LayerView) -> Selection:
         fresh = self._fresh[layer]
         if fresh:
-            for row, (seat, position) in enumerate(self.on_host(step)):
+            for row, (seat, position) in enumerate(self.on_host(lane)):
                 if seat in fresh:
                     fresh.discard(seat)
                     self._set_prompt(seat, position)
                     self.learn(layer, row, seat, view)
         if not self.keep_generated:
-            self.follow(layer, step, view)
-        chosen = self.choose(layer, step, view, self.ends(step))
+            self.follow(layer, lane, view)
+        chosen = self.choose(layer, lane, view, self.ends(lane))
         if self.keep_generated:
-            return self.budget.compose_after(chosen, step.lengths, self.prompts[step.seats])
-        return self.budget.compose(chosen, step.lengths)
+            return self.budget.compose_after(chosen, lane.lengths, self.prompts[lane.seats])
+        return self.budget.compose(chosen, lane.lengths)
 
-    def ends(self, step: DecodeTokens) -> Tensor:
+    def ends(self, lane: LaneTokens) -> Tensor:
         """End of the candidates of each request: int64 [R]."""
         if self.keep_generated:
-            return self.budget.prompt_end(step.lengths, self.prompts[step.seats])
-        return self.budget.candidates_end(step.lengths)
+            return self.budget.prompt_end(lane.lengths, self.prompts[lane.seats])
+        return self.budget.candidates_end(lane.lengths)
 
     @property
     def asks_host(self) -> bool:
@@ -138,10 +138,10 @@ class StatefulSelector(Selector):
         """Tokens of the prompt of a request that decodes."""
         return self._prompt_of[seat]
 
-    def on_host(self, step: DecodeTokens) -> list[tuple[int, int]]:
+    def on_host(self, lane: LaneTokens) -> list[tuple[int, int]]:
         """Seat and position of every token of the step; the device is asked once for all layers."""
-        if self._asked is None or self._asked[0] is not step:
-            self._asked = step, list(zip(step.seats.tolist(), step.positions.tolist(), strict=True))
+        if self._asked is None or self._asked[0] is not lane:
+            self._asked = lane, list(zip(lane.seats.tolist(), lane.positions.tolist(), strict=True))
         return self._asked[1]
 
     def _set_prompt(self, seat: int, tokens: int) -> None:

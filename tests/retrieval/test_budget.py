@@ -13,7 +13,7 @@ from specontext.retrieval.methods import make_selectors
 from specontext.retrieval.methods.oracle import OracleSelector
 from specontext.retrieval.methods.random import RandomSelector
 from specontext.retrieval.methods.streaming import StreamingSelector
-from specontext.retrieval.selector import Budget, DecodeTokens, LayerView, MethodContext, Selector
+from specontext.retrieval.selector import Budget, LaneTokens, LayerView, MethodContext, Selector
 
 QUICK = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 SHAPE = ModelShape(
@@ -89,9 +89,9 @@ class Shown(LayerView):
         return self._logits
 
 
-def decode_tokens(lengths: list[int]) -> DecodeTokens:
+def decode_tokens(lengths: list[int]) -> LaneTokens:
     count = torch.arange(len(lengths))
-    return DecodeTokens(count, count, torch.tensor(lengths) - 1, 5 + count, max(lengths))
+    return LaneTokens(count, count, torch.tensor(lengths) - 1, 5 + count, max(lengths))
 
 
 def choose(selector: Selector, lengths: list[int]) -> torch.Tensor:

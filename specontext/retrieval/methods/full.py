@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.retrieval.selector import DecodeTokens, MethodContext, Selector
+from specontext.retrieval.selector import LaneTokens, MethodContext, Selector
 
 
 class FullSelector(Selector):
@@ -17,5 +17,5 @@ class FullSelector(Selector):
     def token_sets(cls, context: MethodContext, variant: str | None) -> int:
         return 1
 
-    def selection_bytes(self, step: DecodeTokens) -> Tensor:
-        return torch.zeros_like(step.positions)
+    def selection_bytes(self, lane: LaneTokens) -> Tensor:
+        return torch.zeros_like(lane.positions)

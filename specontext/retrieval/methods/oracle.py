@@ -7,7 +7,7 @@ from torch import Tensor
 from specontext.core import Selection
 from specontext.kernels.retrieval_scores import group_weights
 from specontext.retrieval.granularity import choose
-from specontext.retrieval.selector import DecodeTokens, LayerView, Selector
+from specontext.retrieval.selector import LaneTokens, LayerView, Selector
 
 
 class OracleSelector(Selector):
@@ -15,11 +15,11 @@ class OracleSelector(Selector):
 
     in_layer = True
 
-    def select_in_layer(self, layer: int, step: DecodeTokens, view: LayerView) -> Selection:
+    def select_in_layer(self, layer: int, lane: LaneTokens, view: LayerView) -> Selection:
         grouped = view.logits().unflatten(1, (self.shape.kv_heads, -1))
-        scores = group_weights(grouped, self.budget.sink, self.budget.candidates_end(step.lengths))
-        return self.budget.compose(choose(scores, self.granularity, self.budget.scored), step.lengths)
+        scores = group_weights(grouped, self.budget.sink, self.budget.candidates_end(lane.lengths))
+        return self.budget.compose(choose(scores, self.granularity, self.budget.scored), lane.lengths)
 
-    def selection_bytes(self, step: DecodeTokens) -> Tensor:
+    def selection_bytes(self, lane: LaneTokens) -> Tensor:
         """All keys of all layers."""
-        return step.lengths * (self.shape.kv_bytes_per_token // 2)
+        return lane.lengths * (self.shape.kv_bytes_per_token // 2)

@@ -14,7 +14,7 @@ from torch import Tensor
 from specontext.core import Selection
 from specontext.errors import ConfigError
 from specontext.retrieval.granularity import choose, groups_of
-from specontext.retrieval.selector import DecodeTokens, MethodContext, Selector
+from specontext.retrieval.selector import LaneTokens, MethodContext, Selector
 
 
 class SharedOracleSelector(Selector):
@@ -61,18 +61,18 @@ class SharedOracleSelector(Selector):
         else:
             self._sums[band] += best
 
-    def select(self, step: DecodeTokens) -> Selection:
+    def select(self, lane: LaneTokens) -> Selection:
         scores = torch.stack(self._sums, dim=1)  # [R, bands, Hkv, S]; a mean over layers has the same order
         self._sums = []
         position = torch.arange(scores.shape[-1], device=scores.device)
-        ends = self.budget.candidates_end(step.lengths)
+        ends = self.budget.candidates_end(lane.lengths)
         absent = (position < self.budget.sink) | (position >= ends[:, None])  # [R, S]
         scores.masked_fill_(absent[:, None, None], -1.0)
-        return self.budget.compose(choose(scores, self.granularity, self.budget.scored).flatten(1, 2), step.lengths)
+        return self.budget.compose(choose(scores, self.granularity, self.budget.scored).flatten(1, 2), lane.lengths)
 
-    def selection_bytes(self, step: DecodeTokens) -> Tensor:
+    def selection_bytes(self, lane: LaneTokens) -> Tensor:
         """Keys and values of all layers, which the dense pass reads."""
-        return step.lengths * self.shape.kv_bytes_per_token
+        return lane.lengths * self.shape.kv_bytes_per_token
 
 
 def _bands(variant: str | None) -> int:

@@ -11,7 +11,7 @@ from specontext.core import Batch, Segment, Selection
 from specontext.errors import ConfigError
 from specontext.kernels.retrieval_scores import paged_retrieval_scores
 from specontext.retrieval.granularity import choose, groups_of
-from specontext.retrieval.selector import DecodeTokens, MethodContext, PageState, Selector, uniform_map
+from specontext.retrieval.selector import LaneTokens, MethodContext, PageState, Selector, uniform_map
 
 
 class SpeculativeSelector(Selector):
@@ -84,13 +84,13 @@ class SpeculativeSelector(Selector):
         if self.last_fused is not None and fused is not None:
             self.last_fused[seat] = fused.to(self.last_fused.device)
 
-    def select(self, step: DecodeTokens) -> Selection:
-        before = None if self.last_fused is None else self.last_fused[step.seats]
-        queries = self.head.queries(self._embed(step.token_ids), before, step.positions)
-        pages, stops = self.cache.pages_of(step.seats, step.span), self.budget.candidates_end(step.lengths)
+    def select(self, lane: LaneTokens) -> Selection:
+        before = None if self.last_fused is None else self.last_fused[lane.seats]
+        queries = self.head.queries(self._embed(lane.token_ids), before, lane.positions)
+        pages, stops = self.cache.pages_of(lane.seats, lane.span), self.budget.candidates_end(lane.lengths)
         keys, groups = self.cache.keys, self.head.config.kv_heads
-        scores = paged_retrieval_scores(queries, keys, pages, self.budget.sink, stops, step.span, groups)
-        return self.budget.compose(choose(scores, self.granularity, self.budget.scored), step.lengths)
+        scores = paged_retrieval_scores(queries, keys, pages, self.budget.sink, stops, lane.span, groups)
+        return self.budget.compose(choose(scores, self.granularity, self.budget.scored), lane.lengths)
 
     def observe(self, batch: Batch, features: Tensor | None) -> None:
         fused = before = None
@@ -110,10 +110,10 @@ class SpeculativeSelector(Selector):
     def _embed(self, token_ids: Tensor) -> Tensor:
         return self.head.embedded(token_ids, self.embedding).to(self.cache.keys.dtype)
 
-    def selection_bytes(self, step: DecodeTokens) -> Tensor:
+    def selection_bytes(self, lane: LaneTokens) -> Tensor:
         """The head's keys of the whole context."""
         keys = self.cache.keys
-        return step.lengths * (keys.shape[-2] * keys.shape[-1] * keys.element_size())
+        return lane.lengths * (keys.shape[-2] * keys.shape[-1] * keys.element_size())
 
     @property
     def held_pages(self) -> list[list[int]]:
