@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -109,3 +110,12 @@ def test_every_method_can_be_built_and_lives_in_its_own_file(method: str, make_l
 def test_every_method_s_file_can_be_named() -> None:
     files = {path.stem for path in (PACKAGE / "retrieval" / "methods").glob("*.py")} - {"__init__"}
     assert files == {method.replace("-", "_") for method in METHODS}
+
+
+def test_the_glossary_names_what_is_there() -> None:
+    page = (PACKAGE.parent / "docs" / "glossary.md").read_text()
+    code = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    for name in re.findall(r"`(\w+)`", page):
+        assert re.search(rf"\b{name}\b", code), f"docs/glossary.md: {name} is nowhere"
+    for path in re.findall(r"`([\w-]+/[\w./-]+)`", page):
+        assert (PACKAGE / path).exists(), f"docs/glossary.md: {path} is not there"
