@@ -71,8 +71,8 @@ def overlapping(budget: Budget, context: int, requests: int, groups: int, overla
     ring = min(high - low, max(new * count, budget.scored + new))
     every = [[torch.randperm(high - low, generator=generator)[:ring] + low for _ in range(groups)] for _ in range(requests)]
     found = []
-    for lane in range(count):
-        window = torch.arange(lane * new, lane * new + budget.scored) % ring
+    for step in range(count):
+        window = torch.arange(step * new, step * new + budget.scored) % ring
         scored = torch.stack([torch.stack([order[window].sort().values for order in row]) for row in every])
         found.append(budget.compose(scored, lengths))
     return found

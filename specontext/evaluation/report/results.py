@@ -105,15 +105,15 @@ def _row(raw: Any, which: str, names: tuple[str, ...], numbers: tuple[str, ...])
     return row
 
 
-def flat(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(raw: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Nested objects as keys with dots; NaN and infinities are None."""
     made: dict[str, Any] = {}
     for name, value in raw.items():
         if isinstance(value, Mapping):
-            made |= flat(value, f"{prefix}{name}.")
+            made |= flat(value, f"{path}{name}.")
         else:
             broken = isinstance(value, float) and not math.isfinite(value)
-            made[f"{prefix}{name}"] = None if broken else value
+            made[f"{path}{name}"] = None if broken else value
     return made
 
 
