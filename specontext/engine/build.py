@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -170,7 +171,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     )
     share = CHUNK_SHARE_OF_WEIGHTS[device.type]
     # A page holds the keys of a whole number of tokens, and may have a rest.
-    keys = -(-arena.page_bytes // methods.shared.page_tokens) if methods.shared is not None else 0
+    keys = -(-arena.page_bytes // methods.shared.page_tokens) * methods.num_headed if methods.shared is not None else 0
     chunk = max(1, facts.weight_bytes // share)
     residency = Residency(kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=chunk)
     prefix = PrefixCache(kv, methods, enabled=config.enable_prefix_caching)
@@ -259,6 +260,6 @@ def make_methods(names: Sequence[str], context: MethodContext, loaded: LoadedMod
     """The selectors of all methods, the keys of a retrieval head in pages of the arena."""
     if context.head is not None:
         keys = arena.as_keys(context.head.config.key_count, context.head.config.head_dim)
-        cache = KeyCache(keys, arena.pages, seats=context.seats, max_tokens=context.max_tokens)
+        cache = partial(KeyCache, keys, arena.pages, seats=context.seats, max_tokens=context.max_tokens)
         context = replace(context, embedding=loaded.model.get_input_embeddings(), key_cache=cache)
     return Methods(names[0], context.budget, make_selectors(names, context), device=context.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specontext.core import Batch, Choice, shown
-from specontext.errors import RequestError
+from specontext.errors import OutOfPagesError, RequestError
 from specontext.kv.reading import Reader
 from specontext.retrieval.registry import base_of, needs_head
 from specontext.retrieval.selector import Budget, Selector
@@ -34,8 +34,8 @@ class Methods:
         self.own = Choice(own, 0 if selectors[own].dense else budget.total)
         self.selector = selectors[own]
         headed = [name for name in selectors if base_of(name) == name and needs_head(name)]
-        self._shared_name = headed[0] if headed else None
         self.shared = selectors[headed[0]] if headed else None
+        self._headed = headed
         self.readers = {name: Reader(one.head_map.to(device), one.in_layer) for name, one in selectors.items()}
         self._made: dict[Choice, Selector] = {self.own: self.selector}
         self._states: dict[int, list[str]] = {}  # names of the selectors with state of an open seat
@@ -73,15 +73,33 @@ class Methods:
         """How a request with this choice reads what is selected for it."""
         return self.readers[(choice or self.own).method]
 
+    def replay(self, choice: Choice | None) -> int | None:
+        """Last tokens of a prompt that a choice's method must see itself, although they are known; None for all of them.
+
+        What is known of a prompt is KV and the state of the shared method, and not that of others with a retrieval head.
+        """
+        name = base_of((choice or self.own).method)
+        return None if name in self._headed[1:] else self.of(choice).replay
+
+    @property
+    def num_headed(self) -> int:
+        """Methods with a retrieval head, each of which keeps keys of its own."""
+        return len(self._headed)
+
     # State of the requests --------------------------------------------------------------------------------------------
 
     def open(self, seat: int, tokens: int, choice: Choice | None) -> None:
         """A request takes a seat, with room for its first `tokens` tokens; raises OutOfPagesError and takes nothing."""
         names = [base_of((choice or self.own).method)]
-        if self._shared_name is not None and self._shared_name not in names:
-            names.insert(0, self._shared_name)
-        for name in names:  # only the first takes pages, and can fail
-            self.selectors[name].open(seat, tokens)
+        if self._headed and self._headed[0] not in names:
+            names.insert(0, self._headed[0])
+        for number, name in enumerate(names):
+            try:
+                self.selectors[name].open(seat, tokens)
+            except OutOfPagesError:
+                for opened in names[:number]:
+                    self.selectors[opened].close(seat)
+                raise
         self._states[seat] = names
 
     def grow(self, seat: int, tokens: int) -> None:

@@ -60,7 +60,10 @@ class PrefixCache:
         """Pages that a request that begins does not have to compute itself, if they are known."""
         if not self.enabled:
             return 0
-        tokens = request.prefill_length - max(1, self.methods.of(request.choice).replay)
+        replay = self.methods.replay(request.choice)
+        if replay is None:
+            return 0
+        tokens = request.prefill_length - max(1, replay)
         if request.prompt_logprobs is not None:  # they come from the steps that compute the prompt
             tokens = min(tokens, len(request.prompt_logprobs) - 1)
         return max(0, tokens) // self.kv.page_size

@@ -106,8 +106,8 @@ class MethodContext:
     Attributes:
         granularity: one set for each KV head, or one for all; see `granularity.py`.
         seats, max_tokens: requests at the same time and their longest context, for state that is kept for each.
-        head, embedding, key_cache: for methods with a retrieval head: it, the model's table of embeddings, and where keys of the
-            head lie; memory is measured before there are the last two.
+        head, embedding, key_cache: for methods with a retrieval head: it, the model's table of embeddings, and what makes a place
+            for keys of the head; memory is measured before there are the last two.
     """
 
     shape: ModelShape
@@ -118,7 +118,7 @@ class MethodContext:
     device: torch.device
     head: RetrievalHead | None = None
     embedding: nn.Module | None = None
-    key_cache: KeyCache | None = None
+    key_cache: Callable[[], KeyCache] | None = None
 
 
 @dataclass(frozen=True)

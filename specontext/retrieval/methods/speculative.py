@@ -27,7 +27,7 @@ class SpeculativeSelector(Selector):
     def __init__(self, context: MethodContext) -> None:
         assert context.head is not None and context.embedding is not None and context.key_cache is not None
         self.shape, self.budget, self.granularity = context.shape, context.budget, context.granularity
-        self.head, self.embedding, self.cache = context.head, context.embedding, context.key_cache
+        self.head, self.embedding, self.cache = context.head, context.embedding, context.key_cache()
         c = self.head.config
         self.groups = groups_of(self.granularity, c.kv_heads)
         own_map = self.granularity == "head" and c.head_map is not None
