@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specontext.core import ModelShape, Selection
 from specontext.engine.output_statistics import DecodeStatistics
-from specontext.kv.reading import Reading
+from specontext.kv.layout import Reading
 
 NOTHING = torch.iinfo(torch.int32).max
 

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from specontext.kernels.dispatch import use_triton
+from specontext.kernels.dispatch import operation, use_triton
 from specontext.kernels.scratch import scratch
 
 TILE_BYTES = 4 << 20  # of float32 keys that are multiplied at a time
@@ -22,6 +22,7 @@ BLOCK = 128  # tokens of one product, at least
 VECTOR = 64  # a block is a multiple of as many tokens
 
 
+@operation(decided_by="query")
 def paged_retrieval_scores(
     query: Tensor, keys: Tensor, table: Tensor, start: int, stops: Tensor, span: int, groups: int | None = None
 ) -> Tensor:
@@ -43,17 +44,6 @@ def paged_retrieval_scores(
         float32 [R, G, span]; -1 where there is no candidate. A request's scores depend neither on the others nor on the span.
     """
     assert span <= table.shape[1] * keys.shape[1], "the page table ends before the span"
-    if use_triton(query):
-        from specontext.kernels.triton.retrieval_scores import paged_retrieval_scores as triton_scores
-
-        return triton_scores(query, keys, table, start, stops, span, groups)
-    return paged_retrieval_scores_reference(query, keys, table, start, stops, span, groups)
-
-
-def paged_retrieval_scores_reference(
-    query: Tensor, keys: Tensor, table: Tensor, start: int, stops: Tensor, span: int, groups: int | None = None
-) -> Tensor:
-    """`paged_retrieval_scores` in PyTorch."""
     requests, query_heads, head_dim = query.shape
     page_size, key_heads = keys.shape[1:3]
     # Whole vectors: the last numbers of a softmax over an odd width are computed another way than the others.

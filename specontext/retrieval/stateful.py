@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specontext.core import Selection
 from specontext.errors import ConfigError
-from specontext.retrieval.selector import LaneTokens, LayerView, MethodContext, Selector
+from specontext.retrieval.selector import LaneTokens, LayerSelector, LayerView, MethodContext, Selector
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SavedState:
     prompt: int | None
 
 
-class StatefulSelector(Selector):
+class StatefulSelector(LayerSelector):
     """A method with tables for every (layer, seat), which it fills when a request takes its first decode step.
 
     Then the keys of the whole prompt are stored, so it makes no difference in which chunks they came. One set of tokens is
@@ -55,8 +55,6 @@ class StatefulSelector(Selector):
     Raises:
         ConfigError: a granularity other than 'head'.
     """
-
-    in_layer = True
 
     def __init__(self, context: MethodContext) -> None:
         if context.granularity != "head":
@@ -150,11 +148,12 @@ class StatefulSelector(Selector):
 
     # State of a seat ---------------------------------------------------------------------------------------------------
 
-    def open(self, seat: int, tokens: int) -> None:
+    def open(self, seat: int, tokens: int) -> bool:
         for table in self.tables.values():
             table[:, seat] = 0
         for fresh in self._fresh:
             fresh.add(seat)
+        return True
 
     def close(self, seat: int) -> None:
         self._prompt_of.pop(seat, None)

@@ -13,7 +13,7 @@ from specontext.retrieval.methods import make_selectors
 from specontext.retrieval.methods.oracle import OracleSelector
 from specontext.retrieval.methods.random import RandomSelector
 from specontext.retrieval.methods.streaming import StreamingSelector
-from specontext.retrieval.selector import Budget, LaneTokens, LayerView, MethodContext, Selector
+from specontext.retrieval.selector import AheadSelector, Budget, LaneTokens, LayerSelector, LayerView, MethodContext
 
 QUICK = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 SHAPE = ModelShape(
@@ -94,9 +94,9 @@ def decode_tokens(lengths: list[int]) -> LaneTokens:
     return LaneTokens(count, count, torch.tensor(lengths) - 1, 5 + count, max(lengths))
 
 
-def choose(selector: Selector, lengths: list[int]) -> torch.Tensor:
+def choose(selector: AheadSelector | LayerSelector, lengths: list[int]) -> torch.Tensor:
     step = decode_tokens(lengths)
-    if not selector.in_layer:
+    if not isinstance(selector, LayerSelector):
         return selector.select(step).tokens
     logits = torch.full((len(lengths), SHAPE.query_heads, max(lengths)), -torch.inf)
     for r, length in enumerate(lengths):

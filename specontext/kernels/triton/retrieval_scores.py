@@ -225,6 +225,7 @@ def paged_retrieval_scores(
     query: Tensor, keys: Tensor, table: Tensor, start: int, stops: Tensor, span: int, groups: int | None = None
 ) -> Tensor:
     """See `specontext.kernels.retrieval_scores.paged_retrieval_scores`."""
+    assert span <= table.shape[1] * keys.shape[1], "the page table ends before the span"
     requests, query_heads, dim = query.shape
     key_heads = keys.shape[2]
     groups = groups or key_heads

@@ -11,8 +11,6 @@ from specontext.retrieval.selector import LaneTokens, MethodContext, Selector
 class FullSelector(Selector):
     """Selects nothing; attention reads the whole context."""
 
-    dense = True
-
     @classmethod
     def token_sets(cls, context: MethodContext, variant: str | None) -> int:
         return 1

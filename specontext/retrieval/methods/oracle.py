@@ -7,13 +7,11 @@ from torch import Tensor
 from specontext.core import Selection
 from specontext.kernels.retrieval_scores import group_weights
 from specontext.retrieval.granularity import choose
-from specontext.retrieval.selector import LaneTokens, LayerView, Selector
+from specontext.retrieval.selector import LaneTokens, LayerSelector, LayerView
 
 
-class OracleSelector(Selector):
+class OracleSelector(LayerSelector):
     """Top-k of the layer's own attention weights, maximised over the query heads of a group."""
-
-    in_layer = True
 
     def select_in_layer(self, layer: int, lane: LaneTokens, view: LayerView) -> Selection:
         grouped = view.logits().unflatten(1, (self.shape.kv_heads, -1))

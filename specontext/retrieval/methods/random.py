@@ -8,10 +8,10 @@ from torch import Tensor
 from specontext.core import Selection
 from specontext.kernels.counter_random import combine_keys, counter_uniform
 from specontext.kernels.top_k import top_k_positions
-from specontext.retrieval.selector import LaneTokens, Selector
+from specontext.retrieval.selector import AheadSelector, LaneTokens
 
 
-class RandomSelector(Selector):
+class RandomSelector(AheadSelector):
     """A fresh random set at every step, keyed by (seed, position, group): the batch does not change it."""
 
     def select(self, lane: LaneTokens) -> Selection:

@@ -14,17 +14,15 @@ from torch import Tensor
 from specontext.core import Selection
 from specontext.errors import ConfigError
 from specontext.retrieval.granularity import choose, groups_of
-from specontext.retrieval.selector import LaneTokens, MethodContext, Selector
+from specontext.retrieval.selector import ForeseeingSelector, LaneTokens, MethodContext, Selector
 
 
-class SharedOracleSelector(Selector):
+class SharedOracleSelector(ForeseeingSelector):
     """Top-k of the attention weights, maximised over the query heads of a KV head, mean over the layers of a band.
 
     Attributes:
         bands: runs of consecutive layers that have sets of their own; 1 is one set a KV head for all layers.
     """
-
-    foresees = True
 
     def __init__(self, context: MethodContext) -> None:
         super().__init__(context)

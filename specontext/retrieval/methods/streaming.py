@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from specontext.core import Selection
-from specontext.retrieval.selector import LaneTokens, MethodContext, Selector
+from specontext.retrieval.selector import AheadSelector, LaneTokens, MethodContext
 
 
-class StreamingSelector(Selector):
+class StreamingSelector(AheadSelector):
     """The first `sink` tokens and as many last tokens as the budget holds, the same for all heads."""
 
     @classmethod
