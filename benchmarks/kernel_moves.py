@@ -8,8 +8,8 @@ from kernel_checks import Operation, WrongResult, calls_of, require_equal, row_n
 from measure import GIB
 from torch import Tensor
 
-from specontext.kernels import row_index
 from specontext.kernels import rows as moves
+from specontext.kernels import slot_plan
 from specontext.kernels.dispatch import reference_of, use_triton
 from specontext.kernels.tables import Copies, NewTokens, Pages, Slots, Tiers
 
@@ -67,9 +67,9 @@ def rows(case: Case) -> list[Operation]:
     fixed = (tiers, range(shape.layers), case.seats, case.head_map)
 
     def call(i: int) -> Tensor:
-        return row_index.selected_rows(*fixed, entries[0, i], entries[1, i])
+        return slot_plan.selected_rows(*fixed, entries[0, i], entries[1, i])
 
-    right = reference_of(row_index.selected_rows)(*fixed, entries[0, 1], entries[1, 1])
+    right = reference_of(slot_plan.selected_rows)(*fixed, entries[0, 1], entries[1, 1])
     error, size = require_equal("row index", call(1), right), call(1).itemsize
     pairs = case.requests * width
     words = f"{case.requests} x {shape.layers} layers x {shape.kv_heads} heads x {width}"

@@ -28,8 +28,8 @@ from specontext.memory.model import MemoryModel, RunSettings, measured_model
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, TierSizes, free_memory, size_tiers
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import RetrievalHead, facts_of_head
-from specontext.retrieval.key_cache import KeyCache
 from specontext.retrieval.methods import make_selectors, selector_class, token_sets
+from specontext.retrieval.methods.speculative import KeyCache
 from specontext.retrieval.registry import base_of, variant_of
 from specontext.retrieval.selector import Budget, LayerSelector, MethodContext, Selector, reads_everything
 

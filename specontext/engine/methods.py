@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
-from specontext.core import Batch, Choice, shown
+from specontext.core import Choice, shown
 from specontext.errors import RequestError
 from specontext.kv.layout import Reader
 from specontext.retrieval.registry import base_of, needs_head
@@ -27,6 +26,8 @@ class Methods:
 
     Attributes:
         shared: the method whose state every request has, so that what is known of a prefix serves all; None without a head.
+        own_way: the selector of requests that choose nothing, and how they read what it selects.
+        observers: the methods that see the tokens of every step after the forward pass.
     """
 
     def __init__(self, own: str, budget: Budget, selectors: Mapping[str, Selector], *, device: torch.device) -> None:
@@ -37,7 +38,10 @@ class Methods:
         self.shared = selectors[headed[0]] if headed else None
         self._headed = headed
         self.readers = {name: Reader(one.head_map.to(device), isinstance(one, LayerSelector)) for name, one in selectors.items()}
-        self._with_state = [one for name, one in selectors.items() if base_of(name) == name]  # variants share their method's
+        self.own_way = self.selector, self.readers[own]
+        # Variants share their method's state.
+        self._with_state = [one for name, one in selectors.items() if base_of(name) == name]
+        self.observers = [one for one in self._with_state if type(one).observe is not Selector.observe]
         self._made: dict[Choice, Selector] = {self.own: self.selector}
         self._states: dict[int, list[Selector]] = {}  # those with state of an open seat, the one it chose last
 
@@ -69,6 +73,10 @@ class Methods:
             budget = Budget(choice.budget or self.budget.total, self.budget.sink, self.budget.recent)
             self._made[choice] = self.selectors[choice.method].with_budget(budget)
         return self._made[choice]
+
+    def way(self, choice: Choice | None) -> tuple[Selector, Reader]:
+        """The selector that serves a choice, and how what it selects is read."""
+        return self.of(choice), self.reader(choice)
 
     def reader(self, choice: Choice | None) -> Reader:
         """How a request with this choice reads what is selected for it."""
@@ -107,6 +115,10 @@ class Methods:
         """Make room for `tokens` tokens of a request; False where the device has none, and nothing is taken."""
         return all(selector.grow(seat, tokens) for selector in self._states[seat])
 
+    def room(self, seat: int) -> int:
+        """Tokens for which an open seat has room."""
+        return min(selector.room(seat) for selector in self._states[seat])
+
     def close(self, seat: int) -> None:
         """The request leaves its seat."""
         for selector in self._states[seat]:
@@ -126,11 +138,6 @@ class Methods:
         """The method of a seat, where it wants to see the queries of its prompt."""
         selector = self._states[seat][-1]
         return selector if isinstance(selector, PromptWatcher) else None
-
-    def observe(self, batch: Batch, features: Tensor | None) -> None:
-        """Let the methods see the tokens of a step after the forward pass."""
-        for selector in self._with_state:
-            selector.observe(batch, features)
 
     @property
     def held_pages(self) -> list[list[int]]:

@@ -34,10 +34,10 @@ from specontext.config import SpeContextConfig
 from specontext.core import ModelShape
 from specontext.errors import ConfigError, SpeContextError
 from specontext.kernels.retrieval_scores import paged_retrieval_scores
+from specontext.kernels.top_k import choose
 from specontext.models.decoder import decoder_layers
 from specontext.models.features import FeatureTaps
 from specontext.retrieval.catalog import find_head
-from specontext.retrieval.granularity import choose
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.selector import Budget, uniform_map
 

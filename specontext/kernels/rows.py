@@ -1,4 +1,5 @@
-"""Moving KV rows by index: gather from one tier into another, and writing new rows. How rows lie in pages, `tables.py` says.
+"""Moving rows by index: gather from one tier into another, and writing new rows of KV, and keys of the retrieval head.
+How rows lie in pages, `tables.py` says.
 
 On a GPU a pool may also be pinned host memory: the kernels read and write it in place, over the bus. (They are not asked whether
 it is pinned, since a stream that is being captured could not answer; for pageable memory Triton raises.) Without Triton the
@@ -90,6 +91,23 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     _append(tiers.slots, layer, new.seats, slots, numbers)
 
 
+@operation(decided_by="new")
+def append_keys(keys: Tensor, table: Tensor, seats: Tensor, positions: Tensor, new: Tensor) -> None:
+    """keys[table[seats[t], positions[t] // page_size], positions[t] % page_size] = new[t]; negative positions are skipped.
+
+    Args:
+        keys: [pages, page_size, G, D], dense in the last two dimensions, changed in place.
+        table: int64 [seats, P].
+        seats, positions: int64 [T], distinct places.
+        new: [T, G, D].
+    """
+    present = (positions >= 0).nonzero().squeeze(1)
+    if len(present) < len(positions):
+        seats, positions, new = seats[present], positions[present], new[present]
+    page_size = keys.shape[1]
+    keys[table[seats, positions // page_size], positions % page_size] = new.to(keys.dtype)
+
+
 def ring_slots(positions: Tensor, lengths: Tensor, sink: int, recent: int) -> Tensor:
     """Slots (any shape) of sinks and of the last `recent` of `lengths` tokens, -1 for all others and for negative positions."""
     kept = (positions >= 0) & ((positions < sink) | (positions >= lengths - recent))
@@ -114,15 +132,10 @@ def _append(pages: Pages, layer: int, seats: Tensor, entries: Tensor, numbers: T
 
 def _copy_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: Tensor) -> None:
     """target[target_rows] = source[source_rows], for int64 [T] without negative rows, between any two devices."""
-    if source.device == target.device:  # a CPU copies bits word by word
-        source, target = (_as_words(rows) for rows in (source, target))
+    if source.device == target.device:  # a CPU copies bits word by word, of the widest number format that divides a row
+        numbers = source[0].numel()
+        words = [w for w in (torch.complex128, torch.int64, torch.int32) if numbers * source.itemsize % w.itemsize == 0]
+        word = words[0] if words else source.dtype
+        source, target = (rows.view(len(rows), numbers).view(word) for rows in (source, target))
     taken = source.index_select(0, source_rows.to(source.device))
     target.index_copy_(0, target_rows.to(target.device), taken.to(target.device))
-
-
-def _as_words(rows: Tensor) -> Tensor:
-    """Rows as [N, words] of the widest number format that divides a row."""
-    flat = rows.view(len(rows), rows.shape[1] * rows.shape[2])
-    row_bytes = flat.shape[1] * rows.itemsize
-    word = next((w for w in (torch.complex128, torch.int64, torch.int32) if row_bytes % w.itemsize == 0), None)
-    return flat if word is None else flat.view(word)

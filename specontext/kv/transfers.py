@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from specontext.errors import LoadError
-from specontext.kernels.row_index import selected_rows
 from specontext.kernels.rows import append_layer, append_tokens, fixed_slots, gather_rows_layers, ring_slots
+from specontext.kernels.slot_plan import selected_rows
 from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
 from specontext.kv.layout import Reading
 from specontext.kv.streams import COMPUTE, PREFETCH, STATISTICS, WRITE_BACK, Mark, Streams
@@ -25,6 +25,9 @@ GROUPS = (1, 1, 2, 4)  # layers of the first launches of a load, so that the fir
 
 class Transfers:
     """Moves rows between the tiers of a cache, whose tables it reads and never writes.
+
+    Attributes:
+        asynchronous: work runs beside the host, and rows of the host are out of attention's reach.
 
     Args:
         resident: for every layer whether its KV is on the device; its owner keeps it up to date.
@@ -44,7 +47,8 @@ class Transfers:
         write_through: bool,
         verify: bool,
     ) -> None:
-        self.tiers, self.resident, self.streams = tiers, resident, streams
+        self.tiers, self.resident = tiers, resident
+        self.run_on(streams)
         self.adaptive, self.write_through, self.verify = adaptive, write_through or verify, verify
         self.layers = torch.arange(len(resident), device=tiers.resident.device)
         self._loaded: list[Mark] = [None] * len(resident)
@@ -54,10 +58,9 @@ class Transfers:
 
     # Streams ----------------------------------------------------------------------------------------------------------
 
-    @property
-    def asynchronous(self) -> bool:
-        """Whether work runs beside the host, and rows of the host are out of attention's reach."""
-        return self.streams is not None
+    def run_on(self, streams: Streams | None) -> None:
+        """Order work by these streams; None for work that happens in the order in which it is said."""
+        self._streams, self.asynchronous = streams, streams is not None
 
     @contextmanager
     def beside(self, side: str, *used: Tensor) -> Iterator[None]:
@@ -66,7 +69,7 @@ class Transfers:
         Args:
             used: tensors made elsewhere that it needs until it is done.
         """
-        if (streams := self.streams) is None:
+        if (streams := self._streams) is None:
             yield
             return
         streams.wait(side, streams.record(COMPUTE))
@@ -76,12 +79,12 @@ class Transfers:
 
     def mark(self, side: str) -> Mark:
         """What the side has been given so far; None where it has happened."""
-        return self.streams.record(side) if self.streams is not None else None
+        return self._streams.record(side) if self._streams is not None else None
 
     def after(self, mark: Mark) -> None:
         """What is computed from now on waits for a mark."""
-        if self.streams is not None and mark is not None:
-            self.streams.wait(COMPUTE, mark)
+        if self._streams is not None and mark is not None:
+            self._streams.wait(COMPUTE, mark)
 
     def join(self, *sides: str) -> None:
         """What is computed from now on waits for all that these sides have been given."""
@@ -101,17 +104,19 @@ class Transfers:
         plan, slots, tokens = reading.plan, self.tiers.slots, reading.selection.tokens
         assert plan is not None and slots is not None
         copies = Copies(reading.seats, tokens, plan.slots, plan.missing, reading.reader.head_map)
+        # Layers are loaded in runs first .. last - 1, all at once where nothing runs beside it.
+        runs = [(0, len(self.resident))] if layer is None else [(layer, layer + 1)]
+        if layer is None and self.asynchronous:
+            runs = self._groups()
         # Compute has read last step's slots, and has written all rows, before it comes to this.
         with self.beside(PREFETCH, reading.seats, tokens, plan.slots, plan.missing):
-            for first, last in self._groups() if layer is None else [(layer, layer + 1)]:
+            for first, last in runs:
                 gather_rows_layers(self.tiers.host, slots, self.layers[first:last], self.tiers.resident, copies)
                 self._loaded[first:last] = [self.mark(PREFETCH)] * (last - first)
 
     def _groups(self) -> list[tuple[int, int]]:
-        """Runs first .. last - 1 of layers that are loaded together: all at once where nothing runs beside it."""
+        """Runs of layers, small ones first, so that the first layers wait little."""
         layers = len(self.resident)
-        if not self.asynchronous:
-            return [(0, layers)]
         bounds, sizes = [0], [*GROUPS, *[8] * layers]
         while bounds[-1] < layers:
             bounds.append(min(layers, bounds[-1] + sizes[len(bounds) - 1]))
@@ -119,8 +124,9 @@ class Transfers:
 
     def wait(self, layer: int) -> None:
         """What is computed from now on finds the layer's loads in their slots."""
-        self.after(self._loaded[layer])
-        self._loaded[layer] = None
+        if self._loaded[layer] is not None:
+            self.after(self._loaded[layer])
+            self._loaded[layer] = None
 
     def rows(self, layers: range, reading: Reading) -> Tensor:
         """Arena rows of a selection for every KV head of some layers, in its order: integers [layers, R, Hkv, B]."""
@@ -179,8 +185,9 @@ class Transfers:
 
     def end_step(self) -> None:
         """What follows, compute and loads alike, sees all that this step wrote back and counted."""
-        self.after(self._written)
-        self.after(self._counted)
+        for mark in (self._written, self._counted):
+            if mark is not None:
+                self.after(mark)
         self._written = self._counted = None
 
     # Between steps ----------------------------------------------------------------------------------------------------

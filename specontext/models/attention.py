@@ -66,7 +66,7 @@ def running_of(model: PreTrainedModel) -> Running:
 @contextmanager
 def listening(model: PreTrainedModel, listener: object) -> Iterator[None]:
     """Inside, the model's layers hand their attention to `listener`."""
-    running = running_of(model)
+    running = getattr(model, RUNNING, None) or running_of(model)
     before, running.listener = running.listener, listener
     try:
         yield

@@ -13,9 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from specontext.core import ModelShape
 from specontext.errors import HeadError
-from specontext.retrieval.head import RetrievalHead
+from specontext.retrieval.head import RetrievalHead, rotate
 from specontext.retrieval.head_config import HeadConfig
-from specontext.retrieval.rope import rotate
 
 TARGET = ModelShape(
     layers=4, hidden_size=32, query_heads=8, kv_heads=2, head_dim=8, vocab_size=100, max_position=128, dtype=torch.float32

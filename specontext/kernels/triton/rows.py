@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
-from specontext.kernels.triton.slot_plan import list_flagged
+from specontext.kernels.triton.slot_plan import list_flagged, row_of
 
 TILE_BYTES = 16384
 # Of the gather of layers. Eight fill an H100's bus; with 32 the rest of the device lost a seventh of its speed meanwhile.
@@ -145,6 +145,28 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     )
 
 
+def append_keys(keys: Tensor, table: Tensor, seats: Tensor, positions: Tensor, new: Tensor) -> None:
+    """See `specontext.kernels.rows.append_keys`: one program a token."""
+    tokens, groups, head_dim = new.shape
+    if not tokens:
+        return
+    assert keys.stride(3) == 1 and keys.stride(2) == head_dim and table.stride(1) == 1
+    numbers = groups * head_dim
+    _append_keys[(tokens,)](
+        keys,
+        table,
+        seats.contiguous(),
+        positions.contiguous(),
+        new.contiguous(),
+        keys.stride(0),
+        keys.stride(1),
+        table.stride(0),
+        PAGE=keys.shape[1],
+        NUMBERS=numbers,
+        BLOCK=triton.next_power_of_2(numbers),
+    )
+
+
 def _dense_last(new: Tensor) -> Tensor:
     return new if new.stride(-1) == 1 else new.contiguous()
 
@@ -185,13 +207,6 @@ def _list_wanted(flags, wanted, counts, width, BLOCK: tl.constexpr):
     pair = tl.program_id(0)
     first = pair.to(tl.int64) * width
     tl.store(counts + pair, list_flagged(flags + first, width, wanted + first, BLOCK))
-
-
-@triton.jit
-def row_of(pages, entry, head, live, PAGE: tl.constexpr, HEADS: tl.constexpr):
-    """The row of an entry of a seat and layer, from its line of the page table: see `specontext.kernels.tables.Pages`."""
-    page = tl.load(pages + entry // PAGE, mask=live, other=0).to(tl.int64)
-    return (page * PAGE + entry % PAGE) * HEADS + head
 
 
 @triton.jit(do_not_specialize=["items", "splits", "requests", "seat_count", "source_width", "target_width"])
@@ -277,3 +292,18 @@ def _append_to_tier(
         slot = tl.where(position < sink, position, sink + position % recent)
         row = row_of(slot_pages + seat * slot_width, slot, head, kept, PAGE, HEADS)
         _write(arena, row, new_key, new_value, kept, DIM, BLOCK)
+
+
+@triton.jit
+def _append_keys(
+    keys, table, seats, positions, new, page_stride, token_stride, table_stride,
+    PAGE: tl.constexpr, NUMBERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions + token)
+    page = tl.load(table + tl.load(seats + token) * table_stride + position // PAGE, mask=position >= 0, other=0)
+    column = tl.arange(0, BLOCK)
+    inside = column < tl.where(position >= 0, NUMBERS, 0)
+    numbers = tl.load(new + token * NUMBERS + column, mask=inside)
+    place = keys + page * page_stride + position % PAGE * token_stride + column
+    tl.store(place, numbers.to(keys.dtype.element_ty), mask=inside)

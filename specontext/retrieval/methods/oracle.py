@@ -6,7 +6,7 @@ from torch import Tensor
 
 from specontext.core import Selection
 from specontext.kernels.retrieval_scores import group_weights
-from specontext.retrieval.granularity import choose
+from specontext.kernels.top_k import choose
 from specontext.retrieval.selector import LaneTokens, LayerSelector, LayerView
 
 

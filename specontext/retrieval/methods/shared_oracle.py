@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specontext.core import Selection
 from specontext.errors import ConfigError
-from specontext.retrieval.granularity import choose, groups_of
+from specontext.kernels.top_k import choose, groups_of
 from specontext.retrieval.selector import ForeseeingSelector, LaneTokens, MethodContext, Selector
 
 
