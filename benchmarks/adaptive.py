@@ -52,16 +52,17 @@ from specontext.config import EngineConfig, SpeContextConfig
 from specontext.core import Request, SamplingParams, Selection
 from specontext.distill.new_head import HeadShape, new_head
 from specontext.engine import build
+from specontext.engine.admission import WATERMARK
 from specontext.engine.build import Parts, build_parts
 from specontext.engine.runner import ModelRunner
 from specontext.engine.sampler import sample
-from specontext.engine.scheduler import WATERMARK, Scheduler
+from specontext.engine.scheduler import Scheduler
 from specontext.memory.model import KVCost
 from specontext.memory.planner import thresholds
 from specontext.models.loading import LoadedModel, load_model
 from specontext.retrieval.catalog import find_head
 from specontext.retrieval.head import RetrievalHead
-from specontext.retrieval.selector import Budget, DecodeTokens
+from specontext.retrieval.selector import Budget, LaneTokens
 
 SETTLING = 3  # steps after a jump until slots hold what the new selections repeat
 SELECTIONS = 16  # of a replayed sequence
@@ -125,10 +126,10 @@ class GrowingReplay(Replay):
         """Go on with another sequence, in the same memory."""
         self.tokens.copy_(torch.stack([selection.tokens for selection in selections]))
 
-    def select(self, step: DecodeTokens) -> Selection:
-        sequence = super().select(step).tokens[..., self.budget.sink : self.budget.total - self.budget.recent]
-        scored = sequence.index_select(0, step.seats.clamp(max=len(sequence) - 1))  # the padding's seat is no request's
-        return self.budget.compose(torch.where(step.positions[:, None, None] < 0, -1, scored), step.lengths)
+    def select(self, lane: LaneTokens) -> Selection:
+        sequence = super().select(lane).tokens[..., self.budget.sink : self.budget.total - self.budget.recent]
+        scored = sequence.index_select(0, lane.seats.clamp(max=len(sequence) - 1))  # the padding's seat is no request's
+        return self.budget.compose(torch.where(lane.positions[:, None, None] < 0, -1, scored), lane.lengths)
 
 
 class Engine:
@@ -162,8 +163,8 @@ class Engine:
         return request
 
     def _fill_pools(self) -> None:
-        page = PAGE * self.parts.kv.shape.kv_heads  # rows of the page that stays zero
         kv = self.parts.kv
+        page = kv.arena.page_rows  # of the page that stays zero
         pools = [kv.arena, kv.host] if kv.adaptive or kv.offloaded else [kv.arena]
         for rows in (pool.rows[page:] for pool in pools):
             if len(rows):
@@ -213,8 +214,7 @@ class Engine:
         self._wait_for_pinning()
 
     def _grow(self, request: Request, length: int) -> None:
-        self.parts.kv.grow(request.seat, length)
-        self.replay.grow(request.seat, length)
+        assert self.parts.kv.grow(request.seat, length) is None and self.replay.grow(request.seat, length)
         request.computed = length
 
     def _wait_for_pinning(self) -> None:
@@ -307,7 +307,7 @@ class Growth:
         turn = len(self.rounds) % len(self.engines)
         seconds = {engine.name: engine.step() for engine in [*self.engines[turn:], *self.engines[:turn]]}
         finished = tuple(residency.moves_since(moves))
-        moving = kv.moving is not None or bool(finished)
+        moving = kv.move is not None or bool(finished)
         new_graphs = tuple(engine.name for engine in self.engines if engine.captured != captured[engine.name])
         round_ = Round(
             self._visit, self.adaptive.length, len(kv.offloaded), moving, self._settling > 0, new_graphs, seconds, finished

@@ -17,6 +17,7 @@ from measure import GIB, Call, elapsed, host_memory
 from torch import Tensor
 
 from specontext.kernels.rows import gather_rows, gather_rows_layers
+from specontext.kernels.tables import Copies, Pages
 from specontext.kv.host_memory import CHUNK
 
 HEADS, DIM, PAGE, TOKENS = 8, 128, 16, 40000
@@ -63,19 +64,12 @@ def by_layers(arena: Tensor, host: Tensor, layers: int, device: torch.device) ->
     head_map, resident = (
         torch.zeros(size, dtype=t, device=device) for size, t in (((layers, HEADS), torch.int64), (layers, torch.bool))
     )
-    common = (
-        torch.arange(layers, device=device),
-        zero,
-        head_map,
-        resident,
-        index,
-        index,
-        torch.ones_like(index, dtype=torch.bool),
-        PAGE,
-    )
+    every = torch.arange(layers, device=device)
+    copies = Copies(zero, index, index, torch.ones_like(index, dtype=torch.bool), head_map)
+    here, there = Pages(arena, ours, PAGE, HEADS), Pages(host, theirs, PAGE, HEADS)
     words = f"gather_rows_layers, {layers} layer{'s' if layers > 1 else ''}"
-    timed(f"to the host, {words}", lambda: gather_rows_layers(arena, host, ours, theirs, *common), layers * SIZE, device)
-    timed(f"to the device, {words}", lambda: gather_rows_layers(host, arena, theirs, ours, *common), layers * SIZE, device)
+    timed(f"to the host, {words}", lambda: gather_rows_layers(here, there, every, resident, copies), layers * SIZE, device)
+    timed(f"to the device, {words}", lambda: gather_rows_layers(there, here, every, resident, copies), layers * SIZE, device)
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 from specontext.core import Batch, Selection
 from specontext.engine.build import Parts
 from specontext.engine.methods import Methods
-from specontext.retrieval.selector import Budget, DecodeTokens, Selector
+from specontext.retrieval.selector import AheadSelector, Budget, LaneTokens, Selector
 
 
-class Replay(Selector):
+class Replay(AheadSelector):
     """Runs a selector in full and then answers with the next selection of a recorded sequence.
 
     The place in the sequence is counted on the device, so that a captured graph goes on as an eager step does.
@@ -22,18 +22,18 @@ class Replay(Selector):
         selections: of the same requests, step after step; after the last comes the first.
     """
 
-    def __init__(self, inner: Selector, selections: list[Selection], device: torch.device) -> None:
+    def __init__(self, inner: AheadSelector, selections: list[Selection], device: torch.device) -> None:
         self.inner = inner
         self.groups, self.head_map = inner.groups, inner.head_map
         self.tokens = torch.stack([selection.tokens for selection in selections]).to(device)
         self.scored = torch.stack([selection.scored for selection in selections]).to(device)
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def open(self, seat: int, tokens: int) -> None:
-        self.inner.open(seat, tokens)
+    def open(self, seat: int, tokens: int) -> bool:
+        return self.inner.open(seat, tokens)
 
-    def grow(self, seat: int, tokens: int) -> None:
-        self.inner.grow(seat, tokens)
+    def grow(self, seat: int, tokens: int) -> bool:
+        return self.inner.grow(seat, tokens)
 
     def close(self, seat: int) -> None:
         self.inner.close(seat)
@@ -42,16 +42,16 @@ class Replay(Selector):
     def held_pages(self) -> list[list[int]]:
         return self.inner.held_pages
 
-    def select(self, step: DecodeTokens) -> Selection:
-        self.inner.select(step)
+    def select(self, lane: LaneTokens) -> Selection:
+        self.inner.select(lane)
         self.place.add_(1).remainder_(len(self.tokens))
         return Selection(self.tokens.index_select(0, self.place)[0], self.scored.index_select(0, self.place)[0])
 
     def observe(self, batch: Batch, features: Tensor | None) -> None:
         self.inner.observe(batch, features)
 
-    def selection_bytes(self, step: DecodeTokens) -> Tensor:
-        return self.inner.selection_bytes(step)
+    def selection_bytes(self, lane: LaneTokens) -> Tensor:
+        return self.inner.selection_bytes(lane)
 
 
 def with_own_method(parts: Parts, selector: Selector) -> Parts:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specontext.config import ConfigError, SpeContextConfig
+from specontext.config import SpeContextConfig
 from specontext.core import ModelShape
 from specontext.distill.data import Mixed, OnPolicy, Source, open_sources
 from specontext.distill.data.mixing import sizes_of_share
@@ -25,6 +25,7 @@ from specontext.distill.target import Target
 from specontext.distill.trainer import CHECKPOINT, size_of, train
 from specontext.engine.llm import LLM
 from specontext.engine.llm_engine import pick_device
+from specontext.errors import ConfigError
 from specontext.models.loading import LoadedModel, load_model
 from specontext.retrieval.checkpoint import load_head, save_head
 

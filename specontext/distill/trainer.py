@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from specontext.checkpoints.wording import in_one_sentence
-from specontext.core import SpeContextError
 from specontext.distill.data.source import Source
 from specontext.distill.settings import DistillConfig
 from specontext.distill.student import Student, weighted
 from specontext.distill.target import Target
+from specontext.errors import SpeContextError
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
-from specontext.core import Batch, Choice, RequestError, shown
-from specontext.kv.reading import Reader
-from specontext.retrieval.methods import base_of
-from specontext.retrieval.selector import Budget, Selector
+from specontext.core import Choice, shown
+from specontext.errors import RequestError
+from specontext.kv.layout import Reader
+from specontext.retrieval.registry import base_of, needs_head
+from specontext.retrieval.selector import Budget, LayerSelector, PromptWatcher, Selector, reads_everything
 
 
 class Methods:
@@ -23,15 +23,27 @@ class Methods:
         own: what requests get that choose nothing.
         budget: the engine's; no request may have a larger one.
         selectors: by name of the method, made for this budget.
+
+    Attributes:
+        shared: the method whose state every request has, so that what is known of a prefix serves all; None without a head.
+        own_way: the selector of requests that choose nothing, and how they read what it selects.
+        observers: the methods that see the tokens of every step after the forward pass.
     """
 
     def __init__(self, own: str, budget: Budget, selectors: Mapping[str, Selector], *, device: torch.device) -> None:
         self.selectors, self.budget = dict(selectors), budget
-        self.own = Choice(own, 0 if selectors[own].dense else budget.total)
+        self.own = Choice(own, 0 if reads_everything(selectors[own]) else budget.total)
         self.selector = selectors[own]
-        self.readers = {name: Reader(one.head_map.to(device), one.in_layer) for name, one in selectors.items()}
+        headed = [name for name in selectors if base_of(name) == name and needs_head(name)]
+        self.shared = selectors[headed[0]] if headed else None
+        self._headed = headed
+        self.readers = {name: Reader(one.head_map.to(device), isinstance(one, LayerSelector)) for name, one in selectors.items()}
+        self.own_way = self.selector, self.readers[own]
+        # Variants share their method's state.
+        self._with_state = [one for name, one in selectors.items() if base_of(name) == name]
+        self.observers = [one for one in self._with_state if type(one).observe is not Selector.observe]
         self._made: dict[Choice, Selector] = {self.own: self.selector}
-        self._states: dict[int, list[str]] = {}  # names of the selectors with state of an open seat
+        self._states: dict[int, list[Selector]] = {}  # those with state of an open seat, the one it chose last
 
     def choose(self, method: str | None, budget: int | None) -> Choice | None:
         """The choice of a request that names a method or a budget; None for the engine's own way.
@@ -43,7 +55,7 @@ class Methods:
         if name not in self.selectors:
             known = ", ".join(sorted(self.selectors))
             raise RequestError(f"method {shown(name)} is none that this engine runs ({known}): start it with it among --methods")
-        if self.selectors[name].dense:
+        if reads_everything(self.selectors[name]):
             if budget is not None:
                 raise RequestError(f"budget {budget} was given and method '{name}' reads everything: leave it out")
             choice = Choice(name, 0)
@@ -62,56 +74,72 @@ class Methods:
             self._made[choice] = self.selectors[choice.method].with_budget(budget)
         return self._made[choice]
 
+    def way(self, choice: Choice | None) -> tuple[Selector, Reader]:
+        """The selector that serves a choice, and how what it selects is read."""
+        return self.of(choice), self.reader(choice)
+
     def reader(self, choice: Choice | None) -> Reader:
         """How a request with this choice reads what is selected for it."""
         return self.readers[(choice or self.own).method]
 
+    def replay(self, choice: Choice | None) -> int | None:
+        """Last tokens of a prompt that a choice's method must see itself, although they are known; None for all of them.
+
+        What is known of a prompt is KV and the state of the shared method, and not that of others with a retrieval head.
+        """
+        name = base_of((choice or self.own).method)
+        return None if name in self._headed[1:] else self.of(choice).replay
+
+    @property
+    def num_headed(self) -> int:
+        """Methods with a retrieval head, each of which keeps keys of its own."""
+        return len(self._headed)
+
     # State of the requests --------------------------------------------------------------------------------------------
 
-    def open(self, seat: int, tokens: int, choice: Choice | None) -> None:
-        """A request takes a seat, with room for its first `tokens` tokens; raises OutOfPagesError and takes nothing."""
+    def open(self, seat: int, tokens: int, choice: Choice | None) -> bool:
+        """A request takes a seat, with room for its first `tokens` tokens; False where there is none, and nothing is taken."""
         names = [base_of((choice or self.own).method)]
-        if "speculative" in self.selectors and names != ["speculative"]:
-            names.insert(0, "speculative")
-        for name in names:  # only the first takes pages, and can fail
-            self.selectors[name].open(seat, tokens)
-        self._states[seat] = names
+        if self._headed and self._headed[0] not in names:
+            names.insert(0, self._headed[0])
+        states = [self.selectors[name] for name in names]
+        for number, selector in enumerate(states):
+            if not selector.open(seat, tokens):
+                for opened in states[:number]:
+                    opened.close(seat)
+                return False
+        self._states[seat] = states
+        return True
 
-    def grow(self, seat: int, tokens: int) -> None:
-        """Make room for `tokens` tokens of a request; raises OutOfPagesError and takes nothing when there is none."""
-        for selector in self._states_of(seat):
-            selector.grow(seat, tokens)
+    def grow(self, seat: int, tokens: int) -> bool:
+        """Make room for `tokens` tokens of a request; False where the device has none, and nothing is taken."""
+        return all(selector.grow(seat, tokens) for selector in self._states[seat])
+
+    def room(self, seat: int) -> int:
+        """Tokens for which an open seat has room."""
+        return min(selector.room(seat) for selector in self._states[seat])
 
     def close(self, seat: int) -> None:
         """The request leaves its seat."""
-        for selector in self._states_of(seat):
+        for selector in self._states[seat]:
             selector.close(seat)
         del self._states[seat]
 
     def save(self, seat: int, tokens: int) -> list[object]:
         """The state of a request of `tokens` tokens that has to leave its seat, in host memory."""
-        return [selector.save(seat, tokens) for selector in self._states_of(seat)]
+        return [selector.save(seat, tokens) for selector in self._states[seat]]
 
     def restore(self, seat: int, tokens: int, state: list[object]) -> None:
         """Put saved state into a seat that was opened with the same choice."""
-        for selector, part in zip(self._states_of(seat), state, strict=True):
+        for selector, part in zip(self._states[seat], state, strict=True):
             selector.restore(seat, tokens, part)
 
-    def watcher(self, seat: int) -> Selector | None:
+    def watcher(self, seat: int) -> PromptWatcher | None:
         """The method of a seat, where it wants to see the queries of its prompt."""
-        selector = self.selectors[self._states[seat][-1]]
-        return selector if selector.watches_prompts else None
-
-    def observe(self, batch: Batch, features: Tensor | None) -> None:
-        """Let the methods see the tokens of a step after the forward pass."""
-        for name, selector in self.selectors.items():
-            if base_of(name) == name:
-                selector.observe(batch, features)
+        selector = self._states[seat][-1]
+        return selector if isinstance(selector, PromptWatcher) else None
 
     @property
     def held_pages(self) -> list[list[int]]:
         """Pages of the device's arena that states lie in."""
-        return [pages for name, one in self.selectors.items() if base_of(name) == name for pages in one.held_pages]
-
-    def _states_of(self, seat: int) -> list[Selector]:
-        return [self.selectors[name] for name in self._states[seat]]
+        return [pages for one in self._with_state for pages in one.held_pages]

@@ -9,32 +9,20 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from specontext.core import Batch, SpeContextError
+from specontext.core import Batch
 from specontext.engine.build import Parts
+from specontext.engine.decode import Step
 from specontext.engine.graphs import DecodeGraphs
-from specontext.engine.step import AttentionObserver, Step
+from specontext.engine.true_attention import AttentionObserver
 from specontext.engine.twin import DenseTwin
+from specontext.errors import DeviceError, DeviceMemoryError
 from specontext.models.attention import listening
 from specontext.models.compiled import CompiledModules
 from specontext.models.decoder import decoder_layers, output_layer
 from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
-from specontext.retrieval.head import STEPS
-from specontext.retrieval.selector import Selector
-
-
-class DeviceError(SpeContextError):
-    """The device failed in a step, and no later step can be trusted; the message says what to do."""
-
-
-class DeviceMemoryError(SpeContextError):
-    """The device had too little memory for a step; others may fit.
-
-    Attributes:
-        request_ids: the requests of the step, once they are known.
-    """
-
-    request_ids: tuple[str, ...] = ()
+from specontext.retrieval.head import CALLED
+from specontext.retrieval.selector import AheadSelector, ForeseeingSelector, Selector
 
 
 class ModelRunner:
@@ -48,6 +36,7 @@ class ModelRunner:
 
     Attributes:
         observer: sees the attention of decode tokens, where recall is measured.
+        captures: steps may run as captured graphs, into which nobody can look.
     """
 
     def __init__(
@@ -66,19 +55,19 @@ class ModelRunner:
         if self.taps is not None:  # the model may live on, and nobody has to call `close`
             weakref.finalize(self, self.taps.remove).atexit = False
         kv = parts.kv
-        foreseeing = any(one.foresees for one in parts.methods.selectors.values())
+        foreseeing = any(isinstance(one, ForeseeingSelector) for one in parts.methods.selectors.values())
         self._look_ahead = DenseTwin(loaded, parts).look_ahead if foreseeing else None
         self._compiled: CompiledModules | None = None
         if compiled and loaded.shape.dtype != torch.float32:
             compiling = [(layer, "forward") for layer in decoder_layers(loaded.model)]
             if parts.head is not None:
-                compiling += [(parts.head, name) for name in STEPS]
+                compiling += [(parts.head, name) for name in CALLED]
             self._compiled = CompiledModules(compiling)
         self._output_layer = output_layer(loaded.model)
         self._graphs: DecodeGraphs | None = None
-        if graphs and kv.device.type == "cuda" and not (measure_recall or kv.verify_loads):
-            seats = kv.token_pages.table.shape[1] - 1
-            self._graphs = DecodeGraphs(seats=seats, max_tokens=parts.max_tokens, device=kv.device)
+        if graphs and kv.device.type == "cuda" and not (measure_recall or kv.transfers.verify):
+            self._graphs = DecodeGraphs(seats=kv.num_seats, max_tokens=parts.max_tokens, device=kv.device)
+        self.captures = self._graphs is not None
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
@@ -95,11 +84,6 @@ class ModelRunner:
                 self._graphs.meet(batch)
             return self._forward(batch)
 
-    @property
-    def captures(self) -> bool:
-        """Whether steps may run as captured graphs, into which nobody can look."""
-        return self._graphs is not None
-
     def captured(self, batch: Batch) -> bool:
         """Whether a batch runs as a captured graph."""
         return self._graphs is not None and self._capturable(batch) and self._graphs.takes(batch)
@@ -112,8 +96,8 @@ class ModelRunner:
 
     def _waits(self, selector: Selector) -> bool:
         """Whether decode steps of a method need the host, or rows that are streamed in from it."""
-        streamed = (selector.dense or selector.in_layer) and not all(self.parts.kv.resident)
-        return streamed or selector.asks_host or selector.foresees
+        streamed = not isinstance(selector, AheadSelector) and not all(self.parts.kv.resident)
+        return streamed or selector.asks_host or isinstance(selector, ForeseeingSelector)
 
     @torch.inference_mode()
     def run_with_states(self, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,8 +162,10 @@ class ModelRunner:
         finally:
             step.close()
         features = self.taps.take()[0] if self.taps is not None else None
-        parts.methods.observe(batch, features)
-        parts.prefix.observe(batch, features)
+        for selector in parts.methods.observers:
+            selector.observe(batch, features)
+        if batch.prefills:
+            parts.prefix.observe(batch, features)
         logits: Tensor = output.logits[0]
         return logits
 

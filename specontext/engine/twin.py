@@ -12,13 +12,14 @@ from torch import Tensor
 
 from specontext.core import Batch
 from specontext.engine.build import Parts
+from specontext.engine.decode import Step, Way
 from specontext.engine.methods import Methods
 from specontext.engine.statistics import Meter
-from specontext.engine.step import Step, Way
 from specontext.models.attention import listening
 from specontext.models.loading import LoadedModel
-from specontext.retrieval.methods import FullSelector
-from specontext.retrieval.selector import DecodeTokens, MethodContext
+from specontext.retrieval.methods.full import FullSelector
+from specontext.retrieval.registry import FULL
+from specontext.retrieval.selector import ForeseeingSelector, LaneTokens, MethodContext
 
 
 class DenseTwin:
@@ -30,9 +31,9 @@ class DenseTwin:
 
     def __init__(self, loaded: LoadedModel, parts: Parts) -> None:
         self.loaded, self.kv = loaded, parts.kv
-        shape, device, seats = parts.kv.shape, parts.kv.device, parts.kv.token_pages.table.shape[1] - 1
+        shape, device, seats = loaded.shape, parts.kv.device, parts.kv.num_seats
         full = FullSelector(MethodContext(shape, parts.methods.budget, "head", seats, parts.max_tokens, device))
-        self._methods = Methods("full", parts.methods.budget, {"full": full}, device=device)
+        self._methods = Methods(FULL, parts.methods.budget, {FULL: full}, device=device)
         self._meter = Meter(shape, full.head_map, tables=1, groups=1, budget=1, sink=0, seats=seats, device=device)
 
     def look_ahead(self, batch: Batch, ways: Sequence[Way]) -> None:
@@ -41,8 +42,9 @@ class DenseTwin:
         index = torch.cat([torch.arange(way.part.start, way.part.stop, device=device) for way in ways])
         sizes = [way.part.stop - way.part.start for way in ways]
 
-        def show(layer: int, _: DecodeTokens, weights: Tensor, __: Tensor | None) -> None:
+        def show(layer: int, _: LaneTokens, weights: Tensor, __: Tensor | None) -> None:
             for way, part in zip(ways, weights.split(sizes), strict=True):
+                assert isinstance(way.selector, ForeseeingSelector)
                 way.selector.foresee(layer, part[..., : way.decode.span])
 
         tokens = (batch.token_ids[index], batch.positions[index], batch.seats[index], batch.lengths[index], batch.seeds[index])

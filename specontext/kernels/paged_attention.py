@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.kernels.dispatch import use_triton
+from specontext.kernels.dispatch import scratch, use_triton
 from specontext.kernels.fused_attention import as_multiplied, attention_with_lse
-from specontext.kernels.scratch import scratch
 from specontext.kernels.sparse_attention import TILE_BYTES, bias_beyond, of_like_width, parts_of
 
 
@@ -21,7 +20,6 @@ def paged_attention(
     page_size: int,
     kv_heads: int,
     tile: int = 1024,
-    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of one query a head over the first `lengths[r]` tokens of each request.
 
@@ -32,7 +30,6 @@ def paged_attention(
         lengths: int64 or int32 [R], tokens of each request, at most P * page_size.
         scale: factor of the logits.
         tile: tokens that the PyTorch implementation attends to at once.
-        workspace: scratch of the GPU kernel (`triton.sparse_attention.make_workspace`), allocated when None.
 
     Returns:
         output [R, Hq, D] in the query's dtype, and float32 log-sum-exp of the logits [R, Hq], -inf where a length is 0.
@@ -40,7 +37,7 @@ def paged_attention(
     if use_triton(query):
         from specontext.kernels.triton.paged_attention import paged_attention as on_gpu
 
-        return on_gpu(query, arena, pages, lengths, scale, page_size=page_size, kv_heads=kv_heads, workspace=workspace)
+        return on_gpu(query, arena, pages, lengths, scale, page_size=page_size, kv_heads=kv_heads)
     return paged_attention_reference(query, arena, pages, lengths, scale, page_size=page_size, kv_heads=kv_heads, tile=tile)
 
 

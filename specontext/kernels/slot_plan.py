@@ -1,20 +1,23 @@
-"""Set difference between a selection and what the slots hold, and the choice of slots for what is missing."""
+"""Where a selection is: the set difference between it and what the slots hold, slots for what is missing, and arena rows."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from specontext.kernels.dispatch import use_triton
+from specontext.kernels.dispatch import operation
+from specontext.kernels.tables import Tiers
 
 
+@operation(decided_by="tokens")
 def plan_slots(
     tokens: Tensor, seats: Tensor, slot_of_token: Tensor, token_of_slot: Tensor, last_used: Tensor, step: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Find a slot for every selected token: hits stay where they are, misses take the least recently used slots.
 
     Misses, in their order in `tokens`, take the slots in order of (last_used, slot). The three tables, contiguous, are
-    updated in place. Every (request, group) pair is independent of the others.
+    updated in place. Every (request, group) pair is independent of the others. On a CPU only entries of the selection and N
+    numbers a pair are touched, nothing of size S.
 
     Args:
         tokens: int64 [R, G, B] distinct tokens of each pair, -1 is skipped. B must not exceed N.
@@ -28,17 +31,6 @@ def plan_slots(
     Returns:
         slots: int64 [R, G, B], -1 where skipped; missing: bool [R, G, B], tokens that were in no slot before.
     """
-    if use_triton(tokens):
-        from specontext.kernels.triton.slot_plan import plan_slots as kernel
-
-        return kernel(tokens, seats, slot_of_token, token_of_slot, last_used, step)
-    return plan_slots_reference(tokens, seats, slot_of_token, token_of_slot, last_used, step)
-
-
-def plan_slots_reference(
-    tokens: Tensor, seats: Tensor, slot_of_token: Tensor, token_of_slot: Tensor, last_used: Tensor, step: int | Tensor
-) -> tuple[Tensor, Tensor]:
-    """See `plan_slots`. Only entries of the selection and N numbers a pair are touched, nothing of size S."""
     groups, width = tokens.shape[1:]
     span, slot_count = slot_of_token.shape[-1], token_of_slot.shape[-1]
     pairs = (seats[:, None] * groups + torch.arange(groups, device=tokens.device)).view(-1, 1)  # rows of the tables [R * G, 1]
@@ -70,3 +62,30 @@ def plan_slots_reference(
         used.index_fill_(0, place, step)
         slots.view(-1).index_copy_(0, pair * width + entry, slot)
     return slots.view_as(tokens), missing.view_as(tokens)
+
+
+@operation(decided_by="tokens")
+def selected_rows(tiers: Tiers, layers: range, seats: Tensor, head_map: Tensor, tokens: Tensor, slots: Tensor) -> Tensor:
+    """Arena rows of the entries that every KV head of some layers reads, in the selection's order.
+
+    A resident layer finds an entry by its token in its token pages, an offloaded one by its slot in its slot pages. On a CPU it
+    goes layer by layer, so that what is worked on stays in the cache.
+
+    Args:
+        layers: neighbouring layers. Where they live is read on the device, so that a captured graph serves whichever it is.
+        seats: int64 [R].
+        head_map: int64 [L, Hkv] of all layers, the group whose entries a KV head reads.
+        tokens, slots: int64 [R, G, B], -1 is no entry in either. Slots are not looked at where all layers are resident.
+
+    Returns:
+        int64 or int32 [layers, R, Hkv, B], -1 where there is no entry.
+    """
+    heads = torch.arange(tiers.tokens.heads, device=tokens.device)[:, None]
+    rows = tokens.new_empty((len(layers), len(seats), tiers.tokens.heads, tokens.shape[-1]))
+    for found, layer in zip(rows, layers, strict=True):
+        entries, pages = (tokens, tiers.tokens) if tiers.slots is None or bool(tiers.resident[layer]) else (slots, tiers.slots)
+        entry = entries[:, head_map[layer]]  # [R, Hkv, B]
+        table = pages.table[layer].index_select(0, seats)
+        page = table.gather(1, (entry.clamp(min=0) // pages.size).flatten(1)).view_as(entry)
+        found.copy_(pages.first_rows(page, entry).add_(heads).masked_fill_(entry < 0, -1))
+    return rows

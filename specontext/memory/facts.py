@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from specontext.config import ConfigError
 from specontext.core import ModelShape
-from specontext.locations import ModelError, one_sentence
+from specontext.errors import ConfigError, ModelError
+from specontext.locations import one_sentence
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need them
     import torch

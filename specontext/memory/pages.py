@@ -5,19 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from specontext.core import SpeContextError
-
-
-class OutOfPagesError(SpeContextError):
-    """A pool has fewer free pages than were asked for; nothing was allocated.
-
-    Attributes:
-        pages: the allocator that has too few, where one is to blame.
-    """
-
-    def __init__(self, message: str, pages: PageAllocator | None = None) -> None:
-        super().__init__(message)
-        self.pages = pages
+from specontext.errors import OutOfPagesError
 
 
 class PageCache(Protocol):

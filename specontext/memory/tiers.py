@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
-from specontext.core import SpeContextError
+from specontext.errors import MemoryPlanError
 from specontext.memory.free import free_host_memory
 
 if TYPE_CHECKING:
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
 SHARE_OF_FREE_MEMORY = 0.4
 
 
-class MemoryPlanError(SpeContextError):
-    """The memory that was allowed cannot hold what was asked for; the message says how much is needed."""
+class Tier(Enum):
+    """Where KV lives."""
+
+    DEVICE = "device"
+    HOST = "host"
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
 from specontext.core import ModelShape
-from specontext.kernels.dense_attention import chunk_attention
-from specontext.locations import ModelError
+from specontext.errors import ModelError
+from specontext.kernels.dense_attention import ChunkAttention, causal_attention
 from specontext.models.attention import RUNNING, NoStepError, attention_of, listening, running_of
 
 LIBRARY_NAME = "specontext_library"  # the library's own attention, seen while it runs
@@ -66,7 +66,12 @@ class _Witness:
                 has, says = (f"{heads} heads with {dim} dimensions" for heads, dim in (found, promised))
                 raise ModelError(f"layer {layer} has {name} of {has}, the config says {says}")
         past = self._stored.get(layer)
-        output = chunk_attention(query, key, value, scale, [] if past is None else [past])
+        if past is None:
+            output = causal_attention(query, key, value, scale)
+        else:
+            attention = ChunkAttention(query, key, value, scale)
+            attention.add(past)
+            output = attention.result()
         new = torch.stack((key, value), dim=2)
         self._stored[layer] = new if past is None else torch.cat((past, new))
         self.calls.append(_Call(layer, query, key, value, output))
@@ -135,8 +140,8 @@ def library_attention(
     own = getattr(home, "eager_attention_forward", sdpa_attention_forward)
     output: Tensor = own(module, query, key, value, attention_mask, **options)[0]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    step = getattr(module, RUNNING).step
-    return step.see(module.layer_idx, q, k, v, output[0].view(q.shape[0], q.shape[1], -1))[None], None
+    listener = getattr(module, RUNNING).listener
+    return listener.see(module.layer_idx, q, k, v, output[0].view(q.shape[0], q.shape[1], -1))[None], None
 
 
 class _LaterLayer(DynamicLayer):

@@ -16,7 +16,8 @@ from transformers import logging as transformers_logging
 from specontext.checkpoints.quantization import ADVICE
 from specontext.checkpoints.weights import StoredTensor, is_buffer, odd_experts, quantised_numbers, read_headers, weight_files
 from specontext.checkpoints.wording import first_few
-from specontext.locations import ModelError, folder_of, one_sentence
+from specontext.errors import ModelError
+from specontext.locations import folder_of, one_sentence
 from specontext.models.attention import ATTENTION_NAME
 
 ADAPTER = "adapter_config.json"

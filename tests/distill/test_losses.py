@@ -20,7 +20,7 @@ from specontext.distill.settings import DistillConfig
 from specontext.distill.student import Student
 from specontext.distill.target import Target
 from specontext.distill.trainer import CRITERION, Progress, train
-from specontext.evaluation.fidelity.compare import compare_window
+from specontext.evaluation.fidelity.compare import Comparison
 from specontext.evaluation.windows import Window
 from specontext.retrieval.checkpoint import load_head
 from specontext.retrieval.head import RetrievalHead
@@ -43,8 +43,8 @@ def test_losses_are_those_of_the_evaluation_suite(
     target, head = target_and_head(llm, checkpoint(family))
     ids = prompts[2][:60]
     wanted = [number != 3 for number in range(compared)]
-    choices = [("speculative", BUDGET), ("streaming", BUDGET)]
-    full, *theirs = compare_window(llm, Window("0", ids, wanted), choices)
+    comparison = Comparison(llm, [Window("0", ids, wanted)])
+    full, theirs = comparison.full[0], comparison.methods([("speculative", BUDGET), ("streaming", BUDGET)])[0]
     marks = torch.tensor([[*[False] * (59 - compared), *wanted, False, False, False, False]])
     padded = torch.tensor([[*ids, 7, 7, 7]])
     found = measure_losses(head, target, [(padded, marks)], [BUDGET, 400], queries=compared, **KEPT)

@@ -17,7 +17,7 @@ from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.core import Batch
 from specontext.engine import build
 from specontext.engine.graphs import NAMED
-from specontext.engine.runner import DeviceMemoryError
+from specontext.errors import DeviceMemoryError
 from specontext.evaluation.token_counter import token_counter
 from specontext.models.loading import LoadedModel, load_model
 from specontext.tasks import sample_problems
@@ -253,7 +253,7 @@ llm = LLM("nano", device="cuda", config=SpeContextConfig(budget=256, offload_lay
 stream = llm.stream([9] * 400, SamplingParams(max_tokens=20, ignore_eos=True))
 for _ in range(3):
     next(stream)
-llm.engine.parts.kv.token_pages.table.fill_(1 << 40)  # kernels read where nothing is
+llm.engine.parts.kv.transfers.tiers.tokens.table.fill_(1 << 40)  # kernels read where nothing is
 try:
     list(stream)
 except Exception as error:

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from specontext import LLM, SamplingParams
-from specontext.core import Batch, RequestError
+from specontext.core import Batch
 from specontext.engine.llm_engine import Generation
+from specontext.errors import RequestError
 
 MakeLLM = Callable[..., LLM]
 Greedy = Callable[..., SamplingParams]
@@ -40,8 +41,8 @@ def ask(llm: LLM, prompt: list[int], params: SamplingParams) -> Generation:
 
 
 def cached(job: Generation) -> int:
-    assert job.stats is not None and job.stats["cached_tokens"] == (job.request.cached_tokens or 0)
-    return int(str(job.stats["cached_tokens"]))
+    assert job.stats is not None and job.stats.cached_tokens == (job.request.cached_tokens or 0)
+    return job.stats.cached_tokens
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,7 @@ def test_keys_features_and_selections_are_those_of_a_fresh_engine(family: str, m
             one.engine.step()
         ends.append(job.stats)
     for name in ("attention_recall", "overlap", "tokens_read_per_step", "bytes_loaded_per_step", "hit_rate", "decode_steps"):
-        assert ends[0][name] == pytest.approx(ends[1][name]), name
+        assert getattr(ends[0], name) == pytest.approx(getattr(ends[1], name)), name
 
 
 @pytest.mark.parametrize("family", ["llama", "bands"])
@@ -258,7 +259,7 @@ def test_prompts_that_are_computed_side_by_side_are_kept_once(make_llm: MakeLLM,
 
 def test_nothing_is_copied_twice(make_llm: MakeLLM, greedy: Greedy, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = make_llm("llama", budget=12)
-    store = llm.engine.parts.prefix.store
+    store = llm.engine.parts.kv
     kept, brought, keep, bring = [0], [0], store.keep, store.bring
 
     def keeping(chain: Any, pages: Any, *rest: Any) -> None:
@@ -400,7 +401,7 @@ def test_a_prompt_that_waits_half_computed(forgotten: bool, make_llm: MakeLLM, g
     job = engine.add_request("a", SHARED, greedy(5))
     for _ in range(2):
         engine.step()
-    engine.scheduler._leave_seat(job.request)
+    engine.scheduler.admission.put_back(job.request)
     engine.check_integrity()
     if forgotten:
         engine.reset_prefix_cache()
@@ -419,7 +420,7 @@ def test_a_prompt_that_waits_half_computed(forgotten: bool, make_llm: MakeLLM, g
 def check_idle(llm: LLM) -> None:
     """All pages are free, or kept and given up when that is said."""
     kv = llm.engine.parts.kv
-    assert not llm.engine.has_work and not kv.room and not kv.parked
+    assert not llm.engine.has_work and not kv.seats and not kv.parked
     llm.engine.check_integrity()
     assert kv.arena.pages.num_held == kv.host.pages.num_held == 0
     assert kv.host.pages.num_free == kv.host.pages.num_pages - 1
@@ -444,7 +445,7 @@ def test_blocks_make_room_for_layers_that_leave_the_device(make_llm: MakeLLM, gr
     full = llm.engine.parts.prefix.pages
     assert full > 30
     job = ask(llm, text(50, 80), greedy(100))
-    assert job.request.output_token_ids == fresh(text(50, 80), greedy(100)) and job.stats is not None and job.stats["moves"]
+    assert job.request.output_token_ids == fresh(text(50, 80), greedy(100)) and job.stats is not None and job.stats.moves
     assert llm.engine.parts.prefix.pages < full
     check_idle(llm)
 

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel
 
 from specontext import LLM, SamplingParams, SpeContextConfig
-from specontext.core import RequestError
 from specontext.engine.llm_engine import Generation
 from specontext.engine.scheduler import Schedule
+from specontext.errors import RequestError
 from tests.conftest import FAMILIES, MakeLLM, Prompts, family_config, write_checkpoint
 
 TOP = 3
@@ -157,9 +157,9 @@ def interrupted(llm: LLM, prompts: Prompts, params: SamplingParams, *, after: in
     victim = generations[1].request
     assert victim.seat >= 0 and victim.computed > 0
     computed = victim.computed
-    engine.scheduler._leave_seat(victim)
+    engine.scheduler.admission.put_back(victim)
     if restart:
-        assert engine.scheduler._drop_parked(but=None)
+        assert engine.scheduler.admission.drop_parked(but=None)
     assert victim.computed == (0 if restart else computed)
     while engine.has_work:
         engine.step()

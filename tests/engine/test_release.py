@@ -13,12 +13,11 @@ import pytest
 import torch
 
 from specontext import LLM, ConfigError, SamplingParams, SpeContextConfig
-from specontext.core import RequestError, SpeContextError
 from specontext.engine import llm_engine
 from specontext.engine.async_engine import AsyncEngine
-from specontext.engine.failures import RequestFailedError
-from specontext.engine.llm_engine import EngineClosedError, LLMEngine
-from specontext.engine.runner import DeviceMemoryError, ModelRunner
+from specontext.engine.llm_engine import LLMEngine
+from specontext.engine.runner import ModelRunner
+from specontext.errors import DeviceMemoryError, EngineClosedError, RequestError, RequestFailedError, SpeContextError
 from specontext.kv import host_memory
 from specontext.models.loading import LoadedModel, load_model
 from tests.server.serving import make_engine, running
@@ -99,7 +98,7 @@ def test_with_layers_on_the_move_and_requests_that_wait() -> None:
     for _ in range(40):
         for job in jobs:
             next(job)
-    assert llm.engine.parts.residency.num_moves or llm.engine.parts.residency._move is not None or llm.engine.parts.kv.parked
+    assert llm.engine.parts.residency.num_moves or llm.engine.parts.kv.move is not None or llm.engine.parts.kv.parked
     refs = watch(llm.engine)
     del llm, jobs, job
     assert not alive(refs)

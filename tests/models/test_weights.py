@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, MixtralConfig, PreTrainedConfig
 
 from specontext.cli import main
-from specontext.locations import ModelError
+from specontext.errors import ModelError
 from specontext.models.loading import LoadedModel, load_model
 from tests.conftest import write_checkpoint
 

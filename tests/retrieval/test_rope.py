@@ -17,8 +17,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from specontext import LLM, ConfigError, SamplingParams, SpeContextConfig
+from specontext.errors import HeadError
 from specontext.retrieval.head import RetrievalHead
-from specontext.retrieval.head_config import HeadConfig, HeadError
+from specontext.retrieval.head_config import HeadConfig
 
 TRAINED = 256
 POSITIONS = torch.tensor([0, 1, 17, 255, 256, 1000, 4095])

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from specontext.engine import llm_engine, next_tokens
-from specontext.engine.async_engine import AsyncEngine, EngineDeadError, RequestFailedError
+from specontext.engine.async_engine import AsyncEngine
 from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.llm_engine import LLMEngine
-from specontext.engine.sampler import LogitsError
+from specontext.errors import EngineDeadError, LogitsError, RequestFailedError
 from tests.server.serving import make_engine, running
 from tests.server.test_async_engine import PROMPT, collect, params, run, started, texts
 
