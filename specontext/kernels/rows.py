@@ -133,7 +133,7 @@ def _append(pages: Pages, layer: int, seats: Tensor, entries: Tensor, numbers: T
 def _copy_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: Tensor) -> None:
     """target[target_rows] = source[source_rows], for int64 [T] without negative rows, between any two devices."""
     if source.device == target.device:  # a CPU copies bits word by word, of the widest number format that divides a row
-        numbers = source[0].numel()
+        numbers = source.shape[1] * source.shape[2]
         words = [w for w in (torch.complex128, torch.int64, torch.int32) if numbers * source.itemsize % w.itemsize == 0]
         word = words[0] if words else source.dtype
         source, target = (rows.view(len(rows), numbers).view(word) for rows in (source, target))

@@ -4,7 +4,7 @@
     entry   the rows of all KV heads of a token (or slot)
     page    `page_size` entries of one layer
 
-What kernels are handed is made by `Layout.pages`: the one place that says which rows of a pool an entry of a seat has.
+What kernels are handed is made by `Layout.pages` and `slots`: the one place that says which rows of a pool an entry has.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specontext.core import LoadPlan, ModelShape, Selection
-from specontext.kernels.tables import Pages
+from specontext.kernels.tables import Pages, Slots
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,10 @@ class Layout:
     def pages(self, rows: Tensor, table: Tensor) -> Pages:
         """Rows of a pool and a page table, as kernels are handed them."""
         return Pages(rows, table, self.page_size, self.heads)
+
+    def slots(self, rows: Tensor, table: Tensor, sink: int, recent: int) -> Slots:
+        """The same of slots."""
+        return Slots(rows, table, self.page_size, self.heads, sink, recent)
 
 
 @dataclass(frozen=True, eq=False)

@@ -80,7 +80,7 @@ class PageAllocator:
     def require(self, count: int) -> None:
         """Raises OutOfPagesError unless `count` pages can be had; the cache gives up what it takes."""
         if count > self.num_free:
-            raise OutOfPagesError(f"the {self.name} has {self.num_free} free pages and {count} are needed", self)
+            raise OutOfPagesError(f"the {self.name} has {self.num_free} free pages and {count} are needed")
         short = count - self.num_ready
         if self.cache is not None and short > 0:
             self.free(self.cache.give_up(min(short, self.cache.num_spare)))
