@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from specontext.config import ConfigError, EngineConfig, SpeContextConfig
-from specontext.core import CompletionOutput, RequestOutput, SamplingParams, SpeContextError
+from specontext.core import CompletionOutput, RequestOutput, SamplingParams, SpeContextError, StructuredOutputsParams
 
 if TYPE_CHECKING:
     from specontext.engine.llm import LLM
@@ -28,6 +28,7 @@ __all__ = [
     "SamplingParams",
     "SpeContextConfig",
     "SpeContextError",
+    "StructuredOutputsParams",
 ]
 
 

@@ -18,7 +18,7 @@ PACKAGE = Path(specontext.config.__file__).parent
 FLOORS = [
     {"core"},
     {"checkpoints", "gguf"},
-    {"config", "hub", "locations", "tasks"},
+    {"config", "grammars", "hub", "locations", "tasks"},
     {"kernels"},
     {"memory"},
     {"kv", "retrieval"},

@@ -33,6 +33,11 @@ class ThinkingReader:
         """The pieces in one."""
         return "".join(self.pieces)
 
+    @property
+    def over(self) -> bool:
+        """Whether all that follows belongs to the answer."""
+        return not self._can_begin and not self._inside
+
     def count(self, tokens: int) -> None:
         """Take note of how many tokens the output has, before what the last of them says is fed."""
         self._seen = tokens
@@ -61,7 +66,7 @@ class ThinkingReader:
             self._open(last)
         if not self._can_begin and self._inside:
             self._think(last)
-        return self._answer() if not self._can_begin and not self._inside else ""
+        return self._answer() if self.over else ""
 
     def _open(self, last: bool) -> None:
         """Decide whether the text begins with the opening mark."""
