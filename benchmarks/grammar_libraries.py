@@ -1,4 +1,4 @@
-"""Which library constrains outputs: time to compile schemas, processor time a token, size, in xgrammar, llguidance, outlines-core.
+"""Which library constrains outputs: time to compile schemas, time a token, size, in xgrammar, llguidance, outlines-core.
 
     python benchmarks/grammar_libraries.py TOKENIZER        # a directory with tokenizer.json; those libraries that are installed
 

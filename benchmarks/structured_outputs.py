@@ -72,9 +72,13 @@ def main(words: Sequence[str] | None = None) -> None:
         free, constrained = (statistics.median(batch(llm, options, kind, number * 2 + 10)) for kind in (None, wanted))
         if number >= 0:  # the one before warms up
             rounds.append({"free_ms": free * 1e3, "constrained_ms": constrained * 1e3, "ratio": constrained / free})
-            print(f"free {free * 1e3:7.3f} ms, constrained {constrained * 1e3:7.3f} ms, ratio {constrained / free:.3f}", flush=True)
+            print(
+                f"free {free * 1e3:7.3f} ms, constrained {constrained * 1e3:7.3f} ms, ratio {constrained / free:.3f}", flush=True
+            )
     ratio = statistics.median(each["ratio"] for each in rounds)
-    print(f"median ratio {ratio:.3f} over {len(rounds)} rounds, load {os.getloadavg()[0]:.1f}; vocabulary and schema {first:.2f} s")
+    print(
+        f"median ratio {ratio:.3f} over {len(rounds)} rounds, load {os.getloadavg()[0]:.1f}; vocabulary and schema {first:.2f} s"
+    )
     report = {"benchmark": "structured_outputs", "model": options.model, "requests": options.requests, "ratio": ratio}
     print(json.dumps(report | {"compile_s": first, "rounds": rounds}))
 

@@ -424,7 +424,7 @@ class Request:
         captured_steps: decode steps that were replayed as a captured CUDA graph.
         cached_tokens: tokens whose KV was known when it first got a seat; None before.
         history: what the sampler remembers of the tokens, for penalties.
-        allowed: int32 [V / 32] on the device, a bit for each token that a grammar allows next; None allows all. Valid in one step.
+        allowed: bool [V] on the device, the tokens that a grammar allows next; None allows all. Valid in one step.
         banned: sequences of tokens of which the last one may not follow the others.
         prompt_logprobs: for each prompt token the log-probabilities by token id, None for the first one; it grows while the
             prompt is computed and is complete before the first token is sampled.

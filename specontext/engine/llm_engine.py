@@ -116,7 +116,7 @@ class LLMEngine:
         self.tokenizer = self.loaded.tokenizer
         vocab_size, ends = self.loaded.shape.vocab_size, self.loaded.end_token_ids
         self.grammars = GrammarCompiler(self.tokenizer, vocab_size=vocab_size, end_token_ids=ends)
-        self._masks = Masks(self.device)
+        self._masks = Masks(self.device, vocab_size)
         self._generations: dict[str, Generation] = {}
         self.seeds = random.Random(config.seed)
 
@@ -276,16 +276,16 @@ class LLMEngine:
     def _carry_out(self, schedule: Schedule, meanwhile: Callable[[], None] | None) -> list[Generation]:
         failures = Failures()
         captured = self.runner.captured(schedule.batch)
+        self._masks.begin((request, self._generations[request.request_id].constraint) for request in schedule.requests)
         logits = self._run(schedule, failures)
         if captured:
             for request in schedule.requests:
                 request.captured_steps += 1
         ready = [(row, r) for row, r in self.scheduler.advance(schedule) if r.request_id not in failures]
         self.scheduler.prepare()
-        self._masks.fill(((r, self._generations[r.request_id].constraint) for _, r in ready), failures)
-        ready = [(row, r) for row, r in ready if r.request_id not in failures]
         if meanwhile is not None:
             meanwhile()
+        self._masks.finish(failures)
         touched = self._sample(logits, ready, failures)
         for request_id in failures.found:
             self.abort(request_id)
@@ -305,6 +305,7 @@ class LLMEngine:
 
     def _sample(self, logits: Tensor, ready: list[tuple[int, Request]], failures: Failures) -> list[Generation]:
         """Choose the next tokens of (row of the logits, request) pairs."""
+        ready = [(row, request) for row, request in ready if request.request_id not in failures]
         chosen = next_tokens(logits, ready, failures, end_token_ids=self.loaded.end_token_ids)
         now = time.perf_counter()
         touched = []
@@ -414,6 +415,7 @@ class LLMEngine:
         for request_id in list(self._generations):
             self.abort(request_id)
         settle()
+        self._masks.close()
         self.runner.close()
         if self.parts.kv.host.memory is not None:
             self.parts.kv.host.memory.close()

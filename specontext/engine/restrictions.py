@@ -27,11 +27,14 @@ def restricted(raw: Tensor, requests: Sequence[Request], end_token_ids: Collecti
     with_penalties = [row for row, request in enumerate(requests) if penalised(request)]
     if not (masked or listed or forbidden or biased or with_penalties):
         return raw
-    adjusted = raw.clone()
+    if len(masked) == len(requests):
+        adjusted = torch.where(_allowed(requests, masked), raw, -math.inf)
+        masked = []
+    else:
+        adjusted = raw.clone()
     if masked:
         rows = torch.tensor(masked, device=raw.device)
-        bits = torch.stack([requests[row].allowed for row in masked])  # type: ignore[misc]
-        adjusted[rows] = adjusted[rows].masked_fill_(~unpacked(bits, raw.shape[1]), -math.inf)
+        adjusted[rows] = adjusted[rows].masked_fill_(~_allowed(requests, masked), -math.inf)
     for row in listed:
         allowed = torch.tensor(requests[row].params.allowed_token_ids, device=raw.device)
         kept = adjusted[row, allowed]
@@ -49,10 +52,9 @@ def restricted(raw: Tensor, requests: Sequence[Request], end_token_ids: Collecti
     return adjusted
 
 
-def unpacked(bits: Tensor, size: int) -> Tensor:
-    """Masks int32 [R, words], the lowest bit first, as bool [R, size]."""
-    places = torch.arange(32, dtype=torch.int32, device=bits.device)
-    return ((bits.unsqueeze(2) >> places) & 1).flatten(1)[:, :size].bool()
+def _allowed(requests: Sequence[Request], rows: Sequence[int]) -> Tensor:
+    """What grammars allow in these rows, bool [rows, V]."""
+    return torch.stack([requests[row].allowed for row in rows])  # type: ignore[misc]
 
 
 def _forbidden(request: Request, end_token_ids: Collection[int]) -> list[int]:

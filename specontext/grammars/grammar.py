@@ -8,33 +8,33 @@ from llguidance import LLMatcher, LLTokenizer
 
 
 class GrammarState:
-    """How far one output has come in its grammar."""
+    """How far one output has come in its grammar.
+
+    Attributes:
+        matcher: the library's, which fills masks.
+    """
 
     def __init__(self, matcher: LLMatcher, vocabulary: LLTokenizer) -> None:
-        self._matcher, self._vocabulary = matcher, vocabulary
+        self.matcher, self._vocabulary = matcher, vocabulary
 
     @property
     def complete(self) -> bool:
         """Whether nothing can follow any more."""
-        return bool(self._matcher.is_stopped())
+        return bool(self.matcher.is_stopped())
 
     @property
     def error(self) -> str:
         """What went wrong, such as a grammar that became too complex for its limits; '' for nothing."""
-        return str(self._matcher.get_error())
+        return str(self.matcher.get_error())
 
     def accept(self, token: int) -> bool:
         """Take the next token; whether it was allowed."""
-        return bool(self._matcher.consume_token(token))
+        return bool(self.matcher.consume_token(token))
 
     def accept_text(self, text: str) -> bool:
         """Take text that came in the middle of a token; whether all of it was allowed."""
         tokens: Sequence[int] = self._vocabulary.greedy_tokenize(text)
-        return bool(self._matcher.consume_tokens(list(tokens)))
-
-    def fill(self, address: int, num_bytes: int) -> None:
-        """Write a bit for each token that may come next to memory at an address; Python's lock is free meanwhile."""
-        self._matcher.unsafe_compute_mask_ptr(address, num_bytes)
+        return bool(self.matcher.consume_tokens(list(tokens)))
 
 
 class Grammar:
