@@ -356,12 +356,12 @@ class SamplingParams:
     def _token_rules(self) -> None:
         if self.logit_bias is not None:
             pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
-            table = tuple(pairs)  # type: ignore[arg-type]
+            table = tuple(pairs)
             if len(table) > MOST_BIASED or not all(_is_id(token) and _is_bias(bias) for token, bias in table):
                 raise RequestError(f"logit_bias must map at most {MOST_BIASED} token ids to numbers from -100 to 100")
             object.__setattr__(self, "logit_bias", table or None)
         if self.allowed_token_ids is not None:
-            if isinstance(self.allowed_token_ids, str) or not isinstance(self.allowed_token_ids, Iterable):
+            if not isinstance(self.allowed_token_ids, Iterable):
                 raise RequestError(f"allowed_token_ids must be a list, got {shown(self.allowed_token_ids)}")
             ids = tuple(self.allowed_token_ids)
             if not ids or not all(map(_is_id, ids)):

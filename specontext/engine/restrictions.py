@@ -44,9 +44,9 @@ def restricted(raw: Tensor, requests: Sequence[Request], end_token_ids: Collecti
         rows, tokens = torch.tensor(forbidden, device=raw.device).unbind(dim=1)
         adjusted[rows, tokens] = -math.inf
     for row in biased:
-        tokens, values = zip(*requests[row].params.logit_bias, strict=True)  # type: ignore[misc]
+        ids, values = zip(*(requests[row].params.logit_bias or ()), strict=True)
         bias = torch.tensor(values, device=raw.device, dtype=adjusted.dtype)
-        adjusted[row].index_add_(0, torch.tensor(tokens, device=raw.device), bias)
+        adjusted[row].index_add_(0, torch.tensor(ids, device=raw.device), bias)
     for row in with_penalties:
         penalise(adjusted[row], requests[row])
     return adjusted

@@ -53,9 +53,7 @@ def check(text: str) -> None:
     assert set(found["tags"]) <= {"red", "blue"} and len(found["tags"]) <= 2 and isinstance(found["inner"]["yes"], bool)
 
 
-@pytest.mark.parametrize(
-    "options", [{"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}]
-)
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.9, "repetition_penalty": 1.2}])
 def test_a_schema_is_followed_with_nested_objects(llm: LLM, options: dict[str, Any]) -> None:
     first, second = follow(llm, {"json": SCHEMA, "disable_any_whitespace": True}, n=2, logprobs=1, **options)
     for output in (first, second):
@@ -171,14 +169,14 @@ def test_tokens_that_are_allowed_biased_or_bad(llm: LLM) -> None:
 def test_thinking_is_free_and_the_answer_is_not(tmp_path: Any, special: bool | None) -> None:
     """With a mark that is a token, and with one that is text and comes in one piece with white space behind it."""
     path = save_speaking(
-        tmp_path, "um, no</think>ok" if special else "um, no#\nok", "{{ messages[0].content }}>", special=special
+        tmp_path, "um, hi</think>ok" if special else "um, hi#\nok", "{{ messages[0].content }}>", special=special
     )
     llm = LLM(path, config=SpeContextConfig(method="full"), device="cpu")
     end = llm.tokenizer("</think>", add_special_tokens=False)["input_ids"][0] if special else None
     thinking = Thinking(True, end="</think>" if special else "#", end_id=end)
     params = SamplingParams(temperature=0, max_tokens=60, thinking=thinking, structured_outputs={"choice": ["yes", "no"]})
     [output] = llm.generate("q>", params)[0].outputs
-    assert output.reasoning == "um, no" and output.text in ("yes", "no") and output.finish_reason == "stop"
+    assert output.reasoning == "um, hi" and output.text in ("yes", "no") and output.finish_reason == "stop"
 
 
 def test_an_answer_may_begin_with_thinking(tmp_path: Any) -> None:
