@@ -94,7 +94,7 @@ class ThinkingReader:
             thought, self._held = self._held[:place], self._held[place + len(mark) :]
             self._close(thought)
             return
-        sure = len(self._held) if last else len(_without_start_of(mark, self._held).rstrip())
+        sure = len(self._held) if last else len(without_start_of(mark, self._held).rstrip())
         self._think_on(self._held[:sure])
         self._held = self._held[sure:]
 
@@ -110,7 +110,7 @@ class ThinkingReader:
         return answer
 
 
-def _without_start_of(mark: str, text: str) -> str:
+def without_start_of(mark: str, text: str) -> str:
     """`text` without an end that could be the beginning of `mark`."""
     for length in range(min(len(mark) - 1, len(text)), 0, -1):
         if mark.startswith(text[-length:]):

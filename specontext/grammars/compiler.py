@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from copy import copy
 from typing import Any
 
@@ -129,6 +129,11 @@ def json_grammar(schema: Any, *, whitespace: str = _WHITESPACE) -> str:
     schema = schema if isinstance(schema, dict) else {} if schema else {"not": {}}
     layout: Any = {"whitespace_pattern": whitespace} if whitespace else {"whitespace_flexible": False}
     return LLMatcher.grammar_from_json_schema(schema, overrides=layout)
+
+
+def schema_with_layout(schema: Mapping[str, Any], *, lenient: bool) -> dict[str, Any]:
+    """A schema as part of a Lark grammar; lenient, what is not implemented is left out of it instead of refused."""
+    return {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE, "lenient": lenient}}
 
 
 def _depth(value: Any) -> int:
