@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from specontext.config import ConfigError
+from specontext.server.tools.formats import FORMATS
 
 REASONING_PARSERS = ("deepseek_r1", "qwen3")
+TOOL_CALL_PARSERS = ("auto", "none", *FORMATS)
+BUILT_IN_TEMPLATES = {"hermes": Path(__file__).parent / "tools" / "hermes.jinja"}
 _ALL = ("*",), ("*",)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+|null")
 
@@ -35,10 +38,13 @@ class ServerConfig:
         (), "Name of the model in requests and responses; more names are accepted too. Default: MODEL."
     )
     chat_template: str | None = _option(  # type: ignore[assignment]
-        None, "Jinja chat template, a file or the text itself. Default: the model's own."
+        None, "Jinja chat template: a file, the text itself, or hermes (ChatML with tools). Default: the model's own."
     )
     reasoning_parser: str | None = _option(  # type: ignore[assignment]
         None, "Put the model's thinking into reasoning_content: deepseek_r1 or qwen3."
+    )
+    tool_call_parser: str = _option(  # type: ignore[assignment]
+        "auto", "Form of the model's tool calls: auto (what its chat template shows), none, or a name such as hermes."
     )
     generation_config: str = _option(  # type: ignore[assignment]
         "auto", "Sampling defaults of requests: auto (what the model's generation_config.json says) or none."
@@ -82,6 +88,8 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be at least {least}{upper}, got {value!r}")
         if self.reasoning_parser is not None and self.reasoning_parser not in REASONING_PARSERS:
             raise ConfigError(f"unknown reasoning parser '{self.reasoning_parser}': choose one of {', '.join(REASONING_PARSERS)}")
+        if self.tool_call_parser not in TOOL_CALL_PARSERS:
+            raise ConfigError(f"unknown tool call parser '{self.tool_call_parser}': choose one of {', '.join(TOOL_CALL_PARSERS)}")
         if self.generation_config not in ("auto", "none"):
             raise ConfigError(f"unknown generation_config '{self.generation_config}': choose auto or none")
         for name in ("api_key", "served_model_name"):
@@ -108,7 +116,7 @@ class ServerConfig:
         if self.chat_template is None or "{" in self.chat_template:
             return self.chat_template
         try:
-            return Path(self.chat_template).read_text(encoding="utf-8")
+            return BUILT_IN_TEMPLATES.get(self.chat_template, Path(self.chat_template)).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the chat template {self.chat_template}: {error}") from error
 

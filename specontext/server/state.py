@@ -18,6 +18,7 @@ from specontext.server.reasoning import Reasoning
 from specontext.server.sampling import sampling_defaults
 from specontext.server.settings import ServerConfig
 from specontext.server.token_text import TokenTexts
+from specontext.server.tool_support import ToolSupport
 
 
 class ServerState:
@@ -44,6 +45,8 @@ class ServerState:
         )
         parser = config.reasoning_parser
         self.reasoning = Reasoning(parser, self.encoder.tokenizer) if parser is not None else None
+        self.grammars = engine.grammars
+        self.tools = ToolSupport(config.tool_call_parser, self.encoder.tokenizer, engine.grammars)
         self.texts = TokenTexts(self.encoder.tokenizer)
         self.defaults: dict[str, Any] = sampling_defaults(engine.loaded) if config.generation_config == "auto" else {}
         self.draining = False

@@ -20,6 +20,10 @@ CALL = f'{{"name": "weather", "arguments": {ARGUMENTS}}}'
 STOP = '{"name": "stop-it", "arguments": {}}'
 WEATHER: Any = ("weather", OSLO)
 STOPPED: Any = ("stop-it", {})
+PAIRS = f"<arg_key>city</arg_key>\n<arg_value>{OSLO['city']}</arg_value>\n<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n"
+PARAMETERS = f"<parameter=city>\n{OSLO['city']}\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
+OTHER = "<tool_call>\n<function=other>\n</function>\n</tool_call>"
+UNKNOWN = '<tool_call>{"name": "other", "arguments": {}}</tool_call> x'
 
 
 def read(form: str, text: str, cuts: list[int], mode: str = "auto") -> tuple[str, list[tuple[str, Any]]]:
@@ -44,13 +48,13 @@ def read(form: str, text: str, cuts: list[int], mode: str = "auto") -> tuple[str
 
 CASES: list[tuple[str, str, str, list[Any]]] = [
     ("hermes", f"<tool_call>\n{CALL}\n</tool_call>", "", [WEATHER]),
-    ("hermes", f"Let me see.\n\n<tool_call>\n{CALL}\n</tool_call>\n<tool_call>\n{STOP}\n</tool_call>\n", "Let me see.", [WEATHER, STOPPED]),
+    ("hermes", f"So.\n\n<tool_call>\n{CALL}\n</tool_call>\n<tool_call>\n{STOP}\n</tool_call>\n", "So.", [WEATHER, STOPPED]),
     ("hermes", f"<tool_call>{CALL}", "", [WEATHER]),
     ("hermes", f'<tool_call>{{"arguments": {ARGUMENTS}, "name": "weather"}}</tool_call>', "", [WEATHER]),
     ("hermes", f'<tool_call>{{"name": "weather", "arguments": {json.dumps(ARGUMENTS)}}}</tool_call>', "", [WEATHER]),
     ("hermes", '<tool_call>{"name": "stop-it"}</tool_call>', "", [STOPPED]),
     ("hermes", '<tool_call>{"name": "stop-it", "arguments": null}</tool_call>', "", [STOPPED]),
-    ("hermes", '<tool_call>{"name": "other", "arguments": {}}</tool_call> x', '<tool_call>{"name": "other", "arguments": {}}</tool_call> x', []),
+    ("hermes", UNKNOWN, UNKNOWN, []),
     ("hermes", "1 < 2 and <tool_cal", "1 < 2 and <tool_cal", []),
     ("hermes", "  no call\n", "  no call\n", []),
     ("hermes", f"<tool_call>{CALL}</tool_call> so?", "so?", [WEATHER]),
@@ -69,9 +73,9 @@ CASES: list[tuple[str, str, str, list[Any]]] = [
     ("mistral", "[TOOL_CALLS]what now", "[TOOL_CALLS]what now", []),
     ("glm4", f"weather\n{ARGUMENTS}", "", [WEATHER]),
     ("glm4", "weather is fine\n{", "weather is fine\n{", []),
-    ("glm45", f"<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>{OSLO['city']}</arg_value>\n<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>", "", [WEATHER]),
-    ("qwen3_coder", f"Hm.\n<tool_call>\n<function=weather>\n<parameter=city>\n{OSLO['city']}\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>", "Hm.", [WEATHER]),
-    ("qwen3_coder", "<tool_call>\n<function=other>\n</function>\n</tool_call>", "<tool_call>\n<function=other>\n</function>\n</tool_call>", []),
+    ("glm45", f"<tool_call>weather\n{PAIRS}</tool_call>", "", [WEATHER]),
+    ("qwen3_coder", f"Hm.\n<tool_call>\n<function=weather>\n{PARAMETERS}</function>\n</tool_call>", "Hm.", [WEATHER]),
+    ("qwen3_coder", OTHER, OTHER, []),
     ("granite", f"<|tool_call|>[{CALL}]", "", [WEATHER]),
     ("phi4_mini_json", f"functools[{CALL},{STOP}]", "", [WEATHER, STOPPED]),
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from specontext.core import StructuredOutputsParams
 from specontext.server.tools.formats import Format, read_forced
-from specontext.server.tools.grammar import TokenOf, allowed_calls, forced_calls
+from specontext.server.tools.grammar import TokenOf, allowed_calls, calls_or_json, forced_calls
 from specontext.server.tools.pieces import Reader, Tool
 from specontext.server.tools.reader import PlainReader
 
@@ -48,6 +48,12 @@ class ToolUse:
         if not self.several or any(tool.strict for tool in self.tools):
             return allowed_calls(self.tools, self.form, several=self.several, token_of=token_of)
         return None
+
+    def grammar_beside(self, schema: str, token_of: TokenOf) -> StructuredOutputsParams | None:
+        """Calls, or JSON of a schema; None where the form has no grammar."""
+        if self.form is None or self.form.spelling is None:
+            return None
+        return calls_or_json(self.tools, self.form, schema, several=self.several, token_of=token_of)
 
 
 NO_TOOLS = ToolUse()

@@ -65,9 +65,7 @@ def _json(mark: str, close: str = "", *, first: str = "") -> Callable[[Tools], R
 
 def _whole(mark: str, close: str, read: Callable[[str, Tools], Any]) -> Callable[[Tools], Reader]:
     def make(tools: Tools) -> Reader:
-        return BlockReader(
-            lambda opened: WholeBlock(lambda text: read(text, tools), opened=opened, close=close), marks=(mark,)
-        )
+        return BlockReader(lambda opened: WholeBlock(lambda text: read(text, tools), opened=opened, close=close), marks=(mark,))
 
     return make
 
@@ -98,9 +96,7 @@ class _MistralBlock:
             listed = ahead[0] in "[{"
             between = r"(?:\[CALL_ID\][A-Za-z0-9_-]{0,40})?(?:\[ARGS\])?\s*"
             self._block = (
-                JsonBlock(self._tools, opened=self._opened)
-                if listed
-                else NamedBlock(self._tools, between, opened=self._opened)
+                JsonBlock(self._tools, opened=self._opened) if listed else NamedBlock(self._tools, between, opened=self._opened)
             )
             text = self._blanks
         return self._block.feed(text)

@@ -25,9 +25,7 @@ def forced_calls(tools: Sequence[Tool], form: Format, *, several: bool, token_of
     return _params(lines)
 
 
-def allowed_calls(
-    tools: Sequence[Tool], form: Format, *, several: bool, token_of: TokenOf
-) -> StructuredOutputsParams | None:
+def allowed_calls(tools: Sequence[Tool], form: Format, *, several: bool, token_of: TokenOf) -> StructuredOutputsParams | None:
     """Text, and calls behind it; None where the form has no grammar that can wait for a call."""
     spelling, mark = form.spelling, form.mark
     if spelling is None or not mark:
@@ -46,11 +44,24 @@ def allowed_calls(
     return _params([*lines, *rules])
 
 
+def calls_or_json(
+    tools: Sequence[Tool], form: Format, schema: str, *, several: bool, token_of: TokenOf
+) -> StructuredOutputsParams:
+    """Calls and nothing else, or JSON of a schema and nothing else."""
+    spelling = form.spelling or FORCED
+    calls = _calls(spelling, several, token_of)
+    answer = json.dumps(schema_with_layout(json.loads(schema), lenient=False))
+    rules = _rules("call", tools, spelling, token_of, lenient=False)
+    return _params([f"start: answer | {calls}", f"answer: %json {answer}", *rules])
+
+
 def _calls(spelling: Spelling, several: bool, token_of: TokenOf) -> str:
     more = ""
     if several and spelling.several:
         more = f"({_spelled(spelling.between, token_of)} call){{0,{MOST_CALLS - 1}}}"
-    return " ".join(part for part in (_spelled(spelling.open, token_of), "call", more, _spelled(spelling.close, token_of)) if part)
+    return " ".join(
+        part for part in (_spelled(spelling.open, token_of), "call", more, _spelled(spelling.close, token_of)) if part
+    )
 
 
 def _rules(rule: str, tools: Sequence[Tool], spelling: Spelling, token_of: TokenOf, *, lenient: bool) -> list[str]:
