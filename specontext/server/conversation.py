@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from fastapi import Request
 
-from specontext.core import SamplingParams, StructuredOutputsParams, Thinking
+from specontext.core import SamplingParams, Thinking
 from specontext.engine.request_stream import Delta, RequestStream
 from specontext.server.answers import Answer, Growth
 from specontext.server.context import note
@@ -36,7 +36,7 @@ async def prepare(state: ServerState, body: ChatRequest) -> Prepared:
     Raises:
         SpeContextError: the request cannot be served; it says why.
     """
-    use, wanted = state.tools.use(body), body.structured_params()
+    use = state.tools.use(body)
     prompt = await state.encoder.messages(body)
     token_ids = truncated(prompt.token_ids, body, state.max_model_len)
     params = chat_params(
@@ -49,17 +49,9 @@ async def prepare(state: ServerState, body: ChatRequest) -> Prepared:
     )
     if use.form is not None:
         params = replace(params, skip_special_tokens=False)  # marks of calls may be special tokens
-    if use.form is not None or wanted is not None:
-        params = replace(params, structured_outputs=await state.encoder.run(lambda: _compiled(state, use, wanted)))
-    return Prepared(token_ids, params, use)
-
-
-def _compiled(state: ServerState, use: ToolUse, wanted: StructuredOutputsParams | None) -> StructuredOutputsParams | None:
-    """What the output must look like, compiled here, so that the engine finds it done."""
-    structured = state.tools.structured(use, wanted)
-    if structured is not None:
-        state.grammars.compile(structured)
-    return structured
+    field = "tools" if use.form is not None else body.structured_field
+    structured = await state.compile(lambda: state.tools.structured(use, body.structured_params()), field)
+    return Prepared(token_ids, replace(params, structured_outputs=structured), use)
 
 
 def _thinking(state: ServerState, body: ChatRequest, prompt: ChatPrompt) -> Thinking | None:

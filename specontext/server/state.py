@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from specontext.core import SamplingParams, shown
+from specontext.core import RequestError, SamplingParams, StructuredOutputsParams, shown
 from specontext.engine.async_engine import AsyncEngine
 from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.request_stream import RequestStream
@@ -61,6 +61,28 @@ class ServerState:
             raise ApiError(
                 404, f"the model {shown(name)} is not served here: use '{self.model}'", param="model", code="model_not_found"
             )
+
+    async def compile(self, make: Callable[[], StructuredOutputsParams | None], field: str) -> StructuredOutputsParams | None:
+        """What an output must look like, compiled before the engine hears of it.
+
+        Args:
+            make: run in the tokenizer's thread.
+            field: of the request, which is blamed.
+
+        Raises:
+            ApiError: it cannot be followed.
+        """
+
+        def run() -> StructuredOutputsParams | None:
+            wanted = make()
+            if wanted is not None:
+                self.grammars.compile(wanted)
+            return wanted
+
+        try:
+            return await self.encoder.run(run)
+        except RequestError as error:
+            raise ApiError(400, str(error).replace("structured_outputs", field, 1), param=field) from error
 
     async def submit(
         self, request_id: str, prompts: Sequence[Sequence[int]], params: SamplingParams, *, streaming: bool

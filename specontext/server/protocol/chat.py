@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from specontext.server.protocol.bounds import MOST_MESSAGES, MOST_TOOLS, Metadata, Name, Variables, check_messages
-from specontext.server.protocol.common import Body, SamplingBody, Usage, unsupported
+from specontext.server.protocol.common import Answered, Body, SamplingBody, Usage, unsupported
 from specontext.server.protocol.structured import StructuredBody
 from specontext.server.protocol.tools import (
     AllowedChoice,
@@ -162,7 +162,7 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Answered):
     role: Literal["assistant"] = "assistant"
     content: str | None
     reasoning: str | None = None
@@ -171,7 +171,7 @@ class ChatMessage(BaseModel):
     tool_calls: list[ToolCall] | None = None
 
 
-class ChatChoice(BaseModel):
+class ChatChoice(Answered):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
@@ -179,7 +179,7 @@ class ChatChoice(BaseModel):
     token_ids: list[int] | None = None
 
 
-class ChatResponse(BaseModel):
+class ChatResponse(Answered):
     model_config = ConfigDict(title="ChatCompletion")
 
     id: str

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
 
 from specontext.core import MOST_BAD_WORDS, MOST_BIASED, MOST_STOP_TOKENS, MOST_STOPS
 from specontext.server.protocol.bounds import MOST_OUTPUTS, Name
@@ -25,6 +34,17 @@ class Body(BaseModel):
             return value
         first = next(name for name in value if name not in cls.model_fields)
         return {name: item for name, item in value.items() if name in cls.model_fields or name == first}
+
+
+class Answered(BaseModel):
+    """A part of a response that leaves some fields out where they say nothing, since clients did not ask for them."""
+
+    left_out: ClassVar[tuple[str, ...]] = ("token_ids", "prompt_token_ids", "tool_calls")
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = serialise(self)
+        return {name: value for name, value in found.items() if value is not None or name not in self.left_out}
 
 
 def unsupported(reason: str, *neutral: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
 from specontext.server.protocol.bounds import MOST_PROMPTS
-from specontext.server.protocol.common import SamplingBody, Usage, unsupported
+from specontext.server.protocol.common import Answered, SamplingBody, Usage, unsupported
 from specontext.server.protocol.structured import StructuredBody
 
 
@@ -74,7 +74,7 @@ class CompletionLogprobs(BaseModel):
         return CompletionLogprobs(**{name: mine[name] + more[name] for name in mine})
 
 
-class CompletionChoice(BaseModel):
+class CompletionChoice(Answered):
     index: int
     text: str
     logprobs: CompletionLogprobs | None

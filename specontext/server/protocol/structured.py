@@ -93,6 +93,14 @@ class StructuredBody(Body):
         names = ("json", "regex", "choice", "grammar")
         return {name: value for name in names if (value := getattr(self, f"guided_{name}")) is not None}
 
+    @property
+    def structured_field(self) -> str:
+        """The field that says what the output must look like."""
+        guided = next(iter(self._guided()), None)
+        return (
+            f"guided_{guided}" if guided else "structured_outputs" if self.structured_outputs is not None else "response_format"
+        )
+
     def structured_params(self) -> StructuredOutputsParams | None:
         """What the output must look like, None for anything; raises RequestError."""
         if guided := self._guided():

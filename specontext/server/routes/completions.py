@@ -213,11 +213,7 @@ async def _encode(state: ServerState, body: CompletionRequest) -> list[list[int]
 
 
 async def _structured(state: ServerState, body: CompletionRequest, params: SamplingParams) -> SamplingParams:
-    wanted = body.structured_params()
-    if wanted is None:
-        return params
-    await state.encoder.run(lambda: state.grammars.compile(wanted))
-    return replace(params, structured_outputs=wanted)
+    return replace(params, structured_outputs=await state.compile(body.structured_params, body.structured_field))
 
 
 @router.post("/v1/completions", response_model=CompletionResponse, responses=COMPLETION_RESPONSES)
