@@ -217,6 +217,7 @@ class EngineLoop:
                 thoughts=thinking.pieces if thinking is not None else [],
                 num_thoughts=len(thinking.pieces) if thinking is not None else 0,
                 reasoning_tokens=thinking.tokens if thinking is not None else 0,
+                stop=generation.detokenizer.stop,
             )
         if made > output.made:
             now = generation.last_token_at or time.perf_counter()

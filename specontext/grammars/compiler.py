@@ -131,9 +131,10 @@ def json_grammar(schema: Any, *, whitespace: str = _WHITESPACE) -> str:
     return LLMatcher.grammar_from_json_schema(schema, overrides=layout)
 
 
-def schema_with_layout(schema: Mapping[str, Any], *, lenient: bool) -> dict[str, Any]:
-    """A schema as part of a Lark grammar; lenient, what is not implemented is left out of it instead of refused."""
-    return {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE, "lenient": lenient}}
+def schema_on_one_line(schema: Mapping[str, Any], *, lenient: bool) -> dict[str, Any]:
+    """A schema as part of a Lark grammar, of JSON on one line; lenient, what is not implemented is left out of it instead of
+    refused."""
+    return {**schema, "x-guidance": {"whitespace_pattern": " ?", "lenient": lenient}}
 
 
 def _depth(value: Any) -> int:

@@ -8,7 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 from specontext import __version__
 from specontext.server.errors import install_handlers
 from specontext.server.middleware import ApiKeys, BodyLimit, HeadAsGet, PlainPath, RequestId
-from specontext.server.routes import chat, completions, models, operations, tokens
+from specontext.server.routes import chat, completions, messages, models, operations, responses, tokens
 from specontext.server.state import ServerState
 
 
@@ -24,7 +24,7 @@ def create_app(state: ServerState) -> FastAPI:
     )
     app.state.server = state
     install_handlers(app)
-    for routes in (chat, completions, models, tokens, operations):
+    for routes in (chat, completions, responses, messages, models, tokens, operations):
         app.include_router(routes.router)
     config = state.config
     # The last one that is added is the outermost.

@@ -26,6 +26,14 @@ TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class ApiError(HTTPException):
@@ -74,9 +82,17 @@ def error_body(error: ApiError) -> dict[str, Any]:
     return {"error": {"message": error.detail, "type": kind, "param": error.param, "code": error.code}}
 
 
-def error_response(error: Exception) -> Response:
+def anthropic_error(error: ApiError) -> dict[str, Any]:
+    """An error as clients of Anthropic's protocol know it."""
+    kind = ANTHROPIC_TYPES.get(error.status_code, "api_error" if error.status_code >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": error.detail, "param": error.param, "code": error.code}}
+
+
+def error_response(error: Exception, path: str = "") -> Response:
+    """The answer to a request for `path`, whose protocol decides how errors look."""
     known = as_api_error(error)
-    body = json.dumps(error_body(known))  # in ASCII: a message may quote half a character
+    shown = anthropic_error(known) if path.startswith(ANTHROPIC_PATH) else error_body(known)
+    body = json.dumps(shown)  # in ASCII: a message may quote half a character
     headers = dict(known.headers) if known.headers else None
     return Response(body, known.status_code, headers=headers, media_type="application/json")
 
@@ -85,11 +101,11 @@ def install_handlers(app: FastAPI) -> None:
     """Have every error of a route answered in the one form."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        return error_response(error)
+        return error_response(error, request.scope["path"])
 
     async def handle_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return error_response(_invalid(error))
+        return error_response(_invalid(error), request.scope["path"])
 
     app.add_exception_handler(HTTPException, handle)
     app.add_exception_handler(SpeContextError, handle)

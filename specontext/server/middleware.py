@@ -75,7 +75,7 @@ class RequestId:
             outcome = "client_left"
         except Exception as error:
             outcome = "error"
-            answer = error_response(error)
+            answer = error_response(error, scope["path"])
             if not status:
                 await answer(scope, receive, send_named)
         except BaseException:
@@ -98,7 +98,10 @@ class ApiKeys:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not self._digests or scope["path"] in OPEN_PATHS:
             return await self.app(scope, receive, send)
-        kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        headers = Headers(scope=scope)
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        if not key and "x-api-key" in headers:  # as clients of Anthropic's protocol send it
+            kind, key = "bearer", headers["x-api-key"]
         digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()  # equal lengths, whatever was sent
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if kind.lower() != "bearer" or not any(matches):
@@ -108,7 +111,7 @@ class ApiKeys:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            return await error_response(error)(scope, receive, send)
+            return await error_response(error, scope["path"])(scope, receive, send)
         await self.app(scope, receive, send)
 
 
@@ -124,7 +127,7 @@ class BodyLimit:
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced) > self.most:
             await self._discard(receive)
-            return await error_response(self._too_long())(scope, receive, send)
+            return await error_response(self._too_long(), scope["path"])(scope, receive, send)
         read = 0
 
         async def receive_limited() -> Message:

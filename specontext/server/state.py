@@ -15,6 +15,7 @@ from specontext.server.errors import ApiError, DrainingError
 from specontext.server.metrics import Metrics
 from specontext.server.prompts import PromptEncoder
 from specontext.server.reasoning import Reasoning
+from specontext.server.responses.store import ResponseStore
 from specontext.server.sampling import sampling_defaults
 from specontext.server.settings import ServerConfig
 from specontext.server.token_text import TokenTexts
@@ -49,6 +50,7 @@ class ServerState:
         self.tools = ToolSupport(config.tool_call_parser, self.encoder.tokenizer, engine.grammars)
         self.texts = TokenTexts(self.encoder.tokenizer)
         self.defaults: dict[str, Any] = sampling_defaults(engine.loaded) if config.generation_config == "auto" else {}
+        self.responses = ResponseStore()
         self.draining = False
 
     @property

@@ -13,6 +13,7 @@ MOST_PARTS = 16_384  # of all messages together
 MOST_VARIABLES = 65_536  # characters of a chat template's variables, each value counting as one more
 DEEPEST_VARIABLES = 16  # levels of lists and objects in them
 MOST_TOOLS = 128  # as OpenAI has it
+MOST_OUTPUTS_OF_TOOLS = 1024  # parts of one result
 MOST_SCHEMA = 1 << 18  # characters and values of a JSON schema
 DEEPEST_SCHEMA = 64
 MOST_METADATA = 16  # entries, keys and values as OpenAI has them

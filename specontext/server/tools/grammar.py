@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from specontext.core import StructuredOutputsParams
-from specontext.grammars.compiler import LARK_HEADER, schema_with_layout
+from specontext.grammars.compiler import LARK_HEADER, schema_on_one_line
 from specontext.server.tools.formats import FORCED, Format, Spelling
 from specontext.server.tools.pieces import Tool
 
@@ -50,7 +50,7 @@ def calls_or_json(
     """Calls and nothing else, or JSON of a schema and nothing else."""
     spelling = form.spelling or FORCED
     calls = _calls(spelling, several, token_of)
-    answer = json.dumps(schema_with_layout(json.loads(schema), lenient=False))
+    answer = json.dumps(schema_on_one_line(json.loads(schema), lenient=False))
     rules = _rules("call", tools, spelling, token_of, lenient=False)
     return _params([f"start: answer | {calls}", f"answer: %json {answer}", *rules])
 
@@ -69,7 +69,7 @@ def _rules(rule: str, tools: Sequence[Tool], spelling: Spelling, token_of: Token
     for number, tool in enumerate(tools):
         begin = _spelled(spelling.begin.replace("NAME", tool.name), token_of)
         free = {"type": "object"} if not lenient and not tool.strict else dict(tool.parameters) or {"type": "object"}
-        schema = json.dumps(schema_with_layout(free, lenient=lenient or not tool.strict))
+        schema = json.dumps(schema_on_one_line(free, lenient=lenient or not tool.strict))
         lines.append(f"{rule}_{number}: {begin} %json {schema} {_spelled(spelling.end, token_of)}")
     return lines
 
