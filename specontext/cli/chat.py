@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from specontext.cli.terminal import UsageError, error_console
+from specontext.cli.terminal import API_KEY, UsageError, error_console
 from specontext.evaluation.load.http import Address, Exchange, HttpError, fetch_json
 
 Message = dict[str, str]
@@ -46,7 +46,7 @@ class Conversation:
 
 def chat(
     base_url: Annotated[str, typer.Option("--base-url", help="Address of the server.")] = "http://127.0.0.1:8000",
-    api_key: Annotated[str | None, typer.Option("--api-key", help="Key of the server.")] = None,
+    api_key: Annotated[str | None, typer.Option("--api-key", envvar=API_KEY, help="Key of the server.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="Model to talk to. Default: the server's first.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="Instructions that go before the conversation.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Say only this, print the answer and end.")] = None,

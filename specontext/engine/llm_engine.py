@@ -74,6 +74,7 @@ class LLMEngine:
     Attributes:
         loaded, parts, runner, scheduler: what it works with, until it is closed.
         seeds: of sampled requests that name none.
+        step_tokens: tokens of prompts and outputs that the last step computed.
         grammars: compiles what structured outputs must look like; other threads may do so before they make a request.
 
     Raises:
@@ -116,6 +117,7 @@ class LLMEngine:
         self.tokenizer = self.loaded.tokenizer
         vocab_size, ends = self.loaded.shape.vocab_size, self.loaded.end_token_ids
         self.grammars = GrammarCompiler(self.tokenizer, vocab_size=vocab_size, end_token_ids=ends)
+        self.step_tokens = 0
         self._masks = Masks(self.device, vocab_size)
         self._generations: dict[str, Generation] = {}
         self.seeds = random.Random(config.seed)
@@ -262,6 +264,7 @@ class LLMEngine:
         """
         with working_device(0):
             schedule = self.scheduler.schedule()
+        self.step_tokens = 0 if schedule is None else len(schedule.batch.token_ids)
         if schedule is None:
             return []
         try:

@@ -31,7 +31,7 @@ def create_app(state: ServerState) -> FastAPI:
     app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, most=config.max_body_size)
     app.add_middleware(ApiKeys, keys=config.api_key)
-    app.add_middleware(RequestId, log=not config.disable_log_requests)
+    app.add_middleware(RequestId, log=not config.disable_log_requests, refused=lambda code: state.metrics.refused(code))
     if config.allowed_origins:  # outside of the keys, which browsers do not send when they ask whether they may
         app.add_middleware(
             CORSMiddleware,

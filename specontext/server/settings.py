@@ -32,7 +32,7 @@ class ServerConfig:
     host: str = _option("127.0.0.1", "Address to listen on; 0.0.0.0 is every network interface.")  # type: ignore[assignment]
     port: int = _option(8000, "Port to listen on; 0 takes any free one.")  # type: ignore[assignment]
     api_key: tuple[str, ...] = _option(  # type: ignore[assignment]
-        (), "Key that clients must present; may be repeated. Default: none is needed."
+        (), "Key that clients must present; may be repeated. Default: what SPECONTEXT_API_KEY says, else none is needed."
     )
     served_model_name: tuple[str, ...] = _option(  # type: ignore[assignment]
         (), "Name of the model in requests and responses; more names are accepted too. Default: MODEL."

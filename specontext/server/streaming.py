@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from specontext.server.context import FACTS
-from specontext.server.errors import ApiError, as_api_error, error_body
+from specontext.server.errors import ApiError, as_api_error, error_body, note_error
 
 Result = TypeVar("Result")
 
@@ -101,7 +100,7 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         except Exception as error:
             known = as_api_error(error)
-            scope.setdefault(FACTS, {}).update(error=known.code or known.status_code)
+            note_error(scope, known)
             await send({"type": "http.response.body", "body": self._failed(known), "more_body": True})
         await send({"type": "http.response.body", "body": self._last, "more_body": False})
 
