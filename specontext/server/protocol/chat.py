@@ -40,6 +40,7 @@ class Message(Body):
     tool_call_id: Name | None = Field(None, description="Of a tool's message: the call that it answers.")
     tool_calls: Annotated[list[CallInMessage], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
     function_call: unsupported("give the call in tool_calls") = None  # type: ignore[valid-type]
+    provider_specific_fields: Any = Field(None, description="What litellm sends back of an answer; changes nothing.")
     refusal: unsupported("the chat template has no place for it", "") = None  # type: ignore[valid-type]
     audio: unsupported("only text is implemented") = None  # type: ignore[valid-type]
     annotations: unsupported("the chat template has no place for them", []) = None  # type: ignore[valid-type]
