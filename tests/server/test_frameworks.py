@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,3 +149,14 @@ def test_openai_agents(tooled: Server, kind: str) -> None:
     first, streamed, kinds = asyncio.run(run())
     assert looked and isinstance(first.final_output, Person) and isinstance(streamed.final_output, Person)
     assert "raw_response_event" in kinds
+
+
+def test_clients_of_node(tooled: Server) -> None:
+    """npm's openai and the AI SDK, where SPECONTEXT_NODE_CLIENTS names a directory that has them (see clients.mjs)."""
+    folder = os.environ.get("SPECONTEXT_NODE_CLIENTS")
+    if folder is None:
+        pytest.skip("SPECONTEXT_NODE_CLIENTS names no directory with npm's clients")
+    script = shutil.copy(Path(__file__).parent / "clients.mjs", folder)
+    done = subprocess.run(["node", script, tooled.url, KEY], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)
