@@ -16,7 +16,7 @@ from specontext.config import METHODS
 PACKAGE = Path(specontext.config.__file__).parent
 # A module may import from its own room and from rooms on lower floors.
 FLOORS = [
-    {"core"},
+    {"core", "installing"},
     {"checkpoints", "gguf"},
     {"config", "grammars", "hub", "locations", "tasks"},
     {"kernels"},

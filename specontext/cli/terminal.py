@@ -23,13 +23,13 @@ def error_console() -> Console:
 
 
 def quiet_libraries() -> None:
-    """Keep the progress bars and notices of transformers and the Hub out of the output, except bars on a terminal."""
+    """Keep notices and progress bars of transformers and the Hub out of the output, except of downloads on a terminal."""
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()  # loading has a line of our own
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
         disable_progress_bars()
 
 

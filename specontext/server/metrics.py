@@ -79,6 +79,15 @@ class Metrics:
         """Count a request that was answered with an error."""
         self._refused.labels(self._model, code if code in REFUSALS else "invalid_request").inc()
 
+    def latencies(self) -> dict[str, tuple[float, int]]:
+        """Seconds in all, and how many they are, of first tokens, tokens and whole requests."""
+        found = {}
+        for name, histogram in (("first_token", self._ttft), ("token", self._itl), ("request", self._e2e)):
+            [sums] = [sample.value for sample in histogram._child_samples() if sample.name == "_sum"]
+            [count] = [sample.value for sample in histogram._child_samples() if sample.name == "_count"]
+            found[name] = (sums, int(count))
+        return found
+
     def describe(self) -> list[Metric]:
         return []
 
