@@ -52,9 +52,9 @@ def test_refusals_are_counted_and_logged(server: Server, caplog: pytest.LogCaptu
 
 
 def test_metrics_of_a_request(server: Server) -> None:
-    before = samples(server)
-    server.post("/v1/completions", {"prompt": [5] * 40, "max_tokens": 3, "ignore_eos": True})
-    after = wait_for(lambda: (now := samples(server)) != before and now)
+    before, ended = samples(server), ("specontext:request_success_total", "length")
+    server.post("/v1/completions", {"prompt": list(range(700, 740)), "max_tokens": 3, "ignore_eos": True})
+    after = wait_for(lambda: (now := samples(server))[ended] > before[ended] and now)
     grown = {name: after[name] - before.get(name, 0) for name in after}
     assert grown["specontext:request_prompt_tokens_sum", ""] == 40 and grown["specontext:request_generation_tokens_sum", ""] == 3
     assert grown["specontext:iteration_tokens_total_sum", ""] == 42
