@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from specontext.installing import install_command
+
 SMALL = ("--length", 256, "--queries", 8, "--sequences", 1, "--calibration-sequences", 1)
 
 

@@ -40,6 +40,7 @@ def test_refusals_are_counted_and_logged(server: Server, caplog: pytest.LogCaptu
             server.post("/v1/completions", {"prompt": "a", "surprise": 1})
             server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 9999})
             server.get("/nowhere")
+            wait_for(lambda: any("/nowhere" in record.getMessage() for record in caplog.records))
     finally:
         logger.removeHandler(caplog.handler)
     lines = list(dict.fromkeys(record.message for record in caplog.records if record.message.startswith("request ")))
