@@ -17,7 +17,7 @@ FACTS = "Remember the facts in this text. apple = 417.\nQuestion: apple?"
 GREEDY = {"temperature": 0}
 PARAMETERS = {
     "type": "object",
-    "properties": {"city": {"type": "string", "maxLength": 5}},
+    "properties": {"city": {"enum": ["Oslo", "Rome"]}},
     "required": ["city"],
     "additionalProperties": False,
 }
