@@ -49,6 +49,8 @@ def test_the_template_for_chatml(own: Any) -> None:
 def test_arguments_are_objects_or_texts_as_the_template_wants(own: Any) -> None:
     objects = LOOP + "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}" + END
     assert 'look{"left": true}' in rendered(own, objects)
+    plain = LOOP + "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments }}{% endfor %}" + END
+    assert 'look{"left": true}' in rendered(own, plain), "and not as Python writes it"
     texts = LOOP + "{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}" + END
     assert 'look{"left": true}' in rendered(own, texts)
 
