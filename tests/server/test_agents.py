@@ -97,6 +97,8 @@ def test_responses_follow_schemas(client: Any) -> None:
 
     answer = client.responses.parse(model="nano", input="who?", text_format=Person, max_output_tokens=150, temperature=0)
     assert isinstance(answer.output_parsed, Person)
+    echoed = [{"role": "user", "content": "who?"}, *answer.output, {"role": "user", "content": "and?"}]
+    assert client.responses.create(model="nano", input=echoed, max_output_tokens=2).status
 
 
 def test_what_responses_refuse(client: Any) -> None:
@@ -154,6 +156,24 @@ def test_messages_are_streamed(claude: Any) -> None:
         final = stream.get_final_message()
     assert kinds[0] == "message_start" and kinds[1] == "content_block_start" and kinds[-1] == "message_stop"
     assert final.usage.output_tokens == 8 and final.content[0].text and whole.content[0].text
+
+
+def test_what_coding_agents_send_is_understood(claude: Any) -> None:
+    keeps = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+    cached = {"type": "ephemeral"}
+    answer = claude.messages.create(
+        model="nano",
+        max_tokens=2,
+        system=[{"type": "text", "text": "be kind", "cache_control": cached}],
+        messages=[{"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": cached}]}],
+        tools=[CUSTOM | {"cache_control": cached}],
+        metadata={"user_id": "me"},
+        thinking={"type": "disabled"},
+        extra_body={"context_management": keeps, "temperature": 1},
+        extra_headers={"anthropic-beta": "something-2025-01-01"},
+        extra_query={"beta": "true"},
+    )
+    assert answer.usage.output_tokens == 2 or answer.stop_reason == "end_turn"
 
 
 def test_messages_use_tools_for_several_turns(claude: Any) -> None:
