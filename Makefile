@@ -2,10 +2,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SMALL := $(VENV)/.installed-demo
+PIP := $(BIN)/python -m pip install -c constraints.txt
+# Without an NVIDIA GPU the small PyTorch does, 0.2 GB instead of 3 GB and more; where its index cannot be reached, pip's own does too.
+TORCH := test -e /dev/nvidiactl || test "$$(uname -s)" != Linux \
+	|| $(PIP) --quiet --retries 0 --index-url https://download.pytorch.org/whl/cpu torch || true
 
 .PHONY: demo test lint format install
 
-demo: $(STAMP)
+demo: $(SMALL)
 	$(BIN)/specontext demo
 	@if $(BIN)/python -c 'from specontext.cli.demo_document import check_packaged; check_packaged()' 2>/dev/null; \
 		then $(BIN)/specontext demo smollm2; fi
@@ -24,9 +29,18 @@ format: $(STAMP)
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+# What the demo needs, and no more; an environment for development has it too.
+$(SMALL): pyproject.toml constraints.txt | $(VENV)
+	@$(TORCH)
+	test -e $(STAMP) || $(PIP) -e .
+	touch $@
+
+$(STAMP): pyproject.toml constraints.txt | $(VENV)
+	@$(TORCH)
+	$(PIP) -e '.[dev,plots]'
+	touch $@
+
+$(VENV):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "specontext needs Python 3.11 or later; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,plots]'
-	touch $@
+	$(PYTHON) -m venv $(VENV)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from specontext.config import EngineConfig, SpeContextConfig
-from specontext.core import CompletionOutput, RequestOutput, SamplingParams
+from specontext.core import CompletionOutput, RequestOutput, SamplingParams, StructuredOutputsParams
 from specontext.errors import ConfigError, SpeContextError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = [
     "SamplingParams",
     "SpeContextConfig",
     "SpeContextError",
+    "StructuredOutputsParams",
 ]
 
 

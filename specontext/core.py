@@ -5,8 +5,9 @@ Shapes use R requests, S tokens in context, L layers, Hq query heads, Hkv KV hea
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from itertools import islice
@@ -24,6 +25,10 @@ MOST_OUTPUTS = 1024  # of one prompt
 MOST_STOPS = 64
 LONGEST_STOP = 1 << 17  # characters; matching costs no more for a long one, but it is kept, and text may be held back for it
 MOST_STOP_TOKENS = 1024
+LONGEST_GRAMMAR = 1 << 18  # characters of a schema, a regular expression, a grammar or all choices
+MOST_CHOICES = 4096
+MOST_BIASED = 1024  # tokens with a bias, as many as OpenAI allows at least
+MOST_BAD_WORDS = 1024
 LONGEST_SHOWN = 80  # characters of a value that an error quotes
 
 
@@ -183,6 +188,63 @@ class Thinking:
 
 
 @dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What an output must look like, one of these; names and meanings as in vLLM.
+
+    Attributes:
+        json: a JSON schema, as a text or an object; kept as a text.
+        regex: a regular expression that the whole output matches.
+        choice: the output is one of these texts.
+        grammar: a context-free grammar, in GBNF (EBNF of llama.cpp) or Lark.
+        json_object: the output is any JSON object.
+        disable_any_whitespace: no white space between the values of JSON; else as much as a readable layout needs.
+        whitespace_pattern: a regular expression of the white space between them.
+
+    Raises:
+        RequestError: none or several of them, or one that is no such thing or too large.
+    """
+
+    json: str | Mapping[str, object] | bool | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        kinds = ("json", "regex", "choice", "grammar")
+        given = [name for name in kinds if getattr(self, name) is not None] + (["json_object"] if self.json_object else [])
+        if len(given) != 1:
+            raise RequestError(
+                f"structured_outputs must name one of {', '.join((*kinds, 'json_object'))}, got {' and '.join(given) or 'none'}"
+            )
+        if self.json is not None and not isinstance(self.json, str):
+            object.__setattr__(self, "json", _json_text(self.json))
+        if self.choice is not None:
+            texts = () if isinstance(self.choice, str) or not isinstance(self.choice, Iterable) else tuple(self.choice)
+            if not 0 < len(texts) <= MOST_CHOICES or not all(isinstance(text, str) and text for text in texts):
+                raise RequestError(f"structured_outputs.choice must be a list of 1 to {MOST_CHOICES} texts that are not empty")
+            object.__setattr__(self, "choice", texts)
+        for name in ("json", "regex", "grammar", "whitespace_pattern"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise RequestError(f"structured_outputs.{name} must be a text that is not empty, got {shown(value)}")
+        size = sum(len(getattr(self, name) or "") for name in ("json", "regex", "grammar")) + sum(map(len, self.choice or ()))
+        if size > LONGEST_GRAMMAR:
+            raise RequestError(f"structured_outputs must be of at most {LONGEST_GRAMMAR} characters, got {size}: make it smaller")
+
+
+def _json_text(schema: object) -> str:
+    if not isinstance(schema, Mapping | bool):
+        raise RequestError(f"structured_outputs.json must be a JSON schema, an object or its text, got {shown(schema)}")
+    try:
+        return json.dumps(schema)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"structured_outputs.json is not JSON: {error}") from error
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How a request is sampled and when it ends; names and meanings as in vLLM.
 
@@ -205,6 +267,11 @@ class SamplingParams:
         method, budget: how KV entries are chosen for this request, among what the engine allows; None is the engine's own. What
             others in the batch chose makes no difference.
         thinking: tell the output's thinking from its answer; the text is then the answer alone, where stop strings count.
+        structured_outputs: what the output must look like, after its thinking if that is told apart; a mapping becomes
+            `StructuredOutputsParams`. An output that can only end is ended, with or without an end token.
+        logit_bias: numbers from -100 to 100 that are added to the logits of tokens, by id; kept as pairs.
+        allowed_token_ids: the only tokens that may be chosen; None allows all.
+        bad_words: texts that are not written where they begin with a token of their own.
 
     Raises:
         RequestError: a value out of range.
@@ -231,6 +298,10 @@ class SamplingParams:
     method: str | None = None
     budget: int | None = None
     thinking: Thinking | None = None
+    structured_outputs: StructuredOutputsParams | Mapping[str, object] | None = None
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] = ()
 
     @cached_property
     def plain(self) -> bool:
@@ -240,6 +311,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._as_tuple("stop", MOST_STOPS)
+        self._as_tuple("bad_words", MOST_BAD_WORDS)
         self._as_tuple("stop_token_ids", MOST_STOP_TOKENS)
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
@@ -270,6 +342,32 @@ class SamplingParams:
             raise RequestError(f"stop must be strings of at most {LONGEST_STOP} characters, got one of {longest}")
         if any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in self.stop_token_ids):
             raise RequestError("stop_token_ids must be token ids, integers from 0 up")
+        if any(not isinstance(text, str) or not text.strip() for text in self.bad_words):
+            raise RequestError("bad_words must be texts that are not blank")
+        self._token_rules()
+        if isinstance(self.structured_outputs, Mapping):
+            known = {f.name for f in fields(StructuredOutputsParams)}
+            if unknown := sorted(str(name) for name in set(self.structured_outputs) - known):
+                raise RequestError(f"structured_outputs must have no field {unknown[0]}: it knows {', '.join(sorted(known))}")
+            made = StructuredOutputsParams(**self.structured_outputs)  # type: ignore[arg-type]
+            object.__setattr__(self, "structured_outputs", made)
+        if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
+            raise RequestError(f"structured_outputs must be StructuredOutputsParams, got {shown(self.structured_outputs)}")
+
+    def _token_rules(self) -> None:
+        if self.logit_bias is not None:
+            pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
+            table = tuple(pairs)
+            if len(table) > MOST_BIASED or not all(_is_id(token) and _is_bias(bias) for token, bias in table):
+                raise RequestError(f"logit_bias must map at most {MOST_BIASED} token ids to numbers from -100 to 100")
+            object.__setattr__(self, "logit_bias", table or None)
+        if self.allowed_token_ids is not None:
+            if not isinstance(self.allowed_token_ids, Iterable):
+                raise RequestError(f"allowed_token_ids must be a list, got {shown(self.allowed_token_ids)}")
+            ids = tuple(self.allowed_token_ids)
+            if not ids or not all(map(_is_id, ids)):
+                raise RequestError("allowed_token_ids must be one or more token ids, integers from 0 up")
+            object.__setattr__(self, "allowed_token_ids", ids)
 
     def _as_tuple(self, name: str, most: int) -> None:
         value = getattr(self, name)
@@ -293,6 +391,14 @@ class SamplingParams:
             least = "above" if above else "of at least"
             most = f" and at most {high}" if not math.isinf(high) else " and below 2**63" if number and value >= 2**63 else ""
             raise RequestError(f"{name} must be {kind} {least} {low}{most}, got {shown(value)}")
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_bias(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -100 <= value <= 100
 
 
 @dataclass(frozen=True)
@@ -320,6 +426,8 @@ class Request:
         captured_steps: decode steps that were replayed as a captured CUDA graph.
         cached_tokens: tokens whose KV was known when it first got a seat; None before.
         history: what the sampler remembers of the tokens, for penalties.
+        allowed: bool [V] on the device, the tokens that a grammar allows next; None allows all. Valid in one step.
+        banned: sequences of tokens of which the last one may not follow the others.
         prompt_logprobs: for each prompt token the log-probabilities by token id, None for the first one; it grows while the
             prompt is computed and is complete before the first token is sampled.
     """
@@ -344,6 +452,8 @@ class Request:
     captured_steps: int = 0
     cached_tokens: int | None = None
     history: object = None
+    allowed: Tensor | None = None
+    banned: Sequence[Sequence[int]] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.prompt_length <= len(self.token_ids):

@@ -28,11 +28,12 @@ class ChatTemplateError(RequestError):
 
     Attributes:
         message: number of the message at fault, from 0; None where it is not known or is the fault of several.
+        tools: it is the tools that have no place.
     """
 
-    def __init__(self, text: str, message: int | None = None) -> None:
+    def __init__(self, text: str, message: int | None = None, *, tools: bool = False) -> None:
         super().__init__(text)
-        self.message = message
+        self.message, self.tools = message, tools
 
 
 # What was to be read -------------------------------------------------------------------------------------------------------
@@ -116,6 +117,18 @@ class LogitsError(NamedRequestsError):
         super().__init__(
             f"the model produced values that are not numbers for {', '.join(request_ids)}: its weights are broken or the number "
             "format is too narrow; try dtype float32",
+            request_ids,
+        )
+
+
+class NoTokenLeftError(LogitsError):
+    """What these requests allow leaves no token to choose."""
+
+    def __init__(self, request_ids: Sequence[str]) -> None:
+        NamedRequestsError.__init__(
+            self,
+            f"no token is left to choose for {', '.join(request_ids)}: structured_outputs, allowed_token_ids, bad_words, "
+            "logit_bias or min_tokens exclude them all",
             request_ids,
         )
 

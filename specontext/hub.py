@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specontext.errors import HubError
+from specontext.installing import install_command
 
 # Data sets that the Hub keeps as loading scripts, and copies of them in Parquet.
 COPIES = {
@@ -67,7 +68,7 @@ def _datasets(what: str, extra: str) -> Any:
     try:
         return importlib.import_module("datasets")
     except ImportError as error:
-        raise HubError(f'{what} needs the package datasets: pip install "specontext[{extra}]"') from error
+        raise HubError(f"{what} needs the package datasets: {install_command(extra)}") from error
 
 
 def _reason(name: str, subset: str | None, split: str, error: Exception) -> str:

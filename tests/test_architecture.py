@@ -19,9 +19,9 @@ PACKAGE = Path(specontext.config.__file__).parent
 # A module may import from its own room and from rooms on lower floors.
 FLOORS = [
     {"errors"},
-    {"core"},
+    {"core", "installing"},
     {"checkpoints", "gguf", "retrieval.registry"},
-    {"config", "hub", "locations", "tasks"},
+    {"config", "grammars", "hub", "locations", "tasks"},
     {"kernels"},
     {"memory"},
     {"kv", "retrieval"},

@@ -23,7 +23,6 @@ app = typer.Typer(
     name="specontext",
     help="Long-context LLM inference that reads a small part of its KV cache.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},

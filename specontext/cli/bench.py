@@ -18,7 +18,7 @@ from rich.table import Table
 
 from specontext.cli.generate import load_llm
 from specontext.cli.options import ENGINE_OPTIONS, Settings, with_settings
-from specontext.cli.terminal import MODEL_HELP, error_console, quiet_libraries
+from specontext.cli.terminal import API_KEY, MODEL_HELP, error_console, quiet_libraries
 from specontext.evaluation.traffic.http import Address, HttpError, fetch_json
 from specontext.evaluation.traffic.measure import Target, measure
 from specontext.evaluation.traffic.report import TIMES, summarise
@@ -35,7 +35,7 @@ NumWarmups = Annotated[int, typer.Option("--num-warmups", min=0, help="Further p
 @bench_app.command("serve")
 def bench_serve(
     base_url: Annotated[str, typer.Option("--base-url", help="Address of the server.")] = "http://127.0.0.1:8000",
-    api_key: Annotated[str | None, typer.Option("--api-key", help="Key of the server.")] = None,
+    api_key: Annotated[str | None, typer.Option("--api-key", envvar=API_KEY, help="Key of the server.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="Model to ask for. Default: the server's first.")] = None,
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="Model whose tokens are used. Default: what the server says it serves.")

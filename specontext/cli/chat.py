@@ -12,10 +12,15 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from specontext.cli.terminal import UsageError, error_console
+from specontext.cli.terminal import API_KEY, UsageError, error_console
 from specontext.evaluation.traffic.http import Address, Exchange, HttpError, fetch_json
 
 Message = dict[str, str]
+LONGEST_ANSWER = 1024  # tokens, unless it is said otherwise
+NANO = (
+    "nano knows its generated tasks only (specontext tasks list): "
+    "'Remember the facts in this text. apple = 417. Question: apple?'"
+)
 
 
 @dataclass
@@ -46,14 +51,19 @@ class Conversation:
 
 def chat(
     base_url: Annotated[str, typer.Option("--base-url", help="Address of the server.")] = "http://127.0.0.1:8000",
-    api_key: Annotated[str | None, typer.Option("--api-key", help="Key of the server.")] = None,
+    api_key: Annotated[str | None, typer.Option("--api-key", envvar=API_KEY, help="Key of the server.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="Model to talk to. Default: the server's first.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="Instructions that go before the conversation.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Say only this, print the answer and end.")] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Tokens of an answer at most.")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens", help="Tokens of an answer at most.", show_default=f"{LONGEST_ANSWER}, a quarter of a short context"
+        ),
+    ] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", help="0 is greedy. Default: the server's.")] = None,
 ) -> None:
-    """Talk to a running server; an empty line or Ctrl-D ends, /new begins anew.
+    """Talk to a running server; an empty line or Ctrl-D ends, /new begins anew, Ctrl-C stops an answer and, again, the chat.
 
     Answers go to standard output, thinking and everything else to standard error.
     """
@@ -62,20 +72,41 @@ def chat(
     _talk(Address.parse(base_url, api_key), model, options, system, prompt)
 
 
+def _models(address: Address, *, needed: bool) -> Any:
+    """The server's list of models; None where it has none and is not needed."""
+    try:
+        return asyncio.run(fetch_json(address, "GET", "/v1/models"))
+    except HttpError:
+        if needed:
+            raise
+        return None
+
+
 def _talk(address: Address, model: str | None, options: dict[str, Any], system: str | None, prompt: str | None) -> None:
-    if model is None:
-        listed = asyncio.run(fetch_json(address, "GET", "/v1/models"))
+    if model is None or "max_tokens" not in options:
+        listed = _models(address, needed=model is None)
         try:
-            model = str(listed["data"][0]["id"])
-        except (KeyError, IndexError, TypeError) as error:
-            raise UsageError("the server lists no models: give --model") from error
+            found = next(each for each in listed["data"] if model in (None, each["id"]))
+        except (KeyError, StopIteration, TypeError) as error:
+            if model is None:
+                raise UsageError("the server lists no models: give --model") from error
+            found = {}
+        model = model or str(found["id"])
+        context = found.get("max_model_len")
+        longest = min(LONGEST_ANSWER, context // 4) if isinstance(context, int) else LONGEST_ANSWER
+        options = {"max_tokens": max(1, longest)} | options
     beginning: list[Message] = [{"role": "system", "content": system}] if system is not None else []
     conversation = Conversation(address, model, options, list(beginning))
     if prompt is not None:
         asyncio.run(_say(conversation, prompt))
         return
     console = error_console()
-    console.print(escape(f"{model} at {address.host}:{address.port}; an empty line ends, /new begins anew"), style="dim")
+    console.print(
+        escape(f"{model} at {address.host}:{address.port}; an empty line ends, /new begins anew, Ctrl-C stops an answer"),
+        style="dim",
+    )
+    if model == "nano":
+        console.print(escape(NANO), style="dim")
     while text := _read_line():  # outside of asyncio, which would wait for the line before it lets Ctrl-C end the program
         if text == "/new":
             conversation.messages = list(beginning)
@@ -84,6 +115,9 @@ def _talk(address: Address, model: str | None, options: dict[str, Any], system: 
             asyncio.run(_say(conversation, text))
         except HttpError as error:  # the conversation can go on
             console.print(escape(f"error: {error}"), style="red")
+        except KeyboardInterrupt:  # ends the answer; the next one, at the prompt, ends the chat
+            print(flush=True)
+            console.print("stopped; Ctrl-C again ends the chat", style="dim")
 
 
 async def _say(conversation: Conversation, text: str) -> None:

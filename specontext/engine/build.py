@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -141,7 +143,11 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         host_memory=config.host_memory or host_default(config),
     )
     if config.offload_dir is not None and device.type == "cuda":
-        raise ConfigError("offload_dir works on a CPU only: kernels of a GPU cannot read pages of a file; leave it out")
+        raise ConfigError(
+            f"offload_dir {config.offload_dir} works on a CPU only: kernels of a GPU cannot read pages of a file; leave it out"
+        )
+    if config.offload_dir is not None:
+        check_offload_dir(config.offload_dir)
     arena, host = make_pools(
         Layout.of_shape(shape, config.page_size),
         device_pages=sizes.device_pages,
@@ -182,12 +188,19 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     return Parts(method, methods, kv, prefix, meter, residency, plan, sizes, max_tokens, head)
 
 
+def check_offload_dir(directory: Path) -> None:
+    """Raises ConfigError, which names the directory, where no file can be made in it."""
+    if not directory.is_dir():
+        raise ConfigError(f"offload_dir {directory} is not a directory: make it, or name another")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError(f"offload_dir {directory} cannot be written to: change its permissions, or name another")
+
+
 def host_default(config: EngineConfig) -> int:
     """Bytes of the host tier where none were named: a share of what is free in memory, or on the disk of `offload_dir`."""
     if config.offload_dir is None:
         return int(SHARE_OF_FREE_MEMORY * free_memory(torch.device("cpu")))
-    if not config.offload_dir.is_dir():
-        raise ConfigError(f"offload_dir {config.offload_dir} is not a directory: make it, or name another")
+    check_offload_dir(config.offload_dir)
     return int(SHARE_OF_FREE_MEMORY * shutil.disk_usage(config.offload_dir).free)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from specontext.engine.llm_engine import Generation, LLMEngine
 from specontext.engine.load import LoadMeter
-from specontext.engine.orders import Observer, Order
+from specontext.engine.orders import Life, Observer, Order
 from specontext.engine.request_stream import Progress, RequestStream
 from specontext.errors import EngineDeadError, NamedRequestsError, RequestFailedError, SpeContextError, described
 
@@ -157,6 +157,8 @@ class EngineLoop:
         """Run a step. On a GPU what it gives is shown while the next one computes, if there is a next one."""
         try:
             touched = self.engine.step(self._show)
+            if self._observer is not None and self.engine.step_tokens:
+                self._observer.step(self.engine.step_tokens)
         except Exception as error:
             if not self._fail_named(error):
                 raise
@@ -215,6 +217,7 @@ class EngineLoop:
                 thoughts=thinking.pieces if thinking is not None else [],
                 num_thoughts=len(thinking.pieces) if thinking is not None else 0,
                 reasoning_tokens=thinking.tokens if thinking is not None else 0,
+                stop=generation.detokenizer.stop,
             )
         if made > output.made:
             now = generation.last_token_at or time.perf_counter()
@@ -232,8 +235,7 @@ class EngineLoop:
     def _forget(self, name: str, reason: str) -> None:
         output, now = self._outputs.pop(name), time.perf_counter()
         if self._observer is not None:
-            arrived, admitted = output.stream.arrived, output.generation.request.admitted_at
-            self._observer.ended(now - arrived, reason, queued=(now if admitted is None else admitted) - arrived)
+            self._observer.ended(_life(output, reason, now))
         self._gone(1)
 
     def _gone(self, count: int) -> None:
@@ -275,3 +277,18 @@ class EngineLoop:
                 order = self._inbox.get(block=False)
                 if order is not None:
                     order.refuse(error)
+
+
+def _life(output: _Output, reason: str, now: float) -> Life:
+    """What there is to say about an output that ends now."""
+    generation, request, arrived = output.generation, output.generation.request, output.stream.arrived
+    seated, first, last = request.admitted_at, generation.first_token_at, generation.last_token_at
+    return Life(
+        reason,
+        seconds=now - arrived,
+        queued=(now if seated is None else seated) - arrived,
+        prefill=first - seated if first is not None and seated is not None else None,
+        decode=last - first if last is not None and first is not None else None,
+        prompt_tokens=request.prompt_length,
+        tokens=len(request.token_ids) - request.prompt_length,
+    )

@@ -13,16 +13,19 @@ import torch
 from torch import Tensor
 
 from specontext.config import EngineConfig
-from specontext.core import Request, SamplingParams, shown
+from specontext.core import Request, SamplingParams, StructuredOutputsParams, shown
 from specontext.engine.build import build_parts
+from specontext.engine.constraint import Constraint, Masks
 from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.failures import Failures
 from specontext.engine.output_statistics import OutputStatistics
 from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
+from specontext.engine.restrictions import banned_sequences
 from specontext.engine.runner import ModelRunner, working_device
 from specontext.engine.sampler import next_tokens
 from specontext.engine.scheduler import Schedule, Scheduler
 from specontext.errors import ConfigError, DeviceError, DeviceMemoryError, EngineClosedError, RequestError
+from specontext.grammars.compiler import GrammarCompiler
 from specontext.kv.host_memory import settle
 from specontext.models.loading import LoadedModel, load_model
 from specontext.models.token_ids import unknown_token
@@ -41,6 +44,7 @@ class Generation:
         forced: the output's first tokens, instead of sampled ones.
         on_logits: sees the logits [V] before each token of the output; they are valid until the next step.
         end_token_ids: tokens that end the output.
+        constraint: the grammar that the output follows.
         stats: filled when the request ends.
     """
 
@@ -49,6 +53,7 @@ class Generation:
     forced: Sequence[int] = ()
     on_logits: Callable[[Tensor], None] | None = None
     end_token_ids: frozenset[int] = frozenset()
+    constraint: Constraint | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
     stats: OutputStatistics | None = None
@@ -68,6 +73,8 @@ class LLMEngine:
     Attributes:
         loaded, parts, runner, scheduler: what it works with, until it is closed.
         seeds: of sampled requests that name none.
+        step_tokens: tokens of prompts and outputs that the last step computed.
+        grammars: compiles what structured outputs must look like; other threads may do so before they make a request.
 
     Raises:
         SpeContextError: anything in the settings or the checkpoints that does not fit.
@@ -108,6 +115,10 @@ class LLMEngine:
         )
         self.scheduler = Scheduler(self.parts, seats=config.max_num_seqs, max_batched_tokens=config.max_num_batched_tokens)
         self.tokenizer = self.loaded.tokenizer
+        vocab_size, ends = self.loaded.shape.vocab_size, self.loaded.end_token_ids
+        self.grammars = GrammarCompiler(self.tokenizer, vocab_size=vocab_size, end_token_ids=ends)
+        self.step_tokens = 0
+        self._masks = Masks(self.device, vocab_size)
         self._generations: dict[str, Generation] = {}
         self.seeds = random.Random(config.seed)
 
@@ -138,6 +149,8 @@ class LLMEngine:
             forced = self.encode(forced)
             if params.logprobs is not None:
                 raise RequestError("log-probabilities are of sampled tokens: leave logprobs out, on_logits sees the logits")
+            if params.structured_outputs is not None:
+                raise RequestError("structured_outputs are for sampled tokens: leave them out where tokens are forced")
         if request_id in self._generations:
             raise RequestError(f"request id '{request_id}' is in use")
         request = Request(
@@ -151,6 +164,7 @@ class LLMEngine:
             logprobs=[] if params.logprobs is not None else None,
             prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
             arrived=time.perf_counter(),
+            banned=banned_sequences(params, self.tokenizer) if params.bad_words else (),
         )
         moves_before = self.parts.residency.num_moves
         generation = Generation(
@@ -159,6 +173,7 @@ class LLMEngine:
             forced,
             on_logits,
             end_token_ids=frozenset(params.stop_token_ids).union(() if params.ignore_eos else self.loaded.end_token_ids),
+            constraint=self._constraint(params),
             moves_before=moves_before,
         )
         self.scheduler.add(request)
@@ -183,11 +198,25 @@ class LLMEngine:
                 than the memory could ever hold.
         """
         token_ids = self.encode(prompt)
-        if (wrong := self._unknown(params.stop_token_ids)) is not None:
-            raise RequestError(f"stop_token_ids: {wrong}")
+        named = {
+            "stop_token_ids": params.stop_token_ids,
+            "allowed_token_ids": params.allowed_token_ids or (),
+            "logit_bias": [token for token, _ in params.logit_bias or ()],  # type: ignore[misc]
+        }
+        for name, ids in named.items():
+            if (wrong := self._unknown(ids)) is not None:
+                raise RequestError(f"{name}: {wrong}")
+        self._constraint(params)
         self.parts.methods.choose(params.method, params.budget)
         self.scheduler.check(len(token_ids), params)
         return token_ids
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        wanted = params.structured_outputs
+        if wanted is None:
+            return None
+        assert isinstance(wanted, StructuredOutputsParams)
+        return Constraint(self.grammars.compile(wanted), params.thinking)
 
     def _seed(self, params: SamplingParams) -> int:
         """What a request names; else another one for each that is sampled, and the engine's for greedy ones, which repeat."""
@@ -235,6 +264,7 @@ class LLMEngine:
         """
         with working_device(0):
             schedule = self.scheduler.schedule()
+        self.step_tokens = 0 if schedule is None else len(schedule.batch.token_ids)
         if schedule is None:
             return []
         try:
@@ -255,6 +285,7 @@ class LLMEngine:
                 request.captured_steps += 1
         ready = [(row, r) for row, r in self.scheduler.advance(schedule) if r.request_id not in failures.found]
         self.scheduler.prepare()
+        self._masks.fill(((request, self._generations[request.request_id].constraint) for _, request in ready), failures)
         if meanwhile is not None:
             meanwhile()
         touched = self._sample(logits, ready, failures)
@@ -276,6 +307,7 @@ class LLMEngine:
 
     def _sample(self, logits: Tensor, ready: list[tuple[int, Request]], failures: Failures) -> list[Generation]:
         """Choose the next tokens of (row of the logits, request) pairs."""
+        ready = [(row, request) for row, request in ready if request.request_id not in failures]
         chosen = next_tokens(logits, ready, failures, end_token_ids=self.loaded.end_token_ids)
         now = time.perf_counter()
         touched = []
@@ -305,7 +337,10 @@ class LLMEngine:
         ended = token in generation.end_token_ids
         hidden = ended and enough and not params.include_stop_str_in_output  # an end token is no part of the text
         stopped = not hidden and generation.detokenizer.append([token])
-        if enough and (ended or stopped):
+        constraint = generation.constraint
+        if constraint is not None and not ended:
+            constraint.accept(token, generation.detokenizer)
+        if (enough and (ended or stopped)) or (constraint is not None and constraint.complete):
             request.finish_reason = "stop"
         elif made >= params.max_tokens or len(request.token_ids) >= self.parts.max_tokens:
             request.finish_reason = "length"
@@ -356,7 +391,7 @@ class LLMEngine:
 
     def _drop(self, request: Request) -> None:
         self.scheduler.finish(request)
-        request.history = None  # it lies on the device, and whoever reads the output may keep the request
+        request.history = request.allowed = None  # they lie on the device, and whoever reads the output may keep the request
         del self._generations[request.request_id]
 
     def check_integrity(self) -> None:

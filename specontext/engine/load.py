@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from specontext.core import Request
+from specontext.core import Choice, Request
 from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.output_statistics import DecodeStatistics, OutputStatistics
 from specontext.engine.statistics import Count
@@ -24,6 +24,8 @@ class LiveRequest:
     age_s: float
     overlap: float | None
     bytes_loaded_per_step: float | None
+    method: str = ""
+    budget: int | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Load:
     Attributes:
         device_kv_used, host_kv_used: shares of the tiers' pages that are held, 0 to 1.
         stall_s: seconds that steps have waited for layers to leave the device or to come back.
+        prefix_bytes: bytes of KV in the host tier that are kept of known prefixes.
         prefix_queries, prefix_hits: prompt tokens that could have been known already, and that were, since the start.
         loaded_bytes: bytes of KV moved from host to device since the start.
         overlap: mean over the decode steps of the live requests, or of the last one that ended.
@@ -47,6 +50,7 @@ class Load:
     host_kv_used: float = 0.0
     device_kv_bytes: int = 0
     host_kv_bytes: int = 0
+    prefix_bytes: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
     offloaded_layers: int = 0
@@ -90,6 +94,7 @@ class LoadMeter:
             host_kv_used=_used(parts.kv.host.pages),
             device_kv_bytes=_pool_bytes(parts.kv.arena),
             host_kv_bytes=_pool_bytes(parts.kv.host),
+            prefix_bytes=parts.prefix.pages * (parts.kv.host.rows.nbytes // max(1, parts.kv.host.pages.num_pages)),
             prefix_queries=parts.prefix.queries,
             prefix_hits=parts.prefix.hits,
             offloaded_layers=len(parts.kv.offloaded),
@@ -101,14 +106,15 @@ class LoadMeter:
             stall_s=parts.residency.stalled,
             overlap=sum(overlaps) / len(overlaps) if overlaps else self.last_overlap,
             requests=(
-                *(_live(request, "running", now, of_seat.get(request.seat)) for request in running),
-                *(_live(request, "waiting", now, None) for request in waiting),
+                *(_live(request, "running", now, of_seat.get(request.seat), parts.methods.own) for request in running),
+                *(_live(request, "waiting", now, None, parts.methods.own) for request in waiting),
             ),
         )
         return self.latest
 
 
-def _live(request: Request, state: str, now: float, report: DecodeStatistics | None) -> LiveRequest:
+def _live(request: Request, state: str, now: float, report: DecodeStatistics | None, own: Choice) -> LiveRequest:
+    choice = request.choice or own
     return LiveRequest(
         request.request_id,
         state,
@@ -118,6 +124,8 @@ def _live(request: Request, state: str, now: float, report: DecodeStatistics | N
         now - request.arrived,
         report.overlap if report is not None else None,
         report.bytes_loaded_per_step if report is not None else None,
+        choice.method,
+        choice.budget or None,
     )
 
 

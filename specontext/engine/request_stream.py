@@ -23,6 +23,7 @@ class Progress:
         pieces: text that may be shown, the first `num_pieces` of them.
         thoughts, num_thoughts, reasoning_tokens: the same of the thinking before it, where it is told apart, and its tokens with
             their marks.
+        stop: the stop string that ended the output.
         begin, end: the output's tokens are `token_ids[begin:end]`.
         prompt_logprobs: complete; None before the first token.
     """
@@ -39,6 +40,7 @@ class Progress:
     thoughts: Sequence[str] = ()
     num_thoughts: int = 0
     reasoning_tokens: int = 0
+    stop: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Delta:
         stats: statistics of the output, in its last delta.
         reasoning: new text of the thinking, where it is told from the answer.
         reasoning_tokens: tokens of all the thinking so far.
+        stop: the stop string that ended the output, in its last delta.
     """
 
     index: int
@@ -63,6 +66,7 @@ class Delta:
     stats: OutputStatistics | None
     reasoning: str = ""
     reasoning_tokens: int = 0
+    stop: str | None = None
 
 
 class RequestStream:
@@ -143,4 +147,5 @@ def _difference(index: int, old: Progress | None, new: Progress) -> Delta:
         new.stats,
         "".join(new.thoughts[old.num_thoughts if old is not None else 0 : new.num_thoughts]),
         new.reasoning_tokens,
+        new.stop,
     )

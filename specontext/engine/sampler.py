@@ -18,8 +18,8 @@ from torch import Tensor
 
 from specontext.core import Request
 from specontext.engine.failures import NOBODYS, Failures
-from specontext.engine.penalties import penalise, penalised
-from specontext.errors import LogitsError
+from specontext.engine.restrictions import restricted
+from specontext.errors import LogitsError, NoTokenLeftError
 from specontext.kernels.counter_random import combine_keys, counter_uniform
 
 _NARROW = 256  # a row with top_k up to this is ranked only so far
@@ -89,6 +89,7 @@ def sample(logits: Tensor, requests: Sequence[Request], *, end_token_ids: Collec
 
     Raises:
         LogitsError: a row holds NaN or infinity, or nothing but minus infinity.
+        NoTokenLeftError: a request allows no token.
     """
     if logits.dim() != 2 or len(logits) != len(requests):
         raise ValueError(f"logits must be [{len(requests)}, V], got {list(logits.shape)}")
@@ -96,38 +97,18 @@ def sample(logits: Tensor, requests: Sequence[Request], *, end_token_ids: Collec
         return Sampled([], [])
     raw = logits.float()
     plain = all(request.params.plain for request in requests)
-    adjusted = raw if plain else _penalised(raw, requests, end_token_ids)
+    adjusted = restricted(raw, requests, end_token_ids)
     chosen = adjusted.argmax(dim=1)  # [R], the lowest id among equals
     if not plain:
         _sample_random_rows(adjusted, requests, chosen)
     broken = ~raw.amax(dim=1).isfinite()
-    token_ids, flags = torch.stack((chosen, broken.long())).tolist()
+    stuck = ~adjusted.amax(dim=1).isfinite() if adjusted is not raw else broken
+    token_ids, flags, ends = torch.stack((chosen, broken.long(), stuck.long())).tolist()
     if any(flags):
         raise LogitsError([request.request_id for request, flag in zip(requests, flags, strict=True) if flag])
+    if any(ends):
+        raise NoTokenLeftError([request.request_id for request, end in zip(requests, ends, strict=True) if end])
     return Sampled(token_ids, [None] * len(requests) if plain else _logprobs(raw, chosen, requests))
-
-
-def _penalised(raw: Tensor, requests: Sequence[Request], end_token_ids: Collection[int]) -> Tensor:
-    """Logits [R, V] with forbidden end tokens and penalties; `raw` itself where no request has any."""
-    vocab_size = raw.shape[1]
-    forbidden: list[tuple[int, int]] = []
-    rows_with_penalties: list[int] = []
-    for row, request in enumerate(requests):
-        params = request.params
-        if len(request.token_ids) - request.prompt_length < params.min_tokens:
-            ends = set(params.stop_token_ids).union(() if params.ignore_eos else end_token_ids)
-            forbidden += [(row, token) for token in ends if token < vocab_size]
-        if penalised(request):
-            rows_with_penalties.append(row)
-    if not forbidden and not rows_with_penalties:
-        return raw
-    adjusted = raw.clone()
-    if forbidden:
-        rows, tokens = torch.tensor(forbidden, device=raw.device).unbind(dim=1)
-        adjusted[rows, tokens] = -math.inf
-    for row in rows_with_penalties:
-        penalise(adjusted[row], requests[row])
-    return adjusted
 
 
 def _sample_random_rows(adjusted: Tensor, requests: Sequence[Request], chosen: Tensor) -> None:

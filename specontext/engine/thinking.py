@@ -33,6 +33,11 @@ class ThinkingReader:
         """The pieces in one."""
         return "".join(self.pieces)
 
+    @property
+    def over(self) -> bool:
+        """Whether all that follows belongs to the answer."""
+        return not self._can_begin and not self._inside
+
     def count(self, tokens: int) -> None:
         """Take note of how many tokens the output has, before what the last of them says is fed."""
         self._seen = tokens
@@ -61,7 +66,7 @@ class ThinkingReader:
             self._open(last)
         if not self._can_begin and self._inside:
             self._think(last)
-        return self._answer() if not self._can_begin and not self._inside else ""
+        return self._answer() if self.over else ""
 
     def _open(self, last: bool) -> None:
         """Decide whether the text begins with the opening mark."""
@@ -89,7 +94,7 @@ class ThinkingReader:
             thought, self._held = self._held[:place], self._held[place + len(mark) :]
             self._close(thought)
             return
-        sure = len(self._held) if last else len(_without_start_of(mark, self._held).rstrip())
+        sure = len(self._held) if last else len(without_start_of(mark, self._held).rstrip())
         self._think_on(self._held[:sure])
         self._held = self._held[sure:]
 
@@ -105,7 +110,7 @@ class ThinkingReader:
         return answer
 
 
-def _without_start_of(mark: str, text: str) -> str:
+def without_start_of(mark: str, text: str) -> str:
     """`text` without an end that could be the beginning of `mark`."""
     for length in range(min(len(mark) - 1, len(text)), 0, -1):
         if mark.startswith(text[-length:]):

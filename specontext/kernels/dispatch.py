@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from specontext.errors import SpeContextError
+from specontext.installing import install_command
 
 VARIABLE = "SPECONTEXT_KERNELS"
 CHOICES = ("auto", "torch", "triton")
@@ -43,7 +44,7 @@ def use_triton(tensor: Tensor) -> bool:
     if choice not in CHOICES:
         raise SpeContextError(f"{VARIABLE} is '{choice}': set it to one of {', '.join(CHOICES)}")
     if choice == "triton" and not _triton_is_there():
-        raise SpeContextError(f"{VARIABLE} asks for Triton, which is not installed: pip install 'specontext[triton]'")
+        raise SpeContextError(f"{VARIABLE} asks for Triton, which is not installed: {install_command('triton')}")
     return choice == "triton" or (choice == "auto" and tensor.is_cuda and _triton_is_there())
 
 

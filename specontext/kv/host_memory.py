@@ -95,7 +95,7 @@ def _file(num_bytes: int, directory: Path) -> mmap.mmap:
             return mmap.mmap(file.fileno(), num_bytes)
     except OSError as error:
         raise HostMemoryError(
-            f"the host tier of KV asks for a file of {num_bytes} bytes in {directory} ({error.strerror}): "
+            f"the host tier of KV asks for a file of {num_bytes} bytes in {directory} ({error.strerror or error}): "
             "lower --host-memory, or name another directory with --offload-dir"
         ) from error
 

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 
 from specontext.errors import ChatTemplateError
-
-Message = Mapping[str, Any]
+from specontext.models.tool_messages import Message, call_forms, with_names, written_as_python
 
 _LONGEST_REASON = 400  # characters of a template's own error that are shown; some quote the conversation
 _LONGEST_TAG = 64
@@ -44,13 +43,14 @@ class ChatTemplate:
         """The prompt, which begins with the special tokens that the template writes.
 
         Args:
-            messages: `role`, `content` and whatever else the template knows.
+            messages: `role`, `content` and whatever else the template knows; `tool_calls` as OpenAI has them, with objects as
+                arguments, which become texts where the template wants that, as ids become shorter.
             add_generation_prompt: end with what opens an answer of the assistant.
             continue_final_message: end with the last message, unfinished.
-            variables: of the template.
+            variables: of the template; `tools` are functions as OpenAI has them.
 
         Raises:
-            ChatTemplateError: the template raises an error, or leaves the text of a message out.
+            ChatTemplateError: the template raises an error, or leaves out the text of a message, a call or a tool.
         """
         options = {
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
@@ -77,6 +77,11 @@ class ChatTemplate:
             else:
                 left_out = missing if not left_out or len(missing) < len(left_out) else left_out
         if left_out:
+            if left_out[0] >= len(messages):
+                raise ChatTemplateError(
+                    "the chat template has no place for tools: leave them out, or use a chat template that writes them out",
+                    tools=True,
+                )
             number, role = left_out[0], messages[left_out[0]]["role"]
             raise ChatTemplateError(
                 f"the chat template leaves out text of message {number}, whose role is '{role}': leave the message out, move its "
@@ -95,7 +100,7 @@ class ChatTemplate:
         if any(message["role"] == "developer" for message in messages):
             renamed = [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
             conversations = [list(messages), renamed] if self._speaks_of("developer") else [renamed]
-        for conversation in conversations:
+        for conversation in (form for each in conversations for form in call_forms(each)):
             sent = [_as_sent(message) for message in conversation]
             yield sent
             for form in (_as_text, _as_parts):
@@ -115,6 +120,8 @@ class ChatTemplate:
             return messages, missing
         changed = list(messages)
         for number in missing:
+            if number >= len(messages):
+                continue
             other = _as_text if isinstance(messages[number]["content"], list) else _as_parts
             changed[number] = other(messages[number])
         try:
@@ -125,9 +132,16 @@ class ChatTemplate:
     def _missing(self, messages: Sequence[Message], options: Mapping[str, Any]) -> list[int]:
         """Numbers of the messages of which some text is left out, or whose list of parts is written out as such."""
         marked = [_marked(message, number) for number, message in enumerate(messages)]
-        prompt = self._apply([each.message for each in marked], options)
+        tools = [f"zq{len(messages) + number}m0qz" for number in range(len(options.get("tools") or ()))]
+        named = {"tools": [_named(tool, name) for tool, name in zip(options["tools"], tools, strict=True)]} if tools else {}
+        prompt = self._apply([each.message for each in marked], {**options, **named})
         found = set(_MARK.findall(prompt.lower()))  # some templates write in capitals
-        return [number for number, each in enumerate(marked) if not found.issuperset(each.wanted) or each.unwanted in found]
+        missing = [
+            number
+            for number, each in enumerate(marked)
+            if not found.issuperset(each.wanted) or each.unwanted in found or written_as_python(each.message, prompt)
+        ]
+        return missing + [len(messages) + number for number, name in enumerate(tools) if name not in found]
 
     def _apply(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
         return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
@@ -157,7 +171,16 @@ def _marked(message: Message, number: int) -> _Marked:
     marked: Any = (
         mark(content) if isinstance(content, str) else [{**part, "text": mark(part["text"]), key: 0} for part in content]
     )
-    return _Marked({**message, "content": marked}, wanted, key)
+    changed: Message = {**message, "content": marked}
+    if calls := message.get("tool_calls"):
+        names = [f"zq{number}m{len(wanted) + place}qz" for place in range(len(calls))]
+        wanted += names
+        changed = with_names(changed, names)
+    return _Marked(changed, wanted, key)
+
+
+def _named(tool: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return {**tool, "function": {**tool["function"], "name": name}}
 
 
 def _inside(text: str) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 from specontext import __version__
 from specontext.server.errors import install_handlers
 from specontext.server.middleware import ApiKeys, BodyLimit, HeadAsGet, PlainPath, RequestId
-from specontext.server.routes import chat, completions, models, operations, tokens
+from specontext.server.routes import chat, completions, messages, models, operations, responses, tokens
 from specontext.server.state import ServerState
 
 
@@ -24,14 +24,14 @@ def create_app(state: ServerState) -> FastAPI:
     )
     app.state.server = state
     install_handlers(app)
-    for routes in (chat, completions, models, tokens, operations):
+    for routes in (chat, completions, responses, messages, models, tokens, operations):
         app.include_router(routes.router)
     config = state.config
     # The last one that is added is the outermost.
     app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, most=config.max_body_size)
     app.add_middleware(ApiKeys, keys=config.api_key)
-    app.add_middleware(RequestId, log=not config.disable_log_requests)
+    app.add_middleware(RequestId, log=not config.disable_log_requests, refused=lambda code: state.metrics.refused(code))
     if config.allowed_origins:  # outside of the keys, which browsers do not send when they ask whether they may
         app.add_middleware(
             CORSMiddleware,

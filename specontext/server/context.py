@@ -6,9 +6,8 @@ from typing import Any, cast
 
 from fastapi import Request
 
+from specontext.server.facts import FACTS
 from specontext.server.state import ServerState
-
-FACTS = "specontext.facts"  # key of the ASGI scope
 
 
 def state_of(request: Request) -> ServerState:

@@ -11,8 +11,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from specontext.errors import EngineDeadError, QueueFullError, RequestError, SpeContextError
+from specontext.server.facts import FACTS
 from specontext.server.protocol.common import SamplingBody
 
 logger = logging.getLogger("specontext.server")
@@ -25,6 +27,30 @@ TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+NOT_SERVED = {
+    "embeddings": "embeddings are not made here: this server writes text",
+    "rerank": "reranking is not done here: this server writes text",
+    "score": "scoring is not done here: completions with echo and logprobs give log-probabilities",
+    "moderations": "moderation is not done here: this server writes text",
+    "audio": "audio is not supported: this server writes text",
+    "images": "images are not supported: this server writes text",
+    "files": "files are not stored here",
+    "batches": "batches are not kept here: send the requests themselves, many at a time",
+    "assistants": "assistants are not kept here: use /v1/responses",
+    "threads": "threads are not kept here: use /v1/responses with previous_response_id",
+    "fine_tuning": "models are not trained here",
+}
+_LONGEST_REASON = 160  # characters of a message in the log
 
 
 class ApiError(HTTPException):
@@ -68,14 +94,32 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, "the server made an error; its log says which", code="internal_error")
 
 
+def note_error(scope: Scope, error: ApiError) -> None:
+    """Have a request's line in the log say why it was refused, without words of the conversation."""
+    reason = error.detail
+    if error.param is not None and error.param.startswith("messages"):  # templates quote what they do not like
+        reason = reason.partition(": ")[0]
+    facts = {"reason": reason[:_LONGEST_REASON], "param": error.param, "code": error.code}
+    scope.setdefault(FACTS, {}).update({name: value for name, value in facts.items() if value is not None})
+
+
 def error_body(error: ApiError) -> dict[str, Any]:
     kind = TYPES.get(error.status_code, "server_error" if error.status_code >= 500 else "invalid_request_error")
     return {"error": {"message": error.detail, "type": kind, "param": error.param, "code": error.code}}
 
 
-def error_response(error: Exception) -> Response:
+def anthropic_error(error: ApiError) -> dict[str, Any]:
+    """An error as clients of Anthropic's protocol know it."""
+    kind = ANTHROPIC_TYPES.get(error.status_code, "api_error" if error.status_code >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": error.detail, "param": error.param, "code": error.code}}
+
+
+def error_response(error: Exception, scope: Scope) -> Response:
+    """The answer to a request, whose path decides how errors look; its line in the log will say why."""
     known = as_api_error(error)
-    body = json.dumps(error_body(known))  # in ASCII: a message may quote half a character
+    note_error(scope, known)
+    shown = anthropic_error(known) if scope["path"].startswith(ANTHROPIC_PATH) else error_body(known)
+    body = json.dumps(shown)  # in ASCII: a message may quote half a character
     headers = dict(known.headers) if known.headers else None
     return Response(body, known.status_code, headers=headers, media_type="application/json")
 
@@ -84,15 +128,30 @@ def install_handlers(app: FastAPI) -> None:
     """Have every error of a route answered in the one form."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        return error_response(error)
+        return error_response(_unknown_path(error, request), request.scope)
 
     async def handle_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return error_response(_invalid(error))
+        return error_response(_invalid(error), request.scope)
 
     app.add_exception_handler(HTTPException, handle)
     app.add_exception_handler(SpeContextError, handle)
     app.add_exception_handler(RequestValidationError, handle_invalid)
+
+
+def _unknown_path(error: Exception, request: Request) -> Exception:
+    """An error for a path or a method that nobody serves, which names what is served; any other error as it is."""
+    if isinstance(error, ApiError) or not isinstance(error, HTTPException) or error.status_code not in (404, 405):
+        return error
+    served = request.app.openapi()["paths"]
+    path = request.scope["path"]
+    if error.status_code == 405:
+        methods = ", ".join(sorted(method.upper() for method in served.get(path, {}))) or "another method"
+        return ApiError(405, f"{path} does not take {request.method}: use {methods}", code="not_found", headers=error.headers)
+    part = next((part for part in path.split("/") if part in NOT_SERVED), None)
+    if part is not None:
+        return ApiError(404, NOT_SERVED[part], code="not_found")
+    return ApiError(404, f"there is no such path here: there are {', '.join(sorted(served))}", code="not_found")
 
 
 def _invalid(error: RequestValidationError) -> ApiError:

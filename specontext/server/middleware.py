@@ -8,13 +8,13 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from specontext.server.context import FACTS
 from specontext.server.errors import ApiError, error_response
+from specontext.server.facts import FACTS
 from specontext.server.logs import fields
 from specontext.server.streaming import ClientGone
 
@@ -48,10 +48,10 @@ class HeadAsGet:
 
 
 class RequestId:
-    """Names every request, answers errors that nobody else has answered, and writes the log."""
+    """Names every request, answers errors that nobody else has answered, writes the log and has refusals counted."""
 
-    def __init__(self, app: ASGIApp, *, log: bool) -> None:
-        self.app, self.log = app, log
+    def __init__(self, app: ASGIApp, *, log: bool, refused: Callable[[str], None]) -> None:
+        self.app, self.log, self.refused = app, log, refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -75,13 +75,15 @@ class RequestId:
             outcome = "client_left"
         except Exception as error:
             outcome = "error"
-            answer = error_response(error)
+            answer = error_response(error, scope)
             if not status:
                 await answer(scope, receive, send_named)
         except BaseException:
             outcome = "cancelled"
             raise
         finally:
+            if status >= 400 or "reason" in facts:  # an error may come after a stream has begun
+                self.refused(facts.get("code") or "invalid_request")
             if self.log and (scope["path"] not in QUIET_PATHS or status >= 500):
                 seconds = round(time.perf_counter() - began, 4)
                 shown = {"request_id": name, "method": scope["method"], "path": scope["path"], "status": status or None}
@@ -98,7 +100,10 @@ class ApiKeys:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not self._digests or scope["path"] in OPEN_PATHS:
             return await self.app(scope, receive, send)
-        kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        headers = Headers(scope=scope)
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        if not key and "x-api-key" in headers:  # as clients of Anthropic's protocol send it
+            kind, key = "bearer", headers["x-api-key"]
         digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()  # equal lengths, whatever was sent
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if kind.lower() != "bearer" or not any(matches):
@@ -108,7 +113,7 @@ class ApiKeys:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            return await error_response(error)(scope, receive, send)
+            return await error_response(error, scope)(scope, receive, send)
         await self.app(scope, receive, send)
 
 
@@ -124,7 +129,7 @@ class BodyLimit:
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced) > self.most:
             await self._discard(receive)
-            return await error_response(self._too_long())(scope, receive, send)
+            return await error_response(self._too_long(), scope)(scope, receive, send)
         read = 0
 
         async def receive_limited() -> Message:

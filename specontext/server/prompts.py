@@ -77,7 +77,7 @@ class PromptEncoder:
             ApiError: an over-long text, or one with tokens that the model cannot read.
         """
         self._check_text(text)
-        ids = list(await self._run(lambda: self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]))
+        ids = list(await self.run(lambda: self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]))
         await self.check_ids(ids, "prompt", place)
         return ids
 
@@ -90,9 +90,9 @@ class PromptEncoder:
         """
         if not self.tokenizer.chat_template:
             raise ApiError(400, NO_CHAT_TEMPLATE)
-        text = await self._run(lambda: self._render(body))
+        text = await self.run(lambda: self._render(body))
         self._check_text(text)
-        ids = await self._run(lambda: self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        ids = await self.run(lambda: self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
         if not ids:
             raise ApiError(400, "the messages have no tokens: give some text", param="messages")
         await self.check_ids(ids, "messages")
@@ -101,19 +101,21 @@ class PromptEncoder:
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of tokens; raises ApiError for ids that are not the model's."""
         await self.check_ids(token_ids)
-        return await self._run(
+        return await self.run(
             lambda: self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
         )
 
     async def check_ids(self, token_ids: Sequence[int], param: str = "tokens", place: str = "") -> None:
         """Raises ApiError, beginning with `place`, for ids that the model cannot read."""
-        wrong = await self._run(lambda: unknown_token(token_ids, self.vocab_size, self.tokenizer))
+        wrong = await self.run(lambda: unknown_token(token_ids, self.vocab_size, self.tokenizer))
         if wrong is not None:
             raise ApiError(400, f"{place}{wrong}", param=param)
 
     def _render(self, body: TemplateBody) -> str:
+        tools = [tool.function.for_template() for tool in body.shown_tools]
         own = {"messages", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
         extra = body.chat_template_kwargs or {}
+        given = {"tools": [{"type": "function", "function": tool} for tool in tools]} if tools else {}
         if clash := sorted(own & extra.keys()):
             raise ApiError(400, f"chat_template_kwargs may not set {', '.join(clash)}", param="chat_template_kwargs")
         try:
@@ -121,10 +123,11 @@ class PromptEncoder:
                 [message.for_template() for message in body.messages],
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
+                **given,
                 **extra,
             )
         except ChatTemplateError as error:
-            place = "messages" if error.message is None else f"messages.{error.message}"
+            place = "tools" if error.tools else "messages" if error.message is None else f"messages.{error.message}"
             raise ApiError(400, str(error), param=place) from error
 
     def _check_text(self, text: str) -> None:
@@ -134,14 +137,18 @@ class PromptEncoder:
             except UnicodeEncodeError as error:
                 raise ApiError(400, f"the text is not Unicode: half a character at {error.start}") from error
         if len(text) > self.max_model_len * self._longest_token:
-            raise over_length(f"the prompt has {len(text)} characters, which is more than {self.max_model_len} tokens can say")
+            raise over_length(f"the prompt has {len(text)} characters, which is more than they can say", self.max_model_len)
 
-    async def _run(self, function: Callable[[], Result]) -> Result:
+    async def run(self, function: Callable[[], Result]) -> Result:
+        """A function's result, from the thread that the tokenizer belongs to."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def over_length(message: str) -> ApiError:
-    return ApiError(400, message, code="context_length_exceeded")
+def over_length(message: str, max_model_len: int) -> ApiError:
+    """An error that clients know by its code and by how OpenAI begins it."""
+    return ApiError(
+        400, f"This model's maximum context length is {max_model_len} tokens. However, {message}", code="context_length_exceeded"
+    )

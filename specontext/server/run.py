@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -16,13 +17,15 @@ from specontext.config import EngineConfig
 from specontext.engine.llm_engine import LLMEngine
 from specontext.errors import ConfigError, SpeContextError
 from specontext.server.app import create_app
+from specontext.server.errors import DrainingError
 from specontext.server.http_head import BoundedHttp
-from specontext.server.logs import configure_logging, log_load
+from specontext.server.logs import configure_logging, fields, log_load
 from specontext.server.settings import ServerConfig
 from specontext.server.state import ServerState
 
 logger = logging.getLogger("specontext.server")
 
+_LAST_WORDS = 1.0  # seconds in which open requests can be told that they have failed
 _DEATH_NOTICE = 1.0  # seconds in which /health can still say that the engine is dead
 
 
@@ -42,8 +45,13 @@ def serve(engine_config: EngineConfig, config: ServerConfig, *, announce: Callab
     config.read_chat_template()  # what can fail at once comes before the loading, which takes its time
     with listening_socket(config.host, config.port) as listener:
         configure_logging()
+        began = time.perf_counter()
+        logger.info("%s", fields("loading", {"model": engine_config.model}))
         engine = LLMEngine(engine_config)
+        loaded = time.perf_counter()
+        logger.info("%s", fields("loaded", {"seconds": round(loaded - began, 1), "device": engine.device, "next": "warming up"}))
         engine.runner.warm_up()
+        logger.info("%s", fields("warm", {"seconds": round(time.perf_counter() - loaded, 1), "next": "listening"}))
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(Serving(engine, config, listener, announce).run())
 
@@ -88,9 +96,11 @@ class Serving:
             raise ServingError(f"{self.state.engine.error}; see the log")
 
     def stop(self) -> None:
-        """Take no more requests, let the open ones finish, then end; asked twice, end now."""
+        """Take no more requests, let the open ones finish, then end; asked twice, the open ones fail with 503, then end."""
         if self._draining is not None:
-            self.server.force_exit = True
+            self._draining.cancel()
+            self.state.engine.abort_all(DrainingError("the server is shutting down and does not wait for this request"))
+            asyncio.get_running_loop().call_later(_LAST_WORDS, setattr, self.server, "force_exit", True)
             return
         logger.info(
             "shutting down: waiting up to %g s for %d outputs", self.config.shutdown_timeout, self.state.engine.open_outputs

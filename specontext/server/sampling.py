@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from specontext.core import SamplingParams, Thinking
+from specontext.core import SamplingParams, Thinking, shown
 from specontext.models.loading import LoadedModel
 from specontext.server.errors import ApiError
 from specontext.server.prompts import over_length
@@ -14,7 +14,10 @@ from specontext.server.protocol.common import SamplingBody
 from specontext.server.protocol.completion import CompletionRequest
 
 _FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-_NULLABLE = (*_FROM_MODEL, "n", "seed", "presence_penalty", "frequency_penalty", "stop", "stop_token_ids", "method", "budget")
+_NULLABLE = (
+    *(*_FROM_MODEL, "n", "seed", "presence_penalty", "frequency_penalty", "stop", "stop_token_ids", "method", "budget"),
+    *("allowed_token_ids", "bad_words"),
+)
 _PLAIN = ("ignore_eos", "min_tokens", "skip_special_tokens", "include_stop_str_in_output")
 COMPLETION_TOKENS = 16  # max_tokens of text completions, as OpenAI has it
 
@@ -79,12 +82,32 @@ def _params(
 ) -> SamplingParams:
     if prompt_tokens + max(limit, 1) > max_len:
         raise over_length(
-            f"the model's context is {max_len} tokens, and this request wants {prompt_tokens} for the prompt and {limit} for the "
-            "output: shorten one of them"
+            f"you requested {prompt_tokens + max(limit, 1)} tokens ({prompt_tokens} in the prompt, {limit} in the completion): "
+            "shorten one of them.",
+            max_len,
         )
     given = {name: getattr(body, name) for name in _NULLABLE if getattr(body, name) is not None}
     plain = {name: getattr(body, name) for name in _PLAIN}
-    return SamplingParams(**(defaults | given | plain), max_tokens=limit, logprobs=logprobs)
+    params = SamplingParams(**(defaults | given | plain), max_tokens=limit, logprobs=logprobs)
+    return replace(params, logit_bias=_biases(body.logit_bias)) if body.logit_bias else params
+
+
+def _biases(table: dict[str, float]) -> dict[int, float]:
+    """Biases by token id; the keys of a JSON object are texts."""
+    for token in table:
+        if not (token.isascii() and token.isdigit()) or len(token) > 18:
+            raise ApiError(400, f"logit_bias: {shown(token)} is not a token id", param="logit_bias")
+    return {int(token): bias for token, bias in table.items()}
+
+
+def truncated(token_ids: list[int], body: SamplingBody, max_len: int) -> list[int]:
+    """The last tokens of a prompt, as many as the request keeps."""
+    kept = body.truncate_prompt_tokens
+    if kept is None:
+        return token_ids
+    if kept == 0:
+        raise ApiError(400, "truncate_prompt_tokens must be at least 1, or -1", param="truncate_prompt_tokens")
+    return token_ids[-(max_len - 1 if kept == -1 else kept) :]
 
 
 def _check_logprobs(asked: int | None, most: int, param: str) -> None:

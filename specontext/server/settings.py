@@ -9,8 +9,11 @@ from pathlib import Path
 
 from specontext.config import option
 from specontext.errors import ConfigError
+from specontext.server.tools.formats import FORMATS
 
 REASONING_PARSERS = ("deepseek_r1", "qwen3")
+TOOL_CALL_PARSERS = ("auto", "none", *FORMATS)
+BUILT_IN_TEMPLATES = {"hermes": Path(__file__).parent / "tools" / "hermes.jinja"}
 _ALL = ("*",), ("*",)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+|null")
 
@@ -25,12 +28,19 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 is every network interface.")
     port: int = option(8000, "Port to listen on; 0 takes any free one.")
-    api_key: tuple[str, ...] = option((), "Key that clients must present; may be repeated. Default: none is needed.")
+    api_key: tuple[str, ...] = option(
+        (), "Key that clients must present; may be repeated. Default: what SPECONTEXT_API_KEY says, else none is needed."
+    )
     served_model_name: tuple[str, ...] = option(
         (), "Name of the model in requests and responses; more names are accepted too. Default: MODEL."
     )
-    chat_template: str | None = option(None, "Jinja chat template, a file or the text itself. Default: the model's own.")
+    chat_template: str | None = option(
+        None, "Jinja chat template: a file, the text itself, or hermes (ChatML with tools). Default: the model's own."
+    )
     reasoning_parser: str | None = option(None, "Put the model's thinking into reasoning_content: deepseek_r1 or qwen3.")
+    tool_call_parser: str = option(
+        "auto", "Form of the model's tool calls: auto (what its chat template shows), none, or a name such as hermes."
+    )
     generation_config: str = option(
         "auto", "Sampling defaults of requests: auto (what the model's generation_config.json says) or none."
     )
@@ -69,6 +79,8 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be at least {least}{upper}, got {value!r}")
         if self.reasoning_parser is not None and self.reasoning_parser not in REASONING_PARSERS:
             raise ConfigError(f"unknown reasoning parser '{self.reasoning_parser}': choose one of {', '.join(REASONING_PARSERS)}")
+        if self.tool_call_parser not in TOOL_CALL_PARSERS:
+            raise ConfigError(f"unknown tool call parser '{self.tool_call_parser}': choose one of {', '.join(TOOL_CALL_PARSERS)}")
         if self.generation_config not in ("auto", "none"):
             raise ConfigError(f"unknown generation_config '{self.generation_config}': choose auto or none")
         for name in ("api_key", "served_model_name"):
@@ -95,7 +107,7 @@ class ServerConfig:
         if self.chat_template is None or "{" in self.chat_template:
             return self.chat_template
         try:
-            return Path(self.chat_template).read_text(encoding="utf-8")
+            return BUILT_IN_TEMPLATES.get(self.chat_template, Path(self.chat_template)).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the chat template {self.chat_template}: {error}") from error
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from specontext.core import SamplingParams, shown
+from specontext.core import SamplingParams, StructuredOutputsParams, shown
 from specontext.engine.async_engine import AsyncEngine
 from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.request_stream import RequestStream
+from specontext.errors import RequestError
 from specontext.server.errors import ApiError, DrainingError
 from specontext.server.metrics import Metrics
 from specontext.server.prompts import PromptEncoder
 from specontext.server.reasoning import Reasoning
+from specontext.server.responses.store import ResponseStore
 from specontext.server.sampling import sampling_defaults
 from specontext.server.settings import ServerConfig
 from specontext.server.token_text import TokenTexts
+from specontext.server.tool_support import ToolSupport
 
 
 class ServerState:
@@ -44,8 +47,11 @@ class ServerState:
         )
         parser = config.reasoning_parser
         self.reasoning = Reasoning(parser, self.encoder.tokenizer) if parser is not None else None
+        self.grammars = engine.grammars
+        self.tools = ToolSupport(config.tool_call_parser, self.encoder.tokenizer, engine.grammars)
         self.texts = TokenTexts(self.encoder.tokenizer)
         self.defaults: dict[str, Any] = sampling_defaults(engine.loaded) if config.generation_config == "auto" else {}
+        self.responses = ResponseStore()
         self.draining = False
 
     @property
@@ -58,6 +64,28 @@ class ServerState:
             raise ApiError(
                 404, f"the model {shown(name)} is not served here: use '{self.model}'", param="model", code="model_not_found"
             )
+
+    async def compile(self, make: Callable[[], StructuredOutputsParams | None], field: str) -> StructuredOutputsParams | None:
+        """What an output must look like, compiled before the engine hears of it.
+
+        Args:
+            make: run in the tokenizer's thread.
+            field: of the request, which is blamed.
+
+        Raises:
+            ApiError: it cannot be followed.
+        """
+
+        def run() -> StructuredOutputsParams | None:
+            wanted = make()
+            if wanted is not None:
+                self.grammars.compile(wanted)
+            return wanted
+
+        try:
+            return await self.encoder.run(run)
+        except RequestError as error:
+            raise ApiError(400, str(error).replace("structured_outputs", field, 1), param=field) from error
 
     async def submit(
         self, request_id: str, prompts: Sequence[Sequence[int]], params: SamplingParams, *, streaming: bool

@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from specontext.server.context import FACTS
-from specontext.server.errors import as_api_error, error_body
+from specontext.server.errors import ApiError, as_api_error, error_body, note_error
 
 Result = TypeVar("Result")
 
@@ -31,6 +30,11 @@ def event(data: dict[str, Any], *, obfuscate: bool = False) -> bytes:
         return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
     bare = event(data | {"obfuscation": ""})
     return event(data | {"obfuscation": secrets.token_hex(_GRAIN // 2)[: -len(bare) % _GRAIN]})
+
+
+def named_event(data: dict[str, Any]) -> bytes:
+    """One event that carries its type as its name too."""
+    return b"event: " + str(data["type"]).encode() + b"\n" + event(data)
 
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
@@ -55,6 +59,8 @@ class EventStream(Response):
     Args:
         events: encoded events.
         close: called once, whichever way the answer ends.
+        failed: encodes an error as an event.
+        last: ends every stream.
 
     Raises when it is sent:
         ClientGone: the client left before the end.
@@ -62,10 +68,18 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        close: Callable[[], None],
+        *,
+        failed: Callable[[ApiError], bytes] | None = None,
+        last: bytes = DONE,
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._close = events, close
+        self._events, self._close, self._last = events, close, last
+        self._failed = failed or (lambda error: event(error_body(error)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer = asyncio.ensure_future(self._write(scope, send))
@@ -86,9 +100,9 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         except Exception as error:
             known = as_api_error(error)
-            scope.setdefault(FACTS, {}).update(error=known.code or known.status_code)
-            await send({"type": "http.response.body", "body": event(error_body(known)), "more_body": True})
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+            note_error(scope, known)
+            await send({"type": "http.response.body", "body": self._failed(known), "more_body": True})
+        await send({"type": "http.response.body", "body": self._last, "more_body": False})
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specontext.core import Request, SamplingParams
 from specontext.engine import sampler
+from specontext.engine.restrictions import restricted
 from specontext.engine.sampler import sample
 from specontext.errors import LogitsError, SpeContextError
 
@@ -199,7 +200,7 @@ def test_penalties_equal_the_naive_formula() -> None:
     for token, times in Counter(output).items():
         expected[token] -= 0.3 * times - 0.9
     before = logits.clone()
-    adjusted = sampler._penalised(logits, [request(prompt=prompt, output=output, **parameters)], ())
+    adjusted = restricted(logits, [request(prompt=prompt, output=output, **parameters)], ())
     torch.testing.assert_close(adjusted[0], expected)
     assert torch.equal(logits, before)
 
@@ -235,7 +236,7 @@ def test_penalties_keep_up_with_the_tokens_and_read_each_once(parameters: dict[s
     for count in range(2, len(made) + 1):
         logits = random_logits(1, vocab=12)
         fresh = request(prompt=prompt, output=tuple(made[:count]), **parameters)
-        assert torch.equal(sampler._penalised(logits, [growing], ()), sampler._penalised(logits, [fresh], ()))
+        assert torch.equal(restricted(logits, [growing], ()), restricted(logits, [fresh], ()))
         growing.token_ids += made[count : count + 1]
     assert Counting.read <= len(prompt) + len(made)
 

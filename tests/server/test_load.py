@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from specontext.engine.load import LoadMeter
+from specontext.engine.orders import Life
 from specontext.engine.statistics import Count, Meter
 from specontext.errors import EngineDeadError
 from tests.server.serving import make_engine
@@ -88,13 +89,20 @@ def counting(method: Any, name: str, calls: Counter[str]) -> Any:
 
 def test_the_time_in_the_queue_is_known_exactly() -> None:
     waited: list[tuple[float, float, str]] = []
+    computed: list[int] = []
 
     class Watching:
         def token(self, seconds: float, *, first: bool) -> None:
             pass
 
-        def ended(self, seconds: float, reason: str, *, queued: float) -> None:
-            waited.append((queued, seconds, reason))
+        def step(self, tokens: int) -> None:
+            computed.append(tokens)
+
+        def ended(self, life: Life) -> None:
+            waited.append((life.queued, life.seconds, life.reason))
+            if life.reason != "abort":
+                assert life.prefill is not None and life.decode is not None
+                assert life.queued + life.prefill + life.decode <= life.seconds and life.prompt_tokens == len(PROMPT)
 
     async def test() -> None:
         async with started(make_engine(max_num_seqs=1), observer=Watching()) as served:
@@ -112,6 +120,7 @@ def test_the_time_in_the_queue_is_known_exactly() -> None:
         assert reason == "abort" and third_queued == third_whole
         for (found, whole, _), stat in zip(rest, queued, strict=True):
             assert stat <= found < whole  # counted from the submission on, so a little longer
+        assert sum(computed) >= len(PROMPT) + 59  # a prompt, and tokens that were computed in order to go on
 
     run(test)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from specontext.errors import SpeContextError
 from specontext.evaluation.analysis.rows import LENGTH_CURVE, Row, find, main_variant, standard_map
+from specontext.installing import install_command
 
 DPI = 110
 COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart
@@ -33,7 +34,7 @@ def check_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise PlotError('plots need matplotlib: pip install "specontext[plots]"') from error
+        raise PlotError(f"plots need matplotlib: {install_command('plots')}") from error
 
 
 def redraw(file: str | Path, folder: str | Path) -> list[Path]:

@@ -18,9 +18,10 @@ from typing import Any, Protocol
 
 from specontext.errors import HubError, SpeContextError
 from specontext.hub import fetch_file, load_split
+from specontext.installing import install_command
 
 SUFFIXES = (".jsonl", ".parquet")
-INSTALL = 'pip install "specontext[eval]"'
+INSTALL = install_command("eval")
 _HUB_NAME = re.compile(r"(?:hf:)?(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<subset>[\w.-]+))?(?::(?P<split>[^/]+))?")
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair; JSON can write one, UTF-8 cannot
 

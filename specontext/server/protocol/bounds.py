@@ -12,6 +12,10 @@ MOST_MESSAGES = 4096
 MOST_PARTS = 16_384  # of all messages together
 MOST_VARIABLES = 65_536  # characters of a chat template's variables, each value counting as one more
 DEEPEST_VARIABLES = 16  # levels of lists and objects in them
+MOST_TOOLS = 128  # as OpenAI has it
+MOST_OUTPUTS_OF_TOOLS = 1024  # parts of one result
+MOST_SCHEMA = 1 << 18  # characters and values of a JSON schema
+DEEPEST_SCHEMA = 64
 MOST_METADATA = 16  # entries, keys and values as OpenAI has them
 
 Name = Annotated[str, Field(max_length=1024)]
@@ -41,17 +45,27 @@ def check_messages(value: Any) -> Any:
 
 
 def _check_variables(value: Any) -> Any:
+    return check_size(value, MOST_VARIABLES, DEEPEST_VARIABLES)
+
+
+def _check_schema(value: Any) -> Any:
+    return check_size(value, MOST_SCHEMA, DEEPEST_SCHEMA)
+
+
+def check_size(value: Any, most: int, deepest: int) -> Any:
+    """The value, if it has at most so many characters and values in all, and so many levels; else a ValueError."""
     size, waiting = 0, [(value, 0)]
     while waiting:
         item, depth = waiting.pop()
-        if depth > DEEPEST_VARIABLES:
-            raise ValueError(f"it is nested too deeply: at most {DEEPEST_VARIABLES} levels")
+        if depth > deepest:
+            raise ValueError(f"it is nested too deeply: at most {deepest} levels")
         size += 1 + (len(item) if isinstance(item, str | list) else sum(map(len, item)) if isinstance(item, dict) else 0)
-        if size > MOST_VARIABLES:
-            raise ValueError(f"it is too large: at most {MOST_VARIABLES} characters and values in all")
+        if size > most:
+            raise ValueError(f"it is too large: at most {most} characters and values in all")
         inner = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
         waiting += [(one, depth + 1) for one in inner]
     return value
 
 
 Variables = Annotated[dict[str, Any], BeforeValidator(_check_variables)]
+Schema = Annotated[dict[str, Any], BeforeValidator(_check_schema)]

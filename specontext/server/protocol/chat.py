@@ -6,8 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from specontext.server.protocol.bounds import MOST_MESSAGES, Metadata, Name, Variables, check_messages
-from specontext.server.protocol.common import Body, SamplingBody, Usage, unsupported
+from specontext.server.protocol.bounds import MOST_MESSAGES, MOST_TOOLS, Metadata, Name, Variables, check_messages
+from specontext.server.protocol.common import Answered, Body, SamplingBody, Usage, unsupported
+from specontext.server.protocol.structured import StructuredBody
+from specontext.server.protocol.tools import (
+    AllowedChoice,
+    CallInMessage,
+    FunctionTool,
+    NamedChoice,
+    ToolCall,
+    ToolChoice,
+    ToolList,
+)
 
 
 def _check_kind(value: Any) -> Any:
@@ -23,13 +33,14 @@ class TextPart(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: Name | None = Field(None, description="Given to the chat template, which may have no place for it.")
     reasoning: str | None = None
     reasoning_content: str | None = Field(None, description="The same as reasoning, by its older name.")
-    tool_call_id: unsupported("tools are not implemented") = None  # type: ignore[valid-type]
-    tool_calls: unsupported("tools are not implemented", []) = None  # type: ignore[valid-type]
-    function_call: unsupported("tools are not implemented") = None  # type: ignore[valid-type]
+    tool_call_id: Name | None = Field(None, description="Of a tool's message: the call that it answers.")
+    tool_calls: Annotated[list[CallInMessage], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
+    function_call: unsupported("give the call in tool_calls") = None  # type: ignore[valid-type]
+    provider_specific_fields: Any = Field(None, description="What litellm sends back of an answer; changes nothing.")
     refusal: unsupported("the chat template has no place for it", "") = None  # type: ignore[valid-type]
     audio: unsupported("only text is implemented") = None  # type: ignore[valid-type]
     annotations: unsupported("the chat template has no place for them", []) = None  # type: ignore[valid-type]
@@ -38,6 +49,16 @@ class Message(Body):
     def _one_reasoning(self) -> Message:
         if self.reasoning and self.reasoning_content and self.reasoning != self.reasoning_content:
             raise ValueError("reasoning and reasoning_content differ: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _of_its_role(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"content is missing: a message of the role {self.role} needs a text")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls are the assistant's, and this message's role is {self.role}")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError(f"tool_call_id is for messages of the role tool, and this one's is {self.role}")
         return self
 
     @property
@@ -52,7 +73,14 @@ class Message(Body):
         message: dict[str, Any] = {"role": self.role, "content": content}
         message |= {"name": self.name} if self.name is not None else {}
         reasoning = self.reasoning_content or self.reasoning
-        return message | ({"reasoning_content": reasoning} if reasoning is not None else {})
+        message |= {"reasoning_content": reasoning} if reasoning is not None else {}
+        message |= {"tool_call_id": self.tool_call_id} if self.tool_call_id is not None else {}
+        return message | ({"tool_calls": [_for_template(call) for call in self.tool_calls]} if self.tool_calls else {})
+
+
+def _for_template(call: CallInMessage) -> dict[str, Any]:
+    function = {"name": call.function.name, "arguments": call.function.arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 class TemplateBody(Body):
@@ -64,7 +92,12 @@ class TemplateBody(Body):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: Variables | None = None
-    tools: unsupported("tools are not implemented", []) = None  # type: ignore[valid-type]
+    tools: ToolList | None = None
+
+    @property
+    def shown_tools(self) -> list[FunctionTool]:
+        """Tools that the chat template writes out."""
+        return self.tools or []
 
     @model_validator(mode="after")
     def _one_ending(self) -> TemplateBody:
@@ -73,26 +106,46 @@ class TemplateBody(Body):
         return self
 
 
-class ChatRequest(SamplingBody, TemplateBody):
+class ChatRequest(SamplingBody, StructuredBody, TemplateBody):
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**63)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, lt=2**63)
     metadata: Metadata | None = Field(None, description="Accepted for compatibility; changes nothing.")
     safety_identifier: Name | None = Field(None, description="Accepted for compatibility; changes nothing.")
     prompt_cache_key: Name | None = Field(None, description="Accepted for compatibility; changes nothing.")
-    parallel_tool_calls: bool | None = Field(None, description="Without tools it changes nothing.")
+    tool_choice: ToolChoice | None = Field(None, description="Default: auto with tools.")
+    parallel_tool_calls: bool | None = Field(None, description="False: at most one call. Without tools it changes nothing.")
     service_tier: unsupported("there is one tier", "auto", "default") = None  # type: ignore[valid-type]
     store: unsupported("nothing is stored", False) = None  # type: ignore[valid-type]
-    response_format: unsupported("output formats are not implemented", {"type": "text"}) = None  # type: ignore[valid-type]
-    tool_choice: unsupported("tools are not implemented", "none", "auto") = None  # type: ignore[valid-type]
-    functions: unsupported("tools are not implemented", []) = None  # type: ignore[valid-type]
-    function_call: unsupported("tools are not implemented", "none", "auto") = None  # type: ignore[valid-type]
+    functions: unsupported("give them as tools", []) = None  # type: ignore[valid-type]
+    function_call: unsupported("give it as tool_choice", "none", "auto") = None  # type: ignore[valid-type]
     modalities: unsupported("only text is implemented", ["text"]) = None  # type: ignore[valid-type]
     audio: unsupported("only text is implemented") = None  # type: ignore[valid-type]
     prediction: unsupported("predicted outputs are not implemented") = None  # type: ignore[valid-type]
     web_search_options: unsupported("web search is not implemented") = None  # type: ignore[valid-type]
     reasoning_effort: unsupported("give what the chat template knows in chat_template_kwargs") = None  # type: ignore[valid-type]
-    verbosity: unsupported("it is not implemented") = None  # type: ignore[valid-type]
+    verbosity: unsupported("it is not implemented", "medium") = None  # type: ignore[valid-type]
+
+    @property
+    def shown_tools(self) -> list[FunctionTool]:
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @model_validator(mode="after")
+    def _tools_and_choice(self) -> ChatRequest:
+        names = [tool.function.name for tool in self.tools or []]
+        if len({*names}) < len(names):
+            raise ValueError("tools must have different names")
+        if isinstance(self.tool_choice, NamedChoice):
+            chosen = [self.tool_choice.function.name]
+        elif isinstance(self.tool_choice, AllowedChoice):
+            chosen = [tool.function.name for tool in self.tool_choice.allowed_tools.tools]
+        else:
+            chosen = []
+        if missing := [name for name in chosen if name not in names]:
+            raise ValueError(f"tool_choice names {missing[0]}, which is not among the tools")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice is required and there are no tools: give some")
+        return self
 
 
 class TopLogprob(BaseModel):
@@ -110,22 +163,24 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Answered):
     role: Literal["assistant"] = "assistant"
     content: str | None
     reasoning: str | None = None
     reasoning_content: str | None = None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
-class ChatChoice(BaseModel):
+class ChatChoice(Answered):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: str
+    token_ids: list[int] | None = None
 
 
-class ChatResponse(BaseModel):
+class ChatResponse(Answered):
     model_config = ConfigDict(title="ChatCompletion")
 
     id: str
@@ -134,3 +189,4 @@ class ChatResponse(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None = None

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
 
-from specontext.core import MOST_STOP_TOKENS, MOST_STOPS
+from specontext.core import MOST_BAD_WORDS, MOST_BIASED, MOST_STOP_TOKENS, MOST_STOPS
 from specontext.server.protocol.bounds import MOST_OUTPUTS, Name
+
+MOST_ALLOWED = 1 << 18  # token ids
 
 
 class Body(BaseModel):
@@ -25,6 +36,17 @@ class Body(BaseModel):
         return {name: item for name, item in value.items() if name in cls.model_fields or name == first}
 
 
+class Answered(BaseModel):
+    """A part of a response that leaves some fields out where they say nothing, since clients did not ask for them."""
+
+    left_out: ClassVar[tuple[str, ...]] = ("token_ids", "prompt_token_ids", "tool_calls")
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = serialise(self)
+        return {name: value for name, value in found.items() if value is not None or name not in self.left_out}
+
+
 def unsupported(reason: str, *neutral: Any) -> Any:
     """The type of a field that is known but cannot be honoured: only values that ask for nothing are let through."""
 
@@ -39,6 +61,7 @@ def unsupported(reason: str, *neutral: Any) -> Any:
 
 class StreamOptions(Body):
     include_usage: bool = False
+    continuous_usage_stats: bool = Field(False, description="With include_usage: every event has the usage so far.")
     include_obfuscation: bool = Field(
         False, description="Pad events to multiples of 64 bytes, so that their lengths tell little. Off unless asked for."
     )
@@ -69,7 +92,18 @@ class SamplingBody(Body):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: Name | None = Field(None, description="Accepted for compatibility; changes nothing.")
-    logit_bias: unsupported("a bias on logits is not implemented", {}) = None  # type: ignore[valid-type]
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASED)
+    allowed_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=MOST_ALLOWED)] | None = None
+    bad_words: Annotated[list[str], Field(fail_fast=True, max_length=MOST_BAD_WORDS)] | None = None
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, lt=2**63, description="Keep this many of the prompt's last tokens; -1 keeps what the context can hold."
+    )
+    return_token_ids: bool | None = Field(False, description="Also give the token ids of prompt and outputs.")
+    priority: unsupported("requests are served in the order in which they come", 0) = None  # type: ignore[valid-type]
+    use_beam_search: unsupported("beam search is not implemented", False) = None  # type: ignore[valid-type]
+    length_penalty: unsupported("beam search is not implemented", 1.0, 1) = None  # type: ignore[valid-type]
+    early_stopping: unsupported("beam search is not implemented", False) = None  # type: ignore[valid-type]
+    best_of: unsupported("only the outputs that are returned are made", 1) = None  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> SamplingBody:
@@ -80,6 +114,10 @@ class SamplingBody(Body):
     @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wants_running_usage(self) -> bool:
+        return self.wants_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
     def wants_obfuscation(self) -> bool:

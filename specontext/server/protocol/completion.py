@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
 from specontext.server.protocol.bounds import MOST_PROMPTS
-from specontext.server.protocol.common import SamplingBody, Usage, unsupported
+from specontext.server.protocol.common import Answered, SamplingBody, Usage, unsupported
+from specontext.server.protocol.structured import StructuredBody
 
 
 def _check_prompt(value: Any) -> Any:
@@ -43,12 +44,11 @@ _PROMPT_SCHEMA = {
 Prompt = Annotated[Any, BeforeValidator(_check_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
 
 
-class CompletionRequest(SamplingBody):
+class CompletionRequest(SamplingBody, StructuredBody):
     prompt: Prompt
     echo: bool | None = False
     logprobs: int | None = Field(None, ge=0, lt=2**63)
     add_special_tokens: bool = True
-    best_of: unsupported("only the outputs that are returned are made", 1) = None  # type: ignore[valid-type]
     suffix: unsupported("filling in the middle is not implemented", "") = None  # type: ignore[valid-type]
 
     @property
@@ -74,11 +74,13 @@ class CompletionLogprobs(BaseModel):
         return CompletionLogprobs(**{name: mine[name] + more[name] for name in mine})
 
 
-class CompletionChoice(BaseModel):
+class CompletionChoice(Answered):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
 
 
 class CompletionResponse(BaseModel):

@@ -3,104 +3,104 @@
 from __future__ import annotations
 
 import time
-import uuid
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from specontext.core import Thinking
-from specontext.engine.output_statistics import OutputStatistics
-from specontext.engine.request_stream import Delta, RequestStream
+from specontext.engine.request_stream import Delta
+from specontext.server.answers import Answer, Growth
 from specontext.server.bounded_body import BoundedRoute
-from specontext.server.context import note, state_of
+from specontext.server.context import state_of
+from specontext.server.conversation import Conversation
 from specontext.server.logprobs import chat_logprobs
-from specontext.server.prompts import ChatPrompt
 from specontext.server.protocol.chat import ChatChoice, ChatMessage, ChatRequest, ChatResponse
 from specontext.server.protocol.common import COMPLETION_RESPONSES
-from specontext.server.sampling import chat_params
+from specontext.server.protocol.tools import FunctionCall, ToolCall
 from specontext.server.state import ServerState
 from specontext.server.streaming import EventStream, event, unless_client_leaves
-from specontext.server.usage import make_usage
 
 router = APIRouter(route_class=BoundedRoute)
 
 
-@dataclass
-class Choice:
-    """What one output has come to."""
-
-    reasoning: list[str] = field(default_factory=list)
-    content: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    tables: list[dict[int, float]] = field(default_factory=list)
-    finish_reason: str | None = None
-    stats: OutputStatistics | None = None
-    reasoning_tokens: int = 0
-
-    def add(self, delta: Delta, *, keep: bool) -> None:
-        """Take a delta, and keep its text and log-probabilities where the whole will be asked for."""
-        self.reasoning_tokens = delta.reasoning_tokens
-        if keep:
-            self.reasoning.append(delta.reasoning)
-            self.content.append(delta.text)
-            self.token_ids += delta.token_ids
-            self.tables += delta.logprobs or []
-        if delta.finish_reason is not None:
-            self.finish_reason, self.stats = delta.finish_reason, delta.stats
-
-
 class Chat:
-    """One chat request on its way through the engine."""
+    """The answer to one chat request."""
 
-    def __init__(self, state: ServerState, body: ChatRequest, stream: RequestStream) -> None:
-        self.state, self.body, self.stream = state, body, stream
-        self.choices = [Choice() for _ in range(stream.count)]
-        self.id, self.created = f"chatcmpl-{stream.request_id}", int(time.time())
-        self.completion_tokens = 0
+    def __init__(self, state: ServerState, body: ChatRequest, talk: Conversation) -> None:
+        self.state, self.body, self.talk = state, body, talk
+        self.id, self.created = f"chatcmpl-{talk.stream.request_id}", int(time.time())
 
     async def whole(self, request: Request) -> ChatResponse:
         """Wait for all outputs."""
-        async for deltas in self.stream:
-            for delta in deltas:
-                self.completion_tokens += len(delta.token_ids)
-                self.choices[delta.index].add(delta, keep=True)
-        self._note(request)
-        choices = []
-        for index, choice in enumerate(self.choices):
-            reasoning = "".join(choice.reasoning) or None
-            message = ChatMessage(content="".join(choice.content), reasoning=reasoning, reasoning_content=reasoning)
-            logprobs = self._logprobs(choice.token_ids, choice.tables)
-            choices.append(
-                ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=choice.finish_reason or "stop")
-            )
-        return ChatResponse(id=self.id, created=self.created, model=self.state.model, choices=choices, usage=self._usage())
+        await self.talk.finish(request)
+        wanted = bool(self.body.return_token_ids)
+        return ChatResponse(
+            id=self.id,
+            created=self.created,
+            model=self.state.model,
+            choices=[self._choice(index, answer) for index, answer in enumerate(self.talk.answers)],
+            usage=self.talk.usage(),
+            prompt_token_ids=self.talk.prompt_token_ids if wanted else None,
+        )
+
+    def _choice(self, index: int, answer: Answer) -> ChatChoice:
+        reasoning, content = "".join(answer.reasoning) or None, "".join(answer.content)
+        calls = [ToolCall(id=c.id, function=FunctionCall(name=c.name, arguments=c.text)) for c in answer.calls]
+        message = ChatMessage(
+            content=None if calls and not content else content,
+            reasoning=reasoning,
+            reasoning_content=reasoning,
+            tool_calls=calls or None,
+        )
+        return ChatChoice(
+            index=index,
+            message=message,
+            logprobs=self._logprobs(answer.token_ids, answer.tables),
+            finish_reason=answer.finish_reason or "stop",
+            token_ids=answer.token_ids if self.body.return_token_ids else None,
+        )
 
     async def events(self, request: Request) -> AsyncIterator[bytes]:
         """The outputs as they come, each beginning with its role."""
-        yield b"".join(self._event(index, {"role": "assistant", "content": ""}) for index in range(len(self.choices)))
-        async for deltas in self.stream:
-            if data := b"".join(self._delta_event(delta) for delta in deltas):
+        given = {"prompt_token_ids": self.talk.prompt_token_ids} if self.body.return_token_ids else {}
+        begin: dict[str, Any] = {"role": "assistant", "content": ""}
+        yield b"".join(self._event(index, begin, more=given) for index in range(len(self.talk.answers)))
+        async for grown in self.talk.grow():
+            if data := b"".join(piece for delta, growths in grown for piece in self._delta_events(delta, growths)):
                 yield data
-        self._note(request)
+        self.talk.note(request)
         if self.body.wants_usage:
-            yield event(self._head() | {"choices": [], "usage": self._usage().model_dump(exclude_none=True)})
+            yield event(self._head() | {"choices": [], "usage": self.talk.usage().model_dump(exclude_none=True)})
 
-    def _delta_event(self, delta: Delta) -> bytes:
-        self.completion_tokens += len(delta.token_ids)
-        self.choices[delta.index].add(delta, keep=False)
-        texts = {"reasoning": delta.reasoning, "reasoning_content": delta.reasoning, "content": delta.text}
-        message = {name: text for name, text in texts.items() if text}
+    def _delta_events(self, delta: Delta, growths: Sequence[Growth]) -> list[bytes]:
+        """Events of what came at once; the last one has what belongs to all of it."""
+        answer = self.talk.answers[delta.index]
+        messages = [message for growth in growths if (message := _message(growth, answer))]
+        reason = answer.finish_reason
         logprobs = self._logprobs(delta.token_ids, delta.logprobs) if delta.logprobs else None
-        if not message and logprobs is None and delta.finish_reason is None:
-            return b""
-        return self._event(delta.index, message, logprobs.model_dump() if logprobs is not None else None, delta.finish_reason)
+        tokens = {"token_ids": delta.token_ids} if self.body.return_token_ids and delta.token_ids else {}
+        if not messages and logprobs is None and reason is None and not tokens:
+            return []
+        shown = logprobs.model_dump() if logprobs is not None else None
+        *others, last = messages or [{}]
+        events = [self._event(delta.index, message) for message in others]
+        return [*events, self._event(delta.index, last, shown, reason, choice=tokens)]
 
-    def _event(self, index: int, delta: dict[str, str], logprobs: Any = None, finish_reason: str | None = None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        usage = {"usage": None} if self.body.wants_usage else {}
-        return event(self._head() | {"choices": [choice]} | usage, obfuscate=self.body.wants_obfuscation)
+    def _event(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        logprobs: Any = None,
+        finish_reason: str | None = None,
+        *,
+        choice: dict[str, Any] | None = None,
+        more: dict[str, Any] | None = None,
+    ) -> bytes:
+        whole = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason} | (choice or {})
+        usage: dict[str, Any] = {"usage": None} if self.body.wants_usage else {}
+        if self.body.wants_running_usage:
+            usage = {"usage": self.talk.usage().model_dump(exclude_none=True, exclude={"specontext"})}
+        return event(self._head() | {"choices": [whole]} | usage | (more or {}), obfuscate=self.body.wants_obfuscation)
 
     def _head(self) -> dict[str, Any]:
         return {"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.state.model}
@@ -110,24 +110,17 @@ class Chat:
             return None
         return chat_logprobs(token_ids, tables or [], self.body.top_logprobs or 0, self.state.texts)
 
-    def _usage(self) -> Any:
-        prompt_tokens, stats = sum(map(len, self.stream.prompts)), [choice.stats for choice in self.choices]
-        thought = sum(choice.reasoning_tokens for choice in self.choices) if self.stream.params.thinking is not None else None
-        return make_usage(prompt_tokens, self.completion_tokens, stats, n=len(stats), reasoning_tokens=thought)
 
-    def _note(self, request: Request) -> None:
-        note(
-            request,
-            prompt_tokens=sum(map(len, self.stream.prompts)),
-            completion_tokens=self.completion_tokens,
-            finish_reason=",".join(choice.finish_reason or "none" for choice in self.choices),
-        )
-
-
-def _thinking(state: ServerState, body: ChatRequest, prompt: ChatPrompt) -> Thinking | None:
-    if state.reasoning is None:
-        return None
-    return state.reasoning.thinking(prompt.text, continued=body.messages[-1].text if body.continue_final_message else None)
+def _message(growth: Growth, answer: Answer) -> dict[str, Any]:
+    """The delta of a message as OpenAI sends it."""
+    place = len(answer.calls) - 1 if growth.begun is None else answer.calls.index(growth.begun)
+    if growth.begun is not None:
+        call = {"id": growth.begun.id, "type": "function", "function": {"name": growth.begun.name, "arguments": ""}}
+        return {"tool_calls": [{"index": place, **call}]}
+    if growth.arguments:
+        return {"tool_calls": [{"index": place, "function": {"arguments": growth.arguments}}]}
+    texts = {"reasoning": growth.reasoning, "reasoning_content": growth.reasoning, "content": growth.text}
+    return {name: text for name, text in texts.items() if text}
 
 
 @router.post("/v1/chat/completions", response_model=ChatResponse, responses=COMPLETION_RESPONSES)
@@ -135,22 +128,12 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Continue a conversation."""
     state = state_of(request)
     state.check_model(body.model)
-    prompt = await state.encoder.messages(body)
-    params = chat_params(
-        body,
-        len(prompt.token_ids),
-        max_len=state.max_model_len,
-        max_logprobs=state.config.max_logprobs,
-        defaults=state.defaults,
-        thinking=_thinking(state, body, prompt),
-    )
-    stream = await state.submit(uuid.uuid4().hex, [prompt.token_ids], params, streaming=bool(body.stream))
-    note(request, engine_id=stream.request_id)
-    chat = Chat(state, body, stream)
+    talk = await Conversation.begin(request, state, body)
+    chat = Chat(state, body, talk)
     if body.stream:
-        return EventStream(chat.events(request), close=stream.abort)
+        return EventStream(chat.events(request), close=talk.stream.abort)
     try:
         answer = await unless_client_leaves(request.receive, chat.whole(request))
     finally:
-        stream.abort()
+        talk.stream.abort()
     return Response(answer.model_dump_json(), media_type="application/json")

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from specontext.core import SamplingParams
 from specontext.engine.llm_engine import which_prompt
 from specontext.engine.output_statistics import OutputStatistics
 from specontext.engine.request_stream import Delta, RequestStream
@@ -25,7 +26,7 @@ from specontext.server.protocol.completion import (
     CompletionRequest,
     CompletionResponse,
 )
-from specontext.server.sampling import completion_params
+from specontext.server.sampling import completion_params, truncated
 from specontext.server.state import ServerState
 from specontext.server.streaming import EventStream, event, unless_client_leaves
 from specontext.server.usage import make_usage
@@ -41,6 +42,7 @@ class Choice:
         echo: text of the prompt, where it is to come first.
         prompt_tables: log-probabilities of the prompt's tokens, where they are echoed too.
         length: characters of the tokens so far, where they have log-probabilities.
+        streamed: its tokens' ids have been shown, and those of its prompt with the first of them.
     """
 
     echo: str
@@ -49,6 +51,7 @@ class Choice:
     tables: list[dict[int, float]] = field(default_factory=list)
     prompt_tables: list[dict[int, float] | None] | None = None
     length: int = 0
+    streamed: bool = False
     finish_reason: str | None = None
     stats: OutputStatistics | None = None
 
@@ -69,7 +72,8 @@ class Completion:
         for given, tokens in zip(self.body.prompts, self.prompts, strict=True):
             echo = ""
             if self.body.echo:
-                echo = given if isinstance(given, str) else await self.state.encoder.decode(tokens)
+                whole = isinstance(given, str) and self.body.truncate_prompt_tokens is None
+                echo = str(given) if whole else await self.state.encoder.decode(tokens)
             self.choices += [Choice(echo, length=len(echo)) for _ in range(self.body.n or 1)]
 
     async def whole(self, request: Request) -> CompletionResponse:
@@ -89,6 +93,8 @@ class Completion:
                 text=choice.echo + "".join(choice.text),
                 logprobs=self._all_logprobs(index, choice),
                 finish_reason=choice.finish_reason or "length",
+                prompt_token_ids=self._prompt_of(index) if self.body.return_token_ids else None,
+                token_ids=choice.token_ids if self.body.return_token_ids else None,
             )
             for index, choice in enumerate(self.choices)
         ]
@@ -124,9 +130,14 @@ class Completion:
     def _output_event(self, delta: Delta) -> bytes:
         self._count(delta)
         logprobs = self._logprobs(self.choices[delta.index], delta.token_ids, delta.logprobs or []) if delta.token_ids else None
-        if not delta.text and logprobs is None and delta.finish_reason is None:
+        tokens = {"token_ids": delta.token_ids} if self.body.return_token_ids and delta.token_ids else {}
+        if not delta.text and logprobs is None and delta.finish_reason is None and not tokens:
             return b""
-        return self._event(delta.index, delta.text, logprobs.model_dump() if logprobs else None, delta.finish_reason)
+        shown = logprobs.model_dump() if logprobs else None
+        return self._event(delta.index, delta.text, shown, delta.finish_reason, tokens)
+
+    def _prompt_of(self, index: int) -> list[int]:
+        return list(self.prompts[index // (self.body.n or 1)])
 
     def _count(self, delta: Delta) -> None:
         self.completion_tokens += len(delta.token_ids)
@@ -134,9 +145,17 @@ class Completion:
             choice = self.choices[delta.index]
             choice.finish_reason, choice.stats = delta.finish_reason, delta.stats
 
-    def _event(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> bytes:
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-        usage = {"usage": None} if self.body.wants_usage else {}
+    def _event(
+        self, index: int, text: str, logprobs: Any, finish_reason: str | None, tokens: dict[str, Any] | None = None
+    ) -> bytes:
+        choice: dict[str, Any] = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+        if tokens and not self.choices[index].streamed:
+            choice["prompt_token_ids"] = self._prompt_of(index)
+        self.choices[index].streamed = self.choices[index].streamed or bool(tokens)
+        choice |= tokens or {}
+        usage: dict[str, Any] = {"usage": None} if self.body.wants_usage else {}
+        if self.body.wants_running_usage:
+            usage = {"usage": self._usage().model_dump(exclude_none=True, exclude={"specontext"})}
         return event(self._head() | {"choices": [choice]} | usage, obfuscate=self.body.wants_obfuscation)
 
     def _head(self) -> dict[str, Any]:
@@ -151,7 +170,7 @@ class Completion:
 
     def _echo_logprobs(self, index: int, tables: list[dict[int, float] | None]) -> CompletionLogprobs:
         assert self.body.logprobs is not None
-        tokens, echo = self.prompts[index // (self.body.n or 1)], self.choices[index].echo
+        tokens, echo = self._prompt_of(index), self.choices[index].echo
         return echo_logprobs(tokens, tables, self.body.logprobs, self.state.texts, echo=echo)
 
     def _all_logprobs(self, index: int, choice: Choice) -> CompletionLogprobs | None:
@@ -189,11 +208,13 @@ async def _encode(state: ServerState, body: CompletionRequest) -> list[list[int]
         if not prompt:
             raise ApiError(400, f"{place}the prompt is empty: give some text or token ids", param="prompt")
         if len(prompt) > state.max_model_len:
-            raise over_length(
-                f"{place}the prompt has {len(prompt)} tokens, and the model's context is {state.max_model_len}: shorten it"
-            )
+            raise over_length(f"{place}the prompt has {len(prompt)} tokens: shorten it", state.max_model_len)
         await state.encoder.check_ids(prompt, "prompt", place)
     return ids
+
+
+async def _structured(state: ServerState, body: CompletionRequest, params: SamplingParams) -> SamplingParams:
+    return replace(params, structured_outputs=await state.compile(body.structured_params, body.structured_field))
 
 
 @router.post("/v1/completions", response_model=CompletionResponse, responses=COMPLETION_RESPONSES)
@@ -201,7 +222,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continue texts."""
     state = state_of(request)
     state.check_model(body.model)
-    prompts = await _encode(state, body)
+    prompts = [truncated(prompt, body, state.max_model_len) for prompt in await _encode(state, body)]
     stream = None
     if not body.only_echo or body.logprobs is not None:  # a mere echo needs no engine
         params = completion_params(
@@ -211,6 +232,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
             max_logprobs=state.config.max_logprobs,
             defaults=state.defaults,
         )
+        params = await _structured(state, body, params)
         stream = await state.submit(uuid.uuid4().hex, prompts, params, streaming=bool(body.stream))
         note(request, engine_id=stream.request_id)
     close = stream.abort if stream is not None else lambda: None

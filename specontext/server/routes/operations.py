@@ -47,6 +47,7 @@ async def status(request: Request) -> dict[str, Any]:
     live = load.pop("requests")
     method = engine.engine.parts.method
     return load | {
+        "latency": state.metrics.latencies(),
         "running": engine.running,
         "waiting": engine.waiting,
         "prompt_tokens": engine.prompt_tokens,

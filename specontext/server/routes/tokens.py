@@ -29,7 +29,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> TokenizeResponse:
     else:
         ids = await state.encoder.text(body.prompt, add_special_tokens=body.add_special_tokens)
     if body.return_token_strs and len(ids) > state.max_model_len:
-        raise over_length(f"return_token_strs is for at most {state.max_model_len} tokens, and these are {len(ids)}")
+        raise over_length(f"return_token_strs is for at most as many, and these are {len(ids)}", state.max_model_len)
     strings = [state.texts.text_of(token) for token in ids] if body.return_token_strs else None
     return TokenizeResponse(count=len(ids), max_model_len=state.max_model_len, tokens=ids, token_strs=strings)
 
@@ -40,5 +40,5 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> DetokenizeRes
     state = state_of(request)
     state.check_model(body.model)
     if len(body.tokens) > state.max_model_len:
-        raise over_length(f"tokens are {len(body.tokens)}, and the model's context is {state.max_model_len}: send fewer")
+        raise over_length(f"there are {len(body.tokens)} tokens: send fewer", state.max_model_len)
     return DetokenizeResponse(prompt=await state.encoder.decode(body.tokens))

@@ -1,0 +1,78 @@
+"""Logits as requests want them: grammars, allowed tokens, bad words, forbidden ends, biases, penalties; in vLLM's order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specontext.core import Request, SamplingParams
+from specontext.engine.penalties import penalise, penalised
+
+
+def restricted(raw: Tensor, requests: Sequence[Request], end_token_ids: Collection[int]) -> Tensor:
+    """Logits [R, V] with everything that the requests ask for; `raw` itself where none asks for anything."""
+    masked = [row for row, request in enumerate(requests) if request.allowed is not None]
+    listed = [row for row, request in enumerate(requests) if request.params.allowed_token_ids is not None]
+    forbidden = [
+        (row, token)
+        for row, request in enumerate(requests)
+        for token in _forbidden(request, end_token_ids)
+        if token < raw.shape[1]
+    ]
+    biased = [row for row, request in enumerate(requests) if request.params.logit_bias is not None]
+    with_penalties = [row for row, request in enumerate(requests) if penalised(request)]
+    if not (masked or listed or forbidden or biased or with_penalties):
+        return raw
+    if len(masked) == len(requests):
+        adjusted = torch.where(_allowed(requests, masked), raw, -math.inf)
+        masked = []
+    else:
+        adjusted = raw.clone()
+    if masked:
+        rows = torch.tensor(masked, device=raw.device)
+        adjusted[rows] = adjusted[rows].masked_fill_(~_allowed(requests, masked), -math.inf)
+    for row in listed:
+        allowed = torch.tensor(requests[row].params.allowed_token_ids, device=raw.device)
+        kept = adjusted[row, allowed]
+        adjusted[row] = -math.inf
+        adjusted[row, allowed] = kept
+    if forbidden:
+        rows, tokens = torch.tensor(forbidden, device=raw.device).unbind(dim=1)
+        adjusted[rows, tokens] = -math.inf
+    for row in biased:
+        ids, values = zip(*(requests[row].params.logit_bias or ()), strict=True)
+        bias = torch.tensor(values, device=raw.device, dtype=adjusted.dtype)
+        adjusted[row].index_add_(0, torch.tensor(ids, device=raw.device), bias)
+    for row in with_penalties:
+        penalise(adjusted[row], requests[row])
+    return adjusted
+
+
+def _allowed(requests: Sequence[Request], rows: Sequence[int]) -> Tensor:
+    """What grammars allow in these rows, bool [rows, V]."""
+    return torch.stack([requests[row].allowed for row in rows])  # type: ignore[misc]
+
+
+def _forbidden(request: Request, end_token_ids: Collection[int]) -> list[int]:
+    """Tokens that may not come next: ends that come too early, and the last ones of bad words that have begun."""
+    params, tokens = request.params, request.token_ids
+    made = len(tokens) - request.prompt_length
+    found: list[int] = []
+    if made < params.min_tokens:
+        found += set(params.stop_token_ids).union(() if params.ignore_eos else end_token_ids)
+    for word in request.banned:
+        begun = len(word) - 1
+        if begun <= made and list(word[:-1]) == tokens[len(tokens) - begun :]:
+            found.append(word[-1])
+    return found
+
+
+def banned_sequences(params: SamplingParams, tokenizer: Any) -> list[tuple[int, ...]]:
+    """Tokens of the bad words, as they are written at the beginning of a text and behind a space."""
+    spelled = [text for word in params.bad_words for text in (word.lstrip(), f" {word.lstrip()}")]
+    found = {tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in spelled}
+    return sorted(found - {()})

@@ -1,0 +1,95 @@
+"""What one output of a conversation has come to: thinking, text and calls of tools, as it grows."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field
+
+from specontext.engine.output_statistics import OutputStatistics
+from specontext.engine.request_stream import Delta
+from specontext.models.tool_messages import short_id
+from specontext.server.tools.choice import ToolUse
+from specontext.server.tools.pieces import CallArguments, CallBegin, Piece, Text
+
+
+@dataclass
+class Call:
+    """A call of a tool; the arguments are JSON as the model wrote it, in pieces."""
+
+    id: str
+    name: str
+    arguments: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.arguments)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What an output has grown by: `begun` is a call that begins, `arguments` belong to the call that began last."""
+
+    reasoning: str = ""
+    text: str = ""
+    begun: Call | None = None
+    arguments: str = ""
+
+
+class Answer:
+    """One output.
+
+    Attributes:
+        finish_reason: as OpenAI names it, once the output has ended.
+    """
+
+    def __init__(self, use: ToolUse) -> None:
+        self.use = use
+        self.reasoning: list[str] = []
+        self.content: list[str] = []
+        self.calls: list[Call] = []
+        self.token_ids: list[int] = []
+        self.tables: list[dict[int, float]] = []
+        self.finish_reason: str | None = None
+        self.stats: OutputStatistics | None = None
+        self.reasoning_tokens = 0
+        self._reader = use.reader()
+        self._dropping = False  # a call too many
+
+    def take(self, delta: Delta) -> list[Growth]:
+        """Take what the engine has made; what there is to show."""
+        self.reasoning_tokens = delta.reasoning_tokens
+        self.token_ids += delta.token_ids
+        self.tables += delta.logprobs or []
+        pieces = self._reader.feed(delta.text) if delta.text else []
+        if delta.finish_reason is not None:
+            pieces += self._reader.finish()
+        grown = [Growth(reasoning=delta.reasoning)] if delta.reasoning else []
+        if delta.reasoning:
+            self.reasoning.append(delta.reasoning)
+        grown += [growth for piece in pieces if (growth := self._grow(piece)) is not None]
+        if delta.finish_reason is not None:
+            self.stats, self.finish_reason = delta.stats, delta.finish_reason
+            if self.calls and delta.finish_reason == "stop" and self.use.mode != "named":  # then OpenAI says stop
+                self.finish_reason = "tool_calls"
+        return grown
+
+    def _grow(self, piece: Piece) -> Growth | None:
+        if isinstance(piece, Text):
+            self.content.append(piece.text)
+            return Growth(text=piece.text)
+        if isinstance(piece, CallBegin):
+            self._dropping = bool(self.calls) and not self.use.several
+            if self._dropping:
+                return None
+            self.calls.append(Call(self._new_id(), piece.name))
+            return Growth(begun=self.calls[-1])
+        assert isinstance(piece, CallArguments)
+        if self._dropping:
+            return None
+        self.calls[-1].arguments.append(piece.text)
+        return Growth(arguments=piece.text)
+
+    def _new_id(self) -> str:
+        name = uuid.uuid4().hex
+        short = self.use.form is not None and self.use.form.id_length
+        return short_id(name) if short else f"call_{name[:24]}"

@@ -1,0 +1,1 @@
+"""The protocol of OpenAI's /v1/responses over conversations: items in, items and events out, answers that are remembered."""

@@ -1,0 +1,80 @@
+"""Calls that can be read only when they are complete: the syntax of Python, and values between tags."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from specontext.server.tools.pieces import Tool
+
+_LITERALS = {"true": True, "false": False, "null": None, "none": None}
+_FUNCTION = re.compile(r"<function=([^>\s]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=([^>\s]+)>(.*?)(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL)
+_PAIR = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)(?:</arg_value>|\Z)", re.DOTALL)
+
+
+def python_calls(text: str, tools: Mapping[str, Tool]) -> list[tuple[str, str]] | None:
+    """`[f(a=1), g(b="x")]`, with the names of JSON for its constants too."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        nodes = tree.elts if isinstance(tree, ast.List | ast.Tuple) else [tree]
+        found = []
+        for node in nodes:
+            if not isinstance(node, ast.Call) or node.args:
+                return None
+            name = ast.unparse(node.func)
+            if name not in tools:
+                return None
+            arguments = {keyword.arg: _literal(keyword.value) for keyword in node.keywords if keyword.arg is not None}
+            found.append((name, json.dumps(arguments, ensure_ascii=False)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    return found
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Name) and node.id.lower() in _LITERALS:
+        return _LITERALS[node.id.lower()]
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(item) for item in node.elts]
+    if isinstance(node, ast.Dict):
+        return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values, strict=True) if key is not None}
+    return ast.literal_eval(node)
+
+
+def function_tags(text: str, tools: Mapping[str, Tool]) -> list[tuple[str, str]] | None:
+    """`<function=name><parameter=key>value</parameter></function>`, as Qwen3-Coder writes it."""
+    found = []
+    for name, inner in _FUNCTION.findall(text):
+        if name not in tools:
+            return None
+        pairs = [(key, value.removeprefix("\n").removesuffix("\n")) for key, value in _PARAMETER.findall(inner)]
+        found.append((name, _typed(pairs, tools[name])))
+    return found
+
+
+def argument_tags(text: str, tools: Mapping[str, Tool]) -> list[tuple[str, str]] | None:
+    """`name <arg_key>key</arg_key><arg_value>value</arg_value>`, as GLM-4.5 writes it."""
+    name = text.partition("<arg_key>")[0].strip()
+    if name not in tools:
+        return None
+    return [(name, _typed([(key.strip(), value) for key, value in _PAIR.findall(text)], tools[name]))]
+
+
+def _typed(pairs: list[tuple[str, str]], tool: Tool) -> str:
+    """Arguments as JSON: texts where the schema wants texts, else what the value says."""
+    properties = tool.parameters.get("properties")
+    known = properties if isinstance(properties, Mapping) else {}
+    return json.dumps({key: _value(value, known.get(key)) for key, value in pairs}, ensure_ascii=False)
+
+
+def _value(text: str, schema: Any) -> Any:
+    if isinstance(schema, Mapping) and schema.get("type") == "string":
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return _LITERALS.get(text.strip().lower(), text)

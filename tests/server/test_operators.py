@@ -1,0 +1,147 @@
+"""What operators rely on: refusals in log and metrics, paths that are named, keys of the environment, files in deploy/."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from specontext.server.metrics import REFUSALS
+from tests.server.serving import Server, make_engine, process, running, wait_for
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+
+
+def samples(server: Server) -> dict[tuple[str, str], float]:
+    """Values of all series, by name and by the label that is not the model's."""
+    found = {}
+    for family in text_string_to_metric_families(server.get("/metrics").text):
+        for sample in family.samples:
+            labels = [value for name, value in sorted(sample.labels.items()) if name not in ("model_name", "le")]
+            found[sample.name, ",".join(labels)] = sample.value
+    return found
+
+
+def test_refusals_are_counted_and_logged(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("specontext.server")
+    before = samples(server)
+    assert {code for name, code in before if name == "specontext:request_refused_total"} == set(REFUSALS)
+    assert {code for name, code in before if name == "specontext:request_success_total"} == {"stop", "length", "abort", "error"}
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, logger="specontext.server"):
+            server.post("/v1/completions", {"prompt": "a", "temperature": "secret word"})
+            server.post("/v1/completions", {"prompt": "a", "surprise": 1})
+            server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 9999})
+            server.get("/nowhere")
+            wait_for(lambda: any("/nowhere" in record.getMessage() for record in caplog.records))
+    finally:
+        logger.removeHandler(caplog.handler)
+    lines = list(dict.fromkeys(record.message for record in caplog.records if record.message.startswith("request ")))
+    assert "param=temperature" in lines[0] and "reason=" in lines[0] and "secret" not in lines[0]
+    assert "code=unknown_parameter" in lines[1] and "code=context_length_exceeded" in lines[2] and "code=not_found" in lines[3]
+    after = samples(server)
+    for code in ("invalid_request", "unknown_parameter", "context_length_exceeded", "not_found"):
+        name = ("specontext:request_refused_total", code)
+        assert after[name] == before[name] + 1, code
+
+
+def test_metrics_of_a_request(server: Server) -> None:
+    before, ended = samples(server), ("specontext:request_success_total", "length")
+    server.post("/v1/completions", {"prompt": list(range(700, 740)), "max_tokens": 3, "ignore_eos": True})
+    after = wait_for(lambda: (now := samples(server))[ended] > before[ended] and now)
+    grown = {name: after[name] - before.get(name, 0) for name in after}
+    assert grown["specontext:request_prompt_tokens_sum", ""] == 40 and grown["specontext:request_generation_tokens_sum", ""] == 3
+    assert grown["specontext:iteration_tokens_total_sum", ""] == 42
+    for name in ("request_prefill_time_seconds", "request_decode_time_seconds"):
+        assert grown[f"specontext:{name}_count", ""] == 1
+    assert ("specontext:prefetch_stall_seconds_total", "") in after and after["process_resident_memory_bytes", ""] > 0
+    assert "prefix_bytes" in server.get("/status").json()
+
+
+def test_the_dashboard_asks_for_what_there_is(server: Server) -> None:
+    known = {name for name, _ in samples(server)}
+    dashboard = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    names = {name for text in asked for name in re.findall(r"(?:specontext:|process_)\w+", text)}
+    assert names <= known and len(names) > 20
+    own = {re.sub(r"_(bucket|sum|count|created|total)$", "", name) for name in known if name.startswith("specontext:")}
+    shown = {re.sub(r"_(bucket|sum|count|created|total)$", "", name) for name in names}
+    assert own <= shown, "every metric has its place on the dashboard"
+    documented = (DEPLOY.parent / "docs" / "serving.md").read_text()
+    assert not [name for name in own if name.removeprefix("specontext:") not in documented]
+
+
+def test_unknown_paths_name_those_that_exist(server: Server) -> None:
+    for method, path, status, words in (
+        ("GET", "/v1/nowhere", 404, "/v1/chat/completions"),
+        ("POST", "/v1/embeddings", 404, "embeddings are not made here"),
+        ("POST", "/v1/audio/speech", 404, "audio"),
+        ("GET", "/v1/chat/completions", 405, "POST"),
+    ):
+        answer = server.http.request(method, path, json={})
+        assert answer.status_code == status and words in answer.json()["error"]["message"]
+    assert server.post("/v1/messages/nowhere", {}).json()["type"] == "error"
+
+
+@pytest.mark.slow
+def test_a_second_signal_tells_those_who_wait(tmp_path: Path) -> None:
+    import httpx
+
+    with process(tmp_path / "log", "--max-model-len", "16000", "--shutdown-timeout", "50") as served:
+        body = {"prompt": "a", "max_tokens": 15000, "ignore_eos": True}
+        with httpx.Client(base_url=served.url, timeout=60) as client:
+            stream = client.build_request("POST", "/v1/completions", json=body | {"stream": True})
+            events = client.send(stream, stream=True)
+            lines = events.iter_lines()
+            next(lines)
+            served.terminate()
+            wait_for(lambda: "shutting down" in served.log.read_text())
+            served.terminate()
+            assert any("shutting_down" in line for line in lines)
+        assert served.wait() == 0
+    log = served.log.read_text()
+    assert all(word in log for word in ("loading model=nano", "loaded seconds=", "warm seconds="))
+
+
+def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setenv("SPECONTEXT_API_KEY", "one,two")
+    monkeypatch.setattr("specontext.server.run.serve", lambda engine, config, **_: given.update(keys=config.api_key))
+    from specontext.cli import main
+
+    assert main(["serve", "nano"]) == 0 and given["keys"] == ("one", "two")
+    assert main(["serve", "nano", "--api-key", "three"]) == 0 and given["keys"] == ("three",)
+
+
+def test_both_headers_carry_a_key() -> None:
+    with running(make_engine(), api_key=("secret",)) as server:
+        for headers in ({"Authorization": "Bearer secret"}, {"x-api-key": "secret"}):
+            assert server.get("/v1/models", headers=headers).status_code == 200
+        for headers in ({}, {"x-api-key": "wrong"}, {"Authorization": "Bearer wrong", "x-api-key": "secret"}):
+            assert server.get("/v1/models", headers=headers).status_code == 401
+
+
+def test_the_files_of_deploy_fit_the_server() -> None:
+    from specontext.server.settings import ServerConfig
+
+    options = {f"--{name.replace('_', '-')}" for name in ServerConfig.__dataclass_fields__} | {"--config"}
+    for path in ("Dockerfile", "compose.yaml", "kubernetes/specontext.yaml", "specontext.service"):
+        text = (DEPLOY / path).read_text()
+        commands = re.findall(r"--(?:host|port|shutdown-timeout|config|api-key)[\w-]*", text)
+        assert set(commands) <= options, path
+    kinds = [each["kind"] for each in yaml.safe_load_all((DEPLOY / "kubernetes" / "specontext.yaml").read_text())]
+    assert kinds == ["Deployment", "Service"]
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    targets = re.findall(r"^FROM \S+ AS (\S+)", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    assert compose["services"]["specontext"]["build"]["target"] in targets and "cuda" in targets
+    mounted = [volume.split(":")[0] for name in ("prometheus", "grafana") for volume in compose["services"][name]["volumes"]]
+    assert all((DEPLOY / path).exists() for path in mounted)
+    copied = re.findall(r"^COPY ((?!--)[^\n]*) \./?\S*$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    assert all((DEPLOY.parent / path).exists() for line in copied for path in line.split())

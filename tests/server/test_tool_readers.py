@@ -1,0 +1,159 @@
+"""Calls of tools in the forms of different families, however the text is cut."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from typing import Any
+
+import pytest
+
+from specontext.grammars.compiler import GrammarCompiler
+from specontext.server.tools.choice import ToolUse
+from specontext.server.tools.formats import FORMATS, MAYBE_SPACE, detect
+from specontext.server.tools.pieces import CallArguments, CallBegin, Text, Tool
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
+TOOLS = (Tool("weather", SCHEMA), Tool("stop-it"), Tool("w", SCHEMA))
+OSLO = {"city": 'Os"lo}] \\ é', "days": 3}
+ARGUMENTS = json.dumps(OSLO, ensure_ascii=False)
+CALL = f'{{"name": "weather", "arguments": {ARGUMENTS}}}'
+STOP = '{"name": "stop-it", "arguments": {}}'
+WEATHER: Any = ("weather", OSLO)
+STOPPED: Any = ("stop-it", {})
+PAIRS = f"<arg_key>city</arg_key>\n<arg_value>{OSLO['city']}</arg_value>\n<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n"
+PARAMETERS = f"<parameter=city>\n{OSLO['city']}\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
+OTHER = "<tool_call>\n<function=other>\n</function>\n</tool_call>"
+UNKNOWN = '<tool_call>{"name": "other", "arguments": {}}</tool_call> x'
+
+
+def read(form: str, text: str, cuts: list[int], mode: str = "auto") -> tuple[str, list[tuple[str, Any]]]:
+    """The text and the calls of an output, fed in pieces."""
+    reader = ToolUse(TOOLS, mode, form=FORMATS[form]).reader()
+    pieces, begin = [], 0
+    for cut in [*cuts, len(text)]:
+        pieces += reader.feed(text[begin:cut])
+        begin = cut
+    pieces += reader.finish()
+    said, calls = "", []
+    for piece in pieces:
+        if isinstance(piece, Text):
+            said += piece.text
+        elif isinstance(piece, CallBegin):
+            calls.append([piece.name, ""])
+        else:
+            assert isinstance(piece, CallArguments)
+            calls[-1][1] += piece.text
+    return said, [(name, json.loads(arguments)) for name, arguments in calls]
+
+
+CASES: list[tuple[str, str, str, list[Any]]] = [
+    ("hermes", f"<tool_call>\n{CALL}\n</tool_call>", "", [WEATHER]),
+    ("hermes", f"So.\n\n<tool_call>\n{CALL}\n</tool_call>\n<tool_call>\n{STOP}\n</tool_call>\n", "So.", [WEATHER, STOPPED]),
+    ("hermes", f"<tool_call>{CALL}", "", [WEATHER]),
+    ("hermes", f'<tool_call>{{"arguments": {ARGUMENTS}, "name": "weather"}}</tool_call>', "", [WEATHER]),
+    ("hermes", f'<tool_call>{{"name": "weather", "arguments": {json.dumps(ARGUMENTS)}}}</tool_call>', "", [WEATHER]),
+    ("hermes", '<tool_call>{"name": "stop-it"}</tool_call>', "", [STOPPED]),
+    ("hermes", '<tool_call>{"name": "stop-it", "arguments": null}</tool_call>', "", [STOPPED]),
+    ("hermes", UNKNOWN, UNKNOWN, []),
+    ("hermes", "1 < 2 and <tool_cal", "1 < 2 and <tool_cal", []),
+    ("hermes", "  no call\n", "  no call\n", []),
+    ("hermes", f"<tool_call>{CALL}</tool_call> so?", "so?", [WEATHER]),
+    ("llama3_json", f'{{"name": "weather", "parameters": {ARGUMENTS}}}', "", [WEATHER]),
+    ("llama3_json", f'<|python_tag|>{{"type": "function", "name": "weather", "parameters": {ARGUMENTS}}}', "", [WEATHER]),
+    ("llama3_json", f"{CALL}; {STOP}", "", [WEATHER, STOPPED]),
+    ("llama3_json", '{"a": [1, 2]}', '{"a": [1, 2]}', []),
+    ("llama3_json", 'So {"name": "w"}', 'So {"name": "w"}', []),
+    ("pythonic", f"[weather(city={OSLO['city']!r}, days=3), w()]", "", [WEATHER, ("w", {})]),
+    ("pythonic", '<|python_start|>[w(city="]", days=null)]<|python_end|>', "", [("w", {"city": "]", "days": None})]),
+    ("pythonic", "[1, 2] are numbers", "[1, 2] are numbers", []),
+    ("pythonic", "[other(a=1)]", "[other(a=1)]", []),
+    ("mistral", f"[TOOL_CALLS] [{CALL}, {STOP}]", "", [WEATHER, STOPPED]),
+    ("mistral", f"So: [TOOL_CALLS]weather[ARGS]{ARGUMENTS}[TOOL_CALLS]stop-it{{}}", "So:", [WEATHER, STOPPED]),
+    ("mistral_args", f"[TOOL_CALLS]weather[CALL_ID]a1b2c3d4e[ARGS]{ARGUMENTS}", "", [WEATHER]),
+    ("mistral", "[TOOL_CALLS]what now", "[TOOL_CALLS]what now", []),
+    ("glm4", f"weather\n{ARGUMENTS}", "", [WEATHER]),
+    ("glm4", "weather is fine\n{", "weather is fine\n{", []),
+    ("glm45", f"<tool_call>weather\n{PAIRS}</tool_call>", "", [WEATHER]),
+    ("qwen3_coder", f"Hm.\n<tool_call>\n<function=weather>\n{PARAMETERS}</function>\n</tool_call>", "Hm.", [WEATHER]),
+    ("qwen3_coder", OTHER, OTHER, []),
+    ("granite", f"<|tool_call|>[{CALL}]", "", [WEATHER]),
+    ("phi4_mini_json", f"functools[{CALL},{STOP}]", "", [WEATHER, STOPPED]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "text", "said", "calls"), CASES)
+def test_calls_are_found_however_the_text_is_cut(form: str, text: str, said: str, calls: list[Any]) -> None:
+    rng = random.Random(text)
+    ways = [[], list(range(1, len(text)))] + [sorted(rng.sample(range(len(text)), min(4, len(text)))) for _ in range(20)]
+    for cuts in ways:
+        assert read(form, text, cuts) == (said, calls), cuts
+
+
+@pytest.mark.parametrize("form", ["pythonic", "glm45", "qwen3_coder"])
+def test_forced_calls_of_forms_without_json_are_a_list(form: str) -> None:
+    assert read(form, f"[{CALL}, {STOP}]", [], mode="required") == ("", [WEATHER, STOPPED])
+
+
+def test_arguments_come_as_they_are_written() -> None:
+    reader = ToolUse(TOOLS, form=FORMATS["hermes"]).reader()
+    assert reader.feed('<tool_call>{"name": "weather", "argum') == [CallBegin("weather")]
+    assert reader.feed('ents": {"ci') == [CallArguments('{"ci')]
+    assert reader.feed('ty": "O') == [CallArguments('ty": "O')]
+    assert reader.feed('slo"}}') == [CallArguments('slo"}')]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_long_and_odd_texts_take_no_time_and_lose_nothing(form: str) -> None:
+    for text in ("{" * 5000, "[" * 5000, "<" * 5000, "<tool_call>" * 500, '"' * 5000, "weather" * 1000, "[TOOL_CALLS]" * 300):
+        said, calls = read(form, text, list(range(0, len(text), 7)))
+        assert not calls and said.replace("<tool_call>", "").replace("[TOOL_CALLS]", "") in text
+
+
+def test_templates_tell_their_form() -> None:
+    templates = {
+        "hermes": "{% if tools %}<tool_call>{% endif %}",
+        "llama3_json": '{% if tools is not none %}Respond in the format {"name": f, "parameters": {}}{% endif %}',
+        "mistral": "{% if tools %}[AVAILABLE_TOOLS]{% endif %}[TOOL_CALLS]",
+        "mistral_args": "{% if tools %}{% endif %}[TOOL_CALLS]f[ARGS]",
+        "glm4": "{% if tools %}{% endif %}<|observation|>",
+        "glm45": "{% if tools %}{% endif %}<|observation|><tool_call>f<arg_key>",
+        "qwen3_coder": "{% if tools %}<tool_call><function=f>{% endif %}",
+        "phi4_mini_json": "{% if tools %}functools[{}]{% endif %}",
+        "pythonic": "{% if tools %}[func_name1(params_name1=params_value1]{% endif %}",
+    }
+    assert {name: detect(template) for name, template in templates.items()} == {name: name for name in templates}
+    assert detect("{{ messages }}<tool_call>") is None
+
+
+@pytest.mark.parametrize("form", [name for name in FORMATS if FORMATS[name].spelling is not None])
+@pytest.mark.parametrize("special", [True, False])
+def test_grammars_allow_what_readers_read(form: str, special: bool, tokenizer: Any) -> None:
+    """A call in the form, forced or behind text, is taken token by token; other arguments and other texts are not."""
+    own = copy.deepcopy(tokenizer)
+    if special:
+        own.add_tokens(["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|tool_call|>"], special_tokens=True)
+    compiler = GrammarCompiler(own, vocab_size=len(own), end_token_ids=[1])
+
+    def token_of(mark: str) -> int | None:
+        [first, *rest] = own(mark, add_special_tokens=False)["input_ids"]
+        return first if not rest and compiler.is_special(first) else None
+
+    def follows(use: ToolUse, text: str) -> bool:
+        wanted = use.grammar(token_of)
+        assert wanted is not None
+        state, ids = compiler.compile(wanted).begin(), own(text, add_special_tokens=False)["input_ids"]
+        return all(state.accept(token) for token in ids) and state.matcher.is_accepting()
+
+    strict = (Tool("weather", SCHEMA | {"required": ["city", "days"], "additionalProperties": False}, strict=True),)
+    spelling = FORMATS[form].spelling
+    assert spelling is not None
+    begin = (spelling.open + spelling.begin.replace("NAME", "weather")).replace(MAYBE_SPACE, " ")
+    call = begin + '{"city": "Oslo", "days": 3}' + spelling.end + spelling.close
+    assert read(form, call, []) == ("", [("weather", {"city": "Oslo", "days": 3})])
+    forced = ToolUse(strict, "required", form=FORMATS[form])
+    assert follows(forced, call) and not follows(forced, "Oslo") and not follows(forced, call.replace("3", '"3"'))
+    free = ToolUse(strict, form=FORMATS[form])
+    if free.grammar(token_of) is not None:
+        assert follows(free, call) and follows(free, "Oslo") and not follows(free, call.replace("3", '"3"'))
