@@ -320,6 +320,7 @@ class Request:
         captured_steps: decode steps that were replayed as a captured CUDA graph.
         cached_tokens: tokens whose KV was known when it first got a seat; None before.
         history: what the sampler remembers of the tokens, for penalties.
+        held: its next token is not known yet, since it is chosen elsewhere: no step takes it, and it is the first to make room.
         prompt_logprobs: for each prompt token the log-probabilities by token id, None for the first one; it grows while the
             prompt is computed and is complete before the first token is sampled.
     """
@@ -344,6 +345,7 @@ class Request:
     captured_steps: int = 0
     cached_tokens: int | None = None
     history: object = None
+    held: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.prompt_length <= len(self.token_ids):

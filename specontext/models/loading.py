@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -13,9 +14,10 @@ from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from specontext.core import ModelShape
+from specontext.errors import ModelError, RequestError
 from specontext.gguf.source import weights_note
 from specontext.locations import check_not_quantised, one_sentence, read_config, resolve_model_path
-from specontext.models.attention import register_attention
+from specontext.models.attention import ATTENTION_NAME, attention_of, register_attention
 from specontext.models.checking import check_attention
 from specontext.models.config_check import check_supported
 from specontext.models.decoder import fix_rope
@@ -23,6 +25,19 @@ from specontext.models.end_tokens import end_tokens
 from specontext.models.number_format import running_format
 from specontext.models.tokenizer_files import load_tokenizer
 from specontext.models.weights import random_model, stored_model
+
+
+class NoTokenizer:
+    """Stands where a model was given without its tokenizer: prompts are token ids, and outputs have no text."""
+
+    def __call__(self, text: str) -> Any:
+        raise RequestError("this model was given without a tokenizer: give token ids")
+
+    def decode(self, *_: Any, **__: Any) -> str:
+        return ""
+
+    def convert_ids_to_tokens(self, token: int) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -87,3 +102,26 @@ def load_model(
     ends = end_tokens(source, tokenizer, revision=revision)
     path = source if isinstance(source, Path) else None
     return LoadedModel(str(name), path, model, tokenizer, shape, ends)
+
+
+def adopt_model(model: PreTrainedModel) -> LoadedModel:
+    """A decoder that its owner has loaded, and goes on using, as one that an engine can run.
+
+    The result shares its layers. Where attention is computed by the engine, `attention_of(adopted.model, ATTENTION_NAME)` says
+    so; outside of it everything is as it was.
+
+    Raises:
+        ModelError: using a feature that is not supported, or not on one device.
+    """
+    register_attention()
+    config, name = model.config, str(model.name_or_path) or type(model).__name__
+    check_supported(config)
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) != 1 or devices == ["meta"]:
+        raise ModelError(f"the weights of {name} are on {', '.join(devices)}, and an engine runs on one device: load it there")
+    shared = copy.copy(model)  # what its owner puts at the model itself, such as another forward, is not the engine's
+    with one_sentence(f"cannot run the model {name}"), attention_of(shared, ATTENTION_NAME):
+        shape = ModelShape.from_config(config, model.dtype)
+        check_attention(shared, shape)
+    path = Path(name) if (Path(name) / "config.json").is_file() else None
+    return LoadedModel(name, path, shared, cast(PreTrainedTokenizerBase, NoTokenizer()), shape, frozenset())
