@@ -161,10 +161,11 @@ class Admission:
 
     def preempt(self, *, but: Request | None) -> bool:
         """A request that is held, else the one that came last, leaves its seat and waits; False when there is no other."""
-        others = [r for r in reversed(self.running) if r is not but]
-        if not others or len(self.running) == 1:
+        victim = next((r for r in reversed(self.running) if r.held), None)
+        if victim is None and len(self.running) > 1:
+            victim = next((r for r in reversed(self.running) if r is not but), None)
+        if victim is None:
             return False
-        victim = next((r for r in others if r.held), others[0])
         self.put_back(victim)
         self.preemptions += 1
         victim.preemptions += 1

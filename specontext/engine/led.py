@@ -103,4 +103,3 @@ class LedEngine(LLMEngine):
     def _drop(self, request: Request) -> None:
         super()._drop(request)
         self._next_logits.pop(request.request_id, None)
-

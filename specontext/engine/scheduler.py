@@ -89,7 +89,7 @@ class Scheduler:
             if first is None:
                 if all(request.held for request in self.waiting):
                     return None
-                admission.put_back(self.running[-1])
+                admission.preempt(but=None)
                 admission.admit()
             elif not admission.preempt(but=first):
                 if resettled:

@@ -115,7 +115,9 @@ def prompts_of(input_ids: Tensor, attention_mask: Tensor | None, position_ids: T
         raise RequestError(f"the attention_mask has shape {shapes}: give one number for each token")
     mask = attention_mask.bool()
     if not mask[:, -1].all() or (mask[:, :-1] & ~mask[:, 1:]).any():
-        raise RequestError("the attention_mask hides tokens in or after a text: pad on the left (tokenizer.padding_side = 'left')")
+        raise RequestError(
+            "the attention_mask hides tokens in or after a text: pad on the left (tokenizer.padding_side = 'left')"
+        )
     if position_ids is not None:
         counted = mask.long().cumsum(dim=-1) - 1
         if position_ids.dim() != 2 or ((position_ids != counted) & mask).any():
@@ -129,7 +131,9 @@ def check_arguments(arguments: dict[str, Any]) -> None:
         raise RequestError("logits of the prompt were asked for (logits_to_keep), and generate() needs those of its end")
     for name, value in arguments.items():
         if name not in WITHOUT_EFFECT and value is not None and value is not False:
-            raise RequestError(f"generate() was given {name}, which an engine does not compute: leave it out, or disable the model")
+            raise RequestError(
+                f"generate() was given {name}, which an engine does not compute: leave it out, or disable the model"
+            )
 
 
 def _as_batch(rows: Sequence[Tensor | None]) -> Tensor:

@@ -26,7 +26,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.engine.led import LedEngine
-from specontext.engine.output_statistics import OutputStatistics
 from specontext.errors import ConfigError, ModelError, RequestError, SpeContextError
 from specontext.integrations.hf_cache import INSTEAD, EngineCache, check_arguments
 from specontext.models.attention import ATTENTION_NAME, attention_of, forget_running
@@ -70,8 +69,8 @@ def enable(
     """
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
-            f"enable takes a model of transformers, got {type(model).__name__}: give a pipeline's .model, and merge an adapter of "
-            "peft first (merge_and_unload)"
+            f"enable takes a model of transformers, got {type(model).__name__}: give a pipeline's .model, and merge an "
+            "adapter of peft first (merge_and_unload)"
         )
     disable(model)
     known = {f.name for f in fields(EngineConfig)} - NOT_HERE
@@ -164,7 +163,8 @@ class Enabled:
     def calling(self) -> Iterator[None]:
         """Inside is one call of generate(), the rows of which end with it."""
         outer = getattr(self._calls, "caches", None)
-        self._calls.caches = caches = []
+        caches: list[EngineCache] = []
+        self._calls.caches = caches
         try:
             yield
         finally:
@@ -189,10 +189,13 @@ class Enabled:
             raise ModelError("the model's weights were moved or exchanged after specontext.enable: call it again")
         limit = self.engine.parts.max_tokens
         if config.max_length > limit:
-            logger.warning("max_length %d is more than the longest context of %d tokens: outputs end there", config.max_length, limit)
+            logger.warning(
+                "max_length %d is more than the longest context of %d tokens: outputs end there", config.max_length, limit
+            )
             config.max_length = limit
         ends = getattr(config, "_eos_token_tensor", None)
-        cache = EngineCache(self.engine, config.max_length, frozenset(ends.flatten().tolist()) if ends is not None else frozenset())
+        end_token_ids = frozenset(ends.flatten().tolist() if ends is not None else ())
+        cache = EngineCache(self.engine, config.max_length, end_token_ids)
         caches.append(cache)
         return cache
 
@@ -201,14 +204,15 @@ class Enabled:
         if cache.engine is not self._engine:
             raise RequestError("this cache belongs to another model, or to settings that this one had before")
         given = [arguments.pop(name, None) for name in ("input_ids", "attention_mask", "position_ids")]
-        check_arguments(arguments)
         if given[0] is None:
             raise RequestError("generate() was given embeddings, and a retrieval head reads tokens: give input_ids")
+        check_arguments(arguments)
         if torch.is_autocast_enabled(self.loaded.model.device.type):
             raise RequestError("autocast changes number formats inside the model: load it in that format (dtype) instead")
         with self._lock, self._computing():
             logits = cache.advance(*given)
-        return CausalLMOutputWithPast(logits=logits[:, None], **{CACHE: cache})
+        output: dict[str, Any] = {"logits": logits[:, None], CACHE: cache}
+        return CausalLMOutputWithPast(**output)
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -275,7 +279,7 @@ class _Generate(_Replaced):
         if self.model.training:
             raise RequestError("the model is in training mode, in which attention may drop out: call model.eval() first")
         if kwargs.get("negative_prompt_ids") is not None:
-            raise RequestError(f"guidance by a negative prompt goes through the model without the method: leave it out; {INSTEAD}")
+            raise RequestError(f"negative_prompt_ids goes through the model without the method: leave it out; {INSTEAD}")
         with self.enabled.calling():
             return own(*args, **kwargs)
 
@@ -291,8 +295,8 @@ class _PrepareCache(_Replaced):
 
 class _Refused(_Replaced):
     def call(self, own: Any, *args: Any, **kwargs: Any) -> Any:
-        what = {"load_custom_generate": "generation code of others"}.get(self.name, "the library's continuous batching")
-        raise RequestError(f"{what} goes past the engine of an enabled model; what works is {INSTEAD}, or specontext.disable(model)")
+        what = "generation code of others" if self.name == "load_custom_generate" else "the library's continuous batching"
+        raise RequestError(f"{what} goes past the engine; what works is {INSTEAD}, or specontext.disable(model)")
 
 
 def _obstacle(config: GenerationConfig, model_kwargs: Mapping[str, Any], mode: GenerationMode) -> str | None:
@@ -305,7 +309,7 @@ def _obstacle(config: GenerationConfig, model_kwargs: Mapping[str, Any], mode: G
     if config.use_cache is False:
         return "without a cache (use_cache=False) nothing is left to choose from"
     if config.cache_implementation not in PLAIN_CACHES:
-        return f"cache_implementation '{config.cache_implementation}' is the library's: gpu_memory and host_memory say where KV lives"
+        return f"cache_implementation '{config.cache_implementation}' is the library's: see gpu_memory and host_memory"
     if config.output_attentions or config.output_hidden_states:
         return "attention and hidden states are not kept (output_attentions, output_hidden_states)"
     if config.guidance_scale not in (None, 1):

@@ -47,7 +47,7 @@ def padded(prompts: Prompts) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def written(model: PreTrainedModel, prompts: Prompts, count: int = 16, **options: Any) -> list[list[int]]:
+def written(model: PreTrainedModel, prompts: Prompts, count: int = 10, **options: Any) -> list[list[int]]:
     """Tokens that generate() writes after each prompt of a batch padded on the left."""
     given = padded(prompts)
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": PAD} | options
@@ -55,7 +55,7 @@ def written(model: PreTrainedModel, prompts: Prompts, count: int = 16, **options
     return output[:, given["input_ids"].shape[1] :].tolist()
 
 
-def of_llm(llm: LLM, prompts: Prompts, greedy: Any, count: int = 16) -> list[list[int]]:
+def of_llm(llm: LLM, prompts: Prompts, greedy: Any, count: int = 10) -> list[list[int]]:
     return [output.token_ids for output in llm.generate(prompts, greedy(count))]
 
 
@@ -67,10 +67,10 @@ def of_llm(llm: LLM, prompts: Prompts, greedy: Any, count: int = 16) -> list[lis
     [
         ("llama", "speculative", None),
         ("bands", "speculative", -1),
-        ("qwen3", "speculative", 2),
-        ("qwen2", "quest", -1),
+        pytest.param("qwen3", "speculative", 2, marks=pytest.mark.slow),
+        pytest.param("qwen2", "quest", -1, marks=pytest.mark.slow),
         ("mistral", "snapkv", None),
-        ("llama", "streaming", 1),
+        pytest.param("llama", "streaming", 1, marks=pytest.mark.slow),
         ("llama", "full", None),
     ],
 )
@@ -83,7 +83,7 @@ def test_tokens_are_those_of_llm(
     assert written(model, prompts) == want
     assert [written(model, [prompt])[0] for prompt in prompts[:2]] == want[:2]
     [stats] = [one for one in enabled.statistics if one is not None]
-    assert stats["method"] == method and stats["completion_tokens"] == 16 and stats["prompt_tokens"] == len(prompts[1])
+    assert stats["method"] == method and stats["completion_tokens"] == 10 and stats["prompt_tokens"] == len(prompts[1])
     if method != "full":
         assert 0 < stats["tokens_read_per_step"] <= 12
     if offload == -1:
@@ -92,15 +92,16 @@ def test_tokens_are_those_of_llm(
 
 def test_a_batch_that_has_no_room_takes_turns(load: Load, make_llm: Callable[..., LLM], prompts: Prompts, greedy: Any) -> None:
     """Rows wait for each other at every token; those that are ahead make room, on the host and where that is full too."""
-    want = of_llm(make_llm("llama", budget=12), prompts, greedy, 24)
+    want = of_llm(make_llm("llama", budget=12), prompts, greedy, 20)
     model = load()
     specontext.enable(model, config=settings(), gpu_memory=14 * PAGE, host_memory=60 * PAGE, max_num_seqs=4)
-    assert written(model, prompts, 24) == want
-    everything = of_llm(make_llm("llama", "full"), prompts, greedy, 24)
-    for device, host in ((26, 20), (26, 40)):
-        enabled = specontext.enable(model, config=settings("full", offload_layers=0), gpu_memory=device * PAGE, host_memory=host * PAGE)
-        assert written(model, prompts, 24) == everything
-        assert enabled.engine.scheduler.preemptions, "the memory is too little to test anything"
+    assert written(model, prompts, 20) == want
+    everything = of_llm(make_llm("llama", "full"), prompts, greedy, 20)
+    config = settings("full", offload_layers=0)
+    for host in (20, 60):
+        enabled = specontext.enable(model, config=config, gpu_memory=26 * PAGE, host_memory=host * PAGE)
+        assert written(model, prompts, 20) == everything
+        assert enabled.engine.scheduler.preemptions > 20, "there is room for all"
         enabled.engine.check_integrity()
         assert not enabled.engine.has_work
 
@@ -164,7 +165,7 @@ def test_streamers_get_tokens_as_they_come(load: Load, prompts: Prompts, tokeniz
     specontext.enable(model, config=settings())
     want = tokenizer.decode(written(model, [prompts[1]])[0])
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
-    options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD, "streamer": streamer}
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD, "streamer": streamer}
     thread = threading.Thread(target=model.generate, args=(torch.tensor([prompts[1]]),), kwargs=options)
     thread.start()
     assert "".join(streamer) == want
@@ -202,7 +203,7 @@ def test_pipelines_and_chats(load: Load, tokenizer: Any) -> None:
     plain = run()
     enabled = specontext.enable(model, config=settings(budget=300))
     assert run() == plain and enabled.statistics[0]
-    with pytest.raises(ModelError, match="give a pipeline's .model"):
+    with pytest.raises(ModelError, match=r"give a pipeline's \.model"):
         specontext.enable(pipeline("text-generation", model=model, tokenizer=tokenizer))  # type: ignore[arg-type]
 
 
@@ -319,7 +320,7 @@ def test_weights_that_were_trained_in_place_are_read_and_moved_ones_refused(load
     assert ours == written(model, prompts)
     specontext.enable(model, config=settings())
     model.to(torch.bfloat16)
-    with pytest.raises(ModelError, match="moved or exchanged after specontext.enable: call it again"):
+    with pytest.raises(ModelError, match=r"moved or exchanged after specontext\.enable: call it again"):
         written(model, prompts)
 
 
@@ -376,8 +377,8 @@ def test_more_that_is_refused(enabled_model: PreTrainedModel, load: Load, prompt
     with pytest.raises(RequestError, match="autocast"), torch.autocast("cpu", dtype=torch.bfloat16):
         enabled_model.generate(ids, max_new_tokens=4)
     with pytest.raises(SpeContextError, match=r"disable\(model\) first"):
-        pickle.dumps(enabled_model)
-    with pytest.raises(ModelError, match="PeftModel|Linear"):
+        pickle.dumps(specontext.enable(plain, config=settings("streaming")))
+    with pytest.raises(ModelError, match="got Linear"):
         specontext.enable(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=r"call model.eval\(\) first"):
         specontext.enable(plain.train())
