@@ -9,34 +9,24 @@ a forward pass of its owner's, is what it was.
 from __future__ import annotations
 
 import inspect
-import logging
-import threading
 import types
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from specontext.config import EngineConfig, SpeContextConfig
-from specontext.engine.led import LedEngine
-from specontext.errors import ConfigError, ModelError, RequestError, SpeContextError
-from specontext.integrations.hf_cache import INSTEAD, EngineCache, check_arguments
-from specontext.models.attention import ATTENTION_NAME, attention_of, forget_running
-from specontext.models.decoder import fixed_rope, moving_rope
-from specontext.models.loading import adopt_model
+from specontext.errors import ConfigError, ModelError, RequestError
+from specontext.integrations.hf_cache import INSTEAD, EngineCache
+from specontext.integrations.hf_engine import CACHE, Enabled
+from specontext.models.attention import forget_running
 
-logger = logging.getLogger("specontext")
 ENABLED = "specontext_enabled"  # attribute of a model that is
-# What the library calls a cache among the arguments and results of a forward pass: past_key_values, and cache since 5.2x.
-CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
-CACHES = ("cache", "past_key_values", "cache_params")
+CACHES = ("cache", "past_key_values", "cache_params")  # what versions of the library call it
 PLAIN_CACHES = (None, "dynamic", "hybrid")  # values of cache_implementation that ask for nothing
 NOT_HERE = frozenset(
     "model retrieval_head method dtype device methods seed load_format tensor_parallel_size trust_remote_code revision".split()
@@ -84,167 +74,38 @@ def enable(
     except BaseException:
         forget_running(model)
         raise
-    enabled.put_on(model)
+    for name, kind in REPLACED.items():
+        setattr(model, name, kind(enabled, model, name))
+    setattr(model, ENABLED, enabled)
     return enabled
 
 
 def disable(model: PreTrainedModel) -> None:
     """Restore a model that was enabled, and free what its engine holds; another model is left as it is."""
-    enabled = getattr(model, ENABLED, None)
-    if isinstance(enabled, Enabled):
-        enabled.take_off(model)
-
-
-class Enabled:
-    """The engine behind one model's generate().
-
-    It holds no reference to the model itself, so that a model that is dropped is freed at once, and its engine with it.
-
-    Attributes:
-        statistics: of each row of the last call of generate(), as in `RequestOutput.stats`.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, retrieval_head: str | Path | None, config: SpeContextConfig, options: Mapping[str, Any]
-    ) -> None:
-        self.loaded = adopt_model(model)
-        self.statistics: list[dict[str, object] | None] = []
-        self._lock = threading.RLock()
-        self._moving = moving_rope(self.loaded.model)
-        self._weights = self._addresses()
-        self._before: dict[str, Any] = {}
-        self._calls = threading.local()
-        self._engine: LedEngine | None = None
-        with self._computing():
-            self._engine = LedEngine(EngineConfig(self.loaded.name, retrieval_head, config, **options), self.loaded)
-        self._watch(False)
-
-    @property
-    def engine(self) -> LedEngine:
-        assert self._engine is not None
-        return self._engine
-
-    def put_on(self, model: PreTrainedModel) -> None:
-        """Replace the model's functions."""
-        kinds = {
-            "forward": _Forward,
-            "generate": _Generate,
-            "_prepare_cache_for_generation": _PrepareCache,
-            "load_custom_generate": _Refused,
-            "init_continuous_batching": _Refused,
-        }
-        for name, kind in kinds.items():
-            if name in vars(model):
-                self._before[name] = vars(model)[name]
-            setattr(model, name, kind(self, model, name))
-        setattr(model, ENABLED, self)
-
-    def take_off(self, model: PreTrainedModel) -> None:
-        """Put the model's own functions back, and close the engine."""
-        for name, own in list(vars(model).items()):
-            if isinstance(own, _Replaced) and own.enabled is self:
-                del vars(model)[name]
-                if name in self._before:
-                    vars(model)[name] = self._before[name]
-        vars(model).pop(ENABLED, None)
-        with self._lock:
-            self.engine.close()
-        forget_running(self.loaded.model)
-
-    @property
-    def closed(self) -> bool:
-        return self.engine.closed
-
-    def before(self, name: str, model: PreTrainedModel) -> Any:
-        """A function of the model as it was."""
-        return self._before.get(name) or getattr(type(model), name).__get__(model)
-
-    @contextmanager
-    def calling(self) -> Iterator[None]:
-        """Inside is one call of generate(), the rows of which end with it."""
-        outer = getattr(self._calls, "caches", None)
-        caches: list[EngineCache] = []
-        self._calls.caches = caches
-        try:
-            yield
-        finally:
-            self._calls.caches = outer
-            with self._lock:
-                for cache in caches:
-                    cache.close()
-            if caches:
-                self.statistics = [one.as_dict() if one is not None else None for one in caches[-1].statistics]
-
-    def new_cache(self, config: GenerationConfig) -> EngineCache:
-        """The rows of a call of generate() that begins.
-
-        Raises:
-            RequestError: it is not one of `generate`.
-            ModelError: the weights have been moved or exchanged.
-        """
-        caches: list[EngineCache] | None = getattr(self._calls, "caches", None)
-        if caches is None:
-            raise RequestError("an enabled model computes tokens in model.generate(...) only")
-        if self._addresses() != self._weights:
-            raise ModelError("the model's weights were moved or exchanged after specontext.enable: call it again")
-        limit = self.engine.parts.max_tokens
-        if config.max_length > limit:
-            logger.warning(
-                "max_length %d is more than the longest context of %d tokens: outputs end there", config.max_length, limit
-            )
-            config.max_length = limit
-        ends = getattr(config, "_eos_token_tensor", None)
-        end_token_ids = frozenset(ends.flatten().tolist() if ends is not None else ())
-        cache = EngineCache(self.engine, config.max_length, end_token_ids)
-        caches.append(cache)
-        return cache
-
-    def advance(self, cache: EngineCache, arguments: dict[str, Any]) -> CausalLMOutputWithPast:
-        """A step: what the model's forward returns for one, logits [N, 1, V] and the rows."""
-        if cache.engine is not self._engine:
-            raise RequestError("this cache belongs to another model, or to settings that this one had before")
-        given = [arguments.pop(name, None) for name in ("input_ids", "attention_mask", "position_ids")]
-        if given[0] is None:
-            raise RequestError("generate() was given embeddings, and a retrieval head reads tokens: give input_ids")
-        check_arguments(arguments)
-        if torch.is_autocast_enabled(self.loaded.model.device.type):
-            raise RequestError("autocast changes number formats inside the model: load it in that format (dtype) instead")
-        with self._lock, self._computing():
-            logits = cache.advance(*given)
-        output: dict[str, Any] = {"logits": logits[:, None], CACHE: cache}
-        return CausalLMOutputWithPast(**output)
-
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """Inside, the model's layers are the engine's."""
-        with attention_of(self.loaded.model, ATTENTION_NAME), fixed_rope(self._moving):
-            self._watch(True)
-            try:
-                yield
-            finally:
-                self._watch(False)
-
-    def _watch(self, watching: bool) -> None:
-        if self._engine is not None and not self._engine.closed and self._engine.runner.taps is not None:
-            self._engine.runner.taps.watching = watching
-
-    def _addresses(self) -> tuple[int, ...]:
-        """Where the weights lie; captured steps read from there."""
-        return tuple(parameter.data_ptr() for parameter in self.loaded.model.parameters())
-
-    def __deepcopy__(self, _: dict[int, Any]) -> None:
-        return None  # the copy of a model is an ordinary one
-
-    def __reduce__(self) -> NoReturn:
-        raise SpeContextError("an enabled model cannot be pickled: call specontext.disable(model) first, or save_pretrained")
+    enabled = vars(model).get(ENABLED) if isinstance(model, PreTrainedModel) else None
+    if not isinstance(enabled, Enabled):
+        return
+    for name in REPLACED:
+        replaced = vars(model).get(name)
+        if isinstance(replaced, _Replaced) and replaced.enabled is enabled:  # else somebody has replaced it since
+            del vars(model)[name]
+            if replaced.before is not None:
+                vars(model)[name] = replaced.before
+    del vars(model)[ENABLED]
+    enabled.close()
 
 
 class _Replaced:
-    """Stands at a model in place of one of its functions."""
+    """Stands at a model in place of one of its functions.
+
+    Attributes:
+        before: what stood there and was not of the model's class.
+    """
 
     def __init__(self, enabled: Enabled, model: PreTrainedModel, name: str) -> None:
         self.enabled, self.name, self._model = enabled, name, weakref.ref(model)
-        self.__signature__ = inspect.signature(enabled.before(name, model))
+        self.before = vars(model).get(name)
+        self.__signature__ = inspect.signature(self.own)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -252,8 +113,13 @@ class _Replaced:
         assert model is not None
         return model
 
+    @property
+    def own(self) -> Any:
+        """The function as it was."""
+        return self.before if self.before is not None else getattr(type(self.model), self.name).__get__(self.model)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        own = self.enabled.before(self.name, self.model)
+        own = self.own
         return own(*args, **kwargs) if self.enabled.closed else self.call(own, *args, **kwargs)
 
     def call(self, own: Any, *args: Any, **kwargs: Any) -> Any:
@@ -297,6 +163,15 @@ class _Refused(_Replaced):
     def call(self, own: Any, *args: Any, **kwargs: Any) -> Any:
         what = "generation code of others" if self.name == "load_custom_generate" else "the library's continuous batching"
         raise RequestError(f"{what} goes past the engine; what works is {INSTEAD}, or specontext.disable(model)")
+
+
+REPLACED: dict[str, type[_Replaced]] = {
+    "forward": _Forward,
+    "generate": _Generate,
+    "_prepare_cache_for_generation": _PrepareCache,
+    "load_custom_generate": _Refused,
+    "init_continuous_batching": _Refused,
+}
 
 
 def _obstacle(config: GenerationConfig, model_kwargs: Mapping[str, Any], mode: GenerationMode) -> str | None:

@@ -19,7 +19,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 import specontext
 from specontext import LLM, SpeContextConfig, SpeContextError
 from specontext.errors import ConfigError, EngineClosedError, HeadError, ModelError, RequestError
-from specontext.integrations.hf_generate import CACHE
+from specontext.integrations.hf_engine import CACHE
 
 PAD, END = 1, 1
 PAGE = 16 * 2 * 2 * 24 * 4  # bytes of a page of the family 'llama'
