@@ -324,6 +324,32 @@ def test_weights_that_were_trained_in_place_are_read_and_moved_ones_refused(load
         written(model, prompts)
 
 
+def test_rope_that_follows_the_length_is_fixed_for_the_engine_alone(
+    write_family: Callable[..., Path], make_llm: Callable[..., LLM], prompts: Prompts, greedy: Any
+) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    folder = write_family("llama", rope_parameters=rope, max_position_embeddings=128)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    far = torch.arange(4, 304)[None]
+    plain = written(model, prompts), model(far).logits
+    config = settings("full")
+    want = of_llm(LLM(folder, config=config, device="cpu"), prompts, greedy, 10)
+    specontext.enable(model, config=config)
+    for _ in range(2):
+        assert torch.equal(model(far).logits, plain[1])  # longer than what the engine serves
+        assert written(model, prompts) == want == plain[0]
+    specontext.disable(model)
+    assert torch.equal(model(far).logits, plain[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits(load: Load, prompts: Prompts, dtype: torch.dtype) -> None:
+    model = load().to(dtype)
+    enabled = specontext.enable(model, config=settings(offload_layers=-1))
+    assert [len(row) for row in written(model, prompts)] == [10] * 4
+    assert enabled.engine.parts.kv.arena.rows.dtype == dtype
+
+
 # Refused in words --------------------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

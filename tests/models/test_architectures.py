@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+import specontext
 from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.distill.target import Target
 from specontext.errors import ModelError
@@ -129,6 +130,21 @@ def test_tokens_are_hugging_face_s(architecture: str, write: Write, tmp_path: Pa
     wanted = [scores[at, token].item() for at, token in enumerate(prompts[2][1:])]
     found = [entry[token] for token, entry in zip(prompts[2][1:], output.prompt_logprobs[1:], strict=True)]
     assert found == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.parametrize("architecture", SOME)
+def test_so_are_those_of_its_own_generate(architecture: str, write: Write, tmp_path: Path, prompts: list[list[int]]) -> None:
+    model = write(architecture, RUN[architecture])
+    right = right_tokens(model, prompts[1:3])
+    everything, some = (SpeContextConfig(budget=budget, sink=2, recent=4, offload_layers=-1) for budget in (512, 12))
+    specontext.enable(model, tmp_path / "retrieval_head", everything)
+    assert right_tokens(model, prompts[1:3]) == right
+    enabled = specontext.enable(model, tmp_path / "retrieval_head", some)
+    assert right_tokens(model, prompts[2:3])
+    [stats] = enabled.statistics
+    assert stats is not None and stats["tokens_read_per_step"] == 12
+    specontext.disable(model)
+    assert right_tokens(model, prompts[1:3]) == right
 
 
 @pytest.mark.parametrize("architecture", SOME)
