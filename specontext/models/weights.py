@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 
+from specontext.checkpoints.adapters import CONFIG as ADAPTER
 from specontext.checkpoints.quantization import ADVICE
 from specontext.checkpoints.weights import StoredTensor, is_buffer, odd_experts, quantised_numbers, read_headers, weight_files
 from specontext.checkpoints.wording import first_few
@@ -40,10 +42,10 @@ def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, optio
     if isinstance(source, Path):  # before the long work of reading; a Hub id's files come with it
         stored = _headers(source, config)
         _check_numbers(stored)
-    with _no_report(), one_sentence(f"cannot load the model {source}"):
+    with _no_report(), one_sentence(f"cannot load the model {source}"), _without_adapter(source) as whole:
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source,
+                whole,
                 config=config,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 attn_implementation=ATTENTION_NAME,
@@ -66,6 +68,19 @@ def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, optio
     _check_report(source, model, report, stored)
     kept: PreTrainedModel = model
     return kept
+
+
+@contextmanager
+def _without_adapter(source: Path | str) -> Iterator[Path | str]:
+    """A checkpoint as it is, where the settings of a merged adapter lie beside it: the library would look for its weights."""
+    if not isinstance(source, Path) or not (source / ADAPTER).exists():
+        yield source
+        return
+    with TemporaryDirectory() as folder:
+        for file in source.iterdir():
+            if file.name != ADAPTER:
+                (Path(folder) / file.name).symlink_to(file.resolve())
+        yield Path(folder)
 
 
 def random_model(config: PreTrainedConfig, dtype: str, device: torch.device, options: Mapping[str, Any]) -> PreTrainedModel:
