@@ -3,7 +3,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format install
+# Tests that meet transformers, for each end of the versions that pyproject.toml allows.
+OLDEST = $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+COMPAT_TESTS ?= tests/models tests/distill tests/integrations tests/engine/test_equality.py tests/scripts/test_examples.py
+
+.PHONY: demo test test-compat compat-oldest compat-newest lint format install
 
 demo: $(STAMP)
 	$(BIN)/specontext demo
@@ -12,6 +16,15 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-compat: compat-oldest compat-newest
+
+compat-oldest: ASKED = transformers==$(OLDEST)
+compat-newest: ASKED = transformers<6
+compat-oldest compat-newest: $(STAMP)
+	$(BIN)/python -m pip install --quiet --upgrade --target .compat/$@ '$(ASKED)'
+	PYTHONPATH=.compat/$@ $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
+	PYTHONPATH=.compat/$@ $(BIN)/python -m pytest $(COMPAT_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -59,8 +59,8 @@ def enable(
     """
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
-            f"enable takes a model of transformers, got {type(model).__name__}: give a pipeline's .model, and merge an "
-            "adapter of peft first (merge_and_unload)"
+            f"enable takes a model of transformers, got {type(model).__name__}: give a pipeline's .model, and of "
+            "a model of peft what merge_and_unload() or get_base_model() returns"
         )
     disable(model)
     known = {f.name for f in fields(EngineConfig)} - NOT_HERE
@@ -69,6 +69,10 @@ def enable(
     if model.training:
         raise ModelError("the model is in training mode, in which attention may drop out: call model.eval() first")
     settings: dict[str, Any] = {"enable_prefix_caching": False, "methods": ()} | options
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        settings["enforce_eager"] = (
+            True  # adapters are exchanged by what Python does in a pass, which a captured step does not repeat
+        )
     try:
         enabled = Enabled(model, retrieval_head, config or SpeContextConfig(), settings)
     except BaseException:

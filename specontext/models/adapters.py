@@ -50,8 +50,8 @@ def merged(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
         changed = any(isinstance(table, BaseTunerLayer) for table in tables)
         if changed and None not in tables and tables[0].weight is tables[1].weight:
             raise ModelError(
-                f"the LoRA adapter {adapter.folder} changes an embedding of {adapter.base}, the input and output embeddings of which "
-                "are one: it cannot be merged without changing both"
+                f"the LoRA adapter {adapter.folder} changes an embedding of {adapter.base}, the input and output "
+                "embeddings of which are one: it cannot be merged without changing both"
             )
         whole: PreTrainedModel = wrapped.merge_and_unload(safe_merge=True)
     return whole

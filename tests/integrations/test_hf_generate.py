@@ -350,6 +350,22 @@ def test_16_bits(load: Load, prompts: Prompts, dtype: torch.dtype) -> None:
     assert enabled.engine.parts.kv.arena.rows.dtype == dtype
 
 
+def test_adapters_that_are_not_merged_can_be_exchanged(load: Load, prompts: Prompts) -> None:
+    peft = pytest.importorskip("peft", reason="its adapters run inside of a model")
+    settings_of = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    adapted = peft.get_peft_model(load(), peft.LoraConfig(**settings_of)).eval()
+    with adapted.disable_adapter():
+        plain = written(adapted, prompts)
+    right = written(adapted, prompts)
+    with pytest.raises(ModelError, match="get_base_model"):
+        specontext.enable(adapted)
+    enabled = specontext.enable(adapted.get_base_model(), config=settings(budget=400))
+    assert enabled.engine.config.enforce_eager
+    assert written(adapted, prompts) == right != plain
+    with adapted.disable_adapter():
+        assert written(adapted, prompts) == plain
+
+
 # Refused in words --------------------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
