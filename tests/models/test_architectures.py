@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,33 +22,9 @@ from specontext.models.decoder import decoder_layers
 from specontext.models.loading import load_model
 from specontext.retrieval.checkpoint import save_head
 from specontext.retrieval.random_head import random_head
-from tests.conftest import FAMILIES, randomise
+from tests.conftest import randomise
+from tests.models.architectures import RUN
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
-OLD = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "num_key_value_heads": 4}  # names of GPT-2's time
-RUN: dict[str, dict[str, Any]] = {
-    "BioGpt": {"num_key_value_heads": 4},
-    "CodeGen": OLD | {"rotary_dim": 8},
-    "Cohere": {},
-    "Gemma": {"head_dim": 16},
-    "Glm4": {"head_dim": 16},
-    "GPT2": OLD,
-    "GPTJ": OLD | {"rotary_dim": 8},
-    "GPTNeoX": {"num_key_value_heads": 4},
-    "Granite": {"attention_multiplier": 0.3},
-    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "Nemotron": {},
-    "Olmo2": {},
-    "OPT": {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": 4},
-    "Persimmon": {"num_key_value_heads": 4},
-    "Phi": {},
-    "Phi3": {"sliding_window": None},
-    "Qwen2Moe": {"num_experts": 4, "shared_expert_intermediate_size": 32, **EXPERTS},
-    "Qwen3Moe": {"num_experts": 4, "head_dim": 24, **EXPERTS},
-    "SmolLM3": {},
-    "StableLm": {},
-}
 SOME = [name if name in ("GPT2", "OPT", "Qwen3Moe", "StableLm") else pytest.param(name, marks=pytest.mark.slow) for name in RUN]
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "Bloom": ({}, "BloomForCausalLM is not supported: its layers have attention of their own"),
@@ -175,13 +150,6 @@ def test_a_teacher_shows_hugging_face_s_states(architecture: str, write: Write, 
     )
     model(ids)
     torch.testing.assert_close(last, caught[0][0], atol=1e-4, rtol=1e-4)
-
-
-def test_the_table_of_models_is_what_is_tested() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \| (.*) \|$", DOCUMENT.read_text(), re.MULTILINE)
-    classes = {name.removesuffix("ForCausalLM").removesuffix("LMHeadModel").lower() for name, *_ in rows}
-    assert classes == {name.lower() for name in (*RUN, *FAMILIES)}
-    assert all(words == ["yes", "yes"] for _, *words in rows)
 
 
 @pytest.mark.parametrize("architecture", REFUSED)
