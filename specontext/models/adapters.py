@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.util import find_spec
 from typing import Any
 
@@ -36,7 +37,8 @@ def merged(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import load_peft_weights
 
-    with one_sentence(f"cannot merge the LoRA adapter {adapter.folder} into {adapter.base}"):
+    with warnings.catch_warnings(), one_sentence(f"cannot merge the LoRA adapter {adapter.folder} into {adapter.base}"):
+        warnings.simplefilter("ignore", FutureWarning)  # what peft asks of transformers is their affair
         config = PeftConfig.from_pretrained(str(adapter.folder))
         config.inference_mode = True
         wrapped: Any = get_peft_model(model, config, autocast_adapter_dtype=False)

@@ -136,6 +136,8 @@ def adopt_model(model: PreTrainedModel) -> LoadedModel:
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) != 1 or devices == ["meta"]:
         raise ModelError(f"the weights of {name} are on {', '.join(devices)}, and an engine runs on one device: load it there")
+    if model.device.type not in ("cpu", "cuda"):
+        raise ModelError(f"{name} is on {model.device}, and engines run on a CPU or with CUDA: move it there")
     shared = copy.copy(model)  # what its owner puts at the model itself, such as another forward, is not the engine's
     with one_sentence(f"cannot run the model {name}"), attention_of(shared, ATTENTION_NAME):
         shape = ModelShape.from_config(config, model.dtype)
