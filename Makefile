@@ -23,8 +23,8 @@ compat-oldest: ASKED = transformers==$(OLDEST)
 compat-newest: ASKED = transformers<6
 compat-oldest compat-newest: $(STAMP)
 	$(BIN)/python -m pip install --quiet --upgrade --target .compat/$@ '$(ASKED)'
-	PYTHONPATH=.compat/$@ $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
-	PYTHONPATH=.compat/$@ $(BIN)/python -m pytest $(COMPAT_TESTS)
+	PYTHONPATH=$(CURDIR)/.compat/$@ $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
+	PYTHONPATH=$(CURDIR)/.compat/$@ $(BIN)/python -m pytest $(COMPAT_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
