@@ -33,7 +33,7 @@ class Enabled:
     It holds no reference to the model itself, so that a model that is dropped is freed at once, and its engine with it.
 
     Attributes:
-        statistics: of each row of the last call of generate(), as in `RequestOutput.stats`.
+        statistics: of each row of the last call of generate(), as in `RequestOutput.stats`; None for one that waited at its end.
     """
 
     def __init__(

@@ -20,6 +20,7 @@ import specontext
 from specontext import LLM, SpeContextConfig, SpeContextError
 from specontext.errors import ConfigError, EngineClosedError, HeadError, ModelError, RequestError
 from specontext.integrations.hf_engine import CACHE
+from specontext.retrieval.registry import METHODS
 
 PAD, END = 1, 1
 PAGE = 16 * 2 * 2 * 24 * 4  # bytes of a page of the family 'llama'
@@ -88,6 +89,17 @@ def test_tokens_are_those_of_llm(
         assert 0 < stats["tokens_read_per_step"] <= 12
     if offload == -1:
         assert stats["bytes_loaded_per_step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_so_they_are_with_every_method(
+    load: Load, make_llm: Callable[..., LLM], prompts: Prompts, greedy: Any, method: str
+) -> None:
+    want = of_llm(make_llm("llama", method, budget=12, offload_layers=1), prompts, greedy, 10)
+    model = load()
+    specontext.enable(model, config=settings(method, offload_layers=1))
+    assert written(model, prompts) == want
 
 
 def test_a_batch_that_has_no_room_takes_turns(load: Load, make_llm: Callable[..., LLM], prompts: Prompts, greedy: Any) -> None:
