@@ -242,6 +242,23 @@ def test_an_output_ends_with_the_longest_context(
         written(model, [prompts[2]])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="steps are captured on a GPU only")
+def test_on_a_gpu_steps_are_captured(load: Load, make_llm: Callable[..., LLM], prompts: Prompts, greedy: Any) -> None:
+    memory: dict[str, Any] = {"gpu_memory": 1 << 30, "host_memory": 1 << 26}
+    want = of_llm(make_llm("llama", budget=12, offload_layers=2, device="cuda", **memory), prompts, greedy, 24)
+    model = load(device_map="cuda")
+    enabled = specontext.enable(model, config=settings(offload_layers=2), **memory)
+    ids = {name: tensor.cuda() for name, tensor in padded(prompts).items()}
+    for _ in range(3):  # a size of batch is captured once it recurs
+        output = model.generate(**ids, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=PAD)
+        assert output[:, ids["input_ids"].shape[1] :].tolist() == want
+    assert enabled.statistics[0] is not None and enabled.statistics[0]["captured_steps"]
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(-1)
+    negated = model.generate(**ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=PAD)
+    assert not torch.equal(negated, output[:, : negated.shape[1]])
+
+
 # One model, and nothing else ---------------------------------------------------------------------------------------------------
 
 
