@@ -246,7 +246,7 @@ def test_an_output_ends_with_the_longest_context(
 def test_on_a_gpu_steps_are_captured(load: Load, make_llm: Callable[..., LLM], prompts: Prompts, greedy: Any) -> None:
     memory: dict[str, Any] = {"gpu_memory": 1 << 30, "host_memory": 1 << 26}
     want = of_llm(make_llm("llama", budget=12, offload_layers=2, device="cuda", **memory), prompts, greedy, 24)
-    model = load(device_map="cuda")
+    model = load().to("cuda")
     enabled = specontext.enable(model, config=settings(offload_layers=2), **memory)
     ids = {name: tensor.cuda() for name, tensor in padded(prompts).items()}
     for _ in range(3):  # a size of batch is captured once it recurs
