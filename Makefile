@@ -8,7 +8,11 @@ PIP := $(BIN)/python -m pip install -c constraints.txt
 TORCH := test -e /dev/nvidiactl || test "$$(uname -s)" != Linux \
 	|| $(PIP) --quiet --retries 0 --index-url https://download.pytorch.org/whl/cpu torch || true
 
-.PHONY: demo test lint format install
+# Tests that meet transformers, for each end of the versions that pyproject.toml allows.
+OLDEST = $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+COMPAT_TESTS ?= tests/models tests/distill tests/integrations tests/engine/test_equality.py tests/scripts/test_examples.py
+
+.PHONY: demo test test-compat compat-oldest compat-newest lint format install
 
 demo: $(SMALL)
 	$(BIN)/specontext demo
@@ -17,6 +21,15 @@ demo: $(SMALL)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-compat: compat-oldest compat-newest
+
+compat-oldest: ASKED = transformers==$(OLDEST)
+compat-newest: ASKED = transformers<6
+compat-oldest compat-newest: $(STAMP)
+	$(BIN)/python -m pip install --quiet --upgrade --target .compat/$@ '$(ASKED)'
+	PYTHONPATH=$(CURDIR)/.compat/$@ $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
+	PYTHONPATH=$(CURDIR)/.compat/$@ $(BIN)/python -m pytest $(COMPAT_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from specontext.errors import ConfigError, SpeContextError
 
 if TYPE_CHECKING:
     from specontext.engine.llm import LLM
+    from specontext.integrations.hf_generate import disable, enable
     from specontext.retrieval.head import RetrievalHead
 
 __version__ = "0.1.0"
@@ -30,6 +31,8 @@ __all__ = [
     "SpeContextConfig",
     "SpeContextError",
     "StructuredOutputsParams",
+    "disable",
+    "enable",
 ]
 
 
@@ -39,6 +42,10 @@ def __getattr__(name: str) -> Any:
         from specontext.engine.llm import LLM
 
         return LLM
+    if name in ("enable", "disable"):
+        from specontext.integrations import hf_generate
+
+        return getattr(hf_generate, name)
     if name == "RetrievalHead":
         from specontext.retrieval.head import RetrievalHead
 

@@ -428,6 +428,7 @@ class Request:
         history: what the sampler remembers of the tokens, for penalties.
         allowed: bool [V] on the device, the tokens that a grammar allows next; None allows all. Valid in one step.
         banned: sequences of tokens of which the last one may not follow the others.
+        held: its next token is not known yet, since it is chosen elsewhere: no step takes it, and it is the first to make room.
         prompt_logprobs: for each prompt token the log-probabilities by token id, None for the first one; it grows while the
             prompt is computed and is complete before the first token is sampled.
     """
@@ -454,6 +455,7 @@ class Request:
     history: object = None
     allowed: Tensor | None = None
     banned: Sequence[Sequence[int]] = ()
+    held: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.prompt_length <= len(self.token_ids):

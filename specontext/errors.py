@@ -133,6 +133,10 @@ class NoTokenLeftError(LogitsError):
         )
 
 
+class ConstraintError(SpeContextError):
+    """An output cannot go on in its grammar."""
+
+
 class RequestFailedError(NamedRequestsError):
     """Something broke while these requests ran; others are not concerned.
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specontext.checkpoints.adapters import TOKENIZER, Adapter, adapter_in
 from specontext.checkpoints.files import read_json
 from specontext.checkpoints.quantization import ADVICE, quantization_of
 from specontext.checkpoints.quantization import FILES as QUANTIZATION_FILES
@@ -36,7 +37,7 @@ def resolve_model_path(name: str | Path) -> Path | str:
     """The directory of a checkpoint: the bundled one for `nano`, a directory as given, else the Hub id itself.
 
     A GGUF file, a directory that has nothing else, and the name of a model that a package ships ('smollm2') give the directory
-    that the file was converted into; the first call converts it.
+    that the file was converted into; the first call converts it. The directory of a LoRA adapter gives that of its model.
 
     Raises:
         ModelError: a path that does not exist, a directory without a checkpoint, or a GGUF file that cannot be converted.
@@ -52,6 +53,8 @@ def resolve_model_path(name: str | Path) -> Path | str:
         if path.is_dir():
             if (path / "config.json").is_file():
                 return path
+            if (adapter := adapter_of(path)) is not None:
+                return _base_of(adapter)
             if (file := only_file(path)) is not None:
                 return converted(file)
             raise ModelError(f"{path} is not a checkpoint directory: it has no config.json{_instead_of_config(path)}")
@@ -68,6 +71,33 @@ def resolve_model_path(name: str | Path) -> Path | str:
     return str(name)
 
 
+def adapter_of(name: str | Path) -> Adapter | None:
+    """The LoRA adapter that a directory is; None for any other name.
+
+    Raises:
+        ModelError: it is broken, or does not say which model it belongs to.
+    """
+    return adapter_in(name, ModelError)
+
+
+def _base_of(adapter: Adapter) -> Path | str:
+    if adapter_of(adapter.base) is not None:
+        raise ModelError(f"{adapter.folder} is an adapter of an adapter, {adapter.base}: merge that one into its model first")
+    try:
+        return resolve_model_path(adapter.base)
+    except ModelError as error:
+        raise ModelError(
+            f"{adapter.folder} is a LoRA adapter, and its model cannot be had: {error}; where it lies elsewhere, say so in "
+            "adapter_config.json (base_model_name_or_path)"
+        ) from error
+
+
+def tokenizer_source(name: str | Path) -> Path | str:
+    """Where a model's tokenizer lies: with its weights, or with the LoRA adapter that brings one."""
+    adapter = adapter_of(name)
+    return adapter.folder if adapter is not None and adapter.beside(*TOKENIZER) else resolve_model_path(name)
+
+
 def named_models() -> str:
     """The models that need no path, for messages."""
     return "'nano', " + ", ".join(f"'{name}'" for name in PACKAGED)
@@ -76,8 +106,6 @@ def named_models() -> str:
 def _instead_of_config(path: Path) -> str:
     """What a directory without a config.json is, as far as its files tell, as the rest of a sentence."""
     inner = sorted(found.parent for pattern in ("*/config.json", "snapshots/*/config.json") for found in path.glob(pattern))
-    if (path / "adapter_config.json").exists():
-        return "; it is a LoRA adapter: merge it into its model with peft's merge_and_unload, and name the result"
     if (path / "params.json").exists():
         return "; its params.json is of the maker's own format: take the checkpoint in Hugging Face's format (safetensors)"
     return f"; {inner[0]} has one: name that directory" if inner else ": download it again, whole"

@@ -70,8 +70,8 @@ def weight_files(folder: Path, failure: Failure, *, named: str | None = None) ->
     """
     if (folder / "adapter_config.json").exists() and (adapters := sorted(folder.glob("adapter_model.*"))):
         raise failure(
-            f"{folder} has a LoRA adapter beside its weights ({adapters[0].name}), which would be left out: merge it into them "
-            "with peft's merge_and_unload, or move it elsewhere if they are meant without it"
+            f"{folder} has a LoRA adapter beside its weights ({adapters[0].name}), which would be left out: move it into a "
+            "directory of its own and name that, so that it is merged, or elsewhere if they are meant without it"
         )
     for name in (named,) if named else LOOKED_FOR:
         path = folder / name
@@ -92,8 +92,6 @@ def what_is_there(folder: Path) -> str:
     if shard := next(filter(None, (SHARD.match(file.name) for file in files)), None):
         index = f"{shard[1]}.{shard[3]}.index.json"
         return f", and {index}, which says what lies in {shard[0]} and its like, is missing: download it"
-    if (folder / "adapter_config.json").exists():
-        return ": this is a LoRA adapter; merge it into its model with peft's merge_and_unload, and name the result"
     if files:
         named = first_few([file.name for file in files])
         if files[0].suffix == ".gguf":

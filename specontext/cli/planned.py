@@ -11,7 +11,7 @@ from specontext.config import DEFAULT_BUDGET, SpeContextConfig
 from specontext.core import ModelShape
 from specontext.errors import ConfigError, ModelError
 from specontext.gguf.source import weights_note
-from specontext.locations import check_not_quantised, read_config, resolve_model_path
+from specontext.locations import adapter_of, check_not_quantised, read_config, resolve_model_path
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,8 @@ def find_facts(name: str, dtype: str, retrieval_head: str | None) -> ModelFacts:
     from specontext.retrieval.checkpoint import OWN_HEAD
 
     head = None
-    own = Path(source) / OWN_HEAD
+    adapter = adapter_of(name)
+    own = (adapter.folder if adapter is not None and adapter.beside(OWN_HEAD) else Path(source)) / OWN_HEAD
     named = retrieval_head or (str(own) if own.is_dir() else None)
     shape = ModelShape.from_config(config, format_)
     if named is None and (bundled := bundled_head(name, Path(source), shape)) is not None and bundled.is_dir():

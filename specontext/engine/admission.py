@@ -105,8 +105,7 @@ class Admission:
 
     def admit(self) -> None:
         """Give seats to waiting requests, in order, as far as there is room."""
-        while self.waiting and self._seats:
-            request = self.waiting[0]
+        while self._seats and (request := next((r for r in self.waiting if not r.held), None)) is not None:
             parked = self._parked.get(request.request_id)
             held = parked.kv if parked is not None else None
             wanted = [*(self._soon(r) for r in self.running), self._soon(request)]
@@ -115,7 +114,8 @@ class Admission:
             # Who computes the same pages now has a seat, and gets on or leaves it.
             awaited = parked is None and self.parts.prefix.awaited(request)
             if fits and not awaited and self._seat(request, parked):
-                self.running.append(self.waiting.popleft())
+                self.waiting.remove(request)
+                self.running.append(request)
             elif self.running or not self.drop_parked(but=request):
                 return
 
@@ -160,9 +160,11 @@ class Admission:
     # Out --------------------------------------------------------------------------------------------------------------
 
     def preempt(self, *, but: Request | None) -> bool:
-        """The request that came last leaves its seat and waits at the front; False when there is no other."""
-        victim = next((r for r in reversed(self.running) if r is not but), None)
-        if victim is None or len(self.running) == 1:
+        """A request that is held, else the one that came last, leaves its seat and waits; False when there is no other."""
+        victim = next((r for r in reversed(self.running) if r.held), None)
+        if victim is None and len(self.running) > 1:
+            victim = next((r for r in reversed(self.running) if r is not but), None)
+        if victim is None:
             return False
         self.put_back(victim)
         self.preemptions += 1
@@ -171,6 +173,8 @@ class Admission:
 
     def put_back(self, request: Request, *, dropping: bool = False) -> None:
         """A running request goes to the front of the queue, and what it has to the host, if there is room.
+
+        One that is held goes to the end: the others of its batch come first.
 
         Args:
             dropping: others that wait may lose what they have there.
@@ -185,7 +189,10 @@ class Admission:
             self._parked[request.request_id] = Parked(kv, *state)
         self.running.remove(request)
         self._leave(request)
-        self.waiting.appendleft(request)
+        if request.held:
+            self.waiting.append(request)
+        else:
+            self.waiting.appendleft(request)
 
     def drop_parked(self, *, but: Request | None) -> bool:
         """The last waiting request whose KV is on the host gives it up, and will be computed again; False when there is none."""

@@ -13,15 +13,11 @@ from torch import Tensor
 from specontext.core import Request, Thinking
 from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.failures import Failures
-from specontext.errors import SpeContextError
+from specontext.errors import ConstraintError
 from specontext.grammars.grammar import Grammar
 
 _MOST_THREADS = 8
 _ALONE = 1 << 16  # words of masks that one thread writes: 16 requests with a vocabulary of 131,072
-
-
-class ConstraintError(SpeContextError):
-    """An output cannot go on in its grammar."""
 
 
 class Constraint:

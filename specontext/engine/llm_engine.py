@@ -98,7 +98,7 @@ class LLMEngine:
         elif headed:
             head = find_head(
                 config.retrieval_head,
-                model_name=self.loaded.name,
+                model_name=self.loaded.head_name,
                 model_path=self.loaded.path,
                 target=self.loaded.shape,
                 need_map=config.method.granularity == "head",

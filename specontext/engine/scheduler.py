@@ -78,23 +78,29 @@ class Scheduler:
             self.parts.residency.step(self.admission.stored, self._lengths_in)
 
     def schedule(self) -> Schedule | None:
-        """The next step's requests and batch; None when there is nothing to do."""
+        """The next step's requests and batch; None when there is nothing to do, or all requests are held."""
         admission = self.admission
         if self.waiting:
             admission.admit()
         decodes, chunks = self._choose()
         resettled = False
         while self.running and not decodes and not chunks:  # nobody can grow: the others make room for the first
-            if not admission.preempt(but=self.running[0]):
+            first = next((request for request in self.running if not request.held), None)
+            if first is None:
+                if all(request.held for request in self.waiting):
+                    return None
+                admission.preempt(but=None)
+                admission.admit()
+            elif not admission.preempt(but=first):
                 if resettled:
                     raise OutOfPagesError(STUCK)
                 # There is a residency that has room for it, but no way there while it holds its pages.
                 resettled = True
-                admission.put_back(self.running[0], dropping=True)
+                admission.put_back(first, dropping=True)
                 admission.admit()
             decodes, chunks = self._choose()
         if not decodes and not chunks:
-            if self.waiting:
+            if not all(request.held for request in self.waiting):
                 raise OutOfPagesError(STUCK)
             return None
         self.parts.residency.steps += 1
@@ -114,7 +120,7 @@ class Scheduler:
     def _choose(self) -> tuple[list[Request], list[tuple[Request, int]]]:
         """Decoding requests, and chunks of prompts in what is left of the step's tokens; all have room to grow."""
         decodes: list[Request] = []
-        for request in [r for r in self.running if r.decoding]:
+        for request in [r for r in self.running if r.decoding and not r.held]:
             # Those that came last make room for those that came first.
             if request.computed < request.room or (request.seat >= 0 and self.admission.grow(request, 1, preempt=True)):
                 decodes.append(request)
@@ -126,7 +132,7 @@ class Scheduler:
         room = max(self.max_batched_tokens - len(decodes), 1)
         for request in self.running:
             length = min(request.prefill_length - request.computed, room)
-            if not request.decoding and length > 0 and self.admission.grow(request, length, preempt=False):
+            if not (request.decoding or request.held) and length > 0 and self.admission.grow(request, length, preempt=False):
                 chunks.append((request, length))
                 room -= length
         return decodes, chunks

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from specontext.checkpoints.files import check_file
 from specontext.checkpoints.wording import in_one_sentence
 from specontext.errors import SpeContextError
-from specontext.locations import resolve_model_path
+from specontext.locations import tokenizer_source
 from specontext.tasks.problem import TokenCounter
 
 
@@ -22,10 +22,10 @@ def token_counter(model: str | Path) -> TokenCounter:
     Raises:
         SpeContextError: there is no such model, or its tokenizer is broken.
     """
-    folder = resolve_model_path(model)
+    folder = tokenizer_source(model)
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():
-        return _slow_counter(folder)
+        return _slow_counter(model)
     check_file(file, SpeContextError)
     try:
         tokenizer = Tokenizer.from_file(str(file))

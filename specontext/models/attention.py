@@ -63,6 +63,12 @@ def running_of(model: PreTrainedModel) -> Running:
     return running
 
 
+def forget_running(model: PreTrainedModel) -> None:
+    """Take off a model what `running_of` put there."""
+    for module in model.modules():
+        vars(module).pop(RUNNING, None)
+
+
 @contextmanager
 def listening(model: PreTrainedModel, listener: object) -> Iterator[None]:
     """Inside, the model's layers hand their attention to `listener`."""

@@ -38,13 +38,17 @@ class CompiledModules:
                 # What the compiler has looked at stays in cycles, and the modules with it, until they are searched for.
                 weakref.finalize(self, gc.collect).atexit = False
             self._functions[single] = self._compiled(single)
+        before = [vars(module).get(name) for module, name in self._parts]  # others may have put theirs at a module
         try:
             for (module, name), function in zip(self._parts, self._functions[single], strict=True):
                 setattr(module, name, function)
             yield
         finally:
-            for module, name in self._parts:
-                vars(module).pop(name, None)
+            for (module, name), own in zip(self._parts, before, strict=True):
+                if own is not None:
+                    setattr(module, name, own)
+                else:
+                    vars(module).pop(name, None)
 
     def _compiled(self, single: bool) -> list[Any]:
         # Alike modules differ in their weights only, which are inputs of the compiled code; a limit counts them all the same.

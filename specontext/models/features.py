@@ -17,10 +17,14 @@ class FeatureTaps:
 
     Feature layer l is Hugging Face's `hidden_states[l]`: the input of layer l. l = L is the output of the last layer, before
     the final norm.
+
+    Attributes:
+        watching: else hidden states pass by; for a model that runs outside of engines too.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
         self.layers = tuple(layers)
+        self.watching = True
         self._taken: dict[int, Tensor] = {}
         modules = decoder_layers(model)
         last = len(modules)
@@ -32,13 +36,15 @@ class FeatureTaps:
 
     def _keep(self, layer: int):  # type: ignore[no-untyped-def]
         def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            self._taken[layer] = args[0] if args else kwargs["hidden_states"]
+            if self.watching:
+                self._taken[layer] = args[0] if args else kwargs["hidden_states"]
 
         return hook
 
     def _keep_output(self, layer: int):  # type: ignore[no-untyped-def]
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Any) -> None:
-            self._taken[layer] = output[0] if isinstance(output, tuple) else output
+            if self.watching:
+                self._taken[layer] = output[0] if isinstance(output, tuple) else output
 
         return hook
 

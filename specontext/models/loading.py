@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -13,9 +14,11 @@ from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from specontext.core import ModelShape
+from specontext.errors import ModelError, RequestError
 from specontext.gguf.source import weights_note
-from specontext.locations import check_not_quantised, one_sentence, read_config, resolve_model_path
-from specontext.models.attention import register_attention
+from specontext.locations import adapter_of, check_not_quantised, one_sentence, read_config, resolve_model_path
+from specontext.models.adapters import check_can_merge, merged
+from specontext.models.attention import ATTENTION_NAME, attention_of, register_attention
 from specontext.models.checking import check_attention
 from specontext.models.config_check import check_supported
 from specontext.models.decoder import fix_rope
@@ -23,6 +26,20 @@ from specontext.models.end_tokens import end_tokens
 from specontext.models.number_format import running_format
 from specontext.models.tokenizer_files import load_tokenizer
 from specontext.models.weights import random_model, stored_model
+from specontext.retrieval.checkpoint import OWN_HEAD
+
+
+class NoTokenizer:
+    """Stands where a model was given without its tokenizer: prompts are token ids, and outputs have no text."""
+
+    def __call__(self, text: str) -> Any:
+        raise RequestError("this model was given without a tokenizer: give token ids")
+
+    def decode(self, *_: Any, **__: Any) -> str:
+        return ""
+
+    def convert_ids_to_tokens(self, token: int) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -30,8 +47,9 @@ class LoadedModel:
     """A decoder ready to run.
 
     Attributes:
-        path: checkpoint directory, or None for a Hub id.
+        path: checkpoint directory, or None for a Hub id; of an adapter that has a retrieval head, its own.
         end_token_ids: tokens that end an output, see `end_tokens`.
+        base: the model that an adapter was merged into, as its name says; None for any other.
     """
 
     name: str
@@ -40,11 +58,18 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     shape: ModelShape
     end_token_ids: frozenset[int]
+    base: str | None = None
+
+    @property
+    def head_name(self) -> str:
+        """The name by which retrieval heads know the model."""
+        return self.base or self.name
 
     @property
     def weights_note(self) -> str | None:
-        """What was done to the weights before they were loaded, such as 'dequantised from Q4_1'."""
-        return weights_note(self.path)
+        """What was done to the weights before they were used, such as 'dequantised from Q4_1'."""
+        notes = [weights_note(self.path), f"merged with the LoRA adapter {Path(self.name).name}" if self.base else None]
+        return ", ".join(filter(None, notes)) or None
 
 
 def load_model(
@@ -59,13 +84,16 @@ def load_model(
     """Load weights and tokenizer, with attention routed through this engine.
 
     Args:
+        name: as of `resolve_model_path`; the adapter that it may name is merged into its model.
         load_format: "dummy" makes random weights, the same ones every time; only config and tokenizer are read. The shape
             of a quantised checkpoint is refused all the same: its sizes and speeds would be those of another model.
 
     Raises:
         ModelError: not found, broken or incomplete, quantised, or using a feature that is not supported.
     """
-    source = resolve_model_path(name)
+    adapter, source = adapter_of(name), resolve_model_path(name)
+    if adapter is not None and load_format != "dummy":
+        check_can_merge(adapter)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     register_attention()
     if not sys.stderr.isatty():
@@ -74,11 +102,12 @@ def load_model(
     config = read_config(source, **options)
     check_supported(config)
     dtype = running_format(dtype, config, device)
-    tokenizer = load_tokenizer(source, **options)  # before the weights, which take longer
+    tokenizer = load_tokenizer(name, **options)  # before the weights, which take longer
     if load_format == "dummy":
         model: Any = random_model(config, dtype, device, options)
     else:
         model = stored_model(source, config, dtype, options)
+        model = model if adapter is None else merged(model, adapter)
     with one_sentence(f"cannot load the model {source}"):
         model = model.to(device).eval().requires_grad_(False)
         shape = ModelShape.from_config(config, model.dtype)
@@ -86,4 +115,32 @@ def load_model(
     fix_rope(model)
     ends = end_tokens(source, tokenizer, revision=revision)
     path = source if isinstance(source, Path) else None
-    return LoadedModel(str(name), path, model, tokenizer, shape, ends)
+    if adapter is None:
+        return LoadedModel(str(name), path, model, tokenizer, shape, ends)
+    path = adapter.folder if adapter.beside(OWN_HEAD) else path
+    return LoadedModel(str(name), path, model, tokenizer, shape, ends, str(adapter.base))
+
+
+def adopt_model(model: PreTrainedModel) -> LoadedModel:
+    """A decoder that its owner has loaded, and goes on using, as one that an engine can run.
+
+    The result shares its layers. Where attention is computed by the engine, `attention_of(adopted.model, ATTENTION_NAME)` says
+    so; outside of it everything is as it was.
+
+    Raises:
+        ModelError: using a feature that is not supported, or not on one device.
+    """
+    register_attention()
+    config, name = model.config, str(model.name_or_path) or type(model).__name__
+    check_supported(config)
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) != 1 or devices == ["meta"]:
+        raise ModelError(f"the weights of {name} are on {', '.join(devices)}, and an engine runs on one device: load it there")
+    if model.device.type not in ("cpu", "cuda"):
+        raise ModelError(f"{name} is on {model.device}, and engines run on a CPU or with CUDA: move it there")
+    shared = copy.copy(model)  # what its owner puts at the model itself, such as another forward, is not the engine's
+    with one_sentence(f"cannot run the model {name}"), attention_of(shared, ATTENTION_NAME):
+        shape = ModelShape.from_config(config, model.dtype)
+        check_attention(shared, shape)
+    path = Path(name) if (Path(name) / "config.json").is_file() else None
+    return LoadedModel(name, path, shared, cast(PreTrainedTokenizerBase, NoTokenizer()), shape, frozenset())

@@ -12,7 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from specontext.checkpoints.files import check_side_files, read_json
 from specontext.checkpoints.wording import first_few
 from specontext.errors import ModelError
-from specontext.locations import folder_of, one_sentence, resolve_model_path
+from specontext.locations import folder_of, one_sentence, tokenizer_source
 
 WHOLE = "tokenizer.json"
 PAIR = ("vocab.json", "merges.txt")  # what byte-pair tokenizers have in its place, both or neither
@@ -31,7 +31,7 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False, revisio
     Raises:
         ModelError: not found, broken, or without its vocabulary; the message names the file.
     """
-    source = resolve_model_path(name)
+    source = tokenizer_source(name)
     if isinstance(source, Path):
         check_side_files(source, ModelError)
         _check_packages(source)

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 
+from specontext.checkpoints.adapters import CONFIG as ADAPTER
 from specontext.checkpoints.quantization import ADVICE
 from specontext.checkpoints.weights import StoredTensor, is_buffer, odd_experts, quantised_numbers, read_headers, weight_files
 from specontext.checkpoints.wording import first_few
@@ -80,7 +81,7 @@ def _without_adapter(source: Path | str) -> Iterator[Path | str]:
     with TemporaryDirectory() as folder:
         for file in source.iterdir():
             if file.name != ADAPTER:
-                (Path(folder) / file.name).symlink_to(file.absolute())
+                (Path(folder) / file.name).symlink_to(file.resolve())
         yield Path(folder)
 
 

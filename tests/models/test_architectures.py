@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+import specontext
 from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.distill.target import Target
 from specontext.errors import ModelError
@@ -22,33 +22,9 @@ from specontext.models.decoder import decoder_layers
 from specontext.models.loading import load_model
 from specontext.retrieval.checkpoint import save_head
 from specontext.retrieval.random_head import random_head
-from tests.conftest import FAMILIES, randomise
+from tests.conftest import randomise
+from tests.models.architectures import RUN
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
-OLD = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "num_key_value_heads": 4}  # names of GPT-2's time
-RUN: dict[str, dict[str, Any]] = {
-    "BioGpt": {"num_key_value_heads": 4},
-    "CodeGen": OLD | {"rotary_dim": 8},
-    "Cohere": {},
-    "Gemma": {"head_dim": 16},
-    "Glm4": {"head_dim": 16},
-    "GPT2": OLD,
-    "GPTJ": OLD | {"rotary_dim": 8},
-    "GPTNeoX": {"num_key_value_heads": 4},
-    "Granite": {"attention_multiplier": 0.3},
-    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "Nemotron": {},
-    "Olmo2": {},
-    "OPT": {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": 4},
-    "Persimmon": {"num_key_value_heads": 4},
-    "Phi": {},
-    "Phi3": {"sliding_window": None},
-    "Qwen2Moe": {"num_experts": 4, "shared_expert_intermediate_size": 32, **EXPERTS},
-    "Qwen3Moe": {"num_experts": 4, "head_dim": 24, **EXPERTS},
-    "SmolLM3": {},
-    "StableLm": {},
-}
 SOME = [name if name in ("GPT2", "OPT", "Qwen3Moe", "StableLm") else pytest.param(name, marks=pytest.mark.slow) for name in RUN]
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "Bloom": ({}, "BloomForCausalLM is not supported: its layers have attention of their own"),
@@ -132,6 +108,21 @@ def test_tokens_are_hugging_face_s(architecture: str, write: Write, tmp_path: Pa
 
 
 @pytest.mark.parametrize("architecture", SOME)
+def test_so_are_those_of_its_own_generate(architecture: str, write: Write, tmp_path: Path, prompts: list[list[int]]) -> None:
+    model = write(architecture, RUN[architecture])
+    right = right_tokens(model, prompts[1:3])
+    everything, some = (SpeContextConfig(budget=budget, sink=2, recent=4, offload_layers=-1) for budget in (512, 12))
+    specontext.enable(model, tmp_path / "retrieval_head", everything)
+    assert right_tokens(model, prompts[1:3]) == right
+    enabled = specontext.enable(model, tmp_path / "retrieval_head", some)
+    assert right_tokens(model, prompts[2:3])
+    [stats] = enabled.statistics
+    assert stats is not None and stats["tokens_read_per_step"] == 12
+    specontext.disable(model)
+    assert right_tokens(model, prompts[1:3]) == right
+
+
+@pytest.mark.parametrize("architecture", SOME)
 def test_in_16_bits_it_is_neither_refused_nor_left_without_parts_to_compile(
     architecture: str, write: Write, tmp_path: Path
 ) -> None:
@@ -159,13 +150,6 @@ def test_a_teacher_shows_hugging_face_s_states(architecture: str, write: Write, 
     )
     model(ids)
     torch.testing.assert_close(last, caught[0][0], atol=1e-4, rtol=1e-4)
-
-
-def test_the_table_of_models_is_what_is_tested() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \| (.*) \|$", DOCUMENT.read_text(), re.MULTILINE)
-    classes = {name.removesuffix("ForCausalLM").removesuffix("LMHeadModel").lower() for name, *_ in rows}
-    assert classes == {name.lower() for name in (*RUN, *FAMILIES)}
-    assert all(words == ["yes", "yes"] for _, *words in rows)
 
 
 @pytest.mark.parametrize("architecture", REFUSED)

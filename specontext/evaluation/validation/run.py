@@ -102,7 +102,7 @@ class _Validation:
         self.loaded = load_model(settings.model, dtype=settings.dtype, device=pick_device(settings.device))
         shape, most = self.loaded.shape, self.loaded.shape.max_position
         # Without its head there is nothing to validate; better said before hours of full attention.
-        find_head(settings.retrieval_head, model_name=self.loaded.name, model_path=self.loaded.path, target=shape)
+        find_head(settings.retrieval_head, model_name=self.loaded.head_name, model_path=self.loaded.path, target=shape)
         self.lengths = tuple(length for length in settings.lengths if length <= most)
         if not self.lengths:
             raise EvaluationError(f"the model's contexts end at {most} tokens: give shorter --lengths")

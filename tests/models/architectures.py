@@ -1,0 +1,61 @@
+"""The architectures that tests run against unmodified Hugging Face models. The table of docs/models.md is made of these.
+
+A new one is a line in `RUN` and one in `EXAMPLES`; `python scripts/models_table.py` then writes the table.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+OLD = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "num_key_value_heads": 4}  # names of GPT-2's time
+# By the name of their configuration class: what a tiny config needs beside the common entries.
+RUN: dict[str, dict[str, Any]] = {
+    "BioGpt": {"num_key_value_heads": 4},
+    "CodeGen": OLD | {"rotary_dim": 8},
+    "Cohere": {},
+    "Gemma": {"head_dim": 16},
+    "Glm4": {"head_dim": 16},
+    "GPT2": OLD,
+    "GPTJ": OLD | {"rotary_dim": 8},
+    "GPTNeoX": {"num_key_value_heads": 4},
+    "Granite": {"attention_multiplier": 0.3},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "Nemotron": {},
+    "Olmo2": {},
+    "OPT": {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": 4},
+    "Persimmon": {"num_key_value_heads": 4},
+    "Phi": {},
+    "Phi3": {"sliding_window": None},
+    "Qwen2Moe": {"num_experts": 4, "shared_expert_intermediate_size": 32, **EXPERTS},
+    "Qwen3Moe": {"num_experts": 4, "head_dim": 24, **EXPERTS},
+    "SmolLM3": {},
+    "StableLm": {},
+}
+# Public checkpoints, in the table's order: of what stands in `RUN`, and of the families that all other tests use (conftest.py).
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "Llama": ("meta-llama/Llama-3.1-8B-Instruct", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"),
+    "Qwen2": ("Qwen/Qwen2.5-7B-Instruct", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"),
+    "Qwen3": ("Qwen/Qwen3-8B",),
+    "Mistral": ("mistralai/Mistral-7B-Instruct-v0.3",),
+    "Qwen3Moe": ("Qwen/Qwen3-30B-A3B",),
+    "Qwen2Moe": ("Qwen/Qwen1.5-MoE-A2.7B",),
+    "Mixtral": ("mistralai/Mixtral-8x7B-Instruct-v0.1",),
+    "Phi3": ("microsoft/phi-4",),
+    "Olmo2": ("allenai/OLMo-2-1124-7B-Instruct",),
+    "Granite": ("ibm-granite/granite-3.3-8b-instruct",),
+    "SmolLM3": ("HuggingFaceTB/SmolLM3-3B",),
+    "Glm4": ("zai-org/GLM-4-9B-0414",),
+    "Gemma": ("google/gemma-7b-it",),
+    "Cohere": ("CohereLabs/c4ai-command-r-v01",),
+    "GPTNeoX": ("EleutherAI/pythia-6.9b",),
+    "StableLm": ("stabilityai/stablelm-2-12b-chat",),
+    "Nemotron": ("nvidia/Minitron-8B-Base",),
+    "Phi": ("microsoft/phi-2",),
+    "Persimmon": ("adept/persimmon-8b-chat",),
+    "OPT": ("facebook/opt-6.7b",),
+    "GPT2": ("openai-community/gpt2",),
+    "GPTJ": ("EleutherAI/gpt-j-6b",),
+    "CodeGen": ("Salesforce/codegen-2B-mono",),
+    "BioGpt": ("microsoft/biogpt",),
+}
