@@ -13,7 +13,8 @@ Systems:
   host         speculative with the KV of all layers on the host
 
 Parts:
-  ttft     seconds to the first token by length: ttft_over_hf. known_over_first: a second question on the same prompt
+  ttft     seconds to the first token by length: ttft_over_hf; on a CPU also ttft_thread_over_hf, of the processor time of the
+           calling thread, which other programs disturb less. known_over_first: a second question on the same prompt
   prefill  tokens a second of many prompts at once, against Hugging Face one by one: prefill_over_hf
   loop     a step of requests that decode, through the engine, against the model's step alone (on a GPU a captured graph), run as
            often without the engine: loop_over_step
@@ -195,6 +196,8 @@ def show(options: argparse.Namespace, sizes: Sizes, report: Report) -> None:
         row(f"first token, {int(length):,} tokens", of_length["ttft_s"], seconds)
         row("  Hugging Face in the same rounds", of_length["ttft_hf_s"], seconds)
         row("  over Hugging Face", ratios, ratio)
+        if options.device == "cpu":
+            row("  the same in processor time of a thread", report["ttft_thread_over_hf"][length], ratio)
         row("  a second question, over the first", of_length["known_over_first"], ratio)
     title = f"{sizes.prompts} prompts of {sizes.prompt:,} tokens, tokens/s"
     for field, name, form in (
