@@ -69,7 +69,7 @@ SIZES = {
         crossing=4096 - 6,
         steps=16,
         rounds=5,
-        seconds=12.0,
+        seconds=8.0,
     ),
     "cpu": Sizes(
         lengths=(1024, 4096),
@@ -86,7 +86,7 @@ SIZES = {
         crossing=256,
         steps=6,
         rounds=3,
-        seconds=25.0,
+        seconds=15.0,
     ),
 }
 QUICK = Sizes(
@@ -164,8 +164,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--lengths takes whole numbers with commas between them, got '{options.lengths}'")
     rounds = options.sizes.rounds if options.rounds is None else options.rounds
     seconds = options.sizes.seconds if options.seconds is None else options.seconds
-    if min(*lengths, rounds, options.chunk) < 1:
-        parser.error("lengths, rounds and chunks are at least 1")
+    if min(*lengths, rounds) < 1:
+        parser.error("lengths and rounds are at least 1")
+    if options.chunk <= options.sizes.mixed:
+        parser.error(f"--chunk must leave room for a prompt beside {options.sizes.mixed} requests that decode")
     options.sizes = replace(options.sizes, lengths=lengths, rounds=rounds, seconds=seconds)
     return options
 

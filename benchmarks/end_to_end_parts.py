@@ -91,7 +91,7 @@ def by_system(systems: Sequence[str], measured: Callable[[str], Report]) -> Repo
 
 def first_tokens(setup: Setup, sizes: Sizes) -> Report:
     """Time to first token by length and system, beside Hugging Face in the same rounds; and of a second question."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for system in SYSTEMS:
         found[system] = first_tokens_of(setup, sizes, system)
     fields = next(iter(next(iter(found.values())).values()))
@@ -99,16 +99,17 @@ def first_tokens(setup: Setup, sizes: Sizes) -> Report:
     return {field: {name: {system: found[system][name][field] for system in SYSTEMS} for name in lengths} for field in fields}
 
 
-def first_tokens_of(setup: Setup, sizes: Sizes, system: str) -> dict[str, dict[str, float]]:
+def first_tokens_of(setup: Setup, sizes: Sizes, system: str) -> dict[str, dict[str, Any]]:
     theirs = HuggingFace(setup.loaded)
-    with setup.engine(system, seats=1, longest=max(sizes.lengths) + 2 * NEW_QUESTION) as driver:
+    seats = 2 if system == "host" else 1  # room for what is kept of a prompt, beside the request's own
+    with setup.engine(system, seats=seats, longest=max(sizes.lengths) + 2 * NEW_QUESTION) as driver:
         warm_up = setup.prompt(min(sizes.lengths))
         theirs.seconds([warm_up])
         driver.seconds([warm_up])
         return {str(length): first_token(setup, sizes, theirs, driver, length) for length in sorted(sizes.lengths)}
 
 
-def first_token(setup: Setup, sizes: Sizes, theirs: HuggingFace, driver: Driver, length: int) -> dict[str, float]:
+def first_token(setup: Setup, sizes: Sizes, theirs: HuggingFace, driver: Driver, length: int) -> dict[str, Any]:
     document: list[int] = []
 
     def ours() -> float:
@@ -117,13 +118,15 @@ def first_token(setup: Setup, sizes: Sizes, theirs: HuggingFace, driver: Driver,
 
     spent: tuple[list[float], list[float]] = ([], [])
     calls = with_thread_time(lambda: theirs.seconds([setup.prompt(length)]), spent[0]), with_thread_time(ours, spent[1])
-    hf, own = map(statistics.median, rounds_of(sizes, *calls))
+    samples = rounds_of(sizes, *calls)
+    hf, own = map(statistics.median, samples)
     known = driver.seconds([document + setup.prompt(NEW_QUESTION)])
     return {
         "ttft_s": own,
         "ttft_hf_s": hf,
         "ttft_over_hf": own / hf,
-        "ttft_rounds": len(spent[1]),
+        "ttft_samples_s": samples[1],
+        "ttft_hf_samples_s": samples[0],
         "ttft_thread_over_hf": statistics.median(spent[1]) / statistics.median(spent[0]),
         "known_over_first": known / own,
     }
@@ -205,8 +208,13 @@ def loop(sizes: Sizes, driver: Driver) -> dict[str, float]:
 
 
 def prompt_alone(setup: Setup, sizes: Sizes, driver: Driver) -> float:
-    """Seconds of a prompt of `chunks` chunks while nothing decodes."""
-    return driver.seconds([setup.prompt(sizes.chunks * setup.chunk)])
+    """Seconds of a prompt while nothing decodes."""
+    return driver.seconds([setup.prompt(beside(setup, sizes))])
+
+
+def beside(setup: Setup, sizes: Sizes) -> int:
+    """Tokens of a prompt that takes `chunks` steps, alone and beside requests that decode."""
+    return sizes.chunks * (setup.chunk - sizes.mixed)
 
 
 def mixed_rounds(setup: Setup, sizes: Sizes, driver: Driver) -> tuple[list[list[StepTime]], list[float]]:
@@ -218,14 +226,14 @@ def mixed_rounds(setup: Setup, sizes: Sizes, driver: Driver) -> tuple[list[list[
         decodes.extend(driver.step().seconds for _ in range(sizes.steps))
         return 0.0
 
-    def beside() -> float:
-        [arriving] = driver.add([setup.prompt(sizes.chunks * setup.chunk)], 1)
+    def mixed() -> float:
+        [arriving] = driver.add([setup.prompt(beside(setup, sizes))], 1)
         prompts.append([step for step in driver.run([arriving]) if step.prompt_tokens])
         return 0.0
 
-    beside()
+    mixed()
     prompts.clear()  # what the first mixed steps cost beyond the others is `first_steps`' matter
-    rounds_of(sizes, alone, beside)
+    rounds_of(sizes, alone, mixed)
     return prompts, decodes
 
 
