@@ -259,12 +259,12 @@ def _append_entries(
 def copy_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: Tensor) -> None:
     """target[target_rows] = source[source_rows], for int64 [T] without negative rows, between any two devices."""
     if source.device == target.device:
-        source, target = _as_words(source), _as_words(target)
+        source, target = as_words(source), as_words(target)
     taken = source.index_select(0, source_rows.to(source.device))
     target.index_copy_(0, target_rows.to(target.device), taken.to(target.device))
 
 
-def _as_words(rows: Tensor) -> Tensor:
+def as_words(rows: Tensor) -> Tensor:
     """Rows as [N, words] of the widest number format that divides a row: a CPU copies bits word by word."""
     flat = rows.view(len(rows), rows.shape[1] * rows.shape[2])
     row_bytes = flat.shape[1] * rows.itemsize

@@ -1,0 +1,244 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+"""Pieces of KV rows between pools, a few programs at a time, so that the rest of the device is left to what runs beside them.
+
+A bus with a round trip of two microseconds and 50 GB/s wants 100 KB under way at any time, whoever asks for them. So every
+program has a tile of many pieces in flight, and looks up where the next tile lies while it waits for this one: the only time
+in which it asks for nothing is that of its stores.
+
+What a program loads at once is [rows of a tile, numbers of a row] with 16 bytes a thread and load; rows of a piece are
+neighbours in the tile as they are in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specontext.kernels.pieces import Entries, PagedRows, Parts
+
+PROGRAMS = 16
+TILE_BYTES = 32768
+WARPS = 8
+
+
+def listed(source: Tensor, target: Tensor, wanted: Tensor) -> Entries:
+    """See `specontext.kernels.pieces.listed`."""
+    requests, groups, width = wanted.shape
+    lists = torch.empty((2, requests, groups, width), dtype=torch.int32, device=wanted.device)
+    counts = torch.empty((requests, groups), dtype=torch.int32, device=wanted.device)
+    if counts.numel():
+        flags = wanted.contiguous().view(torch.uint8)
+        source, target = source.contiguous(), target.contiguous()
+        _list[(requests * groups,)](flags, source, target, lists[0], lists[1], counts, width, BLOCK=1024, num_warps=8)
+    return Entries(lists[0], lists[1], counts)
+
+
+def copy_pieces(
+    source: PagedRows,
+    target: PagedRows,
+    parts: Parts,
+    seats: Tensor,
+    skipped: Tensor,
+    entries: Entries,
+    *,
+    programs: int | None = None,
+    tile_bytes: int = TILE_BYTES,
+    warps: int = WARPS,
+) -> None:
+    """See `specontext.kernels.pieces.copy_pieces`. A row costs its bytes; of indices a piece costs about 24 bytes and 8 a layer.
+
+    Args:
+        tile_bytes, warps: of a program.
+    """
+    requests, groups, width = entries.source.shape
+    readers = len(parts) * requests
+    if not readers * width:
+        return
+    assert source.rows.dtype == target.rows.dtype
+    assert all(x.is_contiguous() for x in (source.rows, target.rows, source.table, target.table, parts.layers))
+    numbers = source.rows.shape[1] * source.rows.shape[2]
+    block, layers = triton.next_power_of_2(numbers), parts.layers.shape[1]
+    padded = triton.next_power_of_2(layers)
+    pieces = max(1, min(128, tile_bytes // (block * source.rows.itemsize)) // padded)
+    programs = programs or PROGRAMS
+    # All programs are at one block and request at a time: a bus that reads at random needs a table that stays in its cache.
+    splits = min(triton.cdiv(programs, parts.kv_heads), triton.cdiv(width, pieces))
+    _copy[(min(readers * splits, programs),)](
+        source.rows,
+        target.rows,
+        source.table,
+        target.table,
+        source.line.contiguous(),
+        target.line.contiguous(),
+        source.place.contiguous(),
+        target.place.contiguous(),
+        parts.layers,
+        parts.heads.contiguous(),
+        parts.groups.contiguous(),
+        seats.contiguous(),
+        skipped.view(torch.uint8),
+        entries.source.contiguous(),
+        entries.target.contiguous(),
+        entries.counts.contiguous(),
+        readers * splits,
+        splits,
+        len(parts),
+        groups,
+        width,
+        source.table.shape[1],
+        source.table.shape[2],
+        target.table.shape[1],
+        target.table.shape[2],
+        HEADS=parts.kv_heads,
+        SOURCE_PAGE=source.page_size,
+        TARGET_PAGE=target.page_size,
+        SOURCE_PLACES=source.places,
+        TARGET_PLACES=target.places,
+        LAYERS=layers,
+        LAYERS_PAD=padded,
+        WIDTH=numbers,
+        BLOCK=block,
+        PIECES=pieces,
+        num_warps=warps,
+    )
+
+
+def append_pieces(
+    pool: Tensor, pages: Tensor, seats: Tensor, positions: Tensor, new: Tensor, wanted: Tensor, page_size: int
+) -> None:
+    """See `specontext.kernels.pieces.append_pieces`."""
+    tokens, heads, places = new.shape[:3]
+    if not tokens:
+        return
+    assert pool.is_contiguous() and pages.is_contiguous() and new.is_contiguous() and new.dtype == pool.dtype
+    numbers = pool.shape[1] * pool.shape[2]
+    block, padded = triton.next_power_of_2(numbers), triton.next_power_of_2(places)
+    pieces = max(1, min(128, TILE_BYTES // (block * pool.itemsize)) // padded)
+    _append[(triton.cdiv(tokens * heads, pieces),)](
+        pool,
+        pages,
+        seats.contiguous(),
+        positions.contiguous(),
+        new,
+        wanted.view(torch.uint8),
+        tokens * heads,
+        pages.shape[1],
+        PAGE=page_size,
+        HEADS=heads,
+        PLACES=places,
+        PLACES_PAD=padded,
+        WIDTH=numbers,
+        BLOCK=block,
+        PIECES=pieces,
+        num_warps=WARPS,
+    )
+
+
+@triton.jit
+def _list(wanted, source, target, source_list, target_list, counts, width, BLOCK: tl.constexpr):
+    pair = tl.program_id(0).to(tl.int64)
+    first = pair * width
+    count = tl.full((), 0, tl.int32)
+    for start in range(0, width, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        flag = tl.load(wanted + first + place, mask=place < width, other=0) != 0
+        one = flag.to(tl.int32)
+        to = first + count + tl.cumsum(one, 0) - one
+        tl.store(source_list + to, tl.load(source + first + place, mask=flag, other=0).to(tl.int32), mask=flag)
+        tl.store(target_list + to, tl.load(target + first + place, mask=flag, other=0).to(tl.int32), mask=flag)
+        count += tl.sum(one, 0)
+    tl.store(counts + pair, count)
+
+
+@triton.jit
+def _rows(table, place, entry, head, live, PAGE: tl.constexpr, HEADS: tl.constexpr, PLACES: tl.constexpr):
+    page = tl.load(table + entry // PAGE, mask=live, other=0).to(tl.int64)
+    return ((page * PAGE + entry % PAGE) * HEADS + head) * PLACES + place
+
+
+@triton.jit
+def _next_rows(
+    source_table, target_table, source_place, target_place, source_entries, target_entries, piece, count, present, head,
+    HEADS: tl.constexpr, SOURCE_PAGE: tl.constexpr, TARGET_PAGE: tl.constexpr,
+    SOURCE_PLACES: tl.constexpr, TARGET_PLACES: tl.constexpr,
+):  # fmt: skip
+    live = present & (piece < count)
+    source_entry = tl.load(source_entries + piece, mask=live, other=0).to(tl.int64)
+    target_entry = tl.load(target_entries + piece, mask=live, other=0).to(tl.int64)
+    source_row = _rows(source_table, source_place, source_entry, head, live, SOURCE_PAGE, HEADS, SOURCE_PLACES)
+    target_row = _rows(target_table, target_place, target_entry, head, live, TARGET_PAGE, HEADS, TARGET_PLACES)
+    return source_row, target_row, live
+
+
+@triton.jit(
+    do_not_specialize=[
+        "items", "splits", "part_count", "groups", "width", "source_seats", "source_pages", "target_seats", "target_pages"
+    ]
+)  # fmt: skip
+def _copy(
+    source, target, source_table, target_table, source_line, target_line, source_place, target_place,
+    part_layers, part_heads, part_groups, seats, skipped, source_entries, target_entries, counts,
+    items, splits, part_count, groups, width, source_seats, source_pages, target_seats, target_pages,
+    HEADS: tl.constexpr, SOURCE_PAGE: tl.constexpr, TARGET_PAGE: tl.constexpr,
+    SOURCE_PLACES: tl.constexpr, TARGET_PLACES: tl.constexpr,
+    LAYERS: tl.constexpr, LAYERS_PAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    lane = tl.arange(0, PIECES * LAYERS_PAD)
+    of_piece = lane // LAYERS_PAD
+    member = lane % LAYERS_PAD
+    column = tl.arange(0, BLOCK)[None, :]
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        split = item % splits
+        part = item // splits % part_count
+        request = item // splits // part_count
+        head = tl.load(part_heads + part).to(tl.int64)
+        pair = request.to(tl.int64) * groups + tl.load(part_groups + part).to(tl.int64)
+        seat = tl.load(seats + request).to(tl.int64)
+        count = tl.load(counts + pair)
+        layer = tl.load(part_layers + part * LAYERS + member, mask=member < LAYERS, other=-1).to(tl.int64)
+        present = layer >= 0
+        present = present & (tl.load(skipped + layer, mask=present, other=1) == 0)
+        # The pages of a request in each layer of the part, and the layers' places.
+        from_table = source_table + (tl.load(source_line + layer, mask=present, other=0) * source_seats + seat) * source_pages
+        to_table = target_table + (tl.load(target_line + layer, mask=present, other=0) * target_seats + seat) * target_pages
+        from_place = tl.load(source_place + layer, mask=present, other=0)
+        to_place = tl.load(target_place + layer, mask=present, other=0)
+        count = tl.where(tl.max(present.to(tl.int32), 0) == 0, 0, count)
+        from_entries = source_entries + pair * width
+        to_entries = target_entries + pair * width
+        source_row, target_row, live = _next_rows(
+            from_table, to_table, from_place, to_place, from_entries, to_entries, split * PIECES + of_piece, count, present, head,
+            HEADS, SOURCE_PAGE, TARGET_PAGE, SOURCE_PLACES, TARGET_PLACES,
+        )  # fmt: skip
+        for first in range(split * PIECES, count, splits * PIECES):
+            mask = live[:, None] & (column < WIDTH)
+            numbers = tl.load(source + source_row[:, None] * WIDTH + column, mask=mask)
+            to = target + target_row[:, None] * WIDTH + column
+            source_row, target_row, live = _next_rows(
+                from_table, to_table, from_place, to_place, from_entries, to_entries, first + splits * PIECES + of_piece, count,
+                present, head, HEADS, SOURCE_PAGE, TARGET_PAGE, SOURCE_PLACES, TARGET_PLACES,
+            )  # fmt: skip
+            tl.store(to, numbers, mask=mask)
+
+
+@triton.jit(do_not_specialize=["count", "page_width"])
+def _append(
+    pool, pages, seats, positions, new, wanted, count, page_width,
+    PAGE: tl.constexpr, HEADS: tl.constexpr, PLACES: tl.constexpr, PLACES_PAD: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    lane = tl.arange(0, PIECES * PLACES_PAD)
+    piece = tl.program_id(0).to(tl.int64) * PIECES + lane // PLACES_PAD
+    place = lane % PLACES_PAD
+    token, head = piece // HEADS, piece % HEADS
+    position = tl.load(positions + token, mask=piece < count, other=-1).to(tl.int64)
+    live = (position >= 0) & (place < PLACES)
+    live = live & (tl.load(wanted + place, mask=live, other=0) != 0)
+    seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
+    row = _rows(pages + seat * page_width, place, position, head, live, PAGE, HEADS, PLACES)
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = live[:, None] & (column < WIDTH)
+    numbers = tl.load(new + (piece * PLACES + place)[:, None] * WIDTH + column, mask=mask)
+    tl.store(pool + row[:, None] * WIDTH + column, numbers, mask=mask)
