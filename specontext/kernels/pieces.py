@@ -177,8 +177,8 @@ def copy_pieces_reference(
         sides = []
         for pool, index in ((source, entries.source), (target, entries.target)):
             together = pieces and pool.places == width and bool((pool.place[layers] == in_order).all())
-            index = index.reshape(-1).index_select(0, entry).long()
-            numbers = _numbers(pool, layers, parts.heads[chosen], parts.kv_heads, seats, reader, index, together)
+            index = index.reshape(-1).long()
+            numbers = _numbers(pool, layers, parts.heads[chosen], parts.kv_heads, seats, reader, index, entry, together)
             sides.append((width if together else 1, numbers))
         if not pieces:  # [T, W] rows on both sides
             present = wanted[chosen].repeat_interleave(len(seats), 0).index_select(0, reader)
@@ -204,16 +204,18 @@ def _numbers(
     kv_heads: int,
     seats: Tensor,
     reader: Tensor,
+    index: Tensor,
     entry: Tensor,
     together: bool,
 ) -> Tensor:
-    """Numbers of pieces [T], or of rows [T, W]."""
+    """Numbers of pieces [T], or of rows [T, W], of the entries index[entry]."""
     members = layers[:, :1] if together else layers.clamp(min=0)  # [K, W], of pieces the first layer's
     tables = pool.line[members][:, None] * pool.table.shape[1] + seats[:, None]  # [K, R, W]
     first = (tables * pool.table.shape[2]).flatten(0, 1)
-    place = first.index_select(0, reader).add_((entry // pool.page_size)[:, None])
+    place = first.index_select(0, reader).add_((index // pool.page_size).index_select(0, entry)[:, None])
     pages = pool.table.reshape(-1).index_select(0, place.view(-1)).view(place.shape)
-    within = (entry % pool.page_size * kv_heads).add_(heads.repeat_interleave(len(seats)).index_select(0, reader))
+    within = (index % pool.page_size * kv_heads).index_select(0, entry)
+    within.add_(heads.repeat_interleave(len(seats)).index_select(0, reader))
     numbers = pages.mul_(pool.page_size * kv_heads).add_(within[:, None])
     if together:
         return numbers[:, 0]
