@@ -1,63 +1,14 @@
-"""Operations that move KV rows or number them: gather from the host pool, row numbers of a selection, append."""
+"""Operations that number KV rows or write new ones: row numbers of a selection, append."""
 
 from __future__ import annotations
 
 import torch
 from kernel_case import PAGE_SIZE, RECENT, SINK, Case
-from kernel_checks import Operation, WrongResult, calls_of, require_equal, row_numbers
-from measure import GIB
+from kernel_checks import Operation, calls_of, require_equal, row_numbers
 from torch import Tensor
 
 from specontext.kernels import row_index
 from specontext.kernels import rows as moves
-from specontext.kernels.dispatch import use_triton
-
-GATHER_TARGET = 0.7  # of the copy engine's bandwidth
-
-
-def gather(case: Case) -> list[Operation]:
-    """Pages as the engine lays them out and, beside it, anywhere in the pool: what a lack of order costs."""
-    return [_gather(case, "gather", case.host_pages), _gather(case, "gather_scattered", case.scattered_pages)]
-
-
-def _gather(case: Case, name: str, pages: Tensor) -> Operation:
-    shape, device = case.shape, case.device
-    steady = case.plans[len(case.selections) :]
-    tokens = [t.to(device) for t in case.selections]
-    slots = [torch.where(s >= 0, s + SINK + RECENT, s).to(device) for s, _ in steady]
-    missing = [m.to(device) for _, m in steady]
-    if device.type == "cuda" and not use_triton(tokens[0]):
-        raise WrongResult("gather: the kernel would not run here; is Triton installed?")
-    fixed = {
-        "source": case.host,
-        "source_pages": pages,
-        "target_pages": case.arena_pages,
-        "layers": torch.arange(shape.layers, device=device),
-        "seats": case.seats,
-        "head_map": case.head_map,
-        "resident": torch.zeros(shape.layers, dtype=torch.bool, device=device),
-        "page_size": PAGE_SIZE,
-    }
-
-    def plan(i: int) -> dict[str, Tensor]:
-        return {"tokens": tokens[i], "slots": slots[i], "missing": missing[i]}
-
-    def call(i: int) -> None:
-        moves.gather_rows_layers(target=case.arena, **fixed, **plan(i))
-
-    right = case.arena.clone()
-    moves.gather_rows_layers_reference(target=right, **fixed, **plan(1))
-    call(1)
-    error = require_equal("gather", case.arena, right)
-    del right
-    rows = case.misses * shape.layers * shape.kv_heads // case.groups
-    pool = case.host.numel() * case.host.itemsize / GIB
-    words = f"{rows} rows of {shape.row_bytes} B, {shape.layers} layers, pool {pool:.1f} GiB"
-    crossed = rows * shape.row_bytes
-    operation = Operation(name, words, calls_of(call, len(tokens)), error, crossed if device.type == "cuda" else 2 * crossed)
-    if device.type == "cuda":
-        operation.over, operation.note = "bus", f"target {GATHER_TARGET:.0%} of the copy engine"
-    return operation
 
 
 def rows(case: Case) -> list[Operation]:

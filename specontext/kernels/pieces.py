@@ -252,11 +252,13 @@ def append_pieces_reference(
     kv_heads, places = new.shape[1:3]
     token = (positions >= 0).nonzero().squeeze(1)
     at = positions[token]
-    entry = pages[seats[token], at // page_size] * page_size + at % page_size
-    entries = pool.view(-1, kv_heads, places, *pool.shape[1:])
+    entry = (pages[seats[token], at // page_size] * page_size + at % page_size).to(pool.device)
     new = new.index_select(0, token).to(pool)
+    rows, new_rows = as_words(pool), as_words(new.flatten(0, 2))
     if bool(wanted.all()):
-        entries.index_copy_(0, entry.to(pool.device), new)
+        width = kv_heads * places * rows.shape[1]
+        rows.view(-1, width).index_copy_(0, entry, new_rows.view(-1, width))
     else:
         place = wanted.nonzero().squeeze(1).to(pool.device)
-        entries[entry.to(pool.device)[:, None], :, place] = new.transpose(1, 2)[:, place]
+        entries, new_entries = (x.view(-1, kv_heads, places, x.shape[1]) for x in (rows, new_rows))
+        entries[entry[:, None], :, place] = new_entries.transpose(1, 2)[:, place]

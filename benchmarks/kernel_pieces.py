@@ -1,0 +1,305 @@
+"""Operations on rows of neighbouring layers that lie side by side on the host: pieces in and out, and one layer out of a block.
+
+pieces       the missing rows of all layers as pieces of 1, 2, 4 and 8 rows from pages anywhere in the pool, by 8 to 64 programs
+tiles        pieces of the engine's size by programs with larger and smaller tiles
+gather       the same as the engine does it: pages in the order of prompts, the kernel's own numbers; and with a head map that
+             sends some heads elsewhere from layer to layer, so that their pieces fall apart
+dense_read   one layer's rows of consecutive tokens, out of pieces and beside it where a layer's rows lie together
+write_back   the new rows of one token a request in all layers, as pieces, and beside it row by row
+chunk        the rows of a prompt's chunk in one block, as pieces, and beside it layer by layer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from kernel_case import PAGE_SIZE, RECENT, SINK, Case
+from kernel_checks import Operation, WrongResult, calls_of, require_equal
+from measure import GIB
+from torch import Tensor
+
+from specontext.kernels import pieces as kernels
+from specontext.kernels.dispatch import use_triton
+from specontext.kernels.pieces import Entries, PagedRows, Parts, all_entries
+from specontext.kernels.rows import append_tokens, gather_rows, gather_rows_reference
+from specontext.kv.parts import parts_of
+from specontext.memory.layer_blocks import LayerBlocks, divide_layers, one_by_one
+
+GATHER_TARGET = 42.0  # GB/s from pools of 16 and 44 GiB
+ROWS = (1, 2, 4, 8)  # of a piece
+PROGRAMS = (8, 16, 32, 64)
+TILES = ((16384, 4), (32768, 4), (32768, 8), (65536, 8))  # bytes and warps of a program
+ELSEWHERE = (0.1, 0.3)  # shares of the heads of a layer
+DENSE_TOKENS = 16384
+WRITTEN_AT_ONCE = 4  # sets of new rows
+
+
+def blocks_of(case: Case, rows: int | None = None) -> LayerBlocks:
+    """Blocks of the engine's size, or of so many layers."""
+    head_map, size = case.head_map.tolist(), case.shape.row_bytes
+    return divide_layers(head_map, size) if rows is None else divide_layers(head_map, size, least=rows * size)
+
+
+def on_host(case: Case, blocks: LayerBlocks, pages: Tensor) -> PagedRows:
+    line, place = torch.tensor([blocks.home[layer] for layer in blocks.layers]).T.contiguous().to(case.device)
+    page = PAGE_SIZE * case.shape.kv_heads * blocks.places
+    return PagedRows(
+        case.host[: len(case.host) // page * page], pages.contiguous().to(case.device), line, place, blocks.places, PAGE_SIZE
+    )
+
+
+def in_slots(case: Case) -> PagedRows:
+    layers = torch.arange(case.shape.layers, device=case.device)
+    return PagedRows(case.arena, case.arena_pages, layers, torch.zeros_like(layers), 1, PAGE_SIZE)
+
+
+def pool_pages(case: Case, blocks: LayerBlocks) -> int:
+    """Pages of the host pool, without the one that nobody holds."""
+    return len(case.host) // (PAGE_SIZE * case.shape.kv_heads * blocks.places) - 1
+
+
+def anywhere(case: Case, blocks: LayerBlocks) -> Tensor:
+    """Pages [blocks, R, P] anywhere in the pool; distinct in a block."""
+    count = case.requests * case.token_pages
+    least = pool_pages(case, blocks)
+    if least < count:
+        raise ValueError(f"the host pool holds fewer than {case.requests} x {case.context} tokens of one block: enlarge it")
+    return torch.stack([case.permutation(least, 1)[:count].view(case.requests, -1) for _ in blocks.sizes])
+
+
+def as_prompts_leave_them(case: Case, blocks: LayerBlocks) -> Tensor:
+    """Pages [blocks, R, P]: runs of a chunk's pages, block after block; blocks share pages where the pool has too little room."""
+    lines, run = len(blocks.sizes), max(1, case.chunk // PAGE_SIZE)
+    token, line = torch.arange(case.token_pages), torch.arange(lines)[:, None, None]
+    request = torch.arange(case.requests)[:, None] * (-(-case.token_pages // run) * run * lines)
+    return 1 + (request + token // run * (run * lines) + line * run + token % run) % pool_pages(case, blocks)
+
+
+# Loads ----------------------------------------------------------------------------------------------------------------
+
+
+def pieces(case: Case) -> list[Operation]:
+    found = []
+    for rows in ROWS:
+        if rows <= case.shape.layers:
+            blocks = blocks_of(case, rows)
+            source = on_host(case, blocks, anywhere(case, blocks))
+            parts = parts_of(blocks, case.head_map.tolist(), case.device).all
+            size = rows * case.shape.row_bytes
+            found += [
+                _loads(case, f"pieces_{size}_by_{programs}", source, parts, f"{size} B", programs=programs)
+                for programs in (PROGRAMS if case.device.type == "cuda" else PROGRAMS[:1])
+            ]
+    return found
+
+
+def tiles(case: Case) -> list[Operation]:
+    if case.device.type != "cuda":
+        return []
+    from specontext.kernels.triton.pieces import copy_pieces
+
+    blocks = blocks_of(case)
+    source = on_host(case, blocks, anywhere(case, blocks))
+    parts = parts_of(blocks, case.head_map.tolist(), case.device).all
+    words = f"{blocks.places * case.shape.row_bytes} B"
+    return [
+        _loads(
+            case,
+            f"tiles_{size >> 10}k_{warps}_warps_by_{programs}",
+            source,
+            parts,
+            words,
+            copy=copy_pieces,
+            programs=programs,
+            tile_bytes=size,
+            warps=warps,
+        )
+        for size, warps in TILES
+        for programs in PROGRAMS[:3]
+    ]
+
+
+def gather(case: Case) -> list[Operation]:
+    blocks, head_map = blocks_of(case), case.head_map.tolist()
+    source = on_host(case, blocks, as_prompts_leave_them(case, blocks))
+    words = f"{blocks.places * case.shape.row_bytes} B"
+    found = [_loads(case, "gather", source, parts_of(blocks, head_map, case.device).all, words)]
+    for share in ELSEWHERE if case.groups > 1 else ():
+        measured = [[(g + 1) % case.groups if _one_in(case, share) else g for g in groups] for groups in head_map]
+        parts = parts_of(blocks, measured, case.device).all
+        words = f"{len(parts)} parts in place of {len(blocks.sizes) * case.shape.kv_heads}"
+        found.append(_loads(case, f"gather_{share:.0%}_elsewhere", source, parts, words))
+    for operation in found:
+        operation.note = f"target {GATHER_TARGET:.0f} GB/s" if case.device.type == "cuda" else ""
+    return found
+
+
+def _one_in(case: Case, share: float) -> bool:
+    return bool(torch.rand((), generator=case.order) < share)
+
+
+def _loads(
+    case: Case,
+    name: str,
+    source: PagedRows,
+    parts: Parts,
+    words: str,
+    *,
+    copy: Callable[..., None] = kernels.copy_pieces,
+    **how: Any,
+) -> Operation:
+    """Loads of what the steady state of a sequence of selections misses."""
+    shape, device, target = case.shape, case.device, in_slots(case)
+    steady = case.plans[len(case.selections) :]
+    entries = []
+    for tokens, (slots, missing) in zip(case.selections, steady, strict=True):
+        slots = torch.where(slots >= 0, slots + SINK + RECENT, slots)
+        entries.append(kernels.listed(*(x.to(device) for x in (tokens, slots, missing))))
+    if device.type == "cuda" and not use_triton(entries[0].counts):
+        raise WrongResult(f"{name}: the kernel would not run here; is Triton installed?")
+    here = torch.zeros(shape.layers, dtype=torch.bool, device=device)
+
+    def call(i: int) -> None:
+        copy(source, target, parts, case.seats, here, entries[i], **how)
+
+    before = case.arena.clone()
+    kernels.copy_pieces_reference(source, target, parts, case.seats, here, entries[1])
+    right = case.arena.clone()
+    case.arena.copy_(before)
+    del before
+    call(1)
+    error = require_equal(name, case.arena, right)
+    del right
+    read = (parts.layers >= 0).sum(1) * sum(e.counts[:, parts.groups].sum(0) for e in entries) / len(entries)
+    crossed = int(read.sum()) * shape.row_bytes
+    pool = case.host.numel() * case.host.itemsize / GIB
+    shown = f"{crossed // shape.row_bytes} rows of {shape.row_bytes} B, {words}, pool {pool:.1f} GiB"
+    return _operation(case, name, shown, calls_of(call, len(entries)), error, crossed)
+
+
+def _operation(
+    case: Case, name: str, words: str, calls: Sequence[Callable[[], Any]], error: float, crossed: int, moved: int | None = None
+) -> Operation:
+    """What crosses the bus once on a GPU; on a CPU it is read and written, or what is said to be moved."""
+    if case.device.type == "cuda":
+        return Operation(name, words, calls, error, crossed, over="bus")
+    return Operation(name, words, calls, error, 2 * crossed if moved is None else moved)
+
+
+# One layer ------------------------------------------------------------------------------------------------------------
+
+
+def dense_read(case: Case) -> list[Operation]:
+    """As dense attention streams them: token by token, or each head's tokens one after the other."""
+    heads = case.shape.kv_heads
+    tokens = torch.arange(min(DENSE_TOKENS, case.context), device=case.device)
+    staging = torch.empty((len(tokens) * heads, *case.host.shape[1:]), dtype=case.host.dtype, device=case.device)
+    place = torch.arange(len(staging), device=case.device)
+    found = []
+    for name, blocks in (("dense_read_alone", one_by_one(case.shape.layers)), ("dense_read", blocks_of(case))):
+        source = on_host(case, blocks, as_prompts_leave_them(case, blocks))
+        for order in ("tokens", "heads"):
+            rows = []
+            for layer in range(case.shape.layers):
+                page = source.table[source.line[layer], 0][tokens // PAGE_SIZE]
+                entry = (page * PAGE_SIZE + tokens % PAGE_SIZE)[:, None] * heads + torch.arange(heads, device=case.device)
+                row = entry * source.places + source.place[layer]
+                rows.append((row if order == "tokens" else row.T).reshape(-1))
+
+            def call(i: int, rows: list[Tensor] = rows) -> None:
+                gather_rows(case.host, rows[i], staging, place)
+
+            right = torch.empty_like(staging)
+            gather_rows_reference(case.host, rows[-1], right, place)
+            call(len(rows) - 1)
+            error = require_equal(name, staging, right)
+            words = f"{len(tokens)} tokens x {heads} heads, 1 row in {source.places}"
+            size = len(staging) * case.shape.row_bytes
+            found.append(_operation(case, f"{name}_by_{order}", words, calls_of(call, len(rows)), error, size))
+    return found
+
+
+# Out ------------------------------------------------------------------------------------------------------------------
+
+
+def write_back(case: Case) -> list[Operation]:
+    shape, device, source = case.shape, case.device, in_slots(case)
+    here = torch.zeros(shape.layers, dtype=torch.bool, device=device)
+    positions = [torch.full((case.requests, 1, 1), PAGE_SIZE + i, device=device) for i in range(WRITTEN_AT_ONCE)]
+    found = []
+    for name, blocks in (("write_back", blocks_of(case)), ("write_back_rows", one_by_one(shape.layers))):
+        target = on_host(case, blocks, _for_writing(case, blocks, 2))
+        parts = parts_of(blocks, [[0] * shape.kv_heads] * shape.layers, device).all
+        entries = [all_entries(SINK + at % RECENT, at) for at in positions]
+
+        def call(i: int, target: PagedRows = target, parts: Parts = parts, entries: list[Entries] = entries) -> None:
+            kernels.copy_pieces(source, target, parts, case.seats, here, entries[i])
+
+        for i in range(WRITTEN_AT_ONCE):
+            call(i)
+            _synchronize(device)
+            _require_written(case, name, source, target, entries[i])
+        size = case.requests * shape.layers * shape.kv_heads * shape.row_bytes
+        words = f"{case.requests} tokens x {shape.layers} layers x {shape.kv_heads} heads, {target.places} rows a piece"
+        found.append(_operation(case, name, words, calls_of(call, WRITTEN_AT_ONCE), 0.0, size))
+    return found
+
+
+def _require_written(case: Case, name: str, source: PagedRows, target: PagedRows, entries: Entries) -> None:
+    heads = torch.arange(case.shape.kv_heads, device=case.device)
+    for layer in range(case.shape.layers):
+        rows = []
+        for pool, entry in ((source, entries.source.flatten()), (target, entries.target.flatten())):
+            page = pool.table[pool.line[layer], case.seats, entry // PAGE_SIZE]
+            piece = (page * PAGE_SIZE + entry % PAGE_SIZE)[:, None] * case.shape.kv_heads + heads
+            rows.append(pool.rows[(piece * pool.places + pool.place[layer]).to(pool.rows.device)])
+        require_equal(name, rows[1].to(case.device), rows[0])
+
+
+def chunk(case: Case) -> list[Operation]:
+    shape, device, blocks = case.shape, case.device, blocks_of(case)
+    count, heads, places = case.chunk, shape.kv_heads, blocks.places
+    new = case.random(count, heads, places, 2, shape.head_dim)
+    seats, positions = torch.zeros(count, dtype=torch.int64, device=device), torch.arange(count, device=device)
+    wanted = torch.arange(places, device=device) < blocks.sizes[0]
+    pages = -(-count // PAGE_SIZE)
+    in_blocks = on_host(case, blocks, _for_writing(case, blocks, pages))
+    single = one_by_one(shape.layers)
+    in_layers = on_host(case, single, _for_writing(case, single, pages))
+    key_value = [new[:, :, place].unbind(2) for place in range(blocks.sizes[0])]
+
+    def as_pieces(_: int) -> None:
+        kernels.append_pieces(in_blocks.rows, in_blocks.table[0], seats, positions, new, wanted, PAGE_SIZE)
+
+    def by_layers(_: int) -> None:
+        for layer, (key, value) in enumerate(key_value):
+            append_tokens(in_layers.rows, in_layers.table[layer], seats, positions, key, value, PAGE_SIZE)
+
+    found = []
+    for name, call, at in (("chunk", as_pieces, in_blocks), ("chunk_by_layers", by_layers, in_layers)):
+        call(0)
+        _synchronize(device)
+        for layer in range(blocks.sizes[0]):
+            page = at.table[at.line[layer], 0][positions // PAGE_SIZE]
+            entry = (page * PAGE_SIZE + positions % PAGE_SIZE)[:, None] * heads + torch.arange(heads, device=device)
+            written = case.host[(entry * at.places + at.place[layer]).to(case.host.device)]
+            require_equal(name, written.to(device), new[:, :, layer])
+        words = f"{count} tokens x {blocks.sizes[0]} layers x {heads} heads"
+        size = count * blocks.sizes[0] * heads * shape.row_bytes
+        found.append(_operation(case, name, words, calls_of(call, 1), 0.0, size))
+    return found
+
+
+def _for_writing(case: Case, blocks: LayerBlocks, pages: int) -> Tensor:
+    """Distinct pages [blocks, R, pages] anywhere in the pool."""
+    count, room = len(blocks.sizes) * case.requests * pages, pool_pages(case, blocks)
+    if room < count:
+        raise ValueError(f"the host pool has {room} pages and {count} are written: enlarge it")
+    return case.permutation(room, 1)[:count].view(len(blocks.sizes), case.requests, pages)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
