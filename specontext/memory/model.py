@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from specontext.memory.facts import ModelFacts
+from specontext.memory.layer_blocks import LayerBlocks, one_by_one
 
 MODES = ("measured", "paper")
 FLOAT16 = 2  # bytes; eq. 6-7 count models and KV in 2-byte floats, whatever they are loaded in
@@ -33,12 +35,15 @@ class KVCost:
 
     Attributes:
         layers: L.
-        resident_token: bytes that a token takes on the device in each resident layer, and on the host in each offloaded one.
+        resident_token: bytes that a token takes on the device in each resident layer, and on the host in each layer for which
+            there is room.
         common_token: bytes that a token takes on the device in any case: the retrieval head's keys.
         layer_slots: bytes of the device slots of one request in one offloaded layer.
         page_size: tokens of a page.
         spare_layers: layers beside the offloaded ones whose slots are kept free, so that a layer can be moved while requests run.
         host_fixed: bytes on the host as soon as a layer is offloaded.
+        blocks: layers that lie side by side on the host, where a block has room for all as soon as one of them is offloaded; None
+            where each lies by itself.
     """
 
     layers: int
@@ -48,10 +53,25 @@ class KVCost:
     page_size: int = 1
     spare_layers: int = 0
     host_fixed: int = 0
+    blocks: LayerBlocks | None = None
 
     def __post_init__(self) -> None:
         assert min(self.layers, self.resident_token, self.page_size) > 0
         assert min(self.common_token, self.layer_slots, self.spare_layers, self.host_fixed) >= 0
+
+    @cached_property
+    def host_blocks(self) -> LayerBlocks:
+        """How layers lie on the host."""
+        return self.blocks or one_by_one(self.layers)
+
+    @property
+    def host_page(self) -> int:
+        """Bytes of a page of the host: of all layers of a block."""
+        return self.page_size * self.resident_token * self.host_blocks.places
+
+    def host_layers(self, offloaded: int) -> int:
+        """Layers for which the host has room while the last `offloaded` ones live there."""
+        return self.host_blocks.places_away[offloaded]
 
     def slot_layers(self, offloaded: int) -> int:
         """Layers whose slots are set aside on the device."""
@@ -67,7 +87,7 @@ class KVCost:
 
     def host(self, tokens: int, offloaded: int) -> int:
         """Bytes on the host."""
-        return self.host_fixed + tokens * offloaded * self.resident_token if offloaded else 0
+        return self.host_fixed + tokens * self.host_layers(offloaded) * self.resident_token if offloaded else 0
 
     def token(self, offloaded: int) -> int:
         """Device bytes of one more token."""
@@ -201,7 +221,8 @@ def measured_model(
         layer_slots=-(-run.slots // run.page_size) * page,
         page_size=run.page_size,
         spare_layers=spare_layers,
-        host_fixed=page,
+        host_fixed=page * facts.blocks.places,
+        blocks=facts.blocks,
     )
     return MemoryModel("measured", fixed, kv)
 
