@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from kernel_case import PAGE_SIZE, Case
 from kernel_checks import ROUNDED, Operation, calls_of, exact_attention, relative_error, require, row_numbers
 from torch import Tensor
 
-from specontext.kernels.dense_attention import chunk_attention
+from specontext.kernels.dense_attention import ChunkAttention
 from specontext.kernels.paged_attention import paged_attention, tile_buffer, tokens_of_pages
 from specontext.kernels.sparse_attention import sparse_attention
 
@@ -67,13 +65,12 @@ def prefill(case: Case) -> list[Operation]:
     sizes = {"page_size": PAGE_SIZE, "kv_heads": shape.kv_heads}
     buffer = tile_buffer(case.context_rows, tile, **sizes)
 
-    def tiles(i: int) -> Iterator[Tensor]:
-        for start in range(0, past, tile):
-            end = min(start + tile, past)
-            yield tokens_of_pages(case.context_rows, case.context_pages[i, 0], start, end, **sizes, buffer=buffer)
-
     def call(i: int) -> Tensor:
-        return chunk_attention(query[i], new[0, i], new[1, i], case.scale, tiles(i))
+        attention = ChunkAttention(query[i], new[0, i], new[1, i], case.scale)
+        for start in range(0, past, tile):
+            end, pages = min(start + tile, past), case.context_pages[i, 0]
+            attention.add(tokens_of_pages(case.context_rows, pages, start, end, **sizes, buffer=buffer))
+        return attention.result()
 
     found = call(1)
     stored, own = _context(case, 1, 0)[:, :past], torch.stack((new[0, 1], new[1, 1]), 2).transpose(0, 1)  # [Hkv, T, 2, D]

@@ -13,12 +13,14 @@ from torch import Tensor
 from specontext.config import ConfigError, EngineConfig, SpeContextConfig
 from specontext.core import ModelShape
 from specontext.engine.methods import Methods
-from specontext.engine.prefix import PrefixCache
+from specontext.engine.prefix import PrefixCache, block_state
 from specontext.engine.profile import GRAPHS, measure_runtime
 from specontext.engine.residency import Residency
 from specontext.engine.statistics import Meter
+from specontext.kv.cache import KVCache
+from specontext.kv.hot_slots import SlotSizes
+from specontext.kv.layout import Layout
 from specontext.kv.pool import PagePool, make_pools
-from specontext.kv.tiered import TieredKV
 from specontext.memory.facts import NO_HEAD, ModelFacts
 from specontext.memory.model import MemoryModel, RunSettings, measured_model
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, MemoryPlanError, TierSizes, free_memory, size_tiers
@@ -27,7 +29,7 @@ from specontext.retrieval.granularity import groups_of
 from specontext.retrieval.head import RetrievalHead, facts_of_head
 from specontext.retrieval.key_cache import KeyCache
 from specontext.retrieval.methods import HEADLESS, SpeculativeSelector, base_of, make_method, make_variant
-from specontext.retrieval.selector import Budget, MethodContext, Selector
+from specontext.retrieval.selector import Budget, LayerSelector, MethodContext, Selector
 
 logger = logging.getLogger("specontext")
 SHARE_OF_GPU = 0.9  # that the engine may use where nothing was said
@@ -51,7 +53,7 @@ class Parts:
 
     method: SpeContextConfig
     methods: Methods
-    kv: TieredKV
+    kv: KVCache
     prefix: PrefixCache
     meter: Meter
     residency: Residency
@@ -99,7 +101,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         device,
     )
     kinds = [HEADLESS[base_of(name)] for name in names if base_of(name) in HEADLESS]
-    tables = shape.layers if any(kind.in_layer for kind in kinds) else 1
+    tables = shape.layers if any(issubclass(kind, LayerSelector) for kind in kinds) else 1
     groups = max(token_sets(name, method.granularity, shape, head) for name in names)
     run = RunSettings(
         config.max_num_seqs,
@@ -135,28 +137,29 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         device_memory=device_memory(config, plan, device),
         host_memory=config.host_memory or host_default(config),
     )
-    pages = {"device_pages": sizes.device_pages, "host_pages": sizes.host_pages, "page_size": config.page_size}
     if config.offload_dir is not None and device.type == "cuda":
         raise ConfigError("offload_dir works on a CPU only: kernels of a GPU cannot read pages of a file; leave it out")
-    arena, host = make_pools(shape, **pages, device=device, directory=config.offload_dir)
+    arena, host = make_pools(
+        Layout.of_shape(shape, config.page_size),
+        device_pages=sizes.device_pages,
+        host_pages=sizes.host_pages,
+        device=device,
+        directory=config.offload_dir,
+    )
     methods = make_methods(names, context, loaded, head, arena)
-    kv = TieredKV(
-        shape,
-        resident=tuple(layer < shape.layers - (method.offload_layers or 0) for layer in range(shape.layers)),
+    kv = KVCache(
+        arena,
+        host,
+        resident=[layer < shape.layers - (method.offload_layers or 0) for layer in range(shape.layers)],
         reader=methods.reader(None),
-        tables=tables,
-        groups=groups,
-        slots=slots,
-        sink=method.sink,
-        recent=method.recent,
+        slots=SlotSizes(slots, method.sink, method.recent, tables, groups) if slots else None,
         seats=config.max_num_seqs,
         max_tokens=max_tokens,
-        arena=arena,
-        host=host,
         adaptive=adaptive,
         verify_loads=config.verify_loads,
+        write_through=config.measure_recall,
+        state=block_state(methods, config.page_size),
     )
-    kv.write_through |= config.measure_recall
     meter = Meter(
         shape,
         methods.reader(None).head_map,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from specontext.core import Batch, Choice, RequestError, shown
-from specontext.kv.reading import Reader
+from specontext.kv.layout import Reader
 from specontext.retrieval.methods import base_of
-from specontext.retrieval.selector import Budget, Selector
+from specontext.retrieval.selector import Budget, LayerSelector, PromptWatcher, Selector, reads_everything
 
 
 class Methods:
@@ -27,11 +27,12 @@ class Methods:
 
     def __init__(self, own: str, budget: Budget, selectors: Mapping[str, Selector], *, device: torch.device) -> None:
         self.selectors, self.budget = dict(selectors), budget
-        self.own = Choice(own, 0 if selectors[own].dense else budget.total)
+        self.own = Choice(own, 0 if reads_everything(selectors[own]) else budget.total)
         self.selector = selectors[own]
-        self.readers = {name: Reader(one.head_map.to(device), one.in_layer) for name, one in selectors.items()}
+        self.readers = {name: Reader(one.head_map.to(device), isinstance(one, LayerSelector)) for name, one in selectors.items()}
+        self._with_state = [one for name, one in selectors.items() if base_of(name) == name]  # variants share their method's
         self._made: dict[Choice, Selector] = {self.own: self.selector}
-        self._states: dict[int, list[str]] = {}  # names of the selectors with state of an open seat
+        self._states: dict[int, list[Selector]] = {}  # those with state of an open seat, the one it chose last
 
     def choose(self, method: str | None, budget: int | None) -> Choice | None:
         """The choice of a request that names a method or a budget; None for the engine's own way.
@@ -43,7 +44,7 @@ class Methods:
         if name not in self.selectors:
             known = ", ".join(sorted(self.selectors))
             raise RequestError(f"method {shown(name)} is none that this engine runs ({known}): start it with it among --methods")
-        if self.selectors[name].dense:
+        if reads_everything(self.selectors[name]):
             if budget is not None:
                 raise RequestError(f"budget {budget} was given and method '{name}' reads everything: leave it out")
             choice = Choice(name, 0)
@@ -68,50 +69,46 @@ class Methods:
 
     # State of the requests --------------------------------------------------------------------------------------------
 
-    def open(self, seat: int, tokens: int, choice: Choice | None) -> None:
-        """A request takes a seat, with room for its first `tokens` tokens; raises OutOfPagesError and takes nothing."""
+    def open(self, seat: int, tokens: int, choice: Choice | None) -> bool:
+        """A request takes a seat, with room for its first `tokens` tokens; False where there is none, and nothing is taken."""
         names = [base_of((choice or self.own).method)]
         if "speculative" in self.selectors and names != ["speculative"]:
             names.insert(0, "speculative")
-        for name in names:  # only the first takes pages, and can fail
-            self.selectors[name].open(seat, tokens)
-        self._states[seat] = names
+        if not all(self.selectors[name].open(seat, tokens) for name in names):  # only the first takes pages
+            return False
+        self._states[seat] = [self.selectors[name] for name in names]
+        return True
 
-    def grow(self, seat: int, tokens: int) -> None:
-        """Make room for `tokens` tokens of a request; raises OutOfPagesError and takes nothing when there is none."""
-        for selector in self._states_of(seat):
-            selector.grow(seat, tokens)
+    def grow(self, seat: int, tokens: int) -> bool:
+        """Make room for `tokens` tokens of a request; False where the device has none, and nothing is taken."""
+        return all(selector.grow(seat, tokens) for selector in self._states[seat])
 
     def close(self, seat: int) -> None:
         """The request leaves its seat."""
-        for selector in self._states_of(seat):
+        for selector in self._states[seat]:
             selector.close(seat)
         del self._states[seat]
 
     def save(self, seat: int, tokens: int) -> list[object]:
         """The state of a request of `tokens` tokens that has to leave its seat, in host memory."""
-        return [selector.save(seat, tokens) for selector in self._states_of(seat)]
+        return [selector.save(seat, tokens) for selector in self._states[seat]]
 
     def restore(self, seat: int, tokens: int, state: list[object]) -> None:
         """Put saved state into a seat that was opened with the same choice."""
-        for selector, part in zip(self._states_of(seat), state, strict=True):
+        for selector, part in zip(self._states[seat], state, strict=True):
             selector.restore(seat, tokens, part)
 
-    def watcher(self, seat: int) -> Selector | None:
+    def watcher(self, seat: int) -> PromptWatcher | None:
         """The method of a seat, where it wants to see the queries of its prompt."""
-        selector = self.selectors[self._states[seat][-1]]
-        return selector if selector.watches_prompts else None
+        selector = self._states[seat][-1]
+        return selector if isinstance(selector, PromptWatcher) else None
 
     def observe(self, batch: Batch, features: Tensor | None) -> None:
         """Let the methods see the tokens of a step after the forward pass."""
-        for name, selector in self.selectors.items():
-            if base_of(name) == name:
-                selector.observe(batch, features)
+        for selector in self._with_state:
+            selector.observe(batch, features)
 
     @property
     def held_pages(self) -> list[list[int]]:
         """Pages of the device's arena that states lie in."""
-        return [pages for name, one in self.selectors.items() if base_of(name) == name for pages in one.held_pages]
-
-    def _states_of(self, seat: int) -> list[Selector]:
-        return [self.selectors[name] for name in self._states[seat]]
+        return [pages for one in self._with_state for pages in one.held_pages]

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from specontext.core import Batch, Request, Segment
 from specontext.engine.methods import Methods
-from specontext.kv.prefix import PrefixStore, State
+from specontext.kv.block_state import State
+from specontext.kv.cache import KVCache
 from specontext.kv.prefix_tree import Block, page_of
-from specontext.kv.tiered import TieredKV
 from specontext.retrieval.methods import SpeculativeSelector
 
 
@@ -32,6 +32,19 @@ class _Growing:
     chain: list[Block] = field(default_factory=list)
 
 
+def _head_of(methods: Methods) -> SpeculativeSelector | None:
+    keyed = methods.selectors.get("speculative")
+    return keyed if isinstance(keyed, SpeculativeSelector) else None
+
+
+def block_state(methods: Methods, page_size: int) -> tuple[int, int]:
+    """Numbers that are kept of each page of a known prompt, and of its last token, besides KV."""
+    head = _head_of(methods)
+    if head is None:
+        return 0, 0
+    return page_size * head.cache.keys[0, 0].numel(), head.last_fused.shape[1] if head.last_fused is not None else 0
+
+
 class PrefixCache:
     """What requests know of each other's prompts.
 
@@ -42,22 +55,16 @@ class PrefixCache:
         queries, hits: tokens of requests that could have been found, and tokens that were, since the start.
     """
 
-    def __init__(self, kv: TieredKV, methods: Methods, *, enabled: bool) -> None:
-        self.kv, self.methods, self.enabled = kv, methods, enabled
-        keyed = methods.selectors.get("speculative")
-        self._head = keyed if isinstance(keyed, SpeculativeSelector) else None
-        each = last = 0
-        if self._head is not None:
-            each = kv.page_size * self._head.cache.keys[0, 0].numel()
-            last = self._head.last_fused.shape[1] if self._head.last_fused is not None else 0
-        self.store = PrefixStore(kv, each=each, last=last)
+    def __init__(self, kv: KVCache, methods: Methods, *, enabled: bool) -> None:
+        self.kv, self.tree, self.methods, self.enabled = kv, kv.blocks.tree, methods, enabled
+        self._head = _head_of(methods)
         self.queries = self.hits = 0
         self._growing: dict[int, _Growing] = {}  # by seat
 
     @property
     def pages(self) -> int:
         """Pages of the host's pool that are kept."""
-        return self.store.tree.num_pages
+        return self.tree.num_pages
 
     # Finding ----------------------------------------------------------------------------------------------------------
 
@@ -73,7 +80,7 @@ class PrefixCache:
     def awaited(self, request: Request) -> bool:
         """Whether a request that begins would find a page more if it waited for one that is being computed now."""
         usable = self._usable(request) if self._growing else 0
-        known = len(self.store.tree.find(request.token_ids, usable))
+        known = len(self.tree.find(request.token_ids, usable))
         if known == usable:
             return False
         stop = (known + 1) * self.kv.page_size
@@ -82,7 +89,7 @@ class PrefixCache:
         return any(self._alive(growing) and growing.request.token_ids[:stop] == beginning for growing in others)
 
     def _alive(self, growing: _Growing) -> bool:
-        return not growing.chain or growing.chain[-1] in self.store.tree
+        return not growing.chain or growing.chain[-1] in self.tree
 
     def find(self, request: Request, ahead: int) -> list[Block]:
         """The blocks from which a request that begins goes on, so many that the host has room for its seat beside them.
@@ -90,12 +97,11 @@ class PrefixCache:
         Args:
             ahead: tokens behind them for which the seat is to have room.
         """
-        kv, size = self.kv, self.store.tree.block_pages
-        chain = self.store.tree.find(request.token_ids, self._usable(request))
-        on_host = sum(not here or layer == kv.moving for layer, here in enumerate(kv.resident))
+        size = self.tree.block_pages
+        chain = self.tree.find(request.token_ids, self._usable(request))
         while chain:
             length = min(request.prefill_length, self.tokens(chain) + ahead)
-            if on_host * kv.pages_for(length) <= kv.host.pages.num_free - len(chain) * size:
+            if self.kv.host_pages_for(length) <= self.kv.host.pages.num_free - len(chain) * size:
                 break
             chain.pop()
         return chain
@@ -106,14 +112,14 @@ class PrefixCache:
 
     def using(self, chain: Sequence[Block]) -> AbstractContextManager[None]:
         """Inside, none of these blocks is dropped."""
-        return self.store.tree.using(chain)
+        return self.tree.using(chain)
 
     # Requests ---------------------------------------------------------------------------------------------------------
 
     def fill(self, request: Request, seat: int, chain: Sequence[Block]) -> None:
         """Put what is known into the seat of a request that begins."""
         if chain:
-            state = self.store.bring(chain, seat)
+            state = self.kv.bring(chain, seat)
             if self._head is not None:
                 keys = state.each.reshape(-1, *self._head.cache.keys.shape[2:])
                 self._head.restore(seat, len(keys), (keys, state.last[0]))
@@ -127,10 +133,10 @@ class PrefixCache:
     def follow(self, request: Request, seat: int) -> None:
         """Keep the pages of a request's prompt from now on, as they are completed."""
         if self.enabled and not request.decoding:
-            chain = self.store.tree.find(request.token_ids, request.computed // self.kv.page_size)
+            chain = self.tree.find(request.token_ids, request.computed // self.kv.page_size)
             if len(chain) == request.computed // self.kv.page_size:  # else features of pages in between are unknown
                 self._growing[seat] = _Growing(request, chain)
-                self.store.expect(
+                self.kv.blocks.expect(
                     sum(one.request.prefill_length // self.kv.page_size - len(one.chain) for one in self._growing.values())
                 )
 
@@ -155,13 +161,13 @@ class PrefixCache:
                 del self._growing[segment.seat]
 
     def _keep(self, growing: _Growing, segment: Segment, wanted: int, features: Tensor | None) -> None:
-        chain, size, tree = growing.chain, self.kv.page_size, self.store.tree
+        chain, size, tree = growing.chain, self.kv.page_size, self.tree
         pages = [page_of(growing.request.token_ids, page, size) for page in range(len(chain), wanted)]
         while pages and (known := tree.after(chain[-1] if chain else None, pages[0])) is not None:
             chain.append(known)  # another request has been faster
             pages.pop(0)
         if pages:
-            self.store.keep(chain, pages, segment.seat, self._state(segment, len(chain), wanted, features))
+            self.kv.keep(chain, pages, segment.seat, self._state(segment, len(chain), wanted, features))
 
     def _state(self, segment: Segment, first: int, stop: int, features: Tensor | None) -> State:
         """State of the pages first .. stop - 1 of a seat, the last tokens of which are in a chunk."""
@@ -178,13 +184,12 @@ class PrefixCache:
 
     def reset(self) -> None:
         """Drop all that is kept."""
-        tree = self.store.tree
         self._growing.clear()
-        self.kv.host.pages.free(tree.give_up(tree.num_spare))
+        self.kv.host.pages.free(self.tree.give_up(self.tree.num_spare))
 
     def check_integrity(self, running: Iterable[Request]) -> None:
         """Raises AssertionError when blocks contradict each other or the requests that they are kept from."""
-        self.store.tree.check_integrity()
+        self.tree.check_integrity()
         seats = {request.seat: request for request in running}
         for seat, growing in self._growing.items():
             request = growing.request

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.engine.step import GPU_TILE, LEAST_TILE
-from specontext.kernels.dense_attention import chunk_attention
+from specontext.engine.decode import GPU_TILE, LEAST_TILE
+from specontext.kernels.dense_attention import causal_attention
 from specontext.memory.model import HISTORY, SAMPLER, RunSettings
 from specontext.models.attention import listening
 from specontext.models.features import FeatureTaps
@@ -19,7 +19,7 @@ class _ChunkOnly:
     """Attention of a prompt's first chunk: nothing is stored."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return chunk_attention(query, key, value, scale)
+        return causal_attention(query, key, value, scale)
 
 
 @torch.inference_mode()

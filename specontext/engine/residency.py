@@ -11,12 +11,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from specontext.kv.moves import LayerMove, prepare
-from specontext.kv.parking import ParkedKV
-from specontext.kv.tiered import TieredKV
+from specontext.kv.cache import KVCache
+from specontext.kv.seats import ParkedKV
 from specontext.memory.model import KVCost
-from specontext.memory.pages import OutOfPagesError
 from specontext.memory.planner import ResidencyPolicy
+from specontext.memory.tiers import Tier
 
 MARGIN = 3  # steps by which a move is to arrive early; its last rows have one of them to arrive
 PIN_STEPS = 256  # before a layer leaves: so early its place on the host begins to be pinned
@@ -57,18 +56,15 @@ class Residency:
         stalled: seconds that steps have waited for moves, in all.
     """
 
-    def __init__(self, kv: TieredKV, cost: KVCost, *, adaptive: bool, chunk_bytes: int) -> None:
+    def __init__(self, kv: KVCache, cost: KVCost, *, adaptive: bool, chunk_bytes: int) -> None:
         self.kv, self.adaptive, self.chunk_bytes = kv, adaptive, chunk_bytes
         self.cost = cost
         self.steps = 0
         self.moves: deque[Move] = deque(maxlen=KEPT_MOVES)
         self.num_moves = 0
         self.stalled = 0.0
-        self._move: LayerMove | None = None
         self._copied = False  # all its rows are on their way
         self._stall = 0.0
-        if adaptive:
-            prepare(kv)
 
     def moves_since(self, count: int) -> list[Move]:
         """Moves after the first `count`, as far as they are kept."""
@@ -83,8 +79,7 @@ class Residency:
         Args:
             but: parked KV that is asked about, so that what it holds on the host is not counted twice.
         """
-        own = but.pages if but is not None else None
-        return self._policy(requests, sum(len(pages) for held in self.kv.parked if held is not own for pages in held))
+        return self._policy(requests, sum(parked.num_pages for parked in self.kv.parked if parked is not but))
 
     def _policy(self, requests: int, parked: int) -> ResidencyPolicy:
         """The same where waiting requests hold `parked` pages of the host."""
@@ -143,16 +138,16 @@ class Residency:
 
     def _go_on(self, stored: Mapping[int, int], lengths_in: Callable[[int], list[int]]) -> None:
         began = time.perf_counter()
-        if self._move is None:
+        if self.kv.move is None:
             self.pin_ahead(lengths_in)
             self._begin(stored, lengths_in)
-        if self._move is None:
+        if self.kv.move is None:
             return
         # The last rows have had the time of a step to arrive, and none waits for them.
-        arrived = self._copied and self._move.room_after >= 0
+        arrived = self._copied and self.kv.room_after_move >= 0
         if not arrived:
-            self._move.advance(stored, self.chunk_bytes)
-            self._copied = not self._move.remaining_bytes(stored)
+            self.kv.advance_move(stored, self.chunk_bytes)
+            self._copied = not self.kv.remaining_bytes(stored)
         self._stall += time.perf_counter() - began
         if arrived:
             self._finish(stored)
@@ -178,7 +173,7 @@ class Residency:
 
     def wanted(self, stored: Mapping[int, int], lengths_in: Callable[[int], list[int]]) -> int:
         """How many layers should be offloaded by the time that a move which begins now has arrived; arguments as in `step`."""
-        token_bytes = self.kv.shape.kv_heads * self.kv.shape.row_bytes
+        token_bytes = self.kv.layout.layers[0].entry_bytes
         soon = lengths_in(-(-sum(stored.values()) * token_bytes // self.chunk_bytes) + MARGIN)
         policy = self.policy(len(soon))
         target = policy.target(len(self.kv.offloaded), policy.tokens_after(soon, 0), len(soon))
@@ -187,32 +182,26 @@ class Residency:
 
     def _begin(self, stored: Mapping[int, int], lengths_in: Callable[[int], list[int]]) -> None:
         now, target = len(self.kv.offloaded), self.wanted(stored, lengths_in)
-        try:
-            if target > now and self.kv.next_to_leave is not None:
-                self._move = LayerMove(self.kv, self.kv.next_to_leave, to_host=True)
-            elif target < now:
-                self._move = LayerMove(self.kv, min(self.kv.offloaded), to_host=False)
-        except OutOfPagesError:
-            self._move = None  # the other tier is full: requests wait, or are preempted
+        # Where the other tier is full nothing moves: requests wait, or are preempted.
+        if target > now and self.kv.next_to_leave is not None:
+            self.kv.begin_move(self.kv.next_to_leave, to_host=True)
+        elif target < now:
+            self.kv.begin_move(min(self.kv.offloaded), to_host=False)
 
-    def make_room(self, stored: Mapping[int, int], *, on_host: bool = False) -> bool:
-        """Take one layer off the device at once (or off the host), because a step needs its pages; False when that frees none."""
+    def make_room(self, stored: Mapping[int, int], tier: Tier) -> bool:
+        """Take one layer off a tier at once, because a step needs its pages; False when that frees none."""
         if not self.adaptive:
             return False
-        began = time.perf_counter()
-        if self._move is not None and self._move.to_host == on_host:  # it goes where there is no room
+        began, kv, to_host = time.perf_counter(), self.kv, tier is Tier.DEVICE
+        if kv.move is not None and kv.move.to_host != to_host:  # it goes where there is no room
             self._drop_move()
             return True
-        begun = self._move is not None
-        if self._move is None:
-            layer = min(self.kv.offloaded, default=None) if on_host else self.kv.next_to_leave
-            if layer is None:
+        begun = kv.move is not None
+        if not begun:
+            layer = kv.next_to_leave if to_host else min(kv.offloaded, default=None)
+            if layer is None or not kv.begin_move(layer, to_host=to_host):
                 return False
-            try:
-                self._move = LayerMove(self.kv, layer, to_host=not on_host)
-            except OutOfPagesError:
-                return False
-        if not on_host and self._move.room_after <= self.kv.arena.pages.num_free:  # the next layer's slots take what it leaves
+        if to_host and kv.room_after_move <= kv.arena.pages.num_free:  # the next layer's slots take what it leaves
             if not begun:
                 self._drop_move()
             return False
@@ -222,9 +211,9 @@ class Residency:
 
     def settle(self, lengths: Sequence[int], *, but: ParkedKV | None = None) -> None:
         """While no request has a seat, let layers live where requests of these lengths fit: nothing has to be copied."""
-        if not self.adaptive or self.kv.room:
+        if not self.adaptive or self.kv.seats:
             return
-        if self._move is not None:
+        if self.kv.move is not None:
             self._drop_move()
         policy = self.policy(len(lengths), but=but)
         target = policy.target(len(self.kv.offloaded), policy.tokens_after(lengths, 0), len(lengths))
@@ -232,22 +221,22 @@ class Residency:
             leaving = target > len(self.kv.offloaded)
             layer = self.kv.next_to_leave if leaving else min(self.kv.offloaded)
             assert layer is not None
-            self._move = LayerMove(self.kv, layer, to_host=leaving)
+            self.kv.begin_move(layer, to_host=leaving)
             self._finish({})
 
     def _drop_move(self) -> None:
-        assert self._move is not None
-        self._move.cancel()
+        self.kv.cancel_move()
         self.stalled += self._stall
-        self._move, self._copied, self._stall = None, False, 0.0
+        self._copied, self._stall = False, 0.0
 
     def _finish(self, stored: Mapping[int, int]) -> None:
-        assert self._move is not None
-        began = time.perf_counter()
-        move, self._move, self._copied = self._move, None, False
-        move.finish(stored)
+        began, move = time.perf_counter(), self.kv.move
+        assert move is not None
+        arrived = self.kv.finish_move(stored)
+        assert arrived, "a layer arrives where there is room for what it needs"
+        self._copied = False
         stall = self._stall + time.perf_counter() - began
         self.num_moves += 1
-        self.moves.append(Move(self.steps + 1, move.layer, move.to_host, move.bytes_moved, stall))
+        self.moves.append(Move(self.steps + 1, move.layer, move.to_host, move.bytes, stall))
         self.stalled += stall
         self._stall = 0.0

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from specontext.core import Batch, SpeContextError
 from specontext.engine.build import Parts
+from specontext.engine.decode import Step
 from specontext.engine.graphs import DecodeGraphs
-from specontext.engine.step import AttentionObserver, Step
+from specontext.engine.true_attention import AttentionObserver
 from specontext.engine.twin import DenseTwin
 from specontext.models.attention import listening
 from specontext.models.compiled import CompiledModules
@@ -20,7 +21,7 @@ from specontext.models.decoder import decoder_layers, output_layer
 from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import STEPS
-from specontext.retrieval.selector import Selector
+from specontext.retrieval.selector import AheadSelector, ForeseeingSelector, Selector
 
 
 class DeviceError(SpeContextError):
@@ -66,7 +67,7 @@ class ModelRunner:
         if self.taps is not None:  # the model may live on, and nobody has to call `close`
             weakref.finalize(self, self.taps.remove).atexit = False
         kv = parts.kv
-        foreseeing = any(one.foresees for one in parts.methods.selectors.values())
+        foreseeing = any(isinstance(one, ForeseeingSelector) for one in parts.methods.selectors.values())
         self._look_ahead = DenseTwin(loaded, parts).look_ahead if foreseeing else None
         self._compiled: CompiledModules | None = None
         if compiled and loaded.shape.dtype != torch.float32:
@@ -76,9 +77,8 @@ class ModelRunner:
             self._compiled = CompiledModules(compiling)
         self._output_layer = output_layer(loaded.model)
         self._graphs: DecodeGraphs | None = None
-        if graphs and kv.device.type == "cuda" and not (measure_recall or kv.verify_loads):
-            seats = kv.token_pages.table.shape[1] - 1
-            self._graphs = DecodeGraphs(seats=seats, max_tokens=parts.max_tokens, device=kv.device)
+        if graphs and kv.device.type == "cuda" and not (measure_recall or kv.transfers.verify):
+            self._graphs = DecodeGraphs(seats=kv.num_seats, max_tokens=parts.max_tokens, device=kv.device)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
@@ -112,8 +112,8 @@ class ModelRunner:
 
     def _waits(self, selector: Selector) -> bool:
         """Whether decode steps of a method need the host, or rows that are streamed in from it."""
-        streamed = (selector.dense or selector.in_layer) and not all(self.parts.kv.resident)
-        return streamed or selector.asks_host or selector.foresees
+        streamed = not isinstance(selector, AheadSelector) and not all(self.parts.kv.resident)
+        return streamed or selector.asks_host or isinstance(selector, ForeseeingSelector)
 
     @torch.inference_mode()
     def run_with_states(self, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specontext.core import ModelShape, Selection
-from specontext.kv.reading import Reading
+from specontext.kv.layout import Reading
 
 NOTHING = torch.iinfo(torch.int32).max
 FIELDS = (

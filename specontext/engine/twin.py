@@ -12,13 +12,13 @@ from torch import Tensor
 
 from specontext.core import Batch
 from specontext.engine.build import Parts
+from specontext.engine.decode import Step, Way
 from specontext.engine.methods import Methods
 from specontext.engine.statistics import Meter
-from specontext.engine.step import Step, Way
 from specontext.models.attention import listening
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.methods import FullSelector
-from specontext.retrieval.selector import DecodeTokens, MethodContext
+from specontext.retrieval.selector import DecodeTokens, ForeseeingSelector, MethodContext
 
 
 class DenseTwin:
@@ -30,7 +30,7 @@ class DenseTwin:
 
     def __init__(self, loaded: LoadedModel, parts: Parts) -> None:
         self.loaded, self.kv = loaded, parts.kv
-        shape, device, seats = parts.kv.shape, parts.kv.device, parts.kv.token_pages.table.shape[1] - 1
+        shape, device, seats = loaded.shape, parts.kv.device, parts.kv.num_seats
         full = FullSelector(MethodContext(shape, parts.methods.budget, "head", seats, parts.max_tokens, device))
         self._methods = Methods("full", parts.methods.budget, {"full": full}, device=device)
         self._meter = Meter(shape, full.head_map, tables=1, groups=1, budget=1, sink=0, seats=seats, device=device)
@@ -43,6 +43,7 @@ class DenseTwin:
 
         def show(layer: int, _: DecodeTokens, weights: Tensor, __: Tensor | None) -> None:
             for way, part in zip(ways, weights.split(sizes), strict=True):
+                assert isinstance(way.selector, ForeseeingSelector)
                 way.selector.foresee(layer, part[..., : way.decode.span])
 
         tokens = (batch.token_ids[index], batch.positions[index], batch.seats[index], batch.lengths[index], batch.seeds[index])

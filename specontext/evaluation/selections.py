@@ -32,7 +32,7 @@ from torch import Tensor
 from specontext.core import Choice, RequestOutput, SamplingParams, SpeContextError
 from specontext.engine.llm import LLM
 from specontext.evaluation.analysis.settings import shown
-from specontext.retrieval.selector import DecodeTokens
+from specontext.retrieval.selector import DecodeTokens, LayerSelector, reads_everything
 
 FORMAT = 1
 FILE = "selections.json"
@@ -147,8 +147,9 @@ def _layers(llm: LLM, choice: Choice, tokens: int) -> list[int]:
     """As many layers, evenly spread, as a record may hold; small models have room for all."""
     shape, selector = llm.shape, llm.engine.parts.methods.of(choice)
     read = (choice.budget + tokens) * selector.groups
-    each = tokens * (shape.kv_heads * 2 * TOP + (read if selector.in_layer else 0))
-    shared = 0 if selector.in_layer else tokens * read
+    in_layer = isinstance(selector, LayerSelector)
+    each = tokens * (shape.kv_heads * 2 * TOP + (read if in_layer else 0))
+    shared = 0 if in_layer else tokens * read
     count = min(shape.layers, (MOST_NUMBERS - shared) // each)
     if count < 1:
         # One layer takes tokens * (grow * tokens + once) numbers.
@@ -165,7 +166,7 @@ def _layers(llm: LLM, choice: Choice, tokens: int) -> list[int]:
 def _record(llm: LLM, choice: Choice, layers: list[int], recorder: Recorder, output: RequestOutput) -> dict[str, Any]:
     methods, engine = llm.engine.parts.methods, llm.engine
     head = engine.config.retrieval_head if choice.method.split("-")[0] == "speculative" else None
-    dense = methods.of(choice).dense
+    dense = reads_everything(methods.of(choice))
     read_by = methods.reader(choice).head_map.tolist()
     ids = [*output.prompt_token_ids, *output.token_ids]
     return {

@@ -6,48 +6,60 @@ results are merged by their log-sum-exp as they come, and memory stays that of o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from specontext.kernels.fused_attention import as_multiplied, attention_with_lse
 
 
-def chunk_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, past: Iterable[Tensor] = ()) -> Tensor:
-    """Attention of C consecutive tokens over stored ones and, causally, over themselves.
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention of the first C tokens of a request over themselves.
+
+    Args:
+        query: [C, Hq, D].
+        key, value: [C, Hkv, D].
+        scale: factor of the logits.
+
+    Returns:
+        [C, Hq, D] in the query's dtype.
+    """
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, H, C, D]
+    return _causal(query, key, value, scale)[0].transpose(0, 1)
+
+
+class ChunkAttention:
+    """Attention of C consecutive tokens over themselves, causally, and over stored tokens, whose tiles are added one by one.
 
     Args:
         query: [C, Hq, D].
         key, value: [C, Hkv, D], of the chunk itself.
         scale: factor of the logits.
-        past: tiles [T, Hkv, 2, D], K and V of the tokens before the chunk, in any number and length above 0.
-
-    Returns:
-        [C, Hq, D] in the query's dtype.
     """
-    chunk, query_heads, head_dim = query.shape
-    kv_heads = key.shape[1]
-    heads, keys, values = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, H, C, D]
-    tiles = iter(past)
-    tile = next(tiles, None)
-    if tile is None:
-        return _causal(heads, keys, values, scale)[0].transpose(0, 1)
-    heads = heads.contiguous()
-    part, lse = attention_with_lse(heads, keys, values, scale, causal=True)
-    # The queries of a group are one longer list of queries for the stored tokens, which are not masked.
-    folded = heads.view(kv_heads, 1, -1, head_dim)  # [Hkv, 1, Hq / Hkv * C, D]
-    output, lse = part.float().reshape(folded.shape), lse.reshape(kv_heads, 1, -1)
-    while tile is not None:
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        self._scale, self._shape, self._dtype = scale, query.shape, query.dtype
+        kv_heads, head_dim = key.shape[1:]
+        heads, keys, values = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, H, C, D]
+        heads = heads.contiguous()
+        part, lse = attention_with_lse(heads, keys, values, scale, causal=True)
+        # The queries of a group are one longer list of queries for the stored tokens, which are not masked.
+        self._folded = heads.view(kv_heads, 1, -1, head_dim)  # [Hkv, 1, Hq / Hkv * C, D]
+        self._output, self._lse = part.float().reshape(self._folded.shape), lse.reshape(kv_heads, 1, -1)
+
+    def add(self, tile: Tensor) -> None:
+        """Attend to K and V [T, Hkv, 2, D] of T tokens, at least one, before the chunk."""
         tile = as_multiplied(tile)
         if tile.dtype == torch.float32:
-            folded = folded.float()
+            self._folded = self._folded.float()
         keys, values = tile.permute(2, 1, 0, 3)[:, :, None].unbind(0)  # each [Hkv, 1, T, D]
-        part, part_lse = attention_with_lse(folded, keys, values, scale)
-        output.lerp_(part.float(), torch.sigmoid(part_lse - lse)[..., None])
-        lse = torch.logaddexp(lse, part_lse)
-        tile = next(tiles, None)
-    return output.view(query_heads, chunk, head_dim).transpose(0, 1).to(query.dtype)
+        part, lse = attention_with_lse(self._folded, keys, values, self._scale)
+        self._output.lerp_(part.float(), torch.sigmoid(lse - self._lse)[..., None])
+        self._lse = torch.logaddexp(self._lse, lse)
+
+    def result(self) -> Tensor:
+        """[C, Hq, D] in the query's dtype."""
+        chunk, query_heads, head_dim = self._shape
+        return self._output.view(query_heads, chunk, head_dim).transpose(0, 1).to(self._dtype)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specontext.kernels.dispatch import use_triton
+from specontext.kernels.dispatch import operation
 
 
+@operation(decided_by="new")
 def append_keys(keys: Tensor, table: Tensor, seats: Tensor, positions: Tensor, new: Tensor) -> None:
     """keys[table[seats[t], positions[t] // page_size], positions[t] % page_size] = new[t]; negative positions are skipped.
 
@@ -16,15 +17,6 @@ def append_keys(keys: Tensor, table: Tensor, seats: Tensor, positions: Tensor, n
         seats, positions: int64 [T], distinct places.
         new: [T, G, D].
     """
-    if use_triton(new):
-        from specontext.kernels.triton.key_rows import append_keys as kernel
-
-        return kernel(keys, table, seats, positions, new)
-    return append_keys_reference(keys, table, seats, positions, new)
-
-
-def append_keys_reference(keys: Tensor, table: Tensor, seats: Tensor, positions: Tensor, new: Tensor) -> None:
-    """See `append_keys`."""
     present = (positions >= 0).nonzero().squeeze(1)
     if len(present) < len(positions):
         seats, positions, new = seats[present], positions[present], new[present]

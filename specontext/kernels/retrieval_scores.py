@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from specontext.kernels.dispatch import use_triton
+from specontext.kernels.dispatch import operation, reference_of, use_triton
 from specontext.kernels.scratch import scratch
 
 TILE_BYTES = 4 << 20  # of float32 keys that are multiplied at a time
@@ -44,6 +44,7 @@ def retrieval_scores(query: Tensor, keys: Tensor, start: int, stops: Tensor, gro
     return retrieval_scores_reference(query, keys, start, stops, groups)
 
 
+@operation(decided_by="query")
 def paged_retrieval_scores(
     query: Tensor, keys: Tensor, table: Tensor, start: int, stops: Tensor, span: int, groups: int | None = None
 ) -> Tensor:
@@ -60,28 +61,6 @@ def paged_retrieval_scores(
         float32 [R, G, span]; -1 where there is no candidate. A request's scores depend neither on the others nor on the span.
     """
     assert span <= table.shape[1] * keys.shape[1], "the page table ends before the span"
-    if use_triton(query):
-        from specontext.kernels.triton.retrieval_scores import paged_retrieval_scores as triton_scores
-
-        return triton_scores(query, keys, table, start, stops, span, groups)
-    return paged_retrieval_scores_reference(query, keys, table, start, stops, span, groups)
-
-
-def retrieval_scores_reference(query: Tensor, keys: Tensor, start: int, stops: Tensor, groups: int | None = None) -> Tensor:
-    """`retrieval_scores` in PyTorch: the keys of a request are one long page."""
-    requests, span = keys.shape[:2]
-    if not span:
-        return query.new_empty((requests, groups or keys.shape[2], 0), dtype=torch.float32)
-    size = math.gcd(span, BLOCK)
-    table = torch.arange(requests * (span // size), device=keys.device).view(requests, -1)
-    pages = keys.reshape(-1, size, *keys.shape[2:])
-    return paged_retrieval_scores_reference(query, pages, table, start, stops, span, groups)
-
-
-def paged_retrieval_scores_reference(
-    query: Tensor, keys: Tensor, table: Tensor, start: int, stops: Tensor, span: int, groups: int | None = None
-) -> Tensor:
-    """`paged_retrieval_scores` in PyTorch."""
     requests, query_heads, head_dim = query.shape
     page_size, key_heads = keys.shape[1:3]
     # Whole vectors: the last numbers of a softmax over an odd width are computed another way than the others.
@@ -103,6 +82,17 @@ def paged_retrieval_scores_reference(
         rows.index_copy_(0, places.flatten(), _products(grouped, keys, owner[part], pages[part]))
     pooled = logits.view(requests, groups or key_heads, -1, blocks * block)
     return group_weights(pooled, start, stops.clamp(max=span))[..., :span]
+
+
+def retrieval_scores_reference(query: Tensor, keys: Tensor, start: int, stops: Tensor, groups: int | None = None) -> Tensor:
+    """`retrieval_scores` in PyTorch: the keys of a request are one long page."""
+    requests, span = keys.shape[:2]
+    if not span:
+        return query.new_empty((requests, groups or keys.shape[2], 0), dtype=torch.float32)
+    size = math.gcd(span, BLOCK)
+    table = torch.arange(requests * (span // size), device=keys.device).view(requests, -1)
+    pages = keys.reshape(-1, size, *keys.shape[2:])
+    return reference_of(paged_retrieval_scores)(query, pages, table, start, stops, span, groups)
 
 
 def _blocks_of(ends: Tensor, block: int, most: int) -> tuple[Tensor, Tensor]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.kernels.dispatch import use_triton
+from specontext.kernels.dispatch import operation
 
 
+@operation(decided_by="tokens")
 def plan_slots(
     tokens: Tensor, seats: Tensor, slot_of_token: Tensor, token_of_slot: Tensor, last_used: Tensor, step: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Find a slot for every selected token: hits stay where they are, misses take the least recently used slots.
 
     Misses, in their order in `tokens`, take the slots in order of (last_used, slot). The three tables, contiguous, are
-    updated in place. Every (request, group) pair is independent of the others.
+    updated in place. Every (request, group) pair is independent of the others. On a CPU only entries of the selection and N
+    numbers a pair are touched, nothing of size S.
 
     Args:
         tokens: int64 [R, G, B] distinct tokens of each pair, -1 is skipped. B must not exceed N.
@@ -28,17 +30,6 @@ def plan_slots(
     Returns:
         slots: int64 [R, G, B], -1 where skipped; missing: bool [R, G, B], tokens that were in no slot before.
     """
-    if use_triton(tokens):
-        from specontext.kernels.triton.slot_plan import plan_slots as kernel
-
-        return kernel(tokens, seats, slot_of_token, token_of_slot, last_used, step)
-    return plan_slots_reference(tokens, seats, slot_of_token, token_of_slot, last_used, step)
-
-
-def plan_slots_reference(
-    tokens: Tensor, seats: Tensor, slot_of_token: Tensor, token_of_slot: Tensor, last_used: Tensor, step: int | Tensor
-) -> tuple[Tensor, Tensor]:
-    """See `plan_slots`. Only entries of the selection and N numbers a pair are touched, nothing of size S."""
     groups, width = tokens.shape[1:]
     span, slot_count = slot_of_token.shape[-1], token_of_slot.shape[-1]
     pairs = (seats[:, None] * groups + torch.arange(groups, device=tokens.device)).view(-1, 1)  # rows of the tables [R * G, 1]

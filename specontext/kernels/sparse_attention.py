@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from specontext.kernels.dispatch import use_triton
+from specontext.kernels.dispatch import operation
 from specontext.kernels.fused_attention import as_multiplied, attention_with_lse
 from specontext.kernels.scratch import scratch
 
@@ -15,33 +15,25 @@ TILE_BYTES = 4 << 20  # of float32 K and V that are attended to at a time; stays
 LEAST_WIDTH = 16
 
 
+@operation(decided_by="query")
 def sparse_attention(
     query: Tensor, arena: Tensor, rows: Tensor, scale: float, *, workspace: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of one query a head over the KV rows that `rows` names.
+
+    On a CPU rows are gathered, then a fused kernel reads K and V of a KV head for its whole group. A few (request, KV head) pairs
+    are done at once, in the same memory again and again. Pairs that read about as many rows are done together: what is skipped is
+    not gathered, and a result depends on the pair's own rows alone.
 
     Args:
         query: [R, Hq, D].
         arena: [N, 2, D], K and V of each row.
         rows: int64 or int32 [R, Hkv, B] row indices, -1 is skipped. Query heads h * Hq / Hkv and up read the rows of KV head h.
         scale: factor of the logits.
-        workspace: scratch of the GPU kernel (`triton.sparse_attention.make_workspace`), allocated when None.
+        workspace: scratch of the GPU kernel (`triton.sparse_attention.make_workspace`), allocated when None; a CPU needs none.
 
     Returns:
         output [R, Hq, D] in the query's dtype, and float32 log-sum-exp of the logits [R, Hq], -inf where nothing was read.
-    """
-    if use_triton(query):
-        from specontext.kernels.triton.sparse_attention import sparse_attention as on_gpu
-
-        return on_gpu(query, arena, rows, scale, workspace=workspace)
-    return sparse_attention_reference(query, arena, rows, scale)
-
-
-def sparse_attention_reference(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`sparse_attention` in PyTorch: rows are gathered, then a fused kernel reads K and V of a KV head for its whole group.
-
-    A few (request, KV head) pairs are done at once, in the same memory again and again. Pairs that read about as many rows are
-    done together: what is skipped is not gathered, and a result depends on the pair's own rows alone.
     """
     requests, query_heads, head_dim = query.shape
     kv_heads, width = rows.shape[1:]

@@ -1,4 +1,4 @@
-"""WHERE KV entries live and how they move (C2): pools of rows, hot slots, and the two tiers together.
+"""WHERE KV entries live and how they move (C2): `KVCache` owns pages, slots and residency, `Transfers` moves rows.
 
 Which entries are wanted is not decided here: a Selection comes in.
 """

@@ -8,12 +8,31 @@ Slots of one KV head:   [ sinks | ring of recent tokens | hot slots, least recen
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from specontext.core import LoadPlan, Selection
 from specontext.kernels.rows import fixed_slots
 from specontext.kernels.slot_plan import plan_slots
+
+
+@dataclass(frozen=True)
+class SlotSizes:
+    """Slots of each KV head of an offloaded layer.
+
+    Attributes:
+        count: of all of them, those of the `sink` first and the `recent` last tokens among them.
+        tables: 1 when one selection serves all layers, L when layers may select for themselves.
+        groups: sets of a selection, at most.
+    """
+
+    count: int
+    sink: int
+    recent: int
+    tables: int = 1
+    groups: int = 1
 
 
 class HotSlots:
@@ -26,15 +45,13 @@ class HotSlots:
         steps: int32 [tables], steps planned so far; on the device, so that a captured graph counts on.
     """
 
-    def __init__(
-        self, *, tables: int, seats: int, groups: int, slots: int, sink: int, recent: int, max_tokens: int, device: torch.device
-    ) -> None:
-        self.tables, self.groups, self.slots, self.sink, self.recent = tables, groups, slots, sink, recent
-        hot = slots - sink - recent
-        self.token_of_slot = torch.full((tables, seats, groups, hot), -1, dtype=torch.int32, device=device)
-        self.slot_of_token = torch.full((tables, seats, groups, max_tokens), -1, dtype=torch.int32, device=device)
-        self.last_used = torch.zeros((tables, seats, groups, hot), dtype=torch.int32, device=device)
-        self.steps = torch.zeros(tables, dtype=torch.int32, device=device)
+    def __init__(self, sizes: SlotSizes, *, seats: int, max_tokens: int, device: torch.device) -> None:
+        self.sizes, self.sink, self.recent = sizes, sizes.sink, sizes.recent
+        pairs, hot = (sizes.tables, seats, sizes.groups), sizes.count - sizes.sink - sizes.recent
+        self.token_of_slot = torch.full((*pairs, hot), -1, dtype=torch.int32, device=device)
+        self.slot_of_token = torch.full((*pairs, max_tokens), -1, dtype=torch.int32, device=device)
+        self.last_used = torch.zeros((*pairs, hot), dtype=torch.int32, device=device)
+        self.steps = torch.zeros(sizes.tables, dtype=torch.int32, device=device)
 
     def reset(self, seat: int) -> None:
         """Forget what the slots of a seat hold."""
@@ -42,19 +59,25 @@ class HotSlots:
         self.slot_of_token[:, seat] = -1
         self.last_used[:, seat] = 0
 
-    def plan(self, table: int, seats: Tensor, selection: Selection) -> LoadPlan:
+    def plan(self, table: int, seats: Tensor, selection: Selection) -> tuple[Selection, LoadPlan]:
         """Slots of a selection and what must be loaded into them; the tables then say what will be there.
 
         Args:
             seats: int64 [R].
+
+        Returns:
+            The selection too, with empty sets behind its own, so that it has as many as the tables.
         """
         step = self.steps[table].add_(1)
-        hot = torch.where(selection.scored, selection.tokens, -1)
-        hot_slots, missing = plan_slots(
-            hot, seats, self.slot_of_token[table], self.token_of_slot[table], self.last_used[table], step
-        )
-        fixed = fixed_slots(selection.tokens, self.sink, self.recent)
-        return LoadPlan(torch.where(selection.scored, hot_slots + self.sink + self.recent, fixed), missing)
+        tokens, scored = selection.tokens, selection.scored
+        if (short := self.sizes.groups - tokens.shape[1]) > 0:
+            tokens = torch.nn.functional.pad(tokens, (0, 0, 0, short), value=-1)
+            scored = torch.nn.functional.pad(scored, (0, 0, 0, short), value=False)
+            selection = Selection(tokens, scored)
+        tables = (self.slot_of_token[table], self.token_of_slot[table], self.last_used[table])
+        hot_slots, missing = plan_slots(torch.where(scored, tokens, -1), seats, *tables, step)
+        slots = torch.where(scored, hot_slots + self.sink + self.recent, fixed_slots(tokens, self.sink, self.recent))
+        return selection, LoadPlan(slots, missing)
 
     def tokens_of(self, table: int, seats: Tensor, lengths: Tensor) -> Tensor:
         """Tokens that belong into the slots of seats that have `lengths` [R] tokens stored: int64 [R, G, slots], -1 for none."""

@@ -1,11 +1,4 @@
-"""A pool of KV pages in one tier.
-
-A page holds `page_size` consecutive tokens (or slots) of one layer, all KV heads, as rows [K|V, D]:
-
-    page p, token t of the page, KV head h  ->  row (p * page_size + t) * Hkv + h
-
-so one token of one head is one contiguous read of 2 * D numbers, in the device arena and in the host pool alike.
-"""
+"""A pool of KV pages in one tier, the arena of a device or the pool of its host. How rows lie in pages, `layout.py` says."""
 
 from __future__ import annotations
 
@@ -16,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specontext.core import ModelShape
 from specontext.kv.host_memory import HostMemory
+from specontext.kv.layout import Layout
 from specontext.memory.pages import PageAllocator
 from specontext.memory.tiers import MemoryPlanError
 
@@ -30,19 +23,19 @@ class PagePool:
         memory: where the rows lie, for the host tier; None for the device's.
     """
 
-    def __init__(self, shape: ModelShape, num_pages: int, page_size: int, name: str, home: torch.device | HostMemory) -> None:
-        self.page_size, self.kv_heads = page_size, shape.kv_heads
-        self.page_bytes = page_size * shape.kv_heads * shape.row_bytes
-        size = (num_pages * page_size * shape.kv_heads, 2, shape.head_dim)
+    def __init__(self, layout: Layout, num_pages: int, name: str, home: torch.device | HostMemory) -> None:
+        self.layout = layout
+        self.page_rows, self.page_bytes = layout.page_size * layout.heads, layout.page_bytes
+        size = (num_pages * self.page_rows, *layout.row_size())
         self.memory = home if isinstance(home, HostMemory) else None
         ready = None if self.memory is None else partial(_ready_pages, self.memory, num_pages, self.page_bytes)
         self.pages = PageAllocator(num_pages, name, ready)
         if isinstance(home, HostMemory):
-            self.rows = home.bytes[: num_pages * self.page_bytes].view(shape.dtype).view(size)
+            self.rows = home.bytes[: num_pages * self.page_bytes].view(layout.dtype).view(size)
             home.reach(self.page_bytes)
         else:
-            self.rows = _empty(size, shape.dtype, home, name)
-        self.rows[: page_size * shape.kv_heads] = 0
+            self.rows = _empty(size, layout.dtype, home, name)
+        self.rows[: self.page_rows] = 0
 
     def allocate(self, count: int) -> list[int]:
         """`count` pages whose memory is there; raises OutOfPagesError (nothing is taken) or HostMemoryError."""
@@ -70,7 +63,7 @@ class PagePool:
 
         A page has room for the keys of as many tokens as fit whole; what is left over at its end is not used.
         """
-        numbers = self.rows[0].numel() * self.page_size * self.kv_heads
+        numbers = self.rows[0].numel() * self.page_rows
         entry = heads * head_dim
         assert entry <= numbers, "a page has no room for the keys of a token"
         shape = (self.pages.num_pages, numbers // entry, heads, head_dim)
@@ -80,24 +73,6 @@ class PagePool:
     def num_bytes(self) -> int:
         """Bytes of all pages."""
         return self.pages.num_pages * self.page_bytes
-
-    def rows_of(self, pages: Tensor, index: Tensor) -> Tensor:
-        """Row numbers of entries.
-
-        Args:
-            pages: int64 [R, P], page tables of R requests in one layer.
-            index: int64 [R, H, B], token or slot numbers for each KV head (H is Hkv, or 1 when all heads want the same),
-                negative where there is none.
-
-        Returns:
-            int64 [R, Hkv, B], -1 where there is none.
-        """
-        present = index >= 0
-        entry = index.clamp(min=0)
-        page = pages.gather(1, (entry // self.page_size).flatten(1)).view_as(entry)
-        heads = torch.arange(self.kv_heads, device=index.device)[None, :, None]
-        rows = (page * self.page_size + entry % self.page_size) * self.kv_heads + heads
-        return torch.where(present, rows, -1)
 
 
 def _ready_pages(memory: HostMemory, num_pages: int, page_bytes: int) -> int:
@@ -117,19 +92,13 @@ def _empty(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, name
 
 
 def make_pools(
-    shape: ModelShape,
-    *,
-    device_pages: int,
-    host_pages: int,
-    page_size: int,
-    device: torch.device,
-    directory: Path | None = None,
+    layout: Layout, *, device_pages: int, host_pages: int, device: torch.device, directory: Path | None = None
 ) -> tuple[PagePool, PagePool]:
     """The arena of a device, and the pool of its host; the host's rows are pinned for a GPU, or lie in a file in `directory`.
 
     Raises:
         HostMemoryError, MemoryPlanError: host or device refuse the memory.
     """
-    arena = PagePool(shape, device_pages, page_size, "device tier of KV", device)
+    arena = PagePool(layout, device_pages, "device tier of KV", device)
     memory = HostMemory(host_pages * arena.page_bytes, pinned=device.type == "cuda", directory=directory)
-    return arena, PagePool(shape, host_pages, page_size, "host tier of KV", memory)
+    return arena, PagePool(layout, host_pages, "host tier of KV", memory)

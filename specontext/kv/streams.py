@@ -5,30 +5,24 @@
     write-back   new rows of prompts, and layers on their way out, to the host
     statistics   counting, which nothing waits for before the end of a step
 
-On a CPU there is one stream, in which everything happens in the order in which it is said.
+On a CPU there are none: everything happens in the order in which it is said. Only `Transfers` uses them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 COMPUTE, PREFETCH, WRITE_BACK, STATISTICS = "compute", "prefetch", "write-back", "statistics"
-Mark = Any  # a point in a stream; None is one that has passed
+Mark = Any  # a point in a stream
 
 
 class Streams(Protocol):
-    """What orders the work of a tiered cache.
-
-    Attributes:
-        asynchronous: work runs beside the host and other streams, and rows of the host are out of attention's reach.
-    """
-
-    asynchronous: bool
+    """What orders work that runs beside the host and beside other work, out of whose reach the host's rows are for attention."""
 
     def on(self, stream: str) -> AbstractContextManager[None]:
         """Work that is started inside goes to this stream."""
@@ -47,28 +41,8 @@ class Streams(Protocol):
         ...
 
 
-class OneStream:
-    """A CPU's only stream."""
-
-    asynchronous = False
-
-    def on(self, stream: str) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def record(self, stream: str) -> Mark:
-        return None
-
-    def wait(self, stream: str, mark: Mark) -> None:
-        pass
-
-    def keep(self, stream: str, *tensors: Tensor) -> None:
-        pass
-
-
 class CudaStreams:
     """CUDA streams and events; compute is whichever stream is current, also one that is being captured into a graph."""
-
-    asynchronous = True
 
     def __init__(self, device: torch.device) -> None:
         # The few programs that move rows come before those of the layers: they finish early, and leave the device to them.
@@ -87,14 +61,13 @@ class CudaStreams:
         return self._stream(stream).record_event()
 
     def wait(self, stream: str, mark: Mark) -> None:
-        if mark is not None:
-            self._stream(stream).wait_event(mark)
+        self._stream(stream).wait_event(mark)
 
     def keep(self, stream: str, *tensors: Tensor) -> None:
         for tensor in tensors:
             tensor.record_stream(self._stream(stream))
 
 
-def streams_of(device: torch.device) -> Streams:
-    """The streams of a device."""
-    return CudaStreams(device) if device.type == "cuda" else OneStream()
+def streams_of(device: torch.device) -> Streams | None:
+    """The streams of a device; None where it has none."""
+    return CudaStreams(device) if device.type == "cuda" else None

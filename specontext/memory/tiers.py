@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from specontext.core import SpeContextError
@@ -14,6 +15,13 @@ if TYPE_CHECKING:
     from specontext.memory.model import KVCost
 
 SHARE_OF_FREE_MEMORY = 0.4
+
+
+class Tier(Enum):
+    """Where KV lives."""
+
+    DEVICE = "device"
+    HOST = "host"
 
 
 class MemoryPlanError(SpeContextError):

@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
 from specontext.core import ModelShape
-from specontext.kernels.dense_attention import chunk_attention
+from specontext.kernels.dense_attention import ChunkAttention, causal_attention
 from specontext.locations import ModelError
 from specontext.models.attention import RUNNING, NoStepError, attention_of, listening, running_of
 
@@ -66,7 +66,12 @@ class _Witness:
                 has, says = (f"{heads} heads with {dim} dimensions" for heads, dim in (found, promised))
                 raise ModelError(f"layer {layer} has {name} of {has}, the config says {says}")
         past = self._stored.get(layer)
-        output = chunk_attention(query, key, value, scale, [] if past is None else [past])
+        if past is None:
+            output = causal_attention(query, key, value, scale)
+        else:
+            attention = ChunkAttention(query, key, value, scale)
+            attention.add(past)
+            output = attention.result()
         new = torch.stack((key, value), dim=2)
         self._stored[layer] = new if past is None else torch.cat((past, new))
         self.calls.append(_Call(layer, query, key, value, output))

@@ -25,21 +25,21 @@ class KeyCache:
         self.table = torch.zeros((seats + 1, -(-max_tokens // self.page_size)), dtype=torch.int64, device=keys.device)
         self.held: list[list[int]] = [[] for _ in range(seats)]
 
-    def open(self, seat: int, tokens: int) -> None:
-        """Give a seat pages for `tokens` tokens; raises OutOfPagesError and takes nothing when there are too few."""
-        assert not self.held[seat], f"seat {seat} is taken"
-        self.grow(seat, tokens)
-
-    def grow(self, seat: int, tokens: int) -> None:
-        """Make room for `tokens` tokens; raises OutOfPagesError and takes nothing when there are too few pages."""
+    def grow(self, seat: int, tokens: int) -> bool:
+        """Make room for `tokens` tokens of a seat; False where there are too few pages, and nothing is taken."""
         before = len(self.held[seat])
-        pages = self.pages.allocate(max(0, -(-tokens // self.page_size) - before))
-        if pages:
-            self.held[seat] += pages
-            new = torch.tensor(pages, dtype=torch.int64).to(self.keys.device)
-            # Zeroed, so that a page that is not full yet never brings in values that are not numbers.
-            self.keys.index_fill_(0, new, 0)
-            self.table[seat, before : before + len(pages)] = new
+        new = -(-tokens // self.page_size) - before
+        if new <= 0:
+            return True
+        if new > self.pages.num_free:
+            return False
+        pages = self.pages.allocate(new)
+        self.held[seat] += pages
+        numbers = torch.tensor(pages, dtype=torch.int64).to(self.keys.device)
+        # Zeroed, so that a page that is not full yet never brings in values that are not numbers.
+        self.keys.index_fill_(0, numbers, 0)
+        self.table[seat, before : before + new] = numbers
+        return True
 
     def close(self, seat: int) -> None:
         self.pages.free(self.held[seat])

@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -143,26 +143,18 @@ class LayerView(Protocol):
 
 
 class Selector(ABC):
-    """A selection method.
+    """A selection method: its state, by seat, and what everyone must know of it. `with_budget` copies share the state.
 
-    A method selects either once before the forward pass, for all layers (`select`), or inside each layer, when it needs
-    that layer's query (`in_layer`, `select_in_layer`); a dense method (`dense`) selects nothing and everything is read.
-
-    State is kept by seat, and `with_budget` copies share it.
+    One that chooses is an `AheadSelector`, which does so once before the forward pass and for all layers, or a `LayerSelector`,
+    which does so inside each layer, because it needs that layer's query. Any other reads everything.
 
     Attributes:
-        foresees: it has to know the true attention of a token in all layers before it selects for it (`foresee`).
-        watches_prompts: it wants to see the queries of prompts (`observe_chunk`).
         replay: last tokens of a prompt that it must see itself although their KV may be known from another request.
         groups: G, how many token sets it chooses for each request.
         head_map: int64 [L, Hkv], the group whose set a KV head reads.
         keep_generated: all tokens after the prompt are read, besides the budget.
     """
 
-    in_layer: ClassVar[bool] = False
-    dense: ClassVar[bool] = False
-    foresees: ClassVar[bool] = False
-    watches_prompts: ClassVar[bool] = False
     replay: ClassVar[int] = 0
     groups: int
     head_map: Tensor
@@ -180,13 +172,15 @@ class Selector(ABC):
         """Device bytes of its state of all seats."""
         return 0
 
-    def open(self, seat: int, tokens: int) -> None:  # noqa: B027  methods without state have nothing to do
-        """A request takes a seat, with room for its first `tokens` tokens."""
+    def open(self, seat: int, tokens: int) -> bool:
+        """A request takes a seat, with room for its first `tokens` tokens; False where there is none, and nothing is taken."""
+        return True
 
-    def grow(self, seat: int, tokens: int) -> None:  # noqa: B027
-        """Make room for `tokens` tokens of a request; raises OutOfPagesError and takes nothing when there is none."""
+    def grow(self, seat: int, tokens: int) -> bool:
+        """Make room for `tokens` tokens of a request; False where there is none, and nothing is taken."""
+        return True
 
-    def close(self, seat: int) -> None:  # noqa: B027
+    def close(self, seat: int) -> None:  # noqa: B027  methods without state have nothing to do
         """The request leaves its seat."""
 
     def save(self, seat: int, tokens: int) -> object:
@@ -195,32 +189,6 @@ class Selector(ABC):
 
     def restore(self, seat: int, tokens: int, state: object) -> None:  # noqa: B027
         """Put saved state into a seat that is open with room for it."""
-
-    def foresee(self, layer: int, weights: Tensor) -> None:
-        """See what full attention would weigh in a layer, layer after layer, right before `select`; only where it `foresees`.
-
-        Args:
-            weights: float32 [R, Hq, S] of the tokens of the step.
-        """
-        raise NotImplementedError
-
-    def select(self, step: DecodeTokens) -> Selection:
-        """Choose for all layers, before the forward pass."""
-        raise NotImplementedError
-
-    def select_in_layer(self, layer: int, step: DecodeTokens, view: LayerView) -> Selection:
-        """Choose for one layer."""
-        raise NotImplementedError
-
-    def observe_chunk(  # noqa: B027
-        self, layer: int, segment: Segment, query: Tensor, scale: float, keys: Callable[[], Tensor]
-    ) -> None:
-        """See a chunk of a prompt in one layer, once its keys and values are stored; only where it `watches_prompts`.
-
-        Args:
-            query: [T, Hq, D] of the chunk, after RoPE.
-            keys: gives the keys of all tokens up to the chunk's last one, [start + T, Hkv, D].
-        """
 
     def observe(self, batch: Batch, features: Tensor | None) -> None:  # noqa: B027
         """See the tokens of a step after the forward pass, with their features [T, F * H] if the method taps any."""
@@ -241,6 +209,54 @@ class Selector(ABC):
     def held_pages(self) -> list[list[int]]:
         """Pages of the device's arena that the method's state lies in."""
         return []
+
+
+class AheadSelector(Selector):
+    """Chooses before the forward pass, for all layers."""
+
+    @abstractmethod
+    def select(self, step: DecodeTokens) -> Selection:
+        """Choose for all layers."""
+
+
+class ForeseeingSelector(AheadSelector):
+    """Has to know the true attention of a token in all layers before it selects for it."""
+
+    @abstractmethod
+    def foresee(self, layer: int, weights: Tensor) -> None:
+        """See what full attention would weigh in a layer, layer after layer, right before `select`.
+
+        Args:
+            weights: float32 [R, Hq, S] of the tokens of the step.
+        """
+
+
+class LayerSelector(Selector):
+    """Chooses inside each layer, with that layer's query."""
+
+    @abstractmethod
+    def select_in_layer(self, layer: int, step: DecodeTokens, view: LayerView) -> Selection:
+        """Choose for one layer."""
+
+
+@runtime_checkable
+class PromptWatcher(Protocol):
+    """A method that wants to see the queries of prompts."""
+
+    def observe_chunk(self, layer: int, segment: Segment, query: Tensor, scale: float, keys: Callable[[], Tensor]) -> None:
+        """See a chunk of a prompt in one layer, once its keys and values are stored.
+
+        Args:
+            query: [T, Hq, D] of the chunk, after RoPE.
+            keys: gives the keys of all tokens up to the chunk's last one, [start + T, Hkv, D].
+        """
+        ...
+
+
+def reads_everything(method: type[Selector] | Selector) -> bool:
+    """Whether a method chooses nothing, so that decode tokens read all that is stored."""
+    kind = method if isinstance(method, type) else type(method)
+    return not issubclass(kind, AheadSelector | LayerSelector)
 
 
 def uniform_map(shape: ModelShape, groups: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specontext.config import ConfigError
 from specontext.core import Selection
-from specontext.retrieval.selector import DecodeTokens, LayerView, MethodContext, Selector, uniform_map
+from specontext.retrieval.selector import DecodeTokens, LayerSelector, LayerView, MethodContext, uniform_map
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SavedState:
     prompt: int | None
 
 
-class StatefulSelector(Selector):
+class StatefulSelector(LayerSelector):
     """A method with tables for every (layer, seat), which it fills when a request takes its first decode step.
 
     Then the keys of the whole prompt are stored, so it makes no difference in which chunks they came. One set of tokens is
@@ -54,8 +54,6 @@ class StatefulSelector(Selector):
     Raises:
         ConfigError: a granularity other than 'head'.
     """
-
-    in_layer = True
 
     def __init__(self, context: MethodContext) -> None:
         if context.granularity != "head":
@@ -143,11 +141,12 @@ class StatefulSelector(Selector):
 
     # State of a seat ---------------------------------------------------------------------------------------------------
 
-    def open(self, seat: int, tokens: int) -> None:
+    def open(self, seat: int, tokens: int) -> bool:
         for table in self.tables.values():
             table[:, seat] = 0
         for fresh in self._fresh:
             fresh.add(seat)
+        return True
 
     def close(self, seat: int) -> None:
         self._prompt_of.pop(seat, None)

@@ -253,7 +253,7 @@ llm = LLM("nano", device="cuda", config=SpeContextConfig(budget=256, offload_lay
 stream = llm.stream([9] * 400, SamplingParams(max_tokens=20, ignore_eos=True))
 for _ in range(3):
     next(stream)
-llm.engine.parts.kv.token_pages.table.fill_(1 << 40)  # kernels read where nothing is
+llm.engine.parts.kv.transfers.tiers.tokens.table.fill_(1 << 40)  # kernels read where nothing is
 try:
     list(stream)
 except Exception as error:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specontext import LLM, SamplingParams
-from specontext.kv.tiered import LoadError
+from specontext.kv.transfers import LoadError
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "bands")
 SPARSE = ("speculative", "streaming", "oracle", "random")
@@ -80,7 +80,7 @@ def test_the_default_budget_and_a_limit_on_the_context(
 def test_tiles_change_nothing(
     make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specontext.engine.step.TILE", 16)
+    monkeypatch.setattr("specontext.engine.decode.TILE", 16)
     for method in ("full", "oracle"):
         llm = make_llm("qwen3", method, budget=110, offload_layers=2, max_num_batched_tokens=40)
         assert tokens_of(llm, prompts, greedy()) == expected("qwen3")
@@ -226,7 +226,7 @@ def test_slots_are_really_evicted(method: str, make_llm: MakeLLM, prompts: Promp
 def test_a_wrong_load_is_noticed_by_the_engine(
     make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specontext.kv.tiered.gather_rows_layers", lambda *_: None)
+    monkeypatch.setattr("specontext.kv.transfers.gather_rows_layers", lambda *_: None)
     llm = make_llm("llama", budget=12, offload_layers=2, verify_loads=True)
     with pytest.raises(LoadError):
         llm.generate(prompts, greedy())

@@ -8,7 +8,7 @@ a captured step, raises.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -22,7 +22,6 @@ from triton.runtime import interpreter
 from specontext import LLM
 from specontext.engine.graphs import decode_batch, requests_bucket, span_bucket
 from specontext.kernels import dispatch
-from specontext.kv.streams import OneStream
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU captures for itself")
 aten = torch.ops.aten
@@ -85,10 +84,20 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             yield
 
 
-class SeveralStreams(OneStream):
-    """Work in the order in which it is said, by code that has streams of its own."""
+class SeveralStreams:
+    """Streams on which work happens in the order in which it is said."""
 
-    asynchronous = True
+    def on(self, stream: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def record(self, stream: str) -> str:
+        return stream
+
+    def wait(self, stream: str, mark: Any) -> None:
+        assert mark is not None
+
+    def keep(self, stream: str, *tensors: Tensor) -> None:
+        pass
 
 
 def decoding(llm: LLM, prompts: list[list[int]], params: Any) -> None:
@@ -128,7 +137,7 @@ def test_a_padded_decode_step_never_waits_and_computes_the_same(
     assert size == 4
     expected = plain.engine.runner.run(decode_batch(next_numbers(plain, 2), 90))
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
-    captured.engine.parts.kv.streams = SeveralStreams()
+    captured.engine.parts.kv.transfers.streams = SeveralStreams()
     batch = decode_batch(next_numbers(captured, size), span_bucket(90, captured.engine.parts.max_tokens))
     with torch.inference_mode(), guarded(monkeypatch):
         logits = captured.engine.runner._forward(batch)
@@ -137,10 +146,11 @@ def test_a_padded_decode_step_never_waits_and_computes_the_same(
     monkeypatch.delenv(dispatch.VARIABLE)
     captured.engine.check_integrity()
     kv, other = captured.engine.parts.kv, plain.engine.parts.kv
-    assert not kv.arena.rows[: kv.page_size * kv.arena.kv_heads].any(), "padding wrote to the page of nobody"
+    assert not kv.arena.rows[: kv.arena.page_rows].any(), "padding wrote to the page of nobody"
     for layer in kv.offloaded:
         for seat in (0, 1):
-            rows = [kv_.host.rows_of(kv_.host_pages.table[layer, [seat]], torch.arange(40)[None, None]) for kv_ in (kv, other)]
+            pages = [kv_.transfers.tiers.host for kv_ in (kv, other)]
+            rows = [one.rows_of(layer, torch.tensor([seat]), torch.arange(40)[None, None]) for one in pages]
             torch.testing.assert_close(kv.host.rows[rows[0]], other.host.rows[rows[1]], rtol=1e-4, atol=1e-4)
 
 
@@ -158,7 +168,7 @@ def test_methods_that_look_at_each_layer_never_wait_on_the_device(
     assert not captured.engine.parts.selector.asks_host
     expected = plain.engine.runner.run(decode_batch(next_numbers(plain, 2), 90))
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
-    captured.engine.parts.kv.streams = SeveralStreams()
+    captured.engine.parts.kv.transfers.streams = SeveralStreams()
     batch = decode_batch(next_numbers(captured, 4), 512)
     with torch.inference_mode(), guarded(monkeypatch):
         logits = captured.engine.runner._forward(batch)

@@ -258,7 +258,7 @@ def test_prompts_that_are_computed_side_by_side_are_kept_once(make_llm: MakeLLM,
 
 def test_nothing_is_copied_twice(make_llm: MakeLLM, greedy: Greedy, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = make_llm("llama", budget=12)
-    store = llm.engine.parts.prefix.store
+    store = llm.engine.parts.kv
     kept, brought, keep, bring = [0], [0], store.keep, store.bring
 
     def keeping(chain: Any, pages: Any, *rest: Any) -> None:
@@ -400,7 +400,7 @@ def test_a_prompt_that_waits_half_computed(forgotten: bool, make_llm: MakeLLM, g
     job = engine.add_request("a", SHARED, greedy(5))
     for _ in range(2):
         engine.step()
-    engine.scheduler._leave_seat(job.request)
+    engine.scheduler.admission.put_back(job.request)
     engine.check_integrity()
     if forgotten:
         engine.reset_prefix_cache()
@@ -419,7 +419,7 @@ def test_a_prompt_that_waits_half_computed(forgotten: bool, make_llm: MakeLLM, g
 def check_idle(llm: LLM) -> None:
     """All pages are free, or kept and given up when that is said."""
     kv = llm.engine.parts.kv
-    assert not llm.engine.has_work and not kv.room and not kv.parked
+    assert not llm.engine.has_work and not kv.seats and not kv.parked
     llm.engine.check_integrity()
     assert kv.arena.pages.num_held == kv.host.pages.num_held == 0
     assert kv.host.pages.num_free == kv.host.pages.num_pages - 1

@@ -157,9 +157,9 @@ def interrupted(llm: LLM, prompts: Prompts, params: SamplingParams, *, after: in
     victim = generations[1].request
     assert victim.seat >= 0 and victim.computed > 0
     computed = victim.computed
-    engine.scheduler._leave_seat(victim)
+    engine.scheduler.admission.put_back(victim)
     if restart:
-        assert engine.scheduler._drop_parked(but=None)
+        assert engine.scheduler.admission.drop_parked(but=None)
     assert victim.computed == (0 if restart else computed)
     while engine.has_work:
         engine.step()

@@ -99,7 +99,7 @@ def test_with_layers_on_the_move_and_requests_that_wait() -> None:
     for _ in range(40):
         for job in jobs:
             next(job)
-    assert llm.engine.parts.residency.num_moves or llm.engine.parts.residency._move is not None or llm.engine.parts.kv.parked
+    assert llm.engine.parts.residency.num_moves or llm.engine.parts.kv.move is not None or llm.engine.parts.kv.parked
     refs = watch(llm.engine)
     del llm, jobs, job
     assert not alive(refs)

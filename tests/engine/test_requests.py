@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from specontext import LLM, ConfigError, SamplingParams, SpeContextConfig
 from specontext.core import RequestError
 from specontext.engine.runner import DeviceMemoryError
+from specontext.kv.seats import ParkedKV
 from specontext.memory.tiers import MemoryPlanError
 from specontext.models.token_ids import unknown_token
 
@@ -215,7 +216,7 @@ def test_memory_that_others_hold_for_now_is_no_reason_to_refuse(make_llm: MakeLL
     small = make_llm("llama", "streaming", budget=20, gpu_memory=1 << 16, host_memory=1 << 18, offload_layers=None)
     longest = next(n for n in range(500, 0, -1) if small.engine.parts.residency.lack(n) is None)
     kv = small.engine.parts.kv
-    kv.parked.append([kv.host.allocate(kv.host.pages.num_free)])
+    kv.parked.append(ParkedKV(0, [kv.host.allocate(kv.host.pages.num_free)], kv.reader))
     assert small.engine.parts.residency.lack(longest) is None and not small.engine.parts.residency.fits_somehow([longest])
 
 

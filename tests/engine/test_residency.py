@@ -50,7 +50,7 @@ def alone(make_llm: MakeLLM) -> Callable[..., list[int]]:
 
 def check_idle(llm: LLM) -> None:
     kv = llm.engine.parts.kv
-    assert not llm.engine.has_work and not kv.room and not kv.parked
+    assert not llm.engine.has_work and not kv.seats and not kv.parked
     llm.engine.check_integrity()
     assert kv.arena.pages.num_held == kv.host.pages.num_held == 0
 

@@ -117,17 +117,17 @@ def test_overlap_and_loads_follow_from_the_selections(
     """Recomputed from the recorded selections with Python sets; slots equal the budget, so only the last set may stay."""
     llm = make_llm("llama", method, budget=12, offload_layers=3)
     kv, steps = llm.engine.parts.kv, []
-    begin = kv.begin_step
+    read = kv.read
 
     def recording(seats: torch.Tensor, selection: Any, layer: int | None = None, reader: Any = None) -> Any:
-        reading = begin(seats, selection, layer, reader)
+        reading = read(seats, selection, layer, reader)
         plan = reading.plan
         assert plan is not None
         scored = torch.where(selection.scored, selection.tokens, -1)[0]
         steps.append((layer, [{t for t in row.tolist() if t >= 0} for row in scored], int(plan.missing.sum())))
         return reading
 
-    kv.begin_step = recording  # type: ignore[method-assign]
+    kv.read = recording  # type: ignore[method-assign]
     stats: dict[str, Any] = llm.generate([prompts[2]], greedy(12))[0].stats
     shares, loaded, missing_seen = [], 0, 0
     before: dict[int | None, list[set[int]]] = {}

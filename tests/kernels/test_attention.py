@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from specontext.kernels.attention_logits import attention_logits
-from specontext.kernels.dense_attention import chunk_attention
+from specontext.kernels.dense_attention import ChunkAttention, causal_attention
 from specontext.kernels.fused_attention import attention_with_lse
 from specontext.kernels.paged_attention import paged_attention, tokens_of_pages
 from specontext.kernels.sparse_attention import merge_partials, sparse_attention
@@ -76,6 +77,15 @@ def test_attention_logits(requests: int, kv_heads: int, ratio: int, width: int, 
     expected = torch.einsum("rhd,rhbd->rhb", query.double(), keys) * 0.3
     absent = (rows < 0).repeat_interleave(ratio, 1)
     torch.testing.assert_close(logits.double(), expected.masked_fill(absent, -math.inf), rtol=1e-5, atol=1e-4)
+
+
+def chunk_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, past: Sequence[Tensor] = ()) -> Tensor:
+    if not past:
+        return causal_attention(query, key, value, scale)
+    attention = ChunkAttention(query, key, value, scale)
+    for tile in past:
+        attention.add(tile)
+    return attention.result()
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.attention_logits import attention_logits_reference
+from specontext.kernels.dispatch import reference_of
 from specontext.kernels.paged_attention import paged_attention_reference
-from specontext.kernels.sparse_attention import sparse_attention, sparse_attention_reference
+from specontext.kernels.sparse_attention import sparse_attention
 
 pytest.importorskip("triton")
 from specontext.kernels.triton import sparse_attention as split_k
@@ -19,6 +20,7 @@ from specontext.kernels.triton.attention_logits import attention_logits
 from specontext.kernels.triton.paged_attention import paged_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+sparse_attention_reference = reference_of(sparse_attention)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 FORMATS = list(TOLERANCE)
 # R, Hkv, Hq / Hkv, entries, D

@@ -15,8 +15,11 @@ pytest.importorskip("triton")
 
 from specontext.core import ModelShape
 from specontext.kernels import key_rows, row_index
+from specontext.kernels.dispatch import reference_of
+from specontext.kernels.tables import Pages, Slots, Tiers
 from specontext.kernels.triton import key_rows as triton_key_rows
 from specontext.kernels.triton import row_index as triton_row_index
+from specontext.kv.layout import Layout
 from specontext.kv.pool import make_pools
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,10 +27,10 @@ QUICK = settings(max_examples=30, deadline=None, derandomize=True, suppress_heal
 Function = Callable[..., Any]
 
 rows_by = pytest.mark.parametrize(
-    "selected_rows", [triton_row_index.selected_rows, row_index.selected_rows_reference], ids=["triton", "torch"]
+    "selected_rows", [triton_row_index.selected_rows, reference_of(row_index.selected_rows)], ids=["triton", "torch"]
 )
 keys_by = pytest.mark.parametrize(
-    "append_keys", [triton_key_rows.append_keys, key_rows.append_keys_reference], ids=["triton", "torch"]
+    "append_keys", [triton_key_rows.append_keys, reference_of(key_rows.append_keys)], ids=["triton", "torch"]
 )
 
 
@@ -57,8 +60,12 @@ def test_rows_of_both_tiers(
     resident = drawn(2, layers) == 1
     which = torch.randperm(seats, generator=generator)[:requests]
     head_map = drawn(groups, layers, kv_heads)
-    arguments = (tokens, slots, token_pages, slot_pages, resident, which, head_map)
-    found = selected_rows(*(x.to(DEVICE) for x in arguments), page_size)
+    none, sizes = torch.zeros(0, device=DEVICE), (page_size, kv_heads)  # rows of pools are not looked at
+    here, there = Pages(none, token_pages.to(DEVICE), *sizes), Slots(none, slot_pages.to(DEVICE), *sizes, 1, 1)
+    tiers = Tiers(here, there, here, resident.to(DEVICE))
+    found = selected_rows(tiers, range(layers), *(x.to(DEVICE) for x in (which, head_map, tokens, slots)))
+    one = selected_rows(tiers, range(1, 2), *(x.to(DEVICE) for x in (which, head_map, tokens, slots)))
+    assert torch.equal(one[0], found[1])
     assert found.shape == (layers, requests, kv_heads, width)
     for layer in range(layers):
         entries, pages = (tokens, token_pages) if resident[layer] else (slots, slot_pages)
@@ -74,8 +81,9 @@ def test_rows_of_both_tiers(
 @rows_by
 def test_rows_of_nothing(selected_rows: Function) -> None:
     nothing = torch.zeros((0, 2, 5), dtype=torch.int64, device=DEVICE)
-    pages, flags = torch.zeros((1, 1, 1), dtype=torch.int64, device=DEVICE), torch.ones(1, dtype=torch.bool, device=DEVICE)
-    found = selected_rows(nothing, nothing, pages, pages, flags, nothing[:, 0, 0], pages[:, 0], 4)
+    table, flags = torch.zeros((1, 1, 1), dtype=torch.int64, device=DEVICE), torch.ones(1, dtype=torch.bool, device=DEVICE)
+    pages = Pages(nothing, table, 4, 1)
+    found = selected_rows(Tiers(pages, None, pages, flags), range(1), nothing[:, 0, 0], table[:, 0], nothing, nothing)
     assert found.shape == (1, 0, 1, 5)
 
 
@@ -89,7 +97,7 @@ def test_keys_into_pages_of_the_arena(
 ) -> None:
     """Pages of KV seen as pages of keys, which may leave a rest; padding has negative positions and writes nothing."""
     shape = ModelShape(1, 8, kv_heads, kv_heads, kv_dim, 10, 64, dtype)
-    arena, _ = make_pools(shape, device_pages=9, host_pages=1, page_size=4, device=DEVICE)
+    arena, _ = make_pools(Layout.of_shape(shape, 4), device_pages=9, host_pages=1, device=DEVICE)
     arena.rows.fill_(7.0)
     keys = arena.as_keys(groups, head_dim)
     size = keys.shape[1]

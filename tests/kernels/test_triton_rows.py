@@ -15,10 +15,12 @@ pytest.importorskip("triton")
 
 from specontext.core import ModelShape, Selection
 from specontext.kernels import dispatch, rows
+from specontext.kernels.tables import Copies, NewTokens, Pages, Slots, Tiers
 from specontext.kernels.triton import rows as triton_rows
+from specontext.kv.cache import KVCache
+from specontext.kv.hot_slots import SlotSizes
+from specontext.kv.layout import Layout, Reader
 from specontext.kv.pool import make_pools
-from specontext.kv.reading import Reader
-from specontext.kv.tiered import TieredKV
 from specontext.retrieval.selector import Budget
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -31,7 +33,9 @@ both = pytest.mark.parametrize("module", [triton_rows, rows], ids=["triton", "re
 
 
 def function_of(module: Any, name: str) -> Function:
-    return getattr(module, name if module is triton_rows else f"{name}_reference")
+    if module is triton_rows:
+        return getattr(module, name)  # type: ignore[no-any-return]
+    return getattr(rows, f"{name}_reference", None) or dispatch.reference_of(getattr(rows, name))
 
 
 def random_rows(count: int, dim: int, dtype: torch.dtype, seed: int = 0, *, pinned: bool = False) -> Tensor:
@@ -104,9 +108,10 @@ def test_gather_of_all_layers(module: Any, data: st.DataObject, seed: int, heads
                 for token, slot in zip(tokens[r, group][missing[r, group]], slots[r, group][missing[r, group]], strict=True):
                     to = row_of(slot_pages[layer, seat], int(slot), head, page_size, kv_heads)
                     expected[to] = source[row_of(token_pages[layer, seat], int(token), head, page_size, kv_heads)]
-    where = (torch.tensor(asked), torch.tensor(chosen), head_map, torch.tensor(resident))
-    plan = (token_pages, slot_pages, *where, tokens, slots, missing)
-    function_of(module, "gather_rows_layers")(source, target, *(x.to(DEVICE) for x in plan), page_size)
+    copies = Copies(*(x.to(DEVICE) for x in (torch.tensor(chosen), tokens, slots, missing, head_map)))
+    pages = [Pages(r, table.to(DEVICE), page_size, kv_heads) for r, table in ((source, token_pages), (target, slot_pages))]
+    where = (torch.tensor(asked, device=DEVICE), torch.tensor(resident, device=DEVICE))
+    function_of(module, "gather_rows_layers")(*pages, *where, copies)
     assert torch.equal(target, expected)
 
 
@@ -125,12 +130,13 @@ def test_gather_of_long_lists(dim: int, layers: int, width: int, dtype: torch.dt
     missing = torch.rand(tokens.shape, generator=generator) < 0.8
     head_map = torch.tensor([[1, 0], [0, 0]])[:layers]
     resident = torch.zeros(layers, dtype=torch.bool)
-    plan = (tables, tables, torch.arange(layers), torch.tensor([0]), head_map, resident, tokens, slots, missing)
-    arguments = (*(x.to(DEVICE) for x in plan), 16)
+    copies = Copies(*(x.to(DEVICE) for x in (torch.tensor([0]), tokens, slots, missing, head_map)))
+    arguments = (torch.arange(layers, device=DEVICE), resident.to(DEVICE), copies)
     expected = target.clone()
-    rows.gather_rows_layers_reference(source, expected, *arguments)
+    of_source, of_target, of_expected = (Pages(r, tables.to(DEVICE), 16, 2) for r in (source, target, expected))
+    function_of(rows, "gather_rows_layers")(of_source, of_expected, *arguments)
     assert not torch.equal(target, expected)
-    triton_rows.gather_rows_layers(source, target, *arguments)
+    triton_rows.gather_rows_layers(of_source, of_target, *arguments)
     assert torch.equal(target, expected)
 
 
@@ -200,12 +206,14 @@ def test_append_to_both_tiers(module: Any, resident: bool, dim: int, kv_heads: i
                 slot = position if position < sink else sink + position % recent
                 expected_arena[row_of(slot_pages[seat], slot, h, page_size, kv_heads)] = new
     seats, positions, lengths = (torch.tensor(x, device=DEVICE) for x in zip(*tokens, strict=True))
-    host_pages, token_pages, slot_pages = host_pages.to(DEVICE), token_pages.to(DEVICE), slot_pages.to(DEVICE)
+    of_host, of_tokens, of_slots = (x.to(DEVICE)[None] for x in (host_pages, token_pages, slot_pages))
     pool, flag = host.clone(), torch.tensor([resident], device=DEVICE)
-    function_of(module, "append_tokens")(pool, host_pages, seats, positions, key, value, page_size)
+    new, sizes = NewTokens(seats, positions, lengths, key, value), (page_size, kv_heads)
+    function_of(module, "append_tokens")(Pages(pool, of_host, *sizes), 0, new)
     assert torch.equal(pool, expected_pool)
-    to = (host, host_pages, arena, token_pages, slot_pages, flag)
-    function_of(module, "append_layer")(*to, seats, positions, lengths, key, value, page_size, sink, recent)
+    slots = Slots(arena, of_slots, *sizes, sink, recent)
+    tiers = Tiers(Pages(arena, of_tokens, *sizes), slots, Pages(host, of_host, *sizes), flag)
+    function_of(module, "append_layer")(tiers, 0, new)
     assert torch.equal(host, expected_host) and torch.equal(arena, expected_arena)
 
 
@@ -222,11 +230,12 @@ def test_append_of_nothing(module: Any) -> None:
     pool = random_rows(8, 4, torch.float32)
     before, nothing = pool.clone(), torch.zeros(0, dtype=torch.int64, device=DEVICE)
     key, value = new_tokens(0, 2, 4, torch.float32, transposed=False)
-    pages = torch.ones((1, 1), dtype=torch.int64, device=DEVICE)
+    table = torch.ones((1, 1, 1), dtype=torch.int64, device=DEVICE)
+    pages, new = Pages(pool, table, 2, 2), NewTokens(nothing, nothing, nothing, key, value)
     function_of(module, "append_rows")(pool, nothing.view(0, 2), key, value)
-    function_of(module, "append_tokens")(pool, pages, nothing, nothing, key, value, 2)
-    to = (pool, pages, pool, pages, pages, torch.zeros(1, dtype=torch.bool, device=DEVICE))
-    function_of(module, "append_layer")(*to, nothing, nothing, nothing, key, value, 2, 1, 1)
+    function_of(module, "append_tokens")(pages, 0, new)
+    tiers = Tiers(pages, Slots(pool, table, 2, 2, 1, 1), pages, torch.zeros(1, dtype=torch.bool, device=DEVICE))
+    function_of(module, "append_layer")(tiers, 0, new)
     assert torch.equal(pool, before)
 
 
@@ -249,34 +258,28 @@ def steps_of_two_requests(in_layer: bool) -> list[Tensor]:
     generator = torch.Generator().manual_seed(7)
     layers, kv_heads, groups, budget = 3, 2, 3, Budget(9, 2, 3)
     shape = ModelShape(layers, 8, kv_heads, kv_heads, 4, 10, 64, torch.float32)
-    arena, host = make_pools(shape, device_pages=60, host_pages=60, page_size=4, device=DEVICE)
-    kv = TieredKV(
-        shape,
+    kv = KVCache(
+        *make_pools(Layout.of_shape(shape, 4), device_pages=60, host_pages=60, device=DEVICE),
         resident=(False, True, False),
         reader=Reader(torch.randint(0, groups, (layers, kv_heads), generator=generator).to(DEVICE), in_layer),
-        tables=layers if in_layer else 1,
-        groups=groups,
-        slots=11,
-        sink=2,
-        recent=3,
+        slots=SlotSizes(11, sink=2, recent=3, tables=layers if in_layer else 1, groups=groups),
         seats=3,
         max_tokens=48,
-        arena=arena,
-        host=host,
         verify_loads=True,
     )
     seats, start = torch.tensor([2, 0], device=DEVICE), torch.tensor([20, 29], device=DEVICE)
 
     def append(layer: int, which: Tensor, positions: Tensor, lengths: Tensor, *, chunk: bool = False) -> None:
         new = torch.randn(2, len(which), kv_heads, 4, generator=generator).to(DEVICE)
-        (kv.append_chunk if chunk else kv.append)(layer, which, positions, new[0], new[1], lengths)
+        store = kv.transfers.append_chunk if chunk else kv.transfers.append
+        store(layer, NewTokens(which, positions, lengths, new[0], new[1]))
 
     for seat, length in zip(seats.tolist(), start.tolist(), strict=True):
-        kv.open(seat, 40)
+        assert kv.open(seat, 40) is None
         for layer in range(layers):
             which, lengths = (torch.full((length,), n, device=DEVICE) for n in (seat, length))
             append(layer, which, torch.arange(length, device=DEVICE), lengths, chunk=True)
-    kv.end_step()
+    kv.transfers.end_step()
     seen = []
     for step in range(3):
         lengths = start + step + 1
@@ -285,13 +288,14 @@ def steps_of_two_requests(in_layer: bool) -> list[Tensor]:
             if in_layer or layer == 0:
                 order = torch.rand(2, groups, 16, generator=generator).argsort(-1)[..., : budget.scored]
                 selections.append(budget.compose((2 + order.sort(-1).values).to(DEVICE), lengths))
-                reading = kv.begin_step(seats, selections[-1], layer if in_layer else None)
+                reading = kv.read(seats, selections[-1], layer if in_layer else None)
                 seen += [reading.plan.slots, reading.plan.missing] if reading.plan is not None else []
             append(layer, seats, lengths - 1, lengths)
-            kv.wait(layer)
-            rows = kv.rows(layer, reading)
+            kv.transfers.wait(layer)
+            rows = kv.transfers.rows(range(layer, layer + 1), reading)[0]
+            kv.transfers.check_rows(layer, reading, rows)
             seen.append(torch.where((rows >= 0)[..., None, None], kv.arena.rows[rows.clamp(min=0).long()], 0.0))
-        kv.end_step()
+        kv.transfers.end_step()
     kv.check_integrity()
     return seen
 
@@ -308,20 +312,24 @@ def test_pools_in_host_memory() -> None:
     expected = arena.clone()
     tokens, slots = (torch.randperm(32, generator=generator)[:20].view(1, 1, 20) for _ in range(2))
     resident, head_map = torch.tensor([False, False]), torch.zeros((2, 2), dtype=torch.int64)
-    plan = (tables, tables, torch.arange(2), torch.tensor([0]), head_map, resident, tokens, slots)
-    arguments = (*(x.to(DEVICE) for x in plan), (tokens % 3 != 0).to(DEVICE), 4)
-    rows.gather_rows_layers(host, arena, *arguments)
-    rows.gather_rows_layers_reference(plain, expected, *arguments)
+    copies = Copies(*(x.to(DEVICE) for x in (torch.tensor([0]), tokens, slots, tokens % 3 != 0, head_map)))
+    arguments = (torch.arange(2, device=DEVICE), resident.to(DEVICE), copies)
+    of_host, of_plain, of_arena, of_expected = (Pages(r, tables.to(DEVICE), 4, 2) for r in (host, plain, arena, expected))
+    rows.gather_rows_layers(of_host, of_arena, *arguments)
+    function_of(rows, "gather_rows_layers")(of_plain, of_expected, *arguments)
     assert torch.equal(arena, expected)
     at = torch.randperm(100, generator=generator).to(DEVICE)
     rows.gather_rows(host, at, arena, at.flip(0))
-    rows.gather_rows_reference(plain, at, expected, at.flip(0))
+    function_of(rows, "gather_rows")(plain, at, expected, at.flip(0))
     assert torch.equal(arena, expected)
     key, value = new_tokens(5, 2, 64, torch.bfloat16, transposed=True)
     place = (torch.zeros(5, dtype=torch.int64, device=DEVICE), torch.arange(5, device=DEVICE))
-    lengths, flag = torch.full((5,), 5, device=DEVICE), torch.zeros(1, dtype=torch.bool, device=DEVICE)
-    pages = tables[1].to(DEVICE)
-    rows.append_layer(host, pages, arena, pages, pages, flag, *place, lengths, key, value, 4, 1, 2)
-    rows.append_layer_reference(plain, pages, expected, pages, pages, flag, *place, lengths, key, value, 4, 1, 2)
+    new = NewTokens(*place, torch.full((5,), 5, device=DEVICE), key, value)
+    for function, in_host, on_device in (
+        (rows.append_layer, of_host, of_arena),
+        (function_of(rows, "append_layer"), of_plain, of_expected),
+    ):
+        slot_pages = Slots(on_device.rows, on_device.table, 4, 2, 1, 2)
+        function(Tiers(on_device, slot_pages, in_host, resident.to(DEVICE)), 1, new)
     torch.cuda.synchronize()
     assert torch.equal(arena, expected) and torch.equal(host.to(DEVICE), plain)

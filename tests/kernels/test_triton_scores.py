@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from specontext.kernels import retrieval_scores as dispatched
-from specontext.kernels.retrieval_scores import paged_retrieval_scores_reference, retrieval_scores_reference
+from specontext.kernels.dispatch import reference_of
+from specontext.kernels.retrieval_scores import paged_retrieval_scores, retrieval_scores_reference
 from specontext.kernels.triton import retrieval_scores as kernels
 from specontext.memory.pages import PageAllocator
 from specontext.retrieval.key_cache import KeyCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+paged_retrieval_scores_reference = reference_of(paged_retrieval_scores)
 FORMATS = [torch.float32, torch.float16, torch.bfloat16]
 # R, G, Hq / G, S, D
 SHAPES = [(1, 1, 1, 1, 64), (2, 2, 3, 141, 80), (3, 1, 16, 100, 96), (2, 3, 2, 333, 128), (1, 2, 5, 70, 256), (1, 1, 24, 40, 24)]
@@ -188,7 +190,7 @@ def test_scores_of_a_key_cache_whose_pages_bound_the_span(paged: Paged) -> None:
     cache = KeyCache(pages, PageAllocator(30, "keys"), seats=3, max_tokens=99)
     lengths = {0: 21, 2: 40}
     for seat, length in lengths.items():
-        cache.open(seat, length + 13)
+        assert cache.grow(seat, length + 13)
         keys = rand(length, 2, 16, dtype=torch.float32, seed=seat)
         cache.append(torch.full((length,), seat, device=DEVICE), torch.arange(length, device=DEVICE), keys)
     assert len(cache.held[2]) == 7

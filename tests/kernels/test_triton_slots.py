@@ -10,7 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from specontext.kernels.slot_plan import plan_slots_reference
+from specontext.kernels import slot_plan
+from specontext.kernels.dispatch import reference_of
 from specontext.kernels.triton.slot_plan import plan_slots
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -29,7 +30,7 @@ def plan_both(tokens: Tensor, seats: Tensor, ours: Tables, theirs: Tables, step:
     """Plan with the reference and with the kernel, and compare all that they return and change."""
     tokens, seats = tokens.to(DEVICE), seats.to(DEVICE)
     number = torch.tensor(step, dtype=torch.int32, device=DEVICE)
-    expected = plan_slots_reference(tokens, seats, *theirs, number if step % 2 else step)
+    expected = reference_of(slot_plan.plan_slots)(tokens, seats, *theirs, number if step % 2 else step)
     planned = plan_slots(tokens, seats, *ours, step if step % 2 else number)
     for found, wanted in zip((*planned, *ours), (*expected, *theirs), strict=True):
         assert found.dtype == wanted.dtype and torch.equal(found, wanted)

@@ -6,32 +6,27 @@ import pytest
 import torch
 
 from specontext.core import ModelShape
-from specontext.kv.dense import pages_in_reach, stored_tiles
+from specontext.kernels.tables import NewTokens
+from specontext.kv.cache import KVCache
+from specontext.kv.dense import stored_tiles
+from specontext.kv.hot_slots import SlotSizes
+from specontext.kv.layout import Layout, Reader
 from specontext.kv.pool import make_pools
-from specontext.kv.reading import Reader
-from specontext.kv.tiered import TieredKV
 
 HEADS, DIM, TOKENS = 2, 4, 29
 
 
 @pytest.fixture
-def kv() -> TieredKV:
+def kv() -> KVCache:
     """Layer 0 resident, layer 1 offloaded; three seats of which the middle one was given back and taken again."""
     shape = ModelShape(2, 8, HEADS, HEADS, DIM, 10, 64, torch.float32)
-    arena, host = make_pools(shape, device_pages=60, host_pages=60, page_size=4, device=torch.device("cpu"))
-    kv = TieredKV(
-        shape,
+    kv = KVCache(
+        *make_pools(Layout.of_shape(shape, 4), device_pages=60, host_pages=60, device=torch.device("cpu")),
         resident=(True, False),
         reader=Reader(torch.zeros(2, HEADS, dtype=torch.int64)),
-        tables=1,
-        groups=1,
-        slots=6,
-        sink=1,
-        recent=2,
+        slots=SlotSizes(6, sink=1, recent=2),
         seats=3,
         max_tokens=32,
-        arena=arena,
-        host=host,
     )
     for seat in range(3):
         kv.open(seat, 32)
@@ -40,33 +35,35 @@ def kv() -> TieredKV:
     return kv
 
 
-def store(kv: TieredKV, layer: int, seat: int) -> torch.Tensor:
+def store(kv: KVCache, layer: int, seat: int) -> torch.Tensor:
     """Write random tokens; returns them as [TOKENS, Hkv, 2, D]."""
     tokens = torch.randn(TOKENS, HEADS, 2, DIM, generator=torch.Generator().manual_seed(seat))
     positions = torch.arange(TOKENS)
     key, value = tokens.unbind(2)
-    kv.append_chunk(layer, torch.full_like(positions, seat), positions, key, value, torch.full_like(positions, TOKENS))
+    seats, lengths = torch.full_like(positions, seat), torch.full_like(positions, TOKENS)
+    kv.transfers.append_chunk(layer, NewTokens(seats, positions, lengths, key, value))
     return tokens
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("tile", [1, 5, 8, 100])
-def test_tiles_are_the_stored_tokens(layer: int, tile: int, kv: TieredKV) -> None:
+def test_tiles_are_the_stored_tokens(layer: int, tile: int, kv: KVCache) -> None:
     for seat in range(3):
         tokens = store(kv, layer, seat)
         for stop in (0, 1, 4, TOKENS):
-            tiles = [part.clone() for part in stored_tiles(kv, layer, seat, stop, tile)]  # the next tile may overwrite it
+            tiles = [
+                part.clone() for part in stored_tiles(kv.transfers, layer, seat, stop, tile)
+            ]  # the next tile may overwrite it
             assert all(0 < len(part) <= tile for part in tiles)
             assert torch.equal(torch.cat([tokens[:0], *tiles]), tokens[:stop])
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_pages_in_reach_lead_to_the_stored_tokens(layer: int, kv: TieredKV) -> None:
+def test_page_tables_lead_to_the_stored_tokens(layer: int, kv: KVCache) -> None:
     stored = [store(kv, layer, seat) for seat in range(3)]
-    reach = pages_in_reach(kv, layer, torch.tensor([2, 1]))
-    assert reach is not None
-    rows, pages = reach
-    for at, seat in enumerate((2, 1)):
+    home = kv.transfers.home(layer)
+    for seat in (2, 1):
         for token in (0, 3, 17, TOKENS - 1):
-            row = (pages[at, token // 4] * 4 + token % 4) * HEADS
-            assert torch.equal(rows[row : row + HEADS], stored[seat][token])
+            row = (home.table[layer, seat, token // 4] * 4 + token % 4) * HEADS
+            assert torch.equal(home.rows[row : row + HEADS], stored[seat][token])
+            assert home.rows_of(layer, torch.tensor([seat]), torch.tensor([[[token]]]))[0, :, 0].tolist() == [row, row + 1]

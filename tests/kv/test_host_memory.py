@@ -11,10 +11,11 @@ import torch
 
 from specontext.core import ModelShape
 from specontext.kv import host_memory
+from specontext.kv.cache import KVCache
 from specontext.kv.host_memory import AHEAD, HostMemory, HostMemoryError
+from specontext.kv.hot_slots import SlotSizes
+from specontext.kv.layout import Layout, Reader
 from specontext.kv.pool import PagePool, make_pools
-from specontext.kv.reading import Reader
-from specontext.kv.tiered import TieredKV
 from specontext.memory.tiers import MemoryPlanError
 
 CHUNK = 1 << 20
@@ -113,23 +114,18 @@ def test_pages_are_not_lost_where_their_memory_is_refused(driver: Driver, monkey
 def test_a_seat_that_cannot_grow_on_the_host_is_as_it_was(driver: Driver) -> None:
     shape = ModelShape(2, 8, 2, 2, 64, 10, 64, torch.float32)
     memory = HostMemory(8 * CHUNK, pinned=True)
-    arena, _ = make_pools(shape, device_pages=900, host_pages=1, page_size=16, device=torch.device("cpu"))
+    arena, _ = make_pools(Layout.of_shape(shape, 16), device_pages=900, host_pages=1, device=torch.device("cpu"))
     host = host_memory_pool(shape, memory, 8 * CHUNK // arena.page_bytes)
-    kv = TieredKV(
-        shape,
+    kv = KVCache(
+        arena,
+        host,
         resident=(True, False),
         reader=Reader(torch.zeros(2, 2, dtype=torch.int64)),
-        tables=1,
-        groups=1,
-        slots=32,
-        sink=1,
-        recent=2,
+        slots=SlotSizes(32, sink=1, recent=2),
         seats=1,
         max_tokens=8000,
-        arena=arena,
-        host=host,
     )
-    kv.open(0, 100)
+    assert kv.open(0, 100) is None
     driver.limit = sum(driver.pinned.values())
     with pytest.raises(HostMemoryError):
         kv.grow(0, 7000)
@@ -139,7 +135,7 @@ def test_a_seat_that_cannot_grow_on_the_host_is_as_it_was(driver: Driver) -> Non
 
 
 def host_memory_pool(shape: ModelShape, memory: HostMemory, pages: int) -> PagePool:
-    return PagePool(shape, pages, 16, "host tier of KV", memory)
+    return PagePool(Layout.of_shape(shape, 16), pages, "host tier of KV", memory)
 
 
 def test_memory_of_a_cpu_is_all_there_at_once() -> None:
@@ -158,15 +154,15 @@ def test_more_than_the_system_has_is_refused() -> None:
 
 def test_a_file_takes_the_place_of_memory_and_leaves_no_trace(tmp_path: Path) -> None:
     shape = ModelShape(1, 8, 2, 2, 4, 10, 64, torch.float32)
-    options = {"device_pages": 3, "host_pages": 50, "page_size": 16, "device": torch.device("cpu")}
-    _, pool = make_pools(shape, **options, directory=tmp_path)  # type: ignore[arg-type]
+    options = {"device_pages": 3, "host_pages": 50, "device": torch.device("cpu")}
+    _, pool = make_pools(Layout.of_shape(shape, 16), **options, directory=tmp_path)  # type: ignore[arg-type]
     pool.rows[10:20] = 3.0
     assert pool.rows[10:20].eq(3).all() and not list(tmp_path.iterdir())
     with pytest.raises(HostMemoryError, match="another directory with --offload-dir"):
-        make_pools(shape, **options, directory=tmp_path / "nowhere")  # type: ignore[arg-type]
+        make_pools(Layout.of_shape(shape, 16), **options, directory=tmp_path / "nowhere")  # type: ignore[arg-type]
 
 
 def test_a_device_that_refuses_the_memory_of_its_tier_says_so() -> None:
     shape = ModelShape(1, 8, 1, 1, 8, 10, 10, torch.float32)
     with pytest.raises(MemoryPlanError, match=r"the device tier of KV asks for \d{15} bytes .*: lower --gpu-memory"):
-        PagePool(shape, 2, 1 << 42, "device tier of KV", torch.device("cpu"))
+        PagePool(Layout.of_shape(shape, 1 << 42), 2, "device tier of KV", torch.device("cpu"))

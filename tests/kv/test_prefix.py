@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specontext.core import ModelShape
-from specontext.kv import copying, prefix
+from specontext.kernels.tables import NewTokens
+from specontext.kv import block_state, copying
+from specontext.kv.block_state import State
+from specontext.kv.cache import KVCache
 from specontext.kv.host_memory import AHEAD, HostMemory
-from specontext.kv.moves import LayerMove
-from specontext.kv.parking import park
+from specontext.kv.hot_slots import SlotSizes
+from specontext.kv.layout import Layout, Reader
 from specontext.kv.pool import make_pools
-from specontext.kv.prefix import PrefixStore, State
 from specontext.kv.prefix_tree import Block, PrefixTree, Tokens, page_of
-from specontext.kv.reading import Reader
 from specontext.kv.streams import PREFETCH, WRITE_BACK
-from specontext.kv.tiered import TieredKV
+from specontext.kv.transfers import Transfers
 from specontext.memory.pages import OutOfPagesError, PageAllocator
 from tests.kv.test_host_memory import CHUNK, Driver, driver, host_memory_pool, settled
 from tests.kv.test_streams import RaceError, RecordingStreams, watch
@@ -186,61 +187,55 @@ def test_pages_whose_memory_was_refused_are_not_taken_for_blocks(driver: Driver)
 class Bench:
     """A cache of KV whose rows say whose they are: request * 10,000 + layer * 1,000 + head * 100 + token."""
 
-    def __init__(self, resident: tuple[bool, ...], *, adaptive: bool = False, host_pages: int = 200, each: int = EACH) -> None:
-        arena, host = make_pools(SHAPE, device_pages=200, host_pages=host_pages, page_size=PAGE, device=torch.device("cpu"))
+    def __init__(
+        self, resident: tuple[bool, ...], *, adaptive: bool = False, host_pages: int = 200, state: tuple[int, int] = (EACH, LAST)
+    ) -> None:
+        layout = Layout.of_shape(SHAPE, PAGE)
+        arena, host = make_pools(layout, device_pages=200, host_pages=host_pages, device=torch.device("cpu"))
         arena.rows.zero_()
-        self.kv = TieredKV(
-            SHAPE,
+        self.kv = KVCache(
+            arena,
+            host,
             resident=resident,
             reader=Reader(torch.zeros(LAYERS, HEADS, dtype=torch.int64)),
-            tables=1,
-            groups=1,
-            slots=6,
-            sink=1,
-            recent=3,
+            slots=SlotSizes(6, sink=1, recent=3),
             seats=3,
             max_tokens=60,
-            arena=arena,
-            host=host,
             adaptive=adaptive,
             verify_loads=True,
+            state=state,
         )
-        self.store = PrefixStore(self.kv, each=each, last=LAST)
+        self.tree = self.kv.blocks.tree
 
     def fill(self, seat: int, request: int, stop: int, start: int = 0) -> None:
         """Tokens of a prompt."""
         tokens = torch.arange(start, stop)
-        if seat not in self.kv.room:
-            self.kv.open(seat, stop)
-        self.kv.grow(seat, stop)
+        assert (None if seat in self.kv.seats else self.kv.open(seat, stop)) is None
+        assert self.kv.grow(seat, stop) is None
         for layer in range(LAYERS):
             new = (request * 10_000 + layer * 1_000 + torch.arange(HEADS) * 100 + tokens[:, None])[..., None].expand(-1, -1, DIM)
-            arguments = (torch.full_like(tokens, seat), tokens, new.float(), -new.float(), torch.full_like(tokens, stop))
-            self.kv.append_chunk(layer, *arguments)
-        self.kv.end_step()
+            place = (torch.full_like(tokens, seat), tokens, torch.full_like(tokens, stop))
+            self.kv.transfers.append_chunk(layer, NewTokens(*place, new.float(), -new.float()))
+        self.kv.transfers.end_step()
 
     def decode(self, seat: int, position: int) -> None:
         one = torch.tensor([position])
         new = torch.full((1, HEADS, DIM), 7.0)
-        self.kv.grow(seat, position + 1)
+        assert self.kv.grow(seat, position + 1) is None
         for layer in range(LAYERS):
-            self.kv.append(layer, torch.tensor([seat]), one, new, new, one + 1)
-        self.kv.end_step()
+            self.kv.transfers.append(layer, NewTokens(torch.tensor([seat]), one, one + 1, new, new))
+        self.kv.transfers.end_step()
 
     def keep(self, seat: int, request: int, chain: list[Block], count: int) -> None:
         first = len(chain)
-        self.store.keep(chain, pages_of(request, first, first + count), seat, state_of(request, first, first + count, self.each))
-
-    @property
-    def each(self) -> int:
-        return self.store._sizes[0]
+        self.kv.keep(chain, pages_of(request, first, first + count), seat, state_of(request, first, first + count))
 
     def rows(self, seat: int, tokens: int) -> Tensor:
         """What is stored of a seat: [L, Hkv, tokens] of the numbers above; keys and values are checked against each other."""
         found = []
-        for layer, here in enumerate(self.kv.resident):
-            pool, pages = (self.kv.arena, self.kv.token_pages) if here else (self.kv.host, self.kv.host_pages)
-            rows = pool.rows[pool.rows_of(pages.table[layer, seat][None], torch.arange(tokens)[None, None])[0]]
+        for layer in range(LAYERS):
+            home = self.kv.transfers.home(layer)
+            rows = home.rows[home.rows_of(layer, torch.tensor([seat]), torch.arange(tokens)[None, None])[0]]
             assert torch.equal(rows[:, :, 0], -rows[:, :, 1]) and (rows == rows[..., :1]).logical_or(rows == -rows[..., :1]).all()
             found.append(rows[:, :, 0, 0])
         return torch.stack(found)
@@ -255,9 +250,9 @@ def pages_of(request: int, first: int, stop: int) -> list[Tokens]:
     return [page_of([request * 100 + token for token in range(stop * PAGE)], page, PAGE) for page in range(first, stop)]
 
 
-def state_of(request: int, first: int, stop: int, each: int = EACH) -> State:
+def state_of(request: int, first: int, stop: int) -> State:
     pages = torch.arange(first, stop)[:, None] + request * 100.0
-    return State(pages + torch.arange(each) / 64, -pages - torch.arange(LAST) / 64)
+    return State(pages + torch.arange(EACH) / 64, -pages - torch.arange(LAST) / 64)
 
 
 KINDS = [(True, True, True), (True, True, False), (False, False, False), (False, True, False)]
@@ -272,7 +267,7 @@ def test_rows_and_state_come_back_wherever_layers_live(
     """Kept in three parts that end inside of pages; brought back all or some of them, after layers have changed their tiers."""
     bench = Bench(before, adaptive=True)
     if asynchronous:
-        bench.kv.streams = RecordingStreams()
+        bench.kv.transfers.streams = RecordingStreams()
     chain: list[Block] = []
     for start, stop in ((0, 6), (6, 7), (7, 18)):
         bench.fill(0, 1, stop, start)
@@ -281,12 +276,11 @@ def test_rows_and_state_come_back_wherever_layers_live(
     bench.kv.close(0)
     for layer, (old, new) in enumerate(zip(before, after, strict=True)):
         if old != new:
-            move = LayerMove(bench.kv, layer, to_host=old)
-            move.finish({0: 27})
+            assert bench.kv.begin_move(layer, to_host=old) and bench.kv.finish_move({0: 27})
     for pages in (4, 2):
-        assert bench.store.tree.find([100 + token for token in range(60)], pages) == chain[:pages]
+        assert bench.tree.find([100 + token for token in range(60)], pages) == chain[:pages]
         bench.kv.open(1, 20)
-        state = bench.store.bring(chain[:pages], 1)
+        state = bench.kv.bring(chain[:pages], 1)
         tokens = pages * PAGE
         assert torch.equal(bench.rows(1, tokens), truth(1, tokens))
         assert torch.equal(state.each, state_of(1, 0, pages).each)
@@ -294,7 +288,7 @@ def test_rows_and_state_come_back_wherever_layers_live(
         slots_are_filled(bench, 1, tokens)
         bench.kv.close(1)
     bench.kv.check_integrity()
-    bench.store.tree.check_integrity()
+    bench.tree.check_integrity()
 
 
 def slots_are_filled(bench: Bench, seat: int, tokens: int) -> None:
@@ -304,7 +298,8 @@ def slots_are_filled(bench: Bench, seat: int, tokens: int) -> None:
     wanted = [0, *range(tokens - kv.hot.recent, tokens)]
     slots = [0, *(1 + token % kv.hot.recent for token in wanted[1:])]
     for layer in kv.offloaded:
-        rows = kv.arena.rows_of(kv.slot_pages.table[layer, seat][None], torch.tensor(slots)[None, None])[0]
+        assert kv.transfers.tiers.slots is not None
+        rows = kv.transfers.tiers.slots.rows_of(layer, torch.tensor([seat]), torch.tensor(slots)[None, None])[0]
         assert torch.equal(kv.arena.rows[rows][:, :, 0, 0], truth(1, tokens)[layer][:, wanted])
 
 
@@ -313,29 +308,28 @@ def test_a_layer_that_is_moving(to_host: bool) -> None:
     """Pages are kept from and brought to where it lives; then its move brings what is there along."""
     bench = Bench((True, True, to_host), adaptive=True)
     bench.fill(0, 1, 22)
-    move = LayerMove(bench.kv, 2, to_host=to_host)
-    move.advance({0: 22}, 5 * HEADS * SHAPE.row_bytes)
+    assert bench.kv.begin_move(2, to_host=to_host)
+    bench.kv.advance_move({0: 22}, 5 * HEADS * SHAPE.row_bytes)
     chain: list[Block] = []
     bench.keep(0, 1, chain, 5)
     bench.kv.open(1, 20)
-    bench.store.bring(chain, 1)
+    bench.kv.bring(chain, 1)
     bench.kv.check_integrity()
-    move.finish({0: 22, 1: 20})
+    assert bench.kv.finish_move({0: 22, 1: 20})
     for seat in (0, 1):
         assert torch.equal(bench.rows(seat, 20), truth(1, 20))
     bench.kv.check_integrity()
 
 
 def test_a_cache_without_a_head_has_pages_of_layers_only() -> None:
-    bench = Bench((True, False, True))
-    store = PrefixStore(bench.kv, each=0, last=0)
-    assert store.tree.block_pages == LAYERS
+    bench = Bench((True, False, True), state=(0, 0))
+    assert bench.tree.block_pages == LAYERS
     bench.fill(0, 1, 9)
     none = torch.zeros(2, 0)
     chain: list[Block] = []
-    store.keep(chain, pages_of(1, 0, 2), 0, State(none, none))
+    bench.kv.keep(chain, pages_of(1, 0, 2), 0, State(none, none))
     bench.kv.open(1, 8)
-    state = store.bring(chain, 1)
+    state = bench.kv.bring(chain, 1)
     assert state.each.shape == (2, 0) and state.last.shape == (1, 0)
     assert torch.equal(bench.rows(1, 8), truth(1, 8))
 
@@ -344,7 +338,7 @@ def test_a_cache_without_a_head_has_pages_of_layers_only() -> None:
 def copied(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Rows of KV and of state that were copied."""
     counts = {"kv": 0, "state": 0}
-    gather = prefix.gather_rows
+    gather = block_state.gather_rows
 
     def counting(name: str, factor: int) -> Callable[..., None]:
         def count(source: Tensor, rows: Tensor, target: Tensor, to: Tensor) -> None:
@@ -354,7 +348,7 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return count
 
     monkeypatch.setattr(copying, "gather_rows", counting("kv", PAGE * HEADS))
-    monkeypatch.setattr(prefix, "gather_rows", counting("state", 1))
+    monkeypatch.setattr(block_state, "gather_rows", counting("state", 1))
     return counts
 
 
@@ -365,7 +359,7 @@ def test_copies_cost_the_rows_of_their_pages_and_no_more(copied: dict[str, int])
     bench.keep(0, 1, chain, 5)
     assert copied == {"kv": 5 * PAGE * LAYERS * HEADS, "state": 5 * (3 + 2)}
     bench.kv.open(1, 12)
-    bench.store.bring(chain[:3], 1)
+    bench.kv.bring(chain[:3], 1)
     assert copied == {"kv": 8 * PAGE * LAYERS * HEADS, "state": 5 * (3 + 2) + 3 * 3 + 2}, (
         "only the last page's feature comes back"
     )
@@ -379,12 +373,12 @@ def test_blocks_take_no_page_from_seats_and_replace_what_was_used_longest_ago(ro
     old: list[Block] = []
     bench.keep(0, 1, old, 3)
     others = bench.kv.host.allocate(20 - BLOCK * room)
-    bench.store.tree.check_integrity()
-    assert len(bench.store.tree) == min(3, room)
+    bench.tree.check_integrity()
+    assert len(bench.tree) == min(3, room)
     chain: list[Block] = []
     bench.keep(1, 2, chain, 5)
-    assert len(chain) == len(bench.store.tree) == room, "as many as fit, from the beginning, and the old ones make room"
-    assert all(block in bench.store.tree for block in chain)
+    assert len(chain) == len(bench.tree) == room, "as many as fit, from the beginning, and the old ones make room"
+    assert all(block in bench.tree for block in chain)
     bench.kv.host.pages.check_integrity([others])
     bench.keep(1, 2, chain, 5 - len(chain))
     assert len(chain) == room, "a prompt never drops its own beginning for what follows"
@@ -397,7 +391,7 @@ def test_blocks_lie_only_where_memory_is_ready(monkeypatch: pytest.MonkeyPatch) 
     bench.fill(0, 1, 20)
     chain: list[Block] = []
     bench.keep(0, 1, chain, 5)
-    assert len(chain) == 2 and max(page for pages in bench.store.tree.held_pages() for page in pages) < ready
+    assert len(chain) == 2 and max(page for pages in bench.tree.held_pages() for page in pages) < ready
 
 
 # Streams --------------------------------------------------------------------------------------------------------------
@@ -415,15 +409,15 @@ def deaf(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """deaf(function): what that function does no longer waits for copies."""
 
     def patch(function: str) -> None:
-        join = TieredKV.join_copies
+        join = Transfers.join_copies
 
-        def joining(kv: TieredKV) -> None:
+        def joining(moving: Transfers) -> None:
             caller = sys._getframe(1)
             through = caller.f_back  # the tree calls through a weak reference
             if function not in (caller.f_code.co_name, through and through.f_code.co_name):
-                join(kv)
+                join(moving)
 
-        monkeypatch.setattr(TieredKV, "join_copies", joining)
+        monkeypatch.setattr(Transfers, "join_copies", joining)
 
     return patch
 
@@ -439,7 +433,7 @@ def kept_and_moved(bench: Bench) -> None:
     """A layer that comes back leaves pages on the host from which a copy may not have been made yet."""
     bench.kv.open(1, 1)
     bench.keep(0, 1, [], 5)
-    LayerMove(bench.kv, 2, to_host=False).finish({0: 22, 1: 0})
+    assert bench.kv.begin_move(2, to_host=False) and bench.kv.finish_move({0: 22, 1: 0})
     for position in range(22):
         bench.decode(1, position)
 
@@ -457,14 +451,14 @@ def kept_and_brought(bench: Bench) -> None:
     chain: list[Block] = []
     bench.keep(0, 1, chain, 5)
     bench.kv.open(1, 20)
-    bench.store.bring(chain, 1)
+    bench.kv.bring(chain, 1)
 
 
 @pytest.mark.parametrize(
     ("who", "resident", "story"),
     [
         ("close", (True, True, True), kept_and_closed),
-        ("finish", (True, False, False), kept_and_moved),
+        ("finish_move", (True, False, False), kept_and_moved),
         ("give_up", (True, True, False), kept_and_dropped),
         ("bring", (True, True, False), kept_and_brought),
     ],
@@ -478,7 +472,7 @@ def test_pages_that_are_being_copied(
     bench = Bench(resident)
     bench.kv.arena.rows.zero_()
     bench.kv.host.rows.zero_()
-    bench.kv.streams = streams
+    bench.kv.transfers.streams = streams
     bench.fill(0, 1, 22)
     if hears:
         story(bench)
@@ -490,18 +484,18 @@ def test_pages_that_are_being_copied(
 
 def test_what_is_brought_is_awaited_before_it_is_read(streams: RecordingStreams) -> None:
     bench = Bench((True, True, False))
-    bench.kv.streams = streams
+    bench.kv.transfers.streams = streams
     bench.fill(0, 1, 22)
     chain: list[Block] = []
     bench.keep(0, 1, chain, 5)
     bench.kv.open(1, 24)
-    bench.store.bring(chain, 1)
+    bench.kv.bring(chain, 1)
     assert PREFETCH in streams.streams_seen
-    for row in bench.kv.arena.rows_of(bench.kv.token_pages.table[0, 1][None], torch.arange(20)[None, None]):
-        streams.access("attention", bench.kv.arena.rows, row.flatten(), write=False)
+    rows = bench.kv.transfers.home(0).rows_of(0, torch.tensor([1]), torch.arange(20)[None, None])
+    streams.access("attention", bench.kv.arena.rows, rows.flatten(), write=False)
     bench.fill(1, 1, 24, 20)
-    parked = park(bench.kv, 1, 24)
-    assert len(parked.pages) == LAYERS
+    parked = bench.kv.park(1, 24)
+    assert parked is not None and len(parked.pages) == LAYERS
 
 
 def test_memory_for_prompts_that_will_be_kept_is_made_ready_without_waiting(driver: Driver) -> None:

@@ -85,7 +85,7 @@ def test_a_context_of_many_tiles(
     greedy: Callable[..., SamplingParams],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("specontext.engine.step.TILE", 16)
+    monkeypatch.setattr("specontext.engine.decode.TILE", 16)
     for offload_layers in (0, -1):
         llm = make_llm("llama", "full", offload_layers=offload_layers, max_num_batched_tokens=50)
         check_logits(llm, reference("llama"), prompts, greedy(9))

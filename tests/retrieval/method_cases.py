@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specontext.core import ModelShape, Segment, Selection
-from specontext.retrieval.selector import Budget, DecodeTokens, MethodContext, Selector
+from specontext.retrieval.selector import Budget, DecodeTokens, MethodContext, PromptWatcher, Selector
 
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 8
 SCALE = HEAD_DIM**-0.5
@@ -67,7 +67,7 @@ def prefill(selector: Selector, seat: int, talk: Talk, chunk: int = 1 << 20) -> 
     for start in range(0, talk.prompt, chunk):
         stop = min(start + chunk, talk.prompt)
         for layer in range(LAYERS):
-            if selector.watches_prompts:
+            if isinstance(selector, PromptWatcher):
                 segment = Segment(seat, start, stop - start, 0)
                 stored = talk.keys[layer, :stop]
                 selector.observe_chunk(layer, segment, talk.queries[layer, start:stop], SCALE, lambda stored=stored: stored)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from specontext.core import ModelShape
 from specontext.kernels.top_k import top_k_positions
 from specontext.retrieval.methods import OracleSelector, RandomSelector, StreamingSelector, make_method
-from specontext.retrieval.selector import Budget, DecodeTokens, LayerView, MethodContext, Selector
+from specontext.retrieval.selector import AheadSelector, Budget, DecodeTokens, LayerSelector, LayerView, MethodContext
 
 QUICK = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 SHAPE = ModelShape(
@@ -91,9 +91,9 @@ def decode_tokens(lengths: list[int]) -> DecodeTokens:
     return DecodeTokens(count, count, torch.tensor(lengths) - 1, 5 + count, max(lengths))
 
 
-def choose(selector: Selector, lengths: list[int]) -> torch.Tensor:
+def choose(selector: AheadSelector | LayerSelector, lengths: list[int]) -> torch.Tensor:
     step = decode_tokens(lengths)
-    if not selector.in_layer:
+    if not isinstance(selector, LayerSelector):
         return selector.select(step).tokens
     logits = torch.full((len(lengths), SHAPE.query_heads, max(lengths)), -torch.inf)
     for r, length in enumerate(lengths):

@@ -26,7 +26,7 @@ from specontext.distill.target import Observation, Target
 from specontext.engine.llm import LLM
 from specontext.evaluation.analysis.rows import Row, row
 from specontext.evaluation.analysis.settings import AnalysisError
-from specontext.retrieval.selector import DecodeTokens, Selector
+from specontext.retrieval.selector import AheadSelector, DecodeTokens
 
 BIN = 32  # generated tokens of one point
 PROMPTS = 4
@@ -49,7 +49,7 @@ class Record:
 
 
 @contextmanager
-def recorded(selector: Selector) -> Iterator[Record]:
+def recorded(selector: AheadSelector) -> Iterator[Record]:
     """Record the steps of a selector that serves one request."""
     record = Record()
     select, observe = selector.select, selector.observe
@@ -152,7 +152,9 @@ def measure_drift(
     target = Target(llm.engine.loaded.model, head.config.feature_layers)
     drift = Drift()
     for prompt in prompts:
-        with recorded(llm.engine.parts.selector) as record:
+        selector = llm.engine.parts.selector
+        assert isinstance(selector, AheadSelector)
+        with recorded(selector) as record:
             params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
             [output] = llm.generate(list(prompt), params)
         ids = torch.tensor([[*prompt, *output.token_ids]], device=target.device)

@@ -236,6 +236,7 @@ def paged_retrieval_scores(
     query: Tensor, keys: Tensor, table: Tensor, start: int, stops: Tensor, span: int, groups: int | None = None
 ) -> Tensor:
     """See `specontext.kernels.retrieval_scores.paged_retrieval_scores`."""
+    assert span <= table.shape[1] * keys.shape[1], "the page table ends before the span"
     return _launch(query, keys, table, start, stops, span, groups or keys.shape[2])
 
 

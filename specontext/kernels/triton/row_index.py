@@ -8,42 +8,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specontext.kernels.tables import Tiers
+from specontext.kernels.triton.rows import row_of
+
 BLOCK = 1024
 
 
-def selected_rows(
-    tokens: Tensor,
-    slots: Tensor,
-    token_pages: Tensor,
-    slot_pages: Tensor,
-    resident: Tensor,
-    seats: Tensor,
-    head_map: Tensor,
-    page_size: int,
-) -> Tensor:
+def selected_rows(tiers: Tiers, layers: range, seats: Tensor, head_map: Tensor, tokens: Tensor, slots: Tensor) -> Tensor:
     """See `specontext.kernels.row_index.selected_rows`; int32, which every arena of fewer than 2 ** 31 rows fits."""
-    layers, kv_heads = head_map.shape
     requests, groups, width = tokens.shape
-    assert token_pages.is_contiguous() and slot_pages.is_contiguous()
-    rows = torch.empty((layers, requests, kv_heads, width), dtype=torch.int32, device=tokens.device)
+    here, part = tiers.tokens, slice(layers.start, layers.stop)
+    there = tiers.slots if tiers.slots is not None else here  # without slots all layers are resident
+    tables = [pages.table[part] for pages in (here, there)]
+    assert layers.step == 1 and all(table.is_contiguous() for table in tables)
+    rows = torch.empty((len(layers), requests, here.heads, width), dtype=torch.int32, device=tokens.device)
     if rows.numel():
-        _rows[(layers * requests * kv_heads, triton.cdiv(width, BLOCK))](
+        _rows[(len(layers) * requests * here.heads, triton.cdiv(width, BLOCK))](
             tokens.contiguous(),
             slots.contiguous(),
-            token_pages,
-            slot_pages,
-            resident.view(torch.uint8),
+            *tables,
+            tiers.resident[part].view(torch.uint8),
             seats.contiguous(),
-            head_map.contiguous(),
+            head_map[part].contiguous(),
             rows,
             requests,
             groups,
             width,
-            token_pages.shape[1],
-            token_pages.shape[2],
-            slot_pages.shape[2],
-            PAGE=page_size,
-            HEADS=kv_heads,
+            *tables[0].shape[1:],
+            tables[1].shape[2],
+            PAGE=here.size,
+            HEADS=here.heads,
             BLOCK=BLOCK,
         )
     return rows
@@ -65,9 +59,9 @@ def _rows(
     inside = column < width
     if tl.load(resident + layer) != 0:
         entry = tl.load(tokens + pair * width + column, mask=inside, other=-1)
-        page = tl.load(token_pages + seat * token_width + entry // PAGE, mask=entry >= 0, other=0)
+        row = row_of(token_pages + seat * token_width, entry, head, entry >= 0, PAGE, HEADS)
     else:
         entry = tl.load(slots + pair * width + column, mask=inside, other=-1)
-        page = tl.load(slot_pages + seat * slot_width + entry // PAGE, mask=entry >= 0, other=0)
-    row = tl.where(entry >= 0, (page * PAGE + entry % PAGE) * HEADS + head, -1)
+        row = row_of(slot_pages + seat * slot_width, entry, head, entry >= 0, PAGE, HEADS)
+    row = tl.where(entry >= 0, row, -1)
     tl.store(rows + reader.to(tl.int64) * width + column, row.to(tl.int32), mask=inside)

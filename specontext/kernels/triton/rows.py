@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
 from specontext.kernels.triton.slot_plan import list_flagged
 
 TILE_BYTES = 16384
@@ -29,59 +30,47 @@ def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows
         )
 
 
-def gather_rows_layers(
-    source: Tensor,
-    target: Tensor,
-    source_pages: Tensor,
-    target_pages: Tensor,
-    layers: Tensor,
-    seats: Tensor,
-    head_map: Tensor,
-    resident: Tensor,
-    tokens: Tensor,
-    slots: Tensor,
-    missing: Tensor,
-    page_size: int,
-) -> None:
+def gather_rows_layers(source: Pages, target: Pages, layers: Tensor, skipped: Tensor, copies: Copies) -> None:
     """See `specontext.kernels.rows.gather_rows_layers`: two launches, whatever the number of layers.
 
-    The first lists the misses of each pair, so that the second moves full tiles, a pair's list split over some programs.
-    Each missing row costs its bytes and about 40 of indices, which all layers and heads share in the caches.
+    The first lists the entries that each pair wants, so that the second moves full tiles, a pair's list split over some programs.
+    Each row costs its bytes and about 40 of indices, which all layers and heads share in the caches.
     """
-    requests, groups, width = tokens.shape
-    readers = len(layers) * requests * head_map.shape[1]
+    requests, groups, width = copies.source.shape
+    readers = len(layers) * requests * source.heads
     if not readers * width:
         return
-    assert source_pages.is_contiguous() and target_pages.is_contiguous()
-    row_width, block, rows = _tile(source, target)
-    misses = torch.empty((requests * groups, width), dtype=torch.int32, device=tokens.device)
-    counts = torch.empty(requests * groups, dtype=torch.int32, device=tokens.device)
-    _list_misses[(requests * groups,)](missing.contiguous().view(torch.uint8), misses, counts, width, BLOCK=1024, num_warps=8)
+    assert source.table.is_contiguous() and target.table.is_contiguous() and source.size == target.size
+    row_width, block, rows = _tile(source.rows, target.rows)
+    wanted = torch.empty((requests * groups, width), dtype=torch.int32, device=layers.device)
+    counts = torch.empty(requests * groups, dtype=torch.int32, device=layers.device)
+    flags = copies.wanted.contiguous().view(torch.uint8)
+    _list_wanted[(requests * groups,)](flags, wanted, counts, width, BLOCK=1024, num_warps=8)
     # All programs are at one layer and request at a time: a bus that reads at random needs a table that stays in its cache.
-    splits = min(triton.cdiv(PROGRAMS, head_map.shape[1]), triton.cdiv(width, rows))
+    splits = min(triton.cdiv(PROGRAMS, source.heads), triton.cdiv(width, rows))
     _gather_layers[(min(readers * splits, PROGRAMS),)](
-        source,
-        target,
-        source_pages,
-        target_pages,
+        source.rows,
+        target.rows,
+        source.table,
+        target.table,
         layers.contiguous(),
-        seats.contiguous(),
-        head_map.contiguous(),
-        resident.view(torch.uint8),
-        tokens.contiguous(),
-        slots.contiguous(),
-        misses,
+        copies.seats.contiguous(),
+        copies.head_map.contiguous(),
+        skipped.view(torch.uint8),
+        copies.source.contiguous(),
+        copies.target.contiguous(),
+        wanted,
         counts,
         readers * splits,
         splits,
         requests,
         groups,
         width,
-        source_pages.shape[1],
-        source_pages.shape[2],
-        target_pages.shape[2],
-        PAGE=page_size,
-        HEADS=head_map.shape[1],
+        source.table.shape[1],
+        source.table.shape[2],
+        target.table.shape[2],
+        PAGE=source.size,
+        HEADS=source.heads,
         WIDTH=row_width,
         BLOCK=block,
         ROWS=rows,
@@ -112,30 +101,29 @@ def append_rows(arena: Tensor, rows: Tensor, key: Tensor, value: Tensor) -> None
         )
 
 
-def append_tokens(
-    pool: Tensor, pages: Tensor, seats: Tensor, positions: Tensor, key: Tensor, value: Tensor, page_size: int
-) -> None:
+def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
     """See `specontext.kernels.rows.append_tokens`."""
-    key, value = _dense_last(key), _dense_last(value)
+    key, value = _dense_last(new.key), _dense_last(new.value)
     tokens, heads, head_dim = key.shape
     if not tokens:
         return
-    assert pages.is_contiguous() and pool.is_contiguous()
+    table = pages.table[layer]
+    assert table.is_contiguous() and pages.rows.is_contiguous()
     block, rows = _append_tile(key)
     _append_to_pages[(triton.cdiv(tokens * heads, rows),)](
-        pool,
-        pages,
-        seats.contiguous(),
-        positions.contiguous(),
+        pages.rows,
+        table,
+        new.seats.contiguous(),
+        new.positions.contiguous(),
         key,
         value,
         tokens * heads,
-        pages.shape[1],
+        table.shape[1],
         key.stride(0),
         key.stride(1),
         value.stride(0),
         value.stride(1),
-        PAGE=page_size,
+        PAGE=pages.size,
         HEADS=heads,
         DIM=head_dim,
         BLOCK=block,
@@ -143,51 +131,36 @@ def append_tokens(
     )
 
 
-def append_layer(
-    host: Tensor,
-    host_pages: Tensor,
-    arena: Tensor,
-    token_pages: Tensor,
-    slot_pages: Tensor,
-    resident: Tensor,
-    seats: Tensor,
-    positions: Tensor,
-    lengths: Tensor,
-    key: Tensor,
-    value: Tensor,
-    page_size: int,
-    sink: int,
-    recent: int,
-    *,
-    to_host: bool = True,
-) -> None:
+def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = True) -> None:
     """See `specontext.kernels.rows.append_layer`. K and V are read once, and the page tables in place."""
-    key, value = _dense_last(key), _dense_last(value)
+    key, value = _dense_last(new.key), _dense_last(new.value)
     tokens, heads, head_dim = key.shape
     if not tokens:
         return
-    pages = (host_pages, token_pages, slot_pages)
-    assert all(x.is_contiguous() for x in (host, arena, *pages))
+    host, device, slots = tiers.host, tiers.tokens, tiers.slots
+    assert slots is not None
+    tables = [pages.table[layer] for pages in (host, device, slots)]
+    assert all(x.is_contiguous() for x in (host.rows, device.rows, *tables))
     block, rows = _append_tile(key)
     _append_to_tier[(triton.cdiv(tokens * heads, rows),)](
-        host,
-        arena,
-        *pages,
-        resident.view(torch.uint8),
-        seats.contiguous(),
-        positions.contiguous(),
-        lengths.contiguous(),
+        host.rows,
+        device.rows,
+        *tables,
+        tiers.resident[layer : layer + 1].view(torch.uint8),
+        new.seats.contiguous(),
+        new.positions.contiguous(),
+        new.lengths.contiguous(),
         key,
         value,
         tokens * heads,
-        *(table.shape[1] for table in pages),
+        *(table.shape[1] for table in tables),
         key.stride(0),
         key.stride(1),
         value.stride(0),
         value.stride(1),
-        sink,
-        recent,
-        PAGE=page_size,
+        slots.sink,
+        slots.recent,
+        PAGE=device.size,
         TO_HOST=to_host,
         HEADS=heads,
         DIM=head_dim,
@@ -232,21 +205,22 @@ def _gather(source, source_rows, target, target_rows, count, WIDTH: tl.constexpr
 
 
 @triton.jit
-def _list_misses(missing, misses, counts, width, BLOCK: tl.constexpr):
+def _list_wanted(flags, wanted, counts, width, BLOCK: tl.constexpr):
     pair = tl.program_id(0)
     first = pair.to(tl.int64) * width
-    tl.store(counts + pair, list_flagged(missing + first, width, misses + first, BLOCK))
+    tl.store(counts + pair, list_flagged(flags + first, width, wanted + first, BLOCK))
 
 
 @triton.jit
-def _row_of(pages, entry, head, live, PAGE: tl.constexpr, HEADS: tl.constexpr):
+def row_of(pages, entry, head, live, PAGE: tl.constexpr, HEADS: tl.constexpr):
+    """The row of an entry of a seat and layer, from its line of the page table: see `specontext.kernels.tables.Pages`."""
     page = tl.load(pages + entry // PAGE, mask=live, other=0).to(tl.int64)
     return (page * PAGE + entry % PAGE) * HEADS + head
 
 
 @triton.jit(do_not_specialize=["items", "splits", "requests", "seat_count", "source_width", "target_width"])
 def _gather_layers(
-    source, target, source_pages, target_pages, layers, seats, head_map, resident, tokens, slots, misses, counts,
+    source, target, source_pages, target_pages, layers, seats, head_map, skipped, source_entries, target_entries, wanted, counts,
     items, splits, requests, groups, width, seat_count, source_width, target_width,
     PAGE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -257,15 +231,15 @@ def _gather_layers(
         layer = tl.load(layers + reader // HEADS // requests).to(tl.int64)
         pair = request * groups + tl.load(head_map + layer * HEADS + head).to(tl.int64)
         seat = layer * seat_count + tl.load(seats + request).to(tl.int64)
-        count = tl.where(tl.load(resident + layer) != 0, 0, tl.load(counts + pair))
+        count = tl.where(tl.load(skipped + layer) != 0, 0, tl.load(counts + pair))
         for first in range(item % splits * ROWS, count, splits * ROWS):
             place = first + tl.arange(0, ROWS)
             live = place < count
-            at = pair * width + tl.load(misses + pair * width + place, mask=live, other=0)
-            token = tl.load(tokens + at, mask=live, other=0).to(tl.int64)
-            slot = tl.load(slots + at, mask=live, other=0).to(tl.int64)
-            source_row = _row_of(source_pages + seat * source_width, token, head, live, PAGE, HEADS)
-            target_row = _row_of(target_pages + seat * target_width, slot, head, live, PAGE, HEADS)
+            at = pair * width + tl.load(wanted + pair * width + place, mask=live, other=0)
+            source_entry = tl.load(source_entries + at, mask=live, other=0).to(tl.int64)
+            target_entry = tl.load(target_entries + at, mask=live, other=0).to(tl.int64)
+            source_row = row_of(source_pages + seat * source_width, source_entry, head, live, PAGE, HEADS)
+            target_row = row_of(target_pages + seat * target_width, target_entry, head, live, PAGE, HEADS)
             _copy(source, source_row, target, target_row, live, WIDTH, BLOCK)
 
 
@@ -312,7 +286,7 @@ def _append_to_pages(
     seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
     new_key = _read(key, token, head, key_token, key_head, live, DIM, BLOCK)
     new_value = _read(value, token, head, value_token, value_head, live, DIM, BLOCK)
-    row = _row_of(pages + seat * page_width, position, head, live, PAGE, HEADS)
+    row = row_of(pages + seat * page_width, position, head, live, PAGE, HEADS)
     _write(pool, row, new_key, new_value, live, DIM, BLOCK)
 
 
@@ -330,14 +304,14 @@ def _append_to_tier(
     new_key = _read(key, token, head, key_token, key_head, live, DIM, BLOCK)
     new_value = _read(value, token, head, value_token, value_head, live, DIM, BLOCK)
     if tl.load(resident) != 0:
-        row = _row_of(token_pages + seat * token_width, position, head, live, PAGE, HEADS)
+        row = row_of(token_pages + seat * token_width, position, head, live, PAGE, HEADS)
         _write(arena, row, new_key, new_value, live, DIM, BLOCK)
     else:
         if TO_HOST:
-            row = _row_of(host_pages + seat * host_width, position, head, live, PAGE, HEADS)
+            row = row_of(host_pages + seat * host_width, position, head, live, PAGE, HEADS)
             _write(host, row, new_key, new_value, live, DIM, BLOCK)
         length = tl.load(lengths + token, mask=live, other=0).to(tl.int64)
         kept = live & ((position < sink) | (position >= length - recent))
         slot = tl.where(position < sink, position, sink + position % recent)
-        row = _row_of(slot_pages + seat * slot_width, slot, head, kept, PAGE, HEADS)
+        row = row_of(slot_pages + seat * slot_width, slot, head, kept, PAGE, HEADS)
         _write(arena, row, new_key, new_value, kept, DIM, BLOCK)

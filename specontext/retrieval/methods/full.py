@@ -11,8 +11,6 @@ from specontext.retrieval.selector import DecodeTokens, MethodContext, Selector,
 class FullSelector(Selector):
     """Selects nothing; attention reads the whole context."""
 
-    dense = True
-
     def __init__(self, context: MethodContext) -> None:
         self.budget = context.budget  # of which it takes no notice
         self.groups, self.head_map = 1, uniform_map(context.shape, 1)

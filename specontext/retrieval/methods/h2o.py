@@ -24,7 +24,6 @@ class H2OSelector(EvictingSelector):
     step's weights are those that attention computes over the selection in any case, so `selection_bytes` counts the sums only.
     """
 
-    watches_prompts = True
     replay = 1 << 30  # all of the prompt
 
     @classmethod

@@ -7,13 +7,11 @@ from torch import Tensor
 from specontext.core import Selection
 from specontext.kernels.retrieval_scores import group_weights
 from specontext.retrieval.granularity import choose, groups_of
-from specontext.retrieval.selector import DecodeTokens, LayerView, MethodContext, Selector, uniform_map
+from specontext.retrieval.selector import DecodeTokens, LayerSelector, LayerView, MethodContext, uniform_map
 
 
-class OracleSelector(Selector):
+class OracleSelector(LayerSelector):
     """Top-k of the layer's own attention weights, maximised over the query heads of a group."""
-
-    in_layer = True
 
     def __init__(self, context: MethodContext) -> None:
         self.shape, self.budget, self.granularity = context.shape, context.budget, context.granularity

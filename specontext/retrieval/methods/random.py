@@ -9,10 +9,10 @@ from specontext.core import Selection
 from specontext.kernels.counter_random import combine_keys, counter_uniform
 from specontext.kernels.top_k import top_k_positions
 from specontext.retrieval.granularity import groups_of
-from specontext.retrieval.selector import DecodeTokens, MethodContext, Selector, uniform_map
+from specontext.retrieval.selector import AheadSelector, DecodeTokens, MethodContext, uniform_map
 
 
-class RandomSelector(Selector):
+class RandomSelector(AheadSelector):
     """A fresh random set at every step, keyed by (seed, position, group): the batch does not change it."""
 
     def __init__(self, context: MethodContext) -> None:

@@ -14,17 +14,15 @@ from torch import Tensor
 from specontext.config import ConfigError
 from specontext.core import Selection
 from specontext.retrieval.granularity import choose, groups_of
-from specontext.retrieval.selector import DecodeTokens, MethodContext, Selector
+from specontext.retrieval.selector import DecodeTokens, ForeseeingSelector, MethodContext
 
 
-class SharedOracleSelector(Selector):
+class SharedOracleSelector(ForeseeingSelector):
     """Top-k of the attention weights, maximised over the query heads of a KV head, mean over the layers of a band.
 
     Attributes:
         bands: runs of consecutive layers that have sets of their own; 1 is one set a KV head for all layers.
     """
-
-    foresees = True
 
     def __init__(self, context: MethodContext) -> None:
         self.shape, self.budget, self.granularity = context.shape, context.budget, context.granularity

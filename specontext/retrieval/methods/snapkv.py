@@ -29,7 +29,6 @@ class SnapKVSelector(EvictingSelector):
     one set for each KV head, by sums of the greatest weight that a query head of its group gives.
     """
 
-    watches_prompts = True
     replay = WINDOW
 
     @classmethod

@@ -12,10 +12,10 @@ from specontext.kernels.retrieval_scores import paged_retrieval_scores
 from specontext.retrieval.granularity import choose, groups_of
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.key_cache import KeyCache
-from specontext.retrieval.selector import Budget, DecodeTokens, Selector, uniform_map
+from specontext.retrieval.selector import AheadSelector, Budget, DecodeTokens, uniform_map
 
 
-class SpeculativeSelector(Selector):
+class SpeculativeSelector(AheadSelector):
     """Scores all keys of the retrieval head with the query of the token about to be processed.
 
     A request's state is its keys and what the head saw of the target at its last token; both change only here. A query is made
@@ -45,13 +45,14 @@ class SpeculativeSelector(Selector):
         other.head_map = uniform_map(self.shape, other.groups)
         return other
 
-    def open(self, seat: int, tokens: int) -> None:
-        self.cache.open(seat, tokens)
+    def open(self, seat: int, tokens: int) -> bool:
+        assert not self.cache.held[seat], f"seat {seat} is taken"
         if self.last_fused is not None:
             self.last_fused[seat] = 0
+        return self.cache.grow(seat, tokens)
 
-    def grow(self, seat: int, tokens: int) -> None:
-        self.cache.grow(seat, tokens)
+    def grow(self, seat: int, tokens: int) -> bool:
+        return self.cache.grow(seat, tokens)
 
     def close(self, seat: int) -> None:
         self.cache.close(seat)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from specontext.core import Selection
-from specontext.retrieval.selector import DecodeTokens, MethodContext, Selector, uniform_map
+from specontext.retrieval.selector import AheadSelector, DecodeTokens, MethodContext, uniform_map
 
 
-class StreamingSelector(Selector):
+class StreamingSelector(AheadSelector):
     """The first `sink` tokens and as many last tokens as the budget holds, the same for all heads."""
 
     def __init__(self, context: MethodContext) -> None:

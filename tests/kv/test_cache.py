@@ -1,5 +1,5 @@
-"""TieredKV as a state machine: whatever requests do and wherever layers go, attention reads the right rows, only what was
-selected is loaded, and every page is where the table in `tiered.py` says.
+"""KVCache as a state machine: whatever requests do and wherever layers go, attention reads the right rows, only what was
+selected is loaded, and every page is where the table in `cache.py` says.
 
 Truth is a dict from (request, layer, KV head, token) to a number that is unique in the whole run and is written into every
 value of the entry's row; so a row says which entry it is, and a stale one is found.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import hypothesis.strategies as st
@@ -22,14 +22,16 @@ from torch import Tensor
 
 from specontext.core import LoadPlan, ModelShape, Selection
 from specontext.kernels.rows import gather_rows_layers
-from specontext.kv import tiered
-from specontext.kv.dense import pages_in_reach, read_tile, stored_tiles
-from specontext.kv.moves import LayerMove
-from specontext.kv.parking import ParkedKV, discard, park, unpark
+from specontext.kernels.tables import NewTokens, Pages, Slots
+from specontext.kv import transfers
+from specontext.kv.cache import KVCache
+from specontext.kv.dense import read_tile, stored_tiles
+from specontext.kv.hot_slots import SlotSizes
+from specontext.kv.layout import Layout, Reader, Reading
 from specontext.kv.pool import make_pools
-from specontext.kv.reading import Reader, Reading
-from specontext.kv.tiered import LoadError, TieredKV
-from specontext.memory.pages import OutOfPagesError
+from specontext.kv.seats import LayerMove, ParkedKV
+from specontext.kv.transfers import LoadError
+from specontext.memory.tiers import Tier
 from specontext.retrieval.selector import Budget
 
 LAYERS, SEATS, DIM = 3, 3, 2
@@ -59,7 +61,7 @@ class Cache:
         return set(missing)
 
 
-class TieredMachine(RuleBasedStateMachine):
+class CacheMachine(RuleBasedStateMachine):
     """Opens, grows, writes, selects, reads, parks and closes seats at random, while layers move."""
 
     seen: ClassVar[Counter[str]] = Counter()  # over all examples
@@ -81,20 +83,15 @@ class TieredMachine(RuleBasedStateMachine):
         self.adaptive = rng.random() < 0.75
         self.page_size, self.max_tokens = rng.randint(1, 5), 40
         pages = {tier: rng.choice([300, 200, 100, 40]) for tier in ("device_pages", "host_pages")}
-        arena, host = make_pools(self.shape, **pages, page_size=self.page_size, device=torch.device("cpu"))
-        self.kv = TieredKV(
-            self.shape,
-            resident=tuple(self.resident),
+        arena, host = make_pools(Layout.of_shape(self.shape, self.page_size), **pages, device=torch.device("cpu"))
+        self.kv = KVCache(
+            arena,
+            host,
+            resident=self.resident,
             reader=Reader(torch.tensor(self.head_map), self.in_layer),
-            tables=self.tables,
-            groups=groups,
-            slots=self.slots,
-            sink=sink,
-            recent=recent,
+            slots=SlotSizes(self.slots, sink, recent, self.tables, groups) if self.slots else None,
             seats=SEATS,
             max_tokens=self.max_tokens,
-            arena=arena,
-            host=host,
             adaptive=self.adaptive,
             verify_loads=rng.random() < 0.5,  # new rows then go to the host at once, else after the last layer
         )
@@ -105,7 +102,6 @@ class TieredMachine(RuleBasedStateMachine):
         self.length: dict[int, int] = {}  # tokens stored, by seat
         self.pages: dict[int, int] = {}  # pages of tokens that a seat has in a layer
         self.caches: dict[Pair, Cache] = {}
-        self.move: LayerMove | None = None
         self.waiting: list[tuple[int, int, ParkedKV]] = []  # request, tokens, what is parked
         self.step = 0
 
@@ -115,11 +111,15 @@ class TieredMachine(RuleBasedStateMachine):
         return -(-tokens // self.page_size)
 
     @property
+    def move(self) -> LayerMove | None:
+        return self.kv.move
+
+    @property
     def offloaded(self) -> list[int]:
         return [layer for layer in range(LAYERS) if not self.resident[layer]]
 
     def pages_of(self, count: int) -> tuple[int, int]:
-        """Device and host pages of a seat with `count` pages of tokens in each layer: the table in `tiered.py`."""
+        """Device and host pages of a seat with `count` pages of tokens in each layer: the table in `cache.py`."""
         moving = self.move.layer if self.move is not None else -1
         last = max((layer for layer in range(LAYERS) if self.resident[layer]), default=-1)
         device = host = 0
@@ -132,18 +132,18 @@ class TieredMachine(RuleBasedStateMachine):
     def free(self) -> tuple[int, int]:
         return self.kv.arena.pages.num_free, self.kv.host.pages.num_free
 
-    def expect(self, needed: tuple[int, int], act: Callable[[], Any]) -> Any:
-        """Take exactly so many pages of both tiers, or nothing when there are too few (then None)."""
+    def expect(self, needed: tuple[int, int], act: Callable[[], Tier | None]) -> bool:
+        """Take exactly so many pages of both tiers, or nothing when there are too few, and then say which tier it is."""
         free = self.free()
-        if any(n > f for n, f in zip(needed, free, strict=True)):
+        short = [tier for tier, n, f in zip(Tier, needed, free, strict=True) if n > f]
+        if short:
             self.seen["refusals"] += 1
-            with pytest.raises(OutOfPagesError):
-                act()
+            assert act() in short
             assert self.free() == free
-            return None
-        found = act()
+            return False
+        assert act() is None
         assert tuple(f - left for f, left in zip(free, self.free(), strict=True)) == needed
-        return found if found is not None else True
+        return True
 
     @precondition(lambda self: len(self.who) < SEATS)
     @rule(data=st.data(), tokens=st.integers(0, 40))
@@ -198,10 +198,11 @@ class TieredMachine(RuleBasedStateMachine):
         tokens, moving = self.length[seat], self.move.layer if self.move is not None else -1
         new = self.whole(tokens) * sum(here and layer != moving for layer, here in enumerate(self.resident))
         if new > self.free()[1]:
-            with pytest.raises(OutOfPagesError):
-                park(self.kv, seat, tokens)
+            free = self.free()
+            assert self.kv.park(seat, tokens) is None and self.free() == free
             return
-        parked = park(self.kv, seat, tokens)
+        parked = self.kv.park(seat, tokens)
+        assert parked is not None
         self.seen["parked"] += 1
         self.waiting.append((self.leave_seat(seat), tokens, parked))
 
@@ -215,7 +216,7 @@ class TieredMachine(RuleBasedStateMachine):
         request, tokens, parked = entry
         count = self.whole(tokens)
         device, host = self.pages_of(count)
-        if self.expect((device, host - count * LAYERS), lambda: unpark(self.kv, seat, parked)):
+        if self.expect((device, host - count * LAYERS), lambda: self.kv.unpark(seat, parked)):
             self.seen["unparked"] += tokens > 0
             self.waiting = [entry for entry in self.waiting if entry[0] != request]
             self.take_seat(seat, request, tokens, count)
@@ -225,7 +226,7 @@ class TieredMachine(RuleBasedStateMachine):
     @rule()
     def discard(self) -> None:
         request, _, parked = self.waiting.pop()
-        discard(self.kv, parked)
+        self.kv.discard(parked)
         self.forget(request)
 
     # Moves ------------------------------------------------------------------------------------------------------------
@@ -238,28 +239,26 @@ class TieredMachine(RuleBasedStateMachine):
     @rule()
     def start_leaving(self) -> None:
         layer = max(layer for layer in range(LAYERS) if self.resident[layer])
-        self.move = self.started(layer, to_host=True)
+        self.start(layer, to_host=True)
 
     @precondition(lambda self: self.may_move and not all(self.resident))
     @rule(data=st.data())
     def start_returning(self, data: st.DataObject) -> None:
-        self.move = self.started(data.draw(st.sampled_from(self.offloaded)), to_host=False)
+        self.start(data.draw(st.sampled_from(self.offloaded)), to_host=False)
 
-    def started(self, layer: int, *, to_host: bool) -> LayerMove | None:
-        count = sum(self.pages.values())
+    def start(self, layer: int, *, to_host: bool) -> None:
+        count, other = sum(self.pages.values()), Tier.HOST if to_host else Tier.DEVICE
         needed = (0, count) if to_host else (count, 0)
-        move: LayerMove | None = self.expect(needed, lambda: LayerMove(self.kv, layer, to_host=to_host))
-        return move
+        self.expect(needed, lambda: None if self.kv.begin_move(layer, to_host=to_host) else other)
 
     @precondition(lambda self: self.move is not None)
     @rule(tokens=st.integers(0, 30), odd=st.integers(0, 3))
     def advance(self, tokens: int, odd: int) -> None:
-        assert self.move is not None
         token_bytes = self.shape.kv_heads * self.shape.row_bytes
-        before = self.move.remaining_bytes(self.length)
-        moved = self.move.advance(self.length, tokens * token_bytes + odd)
+        before = self.kv.remaining_bytes(self.length)
+        moved = self.kv.advance_move(self.length, tokens * token_bytes + odd)
         assert moved == min(before, max(1, tokens) * token_bytes)
-        assert self.move.remaining_bytes(self.length) == before - moved
+        assert self.kv.remaining_bytes(self.length) == before - moved
 
     @precondition(lambda self: self.move is not None)
     @rule()
@@ -274,14 +273,15 @@ class TieredMachine(RuleBasedStateMachine):
         slots = self.whole(self.slots) * len(self.who) if move.to_host and self.adaptive and others else 0
         if move.to_host and slots > free[0] + count:  # no room for the slots of the next layer to leave
             self.seen["no room for slots"] += 1
-            with pytest.raises(OutOfPagesError):
-                move.finish(self.length)
-            assert self.free() == free
+            assert not self.kv.finish_move(self.length)
+            assert self.free() == free and self.move is move
             return
-        move.finish(self.length)
+        left = self.kv.remaining_bytes(self.length)
+        before = move.bytes
+        assert self.kv.finish_move(self.length) and self.move is None
         self.seen["left" if move.to_host else "returned"] += any(self.length.values())
-        assert not move.remaining_bytes(self.length)
-        self.resident[move.layer], self.move = not move.to_host, None
+        assert move.bytes == before + left
+        self.resident[move.layer] = not move.to_host
 
     @precondition(lambda self: self.move is not None)
     @rule()
@@ -289,9 +289,8 @@ class TieredMachine(RuleBasedStateMachine):
         self.cancel()
 
     def cancel(self) -> None:
-        assert self.move is not None
-        self.move.cancel()
-        self.move = None
+        self.kv.cancel_move()
+        assert self.move is None
 
     @precondition(lambda self: self.may_move and self.who)
     @rule(seed=st.integers(0, 2**32), to_host=st.booleans(), rounds=st.integers(1, 6))
@@ -301,7 +300,7 @@ class TieredMachine(RuleBasedStateMachine):
         layers = [layer for layer, here in enumerate(self.resident) if here == to_host]
         if not layers:
             return
-        self.move = self.started(max(layers) if to_host else rng.choice(layers), to_host=to_host)
+        self.start(max(layers) if to_host else rng.choice(layers), to_host=to_host)
         for _ in range(rounds if self.move is not None else 0):
             seats = sorted(self.who)
             free = sorted(set(range(SEATS)) - set(seats))
@@ -343,7 +342,7 @@ class TieredMachine(RuleBasedStateMachine):
                 self.run_step(rng, decodes, chunks)
                 self.slots_hold_what_the_tables_say()
             if chunk and self.move is not None:
-                self.move.advance(self.length, chunk * self.shape.kv_heads * self.shape.row_bytes)
+                self.kv.advance_move(self.length, chunk * self.shape.kv_heads * self.shape.row_bytes)
 
     def run_step(self, rng: random.Random, decodes: list[int], chunks: list[tuple[int, int]]) -> None:
         self.step += 1
@@ -354,18 +353,19 @@ class TieredMachine(RuleBasedStateMachine):
         after = {seat: self.length[seat] + 1 for seat in decodes} | {seat: self.length[seat] + size for seat, size in chunks}
         for layer in range(LAYERS):
             if decodes:
-                self.append(layer, [(seat, self.length[seat]) for seat in decodes], after, self.kv.append)
+                self.append(layer, [(seat, self.length[seat]) for seat in decodes], after, self.kv.transfers.append)
             if sparse and self.in_layer:
                 readings[layer] = self.select(rng, decodes, layer, layer)
             if sparse:
-                self.kv.wait(layer)
-                rows = self.kv.rows(layer, readings[layer])
+                self.kv.transfers.wait(layer)
+                rows = self.kv.transfers.rows(range(layer, layer + 1), readings[layer])[0]
+                self.kv.transfers.check_rows(layer, readings[layer], rows)
                 self.attend(rows)
                 self.check_rows(layer, decodes, readings[layer].selection, rows)
             new = [(seat, position) for seat, _ in chunks for position in range(self.length[seat], after[seat])]
             if new:
-                self.append(layer, new, after, self.kv.append_chunk)
-        self.kv.end_step()
+                self.append(layer, new, after, self.kv.transfers.append_chunk)
+        self.kv.transfers.end_step()
         self.length.update(after)
         if self.dense and after:
             self.everything_is_stored(rng.choice(sorted(after)))
@@ -381,7 +381,7 @@ class TieredMachine(RuleBasedStateMachine):
         self.everything_is_stored(seats[0])
         if start >= stop:
             return
-        buffer, rows = read_tile(self.kv, layer, torch.tensor(seats), start, stop, torch.tensor(ends))
+        buffer, rows = read_tile(self.kv.transfers, layer, torch.tensor(seats), start, stop, torch.tensor(ends))
         assert rows.shape == (len(seats), self.shape.kv_heads, stop - start)
         for r, seat in enumerate(seats):
             for head in range(self.shape.kv_heads):
@@ -395,11 +395,11 @@ class TieredMachine(RuleBasedStateMachine):
         """Dense reading of a seat finds all its tokens in every layer, and its page table leads to them."""
         length = self.length[seat]
         for layer in range(LAYERS):
-            tiles = [tile.clone() for tile in stored_tiles(self.kv, layer, seat, length, 7)]
+            tiles = [tile.clone() for tile in stored_tiles(self.kv.transfers, layer, seat, length, 7)]
             found = torch.cat(tiles) if tiles else torch.zeros(0, self.shape.kv_heads, 2, DIM)
             assert torch.equal(found, self.expected(layer, seat, range(length)))
-            rows, pages = pages_in_reach(self.kv, layer, torch.tensor([seat]))
-            assert (pages[0, : self.whole(length)] > 0).all() and rows.shape[1:] == (2, DIM)
+            home = self.kv.transfers.home(layer)
+            assert (home.table[layer, seat, : self.whole(length)] > 0).all() and home.rows.shape[1:] == (2, DIM)
 
     def expected(self, layer: int, seat: int, tokens: Iterable[int]) -> Tensor:
         heads = range(self.shape.kv_heads)
@@ -420,7 +420,7 @@ class TieredMachine(RuleBasedStateMachine):
                 rows[i, head] = self.serial
         seats, positions = (torch.tensor(x) for x in zip(*new, (SEATS, -1), strict=True))
         lengths = torch.tensor([*(after[seat] for seat, _ in new), 0])
-        store(layer, seats, positions, rows, -rows, lengths)
+        store(layer, NewTokens(seats, positions, lengths, rows, -rows))
 
     def select(self, rng: random.Random, decodes: list[int], table: int, layer: int | None) -> Reading:
         """A random selection; checks its plan, and that the loads are exactly the misses."""
@@ -435,18 +435,18 @@ class TieredMachine(RuleBasedStateMachine):
         selection = self.budget.compose(scored, lengths)
         loaded: list[float] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tiered, "gather_rows_layers", self.recording(loaded))
-            reading = self.kv.begin_step(torch.tensor(decodes), selection, layer)
+            patch.setattr(transfers, "gather_rows_layers", self.recording(loaded))
+            reading = self.kv.read(torch.tensor(decodes), selection, layer)
         self.check_plan(decodes, table, layer, selection, reading.plan, loaded)
         return reading
 
     @staticmethod
     def recording(loaded: list[float]) -> Any:
-        load = tiered.gather_rows_layers
+        load = transfers.gather_rows_layers
 
-        def gather(source: Tensor, target: Tensor, *plan: Any) -> None:
-            written = torch.full_like(target, torch.nan)
-            gather_rows_layers(source, written, *plan)
+        def gather(source: Pages, target: Pages, *plan: Any) -> None:
+            written = torch.full_like(target.rows, torch.nan)
+            gather_rows_layers(source, replace(target, rows=written), *plan)
             loaded.extend(number for number in written[:, 0, 0].tolist() if number == number)
             load(source, target, *plan)
 
@@ -458,7 +458,7 @@ class TieredMachine(RuleBasedStateMachine):
         self, seats: list[int], table: int, layer: int | None, selection: Selection, plan: LoadPlan | None, loaded: list[float]
     ) -> None:
         offloaded = [i for i in self.offloaded if layer is None or i == layer]
-        if self.dense or not (offloaded or (layer is None and self.adaptive and self.kv.streams.asynchronous)):
+        if self.dense or not (offloaded or (layer is None and self.adaptive and self.kv.transfers.asynchronous)):
             assert plan is None and not loaded
             return
         assert plan is not None
@@ -512,7 +512,8 @@ class TieredMachine(RuleBasedStateMachine):
             tokens = fixed + cache.tokens
             for layer in self.offloaded if not self.in_layer else set(self.offloaded) & {table}:
                 slots = torch.arange(self.slots)
-                rows = self.kv.arena.rows_of(self.kv.slot_pages.table[layer, [seat]], slots[None, None])[0]
+                assert self.kv.transfers.tiers.slots is not None
+                rows = self.kv.transfers.tiers.slots.rows_of(layer, torch.tensor([seat]), slots[None, None])[0]
                 for head in range(self.shape.kv_heads):
                     if self.head_map[layer][head] == group:
                         present = torch.where(torch.tensor(tokens) >= 0, rows[head], -1)
@@ -525,7 +526,7 @@ class TieredMachine(RuleBasedStateMachine):
         parked = sum(self.whole(tokens) for _, tokens, _ in self.waiting) * LAYERS
         assert self.kv.arena.pages.num_held == sum(device for device, _ in held)
         assert self.kv.host.pages.num_held == sum(host for _, host in held) + parked
-        assert self.kv.resident == self.resident
+        assert self.kv.resident == tuple(self.resident)
 
     def teardown(self) -> None:
         if not hasattr(self, "kv"):
@@ -533,28 +534,28 @@ class TieredMachine(RuleBasedStateMachine):
         for seat in list(self.who):
             self.kv.close(seat)
         for _, _, parked in self.waiting:
-            discard(self.kv, parked)
+            self.kv.discard(parked)
         if self.move is not None:
-            self.move.cancel()
+            self.kv.cancel_move()
         self.kv.check_integrity()
         assert self.kv.arena.pages.num_held == self.kv.host.pages.num_held == 0
 
 
 def test_any_sequence_of_steps() -> None:
-    TieredMachine.seen.clear()
+    CacheMachine.seen.clear()
     bounds = settings(
         max_examples=80, stateful_step_count=16, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
     )
-    run_state_machine_as_test(TieredMachine, settings=bounds)  # type: ignore[no-untyped-call]
-    assert min(TieredMachine.seen[what] for what in ("evictions", "refusals", "parked")) > 3
+    run_state_machine_as_test(CacheMachine, settings=bounds)  # type: ignore[no-untyped-call]
+    assert min(CacheMachine.seen[what] for what in ("evictions", "refusals", "parked")) > 3
 
 
 @pytest.mark.slow
 def test_moves_while_requests_come_and_go() -> None:
     """Mostly moves, from their start to their end, with everything that may happen between."""
-    TieredMachine.seen.clear()
+    CacheMachine.seen.clear()
     for seed in range(60):
-        rng, machine = random.Random(seed), TieredMachine()  # type: ignore[no-untyped-call]
+        rng, machine = random.Random(seed), CacheMachine()  # type: ignore[no-untyped-call]
         machine.build(seed)
         for seat in range(SEATS):
             machine.open_seat(seat, rng.randint(1, 30))
@@ -570,29 +571,22 @@ def test_moves_while_requests_come_and_go() -> None:
             for seat in machine.who:
                 machine.everything_is_stored(seat)
         machine.teardown()
-    assert min(TieredMachine.seen[what] for what in ("left", "returned", "parked", "unparked")) > 10
+    assert min(CacheMachine.seen[what] for what in ("left", "returned", "parked", "unparked")) > 10
 
 
 # The checks can fail --------------------------------------------------------------------------------------------------
 
 
-def small_kv(*, slots: int = 6, verify_loads: bool = True) -> TieredKV:
+def small_kv(*, slots: int = 6, verify_loads: bool = True) -> KVCache:
     """One seat, one head, all offloaded: sink 1, recent 2, and the rest hot slots; 20 tokens are stored."""
     shape = ModelShape(2, 8, 1, 1, DIM, 10, 64, torch.float32)
-    arena, host = make_pools(shape, device_pages=40, host_pages=40, page_size=4, device=torch.device("cpu"))
-    kv = TieredKV(
-        shape,
+    kv = KVCache(
+        *make_pools(Layout.of_shape(shape, 4), device_pages=40, host_pages=40, device=torch.device("cpu")),
         resident=(False, False),
         reader=Reader(torch.zeros(2, 1, dtype=torch.int64)),
-        tables=1,
-        groups=1,
-        slots=slots,
-        sink=1,
-        recent=2,
+        slots=SlotSizes(slots, sink=1, recent=2),
         seats=1,
         max_tokens=32,
-        arena=arena,
-        host=host,
         verify_loads=verify_loads,
     )
     kv.open(0, 32)
@@ -601,20 +595,23 @@ def small_kv(*, slots: int = 6, verify_loads: bool = True) -> TieredKV:
     return kv
 
 
-def write(kv: TieredKV, position: int) -> None:
+def write(kv: KVCache, position: int) -> None:
     at = torch.tensor([position])
-    for layer in range(kv.shape.layers):
+    for layer in range(2):
         row = torch.full((1, 1, DIM), 100.0 * layer + position)
-        kv.append(layer, torch.tensor([0]), at, row, row, at + 1)
+        kv.transfers.append(layer, NewTokens(torch.tensor([0]), at, at + 1, row, row))
 
 
-def decode(kv: TieredKV, position: int, scored: list[int]) -> list[Tensor]:
+def decode(kv: KVCache, position: int, scored: list[int]) -> list[Tensor]:
     """One step that selects `scored`; what each layer's attention reads as K."""
     seats = torch.tensor([0])
     selection = Budget(3 + len(scored), 1, 2).compose(torch.tensor([[scored]]), torch.tensor([position + 1]))
-    reading = kv.begin_step(seats, selection)
+    reading = kv.read(seats, selection)
     write(kv, position)
-    return [kv.arena.rows[kv.rows(layer, reading)[0, 0], 0, 0] for layer in range(kv.shape.layers)]
+    rows = kv.transfers.rows(range(2), reading)
+    for layer in range(2):
+        kv.transfers.check_rows(layer, reading, rows[layer])
+    return [kv.arena.rows[rows[layer, 0, 0], 0, 0] for layer in range(2)]
 
 
 def test_a_step_reads_sinks_scored_and_recent_tokens_of_its_layer() -> None:
@@ -625,10 +622,11 @@ def test_a_step_reads_sinks_scored_and_recent_tokens_of_its_layer() -> None:
 
 def test_wrong_rows_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def shifted(*arguments: Any) -> None:
-        before, tokens, after = arguments[:8], arguments[8], arguments[9:]
-        gather_rows_layers(*before, tokens - 1, *after)
+        *before, copies = arguments
+        into_slots = isinstance(before[1], Slots)
+        gather_rows_layers(*before, replace(copies, source=copies.source - 1) if into_slots else copies)
 
-    monkeypatch.setattr(tiered, "gather_rows_layers", shifted)
+    monkeypatch.setattr(transfers, "gather_rows_layers", shifted)
     with pytest.raises(LoadError, match="layer 0: a slot holds a row that differs"):
         decode(small_kv(), 20, [3, 7, 11])
     assert decode(small_kv(verify_loads=False), 20, [3, 7, 11])[0].tolist() == [0, 2, 6, 10, 19, 20]
@@ -637,7 +635,7 @@ def test_wrong_rows_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_forgotten_loads_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     kv = small_kv()
     decode(kv, 20, [3, 7, 11])
-    monkeypatch.setattr(tiered, "gather_rows_layers", lambda *_: None)
+    monkeypatch.setattr(transfers, "gather_rows_layers", lambda *_: None)
     decode(kv, 21, [3, 7, 11])  # nothing is missing
     with pytest.raises(LoadError, match="layer 0"):
         decode(kv, 22, [3, 7, 12])
@@ -671,7 +669,7 @@ def test_spare_slots_keep_what_was_not_selected() -> None:
         decode(kv, 20, [3, 7, 11])
         decode(kv, 21, [4, 8, 12])
     selection = Budget(6, 1, 2).compose(torch.tensor([[[3, 7, 11]]]), torch.tensor([23]))
-    plans = [kv.begin_step(torch.tensor([0]), selection).plan for kv in (tight, spare)]
+    plans = [kv.read(torch.tensor([0]), selection).plan for kv in (tight, spare)]
     missing = [plan.missing.sum().item() for plan in plans if plan is not None]
     assert missing == [3, 0]
 
@@ -680,10 +678,10 @@ def test_one_gather_serves_all_layers_of_a_step(monkeypatch: pytest.MonkeyPatch)
     kv, layers = small_kv(), []
 
     def counting(*arguments: Any) -> None:
-        layers.append(arguments[4].tolist())
+        layers.append(arguments[2].tolist())
         gather_rows_layers(*arguments)
 
-    monkeypatch.setattr(tiered, "gather_rows_layers", counting)
+    monkeypatch.setattr(transfers, "gather_rows_layers", counting)
     for position, scored in enumerate(([3, 7, 11], [3, 8, 12], [4, 8, 12]), start=20):
         first, second = decode(kv, position, scored)
         assert (second - first == 100).all() and first[1:4].tolist() == scored

@@ -1,12 +1,66 @@
-"""Which pages of a pool each seat holds in each layer, and the page table that kernels read."""
+"""What open seats, waiting requests and a moving layer hold, and the page tables of kernels. Only `KVCache` changes them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
+from specontext.kv.layout import Reader
 from specontext.kv.pool import PagePool
+from specontext.kv.streams import PREFETCH, WRITE_BACK
+
+
+@dataclass(eq=False)
+class Seat:
+    """An open seat.
+
+    Attributes:
+        reader: how its request reads its selections.
+        room: tokens that its pages hold.
+    """
+
+    reader: Reader
+    room: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class ParkedKV:
+    """KV of a request without a seat.
+
+    Attributes:
+        tokens: tokens stored.
+        pages: host pages of every layer.
+        reader: how the request reads its selections.
+    """
+
+    tokens: int
+    pages: list[list[int]]
+    reader: Reader
+
+    @property
+    def num_pages(self) -> int:
+        return sum(map(len, self.pages))
+
+
+@dataclass(eq=False)
+class LayerMove:
+    """A layer on its way to the other tier.
+
+    Attributes:
+        copied: tokens that are in both tiers, or on their way there, by open seat.
+        bytes: rows copied so far.
+    """
+
+    layer: int
+    to_host: bool
+    copied: dict[int, int] = field(default_factory=dict)
+    bytes: int = 0
+
+    @property
+    def side(self) -> str:
+        return WRITE_BACK if self.to_host else PREFETCH
 
 
 class SeatPages:
@@ -26,22 +80,22 @@ class SeatPages:
         """The pages, which are not to be changed."""
         return self._held[layer][seat]
 
-    def lacking(self, layers: Iterable[int], seat: int, count: int) -> int:
+    def lacking(self, wanted: Mapping[int, int], seat: int) -> int:
         """Pages that `extend` would take."""
-        return sum(max(0, count - len(self._held[layer][seat])) for layer in layers)
+        return sum(max(0, count - len(self._held[layer][seat])) for layer, count in wanted.items())
 
-    def extend(self, layers: Sequence[int], seat: int, count: int) -> None:
-        """Give a seat pages until it holds at least `count` in each of the layers.
+    def extend(self, wanted: Mapping[int, int], seat: int) -> None:
+        """Give a seat pages until it holds at least as many as are wanted, by layer.
 
         Raises:
             OutOfPagesError: fewer are free; nothing is taken.
         """
-        pages = self.pool.allocate(self.lacking(layers, seat, count))
-        same: dict[int, list[int]] = {}
-        for layer in layers:
-            same.setdefault(len(self._held[layer][seat]), []).append(layer)
+        pages = self.pool.allocate(self.lacking(wanted, seat))
+        same: dict[tuple[int, int], list[int]] = {}  # layers by the pages they have and want
+        for layer, count in wanted.items():
+            same.setdefault((len(self._held[layer][seat]), count), []).append(layer)
         taken = 0
-        for held, members in same.items():
+        for (held, count), members in same.items():
             new = count - held
             if new <= 0:
                 continue

@@ -1,0 +1,241 @@
+"""One step of the model seen from its attention layers: decode tokens store KV, choose, load and attend. Prompt chunks are
+`prefill.py`'s."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specontext.core import Batch, Lane
+from specontext.engine.methods import Methods
+from specontext.engine.prefill import Chunks
+from specontext.engine.statistics import Meter
+from specontext.engine.true_attention import AttentionObserver, View, covered, true_logits
+from specontext.kernels.paged_attention import paged_attention
+from specontext.kernels.sparse_attention import merge_partials, sparse_attention
+from specontext.kernels.tables import NewTokens
+from specontext.kv.cache import KVCache
+from specontext.kv.dense import DenseRead, Staging
+from specontext.kv.layout import Reader, Reading
+from specontext.retrieval.selector import AheadSelector, DecodeTokens, ForeseeingSelector, LayerSelector, Selector
+
+# Shows the decode tokens of some ways of a batch, with full attention, to the methods that have to know it beforehand.
+LookAhead = Callable[[Batch, Sequence["Way"]], None]
+
+TILE = 1024  # tokens of one tile on a CPU
+GPU_TILE = 16384  # a GPU is idle with small ones
+LEAST_TILE = 256  # tokens of one request in a tile that many requests share
+
+
+@dataclass(eq=False)
+class Way:
+    """Decode tokens of a step whose requests choose in the same way: ahead of it, in each layer, or not at all.
+
+    Attributes:
+        ahead, in_layer: the selector, where it is of this kind; both are None where everything is read.
+        part: where they stand in the batch.
+        read: the stored tokens, where everything is read.
+        reading: what they read, of the last selection.
+        rows: arena rows of `reading` for every layer, integers [L, R, Hkv, B], where they are made for all layers at once.
+        seconds: that choosing took, all layers.
+    """
+
+    selector: Selector
+    ahead: AheadSelector | None
+    in_layer: LayerSelector | None
+    reader: Reader
+    decode: DecodeTokens
+    part: slice
+    read: DenseRead
+    reading: Reading | None = None
+    rows: Tensor | None = None
+    seconds: float = 0.0
+
+    @property
+    def dense(self) -> bool:
+        return self.ahead is None and self.in_layer is None
+
+
+class Step:
+    """Attention of one packed batch; it lives as long as one forward pass.
+
+    Decode tokens read what their methods choose (everything, for a dense method); prompt chunks always attend densely.
+
+    Args:
+        observer: called for decode tokens in every layer, where recall is measured.
+        look_ahead: called before methods select that foresee.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        kv: KVCache,
+        methods: Methods,
+        meter: Meter,
+        *,
+        measure_recall: bool,
+        observer: AttentionObserver | None = None,
+        look_ahead: LookAhead | None = None,
+    ) -> None:
+        self.batch, self.kv, self.transfers, self.methods, self.meter = batch, kv, kv.transfers, methods, meter
+        self.measure_recall, self.observer, self.look_ahead = measure_recall, observer, look_ahead
+        self.tile = GPU_TILE if self.transfers.asynchronous else TILE
+        lanes = batch.lanes or ((Lane(None, 0, batch.num_decodes, batch.span),) if batch.num_decodes else ())
+        self.ways = [self._way(lane) for lane in lanes]
+        self.chunks = Chunks(batch, self.transfers, methods, self.tile) if batch.prefills else None
+        self.staging: Staging | None = None
+        # Choosing is timed where nothing runs beside it, or where measuring waits in any case.
+        self._timed = measure_recall or not self.transfers.asynchronous
+
+    def _way(self, lane: Lane) -> Way:
+        part, selector = slice(lane.start, lane.stop), self.methods.of(lane.choice)
+        decode = DecodeTokens.part(self.batch, part, lane.span)
+        shared = max(self.tile // (lane.stop - lane.start), LEAST_TILE) if self.transfers.asynchronous else self.tile
+        return Way(
+            selector,
+            selector if isinstance(selector, AheadSelector) else None,
+            selector if isinstance(selector, LayerSelector) else None,
+            self.methods.reader(lane.choice),
+            decode,
+            part,
+            DenseRead(decode.seats, lane.span - 1, shared, decode.positions),
+        )
+
+    def begin(self) -> None:
+        """Select before the forward pass, where the method does, and start the loads of all offloaded layers."""
+        if self.look_ahead is not None:
+            self._foresee(self.look_ahead)
+        for way in self.ways:
+            if way.ahead is not None:
+                began = self._now()
+                selection = way.ahead.select(way.decode)
+                way.seconds += self._now() - began
+                way.reading = self.kv.read(way.decode.seats, selection, reader=way.reader)
+        if self.ways:
+            self._count()
+        reads = [way.read for way in self.ways if way.dense] + (self.chunks.reads if self.chunks is not None else [])
+        if reads and self.transfers.asynchronous:
+            self.staging = Staging(self.transfers, reads)
+
+    def _foresee(self, look_ahead: LookAhead) -> None:
+        ways = [way for way in self.ways if isinstance(way.selector, ForeseeingSelector)]
+        if not ways:
+            return
+        began = self._now()
+        look_ahead(self.batch, ways)
+        each = (self._now() - began) / sum(len(way.decode.seats) for way in ways)
+        streamed = sum(self.kv.layout.layers[layer].entry_bytes for layer in self.kv.offloaded)  # of a token
+        for way in ways:
+            way.seconds += each * len(way.decode.seats)
+            self.meter.streamed(way.decode.seats, way.decode.lengths * streamed)
+
+    def _now(self) -> float:
+        if self._timed and self.transfers.asynchronous:
+            torch.cuda.synchronize(self.kv.device)
+        return time.perf_counter()
+
+    def _count(self) -> None:
+        """Statistics of the step, beside what is computed."""
+        with self.transfers.counting():
+            for way in self.ways:
+                seats, lengths = way.decode.seats, way.decode.lengths
+                if way.in_layer is None:
+                    self.meter.step(seats, lengths, way.selector.selection_bytes(way.decode))
+                if way.reading is not None:
+                    self.meter.sparse(way.reading, self.transfers.tiers.resident)
+                elif way.dense:
+                    self.meter.dense(seats, lengths, resident=sum(self.transfers.resident))
+
+    def end(self) -> None:
+        """After the forward pass."""
+        self.transfers.end_step()
+        for way in self.ways:
+            if way.in_layer is not None:
+                self.meter.step(way.decode.seats, way.decode.lengths, way.selector.selection_bytes(way.decode))
+            if self._timed:
+                self.meter.chosen(way.decode.seats, way.seconds / len(way.decode.seats))
+
+    def close(self) -> None:
+        """Let go of everything: what has seen the step, such as a compiler, may keep it for a while, and not the engine too."""
+        vars(self).clear()
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See `LayerAttention.attend`."""
+        batch, decodes = self.batch, self.batch.num_decodes
+        if self.chunks is None:
+            self.transfers.append(layer, NewTokens(batch.seats, batch.positions, batch.lengths, key, value))
+            if len(self.ways) == 1:
+                return self._decode(self.ways[0], layer, query, key, value, scale)
+        output = torch.empty_like(query)
+        if self.chunks is not None and decodes:
+            place = (batch.seats[:decodes], batch.positions[:decodes], batch.lengths[:decodes])
+            self.transfers.append(layer, NewTokens(*place, key[:decodes], value[:decodes]))
+        for way in self.ways:
+            output[way.part] = self._decode(way, layer, query[way.part], key[way.part], value[way.part], scale)
+        if self.chunks is not None:
+            self.chunks.attend(layer, query, key, value, scale, output, self.staging)
+        return output
+
+    def _decode(self, way: Way, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if way.in_layer is not None:
+            self._select_in_layer(way, way.in_layer, layer, query, key, scale)
+        if self.measure_recall:
+            self._measure(way, layer, query, scale)
+        if way.reading is None:
+            return self._decode_dense(way, layer, query, key, value, scale)
+        self.transfers.wait(layer)
+        if way.in_layer is not None or not self.transfers.asynchronous:
+            rows = self.transfers.rows(range(layer, layer + 1), way.reading)[0]
+        else:
+            if way.rows is None:
+                way.rows = self.transfers.rows(range(len(self.transfers.resident)), way.reading)
+            rows = way.rows[layer]
+        if self.transfers.verify:
+            self.transfers.check_rows(layer, way.reading, rows)
+        return sparse_attention(query, self.kv.arena.rows, rows, scale)[0]
+
+    def _select_in_layer(self, way: Way, selector: LayerSelector, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
+        seats, transfers = way.decode.seats, self.transfers
+        view = View(transfers, layer, way.decode, query, key, scale, self.tile)
+        began = self._now()
+        selection = selector.select_in_layer(layer, way.decode, view)
+        way.seconds += self._now() - began
+        if not transfers.resident[layer] and view.tokens_read is not None:  # the keys it looked at were streamed in
+            self.meter.streamed(seats, view.tokens_read * (self.kv.layout.layers[layer].entry_bytes // 2))
+        way.reading = self.kv.read(seats, selection, layer, way.reader)
+        self.meter.sparse(way.reading, transfers.tiers.resident, layer)
+
+    def _decode_dense(self, way: Way, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        transfers, seats = self.transfers, way.decode.seats
+        if transfers.in_reach(layer):
+            home = transfers.home(layer)
+            pages, lengths = home.table[layer].index_select(0, seats), way.decode.lengths
+            size, heads = home.size, home.heads
+            return paged_attention(query, home.rows, pages, lengths, scale, page_size=size, kv_heads=heads, tile=self.tile)[0]
+        # The token itself is on its way to the host, and stands beside the tiles.
+        own = torch.stack((key, value), dim=2).view(-1, 2, key.shape[2])
+        place = torch.arange(len(own), device=own.device).view(*key.shape[:2], 1)
+        parts = [sparse_attention(query, own, place, scale)]
+        assert self.staging is not None
+        for start, stop, buffer in self.staging.tiles(layer, way.read):
+            rows = torch.arange(len(buffer), device=buffer.device).view(*key.shape[:2], -1)
+            absent = start + torch.arange(stop - start, device=buffer.device) >= way.decode.positions[:, None]
+            parts.append(sparse_attention(query, buffer, rows.masked_fill(absent[:, None], -1), scale))
+        outputs, lses = zip(*parts, strict=True)
+        return merge_partials(torch.stack(outputs), torch.stack(lses))
+
+    def _measure(self, way: Way, layer: int, query: Tensor, scale: float) -> None:
+        """Count the share of the layer's true attention that is read, and show it to the observer."""
+        seats, share = way.decode.seats, torch.ones_like(way.decode.seats, dtype=torch.float64)
+        tokens = None if way.reading is None else way.reading.selection.tokens[:, way.reader.head_map[layer]]  # [R, Hkv, B]
+        if tokens is not None or self.observer is not None:
+            logits = true_logits(self.transfers, layer, way.decode, query, scale, self.tile)
+            weights = torch.softmax(logits, dim=-1)
+            if self.observer is not None:
+                self.observer(layer, way.decode, weights, tokens)
+            share = share if tokens is None else covered(weights, tokens)
+        self.meter.recall(layer, seats, share)

@@ -1,0 +1,88 @@
+"""A layer's true attention over all that is stored: for methods that choose by it, and where recall is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from specontext.core import Segment
+from specontext.kernels.attention_logits import attention_logits
+from specontext.kv.dense import read_tile, read_tokens, tiles_of
+from specontext.kv.transfers import Transfers
+from specontext.retrieval.selector import DecodeTokens
+
+# Sees a layer of a step: its number, the decode tokens, their true attention [R, Hq, S], and what each KV head reads [R, Hkv, B]
+# (None for everything).
+AttentionObserver = Callable[[int, DecodeTokens, Tensor, Tensor | None], None]
+
+
+def true_logits(transfers: Transfers, layer: int, decode: DecodeTokens, query: Tensor, scale: float, tile: int) -> Tensor:
+    """Attention logits over the whole context of some decode tokens, float32 [R, Hq, S].
+
+    Args:
+        query: [R, Hq, D].
+        tile: tokens that are looked at at once.
+    """
+    parts = []
+    for start, stop in tiles_of(decode.span, tile):
+        buffer, rows = read_tile(transfers, layer, decode.seats, start, stop, decode.lengths)
+        parts.append(attention_logits(query, buffer, rows, scale))
+    return torch.cat(parts, dim=-1)
+
+
+def covered(weights: Tensor, tokens: Tensor) -> Tensor:
+    """Share of attention [R, Hq, S] that lies on tokens int64 [R, Hkv, B], -1 for none: mean over query heads, float32 [R]."""
+    tokens = tokens.repeat_interleave(weights.shape[1] // tokens.shape[1], dim=1)
+    return torch.where(tokens >= 0, weights.gather(-1, tokens.clamp(min=0)), 0.0).sum(-1).mean(-1)
+
+
+def stored_keys(transfers: Transfers, layer: int, seat: Tensor, start: int, stop: int) -> Tensor:
+    """Keys of the tokens start .. stop - 1 of one request: [stop - start, Hkv, D].
+
+    Args:
+        seat: int64 [1].
+    """
+    buffer, rows = read_tile(transfers, layer, seat, start, stop, torch.full_like(seat, stop))
+    return buffer[rows[0].T, 0]
+
+
+def keys_up_to(transfers: Transfers, layer: int, segment: Segment, new: Tensor) -> Tensor:
+    """Keys of a prompt up to the end of a chunk, with keys [T, Hkv, D] perhaps on their way to the host: [start + T, Hkv, D]."""
+    if not segment.start:
+        return new
+    seat = torch.tensor([segment.seat], device=new.device)
+    return torch.cat((stored_keys(transfers, layer, seat, 0, segment.start), new))
+
+
+class View:
+    """A layer as a method sees it that chooses inside it; see `LayerView`.
+
+    Attributes:
+        tokens_read: int64 [R], tokens whose keys it has looked at, None for none.
+    """
+
+    def __init__(
+        self, transfers: Transfers, layer: int, decode: DecodeTokens, query: Tensor, key: Tensor, scale: float, tile: int
+    ) -> None:
+        self.query, self.key, self.scale = query, key, scale
+        self._transfers, self._layer, self._decode, self._tile = transfers, layer, decode, tile
+        self.tokens_read: Tensor | None = None
+
+    def logits(self) -> Tensor:
+        self._read(self._decode.lengths)
+        return true_logits(self._transfers, self._layer, self._decode, self.query, self.scale, self._tile)
+
+    def logits_of(self, tokens: Tensor) -> Tensor:
+        buffer, rows = read_tokens(self._transfers, self._layer, self._decode.seats, tokens)
+        return attention_logits(self.query, buffer, rows, self.scale)
+
+    def keys(self, row: int, start: int, stop: int) -> Tensor:
+        counts = torch.zeros_like(self._decode.positions)
+        counts[row] = stop - start
+        self._read(counts)
+        return stored_keys(self._transfers, self._layer, self._decode.seats[row : row + 1], start, stop)
+
+    def _read(self, counts: Tensor) -> None:
+        self.tokens_read = counts if self.tokens_read is None else self.tokens_read + counts

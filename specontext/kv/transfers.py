@@ -1,0 +1,209 @@
+"""What moves rows in a step: loads before attention, new rows to their tier, and what waits for what. All streams are used here.
+
+Everything that runs beside what is computed begins after all that compute has been given (`beside`), and compute waits for it
+where it needs it (`after`, `join`). On a CPU there are no streams, and both change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from specontext.core import SpeContextError
+from specontext.kernels.row_index import selected_rows
+from specontext.kernels.rows import append_layer, append_tokens, fixed_slots, gather_rows_layers, ring_slots
+from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
+from specontext.kv.layout import Reading
+from specontext.kv.streams import COMPUTE, PREFETCH, STATISTICS, WRITE_BACK, Mark, Streams
+
+GROUPS = (1, 1, 2, 4)  # layers of the first launches of a load, so that the first layer waits little; 8 for all others
+
+
+class LoadError(SpeContextError):
+    """A row in a slot differs from the host's (only found with `verify_loads`)."""
+
+
+class Transfers:
+    """Moves rows between the tiers of a cache, whose tables it reads and never writes.
+
+    Args:
+        resident: for every layer whether its KV is on the device; its owner keeps it up to date.
+        adaptive: layers may move.
+        write_through: an offloaded layer's new decode rows are on the host within the step, for those who read them there; else
+            they follow for all layers at once, from the ring, while the last layer computes.
+        verify: every row that attention reads from a slot is compared with the host's.
+    """
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        resident: Sequence[bool],
+        streams: Streams | None,
+        *,
+        adaptive: bool,
+        write_through: bool,
+        verify: bool,
+    ) -> None:
+        self.tiers, self.resident, self.streams = tiers, resident, streams
+        self.adaptive, self.write_through, self.verify = adaptive, write_through or verify, verify
+        self.layers = torch.arange(len(resident), device=tiers.resident.device)
+        self._loaded: list[Mark] = [None] * len(resident)
+        self._written: Mark = None
+        self._counted: Mark = None
+        self._kept: Mark = None  # pages are being copied from seats for others to keep
+
+    # Streams ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether work runs beside the host, and rows of the host are out of attention's reach."""
+        return self.streams is not None
+
+    @contextmanager
+    def beside(self, side: str, *used: Tensor) -> Iterator[None]:
+        """Work that is started inside runs beside what is computed, after all that compute has been given.
+
+        Args:
+            used: tensors made elsewhere that it needs until it is done.
+        """
+        if (streams := self.streams) is None:
+            yield
+            return
+        streams.wait(side, streams.record(COMPUTE))
+        with streams.on(side):
+            yield
+        streams.keep(side, *used)
+
+    def mark(self, side: str) -> Mark:
+        """What the side has been given so far; None where it has happened."""
+        return self.streams.record(side) if self.streams is not None else None
+
+    def after(self, mark: Mark) -> None:
+        """What is computed from now on waits for a mark."""
+        if self.streams is not None and mark is not None:
+            self.streams.wait(COMPUTE, mark)
+
+    def join(self, *sides: str) -> None:
+        """What is computed from now on waits for all that these sides have been given."""
+        for side in sides:
+            self.after(self.mark(side))
+
+    # The step ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def planned(self) -> bool:
+        """Whether steps plan slots: where a layer is offloaded; and always where a captured step must serve before and after a
+        layer moves, since kernels pass over the layers that are resident."""
+        return self.tiers.slots is not None and (not all(self.resident) or (self.adaptive and self.asynchronous))
+
+    def load(self, reading: Reading, layer: int | None) -> None:
+        """Start copying what a plan misses into its slots, for all offloaded layers or for one."""
+        plan, slots, tokens = reading.plan, self.tiers.slots, reading.selection.tokens
+        assert plan is not None and slots is not None
+        copies = Copies(reading.seats, tokens, plan.slots, plan.missing, reading.reader.head_map)
+        # Compute has read last step's slots, and has written all rows, before it comes to this.
+        with self.beside(PREFETCH, reading.seats, tokens, plan.slots, plan.missing):
+            for first, last in self._groups() if layer is None else [(layer, layer + 1)]:
+                gather_rows_layers(self.tiers.host, slots, self.layers[first:last], self.tiers.resident, copies)
+                self._loaded[first:last] = [self.mark(PREFETCH)] * (last - first)
+
+    def _groups(self) -> list[tuple[int, int]]:
+        """Runs first .. last - 1 of layers that are loaded together: all at once where nothing runs beside it."""
+        layers = len(self.resident)
+        if not self.asynchronous:
+            return [(0, layers)]
+        bounds, sizes = [0], [*GROUPS, *[8] * layers]
+        while bounds[-1] < layers:
+            bounds.append(min(layers, bounds[-1] + sizes[len(bounds) - 1]))
+        return list(pairwise(bounds))
+
+    def wait(self, layer: int) -> None:
+        """What is computed from now on finds the layer's loads in their slots."""
+        self.after(self._loaded[layer])
+        self._loaded[layer] = None
+
+    def rows(self, layers: range, reading: Reading) -> Tensor:
+        """Arena rows of a selection for every KV head of some layers, in its order: integers [layers, R, Hkv, B]."""
+        tokens, plan = reading.selection.tokens, reading.plan
+        slots = tokens if plan is None else plan.slots
+        return selected_rows(self.tiers, layers, reading.seats, reading.reader.head_map, tokens, slots)
+
+    def check_rows(self, layer: int, reading: Reading, rows: Tensor) -> None:
+        """Raises LoadError where rows [R, Hkv, B] of an offloaded layer differ from the host's, where that is checked."""
+        if not self.verify or self.resident[layer]:
+            return
+        host, tokens = self.tiers.host, reading.selection.tokens[:, reading.reader.head_map[layer]]
+        truth = host.rows_of(layer, reading.seats, tokens)
+        read = truth >= 0
+        if not torch.equal(self.tiers.tokens.rows[rows[read].long()].cpu(), host.rows[truth[read].cpu()]):
+            raise LoadError(f"layer {layer}: a slot holds a row that differs from the host's copy")
+
+    def append(self, layer: int, new: NewTokens) -> None:
+        """Store K and V of new decode tokens, one a request, where the layer lives."""
+        if self.tiers.slots is None:
+            self.append_chunk(layer, new)
+            return
+        append_layer(self.tiers, layer, new, to_host=self.write_through)
+        if layer == len(self.resident) - 1 and not self.write_through and self.planned:
+            self._write_back(new.seats, new.positions)
+
+    def _write_back(self, seats: Tensor, positions: Tensor) -> None:
+        """Copy the rows of one token a request, a sink or the newest in the ring, from all slots to the host at once."""
+        slots, tokens = self.tiers.slots, positions[:, None, None]  # [R, 1, 1]: one group, which all heads read
+        assert slots is not None
+        with self.beside(WRITE_BACK, seats, positions):
+            groups = torch.zeros((len(self.resident), slots.heads), dtype=torch.int64, device=seats.device)
+            copies = Copies(seats, fixed_slots(tokens, slots.sink, slots.recent), tokens, tokens >= 0, groups)
+            gather_rows_layers(slots, self.tiers.host, self.layers, self.tiers.resident, copies)
+        self._written = self.mark(WRITE_BACK)
+
+    def append_chunk(self, layer: int, new: NewTokens) -> None:
+        """The same for many tokens of prompts: what goes to the host is written while later layers compute."""
+        tiers, slots = self.tiers, self.tiers.slots
+        if self.resident[layer]:
+            append_tokens(tiers.tokens, layer, new)
+            return
+        if slots is not None:
+            kept = ring_slots(new.positions, new.lengths, slots.sink, slots.recent)
+            append_tokens(slots, layer, NewTokens(new.seats, kept, new.lengths, new.key, new.value))
+        with self.beside(WRITE_BACK, new.seats, new.positions, new.key, new.value):
+            append_tokens(tiers.host, layer, new)
+        self._written = self.mark(WRITE_BACK)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Statistics beside what is computed; the step holds their tensors until it has ended."""
+        with self.beside(STATISTICS):
+            yield
+        self._counted = self.mark(STATISTICS)
+
+    def end_step(self) -> None:
+        """What follows, compute and loads alike, sees all that this step wrote back and counted."""
+        self.after(self._written)
+        self.after(self._counted)
+        self._written = self._counted = None
+
+    # Between steps ----------------------------------------------------------------------------------------------------
+
+    def keep_copies(self) -> None:
+        """Copies for others to keep, from pages of seats, are on their way to the host."""
+        self._kept = self.mark(WRITE_BACK)
+
+    def join_copies(self) -> None:
+        """What is computed from now on may write to pages that are being copied, or are copied to."""
+        self.after(self._kept)
+        self._kept = None
+
+    # Dense reading ----------------------------------------------------------------------------------------------------
+
+    def home(self, layer: int) -> Pages:
+        """The pages that hold all tokens of a layer."""
+        return self.tiers.tokens if self.resident[layer] else self.tiers.host
+
+    def in_reach(self, layer: int) -> bool:
+        """Whether attention can read a layer's tokens in place: on a CPU both tiers, on a GPU the device's."""
+        return self.resident[layer] or not self.asynchronous
