@@ -213,9 +213,8 @@ class Step:
         transfers, seats = self.transfers, way.decode.seats
         if transfers.in_reach(layer):
             home = transfers.home(layer)
-            pages, lengths = home.table[layer].index_select(0, seats), way.decode.lengths
-            size, heads = home.size, home.heads
-            return paged_attention(query, home.rows, pages, lengths, scale, page_size=size, kv_heads=heads, tile=self.tile)[0]
+            pages, lengths = home.table_of(layer).index_select(0, seats), way.decode.lengths
+            return paged_attention(query, home.by_page(layer), pages, lengths, scale, tile=self.tile)[0]
         # The token itself is on its way to the host, and stands beside the tiles.
         own = torch.stack((key, value), dim=2).view(-1, 2, key.shape[2])
         place = torch.arange(len(own), device=own.device).view(*key.shape[:2], 1)

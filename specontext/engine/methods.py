@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specontext.core import Batch, Choice, RequestError, shown
-from specontext.kv.layout import Reader
+from specontext.kv.layout import Layout, Reader
 from specontext.retrieval.methods import base_of
 from specontext.retrieval.selector import Budget, LayerSelector, PromptWatcher, Selector, reads_everything
 
@@ -23,13 +23,19 @@ class Methods:
         own: what requests get that choose nothing.
         budget: the engine's; no request may have a larger one.
         selectors: by name of the method, made for this budget.
+        layout: of the KV that they choose from.
     """
 
-    def __init__(self, own: str, budget: Budget, selectors: Mapping[str, Selector], *, device: torch.device) -> None:
+    def __init__(
+        self, own: str, budget: Budget, selectors: Mapping[str, Selector], *, layout: Layout, device: torch.device
+    ) -> None:
         self.selectors, self.budget = dict(selectors), budget
         self.own = Choice(own, 0 if reads_everything(selectors[own]) else budget.total)
         self.selector = selectors[own]
-        self.readers = {name: Reader(one.head_map.to(device), isinstance(one, LayerSelector)) for name, one in selectors.items()}
+        self.readers = {
+            name: Reader.of_map(layout, one.head_map, device, in_layer=isinstance(one, LayerSelector))
+            for name, one in selectors.items()
+        }
         self._with_state = [one for name, one in selectors.items() if base_of(name) == name]  # variants share their method's
         self._made: dict[Choice, Selector] = {self.own: self.selector}
         self._states: dict[int, list[Selector]] = {}  # those with state of an open seat, the one it chose last

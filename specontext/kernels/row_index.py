@@ -30,7 +30,7 @@ def selected_rows(tiers: Tiers, layers: range, seats: Tensor, head_map: Tensor, 
     for found, layer in zip(rows, layers, strict=True):
         entries, pages = (tokens, tiers.tokens) if tiers.slots is None or bool(tiers.resident[layer]) else (slots, tiers.slots)
         entry = entries[:, head_map[layer]]  # [R, Hkv, B]
-        table = pages.table[layer].index_select(0, seats)
+        table = pages.table_of(layer).index_select(0, seats)
         page = table.gather(1, (entry.clamp(min=0) // pages.size).flatten(1)).view_as(entry)
-        found.copy_(pages.first_rows(page, entry).add_(heads).masked_fill_(entry < 0, -1))
+        found.copy_(pages.pieces(page, entry).add_(heads).masked_fill_(entry < 0, -1))
     return rows

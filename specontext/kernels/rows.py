@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.dispatch import operation, use_triton
-from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
+from specontext.kernels.tables import NewTokens, Pages, Tiers
 
 
 @operation(decided_by="source_rows")
@@ -25,42 +25,6 @@ def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows
     """
     wanted = source_rows >= 0
     _copy_rows(source, source_rows.masked_select(wanted), target, target_rows.masked_select(wanted))
-
-
-@operation(decided_by="layers")
-def gather_rows_layers(source: Pages, target: Pages, layers: Tensor, skipped: Tensor, copies: Copies) -> None:
-    """Copy entries of several layers and their KV heads at once.
-
-    Only entries that are wanted are expanded to layers and heads, and only their rows are read.
-
-    Args:
-        target: pages of rows in the source's number format, changed in place.
-        layers: int64 [N], layers of the page tables.
-        skipped: bool [L], layers that are passed over. On a GPU it is read there, so that a captured graph serves whichever
-            layers are resident.
-    """
-    wanted = copies.wanted
-    requests, groups = wanted.shape[:2]
-    layers = layers[~skipped[layers]]
-    request, group, entry = wanted.nonzero(as_tuple=True)
-    # A reader is a (layer, KV head, request); it wants the run of entries of its pair (request, group).
-    heads = copies.head_map.index_select(0, layers)[..., None]
-    pair = torch.arange(requests, device=wanted.device) * groups + heads  # [N, Hkv, R]
-    of_pair = torch.bincount(request * groups + group, minlength=requests * groups)
-    counts = of_pair[pair].view(-1)
-    reader = torch.repeat_interleave(counts)  # readers in order, each as often as it wants entries
-    shift = (of_pair.cumsum(0) - of_pair)[pair].view(-1) - (counts.cumsum(0) - counts)
-    chosen = shift.index_select(0, reader).add_(torch.arange(len(reader), device=wanted.device))
-    head = torch.arange(source.heads, device=wanted.device)[:, None].expand(pair.shape).reshape(-1).index_select(0, reader)
-    found = []
-    for pages, entries in ((source, copies.source), (target, copies.target)):
-        numbers = entries[request, group, entry]
-        seats, width = pages.table.shape[1:]
-        first = (layers[:, None, None] * seats + copies.seats).mul_(width).expand(pair.shape).reshape(-1)
-        place = first.index_select(0, reader).add_((numbers // pages.size).index_select(0, chosen))
-        page = pages.table.view(-1).index_select(0, place)
-        found.append(pages.first_rows(page, numbers, chosen).add_(head))
-    _copy_rows(source.rows, found[0], target.rows, found[1])
 
 
 def append_rows(arena: Tensor, rows: Tensor, key: Tensor, value: Tensor) -> None:
@@ -117,14 +81,20 @@ def fixed_slots(positions: Tensor, sink: int, recent: int) -> Tensor:
 
 
 def _append(pages: Pages, layer: int, seats: Tensor, entries: Tensor, numbers: Tensor) -> None:
-    """Write numbers [T, Hkv, 2, D] to entries [T], -1 for none. The heads of a token are neighbours, and are written as one."""
+    """Write numbers [T, Hkv, 2, D] to entries [T], -1 for none. Heads of a token that are neighbours are written as one."""
     chosen = (entries >= 0).nonzero().squeeze(1)
     if len(chosen) < len(entries):
         seats, entries, numbers = seats[chosen], entries[chosen], numbers[chosen]
-    table = pages.table[layer]
+    table = pages.table_of(layer)
     page = table.view(-1).index_select(0, (seats * table.shape[1]).add_(entries // pages.size))
-    at = pages.first_rows(page, entries) // pages.heads
-    pages.rows.view(-1, *numbers.shape[1:]).index_copy_(0, at.to(pages.rows.device), numbers.to(pages.rows))
+    piece, rows = pages.pieces(page, entries), as_words(pages.rows)
+    new = as_words(numbers.to(pages.rows).flatten(0, 1))
+    if pages.layers.count == 1:
+        width = pages.heads * rows.shape[1]
+        rows.view(-1, width).index_copy_(0, (piece // pages.heads).to(rows.device), new.view(-1, width))
+    else:
+        row = (piece[:, None] + torch.arange(pages.heads, device=piece.device)).mul_(pages.layers.count)
+        rows.index_copy_(0, row.add_(pages.layers.homes[layer][1]).flatten().to(rows.device), new)
 
 
 def _copy_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: Tensor) -> None:

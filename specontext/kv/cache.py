@@ -7,12 +7,15 @@ move between two steps, and a captured graph serves before and after.
 
 Pages of a seat:
 
-                       token pages (arena)    slot pages (arena)    host pages
+                       token pages (arena)    slot pages (arena)    in the host pages of its block
     resident layer     its tokens             -                     -
       next to leave    its tokens             reserved              -
     leaving            its tokens             reserved              filling up
     offloaded layer    -                      its slots             its tokens
     returning          filling up             its slots             its tokens
+
+On the host neighbouring layers lie side by side (`Layout.blocks`): a seat has pages of a block as soon as one of its layers is
+there or on its way, and they have room for all of them.
 
 `KVCache` alone writes page tables, slot tables and the flags, and asserts this table wherever it changes what a seat holds.
 `Transfers`, which it has, moves the rows.
@@ -89,16 +92,18 @@ class KVCache:
         self._slot_pages = layout.pages_of(slots.count) if slots is not None else 0
         self._tokens = SeatPages(arena, len(resident), seats, width, device)
         self._slots = SeatPages(arena, len(resident), seats, self._slot_pages, device)
-        self._on_host = SeatPages(host, len(resident), seats, width, device)
+        self._on_host = SeatPages(host, len(layout.blocks.sizes), seats, width, device)
         self.hot: HotSlots | None = None
         if slots is not None and (adaptive or not all(resident)):
             self.hot = HotSlots(slots, seats=seats + 1, max_tokens=max_tokens, device=device)
         of_slots = None
         if self.hot is not None:
-            of_slots = Slots(arena.rows, self._slots.table, self.page_size, layout.heads, self.hot.sink, self.hot.recent)
-        tokens, on_host = layout.pages(arena.rows, self._tokens.table), layout.pages(host.rows, self._on_host.table)
+            of_slots = Slots(
+                arena.rows, self._slots.table, self.page_size, layout.heads, arena.places, self.hot.sink, self.hot.recent
+            )
         self.transfers = Transfers(
-            Tiers(tokens, of_slots, on_host, self._flags),
+            Tiers(arena.paged(self._tokens.table), of_slots, host.paged(self._on_host.table), self._flags),
+            layout.blocks,
             self._resident,
             streams_of(device),
             adaptive=adaptive,
@@ -143,10 +148,15 @@ class KVCache:
 
     def host_pages_for(self, tokens: int) -> int:
         """Host pages of a seat with so many tokens."""
-        return sum(self._pages(self._layers_in(Tier.HOST), tokens).values())
+        return sum(self._host_pages(self._layers_in(Tier.HOST), tokens).values())
 
     def _pages(self, layers: Iterable[int], tokens: int) -> dict[int, int]:
+        """Device pages of tokens, by layer."""
         return {layer: self.layout.pages_for(layer, tokens) for layer in layers}
+
+    def _host_pages(self, layers: Sequence[int], tokens: int) -> dict[int, int]:
+        """Host pages of tokens in the blocks of some layers, by block."""
+        return dict.fromkeys(self.layout.blocks.of(layers), self.layout.pages_of(tokens))
 
     # Seats ------------------------------------------------------------------------------------------------------------
 
@@ -175,7 +185,8 @@ class KVCache:
     def _take(self, seat: int, tokens: int, slots: Mapping[int, int] | None = None) -> Tier | None:
         """Pages of tokens in both tiers, and of slots; raises HostMemoryError where the host's memory is refused."""
         slots = slots or {}
-        device, host = (self._pages(self._layers_in(tier), tokens) for tier in (Tier.DEVICE, Tier.HOST))
+        device = self._pages(self._layers_in(Tier.DEVICE), tokens)
+        host = self._host_pages(self._layers_in(Tier.HOST), tokens)
         if self._tokens.lacking(device, seat) + self._slots.lacking(slots, seat) > self.arena.pages.num_free:
             return Tier.DEVICE
         if self._on_host.lacking(host, seat) > self.host.pages.num_free:
@@ -188,7 +199,7 @@ class KVCache:
     def close(self, seat: int) -> None:
         """Give back everything a seat holds."""
         for pages in (self._tokens, self._slots, self._on_host):
-            pages.release(range(len(self._resident)), seat)
+            pages.release_all(seat)
         self.transfers.join_copies()
         if self.move is not None and self.move.copied.pop(seat, None) is not None:
             self.transfers.join(PREFETCH, WRITE_BACK)  # rows may be on their way to pages that others get next
@@ -216,15 +227,15 @@ class KVCache:
 
     def park(self, seat: int, tokens: int) -> ParkedKV | None:
         """Take a seat's KV to the host and leave the seat; None where the host has too little room, and nothing has changed."""
-        whole = self._pages(range(len(self._resident)), tokens)
+        whole = self._host_pages(range(len(self._resident)), tokens)
         if self._on_host.lacking(whole, seat) > self.host.pages.num_free:
             return None
         self._on_host.extend(whole, seat)
         self._copy_seat(seat, tokens, to_host=True)
-        held = [self._on_host.detach(layer, seat) for layer in whole]
-        for layer, count in whole.items():  # room for tokens that never came
-            self.host.pages.free(held[layer][count:])
-        parked = ParkedKV(tokens, [held[layer][:count] for layer, count in whole.items()], self.seats[seat].reader)
+        held = [self._on_host.detach(block, seat) for block in whole]
+        for block, count in whole.items():  # room for tokens that never came
+            self.host.pages.free(held[block][count:])
+        parked = ParkedKV(tokens, [held[block][:count] for block, count in whole.items()], self.seats[seat].reader)
         self.parked.append(parked)
         self.close(seat)
         return parked
@@ -237,12 +248,12 @@ class KVCache:
             return Tier.DEVICE
         assert self.open(seat, 0, parked.reader) is None
         self._tokens.extend(on_device, seat)
-        for layer, pages in enumerate(parked.pages):
-            self._on_host.attach(layer, seat, pages)
+        for block, pages in enumerate(parked.pages):
+            self._on_host.attach(block, seat, pages)
         self.parked = [other for other in self.parked if other is not parked]
         self.seats[seat].room = self.layout.pages_of(parked.tokens) * self.page_size
         self._copy_seat(seat, parked.tokens, to_host=False)
-        self._on_host.release(set(range(len(self._resident))) - set(self._layers_in(Tier.HOST)), seat)
+        self._leave_host(seat)
         for layer in self.offloaded:
             self._fill_slots(layer, {seat: parked.tokens}, from_host=True)
         self._assert_pages(seat)
@@ -259,8 +270,8 @@ class KVCache:
         if not any(self._resident) or not tokens:
             return
         part, side = slice(0, self.layout.pages_of(tokens)), WRITE_BACK if to_host else PREFETCH
-        here = self.layout.pages(self.arena.rows, self._tokens.table[:, seat : seat + 1, part].contiguous())
-        there = self.layout.pages(self.host.rows, self._on_host.table[:, seat : seat + 1, part].contiguous())
+        here = self.arena.paged(self._tokens.table[:, seat : seat + 1, part].contiguous())
+        there = self.host.paged(self._on_host.table[:, seat : seat + 1, part].contiguous())
         source, target = (here, there) if to_host else (there, here)
         copy_pages(self.transfers, source, target, tokens, skipped=~self._flags, side=side)
         self.transfers.join(side)
@@ -283,15 +294,15 @@ class KVCache:
     def begin_move(self, layer: int, *, to_host: bool) -> bool:
         """Take pages in the other tier for all that is stored; False where it has too few, and nothing has changed."""
         assert self.move is None and self._resident[layer] == to_host
-        pages = self._on_host if to_host else self._tokens
-        wanted = {seat: self._pages([layer], one.room) for seat, one in self.seats.items()}
+        pages, pages_of = (self._on_host, self._host_pages) if to_host else (self._tokens, self._pages)
+        wanted = {seat: pages_of([layer], one.room) for seat, one in self.seats.items()}
         if sum(pages.lacking(count, seat) for seat, count in wanted.items()) > pages.pool.pages.num_free:
             return False
         try:
             for seat, count in wanted.items():
                 pages.extend(count, seat)
         except BaseException:  # the host's memory was refused
-            self._release([layer], pages)
+            self._leave_tier(layer, to_host)
             raise
         self.move = LayerMove(layer, to_host)
         self._assert_pages(*self.seats)
@@ -348,11 +359,11 @@ class KVCache:
         self._resident[move.layer] = not move.to_host
         self._flags[move.layer] = not move.to_host
         self.move = None
-        self._release([move.layer], self._tokens if move.to_host else self._on_host)
+        self._leave_tier(move.layer, not move.to_host)
         slotted = dict.fromkeys(self._slotted, self._slot_pages)
         for seat in self.seats:
             self._slots.extend(slotted, seat)
-        self._release(set(range(len(self._resident))) - set(slotted), self._slots)
+            self._slots.release(set(range(len(self._resident))) - set(slotted), seat)
         self._assert_pages(*self.seats)
         return True
 
@@ -361,7 +372,7 @@ class KVCache:
         move = self._moving
         self.transfers.join(move.side)
         self.move = None
-        self._release([move.layer], self._on_host if move.to_host else self._tokens)
+        self._leave_tier(move.layer, move.to_host)
         self._assert_pages(*self.seats)
 
     @property
@@ -372,9 +383,18 @@ class KVCache:
     def _entry_bytes(self, layer: int) -> int:
         return self.layout.layers[layer].entry_bytes
 
-    def _release(self, layers: Iterable[int], pages: SeatPages) -> None:
+    def _leave_tier(self, layer: int, host: bool) -> None:
+        """A layer that does not live in a tier any more gives back what only it had there."""
         for seat in self.seats:
-            pages.release(layers, seat)
+            if host:
+                self._leave_host(seat)
+            else:
+                self._tokens.release([layer], seat)
+
+    def _leave_host(self, seat: int) -> None:
+        """Give back the host pages of a seat in blocks of which no layer is there."""
+        away = set(self.layout.blocks.of(self._layers_in(Tier.HOST)))
+        self._on_host.release(set(range(len(self.layout.blocks.sizes))) - away, seat)
 
     # Known prompts ----------------------------------------------------------------------------------------------------
 
@@ -397,15 +417,17 @@ class KVCache:
 
     def _assert_pages(self, *seats: int) -> None:
         """What seats hold in each layer is what the table at the top of this file says."""
-        slotted = self._slotted
-        for layer in range(len(self._resident)):
-            for seat in seats:
-                count = self.layout.pages_for(layer, self.seats[seat].room)
-                on_device, on_host = (count if self._has(layer, tier) else 0 for tier in (Tier.DEVICE, Tier.HOST))
+        slotted, away = self._slotted, self._layers_in(Tier.HOST)
+        for seat in seats:
+            room = self.seats[seat].room
+            for layer in range(len(self._resident)):
+                on_device = self.layout.pages_for(layer, room) if self._has(layer, Tier.DEVICE) else 0
                 slots = self._slot_pages if layer in slotted else 0
                 assert len(self._tokens.of(layer, seat)) == on_device, f"token pages of layer {layer}"
-                assert len(self._on_host.of(layer, seat)) == on_host, f"host pages of layer {layer}"
                 assert len(self._slots.of(layer, seat)) == slots, f"slot pages of layer {layer}"
+            on_host = self._host_pages(away, room)
+            for block in range(len(self.layout.blocks.sizes)):
+                assert len(self._on_host.of(block, seat)) == on_host.get(block, 0), f"host pages of block {block}"
 
     def check_integrity(self, others: Sequence[list[int]] = ()) -> None:
         """Raises AssertionError when a page is lost or held twice, or tables contradict each other or what layers need.

@@ -32,11 +32,10 @@ def stored_tiles(transfers: Transfers, layer: int, seat: int, stop: int, tile: i
         return
     assert transfers.in_reach(layer)
     home = transfers.home(layer)
-    sizes = {"page_size": home.size, "kv_heads": home.heads}
-    pages = home.table[layer, seat, : -(-stop // home.size)]
-    buffer = tile_buffer(home.rows, min(tile, stop), **sizes)
+    pages, rows = home.table_of(layer)[seat, : -(-stop // home.size)], home.by_page(layer)
+    buffer = tile_buffer(rows, min(tile, stop))
     for bounds in tiles_of(stop, tile):
-        yield tokens_of_pages(home.rows, pages, *bounds, **sizes, buffer=buffer)
+        yield tokens_of_pages(rows, pages, *bounds, buffer=buffer)
 
 
 def read_tile(transfers: Transfers, layer: int, seats: Tensor, start: int, stop: int, ends: Tensor) -> tuple[Tensor, Tensor]:

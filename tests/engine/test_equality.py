@@ -226,7 +226,7 @@ def test_slots_are_really_evicted(method: str, make_llm: MakeLLM, prompts: Promp
 def test_a_wrong_load_is_noticed_by_the_engine(
     make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specontext.kv.transfers.gather_rows_layers", lambda *_: None)
+    monkeypatch.setattr("specontext.kv.transfers.copy_pieces", lambda *_, **__: None)
     llm = make_llm("llama", budget=12, offload_layers=2, verify_loads=True)
     with pytest.raises(LoadError):
         llm.generate(prompts, greedy())

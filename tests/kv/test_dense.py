@@ -19,11 +19,11 @@ HEADS, DIM, TOKENS = 2, 4, 29
 @pytest.fixture
 def kv() -> KVCache:
     """Layer 0 resident, layer 1 offloaded; three seats of which the middle one was given back and taken again."""
-    shape = ModelShape(2, 8, HEADS, HEADS, DIM, 10, 64, torch.float32)
+    layout, cpu = Layout.of_shape(ModelShape(2, 8, HEADS, HEADS, DIM, 10, 64, torch.float32), 4), torch.device("cpu")
     kv = KVCache(
-        *make_pools(Layout.of_shape(shape, 4), device_pages=60, host_pages=60, device=torch.device("cpu")),
+        *make_pools(layout, device_pages=60, host_pages=60, device=cpu),
         resident=(True, False),
-        reader=Reader(torch.zeros(2, HEADS, dtype=torch.int64)),
+        reader=Reader.of_map(layout, torch.zeros(2, HEADS, dtype=torch.int64), cpu),
         slots=SlotSizes(6, sink=1, recent=2),
         seats=3,
         max_tokens=32,
@@ -64,6 +64,7 @@ def test_page_tables_lead_to_the_stored_tokens(layer: int, kv: KVCache) -> None:
     home = kv.transfers.home(layer)
     for seat in (2, 1):
         for token in (0, 3, 17, TOKENS - 1):
-            row = (home.table[layer, seat, token // 4] * 4 + token % 4) * HEADS
-            assert torch.equal(home.rows[row : row + HEADS], stored[seat][token])
-            assert home.rows_of(layer, torch.tensor([seat]), torch.tensor([[[token]]]))[0, :, 0].tolist() == [row, row + 1]
+            page = int(home.table_of(layer)[seat, token // 4])
+            assert torch.equal(home.by_page(layer)[page, token % 4], stored[seat][token])
+            rows = home.rows_of(layer, torch.tensor([seat]), torch.tensor([[[token]]]))[0, :, 0]
+            assert torch.equal(home.rows[rows], stored[seat][token])

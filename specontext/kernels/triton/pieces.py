@@ -16,14 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specontext.kernels.pieces import Entries, PagedRows, Parts
+from specontext.kernels.tables import Copies, Pages, Parts
+from specontext.kernels.triton.rows import piece_of
 
 PROGRAMS = 16
 TILE_BYTES = 32768
 WARPS = 8
 
 
-def listed(source: Tensor, target: Tensor, wanted: Tensor) -> Entries:
+def listed(seats: Tensor, source: Tensor, target: Tensor, wanted: Tensor) -> Copies:
     """See `specontext.kernels.pieces.listed`."""
     requests, groups, width = wanted.shape
     lists = torch.empty((2, requests, groups, width), dtype=torch.int32, device=wanted.device)
@@ -32,16 +33,15 @@ def listed(source: Tensor, target: Tensor, wanted: Tensor) -> Entries:
         flags = wanted.contiguous().view(torch.uint8)
         source, target = source.contiguous(), target.contiguous()
         _list[(requests * groups,)](flags, source, target, lists[0], lists[1], counts, width, BLOCK=1024, num_warps=8)
-    return Entries(lists[0], lists[1], counts)
+    return Copies(seats, lists[0], lists[1], counts)
 
 
 def copy_pieces(
-    source: PagedRows,
-    target: PagedRows,
+    source: Pages,
+    target: Pages,
     parts: Parts,
-    seats: Tensor,
     skipped: Tensor,
-    entries: Entries,
+    copies: Copies,
     *,
     programs: int | None = None,
     tile_bytes: int = TILE_BYTES,
@@ -52,36 +52,36 @@ def copy_pieces(
     Args:
         tile_bytes, warps: of a program.
     """
-    requests, groups, width = entries.source.shape
+    requests, groups, width = copies.source.shape
     readers = len(parts) * requests
     if not readers * width:
         return
-    assert source.rows.dtype == target.rows.dtype
+    assert source.rows.dtype == target.rows.dtype and source.heads == target.heads
     assert all(x.is_contiguous() for x in (source.rows, target.rows, source.table, target.table, parts.layers))
-    numbers = source.rows.shape[1] * source.rows.shape[2]
-    block, layers = triton.next_power_of_2(numbers), parts.layers.shape[1]
+    row, block, rows = _tile(source.rows, tile_bytes)
+    layers = parts.layers.shape[1]
     padded = triton.next_power_of_2(layers)
-    pieces = max(1, min(128, tile_bytes // (block * source.rows.itemsize)) // padded)
+    pieces = max(1, rows // padded)
     programs = programs or PROGRAMS
     # All programs are at one block and request at a time: a bus that reads at random needs a table that stays in its cache.
-    splits = min(triton.cdiv(programs, parts.kv_heads), triton.cdiv(width, pieces))
+    splits = min(triton.cdiv(programs, source.heads), triton.cdiv(width, pieces))
     _copy[(min(readers * splits, programs),)](
         source.rows,
         target.rows,
         source.table,
         target.table,
-        source.line.contiguous(),
-        target.line.contiguous(),
-        source.place.contiguous(),
-        target.place.contiguous(),
+        source.layers.lines,
+        target.layers.lines,
+        source.layers.places,
+        target.layers.places,
         parts.layers,
-        parts.heads.contiguous(),
-        parts.groups.contiguous(),
-        seats.contiguous(),
+        parts.heads,
+        parts.groups,
+        copies.seats.contiguous(),
         skipped.view(torch.uint8),
-        entries.source.contiguous(),
-        entries.target.contiguous(),
-        entries.counts.contiguous(),
+        copies.source.contiguous(),
+        copies.target.contiguous(),
+        copies.counts.contiguous(),
         readers * splits,
         splits,
         len(parts),
@@ -91,49 +91,55 @@ def copy_pieces(
         source.table.shape[2],
         target.table.shape[1],
         target.table.shape[2],
-        HEADS=parts.kv_heads,
-        SOURCE_PAGE=source.page_size,
-        TARGET_PAGE=target.page_size,
-        SOURCE_PLACES=source.places,
-        TARGET_PLACES=target.places,
+        HEADS=source.heads,
+        SOURCE_PAGE=source.size,
+        TARGET_PAGE=target.size,
+        SOURCE_PLACES=source.layers.count,
+        TARGET_PLACES=target.layers.count,
         LAYERS=layers,
         LAYERS_PAD=padded,
-        WIDTH=numbers,
+        WIDTH=row,
         BLOCK=block,
         PIECES=pieces,
         num_warps=warps,
     )
 
 
-def append_pieces(
-    pool: Tensor, pages: Tensor, seats: Tensor, positions: Tensor, new: Tensor, wanted: Tensor, page_size: int
-) -> None:
+def append_pieces(pages: Pages, line: int, seats: Tensor, positions: Tensor, new: Tensor, wanted: Tensor) -> None:
     """See `specontext.kernels.pieces.append_pieces`."""
     tokens, heads, places = new.shape[:3]
     if not tokens:
         return
-    assert pool.is_contiguous() and pages.is_contiguous() and new.is_contiguous() and new.dtype == pool.dtype
-    numbers = pool.shape[1] * pool.shape[2]
-    block, padded = triton.next_power_of_2(numbers), triton.next_power_of_2(places)
-    pieces = max(1, min(128, TILE_BYTES // (block * pool.itemsize)) // padded)
+    table = pages.table[line]
+    assert pages.rows.is_contiguous() and table.is_contiguous() and new.is_contiguous() and new.dtype == pages.rows.dtype
+    row, block, rows = _tile(pages.rows, TILE_BYTES)
+    padded = triton.next_power_of_2(places)
+    pieces = max(1, rows // padded)
     _append[(triton.cdiv(tokens * heads, pieces),)](
-        pool,
-        pages,
+        pages.rows,
+        table,
         seats.contiguous(),
         positions.contiguous(),
         new,
         wanted.view(torch.uint8),
         tokens * heads,
-        pages.shape[1],
-        PAGE=page_size,
+        table.shape[1],
+        PAGE=pages.size,
         HEADS=heads,
         PLACES=places,
         PLACES_PAD=padded,
-        WIDTH=numbers,
+        WIDTH=row,
         BLOCK=block,
         PIECES=pieces,
         num_warps=WARPS,
     )
+
+
+def _tile(rows: Tensor, tile_bytes: int) -> tuple[int, int, int]:
+    """Numbers in a row, the block that holds them, and how many rows a program moves at once."""
+    width = rows.shape[1] * rows.shape[2]
+    block = triton.next_power_of_2(width)
+    return width, block, max(1, min(128, tile_bytes // (block * rows.itemsize)))
 
 
 @triton.jit
@@ -153,12 +159,6 @@ def _list(wanted, source, target, source_list, target_list, counts, width, BLOCK
 
 
 @triton.jit
-def _rows(table, place, entry, head, live, PAGE: tl.constexpr, HEADS: tl.constexpr, PLACES: tl.constexpr):
-    page = tl.load(table + entry // PAGE, mask=live, other=0).to(tl.int64)
-    return ((page * PAGE + entry % PAGE) * HEADS + head) * PLACES + place
-
-
-@triton.jit
 def _next_rows(
     source_table, target_table, source_place, target_place, source_entries, target_entries, piece, count, present, head,
     HEADS: tl.constexpr, SOURCE_PAGE: tl.constexpr, TARGET_PAGE: tl.constexpr,
@@ -167,8 +167,8 @@ def _next_rows(
     live = present & (piece < count)
     source_entry = tl.load(source_entries + piece, mask=live, other=0).to(tl.int64)
     target_entry = tl.load(target_entries + piece, mask=live, other=0).to(tl.int64)
-    source_row = _rows(source_table, source_place, source_entry, head, live, SOURCE_PAGE, HEADS, SOURCE_PLACES)
-    target_row = _rows(target_table, target_place, target_entry, head, live, TARGET_PAGE, HEADS, TARGET_PLACES)
+    source_row = piece_of(source_table, source_entry, head, live, SOURCE_PAGE, HEADS) * SOURCE_PLACES + source_place
+    target_row = piece_of(target_table, target_entry, head, live, TARGET_PAGE, HEADS) * TARGET_PLACES + target_place
     return source_row, target_row, live
 
 
@@ -237,7 +237,7 @@ def _append(
     live = (position >= 0) & (place < PLACES)
     live = live & (tl.load(wanted + place, mask=live, other=0) != 0)
     seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
-    row = _rows(pages + seat * page_width, place, position, head, live, PAGE, HEADS, PLACES)
+    row = piece_of(pages + seat * page_width, position, head, live, PAGE, HEADS) * PLACES + place
     column = tl.arange(0, BLOCK)[None, :]
     mask = live[:, None] & (column < WIDTH)
     numbers = tl.load(new + (piece * PLACES + place)[:, None] * WIDTH + column, mask=mask)

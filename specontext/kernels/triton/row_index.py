@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specontext.kernels.tables import Tiers
-from specontext.kernels.triton.rows import row_of
+from specontext.kernels.triton.rows import piece_of
 
 BLOCK = 1024
 
@@ -59,9 +59,9 @@ def _rows(
     inside = column < width
     if tl.load(resident + layer) != 0:
         entry = tl.load(tokens + pair * width + column, mask=inside, other=-1)
-        row = row_of(token_pages + seat * token_width, entry, head, entry >= 0, PAGE, HEADS)
+        row = piece_of(token_pages + seat * token_width, entry, head, entry >= 0, PAGE, HEADS)
     else:
         entry = tl.load(slots + pair * width + column, mask=inside, other=-1)
-        row = row_of(slot_pages + seat * slot_width, entry, head, entry >= 0, PAGE, HEADS)
+        row = piece_of(slot_pages + seat * slot_width, entry, head, entry >= 0, PAGE, HEADS)
     row = tl.where(entry >= 0, row, -1)
     tl.store(rows + reader.to(tl.int64) * width + column, row.to(tl.int32), mask=inside)
