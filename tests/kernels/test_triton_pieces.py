@@ -15,9 +15,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from specontext.kernels import pieces
-from specontext.kernels.pieces import Entries, PagedRows, all_entries
+from specontext.kernels.dispatch import reference_of
+from specontext.kernels.tables import Copies, Pages
 from specontext.kernels.triton import pieces as triton_pieces
-from specontext.kv.parts import BlockParts, parts_of
+from specontext.kv.layout import BlockParts, places_of
 from specontext.memory.layer_blocks import LayerBlocks, divide_layers, one_by_one
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -29,52 +30,44 @@ both = pytest.mark.parametrize("module", [triton_pieces, pieces], ids=["triton",
 
 
 def function_of(module: Any, name: str) -> Callable[..., Any]:
-    return getattr(module, name if module is triton_pieces else f"{name}_reference")
+    return getattr(module, name) if module is triton_pieces else reference_of(getattr(module, name))  # type: ignore[no-any-return]
 
 
 def pool(
     blocks: LayerBlocks, pages: int, page_size: int, heads: int, dim: int, dtype: torch.dtype, seed: int, *, pinned: bool = False
-) -> PagedRows:
+) -> Pages:
     """A pool of random rows with distinct pages for every block and seat; page 0 belongs to nobody."""
     generator = torch.Generator().manual_seed(seed)
     lines = len(blocks.sizes)
     count = (1 + lines * SEATS * pages) * page_size * heads * blocks.places
     rows = torch.randn(count, 2, dim, generator=generator).to(dtype)
     table = 1 + torch.randperm(lines * SEATS * pages, generator=generator).view(lines, SEATS, pages)
-    line, place = torch.tensor([blocks.home[layer] for layer in blocks.layers]).T
     on_device = rows.pin_memory() if pinned else rows.to(DEVICE)
-    return PagedRows(on_device, table.to(DEVICE), line.to(DEVICE), place.to(DEVICE), blocks.places, page_size)
+    return Pages(on_device, table.to(DEVICE), page_size, heads, places_of(blocks, DEVICE))
 
 
-def row_of(at: PagedRows, layer: int, seat: int, entry: int, head: int, heads: int) -> int:
-    page = int(at.table[at.line[layer], seat, entry // at.page_size])
-    return ((page * at.page_size + entry % at.page_size) * heads + head) * at.places + int(at.place[layer])
+def row_of(at: Pages, layer: int, seat: int, entry: int, head: int) -> int:
+    line, place = at.layers.homes[layer]
+    page = int(at.table[line, seat, entry // at.size])
+    return ((page * at.size + entry % at.size) * at.heads + head) * at.layers.count + place
 
 
-def expected(
-    source: PagedRows,
-    target: PagedRows,
-    head_map: list[list[int]],
-    layers: list[int],
-    seats: list[int],
-    entries: Entries,
-) -> Tensor:
+def expected(source: Pages, target: Pages, head_map: list[list[int]], layers: list[int], copies: Copies) -> Tensor:
     """The target's rows after a loop over everything that is copied."""
     found = target.rows.clone()
     for layer in layers:
         for head, group in enumerate(head_map[layer]):
-            for r, seat in enumerate(seats):
-                for i in range(int(entries.counts[r, group])):
-                    a = row_of(source, layer, seat, int(entries.source[r, group, i]), head, len(head_map[layer]))
-                    b = row_of(target, layer, seat, int(entries.target[r, group, i]), head, len(head_map[layer]))
-                    found[b] = source.rows[a]
+            for r, seat in enumerate(copies.seats.tolist()):
+                for i in range(int(copies.counts[r, group])):
+                    a = row_of(source, layer, seat, int(copies.source[r, group, i]), head)
+                    found[row_of(target, layer, seat, int(copies.target[r, group, i]), head)] = source.rows[a]
     return found
 
 
-def some_entries(requests: int, groups: int, most: tuple[int, int], width: int, generator: torch.Generator) -> Entries:
-    lists = [torch.rand(requests, groups, n, generator=generator).argsort(-1)[..., :width].to(DEVICE) for n in most]
-    counts = torch.randint(0, width + 1, (requests, groups), generator=generator, dtype=torch.int32)
-    return Entries(lists[0], lists[1], counts.to(DEVICE))
+def some_copies(seats: list[int], groups: int, most: tuple[int, int], width: int, generator: torch.Generator) -> Copies:
+    lists = [torch.rand(len(seats), groups, n, generator=generator).argsort(-1)[..., :width].int().to(DEVICE) for n in most]
+    counts = torch.randint(0, width + 1, (len(seats), groups), generator=generator, dtype=torch.int32)
+    return Copies(torch.tensor(seats, device=DEVICE), lists[0], lists[1], counts.to(DEVICE))
 
 
 def map_of(rng: random.Random, layers: int, heads: int, groups: int) -> list[list[int]]:
@@ -104,18 +97,15 @@ def test_pieces_of_all_layers(module: Any, seed: int, heads: tuple[int, int], wa
     )
     most = [size * pages for size, pages in sizes]
     seats = rng.sample(range(SEATS), rng.randint(1, SEATS))
-    entries = some_entries(len(seats), groups, (most[0], most[1]), rng.randint(1, min(most)), generator)
+    copies = some_copies(seats, groups, (most[0], most[1]), rng.randint(1, min(most)), generator)
     skipped = torch.rand(layers, generator=generator) < rng.choice([0.0, 0.3, 1.0])
-    parts = parts_of(single if way == "single" else blocks, head_map, DEVICE)
+    parts = BlockParts.of_map(single if way == "single" else blocks, head_map, DEVICE)
     asked = rng.randrange(len(parts.bounds) - 1)
     chosen = parts.of(asked) if rng.random() < 0.5 else parts.all
     copied = sorted({layer for layer in chosen.layers.flatten().tolist() if layer >= 0 and not skipped[layer]})
-    after = expected(source, target, head_map, copied, seats, entries)
-    arguments = (source, target, chosen, torch.tensor(seats, device=DEVICE), skipped.to(DEVICE), entries)
-    if module is triton_pieces:
-        triton_pieces.copy_pieces(*arguments, programs=rng.choice([1, 3, 16]), tile_bytes=rng.choice([16, 256, 4096]))
-    else:
-        pieces.copy_pieces_reference(*arguments)
+    after = expected(source, target, head_map, copied, copies)
+    sizes = {"programs": rng.choice([1, 3, 16]), "tile_bytes": rng.choice([16, 256, 4096])} if module is triton_pieces else {}
+    function_of(module, "copy_pieces")(source, target, chosen, skipped.to(DEVICE), copies, **sizes)
     assert torch.equal(target.rows, after)
 
 
@@ -127,15 +117,14 @@ def test_long_lists(dim: int, width: int, dtype: torch.dtype) -> None:
     head_map = [[1, 0], [1, 0], [1, 1], [1, 0], [1, 0]]
     blocks = divide_layers(head_map, 2 * dim * dtype.itemsize)
     source, target = pool(blocks, 8, 16, 2, dim, dtype, 0), pool(one_by_one(5), 6, 16, 2, dim, dtype, 1)
-    entries = some_entries(2, 2, (128, 96), width, generator)
-    seats, skipped = torch.tensor([2, 0], device=DEVICE), torch.tensor([False, True, False, False, False], device=DEVICE)
-    parts, before = parts_of(blocks, head_map, DEVICE).all, target.rows.clone()
-    pieces.copy_pieces_reference(source, target, parts, seats, skipped, entries)
+    copies = some_copies([2, 0], 2, (128, 96), width, generator)
+    skipped = torch.tensor([False, True, False, False, False], device=DEVICE)
+    parts, before = BlockParts.of_map(blocks, head_map, DEVICE).all, target.rows.clone()
+    reference_of(pieces.copy_pieces)(source, target, parts, skipped, copies)
     after = target.rows.clone()
     assert not torch.equal(before, after)
     target.rows.copy_(before)
-    pieces.copy_pieces(source, target, parts, seats, skipped, entries, programs=3)
-    triton_pieces.copy_pieces(source, target, parts, seats, skipped, entries, programs=4, tile_bytes=1 << 14)
+    triton_pieces.copy_pieces(source, target, parts, skipped, copies, programs=4, tile_bytes=1 << 14)
     assert torch.equal(target.rows, after)
 
 
@@ -147,8 +136,9 @@ def test_lists_of_what_is_wanted(module: Any, seed: int) -> None:
     shape = (rng.randint(0, 3), rng.randint(1, 4), rng.choice([1, 7, 1500]))
     source, target = torch.randint(-1, 1 << 20, (2, *shape), generator=generator).to(DEVICE)
     wanted = (torch.rand(shape, generator=generator) < rng.choice([0.0, 0.2, 1.0])).to(DEVICE)
-    found = function_of(module, "listed")(source, target, wanted)
-    assert found.counts.tolist() == wanted.sum(-1).tolist()
+    seats = torch.arange(shape[0], device=DEVICE)
+    found = function_of(module, "listed")(seats, source, target, wanted)
+    assert found.seats is seats and found.counts.tolist() == wanted.sum(-1).tolist()
     for r in range(shape[0]):
         for g in range(shape[1]):
             for packed, entries in ((found.source, source), (found.target, target)):
@@ -158,15 +148,15 @@ def test_lists_of_what_is_wanted(module: Any, seed: int) -> None:
 @both
 def test_nothing_to_copy(module: Any) -> None:
     blocks = divide_layers([[0], [0]], 512)
-    parts = parts_of(blocks, [[0], [0]], DEVICE).all
+    parts = BlockParts.of_map(blocks, [[0], [0]], DEVICE).all
     source, target = (pool(kind, 1, 2, 1, 3, torch.float32, seed) for seed, kind in enumerate((blocks, one_by_one(2))))
     before = target.rows.clone()
     none, some = torch.zeros((1, 1, 0), dtype=torch.int64, device=DEVICE), torch.ones((1, 1, 1), dtype=torch.int64, device=DEVICE)
     seat, skipped = torch.tensor([0], device=DEVICE), torch.ones(2, dtype=torch.bool, device=DEVICE)
     copy = function_of(module, "copy_pieces")
-    copy(source, target, parts, seat, ~skipped, all_entries(none, none))
-    copy(source, target, parts, seat[:0], ~skipped, all_entries(some[:0], some[:0]))
-    copy(source, target, parts, seat, skipped, all_entries(some, some))
+    copy(source, target, parts, ~skipped, Copies.of_all(seat, none, none))
+    copy(source, target, parts, ~skipped, Copies.of_all(seat[:0], some[:0], some[:0]))
+    copy(source, target, parts, skipped, Copies.of_all(seat, some, some))
     assert torch.equal(target.rows, before)
 
 
@@ -192,11 +182,11 @@ def test_new_tokens_as_pieces(
         for head in range(kv_heads):
             for place in range(places):
                 if wanted[place]:
-                    after[row_of(at, place, seat, position, head, kv_heads)] = new[t, head, place]
+                    after[row_of(at, place, seat, position, head)] = new[t, head, place]
     append = function_of(module, "append_pieces")
-    append(at.rows, at.table[0], seats, positions, new, wanted, page_size)
+    append(at, 0, seats, positions, new, wanted)
     assert torch.equal(at.rows, after)
-    append(at.rows, at.table[0], seats[:0], positions[:0], new[:0], wanted, page_size)
+    append(at, 0, seats[:0], positions[:0], new[:0], wanted)
     assert torch.equal(at.rows, after)
 
 
@@ -206,7 +196,7 @@ def test_parts_have_every_layer_and_head_once() -> None:
         layers, heads, groups = rng.randint(1, 12), rng.randint(1, 4), rng.randint(1, 5)
         head_map = map_of(rng, layers, heads, groups)
         blocks = divide_layers(head_map, rng.choice([256, 512, 1024]))
-        found: BlockParts = parts_of(blocks, head_map, torch.device("cpu"))
+        found = BlockParts.of_map(blocks, head_map, torch.device("cpu"))
         seen = []
         for block, members in enumerate(blocks.members):
             part = found.of(block)
@@ -226,19 +216,16 @@ def test_pieces_in_host_memory() -> None:
     blocks = divide_layers(head_map, 256)
     host, plain = (pool(blocks, 8, 4, 2, 64, torch.bfloat16, 0, pinned=pinned) for pinned in (True, False))
     arena, right = (pool(one_by_one(4), 8, 4, 2, 64, torch.bfloat16, 1) for _ in range(2))
-    entries = some_entries(2, 2, (32, 32), 20, generator)
-    where = (
-        parts_of(blocks, head_map, DEVICE).all,
-        torch.tensor([2, 0], device=DEVICE),
-        torch.zeros(4, dtype=torch.bool, device=DEVICE),
-    )
-    pieces.copy_pieces(host, arena, *where, entries)
-    pieces.copy_pieces_reference(plain, right, *where, entries)
+    copies = some_copies([2, 0], 2, (32, 32), 20, generator)
+    parts, skipped = BlockParts.of_map(blocks, head_map, DEVICE).all, torch.zeros(4, dtype=torch.bool, device=DEVICE)
+    reference = reference_of(pieces.copy_pieces)
+    pieces.copy_pieces(host, arena, parts, skipped, copies)
+    reference(plain, right, parts, skipped, copies)
     assert torch.equal(arena.rows, right.rows)
-    back = Entries(entries.target, entries.source, entries.counts)
+    back = Copies(copies.seats, copies.target, copies.source, copies.counts)
     arena.rows.neg_()
     right.rows.neg_()
-    pieces.copy_pieces(arena, host, *where, back)
-    pieces.copy_pieces_reference(right, plain, *where, back)
+    pieces.copy_pieces(arena, host, parts, skipped, back)
+    reference(right, plain, parts, skipped, back)
     torch.cuda.synchronize()
     assert torch.equal(host.rows.to(DEVICE), plain.rows)
