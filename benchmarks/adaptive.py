@@ -52,10 +52,11 @@ from specontext.config import EngineConfig, SpeContextConfig
 from specontext.core import Request, SamplingParams, Selection
 from specontext.distill.new_head import HeadShape, new_head
 from specontext.engine import build
+from specontext.engine.admission import WATERMARK
 from specontext.engine.build import Parts, build_parts
 from specontext.engine.runner import ModelRunner
 from specontext.engine.sampler import sample
-from specontext.engine.scheduler import WATERMARK, Scheduler
+from specontext.engine.scheduler import Scheduler
 from specontext.memory.model import KVCost
 from specontext.memory.planner import thresholds
 from specontext.models.loading import LoadedModel, load_model
@@ -162,8 +163,8 @@ class Engine:
         return request
 
     def _fill_pools(self) -> None:
-        page = PAGE * self.parts.kv.shape.kv_heads  # rows of the page that stays zero
         kv = self.parts.kv
+        page = kv.arena.page_rows  # of the page that stays zero
         pools = [kv.arena, kv.host] if kv.adaptive or kv.offloaded else [kv.arena]
         for rows in (pool.rows[page:] for pool in pools):
             if len(rows):
@@ -213,8 +214,7 @@ class Engine:
         self._wait_for_pinning()
 
     def _grow(self, request: Request, length: int) -> None:
-        self.parts.kv.grow(request.seat, length)
-        self.replay.grow(request.seat, length)
+        assert self.parts.kv.grow(request.seat, length) is None and self.replay.grow(request.seat, length)
         request.computed = length
 
     def _wait_for_pinning(self) -> None:
@@ -307,7 +307,7 @@ class Growth:
         turn = len(self.rounds) % len(self.engines)
         seconds = {engine.name: engine.step() for engine in [*self.engines[turn:], *self.engines[:turn]]}
         finished = tuple(residency.moves_since(moves))
-        moving = kv.moving is not None or bool(finished)
+        moving = kv.move is not None or bool(finished)
         new_graphs = tuple(engine.name for engine in self.engines if engine.captured != captured[engine.name])
         round_ = Round(
             self._visit, self.adaptive.length, len(kv.offloaded), moving, self._settling > 0, new_graphs, seconds, finished

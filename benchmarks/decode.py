@@ -91,8 +91,7 @@ def parts_for(
     )
     parts = build_parts(config, loaded, head, device)
     for seat in range(requests):
-        parts.kv.open(seat, context)
-        parts.methods.open(seat, context, None)
+        assert parts.kv.open(seat, context) is None and parts.methods.open(seat, context, None)
     fill(parts.kv.arena.rows)
     if parts.kv.offloaded:  # else nothing there is read, and memory that is written is taken
         fill(parts.kv.host.rows)

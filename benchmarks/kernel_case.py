@@ -11,7 +11,8 @@ from measure import fill, host_memory
 from torch import Tensor
 
 from specontext.core import ModelShape
-from specontext.kernels.slot_plan import plan_slots_reference
+from specontext.kernels.dispatch import reference_of
+from specontext.kernels.slot_plan import plan_slots
 from specontext.retrieval.head_config import HeadConfig
 from specontext.retrieval.head_map import band_map
 from specontext.retrieval.selector import Budget
@@ -195,7 +196,7 @@ class Case:
         """Slots and misses of two rounds through the selections by the reference, on the CPU; the second is the steady state."""
         tables = self.empty_tables(torch.device("cpu"))
         seats = torch.arange(self.requests)
-        return [plan_slots_reference(tokens, seats, *tables, step + 1) for step, tokens in enumerate(self.selections * 2)]
+        return [reference_of(plan_slots)(tokens, seats, *tables, step + 1) for step, tokens in enumerate(self.selections * 2)]
 
     @cached_property
     def misses(self) -> int:

@@ -7,8 +7,22 @@ from kernel_case import PAGE_SIZE, RECENT, SINK, Case
 from kernel_checks import Operation, calls_of, require_equal, row_numbers
 from torch import Tensor
 
-from specontext.kernels import row_index
 from specontext.kernels import rows as moves
+from specontext.kernels import slot_plan
+from specontext.kernels.dispatch import reference_of
+from specontext.kernels.tables import NewTokens, Pages, Slots, Tiers
+from specontext.kv.layout import places_of
+from specontext.memory.layer_blocks import one_by_one
+
+
+def _pages(case: Case, rows: Tensor, table: Tensor) -> Pages:
+    """Pages of layers each by itself."""
+    return Pages(rows, table, PAGE_SIZE, case.shape.kv_heads, places_of(one_by_one(len(table)), case.device))
+
+
+def _slots(case: Case, rows: Tensor, table: Tensor) -> Slots:
+    pages = _pages(case, rows, table)
+    return Slots(rows, table, PAGE_SIZE, case.shape.kv_heads, pages.layers, SINK, RECENT)
 
 
 def rows(case: Case) -> list[Operation]:
@@ -17,19 +31,15 @@ def rows(case: Case) -> list[Operation]:
     count, most = 4, case.arena_pages.shape[2] * PAGE_SIZE
     entries = torch.randint(most, (2, count, case.requests, case.groups, width), generator=case.order).to(device)
     entries[..., -1] = -1
-    fixed = {
-        "token_pages": case.arena_pages,
-        "slot_pages": case.arena_pages.flip(2).contiguous(),
-        "resident": torch.arange(shape.layers, device=device) % 2 == 0,
-        "seats": case.seats,
-        "head_map": case.head_map,
-        "page_size": PAGE_SIZE,
-    }
+    here = _pages(case, case.arena, case.arena_pages)
+    there = _slots(case, case.arena, case.arena_pages.flip(2).contiguous())
+    tiers = Tiers(here, there, here, torch.arange(shape.layers, device=device) % 2 == 0)
+    fixed = (tiers, range(shape.layers), case.seats, case.head_map)
 
     def call(i: int) -> Tensor:
-        return row_index.selected_rows(entries[0, i], entries[1, i], **fixed)
+        return slot_plan.selected_rows(*fixed, entries[0, i], entries[1, i])
 
-    right = row_index.selected_rows_reference(entries[0, 1], entries[1, 1], **fixed)
+    right = reference_of(slot_plan.selected_rows)(*fixed, entries[0, 1], entries[1, 1])
     error, size = require_equal("row index", call(1), right), call(1).itemsize
     pairs = case.requests * width
     words = f"{case.requests} x {shape.layers} layers x {shape.kv_heads} heads x {width}"
@@ -41,28 +51,20 @@ def append(case: Case) -> list[Operation]:
     shape, count = case.shape, 8
     new = case.random(2, count, case.requests, shape.kv_heads, shape.head_dim)
     lengths = torch.full((case.requests,), case.context, device=case.device)
-    host_pages, slot_pages, context_pages = case.host_pages[0], case.arena_pages[0], case.context_pages[0]
+    host_pages, slot_pages, context_pages = case.host_pages, case.arena_pages, case.context_pages
     positions = [lengths - 1 - i for i in range(count)]
-    tiers = {
-        "host": case.host,
-        "arena": case.arena,
-        "host_pages": host_pages,
-        "token_pages": slot_pages,  # of a resident layer; not read here
-        "slot_pages": slot_pages,
-        "resident": torch.zeros(1, dtype=torch.bool, device=case.device),
-        "page_size": PAGE_SIZE,
-        "sink": SINK,
-        "recent": RECENT,
-    }
-
-    def tokens(i: int) -> dict[str, Tensor]:
-        return {"seats": case.seats, "positions": positions[i], "key": new[0, i], "value": new[1, i]}
+    slots = _slots(case, case.arena, slot_pages)
+    host = _pages(case, case.host, host_pages)
+    offloaded_layer = torch.zeros(1, dtype=torch.bool, device=case.device)
+    tiers = Tiers(slots, slots, host, offloaded_layer)  # the pages of a resident layer are not read here
+    context = _pages(case, case.context_rows, context_pages)
+    tokens = [NewTokens(case.seats, positions[i], lengths, new[0, i], new[1, i]) for i in range(count)]
 
     def offloaded(i: int) -> None:
-        moves.append_layer(**tiers, **tokens(i), lengths=lengths)
+        moves.append_layer(tiers, 0, tokens[i])
 
     def resident(i: int) -> None:
-        moves.append_tokens(case.context_rows, context_pages, **tokens(i), page_size=PAGE_SIZE)
+        moves.append_tokens(context, 0, tokens[i])
 
     for i in range(count):
         offloaded(i)
@@ -76,7 +78,7 @@ def append(case: Case) -> list[Operation]:
             (case.arena, slot_pages, ring),
             (case.context_rows, context_pages, positions[i]),
         ):
-            rows = row_numbers(pages, entry[:, None, None].expand(-1, shape.kv_heads, 1), shape.kv_heads)[..., 0]
+            rows = row_numbers(pages[0], entry[:, None, None].expand(-1, shape.kv_heads, 1), shape.kv_heads)[..., 0]
             require_equal("append", pool[rows.to(pool.device)], right.to(pool.device))
     size = case.requests * shape.kv_heads * shape.row_bytes
     words = f"{case.requests} tokens x {shape.kv_heads} heads, one layer"

@@ -21,10 +21,10 @@ from measure import GIB
 from torch import Tensor
 
 from specontext.kernels import pieces as kernels
-from specontext.kernels.dispatch import use_triton
-from specontext.kernels.pieces import Entries, PagedRows, Parts, all_entries
-from specontext.kernels.rows import append_tokens, gather_rows, gather_rows_reference
-from specontext.kv.parts import parts_of
+from specontext.kernels.dispatch import reference_of, use_triton
+from specontext.kernels.rows import append_tokens, gather_rows
+from specontext.kernels.tables import Copies, NewTokens, Pages, Parts
+from specontext.kv.layout import BlockParts, places_of
 from specontext.memory.layer_blocks import LayerBlocks, divide_layers, one_by_one
 
 GATHER_TARGET = 42.0  # GB/s from pools of 16 and 44 GiB
@@ -42,17 +42,15 @@ def blocks_of(case: Case, rows: int | None = None) -> LayerBlocks:
     return divide_layers(head_map, size) if rows is None else divide_layers(head_map, size, least=rows * size)
 
 
-def on_host(case: Case, blocks: LayerBlocks, pages: Tensor) -> PagedRows:
-    line, place = torch.tensor([blocks.home[layer] for layer in blocks.layers]).T.contiguous().to(case.device)
+def on_host(case: Case, blocks: LayerBlocks, table: Tensor) -> Pages:
     page = PAGE_SIZE * case.shape.kv_heads * blocks.places
-    return PagedRows(
-        case.host[: len(case.host) // page * page], pages.contiguous().to(case.device), line, place, blocks.places, PAGE_SIZE
-    )
+    rows = case.host[: len(case.host) // page * page]
+    return Pages(rows, table.contiguous().to(case.device), PAGE_SIZE, case.shape.kv_heads, places_of(blocks, case.device))
 
 
-def in_slots(case: Case) -> PagedRows:
-    layers = torch.arange(case.shape.layers, device=case.device)
-    return PagedRows(case.arena, case.arena_pages, layers, torch.zeros_like(layers), 1, PAGE_SIZE)
+def in_slots(case: Case) -> Pages:
+    alone = places_of(one_by_one(case.shape.layers), case.device)
+    return Pages(case.arena, case.arena_pages, PAGE_SIZE, case.shape.kv_heads, alone)
 
 
 def pool_pages(case: Case, blocks: LayerBlocks) -> int:
@@ -86,7 +84,7 @@ def pieces(case: Case) -> list[Operation]:
         if rows <= case.shape.layers:
             blocks = blocks_of(case, rows)
             source = on_host(case, blocks, anywhere(case, blocks))
-            parts = parts_of(blocks, case.head_map.tolist(), case.device).all
+            parts = BlockParts.of_map(blocks, case.head_map.tolist(), case.device).all
             size = rows * case.shape.row_bytes
             found += [
                 _loads(case, f"pieces_{size}_by_{programs}", source, parts, f"{size} B", programs=programs)
@@ -102,7 +100,7 @@ def tiles(case: Case) -> list[Operation]:
 
     blocks = blocks_of(case)
     source = on_host(case, blocks, anywhere(case, blocks))
-    parts = parts_of(blocks, case.head_map.tolist(), case.device).all
+    parts = BlockParts.of_map(blocks, case.head_map.tolist(), case.device).all
     words = f"{blocks.places * case.shape.row_bytes} B"
     return [
         _loads(
@@ -125,10 +123,10 @@ def gather(case: Case) -> list[Operation]:
     blocks, head_map = blocks_of(case), case.head_map.tolist()
     source = on_host(case, blocks, as_prompts_leave_them(case, blocks))
     words = f"{blocks.places * case.shape.row_bytes} B"
-    found = [_loads(case, "gather", source, parts_of(blocks, head_map, case.device).all, words)]
+    found = [_loads(case, "gather", source, BlockParts.of_map(blocks, head_map, case.device).all, words)]
     for share in ELSEWHERE if case.groups > 1 else ():
         measured = [[(g + 1) % case.groups if _one_in(case, share) else g for g in groups] for groups in head_map]
-        parts = parts_of(blocks, measured, case.device).all
+        parts = BlockParts.of_map(blocks, measured, case.device).all
         words = f"{len(parts)} parts in place of {len(blocks.sizes) * case.shape.kv_heads}"
         found.append(_loads(case, f"gather_{share:.0%}_elsewhere", source, parts, words))
     for operation in found:
@@ -143,7 +141,7 @@ def _one_in(case: Case, share: float) -> bool:
 def _loads(
     case: Case,
     name: str,
-    source: PagedRows,
+    source: Pages,
     parts: Parts,
     words: str,
     *,
@@ -153,30 +151,30 @@ def _loads(
     """Loads of what the steady state of a sequence of selections misses."""
     shape, device, target = case.shape, case.device, in_slots(case)
     steady = case.plans[len(case.selections) :]
-    entries = []
+    copies = []
     for tokens, (slots, missing) in zip(case.selections, steady, strict=True):
         slots = torch.where(slots >= 0, slots + SINK + RECENT, slots)
-        entries.append(kernels.listed(*(x.to(device) for x in (tokens, slots, missing))))
-    if device.type == "cuda" and not use_triton(entries[0].counts):
+        copies.append(kernels.listed(case.seats, *(x.to(device) for x in (tokens, slots, missing))))
+    if device.type == "cuda" and not use_triton(copies[0].counts):
         raise WrongResult(f"{name}: the kernel would not run here; is Triton installed?")
     here = torch.zeros(shape.layers, dtype=torch.bool, device=device)
 
     def call(i: int) -> None:
-        copy(source, target, parts, case.seats, here, entries[i], **how)
+        copy(source, target, parts, here, copies[i], **how)
 
     before = case.arena.clone()
-    kernels.copy_pieces_reference(source, target, parts, case.seats, here, entries[1])
+    reference_of(kernels.copy_pieces)(source, target, parts, here, copies[1])
     right = case.arena.clone()
     case.arena.copy_(before)
     del before
     call(1)
     error = require_equal(name, case.arena, right)
     del right
-    read = (parts.layers >= 0).sum(1) * sum(e.counts[:, parts.groups].sum(0) for e in entries) / len(entries)
+    read = (parts.layers >= 0).sum(1) * sum(c.counts[:, parts.groups].sum(0) for c in copies) / len(copies)
     crossed = int(read.sum()) * shape.row_bytes
     pool = case.host.numel() * case.host.itemsize / GIB
     shown = f"{crossed // shape.row_bytes} rows of {shape.row_bytes} B, {words}, pool {pool:.1f} GiB"
-    return _operation(case, name, shown, calls_of(call, len(entries)), error, crossed)
+    return _operation(case, name, shown, calls_of(call, len(copies)), error, crossed)
 
 
 def _operation(
@@ -203,19 +201,17 @@ def dense_read(case: Case) -> list[Operation]:
         for order in ("tokens", "heads"):
             rows = []
             for layer in range(case.shape.layers):
-                page = source.table[source.line[layer], 0][tokens // PAGE_SIZE]
-                entry = (page * PAGE_SIZE + tokens % PAGE_SIZE)[:, None] * heads + torch.arange(heads, device=case.device)
-                row = entry * source.places + source.place[layer]
-                rows.append((row if order == "tokens" else row.T).reshape(-1))
+                found_rows = source.rows_of(layer, case.seats[:1], tokens[None, None])[0]  # [Hkv, T]
+                rows.append((found_rows.T if order == "tokens" else found_rows).reshape(-1))
 
             def call(i: int, rows: list[Tensor] = rows) -> None:
                 gather_rows(case.host, rows[i], staging, place)
 
             right = torch.empty_like(staging)
-            gather_rows_reference(case.host, rows[-1], right, place)
+            reference_of(gather_rows)(case.host, rows[-1], right, place)
             call(len(rows) - 1)
             error = require_equal(name, staging, right)
-            words = f"{len(tokens)} tokens x {heads} heads, 1 row in {source.places}"
+            words = f"{len(tokens)} tokens x {heads} heads, 1 row in {source.layers.count}"
             size = len(staging) * case.shape.row_bytes
             found.append(_operation(case, f"{name}_by_{order}", words, calls_of(call, len(rows)), error, size))
     return found
@@ -231,30 +227,28 @@ def write_back(case: Case) -> list[Operation]:
     found = []
     for name, blocks in (("write_back", blocks_of(case)), ("write_back_rows", one_by_one(shape.layers))):
         target = on_host(case, blocks, _for_writing(case, blocks, 2))
-        parts = parts_of(blocks, [[0] * shape.kv_heads] * shape.layers, device).all
-        entries = [all_entries(SINK + at % RECENT, at) for at in positions]
+        parts = BlockParts.of_map(blocks, [[0] * shape.kv_heads] * shape.layers, device).all
+        copies = [Copies.of_all(case.seats, SINK + at % RECENT, at) for at in positions]
 
-        def call(i: int, target: PagedRows = target, parts: Parts = parts, entries: list[Entries] = entries) -> None:
-            kernels.copy_pieces(source, target, parts, case.seats, here, entries[i])
+        def call(i: int, target: Pages = target, parts: Parts = parts, copies: list[Copies] = copies) -> None:
+            kernels.copy_pieces(source, target, parts, here, copies[i])
 
         for i in range(WRITTEN_AT_ONCE):
             call(i)
             _synchronize(device)
-            _require_written(case, name, source, target, entries[i])
+            _require_written(case, name, source, target, copies[i])
         size = case.requests * shape.layers * shape.kv_heads * shape.row_bytes
-        words = f"{case.requests} tokens x {shape.layers} layers x {shape.kv_heads} heads, {target.places} rows a piece"
+        words = f"{case.requests} tokens x {shape.layers} layers x {shape.kv_heads} heads, {target.layers.count} rows a piece"
         found.append(_operation(case, name, words, calls_of(call, WRITTEN_AT_ONCE), 0.0, size))
     return found
 
 
-def _require_written(case: Case, name: str, source: PagedRows, target: PagedRows, entries: Entries) -> None:
-    heads = torch.arange(case.shape.kv_heads, device=case.device)
+def _require_written(case: Case, name: str, source: Pages, target: Pages, copies: Copies) -> None:
     for layer in range(case.shape.layers):
         rows = []
-        for pool, entry in ((source, entries.source.flatten()), (target, entries.target.flatten())):
-            page = pool.table[pool.line[layer], case.seats, entry // PAGE_SIZE]
-            piece = (page * PAGE_SIZE + entry % PAGE_SIZE)[:, None] * case.shape.kv_heads + heads
-            rows.append(pool.rows[(piece * pool.places + pool.place[layer]).to(pool.rows.device)])
+        for pages, entries in ((source, copies.source), (target, copies.target)):
+            numbers = pages.rows_of(layer, copies.seats, entries.long())
+            rows.append(pages.rows[numbers.to(pages.rows.device)])
         require_equal(name, rows[1].to(case.device), rows[0])
 
 
@@ -264,28 +258,26 @@ def chunk(case: Case) -> list[Operation]:
     new = case.random(count, heads, places, 2, shape.head_dim)
     seats, positions = torch.zeros(count, dtype=torch.int64, device=device), torch.arange(count, device=device)
     wanted = torch.arange(places, device=device) < blocks.sizes[0]
-    pages = -(-count // PAGE_SIZE)
-    in_blocks = on_host(case, blocks, _for_writing(case, blocks, pages))
+    width = -(-count // PAGE_SIZE)
+    in_blocks = on_host(case, blocks, _for_writing(case, blocks, width))
     single = one_by_one(shape.layers)
-    in_layers = on_host(case, single, _for_writing(case, single, pages))
+    in_layers = on_host(case, single, _for_writing(case, single, width))
     key_value = [new[:, :, place].unbind(2) for place in range(blocks.sizes[0])]
 
     def as_pieces(_: int) -> None:
-        kernels.append_pieces(in_blocks.rows, in_blocks.table[0], seats, positions, new, wanted, PAGE_SIZE)
+        kernels.append_pieces(in_blocks, 0, seats, positions, new, wanted)
 
     def by_layers(_: int) -> None:
         for layer, (key, value) in enumerate(key_value):
-            append_tokens(in_layers.rows, in_layers.table[layer], seats, positions, key, value, PAGE_SIZE)
+            append_tokens(in_layers, layer, NewTokens(seats, positions, positions, key, value))
 
     found = []
-    for name, call, at in (("chunk", as_pieces, in_blocks), ("chunk_by_layers", by_layers, in_layers)):
+    for name, call, pages in (("chunk", as_pieces, in_blocks), ("chunk_by_layers", by_layers, in_layers)):
         call(0)
         _synchronize(device)
         for layer in range(blocks.sizes[0]):
-            page = at.table[at.line[layer], 0][positions // PAGE_SIZE]
-            entry = (page * PAGE_SIZE + positions % PAGE_SIZE)[:, None] * heads + torch.arange(heads, device=device)
-            written = case.host[(entry * at.places + at.place[layer]).to(case.host.device)]
-            require_equal(name, written.to(device), new[:, :, layer])
+            numbers = pages.rows_of(layer, case.seats[:1], positions[None, None])[0].T  # [T, Hkv]
+            require_equal(name, pages.rows[numbers.to(pages.rows.device)].to(device), new[:, :, layer])
         words = f"{count} tokens x {blocks.sizes[0]} layers x {heads} heads"
         size = count * blocks.sizes[0] * heads * shape.row_bytes
         found.append(_operation(case, name, words, calls_of(call, 1), 0.0, size))

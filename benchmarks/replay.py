@@ -10,10 +10,10 @@ from torch import Tensor
 from specontext.core import Batch, Selection
 from specontext.engine.build import Parts
 from specontext.engine.methods import Methods
-from specontext.retrieval.selector import Budget, DecodeTokens, Selector
+from specontext.retrieval.selector import AheadSelector, Budget, DecodeTokens, Selector
 
 
-class Replay(Selector):
+class Replay(AheadSelector):
     """Runs a selector in full and then answers with the next selection of a recorded sequence.
 
     The place in the sequence is counted on the device, so that a captured graph goes on as an eager step does.
@@ -22,18 +22,18 @@ class Replay(Selector):
         selections: of the same requests, step after step; after the last comes the first.
     """
 
-    def __init__(self, inner: Selector, selections: list[Selection], device: torch.device) -> None:
+    def __init__(self, inner: AheadSelector, selections: list[Selection], device: torch.device) -> None:
         self.inner = inner
         self.groups, self.head_map = inner.groups, inner.head_map
         self.tokens = torch.stack([selection.tokens for selection in selections]).to(device)
         self.scored = torch.stack([selection.scored for selection in selections]).to(device)
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def open(self, seat: int, tokens: int) -> None:
-        self.inner.open(seat, tokens)
+    def open(self, seat: int, tokens: int) -> bool:
+        return self.inner.open(seat, tokens)
 
-    def grow(self, seat: int, tokens: int) -> None:
-        self.inner.grow(seat, tokens)
+    def grow(self, seat: int, tokens: int) -> bool:
+        return self.inner.grow(seat, tokens)
 
     def close(self, seat: int) -> None:
         self.inner.close(seat)
@@ -58,7 +58,9 @@ def with_own_method(parts: Parts, selector: Selector) -> Parts:
     """The same parts with another selector as the engine's own method."""
     methods = parts.methods
     selectors = methods.selectors | {methods.own.method: selector}
-    return replace(parts, methods=Methods(methods.own.method, methods.budget, selectors, device=parts.kv.device))
+    return replace(
+        parts, methods=Methods(methods.own.method, methods.budget, selectors, layout=parts.kv.layout, device=parts.kv.device)
+    )
 
 
 def overlapping(budget: Budget, context: int, requests: int, groups: int, overlap: float, count: int) -> list[Selection]:

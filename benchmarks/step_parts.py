@@ -12,9 +12,9 @@ from unittest.mock import patch
 
 import torch
 
-from specontext.engine import step as engine_step
+from specontext.engine import decode as engine_decode
 from specontext.kv.hot_slots import HotSlots
-from specontext.kv.tiered import TieredKV
+from specontext.kv.transfers import Transfers
 from specontext.retrieval.methods import speculative
 
 # Part, and the functions whose time it is. Time spent in another part's function counts for that part alone.
@@ -23,11 +23,11 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
     ("head and scores", speculative.SpeculativeSelector, "select"),
     ("top-k", speculative, "choose"),
     ("plan", HotSlots, "plan"),
-    ("loads", TieredKV, "begin_step"),
-    ("append", TieredKV, "append"),
-    ("row numbers", TieredKV, "rows"),
-    ("attention", engine_step, "sparse_attention"),
-    ("attention", engine_step, "paged_attention"),
+    ("loads", Transfers, "load"),
+    ("append", Transfers, "append"),
+    ("row numbers", Transfers, "rows"),
+    ("attention", engine_decode, "sparse_attention"),
+    ("attention", engine_decode, "paged_attention"),
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -237,6 +238,12 @@ class SamplingParams:
     budget: int | None = None
     thinking: Thinking | None = None
 
+    @cached_property
+    def plain(self) -> bool:
+        """Whether the most likely token is taken as it is, and nothing else is reported."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return self.temperature == 0 and not penalties and not self.min_tokens and self.logprobs is None
+
     def __post_init__(self) -> None:
         self._as_tuple("stop", MOST_STOPS)
         self._as_tuple("stop_token_ids", MOST_STOP_TOKENS)
@@ -312,6 +319,7 @@ class Request:
         choice: how its KV entries are chosen; None is the engine's own way.
         index: which of the `n` outputs of its prompt this is; part of the key of its random numbers.
         seat: row of this request in every per-request table, -1 while it waits.
+        room: tokens for which its seat has pages; 0 while it waits.
         prefill_length: tokens that are computed densely: the prompt, and what had been generated before a restart.
         arrived, admitted_at: `time.perf_counter()` when it came, and when it got its first seat.
         preemptions: how often it had to wait again.
@@ -330,6 +338,7 @@ class Request:
     choice: Choice | None = None
     index: int = 0
     seat: int = -1
+    room: int = 0
     computed: int = 0
     finish_reason: str | None = None
     logprobs: list[dict[int, float]] | None = None
@@ -453,9 +462,6 @@ class LoadPlan:
 
     slots: Tensor
     missing: Tensor
-
-    def __post_init__(self) -> None:
-        assert self.slots.shape == self.missing.shape
 
 
 @dataclass

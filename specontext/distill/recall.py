@@ -15,7 +15,7 @@ from torch import Tensor
 from specontext.distill.attention import HeadMap, Teacher, head_log_weights, map_of, pooled
 from specontext.distill.queries import candidates, sample_rows
 from specontext.distill.target import Target
-from specontext.retrieval.granularity import choose
+from specontext.kernels.top_k import choose
 from specontext.retrieval.head import RetrievalHead
 
 

@@ -72,6 +72,8 @@ class Admission:
     def grow(self, request: Request, tokens: int, *, preempt: bool) -> bool:
         """Make room for some more tokens of a running request; False when there is none (it may have been preempted itself)."""
         length = request.computed + tokens
+        if length <= request.room:
+            return True
 
         def take() -> Tier | None:
             short = self.parts.kv.grow(request.seat, length)
@@ -80,7 +82,11 @@ class Admission:
         while not self._take(take):
             if not preempt or not self.preempt(but=None) or request.seat < 0:
                 return False
+        self._note_room(request)
         return True
+
+    def _note_room(self, request: Request) -> None:
+        request.room = min(self.parts.kv.seats[request.seat].room, self.parts.methods.room(request.seat))
 
     def _take(self, take: Callable[[], Tier | None]) -> bool:
         """Try to take pages, with layers leaving the tier that is full as long as that helps.
@@ -146,6 +152,7 @@ class Admission:
             parts.meter.restore(seat, parked.meter)
             del self._parked[request.request_id]
         request.seat = self._seats.pop()
+        self._note_room(request)
         request.admitted_at = request.admitted_at or time.perf_counter()
         parts.prefix.follow(request, request.seat)
         return True
@@ -195,4 +202,4 @@ class Admission:
         self.parts.methods.close(request.seat)
         self.parts.prefix.leave(request.seat)
         self._seats.append(request.seat)
-        request.seat = -1
+        request.seat, request.room = -1, 0

@@ -17,6 +17,7 @@ from specontext.engine.prefix import PrefixCache, block_state
 from specontext.engine.profile import GRAPHS, measure_runtime
 from specontext.engine.residency import Residency
 from specontext.engine.statistics import Meter
+from specontext.kernels.top_k import groups_of
 from specontext.kv.cache import KVCache
 from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout
@@ -25,10 +26,9 @@ from specontext.memory.facts import NO_HEAD, ModelFacts
 from specontext.memory.model import MemoryModel, RunSettings, measured_model
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, MemoryPlanError, TierSizes, free_memory, size_tiers
 from specontext.models.loading import LoadedModel
-from specontext.retrieval.granularity import groups_of
 from specontext.retrieval.head import RetrievalHead, facts_of_head
-from specontext.retrieval.key_cache import KeyCache
 from specontext.retrieval.methods import HEADLESS, SpeculativeSelector, base_of, make_method, make_variant
+from specontext.retrieval.methods.speculative import KeyCache
 from specontext.retrieval.selector import Budget, LayerSelector, MethodContext, Selector
 
 logger = logging.getLogger("specontext")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Way:
     Attributes:
         ahead, in_layer: the selector, where it is of this kind; both are None where everything is read.
         part: where they stand in the batch.
-        read: the stored tokens, where everything is read.
+        read: the stored tokens, where everything is read; else None.
         reading: what they read, of the last selection.
         rows: arena rows of `reading` for every layer, integers [L, R, Hkv, B], where they are made for all layers at once.
         seconds: that choosing took, all layers.
@@ -50,14 +51,10 @@ class Way:
     reader: Reader
     decode: DecodeTokens
     part: slice
-    read: DenseRead
+    read: DenseRead | None
     reading: Reading | None = None
     rows: Tensor | None = None
     seconds: float = 0.0
-
-    @property
-    def dense(self) -> bool:
-        return self.ahead is None and self.in_layer is None
 
 
 class Step:
@@ -90,19 +87,26 @@ class Step:
         self.staging: Staging | None = None
         # Choosing is timed where nothing runs beside it, or where measuring waits in any case.
         self._timed = measure_recall or not self.transfers.asynchronous
+        self._now = partial(_synchronised, kv.device) if self._timed and self.transfers.asynchronous else time.perf_counter
 
     def _way(self, lane: Lane) -> Way:
-        part, selector = slice(lane.start, lane.stop), self.methods.of(lane.choice)
+        part = slice(lane.start, lane.stop)
+        selector, reader = self.methods.own_way if lane.choice is None else self.methods.way(lane.choice)
         decode = DecodeTokens.part(self.batch, part, lane.span)
-        shared = max(self.tile // (lane.stop - lane.start), LEAST_TILE) if self.transfers.asynchronous else self.tile
+        ahead = selector if isinstance(selector, AheadSelector) else None
+        in_layer = selector if isinstance(selector, LayerSelector) else None
+        read = None
+        if ahead is None and in_layer is None:
+            shared = max(self.tile // (lane.stop - lane.start), LEAST_TILE) if self.transfers.asynchronous else self.tile
+            read = DenseRead(decode.seats, lane.span - 1, shared, decode.positions)
         return Way(
             selector,
-            selector if isinstance(selector, AheadSelector) else None,
-            selector if isinstance(selector, LayerSelector) else None,
-            self.methods.reader(lane.choice),
+            ahead,
+            in_layer,
+            reader,
             decode,
             part,
-            DenseRead(decode.seats, lane.span - 1, shared, decode.positions),
+            read,
         )
 
     def begin(self) -> None:
@@ -117,7 +121,7 @@ class Step:
                 way.reading = self.kv.read(way.decode.seats, selection, reader=way.reader)
         if self.ways:
             self._count()
-        reads = [way.read for way in self.ways if way.dense] + (self.chunks.reads if self.chunks is not None else [])
+        reads = [way.read for way in self.ways if way.read is not None] + (self.chunks.reads if self.chunks is not None else [])
         if reads and self.transfers.asynchronous:
             self.staging = Staging(self.transfers, reads)
 
@@ -133,11 +137,6 @@ class Step:
             way.seconds += each * len(way.decode.seats)
             self.meter.streamed(way.decode.seats, way.decode.lengths * streamed)
 
-    def _now(self) -> float:
-        if self._timed and self.transfers.asynchronous:
-            torch.cuda.synchronize(self.kv.device)
-        return time.perf_counter()
-
     def _count(self) -> None:
         """Statistics of the step, beside what is computed."""
         with self.transfers.counting():
@@ -147,7 +146,7 @@ class Step:
                     self.meter.step(seats, lengths, way.selector.selection_bytes(way.decode))
                 if way.reading is not None:
                     self.meter.sparse(way.reading, self.transfers.tiers.resident)
-                elif way.dense:
+                elif way.read is not None:
                     self.meter.dense(seats, lengths, resident=sum(self.transfers.resident))
 
     def end(self) -> None:
@@ -219,7 +218,7 @@ class Step:
         own = torch.stack((key, value), dim=2).view(-1, 2, key.shape[2])
         place = torch.arange(len(own), device=own.device).view(*key.shape[:2], 1)
         parts = [sparse_attention(query, own, place, scale)]
-        assert self.staging is not None
+        assert self.staging is not None and way.read is not None
         for start, stop, buffer in self.staging.tiles(layer, way.read):
             rows = torch.arange(len(buffer), device=buffer.device).view(*key.shape[:2], -1)
             absent = start + torch.arange(stop - start, device=buffer.device) >= way.decode.positions[:, None]
@@ -238,3 +237,9 @@ class Step:
                 self.observer(layer, way.decode, weights, tokens)
             share = share if tokens is None else covered(weights, tokens)
         self.meter.recall(layer, seats, share)
+
+
+def _synchronised(device: torch.device) -> float:
+    """The time when a GPU has done what it was given."""
+    torch.cuda.synchronize(device)
+    return time.perf_counter()

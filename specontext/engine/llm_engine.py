@@ -17,9 +17,9 @@ from specontext.core import Request, RequestError, SamplingParams, SpeContextErr
 from specontext.engine.build import build_parts
 from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.failures import Failures
-from specontext.engine.next_tokens import next_tokens
 from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
 from specontext.engine.runner import DeviceError, DeviceMemoryError, ModelRunner, working_device
+from specontext.engine.sampler import next_tokens
 from specontext.engine.scheduler import Schedule, Scheduler
 from specontext.kv.host_memory import settle
 from specontext.models.loading import LoadedModel, load_model
@@ -248,12 +248,12 @@ class LLMEngine:
 
     def _carry_out(self, schedule: Schedule, meanwhile: Callable[[], None] | None) -> list[Generation]:
         failures = Failures()
-        captured = self.runner.captured(schedule.batch)
+        captured = self.runner.captures and self.runner.captured(schedule.batch)
         logits = self._run(schedule, failures)
         if captured:
             for request in schedule.requests:
                 request.captured_steps += 1
-        ready = [(row, r) for row, r in self.scheduler.advance(schedule) if r.request_id not in failures]
+        ready = [(row, r) for row, r in self.scheduler.advance(schedule) if r.request_id not in failures.found]
         self.scheduler.prepare()
         if meanwhile is not None:
             meanwhile()
@@ -266,7 +266,7 @@ class LLMEngine:
 
     def _run(self, schedule: Schedule, failures: Failures) -> Tensor:
         """Logits of a step's last tokens, [requests, V]; log-probabilities of its prompt tokens go to those who want them."""
-        rows = prompt_rows(schedule)
+        rows = prompt_rows(schedule) if schedule.batch.prefills else None
         if rows is None:
             return self.runner.run(schedule.batch)
         logits, states = self.runner.run_with_states(schedule.batch, rows.positions)
@@ -286,10 +286,10 @@ class LLMEngine:
                     generation.on_logits(logits[row])
                 made = len(request.token_ids) - request.prompt_length
                 self._receive(generation, generation.forced[made] if made < len(generation.forced) else token, logprobs, now)
-            if request.request_id in failures:
+            if request.request_id in failures.found:
                 continue
             touched.append(generation)
-            if generation.finished:
+            if request.finish_reason is not None:
                 self._drop(request)
         return touched
 

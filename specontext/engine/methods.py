@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
-from specontext.core import Batch, Choice, RequestError, shown
+from specontext.core import Choice, RequestError, shown
 from specontext.kv.layout import Layout, Reader
 from specontext.retrieval.methods import base_of
 from specontext.retrieval.selector import Budget, LayerSelector, PromptWatcher, Selector, reads_everything
@@ -24,6 +23,10 @@ class Methods:
         budget: the engine's; no request may have a larger one.
         selectors: by name of the method, made for this budget.
         layout: of the KV that they choose from.
+
+    Attributes:
+        own_way: the selector of requests that choose nothing, and how they read what it selects.
+        observers: the methods that see the tokens of every step after the forward pass.
     """
 
     def __init__(
@@ -36,7 +39,10 @@ class Methods:
             name: Reader.of_map(layout, one.head_map, device, in_layer=isinstance(one, LayerSelector))
             for name, one in selectors.items()
         }
-        self._with_state = [one for name, one in selectors.items() if base_of(name) == name]  # variants share their method's
+        self.own_way = self.selector, self.readers[own]
+        # Variants share their method's state.
+        self._with_state = [one for name, one in selectors.items() if base_of(name) == name]
+        self.observers = [one for one in self._with_state if type(one).observe is not Selector.observe]
         self._made: dict[Choice, Selector] = {self.own: self.selector}
         self._states: dict[int, list[Selector]] = {}  # those with state of an open seat, the one it chose last
 
@@ -69,6 +75,10 @@ class Methods:
             self._made[choice] = self.selectors[choice.method].with_budget(budget)
         return self._made[choice]
 
+    def way(self, choice: Choice | None) -> tuple[Selector, Reader]:
+        """The selector that serves a choice, and how what it selects is read."""
+        return self.of(choice), self.reader(choice)
+
     def reader(self, choice: Choice | None) -> Reader:
         """How a request with this choice reads what is selected for it."""
         return self.readers[(choice or self.own).method]
@@ -89,6 +99,10 @@ class Methods:
         """Make room for `tokens` tokens of a request; False where the device has none, and nothing is taken."""
         return all(selector.grow(seat, tokens) for selector in self._states[seat])
 
+    def room(self, seat: int) -> int:
+        """Tokens for which an open seat has room."""
+        return min(selector.room(seat) for selector in self._states[seat])
+
     def close(self, seat: int) -> None:
         """The request leaves its seat."""
         for selector in self._states[seat]:
@@ -108,11 +122,6 @@ class Methods:
         """The method of a seat, where it wants to see the queries of its prompt."""
         selector = self._states[seat][-1]
         return selector if isinstance(selector, PromptWatcher) else None
-
-    def observe(self, batch: Batch, features: Tensor | None) -> None:
-        """Let the methods see the tokens of a step after the forward pass."""
-        for selector in self._with_state:
-            selector.observe(batch, features)
 
     @property
     def held_pages(self) -> list[list[int]]:

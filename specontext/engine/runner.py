@@ -49,6 +49,7 @@ class ModelRunner:
 
     Attributes:
         observer: sees the attention of decode tokens, where recall is measured.
+        captures: steps may run as captured graphs, into which nobody can look.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         if graphs and kv.device.type == "cuda" and not (measure_recall or kv.transfers.verify):
             self._graphs = DecodeGraphs(seats=kv.num_seats, max_tokens=parts.max_tokens, device=kv.device)
+        self.captures = self._graphs is not None
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
@@ -94,11 +96,6 @@ class ModelRunner:
                     return self._graphs.run(batch, self._fused)
                 self._graphs.meet(batch)
             return self._forward(batch)
-
-    @property
-    def captures(self) -> bool:
-        """Whether steps may run as captured graphs, into which nobody can look."""
-        return self._graphs is not None
 
     def captured(self, batch: Batch) -> bool:
         """Whether a batch runs as a captured graph."""
@@ -178,8 +175,10 @@ class ModelRunner:
         finally:
             step.close()
         features = self.taps.take()[0] if self.taps is not None else None
-        parts.methods.observe(batch, features)
-        parts.prefix.observe(batch, features)
+        for selector in parts.methods.observers:
+            selector.observe(batch, features)
+        if batch.prefills:
+            parts.prefix.observe(batch, features)
         logits: Tensor = output.logits[0]
         return logits
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from specontext.core import Request, SpeContextError
+from specontext.engine.failures import NOBODYS, Failures
 from specontext.engine.penalties import penalise, penalised
 from specontext.kernels.counter_random import combine_keys, counter_uniform
 
@@ -47,6 +49,50 @@ class Sampled:
     logprobs: list[dict[int, float] | None]
 
 
+class NextToken(NamedTuple):
+    """A request's next token; `row` is that of its logits."""
+
+    row: int
+    request: Request
+    token: int
+    logprobs: dict[int, float] | None
+
+
+def next_tokens(
+    logits: Tensor, ready: list[tuple[int, Request]], failures: Failures, *, end_token_ids: Collection[int]
+) -> list[NextToken]:
+    """Sample for (row of the logits, request) pairs; those for which no token can be chosen are among the failures.
+
+    Args:
+        logits: [requests, V]; rows of requests that are not ready are ignored.
+    """
+    try:
+        return _draw(logits, ready, end_token_ids)
+    except LogitsError as error:
+        failures.add(error, *error.request_ids)
+        left = [(row, request) for row, request in ready if request.request_id not in failures]
+        return next_tokens(logits, left, failures, end_token_ids=end_token_ids)
+    except NOBODYS:
+        raise
+    except Exception:
+        # A row's token does not depend on the other rows, so each one alone tells whose the trouble is.
+        found: list[NextToken] = []
+        for pair in ready:
+            with failures.of(pair[1].request_id):
+                found += _draw(logits, [pair], end_token_ids)
+        if not found and len(ready) > 1:
+            raise
+        return found
+
+
+def _draw(logits: Tensor, ready: list[tuple[int, Request]], end_token_ids: Collection[int]) -> list[NextToken]:
+    if len(ready) < len(logits):
+        logits = logits[torch.tensor([row for row, _ in ready], dtype=torch.int64).to(logits.device)]
+    sampled = sample(logits, [request for _, request in ready], end_token_ids=end_token_ids)
+    made = zip(sampled.token_ids, sampled.logprobs, strict=True)
+    return [NextToken(*pair, *token) for pair, token in zip(ready, made, strict=True)]
+
+
 @torch.no_grad()
 def sample(logits: Tensor, requests: Sequence[Request], *, end_token_ids: Collection[int]) -> Sampled:
     """Chooses the next token of every request; meanings and order of the parameters are vLLM's.
@@ -63,14 +109,16 @@ def sample(logits: Tensor, requests: Sequence[Request], *, end_token_ids: Collec
     if not requests:
         return Sampled([], [])
     raw = logits.float()
-    adjusted = _penalised(raw, requests, end_token_ids)
+    plain = all(request.params.plain for request in requests)
+    adjusted = raw if plain else _penalised(raw, requests, end_token_ids)
     chosen = adjusted.argmax(dim=1)  # [R], the lowest id among equals
-    _sample_random_rows(adjusted, requests, chosen)
+    if not plain:
+        _sample_random_rows(adjusted, requests, chosen)
     broken = ~raw.amax(dim=1).isfinite()
     token_ids, flags = torch.stack((chosen, broken.long())).tolist()
     if any(flags):
         raise LogitsError([request.request_id for request, flag in zip(requests, flags, strict=True) if flag])
-    return Sampled(token_ids, _logprobs(raw, chosen, requests))
+    return Sampled(token_ids, [None] * len(requests) if plain else _logprobs(raw, chosen, requests))
 
 
 def _penalised(raw: Tensor, requests: Sequence[Request], end_token_ids: Collection[int]) -> Tensor:

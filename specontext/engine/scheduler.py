@@ -1,16 +1,19 @@
-"""Which requests run in a step, and with how many tokens.
+"""Which requests run in a step, with how many tokens, and the batch that they are packed into.
 
 There is no prefill or decode phase: in every step each running request catches up with its tokens. Who runs, `admission.py` says.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
-from specontext.core import Batch, Request, RequestError, SamplingParams
+import torch
+
+from specontext.core import Batch, Lane, Request, RequestError, SamplingParams, Segment
 from specontext.engine.admission import Admission
 from specontext.engine.build import Parts
-from specontext.engine.packing import pack
 from specontext.memory.pages import OutOfPagesError
 
 STUCK = "no room for the only request: this is an error of the engine, please report it"
@@ -113,7 +116,7 @@ class Scheduler:
         decodes: list[Request] = []
         for request in [r for r in self.running if r.decoding]:
             # Those that came last make room for those that came first.
-            if request.seat >= 0 and self.admission.grow(request, 1, preempt=True):
+            if request.computed < request.room or (request.seat >= 0 and self.admission.grow(request, 1, preempt=True)):
                 decodes.append(request)
         decodes = [request for request in decodes if request.seat >= 0]
         ways = list(dict.fromkeys(request.choice for request in decodes))
@@ -136,3 +139,52 @@ class Scheduler:
         for request, segment in zip(requests[batch.num_decodes :], batch.prefills, strict=True):
             request.computed += segment.length
         return [(row, r) for row, r in enumerate(requests) if r.computed == len(r.token_ids)]
+
+
+def pack(decodes: Sequence[Request], chunks: Sequence[tuple[Request, int]], device: torch.device) -> Batch:
+    """The batch of one token of every decoding request and of chunks (request, tokens).
+
+    Decoding requests that choose in the same way must follow one another.
+
+    All its numbers go to the device in one copy.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    seats: list[int] = []
+    lengths: list[int] = []
+    last: list[int] = []
+    segments: list[Segment] = []
+    for request, length in [(r, 1) for r in decodes] + list(chunks):
+        start, stop = request.computed, request.computed + length
+        if len(last) >= len(decodes):
+            segments.append(Segment(request.seat, start, length, len(ids)))
+        ids += request.token_ids[start:stop]
+        positions += range(start, stop)
+        seats += [request.seat] * length
+        lengths += [stop] * length
+        last.append(len(ids) - 1)
+    seeds = [request.seed for request in decodes]
+    parts = (ids, positions, seats, lengths, last, seeds)
+    packed = torch.tensor([number for part in parts for number in part], dtype=torch.int64).to(device)
+    token_ids, position, seat, length_, last_tokens, seed = packed.split([len(part) for part in parts])
+    return Batch(
+        token_ids=token_ids,
+        positions=position,
+        seats=seat,
+        lengths=length_,
+        seeds=seed,
+        num_decodes=len(decodes),
+        prefills=tuple(segments),
+        last_tokens=last_tokens,
+        span=max((request.computed + 1 for request in decodes), default=0),
+        lanes=_lanes(decodes) if any(request.choice is not None for request in decodes) else (),
+    )
+
+
+def _lanes(decodes: Sequence[Request]) -> tuple[Lane, ...]:
+    lanes: list[Lane] = []
+    for choice, members in groupby(decodes, key=lambda request: request.choice):
+        spans = [request.computed + 1 for request in members]
+        start = lanes[-1].stop if lanes else 0
+        lanes.append(Lane(choice, start, start + len(spans), max(spans)))
+    return tuple(lanes)

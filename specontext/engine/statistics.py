@@ -61,6 +61,7 @@ class Meter:
     ) -> None:
         self.shape, self.tables, self.sink = shape, tables, sink
         self.pairs = shape.layers * shape.kv_heads
+        self._token_bytes, self._row_bytes = shape.kv_bytes_per_token, shape.row_bytes
         # One row more than seats: the padding of a batch is counted there.
         self.counts = torch.zeros((seats + 1, len(FIELDS)), dtype=torch.float64, device=device)
         self.left = torch.zeros_like(self.counts[0])  # what was counted for those who had the seats before
@@ -99,7 +100,7 @@ class Meter:
         """Count one decode step of requests with `lengths` [R] tokens in context."""
         self._add("steps", seats, 1.0)
         self._add("selection_bytes", seats, selection_bytes)
-        self._add("full_bytes", seats, lengths * self.shape.kv_bytes_per_token)
+        self._add("full_bytes", seats, lengths * self._token_bytes)
 
     def dense(self, seats: Tensor, lengths: Tensor, *, resident: int) -> None:
         """Count a step in which all layers read all entries, streamed in from the host for all but `resident` layers."""
@@ -107,7 +108,7 @@ class Meter:
         self._add("read", seats, rows * self.shape.layers)
         self._add("selected", seats, rows * self.shape.layers)
         self._add("hits", seats, rows * resident)
-        self._add("loaded_bytes", seats, rows * ((self.shape.layers - resident) * self.shape.row_bytes))
+        self._add("loaded_bytes", seats, rows * ((self.shape.layers - resident) * self._row_bytes))
 
     def streamed(self, seats: Tensor, byte_counts: Tensor) -> None:
         """Count bytes moved from the host beside the loads of a plan."""
@@ -126,7 +127,9 @@ class Meter:
         """
         layers = slice(None) if layer is None else slice(layer, layer + 1)
         seats, selection, plan = reading.seats, reading.selection, reading.plan
-        members = self._readers_of(reading.reader.head_map)[:, : selection.tokens.shape[1]]
+        known = self._readers.get(id(reading.reader.head_map))
+        members = known if known is not None else self._readers_of(reading.reader.head_map)
+        members = members[:, : selection.tokens.shape[1]]
         readers = members[layers].sum(0)  # [G]
         loaders = (members * ~resident[:, None])[layers].sum(0)
         chosen = (selection.tokens >= 0).sum(-1) * readers  # [R, G]
@@ -134,7 +137,7 @@ class Meter:
         self._add("read", seats, chosen.sum(-1))
         self._add("selected", seats, chosen.sum(-1))
         self._add("hits", seats, (chosen - missing).sum(-1))
-        self._add("loaded_bytes", seats, missing.sum(-1) * self.shape.row_bytes)
+        self._add("loaded_bytes", seats, missing.sum(-1) * self._row_bytes)
         self._overlap(seats, selection, 0 if layer is None else layer)
 
     def _readers_of(self, head_map: Tensor) -> Tensor:

@@ -33,10 +33,10 @@ from transformers import Cache, PreTrainedModel
 from specontext.config import ConfigError, SpeContextConfig
 from specontext.core import ModelShape, SpeContextError
 from specontext.kernels.retrieval_scores import retrieval_scores
+from specontext.kernels.top_k import choose
 from specontext.models.decoder import decoder_layers
 from specontext.models.features import FeatureTaps
 from specontext.retrieval.catalog import find_head
-from specontext.retrieval.granularity import choose
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.selector import Budget, uniform_map
 

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from specontext.kernels.scratch import scratch
+from specontext.kernels.dispatch import scratch
 
 _aten = torch.ops.aten
 FLASH_ON_CPU = hasattr(_aten, "_scaled_dot_product_flash_attention_for_cpu")
@@ -58,20 +58,14 @@ def as_multiplied(tokens: Tensor) -> Tensor:
     return scratch("attention.float32", tuple(tokens.shape), torch.float32, tokens.device).copy_(tokens)
 
 
-def _steady(queries: int) -> int:
-    """How many queries to attend for instead of a few.
-
-    Products of other numbers of rows depend on where memory is aligned, that is on the thread that computes them: a request's
-    result would change with its place in the batch. One row alone is slow as well.
-    """
-    return max(2, queries) if queries <= 2 else -(-queries // 4) * 4 if queries < 16 else queries
-
-
 def _on_cpu(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     dtype, shape, (kv_heads, queries) = query.dtype, query.shape, (key.shape[1], query.shape[2])
     if dtype in HALVES and _float32_is_faster(dtype):
         query, key, value = query.float(), key.float(), value.float()
-    if (padded := _steady(queries)) > queries and not causal:
+    # Products of other numbers of rows depend on where memory is aligned, that is on the thread that computes them: a request's
+    # result would change with its place in the batch. One row alone is slow as well.
+    padded = max(2, queries) if queries <= 2 else -(-queries // 4) * 4 if queries < 16 else queries
+    if padded > queries and not causal:
         query = torch.nn.functional.pad(query, (0, 0, 0, padded - queries))
     if shape[1] != kv_heads:  # the kernel of older versions does not know groups: they become the heads of a larger batch
         assert bias is None

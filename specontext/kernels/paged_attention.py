@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.kernels.dispatch import use_triton
+from specontext.kernels.dispatch import scratch, use_triton
 from specontext.kernels.fused_attention import as_multiplied, attention_with_lse
-from specontext.kernels.scratch import scratch
 from specontext.kernels.sparse_attention import TILE_BYTES, bias_beyond, of_like_width, parts_of
 
 

@@ -14,8 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from specontext.kernels.dispatch import operation, reference_of, use_triton
-from specontext.kernels.scratch import scratch
+from specontext.kernels.dispatch import operation, reference_of, scratch, use_triton
 
 TILE_BYTES = 4 << 20  # of float32 keys that are multiplied at a time
 BLOCK = 128  # tokens of one product, at least

@@ -1,4 +1,5 @@
-"""Moving KV rows by index: gather from one tier into another, and writing new rows. How rows lie in pages, `tables.py` says.
+"""Moving rows by index: gather from one tier into another, and writing new rows of KV, and keys of the retrieval head.
+How rows lie in pages, `tables.py` says.
 
 On a GPU a pool may also be pinned host memory: the kernels read and write it in place, over the bus. (They are not asked whether
 it is pinned, since a stream that is being captured could not answer; for pageable memory Triton raises.) Without Triton the
@@ -67,6 +68,23 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     assert tiers.slots is not None
     slots = ring_slots(new.positions, new.lengths, tiers.slots.sink, tiers.slots.recent)
     _append(tiers.slots, layer, new.seats, slots, numbers)
+
+
+@operation(decided_by="new")
+def append_keys(keys: Tensor, table: Tensor, seats: Tensor, positions: Tensor, new: Tensor) -> None:
+    """keys[table[seats[t], positions[t] // page_size], positions[t] % page_size] = new[t]; negative positions are skipped.
+
+    Args:
+        keys: [pages, page_size, G, D], dense in the last two dimensions, changed in place.
+        table: int64 [seats, P].
+        seats, positions: int64 [T], distinct places.
+        new: [T, G, D].
+    """
+    present = (positions >= 0).nonzero().squeeze(1)
+    if len(present) < len(positions):
+        seats, positions, new = seats[present], positions[present], new[present]
+    page_size = keys.shape[1]
+    keys[table[seats, positions // page_size], positions % page_size] = new.to(keys.dtype)
 
 
 def ring_slots(positions: Tensor, lengths: Tensor, sink: int, recent: int) -> Tensor:

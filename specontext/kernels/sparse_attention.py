@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from specontext.kernels.dispatch import operation
+from specontext.kernels.dispatch import operation, scratch
 from specontext.kernels.fused_attention import as_multiplied, attention_with_lse
-from specontext.kernels.scratch import scratch
 
 TILE_BYTES = 4 << 20  # of float32 K and V that are attended to at a time; stays in a cache
 LEAST_WIDTH = 16

@@ -1,6 +1,6 @@
 """What kernels of paged rows are handed: tensors, and the few numbers that say how they lie.
 
-Row numbers of KV are made here, by `Pages`, and in `triton/rows.py` by `piece_of`, and nowhere else.
+Row numbers of KV are made here, by `Pages`, and in `triton/slot_plan.py` by `piece_of`, and nowhere else.
 """
 
 from __future__ import annotations

@@ -1,15 +1,19 @@
-"""Exact top-k of long rows in a reproducible order."""
+"""Exact top-k of long rows in a reproducible order, and the token sets that the scores of several groups become (paper, C1)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from specontext.kernels.dispatch import use_triton
+from specontext.kernels.dispatch import operation
 
 
+@operation(decided_by="scores")
 def top_k_positions(scores: Tensor, k: int) -> Tensor:
     """Positions of the k greatest scores of each row, ascending; equal scores are won by the later position.
+
+    On a CPU, rows whose k-th and next scores differ, which is nearly all, need no pass over the row after `topk`: for 32 rows of
+    32K scores and k = 1024 one core takes 12 ms instead of 20 to 30.
 
     Args:
         scores: float [..., S], no NaN; negative scores are never chosen, and -0.0 is equal to 0.0.
@@ -17,19 +21,6 @@ def top_k_positions(scores: Tensor, k: int) -> Tensor:
 
     Returns:
         int64 [..., k], padded with -1 at the end where fewer than k scores are not negative.
-    """
-    if scores.dtype != torch.float64 and use_triton(scores):
-        from specontext.kernels.triton.top_k import top_k_positions as triton_top_k
-
-        return triton_top_k(scores, k)
-    return top_k_positions_reference(scores, k)
-
-
-def top_k_positions_reference(scores: Tensor, k: int) -> Tensor:
-    """`top_k_positions` in PyTorch.
-
-    On a CPU, rows whose k-th and next scores differ, which is nearly all, need no pass over the row after `topk`: for 32 rows of
-    32K scores and k = 1024 one core takes 12 ms instead of 20 to 30.
     """
     if scores.device.type != "cpu":
         return _with_ties(scores, k)
@@ -47,7 +38,7 @@ def top_k_positions_reference(scores: Tensor, k: int) -> Tensor:
 
 
 def _with_ties(scores: Tensor, k: int) -> Tensor:
-    """`top_k_positions` by passes over whole rows, which never ask the device for a number."""
+    """The same by passes over whole rows, which never ask the device for a number."""
     span = scores.shape[-1]
     taken = min(k, span)
     least = scores.topk(taken, dim=-1, sorted=True).values[..., -1:].clamp(min=0.0)
@@ -61,3 +52,50 @@ def _with_ties(scores: Tensor, k: int) -> Tensor:
     position = torch.arange(span, device=scores.device).expand_as(place)
     # Positions that were not chosen all go to a column beyond the result.
     return out.scatter_(-1, torch.where(chosen, place, k), position)[..., :k]
+
+
+def groups_of(granularity: str, groups: int) -> int:
+    """Number of token sets that `choose` returns for scores of `groups` groups."""
+    return groups if granularity == "head" else 1
+
+
+def choose(scores: Tensor, granularity: str, k: int) -> Tensor:
+    """The tokens of highest score.
+
+    'head': the k best of every group. 'batch': the k best by the greatest score that any group gives. 'union': the best k' of
+    every group, k' being the greatest share for which all of them together are at most k tokens; places that are left over
+    go to tokens of rank k'.
+
+    Args:
+        scores: float [..., G, S]; negative scores are never chosen.
+
+    Returns:
+        int64 [..., groups_of(granularity, G), k], ascending positions, padded with -1 at the end.
+    """
+    if granularity == "head":
+        return top_k_positions(scores, k)
+    if granularity == "batch":
+        return top_k_positions(scores.amax(-2, keepdim=True), k)
+    best = top_k_by_rank(scores, k)
+    return top_k_positions(best.amax(-2, keepdim=True), k)
+
+
+def top_k_by_rank(scores: Tensor, k: int) -> Tensor:
+    """k for the best token of each row, k - 1 for the next and so on, -1 for tokens beyond the k best.
+
+    Args:
+        scores: float [..., S]; among equal scores the later position ranks first, and negative ones are among no best.
+
+    Returns:
+        float32 [..., S].
+    """
+    span = scores.shape[-1]
+    chosen = top_k_positions(scores, k).flip(-1)
+    present = chosen >= 0
+    # A stable sort of the few that were chosen, in reverse order, keeps the later of two equal scores first.
+    best = torch.where(present, scores.gather(-1, chosen.clamp(min=0)), -1.0)
+    order = chosen.gather(-1, best.argsort(dim=-1, descending=True, stable=True))
+    value = torch.arange(k, 0, -1, device=scores.device, dtype=torch.float32).expand(order.shape)
+    # What is not there goes to a column beyond the result.
+    ranks = torch.full((*scores.shape[:-1], span + 1), -1.0, device=scores.device)
+    return ranks.scatter_(-1, torch.where(order >= 0, order, span), value)[..., :span]

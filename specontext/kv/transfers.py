@@ -14,8 +14,8 @@ from torch import Tensor
 
 from specontext.core import SpeContextError
 from specontext.kernels.pieces import append_pieces, copy_pieces, listed
-from specontext.kernels.row_index import selected_rows
 from specontext.kernels.rows import append_layer, append_tokens, fixed_slots, ring_slots
+from specontext.kernels.slot_plan import selected_rows
 from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
 from specontext.kv.layout import BlockParts, Reading
 from specontext.kv.streams import COMPUTE, PREFETCH, STATISTICS, WRITE_BACK, Mark, Streams
@@ -38,6 +38,7 @@ class Transfers:
         verify: every row that attention reads from a slot is compared with the host's.
 
     Attributes:
+        asynchronous: work runs beside the host, and rows of the host are out of attention's reach.
         every: what is copied where all KV heads want the same entries.
         programs: that share a copy on a GPU; None for the kernel's own number.
     """
@@ -53,7 +54,8 @@ class Transfers:
         write_through: bool,
         verify: bool,
     ) -> None:
-        self.tiers, self.blocks, self.resident, self.streams = tiers, blocks, resident, streams
+        self.tiers, self.blocks, self.resident = tiers, blocks, resident
+        self.run_on(streams)
         self.adaptive, self.write_through, self.verify = adaptive, write_through or verify, verify
         alike = [[0] * tiers.host.heads] * len(resident)
         self.every = BlockParts.of_map(blocks, alike, tiers.resident.device).all
@@ -69,10 +71,9 @@ class Transfers:
 
     # Streams ----------------------------------------------------------------------------------------------------------
 
-    @property
-    def asynchronous(self) -> bool:
-        """Whether work runs beside the host, and rows of the host are out of attention's reach."""
-        return self.streams is not None
+    def run_on(self, streams: Streams | None) -> None:
+        """Order work by these streams; None for work that happens in the order in which it is said."""
+        self._streams, self.asynchronous = streams, streams is not None
 
     @contextmanager
     def beside(self, side: str, *used: Tensor) -> Iterator[None]:
@@ -81,7 +82,7 @@ class Transfers:
         Args:
             used: tensors made elsewhere that it needs until it is done.
         """
-        if (streams := self.streams) is None:
+        if (streams := self._streams) is None:
             yield
             return
         streams.wait(side, streams.record(COMPUTE))
@@ -91,12 +92,12 @@ class Transfers:
 
     def mark(self, side: str) -> Mark:
         """What the side has been given so far; None where it has happened."""
-        return self.streams.record(side) if self.streams is not None else None
+        return self._streams.record(side) if self._streams is not None else None
 
     def after(self, mark: Mark) -> None:
         """What is computed from now on waits for a mark."""
-        if self.streams is not None and mark is not None:
-            self.streams.wait(COMPUTE, mark)
+        if self._streams is not None and mark is not None:
+            self._streams.wait(COMPUTE, mark)
 
     def join(self, *sides: str) -> None:
         """What is computed from now on waits for all that these sides have been given."""
@@ -139,8 +140,9 @@ class Transfers:
 
     def wait(self, layer: int) -> None:
         """What is computed from now on finds the layer's loads in their slots."""
-        self.after(self._loaded[layer])
-        self._loaded[layer] = None
+        if self._loaded[layer] is not None:
+            self.after(self._loaded[layer])
+            self._loaded[layer] = None
 
     def rows(self, layers: range, reading: Reading) -> Tensor:
         """Arena rows of a selection for every KV head of some layers, in its order: integers [layers, R, Hkv, B]."""
@@ -219,8 +221,9 @@ class Transfers:
 
     def end_step(self) -> None:
         """What follows, compute and loads alike, sees all that this step wrote back and counted."""
-        self.after(self._written)
-        self.after(self._counted)
+        for mark in (self._written, self._counted):
+            if mark is not None:
+                self.after(mark)
         self._written = self._counted = None
 
     # Between steps ----------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def running_of(model: PreTrainedModel) -> Running:
 @contextmanager
 def listening(model: PreTrainedModel, step: object) -> Iterator[None]:
     """Inside, the model's layers hand their attention to `step`."""
-    running = running_of(model)
+    running = getattr(model, RUNNING, None) or running_of(model)
     before, running.step = running.step, step
     try:
         yield

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from specontext.core import ModelShape
 from specontext.memory.facts import HeadFacts
 from specontext.retrieval.head_config import HeadConfig, HeadError, is_positive
-from specontext.retrieval.rope import rope_frequencies, rotate
+from specontext.retrieval.rope import rope_frequencies
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need it
     from transformers import PreTrainedConfig
@@ -246,7 +246,7 @@ class RetrievalHead(nn.Module):
     def project_keys(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotated keys [..., key heads, D] of layer inputs."""
         c = self.config
-        keys = self.k_proj(x).unflatten(-1, (c.key_count, c.head_dim))
+        keys = self.k_proj(x).unflatten(-1, (-1, c.head_dim))
         return self._rotated(self.k_norm(keys) if c.qk_norm else keys, positions)
 
     def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -254,6 +254,12 @@ class RetrievalHead(nn.Module):
         cos = angles.cos()[..., None, :] * self.attention_scaling
         sin = angles.sin()[..., None, :] * self.attention_scaling
         return rotate(x, cos, sin)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding in the half-split layout of Hugging Face (x [..., heads, D], cos and sin [..., 1, D/2])."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def head_parameters(config: HeadConfig) -> int:

@@ -1,4 +1,4 @@
-"""Rotary position embedding of a retrieval head: its frequencies, its extension by YaRN, and the rotation."""
+"""Rotary position embedding of a retrieval head: its frequencies and its extension by YaRN."""
 
 from __future__ import annotations
 
@@ -39,9 +39,3 @@ def rope_frequencies(config: HeadConfig, *, theta: float, yarn_factor: float) ->
         if not torch.isfinite(frequencies).all():
             raise HeadError(f"rope_scaling {scaling} of the retrieval head gives frequencies that are not finite numbers")
         return frequencies, float(attention_scaling)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding in the half-split layout of Hugging Face (x [..., heads, D], cos and sin [..., 1, D/2])."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

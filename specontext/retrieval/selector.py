@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Protocol, Self, runtime_checkable
 
 import torch
@@ -53,7 +55,7 @@ class Budget:
     sink: int
     recent: int
 
-    @property
+    @cached_property
     def scored(self) -> int:
         return self.total - self.sink - self.recent
 
@@ -61,14 +63,24 @@ class Budget:
         """End of the positions sink .. end - 1 that compete by score."""
         return (lengths - self.recent).clamp(min=self.sink)
 
-    def compose(self, scored: Tensor, lengths: Tensor) -> Selection:
+    def compose(self, scored: Tensor, lengths: Tensor, end: Tensor | None = None, width: int | None = None) -> Selection:
         """The selection of sinks, scored tokens and recent tokens.
 
         Args:
             scored: int64 [R, G, K] ascending candidates, then -1 where there is none.
             lengths: int64 [R].
+            end, width: int64 [R] and a number: the `width` tokens from `end` on, as far as there are, are read in any case; by
+                default the recent ones.
         """
-        return self._compose(scored, lengths, self.candidates_end(lengths), self.recent)
+        end, width = self.candidates_end(lengths) if end is None else end, self.recent if width is None else width
+        groups = scored.shape[1]
+        sinks = torch.arange(self.sink, device=scored.device).expand(len(lengths), -1)
+        recents = end[:, None] + torch.arange(width, device=scored.device)
+        fixed = [torch.where(t < lengths[:, None], t, -1)[:, None].expand(-1, groups, -1) for t in (sinks, recents)]
+        tokens = torch.cat((fixed[0], scored, fixed[1]), dim=-1)
+        is_scored = torch.zeros_like(tokens, dtype=torch.bool)
+        is_scored[..., self.sink : tokens.shape[-1] - width] = scored >= 0
+        return Selection(tokens, is_scored)
 
     def compose_after(self, scored: Tensor, lengths: Tensor, prompts: Tensor) -> Selection:
         """The same with all tokens after the prompt, besides the budget: what methods read that select from the prompt only.
@@ -78,22 +90,11 @@ class Budget:
             prompts: int64 [R], tokens of the prompts.
         """
         end = self.prompt_end(lengths, prompts)
-        return self._compose(scored, lengths, end, max(int((lengths - end).max()), 0))
+        return self.compose(scored, lengths, end, max(int((lengths - end).max()), 0))
 
     def prompt_end(self, lengths: Tensor, prompts: Tensor) -> Tensor:
         """End of the candidates where all tokens after the prompt are read in any case."""
         return torch.minimum(self.candidates_end(lengths), prompts.clamp(min=self.sink))
-
-    def _compose(self, scored: Tensor, lengths: Tensor, end: Tensor, width: int) -> Selection:
-        """Sinks, scored tokens and the `width` tokens from `end` on, as far as there are."""
-        groups = scored.shape[1]
-        sinks = torch.arange(self.sink, device=scored.device).expand(len(lengths), -1)
-        recents = end[:, None] + torch.arange(width, device=scored.device)
-        fixed = [torch.where(t < lengths[:, None], t, -1)[:, None].expand(-1, groups, -1) for t in (sinks, recents)]
-        tokens = torch.cat((fixed[0], scored, fixed[1]), dim=-1)
-        is_scored = torch.zeros_like(tokens, dtype=torch.bool)
-        is_scored[..., self.sink : tokens.shape[-1] - width] = scored >= 0
-        return Selection(tokens, is_scored)
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,10 @@ class Selector(ABC):
     def grow(self, seat: int, tokens: int) -> bool:
         """Make room for `tokens` tokens of a request; False where there is none, and nothing is taken."""
         return True
+
+    def room(self, seat: int) -> int:
+        """Tokens for which an open seat has room."""
+        return sys.maxsize
 
     def close(self, seat: int) -> None:  # noqa: B027  methods without state have nothing to do
         """The request leaves its seat."""

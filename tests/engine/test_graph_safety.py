@@ -137,7 +137,7 @@ def test_a_padded_decode_step_never_waits_and_computes_the_same(
     assert size == 4
     expected = plain.engine.runner.run(decode_batch(next_numbers(plain, 2), 90))
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
-    captured.engine.parts.kv.transfers.streams = SeveralStreams()
+    captured.engine.parts.kv.transfers.run_on(SeveralStreams())
     batch = decode_batch(next_numbers(captured, size), span_bucket(90, captured.engine.parts.max_tokens))
     with torch.inference_mode(), guarded(monkeypatch):
         logits = captured.engine.runner._forward(batch)
@@ -168,7 +168,7 @@ def test_methods_that_look_at_each_layer_never_wait_on_the_device(
     assert not captured.engine.parts.selector.asks_host
     expected = plain.engine.runner.run(decode_batch(next_numbers(plain, 2), 90))
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
-    captured.engine.parts.kv.transfers.streams = SeveralStreams()
+    captured.engine.parts.kv.transfers.run_on(SeveralStreams())
     batch = decode_batch(next_numbers(captured, 4), 512)
     with torch.inference_mode(), guarded(monkeypatch):
         logits = captured.engine.runner._forward(batch)

@@ -14,11 +14,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from specontext.core import ModelShape
-from specontext.kernels import key_rows, row_index
+from specontext.kernels import rows, slot_plan
 from specontext.kernels.dispatch import reference_of
 from specontext.kernels.tables import Pages, Slots, Tiers
-from specontext.kernels.triton import key_rows as triton_key_rows
-from specontext.kernels.triton import row_index as triton_row_index
+from specontext.kernels.triton import rows as triton_rows
+from specontext.kernels.triton import slot_plan as triton_slot_plan
 from specontext.kv.layout import Layout, places_of
 from specontext.kv.pool import make_pools
 from specontext.memory.layer_blocks import one_by_one
@@ -28,10 +28,10 @@ QUICK = settings(max_examples=30, deadline=None, derandomize=True, suppress_heal
 Function = Callable[..., Any]
 
 rows_by = pytest.mark.parametrize(
-    "selected_rows", [triton_row_index.selected_rows, reference_of(row_index.selected_rows)], ids=["triton", "torch"]
+    "selected_rows", [triton_slot_plan.selected_rows, reference_of(slot_plan.selected_rows)], ids=["triton", "torch"]
 )
 keys_by = pytest.mark.parametrize(
-    "append_keys", [triton_key_rows.append_keys, reference_of(key_rows.append_keys)], ids=["triton", "torch"]
+    "append_keys", [triton_rows.append_keys, reference_of(rows.append_keys)], ids=["triton", "torch"]
 )
 
 

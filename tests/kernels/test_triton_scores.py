@@ -15,7 +15,7 @@ from specontext.kernels.dispatch import reference_of
 from specontext.kernels.retrieval_scores import paged_retrieval_scores, retrieval_scores_reference
 from specontext.kernels.triton import retrieval_scores as kernels
 from specontext.memory.pages import PageAllocator
-from specontext.retrieval.key_cache import KeyCache
+from specontext.retrieval.methods.speculative import KeyCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 paged_retrieval_scores_reference = reference_of(paged_retrieval_scores)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specontext.kernels import top_k as dispatched
-from specontext.kernels.top_k import top_k_positions_reference
+from specontext.kernels.dispatch import reference_of
+from specontext.kernels.top_k import choose, top_k_by_rank
 from specontext.kernels.triton import top_k as kernels
-from specontext.retrieval.granularity import choose, top_k_by_rank
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -30,7 +30,9 @@ LEVELS = [-INF, -1.0, -0.0, 0.0, 2.0**-24, 0.25, 0.2578125, 0.5, 1.0, 1.5, 3.0, 
 TopK = Callable[[Tensor, int], Tensor]
 # The third is what the reference does on a GPU and, on a CPU, with rows that have ties at the edge.
 EACH = pytest.mark.parametrize(
-    "top_k", [kernels.top_k_positions, top_k_positions_reference, dispatched._with_ties], ids=["triton", "torch", "ties"]
+    "top_k",
+    [kernels.top_k_positions, reference_of(dispatched.top_k_positions), dispatched._with_ties],
+    ids=["triton", "torch", "ties"],
 )
 
 

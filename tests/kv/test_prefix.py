@@ -276,7 +276,7 @@ def test_rows_and_state_come_back_wherever_layers_live(
     """Kept in three parts that end inside of pages; brought back all or some of them, after layers have changed their tiers."""
     bench = Bench(before, sizes=sizes, adaptive=True)
     if asynchronous:
-        bench.kv.transfers.streams = RecordingStreams()
+        bench.kv.transfers.run_on(RecordingStreams())
     chain: list[Block] = []
     for start, stop in ((0, 6), (6, 7), (7, 18)):
         bench.fill(0, 1, stop, start)
@@ -485,7 +485,7 @@ def test_pages_that_are_being_copied(
     bench = Bench(resident)
     bench.kv.arena.rows.zero_()
     bench.kv.host.rows.zero_()
-    bench.kv.transfers.streams = streams
+    bench.kv.transfers.run_on(streams)
     bench.fill(0, 1, 22)
     if hears:
         story(bench)
@@ -497,7 +497,7 @@ def test_pages_that_are_being_copied(
 
 def test_what_is_brought_is_awaited_before_it_is_read(streams: RecordingStreams) -> None:
     bench = Bench((True, True, False))
-    bench.kv.transfers.streams = streams
+    bench.kv.transfers.run_on(streams)
     bench.fill(0, 1, 22)
     chain: list[Block] = []
     bench.keep(0, 1, chain, 5)

@@ -216,7 +216,7 @@ def run(
     def running(method: str = "speculative", *, deaf: tuple[tuple[str, str], ...] = (), **options: Any) -> RecordingStreams:
         llm = make_llm("llama", method, **({"max_num_batched_tokens": 20, "max_model_len": 128} | options))
         streams = RecordingStreams(deaf)
-        llm.engine.parts.kv.transfers.streams = streams
+        llm.engine.parts.kv.transfers.run_on(streams)
         with monkeypatch.context() as patch:
             watch(streams, patch)
             llm.generate(prompts, [greedy(n) for n in (14, 5, 9, 12)])
@@ -269,15 +269,16 @@ class WatchedMachine(CacheMachine):
     def watched_by(self, streams: RecordingStreams) -> None:
         self.kv.arena.rows.zero_()
         self.kv.host.rows.zero_()
-        self.kv.transfers.streams = self.streams = streams
+        self.kv.transfers.run_on(streams)
+        self.streams = streams
 
     def attend(self, rows: Tensor) -> None:
         self.streams.access("attention", self.kv.arena.rows, rows.flatten(), write=False)
 
     def everything_is_stored(self, seat: int) -> None:
-        self.kv.transfers.streams = None
+        self.kv.transfers.run_on(None)
         super().everything_is_stored(seat)
-        self.kv.transfers.streams = self.streams
+        self.kv.transfers.run_on(self.streams)
 
 
 def any_history(seed: int, streams: RecordingStreams) -> None:

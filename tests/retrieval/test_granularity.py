@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specontext.retrieval.granularity import choose, groups_of
+from specontext.kernels.top_k import choose, groups_of
 
 
 def plain_union(scores: list[list[float]], k: int) -> set[int]:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specontext.kernels.tables import Copies, Pages, Parts
-from specontext.kernels.triton.rows import piece_of
+from specontext.kernels.triton.slot_plan import piece_of
 
 PROGRAMS = 16
 TILE_BYTES = 32768

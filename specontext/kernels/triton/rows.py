@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specontext.kernels.tables import NewTokens, Pages, Tiers
+from specontext.kernels.triton.slot_plan import piece_of
 
 TILE_BYTES = 16384
 
@@ -123,6 +124,28 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     )
 
 
+def append_keys(keys: Tensor, table: Tensor, seats: Tensor, positions: Tensor, new: Tensor) -> None:
+    """See `specontext.kernels.rows.append_keys`: one program a token."""
+    tokens, groups, head_dim = new.shape
+    if not tokens:
+        return
+    assert keys.stride(3) == 1 and keys.stride(2) == head_dim and table.stride(1) == 1
+    numbers = groups * head_dim
+    _append_keys[(tokens,)](
+        keys,
+        table,
+        seats.contiguous(),
+        positions.contiguous(),
+        new.contiguous(),
+        keys.stride(0),
+        keys.stride(1),
+        table.stride(0),
+        PAGE=keys.shape[1],
+        NUMBERS=numbers,
+        BLOCK=triton.next_power_of_2(numbers),
+    )
+
+
 def _dense_last(new: Tensor) -> Tensor:
     return new if new.stride(-1) == 1 else new.contiguous()
 
@@ -156,13 +179,6 @@ def _gather(source, source_rows, target, target_rows, count, WIDTH: tl.constexpr
     live = source_row >= 0
     target_row = tl.load(target_rows + at, mask=live, other=0).to(tl.int64)
     _copy(source, source_row, target, target_row, live, WIDTH, BLOCK)
-
-
-@triton.jit
-def piece_of(pages, entry, head, live, PAGE: tl.constexpr, HEADS: tl.constexpr):
-    """The piece of an entry of a seat, from the seat's pages: see `specontext.kernels.tables.Pages`."""
-    page = tl.load(pages + entry // PAGE, mask=live, other=0).to(tl.int64)
-    return (page * PAGE + entry % PAGE) * HEADS + head
 
 
 @triton.jit
@@ -238,3 +254,18 @@ def _append_to_tier(
         slot = tl.where(position < sink, position, sink + position % recent)
         row = piece_of(slot_pages + seat * slot_width, slot, head, kept, PAGE, HEADS)
         _write(arena, row, new_key, new_value, kept, DIM, BLOCK)
+
+
+@triton.jit
+def _append_keys(
+    keys, table, seats, positions, new, page_stride, token_stride, table_stride,
+    PAGE: tl.constexpr, NUMBERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions + token)
+    page = tl.load(table + tl.load(seats + token) * table_stride + position // PAGE, mask=position >= 0, other=0)
+    column = tl.arange(0, BLOCK)
+    inside = column < tl.where(position >= 0, NUMBERS, 0)
+    numbers = tl.load(new + token * NUMBERS + column, mask=inside)
+    place = keys + page * page_stride + position % PAGE * token_stride + column
+    tl.store(place, numbers.to(keys.dtype.element_ty), mask=inside)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from specontext.core import Selection
 from specontext.kernels.retrieval_scores import group_weights
-from specontext.retrieval.granularity import choose, groups_of
+from specontext.kernels.top_k import choose, groups_of
 from specontext.retrieval.selector import DecodeTokens, LayerSelector, LayerView, MethodContext, uniform_map
 
 

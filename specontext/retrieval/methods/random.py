@@ -7,8 +7,7 @@ from torch import Tensor
 
 from specontext.core import Selection
 from specontext.kernels.counter_random import combine_keys, counter_uniform
-from specontext.kernels.top_k import top_k_positions
-from specontext.retrieval.granularity import groups_of
+from specontext.kernels.top_k import groups_of, top_k_positions
 from specontext.retrieval.selector import AheadSelector, DecodeTokens, MethodContext, uniform_map
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specontext.config import ConfigError
 from specontext.core import Selection
-from specontext.retrieval.granularity import choose, groups_of
+from specontext.kernels.top_k import choose, groups_of
 from specontext.retrieval.selector import DecodeTokens, ForeseeingSelector, MethodContext
 
 

@@ -9,10 +9,63 @@ from torch import Tensor, nn
 
 from specontext.core import Batch, ModelShape, Selection
 from specontext.kernels.retrieval_scores import paged_retrieval_scores
-from specontext.retrieval.granularity import choose, groups_of
+from specontext.kernels.rows import append_keys
+from specontext.kernels.top_k import choose, groups_of
+from specontext.memory.pages import PageAllocator
 from specontext.retrieval.head import RetrievalHead
-from specontext.retrieval.key_cache import KeyCache
 from specontext.retrieval.selector import AheadSelector, Budget, DecodeTokens, uniform_map
+
+
+class KeyCache:
+    """Keys of the retrieval head for all tokens of all seats.
+
+    Args:
+        keys: [pages, page_size, key heads, D] on the device, page 0 zero; strides may leave gaps.
+        pages: which of the pages are free; others may take some, too.
+
+    Attributes:
+        table: int64 [seats + 1, P], pages of every seat; the last row belongs to no seat.
+    """
+
+    def __init__(self, keys: Tensor, pages: PageAllocator, *, seats: int, max_tokens: int) -> None:
+        self.keys, self.pages, self.page_size = keys, pages, keys.shape[1]
+        self.table = torch.zeros((seats + 1, -(-max_tokens // self.page_size)), dtype=torch.int64, device=keys.device)
+        self.held: list[list[int]] = [[] for _ in range(seats)]
+
+    def grow(self, seat: int, tokens: int) -> bool:
+        """Make room for `tokens` tokens of a seat; False where there are too few pages, and nothing is taken."""
+        before = len(self.held[seat])
+        new = -(-tokens // self.page_size) - before
+        if new <= 0:
+            return True
+        if new > self.pages.num_free:
+            return False
+        pages = self.pages.allocate(new)
+        self.held[seat] += pages
+        numbers = torch.tensor(pages, dtype=torch.int64).to(self.keys.device)
+        # Zeroed, so that a page that is not full yet never brings in values that are not numbers.
+        self.keys.index_fill_(0, numbers, 0)
+        self.table[seat, before : before + new] = numbers
+        return True
+
+    def close(self, seat: int) -> None:
+        self.pages.free(self.held[seat])
+        self.held[seat] = []
+        self.table[seat] = 0
+
+    def append(self, seats: Tensor, positions: Tensor, keys: Tensor) -> None:
+        """Store keys [T, key heads, D] of tokens at `positions` [T] of `seats` [T]; those at negative positions are dropped."""
+        append_keys(self.keys, self.table, seats, positions, keys)
+
+    def pages_of(self, seats: Tensor, span: int) -> Tensor:
+        """Pages of the positions 0 .. span - 1 of some seats: int64 [R, P]."""
+        return self.table[:, : -(-span // self.page_size)].index_select(0, seats)
+
+    def keys_of(self, seat: int, tokens: int, start: int = 0) -> Tensor:
+        """A copy of the keys of a seat's tokens start .. tokens - 1: [tokens - start, key heads, D]."""
+        first = start // self.page_size
+        pages = self.table[seat, first : -(-tokens // self.page_size)]
+        return self.keys[pages].flatten(0, 1)[start - first * self.page_size :][: tokens - start]
 
 
 class SpeculativeSelector(AheadSelector):
@@ -54,6 +107,9 @@ class SpeculativeSelector(AheadSelector):
     def grow(self, seat: int, tokens: int) -> bool:
         return self.cache.grow(seat, tokens)
 
+    def room(self, seat: int) -> int:
+        return len(self.cache.held[seat]) * self.cache.page_size
+
     def close(self, seat: int) -> None:
         self.cache.close(seat)
 
@@ -73,7 +129,9 @@ class SpeculativeSelector(AheadSelector):
 
     def select(self, step: DecodeTokens) -> Selection:
         before = None if self.last_fused is None else self.last_fused[step.seats]
-        queries = self.head.queries(self._embed(step.token_ids), before, step.positions)
+        queries = self.head.queries(
+            self.head.embedded(step.token_ids, self.embedding).to(self.cache.keys.dtype), before, step.positions
+        )
         pages, stops = self.cache.pages_of(step.seats, step.span), self.budget.candidates_end(step.lengths)
         keys, groups = self.cache.keys, self.head.config.kv_heads
         scores = paged_retrieval_scores(queries, keys, pages, self.budget.sink, stops, step.span, groups)
@@ -89,13 +147,12 @@ class SpeculativeSelector(AheadSelector):
                 before[segment.offset] = self.last_fused[segment.seat]
             decodes = slice(0, batch.num_decodes)
             before[decodes] = self.last_fused[batch.seats[decodes]]
-        keys = self.head.keys(self._embed(batch.token_ids), fused, before, batch.positions)
+        keys = self.head.keys(
+            self.head.embedded(batch.token_ids, self.embedding).to(self.cache.keys.dtype), fused, before, batch.positions
+        )
         self.cache.append(batch.seats, batch.positions, keys)
         if self.last_fused is not None and fused is not None:
             self.last_fused.index_copy_(0, batch.seats[batch.last_tokens], fused[batch.last_tokens])
-
-    def _embed(self, token_ids: Tensor) -> Tensor:
-        return self.head.embedded(token_ids, self.embedding).to(self.cache.keys.dtype)
 
     def selection_bytes(self, step: DecodeTokens) -> Tensor:
         """The head's keys of the whole context."""
