@@ -74,10 +74,8 @@ def by_blocks(arena: Tensor, host: Tensor, layers: int, device: torch.device) ->
     none = torch.zeros(layers, dtype=torch.bool, device=device)
     for programs in (8, 16, 32, 64):
         words, size = f"{layers} layer(s) side by side, {programs} programs", layers * SIZE
-        timed(f"to the host, {words}", lambda n=programs: copy_pieces(here, there, parts, none, copies, programs=n), size, device)
-        timed(
-            f"to the device, {words}", lambda n=programs: copy_pieces(there, here, parts, none, copies, programs=n), size, device
-        )
+        for way, pools in (("to the host", (here, there)), ("to the device", (there, here))):
+            timed(f"{way}, {words}", lambda p=pools, n=programs: copy_pieces(*p, parts, none, copies, programs=n), size, device)
 
 
 def main() -> None:

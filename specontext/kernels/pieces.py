@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.kernels.dispatch import operation
+from specontext.kernels.dispatch import operation, scratch
 from specontext.kernels.rows import as_words
-from specontext.kernels.scratch import scratch
 from specontext.kernels.tables import Copies, Pages, Parts
 
 CACHED_BYTES = 1 << 22  # that a CPU reads and then writes: they stay in its cache, and its threads have enough to share
