@@ -5,7 +5,7 @@
     page    `page_size` entries: of one layer on the device, of a block of neighbouring layers on the host
     piece   the rows of one token and KV head in the layers of a block, side by side
 
-What kernels are handed is made by `PagePool.paged` of the pool of either tier, from the places that a layout gives the layers.
+What kernels are handed is made by `PagePool.paged` and `slots` of either tier's pool, from the places that a layout gives layers.
 """
 
 from __future__ import annotations

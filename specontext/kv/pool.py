@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specontext.kernels.tables import Pages
+from specontext.kernels.tables import Pages, Slots
 from specontext.kv.host_memory import HostMemory
 from specontext.kv.layout import Layout, places_of
 from specontext.memory.layer_blocks import LayerBlocks
@@ -49,6 +49,10 @@ class PagePool:
     def paged(self, table: Tensor) -> Pages:
         """The rows with a page table int64 [blocks, seats, P], as kernels are handed them."""
         return Pages(self.rows, table, self.layout.page_size, self.layout.heads, self.places)
+
+    def slots(self, table: Tensor, sink: int, recent: int) -> Slots:
+        """The same of slots."""
+        return Slots(self.rows, table, self.layout.page_size, self.layout.heads, self.places, sink, recent)
 
     def allocate(self, count: int) -> list[int]:
         """`count` pages whose memory is there; raises OutOfPagesError (nothing is taken) or HostMemoryError."""

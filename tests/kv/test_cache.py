@@ -1,5 +1,5 @@
 """KVCache as a state machine: whatever requests do and wherever layers go, attention reads the right rows, only what was
-selected is loaded, and every page is where the table in `cache.py` says.
+selected is loaded, and every page is where the table in `holdings.py` says.
 
 Truth is a dict from (request, layer, KV head, token) to a number that is unique in the whole run and is written into every
 value of the entry's row; so a row says which entry it is, and a stale one is found.
@@ -135,7 +135,7 @@ class CacheMachine(RuleBasedStateMachine):
         return [layer for layer in range(LAYERS) if not self.resident[layer]]
 
     def pages_of(self, count: int) -> tuple[int, int]:
-        """Device and host pages of a seat with `count` pages of tokens in each layer: the table in `cache.py`."""
+        """Device and host pages of a seat with `count` pages of tokens in each layer: the table in `holdings.py`."""
         moving = self.move.layer if self.move is not None else -1
         last = max((layer for layer in range(LAYERS) if self.resident[layer]), default=-1)
         device = 0
