@@ -17,8 +17,7 @@ import torch
 from measure import GIB, Call, elapsed, host_memory
 from torch import Tensor
 
-from specontext.kernels.pieces import copy_pieces
-from specontext.kernels.rows import gather_rows
+from specontext.kernels.rows import copy_pieces, gather_rows
 from specontext.kernels.tables import Copies, Pages
 from specontext.kv.host_memory import CHUNK
 from specontext.kv.layout import BlockParts, places_of

@@ -20,9 +20,10 @@ from kernel_checks import Operation, WrongResult, calls_of, require_equal
 from measure import GIB
 from torch import Tensor
 
-from specontext.kernels import pieces as kernels
+from specontext.kernels import rows as kernels
 from specontext.kernels.dispatch import reference_of, use_triton
 from specontext.kernels.rows import append_tokens, gather_rows
+from specontext.kernels.slot_plan import listed
 from specontext.kernels.tables import Copies, NewTokens, Pages, Parts
 from specontext.kv.layout import BlockParts, places_of
 from specontext.memory.layer_blocks import LayerBlocks, divide_layers, one_by_one
@@ -154,7 +155,7 @@ def _loads(
     copies = []
     for tokens, (slots, missing) in zip(case.selections, steady, strict=True):
         slots = torch.where(slots >= 0, slots + SINK + RECENT, slots)
-        copies.append(kernels.listed(case.seats, *(x.to(device) for x in (tokens, slots, missing))))
+        copies.append(listed(case.seats, *(x.to(device) for x in (tokens, slots, missing))))
     if device.type == "cuda" and not use_triton(copies[0].counts):
         raise WrongResult(f"{name}: the kernel would not run here; is Triton installed?")
     here = torch.zeros(shape.layers, dtype=torch.bool, device=device)

@@ -6,9 +6,16 @@ Row numbers of KV are made here, by `Pages`, and in `triton/slot_plan.py` by `pi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+
+def word_of(rows: Tensor) -> torch.dtype:
+    """The widest number format that divides a row of a pool [N, 2, D]."""
+    row_bytes = rows.shape[1] * rows.shape[2] * rows.itemsize
+    return next((w for w in (torch.complex128, torch.int64, torch.int32) if row_bytes % w.itemsize == 0), rows.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +56,11 @@ class Pages:
     size: int
     heads: int
     layers: Places
+
+    @cached_property
+    def words(self) -> Tensor:
+        """The rows as [N, words]: a CPU copies bits word by word."""
+        return self.rows.flatten(1).view(word_of(self.rows))
 
     def table_of(self, layer: int) -> Tensor:
         """Pages int64 [seats, P] of a layer."""

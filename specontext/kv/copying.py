@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.kernels.pieces import copy_pieces, listed
-from specontext.kernels.rows import as_words, gather_rows
+from specontext.kernels.rows import copy_pieces, gather_rows
+from specontext.kernels.slot_plan import listed
 from specontext.kernels.tables import Copies, Pages
 from specontext.kv.layout import Reader
 from specontext.kv.streams import PREFETCH, WRITE_BACK
@@ -38,8 +38,8 @@ def copy_pages(transfers: Transfers, source: Pages, target: Pages, tokens: int, 
 
 def _by_page(pages: Pages, layer: int) -> Tensor:
     """The rows of a layer in every page, word by word: [pages, size, Hkv, words]."""
-    words = as_words(pages.rows)
-    return words.view(-1, pages.size, pages.heads, pages.layers.count, words.shape[1])[:, :, :, pages.layers.homes[layer][1]]
+    shape = (-1, pages.size, pages.heads, pages.layers.count, pages.words.shape[1])
+    return pages.words.view(shape)[:, :, :, pages.layers.homes[layer][1]]
 
 
 def copy_tokens(transfers: Transfers, layer: int, seat: int, start: int, stop: int, *, to_host: bool) -> None:

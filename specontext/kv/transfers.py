@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from specontext.core import SpeContextError
-from specontext.kernels.pieces import append_pieces, copy_pieces, listed
-from specontext.kernels.rows import append_layer, append_tokens, fixed_slots, ring_slots
-from specontext.kernels.slot_plan import selected_rows
+from specontext.kernels.rows import append_layer, append_pieces, append_tokens, copy_pieces, fixed_slots, ring_slots
+from specontext.kernels.slot_plan import listed, selected_rows
 from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
 from specontext.kv.layout import BlockParts, Reading
 from specontext.kv.streams import COMPUTE, PREFETCH, STATISTICS, WRITE_BACK, Mark, Streams

@@ -14,10 +14,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from specontext.kernels import pieces
+from specontext.kernels import rows, slot_plan
 from specontext.kernels.dispatch import reference_of
 from specontext.kernels.tables import Copies, Pages
-from specontext.kernels.triton import pieces as triton_pieces
+from specontext.kernels.triton import rows as triton_rows
+from specontext.kernels.triton import slot_plan as triton_slot_plan
 from specontext.kv.layout import BlockParts, places_of
 from specontext.memory.layer_blocks import LayerBlocks, divide_layers, one_by_one
 
@@ -26,11 +27,11 @@ QUICK = settings(max_examples=30, deadline=None, derandomize=True, suppress_heal
 FORMATS = [torch.float32, torch.float16, torch.bfloat16]
 SEATS = 3
 
-both = pytest.mark.parametrize("module", [triton_pieces, pieces], ids=["triton", "reference"])
+both = pytest.mark.parametrize("module", [triton_rows, rows], ids=["triton", "reference"])
 
 
 def function_of(module: Any, name: str) -> Callable[..., Any]:
-    return getattr(module, name) if module is triton_pieces else reference_of(getattr(module, name))  # type: ignore[no-any-return]
+    return getattr(module, name) if module is triton_rows else reference_of(getattr(module, name))  # type: ignore[no-any-return]
 
 
 def pool(
@@ -104,7 +105,7 @@ def test_pieces_of_all_layers(module: Any, seed: int, heads: tuple[int, int], wa
     chosen = parts.of(asked) if rng.random() < 0.5 else parts.all
     copied = sorted({layer for layer in chosen.layers.flatten().tolist() if layer >= 0 and not skipped[layer]})
     after = expected(source, target, head_map, copied, copies)
-    sizes = {"programs": rng.choice([1, 3, 16]), "tile_bytes": rng.choice([16, 256, 4096])} if module is triton_pieces else {}
+    sizes = {"programs": rng.choice([1, 3, 16]), "tile_bytes": rng.choice([16, 256, 4096])} if module is triton_rows else {}
     function_of(module, "copy_pieces")(source, target, chosen, skipped.to(DEVICE), copies, **sizes)
     assert torch.equal(target.rows, after)
 
@@ -120,24 +121,24 @@ def test_long_lists(dim: int, width: int, dtype: torch.dtype) -> None:
     copies = some_copies([2, 0], 2, (128, 96), width, generator)
     skipped = torch.tensor([False, True, False, False, False], device=DEVICE)
     parts, before = BlockParts.of_map(blocks, head_map, DEVICE).all, target.rows.clone()
-    reference_of(pieces.copy_pieces)(source, target, parts, skipped, copies)
+    reference_of(rows.copy_pieces)(source, target, parts, skipped, copies)
     after = target.rows.clone()
     assert not torch.equal(before, after)
     target.rows.copy_(before)
-    triton_pieces.copy_pieces(source, target, parts, skipped, copies, programs=4, tile_bytes=1 << 14)
+    triton_rows.copy_pieces(source, target, parts, skipped, copies, programs=4, tile_bytes=1 << 14)
     assert torch.equal(target.rows, after)
 
 
-@both
+@pytest.mark.parametrize("listed", [triton_slot_plan.listed, reference_of(slot_plan.listed)], ids=["triton", "reference"])
 @QUICK
 @given(st.integers(0, 2**31))
-def test_lists_of_what_is_wanted(module: Any, seed: int) -> None:
+def test_lists_of_what_is_wanted(listed: Callable[..., Copies], seed: int) -> None:
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     shape = (rng.randint(0, 3), rng.randint(1, 4), rng.choice([1, 7, 1500]))
     source, target = torch.randint(-1, 1 << 20, (2, *shape), generator=generator).to(DEVICE)
     wanted = (torch.rand(shape, generator=generator) < rng.choice([0.0, 0.2, 1.0])).to(DEVICE)
     seats = torch.arange(shape[0], device=DEVICE)
-    found = function_of(module, "listed")(seats, source, target, wanted)
+    found = listed(seats, source, target, wanted)
     assert found.seats is seats and found.counts.tolist() == wanted.sum(-1).tolist()
     for r in range(shape[0]):
         for g in range(shape[1]):
@@ -218,14 +219,14 @@ def test_pieces_in_host_memory() -> None:
     arena, right = (pool(one_by_one(4), 8, 4, 2, 64, torch.bfloat16, 1) for _ in range(2))
     copies = some_copies([2, 0], 2, (32, 32), 20, generator)
     parts, skipped = BlockParts.of_map(blocks, head_map, DEVICE).all, torch.zeros(4, dtype=torch.bool, device=DEVICE)
-    reference = reference_of(pieces.copy_pieces)
-    pieces.copy_pieces(host, arena, parts, skipped, copies)
+    reference = reference_of(rows.copy_pieces)
+    rows.copy_pieces(host, arena, parts, skipped, copies)
     reference(plain, right, parts, skipped, copies)
     assert torch.equal(arena.rows, right.rows)
     back = Copies(copies.seats, copies.target, copies.source, copies.counts)
     arena.rows.neg_()
     right.rows.neg_()
-    pieces.copy_pieces(arena, host, parts, skipped, back)
+    rows.copy_pieces(arena, host, parts, skipped, back)
     reference(right, plain, parts, skipped, back)
     torch.cuda.synchronize()
     assert torch.equal(host.rows.to(DEVICE), plain.rows)

@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from specontext.core import LoadPlan, ModelShape, Selection
-from specontext.kernels.pieces import copy_pieces
+from specontext.kernels.rows import copy_pieces
 from specontext.kernels.tables import NewTokens, Pages, Parts, Slots
 from specontext.kv import transfers
 from specontext.kv.cache import KVCache

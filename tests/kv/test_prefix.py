@@ -366,7 +366,7 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 def test_copies_cost_the_rows_of_their_pages_and_no_more(copied: dict[str, int]) -> None:
     bench = Bench((True, False, True))
-    bench.kv.transfers.streams = RecordingStreams()
+    bench.kv.transfers.run_on(RecordingStreams())
     bench.fill(0, 1, 23)
     chain: list[Block] = []
     bench.keep(0, 1, chain, 5)

@@ -24,18 +24,6 @@ TILE_BYTES = 32768
 WARPS = 8
 
 
-def listed(seats: Tensor, source: Tensor, target: Tensor, wanted: Tensor) -> Copies:
-    """See `specontext.kernels.pieces.listed`."""
-    requests, groups, width = wanted.shape
-    lists = torch.empty((2, requests, groups, width), dtype=torch.int32, device=wanted.device)
-    counts = torch.empty((requests, groups), dtype=torch.int32, device=wanted.device)
-    if counts.numel():
-        flags = wanted.contiguous().view(torch.uint8)
-        source, target = source.contiguous(), target.contiguous()
-        _list[(requests * groups,)](flags, source, target, lists[0], lists[1], counts, width, BLOCK=1024, num_warps=8)
-    return Copies(seats, lists[0], lists[1], counts)
-
-
 def copy_pieces(
     source: Pages,
     target: Pages,
@@ -47,7 +35,7 @@ def copy_pieces(
     tile_bytes: int = TILE_BYTES,
     warps: int = WARPS,
 ) -> None:
-    """See `specontext.kernels.pieces.copy_pieces`. A row costs its bytes; of indices a piece costs about 24 bytes and 8 a layer.
+    """See `specontext.kernels.rows.copy_pieces`. A row costs its bytes; of indices a piece costs about 24 bytes and 8 a layer.
 
     Args:
         tile_bytes, warps: of a program.
@@ -106,7 +94,7 @@ def copy_pieces(
 
 
 def append_pieces(pages: Pages, line: int, seats: Tensor, positions: Tensor, new: Tensor, wanted: Tensor) -> None:
-    """See `specontext.kernels.pieces.append_pieces`."""
+    """See `specontext.kernels.rows.append_pieces`."""
     tokens, heads, places = new.shape[:3]
     if not tokens:
         return
@@ -140,22 +128,6 @@ def _tile(rows: Tensor, tile_bytes: int) -> tuple[int, int, int]:
     width = rows.shape[1] * rows.shape[2]
     block = triton.next_power_of_2(width)
     return width, block, max(1, min(128, tile_bytes // (block * rows.itemsize)))
-
-
-@triton.jit
-def _list(wanted, source, target, source_list, target_list, counts, width, BLOCK: tl.constexpr):
-    pair = tl.program_id(0).to(tl.int64)
-    first = pair * width
-    count = tl.full((), 0, tl.int32)
-    for start in range(0, width, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        flag = tl.load(wanted + first + place, mask=place < width, other=0) != 0
-        one = flag.to(tl.int32)
-        to = first + count + tl.cumsum(one, 0) - one
-        tl.store(source_list + to, tl.load(source + first + place, mask=flag, other=0).to(tl.int32), mask=flag)
-        tl.store(target_list + to, tl.load(target + first + place, mask=flag, other=0).to(tl.int32), mask=flag)
-        count += tl.sum(one, 0)
-    tl.store(counts + pair, count)
 
 
 @triton.jit

@@ -13,7 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from specontext.kernels.tables import NewTokens, Pages, Tiers
+from specontext.kernels.triton.pieces import append_pieces, copy_pieces
 from specontext.kernels.triton.slot_plan import piece_of
+
+__all__ = ["append_keys", "append_layer", "append_pieces", "append_rows", "append_tokens", "copy_pieces", "gather_rows"]
 
 TILE_BYTES = 16384
 
