@@ -23,7 +23,7 @@ from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout
 from specontext.kv.pool import PagePool, make_pools
 from specontext.memory.facts import NO_HEAD, ModelFacts
-from specontext.memory.model import MemoryModel, RunSettings, measured_model
+from specontext.memory.model import MemoryModel, RunSettings, measured_model, staged_bytes
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, MemoryPlanError, TierSizes, free_memory, size_tiers
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import RetrievalHead, facts_of_head
@@ -119,7 +119,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     runtime, graphs = None, 0
     if device.type == "cuda":
         features = head.config.feature_layers if head is not None and head.config.variant == "features" else ()
-        runtime = measure_runtime(loaded, run, feature_layers=features)
+        runtime = measure_runtime(loaded, run, feature_layers=features) + staged_bytes(facts, run)
         graphs = 0 if config.enforce_eager else GRAPHS
     plan = measured_model(
         facts,

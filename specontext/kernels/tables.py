@@ -60,7 +60,8 @@ class Pages:
     @cached_property
     def words(self) -> Tensor:
         """The rows as [N, words]: a CPU copies bits word by word."""
-        return self.rows.flatten(1).view(word_of(self.rows))
+        with torch.inference_mode(False):  # or they could not be written outside of inference mode
+            return self.rows.flatten(1).view(word_of(self.rows))
 
     def table_of(self, layer: int) -> Tensor:
         """Pages int64 [seats, P] of a layer."""

@@ -88,10 +88,15 @@ class ModelFacts:
     @cached_property
     def blocks(self) -> LayerBlocks:
         """The layers whose rows lie side by side on the host."""
+        return divide_layers(self.head_map, self.shape.row_bytes)
+
+    @property
+    def head_map(self) -> tuple[tuple[int, ...], ...]:
+        """The group that each KV head of each layer reads: its own number where the head says nothing."""
         groups = self.head.head_map
         if groups is None or len(groups) != self.shape.layers:  # no engine takes the head of another model
-            groups = (tuple(range(self.shape.kv_heads)),) * self.shape.layers
-        return divide_layers(groups, self.shape.row_bytes)
+            return (tuple(range(self.shape.kv_heads)),) * self.shape.layers
+        return groups
 
     @property
     def key_bytes_per_token(self) -> int:

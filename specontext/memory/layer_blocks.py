@@ -56,6 +56,12 @@ class LayerBlocks:
         """Blocks that some layers belong to, ascending."""
         return sorted({self.home[layer][0] for layer in layers})
 
+    def reads(self, head_map: Sequence[Groups]) -> int:
+        """Reads that bring a token's rows in all layers: one for each block and KV head, or more where a head reads other groups
+        in some of a block's layers."""
+        heads = range(len(head_map[0]))
+        return sum(len({head_map[layer][head] for layer in members}) for members in self.members for head in heads)
+
     @cached_property
     def places_away(self) -> tuple[int, ...]:
         """Places that the last i layers take on the host, i from 0 to all: those of whole blocks."""

@@ -236,14 +236,24 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
     shape, groups = facts.shape, _groups(facts, run)
     width = -(-run.max_tokens // run.page_size)
     slot_width = max(1, -(-run.slots // run.page_size))
-    pages = 8 * (shape.layers * (2 * width + slot_width) + _key_pages(facts, run))  # int64
+    blocks = len(facts.blocks.sizes)
+    pages = 8 * (shape.layers * (width + slot_width) + blocks * width + _key_pages(facts, run))  # int64
     hot = run.slots - run.sink - run.recent if run.slots else 0
     slots = 4 * groups * (2 * hot + run.max_tokens) if run.slots else 0  # int32: token of a slot, its last use, slot of a token
     statistics = 4 * groups * run.selections * run.budget + 8 * (COUNTERS + shape.layers)  # int32, float64
     feature = facts.head.state_width * shape.dtype.itemsize
-    # Head map, layer numbers and flags, readers of a group, steps, counters of requests that left; of the engine, not of a seat.
-    maps = shape.layers * (8 * (shape.kv_heads + 1 + groups) + 1) + 4 * run.selections + 8 * COUNTERS
+    # Head map, flags, readers of a group, steps, counters of requests that left; of the engine, not of a seat.
+    maps = shape.layers * (8 * (shape.kv_heads + groups) + 1) + 4 * run.selections + 8 * COUNTERS
+    maps += copy_tables(facts)
     return (run.requests + 1) * (pages + run.selections * slots + statistics + feature) + maps
+
+
+def copy_tables(facts: ModelFacts) -> int:
+    """Bytes of the tables that say which layers are copied together: where they lie in both tiers, and the parts of a read for
+    heads that read alike, for the head map, and for each layer by itself."""
+    blocks, layers, heads = facts.blocks, facts.shape.layers, facts.shape.kv_heads
+    reads = len(blocks.sizes) * heads + blocks.reads(facts.head_map)
+    return 8 * (reads * (blocks.places + 2) + 3 * layers * heads + len(blocks.sizes) * blocks.places + 4 * layers)
 
 
 def workspace_bytes(facts: ModelFacts, run: RunSettings) -> int:
@@ -257,7 +267,7 @@ def workspace_bytes(facts: ModelFacts, run: RunSettings) -> int:
     queries = head.heads * head.head_dim * (2 * facts.shape.dtype.itemsize + 12)
     position = 4 * (head.heads + head.kv_heads)
     counts = 4 * head.kv_heads * (1024 + 129 * min(256, -(-run.max_tokens // 1024)))
-    place = 26 * groups + 40 * facts.shape.kv_heads
+    place = 30 * groups + 40 * facts.shape.kv_heads
     return run.requests * (queries + run.max_tokens * position + counts + run.budget * place + 8 * groups * run.slots)
 
 
@@ -265,9 +275,9 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
     """Bytes of activations and library workspaces, where no profiling pass has measured them.
 
     For a step of T tokens, all at once (which errs on the large side): four hidden states, features and their copy, q, k, v
-    before and after RoPE, three feed-forward activations, two float32 attention outputs, two tiles of stored KV, logits with a
-    float32 copy and the record that penalties need, the sampler's chunk, and the workspaces of matrix products. The CUDA
-    context is no part of it.
+    before and after RoPE, three feed-forward activations, two float32 attention outputs, two tiles of stored KV, new rows of two
+    blocks of layers, logits with a float32 copy and the record that penalties need, the sampler's chunk, and the workspaces of
+    matrix products. The CUDA context is no part of it.
     """
     shape, size = facts.shape, facts.shape.dtype.itemsize
     heads = shape.query_heads * shape.head_dim
@@ -282,7 +292,14 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
     logits = run.requests * shape.vocab_size * (size + 4 + HISTORY)
     sampler = min(SAMPLER, 24 * run.requests * shape.vocab_size)
     steps = min(run.max_batched_tokens, run.requests * run.max_tokens)
-    return steps * token + tiles + logits + sampler + LIBRARIES
+    return steps * token + tiles + staged_bytes(facts, run) + logits + sampler + LIBRARIES
+
+
+def staged_bytes(facts: ModelFacts, run: RunSettings) -> int:
+    """Bytes in which the new rows of prompts wait until all layers of a block have them: of one block, and of the last one while
+    it is on its way to the host."""
+    shape, tokens = facts.shape, min(run.max_batched_tokens, run.requests * run.max_tokens)
+    return 2 * tokens * facts.blocks.places * shape.kv_heads * shape.row_bytes
 
 
 def _key_pages(facts: ModelFacts, run: RunSettings) -> int:

@@ -18,10 +18,12 @@ from specontext.engine.llm_engine import Generation
 MakeLLM = Callable[..., LLM]
 Greedy = Callable[..., SamplingParams]
 
-# The Llama checkpoint: 3 layers, 2 KV heads of 24 in float32, pages of 16 tokens; its head's keys and features take a page more.
+# The Llama checkpoint: 3 layers, which are one block, 2 KV heads of 24 in float32, pages of 16 tokens; its head's keys and
+# features take a page more.
 SIZE, LAYERS, TOKEN = 16, 3, 2 * 2 * 24 * 4
 PAGE = SIZE * TOKEN
-BLOCK = LAYERS + 1
+HOST_PAGE = LAYERS * PAGE
+BLOCK = 2
 
 
 def text(seed: int, length: int) -> list[int]:
