@@ -22,6 +22,7 @@ from specontext.kernels.tables import NewTokens
 from specontext.kv.cache import KVCache
 from specontext.kv.dense import DenseRead, Staging
 from specontext.kv.layout import Reader, Reading
+from specontext.kv.streams import STATISTICS, Mark
 from specontext.retrieval.selector import AheadSelector, DecodeTokens, ForeseeingSelector, LayerSelector, Selector
 
 # Shows the decode tokens of some ways of a batch, with full attention, to the methods that have to know it beforehand.
@@ -85,6 +86,7 @@ class Step:
         self.ways = [self._way(lane) for lane in lanes]
         self.chunks = Chunks(batch, self.transfers, methods, self.tile) if batch.prefills else None
         self.staging: Staging | None = None
+        self._counted: Mark = None
         # Choosing is timed where nothing runs beside it, or where measuring waits in any case.
         self._timed = measure_recall or not self.transfers.asynchronous
         self._now = partial(_synchronised, kv.device) if self._timed and self.transfers.asynchronous else time.perf_counter
@@ -138,8 +140,8 @@ class Step:
             self.meter.streamed(way.decode.seats, way.decode.lengths * streamed)
 
     def _count(self) -> None:
-        """Statistics of the step, beside what is computed."""
-        with self.transfers.counting():
+        """Statistics of the step, beside what is computed; it holds their tensors until compute has waited for them."""
+        with self.transfers.beside(STATISTICS):
             for way in self.ways:
                 seats, lengths = way.decode.seats, way.decode.lengths
                 if way.in_layer is None:
@@ -148,9 +150,11 @@ class Step:
                     self.meter.sparse(way.reading, self.transfers.tiers.resident)
                 elif way.read is not None:
                     self.meter.dense(seats, lengths, resident=sum(self.transfers.resident))
+        self._counted = self.transfers.mark(STATISTICS)
 
     def end(self) -> None:
         """After the forward pass."""
+        self.transfers.after(self._counted)
         self.transfers.end_step()
         for way in self.ways:
             if way.in_layer is not None:

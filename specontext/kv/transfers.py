@@ -17,7 +17,7 @@ from specontext.kernels.rows import append_layer, append_pieces, append_tokens, 
 from specontext.kernels.slot_plan import listed, selected_rows
 from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
 from specontext.kv.layout import BlockParts, Reading
-from specontext.kv.streams import COMPUTE, PREFETCH, STATISTICS, WRITE_BACK, Mark, Streams
+from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK, Mark, Streams
 from specontext.memory.layer_blocks import LayerBlocks
 
 
@@ -65,7 +65,6 @@ class Transfers:
         self._members = torch.tensor(members, dtype=torch.int64).to(tiers.resident.device)
         self._loaded: list[Mark] = [None] * len(resident)
         self._written: Mark = None
-        self._counted: Mark = None
         self._kept: Mark = None  # pages are being copied from seats for others to keep
 
     # Streams ----------------------------------------------------------------------------------------------------------
@@ -211,19 +210,11 @@ class Transfers:
                 append_pieces(host, block, new.seats, new.positions, rows, wanted)
             self._written = self.mark(WRITE_BACK)
 
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Statistics beside what is computed; the step holds their tensors until it has ended."""
-        with self.beside(STATISTICS):
-            yield
-        self._counted = self.mark(STATISTICS)
-
     def end_step(self) -> None:
-        """What follows, compute and loads alike, sees all that this step wrote back and counted."""
-        for mark in (self._written, self._counted):
-            if mark is not None:
-                self.after(mark)
-        self._written = self._counted = None
+        """What follows, compute and loads alike, sees all that this step wrote back."""
+        if self._written is not None:
+            self.after(self._written)
+            self._written = None
 
     # Between steps ----------------------------------------------------------------------------------------------------
 

@@ -9,15 +9,7 @@ from specontext.core import SpeContextError
 
 
 class OutOfPagesError(SpeContextError):
-    """A pool has fewer free pages than were asked for; nothing was allocated.
-
-    Attributes:
-        pages: the allocator that has too few, where one is to blame.
-    """
-
-    def __init__(self, message: str, pages: PageAllocator | None = None) -> None:
-        super().__init__(message)
-        self.pages = pages
+    """A pool has fewer free pages than were asked for; nothing was allocated."""
 
 
 class PageCache(Protocol):
@@ -92,7 +84,7 @@ class PageAllocator:
     def require(self, count: int) -> None:
         """Raises OutOfPagesError unless `count` pages can be had; the cache gives up what it takes."""
         if count > self.num_free:
-            raise OutOfPagesError(f"the {self.name} has {self.num_free} free pages and {count} are needed", self)
+            raise OutOfPagesError(f"the {self.name} has {self.num_free} free pages and {count} are needed")
         short = count - self.num_ready
         if self.cache is not None and short > 0:
             self.free(self.cache.give_up(min(short, self.cache.num_spare)))

@@ -8,10 +8,12 @@ import torch
 from specontext.core import ModelShape
 from specontext.kernels.tables import NewTokens
 from specontext.kv.cache import KVCache
-from specontext.kv.dense import stored_tiles
+from specontext.kv.dense import DenseRead, Staging, stored_tiles
 from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout, Reader
 from specontext.kv.pool import make_pools
+from specontext.kv.streams import PREFETCH
+from tests.kv.test_streams import RecordingStreams, watch
 
 HEADS, DIM, TOKENS = 2, 4, 29
 
@@ -68,3 +70,33 @@ def test_page_tables_lead_to_the_stored_tokens(layer: int, kv: KVCache) -> None:
             assert torch.equal(home.by_page(layer)[page, token % 4], stored[seat][token])
             rows = home.rows_of(layer, torch.tensor([seat]), torch.tensor([[[token]]]))[0, :, 0]
             assert torch.equal(home.rows[rows], stored[seat][token])
+
+
+def test_staged_tiles_are_right_in_whatever_order_they_are_asked_for(kv: KVCache) -> None:
+    """In the order that was announced each tile is fetched once; out of it more often, and never another one's rows."""
+    stored = [store(kv, 1, seat) for seat in range(3)]
+    streams = RecordingStreams()
+    kv.transfers.run_on(streams)
+    reads = [
+        DenseRead(torch.tensor([2]), 21, 8, by_token=True),
+        DenseRead(torch.tensor([0, 1]), 13, 5, ends=torch.tensor([13, 9])),
+    ]
+
+    def check(staging: Staging, read: DenseRead) -> int:
+        count = 0
+        for start, stop, rows in staging.tiles(1, read):
+            count += 1
+            if read is reads[0]:
+                assert torch.equal(rows.view(stop - start, HEADS, 2, DIM), stored[2][start:stop])
+                continue
+            for found, seat, end in zip(rows.view(2, HEADS, stop - start, 2, DIM), (0, 1), (13, 9), strict=True):
+                length = max(0, min(stop, end) - start)
+                assert torch.equal(found[:, :length].transpose(0, 1), stored[seat][start : start + length])
+        return count
+
+    for order, fetched in ((reads, 6), (reads[::-1], 8)):
+        before = streams.clocks[PREFETCH].get(PREFETCH, 0)
+        with pytest.MonkeyPatch.context() as patch:
+            watch(streams, patch)
+            assert sum(check(staging, read) for staging in [Staging(kv.transfers, reads)] for read in order) == 6
+        assert (streams.clocks[PREFETCH][PREFETCH] - before) // 2 == fetched, "a read and a write for each tile"
