@@ -114,6 +114,20 @@ class KVCache:
         return self._held.next_to_leave
 
     @property
+    def next_block_to_return(self) -> list[int]:
+        """Layers of the first block on the host: its pages are given back when all of them are on the device."""
+        first = min(self.offloaded, default=None)
+        if first is None:
+            return []
+        members = self.layout.blocks.members[self.layout.blocks.home[first][0]]
+        return [layer for layer in members if not self._held.resident[layer]]
+
+    def fits_on_device(self, layers: int) -> bool:
+        """Whether the device has room for the tokens of all seats in so many layers more."""
+        layer = sum(self.layout.pages_of(one.room) for one in self.seats.values())
+        return layers * layer <= self.arena.pages.num_free
+
+    @property
     def move(self) -> LayerMove | None:
         return self._held.move
 
