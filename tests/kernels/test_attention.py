@@ -152,6 +152,24 @@ def test_paged_attention(
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_layers_that_lie_between_change_nothing(dtype: torch.dtype) -> None:
+    """Rows of one layer out of pieces with those of two others, which are not numbers: bit for bit the same result."""
+    query, pages = rand(1, 6, 64, dtype=dtype, seed=0), torch.tensor([5, 6, 7, 8, 2, 0, 1, 3, 12, 10, 11, 9, 4])
+    alone = in_pages(rand(100, 3, 2, 64, dtype=dtype, seed=1), pages, 8)
+    between = torch.full((*alone.shape[:3], 3, *alone.shape[3:]), math.nan, dtype=dtype)
+    between[:, :, :, 1] = alone
+    for of_request, length in ((pages, 100), (pages[:4], 30)):  # and pages that follow one another
+        assert torch.equal(
+            tokens_of_pages(between[:, :, :, 1], of_request, 3, length), tokens_of_pages(alone, of_request, 3, length)
+        )
+        one, other = (
+            paged_attention(query, rows, of_request[None], torch.tensor([length]), 0.2, tile=32)
+            for rows in (alone, between[:, :, :, 1])
+        )
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_where_pages_lie_changes_nothing(dtype: torch.dtype) -> None:
     """Pages in a row are read in place, others copied: bit for bit the same result."""
     query, tokens = rand(1, 6, 64, dtype=dtype, seed=0), rand(100, 3, 2, 64, dtype=dtype, seed=1)

@@ -207,6 +207,7 @@ def test_parts_have_every_layer_and_head_once() -> None:
                 seen += [(layer, head) for layer in those]
             alike = {tuple(head_map[layer]) for layer in members}
             assert len(part) == heads if len(alike) == 1 else len(part) > heads
+        assert len(found.all) == blocks.reads(head_map)
         assert sorted(seen) == [(layer, head) for layer in range(layers) for head in range(heads)]
 
 
