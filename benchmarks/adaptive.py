@@ -62,7 +62,7 @@ from specontext.memory.planner import thresholds
 from specontext.models.loading import LoadedModel, load_model
 from specontext.retrieval.catalog import find_head
 from specontext.retrieval.head import RetrievalHead
-from specontext.retrieval.selector import Budget, DecodeTokens
+from specontext.retrieval.selector import Budget, LaneTokens
 
 SETTLING = 3  # steps after a jump until slots hold what the new selections repeat
 SELECTIONS = 16  # of a replayed sequence
@@ -126,10 +126,10 @@ class GrowingReplay(Replay):
         """Go on with another sequence, in the same memory."""
         self.tokens.copy_(torch.stack([selection.tokens for selection in selections]))
 
-    def select(self, step: DecodeTokens) -> Selection:
-        sequence = super().select(step).tokens[..., self.budget.sink : self.budget.total - self.budget.recent]
-        scored = sequence.index_select(0, step.seats.clamp(max=len(sequence) - 1))  # the padding's seat is no request's
-        return self.budget.compose(torch.where(step.positions[:, None, None] < 0, -1, scored), step.lengths)
+    def select(self, lane: LaneTokens) -> Selection:
+        sequence = super().select(lane).tokens[..., self.budget.sink : self.budget.total - self.budget.recent]
+        scored = sequence.index_select(0, lane.seats.clamp(max=len(sequence) - 1))  # the padding's seat is no request's
+        return self.budget.compose(torch.where(lane.positions[:, None, None] < 0, -1, scored), lane.lengths)
 
 
 class Engine:

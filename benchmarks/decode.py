@@ -51,7 +51,7 @@ from specontext.engine.runner import ModelRunner
 from specontext.models.attention import ATTENTION_NAME
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import RetrievalHead
-from specontext.retrieval.selector import Budget, DecodeTokens
+from specontext.retrieval.selector import Budget, LaneTokens
 
 SHORT_CONTEXT = 64
 
@@ -147,8 +147,8 @@ def interleaved(systems: list[System], steps: int, device: torch.device) -> dict
 
 def retrieval_seconds(parts: Parts, batch: Batch, steps: int = 9) -> float:
     """Median seconds of choosing alone: the head, the scores of all keys, top-k; on a GPU as part of a captured graph."""
-    step, device = DecodeTokens.of(batch), parts.kv.device
-    choose: Callable[[], Any] = torch.inference_mode()(lambda: parts.selector.select(step))
+    lane, device = LaneTokens.of(batch), parts.kv.device
+    choose: Callable[[], Any] = torch.inference_mode()(lambda: parts.selector.select(lane))
     if device.type == "cuda":
         for _ in range(2):
             choose()

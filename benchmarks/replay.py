@@ -10,7 +10,7 @@ from torch import Tensor
 from specontext.core import Batch, Selection
 from specontext.engine.build import Parts
 from specontext.engine.methods import Methods
-from specontext.retrieval.selector import AheadSelector, Budget, DecodeTokens, Selector
+from specontext.retrieval.selector import AheadSelector, Budget, LaneTokens, Selector
 
 
 class Replay(AheadSelector):
@@ -42,16 +42,16 @@ class Replay(AheadSelector):
     def held_pages(self) -> list[list[int]]:
         return self.inner.held_pages
 
-    def select(self, step: DecodeTokens) -> Selection:
-        self.inner.select(step)
+    def select(self, lane: LaneTokens) -> Selection:
+        self.inner.select(lane)
         self.place.add_(1).remainder_(len(self.tokens))
         return Selection(self.tokens.index_select(0, self.place)[0], self.scored.index_select(0, self.place)[0])
 
     def observe(self, batch: Batch, features: Tensor | None) -> None:
         self.inner.observe(batch, features)
 
-    def selection_bytes(self, step: DecodeTokens) -> Tensor:
-        return self.inner.selection_bytes(step)
+    def selection_bytes(self, lane: LaneTokens) -> Tensor:
+        return self.inner.selection_bytes(lane)
 
 
 def with_own_method(parts: Parts, selector: Selector) -> Parts:

@@ -43,7 +43,7 @@ from reproduce_parts import (
 from reproduce_report import write
 from specontext.cli.options import parse_bandwidth, parse_size
 from specontext.cli.planned import find_facts
-from specontext.core import SpeContextError
+from specontext.errors import SpeContextError
 from specontext.memory.facts import ModelFacts
 from specontext.memory.presets import PRESETS
 from specontext.memory.speed import Bandwidths

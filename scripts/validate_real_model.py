@@ -27,7 +27,7 @@ from rich.markdown import Markdown
 
 from specontext.cli.eval import progress_bars
 from specontext.cli.terminal import quiet_libraries
-from specontext.core import SpeContextError
+from specontext.errors import SpeContextError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TEXTS = ("tasks", str(REPOSITORY / "docs"), str(REPOSITORY / "specontext" / "engine"))

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 # as soon as another process takes one of them. To be said before torch is loaded; a value that is set already stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from specontext.config import ConfigError, EngineConfig, SpeContextConfig
-from specontext.core import CompletionOutput, RequestOutput, SamplingParams, SpeContextError
+from specontext.config import EngineConfig, SpeContextConfig
+from specontext.core import CompletionOutput, RequestOutput, SamplingParams
+from specontext.errors import ConfigError, SpeContextError
 
 if TYPE_CHECKING:
     from specontext.engine.llm import LLM

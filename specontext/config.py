@@ -6,36 +6,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
-from specontext.core import SpeContextError
+from specontext.errors import ConfigError
+from specontext.retrieval.registry import CHEAP_METHODS, CHOICES, DEFAULT, FULL, METHODS
 
-METHODS = (
-    *("full", "speculative", "streaming", "oracle", "shared-oracle", "random"),
-    *("quest", "shadowkv", "clusterkv", "snapkv", "h2o"),
-)
-# What requests may name besides, as METHOD-VARIANT.
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "speculative": ("union", "batch", "identity"),
-    "shared-oracle": ("bands2", "bands3", "bands5"),
-    "quest": ("prompt",),
-    "shadowkv": ("prompt",),
-    "clusterkv": ("prompt",),
-    "snapkv": ("prompt",),
-}
-CHOICES = (*METHODS, *(f"{method}-{variant}" for method, variants in VARIANTS.items() for variant in variants))
-CHEAP_METHODS = ("full", "streaming")  # they need no memory of their own, also within a step
 GRANULARITIES = ("head", "union", "batch")
 LOAD_FORMATS = ("auto", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_BUDGET = 2048
+T = TypeVar("T")
 
 
-class ConfigError(SpeContextError, ValueError):
-    """A setting that cannot be honoured; the message says which one and what would work."""
-
-
-def _option(default: object, help: str) -> object:
-    return field(default=default, metadata={"help": help})
+def option(default: T, help: str) -> T:
+    """A setting's default, with what the CLI says of it."""
+    made: T = field(default=default, metadata={"help": help})
+    return made
 
 
 @dataclass(frozen=True)
@@ -46,25 +32,25 @@ class SpeContextConfig:
         ConfigError: a value out of range, or values that contradict each other.
     """
 
-    method: str = _option("speculative", f"Selection method: {', '.join(METHODS)}.")  # type: ignore[assignment]
-    budget: int | None = _option(  # type: ignore[assignment]
+    method: str = option(DEFAULT, f"Selection method: {', '.join(METHODS)}.")
+    budget: int | None = option(
         None,
         "KV entries that attention reads for one KV head and step, sinks and recent window included. "
         "Default: what the retrieval head recommends, else 2048.",
     )
-    sink: int = _option(4, "First tokens of the context that are always read; inside the budget.")  # type: ignore[assignment]
-    recent: int = _option(16, "Last tokens of the context that are always read; inside the budget.")  # type: ignore[assignment]
-    slots: int | None = _option(  # type: ignore[assignment]
+    sink: int = option(4, "First tokens of the context that are always read; inside the budget.")
+    recent: int = option(16, "Last tokens of the context that are always read; inside the budget.")
+    slots: int | None = option(
         None,
         "Device slots for each KV head of an offloaded layer, at least the budget; what they hold beyond the budget stays "
         "until it is the least recently used. Default: the budget.",
     )
-    offload_layers: int | None = _option(  # type: ignore[assignment]
+    offload_layers: int | None = option(
         None,
         "Layers whose KV lives in host memory, the last ones first; -1 offloads all. Default: as many as memory makes necessary, "
         "layer by layer while requests grow.",
     )
-    granularity: str = _option(  # type: ignore[assignment]
+    granularity: str = option(
         "head",
         "'head' selects for every KV head. One set for all heads: 'union' of shrunk sets, 'batch' by the best score.",
     )
@@ -120,59 +106,55 @@ class EngineConfig:
     model: str | Path
     retrieval_head: str | Path | None = "auto"
     method: SpeContextConfig = field(default_factory=SpeContextConfig)
-    dtype: str = _option("auto", "Number format of weights and KV: auto (the checkpoint's), float32, bfloat16 or float16.")  # type: ignore[assignment]
-    device: str = _option("auto", "Where the model runs: auto, cpu, cuda or cuda:N.")  # type: ignore[assignment]
-    methods: Sequence[str] | None = _option(  # type: ignore[assignment]
+    dtype: str = option("auto", "Number format of weights and KV: auto (the checkpoint's), float32, bfloat16 or float16.")
+    device: str = option("auto", "Where the model runs: auto, cpu, cuda or cuda:N.")
+    methods: Sequence[str] | None = option(
         None,
         "Methods that requests may name instead of the engine's own, with budgets up to the engine's. Those that keep state of "
         "their own take memory for all requests. Default: full and streaming, unless the engine's own method is full.",
     )
-    max_model_len: int | None = _option(  # type: ignore[assignment]
+    max_model_len: int | None = option(
         None, "Longest context, prompt and output together, in tokens. Default: the model's own maximum."
     )
-    max_num_seqs: int = _option(16, "Requests that run at the same time.")  # type: ignore[assignment]
-    max_num_batched_tokens: int = _option(1024, "Tokens of one engine step; longer prompts are prefilled in chunks.")  # type: ignore[assignment]
-    gpu_memory: int | None = _option(  # type: ignore[assignment]
+    max_num_seqs: int = option(16, "Requests that run at the same time.")
+    max_num_batched_tokens: int = option(1024, "Tokens of one engine step; longer prompts are prefilled in chunks.")
+    gpu_memory: int | None = option(
         None,
         "Bytes of GPU memory that the engine may use, weights and buffers included; on a CPU, bytes of the device tier of KV. "
         "Default: gpu_memory_utilization; on a CPU what max_num_seqs requests of max_model_len tokens need, as far as free.",
     )
-    gpu_memory_utilization: float | None = _option(  # type: ignore[assignment]
+    gpu_memory_utilization: float | None = option(
         None, "Share of the GPU's memory that the engine may use, where gpu_memory names no bytes. Default: 0.9."
     )
-    host_memory: int | None = _option(  # type: ignore[assignment]
+    host_memory: int | None = option(
         None, "Bytes of the host tier of KV. Default: what the requests need, up to a share of the free memory."
     )
-    offload_dir: Path | None = _option(  # type: ignore[assignment]  # noqa: RUF009
+    offload_dir: Path | None = option(  # noqa: RUF009
         None, "Directory for a file that the host tier of KV is mapped to, instead of memory; on a CPU only."
     )
-    enable_prefix_caching: bool = _option(  # type: ignore[assignment]
+    enable_prefix_caching: bool = option(
         True, "Keep what is known of prompts in free pages of the host tier, for requests that begin with the same tokens."
     )
-    seed: int = _option(0, "Seed from which sampled requests that name none get theirs, in the order in which they come.")  # type: ignore[assignment]
-    page_size: int = _option(16, "Tokens of one KV page.")  # type: ignore[assignment]
-    measure_recall: bool = _option(  # type: ignore[assignment]
+    seed: int = option(0, "Seed from which sampled requests that name none get theirs, in the order in which they come.")
+    page_size: int = option(16, "Tokens of one KV page.")
+    measure_recall: bool = option(
         False, "Measure the share of the true attention that the selection covers (reads all KV; slow)."
     )
-    verify_loads: bool = _option(False, "Debug: compare every row that attention reads with the host copy.")  # type: ignore[assignment]
-    head_rope_theta: float | None = _option(  # type: ignore[assignment]
-        None, "RoPE base of the retrieval head. Default: what the head's config says."
-    )
-    head_yarn_factor: float | None = _option(  # type: ignore[assignment]
+    verify_loads: bool = option(False, "Debug: compare every row that attention reads with the host copy.")
+    head_rope_theta: float | None = option(None, "RoPE base of the retrieval head. Default: what the head's config says.")
+    head_yarn_factor: float | None = option(
         None,
         "YaRN factor of the retrieval head, 1 switches YaRN off. Default: max_model_len over the length it was trained on, "
         "unless its config rules YaRN out.",
     )
-    enforce_eager: bool = _option(False, "Run every step eagerly: no CUDA graphs.")  # type: ignore[assignment]
-    compile: bool = _option(  # type: ignore[assignment]
-        True, "Fuse the layers' small operations in captured decode steps of 16-bit models (torch.compile)."
-    )
-    load_format: str = _option(  # type: ignore[assignment]
+    enforce_eager: bool = option(False, "Run every step eagerly: no CUDA graphs.")
+    compile: bool = option(True, "Fuse the layers' small operations in captured decode steps of 16-bit models (torch.compile).")
+    load_format: str = option(
         "auto", "auto (the checkpoint's weights) or dummy (random weights and head: speed without a checkpoint's weights)."
     )
-    tensor_parallel_size: int = _option(1, "GPUs that share the model; only 1 is implemented.")  # type: ignore[assignment]
-    trust_remote_code: bool = _option(False, "Allow modelling code that comes with a checkpoint.")  # type: ignore[assignment]
-    revision: str | None = _option(None, "Hub revision of the model.")  # type: ignore[assignment]
+    tensor_parallel_size: int = option(1, "GPUs that share the model; only 1 is implemented.")
+    trust_remote_code: bool = option(False, "Allow modelling code that comes with a checkpoint.")
+    revision: str | None = option(None, "Hub revision of the model.")
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -212,7 +194,7 @@ class EngineConfig:
     def all_methods(self) -> tuple[str, ...]:
         """The engine's own method first, then those that requests may name."""
         own = self.method.method
-        others = self.methods if self.methods is not None else () if own == "full" else CHEAP_METHODS
+        others = self.methods if self.methods is not None else () if own == FULL else CHEAP_METHODS
         return tuple(dict.fromkeys((own, *others)))
 
 

@@ -12,6 +12,8 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from specontext.errors import RequestError
+
 if TYPE_CHECKING:  # torch takes seconds to import, and only annotations here need it
     import torch
     from torch import Tensor
@@ -23,14 +25,6 @@ MOST_STOPS = 64
 LONGEST_STOP = 1 << 17  # characters; matching costs no more for a long one, but it is kept, and text may be held back for it
 MOST_STOP_TOKENS = 1024
 LONGEST_SHOWN = 80  # characters of a value that an error quotes
-
-
-class SpeContextError(Exception):
-    """Base of every error that a user's input can cause; its message says what to do."""
-
-
-class RequestError(SpeContextError, ValueError):
-    """A request that cannot be served as asked."""
 
 
 def shown(value: object) -> str:

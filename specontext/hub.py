@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from specontext.core import SpeContextError
+from specontext.errors import HubError
 
 # Data sets that the Hub keeps as loading scripts, and copies of them in Parquet.
 COPIES = {
@@ -21,10 +21,6 @@ _SCRIPT = re.compile(r"Dataset scripts are no longer supported, but found (?P<sc
 _NO_SUBSET = re.compile(r"Config name is missing\.\s*Please pick one among the available configs: \[(?P<names>[^\]]*)\]")
 _OTHER_SUBSETS = re.compile(r"BuilderConfig .* not found\. Available: \[(?P<names>[^\]]*)\]")
 _OTHER_SPLITS = re.compile(r"Unknown split .*\. Should be one of \[(?P<names>[^\]]*)\]")
-
-
-class HubError(SpeContextError, ValueError):
-    """A data set of the Hub that cannot be had; the message says why and what would work."""
 
 
 def load_split(name: str, subset: str | None, split: str, *, extra: str) -> Any:

@@ -15,9 +15,9 @@ from specontext.checkpoints.files import read_json
 from specontext.checkpoints.quantization import ADVICE, quantization_of
 from specontext.checkpoints.quantization import FILES as QUANTIZATION_FILES
 from specontext.checkpoints.wording import in_one_sentence
-from specontext.core import ModelShape, SpeContextError
+from specontext.core import ModelShape
+from specontext.errors import GGUFError, ModelError, SpeContextError
 from specontext.gguf.cache import converted
-from specontext.gguf.errors import GGUFError
 from specontext.gguf.files import PACKAGED, is_file, only_file, packaged_file
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need it
@@ -30,10 +30,6 @@ NEEDS_CODE = (
 NANO = Path(__file__).parent / "models" / "nano"
 # Retrieval heads that come with this package for models that do not, by the model's name.
 HEADS = {"smollm2": Path(__file__).parent / "models" / "smollm2" / "retrieval_head"}
-
-
-class ModelError(SpeContextError):
-    """A model that cannot be found, read or run; the message says why and what to do."""
 
 
 def resolve_model_path(name: str | Path) -> Path | str:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from specontext.config import ConfigError, EngineConfig, SpeContextConfig
-from specontext.core import SpeContextError
+from specontext.config import EngineConfig, SpeContextConfig
+from specontext.errors import ConfigError, SpeContextError
 
 
 @pytest.mark.parametrize(

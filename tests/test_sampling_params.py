@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from specontext.core import RequestError, SamplingParams
+from specontext.core import SamplingParams
+from specontext.errors import RequestError
 
 
 def test_defaults_are_valid() -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from specontext.core import SpeContextError
+from specontext.errors import SpeContextError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
 WEB_PAGES = (b"<!doctype html", b"<html")

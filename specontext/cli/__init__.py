@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words after the program's name, by default those of the process.
     """
     from specontext.cli.app import app
-    from specontext.core import SpeContextError
+    from specontext.errors import SpeContextError
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

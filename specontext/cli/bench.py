@@ -19,10 +19,10 @@ from rich.table import Table
 from specontext.cli.generate import load_llm
 from specontext.cli.options import ENGINE_OPTIONS, Settings, with_settings
 from specontext.cli.terminal import MODEL_HELP, error_console, quiet_libraries
-from specontext.evaluation.load.http import Address, HttpError, fetch_json
-from specontext.evaluation.load.measure import Target, measure
-from specontext.evaluation.load.report import TIMES, summarise
-from specontext.evaluation.load.workload import Workload
+from specontext.evaluation.traffic.http import Address, HttpError, fetch_json
+from specontext.evaluation.traffic.measure import Target, measure
+from specontext.evaluation.traffic.report import TIMES, summarise
+from specontext.evaluation.traffic.workload import Workload
 
 bench_app = typer.Typer(help="Measure throughput and latencies: a table, then one line of JSON.", no_args_is_help=True)
 

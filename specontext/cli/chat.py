@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from specontext.cli.terminal import UsageError, error_console
-from specontext.evaluation.load.http import Address, Exchange, HttpError, fetch_json
+from specontext.evaluation.traffic.http import Address, Exchange, HttpError, fetch_json
 
 Message = dict[str, str]
 

@@ -19,7 +19,8 @@ from rich.table import Table
 from specontext.cli.demo_document import show_document
 from specontext.cli.tasks import draw_problems
 from specontext.cli.terminal import UsageError, error_console, human_bytes, quiet_libraries, shorten
-from specontext.config import ConfigError, SpeContextConfig
+from specontext.config import SpeContextConfig
+from specontext.errors import ConfigError
 from specontext.evaluation.solve import Scored, Summary, solve, summarize
 from specontext.evaluation.token_counter import token_counter
 from specontext.gguf.files import PACKAGED

@@ -110,6 +110,9 @@ def distill(
     ] = "float32",
     dtype: Annotated[str, typer.Option("--dtype", help="Number format of the target's weights.")] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    save_dtype: Annotated[
+        str, typer.Option("--save-dtype", help="Number format of the written head's matrices: float32, bfloat16 or float16.")
+    ] = "float32",
     measure_every: Annotated[
         int, typer.Option("--measure-every", help="Steps between measurements on held-out text, of which the best head is kept.")
     ] = 100,
@@ -180,6 +183,7 @@ def distill(
         yarn=yarn,
         dtype=dtype,
         device=device,
+        save_dtype=save_dtype,
     )
     console = error_console()
 

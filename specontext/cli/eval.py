@@ -19,7 +19,7 @@ from rich.table import Table
 from specontext.cli.analyze import whole_numbers
 from specontext.cli.options import ENGINE_OPTIONS, Settings, with_settings
 from specontext.cli.terminal import MODEL_HELP, UsageError, error_console, human_bytes, quiet_libraries
-from specontext.config import CHOICES
+from specontext.retrieval.registry import CHOICES
 
 if TYPE_CHECKING:
     from specontext.evaluation.run import Advance, Begin

@@ -48,7 +48,7 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
     yield f"{scores['perplexity_ratio']:.4g}"
     yield _between(scores["ratio_low"], scores["ratio_high"], "{:.3g}")
     yield f"{100 * row['score']:.1f}"
-    yield f"{100 * row['attention_recall']:.1f}"
+    yield "–" if row["attention_recall"] is None else f"{100 * row['attention_recall']:.1f}"
 
 
 def _between(low: float | None, high: float | None, form: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from specontext.cli.plan_report import MERGED, NAMES
 from specontext.cli.planned import Planned
 from specontext.cli.terminal import UsageError, human_bytes
-from specontext.core import SpeContextError
+from specontext.errors import SpeContextError
 from specontext.memory.planner import MemoryPlan
 
 ENDINGS = (".png", ".pdf", ".svg")

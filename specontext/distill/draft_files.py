@@ -16,11 +16,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from specontext.core import ModelShape
 from specontext.distill.draft import Draft
-from specontext.retrieval.checkpoint import WEIGHTS, load_head, tensor_name
-from specontext.retrieval.draft import EMBEDDING, SPECULATORS, config_values, dialect_of, read_weights, weight_files
-from specontext.retrieval.head_config import HeadConfig, HeadError
+from specontext.errors import HeadError
+from specontext.retrieval.checkpoint import WEIGHTS, tensor_name
+from specontext.retrieval.draft import config_values
+from specontext.retrieval.head_config import HeadConfig
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 FEATURE_LAYERS = 3
@@ -127,43 +127,3 @@ def draft_config(draft: Draft, max_position_embeddings: int | None, dtype: torch
             "use_aux_hidden_state": True,
         },
     }
-
-
-def load_draft(folder: str | Path, target: ModelShape) -> Draft:
-    """Read a whole draft for a model of shape `target`, in float32, all parameters trainable.
-
-    Args:
-        folder: directory of a draft in any of EAGLE-3's dialects but speculators', whose layer is another one.
-
-    Raises:
-        HeadError: not such a draft, a broken or incomplete file, wrong shapes, NaNs, or a draft of another model.
-    """
-    folder = Path(folder)
-    values = config_values(folder)
-    if "variant" in values:
-        raise HeadError(f"{folder} holds a retrieval head, not a whole draft: read it with load_head")
-    if dialect_of(values) is SPECULATORS:
-        raise HeadError(f"the draft in {folder} is of the speculators dialect, whose layer differs: only its head can be read")
-    head = load_head(folder, target=target, need_map=False)
-    stored, shapes = read_weights(weight_files(folder), lambda name: name in {*NAMES.values(), "d2t"})
-    own = {tensor_name(name) for name in head.state_dict()}
-    known = own | {*NAMES.values(), "d2t", "t2d", EMBEDDING}
-    if extra := sorted(name for name in shapes if name not in known and not name.endswith("rotary_emb.inv_freq")):
-        raise HeadError(f"the draft in {folder} has {', '.join(extra)}, which an EAGLE-3 draft of one layer does not have")
-    if missing := [name for name in NAMES.values() if name not in stored]:
-        raise HeadError(f"the draft in {folder} lacks {', '.join(missing)}")
-    outputs = len(stored["lm_head.weight"])
-    offsets = stored.get("d2t", torch.zeros(outputs, dtype=torch.int64))
-    if len(offsets) != outputs or ("d2t" not in stored and outputs != head.config.vocab_size):
-        raise HeadError(f"the draft in {folder} has {outputs} outputs, but no d2t that says which token each of them is")
-    vocabulary = offsets.long() + torch.arange(outputs)
-    draft = Draft(head, intermediate_size=len(stored["midlayer.mlp.gate_proj.weight"]), vocabulary=vocabulary)
-    state = draft.state_dict()
-    for name, stored_name in NAMES.items():
-        tensor = stored[stored_name]
-        if tensor.shape != state[name].shape:
-            raise HeadError(f"{stored_name} has shape {list(tensor.shape)}, the draft asks for {list(state[name].shape)}")
-        if not torch.isfinite(tensor).all():
-            raise HeadError(f"{stored_name} holds values that are not finite numbers")
-        state[name].copy_(tensor)
-    return draft.requires_grad_(True)

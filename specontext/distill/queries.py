@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.config import ConfigError
+from specontext.errors import ConfigError
 
 
 def sample_rows(wanted: Tensor, queries: int, random_share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

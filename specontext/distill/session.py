@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specontext.config import ConfigError, SpeContextConfig
+from specontext.config import SpeContextConfig
 from specontext.core import ModelShape
 from specontext.distill.data import Mixed, OnPolicy, Source, open_sources
 from specontext.distill.data.mixing import sizes_of_share
@@ -25,12 +25,14 @@ from specontext.distill.target import Target
 from specontext.distill.trainer import CHECKPOINT, size_of, train
 from specontext.engine.llm import LLM
 from specontext.engine.llm_engine import pick_device
+from specontext.errors import ConfigError
 from specontext.models.loading import LoadedModel, load_model
 from specontext.retrieval.checkpoint import load_head, save_head
 
 SETTINGS = "training.json"
 SHARES = (0.5, 0.25, 0.15, 0.1)  # of the longest sequences, of half as long ones, ...
 SHORTEST = 256
+FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def mixed_lengths(longest: int) -> tuple[tuple[int, float], ...]:
@@ -54,6 +56,7 @@ class Session:
         temperature: of these generations.
         yarn: whether contexts beyond the trained length will be served by YaRN.
         draft_vocabulary: tokens that the draft of the output objective can predict, None for all.
+        save_dtype: number format of the matrices in the head's file.
     """
 
     target: str
@@ -70,6 +73,7 @@ class Session:
     yarn: bool = True
     dtype: str = "auto"
     device: str = "auto"
+    save_dtype: str = "float32"
 
     def run(self, *, resume: bool = False, report: Callable[[dict[str, float]], None] | None = None) -> dict[str, float]:
         """Train and write the head to `out`; with an output objective also the whole draft, to `out/draft`.
@@ -106,7 +110,7 @@ class Session:
             evaluate=lambda: held_out.judge(student.head, rounds=2),
             report=report,
         )
-        save_head(student.head, self.out)
+        save_head(student.head, self.out, FORMATS[self.save_dtype])
         if student.draft is not None:
             save_draft(student.draft, self.out / "draft")
         kept = self.config.total_steps if best is None else best.step
@@ -117,6 +121,8 @@ class Session:
         return asdict(replace(self, out=Path(self.out.name))) | {"out": self.out.name}
 
     def _check(self, resume: bool) -> None:
+        if self.save_dtype not in FORMATS:
+            raise ConfigError(f"unknown number format '{self.save_dtype}' of the head: choose one of {', '.join(FORMATS)}")
         started = (self.out / CHECKPOINT).exists()
         if started and not resume:
             raise ConfigError(f"{self.out} holds a started training: add --resume to go on with it, or choose another directory")

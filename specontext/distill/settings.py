@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specontext.config import ConfigError
 from specontext.distill.attention import Pool
+from specontext.errors import ConfigError
 
 OBJECTIVES = ("attention", "output", "both")
 PRECISIONS = ("float32", "bfloat16")

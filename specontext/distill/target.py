@@ -158,7 +158,7 @@ def teaching_attention(
     """
     running = getattr(module, RUNNING)
     refuse_foreign(attention_mask, options, running.longest)
-    taught: TaughtPass = running.step
+    taught: TaughtPass = running.listener
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = taught.attend(module.layer_idx, query, key, value, scale)  # type: ignore[arg-type]
     return out.transpose(1, 2), None

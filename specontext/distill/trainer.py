@@ -1,7 +1,7 @@
 """Train a retrieval head on what its target attends to, on what it says, or on both; stopped runs continue exactly.
 
 Of all states of the student that were measured on held-out text, the one is kept with which the target loses least: the lowest
-KL divergence of its output under the head's selections.
+KL divergence of its output under the head's selections. Where several lose alike, the one that was trained longest.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from specontext.checkpoints.wording import in_one_sentence
-from specontext.core import SpeContextError
 from specontext.distill.data.source import Source
 from specontext.distill.settings import DistillConfig
 from specontext.distill.student import Student, weighted
 from specontext.distill.target import Target
+from specontext.errors import SpeContextError
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
 CRITERION = "kl_divergence"  # of what `evaluate` measures: the lower, the better is the head
+ALIKE = 0.02, 2e-4  # a head that was trained longer is kept although it measures worse by this share, or by so many nats
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +38,13 @@ class Best:
     Attributes:
         step: steps that it was trained for.
         value: `CRITERION` there.
+        lowest: `CRITERION` where it was lowest; what differs from it by no more than `ALIKE` is the noise of a few windows.
         state: its parameters, on the CPU.
     """
 
     step: int
     value: float
+    lowest: float
     state: dict[str, Tensor]
 
 
@@ -53,10 +56,13 @@ class Progress:
     best: Best | None = None
 
     def see(self, student: Student, value: float | None) -> None:
-        """Keep the student if none before was better."""
-        if value is not None and math.isfinite(value) and (self.best is None or value <= self.best.value):
+        """Keep the student if none before was clearly better."""
+        if value is None or not math.isfinite(value):
+            return
+        lowest = value if self.best is None else min(value, self.best.lowest)
+        if value <= max(lowest * (1 + ALIKE[0]), lowest + ALIKE[1]):
             state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in student.state_dict().items()}
-            self.best = Best(self.step, value, state)
+            self.best = Best(self.step, value, lowest, state)
 
 
 def learning_rate(config: DistillConfig, step: int) -> float:
@@ -93,8 +99,8 @@ def train(
 ) -> Best | None:
     """Train `student` in place, continuing from `run/checkpoint.pt` where there is one; progress goes to `run/log.jsonl`.
 
-    At its end the student is as it was when `evaluate` gave the lowest `CRITERION`; as the last step left it where that was never
-    measured, and with the output objective alone, which does not train for it.
+    At its end the student is as it was when `evaluate` gave the lowest `CRITERION`, or later where that was as low (`ALIKE`); as
+    the last step left it where that was never measured, and with the output objective alone, which does not train for it.
 
     Args:
         evaluate: further entries for the log every `config.measure_every` steps and at the end of each phase.

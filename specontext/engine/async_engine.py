@@ -13,21 +13,17 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
-from specontext.core import RequestError, SamplingParams, SpeContextError
+from specontext.core import SamplingParams
 from specontext.engine.engine_loop import EngineLoop
-from specontext.engine.failures import RequestFailedError
 from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.load import Load
-from specontext.engine.orders import EngineDeadError, Observer, Order
+from specontext.engine.orders import Observer, Order
 from specontext.engine.request_stream import Delta, RequestStream
+from specontext.errors import EngineDeadError, QueueFullError, RequestError, RequestFailedError, SpeContextError
 
 __all__ = ["AsyncEngine", "EngineDeadError", "Observer", "QueueFullError", "RequestFailedError"]
 
 Result = TypeVar("Result")
-
-
-class QueueFullError(SpeContextError):
-    """Too many requests wait already; try again later."""
 
 
 class AsyncEngine:

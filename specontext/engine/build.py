@@ -6,30 +6,32 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from specontext.config import ConfigError, EngineConfig, SpeContextConfig
+from specontext.config import EngineConfig, SpeContextConfig
 from specontext.core import ModelShape
 from specontext.engine.methods import Methods
 from specontext.engine.prefix import PrefixCache, block_state
 from specontext.engine.profile import GRAPHS, measure_runtime
 from specontext.engine.residency import Residency
 from specontext.engine.statistics import Meter
-from specontext.kernels.top_k import groups_of
+from specontext.errors import ConfigError, MemoryPlanError
 from specontext.kv.cache import KVCache
 from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout
 from specontext.kv.pool import PagePool, make_pools
 from specontext.memory.facts import NO_HEAD, ModelFacts
 from specontext.memory.model import MemoryModel, RunSettings, measured_model, staged_bytes
-from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, MemoryPlanError, TierSizes, free_memory, size_tiers
+from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, TierSizes, free_memory, size_tiers
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import RetrievalHead, facts_of_head
-from specontext.retrieval.methods import HEADLESS, SpeculativeSelector, base_of, make_method, make_variant
+from specontext.retrieval.methods import make_selectors, selector_class, token_sets
 from specontext.retrieval.methods.speculative import KeyCache
-from specontext.retrieval.selector import Budget, LayerSelector, MethodContext, Selector
+from specontext.retrieval.registry import base_of, variant_of
+from specontext.retrieval.selector import Budget, LayerSelector, MethodContext, Selector, reads_everything
 
 logger = logging.getLogger("specontext")
 SHARE_OF_GPU = 0.9  # that the engine may use where nothing was said
@@ -86,9 +88,9 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         logger.info("%s", describe_head(head, max_tokens))
     facts = facts_of_loaded(loaded, head)
     names = config.all_methods
-    check_methods(names, method, shape, head)
+    check_variants(names, method)
     assert method.budget is not None and method.slots is not None
-    selecting = [name for name in names if name != "full"]
+    selecting = [name for name in names if not reads_everything(selector_class(name))]
     budget = method.budget if selecting else 1  # of what a table of selections has to hold
     slots = method.slots if selecting else 0
     adaptive = method.offload_layers is None
@@ -99,10 +101,11 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         config.max_num_seqs,
         max_tokens,
         device,
+        head,
     )
-    kinds = [HEADLESS[base_of(name)] for name in names if base_of(name) in HEADLESS]
+    kinds = [selector_class(name) for name in names]
     tables = shape.layers if any(issubclass(kind, LayerSelector) for kind in kinds) else 1
-    groups = max(token_sets(name, method.granularity, shape, head) for name in names)
+    groups = max(token_sets(name, context) for name in names)
     run = RunSettings(
         config.max_num_seqs,
         max_tokens,
@@ -146,7 +149,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         device=device,
         directory=config.offload_dir,
     )
-    methods = make_methods(names, context, loaded, head, arena)
+    methods = make_methods(names, context, loaded, arena)
     kv = KVCache(
         arena,
         host,
@@ -172,8 +175,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     )
     share = CHUNK_SHARE_OF_WEIGHTS[device.type]
     # A page holds the keys of a whole number of tokens, and may have a rest.
-    keyed = methods.selectors.get("speculative")
-    keys = -(-arena.page_bytes // keyed.cache.page_size) if isinstance(keyed, SpeculativeSelector) else 0
+    keys = -(-arena.page_bytes // methods.shared.page_tokens) * methods.num_headed if methods.shared is not None else 0
     chunk = max(1, facts.weight_bytes // share)
     residency = Residency(kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=chunk)
     prefix = PrefixCache(kv, methods, enabled=config.enable_prefix_caching)
@@ -231,30 +233,14 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
     return ModelFacts(loaded.name, loaded.shape, parameters, lookup, intermediate, sizes)
 
 
-def token_sets(name: str, granularity: str, shape: ModelShape, head: RetrievalHead | None) -> int:
-    """Token sets of a method's selection."""
-    if name in ("full", "streaming", "speculative-union", "speculative-batch"):
-        return 1
-    if name.startswith("shared-oracle-bands"):
-        return int(name.removeprefix("shared-oracle-bands")) * groups_of(granularity, shape.kv_heads)
-    speculative = head is not None and base_of(name) == "speculative"
-    level = "head" if name == "speculative-identity" else granularity
-    return groups_of(level, head.config.kv_heads if head is not None and speculative else shape.kv_heads)
-
-
-def check_methods(names: Sequence[str], method: SpeContextConfig, shape: ModelShape, head: RetrievalHead | None) -> None:
-    """Raises ConfigError when a method that requests may name cannot work in this engine."""
-    variants = [name for name in names if name != base_of(name)]
-    for name in variants:
+def check_variants(names: Sequence[str], method: SpeContextConfig) -> None:
+    """Raises ConfigError for a variant that requests may name and that cannot work in this engine."""
+    for name in names:
         if base_of(name) not in names:
             raise ConfigError(f"method '{name}' needs '{base_of(name)}' beside it: name both in methods (--methods)")
-        if name.endswith("-prompt") and method.offload_layers != 0:
+        variant = variant_of(name)
+        if variant is not None and variant.keeps_generated and method.offload_layers != 0:
             raise ConfigError(f"method '{name}' reads all generated tokens, for which no slots suffice: set offload_layers to 0")
-    if "speculative-identity" in names and head is not None and head.config.kv_heads != shape.kv_heads:
-        raise ConfigError(
-            f"method 'speculative-identity' needs a head with the model's {shape.kv_heads} KV heads, this one has "
-            f"{head.config.kv_heads}"
-        )
 
 
 def describe_head(head: RetrievalHead, max_tokens: int) -> str:
@@ -274,22 +260,10 @@ def longest_context(config: EngineConfig, shape: ModelShape) -> int:
     return config.max_model_len or shape.max_position
 
 
-def make_methods(
-    names: Sequence[str], context: MethodContext, loaded: LoadedModel, head: RetrievalHead | None, arena: PagePool
-) -> Methods:
-    """The selectors of all methods; variants share the state of their method."""
-    made: dict[str, Selector] = {}
-    for name in sorted(names, key=lambda name: name != base_of(name)):  # methods before their variants
-        if name != base_of(name):
-            made[name] = make_variant(made[base_of(name)], name)
-        elif name == "speculative":
-            assert head is not None
-            keys = arena.as_keys(head.config.key_count, head.config.head_dim)
-            cache = KeyCache(keys, arena.pages, seats=context.seats, max_tokens=context.max_tokens)
-            embedding = loaded.model.get_input_embeddings()
-            made[name] = SpeculativeSelector(
-                context.shape, context.budget, head, embedding, cache, granularity=context.granularity
-            )
-        else:
-            made[name] = make_method(name, context)
-    return Methods(names[0], context.budget, made, layout=arena.layout, device=arena.rows.device)
+def make_methods(names: Sequence[str], context: MethodContext, loaded: LoadedModel, arena: PagePool) -> Methods:
+    """The selectors of all methods, the keys of a retrieval head in pages of the arena."""
+    if context.head is not None:
+        keys = arena.as_keys(context.head.config.key_count, context.head.config.head_dim)
+        cache = partial(KeyCache, keys, arena.pages, seats=context.seats, max_tokens=context.max_tokens)
+        context = replace(context, embedding=loaded.model.get_input_embeddings(), key_cache=cache)
+    return Methods(names[0], context.budget, make_selectors(names, context), layout=arena.layout, device=context.device)

@@ -23,7 +23,7 @@ from specontext.kv.cache import KVCache
 from specontext.kv.dense import DenseRead, Staging
 from specontext.kv.layout import Reader, Reading
 from specontext.kv.streams import STATISTICS, Mark
-from specontext.retrieval.selector import AheadSelector, DecodeTokens, ForeseeingSelector, LayerSelector, Selector
+from specontext.retrieval.selector import AheadSelector, ForeseeingSelector, LaneTokens, LayerSelector, Selector
 
 # Shows the decode tokens of some ways of a batch, with full attention, to the methods that have to know it beforehand.
 LookAhead = Callable[[Batch, Sequence["Way"]], None]
@@ -50,7 +50,7 @@ class Way:
     ahead: AheadSelector | None
     in_layer: LayerSelector | None
     reader: Reader
-    decode: DecodeTokens
+    decode: LaneTokens
     part: slice
     read: DenseRead | None
     reading: Reading | None = None
@@ -94,7 +94,7 @@ class Step:
     def _way(self, lane: Lane) -> Way:
         part = slice(lane.start, lane.stop)
         selector, reader = self.methods.own_way if lane.choice is None else self.methods.way(lane.choice)
-        decode = DecodeTokens.part(self.batch, part, lane.span)
+        decode = LaneTokens.part(self.batch, part, lane.span)
         ahead = selector if isinstance(selector, AheadSelector) else None
         in_layer = selector if isinstance(selector, LayerSelector) else None
         read = None

@@ -11,12 +11,11 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from specontext.core import SpeContextError
-from specontext.engine.failures import RequestFailedError, describe
 from specontext.engine.llm_engine import Generation, LLMEngine
 from specontext.engine.load import LoadMeter
-from specontext.engine.orders import EngineDeadError, Observer, Order
+from specontext.engine.orders import Observer, Order
 from specontext.engine.request_stream import Progress, RequestStream
+from specontext.errors import EngineDeadError, NamedRequestsError, RequestFailedError, SpeContextError, described
 
 logger = logging.getLogger("specontext")
 
@@ -95,7 +94,7 @@ class EngineLoop:
             self._end(EngineDeadError("the engine was closed"))
         except BaseException as error:  # whatever it was, nobody else would notice
             logger.exception("the engine's loop has died")
-            self._end(EngineDeadError(f"the engine has died: {describe(error)}"))
+            self._end(EngineDeadError(f"the engine has died: {described(error)}"))
             self._on_death()
 
     def _take_orders(self) -> bool:
@@ -187,8 +186,7 @@ class EngineLoop:
 
     def _fail_named(self, error: Exception) -> bool:
         """Fail the requests that an error of a step names; False when it names none."""
-        names = getattr(error, "request_ids", ())
-        named = error.failures if isinstance(error, RequestFailedError) else dict.fromkeys(names, error)
+        named = error.reasons if isinstance(error, NamedRequestsError) else {}
         broken = {self._outputs[name].stream: why for name, why in named.items() if name in self._outputs}
         for stream, why in broken.items():
             expected = isinstance(why, SpeContextError)
@@ -226,7 +224,8 @@ class EngineLoop:
                 self._observer.token(now - output.last_at, first=not output.made)
             output.last_at, output.made = now, made
         if generation.finished:
-            self.meter.ended(generation.stats or {})
+            if generation.stats is not None:
+                self.meter.ended(generation.stats)
             self._forget(request.request_id, request.finish_reason or "stop")
         return not stream.only_final or stream.complete
 

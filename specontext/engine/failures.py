@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from specontext.core import SpeContextError
-from specontext.engine.runner import DeviceError
+from specontext.errors import DeviceError, NamedRequestsError, RequestFailedError
 
 NOBODYS = (DeviceError, torch.AcceleratorError)  # the device has failed, whatever request it was busy with
-
-
-class RequestFailedError(SpeContextError):
-    """Something broke while these requests ran; others are not concerned.
-
-    Attributes:
-        failures: what happened, by the requests' ids.
-    """
-
-    def __init__(self, failures: Mapping[str, Exception]) -> None:
-        self.failures = dict(failures)
-        super().__init__("; ".join(_sentence(name, error) for name, error in failures.items()))
-
-    @property
-    def request_ids(self) -> tuple[str, ...]:
-        return tuple(self.failures)
 
 
 class Failures:
@@ -59,17 +42,8 @@ class Failures:
         """
         found, self.found = self.found, {}
         first = next(iter(found.values()))
-        if isinstance(first, SpeContextError) and getattr(first, "request_ids", ()) == tuple(found):
+        if isinstance(first, NamedRequestsError) and first.request_ids == tuple(found):
             return first
         error = RequestFailedError(found)
         error.__cause__ = first
         return error
-
-
-def describe(error: BaseException) -> str:
-    """Kind and message of an error that was not made for users."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _sentence(name: str, error: Exception) -> str:
-    return str(error) if isinstance(error, SpeContextError) else f"request {name} has failed: {describe(error)}"

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from specontext.config import ConfigError, EngineConfig, SpeContextConfig
-from specontext.core import CompletionOutput, ModelShape, RequestError, RequestOutput, SamplingParams, shown
-from specontext.engine.llm_engine import EngineClosedError, Generation, LLMEngine
+from specontext.config import EngineConfig, SpeContextConfig
+from specontext.core import CompletionOutput, ModelShape, RequestOutput, SamplingParams, shown
+from specontext.engine.llm_engine import Generation, LLMEngine
+from specontext.errors import ConfigError, EngineClosedError, RequestError
 from specontext.models.loading import LoadedModel
 
 Prompt = str | Sequence[int]
@@ -206,7 +207,7 @@ def _output(job: list[Generation]) -> RequestOutput:
             g.request.output_token_ids,
             g.request.finish_reason,
             list(g.request.logprobs) if g.request.logprobs is not None else None,
-            g.stats or {},
+            g.stats.as_dict() if g.stats is not None else {},
             g.detokenizer.thinking.text if g.detokenizer.thinking is not None else "",
         )
         for g in job

@@ -6,32 +6,31 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from specontext.config import ConfigError, EngineConfig
-from specontext.core import Request, RequestError, SamplingParams, SpeContextError, shown
+from specontext.config import EngineConfig
+from specontext.core import Request, SamplingParams, shown
 from specontext.engine.build import build_parts
 from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.failures import Failures
+from specontext.engine.output_statistics import OutputStatistics
 from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
-from specontext.engine.runner import DeviceError, DeviceMemoryError, ModelRunner, working_device
+from specontext.engine.runner import ModelRunner, working_device
 from specontext.engine.sampler import next_tokens
 from specontext.engine.scheduler import Schedule, Scheduler
+from specontext.errors import ConfigError, DeviceError, DeviceMemoryError, EngineClosedError, RequestError
 from specontext.kv.host_memory import settle
 from specontext.models.loading import LoadedModel, load_model
 from specontext.models.token_ids import unknown_token
 from specontext.retrieval.catalog import find_head
 from specontext.retrieval.random_head import random_head
+from specontext.retrieval.registry import base_of, needs_head
 
 UNTIL_CLOSED = ("loaded", "parts", "runner", "scheduler")
-
-
-class EngineClosedError(SpeContextError):
-    """An engine is asked for something after it was closed."""
 
 
 @dataclass(eq=False)
@@ -52,7 +51,7 @@ class Generation:
     end_token_ids: frozenset[int] = frozenset()
     first_token_at: float | None = None
     last_token_at: float | None = None
-    stats: dict[str, object] | None = None
+    stats: OutputStatistics | None = None
     moves_before: int = 0
 
     @property
@@ -86,9 +85,10 @@ class LLMEngine:
             revision=config.revision,
         )
         head = None
-        if "speculative" in config.all_methods and config.load_format == "dummy" and config.retrieval_head == "auto":
+        headed = any(needs_head(name) and base_of(name) == name for name in config.all_methods)
+        if headed and config.load_format == "dummy" and config.retrieval_head == "auto":
             head = random_head(self.loaded.shape).to(device=self.device, dtype=self.loaded.shape.dtype)
-        elif "speculative" in config.all_methods:
+        elif headed:
             head = find_head(
                 config.retrieval_head,
                 model_name=self.loaded.name,
@@ -314,37 +314,37 @@ class LLMEngine:
                 generation.detokenizer.finish()
             generation.stats = self._statistics(generation)
 
-    def _statistics(self, generation: Generation) -> dict[str, object]:
+    def _statistics(self, generation: Generation) -> OutputStatistics:
         request, method, head = generation.request, self.parts.method, self.parts.head
         choice = request.choice or self.parts.methods.own
         made = len(request.token_ids) - request.prompt_length
         assert generation.first_token_at is not None and generation.last_token_at is not None
         report = self.parts.meter.report(request.seat)
         if not self.config.measure_recall:
-            report |= {"attention_recall": None, "attention_recall_by_layer": None}
-        return {
-            "weights": self.loaded.weights_note,
-            "method": choice.method,
-            "budget": choice.budget or None,
-            "sink": method.sink,
-            "recent": method.recent,
-            "slots": method.slots if self.parts.kv.hot is not None else None,
-            "offload_layers": method.offload_layers,
-            "offloaded_layers": len(self.parts.kv.offloaded),
-            "moves": [move.as_dict() for move in self.parts.residency.moves_since(generation.moves_before)],
-            "preemptions": request.preemptions,
-            "granularity": method.granularity,
-            "head_rope_theta": head.rope_theta if head is not None else None,
-            "head_yarn_factor": head.yarn_factor if head is not None else None,
-            "prompt_tokens": request.prompt_length,
-            "cached_tokens": request.cached_tokens or 0,
-            "completion_tokens": made,
-            **report,
-            "captured_steps": request.captured_steps,
-            "queue_s": request.admitted_at - request.arrived if request.admitted_at is not None else None,
-            "ttft_s": generation.first_token_at - request.arrived,
-            "tpot_s": (generation.last_token_at - generation.first_token_at) / (made - 1) if made > 1 else None,
-        }
+            report = replace(report, attention_recall=None, attention_recall_by_layer=None)
+        return OutputStatistics(
+            weights=self.loaded.weights_note,
+            method=choice.method,
+            budget=choice.budget or None,
+            sink=method.sink,
+            recent=method.recent,
+            slots=method.slots if self.parts.kv.hot is not None else None,
+            offload_layers=method.offload_layers,
+            offloaded_layers=len(self.parts.kv.offloaded),
+            moves=tuple(self.parts.residency.moves_since(generation.moves_before)),
+            preemptions=request.preemptions,
+            granularity=method.granularity,
+            head_rope_theta=head.rope_theta if head is not None else None,
+            head_yarn_factor=head.yarn_factor if head is not None else None,
+            prompt_tokens=request.prompt_length,
+            cached_tokens=request.cached_tokens or 0,
+            completion_tokens=made,
+            **asdict(report),
+            captured_steps=request.captured_steps,
+            queue_s=request.admitted_at - request.arrived if request.admitted_at is not None else None,
+            ttft_s=generation.first_token_at - request.arrived,
+            tpot_s=(generation.last_token_at - generation.first_token_at) / (made - 1) if made > 1 else None,
+        )
 
     def abort(self, request_id: str) -> None:
         """End a request at once and free what it holds; unknown ids are ignored, since it may just have ended."""

@@ -8,6 +8,8 @@ from typing import Any
 
 from specontext.core import Request
 from specontext.engine.llm_engine import LLMEngine
+from specontext.engine.output_statistics import DecodeStatistics, OutputStatistics
+from specontext.engine.statistics import Count
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,10 @@ class LoadMeter:
     last_overlap: float | None = None
     latest: Load = field(default_factory=Load)
 
-    def ended(self, stats: dict[str, Any]) -> None:
+    def ended(self, stats: OutputStatistics) -> None:
         """Look at the statistics of an output that has ended."""
-        if stats.get("overlap") is not None:
-            self.last_overlap = stats["overlap"]
+        if stats.overlap is not None:
+            self.last_overlap = stats.overlap
 
     def take(self, engine: LLMEngine) -> Load:
         """The engine's load now, in one reading of the device; also kept as `latest`."""
@@ -79,7 +81,7 @@ class LoadMeter:
         decoding = [request.seat for request in running if request.decoding]
         reports, totals = parts.meter.overview(decoding)
         of_seat = dict(zip(decoding, reports, strict=True))
-        overlaps: list[Any] = [report["overlap"] for report in reports if report["overlap"] is not None]
+        overlaps = [report.overlap for report in reports if report.overlap is not None]
         self.latest = Load(
             taken_at=now,
             running=len(running),
@@ -95,18 +97,18 @@ class LoadMeter:
             preemptions=engine.scheduler.preemptions,
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generation_tokens,
-            loaded_bytes=totals["loaded_bytes"],
+            loaded_bytes=totals[Count.LOADED_BYTES],
             stall_s=parts.residency.stalled,
             overlap=sum(overlaps) / len(overlaps) if overlaps else self.last_overlap,
             requests=(
-                *(_live(request, "running", now, of_seat.get(request.seat, {})) for request in running),
-                *(_live(request, "waiting", now, {}) for request in waiting),
+                *(_live(request, "running", now, of_seat.get(request.seat)) for request in running),
+                *(_live(request, "waiting", now, None) for request in waiting),
             ),
         )
         return self.latest
 
 
-def _live(request: Request, state: str, now: float, report: dict[str, Any]) -> LiveRequest:
+def _live(request: Request, state: str, now: float, report: DecodeStatistics | None) -> LiveRequest:
     return LiveRequest(
         request.request_id,
         state,
@@ -114,8 +116,8 @@ def _live(request: Request, state: str, now: float, report: dict[str, Any]) -> L
         request.computed,
         len(request.token_ids) - request.prompt_length,
         now - request.arrived,
-        report.get("overlap"),
-        report.get("bytes_loaded_per_step"),
+        report.overlap if report is not None else None,
+        report.bytes_loaded_per_step if report is not None else None,
     )
 
 

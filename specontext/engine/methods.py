@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from specontext.core import Choice, RequestError, shown
+from specontext.core import Choice, shown
+from specontext.errors import RequestError
 from specontext.kv.layout import Layout, Reader
-from specontext.retrieval.methods import base_of
+from specontext.retrieval.registry import base_of, needs_head
 from specontext.retrieval.selector import Budget, LayerSelector, PromptWatcher, Selector, reads_everything
 
 
@@ -25,6 +26,7 @@ class Methods:
         layout: of the KV that they choose from.
 
     Attributes:
+        shared: the method whose state every request has, so that what is known of a prefix serves all; None without a head.
         own_way: the selector of requests that choose nothing, and how they read what it selects.
         observers: the methods that see the tokens of every step after the forward pass.
     """
@@ -35,6 +37,9 @@ class Methods:
         self.selectors, self.budget = dict(selectors), budget
         self.own = Choice(own, 0 if reads_everything(selectors[own]) else budget.total)
         self.selector = selectors[own]
+        headed = [name for name in selectors if base_of(name) == name and needs_head(name)]
+        self.shared = selectors[headed[0]] if headed else None
+        self._headed = headed
         self.readers = {
             name: Reader.of_map(layout, one.head_map, device, in_layer=isinstance(one, LayerSelector))
             for name, one in selectors.items()
@@ -83,16 +88,33 @@ class Methods:
         """How a request with this choice reads what is selected for it."""
         return self.readers[(choice or self.own).method]
 
+    def replay(self, choice: Choice | None) -> int | None:
+        """Last tokens of a prompt that a choice's method must see itself, although they are known; None for all of them.
+
+        What is known of a prompt is KV and the state of the shared method, and not that of others with a retrieval head.
+        """
+        name = base_of((choice or self.own).method)
+        return None if name in self._headed[1:] else self.of(choice).replay
+
+    @property
+    def num_headed(self) -> int:
+        """Methods with a retrieval head, each of which keeps keys of its own."""
+        return len(self._headed)
+
     # State of the requests --------------------------------------------------------------------------------------------
 
     def open(self, seat: int, tokens: int, choice: Choice | None) -> bool:
         """A request takes a seat, with room for its first `tokens` tokens; False where there is none, and nothing is taken."""
         names = [base_of((choice or self.own).method)]
-        if "speculative" in self.selectors and names != ["speculative"]:
-            names.insert(0, "speculative")
-        if not all(self.selectors[name].open(seat, tokens) for name in names):  # only the first takes pages
-            return False
-        self._states[seat] = [self.selectors[name] for name in names]
+        if self._headed and self._headed[0] not in names:
+            names.insert(0, self._headed[0])
+        states = [self.selectors[name] for name in names]
+        for number, selector in enumerate(states):
+            if not selector.open(seat, tokens):
+                for opened in states[:number]:
+                    opened.close(seat)
+                return False
+        self._states[seat] = states
         return True
 
     def grow(self, seat: int, tokens: int) -> bool:

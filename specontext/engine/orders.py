@@ -6,12 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from specontext.core import SpeContextError
-
-
-class EngineDeadError(SpeContextError):
-    """The engine's loop has ended; no request can be served any more."""
-
 
 class Observer(Protocol):
     """Who counts what happens; called on the engine's thread, so it must be quick."""

@@ -17,7 +17,7 @@ from specontext.engine.methods import Methods
 from specontext.kv.block_state import State
 from specontext.kv.cache import KVCache
 from specontext.kv.prefix_tree import Block, page_of
-from specontext.retrieval.methods import SpeculativeSelector
+from specontext.retrieval.selector import PageState
 
 
 @dataclass(eq=False)
@@ -32,17 +32,9 @@ class _Growing:
     chain: list[Block] = field(default_factory=list)
 
 
-def _head_of(methods: Methods) -> SpeculativeSelector | None:
-    keyed = methods.selectors.get("speculative")
-    return keyed if isinstance(keyed, SpeculativeSelector) else None
-
-
 def block_state(methods: Methods, page_size: int) -> tuple[int, int]:
     """Numbers that are kept of each page of a known prompt, and of its last token, besides KV."""
-    head = _head_of(methods)
-    if head is None:
-        return 0, 0
-    return page_size * head.cache.keys[0, 0].numel(), head.last_fused.shape[1] if head.last_fused is not None else 0
+    return (0, 0) if methods.shared is None else methods.shared.page_numbers(page_size)
 
 
 class PrefixCache:
@@ -57,7 +49,6 @@ class PrefixCache:
 
     def __init__(self, kv: KVCache, methods: Methods, *, enabled: bool) -> None:
         self.kv, self.tree, self.methods, self.enabled = kv, kv.blocks.tree, methods, enabled
-        self._head = _head_of(methods)
         self.queries = self.hits = 0
         self._growing: dict[int, _Growing] = {}  # by seat
 
@@ -72,7 +63,10 @@ class PrefixCache:
         """Pages that a request that begins does not have to compute itself, if they are known."""
         if not self.enabled:
             return 0
-        tokens = request.prefill_length - max(1, self.methods.of(request.choice).replay)
+        replay = self.methods.replay(request.choice)
+        if replay is None:
+            return 0
+        tokens = request.prefill_length - max(1, replay)
         if request.prompt_logprobs is not None:  # they come from the steps that compute the prompt
             tokens = min(tokens, len(request.prompt_logprobs) - 1)
         return max(0, tokens) // self.kv.page_size
@@ -120,9 +114,8 @@ class PrefixCache:
         """Put what is known into the seat of a request that begins."""
         if chain:
             state = self.kv.bring(chain, seat)
-            if self._head is not None:
-                keys = state.each.reshape(-1, *self._head.cache.keys.shape[2:])
-                self._head.restore(seat, len(keys), (keys, state.last[0]))
+            if self.methods.shared is not None:
+                self.methods.shared.restore_pages(seat, self.tokens(chain), PageState(state.each, state.last))
         request.computed = self.tokens(chain)
         if request.cached_tokens is None:
             request.cached_tokens = request.computed
@@ -171,16 +164,11 @@ class PrefixCache:
 
     def _state(self, segment: Segment, first: int, stop: int, features: Tensor | None) -> State:
         """State of the pages first .. stop - 1 of a seat, the last tokens of which are in a chunk."""
-        size = self.kv.page_size
-        none = self.kv.arena.rows.new_empty((stop - first, 0))
-        if self._head is None:
+        if self.methods.shared is None:
+            none = self.kv.arena.rows.new_empty((stop - first, 0))
             return State(none, none)
-        each = self._head.cache.keys_of(segment.seat, stop * size, first * size).reshape(stop - first, -1)
-        if features is None:
-            return State(each, none)
-        begin = segment.offset - segment.start
-        last = features[begin + (first + 1) * size - 1 : begin + stop * size : size].to(each.dtype)
-        return State(each, self._head.head.fuse(last))
+        known = self.methods.shared.page_state(segment, first, stop, self.kv.page_size, features)
+        return State(known.each, known.last)
 
     def reset(self) -> None:
         """Drop all that is kept."""

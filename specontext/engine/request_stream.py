@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from specontext.core import SamplingParams
+from specontext.engine.output_statistics import OutputStatistics
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Progress:
     logprobs: list[dict[int, float]] | None
     prompt_logprobs: list[dict[int, float] | None] | None
     finish_reason: str | None
-    stats: dict[str, object] | None
+    stats: OutputStatistics | None
     thoughts: Sequence[str] = ()
     num_thoughts: int = 0
     reasoning_tokens: int = 0
@@ -59,7 +60,7 @@ class Delta:
     logprobs: list[dict[int, float]] | None
     prompt_logprobs: list[dict[int, float] | None] | None
     finish_reason: str | None
-    stats: dict[str, object] | None
+    stats: OutputStatistics | None
     reasoning: str = ""
     reasoning_tokens: int = 0
 

@@ -9,33 +9,20 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from specontext.core import Batch, SpeContextError
+from specontext.core import Batch
 from specontext.engine.build import Parts
 from specontext.engine.decode import Step
 from specontext.engine.graphs import DecodeGraphs
 from specontext.engine.true_attention import AttentionObserver
 from specontext.engine.twin import DenseTwin
+from specontext.errors import DeviceError, DeviceMemoryError
 from specontext.models.attention import listening
 from specontext.models.compiled import CompiledModules
 from specontext.models.decoder import decoder_layers, output_layer
 from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
-from specontext.retrieval.head import STEPS
+from specontext.retrieval.head import CALLED
 from specontext.retrieval.selector import AheadSelector, ForeseeingSelector, Selector
-
-
-class DeviceError(SpeContextError):
-    """The device failed in a step, and no later step can be trusted; the message says what to do."""
-
-
-class DeviceMemoryError(SpeContextError):
-    """The device had too little memory for a step; others may fit.
-
-    Attributes:
-        request_ids: the requests of the step, once they are known.
-    """
-
-    request_ids: tuple[str, ...] = ()
 
 
 class ModelRunner:
@@ -74,7 +61,7 @@ class ModelRunner:
         if compiled and loaded.shape.dtype != torch.float32:
             compiling = [(layer, "forward") for layer in decoder_layers(loaded.model)]
             if parts.head is not None:
-                compiling += [(parts.head, name) for name in STEPS]
+                compiling += [(parts.head, name) for name in CALLED]
             self._compiled = CompiledModules(compiling)
         self._output_layer = output_layer(loaded.model)
         self._graphs: DecodeGraphs | None = None

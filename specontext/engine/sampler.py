@@ -16,29 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specontext.core import Request, SpeContextError
+from specontext.core import Request
 from specontext.engine.failures import NOBODYS, Failures
 from specontext.engine.penalties import penalise, penalised
+from specontext.errors import LogitsError
 from specontext.kernels.counter_random import combine_keys, counter_uniform
 
 _NARROW = 256  # a row with top_k up to this is ranked only so far
 _CHUNK = 1 << 22  # float64 scores worked on at once, so that a full batch with a large vocabulary needs little memory
 _LOW_32_BITS = (1 << 32) - 1
-
-
-class LogitsError(SpeContextError):
-    """The model produced logits from which no token can be chosen.
-
-    Attributes:
-        request_ids: the requests whose logits are broken.
-    """
-
-    def __init__(self, request_ids: Sequence[str]) -> None:
-        self.request_ids = tuple(request_ids)
-        super().__init__(
-            f"the model produced values that are not numbers for {', '.join(self.request_ids)}: "
-            "its weights are broken or the number format is too narrow; try dtype float32"
-        )
 
 
 @dataclass(frozen=True)

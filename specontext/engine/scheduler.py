@@ -11,10 +11,10 @@ from itertools import groupby
 
 import torch
 
-from specontext.core import Batch, Lane, Request, RequestError, SamplingParams, Segment
+from specontext.core import Batch, Lane, Request, SamplingParams, Segment
 from specontext.engine.admission import Admission
 from specontext.engine.build import Parts
-from specontext.memory.pages import OutOfPagesError
+from specontext.errors import OutOfPagesError, RequestError
 
 STUCK = "no room for the only request: this is an error of the engine, please report it"
 

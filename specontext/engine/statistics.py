@@ -4,27 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from specontext.core import ModelShape, Selection
+from specontext.engine.output_statistics import DecodeStatistics
 from specontext.kv.layout import Reading
 
 NOTHING = torch.iinfo(torch.int32).max
-FIELDS = (
-    "steps",
-    "read",
-    "selection_bytes",
-    "loaded_bytes",
-    "full_bytes",
-    "overlap",
-    "overlap_steps",
-    "hits",
-    "selected",
-    "choosing_s",
-    "timed_steps",
-)
+
+
+class Count(IntEnum):
+    """The counters of a seat, columns of a table."""
+
+    STEPS = 0
+    READ = 1
+    SELECTION_BYTES = 2
+    LOADED_BYTES = 3
+    FULL_BYTES = 4
+    OVERLAP = 5
+    OVERLAP_STEPS = 6
+    HITS = 7
+    SELECTED = 8
+    CHOOSING_S = 9
+    TIMED_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Meter:
         self.pairs = shape.layers * shape.kv_heads
         self._token_bytes, self._row_bytes = shape.kv_bytes_per_token, shape.row_bytes
         # One row more than seats: the padding of a batch is counted there.
-        self.counts = torch.zeros((seats + 1, len(FIELDS)), dtype=torch.float64, device=device)
+        self.counts = torch.zeros((seats + 1, len(Count)), dtype=torch.float64, device=device)
         self.left = torch.zeros_like(self.counts[0])  # what was counted for those who had the seats before
         self.recalls = torch.zeros((seats + 1, shape.layers), dtype=torch.float64, device=device)
         self.groups = groups
@@ -87,8 +92,8 @@ class Meter:
         self.left -= state.counts
         self.counts[seat], self.recalls[seat], self.before[:, seat] = state.counts, state.recalls, state.before
 
-    def _add(self, field: str, seats: Tensor, value: Tensor | float) -> None:
-        column = self.counts[:, FIELDS.index(field)]
+    def _add(self, count: Count, seats: Tensor, value: Tensor | float) -> None:
+        column = self.counts[:, count]
         value = (
             value.to(column.dtype)
             if isinstance(value, Tensor)
@@ -98,26 +103,26 @@ class Meter:
 
     def step(self, seats: Tensor, lengths: Tensor, selection_bytes: Tensor) -> None:
         """Count one decode step of requests with `lengths` [R] tokens in context."""
-        self._add("steps", seats, 1.0)
-        self._add("selection_bytes", seats, selection_bytes)
-        self._add("full_bytes", seats, lengths * self._token_bytes)
+        self._add(Count.STEPS, seats, 1.0)
+        self._add(Count.SELECTION_BYTES, seats, selection_bytes)
+        self._add(Count.FULL_BYTES, seats, lengths * self._token_bytes)
 
     def dense(self, seats: Tensor, lengths: Tensor, *, resident: int) -> None:
         """Count a step in which all layers read all entries, streamed in from the host for all but `resident` layers."""
         rows = lengths * self.shape.kv_heads
-        self._add("read", seats, rows * self.shape.layers)
-        self._add("selected", seats, rows * self.shape.layers)
-        self._add("hits", seats, rows * resident)
-        self._add("loaded_bytes", seats, rows * ((self.shape.layers - resident) * self._row_bytes))
+        self._add(Count.READ, seats, rows * self.shape.layers)
+        self._add(Count.SELECTED, seats, rows * self.shape.layers)
+        self._add(Count.HITS, seats, rows * resident)
+        self._add(Count.LOADED_BYTES, seats, rows * ((self.shape.layers - resident) * self._row_bytes))
 
     def streamed(self, seats: Tensor, byte_counts: Tensor) -> None:
         """Count bytes moved from the host beside the loads of a plan."""
-        self._add("loaded_bytes", seats, byte_counts)
+        self._add(Count.LOADED_BYTES, seats, byte_counts)
 
     def chosen(self, seats: Tensor, seconds: float) -> None:
         """Count the seconds that choosing took for each request in a step."""
-        self._add("choosing_s", seats, seconds)
-        self._add("timed_steps", seats, 1.0)
+        self._add(Count.CHOOSING_S, seats, seconds)
+        self._add(Count.TIMED_STEPS, seats, 1.0)
 
     def sparse(self, reading: Reading, resident: Tensor, layer: int | None = None) -> None:
         """Count a selection and its loads, read by all layers or by the one that selected.
@@ -134,10 +139,10 @@ class Meter:
         loaders = (members * ~resident[:, None])[layers].sum(0)
         chosen = (selection.tokens >= 0).sum(-1) * readers  # [R, G]
         missing = plan.missing.sum(-1) * loaders if plan is not None else torch.zeros_like(chosen)
-        self._add("read", seats, chosen.sum(-1))
-        self._add("selected", seats, chosen.sum(-1))
-        self._add("hits", seats, (chosen - missing).sum(-1))
-        self._add("loaded_bytes", seats, missing.sum(-1) * self._row_bytes)
+        self._add(Count.READ, seats, chosen.sum(-1))
+        self._add(Count.SELECTED, seats, chosen.sum(-1))
+        self._add(Count.HITS, seats, (chosen - missing).sum(-1))
+        self._add(Count.LOADED_BYTES, seats, missing.sum(-1) * self._row_bytes)
         self._overlap(seats, selection, 0 if layer is None else layer)
 
     def _readers_of(self, head_map: Tensor) -> Tensor:
@@ -157,8 +162,8 @@ class Meter:
         total = scored.sum((1, 2))
         counts = (before != NOTHING).any(-1).any(-1) & (total > 0)
         share = again.sum((1, 2)) / total.clamp(min=1)
-        self._add("overlap", seats, torch.where(counts, share.double(), 0.0))
-        self._add("overlap_steps", seats, counts)
+        self._add(Count.OVERLAP, seats, torch.where(counts, share.double(), 0.0))
+        self._add(Count.OVERLAP_STEPS, seats, counts)
         whole = torch.nn.functional.pad(now, (0, width - now.shape[-1], 0, self.groups - groups), value=NOTHING)
         self.before[table].index_copy_(0, seats, whole)
 
@@ -166,34 +171,33 @@ class Meter:
         """Count a layer's share [R] of true attention mass that its selection covers."""
         self.recalls[:, layer].index_add_(0, seats, share.double())
 
-    def report(self, seat: int) -> dict[str, object]:
-        """Means over the decode steps of a request; None where there is nothing to measure."""
+    def report(self, seat: int) -> DecodeStatistics:
+        """Means over the decode steps of a request."""
         return self._means(torch.cat((self.counts[seat], self.recalls[seat])).tolist())
 
-    def overview(self, seats: Sequence[int]) -> tuple[list[dict[str, object]], dict[str, float]]:
-        """Reports of some requests, and the sums over all requests that there ever were, in one reading of the device."""
+    def overview(self, seats: Sequence[int]) -> tuple[list[DecodeStatistics], list[float]]:
+        """Reports of some requests, and every `Count` of all requests that there ever were, in one reading of the device."""
         counts = self.counts[:-1]
         totals = torch.nn.functional.pad(self.left + counts.sum(0), (0, self.shape.layers))
         *rows, total = torch.cat((torch.cat((counts, self.recalls[:-1]), dim=1), totals[None])).tolist()
-        return [self._means(rows[seat]) for seat in seats], dict(zip(FIELDS, total[: len(FIELDS)], strict=True))
+        return [self._means(rows[seat]) for seat in seats], total[: len(Count)]
 
-    def _means(self, counts: list[float]) -> dict[str, object]:
+    def _means(self, row: list[float]) -> DecodeStatistics:
         """A report, from a row of counters and the recall of each layer."""
-        count, recalls = dict(zip(FIELDS, counts[: len(FIELDS)], strict=True)), counts[len(FIELDS) :]
-        steps = count["steps"]
+        recalls, steps = row[len(Count) :], row[Count.STEPS]
 
-        def mean(value: float, over: float) -> float | None:
-            return value / over if over else None
+        def mean(count: Count, over: float) -> float | None:
+            return row[count] / over if over else None
 
-        return {
-            "decode_steps": int(steps),
-            "tokens_read_per_step": mean(count["read"], steps * self.pairs),
-            "selection_bytes_per_step": mean(count["selection_bytes"], steps),
-            "bytes_loaded_per_step": mean(count["loaded_bytes"], steps),
-            "bytes_full_per_step": mean(count["full_bytes"], steps),
-            "overlap": mean(count["overlap"], count["overlap_steps"]),
-            "hit_rate": mean(count["hits"], count["selected"]),
-            "attention_recall": mean(sum(recalls), steps * len(recalls)),
-            "attention_recall_by_layer": [recall / steps for recall in recalls] if steps else None,
-            "selection_s_per_step": mean(count["choosing_s"], count["timed_steps"]),
-        }
+        return DecodeStatistics(
+            decode_steps=int(steps),
+            tokens_read_per_step=mean(Count.READ, steps * self.pairs),
+            selection_bytes_per_step=mean(Count.SELECTION_BYTES, steps),
+            bytes_loaded_per_step=mean(Count.LOADED_BYTES, steps),
+            bytes_full_per_step=mean(Count.FULL_BYTES, steps),
+            overlap=mean(Count.OVERLAP, row[Count.OVERLAP_STEPS]),
+            hit_rate=mean(Count.HITS, row[Count.SELECTED]),
+            attention_recall=sum(recalls) / (steps * len(recalls)) if steps else None,
+            attention_recall_by_layer=[recall / steps for recall in recalls] if steps else None,
+            selection_s_per_step=mean(Count.CHOOSING_S, row[Count.TIMED_STEPS]),
+        )

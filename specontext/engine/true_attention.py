@@ -11,14 +11,14 @@ from specontext.core import Segment
 from specontext.kernels.attention_logits import attention_logits
 from specontext.kv.dense import read_tile, read_tokens, tiles_of
 from specontext.kv.transfers import Transfers
-from specontext.retrieval.selector import DecodeTokens
+from specontext.retrieval.selector import LaneTokens
 
 # Sees a layer of a step: its number, the decode tokens, their true attention [R, Hq, S], and what each KV head reads [R, Hkv, B]
 # (None for everything).
-AttentionObserver = Callable[[int, DecodeTokens, Tensor, Tensor | None], None]
+AttentionObserver = Callable[[int, LaneTokens, Tensor, Tensor | None], None]
 
 
-def true_logits(transfers: Transfers, layer: int, decode: DecodeTokens, query: Tensor, scale: float, tile: int) -> Tensor:
+def true_logits(transfers: Transfers, layer: int, decode: LaneTokens, query: Tensor, scale: float, tile: int) -> Tensor:
     """Attention logits over the whole context of some decode tokens, float32 [R, Hq, S].
 
     Args:
@@ -64,7 +64,7 @@ class View:
     """
 
     def __init__(
-        self, transfers: Transfers, layer: int, decode: DecodeTokens, query: Tensor, key: Tensor, scale: float, tile: int
+        self, transfers: Transfers, layer: int, decode: LaneTokens, query: Tensor, key: Tensor, scale: float, tile: int
     ) -> None:
         self.query, self.key, self.scale = query, key, scale
         self._transfers, self._layer, self._decode, self._tile = transfers, layer, decode, tile

@@ -17,8 +17,9 @@ from specontext.engine.methods import Methods
 from specontext.engine.statistics import Meter
 from specontext.models.attention import listening
 from specontext.models.loading import LoadedModel
-from specontext.retrieval.methods import FullSelector
-from specontext.retrieval.selector import DecodeTokens, ForeseeingSelector, MethodContext
+from specontext.retrieval.methods.full import FullSelector
+from specontext.retrieval.registry import FULL
+from specontext.retrieval.selector import ForeseeingSelector, LaneTokens, MethodContext
 
 
 class DenseTwin:
@@ -32,7 +33,7 @@ class DenseTwin:
         self.loaded, self.kv = loaded, parts.kv
         shape, device, seats = loaded.shape, parts.kv.device, parts.kv.num_seats
         full = FullSelector(MethodContext(shape, parts.methods.budget, "head", seats, parts.max_tokens, device))
-        self._methods = Methods("full", parts.methods.budget, {"full": full}, layout=parts.kv.layout, device=device)
+        self._methods = Methods(FULL, parts.methods.budget, {FULL: full}, layout=parts.kv.layout, device=device)
         self._meter = Meter(shape, full.head_map, tables=1, groups=1, budget=1, sink=0, seats=seats, device=device)
 
     def look_ahead(self, batch: Batch, ways: Sequence[Way]) -> None:
@@ -41,7 +42,7 @@ class DenseTwin:
         index = torch.cat([torch.arange(way.part.start, way.part.stop, device=device) for way in ways])
         sizes = [way.part.stop - way.part.start for way in ways]
 
-        def show(layer: int, _: DecodeTokens, weights: Tensor, __: Tensor | None) -> None:
+        def show(layer: int, _: LaneTokens, weights: Tensor, __: Tensor | None) -> None:
             for way, part in zip(ways, weights.split(sizes), strict=True):
                 assert isinstance(way.selector, ForeseeingSelector)
                 way.selector.foresee(layer, part[..., : way.decode.span])

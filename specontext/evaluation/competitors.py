@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from specontext.config import CHOICES
 from specontext.evaluation.samples import EvaluationError
-
-READS_ALL = "full"
-NEEDS_HEAD = "speculative"
+from specontext.retrieval.registry import CHOICES, FULL, needs_head
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Competitor:
         method, at, head = text.partition("@")
         if method not in CHOICES:
             raise EvaluationError(f"unknown method '{method}': choose among {', '.join(CHOICES)}")
-        if at and not method.startswith(NEEDS_HEAD):
+        if at and not needs_head(method):
             raise EvaluationError(f"'{text}' names a retrieval head and {method} has none: write {method}")
         if at and not head:
             raise EvaluationError(f"'{text}' names no retrieval head after the @: write {method}@DIR, or {method}")
@@ -44,7 +41,7 @@ class Competitor:
 
     def budgets(self, asked: Sequence[int]) -> tuple[int | None, ...]:
         """Those of the asked budgets that are different ones for this method."""
-        return (None,) if self.method == READS_ALL else tuple(dict.fromkeys(asked))
+        return (None,) if self.method == FULL else tuple(dict.fromkeys(asked))
 
 
 def parse_competitors(texts: Sequence[str]) -> tuple[Competitor, ...]:

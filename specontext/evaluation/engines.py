@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specontext.config import SpeContextConfig
-from specontext.core import SpeContextError
 from specontext.engine.llm import LLM
+from specontext.errors import SpeContextError
 from specontext.evaluation.budgets import largest
-from specontext.evaluation.competitors import READS_ALL, Competitor
+from specontext.evaluation.competitors import Competitor
 from specontext.evaluation.settings import EvaluationSettings
 from specontext.models.loading import LoadedModel
-from specontext.retrieval.methods import base_of
+from specontext.retrieval.registry import FULL, base_of
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Engines:
         self.close()
         settings, names = self.settings, [competitor.method for competitor in group.competitors]
         # Variants work on the state of their method; full attention costs nothing.
-        methods = tuple(dict.fromkeys([*map(base_of, names), *names, READS_ALL]))
-        own = next((name for name in methods if name != READS_ALL), READS_ALL)
+        methods = tuple(dict.fromkeys([*map(base_of, names), *names, FULL]))
+        own = next((name for name in methods if name != FULL), FULL)
         config = SpeContextConfig(
             method=base_of(own),
             budget=self.budget,

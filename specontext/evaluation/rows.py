@@ -17,6 +17,7 @@ from specontext.evaluation.samples import Sample
 from specontext.evaluation.suites.documents import PAIRED as DOCUMENTS_PAIRED
 from specontext.evaluation.suites.documents import SUITE as DOCUMENTS
 from specontext.evaluation.suites.documents import document_columns
+from specontext.retrieval.registry import FULL
 
 # Statistics of the engine that samples keep.
 MEASURES = (
@@ -34,7 +35,6 @@ MEASURES = (
     "ttft_s",
     "tpot_s",
 )
-FULL = "full"
 # What rows of suites say beside what all do.
 COLUMNS: dict[str, Callable[..., dict[str, Any]]] = {FIDELITY: fidelity_columns, CONTINUATION: continuation_columns}
 BESIDE_FULL: dict[str, Callable[..., dict[str, Any]]] = {DOCUMENTS: document_columns}  # told full attention's samples, too

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 from specontext.core import RequestOutput, SamplingParams
 from specontext.engine.llm import LLM
@@ -50,7 +50,7 @@ def run_evaluation(
     competitors = parse_competitors(settings.methods)
     notes: list[Note] = []
     kind = kind or Evaluation
-    engines = Engines(loaded, replace(settings, engine=settings.engine | kind.engine_options))
+    engines = Engines(loaded, settings)
     try:
         competitors = _supported(engines, competitors, settings, notes)
         return kind(settings, loaded, engines, competitors, notes, before).run(begin)
@@ -109,13 +109,7 @@ def _supported(
 
 
 class Evaluation:
-    """One run: its problems, methods and what is known so far.
-
-    Attributes:
-        engine_options: that this kind of evaluation needs.
-    """
-
-    engine_options: ClassVar[dict[str, Any]] = {}
+    """One run: its problems, methods and what is known so far."""
 
     def __init__(
         self,

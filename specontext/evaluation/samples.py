@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from specontext.core import SpeContextError
+from specontext.errors import SpeContextError
 
 FILE = "samples.jsonl"
 

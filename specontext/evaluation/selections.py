@@ -29,10 +29,12 @@ from typing import Any
 
 from torch import Tensor
 
-from specontext.core import Choice, RequestOutput, SamplingParams, SpeContextError
+from specontext.core import Choice, RequestOutput, SamplingParams
 from specontext.engine.llm import LLM
+from specontext.errors import SpeContextError
 from specontext.evaluation.analysis.settings import shown
-from specontext.retrieval.selector import DecodeTokens, LayerSelector, reads_everything
+from specontext.retrieval.registry import needs_head
+from specontext.retrieval.selector import LaneTokens, LayerSelector, reads_everything
 
 FORMAT = 1
 FILE = "selections.json"
@@ -62,7 +64,7 @@ class Recorder:
     kv_heads: int
     steps: list[dict[str, Any]] = field(default_factory=list)
 
-    def __call__(self, layer: int, decode: DecodeTokens, weights: Tensor, tokens: Tensor | None) -> None:
+    def __call__(self, layer: int, decode: LaneTokens, weights: Tensor, tokens: Tensor | None) -> None:
         """See one layer of a step.
 
         Args:
@@ -165,7 +167,7 @@ def _layers(llm: LLM, choice: Choice, tokens: int) -> list[int]:
 
 def _record(llm: LLM, choice: Choice, layers: list[int], recorder: Recorder, output: RequestOutput) -> dict[str, Any]:
     methods, engine = llm.engine.parts.methods, llm.engine
-    head = engine.config.retrieval_head if choice.method.split("-")[0] == "speculative" else None
+    head = engine.config.retrieval_head if needs_head(choice.method) else None
     dense = reads_everything(methods.of(choice))
     read_by = methods.reader(choice).head_map.tolist()
     ids = [*output.prompt_token_ids, *output.token_ids]

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from specontext.checkpoints.files import check_file
 from specontext.checkpoints.wording import in_one_sentence
-from specontext.core import SpeContextError
+from specontext.errors import SpeContextError
 from specontext.locations import resolve_model_path
 from specontext.tasks.problem import TokenCounter
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specontext.gguf.errors import GGUFError
+from specontext.errors import GGUFError
 from specontext.gguf.reading import GGUFFile
 
 # llama.cpp keeps Mistral's dense models under "llama": without a sliding window they compute the same.
@@ -116,13 +116,13 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
 
 def _check(file: GGUFFile) -> None:
     """Raises GGUFError for settings that the config cannot say."""
-    prefix = f"{file.architecture}."
-    own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    section = f"{file.architecture}."
+    own = {key.removeprefix(section): value for key, value in file.metadata.items() if key.startswith(section)}
     refused = None
     if unknown := sorted(set(own) - KNOWN):
-        refused = f"the setting {prefix}{unknown[0]}"
+        refused = f"the setting {section}{unknown[0]}"
     elif listed := sorted(key for key, value in own.items() if isinstance(value, list)):
-        refused = f"{prefix}{listed[0]} that differs from layer to layer"
+        refused = f"{section}{listed[0]} that differs from layer to layer"
     elif own.get("expert_count"):
         refused = "a mixture of experts"
     elif own.get("attention.sliding_window"):

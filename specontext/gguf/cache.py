@@ -9,7 +9,7 @@ import sys
 import uuid
 from pathlib import Path
 
-from specontext.gguf.errors import GGUFError
+from specontext.errors import GGUFError
 from specontext.gguf.source import VERSION
 
 VARIABLE = "SPECONTEXT_CACHE"

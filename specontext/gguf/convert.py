@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specontext.errors import GGUFError
 from specontext.gguf.architecture import config_of, in_order, parameter_name
-from specontext.gguf.errors import GGUFError
 from specontext.gguf.reading import GGUFFile, StoredTensor, read_file
 from specontext.gguf.source import SOURCE, VERSION
 from specontext.gguf.tokenizer import tokenizer_of

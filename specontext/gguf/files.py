@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from specontext.gguf.errors import GGUFError
+from specontext.errors import GGUFError
 
 SUFFIX = ".gguf"
 # A model's name, the distribution that ships its weights, its module and the file in it. The module is found and never imported:

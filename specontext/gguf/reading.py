@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specontext.gguf.errors import GGUFError
+from specontext.errors import GGUFError
 
 INSTALL = "pip install 'specontext[gguf]'"
 

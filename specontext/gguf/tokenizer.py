@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from specontext.gguf.errors import GGUFError
+from specontext.errors import GGUFError
 from specontext.gguf.reading import GGUFFile
 
 
@@ -128,10 +128,10 @@ def _sentencepiece(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) 
     words = {token: scores[i] for token, i in vocabulary.items() if types[i] not in unmerged}
     bpe = models.BPE(vocab=vocabulary, merges=_merges(words, vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
-    prefix = _flag(file, "add_space_prefix", True)
-    steps = [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
+    space_first = _flag(file, "add_space_prefix", True)
+    steps = [normalizers.Prepend("▁")] * space_first + [normalizers.Replace(" ", "▁")]
     tokenizer.normalizer = normalizers.Sequence(steps)
-    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()] + [decoders.Strip(" ", 1, 0)] * prefix
+    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()] + [decoders.Strip(" ", 1, 0)] * space_first
     tokenizer.decoder = decoders.Sequence(back)
     return tokenizer
 

@@ -30,9 +30,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from specontext.config import ConfigError, SpeContextConfig
-from specontext.core import ModelShape, SpeContextError
-from specontext.kernels.retrieval_scores import retrieval_scores
+from specontext.config import SpeContextConfig
+from specontext.core import ModelShape
+from specontext.errors import ConfigError, SpeContextError
+from specontext.kernels.retrieval_scores import paged_retrieval_scores
 from specontext.kernels.top_k import choose
 from specontext.models.decoder import decoder_layers
 from specontext.models.features import FeatureTaps
@@ -195,7 +196,8 @@ class _Reading:
             return None
         lengths = torch.tensor([known + 1], device=self.keys.device)
         ends, groups = budget.candidates_end(lengths), self.head.config.kv_heads
-        scores = retrieval_scores(queries, self.keys[None], budget.sink, ends, groups)
+        tokens = torch.arange(len(self.keys), device=self.keys.device)  # each a page of its own
+        scores = paged_retrieval_scores(queries, self.keys[:, None], tokens[None], budget.sink, ends, len(tokens), groups)
         tokens = budget.compose(choose(scores, "head", budget.scored), lengths).tokens[0]  # [G, B]
         hidden = torch.ones((len(tokens), known + 2), dtype=torch.bool, device=tokens.device)
         return hidden.scatter_(1, torch.where(tokens < 0, known + 1, tokens), False)[:, :-1]

@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
-from specontext.config import ConfigError, EngineConfig, SpeContextConfig
-from specontext.core import RequestError, RequestOutput, SamplingParams, SpeContextError
+from specontext.config import EngineConfig, SpeContextConfig
+from specontext.core import RequestOutput, SamplingParams
 from specontext.engine.llm import LLM
+from specontext.errors import ConfigError, RequestError, SpeContextError
 from specontext.models.chat_template import ChatTemplate
-from specontext.retrieval.methods import base_of
+from specontext.retrieval.registry import FULL, base_of
 
 try:
     from lm_eval.api.instance import Instance
@@ -163,7 +164,7 @@ class SpeContextLM(TemplateLM):
         """What stands in lm-eval's results: the settings, and the means of what the answers so far have read."""
         config = self.llm.config
         measured = {name: sum(values) / len(values) if values else None for name, values in self._measured.items()}
-        settings = {"method": self.method, "budget": config.budget if config.method != "full" else None}
+        settings = {"method": self.method, "budget": config.budget if config.method != FULL else None}
         return {"specontext": settings | {"sink": config.sink, "recent": config.recent} | measured}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -222,7 +223,7 @@ class SpeContextLM(TemplateLM):
         self, requests: Sequence[Scored], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is the greedy one."""
-        if self.method != "full" and not self._told_of_prefill:
+        if self.method != FULL and not self._told_of_prefill:
             logger.warning("log-likelihoods come from the dense prefill: they say nothing about the method %s", self.method)
             self._told_of_prefill = True
         found: list[tuple[float, bool]] = []

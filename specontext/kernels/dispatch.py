@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from specontext.core import SpeContextError
+from specontext.errors import SpeContextError
 
 VARIABLE = "SPECONTEXT_KERNELS"
 CHOICES = ("auto", "torch", "triton")

@@ -18,7 +18,6 @@ def paged_attention(
     scale: float,
     *,
     tile: int = 1024,
-    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of one query a head over the first `lengths[r]` tokens of each request.
 
@@ -29,7 +28,6 @@ def paged_attention(
         lengths: int64 or int32 [R], tokens of each request, at most P * page_size.
         scale: factor of the logits.
         tile: tokens that the PyTorch implementation attends to at once.
-        workspace: scratch of the GPU kernel (`triton.sparse_attention.make_workspace`), allocated when None.
 
     Returns:
         output [R, Hq, D] in the query's dtype, and float32 log-sum-exp of the logits [R, Hq], -inf where a length is 0.
@@ -39,7 +37,7 @@ def paged_attention(
 
         size, heads = rows.shape[1:3]
         arena = rows.view(-1, *rows.shape[3:])
-        return on_gpu(query, arena, pages, lengths, scale, page_size=size, kv_heads=heads, workspace=workspace)
+        return on_gpu(query, arena, pages, lengths, scale, page_size=size, kv_heads=heads)
     return paged_attention_reference(query, rows, pages, lengths, scale, tile=tile)
 
 

@@ -14,46 +14,29 @@ import math
 import torch
 from torch import Tensor
 
-from specontext.kernels.dispatch import operation, reference_of, scratch, use_triton
+from specontext.kernels.dispatch import operation, scratch, use_triton
 
 TILE_BYTES = 4 << 20  # of float32 keys that are multiplied at a time
 BLOCK = 128  # tokens of one product, at least
 VECTOR = 64  # a block is a multiple of as many tokens
 
 
-def retrieval_scores(query: Tensor, keys: Tensor, start: int, stops: Tensor, groups: int | None = None) -> Tensor:
-    """Attention weights over the candidates start .. stops[r] - 1, maximised over the query heads of each group.
-
-    The weights are normalised over the candidates only: sinks and recent tokens are read in any case and do not compete.
-
-    Args:
-        query: [R, Hq, D]; query heads g * Hq / G and up belong to group g.
-        keys: [R, S, K, D]; query heads k * Hq / K and up, and so their groups, read key head k.
-        start: first candidate.
-        stops: integers [R], end of the candidates of each request; S where it is greater.
-        groups: G, a multiple of K; None for K.
-
-    Returns:
-        float32 [R, G, S]; -1 where there is no candidate. A request's scores do not depend on the others.
-    """
-    if use_triton(query):
-        from specontext.kernels.triton.retrieval_scores import retrieval_scores as triton_scores
-
-        return triton_scores(query, keys, start, stops, groups)
-    return retrieval_scores_reference(query, keys, start, stops, groups)
-
-
 @operation(decided_by="query")
 def paged_retrieval_scores(
     query: Tensor, keys: Tensor, table: Tensor, start: int, stops: Tensor, span: int, groups: int | None = None
 ) -> Tensor:
-    """`retrieval_scores` of keys that lie in pages, read where they are.
+    """Attention weights over the candidates start .. stops[r] - 1, maximised over the query heads of each group.
+
+    The weights are normalised over the candidates only: sinks and recent tokens are read in any case and do not compete. Keys lie
+    in pages and are read where they are.
 
     Args:
-        query: [R, Hq, D].
-        keys: [pages, page_size, K, D].
+        query: [R, Hq, D]; query heads g * Hq / G and up belong to group g.
+        keys: [pages, page_size, K, D]; query heads k * Hq / K and up, and so their groups, read key head k.
         table: integers [R, P], pages of each request: position p is entry p % page_size of page table[r, p // page_size].
-        start, stops, groups: as in `retrieval_scores`.
+        start: first candidate.
+        stops: integers [R], end of the candidates of each request; the span where it is greater.
+        groups: G, a multiple of K; None for K.
         span: number of positions that compete and are returned, at most P * page_size.
 
     Returns:
@@ -81,17 +64,6 @@ def paged_retrieval_scores(
         rows.index_copy_(0, places.flatten(), _products(grouped, keys, owner[part], pages[part]))
     pooled = logits.view(requests, groups or key_heads, -1, blocks * block)
     return group_weights(pooled, start, stops.clamp(max=span))[..., :span]
-
-
-def retrieval_scores_reference(query: Tensor, keys: Tensor, start: int, stops: Tensor, groups: int | None = None) -> Tensor:
-    """`retrieval_scores` in PyTorch: the keys of a request are one long page."""
-    requests, span = keys.shape[:2]
-    if not span:
-        return query.new_empty((requests, groups or keys.shape[2], 0), dtype=torch.float32)
-    size = math.gcd(span, BLOCK)
-    table = torch.arange(requests * (span // size), device=keys.device).view(requests, -1)
-    pages = keys.reshape(-1, size, *keys.shape[2:])
-    return reference_of(paged_retrieval_scores)(query, pages, table, start, stops, span, groups)
 
 
 def _blocks_of(ends: Tensor, block: int, most: int) -> tuple[Tensor, Tensor]:
@@ -130,7 +102,7 @@ def group_weights(logits: Tensor, start: int, stops: Tensor) -> Tensor:
 
     Args:
         logits: float32 [R, G, heads, S], changed in place; what is not a candidate may hold anything.
-        start, stops: as in `retrieval_scores`.
+        start, stops: as in `paged_retrieval_scores`.
 
     Returns:
         float32 [R, G, S]; -1 where there is no candidate.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.kernels.dispatch import operation, scratch, use_triton
+from specontext.kernels.dispatch import operation, scratch
 from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers, word_of
 
 CACHED_BYTES = 1 << 22  # that a CPU reads and then writes: they stay in its cache, and its threads have enough to share
@@ -101,21 +101,6 @@ def _numbers(
         of_layer = pool.layers.places[layers].repeat_interleave(len(seats), 0)
         numbers = numbers.mul_(pool.layers.count).add_(of_layer.index_select(0, reader))
     return 1, numbers
-
-
-def append_rows(arena: Tensor, rows: Tensor, key: Tensor, value: Tensor) -> None:
-    """Write K and V of new tokens: arena[rows[t, h]] = (key[t, h], value[t, h]); negative rows are skipped.
-
-    Args:
-        arena: [N, 2, D], changed in place.
-        rows: int64 [T, Hkv], distinct where not negative.
-        key, value: [T, Hkv, D].
-    """
-    if use_triton(key):
-        from specontext.kernels.triton.rows import append_rows as kernel
-
-        return kernel(arena, rows, key, value)
-    return append_rows_reference(arena, rows, key, value)
 
 
 @operation(decided_by="new.key")
@@ -218,10 +203,3 @@ def _copy_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows:
     source, target = (rows.flatten(1).view(word_of(rows)) for rows in (source, target))
     taken = source.index_select(0, source_rows.to(source.device))
     target.index_copy_(0, target_rows.to(target.device), taken.to(target.device))
-
-
-def append_rows_reference(arena: Tensor, rows: Tensor, key: Tensor, value: Tensor) -> None:
-    """See `append_rows`."""
-    wanted = rows >= 0
-    new = torch.stack((key[wanted], value[wanted]), dim=1)
-    arena.index_copy_(0, rows[wanted].to(arena.device), new.to(arena))

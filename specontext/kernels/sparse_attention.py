@@ -15,9 +15,7 @@ LEAST_WIDTH = 16
 
 
 @operation(decided_by="query")
-def sparse_attention(
-    query: Tensor, arena: Tensor, rows: Tensor, scale: float, *, workspace: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def sparse_attention(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Softmax attention of one query a head over the KV rows that `rows` names.
 
     On a CPU rows are gathered, then a fused kernel reads K and V of a KV head for its whole group. A few (request, KV head) pairs
@@ -29,7 +27,6 @@ def sparse_attention(
         arena: [N, 2, D], K and V of each row.
         rows: int64 or int32 [R, Hkv, B] row indices, -1 is skipped. Query heads h * Hq / Hkv and up read the rows of KV head h.
         scale: factor of the logits.
-        workspace: scratch of the GPU kernel (`triton.sparse_attention.make_workspace`), allocated when None; a CPU needs none.
 
     Returns:
         output [R, Hq, D] in the query's dtype, and float32 log-sum-exp of the logits [R, Hq], -inf where nothing was read.

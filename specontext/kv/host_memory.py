@@ -18,16 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specontext.core import SpeContextError
+from specontext.errors import HostMemoryError
 
 CHUNK = 1 << 28  # bytes that are pinned at once
 AHEAD = 2  # chunks that are pinned beyond what is in use
 PORTABLE_AND_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 HUGE_PAGE = 1 << 21
-
-
-class HostMemoryError(SpeContextError):
-    """Host memory that was allowed cannot be had; the message says how much was asked and what to set."""
 
 
 class HostMemory:

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from specontext.errors import MemoryPlanError
 from specontext.kernels.tables import Pages, Slots
 from specontext.kv.host_memory import HostMemory
 from specontext.kv.layout import Layout, places_of
 from specontext.memory.layer_blocks import LayerBlocks
 from specontext.memory.pages import PageAllocator
-from specontext.memory.tiers import MemoryPlanError
 
 
 class PagePool:

@@ -12,17 +12,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from specontext.core import SpeContextError
+from specontext.errors import LoadError
 from specontext.kernels.rows import append_layer, append_pieces, append_tokens, copy_pieces, fixed_slots, ring_slots
 from specontext.kernels.slot_plan import listed, selected_rows
 from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
 from specontext.kv.layout import BlockParts, Reading
 from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK, Mark, Streams
 from specontext.memory.layer_blocks import LayerBlocks
-
-
-class LoadError(SpeContextError):
-    """A row in a slot differs from the host's (only found with `verify_loads`)."""
 
 
 class Transfers:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from specontext.config import ConfigError
 from specontext.core import ModelShape
-from specontext.locations import ModelError, one_sentence
+from specontext.errors import ConfigError, ModelError
+from specontext.locations import one_sentence
 from specontext.memory.layer_blocks import LayerBlocks, divide_layers
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need them

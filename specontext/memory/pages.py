@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from specontext.core import SpeContextError
-
-
-class OutOfPagesError(SpeContextError):
-    """A pool has fewer free pages than were asked for; nothing was allocated."""
+from specontext.errors import OutOfPagesError
 
 
 class PageCache(Protocol):

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from specontext.errors import MemoryPlanError
 from specontext.memory.facts import ModelFacts
 from specontext.memory.model import KVCost, MemoryModel
-from specontext.memory.tiers import MemoryPlanError
 
 GIB = 1 << 30
 STAY = 256  # tokens

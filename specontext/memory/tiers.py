@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from specontext.core import SpeContextError
+from specontext.errors import MemoryPlanError
 from specontext.memory.free import free_host_memory
 
 if TYPE_CHECKING:
@@ -22,10 +22,6 @@ class Tier(Enum):
 
     DEVICE = "device"
     HOST = "host"
-
-
-class MemoryPlanError(SpeContextError):
-    """The memory that was allowed cannot hold what was asked for; the message says how much is needed."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from specontext.locations import ModelError
+from specontext.errors import ModelError
 
 ATTENTION_NAME = "specontext"
 RUNNING = "specontext_running"  # attribute of every module of a model that has run here
@@ -41,13 +41,13 @@ class Running:
     """What the modules of a model share while a forward pass runs.
 
     Attributes:
-        step: whoever listens to attention; None between two passes.
+        listener: whoever gets the layers' attention; None between two passes.
         longest: contexts that the model is served with, in tokens; a window at least as long leaves nothing out.
         configs: those that say which attention function the modules call.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.step: Any = None
+        self.listener: Any = None
         self.longest: int | None = None
         configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
         self.configs = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
@@ -64,14 +64,14 @@ def running_of(model: PreTrainedModel) -> Running:
 
 
 @contextmanager
-def listening(model: PreTrainedModel, step: object) -> Iterator[None]:
-    """Inside, the model's layers hand their attention to `step`."""
+def listening(model: PreTrainedModel, listener: object) -> Iterator[None]:
+    """Inside, the model's layers hand their attention to `listener`."""
     running = getattr(model, RUNNING, None) or running_of(model)
-    before, running.step = running.step, step
+    before, running.listener = running.listener, listener
     try:
         yield
     finally:
-        running.step = before
+        running.listener = before
 
 
 @contextmanager
@@ -105,12 +105,12 @@ def attention_forward(
         ModelError: a mask of the model's own, or a keyword that changes attention and is not understood.
     """
     running: Running | None = getattr(module, RUNNING, None)
-    if running is None or running.step is None:
+    if running is None or running.listener is None:
         raise NoStepError("this model was loaded for SpeContext's engine: run it through specontext.LLM")
     refuse_foreign(attention_mask, options, running.longest)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    output = running.step.attend(module.layer_idx, q, k, v, scale)
+    output = running.listener.attend(module.layer_idx, q, k, v, scale)
     return output[None], None
 
 

@@ -13,25 +13,13 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from specontext.core import RequestError
+from specontext.errors import ChatTemplateError
 
 Message = Mapping[str, Any]
 
 _LONGEST_REASON = 400  # characters of a template's own error that are shown; some quote the conversation
 _LONGEST_TAG = 64
 _MARK = re.compile(r"zq[0-9]+(?:m[0-9]+qz|key)")
-
-
-class ChatTemplateError(RequestError):
-    """Messages that the chat template does not take.
-
-    Attributes:
-        message: number of the message at fault, from 0; None where it is not known or is the fault of several.
-    """
-
-    def __init__(self, text: str, message: int | None = None) -> None:
-        super().__init__(text)
-        self.message = message
 
 
 class ChatTemplate:

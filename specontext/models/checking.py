@@ -25,8 +25,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
 from specontext.core import ModelShape
+from specontext.errors import ModelError
 from specontext.kernels.dense_attention import ChunkAttention, causal_attention
-from specontext.locations import ModelError
 from specontext.models.attention import RUNNING, NoStepError, attention_of, listening, running_of
 
 LIBRARY_NAME = "specontext_library"  # the library's own attention, seen while it runs
@@ -140,8 +140,8 @@ def library_attention(
     own = getattr(home, "eager_attention_forward", sdpa_attention_forward)
     output: Tensor = own(module, query, key, value, attention_mask, **options)[0]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    step = getattr(module, RUNNING).step
-    return step.see(module.layer_idx, q, k, v, output[0].view(q.shape[0], q.shape[1], -1))[None], None
+    listener = getattr(module, RUNNING).listener
+    return listener.see(module.layer_idx, q, k, v, output[0].view(q.shape[0], q.shape[1], -1))[None], None
 
 
 class _LaterLayer(DynamicLayer):

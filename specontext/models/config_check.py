@@ -17,7 +17,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from specontext.core import LENGTHS, ModelShape
-from specontext.locations import ModelError, parts_of
+from specontext.errors import ModelError
+from specontext.locations import parts_of
 
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # the latter two up to the size of window and chunk
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}

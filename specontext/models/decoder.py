@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from specontext.locations import ModelError
+from specontext.errors import ModelError
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

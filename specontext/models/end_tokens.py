@@ -8,7 +8,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from specontext.locations import ModelError
+from specontext.errors import ModelError
 
 GENERATION = "generation_config.json"
 

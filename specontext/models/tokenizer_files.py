@@ -11,7 +11,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from specontext.checkpoints.files import check_side_files, read_json
 from specontext.checkpoints.wording import first_few
-from specontext.locations import ModelError, folder_of, one_sentence, resolve_model_path
+from specontext.errors import ModelError
+from specontext.locations import folder_of, one_sentence, resolve_model_path
 
 WHOLE = "tokenizer.json"
 PAIR = ("vocab.json", "merges.txt")  # what byte-pair tokenizers have in its place, both or neither

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from transformers import logging as transformers_logging
 from specontext.checkpoints.quantization import ADVICE
 from specontext.checkpoints.weights import StoredTensor, is_buffer, odd_experts, quantised_numbers, read_headers, weight_files
 from specontext.checkpoints.wording import first_few
-from specontext.locations import ModelError, folder_of, one_sentence
+from specontext.errors import ModelError
+from specontext.locations import folder_of, one_sentence
 from specontext.models.attention import ATTENTION_NAME
 
+ADAPTER = "adapter_config.json"
 SCALES = re.compile(r"scale|zero|qweight|g_idx|absmax|quant|packed|amax")  # in the names of what quantised weights come with
 NEXT_TOKENS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 NEXT_TOKEN_PART = re.compile(r"(^|\.)mtp(_\w+)?\.")  # layers that predict further tokens, which no decoder here runs
@@ -39,10 +42,10 @@ def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, optio
     if isinstance(source, Path):  # before the long work of reading; a Hub id's files come with it
         stored = _headers(source, config)
         _check_numbers(stored)
-    with _no_report(), one_sentence(f"cannot load the model {source}"):
+    with _no_report(), one_sentence(f"cannot load the model {source}"), _without_adapter(source) as seen:
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source,
+                seen,
                 config=config,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 attn_implementation=ATTENTION_NAME,
@@ -65,6 +68,20 @@ def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, optio
     _check_report(source, model, report, stored)
     kept: PreTrainedModel = model
     return kept
+
+
+@contextmanager
+def _without_adapter(source: Path | str) -> Iterator[Path | str]:
+    """Where the model is read from: `source`, or links to its files without the config of an adapter that is merged already,
+    which transformers would load where peft is installed."""
+    if not isinstance(source, Path) or not (source / ADAPTER).exists():
+        yield source
+        return
+    with TemporaryDirectory() as folder:
+        for file in source.iterdir():
+            if file.name != ADAPTER:
+                (Path(folder) / file.name).symlink_to(file.absolute())
+        yield Path(folder)
 
 
 def random_model(config: PreTrainedConfig, dtype: str, device: torch.device, options: Mapping[str, Any]) -> PreTrainedModel:

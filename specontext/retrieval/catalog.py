@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from specontext.core import ModelShape
+from specontext.errors import HeadError
 from specontext.gguf.source import source_of
 from specontext.locations import HEADS
 from specontext.retrieval.checkpoint import CONFIG, OWN_HEAD, load_head, read_config
 from specontext.retrieval.head import RetrievalHead
-from specontext.retrieval.head_config import HeadError
 
 # Public EAGLE-3 drafts by the model that they were distilled from, those first that know the longest contexts; a head is pruned
 # from one. Where the names stand: TanBaby's (trained further at 32,768 tokens with YaRN) in the README of

@@ -21,10 +21,11 @@ from torch import Tensor
 from specontext.checkpoints.weights import what_is_there
 from specontext.checkpoints.wording import first_few, in_one_sentence
 from specontext.core import ModelShape
+from specontext.errors import HeadError
 from specontext.locations import HEADS, NANO, shape_of
 from specontext.retrieval.draft import EMBEDDING, config_values, read_draft, read_weights
 from specontext.retrieval.head import RetrievalHead
-from specontext.retrieval.head_config import HeadConfig, HeadError
+from specontext.retrieval.head_config import HeadConfig
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need it
     from transformers import PreTrainedConfig
@@ -53,18 +54,24 @@ def tensor_name(name: str) -> str:
     return name.replace("feature_norms.", "fc_norm.") if name.startswith("feature_norms.") else NAMES[name]
 
 
-def save_head(head: RetrievalHead, folder: str | Path) -> None:
+def save_head(head: RetrievalHead, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write `head` to `folder`, beside other files that lie there; a folder with a config.json is always whole.
 
     Both files are written to a temporary directory and moved when they are complete. An older head is taken away first, so
     that its weights never lie beside the new config.
+
+    Args:
+        dtype: number format of the matrices; None keeps the head's own. Weights of norms stay as they are.
 
     Raises:
         HeadError: values that are not finite numbers, a folder that holds something else than a head, or one that cannot be
             written; what was there before is left as it was.
     """
     folder = Path(folder).absolute()
-    tensors = {tensor_name(name): tensor.detach().contiguous().cpu() for name, tensor in head.state_dict().items()}
+    tensors = {
+        tensor_name(name): tensor.detach().to(dtype if tensor.dim() > 1 else None).contiguous().cpu()
+        for name, tensor in head.state_dict().items()
+    }
     if odd := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise HeadError(f"the head was not written to {folder}: {', '.join(odd)} holds values that are not finite numbers")
     if (folder / CONFIG).exists() and "variant" not in config_values(folder):

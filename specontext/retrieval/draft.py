@@ -26,7 +26,8 @@ from specontext.checkpoints.quantization import ADVICE, quantization_of
 from specontext.checkpoints.weights import SHARDED, SINGLE, what_is_there
 from specontext.checkpoints.wording import first_few, in_one_sentence
 from specontext.core import ModelShape
-from specontext.retrieval.head_config import HeadConfig, HeadError
+from specontext.errors import HeadError
+from specontext.retrieval.head_config import HeadConfig
 
 LAYER = "midlayer."
 NEEDED = (

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.top_k import top_k_positions
-from specontext.retrieval.selector import DecodeTokens, LayerView
+from specontext.retrieval.selector import LaneTokens, LayerView
 from specontext.retrieval.stateful import StatefulSelector
 
 DROPPED = -1.0
@@ -19,15 +19,15 @@ class EvictingSelector(StatefulSelector):
     So every choice is a part of the one before and of the tokens that have left the recent window since.
     """
 
-    def choose(self, layer: int, step: DecodeTokens, view: LayerView, ends: Tensor) -> Tensor:
-        table = self.tables["scores"][layer][:, :, : step.span]
-        scores = table.index_select(0, step.seats)
+    def choose(self, layer: int, lane: LaneTokens, view: LayerView, ends: Tensor) -> Tensor:
+        table = self.tables["scores"][layer][:, :, : lane.span]
+        scores = table.index_select(0, lane.seats)
         position = torch.arange(scores.shape[-1], device=scores.device)
         candidate = ((position >= self.budget.sink) & (position < ends[:, None]))[:, None]  # [R, 1, S]
         chosen = top_k_positions(torch.where(candidate, scores, DROPPED), self.budget.scored)
         kept = torch.zeros((*scores.shape[:2], scores.shape[-1] + 1), dtype=torch.bool, device=scores.device)
         kept.scatter_(-1, torch.where(chosen >= 0, chosen, scores.shape[-1]), True)  # the last column takes what is no token
-        table.index_copy_(0, step.seats, scores.masked_fill_(candidate & ~kept[..., :-1], DROPPED))
+        table.index_copy_(0, lane.seats, scores.masked_fill_(candidate & ~kept[..., :-1], DROPPED))
         return chosen
 
 

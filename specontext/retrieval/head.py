@@ -19,14 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specontext.core import ModelShape
+from specontext.errors import HeadError
 from specontext.memory.facts import HeadFacts
-from specontext.retrieval.head_config import HeadConfig, HeadError, is_positive
+from specontext.retrieval.head_config import HeadConfig, is_positive
 from specontext.retrieval.rope import rope_frequencies
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need it
     from transformers import PreTrainedConfig
 
-STEPS = ("queries", "fuse", "keys")  # what the engine calls of a head, before and after the target has run
+CALLED = ("queries", "fuse", "keys")  # what the engine calls of a head, before and after the target has run
 
 
 class RMSNorm(nn.Module):

@@ -6,16 +6,13 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from specontext.core import ModelShape, SpeContextError
+from specontext.core import ModelShape
+from specontext.errors import HeadError
 
 VARIANTS = ("features", "embedding")
 FEATURE_NORMS = ("none", "joint", "each")
 KEY_INPUTS = ("before", "around")
 SCALED_ROPE = ("linear", "llama3", "yarn")  # frequencies that do not change while a request grows
-
-
-class HeadError(SpeContextError, ValueError):
-    """A retrieval head that is missing, broken or made for another model."""
 
 
 @dataclass(frozen=True)

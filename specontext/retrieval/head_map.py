@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from specontext.errors import HeadError
 from specontext.retrieval.head import RetrievalHead
-from specontext.retrieval.head_config import HeadError
 
 
 def band_map(layers: int, kv_heads: int, bands: int) -> tuple[tuple[int, ...], ...]:

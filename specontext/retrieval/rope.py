@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.retrieval.head_config import HeadConfig, HeadError
+from specontext.errors import HeadError
+from specontext.retrieval.head_config import HeadConfig
 
 
 def rope_frequencies(config: HeadConfig, *, theta: float, yarn_factor: float) -> tuple[Tensor, float]:

@@ -8,17 +8,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specontext.core import Batch, ModelShape, Segment, Selection
+from specontext.kernels.top_k import groups_of
+from specontext.retrieval.head import RetrievalHead
+
+if TYPE_CHECKING:  # it makes them
+    from specontext.retrieval.methods.speculative import KeyCache
 
 
 @dataclass(frozen=True)
-class DecodeTokens:
-    """The decode tokens of a step, one a request.
+class LaneTokens:
+    """The decode tokens of a lane in a step, one a request.
 
     Attributes:
         token_ids, seats, positions, seeds: int64 [R]; a negative position is padding.
@@ -37,12 +42,12 @@ class DecodeTokens:
         return self.positions + 1
 
     @classmethod
-    def of(cls, batch: Batch) -> DecodeTokens:
+    def of(cls, batch: Batch) -> LaneTokens:
         """The decode tokens of a batch."""
         return cls.part(batch, slice(0, batch.num_decodes), batch.span)
 
     @classmethod
-    def part(cls, batch: Batch, part: slice, span: int) -> DecodeTokens:
+    def part(cls, batch: Batch, part: slice, span: int) -> LaneTokens:
         """Some of the decode tokens of a batch, the longest context of which has `span` tokens."""
         return cls(batch.token_ids[part], batch.seats[part], batch.positions[part], batch.seeds[part], span)
 
@@ -99,11 +104,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class MethodContext:
-    """What a method is made of; the one with a retrieval head needs more.
+    """What a method is made of.
 
     Attributes:
         granularity: one set for each KV head, or one for all; see `granularity.py`.
         seats, max_tokens: requests at the same time and their longest context, for state that is kept for each.
+        head, embedding, key_cache: for methods with a retrieval head: it, the model's table of embeddings, and what makes a place
+            for keys of the head; memory is measured before there are the last two.
     """
 
     shape: ModelShape
@@ -112,6 +119,22 @@ class MethodContext:
     seats: int
     max_tokens: int
     device: torch.device
+    head: RetrievalHead | None = None
+    embedding: nn.Module | None = None
+    key_cache: Callable[[], KeyCache] | None = None
+
+
+@dataclass(frozen=True)
+class PageState:
+    """What a method knows of pages of a prompt, so that a request that begins with the same tokens need not compute it.
+
+    Attributes:
+        each: [pages, numbers], of every page.
+        last: [pages, numbers], of the last token of every page.
+    """
+
+    each: Tensor
+    last: Tensor
 
 
 class LayerView(Protocol):
@@ -139,12 +162,12 @@ class LayerView(Protocol):
         ...
 
     def keys(self, row: int, start: int, stop: int) -> Tensor:
-        """Stored keys of the step's request `row` after RoPE, [stop - start, Hkv, D]; the token being processed is among them."""
+        """Stored keys of the lane's request `row` after RoPE, [stop - start, Hkv, D]; the token being processed is among them."""
         ...
 
 
 class Selector(ABC):
-    """A selection method: its state, by seat, and what everyone must know of it. `with_budget` copies share the state.
+    """A selection method: its state, by seat, and what everyone must know of it. Its copies (`with_budget`, `variant`) share it.
 
     One that chooses is an `AheadSelector`, which does so once before the forward pass and for all layers, or a `LayerSelector`,
     which does so inside each layer, because it needs that layer's query. Any other reads everything.
@@ -162,11 +185,30 @@ class Selector(ABC):
     budget: Budget
     keep_generated: bool = False
 
+    def __init__(self, context: MethodContext) -> None:
+        """A method without state; KV head h reads the set of group h, or all the only one."""
+        self.shape, self.budget, self.granularity = context.shape, context.budget, context.granularity
+        self.groups = self.token_sets(context, None)
+        self.head_map = uniform_map(self.shape, self.groups)
+
     def with_budget(self, budget: Budget) -> Self:
         """The same method with another budget, on the same state."""
         other = copy.copy(self)
         other.budget = budget
         return other
+
+    @classmethod
+    def token_sets(cls, context: MethodContext, variant: str | None) -> int:
+        """G of a method or of a variant of it, known before it is made.
+
+        Raises:
+            ConfigError: it cannot work in this context.
+        """
+        return groups_of(context.granularity, context.shape.kv_heads)
+
+    def variant(self, name: str) -> Selector:
+        """A variant of the registry's entry, on the same state."""
+        raise NotImplementedError
 
     @classmethod
     def state_bytes(cls, context: MethodContext) -> int:
@@ -199,7 +241,7 @@ class Selector(ABC):
         """See the tokens of a step after the forward pass, with their features [T, F * H] if the method taps any."""
 
     @abstractmethod
-    def selection_bytes(self, step: DecodeTokens) -> Tensor:
+    def selection_bytes(self, lane: LaneTokens) -> Tensor:
         """Bytes that choosing has to read in a step, all layers together: int64 [R].
 
         A method that selects in the layer is asked after it has, any other one before.
@@ -215,12 +257,35 @@ class Selector(ABC):
         """Pages of the device's arena that the method's state lies in."""
         return []
 
+    # What is known of prompts, for methods whose state every request has -------------------------------------------------
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens whose state fits into one page of the arena; 0 where none lies there."""
+        return 0
+
+    def page_numbers(self, tokens: int) -> tuple[int, int]:
+        """Numbers in `PageState.each` and `last` of one page of `tokens` tokens."""
+        return 0, 0
+
+    def page_state(self, segment: Segment, first: int, stop: int, tokens: int, features: Tensor | None) -> PageState:
+        """What is known of the pages first .. stop - 1 of a seat, of `tokens` tokens each, whose last ones are in a chunk.
+
+        Args:
+            features: [T, F * H] of the step, if the method taps any.
+        """
+        raise NotImplementedError
+
+    def restore_pages(self, seat: int, tokens: int, state: PageState) -> None:
+        """Put what is known of the first `tokens` tokens of a prompt into a seat; the first row of `last` is of the last one."""
+        raise NotImplementedError
+
 
 class AheadSelector(Selector):
     """Chooses before the forward pass, for all layers."""
 
     @abstractmethod
-    def select(self, step: DecodeTokens) -> Selection:
+    def select(self, lane: LaneTokens) -> Selection:
         """Choose for all layers."""
 
 
@@ -240,7 +305,7 @@ class LayerSelector(Selector):
     """Chooses inside each layer, with that layer's query."""
 
     @abstractmethod
-    def select_in_layer(self, layer: int, step: DecodeTokens, view: LayerView) -> Selection:
+    def select_in_layer(self, layer: int, lane: LaneTokens, view: LayerView) -> Selection:
         """Choose for one layer."""
 
 

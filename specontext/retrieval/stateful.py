@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -9,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specontext.config import ConfigError
 from specontext.core import Selection
-from specontext.retrieval.selector import DecodeTokens, LayerSelector, LayerView, MethodContext, uniform_map
+from specontext.errors import ConfigError
+from specontext.retrieval.selector import LaneTokens, LayerSelector, LayerView, MethodContext, Selector
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,8 @@ class StatefulSelector(LayerSelector):
                 f"{type(self).__name__} chooses for every KV head and cannot work with granularity '{context.granularity}': "
                 "set granularity to 'head'"
             )
-        shape = context.shape
-        self.shape, self.budget, self.seats = shape, context.budget, context.seats
-        self.groups, self.head_map = shape.kv_heads, uniform_map(shape, shape.kv_heads)
+        super().__init__(context)
+        shape, self.seats = context.shape, context.seats
         self.layout = self.tables_for(context)
         self.tables = {
             name: torch.zeros((shape.layers, context.seats + 1, *table.size), dtype=table.dtype, device=context.device)
@@ -73,7 +73,14 @@ class StatefulSelector(LayerSelector):
         # Both are shared with `with_budget` copies, like the tables.
         self._prompt_of: dict[int, int] = {}
         self._fresh: list[set[int]] = [set() for _ in range(shape.layers)]
-        self._asked: tuple[DecodeTokens, list[tuple[int, int]]] | None = None
+        self._asked: tuple[LaneTokens, list[tuple[int, int]]] | None = None
+
+    def variant(self, name: str) -> Selector:
+        """The same, choosing among the tokens of prompts only ('prompt')."""
+        assert name == "prompt"
+        other = copy.copy(self)
+        other.keep_generated = True
+        return other
 
     # What a method has to say ------------------------------------------------------------------------------------------
 
@@ -86,11 +93,11 @@ class StatefulSelector(LayerSelector):
     def learn(self, layer: int, row: int, seat: int, view: LayerView) -> None:
         """Build the state of a request whose prompt, of `self.prompt(seat)` tokens, is stored."""
 
-    def follow(self, layer: int, step: DecodeTokens, view: LayerView) -> None:
+    def follow(self, layer: int, lane: LaneTokens, view: LayerView) -> None:
         """Take notice of the tokens of this step, before choosing; not called where all generated tokens are read."""
 
     @abstractmethod
-    def choose(self, layer: int, step: DecodeTokens, view: LayerView, ends: Tensor) -> Tensor:
+    def choose(self, layer: int, lane: LaneTokens, view: LayerView, ends: Tensor) -> Tensor:
         """The best candidates among the positions sink .. ends[r] - 1.
 
         Returns:
@@ -99,26 +106,26 @@ class StatefulSelector(LayerSelector):
 
     # The step ----------------------------------------------------------------------------------------------------------
 
-    def select_in_layer(self, layer: int, step: DecodeTokens, view: LayerView) -> Selection:
+    def select_in_layer(self, layer: int, lane: LaneTokens, view: LayerView) -> Selection:
         fresh = self._fresh[layer]
         if fresh:
-            for row, (seat, position) in enumerate(self.on_host(step)):
+            for row, (seat, position) in enumerate(self.on_host(lane)):
                 if seat in fresh:
                     fresh.discard(seat)
                     self._set_prompt(seat, position)
                     self.learn(layer, row, seat, view)
         if not self.keep_generated:
-            self.follow(layer, step, view)
-        chosen = self.choose(layer, step, view, self.ends(step))
+            self.follow(layer, lane, view)
+        chosen = self.choose(layer, lane, view, self.ends(lane))
         if self.keep_generated:
-            return self.budget.compose_after(chosen, step.lengths, self.prompts[step.seats])
-        return self.budget.compose(chosen, step.lengths)
+            return self.budget.compose_after(chosen, lane.lengths, self.prompts[lane.seats])
+        return self.budget.compose(chosen, lane.lengths)
 
-    def ends(self, step: DecodeTokens) -> Tensor:
+    def ends(self, lane: LaneTokens) -> Tensor:
         """End of the candidates of each request: int64 [R]."""
         if self.keep_generated:
-            return self.budget.prompt_end(step.lengths, self.prompts[step.seats])
-        return self.budget.candidates_end(step.lengths)
+            return self.budget.prompt_end(lane.lengths, self.prompts[lane.seats])
+        return self.budget.candidates_end(lane.lengths)
 
     @property
     def asks_host(self) -> bool:
@@ -129,10 +136,10 @@ class StatefulSelector(LayerSelector):
         """Tokens of the prompt of a request that decodes."""
         return self._prompt_of[seat]
 
-    def on_host(self, step: DecodeTokens) -> list[tuple[int, int]]:
+    def on_host(self, lane: LaneTokens) -> list[tuple[int, int]]:
         """Seat and position of every token of the step; the device is asked once for all layers."""
-        if self._asked is None or self._asked[0] is not step:
-            self._asked = step, list(zip(step.seats.tolist(), step.positions.tolist(), strict=True))
+        if self._asked is None or self._asked[0] is not lane:
+            self._asked = lane, list(zip(lane.seats.tolist(), lane.positions.tolist(), strict=True))
         return self._asked[1]
 
     def _set_prompt(self, seat: int, tokens: int) -> None:

@@ -12,8 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from specontext.core import RequestError, SpeContextError
-from specontext.engine.async_engine import EngineDeadError, QueueFullError
+from specontext.errors import EngineDeadError, QueueFullError, RequestError, SpeContextError
 from specontext.server.protocol.common import SamplingBody
 
 logger = logging.getLogger("specontext.server")

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
-from specontext.config import ConfigError, EngineConfig
-from specontext.core import SpeContextError
+from specontext.config import EngineConfig
 from specontext.engine.llm_engine import LLMEngine
+from specontext.errors import ConfigError, SpeContextError
 from specontext.server.app import create_app
 from specontext.server.http_head import BoundedHttp
 from specontext.server.logs import configure_logging, log_load

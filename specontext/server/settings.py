@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from specontext.config import ConfigError
+from specontext.config import option
+from specontext.errors import ConfigError
 
 REASONING_PARSERS = ("deepseek_r1", "qwen3")
 _ALL = ("*",), ("*",)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+|null")
-
-
-def _option(default: object, help: str) -> object:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -26,45 +23,35 @@ class ServerConfig:
         ConfigError: a value out of range.
     """
 
-    host: str = _option("127.0.0.1", "Address to listen on; 0.0.0.0 is every network interface.")  # type: ignore[assignment]
-    port: int = _option(8000, "Port to listen on; 0 takes any free one.")  # type: ignore[assignment]
-    api_key: tuple[str, ...] = _option(  # type: ignore[assignment]
-        (), "Key that clients must present; may be repeated. Default: none is needed."
-    )
-    served_model_name: tuple[str, ...] = _option(  # type: ignore[assignment]
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 is every network interface.")
+    port: int = option(8000, "Port to listen on; 0 takes any free one.")
+    api_key: tuple[str, ...] = option((), "Key that clients must present; may be repeated. Default: none is needed.")
+    served_model_name: tuple[str, ...] = option(
         (), "Name of the model in requests and responses; more names are accepted too. Default: MODEL."
     )
-    chat_template: str | None = _option(  # type: ignore[assignment]
-        None, "Jinja chat template, a file or the text itself. Default: the model's own."
-    )
-    reasoning_parser: str | None = _option(  # type: ignore[assignment]
-        None, "Put the model's thinking into reasoning_content: deepseek_r1 or qwen3."
-    )
-    generation_config: str = _option(  # type: ignore[assignment]
+    chat_template: str | None = option(None, "Jinja chat template, a file or the text itself. Default: the model's own.")
+    reasoning_parser: str | None = option(None, "Put the model's thinking into reasoning_content: deepseek_r1 or qwen3.")
+    generation_config: str = option(
         "auto", "Sampling defaults of requests: auto (what the model's generation_config.json says) or none."
     )
-    allowed_origins: tuple[str, ...] = _option(  # type: ignore[assignment]
+    allowed_origins: tuple[str, ...] = option(
         (),
         "Origin, such as http://localhost:3000, whose pages browsers let call the server, or * for any; may be repeated, or a "
         "JSON list. Default: none.",
     )
-    allow_credentials: bool = _option(  # type: ignore[assignment]
-        False, "Let pages of the allowed origins send cookies and the like."
-    )
-    allowed_methods: tuple[str, ...] = _option(  # type: ignore[assignment]
+    allow_credentials: bool = option(False, "Let pages of the allowed origins send cookies and the like.")
+    allowed_methods: tuple[str, ...] = option(
         ("*",), "Method that pages of the allowed origins may use; as --allowed-origins. Default: all."
     )
-    allowed_headers: tuple[str, ...] = _option(  # type: ignore[assignment]
+    allowed_headers: tuple[str, ...] = option(
         ("*",), "Header that pages of the allowed origins may send; as --allowed-origins. Default: all."
     )
-    max_queued_requests: int = _option(512, "Requests that may wait; more are refused with 429.")  # type: ignore[assignment]
-    max_logprobs: int = _option(20, "Most log-probabilities a token that a request may ask for.")  # type: ignore[assignment]
-    max_body_size: int = _option(32 * 2**20, "Longest request body.")  # type: ignore[assignment]
-    shutdown_timeout: float = _option(  # type: ignore[assignment]
-        30.0, "Seconds that running requests may take to finish after SIGTERM."
-    )
-    log_interval: float = _option(10.0, "Seconds between two lines about the engine's load; 0 is never.")  # type: ignore[assignment]
-    disable_log_requests: bool = _option(False, "Do not log a line for every request.")  # type: ignore[assignment]
+    max_queued_requests: int = option(512, "Requests that may wait; more are refused with 429.")
+    max_logprobs: int = option(20, "Most log-probabilities a token that a request may ask for.")
+    max_body_size: int = option(32 * 2**20, "Longest request body.")
+    shutdown_timeout: float = option(30.0, "Seconds that running requests may take to finish after SIGTERM.")
+    log_interval: float = option(10.0, "Seconds between two lines about the engine's load; 0 is never.")
+    disable_log_requests: bool = option(False, "Do not log a line for every request.")
 
     def __post_init__(self) -> None:
         bounds = (

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from specontext.engine.output_statistics import OutputStatistics, merge
 from specontext.server.protocol.common import CompletionTokensDetails, PromptTokensDetails, Usage
 
-Stats = dict[str, Any]
-
-_IN_USAGE = ("prompt_tokens", "completion_tokens", "cached_tokens")
-_EARLIEST = ("queue_s", "ttft_s")
-_MEANS = ("overlap", "hit_rate", "attention_recall", "tpot_s")  # and all that is counted for a step
+_IN_USAGE = ("prompt_tokens", "completion_tokens", "cached_tokens")  # itself
 
 
 def make_usage(
-    prompt_tokens: int, completion_tokens: int, stats: Sequence[Stats], *, n: int, reasoning_tokens: int | None = None
+    prompt_tokens: int,
+    completion_tokens: int,
+    stats: Sequence[OutputStatistics | None],
+    *,
+    n: int,
+    reasoning_tokens: int | None = None,
 ) -> Usage:
     """Usage of all outputs of a request together; a prompt counts once however many outputs it has.
 
     Args:
-        stats: of every output, `n` for each prompt, one prompt after another; empty where nothing was made.
+        stats: of every output, `n` for each prompt, one prompt after another; None where nothing was made.
         reasoning_tokens: of the completion tokens, where thinking is told from answers.
     """
-    cached = [s.get("cached_tokens") for s in stats]
+    cached = [one.cached_tokens if one is not None else None for one in stats]
     of_prompts = [[c for c in cached[begin : begin + n] if c is not None] for begin in range(0, len(cached), n)]
     known = [min(outputs) for outputs in of_prompts if outputs]  # outputs after the first one find their own prompt
+    made = [one for one in stats if one is not None]
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
@@ -34,41 +36,5 @@ def make_usage(
         completion_tokens_details=None
         if reasoning_tokens is None
         else CompletionTokensDetails(reasoning_tokens=reasoning_tokens),
-        specontext=merge([s for s in stats if s]) or None,
+        specontext={name: value for name, value in merge(made).as_dict().items() if name not in _IN_USAGE} if made else None,
     )
-
-
-def merge(stats: Sequence[Stats]) -> Stats:
-    """One set of statistics for several outputs, which have the same settings.
-
-    Steps and preemptions are added up, times are those of the first output to get so far, moves are what any output has seen,
-    `offloaded_layers` is the most that any had, and what is measured in steps is averaged over the steps of all outputs.
-    """
-    if not stats:
-        return {}
-    return {name: _merged(name, stats) for name in stats[0] if name not in _IN_USAGE}
-
-
-def _merged(name: str, stats: Sequence[Stats]) -> Any:
-    values = [(s[name], s.get("decode_steps") or 0) for s in stats if s.get(name) is not None]
-    if len(stats) == 1 or not values:
-        return stats[0][name]
-    if name == "moves":
-        moves = {tuple(move.values()): move for seen, _ in values for move in seen}
-        return sorted(moves.values(), key=lambda move: move["step"])
-    if name == "preemptions" or name.endswith("_steps"):
-        return sum(value for value, _ in values)
-    if name in _EARLIEST:
-        return min(value for value, _ in values)
-    if name == "offloaded_layers":
-        return max(value for value, _ in values)
-    if name == "attention_recall_by_layer":
-        steps = sum(weight for _, weight in values)
-        return [
-            sum(share * weight for share, (_, weight) in zip(shares, values, strict=True)) / steps
-            for shares in zip(*(v for v, _ in values), strict=True)
-        ]
-    if name in _MEANS or name.endswith("_per_step"):
-        steps = sum(weight for _, weight in values)
-        return sum(value * weight for value, weight in values) / steps if steps else None
-    return values[0][0]

@@ -37,7 +37,7 @@ TOP = {"benchmark", "date", "machine", "versions", "model", "bandwidth_gb_s", "c
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """benchmarks/kernels.py, with machine speeds that take no time to measure."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER)])
     monkeypatch.setenv(VARIABLE, "torch")
@@ -73,15 +73,15 @@ def tiny(module: ModuleType, **changes: Any) -> Any:
 
 @pytest.mark.parametrize("head", [{}, {"bands": 3, "key_heads": 1, "key_dim": 24, "query_rank": 8}], ids=["own", "wide"])
 def test_report(
-    head: dict[str, int], benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    head: dict[str, int], script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(benchmark, "case_of", lambda arguments, device: tiny(benchmark, **head))
+    monkeypatch.setattr(script, "case_of", lambda arguments, device: tiny(script, **head))
     monkeypatch.setattr(sys, "argv", ["kernels.py", "--quick", "--json"])
-    benchmark.main()
+    script.main()
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(report) >= TOP and report["failed"] == {}
     names = {line["name"] for line in report["operations"]}
-    assert len(names) == len(report["operations"]) >= len(benchmark.OPERATIONS)
+    assert len(names) == len(report["operations"]) >= len(script.OPERATIONS)
     for line in report["operations"]:
         assert set(line) >= FIELDS
         assert line["timed"] == "host" and line["us"] > 0 and line["error"] < 1e-4
@@ -90,8 +90,8 @@ def test_report(
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 1.0])
-def test_selections_repeat_and_miss_what_is_new(benchmark: ModuleType, overlap: float) -> None:
-    case = tiny(benchmark, overlap=overlap, context=1000)
+def test_selections_repeat_and_miss_what_is_new(script: ModuleType, overlap: float) -> None:
+    case = tiny(script, overlap=overlap, context=1000)
     kept = round(case.budget.scored * overlap)
     steady = case.plans[len(case.selections) :]
     for before, tokens, (_, missing) in zip([case.selections[-1], *case.selections[:-1]], case.selections, steady, strict=True):
@@ -100,18 +100,18 @@ def test_selections_repeat_and_miss_what_is_new(benchmark: ModuleType, overlap: 
         assert (missing.sum(-1) == case.budget.scored - kept).all()
 
 
-def test_wrong_results_end_the_run(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_results_end_the_run(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def first(scores: Tensor, k: int) -> Tensor:
         return torch.arange(k).expand(*scores.shape[:-1], k)
 
     monkeypatch.setattr("kernel_choice.top_k_positions", first)
-    with pytest.raises(benchmark.WrongResult, match="top_k"):
-        benchmark.measure(tiny(benchmark), ["top_k", "scores"], rounds=1)
-    report = benchmark.measure(tiny(benchmark), ["top_k", "scores"], rounds=1, keep_going=True)
+    with pytest.raises(script.WrongResult, match="top_k"):
+        script.measure(tiny(script), ["top_k", "scores"], rounds=1)
+    report = script.measure(tiny(script), ["top_k", "scores"], rounds=1, keep_going=True)
     assert "top_k" in report["failed"] and [line["name"] for line in report["operations"]] == ["retrieval_scores"]
 
 
 @pytest.mark.parametrize("option", [["--only", "nothing"], ["--rounds", "2"], ["--budget", "20"], ["--overlap", "2"]])
-def test_options_that_cannot_be_honoured(benchmark: ModuleType, option: list[str]) -> None:
+def test_options_that_cannot_be_honoured(script: ModuleType, option: list[str]) -> None:
     with pytest.raises(SystemExit):
-        benchmark.parse(option)
+        script.parse(option)

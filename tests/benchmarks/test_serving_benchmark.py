@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def benchmark() -> ModuleType:
+def script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("serving_benchmark", FOLDER / "serving.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -22,9 +22,9 @@ def benchmark() -> ModuleType:
 
 
 @pytest.mark.slow
-def test_report(benchmark: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+def test_report(script: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
     sizes = ["--num-prompts", "4", "--input-len", "8", "--output-len", "6", "--concurrency", "4"]
-    benchmark.main([*sizes, "--rounds", "1", "--engine", "--budget 64 --device cpu --max-model-len 256"])
+    script.main([*sizes, "--rounds", "1", "--engine", "--budget 64 --device cpu --max-model-len 256"])
     *table, line = capfd.readouterr().out.splitlines()
     report = json.loads(line)
     assert table and report["workload"] == {"num_prompts": 4, "input_len": 8, "output_len": 6, "concurrency": 4}
@@ -35,5 +35,5 @@ def test_report(benchmark: ModuleType, capfd: pytest.CaptureFixture[str]) -> Non
     assert all(found[name] > 0 for name in ("ready_s", "streamed", "offline_cpu_ms_a_token", "streamed_cpu_ms_a_token"))
 
 
-def test_medians(benchmark: ModuleType) -> None:
-    assert benchmark.medians([{"a": 1.0, "b": 5.0}, {"a": 3.0, "b": 6.0}, {"a": 2.0, "b": 9.0}]) == {"a": 2.0, "b": 6.0}
+def test_medians(script: ModuleType) -> None:
+    assert script.medians([{"a": 1.0, "b": 5.0}, {"a": 3.0, "b": 6.0}, {"a": 2.0, "b": 9.0}]) == {"a": 2.0, "b": 6.0}

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from specontext.retrieval.checkpoint import read_config
 from tests.cli.conftest import Run
@@ -29,7 +31,7 @@ def test_a_distilled_head_serves_its_target(run: Run, tiny: Path, tmp_path: Path
 
 def test_bands_and_a_phase_with_the_selection_in_the_loop(run: Run, tiny: Path, tmp_path: Path) -> None:
     """Trained on two sources, stopped at the end and asked again: nothing is left to do."""
-    out, loop = tmp_path / "head", ("--loop-steps", 2, "--bands", 3, "--measure-every", 2)
+    out, loop = tmp_path / "head", ("--loop-steps", 2, "--bands", 3, "--measure-every", 2, "--save-dtype", "bfloat16")
     data = ("--data", "tasks:retrieval=3", "--data", "tasks:program")
     ran = run("distill", tiny, "-o", out, *data, "--steps", 2, "--json", *SMALL, *loop)
     assert ran.status == 0, ran.stderr
@@ -40,6 +42,8 @@ def test_bands_and_a_phase_with_the_selection_in_the_loop(run: Run, tiny: Path, 
     config = read_config(out)
     assert (config.kv_heads, config.key_heads, config.key_inputs, config.head_dim) == (6, 1, "around", 48)
     assert config.head_map == ((0, 3), (1, 4), (2, 5))
+    stored = load_file(out / "model.safetensors")
+    assert all((tensor.dtype == torch.bfloat16) == (tensor.dim() > 1) for tensor in stored.values())
     served = run("generate", tiny, "--retrieval-head", out, "--prompt", "lamp = 4.", "--max-tokens", 3, "--budget", 32, "--json")
     assert served.status == 0, served.stderr
     again = run("distill", tiny, "-o", out, *data, "--steps", 2, *SMALL, *loop, "--resume")

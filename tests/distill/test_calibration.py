@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specontext.distill.calibration import calibrate
 from specontext.distill.recall import measure
 from specontext.distill.target import Target
+from specontext.errors import HeadError
 from specontext.retrieval.head import RetrievalHead
-from specontext.retrieval.head_config import HeadConfig, HeadError
+from specontext.retrieval.head_config import HeadConfig
 from specontext.retrieval.head_map import band_map, best_map, with_map
 
 LENGTH, GROUPS, DIM, HIDDEN = 80, 2, 16, 32

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specontext.config import ConfigError
-from specontext.core import SpeContextError
 from specontext.distill.attention import Pool, Teacher, attention_loss, head_log_weights, map_of
 from specontext.distill.data.source import Sequences
 from specontext.distill.draft import Draft
@@ -23,6 +21,7 @@ from specontext.distill.settings import DistillConfig
 from specontext.distill.student import Student
 from specontext.distill.target import Target
 from specontext.distill.trainer import train
+from specontext.errors import ConfigError, SpeContextError
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig
 from specontext.retrieval.head_map import band_map

@@ -19,8 +19,8 @@ from specontext.distill.held_out import HeldOut
 from specontext.distill.settings import DistillConfig
 from specontext.distill.student import Student
 from specontext.distill.target import Target
-from specontext.distill.trainer import CRITERION, train
-from specontext.evaluation.fidelity.compare import compare_window
+from specontext.distill.trainer import CRITERION, Progress, train
+from specontext.evaluation.fidelity.compare import Comparison
 from specontext.evaluation.windows import Window
 from specontext.retrieval.checkpoint import load_head
 from specontext.retrieval.head import RetrievalHead
@@ -43,8 +43,8 @@ def test_losses_are_those_of_the_evaluation_suite(
     target, head = target_and_head(llm, checkpoint(family))
     ids = prompts[2][:60]
     wanted = [number != 3 for number in range(compared)]
-    choices = [("speculative", BUDGET), ("streaming", BUDGET)]
-    full, *theirs = compare_window(llm, Window("0", ids, wanted), choices)
+    comparison = Comparison(llm, [Window("0", ids, wanted)])
+    full, theirs = comparison.full[0], comparison.methods([("speculative", BUDGET), ("streaming", BUDGET)])[0]
     marks = torch.tensor([[*[False] * (59 - compared), *wanted, False, False, False, False]])
     padded = torch.tensor([[*ids, 7, 7, 7]])
     found = measure_losses(head, target, [(padded, marks)], [BUDGET, 400], queries=compared, **KEPT)
@@ -130,6 +130,21 @@ def test_the_best_head_of_a_training_is_kept_across_a_stop(
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in resumed.state_dict().items())
     for mine, theirs in zip(states["parts"][-1].values(), states["whole"][-1].values(), strict=True):
         assert torch.equal(mine, theirs)  # the last state, loop included, is also the same
+
+
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [([3e-5, 9e-5], 1), ([0.0100, 0.0101], 1), ([0.0100, 0.0104], 0), ([0.5, 0.505, 0.5099, 0.5149], 2), ([0.2, 0.1, 0.15], 1)],
+)
+def test_of_heads_that_lose_alike_the_one_that_was_trained_longest_is_kept(
+    values: list[float], kept: int, make_llm: Callable[..., LLM], checkpoint: Callable[[str], Path]
+) -> None:
+    student = Student(target_and_head(make_llm("llama", "full"), checkpoint("llama"))[1])
+    progress = Progress()
+    for step, value in enumerate(values):
+        progress.step = step
+        progress.see(student, value)
+    assert progress.best is not None and progress.best.step == kept
 
 
 @pytest.mark.parametrize("options", [{"effect_weight": 0.0}, {"attention_weight": 0.0}, {"teacher_layers": "mean"}, {}])

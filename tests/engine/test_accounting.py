@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specontext import LLM
-from specontext.memory.tiers import MemoryPlanError
+from specontext.errors import MemoryPlanError
 
 MakeLLM = Callable[..., LLM]
 

@@ -17,7 +17,7 @@ from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.core import Batch
 from specontext.engine import build
 from specontext.engine.graphs import NAMED
-from specontext.engine.runner import DeviceMemoryError
+from specontext.errors import DeviceMemoryError
 from specontext.evaluation.token_counter import token_counter
 from specontext.models.loading import LoadedModel, load_model
 from specontext.tasks import sample_problems

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specontext import LLM, SamplingParams
-from specontext.kv.transfers import LoadError
+from specontext.errors import LoadError
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "bands")
 SPARSE = ("speculative", "streaming", "oracle", "random")

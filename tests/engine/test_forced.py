@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specontext import LLM, SamplingParams
-from specontext.core import RequestError
+from specontext.errors import RequestError
 
 Greedy = Callable[..., SamplingParams]
 

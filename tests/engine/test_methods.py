@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from specontext import LLM, SamplingParams
-from specontext.config import CHOICES, ConfigError
-from specontext.core import RequestError
+from specontext.errors import ConfigError, RequestError
+from specontext.retrieval import registry
+from specontext.retrieval.methods import speculative
+from specontext.retrieval.registry import CHOICES
 
 MakeLLM = Callable[..., LLM]
 Greedy = Callable[..., SamplingParams]
@@ -150,3 +153,20 @@ def test_choices_beyond_the_engine_s_limits(
 def test_methods_that_an_engine_cannot_run(settings: dict[str, Any], message: str, make_llm: MakeLLM) -> None:
     with pytest.raises(ConfigError, match=message):
         make_llm(**{"family": "llama", "budget": 14} | settings)
+
+
+def test_two_methods_with_a_retrieval_head(
+    make_llm: MakeLLM, greedy: Greedy, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has keys of its own, also where the other's prompts are known."""
+    second = registry.Method("second", "SpeculativeSelector", "as speculative", needs_head=True)
+    monkeypatch.setitem(registry._NAMED, "second", (second, None))
+    monkeypatch.setitem(sys.modules, second.module, speculative)
+    monkeypatch.setattr("specontext.config.CHOICES", (*CHOICES, "second"))
+    llm = make_llm("llama", budget=14, methods=("second", "full"), offload_layers=2)
+    [alone] = llm.generate([prompts[2]], greedy(12))
+    for asked in (["second"], ["second", "speculative", "full", "second"]):
+        outputs = llm.generate([prompts[2]] * len(asked), [greedy(12, method=name) for name in asked])
+        for name, output in zip(asked, outputs, strict=True):
+            assert name == "full" or output.token_ids == alone.token_ids, name
+        llm.engine.check_integrity()

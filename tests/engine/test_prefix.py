@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from specontext import LLM, SamplingParams
-from specontext.core import Batch, RequestError
+from specontext.core import Batch
 from specontext.engine.llm_engine import Generation
+from specontext.errors import RequestError
 
 MakeLLM = Callable[..., LLM]
 Greedy = Callable[..., SamplingParams]
@@ -42,8 +43,8 @@ def ask(llm: LLM, prompt: list[int], params: SamplingParams) -> Generation:
 
 
 def cached(job: Generation) -> int:
-    assert job.stats is not None and job.stats["cached_tokens"] == (job.request.cached_tokens or 0)
-    return int(str(job.stats["cached_tokens"]))
+    assert job.stats is not None and job.stats.cached_tokens == (job.request.cached_tokens or 0)
+    return job.stats.cached_tokens
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,7 @@ def test_keys_features_and_selections_are_those_of_a_fresh_engine(family: str, m
             one.engine.step()
         ends.append(job.stats)
     for name in ("attention_recall", "overlap", "tokens_read_per_step", "bytes_loaded_per_step", "hit_rate", "decode_steps"):
-        assert ends[0][name] == pytest.approx(ends[1][name]), name
+        assert getattr(ends[0], name) == pytest.approx(getattr(ends[1], name)), name
 
 
 @pytest.mark.parametrize("family", ["llama", "bands"])
@@ -446,7 +447,7 @@ def test_blocks_make_room_for_layers_that_leave_the_device(make_llm: MakeLLM, gr
     full = llm.engine.parts.prefix.pages
     assert full > 10
     job = ask(llm, text(50, 80), greedy(100))
-    assert job.request.output_token_ids == fresh(text(50, 80), greedy(100)) and job.stats is not None and job.stats["moves"]
+    assert job.request.output_token_ids == fresh(text(50, 80), greedy(100)) and job.stats is not None and job.stats.moves
     assert llm.engine.parts.prefix.pages < full
     check_idle(llm)
 

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel
 
 from specontext import LLM, SamplingParams, SpeContextConfig
-from specontext.core import RequestError
 from specontext.engine.llm_engine import Generation
 from specontext.engine.scheduler import Schedule
+from specontext.errors import RequestError
 from tests.conftest import FAMILIES, MakeLLM, Prompts, family_config, write_checkpoint
 
 TOP = 3

@@ -13,12 +13,11 @@ import pytest
 import torch
 
 from specontext import LLM, ConfigError, SamplingParams, SpeContextConfig
-from specontext.core import RequestError, SpeContextError
 from specontext.engine import llm_engine
 from specontext.engine.async_engine import AsyncEngine
-from specontext.engine.failures import RequestFailedError
-from specontext.engine.llm_engine import EngineClosedError, LLMEngine
-from specontext.engine.runner import DeviceMemoryError, ModelRunner
+from specontext.engine.llm_engine import LLMEngine
+from specontext.engine.runner import ModelRunner
+from specontext.errors import DeviceMemoryError, EngineClosedError, RequestError, RequestFailedError, SpeContextError
 from specontext.kv import host_memory
 from specontext.models.loading import LoadedModel, load_model
 from tests.server.serving import make_engine, running

@@ -13,10 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specontext import LLM, ConfigError, SamplingParams, SpeContextConfig
-from specontext.core import RequestError
-from specontext.engine.runner import DeviceMemoryError
+from specontext.errors import DeviceMemoryError, MemoryPlanError, RequestError
 from specontext.kv.seats import ParkedKV
-from specontext.memory.tiers import MemoryPlanError
 from specontext.models.token_ids import unknown_token
 
 MakeLLM = Callable[..., LLM]

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.config import EngineConfig
-from specontext.core import RequestError
 from specontext.engine import build
 from specontext.engine.llm_engine import Generation
+from specontext.errors import MemoryPlanError, RequestError
 from specontext.memory.model import KVCost, MemoryModel
-from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, MemoryPlanError
+from specontext.memory.tiers import SHARE_OF_FREE_MEMORY
 
 METHODS = ("speculative", "full", "oracle", "streaming", "random")
 FIRST = [method if method in ("speculative", "full") else pytest.param(method, marks=pytest.mark.slow) for method in METHODS]
@@ -124,8 +124,8 @@ def test_one_request_outgrows_the_device(
     moves = moves_of(llm)
     assert moves and all(move["to_host"] for move in moves), "one that only grows never brings a layer back"
     assert all(move["bytes"] == stored[move["step"]] * TOKEN for move in moves)
-    assert job.stats is not None and job.stats["moves"] == moves and job.stats["preemptions"] == 0
-    assert job.stats["offloaded_layers"] == len(moves) and job.stats["offload_layers"] is None
+    assert job.stats is not None and [move.as_dict() for move in job.stats.moves] == moves and job.stats.preemptions == 0
+    assert job.stats.offloaded_layers == len(moves) and job.stats.offload_layers is None
 
 
 def test_only_the_last_moves_are_kept(
@@ -136,8 +136,8 @@ def test_only_the_last_moves_are_kept(
     (job,) = run(llm, [prompts[1]], [greedy(60)])
     residency = llm.engine.parts.residency
     assert residency.num_moves == LAYERS and job.stats is not None
-    assert job.stats["moves"] == [move.as_dict() for move in residency.moves]
-    assert [move["layer"] for move in job.stats["moves"]] == [1, 0]
+    assert job.stats.moves == tuple(residency.moves)
+    assert [move.layer for move in job.stats.moves] == [1, 0]
 
 
 @pytest.mark.parametrize("method", FIRST)
@@ -236,7 +236,7 @@ def test_preempted_requests_go_on_where_they_were(
         assert job.request.output_token_ids == alone(method, prompt, wanted, family)
     counted = [job.request.preemptions for job in jobs]
     assert sum(counted) == llm.engine.scheduler.preemptions > 0 and counted[0] == 0, "the first that came never waits"
-    assert [job.stats["preemptions"] for job in jobs if job.stats is not None] == counted
+    assert [job.stats.preemptions for job in jobs if job.stats is not None] == counted
     assert all(job.request.prefill_length == job.request.prompt_length for job in jobs), "nothing was computed again"
 
 
@@ -261,9 +261,9 @@ def test_statistics_go_on_after_a_preemption(make_llm: MakeLLM, prompts: Prompts
     for job in jobs:
         made = len(job.request.output_token_ids)
         lone = quiet.generate([job.request.token_ids[: job.request.prompt_length]], greedy(made))[0].stats
-        assert job.stats is not None and job.stats["decode_steps"] == made - 1
+        assert job.stats is not None and job.stats.decode_steps == made - 1
         for name in ("tokens_read_per_step", "bytes_full_per_step", "selection_bytes_per_step", "overlap"):
-            assert job.stats[name] == pytest.approx(lone[name])
+            assert getattr(job.stats, name) == pytest.approx(lone[name])
 
 
 @pytest.mark.slow

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from specontext.core import Request, SamplingParams, SpeContextError
+from specontext.core import Request, SamplingParams
 from specontext.engine import sampler
-from specontext.engine.sampler import LogitsError, sample
+from specontext.engine.sampler import sample
+from specontext.errors import LogitsError, SpeContextError
 
 VOCAB = 37
 

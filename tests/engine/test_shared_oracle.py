@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specontext import LLM, SamplingParams
-from specontext.config import ConfigError
+from specontext.errors import ConfigError
 
 MakeLLM = Callable[..., LLM]
 Greedy = Callable[..., SamplingParams]

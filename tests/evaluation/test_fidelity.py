@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from specontext import LLM
 from specontext.distill.fidelity import measures
-from specontext.evaluation.fidelity.compare import Fidelity, compare_window
+from specontext.evaluation.fidelity.compare import Comparison, Fidelity
 from specontext.evaluation.fidelity.run import run_fidelity
 from specontext.evaluation.report import write_report
 from specontext.evaluation.run import Advance
@@ -43,6 +43,12 @@ def window(prompts: list[list[int]]) -> Window:
 @pytest.fixture(scope="module")
 def llm(make_llm: MakeLLM) -> LLM:
     return make_llm("llama", "speculative", budget=100, methods=("full", "streaming", "oracle"), measure_recall=True)
+
+
+def compare_window(llm: LLM, window: Window, ways: list[tuple[str, int | None]]) -> list[Fidelity]:
+    """Full attention's own numbers, then those of each method and budget."""
+    comparison = Comparison(llm, [window])
+    return [comparison.full[0], *comparison.methods(ways)[0]]
 
 
 def plain(fidelity: Fidelity) -> tuple[float, ...]:
@@ -137,7 +143,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Evalua
         limit=2,
         texts=("tasks:retrieval", str(write(folder, tokenizer, 300))),
         compared=16,
-        engine={"device": "cpu", "max_num_seqs": 4, "max_model_len": 512},
+        engine={"device": "cpu", "max_num_seqs": 4, "max_model_len": 512, "measure_recall": True},
         command="specontext eval nano",
     )
 

@@ -12,9 +12,10 @@ import pytest
 
 from specontext.distill.data import open_sources
 from specontext.distill.data.source import DataError
+from specontext.errors import HubError
 from specontext.evaluation.suites.data_files import DataFileError, HubData
 from specontext.evaluation.suites.math import math_suite
-from specontext.hub import COPIES, HubError, load_split
+from specontext.hub import COPIES, load_split
 
 datasets = pytest.importorskip("datasets")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from specontext.evaluation.load.http import HttpError
 from specontext.evaluation.run import run_evaluation
 from specontext.evaluation.settings import EvaluationSettings
 from specontext.evaluation.suites import SUITES, TextTools
@@ -20,6 +19,7 @@ from specontext.evaluation.suites.data_files import DataFileError
 from specontext.evaluation.suites.longwriter import count_words, length_score
 from specontext.evaluation.suites.longwriter_judge import DIMENSIONS, Judge, JudgeError, read_marks
 from specontext.evaluation.text_tools import text_tools
+from specontext.evaluation.traffic.http import HttpError
 
 ROWS = [
     {"prompt": "Write a 100-word story about a red cat.", "type": "Literature and Creative Writing", "length": 100},

@@ -15,10 +15,11 @@ import pytest
 
 from specontext.evaluation.report import ReportError, write_report
 from specontext.evaluation.report.averages import mean_over_tasks, mean_pairs, seen_from
-from specontext.evaluation.report.methods import KNOWN, describe, marks_of
+from specontext.evaluation.report.methods import describe, marks_of
 from specontext.evaluation.report.pictures import pareto_front
 from specontext.evaluation.report.results import read_results
 from specontext.evaluation.report.statements import Statement, opening
+from specontext.retrieval.registry import CHOICES
 from tests.evaluation.made_results import SCORES, made_pair, made_results, made_row, made_selections, write
 
 SPECULATIVE_AND_FULL = [made_row("full", None), made_row("speculative", 512)]
@@ -331,14 +332,14 @@ def test_how_it_was_made_stands_in_it(tmp_path: Path) -> None:
 def test_thirteen_methods_and_tasks_stay_small_and_apart(tmp_path: Path) -> None:
     results = made_results(tasks=[f"task{number}" for number in range(13)], lengths=(1024, 2048, 4096))
     for task in range(13):
-        for method in sorted(set(KNOWN) - set(SCORES)):
+        for method in sorted(set(CHOICES) - set(SCORES)):
             results["rows"] += [made_row(method, 512, length, f"task{task}") for length in (1024, 2048, 4096)]
     html = html_of(tmp_path, results)
-    assert len(html) < 2_500_000 and all(method in html for method in KNOWN)
+    assert len(html) < 2_500_000 and all(method in html for method in CHOICES)
 
 
 def test_marks_differ(tmp_path: Path) -> None:
-    methods = [*KNOWN, *(f"new{number}" for number in range(20))]
+    methods = [*CHOICES, *(f"new{number}" for number in range(20))]
     marks = marks_of(methods)
     assert len({(mark.colour, mark.shape) for mark in marks.values()}) == len(methods)
     assert marks_of(["new0", "quest"])["quest"] == marks["quest"]

@@ -13,14 +13,13 @@ from typing import Any
 import pytest
 
 from specontext import LLM
-from specontext.core import SpeContextError
 from specontext.distill.data import DataError
+from specontext.errors import HeadError, SpeContextError
 from specontext.evaluation.run import Advance
 from specontext.evaluation.samples import EvaluationError
 from specontext.evaluation.validation.run import ValidationSettings, validate
 from specontext.evaluation.validation.summary import summary
 from specontext.evaluation.validation.systems import FULL, OFFLOADED, RESIDENT, parting
-from specontext.retrieval.head_config import HeadError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "validate_real_model"
 SYSTEMS = [FULL, RESIDENT, OFFLOADED]

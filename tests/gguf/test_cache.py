@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import specontext.gguf.convert as converting
+from specontext.errors import GGUFError
 from specontext.gguf.cache import cache_folder, converted
-from specontext.gguf.errors import GGUFError
 
 
 @pytest.fixture

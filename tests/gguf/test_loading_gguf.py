@@ -16,7 +16,8 @@ import torch
 from gguf import GGMLQuantizationType as Format
 
 from specontext import LLM, SpeContextConfig
-from specontext.locations import ModelError, resolve_model_path, shape_of
+from specontext.errors import ModelError
+from specontext.locations import resolve_model_path, shape_of
 from specontext.models.loading import load_tokenizer
 from tests.gguf.gguf_files import byte_level, interleaved, weights_of, write_gguf
 

@@ -14,10 +14,10 @@ import pytest
 from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.cli import main
 from specontext.cli.serve import describe
+from specontext.errors import HeadError, ModelError
 from specontext.evaluation.token_counter import token_counter
 from specontext.gguf.files import packaged_file
-from specontext.locations import HEADS, ModelError, resolve_model_path
-from specontext.retrieval.head_config import HeadError
+from specontext.locations import HEADS, resolve_model_path
 from tests.gguf.gguf_files import byte_level, write_gguf
 from tests.server.serving import make_engine, running
 

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from specontext.gguf.errors import GGUFError
+from specontext.errors import GGUFError
 from specontext.gguf.reading import GGUFFile
 from specontext.gguf.tokenizer import tokenizer_of
 from tests.gguf.gguf_files import byte_level

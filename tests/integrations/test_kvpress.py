@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from specontext import LLM, SpeContextConfig
-from specontext.config import ConfigError
-from specontext.core import SamplingParams, SpeContextError
+from specontext.core import SamplingParams
+from specontext.errors import ConfigError, SpeContextError
 from specontext.integrations.kvpress import SpeContextPress, main
 from specontext.locations import NANO
 

@@ -18,8 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from specontext import SamplingParams
-from specontext.config import ConfigError
-from specontext.core import RequestError, SpeContextError
+from specontext.errors import ConfigError, RequestError, SpeContextError
 from specontext.evaluation.token_counter import token_counter
 from specontext.integrations.lm_eval import SpeContextLM, main
 from specontext.tasks import sample_problems

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specontext.kernels.retrieval_scores import group_weights, paged_retrieval_scores, retrieval_scores
-from specontext.kernels.rows import append_rows, gather_rows
+from specontext.kernels.retrieval_scores import group_weights, paged_retrieval_scores
+from specontext.kernels.rows import gather_rows
 from specontext.kernels.slot_plan import plan_slots
 from specontext.kernels.top_k import top_k_positions
 
@@ -41,7 +41,8 @@ def test_retrieval_scores(groups: int, ratio: int, span: int, dim: int, dtype: t
     keys = torch.randn(3, span, groups, dim, generator=generator).to(dtype)
     stops = [span, max(span // 2, 1), 0]  # the last request has no candidate
     start = min(2, span - 1)
-    scores = retrieval_scores(query, keys, start, torch.tensor(stops))
+    table = torch.arange(3 * span).view(3, span)  # pages of one token
+    scores = paged_retrieval_scores(query, keys.reshape(-1, 1, groups, dim), table, start, torch.tensor(stops), span)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores.double(), naive_scores(query, keys, start, stops), rtol=1e-4, atol=1e-6)
     assert (scores[2] == -1).all()
@@ -121,16 +122,6 @@ def test_gather_of_nothing_changes_nothing() -> None:
     target = torch.ones(2, 2, 3)
     gather_rows(torch.zeros(4, 2, 3), torch.tensor([-1, -1]), target, torch.tensor([0, 1]))
     assert torch.equal(target, torch.ones(2, 2, 3))
-
-
-def test_append_writes_each_head_to_its_row() -> None:
-    arena = torch.zeros(6, 2, 3, dtype=torch.float16)
-    key, value = torch.rand(2, 2, 3), torch.rand(2, 2, 3)
-    append_rows(arena, torch.tensor([[5, 0], [-1, 2]]), key, value)
-    expected = torch.zeros_like(arena)
-    for row, (token, head) in {5: (0, 0), 0: (0, 1), 2: (1, 1)}.items():
-        expected[row, 0], expected[row, 1] = key[token, head], value[token, head]
-    assert torch.equal(arena, expected)
 
 
 # Slots ----------------------------------------------------------------------------------------------------------------

@@ -176,22 +176,6 @@ def test_rows_beyond_31_bits_of_elements() -> None:
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
-def test_a_workspace_serves_all_smaller_calls() -> None:
-    device = torch.device(DEVICE)
-    for kv_heads, ratio in ((1, 4), (8, 2), (3, 1)):
-        room = split_k.make_workspace(40, kv_heads * ratio, kv_heads, 64, device).numel()
-        for requests in range(1, 41):
-            splits = split_k.choose_splits(requests * kv_heads, 10**6, device)
-            assert requests * kv_heads * ratio * splits * 65 <= room
-    query, arena, rows = rand(2, 6, 64, seed=0), rand(300, 2, 64, seed=1), rows_with_gaps(2, 3, 90, 300)
-    workspace = split_k.make_workspace(2, 6, 3, 64, device).fill_(math.nan)
-    expected = split_k.sparse_attention(query, arena, rows, 0.1)
-    result = split_k.sparse_attention(query, arena, rows, 0.1, workspace=workspace)
-    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
-    with pytest.raises(AssertionError, match="workspace"):
-        split_k.sparse_attention(query, arena, rows, 0.1, workspace=workspace[:100])
-
-
 def test_splits_fill_the_device_and_are_not_too_small() -> None:
     device = torch.device("cpu")
     assert split_k.choose_splits(8, 2048, device) == 33

@@ -92,24 +92,6 @@ def new_tokens(tokens: int, kv_heads: int, dim: int, dtype: torch.dtype, *, tran
 
 @both
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
-@pytest.mark.parametrize("dim", DIMS)
-def test_append_to_rows(module: Any, dim: int, dtype: torch.dtype) -> None:
-    tokens, kv_heads = 11, 3
-    key, value = new_tokens(tokens, kv_heads, dim, dtype, transposed=dim != 80)
-    arena = random_rows(50, dim, dtype)
-    where = torch.randperm(50, generator=torch.Generator().manual_seed(5))[: tokens * kv_heads].view(tokens, kv_heads)
-    where[2, 1] = where[7, 0] = -1
-    expected = arena.clone()
-    for t in range(tokens):
-        for h in range(kv_heads):
-            if where[t, h] >= 0:
-                expected[where[t, h]] = torch.stack((key[t, h], value[t, h]))
-    function_of(module, "append_rows")(arena, where.to(DEVICE), key, value)
-    assert torch.equal(arena, expected)
-
-
-@both
-@pytest.mark.parametrize("dtype", FORMATS, ids=str)
 @pytest.mark.parametrize(
     ("dim", "kv_heads", "page_size"), [(3, 1, 1), (64, 5, 3), (80, 2, 16), (96, 3, 5), (128, 1, 4), (256, 2, 7)]
 )
@@ -159,7 +141,9 @@ def test_append_to_both_tiers(module: Any, resident: bool, dim: int, kv_heads: i
 def test_append_converts_to_the_pools_format(module: Any) -> None:
     key, value = new_tokens(4, 2, 64, torch.float32, transposed=True)
     arena = random_rows(8, 64, torch.float16)
-    function_of(module, "append_rows")(arena, torch.arange(8, device=DEVICE).view(4, 2), key, value)
+    seats, positions = torch.zeros(4, dtype=torch.int64, device=DEVICE), torch.arange(4, device=DEVICE)
+    pages = Pages(arena, torch.zeros((1, 1, 1), dtype=torch.int64, device=DEVICE), 4, 2)
+    function_of(module, "append_tokens")(pages, 0, NewTokens(seats, positions, positions + 1, key, value))
     assert torch.equal(arena, torch.stack((key, value), dim=2).half().view(8, 2, 64))
 
 
@@ -171,7 +155,6 @@ def test_append_of_nothing(module: Any) -> None:
     table = torch.ones((1, 1, 1), dtype=torch.int64, device=DEVICE)
     alone = places_of(one_by_one(1), DEVICE)
     pages, new = Pages(pool, table, 2, 2, alone), NewTokens(nothing, nothing, nothing, key, value)
-    function_of(module, "append_rows")(pool, nothing.view(0, 2), key, value)
     function_of(module, "append_tokens")(pages, 0, new)
     tiers = Tiers(pages, Slots(pool, table, 2, 2, alone, 1, 1), pages, torch.zeros(1, dtype=torch.bool, device=DEVICE))
     function_of(module, "append_layer")(tiers, 0, new)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specontext.kernels import retrieval_scores as dispatched
 from specontext.kernels.dispatch import reference_of
-from specontext.kernels.retrieval_scores import paged_retrieval_scores, retrieval_scores_reference
+from specontext.kernels.retrieval_scores import paged_retrieval_scores
 from specontext.kernels.triton import retrieval_scores as kernels
 from specontext.memory.pages import PageAllocator
 from specontext.retrieval.methods.speculative import KeyCache
@@ -30,9 +30,8 @@ SHARED = [
 ]
 
 Paged = Callable[..., Tensor]
-PAGED = pytest.mark.parametrize(
-    "paged", [kernels.paged_retrieval_scores, paged_retrieval_scores_reference], ids=["triton", "torch"]
-)
+BOTH = [kernels.paged_retrieval_scores, paged_retrieval_scores_reference]
+PAGED = pytest.mark.parametrize("paged", BOTH, ids=["triton", "torch"])
 
 # The interpreter computes with what masked places of an uninitialised buffer hold.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
@@ -94,8 +93,9 @@ def test_scores(requests: int, groups: int, ratio: int, span: int, dim: int, dty
     start = min(4, span - 1)
     stops = [span, span // 2, start][:requests]  # the last of three has no candidate
     expected = exact_scores(query, keys, start, stops)
-    for scores in (kernels.retrieval_scores, retrieval_scores_reference):
-        close(scores(query, keys, start, torch.tensor(stops, device=DEVICE)), expected)
+    pool, table = in_pages(keys, 16, torch.int64)
+    for paged in BOTH:
+        close(paged(query, pool, table, start, torch.tensor(stops, device=DEVICE), span), expected)
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
@@ -110,9 +110,7 @@ def test_groups_that_share_a_key(
     expected = exact_scores(query, keys, 4, stops, groups)
     pool, table = in_pages(keys, 12, torch.int64)
     at = torch.tensor(stops, device=DEVICE)
-    for scores in (kernels.retrieval_scores, retrieval_scores_reference):
-        close(scores(query, keys, 4, at, groups), expected)
-    for paged in (kernels.paged_retrieval_scores, paged_retrieval_scores_reference):
+    for paged in BOTH:
         close(paged(query, pool, table, 4, at, span, groups), expected)
 
 
@@ -158,30 +156,36 @@ def test_stops_beyond_the_span_and_before_the_start(paged: Paged) -> None:
     close(scores, exact_scores(query, keys[:, :21], 5, [21, 4, 0]))
 
 
-def test_what_is_not_a_candidate_may_hold_anything() -> None:
+@PAGED
+def test_what_is_not_a_candidate_may_hold_anything(paged: Paged) -> None:
     query, keys = rand(2, 4, 16, dtype=torch.float32, seed=0), rand(2, 50, 2, 16, dtype=torch.float32, seed=1)
-    clean = kernels.retrieval_scores(query, keys, 3, torch.tensor([30, 9], device=DEVICE))
+    expected = exact_scores(query, keys, 3, [30, 9])
     keys[:, :3], keys[0, 30:], keys[1, 9:] = torch.nan, torch.nan, torch.inf
-    for scores in (kernels.retrieval_scores, retrieval_scores_reference):
-        close(scores(query, keys, 3, torch.tensor([30, 9], device=DEVICE)), clean.cpu().double())
+    pool, table = in_pages(keys, 8, torch.int64)
+    close(paged(query, pool, table, 3, torch.tensor([30, 9], device=DEVICE), 50), expected)
 
 
-def test_large_logits_do_not_overflow() -> None:
+@PAGED
+def test_large_logits_do_not_overflow(paged: Paged) -> None:
     query, keys = torch.full((1, 2, 16), 300.0, device=DEVICE), torch.full((1, 200, 1, 16), -300.0, device=DEVICE)
     keys[0, 150] = keys[0, 20] = 300.0
-    scores = kernels.retrieval_scores(query, keys, 0, torch.tensor([200], device=DEVICE))
+    pool, table = in_pages(keys, 16, torch.int64)
+    scores = paged(query, pool, table, 0, torch.tensor([200], device=DEVICE), 200)
     expected = torch.zeros(1, 1, 200, dtype=torch.float64)
     expected[0, 0, 150] = expected[0, 0, 20] = 0.5
     close(scores, expected)
 
 
-def test_strides_and_formats_may_differ() -> None:
+@PAGED
+def test_strides_and_formats_may_differ(paged: Paged) -> None:
     query = rand(2, 40, 4, dtype=torch.float32, seed=0).mT  # [2, 4, 40]
-    keys = rand(2, 2, 60, 40, dtype=torch.bfloat16, seed=1).transpose(1, 2)  # [2, 60, 2, 40]
+    keys = rand(2, 60, 2, 40, dtype=torch.bfloat16, seed=1)
     stops = [60, 31]
     expected = exact_scores(query, keys, 0, stops)
-    for scores in (kernels.retrieval_scores, retrieval_scores_reference):
-        close(scores(query, keys, 0, torch.tensor(stops, dtype=torch.int32, device=DEVICE)), expected)
+    pool, table = in_pages(keys, 12, torch.int64)
+    apart = pool.transpose(1, 2).contiguous().transpose(1, 2)  # [pages, 12, 2, 40], heads further apart than tokens
+    backwards = table.T.contiguous().T
+    close(paged(query, apart, backwards, 0, torch.tensor(stops, dtype=torch.int32, device=DEVICE), 60), expected)
 
 
 @PAGED
@@ -201,7 +205,7 @@ def test_scores_of_a_key_cache_whose_pages_bound_the_span(paged: Paged) -> None:
     close(found, exact_scores(query, keys, 2, stops))
 
 
-def test_the_public_functions_choose_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_public_function_chooses_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     query, keys = rand(1, 2, 16, dtype=torch.float32, seed=0), rand(1, 40, 1, 16, dtype=torch.float32, seed=1)
     pool, table = in_pages(keys, 8, torch.int64)
     stops = torch.tensor([33], device=DEVICE)
@@ -214,15 +218,12 @@ def test_the_public_functions_choose_the_implementation(monkeypatch: pytest.Monk
 
         return call
 
-    monkeypatch.setattr(kernels, "retrieval_scores", note("plain", kernels.retrieval_scores))
     monkeypatch.setattr(kernels, "paged_retrieval_scores", note("paged", kernels.paged_retrieval_scores))
     results = []
     for choice in ("torch", "triton"):
         monkeypatch.setenv("SPECONTEXT_KERNELS", choice)
-        results.append(dispatched.retrieval_scores(query, keys, 2, stops))
         results.append(dispatched.paged_retrieval_scores(query, pool, table, 2, stops, 40))
-        assert called == ([] if choice == "torch" else ["plain", "paged"])
-    for result in results[1:]:
-        close(result, results[0].cpu().double())
+        assert called == ([] if choice == "torch" else ["paged"])
+    close(results[1], results[0].cpu().double())
     with pytest.raises(AssertionError, match="ends before"):
         dispatched.paged_retrieval_scores(query, pool, table, 2, stops, 41)

@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from specontext.core import LoadPlan, ModelShape, Selection
+from specontext.errors import LoadError
 from specontext.kernels.rows import copy_pieces
 from specontext.kernels.tables import NewTokens, Pages, Parts, Slots
 from specontext.kv import transfers
@@ -30,7 +31,6 @@ from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout, Reader, Reading
 from specontext.kv.pool import make_pools
 from specontext.kv.seats import LayerMove, ParkedKV
-from specontext.kv.transfers import LoadError
 from specontext.memory.layer_blocks import LayerBlocks
 from specontext.memory.tiers import Tier
 from specontext.retrieval.selector import Budget

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from specontext.core import ModelShape
+from specontext.errors import HostMemoryError, MemoryPlanError
 from specontext.kv import host_memory
 from specontext.kv.cache import KVCache
-from specontext.kv.host_memory import AHEAD, HostMemory, HostMemoryError
+from specontext.kv.host_memory import AHEAD, HostMemory
 from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout, Reader
 from specontext.kv.pool import PagePool, make_pools
 from specontext.memory.layer_blocks import one_by_one
-from specontext.memory.tiers import MemoryPlanError
 
 CHUNK = 1 << 20
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specontext.core import ModelShape
+from specontext.errors import OutOfPagesError
 from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Slots
 from specontext.kv import block_state, copying
 from specontext.kv.block_state import State
@@ -26,7 +27,7 @@ from specontext.kv.prefix_tree import Block, PrefixTree, Tokens, page_of
 from specontext.kv.streams import PREFETCH, WRITE_BACK
 from specontext.kv.transfers import Transfers
 from specontext.memory.layer_blocks import LayerBlocks
-from specontext.memory.pages import OutOfPagesError, PageAllocator
+from specontext.memory.pages import PageAllocator
 from tests.kv.test_host_memory import CHUNK, Driver, driver, host_memory_pool, settled
 from tests.kv.test_streams import RaceError, RecordingStreams, watch
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specontext.config import ConfigError
 from specontext.core import ModelShape
+from specontext.errors import ConfigError
 from specontext.memory.facts import HeadFacts, ModelFacts, eagle3_head, weight_bytes
 from specontext.memory.model import (
     RunSettings,

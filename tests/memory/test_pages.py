@@ -6,7 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from specontext.memory.pages import OutOfPagesError, PageAllocator
+from specontext.errors import OutOfPagesError
+from specontext.memory.pages import PageAllocator
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 

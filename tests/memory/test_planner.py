@@ -9,11 +9,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from specontext.errors import MemoryPlanError
 from specontext.memory.layer_blocks import divide_layers
 from specontext.memory.model import KVCost, RunSettings, measured_model, paper_model
 from specontext.memory.planner import UNBOUNDED, MemoryPlan, ResidencyPolicy, thresholds
 from specontext.memory.presets import PRESETS
-from specontext.memory.tiers import MemoryPlanError
 
 GIB = 1 << 30
 PROPERTIES = settings(max_examples=200, deadline=None, derandomize=True)

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 
 from specontext.core import ModelShape
-from specontext.locations import ModelError
+from specontext.errors import ModelError
 from specontext.memory.facts import count_parameters, facts_of_config
 from specontext.memory.presets import PRESETS, did_you_mean, find_preset
 from specontext.models.loading import check_supported

@@ -10,10 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from specontext.errors import MemoryPlanError
 from specontext.memory import tiers
 from specontext.memory.layer_blocks import divide_layers
 from specontext.memory.model import KVCost
-from specontext.memory.tiers import MemoryPlanError, TierSizes, size_tiers
+from specontext.memory.tiers import TierSizes, size_tiers
 
 LAYERS = 4
 TOKEN = 2 * 2 * 16 * 2  # KV heads, K and V, head dim, bytes

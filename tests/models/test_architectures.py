@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.distill.target import Target
-from specontext.locations import ModelError, shape_of
+from specontext.errors import ModelError
+from specontext.locations import shape_of
 from specontext.models.decoder import decoder_layers
 from specontext.models.loading import load_model
 from specontext.retrieval.checkpoint import save_head

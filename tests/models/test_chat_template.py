@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 import specontext.models
-from specontext.models.chat_template import ChatTemplate, ChatTemplateError
+from specontext.errors import ChatTemplateError
+from specontext.models.chat_template import ChatTemplate
 
 NANO: Any = AutoTokenizer.from_pretrained(Path(specontext.models.__file__).parent / "nano")
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from transformers.models.llama import modeling_llama
 
 from specontext.core import ModelShape
-from specontext.locations import ModelError
+from specontext.errors import ModelError
 from specontext.models.attention import ATTENTION_NAME, refuse_foreign, register_attention
 from specontext.models.checking import check_attention, differ
 from tests.conftest import randomise

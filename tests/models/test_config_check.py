@@ -26,9 +26,9 @@ from transformers import (
 
 from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.cli.planned import find_facts
-from specontext.config import ConfigError
-from specontext.core import ModelShape, RequestError
-from specontext.locations import ModelError, shape_of
+from specontext.core import ModelShape
+from specontext.errors import ConfigError, ModelError, RequestError
+from specontext.locations import shape_of
 from specontext.models.config_check import check_supported
 
 SIZES = {

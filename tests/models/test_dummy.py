@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from specontext import LLM, SamplingParams, SpeContextConfig
-from specontext.config import ConfigError, EngineConfig
-from specontext.locations import NANO, ModelError
+from specontext.config import EngineConfig
+from specontext.errors import ConfigError, ModelError
+from specontext.locations import NANO
 from specontext.models.loading import load_model
 
 CPU = torch.device("cpu")

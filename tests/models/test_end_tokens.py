@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from specontext.locations import NANO, ModelError
+from specontext.errors import ModelError
+from specontext.locations import NANO
 from specontext.models.loading import load_model
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ from transformers import Qwen2Config, Qwen3Config
 
 from specontext import LLM, SpeContextConfig
 from specontext.core import ModelShape
-from specontext.locations import ModelError, resolve_model_path
+from specontext.errors import ModelError
+from specontext.locations import resolve_model_path
 
 FULL = SpeContextConfig(method="full")
 

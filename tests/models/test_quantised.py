@@ -11,7 +11,7 @@ import torch
 
 from specontext.checkpoints.quantization import quantization_of
 from specontext.cli import main
-from specontext.locations import ModelError
+from specontext.errors import ModelError
 from specontext.models.loading import load_model
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from specontext.cli import main
-from specontext.locations import NANO, ModelError
+from specontext.errors import ModelError
+from specontext.locations import NANO
 from specontext.models.tokenizer_files import load_tokenizer
 
 SENTENCEPIECE, TIKTOKEN = b"\n\r\n\x05<unk>", b"IQ== 0\nIg== 1\n"

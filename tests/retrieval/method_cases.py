@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specontext.core import ModelShape, Segment, Selection
-from specontext.retrieval.selector import Budget, DecodeTokens, MethodContext, PromptWatcher, Selector
+from specontext.retrieval.selector import Budget, LaneTokens, MethodContext, PromptWatcher, Selector
 
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 8
 SCALE = HEAD_DIM**-0.5
@@ -77,7 +77,7 @@ def decode(selector: Selector, seats: Sequence[int], talks: Sequence[Talk], step
     """Selections of all layers in decode step number `step` of every talk."""
     positions = [talk.prompt + step for talk in talks]
     rows = torch.tensor(positions)
-    tokens = DecodeTokens(torch.zeros_like(rows), torch.tensor(list(seats)), rows, torch.zeros_like(rows), max(positions) + 1)
+    tokens = LaneTokens(torch.zeros_like(rows), torch.tensor(list(seats)), rows, torch.zeros_like(rows), max(positions) + 1)
     return [selector.select_in_layer(layer, tokens, View(talks, positions, layer)) for layer in range(LAYERS)]
 
 

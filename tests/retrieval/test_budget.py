@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 
 from specontext.core import ModelShape
 from specontext.kernels.top_k import top_k_positions
-from specontext.retrieval.methods import OracleSelector, RandomSelector, StreamingSelector, make_method
-from specontext.retrieval.selector import AheadSelector, Budget, DecodeTokens, LayerSelector, LayerView, MethodContext
+from specontext.retrieval.methods import make_selectors
+from specontext.retrieval.methods.oracle import OracleSelector
+from specontext.retrieval.methods.random import RandomSelector
+from specontext.retrieval.methods.streaming import StreamingSelector
+from specontext.retrieval.selector import AheadSelector, Budget, LaneTokens, LayerSelector, LayerView, MethodContext
 
 QUICK = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 SHAPE = ModelShape(
@@ -86,9 +89,9 @@ class Shown(LayerView):
         return self._logits
 
 
-def decode_tokens(lengths: list[int]) -> DecodeTokens:
+def decode_tokens(lengths: list[int]) -> LaneTokens:
     count = torch.arange(len(lengths))
-    return DecodeTokens(count, count, torch.tensor(lengths) - 1, 5 + count, max(lengths))
+    return LaneTokens(count, count, torch.tensor(lengths) - 1, 5 + count, max(lengths))
 
 
 def choose(selector: AheadSelector | LayerSelector, lengths: list[int]) -> torch.Tensor:
@@ -112,7 +115,7 @@ def test_batch_granularity_gives_one_set_for_all_heads(method: type, granularity
 
 @pytest.mark.parametrize("method", ["random", "oracle", "streaming"])
 def test_a_request_s_set_does_not_depend_on_its_company(method: str) -> None:
-    selector = make_method(method, context(Budget(8, 1, 2)))
+    selector = make_selectors([method], context(Budget(8, 1, 2)))[method]
     together = choose(selector, [20, 35])
     assert torch.equal(together[:1], choose(selector, [20]))
 

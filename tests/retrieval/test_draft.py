@@ -16,12 +16,13 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from specontext.core import ModelShape
-from specontext.kernels.retrieval_scores import retrieval_scores
+from specontext.errors import HeadError
+from specontext.kernels.retrieval_scores import paged_retrieval_scores
 from specontext.kernels.top_k import top_k_positions
 from specontext.retrieval.checkpoint import load_head
 from specontext.retrieval.draft import count_parameters, dialect_of
 from specontext.retrieval.head import RetrievalHead, head_parameters
-from specontext.retrieval.head_config import HeadConfig, HeadError
+from specontext.retrieval.head_config import HeadConfig
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY, LAYERS = 32, 4, 2, 12, 50, 8
 SINK, RECENT, CHOSEN = 2, 3, 9
@@ -222,7 +223,9 @@ def test_a_head_selects_what_the_draft_s_own_attention_selects(tmp_path, dialect
     torch.testing.assert_close(queries, expected[0], atol=2e-4, rtol=2e-4)
     torch.testing.assert_close(keys, expected[1], atol=2e-4, rtol=2e-4)
     for length in (80, 41, 20):
-        scores = retrieval_scores(queries[None, length - 1], keys[None, :length], SINK, torch.tensor([length - RECENT]))
+        pages = torch.zeros((1, 1), dtype=torch.int64)  # all keys in one
+        stops = torch.tensor([length - RECENT])
+        scores = paged_retrieval_scores(queries[None, length - 1], keys[None], pages, SINK, stops, length)
         mine = top_k_positions(scores, CHOSEN)[0].tolist()
         assert mine == plain_choice(expected[0][:length], expected[1][:length], SINK, length - RECENT, CHOSEN)
 

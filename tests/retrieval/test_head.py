@@ -12,8 +12,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from specontext.core import ModelShape
+from specontext.errors import HeadError
 from specontext.retrieval.head import RetrievalHead, rotate
-from specontext.retrieval.head_config import HeadConfig, HeadError
+from specontext.retrieval.head_config import HeadConfig
 
 TARGET = ModelShape(
     layers=4, hidden_size=32, query_heads=8, kv_heads=2, head_dim=8, vocab_size=100, max_position=128, dtype=torch.float32

@@ -16,11 +16,10 @@ from transformers import PreTrainedConfig
 
 from specontext import LLM, SpeContextConfig
 from specontext.core import ModelShape
-from specontext.locations import ModelError
+from specontext.errors import HeadError, ModelError
 from specontext.retrieval.catalog import KNOWN_DRAFTS, find_head
 from specontext.retrieval.checkpoint import load_head, read_config, save_head, stored_size
 from specontext.retrieval.head import RetrievalHead, head_parameters
-from specontext.retrieval.head_config import HeadError
 
 K_PROJ = "midlayer.self_attn.k_proj.weight"
 

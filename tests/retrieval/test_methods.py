@@ -7,16 +7,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from specontext.config import ConfigError
 from specontext.core import Segment
+from specontext.errors import ConfigError
 from specontext.retrieval.clustering import cosine_clusters
-from specontext.retrieval.methods import make_variant
 from specontext.retrieval.methods.clusterkv import ClusterKVSelector
 from specontext.retrieval.methods.h2o import H2OSelector
 from specontext.retrieval.methods.quest import PAGE, QuestSelector
 from specontext.retrieval.methods.shadowkv import ShadowKVSelector
 from specontext.retrieval.methods.snapkv import SnapKVSelector
-from specontext.retrieval.selector import Budget, DecodeTokens
+from specontext.retrieval.selector import Budget, LaneTokens
 from specontext.retrieval.stateful import StatefulSelector
 from tests.retrieval.method_cases import KV_HEADS, LAYERS, SCALE, SHAPE, Talk, View, context, decode, prefill, run, sets_of
 from tests.retrieval.method_references import reference
@@ -37,7 +36,7 @@ def make(name: str, budget: Budget, *, seats: int = 4, max_tokens: int = 400) ->
     selector = METHODS[name.partition("-")[0]](context(budget, seats=seats, max_tokens=max_tokens))
     if "-" not in name:
         return selector
-    variant = make_variant(selector, name)
+    variant = selector.variant("prompt")
     assert isinstance(variant, StatefulSelector) and variant.keep_generated and not selector.keep_generated
     return variant
 
@@ -89,7 +88,7 @@ def test_no_logit_in_a_page_exceeds_its_bound() -> None:
     for step in range(40):
         decode(selector, [0, 1], talks, step)
         positions = torch.tensor([talk.prompt + step for talk in talks])
-        tokens = DecodeTokens(positions, torch.tensor([0, 1]), positions, positions, int(positions.max()) + 1)
+        tokens = LaneTokens(positions, torch.tensor([0, 1]), positions, positions, int(positions.max()) + 1)
         for layer in range(LAYERS):
             view = View(talks, positions.tolist(), layer)
             bounds = selector.page_bounds(layer, tokens, view)  # type: ignore[attr-defined]
@@ -253,7 +252,7 @@ def test_state_takes_the_memory_that_was_announced(name: str) -> None:
 def test_bytes_of_choosing() -> None:
     """Four requests with 0, 1, 100 and 1,600 candidates, of which 1, 2, 101 and 701 tokens were generated."""
     lengths, prompts = torch.tensor([20, 21, 120, 1620]), torch.tensor([19, 19, 19, 919])
-    step = DecodeTokens(torch.zeros(4, dtype=torch.int64), torch.arange(4), lengths - 1, torch.zeros(4, dtype=torch.int64), 1620)
+    step = LaneTokens(torch.zeros(4, dtype=torch.int64), torch.arange(4), lengths - 1, torch.zeros(4, dtype=torch.int64), 1620)
     heads, vector = LAYERS * KV_HEADS, SHAPE.head_dim * 4
 
     def counted(name: str, budget: int = 64) -> list[float]:

@@ -17,8 +17,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from specontext import LLM, ConfigError, SamplingParams, SpeContextConfig
+from specontext.errors import HeadError
 from specontext.retrieval.head import RetrievalHead
-from specontext.retrieval.head_config import HeadConfig, HeadError
+from specontext.retrieval.head_config import HeadConfig
 
 TRAINED = 256
 POSITIONS = torch.tensor([0, 1, 17, 255, 256, 1000, 4095])
@@ -248,7 +249,7 @@ def test_a_config_can_rule_yarn_out_and_a_scaling_does(short: Path, checkpoint: 
 def test_the_engine_says_what_it_fixed(short: Path, checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="specontext"):
         LLM(checkpoint("llama"), short)
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "specontext"]
+    (line,) = [said for record in caplog.records if "RoPE" in (said := record.getMessage())]
     assert "RoPE base 500" in line and "YaRN factor 8" in line and "64 tokens" in line and "512" in line
 
 

@@ -17,16 +17,16 @@ from specontext.cli.planned import find_facts
 from specontext.core import ModelShape
 from specontext.distill.attention import head_log_weights
 from specontext.distill.draft import Draft
-from specontext.distill.draft_files import load_draft, save_draft
+from specontext.distill.draft_files import save_draft
 from specontext.distill.recall import candidates
 from specontext.distill.student import Student
 from specontext.distill.target import Target
 from specontext.engine.build import facts_of_loaded
+from specontext.errors import HeadError
 from specontext.locations import shape_of
 from specontext.memory.speed import Bandwidths, decode_floor
 from specontext.retrieval.checkpoint import load_head, read_config, save_head
 from specontext.retrieval.head import head_parameters
-from specontext.retrieval.head_config import HeadError
 
 WIDTH, HEADS, KV_HEADS, HEAD_DIM = 40, 4, 2, 16  # the target is 64 wide
 DIALECTS = ("EAGLE", "SpecForge", "AngelSlim", "speculators")
@@ -169,4 +169,4 @@ def test_training_uses_the_table_and_leaves_it_as_it_is(
     loss.backward()
     assert not any(name.endswith("embed_tokens") for name, _ in student.named_parameters())
     save_draft(student.draft, tmp_path / "trained")
-    assert torch.equal(load_draft(tmp_path / "trained", target).head.embed_tokens, head.embed_tokens)
+    assert torch.equal(load_head(tmp_path / "trained", target=target).embed_tokens, head.embed_tokens)

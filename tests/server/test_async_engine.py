@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 
 from specontext import LLM, SamplingParams, SpeContextConfig
-from specontext.core import RequestError, SpeContextError
-from specontext.engine.async_engine import AsyncEngine, EngineDeadError, QueueFullError, RequestFailedError
+from specontext.engine.async_engine import AsyncEngine
 from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.request_stream import Delta, RequestStream
-from specontext.engine.sampler import LogitsError
+from specontext.errors import EngineDeadError, LogitsError, QueueFullError, RequestError, RequestFailedError, SpeContextError
 from tests.server.serving import PATIENCE, check_free, make_engine
 
 PROMPT = [5, 6, 7, 8, 9] * 8

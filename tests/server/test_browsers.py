@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from specontext.config import ConfigError
+from specontext.errors import ConfigError
 from specontext.server.settings import ServerConfig
 from tests.server.serving import Server, make_engine, running
 from tests.server.test_errors import CHAT, GOOD

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from specontext.engine import llm_engine, next_tokens
-from specontext.engine.async_engine import AsyncEngine, EngineDeadError, RequestFailedError
+from specontext.engine import llm_engine, sampler
+from specontext.engine.async_engine import AsyncEngine
 from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.llm_engine import LLMEngine
-from specontext.engine.sampler import LogitsError
+from specontext.errors import EngineDeadError, LogitsError, RequestFailedError
 from tests.server.serving import make_engine, running
 from tests.server.test_async_engine import PROMPT, collect, params, run, started, texts
 
@@ -71,25 +71,25 @@ def in_statistics(patch: pytest.MonkeyPatch, error: Exception) -> None:
 
 
 def in_sampler(patch: pytest.MonkeyPatch, error: Exception) -> None:
-    sample = next_tokens.sample
+    sample = sampler.sample
 
     def broken(logits: Any, requests: Any, **options: Any) -> Any:
         if any(map(marked, requests)):
             raise error
         return sample(logits, requests, **options)
 
-    patch.setattr(next_tokens, "sample", broken)
+    patch.setattr(sampler, "sample", broken)
 
 
 def in_logits(patch: pytest.MonkeyPatch, error: Exception) -> None:
-    sample = next_tokens.sample
+    sample = sampler.sample
 
     def broken(logits: Any, requests: Any, **options: Any) -> Any:
         if names := [request.request_id for request in requests if marked(request)]:
             raise LogitsError(names)
         return sample(logits, requests, **options)
 
-    patch.setattr(next_tokens, "sample", broken)
+    patch.setattr(sampler, "sample", broken)
 
 
 def in_prompt_logprobs(patch: pytest.MonkeyPatch, error: Exception) -> None:

@@ -10,21 +10,21 @@ from typing import Any
 import pytest
 import torch
 
-from specontext.engine.async_engine import EngineDeadError
 from specontext.engine.load import LoadMeter
-from specontext.engine.statistics import Meter
+from specontext.engine.statistics import Count, Meter
+from specontext.errors import EngineDeadError
 from tests.server.serving import make_engine
 from tests.server.test_async_engine import PROMPT, collect, params, run, started
 
 
 def test_bytes_of_all_requests_are_counted_however_they_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted: Counter[str] = Counter()
+    counted: Counter[Count] = Counter()
     seen: list[float] = []
     add, rng = Meter._add, random.Random(0)
 
-    def watched(self: Any, field: str, seats: torch.Tensor, value: Any) -> None:
-        counted[field] += int(value.sum()) if isinstance(value, torch.Tensor) else int(value) * len(seats)
-        add(self, field, seats, value)
+    def watched(self: Any, count: Count, seats: torch.Tensor, value: Any) -> None:
+        counted[count] += int(value.sum()) if isinstance(value, torch.Tensor) else int(value) * len(seats)
+        add(self, count, seats, value)
 
     monkeypatch.setattr(Meter, "_add", watched)
 
@@ -45,7 +45,7 @@ def test_bytes_of_all_requests_are_counted_however_they_ended(monkeypatch: pytes
             await asyncio.gather(*map(client, range(8)))
             load = await served.call(served._loop.meter.take)
             assert engine.scheduler.preemptions > 0 and load.preemptions == engine.scheduler.preemptions
-            assert load.loaded_bytes == counted["loaded_bytes"] > 0
+            assert load.loaded_bytes == counted[Count.LOADED_BYTES] > 0
             assert seen == sorted(seen) and len(set(seen)) > 5
 
     run(test)
@@ -105,8 +105,8 @@ def test_the_time_in_the_queue_is_known_exactly() -> None:
             [*_, one] = await collect(first)
             [*_, two] = await collect(second)
         assert one.stats is not None and two.stats is not None
-        queued: list[Any] = [one.stats["queue_s"], two.stats["queue_s"]]
-        times: list[Any] = [one.stats["ttft_s"], two.stats["ttft_s"]]
+        queued: list[Any] = [one.stats.queue_s, two.stats.queue_s]
+        times: list[Any] = [one.stats.ttft_s, two.stats.ttft_s]
         assert 0 <= queued[0] < times[0] < queued[1] < times[1]
         (third_queued, third_whole, reason), *rest = waited
         assert reason == "abort" and third_queued == third_whole

@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from specontext.core import RequestError
 from specontext.engine.llm_engine import LLMEngine
+from specontext.errors import RequestError
 from tests.server.serving import PATIENCE, Server, check_free, make_engine, running, wait_for
 
 TEXT = "/v1/completions"
@@ -152,7 +152,7 @@ def test_a_full_queue() -> None:
 
 
 def test_an_error_after_the_beginning_is_the_next_event(server: Server) -> None:
-    from specontext.engine.sampler import LogitsError
+    from specontext.errors import LogitsError
 
     step = server.engine.step
     good_ready = threading.Event()

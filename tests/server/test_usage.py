@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
-from specontext.server.usage import make_usage, merge
+from specontext.engine.output_statistics import OutputStatistics, merge
+from specontext.engine.residency import Move
+from specontext.server.usage import make_usage
 from tests.server.serving import Server
 
 SETTINGS = {"method": "speculative", "budget": 64, "sink": 4, "recent": 16, "slots": 64, "granularity": "head"}
 
 
-def move(step: int, layer: int, *, to_host: bool = True, stall_s: float = 0.0) -> dict[str, object]:
-    return {"step": step, "layer": layer, "to_host": to_host, "bytes": 512, "stall_s": stall_s}
+def move(step: int, layer: int, *, to_host: bool = True, stall_s: float = 0.0) -> Move:
+    return Move(step, layer, to_host, bytes=512, stall_s=stall_s)
 
 
-def stats(steps: int, **others: Any) -> dict[str, Any]:
-    return {**SETTINGS, "prompt_tokens": 9, "completion_tokens": steps + 1, "decode_steps": steps, **others}
+def stats(steps: int, **others: Any) -> OutputStatistics:
+    nothing: dict[str, Any] = dict.fromkeys(field.name for field in fields(OutputStatistics))
+    counted = {"prompt_tokens": 9, "cached_tokens": 0, "completion_tokens": steps + 1, "decode_steps": steps, "moves": ()}
+    return OutputStatistics(**nothing | SETTINGS | counted | others)
 
 
 @pytest.mark.parametrize(
@@ -42,31 +47,38 @@ def stats(steps: int, **others: Any) -> dict[str, Any]:
 )
 def test_every_statistic_has_its_rule(name: str, values: tuple[Any, ...], expected: Any) -> None:
     outputs = [stats(steps, **{name: value}) for steps, value in zip((10, 2, 4), values, strict=True)]
-    merged = merge(outputs)
+    merged = merge(outputs).as_dict()
     assert merged[name] == (pytest.approx(expected) if isinstance(expected, float) else expected)
     assert merged["decode_steps"] == 16
     assert all(merged[setting] == value for setting, value in SETTINGS.items() if setting != name)
-    assert not {"prompt_tokens", "completion_tokens", "cached_tokens"} & merged.keys()
 
 
 def test_moves_are_those_that_any_output_saw() -> None:
     first, second, third = move(3, 3), move(9, 2, stall_s=0.5), move(12, 2, to_host=False)
-    merged = merge([stats(5, moves=[first, second]), stats(5, moves=[second, third]), stats(5, moves=[])])
-    assert merged["moves"] == [first, second, third]
-    assert merge([stats(5, moves=[third]), stats(5, moves=[first, third])])["moves"] == [first, third]
+    merged = merge([stats(5, moves=(first, second)), stats(5, moves=(second, third)), stats(5, moves=())])
+    assert merged.moves == (first, second, third)
+    assert merge([stats(5, moves=(third,)), stats(5, moves=(first, third))]).moves == (first, third)
 
 
 def test_one_output_is_left_as_it_is_and_none_has_no_statistics() -> None:
-    one = stats(3, moves=[move(1, 1)], overlap=None, queue_s=0.5)
-    assert merge([one]) == {name: value for name, value in one.items() if name not in ("prompt_tokens", "completion_tokens")}
-    assert make_usage(9, 0, [{}, {}], n=2).specontext is None
+    one = stats(3, moves=(move(1, 1),), overlap=None, queue_s=0.5)
+    assert merge([one]) == one
+    shown = make_usage(9, 4, [one, None], n=2).specontext
+    apart = ("prompt_tokens", "completion_tokens", "cached_tokens")
+    assert shown == {name: value for name, value in one.as_dict().items() if name not in apart}
+    assert shown["moves"] == [{"step": 1, "layer": 1, "to_host": True, "bytes": 512, "stall_s": 0.0}]
+    assert make_usage(9, 0, [None, None], n=2).specontext is None
+
+
+def test_every_field_says_how_it_is_merged() -> None:
+    assert all("merge" in field.metadata for field in fields(OutputStatistics))
 
 
 def test_a_prompt_s_cached_tokens_count_once() -> None:
     found = [stats(1, cached_tokens=count) for count in (0, 16, 16, 32, 32, 32)]
     usage = make_usage(80, 12, found, n=3)
     assert usage.prompt_tokens_details is not None and usage.prompt_tokens_details.cached_tokens == 32
-    assert make_usage(80, 12, [stats(1)], n=1).prompt_tokens_details is None
+    assert make_usage(80, 12, [None], n=1).prompt_tokens_details is None
 
 
 def test_usage_of_several_outputs(server: Server) -> None:

@@ -11,7 +11,8 @@ from jinja2 import TemplateError
 from specontext.distill.data.documents import Document, marked
 from specontext.distill.data.encoder import Encoder
 from specontext.distill.data.source import DataError
-from specontext.models.chat_template import ChatTemplate, ChatTemplateError
+from specontext.errors import ChatTemplateError
+from specontext.models.chat_template import ChatTemplate
 
 MARKS_GENERATION = re.compile(r"\{%-?\s*generation\b")
 

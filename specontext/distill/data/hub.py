@@ -10,7 +10,8 @@ from specontext.distill.data.documents import Document
 from specontext.distill.data.encoder import Encoder
 from specontext.distill.data.rows import document
 from specontext.distill.data.source import DataError
-from specontext.hub import HubError, load_parquet, load_split
+from specontext.errors import HubError
+from specontext.hub import load_parquet, load_split
 
 FORM = "hf:ORGANISATION/NAME, hf:ORGANISATION/NAME:SPLIT or hf:ORGANISATION/NAME:SPLIT:FIELD (NAME/SUBSET for one with subsets)"
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specontext.core import SpeContextError
+from specontext.errors import SpeContextError
 
 
 class DataError(SpeContextError, ValueError):

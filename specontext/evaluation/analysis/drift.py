@@ -26,7 +26,7 @@ from specontext.distill.target import Observation, Target
 from specontext.engine.llm import LLM
 from specontext.evaluation.analysis.rows import Row, row
 from specontext.evaluation.analysis.settings import AnalysisError
-from specontext.retrieval.selector import AheadSelector, DecodeTokens
+from specontext.retrieval.selector import AheadSelector, LaneTokens
 
 BIN = 32  # generated tokens of one point
 PROMPTS = 4
@@ -54,9 +54,9 @@ def recorded(selector: AheadSelector) -> Iterator[Record]:
     record = Record()
     select, observe = selector.select, selector.observe
 
-    def selecting(step: DecodeTokens) -> Selection:
-        selection = select(step)
-        [position] = step.positions.tolist()
+    def selecting(lane: LaneTokens) -> Selection:
+        selection = select(lane)
+        [position] = lane.positions.tolist()
         tokens = torch.where(selection.scored[0], selection.tokens[0], position + 1)  # [G, B]
         mask = torch.zeros((len(tokens), position + 2), dtype=torch.bool, device=tokens.device)
         record.scored[position] = mask.scatter_(-1, tokens, True)[:, : position + 1]

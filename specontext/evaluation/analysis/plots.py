@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from specontext.core import SpeContextError
+from specontext.errors import SpeContextError
 from specontext.evaluation.analysis.rows import LENGTH_CURVE, Row, find, main_variant, standard_map
 
 DPI = 110

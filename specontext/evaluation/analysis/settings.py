@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from specontext.core import SpeContextError
+from specontext.errors import SpeContextError
 
 BUDGETS = (32, 64, 128, 256, 512, 1024, 2048)
 LENGTH = 4096

@@ -13,7 +13,7 @@ from typing import Any
 
 from specontext.core import RequestOutput, SamplingParams
 from specontext.engine.llm import LLM
-from specontext.evaluation.competitors import READS_ALL, Competitor
+from specontext.evaluation.competitors import Competitor
 from specontext.evaluation.continuation.measures import common_ngrams, distinct, first_difference, repetition, similarity
 from specontext.evaluation.continuation.rows import SUITE
 from specontext.evaluation.rows import MEASURES
@@ -22,11 +22,12 @@ from specontext.evaluation.samples import EvaluationError, Sample, fingerprint
 from specontext.evaluation.settings import EvaluationSettings
 from specontext.evaluation.windows import ShortTextError, Window, reservations
 from specontext.models.loading import LoadedModel
+from specontext.retrieval.registry import FULL
 
 LENGTH = 4096  # of prompt and continuation, where none was asked for
 SHORTEST = 16
 WRITTEN = "token_ids"  # the statistic that has a sample's tokens
-FULL: Choice = (Competitor(READS_ALL, READS_ALL), None)
+REFERENCE: Choice = (Competitor(FULL, FULL), None)
 
 
 def run_continuation(settings: EvaluationSettings, begin: Begin, loaded: LoadedModel | None = None) -> dict[str, Any]:
@@ -63,13 +64,13 @@ class _Job:
 
 class _ContinuationEvaluation(Evaluation):
     def run(self, begin: Begin) -> dict[str, Any]:
-        self.methods = [READS_ALL, *(method for method in self.methods if method != READS_ALL)]
+        self.methods = [FULL, *(method for method in self.methods if method != FULL)]
         jobs = self._draw(begin)
         if not jobs:
             raise EvaluationError("nothing can be run: " + "; ".join(dict.fromkeys(note["why"] for note in self.notes)))
         lengths = dict.fromkeys(job.length for job in jobs)
         wanted = [
-            (group, [job for job in jobs if job.length == length], [FULL, *self._choices(group, SUITE, length)])
+            (group, [job for job in jobs if job.length == length], [REFERENCE, *self._choices(group, SUITE, length)])
             for group in self.groups
             for length in lengths
         ]
@@ -141,7 +142,7 @@ class _ContinuationEvaluation(Evaluation):
         samples = []
         for job, output, mean in zip(jobs, outputs, likely, strict=True):
             own = output.token_ids
-            full = own if choice == FULL else self.samples.samples[job.name(FULL)].stats[WRITTEN]
+            full = own if choice == REFERENCE else self.samples.samples[job.name(REFERENCE)].stats[WRITTEN]
             scores = compared(own, full) | {"log_probability": mean}
             stats = {name: output.stats[name] for name in MEASURES if name in output.stats} | {WRITTEN: own}
             asked, name = fingerprint(job.window.token_ids), job.name(choice)
@@ -167,7 +168,7 @@ def compared(tokens: Sequence[int], full: Sequence[int]) -> dict[str, float]:
 def log_probabilities(llm: LLM, outputs: Sequence[RequestOutput]) -> list[float]:
     """Mean log-probability (nats a token) of what was written, under full attention."""
     texts = [[*output.prompt_token_ids, *output.token_ids] for output in outputs]
-    read = llm.generate(texts, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, method=READS_ALL))
+    read = llm.generate(texts, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, method=FULL))
     means = []
     for output, again in zip(outputs, read, strict=True):
         assert again.prompt_logprobs is not None

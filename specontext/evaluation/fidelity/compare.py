@@ -20,12 +20,13 @@ from torch import Tensor
 from specontext.core import SamplingParams
 from specontext.distill.fidelity import measures
 from specontext.engine.llm import LLM
+from specontext.engine.llm_engine import Generation
 from specontext.evaluation.windows import Window
 
 LOGITS_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # of full attention that are kept
 ROWS = 32  # that are compared at a time, in float64
 
-Way = tuple[str, int | None]  # method and budget
+Choice = tuple[str, int | None]  # method and budget
 
 
 @dataclass(frozen=True)
@@ -63,20 +64,20 @@ class Comparison:
         self._full: list[dict[int, Tensor]] = [{} for _ in windows]
         self.full = [found[0] for found in self._run([("full", None)], self._keep)]
 
-    def methods(self, ways: Sequence[Way]) -> list[list[Fidelity]]:
-        """Fidelity of methods and budgets, for each window in the order of `ways`."""
-        return self._run(ways, None)
+    def methods(self, choices: Sequence[Choice]) -> list[list[Fidelity]]:
+        """Fidelity of methods and budgets, for each window in the order of `choices`."""
+        return self._run(choices, None)
 
     def _keep(self, window: int, position: int, row: Tensor) -> None:
         self._full[window][position] = row.clone()
 
-    def _run(self, ways: Sequence[Way], keep: Callable[[int, int, Tensor], None] | None) -> list[list[Fidelity]]:
-        """Decode the last tokens of every window with every way, all in one batch.
+    def _run(self, choices: Sequence[Choice], keep: Callable[[int, int, Tensor], None] | None) -> list[list[Fidelity]]:
+        """Decode the last tokens of every window with every choice, all in one batch.
 
         The token before the first that may be compared is the first that is decoded; all before it are the prompt.
         """
         engine = self.llm.engine
-        jobs = [(window, way) for window in range(len(self.windows)) for way in ways]
+        jobs = [(window, choice) for window in range(len(self.windows)) for choice in choices]
         sums = torch.zeros((len(jobs), 3), dtype=torch.float64, device=engine.device)
         seen = [-1] * len(jobs)  # the first logits are the prompt's, which is computed in the same way for all
         new: list[tuple[int, int, int, Tensor]] = []  # job, window, position and row of a step
@@ -112,9 +113,9 @@ class Comparison:
         means, made = (sums / wanted[:, None]).tolist(), iter(generations)
         found: list[list[Fidelity]] = []
         for window in range(len(self.windows)):
-            rows = means[window * len(ways) : (window + 1) * len(ways)]
+            rows = means[window * len(choices) : (window + 1) * len(choices)]
             own = rows[0][2] if keep is not None else self.full[window].cross_entropy
-            found.append([Fidelity(row[0], row[1], row[2], own, next(made).stats or {}) for row in rows])
+            found.append([Fidelity(row[0], row[1], row[2], own, _stats(next(made))) for row in rows])
         return found
 
     def _compare(self, new: Sequence[tuple[int, int, int, Tensor]], sums: Tensor) -> None:
@@ -128,22 +129,12 @@ class Comparison:
             sums.index_add_(0, jobs, measures(full, logits, targets))
 
 
+def _stats(generation: Generation) -> dict[str, Any]:
+    return generation.stats.as_dict() if generation.stats is not None else {}
+
+
 def most_windows(llm: LLM, compared: int) -> int:
     """Windows whose full logits may be kept at a time, no more than the engine has seats for."""
     row = llm.shape.vocab_size * llm.shape.dtype.itemsize
     fit = LOGITS_BYTES[llm.engine.device.type] // (row * compared)
     return max(1, min(fit, llm.engine.config.max_num_seqs))
-
-
-def compare_window(llm: LLM, window: Window, ways: Sequence[Way], *, seed: int = 0) -> list[Fidelity]:
-    """Compare methods with full attention where a window wants it.
-
-    Args:
-        llm: runs `full` and all methods.
-        seed: of the method `random`.
-
-    Returns:
-        Full attention's own, then one for each way.
-    """
-    comparison = Comparison(llm, [window], seed=seed)
-    return [comparison.full[0], *comparison.methods(ways)[0]]

@@ -17,7 +17,7 @@ def fidelity_columns(samples: Sequence[Sample], *, seed: int) -> dict[str, Any]:
     """Columns of a row, means over windows.
 
     `kl_divergence` (nats) and `perplexity_ratio` (to full attention on the same windows) have 95 % intervals, which come from
-    resampling windows.
+    resampling windows. `attention_recall_by_layer` stands there where recall was measured.
 
     Args:
         samples: of one text, length, method and budget.
@@ -27,7 +27,8 @@ def fidelity_columns(samples: Sequence[Sample], *, seed: int) -> dict[str, Any]:
     excess = [sample.scores["cross_entropy"] - sample.scores["full_cross_entropy"] for sample in samples]
     kl_low, kl_high = mean_interval(divergences, seed=seed)
     low, high = mean_interval(excess, seed=seed)
-    recalls = [sample.stats["attention_recall_by_layer"] for sample in samples]
+    recalls = [layers for sample in samples if (layers := sample.stats.get("attention_recall_by_layer")) is not None]
+    by_layer = {"attention_recall_by_layer": [_mean(layer) for layer in zip(*recalls, strict=True)]} if recalls else {}
     return {
         "scores": {
             "kl_divergence": _mean(divergences),
@@ -38,8 +39,7 @@ def fidelity_columns(samples: Sequence[Sample], *, seed: int) -> dict[str, Any]:
             "ratio_low": None if low is None else math.exp(low),
             "ratio_high": None if high is None else math.exp(high),
         },
-        "attention_recall_by_layer": [_mean(layer) for layer in zip(*recalls, strict=True)],
-    }
+    } | by_layer
 
 
 def _mean(values: Sequence[float]) -> float:

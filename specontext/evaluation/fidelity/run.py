@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from specontext.engine.llm import LLM
-from specontext.evaluation.competitors import READS_ALL, Competitor
+from specontext.evaluation.competitors import Competitor
 from specontext.evaluation.fidelity.compare import Comparison, Fidelity, most_windows
 from specontext.evaluation.fidelity.rows import SUITE
 from specontext.evaluation.rows import MEASURES
@@ -21,11 +21,12 @@ from specontext.evaluation.samples import EvaluationError, Sample, fingerprint
 from specontext.evaluation.settings import EvaluationSettings
 from specontext.evaluation.windows import ShortTextError, Window, reservations
 from specontext.models.loading import LoadedModel
+from specontext.retrieval.registry import FULL
 
 LENGTH = 4096  # of windows, where none was asked for
 SHORTEST = 16
 NOT_MEASURED = ("ttft_s", "tpot_s")  # nobody waits for an answer
-FULL: Choice = (Competitor(READS_ALL, READS_ALL), None)
+REFERENCE: Choice = (Competitor(FULL, FULL), None)
 
 
 def run_fidelity(settings: EvaluationSettings, begin: Begin, loaded: LoadedModel | None = None) -> dict[str, Any]:
@@ -63,10 +64,8 @@ class _Job:
 
 
 class _FidelityEvaluation(Evaluation):
-    engine_options: ClassVar[dict[str, Any]] = {"measure_recall": True}
-
     def run(self, begin: Begin) -> dict[str, Any]:
-        self.methods = [READS_ALL, *(method for method in self.methods if method != READS_ALL)]
+        self.methods = [FULL, *(method for method in self.methods if method != FULL)]
         cells = self._draw(begin)
         if not cells:
             raise EvaluationError("nothing can be run: " + "; ".join(dict.fromkeys(note["why"] for note in self.notes)))
@@ -75,9 +74,11 @@ class _FidelityEvaluation(Evaluation):
         self._count_all()
         at = {length: [cell for cell in cells if cell.length == length] for length in lengths}
         parts = {length: sum(len(cell.windows) for cell in some) for length, some in at.items()}
-        advance = begin("comparing", sum(parts[length] * (len(choices) + (FULL not in choices)) for _, length, choices in wanted))
+        advance = begin(
+            "comparing", sum(parts[length] * (len(choices) + (REFERENCE not in choices)) for _, length, choices in wanted)
+        )
         for group, length, choices in wanted:
-            self._compare(self.engines.open(group), at[length], dict.fromkeys((FULL, *choices)), advance)
+            self._compare(self.engines.open(group), at[length], dict.fromkeys((REFERENCE, *choices)), advance)
         return self._write()
 
     def _draw(self, begin: Begin) -> list[_Cell]:
@@ -139,10 +140,10 @@ def _measure(llm: LLM, jobs: Sequence[_Job], seed: int) -> Iterator[list[Sample]
     """Samples of jobs that lack the same choices, of as many choices at a time as the engine has seats for."""
     todo, began = jobs[0].todo, time.perf_counter()
     comparison = Comparison(llm, [job.window for job in jobs], seed=seed)
-    if FULL in todo:
+    if REFERENCE in todo:
         seconds = (time.perf_counter() - began) / len(jobs)
-        yield [_sample(job, FULL, own, seconds) for job, own in zip(jobs, comparison.full, strict=True)]
-    others = [choice for choice in todo if choice != FULL]
+        yield [_sample(job, REFERENCE, own, seconds) for job, own in zip(jobs, comparison.full, strict=True)]
+    others = [choice for choice in todo if choice != REFERENCE]
     together = max(1, llm.engine.config.max_num_seqs // len(jobs))
     for start in range(0, len(others), together):
         some, began = others[start : start + together], time.perf_counter()

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from specontext.evaluation.report.numbers import DASH, interval, percent, points, small, whole
 from specontext.evaluation.report.parts import Fold, Part, Table, without_empty
-from specontext.evaluation.report.results import FULL, Results, Row, ordered, unique
+from specontext.evaluation.report.results import Results, Row, ordered, unique
 from specontext.evaluation.report.statements import Statement
+from specontext.retrieval.registry import FULL
 
 SUITE = "continuation"
 EXPLAINED = (

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from specontext.evaluation.report.averages import mean_over_tasks, mean_pairs, seen_from
 from specontext.evaluation.report.numbers import DASH, interval, percent, points, small, whole
 from specontext.evaluation.report.parts import Fold, Part, Table, without_empty
-from specontext.evaluation.report.results import FULL, UPPER_BOUNDS, Results, Row, ordered, unique
+from specontext.evaluation.report.results import Results, Row, ordered, unique
 from specontext.evaluation.report.statements import Statement
+from specontext.retrieval.registry import FULL, bound_of
 
 SUITE = "fidelity"
 KL, ENTROPY = "differences.kl_divergence", "differences.cross_entropy"
@@ -58,7 +59,7 @@ def _verdicts(main: str, pairs: Sequence[Row]) -> Iterator[Statement]:
             continue
         counts = [f"{words} in {number}" for kind, words in VERDICTS.items() if (number := _count(mine, kind))]
         items.append(f"{other}: {', '.join(counts)} of {len(mine)}")
-        losing += [pair for pair in mine if verdict(pair) == "more" and not other.startswith(UPPER_BOUNDS)]
+        losing += [pair for pair in mine if verdict(pair) == "more" and bound_of(other) != "upper"]
     if items:
         said = f"{main} beside each other method, by KL divergence from full attention on the same windows and at equal budgets:"
         yield Statement(said, "answer", tuple(items), SUITE)

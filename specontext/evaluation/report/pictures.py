@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 from specontext.evaluation.report.methods import Mark
 from specontext.evaluation.report.numbers import interval, percent, points, whole
-from specontext.evaluation.report.results import BOUNDS, FULL, Row, ordered, unique
+from specontext.evaluation.report.results import Row, ordered, unique
 from specontext.evaluation.report.statements import difference, verdict_of
 from specontext.evaluation.report.svg import GLYPH, Canvas, Scale, around
+from specontext.retrieval.registry import FULL, bound_of
 
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 78.0, 24.0, 42.0
 ROW = 19.0
@@ -17,7 +18,7 @@ Marks = dict[str, Mark]
 
 def pareto_front(means: Sequence[Row]) -> list[Row]:
     """Cells that no other cell beats: none reads as little or less and scores higher. The bounds are no methods to use."""
-    cells = [mean for mean in means if None not in (mean["score"], mean["tokens_read"]) and not mean["method"].startswith(BOUNDS)]
+    cells = [mean for mean in means if None not in (mean["score"], mean["tokens_read"]) and bound_of(mean["method"]) is None]
     front: list[Row] = []
     for cell in sorted(cells, key=lambda cell: (cell["tokens_read"], -cell["score"])):
         if not front or cell["score"] > front[-1]["score"]:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from specontext.core import SpeContextError
+from specontext.errors import SpeContextError
+from specontext.retrieval.registry import DEFAULT, FULL, bound_of, needs_head
 
 Row = dict[str, Any]
 
@@ -28,11 +29,6 @@ MEASURED = (
     "seconds",
 )
 PAIRED = ("difference", "ci_low", "ci_high")
-
-FULL = "full"
-MAIN = "speculative"
-UPPER_BOUNDS = ("oracle", "shared-oracle")  # no methods to use: they look at the true attention first
-BOUNDS = (*UPPER_BOUNDS, "random")  # and that one looks at nothing
 
 
 class ReportError(SpeContextError, ValueError):
@@ -68,9 +64,9 @@ class Results:
     def main(self) -> str | None:
         """The method that the report is about: SpeContext's own, or else the first that could stand for full attention."""
         candidates = [method for method in self.methods if method != FULL]
-        usable = [method for method in candidates if not method.startswith(BOUNDS)]
-        own = [method for method in usable if method.startswith(MAIN)]
-        return MAIN if MAIN in candidates else next(iter(own or usable or candidates), None)
+        usable = [method for method in candidates if bound_of(method) is None]
+        own = [method for method in usable if needs_head(method)]
+        return DEFAULT if DEFAULT in candidates else next(iter(own or usable or candidates), None)
 
     def of(self, suite: str) -> list[Row]:
         return [row for row in self.rows if row["suite"] == suite]
@@ -109,15 +105,15 @@ def _row(raw: Any, which: str, names: tuple[str, ...], numbers: tuple[str, ...])
     return row
 
 
-def flat(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(raw: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Nested objects as keys with dots; NaN and infinities are None."""
     made: dict[str, Any] = {}
     for name, value in raw.items():
         if isinstance(value, Mapping):
-            made |= flat(value, f"{prefix}{name}.")
+            made |= flat(value, f"{path}{name}.")
         else:
             broken = isinstance(value, float) and not math.isfinite(value)
-            made[f"{prefix}{name}"] = None if broken else value
+            made[f"{path}{name}"] = None if broken else value
     return made
 
 

@@ -12,10 +12,11 @@ from specontext.evaluation.report.methods import describe, marks_of
 from specontext.evaluation.report.numbers import DASH, anything, duration, listed, percent, whole
 from specontext.evaluation.report.parts import Code, Document, Fold, Heads, Part, Pictures, Section, Table, Terms
 from specontext.evaluation.report.pictures import accuracy_against_reading, amounts, axis_of, forest, shares
-from specontext.evaluation.report.results import FULL, Results, Row, flat, ordered, unique
+from specontext.evaluation.report.results import Results, Row, flat, ordered, unique
 from specontext.evaluation.report.statements import Statement, headline, opening
 from specontext.evaluation.report.tables import measured_table, pair_table, record_table, score_table, sorted_rows
 from specontext.evaluation.report.terms import GLOSSARY
+from specontext.retrieval.registry import FULL
 
 LONG_OUTPUT = 32  # mean output tokens from which a suite's output lengths are drawn
 PANELS = 6

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from specontext.evaluation.report.averages import mean_over_tasks, mean_pairs, seen_from
 from specontext.evaluation.report.numbers import interval, listed, percent, points, whole
-from specontext.evaluation.report.results import BOUNDS, FULL, UPPER_BOUNDS, Results, Row, ordered, unique
+from specontext.evaluation.report.results import Results, Row, ordered, unique
+from specontext.retrieval.registry import FULL, bound_of
 
 SHARE = 8  # the headline's budget is the one nearest to 1/8 of the context
 RELATIVE = ("fidelity", "continuation")  # suites in which full attention has 100 % by definition
@@ -228,7 +229,7 @@ def _worse(results: Results, suite: str) -> list[Statement]:
 
 def _weight(pair: Row) -> tuple[bool, bool, float]:
     """Means come first, then real methods before the bounds, and the greatest losses first."""
-    return pair["task"] is not None, pair["other"].startswith(BOUNDS), pair["difference"]
+    return pair["task"] is not None, bound_of(pair["other"]) is not None, pair["difference"]
 
 
 def _losing(pair: Row) -> str:
@@ -237,7 +238,7 @@ def _losing(pair: Row) -> str:
         where.append(f"{whole(pair['length'])} tokens")
     if pair["budget"] is not None:
         where.append(f"budget {whole(pair['budget'])}")
-    bound = " (an upper bound, no method to use)" if pair["other"].startswith(UPPER_BOUNDS) else ""
+    bound = " (an upper bound, no method to use)" if bound_of(pair["other"]) == "upper" else ""
     return f"than {pair['other']}{bound}, {', '.join(where)}: {difference(pair)}"
 
 

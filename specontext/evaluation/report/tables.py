@@ -8,8 +8,9 @@ from typing import Any
 from specontext.evaluation.report.numbers import DASH, anything, duration, interval, percent, points, size, whole
 from specontext.evaluation.report.parts import Table, without_empty
 from specontext.evaluation.report.pictures import pareto_front
-from specontext.evaluation.report.results import FULL, Row, extra_columns, ordered, unique
+from specontext.evaluation.report.results import Row, extra_columns, ordered, unique
 from specontext.evaluation.report.statements import verdict_of
+from specontext.retrieval.registry import FULL
 
 Shown = Callable[[Row], str]
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from specontext.core import SpeContextError
-from specontext.hub import HubError, fetch_file, load_split
+from specontext.errors import HubError, SpeContextError
+from specontext.hub import fetch_file, load_split
 
 SUFFIXES = (".jsonl", ".parquet")
 INSTALL = 'pip install "specontext[eval]"'

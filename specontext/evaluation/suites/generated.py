@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from specontext.core import SpeContextError
+from specontext.errors import SpeContextError
 from specontext.evaluation.suites.example import Example, TextTools
 from specontext.tasks import LengthError
 from specontext.tasks.words import vocabulary

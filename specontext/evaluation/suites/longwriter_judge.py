@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from specontext.core import SpeContextError
-from specontext.evaluation.load.http import Address, HttpError, fetch_json
+from specontext.errors import SpeContextError
+from specontext.evaluation.traffic.http import Address, HttpError, fetch_json
 
 DIMENSIONS = {
     "Relevance": "does it do what was asked, all of it and nothing else?",

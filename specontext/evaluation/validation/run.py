@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from specontext.core import SpeContextError
 from specontext.engine.llm_engine import pick_device
+from specontext.errors import SpeContextError
 from specontext.evaluation.fidelity.run import run_fidelity
 from specontext.evaluation.report import write_report
 from specontext.evaluation.results import environment
@@ -181,7 +181,7 @@ class _Validation:
     def _fidelity(self) -> None:
         settings = self.settings
         asked = self._evaluation("fidelity", settings.windows, texts=settings.texts, compared=settings.compared)
-        run_fidelity(asked, self.begin, self.loaded)
+        run_fidelity(replace(asked, engine=asked.engine | {"measure_recall": True}), self.begin, self.loaded)
 
     def _ruler(self) -> None:
         fit = [task.name for task in SUITES["ruler"]() if getattr(task, "unfit")(self.text) is None]  # noqa: B009

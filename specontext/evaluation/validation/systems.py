@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from specontext.config import SpeContextConfig
-from specontext.core import SamplingParams, SpeContextError
+from specontext.core import SamplingParams
 from specontext.engine.llm import LLM
 from specontext.engine.llm_engine import Generation
+from specontext.errors import SpeContextError
 from specontext.evaluation.run import Advance
 from specontext.evaluation.suites import EvalTask, Example
 from specontext.evaluation.text_tools import prompt_ids
@@ -186,7 +187,7 @@ def _generate(
             advance(len(llm.engine.step()))
     finally:
         llm.engine.abort("validation")
-    return generation, generation.stats or {}
+    return generation, generation.stats.as_dict() if generation.stats is not None else {}
 
 
 def parting(one: Sequence[int], other: Sequence[int]) -> int | None:

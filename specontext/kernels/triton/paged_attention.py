@@ -19,7 +19,6 @@ def paged_attention(
     *,
     page_size: int,
     kv_heads: int,
-    workspace: Tensor | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.paged_attention`.
@@ -29,4 +28,4 @@ def paged_attention(
     """
     pages = pages if pages.stride(-1) == 1 else pages.contiguous()
     width = pages.shape[1] * page_size
-    return launch(query, arena, pages, (pages.stride(0), 0), lengths, width, kv_heads, scale, page_size, workspace, splits)
+    return launch(query, arena, pages, (pages.stride(0), 0), lengths, width, kv_heads, scale, page_size, splits)

@@ -1,4 +1,4 @@
-"""Triton kernels of `retrieval_scores` and `paged_retrieval_scores`: two launches, and every key is read from memory once.
+"""Triton kernels of `paged_retrieval_scores`: two launches, and every key is read from memory once.
 
 1. One program per (key head, chunk of positions, request) writes the logits of the query heads that read this key, and, for each
    of them, the log-sum-exp of its chunk. Programs of neighbouring key heads run side by side, so the keys of a token are read
@@ -83,11 +83,8 @@ def _chunk_logits(
     for first in range(low, high, BLOCK):
         position = first + tl.arange(0, BLOCK)
         seen = (position >= start) & (position < stop)
-        if PAGE:
-            page = tl.load(table + request * table_stride + position // PAGE, mask=seen, other=0).to(tl.int64)
-            row = page * key_stride_page + (position % PAGE) * key_stride_token
-        else:
-            row = request * key_stride_page + position.to(tl.int64) * key_stride_token
+        page = tl.load(table + request * table_stride + position // PAGE, mask=seen, other=0).to(tl.int64)
+        row = page * key_stride_page + (position % PAGE) * key_stride_token
         address = keys + row[:, None] + key_head * key_stride_head + dim[None, :]
         k = tl.load(address, mask=seen[:, None] & (dim[None, :] < DIM), other=0.0, eviction_policy="evict_first")
         if WIDEN:
@@ -139,11 +136,8 @@ def _wide_logits(
     first_head = (request * key_heads + key_head) * HEADS
     position = chunk * CHUNK + tl.arange(0, CHUNK)
     seen = (position >= start) & (position < stop)
-    if PAGE:
-        page = tl.load(table + request * table_stride + position // PAGE, mask=seen, other=0).to(tl.int64)
-        row = page * key_stride_page + (position % PAGE) * key_stride_token
-    else:
-        row = request * key_stride_page + position.to(tl.int64) * key_stride_token
+    page = tl.load(table + request * table_stride + position // PAGE, mask=seen, other=0).to(tl.int64)
+    row = page * key_stride_page + (position % PAGE) * key_stride_token
     key = keys + row[:, None] + key_head * key_stride_head
     mine = query + (first_head + head[None, :]) * DIM
     present = head < HEADS
@@ -227,28 +221,19 @@ def _group_weights(
             tl.store(out, tl.full([BLOCK], -1.0, tl.float32), mask=position < span)
 
 
-def retrieval_scores(query: Tensor, keys: Tensor, start: int, stops: Tensor, groups: int | None = None) -> Tensor:
-    """See `specontext.kernels.retrieval_scores.retrieval_scores`."""
-    return _launch(query, keys, None, start, stops, keys.shape[1], groups or keys.shape[2])
-
-
 def paged_retrieval_scores(
     query: Tensor, keys: Tensor, table: Tensor, start: int, stops: Tensor, span: int, groups: int | None = None
 ) -> Tensor:
     """See `specontext.kernels.retrieval_scores.paged_retrieval_scores`."""
     assert span <= table.shape[1] * keys.shape[1], "the page table ends before the span"
-    return _launch(query, keys, table, start, stops, span, groups or keys.shape[2])
-
-
-def _launch(query: Tensor, keys: Tensor, table: Tensor | None, start: int, stops: Tensor, span: int, groups: int) -> Tensor:
-    """Scores [R, groups, span] of keys [R, S, key heads, D], or [pages, page_size, key heads, D] with a page table."""
     requests, query_heads, dim = query.shape
     key_heads = keys.shape[2]
+    groups = groups or key_heads
     readers = query_heads // key_heads
     query = query.contiguous()
     keys = keys if keys.stride(3) == 1 else keys.contiguous()
     stops = stops.contiguous()
-    if table is not None and table.stride(1) != 1:
+    if table.stride(1) != 1:
         table = table.contiguous()
     # Float32 operands where the two formats differ, and in the interpreter, which has no bfloat16 products.
     widen = query.dtype != keys.dtype or not keys.is_cuda
@@ -266,9 +251,9 @@ def _launch(query: Tensor, keys: Tensor, table: Tensor | None, start: int, stops
         *(query, keys, table, stops, logits, lse),
         *(start, span, width, chunks, key_heads, dim**-0.5 * math.log2(math.e)),
         *keys.stride()[:3],
-        0 if table is None else table.stride(0),
+        table.stride(0),
     )
-    sizes = {"PAGE": 0 if table is None else keys.shape[1], "HEADS": readers, "DIM": dim, "CHUNK": chunk, "WIDEN": widen}
+    sizes = {"PAGE": keys.shape[1], "HEADS": readers, "DIM": dim, "CHUNK": chunk, "WIDEN": widen}
     if narrow:
         _chunk_logits[(key_heads, chunks, requests)](
             *arguments,

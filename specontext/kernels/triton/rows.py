@@ -16,7 +16,7 @@ from specontext.kernels.tables import NewTokens, Pages, Tiers
 from specontext.kernels.triton.pieces import append_pieces, copy_pieces
 from specontext.kernels.triton.slot_plan import piece_of
 
-__all__ = ["append_keys", "append_layer", "append_pieces", "append_rows", "append_tokens", "copy_pieces", "gather_rows"]
+__all__ = ["append_keys", "append_layer", "append_pieces", "append_tokens", "copy_pieces", "gather_rows"]
 
 TILE_BYTES = 16384
 
@@ -28,30 +28,6 @@ def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows
         width, block, rows = _tile(source, target)
         _gather[(triton.cdiv(count, rows),)](
             source, source_rows.contiguous(), target, target_rows.contiguous(), count, WIDTH=width, BLOCK=block, ROWS=rows
-        )
-
-
-def append_rows(arena: Tensor, rows: Tensor, key: Tensor, value: Tensor) -> None:
-    """See `specontext.kernels.rows.append_rows`."""
-    key, value = _dense_last(key), _dense_last(value)
-    tokens, heads, head_dim = key.shape
-    if tokens:
-        assert arena.is_contiguous()
-        block, count = _append_tile(key)
-        _append[(triton.cdiv(tokens * heads, count),)](
-            arena,
-            rows.contiguous(),
-            key,
-            value,
-            tokens * heads,
-            key.stride(0),
-            key.stride(1),
-            value.stride(0),
-            value.stride(1),
-            HEADS=heads,
-            DIM=head_dim,
-            BLOCK=block,
-            ROWS=count,
         )
 
 
@@ -198,20 +174,6 @@ def _read(new, token, head, token_stride, head_stride, live, DIM: tl.constexpr, 
     column = tl.arange(0, BLOCK)[None, :]
     mask = live[:, None] & (column < DIM)
     return tl.load(new + (token * token_stride + head * head_stride)[:, None] + column, mask=mask)
-
-
-@triton.jit(do_not_specialize=["count"])
-def _append(
-    arena, rows, key, value, count, key_token, key_head, value_token, value_head,
-    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row = tl.load(rows + at, mask=at < count, other=-1).to(tl.int64)
-    live = row >= 0
-    token, head = at // HEADS, at % HEADS
-    new_key = _read(key, token, head, key_token, key_head, live, DIM, BLOCK)
-    new_value = _read(value, token, head, value_token, value_head, live, DIM, BLOCK)
-    _write(arena, row, new_key, new_value, live, DIM, BLOCK)
 
 
 @triton.jit(do_not_specialize=["count", "page_width", "place"])

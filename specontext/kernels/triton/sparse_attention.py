@@ -152,7 +152,6 @@ def sparse_attention(
     rows: Tensor,
     scale: float,
     *,
-    workspace: Tensor | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.sparse_attention`.
@@ -162,7 +161,7 @@ def sparse_attention(
     """
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     strides = (rows.stride(0), rows.stride(1))
-    return launch(query, arena, rows, strides, None, rows.shape[2], rows.shape[1], scale, 0, workspace, splits)
+    return launch(query, arena, rows, strides, None, rows.shape[2], rows.shape[1], scale, 0, splits)
 
 
 def launch(
@@ -175,7 +174,6 @@ def launch(
     kv_heads: int,
     scale: float,
     page_size: int,
-    workspace: Tensor | None,
     splits: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Run both kernels over at most `width` entries of every (request, KV head).
@@ -196,10 +194,8 @@ def launch(
     partial, partial_lse = output, lse
     if splits > 1:
         count = requests * query_heads * splits
-        if workspace is None:
-            workspace = torch.empty(count * (head_dim + 1), dtype=torch.float32, device=query.device)
-        assert workspace.numel() >= count * (head_dim + 1), "the workspace was made for smaller calls"
-        partial, partial_lse = workspace[: count * head_dim], workspace[count * head_dim :]
+        scratch = torch.empty(count * (head_dim + 1), dtype=torch.float32, device=query.device)
+        partial, partial_lse = scratch[: count * head_dim], scratch[count * head_dim :]
     shape = tile_shape(query, arena, group)
     if width <= splits * LEAST_ROWS:
         shape["BLOCK"] = min(shape["BLOCK"], LEAST_ROWS)
@@ -272,12 +268,6 @@ def choose_splits(pairs: int, width: int, device: torch.device) -> int:
     none with fewer than LEAST_ROWS entries."""
     wanted = -(-WAVES * processors(device) // pairs)
     return max(1, min(wanted, -(-width // LEAST_ROWS)))
-
-
-def make_workspace(requests: int, query_heads: int, kv_heads: int, head_dim: int, device: torch.device) -> Tensor:
-    """Scratch for any call with at most that many requests: float32, flat."""
-    programs = requests * kv_heads + WAVES * processors(device)
-    return torch.empty(programs * (query_heads // kv_heads) * (head_dim + 1), dtype=torch.float32, device=device)
 
 
 def processors(device: torch.device) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from specontext.kernels.top_k import top_k_positions
 from specontext.retrieval.clustering import cosine_clusters
-from specontext.retrieval.selector import DecodeTokens, LayerView, MethodContext
+from specontext.retrieval.selector import LaneTokens, LayerView, MethodContext
 from specontext.retrieval.stateful import StatefulSelector, Table, group_logits
 
 TOKENS = 80  # for each cluster
@@ -47,12 +47,12 @@ class ClusterKVSelector(StatefulSelector):
         if prompt > sink:
             self._add(layer, seat, view.keys(row, sink, prompt).transpose(0, 1), sink, 0, -(-(prompt - sink) // TOKENS))
 
-    def follow(self, layer: int, step: DecodeTokens, view: LayerView) -> None:
+    def follow(self, layer: int, lane: LaneTokens, view: LayerView) -> None:
         waiting = self.tables["waiting"][layer]
-        place = step.positions - self._first(step.seats)
-        rows = torch.where(place >= 0, step.seats, self.seats)  # sinks are not clustered
+        place = lane.positions - self._first(lane.seats)
+        rows = torch.where(place >= 0, lane.seats, self.seats)  # sinks are not clustered
         waiting[rows, :, place % WINDOW] = view.key
-        for seat, position in self.on_host(step):
+        for seat, position in self.on_host(lane):
             first = max(self.prompt(seat), self.budget.sink)
             done = position + 1 - first
             if done > 0 and done % WINDOW == 0:
@@ -67,22 +67,22 @@ class ClusterKVSelector(StatefulSelector):
         clusters = self.tables["clusters"][layer, seat]
         clusters[:, start : start + keys.shape[1]] = (numbers + before).to(clusters.dtype)
 
-    def choose(self, layer: int, step: DecodeTokens, view: LayerView, ends: Tensor) -> Tensor:
-        seats, sink = step.seats, self.budget.sink
-        means = self.tables["means"][layer][:, :, : step.span // TOKENS + 1].index_select(0, seats).float()
+    def choose(self, layer: int, lane: LaneTokens, view: LayerView, ends: Tensor) -> Tensor:
+        seats, sink = lane.seats, self.budget.sink
+        means = self.tables["means"][layer][:, :, : lane.span // TOKENS + 1].index_select(0, seats).float()
         many = means.shape[2]
         first = self._first(seats)
-        windows = 0 if self.keep_generated else (step.lengths - first).clamp(min=0) // WINDOW  # that were clustered
+        windows = 0 if self.keep_generated else (lane.lengths - first).clamp(min=0) // WINDOW  # that were clustered
         known = -(-(first - sink) // TOKENS) + windows * (WINDOW // TOKENS)
         number = torch.arange(many, device=seats.device)
         logits = group_logits(view.query, means, view.scale).masked_fill_((number >= known[:, None])[:, None, None], -torch.inf)
-        position = torch.arange(step.span, device=seats.device)
-        owner = self.tables["clusters"][layer][:, :, : step.span].index_select(0, seats).long()  # [R, Hkv, S]
+        position = torch.arange(lane.span, device=seats.device)
+        owner = self.tables["clusters"][layer][:, :, : lane.span].index_select(0, seats).long()  # [R, Hkv, S]
         if not self.keep_generated:
             start = first + windows * WINDOW  # of those that wait
             waiting = self.tables["waiting"][layer].index_select(0, seats).float()
             place = torch.arange(WINDOW, device=seats.device)
-            absent = (place >= (step.lengths - start)[:, None])[:, None, None]
+            absent = (place >= (lane.lengths - start)[:, None])[:, None, None]
             alone = group_logits(view.query, waiting, view.scale).masked_fill_(absent, -torch.inf)
             logits = torch.cat((logits, alone), dim=-1)
             after = position - start[:, None]  # [R, S]
@@ -96,14 +96,14 @@ class ClusterKVSelector(StatefulSelector):
         """Position of the first generated token that is clustered: int64 [R]."""
         return self.prompts[seats].clamp(min=self.budget.sink)
 
-    def selection_bytes(self, step: DecodeTokens) -> Tensor:
+    def selection_bytes(self, lane: LaneTokens) -> Tensor:
         """The mean of every cluster, the cluster of every token, and the keys of those that wait."""
-        tokens = (self.ends(step) - self.budget.sink).clamp(min=0)
+        tokens = (self.ends(lane) - self.budget.sink).clamp(min=0)
         vector = self.shape.head_dim * self.shape.dtype.itemsize
-        first = self._first(step.seats)
+        first = self._first(lane.seats)
         vectors = (first - self.budget.sink + TOKENS - 1) // TOKENS
         if not self.keep_generated:
-            generated = (step.lengths - first).clamp(min=0)
+            generated = (lane.lengths - first).clamp(min=0)
             vectors = vectors + generated // WINDOW * (WINDOW // TOKENS) + generated % WINDOW
         numbers = self.layout["clusters"].dtype.itemsize
         return (vectors * vector + tokens * numbers) * (self.shape.layers * self.shape.kv_heads)

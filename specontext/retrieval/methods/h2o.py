@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specontext.core import Segment, Selection
 from specontext.retrieval.eviction import EvictingSelector, chunk_weights
-from specontext.retrieval.selector import DecodeTokens, LayerView, MethodContext
+from specontext.retrieval.selector import LaneTokens, LayerView, MethodContext
 from specontext.retrieval.stateful import Table
 
 
@@ -37,15 +37,15 @@ class H2OSelector(EvictingSelector):
     def learn(self, layer: int, row: int, seat: int, view: LayerView) -> None:
         """The sums of the prompt are there already."""
 
-    def select_in_layer(self, layer: int, step: DecodeTokens, view: LayerView) -> Selection:
-        selection = super().select_in_layer(layer, step, view)
+    def select_in_layer(self, layer: int, lane: LaneTokens, view: LayerView) -> Selection:
+        selection = super().select_in_layer(layer, lane, view)
         tokens = selection.tokens  # [R, Hkv, B]
         logits = view.logits_of(tokens).unflatten(1, (self.shape.kv_heads, -1))
         weights = torch.softmax(logits, dim=-1).amax(2)
-        scores = self.tables["scores"][layer][:, :, : step.span]
-        scores.index_copy_(0, step.seats, scores.index_select(0, step.seats).scatter_add_(-1, tokens.clamp(min=0), weights))
+        scores = self.tables["scores"][layer][:, :, : lane.span]
+        scores.index_copy_(0, lane.seats, scores.index_select(0, lane.seats).scatter_add_(-1, tokens.clamp(min=0), weights))
         return selection
 
-    def selection_bytes(self, step: DecodeTokens) -> Tensor:
+    def selection_bytes(self, lane: LaneTokens) -> Tensor:
         """The sums of the entries that are still there."""
-        return step.lengths.clamp(max=self.budget.total) * (self.shape.layers * self.shape.kv_heads * torch.float32.itemsize)
+        return lane.lengths.clamp(max=self.budget.total) * (self.shape.layers * self.shape.kv_heads * torch.float32.itemsize)

@@ -6,23 +6,18 @@ from torch import Tensor
 
 from specontext.core import Selection
 from specontext.kernels.retrieval_scores import group_weights
-from specontext.kernels.top_k import choose, groups_of
-from specontext.retrieval.selector import DecodeTokens, LayerSelector, LayerView, MethodContext, uniform_map
+from specontext.kernels.top_k import choose
+from specontext.retrieval.selector import LaneTokens, LayerSelector, LayerView
 
 
 class OracleSelector(LayerSelector):
     """Top-k of the layer's own attention weights, maximised over the query heads of a group."""
 
-    def __init__(self, context: MethodContext) -> None:
-        self.shape, self.budget, self.granularity = context.shape, context.budget, context.granularity
-        self.groups = groups_of(self.granularity, self.shape.kv_heads)
-        self.head_map = uniform_map(self.shape, self.groups)
-
-    def select_in_layer(self, layer: int, step: DecodeTokens, view: LayerView) -> Selection:
+    def select_in_layer(self, layer: int, lane: LaneTokens, view: LayerView) -> Selection:
         grouped = view.logits().unflatten(1, (self.shape.kv_heads, -1))
-        scores = group_weights(grouped, self.budget.sink, self.budget.candidates_end(step.lengths))
-        return self.budget.compose(choose(scores, self.granularity, self.budget.scored), step.lengths)
+        scores = group_weights(grouped, self.budget.sink, self.budget.candidates_end(lane.lengths))
+        return self.budget.compose(choose(scores, self.granularity, self.budget.scored), lane.lengths)
 
-    def selection_bytes(self, step: DecodeTokens) -> Tensor:
+    def selection_bytes(self, lane: LaneTokens) -> Tensor:
         """All keys of all layers."""
-        return step.lengths * (self.shape.kv_bytes_per_token // 2)
+        return lane.lengths * (self.shape.kv_bytes_per_token // 2)

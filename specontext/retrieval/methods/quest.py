@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from specontext.kernels.retrieval_scores import group_weights
 from specontext.retrieval.blocks import candidate_blocks, place_of, whole_blocks
-from specontext.retrieval.selector import DecodeTokens, LayerView, MethodContext
+from specontext.retrieval.selector import LaneTokens, LayerView, MethodContext
 from specontext.retrieval.stateful import StatefulSelector, Table, group_logits
 
 PAGE = 16  # tokens
@@ -40,27 +40,27 @@ class QuestSelector(StatefulSelector):
             low = pad(keys, filled, value=torch.inf).unflatten(0, (-1, PAGE)).amin(1)
             self.tables["bounds"][layer, seat, :, : len(high)] = torch.stack((high, low), dim=2).transpose(0, 1)
 
-    def follow(self, layer: int, step: DecodeTokens, view: LayerView) -> None:
+    def follow(self, layer: int, lane: LaneTokens, view: LayerView) -> None:
         bounds, keys = self.tables["bounds"][layer], view.key
-        rows, pages, places = place_of(step.positions, step.seats, PAGE, self.budget.sink, self.seats)
+        rows, pages, places = place_of(lane.positions, lane.seats, PAGE, self.budget.sink, self.seats)
         known, first = bounds[rows, :, pages], (places == 0)[:, None, None]  # known [R, Hkv, 2, D]
         high = torch.where(first, keys, torch.maximum(known[:, :, 0], keys))
         low = torch.where(first, keys, torch.minimum(known[:, :, 1], keys))
         bounds[rows, :, pages] = torch.stack((high, low), dim=2)
 
-    def choose(self, layer: int, step: DecodeTokens, view: LayerView, ends: Tensor) -> Tensor:
+    def choose(self, layer: int, lane: LaneTokens, view: LayerView, ends: Tensor) -> Tensor:
         sink = self.budget.sink
-        weights = group_weights(self.page_bounds(layer, step, view), 0, candidate_blocks(ends, PAGE, sink))
+        weights = group_weights(self.page_bounds(layer, lane, view), 0, candidate_blocks(ends, PAGE, sink))
         return whole_blocks(weights, PAGE, sink, ends, self.budget.scored)
 
-    def page_bounds(self, layer: int, step: DecodeTokens, view: LayerView) -> Tensor:
+    def page_bounds(self, layer: int, lane: LaneTokens, view: LayerView) -> Tensor:
         """Upper bounds of the logits in each page: float32 [R, Hkv, Hq / Hkv, P]; anything for pages that do not exist."""
-        pages = max(1, -(-(step.span - self.budget.sink) // PAGE))
-        bounds = self.tables["bounds"][layer][:, :, :pages].index_select(0, step.seats).float().flatten(-2)  # [R, Hkv, P, 2 D]
+        pages = max(1, -(-(lane.span - self.budget.sink) // PAGE))
+        bounds = self.tables["bounds"][layer][:, :, :pages].index_select(0, lane.seats).float().flatten(-2)  # [R, Hkv, P, 2 D]
         signed = torch.cat((view.query.clamp(min=0), view.query.clamp(max=0)), dim=-1)
         return group_logits(signed, bounds, view.scale)
 
-    def selection_bytes(self, step: DecodeTokens) -> Tensor:
+    def selection_bytes(self, lane: LaneTokens) -> Tensor:
         """Two vectors of every page."""
-        pages = candidate_blocks(self.ends(step), PAGE, self.budget.sink)
+        pages = candidate_blocks(self.ends(lane), PAGE, self.budget.sink)
         return pages * (2 * self.shape.layers * self.shape.kv_heads * self.shape.head_dim * self.shape.dtype.itemsize)

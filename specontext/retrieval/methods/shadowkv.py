@@ -8,7 +8,7 @@ from torch.nn.functional import cosine_similarity
 
 from specontext.kernels.retrieval_scores import group_weights
 from specontext.retrieval.blocks import candidate_blocks, place_of, whole_blocks
-from specontext.retrieval.selector import DecodeTokens, LayerView, MethodContext
+from specontext.retrieval.selector import LaneTokens, LayerView, MethodContext
 from specontext.retrieval.stateful import StatefulSelector, Table, group_logits
 
 CHUNK = 8  # tokens
@@ -60,19 +60,19 @@ class ShadowKVSelector(StatefulSelector):
         order = whole - nearness.flip(0).argsort(dim=0, stable=True)[:OUTLIERS]
         self.tables["outliers"][layer, seat, :, : len(order)] = order.T.int()
 
-    def follow(self, layer: int, step: DecodeTokens, view: LayerView) -> None:
+    def follow(self, layer: int, lane: LaneTokens, view: LayerView) -> None:
         landmarks, sums = self.tables["landmarks"][layer], self.tables["sums"][layer]
-        rows, chunks, places = place_of(step.positions, step.seats, CHUNK, self.budget.sink, self.seats)
+        rows, chunks, places = place_of(lane.positions, lane.seats, CHUNK, self.budget.sink, self.seats)
         places = places[:, None, None]
         total = torch.where(places == 0, 0.0, sums[rows]) + view.key.float()
         sums[rows] = total
         landmarks[rows, :, chunks] = (total / (places + 1)).to(landmarks.dtype)
 
-    def choose(self, layer: int, step: DecodeTokens, view: LayerView, ends: Tensor) -> Tensor:
+    def choose(self, layer: int, lane: LaneTokens, view: LayerView, ends: Tensor) -> Tensor:
         sink = self.budget.sink
-        chunks = max(1, -(-(step.span - sink) // CHUNK))
-        landmarks = self.tables["landmarks"][layer][:, :, :chunks].index_select(0, step.seats)
-        kept = self.tables["outliers"][layer][:, :, : self.outliers].index_select(0, step.seats).long()
+        chunks = max(1, -(-(lane.span - sink) // CHUNK))
+        landmarks = self.tables["landmarks"][layer][:, :, :chunks].index_select(0, lane.seats)
+        kept = self.tables["outliers"][layer][:, :, : self.outliers].index_select(0, lane.seats).long()
         outlier = torch.zeros((*landmarks.shape[:2], chunks + 1), dtype=torch.bool, device=kept.device)
         outlier = outlier.scatter_(-1, kept, True)[..., 1:]  # place 0 is for those that are not there
         logits = group_logits(view.query, landmarks.float(), view.scale).masked_fill_(outlier[:, :, None], -torch.inf)
@@ -80,9 +80,9 @@ class ShadowKVSelector(StatefulSelector):
         weights.masked_fill_(outlier & (weights >= 0), ALWAYS)
         return whole_blocks(weights, CHUNK, sink, ends, self.budget.scored)
 
-    def selection_bytes(self, step: DecodeTokens) -> Tensor:
+    def selection_bytes(self, lane: LaneTokens) -> Tensor:
         """A vector of every chunk, and the numbers of the outliers."""
-        chunks = candidate_blocks(self.ends(step), CHUNK, self.budget.sink)
+        chunks = candidate_blocks(self.ends(lane), CHUNK, self.budget.sink)
         numbers = self.outliers * torch.int32.itemsize
         vectors = chunks * (self.shape.head_dim * self.shape.dtype.itemsize)
         return (vectors + numbers) * (self.shape.layers * self.shape.kv_heads)

@@ -11,10 +11,10 @@ import copy
 import torch
 from torch import Tensor
 
-from specontext.config import ConfigError
 from specontext.core import Selection
+from specontext.errors import ConfigError
 from specontext.kernels.top_k import choose, groups_of
-from specontext.retrieval.selector import DecodeTokens, ForeseeingSelector, MethodContext
+from specontext.retrieval.selector import ForeseeingSelector, LaneTokens, MethodContext, Selector
 
 
 class SharedOracleSelector(ForeseeingSelector):
@@ -25,14 +25,18 @@ class SharedOracleSelector(ForeseeingSelector):
     """
 
     def __init__(self, context: MethodContext) -> None:
-        self.shape, self.budget, self.granularity = context.shape, context.budget, context.granularity
+        super().__init__(context)
         self._set_bands(1)
+
+    @classmethod
+    def token_sets(cls, context: MethodContext, variant: str | None) -> int:
+        bands, layers = _bands(variant), context.shape.layers
+        if bands > layers:
+            raise ConfigError(f"method 'shared-oracle-{variant}' needs {bands} layers and the model has {layers}: leave it out")
+        return bands * groups_of(context.granularity, context.shape.kv_heads)
 
     def _set_bands(self, bands: int) -> None:
         layers, sets = self.shape.layers, groups_of(self.granularity, self.shape.kv_heads)
-        if bands > layers:
-            name = f"shared-oracle-bands{bands}"
-            raise ConfigError(f"method '{name}' needs {bands} layers and the model has {layers}: leave it out")
         edges = [layers * band // bands for band in range(1, bands + 1)]
         self.band_of = [next(band for band, edge in enumerate(edges) if layer < edge) for layer in range(layers)]
         self.bands, self.groups = bands, bands * sets
@@ -40,14 +44,10 @@ class SharedOracleSelector(ForeseeingSelector):
         self.head_map = (first + torch.arange(sets)).expand(layers, self.shape.kv_heads).clone()
         self._sums: list[Tensor] = []
 
-    def banded(self, bands: int) -> SharedOracleSelector:
-        """The same with sets of their own for `bands` bands of layers.
-
-        Raises:
-            ConfigError: the model has fewer layers.
-        """
+    def variant(self, name: str) -> Selector:
+        """The same with sets of their own for some bands of layers ('bands2' ...)."""
         other = copy.copy(self)
-        other._set_bands(bands)
+        other._set_bands(_bands(name))
         return other
 
     def foresee(self, layer: int, weights: Tensor) -> None:
@@ -59,15 +59,19 @@ class SharedOracleSelector(ForeseeingSelector):
         else:
             self._sums[band] += best
 
-    def select(self, step: DecodeTokens) -> Selection:
+    def select(self, lane: LaneTokens) -> Selection:
         scores = torch.stack(self._sums, dim=1)  # [R, bands, Hkv, S]; a mean over layers has the same order
         self._sums = []
         position = torch.arange(scores.shape[-1], device=scores.device)
-        ends = self.budget.candidates_end(step.lengths)
+        ends = self.budget.candidates_end(lane.lengths)
         absent = (position < self.budget.sink) | (position >= ends[:, None])  # [R, S]
         scores.masked_fill_(absent[:, None, None], -1.0)
-        return self.budget.compose(choose(scores, self.granularity, self.budget.scored).flatten(1, 2), step.lengths)
+        return self.budget.compose(choose(scores, self.granularity, self.budget.scored).flatten(1, 2), lane.lengths)
 
-    def selection_bytes(self, step: DecodeTokens) -> Tensor:
+    def selection_bytes(self, lane: LaneTokens) -> Tensor:
         """Keys and values of all layers, which the dense pass reads."""
-        return step.lengths * self.shape.kv_bytes_per_token
+        return lane.lengths * self.shape.kv_bytes_per_token
+
+
+def _bands(variant: str | None) -> int:
+    return 1 if variant is None else int(variant.removeprefix("bands"))

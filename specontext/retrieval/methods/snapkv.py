@@ -10,7 +10,7 @@ from torch.nn.functional import max_pool1d
 
 from specontext.core import Segment
 from specontext.retrieval.eviction import DROPPED, EvictingSelector, chunk_weights
-from specontext.retrieval.selector import DecodeTokens, LayerView, MethodContext
+from specontext.retrieval.selector import LaneTokens, LayerView, MethodContext
 from specontext.retrieval.stateful import Table
 
 WINDOW = 32  # queries
@@ -53,13 +53,13 @@ class SnapKVSelector(EvictingSelector):
     def learn(self, layer: int, row: int, seat: int, view: LayerView) -> None:
         self._score(layer, row, seat, self.prompt(seat), view)
 
-    def follow(self, layer: int, step: DecodeTokens, view: LayerView) -> None:
-        for row, (seat, position) in enumerate(self.on_host(step)):
+    def follow(self, layer: int, lane: LaneTokens, view: LayerView) -> None:
+        for row, (seat, position) in enumerate(self.on_host(lane)):
             generated = position - self.prompt(seat)
             if generated and generated % WINDOW == 0:
                 self._score(layer, row, seat, position, view)
-        self.tables["queries"][layer][step.seats, step.positions % WINDOW] = view.query
-        self.tables["scores"][layer][step.seats, :, step.positions] = torch.inf
+        self.tables["queries"][layer][lane.seats, lane.positions % WINDOW] = view.query
+        self.tables["scores"][layer][lane.seats, :, lane.positions] = torch.inf
 
     def _score(self, layer: int, row: int, seat: int, tokens: int, view: LayerView) -> None:
         """Score the first `tokens` tokens of a request by its queries of the last ones of them."""
@@ -73,9 +73,9 @@ class SnapKVSelector(EvictingSelector):
             new[:, :start] = max_pool1d(weights[None], KERNEL, stride=1, padding=KERNEL // 2)[0]
         scores.copy_(torch.where(scores >= 0, new, DROPPED))
 
-    def selection_bytes(self, step: DecodeTokens) -> Tensor:
+    def selection_bytes(self, lane: LaneTokens) -> Tensor:
         """The scores of the entries that are still there and, once in a window, their keys; nothing for prompts only."""
         if self.keep_generated:
-            return torch.zeros_like(step.positions)
-        entries = step.lengths.clamp(max=self.budget.total) * (self.shape.layers * self.shape.kv_heads)
+            return torch.zeros_like(lane.positions)
+        entries = lane.lengths.clamp(max=self.budget.total) * (self.shape.layers * self.shape.kv_heads)
         return entries * torch.float32.itemsize + entries * (self.shape.head_dim * self.shape.dtype.itemsize) // WINDOW

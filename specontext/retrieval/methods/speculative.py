@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from specontext.core import Batch, ModelShape, Selection
+from specontext.core import Batch, Segment, Selection
+from specontext.errors import ConfigError
 from specontext.kernels.retrieval_scores import paged_retrieval_scores
 from specontext.kernels.rows import append_keys
 from specontext.kernels.top_k import choose, groups_of
 from specontext.memory.pages import PageAllocator
-from specontext.retrieval.head import RetrievalHead
-from specontext.retrieval.selector import AheadSelector, Budget, DecodeTokens, uniform_map
+from specontext.retrieval.selector import AheadSelector, LaneTokens, MethodContext, PageState, Selector, uniform_map
 
 
 class KeyCache:
@@ -78,22 +78,35 @@ class SpeculativeSelector(AheadSelector):
         last_fused: [seats + 1, H], what `RetrievalHead.fuse` gave of each seat's last token; None for the embedding variant.
     """
 
-    def __init__(
-        self, shape: ModelShape, budget: Budget, head: RetrievalHead, embedding: nn.Module, cache: KeyCache, *, granularity: str
-    ) -> None:
-        c = head.config
-        self.shape, self.budget, self.head, self.embedding, self.cache = shape, budget, head, embedding, cache
-        self.granularity = granularity
-        self.groups = groups_of(granularity, c.kv_heads)
-        own_map = granularity == "head" and c.head_map is not None
-        self.head_map = torch.tensor(c.head_map) if own_map else uniform_map(shape, self.groups)
+    def __init__(self, context: MethodContext) -> None:
+        assert context.head is not None and context.embedding is not None and context.key_cache is not None
+        self.shape, self.budget, self.granularity = context.shape, context.budget, context.granularity
+        self.head, self.embedding, self.cache = context.head, context.embedding, context.key_cache()
+        c = self.head.config
+        self.groups = groups_of(self.granularity, c.kv_heads)
+        own_map = self.granularity == "head" and c.head_map is not None
+        self.head_map = torch.tensor(c.head_map) if own_map else uniform_map(self.shape, self.groups)
         sees = c.variant == "features"
-        self.last_fused = cache.keys.new_zeros((cache.table.shape[0], c.hidden_size)) if sees else None
+        self.last_fused = self.cache.keys.new_zeros((self.cache.table.shape[0], c.hidden_size)) if sees else None
 
-    def choosing(self, variant: str) -> SpeculativeSelector:
+    @classmethod
+    def token_sets(cls, context: MethodContext, variant: str | None) -> int:
+        assert context.head is not None
+        heads, groups = context.shape.kv_heads, context.head.config.kv_heads
+        if variant == "identity" and groups != heads:
+            raise ConfigError(
+                f"method 'speculative-identity' needs a head with the model's {heads} KV heads, this one has {groups}"
+            )
+        return groups_of(cls._granularity(context.granularity, variant), groups)
+
+    @staticmethod
+    def _granularity(own: str, variant: str | None) -> str:
+        return own if variant is None else "head" if variant == "identity" else variant
+
+    def variant(self, name: str) -> Selector:
         """The same head with one set for all KV heads ('union', 'batch'), or with the identity head map."""
         other = copy.copy(self)
-        other.granularity = "head" if variant == "identity" else variant
+        other.granularity = self._granularity(self.granularity, name)
         other.groups = groups_of(other.granularity, self.head.config.kv_heads)
         other.head_map = uniform_map(self.shape, other.groups)
         return other
@@ -121,21 +134,23 @@ class SpeculativeSelector(AheadSelector):
 
     def restore(self, seat: int, tokens: int, state: object) -> None:
         assert isinstance(state, tuple)
-        keys, fused = state
-        positions = torch.arange(tokens, device=self.cache.keys.device)
+        self._restore(seat, *state)
+
+    def _restore(self, seat: int, keys: Tensor, fused: Tensor | None) -> None:
+        positions = torch.arange(len(keys), device=self.cache.keys.device)
         self.cache.append(torch.full_like(positions, seat), positions, keys.to(self.cache.keys.device))
-        if self.last_fused is not None:
+        if self.last_fused is not None and fused is not None:
             self.last_fused[seat] = fused.to(self.last_fused.device)
 
-    def select(self, step: DecodeTokens) -> Selection:
-        before = None if self.last_fused is None else self.last_fused[step.seats]
+    def select(self, lane: LaneTokens) -> Selection:
+        before = None if self.last_fused is None else self.last_fused[lane.seats]
         queries = self.head.queries(
-            self.head.embedded(step.token_ids, self.embedding).to(self.cache.keys.dtype), before, step.positions
+            self.head.embedded(lane.token_ids, self.embedding).to(self.cache.keys.dtype), before, lane.positions
         )
-        pages, stops = self.cache.pages_of(step.seats, step.span), self.budget.candidates_end(step.lengths)
+        pages, stops = self.cache.pages_of(lane.seats, lane.span), self.budget.candidates_end(lane.lengths)
         keys, groups = self.cache.keys, self.head.config.kv_heads
-        scores = paged_retrieval_scores(queries, keys, pages, self.budget.sink, stops, step.span, groups)
-        return self.budget.compose(choose(scores, self.granularity, self.budget.scored), step.lengths)
+        scores = paged_retrieval_scores(queries, keys, pages, self.budget.sink, stops, lane.span, groups)
+        return self.budget.compose(choose(scores, self.granularity, self.budget.scored), lane.lengths)
 
     def observe(self, batch: Batch, features: Tensor | None) -> None:
         fused = before = None
@@ -154,11 +169,31 @@ class SpeculativeSelector(AheadSelector):
         if self.last_fused is not None and fused is not None:
             self.last_fused.index_copy_(0, batch.seats[batch.last_tokens], fused[batch.last_tokens])
 
-    def selection_bytes(self, step: DecodeTokens) -> Tensor:
+    def selection_bytes(self, lane: LaneTokens) -> Tensor:
         """The head's keys of the whole context."""
         keys = self.cache.keys
-        return step.lengths * (keys.shape[-2] * keys.shape[-1] * keys.element_size())
+        return lane.lengths * (keys.shape[-2] * keys.shape[-1] * keys.element_size())
 
     @property
     def held_pages(self) -> list[list[int]]:
         return self.cache.held
+
+    @property
+    def page_tokens(self) -> int:
+        return self.cache.page_size
+
+    def page_numbers(self, tokens: int) -> tuple[int, int]:
+        """The head's keys, and what it saw at the last token."""
+        return tokens * self.cache.keys[0, 0].numel(), 0 if self.last_fused is None else self.last_fused.shape[1]
+
+    def page_state(self, segment: Segment, first: int, stop: int, tokens: int, features: Tensor | None) -> PageState:
+        each = self.cache.keys_of(segment.seat, stop * tokens, first * tokens).reshape(stop - first, -1)
+        if self.last_fused is None:
+            return PageState(each, each.new_empty((stop - first, 0)))
+        assert features is not None
+        begin = segment.offset - segment.start
+        last = features[begin + (first + 1) * tokens - 1 : begin + stop * tokens : tokens].to(each.dtype)
+        return PageState(each, self.head.fuse(last))
+
+    def restore_pages(self, seat: int, tokens: int, state: PageState) -> None:
+        self._restore(seat, state.each.reshape(tokens, *self.cache.keys.shape[2:]), state.last[0])

@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 
 from specontext.core import Selection
-from specontext.retrieval.selector import AheadSelector, DecodeTokens, MethodContext, uniform_map
+from specontext.retrieval.selector import AheadSelector, LaneTokens, MethodContext
 
 
 class StreamingSelector(AheadSelector):
     """The first `sink` tokens and as many last tokens as the budget holds, the same for all heads."""
 
-    def __init__(self, context: MethodContext) -> None:
-        self.budget = context.budget
-        self.groups, self.head_map = 1, uniform_map(context.shape, 1)
+    @classmethod
+    def token_sets(cls, context: MethodContext, variant: str | None) -> int:
+        return 1
 
-    def select(self, step: DecodeTokens) -> Selection:
-        end = self.budget.candidates_end(step.lengths)[:, None]
+    def select(self, lane: LaneTokens) -> Selection:
+        end = self.budget.candidates_end(lane.lengths)[:, None]
         first = (end - self.budget.scored).clamp(min=self.budget.sink)
         window = first + torch.arange(self.budget.scored, device=end.device)
         tokens = torch.where(window < end, window, -1)
-        return self.budget.compose(tokens[:, None], step.lengths)
+        return self.budget.compose(tokens[:, None], lane.lengths)
 
-    def selection_bytes(self, step: DecodeTokens) -> Tensor:
-        return torch.zeros_like(step.positions)
+    def selection_bytes(self, lane: LaneTokens) -> Tensor:
+        return torch.zeros_like(lane.positions)

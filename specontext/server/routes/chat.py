@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from specontext.core import Thinking
+from specontext.engine.output_statistics import OutputStatistics
 from specontext.engine.request_stream import Delta, RequestStream
 from specontext.server.bounded_body import BoundedRoute
 from specontext.server.context import note, state_of
@@ -35,7 +36,7 @@ class Choice:
     token_ids: list[int] = field(default_factory=list)
     tables: list[dict[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
-    stats: dict[str, Any] = field(default_factory=dict)
+    stats: OutputStatistics | None = None
     reasoning_tokens: int = 0
 
     def add(self, delta: Delta, *, keep: bool) -> None:
@@ -47,7 +48,7 @@ class Choice:
             self.token_ids += delta.token_ids
             self.tables += delta.logprobs or []
         if delta.finish_reason is not None:
-            self.finish_reason, self.stats = delta.finish_reason, delta.stats or {}
+            self.finish_reason, self.stats = delta.finish_reason, delta.stats
 
 
 class Chat:

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from specontext.engine.llm_engine import which_prompt
+from specontext.engine.output_statistics import OutputStatistics
 from specontext.engine.request_stream import Delta, RequestStream
 from specontext.server.bounded_body import BoundedRoute
 from specontext.server.context import note, state_of
@@ -49,7 +50,7 @@ class Choice:
     prompt_tables: list[dict[int, float] | None] | None = None
     length: int = 0
     finish_reason: str | None = None
-    stats: dict[str, Any] = field(default_factory=dict)
+    stats: OutputStatistics | None = None
 
 
 class Completion:
@@ -131,7 +132,7 @@ class Completion:
         self.completion_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
             choice = self.choices[delta.index]
-            choice.finish_reason, choice.stats = delta.finish_reason, delta.stats or {}
+            choice.finish_reason, choice.stats = delta.finish_reason, delta.stats
 
     def _event(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> bytes:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from specontext.evaluation.load.http import Address, Exchange, HttpError
-from specontext.evaluation.load.workload import Workload
+from specontext.evaluation.traffic.http import Address, Exchange, HttpError
+from specontext.evaluation.traffic.workload import Workload
 
 
 @dataclass

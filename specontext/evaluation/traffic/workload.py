@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from specontext.core import SpeContextError
+from specontext.errors import SpeContextError
 
 
 class WorkloadError(SpeContextError, ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from specontext.evaluation.load.measure import Record, Run
+from specontext.evaluation.traffic.measure import Record, Run
 
 TIMES = {
     "ttft": "time to first token",

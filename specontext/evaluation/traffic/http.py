@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-from specontext.core import SpeContextError
+from specontext.errors import SpeContextError
 
 
 class HttpError(SpeContextError):

@@ -1,0 +1,160 @@
+"""Every error that loading a model, making an engine and running requests may raise. Messages say in one sentence what to do.
+
+Tools have errors of their own (evaluation, distillation, the CLI), which nobody else raises or catches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+class SpeContextError(Exception):
+    """Base of every error that a user's input can cause; its message says what to do."""
+
+
+# What was asked for --------------------------------------------------------------------------------------------------------
+
+
+class ConfigError(SpeContextError, ValueError):
+    """A setting that cannot be honoured; the message says which one and what would work."""
+
+
+class RequestError(SpeContextError, ValueError):
+    """A request that cannot be served as asked."""
+
+
+class ChatTemplateError(RequestError):
+    """Messages that the chat template does not take.
+
+    Attributes:
+        message: number of the message at fault, from 0; None where it is not known or is the fault of several.
+    """
+
+    def __init__(self, text: str, message: int | None = None) -> None:
+        super().__init__(text)
+        self.message = message
+
+
+# What was to be read -------------------------------------------------------------------------------------------------------
+
+
+class ModelError(SpeContextError):
+    """A model that cannot be found, read or run; the message says why and what to do."""
+
+
+class GGUFError(SpeContextError):
+    """A GGUF file that cannot be found, read, converted or kept; the message says why and what to do."""
+
+
+class HeadError(SpeContextError, ValueError):
+    """A retrieval head that is missing, broken or made for another model."""
+
+
+class HubError(SpeContextError, ValueError):
+    """A data set of the Hub that cannot be had; the message says why and what would work."""
+
+
+# Memory --------------------------------------------------------------------------------------------------------------------
+
+
+class MemoryPlanError(SpeContextError):
+    """The memory that was allowed cannot hold what was asked for; the message says how much is needed."""
+
+
+class HostMemoryError(SpeContextError):
+    """Host memory that was allowed cannot be had; the message says how much was asked and what to set."""
+
+
+class OutOfPagesError(SpeContextError):
+    """A pool has fewer free pages than were asked for; nothing was allocated.
+
+    Attributes:
+        pages: the allocator that has too few, where one is to blame.
+    """
+
+    def __init__(self, message: str, pages: object = None) -> None:
+        super().__init__(message)
+        self.pages = pages
+
+
+class LoadError(SpeContextError):
+    """A row in a slot differs from the host's (only found with `verify_loads`)."""
+
+
+# A step that went wrong ----------------------------------------------------------------------------------------------------
+
+
+class DeviceError(SpeContextError):
+    """The device failed in a step, and no later step can be trusted; the message says what to do."""
+
+
+class NamedRequestsError(SpeContextError):
+    """What went wrong in a step concerns some requests only, which have ended; others go on.
+
+    Attributes:
+        request_ids: those requests.
+    """
+
+    def __init__(self, message: str, request_ids: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.request_ids = tuple(request_ids)
+
+    @property
+    def reasons(self) -> dict[str, Exception]:
+        """What happened to each of them."""
+        return dict.fromkeys(self.request_ids, self)
+
+
+class DeviceMemoryError(NamedRequestsError):
+    """The device had too little memory for a step; others may fit. Its requests are named once they are known."""
+
+
+class LogitsError(NamedRequestsError):
+    """The model produced logits from which no token can be chosen, for these requests."""
+
+    def __init__(self, request_ids: Sequence[str]) -> None:
+        super().__init__(
+            f"the model produced values that are not numbers for {', '.join(request_ids)}: its weights are broken or the number "
+            "format is too narrow; try dtype float32",
+            request_ids,
+        )
+
+
+class RequestFailedError(NamedRequestsError):
+    """Something broke while these requests ran; others are not concerned.
+
+    Args:
+        failures: what happened, by the requests' ids.
+    """
+
+    def __init__(self, failures: Mapping[str, Exception]) -> None:
+        self.failures = dict(failures)
+        super().__init__("; ".join(_sentence(name, error) for name, error in failures.items()), tuple(failures))
+
+    @property
+    def reasons(self) -> dict[str, Exception]:
+        return self.failures
+
+
+# An engine's life ----------------------------------------------------------------------------------------------------------
+
+
+class EngineClosedError(SpeContextError):
+    """An engine is asked for something after it was closed."""
+
+
+class EngineDeadError(SpeContextError):
+    """The engine's loop has ended; no request can be served any more."""
+
+
+class QueueFullError(SpeContextError):
+    """Too many requests wait already; try again later."""
+
+
+def described(error: BaseException) -> str:
+    """Kind and message of an error that was not made for users."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _sentence(name: str, error: Exception) -> str:
+    return str(error) if isinstance(error, SpeContextError) else f"request {name} has failed: {described(error)}"

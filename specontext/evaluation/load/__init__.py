@@ -1,1 +1,0 @@
-"""Load tests: requests for any OpenAI-compatible server or for the offline engine, and the usual numbers about them."""
