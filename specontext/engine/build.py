@@ -143,7 +143,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     if config.offload_dir is not None and device.type == "cuda":
         raise ConfigError("offload_dir works on a CPU only: kernels of a GPU cannot read pages of a file; leave it out")
     arena, host = make_pools(
-        Layout.of_shape(shape, config.page_size, facts.blocks),
+        Layout.of_shape(shape, config.page_size, facts.layer_blocks),
         device_pages=sizes.device_pages,
         host_pages=sizes.host_pages,
         device=device,

@@ -85,7 +85,7 @@ class KVCache:
             of_slots = arena.slots(held.slots.table, slots.sink, slots.recent)
         self.transfers = Transfers(
             Tiers(arena.paged(held.tokens.table), of_slots, host.paged(held.on_host.table), held.flags),
-            layout.blocks,
+            layout.layer_blocks,
             held.resident,
             streams_of(device),
             adaptive=adaptive,
@@ -119,7 +119,7 @@ class KVCache:
         first = min(self.offloaded, default=None)
         if first is None:
             return []
-        members = self.layout.blocks.members[self.layout.blocks.home[first][0]]
+        members = self.layout.layer_blocks.members[self.layout.layer_blocks.home[first][0]]
         return [layer for layer in members if not self._held.resident[layer]]
 
     def fits_on_device(self, layers: int) -> bool:

@@ -9,8 +9,8 @@ Pages of a seat:
     offloaded layer    -                      its slots             its tokens
     returning          filling up             its slots             its tokens
 
-On the host neighbouring layers lie side by side (`Layout.blocks`): a seat has pages of a block as soon as one of its layers is
-there or on its way, and they have room for all of them.
+On the host neighbouring layers lie side by side (`Layout.layer_blocks`): a seat has pages of a block as soon as one of its
+layers is there or on its way, and they have room for all of them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Holdings:
         self.resident, self.flags = list(resident), torch.tensor(list(resident), device=device)
         self.tokens = SeatPages(arena, layers, seats, width, device)
         self.slots = SeatPages(arena, layers, seats, slot_pages, device)
-        self.on_host = SeatPages(host, len(self.layout.blocks.sizes), seats, width, device)
+        self.on_host = SeatPages(host, len(self.layout.layer_blocks.sizes), seats, width, device)
         self.seats: dict[int, Seat] = {}
         self.move: LayerMove | None = None
 
@@ -91,7 +91,7 @@ class Holdings:
 
     def host_pages(self, layers: Sequence[int], tokens: int) -> dict[int, int]:
         """Host pages of so many tokens by block, in the blocks of some layers."""
-        return dict.fromkeys(self.layout.blocks.of(layers), self.layout.pages_of(tokens))
+        return dict.fromkeys(self.layout.layer_blocks.of(layers), self.layout.pages_of(tokens))
 
     def room_of(self, tokens: int) -> int:
         """Tokens that the pages of so many tokens hold."""
@@ -137,8 +137,8 @@ class Holdings:
 
     def leave_host(self, seat: int) -> None:
         """Give back the host pages of a seat in blocks of which no layer is there."""
-        away = self.layout.blocks.of(self.layers_in(Tier.HOST))
-        self.on_host.release([block for block in range(len(self.layout.blocks.sizes)) if block not in away], seat)
+        away = self.layout.layer_blocks.of(self.layers_in(Tier.HOST))
+        self.on_host.release([block for block in range(len(self.layout.layer_blocks.sizes)) if block not in away], seat)
 
     def assert_pages(self, *seats: int) -> None:
         """What seats hold in each layer is what the table at the top of this file says."""
@@ -149,7 +149,7 @@ class Holdings:
             for layer in self.layers:
                 assert len(self.tokens.of(layer, seat)) == tokens.get(layer, 0), f"token pages of layer {layer}"
                 assert len(self.slots.of(layer, seat)) == slotted.get(layer, 0), f"slot pages of layer {layer}"
-            for block in range(len(self.layout.blocks.sizes)):
+            for block in range(len(self.layout.layer_blocks.sizes)):
                 assert len(self.on_host.of(block, seat)) == on_host.get(block, 0), f"host pages of block {block}"
 
     def check_integrity(self, in_arena: Iterable[list[int]], on_host: Iterable[list[int]]) -> None:

@@ -62,23 +62,23 @@ class Layout:
     """What all layers keep, in pages of as many entries.
 
     Attributes:
-        blocks: the layers that lie side by side on the host: of those in which every token has an entry.
+        layer_blocks: the layers that lie side by side on the host: of those in which every token has an entry.
     """
 
     layers: tuple[LayerLayout, ...]
     page_size: int
-    blocks: LayerBlocks
+    layer_blocks: LayerBlocks
 
     def __post_init__(self) -> None:
-        assert list(self.blocks.layers) == self.full
+        assert list(self.layer_blocks.layers) == self.full
 
     @classmethod
-    def of_shape(cls, shape: ModelShape, page_size: int, blocks: LayerBlocks | None = None) -> Layout:
+    def of_shape(cls, shape: ModelShape, page_size: int, layer_blocks: LayerBlocks | None = None) -> Layout:
         """Keys and values of every token in every layer; by default in blocks of layers that all read alike."""
         kv = (Part("key", shape.head_dim, shape.dtype), Part("value", shape.head_dim, shape.dtype))
-        if blocks is None:
-            blocks = divide_layers(((0,),) * shape.layers, shape.row_bytes)
-        return cls((LayerLayout(kv, shape.kv_heads),) * shape.layers, page_size, blocks)
+        if layer_blocks is None:
+            layer_blocks = divide_layers(((0,),) * shape.layers, shape.row_bytes)
+        return cls((LayerLayout(kv, shape.kv_heads),) * shape.layers, page_size, layer_blocks)
 
     @property
     def page_bytes(self) -> int:
@@ -193,7 +193,7 @@ class Reader:
     def of_map(cls, layout: Layout, head_map: Tensor, device: torch.device, *, in_layer: bool = False) -> Reader:
         """The reader of a head map int64 [L, Hkv]."""
         groups = head_map.tolist()
-        blocks, layers = (BlockParts.of_map(kind, groups, device) for kind in (layout.blocks, layout.by_layer))
+        blocks, layers = (BlockParts.of_map(kind, groups, device) for kind in (layout.layer_blocks, layout.by_layer))
         return cls(head_map.to(device), in_layer, blocks, layers)
 
     def table(self, layer: int) -> int:

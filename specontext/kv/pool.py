@@ -117,6 +117,6 @@ def make_pools(
         HostMemoryError, MemoryPlanError: host or device refuse the memory.
     """
     arena = PagePool(layout, layout.by_layer, device_pages, "device tier of KV", device)
-    host_bytes = host_pages * layout.page_bytes * layout.blocks.places
+    host_bytes = host_pages * layout.page_bytes * layout.layer_blocks.places
     memory = HostMemory(host_bytes, pinned=device.type == "cuda", directory=directory)
-    return arena, PagePool(layout, layout.blocks, host_pages, "host tier of KV", device, memory)
+    return arena, PagePool(layout, layout.layer_blocks, host_pages, "host tier of KV", device, memory)

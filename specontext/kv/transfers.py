@@ -25,7 +25,7 @@ class Transfers:
     """Moves rows between the tiers of a cache, whose tables it reads and never writes.
 
     Args:
-        blocks: the layers that lie side by side on the host.
+        layer_blocks: the layers that lie side by side on the host.
         resident: for every layer whether its KV is on the device; its owner keeps it up to date.
         adaptive: layers may move.
         write_through: an offloaded layer's new decode rows are on the host within the step, for those who read them there; else
@@ -41,7 +41,7 @@ class Transfers:
     def __init__(
         self,
         tiers: Tiers,
-        blocks: LayerBlocks,
+        layer_blocks: LayerBlocks,
         resident: Sequence[bool],
         streams: Streams | None,
         *,
@@ -49,15 +49,15 @@ class Transfers:
         write_through: bool,
         verify: bool,
     ) -> None:
-        self.tiers, self.blocks, self.resident = tiers, blocks, resident
+        self.tiers, self.layer_blocks, self.resident = tiers, layer_blocks, resident
         self.run_on(streams)
         self.adaptive, self.write_through, self.verify = adaptive, write_through or verify, verify
         alike = [[0] * tiers.host.heads] * len(resident)
-        self.every = BlockParts.of_map(blocks, alike, tiers.resident.device).all
+        self.every = BlockParts.of_map(layer_blocks, alike, tiers.resident.device).all
         self.programs: int | None = None
         # New rows on the device, [T, Hkv, places, 2, D], until all layers of their block have computed them.
         self._staged: dict[str, Tensor] = {}
-        members = [[*layers, *[-1] * (blocks.places - len(layers))] for layers in blocks.members]
+        members = [[*layers, *[-1] * (layer_blocks.places - len(layers))] for layers in layer_blocks.members]
         self._members = torch.tensor(members, dtype=torch.int64).to(tiers.resident.device)
         self._loaded: list[Mark] = [None] * len(resident)
         self._written: Mark = None
@@ -114,9 +114,9 @@ class Transfers:
         if layer is not None:
             loads = [(reading.reader.layers.of(layer), [layer])]
         elif self.asynchronous:  # block by block, so that the first layer waits little
-            loads = [(parts.of(block), list(self.blocks.members[block])) for block in self._loading]
+            loads = [(parts.of(block), list(self.layer_blocks.members[block])) for block in self._loading]
         else:
-            loads = [(parts.all, list(self.blocks.layers))]
+            loads = [(parts.all, list(self.layer_blocks.layers))]
         # Compute has read last step's slots, and has written all rows, before it comes to this.
         with self.beside(PREFETCH, reading.seats, tokens, plan.slots, plan.missing):
             copies = listed(reading.seats, tokens, plan.slots, plan.missing)
@@ -129,8 +129,8 @@ class Transfers:
     @property
     def _loading(self) -> list[int]:
         """Blocks that are loaded: where layers move all of them, since a captured step must serve before and after a move."""
-        blocks = range(len(self.blocks.sizes))
-        return list(blocks) if self.adaptive else self.blocks.of([i for i, here in enumerate(self.resident) if not here])
+        blocks = range(len(self.layer_blocks.sizes))
+        return list(blocks) if self.adaptive else self.layer_blocks.of([i for i, here in enumerate(self.resident) if not here])
 
     def wait(self, layer: int) -> None:
         """What is computed from now on finds the layer's loads in their slots."""
@@ -191,8 +191,8 @@ class Transfers:
 
     def _stage(self, layer: int, new: NewTokens, kind: str) -> None:
         """Keep the rows of an offloaded layer until those of its whole block are there, and write them as pieces then."""
-        host, (block, place) = self.tiers.host, self.blocks.home[layer]
-        away = [one for one in self.blocks.members[block] if not self.resident[one]]
+        host, (block, place) = self.tiers.host, self.layer_blocks.home[layer]
+        away = [one for one in self.layer_blocks.members[block] if not self.resident[one]]
         if layer == away[0]:
             shape = (*new.key.shape[:2], host.layers.count, *host.rows.shape[1:])
             self._staged[kind] = torch.empty(shape, dtype=host.rows.dtype, device=new.key.device)

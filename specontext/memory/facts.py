@@ -86,7 +86,7 @@ class ModelFacts:
         return self.shape.kv_bytes_per_token
 
     @cached_property
-    def blocks(self) -> LayerBlocks:
+    def layer_blocks(self) -> LayerBlocks:
         """The layers whose rows lie side by side on the host."""
         return divide_layers(self.head_map, self.shape.row_bytes)
 

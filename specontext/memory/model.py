@@ -221,8 +221,8 @@ def measured_model(
         layer_slots=-(-run.slots // run.page_size) * page,
         page_size=run.page_size,
         spare_layers=spare_layers,
-        host_fixed=page * facts.blocks.places,
-        blocks=facts.blocks,
+        host_fixed=page * facts.layer_blocks.places,
+        blocks=facts.layer_blocks,
     )
     return MemoryModel("measured", fixed, kv)
 
@@ -236,7 +236,7 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
     shape, groups = facts.shape, _groups(facts, run)
     width = -(-run.max_tokens // run.page_size)
     slot_width = max(1, -(-run.slots // run.page_size))
-    blocks = len(facts.blocks.sizes)
+    blocks = len(facts.layer_blocks.sizes)
     pages = 8 * (shape.layers * (width + slot_width) + blocks * width + _key_pages(facts, run))  # int64
     hot = run.slots - run.sink - run.recent if run.slots else 0
     slots = 4 * groups * (2 * hot + run.max_tokens) if run.slots else 0  # int32: token of a slot, its last use, slot of a token
@@ -251,7 +251,7 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
 def copy_tables(facts: ModelFacts) -> int:
     """Bytes of the tables that say which layers are copied together: where they lie in both tiers, and the parts of a read for
     heads that read alike, for the head map, and for each layer by itself."""
-    blocks, layers, heads = facts.blocks, facts.shape.layers, facts.shape.kv_heads
+    blocks, layers, heads = facts.layer_blocks, facts.shape.layers, facts.shape.kv_heads
     reads = len(blocks.sizes) * heads + blocks.reads(facts.head_map)
     return 8 * (reads * (blocks.places + 2) + 3 * layers * heads + len(blocks.sizes) * blocks.places + 4 * layers)
 
@@ -299,7 +299,7 @@ def staged_bytes(facts: ModelFacts, run: RunSettings) -> int:
     """Bytes in which the new rows of prompts wait until all layers of a block have them: of one block, and of the last one while
     it is on its way to the host."""
     shape, tokens = facts.shape, min(run.max_batched_tokens, run.requests * run.max_tokens)
-    return 2 * tokens * facts.blocks.places * shape.kv_heads * shape.row_bytes
+    return 2 * tokens * facts.layer_blocks.places * shape.kv_heads * shape.row_bytes
 
 
 def _key_pages(facts: ModelFacts, run: RunSettings) -> int:

@@ -142,7 +142,7 @@ def test_append_converts_to_the_pools_format(module: Any) -> None:
     key, value = new_tokens(4, 2, 64, torch.float32, transposed=True)
     arena = random_rows(8, 64, torch.float16)
     seats, positions = torch.zeros(4, dtype=torch.int64, device=DEVICE), torch.arange(4, device=DEVICE)
-    pages = Pages(arena, torch.zeros((1, 1, 1), dtype=torch.int64, device=DEVICE), 4, 2)
+    pages = Pages(arena, torch.zeros((1, 1, 1), dtype=torch.int64, device=DEVICE), 4, 2, places_of(one_by_one(1), DEVICE))
     function_of(module, "append_tokens")(pages, 0, NewTokens(seats, positions, positions + 1, key, value))
     assert torch.equal(arena, torch.stack((key, value), dim=2).half().view(8, 2, 64))
 

@@ -138,7 +138,7 @@ def test_a_seat_that_cannot_grow_on_the_host_is_as_it_was(driver: Driver) -> Non
 
 def host_memory_pool(shape: ModelShape, memory: HostMemory, pages: int) -> PagePool:
     layout = one_layer_a_block(shape)
-    return PagePool(layout, layout.blocks, pages, "host tier of KV", torch.device("cpu"), memory)
+    return PagePool(layout, layout.layer_blocks, pages, "host tier of KV", torch.device("cpu"), memory)
 
 
 def one_layer_a_block(shape: ModelShape) -> Layout:

@@ -27,6 +27,6 @@ def test_layers_of_other_kinds() -> None:
     assert latent.row_bytes == latent.entry_bytes == 28 and layout.full == [0, 2]
     assert layout.page_bytes == 5 * ring.entry_bytes, "pages serve whichever layer takes them"
     assert [layout.pages_for(1, tokens) for tokens in (4, 7, 100)] == [1, 2, 2] and layout.pages_for(2, 100) == 20
-    assert layout.blocks.members == ((0, 2),), "on the host only layers whose KV grows lie side by side"
+    assert layout.layer_blocks.members == ((0, 2),), "on the host only layers whose KV grows lie side by side"
     with pytest.raises(AssertionError, match="rows of several kinds"):
         layout.row_size()

@@ -197,6 +197,6 @@ def test_the_host_has_room_for_whole_blocks() -> None:
     assert model.kv.host_fixed == model.kv.host_page == 16 * 2 * entry
     mapped = replace(HEAD, head_map=((0, 1), (0, 1), (0, 1), (2, 3)))
     banded = replace(FACTS, shape=shape, head=mapped)
-    assert banded.blocks.sizes == (3, 1)
+    assert banded.layer_blocks.sizes == (3, 1)
     other = replace(HEAD, head_map=((0, 1),))  # of a model with one layer
-    assert replace(FACTS, shape=shape, head=other).blocks.sizes == (2, 2)
+    assert replace(FACTS, shape=shape, head=other).layer_blocks.sizes == (2, 2)
