@@ -224,7 +224,7 @@ class Step:
         parts = [sparse_attention(query, own, place, scale)]
         assert self.staging is not None and way.read is not None
         for start, stop, buffer in self.staging.tiles(layer, way.read):
-            rows = torch.arange(len(buffer), device=buffer.device).view(*key.shape[:2], -1)
+            rows = torch.arange(len(buffer), device=buffer.device).view(len(key), -1, key.shape[1]).transpose(1, 2)  # [R, Hkv, T]
             absent = start + torch.arange(stop - start, device=buffer.device) >= way.decode.positions[:, None]
             parts.append(sparse_attention(query, buffer, rows.masked_fill(absent[:, None], -1), scale))
         outputs, lses = zip(*parts, strict=True)

@@ -64,19 +64,19 @@ def read_tokens(transfers: Transfers, layer: int, seats: Tensor, tokens: Tensor)
 class DenseRead:
     """Stored tokens of some requests that a step reads in every layer.
 
+    Rows of a tile come as [R, T, Hkv], in the order in which they lie: a bus reads faster what lies close together.
+
     Attributes:
         seats: int64 [R].
         stop: the tokens 0 .. stop - 1 are read.
         tile: so many of each request at once.
         ends: int64 [R], where requests end before `stop`; None where none does.
-        by_token: a tile holds all KV heads of a token side by side [T, Hkv], as chunks read them; else [R, Hkv, T].
     """
 
     seats: Tensor
     stop: int
     tile: int
     ends: Tensor | None = None
-    by_token: bool = False
 
     @property
     def tiles(self) -> list[tuple[int, int]]:
@@ -145,4 +145,4 @@ class Staging:
         else:
             tokens = torch.where(tokens < read.ends[:, None], tokens, -1)
         rows = self._transfers.tiers.host.rows_of(layer, read.seats, tokens[:, None])
-        return (rows.transpose(1, 2) if read.by_token else rows).reshape(-1)
+        return rows.transpose(1, 2).reshape(-1)

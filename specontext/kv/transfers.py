@@ -165,9 +165,10 @@ class Transfers:
 
     def _write_back(self, seats: Tensor, positions: Tensor) -> None:
         """Copy the rows of one token a request, a sink or the newest in the ring, from all slots to the host at once."""
-        slots, tokens = self.tiers.slots, positions.int()[:, None, None]  # [R, 1, 1]: one group, which all heads read
+        slots = self.tiers.slots
         assert slots is not None
         with self.beside(WRITE_BACK, seats, positions):
+            tokens = positions.int()[:, None, None]  # [R, 1, 1]: one group, which all heads read
             copies = Copies(seats, fixed_slots(tokens, slots.sink, slots.recent), tokens, (tokens[..., 0] >= 0).int())
             copy_pieces(slots, self.tiers.host, self.every, self.tiers.resident, copies, programs=self.programs)
         self._written = self.mark(WRITE_BACK)

@@ -78,7 +78,7 @@ def test_staged_tiles_are_right_in_whatever_order_they_are_asked_for(kv: KVCache
     streams = RecordingStreams()
     kv.transfers.run_on(streams)
     reads = [
-        DenseRead(torch.tensor([2]), 21, 8, by_token=True),
+        DenseRead(torch.tensor([2]), 21, 8),
         DenseRead(torch.tensor([0, 1]), 13, 5, ends=torch.tensor([13, 9])),
     ]
 
@@ -89,9 +89,9 @@ def test_staged_tiles_are_right_in_whatever_order_they_are_asked_for(kv: KVCache
             if read is reads[0]:
                 assert torch.equal(rows.view(stop - start, HEADS, 2, DIM), stored[2][start:stop])
                 continue
-            for found, seat, end in zip(rows.view(2, HEADS, stop - start, 2, DIM), (0, 1), (13, 9), strict=True):
+            for found, seat, end in zip(rows.view(2, stop - start, HEADS, 2, DIM), (0, 1), (13, 9), strict=True):
                 length = max(0, min(stop, end) - start)
-                assert torch.equal(found[:, :length].transpose(0, 1), stored[seat][start : start + length])
+                assert torch.equal(found[:length], stored[seat][start : start + length])
         return count
 
     for order, fetched in ((reads, 6), (reads[::-1], 8)):

@@ -237,6 +237,22 @@ def test_dense_steps_through_staging_tiles(run: Run) -> None:
     assert run("full", offload_layers=2).streams_seen == {COMPUTE, PREFETCH, WRITE_BACK}
 
 
+@pytest.mark.parametrize(
+    ("method", "options"), [("full", {}), ("speculative", {"budget": 12, "slots": 14}), ("oracle", {"budget": 12})]
+)
+def test_what_runs_beside_the_steps_changes_no_token(
+    method: str, options: dict[str, Any], make_llm: Callable[..., LLM], prompts: list[list[int]], greedy: Callable[..., Any]
+) -> None:
+    """Staged tiles, rows of prompts that wait for their block, and loads block by block, as on a GPU."""
+    found = []
+    for beside in (False, True):
+        llm = make_llm("llama", method, max_num_batched_tokens=20, offload_layers=2, **options)
+        if beside:
+            llm.engine.parts.kv.transfers.run_on(RecordingStreams())
+        found.append([output.token_ids for output in llm.generate(prompts, [greedy(n) for n in (14, 5, 9, 12)])])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("gpu_memory", [50_000, 60_000, 90_000])
 def test_layers_that_move_and_requests_that_wait(gpu_memory: int, run: Run, run_moves: list[Any]) -> None:
     run(budget=12, slots=14, gpu_memory=gpu_memory, host_memory=400_000)
