@@ -53,7 +53,7 @@ def copy_pieces(
     programs = programs or PROGRAMS
     # All programs are at one block and request at a time: a bus that reads at random needs a table that stays in its cache.
     splits = min(triton.cdiv(programs, source.heads), triton.cdiv(width, pieces))
-    _copy[(min(readers * splits, programs),)](
+    _copy_pieces[(min(readers * splits, programs),)](
         source.rows,
         target.rows,
         source.table,
@@ -103,7 +103,7 @@ def append_pieces(pages: Pages, line: int, seats: Tensor, positions: Tensor, new
     row, block, rows = _tile(pages.rows, TILE_BYTES)
     padded = triton.next_power_of_2(places)
     pieces = max(1, rows // padded)
-    _append[(triton.cdiv(tokens * heads, pieces),)](
+    _append_pieces[(triton.cdiv(tokens * heads, pieces),)](
         pages.rows,
         table,
         seats.contiguous(),
@@ -149,7 +149,7 @@ def _next_rows(
         "items", "splits", "part_count", "groups", "width", "source_seats", "source_pages", "target_seats", "target_pages"
     ]
 )  # fmt: skip
-def _copy(
+def _copy_pieces(
     source, target, source_table, target_table, source_line, target_line, source_place, target_place,
     part_layers, part_heads, part_groups, seats, skipped, source_entries, target_entries, counts,
     items, splits, part_count, groups, width, source_seats, source_pages, target_seats, target_pages,
@@ -196,7 +196,7 @@ def _copy(
 
 
 @triton.jit(do_not_specialize=["count", "page_width"])
-def _append(
+def _append_pieces(
     pool, pages, seats, positions, new, wanted, count, page_width,
     PAGE: tl.constexpr, HEADS: tl.constexpr, PLACES: tl.constexpr, PLACES_PAD: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
