@@ -31,7 +31,7 @@ from specontext.memory.layer_blocks import LayerBlocks, divide_layers, one_by_on
 GATHER_TARGET = 42.0  # GB/s from pools of 16 and 44 GiB
 ROWS = (1, 2, 4, 8)  # of a piece
 PROGRAMS = (8, 16, 32, 64)
-TILES = ((16384, 4), (32768, 4), (32768, 8), (65536, 8))  # bytes and warps of a program
+TILES = ((16384, 4, 3), (16384, 4, 4), (16384, 4, 6), (32768, 8, 3), (32768, 8, 4), (8192, 4, 6))  # bytes, warps and stages
 ELSEWHERE = (0.1, 0.3)  # shares of the heads of a layer
 DENSE_TOKENS = 16384
 WRITTEN_AT_ONCE = 4  # sets of new rows
@@ -106,7 +106,7 @@ def tiles(case: Case) -> list[Operation]:
     return [
         _loads(
             case,
-            f"tiles_{size >> 10}k_{warps}_warps_by_{programs}",
+            f"tiles_{size >> 10}k_{warps}_warps_{stages}_stages_by_{programs}",
             source,
             parts,
             words,
@@ -114,9 +114,10 @@ def tiles(case: Case) -> list[Operation]:
             programs=programs,
             tile_bytes=size,
             warps=warps,
+            stages=stages,
         )
-        for size, warps in TILES
-        for programs in PROGRAMS[:3]
+        for size, warps, stages in TILES
+        for programs in (4, *PROGRAMS[:3])
     ]
 
 

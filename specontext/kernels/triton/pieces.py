@@ -1,12 +1,11 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """Pieces of KV rows between pools, a few programs at a time, so that the rest of the device is left to what runs beside them.
 
-A bus with a round trip of two microseconds and 50 GB/s wants 100 KB under way at any time, whoever asks for them. So every
-program has a tile of many pieces in flight, and looks up where the next tile lies while it waits for this one: the only time
-in which it asks for nothing is that of its stores.
+A bus with a round trip of two microseconds and 50 GB/s wants 100 KB under way at any time, whoever asks for them. So a program
+works on several tiles of pieces at once, in a pipeline through shared memory (asynchronous copies): it looks up the entries of
+one tile, their pages of the next, has the rows of one or two under way, and stores those that have come.
 
-What a program loads at once is [rows of a tile, numbers of a row] with 16 bytes a thread and load; rows of a piece are
-neighbours in the tile as they are in memory.
+A tile is [rows, numbers of a row], 16 bytes a thread and copy; rows of a piece are neighbours in it as they are in memory.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ from torch import Tensor
 from specontext.kernels.tables import Copies, Pages, Parts
 from specontext.kernels.triton.slot_plan import piece_of
 
-PROGRAMS = 16
-TILE_BYTES = 32768
-WARPS = 8
+PROGRAMS = 8
+TILE_BYTES = 16384
+WARPS = 4
+STAGES = 4  # of the pipeline: shared memory for three tiles
 
 
 def copy_pieces(
@@ -34,11 +34,12 @@ def copy_pieces(
     programs: int | None = None,
     tile_bytes: int = TILE_BYTES,
     warps: int = WARPS,
+    stages: int = STAGES,
 ) -> None:
     """See `specontext.kernels.rows.copy_pieces`. A row costs its bytes; of indices a piece costs about 24 bytes and 8 a layer.
 
     Args:
-        tile_bytes, warps: of a program.
+        tile_bytes, warps, stages: of a program.
     """
     requests, groups, width = copies.source.shape
     readers = len(parts) * requests
@@ -89,6 +90,7 @@ def copy_pieces(
         WIDTH=row,
         BLOCK=block,
         PIECES=pieces,
+        STAGES=stages,
         num_warps=warps,
     )
 
@@ -130,20 +132,6 @@ def _tile(rows: Tensor, tile_bytes: int) -> tuple[int, int, int]:
     return width, block, max(1, min(128, tile_bytes // (block * rows.itemsize)))
 
 
-@triton.jit
-def _next_rows(
-    source_table, target_table, source_place, target_place, source_entries, target_entries, piece, count, present, head,
-    HEADS: tl.constexpr, SOURCE_PAGE: tl.constexpr, TARGET_PAGE: tl.constexpr,
-    SOURCE_PLACES: tl.constexpr, TARGET_PLACES: tl.constexpr,
-):  # fmt: skip
-    live = present & (piece < count)
-    source_entry = tl.load(source_entries + piece, mask=live, other=0).to(tl.int64)
-    target_entry = tl.load(target_entries + piece, mask=live, other=0).to(tl.int64)
-    source_row = piece_of(source_table, source_entry, head, live, SOURCE_PAGE, HEADS) * SOURCE_PLACES + source_place
-    target_row = piece_of(target_table, target_entry, head, live, TARGET_PAGE, HEADS) * TARGET_PLACES + target_place
-    return source_row, target_row, live
-
-
 @triton.jit(
     do_not_specialize=[
         "items", "splits", "part_count", "groups", "width", "source_seats", "source_pages", "target_seats", "target_pages"
@@ -156,6 +144,7 @@ def _copy_pieces(
     HEADS: tl.constexpr, SOURCE_PAGE: tl.constexpr, TARGET_PAGE: tl.constexpr,
     SOURCE_PLACES: tl.constexpr, TARGET_PLACES: tl.constexpr,
     LAYERS: tl.constexpr, LAYERS_PAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, PIECES * LAYERS_PAD)
     of_piece = lane // LAYERS_PAD
@@ -180,19 +169,16 @@ def _copy_pieces(
         count = tl.where(tl.max(present.to(tl.int32), 0) == 0, 0, count)
         from_entries = source_entries + pair * width
         to_entries = target_entries + pair * width
-        source_row, target_row, live = _next_rows(
-            from_table, to_table, from_place, to_place, from_entries, to_entries, split * PIECES + of_piece, count, present, head,
-            HEADS, SOURCE_PAGE, TARGET_PAGE, SOURCE_PLACES, TARGET_PLACES,
-        )  # fmt: skip
-        for first in range(split * PIECES, count, splits * PIECES):
+        for first in tl.range(split * PIECES, count, splits * PIECES, num_stages=STAGES):
+            piece = first + of_piece
+            live = present & (piece < count)
+            source_entry = tl.load(from_entries + piece, mask=live, other=0).to(tl.int64)
+            target_entry = tl.load(to_entries + piece, mask=live, other=0).to(tl.int64)
+            source_row = piece_of(from_table, source_entry, head, live, SOURCE_PAGE, HEADS) * SOURCE_PLACES + from_place
+            target_row = piece_of(to_table, target_entry, head, live, TARGET_PAGE, HEADS) * TARGET_PLACES + to_place
             mask = live[:, None] & (column < WIDTH)
             numbers = tl.load(source + source_row[:, None] * WIDTH + column, mask=mask)
-            to = target + target_row[:, None] * WIDTH + column
-            source_row, target_row, live = _next_rows(
-                from_table, to_table, from_place, to_place, from_entries, to_entries, first + splits * PIECES + of_piece, count,
-                present, head, HEADS, SOURCE_PAGE, TARGET_PAGE, SOURCE_PLACES, TARGET_PLACES,
-            )  # fmt: skip
-            tl.store(to, numbers, mask=mask)
+            tl.store(target + target_row[:, None] * WIDTH + column, numbers, mask=mask)
 
 
 @triton.jit(do_not_specialize=["count", "page_width"])
