@@ -1,7 +1,7 @@
 """Operations on rows of neighbouring layers that lie side by side on the host: pieces in and out, and one layer out of a block.
 
 pieces       the missing rows of all layers as pieces of 1, 2, 4 and 8 rows from pages anywhere in the pool, by 8 to 64 programs
-tiles        pieces of the engine's size by programs with larger and smaller tiles
+tiles        pieces of the engine's size by programs with larger and smaller tiles, and more or fewer of them under way
 gather       the same as the engine does it: pages in the order of prompts, the kernel's own numbers; and with a head map that
              sends some heads elsewhere from layer to layer, so that their pieces fall apart
 dense_read   one layer's rows of consecutive tokens, out of pieces and beside it where a layer's rows lie together
