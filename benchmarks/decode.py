@@ -201,6 +201,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1)
     parser.add_argument("--overlap", type=float, default=0.85)
     parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--offload", type=int, help="layers of `offloaded` on the host, the last ones; default: all")
+    parser.add_argument("--programs", type=int, help="that load from the host beside the layers, on a GPU; default: the kernel's")
     parser.add_argument("--systems", default="hf,full,resident,offloaded,short")
     parser.add_argument("--profile", action="store_true", help="what the parts of a step take (on a CPU)")
     parser.add_argument("--json", action="store_true")
@@ -237,7 +239,8 @@ def main() -> None:
     if "resident" in wanted:
         systems.append(ours("resident", loaded, replayed(speculative(0, context), context), requests, context, device))
     if "offloaded" in wanted:
-        offloaded = speculative(-1, context)
+        offloaded = speculative(-1 if arguments.offload is None else arguments.offload, context)
+        offloaded.kv.transfers.programs = arguments.programs
         systems.append(ours("offloaded", loaded, replayed(offloaded, context), requests, context, device))
     if "full_4k" in wanted:
         full = parts_for(loaded, None, SpeContextConfig(method="full", offload_layers=0), requests, 4096, device)
@@ -280,7 +283,10 @@ def make_report(
         "context": arguments.context,
         "budget": arguments.budget,
         "requests": arguments.requests,
+        "programs": arguments.programs,
+        "offloaded_layers": len(offloaded.kv.offloaded) if offloaded is not None else None,
         "step_s": step,
+        "tokens_per_s": None if step is None else arguments.requests / step,
         "resident_step_s": resident,
         "short_step_s": seconds.get("short"),
         "hf_step_s": seconds.get("hf"),

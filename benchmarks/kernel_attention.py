@@ -36,10 +36,9 @@ def sparse(case: Case) -> list[Operation]:
 def paged(case: Case) -> list[Operation]:
     shape, count = case.shape, len(case.context_pages)
     queries, lengths = case.queries(count), torch.full((case.requests,), case.context, device=case.device)
-    sizes = {"page_size": PAGE_SIZE, "kv_heads": shape.kv_heads}
 
     def call(i: int) -> tuple[Tensor, Tensor]:
-        return paged_attention(queries[i], case.context_rows, case.context_pages[i], lengths, case.scale, **sizes)
+        return paged_attention(queries[i], _by_page(case), case.context_pages[i], lengths, case.scale)
 
     found, right = call(1)[0], []
     for r in range(case.requests):
@@ -50,10 +49,14 @@ def paged(case: Case) -> list[Operation]:
     return [Operation("paged_attention", words, calls_of(call, count), error, moved)]
 
 
+def _by_page(case: Case) -> Tensor:
+    """[pages, page_size, Hkv, 2, D]."""
+    return case.context_rows.view(-1, PAGE_SIZE, case.shape.kv_heads, 2, case.shape.head_dim)
+
+
 def _context(case: Case, i: int, r: int) -> Tensor:
     """Rows [Hkv, S, 2, D] of a request's context, copied."""
-    paged_rows = case.context_rows.view(-1, PAGE_SIZE, case.shape.kv_heads, 2, case.shape.head_dim)
-    return paged_rows[case.context_pages[i, r]].flatten(0, 1)[: case.context].transpose(0, 1)
+    return _by_page(case)[case.context_pages[i, r]].flatten(0, 1)[: case.context].transpose(0, 1)
 
 
 def prefill(case: Case) -> list[Operation]:
@@ -62,14 +65,13 @@ def prefill(case: Case) -> list[Operation]:
     past, tile = case.context - chunk, 16384 if case.device.type == "cuda" else 1024
     query = case.random(count, chunk, shape.query_heads, shape.head_dim)
     new = case.random(2, count, chunk, shape.kv_heads, shape.head_dim)
-    sizes = {"page_size": PAGE_SIZE, "kv_heads": shape.kv_heads}
-    buffer = tile_buffer(case.context_rows, tile, **sizes)
+    buffer = tile_buffer(_by_page(case), tile)
 
     def call(i: int) -> Tensor:
         attention = ChunkAttention(query[i], new[0, i], new[1, i], case.scale)
         for start in range(0, past, tile):
             end, pages = min(start + tile, past), case.context_pages[i, 0]
-            attention.add(tokens_of_pages(case.context_rows, pages, start, end, **sizes, buffer=buffer))
+            attention.add(tokens_of_pages(_by_page(case), pages, start, end, buffer=buffer))
         return attention.result()
 
     found = call(1)

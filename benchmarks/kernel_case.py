@@ -129,7 +129,7 @@ class Case:
     def host(self) -> Tensor:
         """The host pool [N, 2, D], on CUDA pinned."""
         page_bytes = PAGE_SIZE * self.shape.kv_heads * self.shape.row_bytes
-        needed = self.shape.layers * self.requests * self.token_pages + 1
+        needed = 2 * self.shape.layers * self.requests * self.token_pages + 8  # blocks may have places to spare
         pages = needed if self.pool_bytes is None else self.pool_bytes // page_bytes
         if pages <= self.requests * self.token_pages:
             raise ValueError(f"the host pool holds fewer than {self.requests} x {self.context} tokens of one layer: enlarge it")
@@ -150,14 +150,6 @@ class Case:
         pages = request + token // run * (run * layers) + layer * run + token % run
         pool = self.host.numel() * self.host.itemsize // (PAGE_SIZE * self.shape.kv_heads * self.shape.row_bytes) - 1
         return (1 + pages % pool).to(self.device)
-
-    @cached_property
-    def scattered_pages(self) -> Tensor:
-        """int64 [L, R, P], anywhere in the pool; distinct in a layer."""
-        pool = self.host.numel() * self.host.itemsize // (PAGE_SIZE * self.shape.kv_heads * self.shape.row_bytes) - 1
-        most = self.requests * self.token_pages
-        rows = [self.permutation(pool, 1)[:most].view(self.requests, -1) for _ in range(self.shape.layers)]
-        return torch.stack(rows)
 
     @cached_property
     def context_pages(self) -> Tensor:

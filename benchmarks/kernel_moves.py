@@ -1,58 +1,28 @@
-"""Operations that move KV rows or number them: gather from the host pool, row numbers of a selection, append."""
+"""Operations that number KV rows or write new ones: row numbers of a selection, append."""
 
 from __future__ import annotations
 
 import torch
 from kernel_case import PAGE_SIZE, RECENT, SINK, Case
-from kernel_checks import Operation, WrongResult, calls_of, require_equal, row_numbers
-from measure import GIB
+from kernel_checks import Operation, calls_of, require_equal, row_numbers
 from torch import Tensor
 
 from specontext.kernels import rows as moves
 from specontext.kernels import slot_plan
-from specontext.kernels.dispatch import reference_of, use_triton
-from specontext.kernels.tables import Copies, NewTokens, Pages, Slots, Tiers
-
-GATHER_TARGET = 0.7  # of the copy engine's bandwidth
-
-
-def gather(case: Case) -> list[Operation]:
-    """Pages as the engine lays them out and, beside it, anywhere in the pool: what a lack of order costs."""
-    return [_gather(case, "gather", case.host_pages), _gather(case, "gather_scattered", case.scattered_pages)]
+from specontext.kernels.dispatch import reference_of
+from specontext.kernels.tables import NewTokens, Pages, Slots, Tiers
+from specontext.kv.layout import places_of
+from specontext.memory.layer_blocks import one_by_one
 
 
-def _gather(case: Case, name: str, pages: Tensor) -> Operation:
-    shape, device = case.shape, case.device
-    steady = case.plans[len(case.selections) :]
-    tokens = [t.to(device) for t in case.selections]
-    slots = [torch.where(s >= 0, s + SINK + RECENT, s).to(device) for s, _ in steady]
-    missing = [m.to(device) for _, m in steady]
-    if device.type == "cuda" and not use_triton(tokens[0]):
-        raise WrongResult("gather: the kernel would not run here; is Triton installed?")
-    source, target = Pages(case.host, pages, PAGE_SIZE, shape.kv_heads), _slots(case, case.arena, case.arena_pages)
-    which = (torch.arange(shape.layers, device=device), torch.zeros(shape.layers, dtype=torch.bool, device=device))
-    copies = [Copies(case.seats, *plan, case.head_map) for plan in zip(tokens, slots, missing, strict=True)]
-
-    def call(i: int) -> None:
-        moves.gather_rows_layers(source, target, *which, copies[i])
-
-    right = case.arena.clone()
-    reference_of(moves.gather_rows_layers)(source, _slots(case, right, case.arena_pages), *which, copies[1])
-    call(1)
-    error = require_equal("gather", case.arena, right)
-    del right
-    rows = case.misses * shape.layers * shape.kv_heads // case.groups
-    pool = case.host.numel() * case.host.itemsize / GIB
-    words = f"{rows} rows of {shape.row_bytes} B, {shape.layers} layers, pool {pool:.1f} GiB"
-    crossed = rows * shape.row_bytes
-    operation = Operation(name, words, calls_of(call, len(tokens)), error, crossed if device.type == "cuda" else 2 * crossed)
-    if device.type == "cuda":
-        operation.over, operation.note = "bus", f"target {GATHER_TARGET:.0%} of the copy engine"
-    return operation
+def _pages(case: Case, rows: Tensor, table: Tensor) -> Pages:
+    """Pages of layers each by itself."""
+    return Pages(rows, table, PAGE_SIZE, case.shape.kv_heads, places_of(one_by_one(len(table)), case.device))
 
 
-def _slots(case: Case, rows: Tensor, pages: Tensor) -> Slots:
-    return Slots(rows, pages, PAGE_SIZE, case.shape.kv_heads, SINK, RECENT)
+def _slots(case: Case, rows: Tensor, table: Tensor) -> Slots:
+    pages = _pages(case, rows, table)
+    return Slots(rows, table, PAGE_SIZE, case.shape.kv_heads, pages.layers, SINK, RECENT)
 
 
 def rows(case: Case) -> list[Operation]:
@@ -61,7 +31,7 @@ def rows(case: Case) -> list[Operation]:
     count, most = 4, case.arena_pages.shape[2] * PAGE_SIZE
     entries = torch.randint(most, (2, count, case.requests, case.groups, width), generator=case.order).to(device)
     entries[..., -1] = -1
-    here = Pages(case.arena, case.arena_pages, PAGE_SIZE, shape.kv_heads)
+    here = _pages(case, case.arena, case.arena_pages)
     there = _slots(case, case.arena, case.arena_pages.flip(2).contiguous())
     tiers = Tiers(here, there, here, torch.arange(shape.layers, device=device) % 2 == 0)
     fixed = (tiers, range(shape.layers), case.seats, case.head_map)
@@ -84,10 +54,10 @@ def append(case: Case) -> list[Operation]:
     host_pages, slot_pages, context_pages = case.host_pages, case.arena_pages, case.context_pages
     positions = [lengths - 1 - i for i in range(count)]
     slots = _slots(case, case.arena, slot_pages)
-    host = Pages(case.host, host_pages, PAGE_SIZE, shape.kv_heads)
+    host = _pages(case, case.host, host_pages)
     offloaded_layer = torch.zeros(1, dtype=torch.bool, device=case.device)
     tiers = Tiers(slots, slots, host, offloaded_layer)  # the pages of a resident layer are not read here
-    context = Pages(case.context_rows, context_pages, PAGE_SIZE, shape.kv_heads)
+    context = _pages(case, case.context_rows, context_pages)
     tokens = [NewTokens(case.seats, positions[i], lengths, new[0, i], new[1, i]) for i in range(count)]
 
     def offloaded(i: int) -> None:

@@ -8,7 +8,10 @@ Operations (names for --only):
   scores     paged retrieval scores of all keys of the head, with the maximum of each group
   top_k      top-k of these scores; top_k_64k: of 4 rows x 64K with k = 2048; each with torch.topk beside it
   slot_plan  set difference and slot choice, in the steady state of a sequence of selections with the stated overlap
-  gather     the missing rows of all layers, from the host pool into slots; on CUDA the pool is pinned and as large as stated
+  gather     the missing rows of all layers, from the host pool into slots; on CUDA the pool is pinned and as large as stated.
+             Pieces of neighbouring layers as the engine has them, and with heads that read elsewhere in some layers
+  pieces     the same in pieces of 1, 2, 4 and 8 rows by 8 to 64 programs, from anywhere in the pool; tiles: by tiles of programs
+  dense_read one layer's rows out of these pieces, as dense attention streams them; write_back, chunk: new rows to the host
   rows       numbers of the arena rows that a selection stands for, all layers at once
   append     new rows of one layer: of a resident one, and of an offloaded one to both tiers
   sparse     decode attention over the budget's rows, one call a layer
@@ -42,7 +45,8 @@ from kernel_attention import paged, prefill, sparse
 from kernel_case import RECENT, SINK, Case
 from kernel_checks import ROUNDED, Operation, WrongResult
 from kernel_choice import head, scores, slot_plan, top_k, top_k_64k
-from kernel_moves import append, gather, rows
+from kernel_moves import append, rows
+from kernel_pieces import chunk, dense_read, gather, pieces, tiles, write_back
 from measure import (
     GIB,
     Timer,
@@ -70,6 +74,11 @@ OPERATIONS: dict[str, Callable[[Case], list[Operation]]] = {
     "top_k_64k": top_k_64k,
     "slot_plan": slot_plan,
     "gather": gather,
+    "pieces": pieces,
+    "tiles": tiles,
+    "dense_read": dense_read,
+    "write_back": write_back,
+    "chunk": chunk,
     "rows": rows,
     "append": append,
     "sparse": sparse,

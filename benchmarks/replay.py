@@ -58,7 +58,8 @@ def with_own_method(parts: Parts, selector: Selector) -> Parts:
     """The same parts with another selector as the engine's own method."""
     methods = parts.methods
     selectors = methods.selectors | {methods.own.method: selector}
-    return replace(parts, methods=Methods(methods.own.method, methods.budget, selectors, device=parts.kv.device))
+    own = Methods(methods.own.method, methods.budget, selectors, layout=parts.kv.layout, device=parts.kv.device)
+    return replace(parts, methods=own)
 
 
 def overlapping(budget: Budget, context: int, requests: int, groups: int, overlap: float, count: int) -> list[Selection]:

@@ -33,7 +33,7 @@ from specontext.retrieval.selector import Budget
 
 # Kind of work, its colour, and what its kernels' names contain; the first that fits.
 KINDS = (
-    ("loads from the host", "#d95f02", ("_gather",)),
+    ("loads from the host", "#d95f02", ("_copy_pieces", "_gather")),
     ("sparse attention", "#1b9e77", ("_attend", "_merge")),
     ("scores and top-k", "#7570b3", ("_chunk_logits", "_group_weights", "_count_digits", "_write_positions")),
     ("slot plan and rows", "#e7298a", ("_look_up", "_list", "_assign", "_rows")),

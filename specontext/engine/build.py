@@ -26,7 +26,7 @@ from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout
 from specontext.kv.pool import PagePool, make_pools
 from specontext.memory.facts import NO_HEAD, ModelFacts
-from specontext.memory.model import MemoryModel, RunSettings, measured_model
+from specontext.memory.model import MemoryModel, RunSettings, measured_model, staged_bytes
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, TierSizes, free_memory, size_tiers
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import RetrievalHead, facts_of_head
@@ -124,7 +124,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     runtime, graphs = None, 0
     if device.type == "cuda":
         features = head.config.feature_layers if head is not None and head.config.variant == "features" else ()
-        runtime = measure_runtime(loaded, run, feature_layers=features)
+        runtime = measure_runtime(loaded, run, feature_layers=features) + staged_bytes(facts, run)
         graphs = 0 if config.enforce_eager else GRAPHS
     plan = measured_model(
         facts,
@@ -149,7 +149,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     if config.offload_dir is not None:
         check_offload_dir(config.offload_dir)
     arena, host = make_pools(
-        Layout.of_shape(shape, config.page_size),
+        Layout.of_shape(shape, config.page_size, facts.layer_blocks),
         device_pages=sizes.device_pages,
         host_pages=sizes.host_pages,
         device=device,
@@ -279,4 +279,4 @@ def make_methods(names: Sequence[str], context: MethodContext, loaded: LoadedMod
         keys = arena.as_keys(context.head.config.key_count, context.head.config.head_dim)
         cache = partial(KeyCache, keys, arena.pages, seats=context.seats, max_tokens=context.max_tokens)
         context = replace(context, embedding=loaded.model.get_input_embeddings(), key_cache=cache)
-    return Methods(names[0], context.budget, make_selectors(names, context), device=context.device)
+    return Methods(names[0], context.budget, make_selectors(names, context), layout=arena.layout, device=context.device)

@@ -216,16 +216,15 @@ class Step:
         transfers, seats = self.transfers, way.decode.seats
         if transfers.in_reach(layer):
             home = transfers.home(layer)
-            pages, lengths = home.table[layer].index_select(0, seats), way.decode.lengths
-            size, heads = home.size, home.heads
-            return paged_attention(query, home.rows, pages, lengths, scale, page_size=size, kv_heads=heads, tile=self.tile)[0]
+            pages, lengths = home.table_of(layer).index_select(0, seats), way.decode.lengths
+            return paged_attention(query, home.by_page(layer), pages, lengths, scale, tile=self.tile)[0]
         # The token itself is on its way to the host, and stands beside the tiles.
         own = torch.stack((key, value), dim=2).view(-1, 2, key.shape[2])
         place = torch.arange(len(own), device=own.device).view(*key.shape[:2], 1)
         parts = [sparse_attention(query, own, place, scale)]
         assert self.staging is not None and way.read is not None
         for start, stop, buffer in self.staging.tiles(layer, way.read):
-            rows = torch.arange(len(buffer), device=buffer.device).view(*key.shape[:2], -1)
+            rows = torch.arange(len(buffer), device=buffer.device).view(len(key), -1, key.shape[1]).transpose(1, 2)  # [R, Hkv, T]
             absent = start + torch.arange(stop - start, device=buffer.device) >= way.decode.positions[:, None]
             parts.append(sparse_attention(query, buffer, rows.masked_fill(absent[:, None], -1), scale))
         outputs, lses = zip(*parts, strict=True)

@@ -8,7 +8,7 @@ import torch
 
 from specontext.core import Choice, shown
 from specontext.errors import RequestError
-from specontext.kv.layout import Reader
+from specontext.kv.layout import Layout, Reader
 from specontext.retrieval.registry import base_of, needs_head
 from specontext.retrieval.selector import Budget, LayerSelector, PromptWatcher, Selector, reads_everything
 
@@ -23,6 +23,7 @@ class Methods:
         own: what requests get that choose nothing.
         budget: the engine's; no request may have a larger one.
         selectors: by name of the method, made for this budget.
+        layout: of the KV that they choose from.
 
     Attributes:
         shared: the method whose state every request has, so that what is known of a prefix serves all; None without a head.
@@ -30,14 +31,19 @@ class Methods:
         observers: the methods that see the tokens of every step after the forward pass.
     """
 
-    def __init__(self, own: str, budget: Budget, selectors: Mapping[str, Selector], *, device: torch.device) -> None:
+    def __init__(
+        self, own: str, budget: Budget, selectors: Mapping[str, Selector], *, layout: Layout, device: torch.device
+    ) -> None:
         self.selectors, self.budget = dict(selectors), budget
         self.own = Choice(own, 0 if reads_everything(selectors[own]) else budget.total)
         self.selector = selectors[own]
         headed = [name for name in selectors if base_of(name) == name and needs_head(name)]
         self.shared = selectors[headed[0]] if headed else None
         self._headed = headed
-        self.readers = {name: Reader(one.head_map.to(device), isinstance(one, LayerSelector)) for name, one in selectors.items()}
+        self.readers = {
+            name: Reader.of_map(layout, one.head_map, device, in_layer=isinstance(one, LayerSelector))
+            for name, one in selectors.items()
+        }
         self.own_way = self.selector, self.readers[own]
         # Variants share their method's state.
         self._with_state = [one for name, one in selectors.items() if base_of(name) == name]

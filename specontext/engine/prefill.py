@@ -26,10 +26,7 @@ class Chunks:
     def __init__(self, batch: Batch, transfers: Transfers, methods: Methods, tile: int) -> None:
         self._batch, self._transfers, self._methods = batch, transfers, methods
         device = batch.seats.device
-        self.reads = [
-            DenseRead(torch.full((1,), segment.seat, device=device), segment.start, tile, by_token=True)
-            for segment in batch.prefills
-        ]
+        self.reads = [DenseRead(torch.full((1,), segment.seat, device=device), segment.start, tile) for segment in batch.prefills]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor, staging: Staging | None

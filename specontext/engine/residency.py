@@ -165,7 +165,9 @@ class Residency:
         tokens = policy.tokens_after(soon, 0)
         if policy.fits(len(self.kv.offloaded), tokens, len(soon)):
             return True
-        end = (host.pages.num_held + 1) * host.page_bytes + tokens * self.cost.resident_token
+        away = len(self.kv.offloaded)
+        more = self.cost.host_layers(away + 1) - self.cost.host_layers(away)  # none where others of its block are there
+        end = (host.pages.num_held + 1) * host.page_bytes + tokens * more * self.cost.resident_token
         if memory.ready_bytes >= min(end, memory.num_bytes):
             return True
         memory.reach(memory.ready_bytes)  # does not wait: what is pinned ahead counts from here
@@ -189,7 +191,8 @@ class Residency:
             self.kv.begin_move(min(self.kv.offloaded), to_host=False)
 
     def make_room(self, stored: Mapping[int, int], tier: Tier) -> bool:
-        """Take one layer off a tier at once, because a step needs its pages; False when that frees none."""
+        """Take one layer off the device at once, or the layers of a block off the host, because a step needs their pages; False
+        when that frees none."""
         if not self.adaptive:
             return False
         began, kv, to_host = time.perf_counter(), self.kv, tier is Tier.DEVICE
@@ -198,8 +201,11 @@ class Residency:
             return True
         begun = kv.move is not None
         if not begun:
-            layer = kv.next_to_leave if to_host else min(kv.offloaded, default=None)
-            if layer is None or not kv.begin_move(layer, to_host=to_host):
+            # Layers of a block share its pages: the first comes back only where the device has room for them all.
+            layers = kv.next_block_to_return if not to_host else [] if kv.next_to_leave is None else [kv.next_to_leave]
+            if not layers or (not to_host and not kv.fits_on_device(len(layers))):
+                return False
+            if not kv.begin_move(layers[0], to_host=to_host):
                 return False
         if to_host and kv.room_after_move <= kv.arena.pages.num_free:  # the next layer's slots take what it leaves
             if not begun:

@@ -33,7 +33,7 @@ class DenseTwin:
         self.loaded, self.kv = loaded, parts.kv
         shape, device, seats = loaded.shape, parts.kv.device, parts.kv.num_seats
         full = FullSelector(MethodContext(shape, parts.methods.budget, "head", seats, parts.max_tokens, device))
-        self._methods = Methods(FULL, parts.methods.budget, {FULL: full}, device=device)
+        self._methods = Methods(FULL, parts.methods.budget, {FULL: full}, layout=parts.kv.layout, device=device)
         self._meter = Meter(shape, full.head_map, tables=1, groups=1, budget=1, sink=0, seats=seats, device=device)
 
     def look_ahead(self, batch: Batch, ways: Sequence[Way]) -> None:

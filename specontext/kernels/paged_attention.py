@@ -12,20 +12,18 @@ from specontext.kernels.sparse_attention import TILE_BYTES, bias_beyond, of_like
 
 def paged_attention(
     query: Tensor,
-    arena: Tensor,
+    rows: Tensor,
     pages: Tensor,
     lengths: Tensor,
     scale: float,
     *,
-    page_size: int,
-    kv_heads: int,
     tile: int = 1024,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of one query a head over the first `lengths[r]` tokens of each request.
 
     Args:
         query: [R, Hq, D].
-        arena: [N, 2, D], K and V of each row; row (page * page_size + t) * Hkv + h holds KV head h of a page's token t.
+        rows: [N, page_size, Hkv, 2, D], K and V of the tokens of every page; on a GPU contiguous.
         pages: int64 or int32 [R, P], pages of each request's tokens in their order.
         lengths: int64 or int32 [R], tokens of each request, at most P * page_size.
         scale: factor of the logits.
@@ -37,12 +35,14 @@ def paged_attention(
     if use_triton(query):
         from specontext.kernels.triton.paged_attention import paged_attention as on_gpu
 
-        return on_gpu(query, arena, pages, lengths, scale, page_size=page_size, kv_heads=kv_heads)
-    return paged_attention_reference(query, arena, pages, lengths, scale, page_size=page_size, kv_heads=kv_heads, tile=tile)
+        size, heads = rows.shape[1:3]
+        arena = rows.view(-1, *rows.shape[3:])
+        return on_gpu(query, arena, pages, lengths, scale, page_size=size, kv_heads=heads)
+    return paged_attention_reference(query, rows, pages, lengths, scale, tile=tile)
 
 
 def paged_attention_reference(
-    query: Tensor, arena: Tensor, pages: Tensor, lengths: Tensor, scale: float, *, page_size: int, kv_heads: int, tile: int = 1024
+    query: Tensor, rows: Tensor, pages: Tensor, lengths: Tensor, scale: float, *, tile: int = 1024
 ) -> tuple[Tensor, Tensor]:
     """`paged_attention` in PyTorch, tile by tile and all requests that reach a tile together, as many as TILE_BYTES allow.
 
@@ -50,6 +50,7 @@ def paged_attention_reference(
     for; so a result depends neither on where the pages lie nor on the other requests.
     """
     requests, query_heads, head_dim = query.shape
+    kv_heads = rows.shape[2]
     queries = query.reshape(requests, kv_heads, -1, head_dim)
     output = torch.zeros(queries.shape, device=query.device)
     lse = torch.full(queries.shape[:3], -torch.inf, device=query.device)
@@ -60,7 +61,7 @@ def paged_attention_reference(
             if isinstance(chosen, Tensor):
                 chosen = chosen[counts[chosen] > 0]
             for part in parts_of(chosen, max(1, TILE_BYTES // (width * row_bytes))):
-                tokens = _tile_of_requests(arena, pages[part], counts[part], start, width, page_size, kv_heads)
+                tokens = _tile_of_requests(rows, pages[part], counts[part], start, width)
                 tokens = as_multiplied(tokens)
                 keys, values = tokens.permute(3, 0, 2, 1, 4).unbind(0)  # each [N, Hkv, T, D]
                 bias = bias_beyond(counts[part], width)
@@ -72,23 +73,21 @@ def paged_attention_reference(
     return output.view(query.shape).to(query.dtype), lse.view(requests, query_heads)
 
 
-def _tile_of_requests(
-    arena: Tensor, pages: Tensor, counts: Tensor, start: int, width: int, page_size: int, kv_heads: int
-) -> Tensor:
+def _tile_of_requests(rows: Tensor, pages: Tensor, counts: Tensor, start: int, width: int) -> Tensor:
     """K and V of the tokens start .. start + width - 1 of some requests, zeros beyond counts[n] tokens: [N, width, Hkv, 2, D].
 
     One request whose pages follow one another is read in place; others are copied into scratch memory.
     """
+    page_size = rows.shape[1]
     first, end = start // page_size, -(-(start + width) // page_size)
     whole = int(counts.min()) == width
-    shape = (len(pages) * (end - first), page_size, kv_heads, *arena.shape[1:])
-    buffer = scratch("attention.gathered", shape, arena.dtype, arena.device)
+    shape = (len(pages) * (end - first), *rows.shape[1:])
+    buffer = scratch("attention.gathered", shape, rows.dtype, rows.device)
     if whole and len(pages) == 1:
-        sizes = {"page_size": page_size, "kv_heads": kv_heads}
-        return tokens_of_pages(arena, pages[0], start, start + width, **sizes, buffer=buffer)[None]
+        return tokens_of_pages(rows, pages[0], start, start + width, buffer=buffer)[None]
     places = torch.arange(first, end, device=pages.device).clamp(max=pages.shape[1] - 1)
     wanted = pages.index_select(1, places)
-    gathered = torch.index_select(arena.view(-1, *shape[1:]), 0, wanted.flatten(), out=buffer)
+    gathered = torch.index_select(rows, 0, wanted.flatten(), out=buffer)
     tokens = gathered.view(len(pages), -1, *shape[2:])  # [N, tokens of whole pages, Hkv, 2, D]
     before = start - first * page_size
     if not whole:  # what lies there may not be a number
@@ -97,37 +96,35 @@ def _tile_of_requests(
     return tokens[:, before : before + width]
 
 
-def tokens_of_pages(
-    arena: Tensor, pages: Tensor, start: int, stop: int, *, page_size: int, kv_heads: int, buffer: Tensor | None = None
-) -> Tensor:
+def tokens_of_pages(rows: Tensor, pages: Tensor, start: int, stop: int, *, buffer: Tensor | None = None) -> Tensor:
     """K and V of the tokens start .. stop - 1 of one request.
 
-    On a CPU pages that follow one another are read in place; others are copied whole. On a GPU they are always copied, because
-    looking at page numbers would wait for the device.
+    On a CPU pages that follow one another, and have nothing else between, are read in place; others are copied whole. On a GPU
+    they are always copied, because looking at page numbers would wait for the device.
 
     Args:
-        arena: [N, 2, D], laid out as `paged_attention` says.
-        pages: int64 or int32 [P], pages of the request's tokens in their order, on the arena's device.
+        rows: [N, page_size, Hkv, 2, D], as `paged_attention` says.
+        pages: int64 or int32 [P], pages of the request's tokens in their order, on the device of the rows.
         buffer: `tile_buffer` of at least stop - start tokens that a copy may overwrite; new memory when None. Fresh memory for
             every tile costs a CPU more than the copy.
 
     Returns:
         [stop - start, Hkv, 2, D].
     """
+    page_size = rows.shape[1]
     first, end = start // page_size, -(-stop // page_size)
     wanted = pages[first:end]
-    paged = arena.view(-1, page_size, kv_heads, *arena.shape[1:])
-    if not arena.is_cuda and bool((wanted.diff() == 1).all()):
+    if not rows.is_cuda and rows.is_contiguous() and bool((wanted.diff() == 1).all()):
         page = int(wanted[0])
-        tokens = paged[page : page + end - first]
+        tokens = rows[page : page + end - first]
     elif buffer is None:
-        tokens = paged.index_select(0, wanted)
+        tokens = rows.index_select(0, wanted)
     else:
-        tokens = torch.index_select(paged, 0, wanted, out=buffer[: end - first])
+        tokens = torch.index_select(rows, 0, wanted, out=buffer[: end - first])
     return tokens.flatten(0, 1)[start - first * page_size : stop - first * page_size]
 
 
-def tile_buffer(arena: Tensor, tokens: int, *, page_size: int, kv_heads: int) -> Tensor:
+def tile_buffer(rows: Tensor, tokens: int) -> Tensor:
     """Room for the pages of any `tokens` consecutive tokens: [pages, page_size, Hkv, 2, D]."""
-    most = -(-tokens // page_size) + 1
-    return arena.new_empty((most, page_size, kv_heads, *arena.shape[1:]))
+    most = -(-tokens // rows.shape[1]) + 1
+    return rows.new_empty((most, *rows.shape[1:]))

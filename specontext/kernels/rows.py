@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.kernels.dispatch import operation
-from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
+from specontext.kernels.dispatch import operation, scratch
+from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers, word_of
+
+CACHED_BYTES = 1 << 22  # that a CPU reads and then writes: they stay in its cache, and its threads have enough to share
 
 
 @operation(decided_by="source_rows")
@@ -28,40 +30,77 @@ def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows
     _copy_rows(source, source_rows.masked_select(wanted), target, target_rows.masked_select(wanted))
 
 
-@operation(decided_by="layers")
-def gather_rows_layers(source: Pages, target: Pages, layers: Tensor, skipped: Tensor, copies: Copies) -> None:
-    """Copy entries of several layers and their KV heads at once.
+@operation(decided_by="skipped")
+def copy_pieces(
+    source: Pages, target: Pages, parts: Parts, skipped: Tensor, copies: Copies, *, programs: int | None = None
+) -> None:
+    """Copy rows of entries, for several layers and KV heads at once.
 
-    Only entries that are wanted are expanded to layers and heads, and only their rows are read.
+    Where a pool has neighbouring layers side by side, what a GPU reads or writes of it are pieces: the rows of an entry in all
+    layers of a part. On a CPU parts whose rows fill a piece are copied as pieces, others row by row, and as many at a time as
+    stay in its cache between being read and being written.
 
     Args:
         target: pages of rows in the source's number format, changed in place.
-        layers: int64 [N], layers of the page tables.
         skipped: bool [L], layers that are passed over. On a GPU it is read there, so that a captured graph serves whichever
-            layers are resident.
+            layers are on the device.
+        programs: how many share the work on a GPU: more bring more bytes a second and leave less of the device to what runs
+            beside them. None takes the kernel's own number.
     """
-    wanted = copies.wanted
-    requests, groups = wanted.shape[:2]
-    layers = layers[~skipped[layers]]
-    request, group, entry = wanted.nonzero(as_tuple=True)
-    # A reader is a (layer, KV head, request); it wants the run of entries of its pair (request, group).
-    heads = copies.head_map.index_select(0, layers)[..., None]
-    pair = torch.arange(requests, device=wanted.device) * groups + heads  # [N, Hkv, R]
-    of_pair = torch.bincount(request * groups + group, minlength=requests * groups)
-    counts = of_pair[pair].view(-1)
-    reader = torch.repeat_interleave(counts)  # readers in order, each as often as it wants entries
-    shift = (of_pair.cumsum(0) - of_pair)[pair].view(-1) - (counts.cumsum(0) - counts)
-    chosen = shift.index_select(0, reader).add_(torch.arange(len(reader), device=wanted.device))
-    head = torch.arange(source.heads, device=wanted.device)[:, None].expand(pair.shape).reshape(-1).index_select(0, reader)
-    found = []
-    for pages, entries in ((source, copies.source), (target, copies.target)):
-        numbers = entries[request, group, entry]
-        seats, width = pages.table.shape[1:]
-        first = (layers[:, None, None] * seats + copies.seats).mul_(width).expand(pair.shape).reshape(-1)
-        place = first.index_select(0, reader).add_((numbers // pages.size).index_select(0, chosen))
-        page = pages.table.view(-1).index_select(0, place)
-        found.append(pages.first_rows(page, numbers, chosen).add_(head))
-    _copy_rows(source.rows, found[0], target.rows, found[1])
+    wanted = (parts.layers >= 0) & ~skipped[parts.layers.clamp(min=0)]
+    requests, groups, most = copies.source.shape
+    whole, device = wanted.all(1), wanted.device
+    for some, pieces in ((whole, True), (~whole & wanted.any(1), False)):
+        chosen = some.nonzero().squeeze(1)
+        if not len(chosen):
+            continue
+        part = Parts(parts.layers[chosen], parts.heads[chosen], parts.groups[chosen])
+        # A reader is a request of a part; it wants the list of its pair (request, group).
+        pair = torch.arange(requests, device=device) * groups + part.groups[:, None]  # [K, R]
+        counts = copies.counts.view(-1).long()[pair].view(-1)
+        reader = torch.repeat_interleave(counts)  # readers in order, each as often as it wants entries
+        entry = (pair.view(-1) * most - (counts.cumsum(0) - counts)).index_select(0, reader)
+        entry += torch.arange(len(reader), device=device)
+        (take, taken), (put, places) = (
+            _numbers(pool, part, copies.seats, reader, numbers.reshape(-1).long(), entry, pieces=pieces)
+            for pool, numbers in ((source, copies.source), (target, copies.target))
+        )
+        if not pieces:  # rows [T, W] on both sides
+            present = wanted[chosen].repeat_interleave(requests, 0).index_select(0, reader)
+            taken, places = taken.masked_select(present), places.masked_select(present)
+        from_rows, to_rows = (pool.words.view(-1, rows * pool.words.shape[1]) for pool, rows in ((source, take), (target, put)))
+        taken, places = taken.reshape(-1).to(from_rows.device), places.reshape(-1).to(to_rows.device)
+        at_once = max(1, CACHED_BYTES // (from_rows.shape[1] * from_rows.itemsize)) * put  # whole pieces on both sides
+        buffer = scratch("rows.copied", (min(at_once, len(taken)), from_rows.shape[1]), from_rows.dtype, from_rows.device)
+        for start in range(0, len(taken), at_once):
+            here = taken[start : start + at_once]
+            rows = torch.index_select(from_rows, 0, here, out=buffer[: len(here)])
+            there = places[start * take // put : (start + len(here)) * take // put]
+            to_rows.index_copy_(0, there, rows.view(-1, to_rows.shape[1]).to(to_rows.device))
+
+
+def _numbers(
+    pool: Pages, parts: Parts, seats: Tensor, reader: Tensor, entries: Tensor, chosen: Tensor, *, pieces: bool
+) -> tuple[int, Tensor]:
+    """Where a pool has the chosen entries: 1 and rows [T, W], or where the parts fill its pieces their size and numbers [T]."""
+    width, layers = parts.layers.shape[1], parts.layers.clamp(min=0)
+    if pieces and pool.layers.count == width > 1:
+        pieces = bool((pool.layers.places[layers] == torch.arange(width, device=layers.device)).all())
+        layers = layers[:, :1] if pieces else layers  # all of a piece are in the first one's line
+    else:
+        pieces = False
+    tables = pool.layers.lines[layers][:, None] * pool.table.shape[1] + seats[:, None]  # [K, R, W]
+    place = (tables * pool.table.shape[2]).flatten(0, 1).index_select(0, reader)
+    place += (entries // pool.size).index_select(0, chosen)[:, None]
+    page = pool.table.reshape(-1).index_select(0, place.view(-1)).view(place.shape)
+    heads = parts.heads.repeat_interleave(len(seats)).index_select(0, reader)
+    numbers = pool.pieces(page.T, entries, chosen).add_(heads).T
+    if pieces:
+        return width, numbers[:, 0]
+    if pool.layers.count > 1:
+        of_layer = pool.layers.places[layers].repeat_interleave(len(seats), 0)
+        numbers = numbers.mul_(pool.layers.count).add_(of_layer.index_select(0, reader))
+    return 1, numbers
 
 
 @operation(decided_by="new.key")
@@ -89,6 +128,29 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     assert tiers.slots is not None
     slots = ring_slots(new.positions, new.lengths, tiers.slots.sink, tiers.slots.recent)
     _append(tiers.slots, layer, new.seats, slots, numbers)
+
+
+@operation(decided_by="new")
+def append_pieces(pages: Pages, line: int, seats: Tensor, positions: Tensor, new: Tensor, wanted: Tensor) -> None:
+    """Write the rows of new tokens in all layers of a block, as whole pieces.
+
+    Args:
+        pages: changed in place.
+        line: of the page table.
+        seats, positions: int64 [T], distinct; a negative position is padding.
+        new: [T, Hkv, count, 2, D], contiguous, in the pages' number format.
+        wanted: bool [count], places that are written; the others of a piece stay as they are.
+    """
+    token = (positions >= 0).nonzero().squeeze(1)
+    at, words = positions[token], pages.words
+    first = pages.pieces(pages.table[line, seats[token], at // pages.size], at) // pages.heads
+    shape = (-1, pages.heads, pages.layers.count, words.shape[1])
+    rows, new = words.view(shape), new.flatten(3).view(words.dtype).index_select(0, token).to(words.device)
+    place = wanted.nonzero().squeeze(1).to(words.device)
+    if len(place) == pages.layers.count:
+        rows.flatten(1).index_copy_(0, first.to(words.device), new.flatten(1))
+    else:
+        rows[first.to(words.device)[:, None], :, place] = new.transpose(1, 2)[:, place]
 
 
 @operation(decided_by="new")
@@ -120,22 +182,24 @@ def fixed_slots(positions: Tensor, sink: int, recent: int) -> Tensor:
 
 
 def _append(pages: Pages, layer: int, seats: Tensor, entries: Tensor, numbers: Tensor) -> None:
-    """Write numbers [T, Hkv, 2, D] to entries [T], -1 for none. The heads of a token are neighbours, and are written as one."""
+    """Write numbers [T, Hkv, 2, D] to entries [T], -1 for none. Heads of a token that are neighbours are written as one."""
     chosen = (entries >= 0).nonzero().squeeze(1)
     if len(chosen) < len(entries):
         seats, entries, numbers = seats[chosen], entries[chosen], numbers[chosen]
-    table = pages.table[layer]
+    line, place = pages.layers.homes[layer]
+    table, words = pages.table[line], pages.words
     page = table.view(-1).index_select(0, (seats * table.shape[1]).add_(entries // pages.size))
-    at = pages.first_rows(page, entries) // pages.heads
-    pages.rows.view(-1, *numbers.shape[1:]).index_copy_(0, at.to(pages.rows.device), numbers.to(pages.rows))
+    piece = pages.pieces(page, entries)
+    new = numbers.to(pages.rows).flatten(2).view(words.dtype)  # [T, Hkv, words]
+    if pages.layers.count == 1:
+        words.view(-1, new.shape[1] * new.shape[2]).index_copy_(0, (piece // pages.heads).to(words.device), new.flatten(1))
+    else:
+        row = (piece[:, None] + torch.arange(pages.heads, device=piece.device)).mul_(pages.layers.count).add_(place)
+        words.index_copy_(0, row.flatten().to(words.device), new.flatten(0, 1))
 
 
 def _copy_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: Tensor) -> None:
     """target[target_rows] = source[source_rows], for int64 [T] without negative rows, between any two devices."""
-    if source.device == target.device:  # a CPU copies bits word by word, of the widest number format that divides a row
-        numbers = source.shape[1] * source.shape[2]
-        words = [w for w in (torch.complex128, torch.int64, torch.int32) if numbers * source.itemsize % w.itemsize == 0]
-        word = words[0] if words else source.dtype
-        source, target = (rows.view(len(rows), numbers).view(word) for rows in (source, target))
+    source, target = (rows.flatten(1).view(word_of(rows)) for rows in (source, target))
     taken = source.index_select(0, source_rows.to(source.device))
     target.index_copy_(0, target_rows.to(target.device), taken.to(target.device))

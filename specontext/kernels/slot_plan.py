@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.dispatch import operation
-from specontext.kernels.tables import Tiers
+from specontext.kernels.tables import Copies, Tiers
 
 
 @operation(decided_by="tokens")
@@ -64,6 +64,25 @@ def plan_slots(
     return slots.view_as(tokens), missing.view_as(tokens)
 
 
+@operation(decided_by="wanted")
+def listed(seats: Tensor, source: Tensor, target: Tensor, wanted: Tensor) -> Copies:
+    """The entries that are wanted, in their order.
+
+    Args:
+        seats: int64 [R].
+        source, target: integers [R, G, N].
+        wanted: bool [R, G, N].
+    """
+    counts = wanted.sum(-1, dtype=torch.int32)
+    width = int(counts.max()) if counts.numel() else 0
+    kept = torch.arange(width, device=wanted.device) < counts[..., None]
+    lists = []
+    for entries in (source, target):
+        packed = torch.zeros(kept.shape, dtype=torch.int32, device=wanted.device)
+        lists.append(packed.masked_scatter_(kept, entries.masked_select(wanted).int()))
+    return Copies(seats, lists[0], lists[1], counts)
+
+
 @operation(decided_by="tokens")
 def selected_rows(tiers: Tiers, layers: range, seats: Tensor, head_map: Tensor, tokens: Tensor, slots: Tensor) -> Tensor:
     """Arena rows of the entries that every KV head of some layers reads, in the selection's order.
@@ -85,7 +104,7 @@ def selected_rows(tiers: Tiers, layers: range, seats: Tensor, head_map: Tensor, 
     for found, layer in zip(rows, layers, strict=True):
         entries, pages = (tokens, tiers.tokens) if tiers.slots is None or bool(tiers.resident[layer]) else (slots, tiers.slots)
         entry = entries[:, head_map[layer]]  # [R, Hkv, B]
-        table = pages.table[layer].index_select(0, seats)
+        table = pages.table[pages.layers.homes[layer][0]].index_select(0, seats)
         page = table.gather(1, (entry.clamp(min=0) // pages.size).flatten(1)).view_as(entry)
-        found.copy_(pages.first_rows(page, entry).add_(heads).masked_fill_(entry < 0, -1))
+        found.copy_(pages.pieces(page, entry).add_(heads).masked_fill_(entry < 0, -1))
     return rows

@@ -1,38 +1,79 @@
 """What kernels of paged rows are handed: tensors, and the few numbers that say how they lie.
 
-Row numbers of KV are made here, by `Pages`, and in `triton/slot_plan.py` by `row_of`, and nowhere else.
+Row numbers of KV are made here, by `Pages`, and in `triton/slot_plan.py` by `piece_of`, and nowhere else.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+
+def word_of(rows: Tensor) -> torch.dtype:
+    """The widest number format that divides a row of a pool [N, 2, D]."""
+    row_bytes = rows.shape[1] * rows.shape[2] * rows.itemsize
+    return next((w for w in (torch.complex128, torch.int64, torch.int32) if row_bytes % w.itemsize == 0), rows.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the layers are in the pieces of a pool: the rows of an entry and KV head in neighbouring layers, side by side.
+
+    Attributes:
+        homes: line of the page tables, and place in a piece, of each layer.
+        lines, places: the same on the device, int64 [L].
+        count: rows of a piece, 1 where each layer lies by itself.
+    """
+
+    homes: tuple[tuple[int, int], ...]
+    lines: Tensor
+    places: Tensor
+    count: int
 
 
 @dataclass(frozen=True, eq=False)
 class Pages:
     """Rows of a pool, and where the entries of each seat lie in them.
 
-    An entry is a token, or a slot. A page holds `size` entries of all KV heads of one layer:
+    An entry is a token, or a slot. A page holds `size` entries of all KV heads, of one layer or of some side by side:
 
-        entry e of a seat, KV head h  ->  row (page * size + e % size) * heads + h, where page = table[layer, seat, e // size]
+        entry e of a seat, KV head h  ->  piece (page * size + e % size) * heads + h, where page = table[line, seat, e // size]
+        in a layer                    ->  row piece * count + place
 
     Attributes:
         rows: [N, 2, D], K and V.
-        table: int64 [L, seats, P]; page 0 stands where there is none. On the device, wherever the rows are.
+        table: int64 [lines, seats, P]; page 0 stands where there is none. On the device, wherever the rows are.
         size: entries of a page.
         heads: KV heads.
+        layers: their lines and places.
     """
 
     rows: Tensor
     table: Tensor
     size: int
     heads: int
+    layers: Places
 
-    def first_rows(self, page: Tensor, entries: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Rows of the first KV heads of entries, or of the chosen ones, that lie in these pages, which are worked on in place."""
+    @cached_property
+    def words(self) -> Tensor:
+        """The rows as [N, words]: a CPU copies bits word by word."""
+        with torch.inference_mode(False):  # or they could not be written outside of inference mode
+            return self.rows.flatten(1).view(word_of(self.rows))
+
+    def table_of(self, layer: int) -> Tensor:
+        """Pages int64 [seats, P] of a layer."""
+        return self.table[self.layers.homes[layer][0]]
+
+    def by_page(self, layer: int) -> Tensor:
+        """The rows of a layer in every page: [pages, size, Hkv, 2, D], of any strides but the last."""
+        pieces = self.rows.view(-1, self.size, self.heads, self.layers.count, *self.rows.shape[1:])
+        return pieces[:, :, :, self.layers.homes[layer][1]]
+
+    def pieces(self, page: Tensor, entries: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Pieces of the first KV heads of entries, or of the chosen ones, in these pages, which are worked on in place."""
         within = entries % self.size * self.heads
         return page.mul_(self.size * self.heads).add_(within if chosen is None else within.index_select(0, chosen))
 
@@ -47,9 +88,11 @@ class Pages:
         Returns:
             int64 [R, Hkv, B], -1 where there is none.
         """
-        pages = self.table[layer].index_select(0, seats)
+        pages = self.table_of(layer).index_select(0, seats)
         page = pages.gather(1, (entries.clamp(min=0) // self.size).flatten(1)).view_as(entries)
-        rows = self.first_rows(page, entries) + torch.arange(self.heads, device=page.device)[:, None]
+        rows = self.pieces(page, entries) + torch.arange(self.heads, device=page.device)[:, None]
+        if self.layers.count > 1:
+            rows.mul_(self.layers.count).add_(self.layers.homes[layer][1])
         return rows.masked_fill_(entries < 0, -1)
 
 
@@ -97,17 +140,45 @@ class NewTokens:
 
 @dataclass(frozen=True, eq=False)
 class Copies:
-    """Entries that are copied for every KV head that reads their group.
+    """Entries that are copied for every KV head that reads their group: the first counts[r, g] of a list.
 
     Attributes:
         seats: int64 [R].
-        source, target: int64 [R, G, B], numbers of entries; the targets are distinct for each request and group.
-        wanted: bool [R, G, B], which of them are copied.
-        head_map: int64 [L, Hkv], the group that a KV head of a layer reads.
+        source, target: int32 [R, G, N], numbers of entries; the targets are distinct for each request and group.
+        counts: int32 [R, G].
     """
 
     seats: Tensor
     source: Tensor
     target: Tensor
-    wanted: Tensor
-    head_map: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of_all(cls, seats: Tensor, source: Tensor, target: Tensor) -> Copies:
+        """Copies of whole lists of entries, integers [R, G, N]."""
+        counts = torch.full(source.shape[:2], source.shape[2], dtype=torch.int32, device=source.device)
+        return cls(seats, source.int(), target.int(), counts)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.seats, self.source, self.target, self.counts
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What is copied together: some layers of a piece, in which a KV head reads the same group.
+
+    Attributes:
+        layers: int64 [K, W], -1 where a part has fewer.
+        heads, groups: int64 [K].
+    """
+
+    layers: Tensor
+    heads: Tensor
+    groups: Tensor
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def __getitem__(self, some: slice) -> Parts:
+        return Parts(self.layers[some], self.heads[some], self.groups[some])

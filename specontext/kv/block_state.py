@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.rows import gather_rows
-from specontext.kv.layout import Layout
 from specontext.kv.streams import PREFETCH, WRITE_BACK
 from specontext.kv.transfers import Transfers
 
@@ -30,17 +29,18 @@ class BlockState:
     """Rows of state, in whole rows of KV.
 
     Args:
+        before: pages of each block that hold KV.
+        page_rows: rows of a page of the host.
         each, last: numbers of a block's state; see `State`.
 
     Attributes:
         pages: of the host, for each block.
     """
 
-    def __init__(self, transfers: Transfers, layout: Layout, *, each: int, last: int) -> None:
-        self._transfers, self._sizes, self._layers = transfers, (each, last), len(layout.layers)
+    def __init__(self, transfers: Transfers, before: int, page_rows: int, *, each: int, last: int) -> None:
+        self._transfers, self._sizes, self._before, self._page_rows = transfers, (each, last), before, page_rows
         self._width = transfers.tiers.host.rows[0].numel()
         self._each_rows, self._last_rows = -(-each // self._width), -(-last // self._width)
-        self._page_rows = layout.page_size * layout.heads
         self.pages = -(-(self._each_rows + self._last_rows) // self._page_rows)
 
     def keep(self, pages: Tensor, state: State) -> None:
@@ -80,5 +80,5 @@ class BlockState:
     def _rows(self, pages: Tensor, start: int, stop: int) -> Tensor:
         """Host rows of the rows start .. stop - 1 of state, of one block after the other: int64 [blocks * rows]."""
         at = torch.arange(start, stop, device=pages.device)
-        found = pages[self._layers + at // self._page_rows] * self._page_rows + at[:, None] % self._page_rows
+        found = pages[self._before + at // self._page_rows] * self._page_rows + at[:, None] % self._page_rows
         return found.T.reshape(-1)

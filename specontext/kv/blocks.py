@@ -1,8 +1,8 @@
 """Pages of prompts on the host, copied from a seat when they are complete and into a seat that begins with the same tokens.
 
-Blocks are copies: no seat reads them, and none waits for them to be given back. A page of a block holds its rows of one layer as
-every page of KV does; behind those of the layers come pages with what else is known of its tokens (`State`). All of them
-are taken from what is free on the host and ready to be used, and are free to all others.
+Blocks are copies: no seat reads them, and none waits for them to be given back. A page of a block holds its rows of some
+layers as every page of the host does; behind those of all layers come pages with what else is known of its tokens (`State`). All
+of them are taken from what is free on the host and ready to be used, and are free to all others.
 
     keep    arena, host -> blocks     on the write-back stream, beside the next step
     bring   blocks -> arena, host     on the prefetch stream, before the seat's first step
@@ -38,10 +38,10 @@ class Blocks:
 
     def __init__(self, transfers: Transfers, host: PagePool, state: tuple[int, int]) -> None:
         self._transfers, self._free, self._prepare = transfers, host.pages, host.prepare
-        self._layers = len(transfers.resident)
-        self._state = BlockState(transfers, host.layout, each=state[0], last=state[1])
+        self._lines = len(transfers.layer_blocks.sizes)
+        self._state = BlockState(transfers, self._lines, host.page_rows, each=state[0], last=state[1])
         # The pool of the host holds the tree: with a weak reference the tables of an engine that is dropped go at once.
-        self.tree = PrefixTree(host.layout.page_size, self._layers + self._state.pages, _weak(transfers.join_copies))
+        self.tree = PrefixTree(host.layout.page_size, self._lines + self._state.pages, _weak(transfers.join_copies))
         host.pages.cache = self.tree
 
     def expect(self, blocks: int) -> None:
@@ -88,7 +88,7 @@ class Blocks:
 
     def _pages(self, blocks: Sequence[Block]) -> Tensor:
         """Pages of some blocks: int64 [pages of a block, blocks] on the device."""
-        pages, device = torch.tensor([block.pages for block in blocks], dtype=torch.int64), self._transfers.layers.device
+        pages, device = torch.tensor([block.pages for block in blocks], dtype=torch.int64), self._transfers.every.heads.device
         if device.type == "cuda":
             pages = pages.pin_memory()  # so that the host does not wait for the step that is being computed
         return pages.to(device, non_blocking=True).T
@@ -96,7 +96,7 @@ class Blocks:
     def _copy(self, pages: Tensor, seat: int, first: int, *, to_seat: bool) -> None:
         """Rows of all layers between blocks and a seat's pages from number `first` on, where each layer lives."""
         transfers, tiers, count = self._transfers, self._transfers.tiers, pages.shape[1]
-        of_blocks = replace(tiers.host, table=pages[: self._layers, None].contiguous())
+        of_blocks = replace(tiers.host, table=pages[: self._lines, None].contiguous())
         homes: list[tuple[bool, Pages, Tensor]] = [
             (any(transfers.resident), tiers.tokens, ~tiers.resident),
             (not all(transfers.resident), tiers.host, tiers.resident),

@@ -82,10 +82,10 @@ class KVCache:
         self.seats, self.hot, of_slots = held.seats, None, None
         if slots is not None and (adaptive or not all(resident)):
             self.hot = HotSlots(slots, seats=seats + 1, max_tokens=max_tokens, device=device)
-            of_slots = layout.slots(arena.rows, held.slots.table, slots.sink, slots.recent)
-        tokens, on_host = layout.pages(arena.rows, held.tokens.table), layout.pages(host.rows, held.on_host.table)
+            of_slots = arena.slots(held.slots.table, slots.sink, slots.recent)
         self.transfers = Transfers(
-            Tiers(tokens, of_slots, on_host, held.flags),
+            Tiers(arena.paged(held.tokens.table), of_slots, host.paged(held.on_host.table), held.flags),
+            layout.layer_blocks,
             held.resident,
             streams_of(device),
             adaptive=adaptive,
@@ -114,12 +114,26 @@ class KVCache:
         return self._held.next_to_leave
 
     @property
+    def next_block_to_return(self) -> list[int]:
+        """Layers of the first block on the host: its pages are given back when all of them are on the device."""
+        first = min(self.offloaded, default=None)
+        if first is None:
+            return []
+        members = self.layout.layer_blocks.members[self.layout.layer_blocks.home[first][0]]
+        return [layer for layer in members if not self._held.resident[layer]]
+
+    def fits_on_device(self, layers: int) -> bool:
+        """Whether the device has room for the tokens of all seats in so many layers more."""
+        layer = sum(self.layout.pages_of(one.room) for one in self.seats.values())
+        return layers * layer <= self.arena.pages.num_free
+
+    @property
     def move(self) -> LayerMove | None:
         return self._held.move
 
     def host_pages_for(self, tokens: int) -> int:
         """Host pages of a seat with so many tokens."""
-        return sum(self._held.pages(self._held.layers_in(Tier.HOST), tokens).values())
+        return sum(self._held.host_pages(self._held.layers_in(Tier.HOST), tokens).values())
 
     # Seats ------------------------------------------------------------------------------------------------------------
 
@@ -147,7 +161,7 @@ class KVCache:
     def close(self, seat: int) -> None:
         """Give back everything a seat holds."""
         for pages in (self._held.tokens, self._held.slots, self._held.on_host):
-            pages.release(self._held.layers, seat)
+            pages.release_all(seat)
         self.transfers.join_copies()
         if self.move is not None and self.move.copied.pop(seat, None) is not None:
             self.transfers.join(PREFETCH, WRITE_BACK)  # rows may be on their way to pages that others get next
@@ -175,15 +189,15 @@ class KVCache:
 
     def park(self, seat: int, tokens: int) -> ParkedKV | None:
         """Take a seat's KV to the host and leave the seat; None where the host has too little room, and nothing has changed."""
-        on_host, whole = self._held.on_host, self._held.pages(self._held.layers, tokens)
+        on_host, whole = self._held.on_host, self._held.host_pages(self._held.layers, tokens)
         if on_host.lacking(whole, seat) > self.host.pages.num_free:
             return None
         on_host.extend(whole, seat)
         self._copy_seat(seat, tokens, to_host=True)
-        held = [on_host.detach(layer, seat) for layer in whole]
-        for layer, count in whole.items():  # room for tokens that never came
-            self.host.pages.free(held[layer][count:])
-        parked = ParkedKV(tokens, [held[layer][:count] for layer, count in whole.items()], self.seats[seat].reader)
+        held = [on_host.detach(block, seat) for block in whole]
+        for block, count in whole.items():  # room for tokens that never came
+            self.host.pages.free(held[block][count:])
+        parked = ParkedKV(tokens, [held[block][:count] for block, count in whole.items()], self.seats[seat].reader)
         self.parked.append(parked)
         self.close(seat)
         return parked
@@ -196,12 +210,12 @@ class KVCache:
             return Tier.DEVICE
         assert self.open(seat, 0, parked.reader) is None
         held.tokens.extend(on_device, seat)
-        for layer, pages in enumerate(parked.pages):
-            held.on_host.attach(layer, seat, pages)
+        for block, pages in enumerate(parked.pages):
+            held.on_host.attach(block, seat, pages)
         self.parked = [other for other in self.parked if other is not parked]
         self.seats[seat].room = held.room_of(parked.tokens)
         self._copy_seat(seat, parked.tokens, to_host=False)
-        held.on_host.release(set(held.layers) - set(held.layers_in(Tier.HOST)), seat)
+        held.leave_host(seat)
         for layer in self.offloaded:
             self._fill_slots(layer, {seat: parked.tokens}, from_host=True)
         held.assert_pages(seat)
@@ -218,8 +232,8 @@ class KVCache:
         if not any(self._held.resident) or not tokens:
             return
         part, side = slice(0, self.layout.pages_of(tokens)), WRITE_BACK if to_host else PREFETCH
-        here = self.layout.pages(self.arena.rows, self._held.tokens.table[:, seat : seat + 1, part].contiguous())
-        there = self.layout.pages(self.host.rows, self._held.on_host.table[:, seat : seat + 1, part].contiguous())
+        here = self.arena.paged(self._held.tokens.table[:, seat : seat + 1, part].contiguous())
+        there = self.host.paged(self._held.on_host.table[:, seat : seat + 1, part].contiguous())
         source, target = (here, there) if to_host else (there, here)
         copy_pages(self.transfers, source, target, tokens, skipped=~self._held.flags, side=side)
         self.transfers.join(side)
@@ -243,15 +257,15 @@ class KVCache:
         """Take pages in the other tier for all that is stored; False where it has too few, and nothing has changed."""
         held = self._held
         assert held.move is None and held.resident[layer] == to_host
-        pages = held.on_host if to_host else held.tokens
-        wanted = {seat: held.pages([layer], one.room) for seat, one in self.seats.items()}
+        pages, pages_of = (held.on_host, held.host_pages) if to_host else (held.tokens, held.pages)
+        wanted = {seat: pages_of([layer], one.room) for seat, one in self.seats.items()}
         if sum(pages.lacking(count, seat) for seat, count in wanted.items()) > pages.pool.pages.num_free:
             return False
         try:
             for seat, count in wanted.items():
                 pages.extend(count, seat)
         except BaseException:  # the host's memory was refused
-            held.release([layer], pages)
+            held.leave(layer, Tier.HOST if to_host else Tier.DEVICE)
             raise
         held.move = LayerMove(layer, to_host)
         held.assert_pages(*self.seats)
@@ -314,7 +328,7 @@ class KVCache:
         move = self._moving
         self.transfers.join(move.side)
         self._held.move = None
-        self._held.release([move.layer], self._held.on_host if move.to_host else self._held.tokens)
+        self._held.leave(move.layer, Tier.HOST if move.to_host else Tier.DEVICE)
         self._held.assert_pages(*self.seats)
 
     @property

@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.kernels.rows import gather_rows, gather_rows_layers
+from specontext.kernels.rows import copy_pieces, gather_rows
+from specontext.kernels.slot_plan import listed
 from specontext.kernels.tables import Copies, Pages
 from specontext.kv.layout import Reader
 from specontext.kv.streams import PREFETCH, WRITE_BACK
@@ -19,22 +20,26 @@ def copy_pages(transfers: Transfers, source: Pages, target: Pages, tokens: int, 
     It happens on the stream `side`, after all that compute has been given; nothing waits for it yet.
 
     Args:
-        source, target: with page tables [L, 1, P] of these pages alone.
+        source, target: with page tables [lines, 1, P] of these pages alone.
         skipped: bool [L], layers that are passed over.
     """
     if not transfers.asynchronous:  # whole pages, as they lie: what is behind the tokens means nothing
-        rows = [pages.rows.view(-1, 2, pages.size * pages.heads * pages.rows.shape[2]) for pages in (source, target)]
-        numbers = [pages.table[~skipped].flatten() for pages in (source, target)]
-        gather_rows(rows[0], numbers[0], rows[1], numbers[1])
+        for layer, passed in enumerate(skipped.tolist()):
+            if not passed:
+                taken = _by_page(source, layer).index_select(0, source.table_of(layer)[0])
+                _by_page(target, layer).index_copy_(0, target.table_of(layer)[0], taken)
         return
-    # The gather of layers leaves the device to what is computed beside it.
     device = skipped.device
-    index = torch.arange(tokens, device=device)[None, None]
-    seat = torch.zeros(1, dtype=torch.int64, device=device)
-    head_map = torch.zeros((len(skipped), source.heads), dtype=torch.int64, device=device)
-    copies = Copies(seat, index, index, torch.ones_like(index, dtype=torch.bool), head_map)
-    with transfers.beside(side, source.table, target.table, seat, head_map, skipped, index, copies.wanted):
-        gather_rows_layers(source, target, transfers.layers, skipped, copies)
+    index = torch.arange(tokens, dtype=torch.int32, device=device)[None, None]
+    copies = Copies.of_all(torch.zeros(1, dtype=torch.int64, device=device), index, index)
+    with transfers.beside(side, source.table, target.table, skipped, *copies.tensors):
+        copy_pieces(source, target, transfers.every, skipped, copies, programs=transfers.programs)
+
+
+def _by_page(pages: Pages, layer: int) -> Tensor:
+    """The rows of a layer in every page, word by word: [pages, size, Hkv, words]."""
+    shape = (-1, pages.size, pages.heads, pages.layers.count, pages.words.shape[1])
+    return pages.words.view(shape)[:, :, :, pages.layers.homes[layer][1]]
 
 
 def copy_tokens(transfers: Transfers, layer: int, seat: int, start: int, stop: int, *, to_host: bool) -> None:
@@ -42,7 +47,8 @@ def copy_tokens(transfers: Transfers, layer: int, seat: int, start: int, stop: i
     tiers, device = transfers.tiers, transfers.tiers.resident.device
     tokens = torch.arange(start, stop, device=device)[None, None]
     seats = torch.full((1,), seat, device=device)
-    here, there = tiers.tokens.rows_of(layer, seats, tokens), tiers.host.rows_of(layer, seats, tokens)
+    # Token by token, in the order in which rows lie in both tiers.
+    here, there = (pages.rows_of(layer, seats, tokens).transpose(1, 2) for pages in (tiers.tokens, tiers.host))
     with transfers.beside(WRITE_BACK if to_host else PREFETCH, here, there):
         if to_host:
             gather_rows(tiers.tokens.rows, here, tiers.host.rows, there)
@@ -68,7 +74,7 @@ def fill_slots(transfers: Transfers, layer: int, seats: Tensor, tokens: Tensor, 
     tiers = transfers.tiers
     assert tiers.slots is not None
     slots = torch.arange(tokens.shape[2], device=tokens.device).expand_as(tokens)
-    copies = Copies(seats, tokens, slots, tokens >= 0, reader.head_map)
     none = torch.zeros_like(tiers.resident)
     source = tiers.host if from_host else tiers.tokens
-    gather_rows_layers(source, tiers.slots, transfers.layers[layer : layer + 1], none, copies)
+    copies = listed(seats, tokens, slots, tokens >= 0)
+    copy_pieces(source, tiers.slots, reader.layers.of(layer), none, copies)

@@ -32,11 +32,10 @@ def stored_tiles(transfers: Transfers, layer: int, seat: int, stop: int, tile: i
         return
     assert transfers.in_reach(layer)
     home = transfers.home(layer)
-    sizes = {"page_size": home.size, "kv_heads": home.heads}
-    pages = home.table[layer, seat, : -(-stop // home.size)]
-    buffer = tile_buffer(home.rows, min(tile, stop), **sizes)
+    pages, rows = home.table_of(layer)[seat, : -(-stop // home.size)], home.by_page(layer)
+    buffer = tile_buffer(rows, min(tile, stop))
     for bounds in tiles_of(stop, tile):
-        yield tokens_of_pages(home.rows, pages, *bounds, **sizes, buffer=buffer)
+        yield tokens_of_pages(rows, pages, *bounds, buffer=buffer)
 
 
 def read_tile(transfers: Transfers, layer: int, seats: Tensor, start: int, stop: int, ends: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,19 +64,19 @@ def read_tokens(transfers: Transfers, layer: int, seats: Tensor, tokens: Tensor)
 class DenseRead:
     """Stored tokens of some requests that a step reads in every layer.
 
+    Rows of a tile come as [R, T, Hkv], in the order in which they lie: a bus reads faster what lies close together.
+
     Attributes:
         seats: int64 [R].
         stop: the tokens 0 .. stop - 1 are read.
         tile: so many of each request at once.
         ends: int64 [R], where requests end before `stop`; None where none does.
-        by_token: a tile holds all KV heads of a token side by side [T, Hkv], as chunks read them; else [R, Hkv, T].
     """
 
     seats: Tensor
     stop: int
     tile: int
     ends: Tensor | None = None
-    by_token: bool = False
 
     @property
     def tiles(self) -> list[tuple[int, int]]:
@@ -146,4 +145,4 @@ class Staging:
         else:
             tokens = torch.where(tokens < read.ends[:, None], tokens, -1)
         rows = self._transfers.tiers.host.rows_of(layer, read.seats, tokens[:, None])
-        return (rows.transpose(1, 2) if read.by_token else rows).reshape(-1)
+        return rows.transpose(1, 2).reshape(-1)

@@ -2,12 +2,15 @@
 
 Pages of a seat:
 
-                       token pages (arena)    slot pages (arena)    host pages
+                       token pages (arena)    slot pages (arena)    in the host pages of its block
     resident layer     its tokens             -                     -
       next to leave    its tokens             reserved              -
     leaving            its tokens             reserved              filling up
     offloaded layer    -                      its slots             its tokens
     returning          filling up             its slots             its tokens
+
+On the host neighbouring layers lie side by side (`Layout.layer_blocks`): a seat has pages of a block as soon as one of its
+layers is there or on its way, and they have room for all of them.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ class Holdings:
         adaptive: slot space for the next layer to leave is always reserved.
 
     Attributes:
-        tokens, slots, on_host: pages by (layer, seat), and the tables that kernels read.
+        tokens, slots: device pages by (layer, seat), and the tables that kernels read.
+        on_host: the same on the host, by (block, seat).
         resident, flags: where layers live, for the host and for kernels.
         move: the layer that is on its way.
     """
@@ -52,7 +56,7 @@ class Holdings:
         self.resident, self.flags = list(resident), torch.tensor(list(resident), device=device)
         self.tokens = SeatPages(arena, layers, seats, width, device)
         self.slots = SeatPages(arena, layers, seats, slot_pages, device)
-        self.on_host = SeatPages(host, layers, seats, width, device)
+        self.on_host = SeatPages(host, len(self.layout.layer_blocks.sizes), seats, width, device)
         self.seats: dict[int, Seat] = {}
         self.move: LayerMove | None = None
 
@@ -82,8 +86,12 @@ class Holdings:
         return dict.fromkeys(layers, self.slot_pages) if self.slot_pages else {}
 
     def pages(self, layers: Iterable[int], tokens: int) -> dict[int, int]:
-        """Pages of so many tokens by layer."""
+        """Device pages of so many tokens by layer."""
         return {layer: self.layout.pages_for(layer, tokens) for layer in layers}
+
+    def host_pages(self, layers: Sequence[int], tokens: int) -> dict[int, int]:
+        """Host pages of so many tokens by block, in the blocks of some layers."""
+        return dict.fromkeys(self.layout.layer_blocks.of(layers), self.layout.pages_of(tokens))
 
     def room_of(self, tokens: int) -> int:
         """Tokens that the pages of so many tokens hold."""
@@ -95,7 +103,8 @@ class Holdings:
         Raises:
             HostMemoryError: the host's memory is refused; nothing is taken.
         """
-        device, host = (self.pages(self.layers_in(tier), tokens) for tier in (Tier.DEVICE, Tier.HOST))
+        device = self.pages(self.layers_in(Tier.DEVICE), tokens)
+        host = self.host_pages(self.layers_in(Tier.HOST), tokens)
         of_slots = self.slotted() if slots else {}
         if self.tokens.lacking(device, seat) + self.slots.lacking(of_slots, seat) > self.arena.num_free:
             return Tier.DEVICE
@@ -112,26 +121,36 @@ class Holdings:
         self.resident[layer] = not here
         self.flags[layer] = not here
         self.move = None
-        self.release([layer], self.tokens if here else self.on_host)
+        self.leave(layer, Tier.DEVICE if here else Tier.HOST)
         slotted = self.slotted()
         for seat in self.seats:
             self.slots.extend(slotted, seat)
-        self.release(set(self.layers) - set(slotted), self.slots)
+            self.slots.release(set(self.layers) - set(slotted), seat)
 
-    def release(self, layers: Iterable[int], pages: SeatPages) -> None:
-        """Give back the pages of all open seats in some layers."""
+    def leave(self, layer: int, tier: Tier) -> None:
+        """A layer that is in a tier no more gives back what seats had there for it alone."""
         for seat in self.seats:
-            pages.release(layers, seat)
+            if tier is Tier.DEVICE:
+                self.tokens.release([layer], seat)
+            else:
+                self.leave_host(seat)
+
+    def leave_host(self, seat: int) -> None:
+        """Give back the host pages of a seat in blocks of which no layer is there."""
+        away = self.layout.layer_blocks.of(self.layers_in(Tier.HOST))
+        self.on_host.release([block for block in range(len(self.layout.layer_blocks.sizes)) if block not in away], seat)
 
     def assert_pages(self, *seats: int) -> None:
         """What seats hold in each layer is what the table at the top of this file says."""
         slotted, device, host = self.slotted(), self.layers_in(Tier.DEVICE), self.layers_in(Tier.HOST)
-        for layer in self.layers:
-            for seat in seats:
-                count = self.layout.pages_for(layer, self.seats[seat].room)
-                assert len(self.tokens.of(layer, seat)) == (count if layer in device else 0), f"token pages of layer {layer}"
-                assert len(self.on_host.of(layer, seat)) == (count if layer in host else 0), f"host pages of layer {layer}"
+        for seat in seats:
+            room = self.seats[seat].room
+            tokens, on_host = self.pages(device, room), self.host_pages(host, room)
+            for layer in self.layers:
+                assert len(self.tokens.of(layer, seat)) == tokens.get(layer, 0), f"token pages of layer {layer}"
                 assert len(self.slots.of(layer, seat)) == slotted.get(layer, 0), f"slot pages of layer {layer}"
+            for block in range(len(self.layout.layer_blocks.sizes)):
+                assert len(self.on_host.of(block, seat)) == on_host.get(block, 0), f"host pages of block {block}"
 
     def check_integrity(self, in_arena: Iterable[list[int]], on_host: Iterable[list[int]]) -> None:
         """Raises AssertionError when a page is lost or held twice, or tables contradict each other or what layers need.

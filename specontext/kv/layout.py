@@ -2,20 +2,23 @@
 
     row     one token (or slot) of one KV head of one layer: its parts one after the other, here [K|V, D]
     entry   the rows of all KV heads of a token (or slot)
-    page    `page_size` entries of one layer
+    page    `page_size` entries: of one layer on the device, of a block of neighbouring layers on the host
+    piece   the rows of one token and KV head in the layers of a block, side by side
 
-What kernels are handed is made by `Layout.pages` and `slots`: the one place that says which rows of a pool an entry has.
+What kernels are handed is made by `PagePool.paged` and `slots` of either tier's pool, from the places that a layout gives layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from specontext.core import LoadPlan, ModelShape, Selection
-from specontext.kernels.tables import Pages, Slots
+from specontext.kernels.tables import Parts, Places
+from specontext.memory.layer_blocks import Groups, LayerBlocks, divide_layers, one_by_one
 
 
 @dataclass(frozen=True)
@@ -56,20 +59,30 @@ class LayerLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """What all layers keep, in pages of as many entries."""
+    """What all layers keep, in pages of as many entries.
+
+    Attributes:
+        layer_blocks: the layers that lie side by side on the host: of those in which every token has an entry.
+    """
 
     layers: tuple[LayerLayout, ...]
     page_size: int
+    layer_blocks: LayerBlocks
+
+    def __post_init__(self) -> None:
+        assert list(self.layer_blocks.layers) == self.full
 
     @classmethod
-    def of_shape(cls, shape: ModelShape, page_size: int) -> Layout:
-        """Keys and values of every token in every layer."""
-        parts = tuple(Part(name, shape.head_dim, shape.dtype) for name in ("key", "value"))
-        return cls((LayerLayout(parts, shape.kv_heads),) * shape.layers, page_size)
+    def of_shape(cls, shape: ModelShape, page_size: int, layer_blocks: LayerBlocks | None = None) -> Layout:
+        """Keys and values of every token in every layer; by default in blocks of layers that all read alike."""
+        kv = (Part("key", shape.head_dim, shape.dtype), Part("value", shape.head_dim, shape.dtype))
+        if layer_blocks is None:
+            layer_blocks = divide_layers(((0,),) * shape.layers, shape.row_bytes)
+        return cls((LayerLayout(kv, shape.kv_heads),) * shape.layers, page_size, layer_blocks)
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page; pages serve whichever layer takes them."""
+        """Bytes of a page of one layer; on the device pages serve whichever layer takes them."""
         return self.page_size * max(layer.entry_bytes for layer in self.layers)
 
     @property
@@ -105,13 +118,59 @@ class Layout:
         (dtype,) = {part.dtype for layer in self.layers for part in layer.parts}
         return dtype
 
-    def pages(self, rows: Tensor, table: Tensor) -> Pages:
-        """Rows of a pool and a page table, as kernels are handed them."""
-        return Pages(rows, table, self.page_size, self.heads)
+    @property
+    def by_layer(self) -> LayerBlocks:
+        """Layers each by itself, as they lie on the device."""
+        return one_by_one(len(self.layers))
 
-    def slots(self, rows: Tensor, table: Tensor, sink: int, recent: int) -> Slots:
-        """The same of slots."""
-        return Slots(rows, table, self.page_size, self.heads, sink, recent)
+
+def places_of(blocks: LayerBlocks, device: torch.device) -> Places:
+    """Where layers are in a pool that holds these blocks."""
+    homes = tuple(blocks.home[layer] for layer in blocks.layers)
+    lines, places = torch.tensor(homes, dtype=torch.int64).T.contiguous().to(device)
+    return Places(homes, lines, places, blocks.places)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockParts:
+    """What one read of the host brings: the layers of a block in which a KV head reads the same retrieval group.
+
+    With a head map that is the same for all layers of a block, a read brings the rows of all of them. Where a map was measured,
+    and a head reads another group in some of these layers, its pieces fall apart into a part for each group. (The alternative,
+    heads in another order on the host, would need that order wherever the host is read or written, serves only one of the maps
+    that requests may choose, and finds a place for every head only where a map's layers use each group equally often.)
+
+    Attributes:
+        all: parts of all blocks, block after block.
+        bounds: where each block's parts begin, and where the last one's end.
+    """
+
+    all: Parts
+    bounds: tuple[int, ...]
+
+    @classmethod
+    def of_map(cls, blocks: LayerBlocks, head_map: Sequence[Groups], device: torch.device) -> BlockParts:
+        """Parts for heads that read as a head map says."""
+        layers: list[list[int]] = []
+        heads: list[int] = []
+        groups: list[int] = []
+        bounds = [0]
+        for members in blocks.members:
+            for head in range(len(head_map[members[0]])):
+                readers: dict[int, list[int]] = {}
+                for layer in members:
+                    readers.setdefault(head_map[layer][head], []).append(layer)
+                for group, those in readers.items():
+                    layers.append(those + [-1] * (blocks.places - len(those)))
+                    heads.append(head)
+                    groups.append(group)
+            bounds.append(len(heads))
+        members_of, head_of, group_of = (torch.tensor(x, dtype=torch.int64).to(device) for x in (layers, heads, groups))
+        return cls(Parts(members_of, head_of, group_of), tuple(bounds))
+
+    def of(self, block: int) -> Parts:
+        """Parts of one block."""
+        return self.all[self.bounds[block] : self.bounds[block + 1]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,10 +180,21 @@ class Reader:
     Attributes:
         head_map: int64 [L, Hkv], retrieval group that each KV head of each layer reads.
         in_layer: each layer has a table of its own, because it selects for itself; else all read the first.
+        blocks: what is loaded together for one selection of all layers.
+        layers: the same for each layer by itself.
     """
 
     head_map: Tensor
-    in_layer: bool = False
+    in_layer: bool
+    blocks: BlockParts
+    layers: BlockParts
+
+    @classmethod
+    def of_map(cls, layout: Layout, head_map: Tensor, device: torch.device, *, in_layer: bool = False) -> Reader:
+        """The reader of a head map int64 [L, Hkv]."""
+        groups = head_map.tolist()
+        blocks, layers = (BlockParts.of_map(kind, groups, device) for kind in (layout.layer_blocks, layout.by_layer))
+        return cls(head_map.to(device), in_layer, blocks, layers)
 
     def table(self, layer: int) -> int:
         """Number of the slot table that a layer reads."""

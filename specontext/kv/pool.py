@@ -10,32 +10,49 @@ import torch
 from torch import Tensor
 
 from specontext.errors import MemoryPlanError
+from specontext.kernels.tables import Pages, Slots
 from specontext.kv.host_memory import HostMemory
-from specontext.kv.layout import Layout
+from specontext.kv.layout import Layout, places_of
+from specontext.memory.layer_blocks import LayerBlocks
 from specontext.memory.pages import PageAllocator
 
 
 class PagePool:
     """Rows of one tier and the allocator of its pages.
 
+    Args:
+        blocks: layers whose rows lie side by side in its pages.
+        device: where page tables are.
+
     Attributes:
-        rows: [pages * page_size * Hkv, 2, D].
+        rows: [pages * page_size * Hkv * places of a block, 2, D].
         memory: where the rows lie, for the host tier; None for the device's.
     """
 
-    def __init__(self, layout: Layout, num_pages: int, name: str, home: torch.device | HostMemory) -> None:
-        self.layout = layout
-        self.page_rows, self.page_bytes = layout.page_size * layout.heads, layout.page_bytes
+    def __init__(
+        self, layout: Layout, blocks: LayerBlocks, num_pages: int, name: str, device: torch.device, home: HostMemory | None = None
+    ) -> None:
+        self.layout, self.blocks, self.places = layout, blocks, places_of(blocks, device)
+        self.page_rows = layout.page_size * layout.heads * blocks.places
+        self.page_bytes = layout.page_bytes * blocks.places
         size = (num_pages * self.page_rows, *layout.row_size())
-        self.memory = home if isinstance(home, HostMemory) else None
+        self.memory = home
         ready = None if self.memory is None else partial(_ready_pages, self.memory, num_pages, self.page_bytes)
         self.pages = PageAllocator(num_pages, name, ready)
-        if isinstance(home, HostMemory):
+        if home is not None:
             self.rows = home.bytes[: num_pages * self.page_bytes].view(layout.dtype).view(size)
             home.reach(self.page_bytes)
         else:
-            self.rows = _empty(size, layout.dtype, home, name)
+            self.rows = _empty(size, layout.dtype, device, name)
         self.rows[: self.page_rows] = 0
+
+    def paged(self, table: Tensor) -> Pages:
+        """The rows with a page table int64 [blocks, seats, P], as kernels are handed them."""
+        return Pages(self.rows, table, self.layout.page_size, self.layout.heads, self.places)
+
+    def slots(self, table: Tensor, sink: int, recent: int) -> Slots:
+        """The same of slots."""
+        return Slots(self.rows, table, self.layout.page_size, self.layout.heads, self.places, sink, recent)
 
     def allocate(self, count: int) -> list[int]:
         """`count` pages whose memory is there; raises OutOfPagesError (nothing is taken) or HostMemoryError."""
@@ -99,6 +116,7 @@ def make_pools(
     Raises:
         HostMemoryError, MemoryPlanError: host or device refuse the memory.
     """
-    arena = PagePool(layout, device_pages, "device tier of KV", device)
-    memory = HostMemory(host_pages * arena.page_bytes, pinned=device.type == "cuda", directory=directory)
-    return arena, PagePool(layout, host_pages, "host tier of KV", memory)
+    arena = PagePool(layout, layout.by_layer, device_pages, "device tier of KV", device)
+    host_bytes = host_pages * layout.page_bytes * layout.layer_blocks.places
+    memory = HostMemory(host_bytes, pinned=device.type == "cuda", directory=directory)
+    return arena, PagePool(layout, layout.layer_blocks, host_pages, "host tier of KV", device, memory)

@@ -31,7 +31,7 @@ class ParkedKV:
 
     Attributes:
         tokens: tokens stored.
-        pages: host pages of every layer.
+        pages: host pages of every block of layers.
         reader: how the request reads its selections.
     """
 
@@ -64,21 +64,21 @@ class LayerMove:
 
 
 class SeatPages:
-    """Pages by (layer, seat), in the order of the tokens or slots that lie in them.
+    """Pages by (line, seat), in the order of the tokens or slots that lie in them. A line is a layer, or on the host a block.
 
     Attributes:
-        table: int64 [L, seats + 1, P] on the device, 0 (the null page) where there is none. The last row belongs to no seat: the
-            padding of a batch points at it.
+        table: int64 [lines, seats + 1, P] on the device, 0 (the null page) where there is none. The last row belongs to no seat:
+            the padding of a batch points at it.
     """
 
-    def __init__(self, pool: PagePool, layers: int, seats: int, width: int, device: torch.device) -> None:
+    def __init__(self, pool: PagePool, lines: int, seats: int, width: int, device: torch.device) -> None:
         self.pool = pool
-        self.table = torch.zeros((layers, seats + 1, max(width, 1)), dtype=torch.int64, device=device)
-        self._held: list[list[list[int]]] = [[[] for _ in range(seats)] for _ in range(layers)]
+        self.table = torch.zeros((lines, seats + 1, max(width, 1)), dtype=torch.int64, device=device)
+        self._held: list[list[list[int]]] = [[[] for _ in range(seats)] for _ in range(lines)]
 
-    def of(self, layer: int, seat: int) -> list[int]:
+    def of(self, line: int, seat: int) -> list[int]:
         """The pages, which are not to be changed."""
-        return self._held[layer][seat]
+        return self._held[line][seat]
 
     def lacking(self, wanted: Mapping[int, int], seat: int) -> int:
         """Pages that `extend` would take."""
@@ -114,6 +114,10 @@ class SeatPages:
             self._held[layer][seat] = []
         if members:
             self.table[_as_index(members), seat] = 0
+
+    def release_all(self, seat: int) -> None:
+        """Give back all pages of a seat."""
+        self.release(range(len(self._held)), seat)
 
     def detach(self, layer: int, seat: int) -> list[int]:
         """Take pages out of a seat without giving them back."""

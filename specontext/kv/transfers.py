@@ -8,38 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from specontext.errors import LoadError
-from specontext.kernels.rows import append_layer, append_tokens, fixed_slots, gather_rows_layers, ring_slots
-from specontext.kernels.slot_plan import selected_rows
+from specontext.kernels.rows import append_layer, append_pieces, append_tokens, copy_pieces, fixed_slots, ring_slots
+from specontext.kernels.slot_plan import listed, selected_rows
 from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
-from specontext.kv.layout import Reading
+from specontext.kv.layout import BlockParts, Reading
 from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK, Mark, Streams
-
-GROUPS = (1, 1, 2, 4)  # layers of the first launches of a load, so that the first layer waits little; 8 for all others
+from specontext.memory.layer_blocks import LayerBlocks
 
 
 class Transfers:
     """Moves rows between the tiers of a cache, whose tables it reads and never writes.
 
-    Attributes:
-        asynchronous: work runs beside the host, and rows of the host are out of attention's reach.
-
     Args:
+        layer_blocks: the layers that lie side by side on the host.
         resident: for every layer whether its KV is on the device; its owner keeps it up to date.
         adaptive: layers may move.
         write_through: an offloaded layer's new decode rows are on the host within the step, for those who read them there; else
             they follow for all layers at once, from the ring, while the last layer computes.
         verify: every row that attention reads from a slot is compared with the host's.
+
+    Attributes:
+        asynchronous: work runs beside the host, and rows of the host are out of attention's reach.
+        every: what is copied where all KV heads want the same entries.
+        programs: that share a copy on a GPU; None for the kernel's own number.
     """
 
     def __init__(
         self,
         tiers: Tiers,
+        layer_blocks: LayerBlocks,
         resident: Sequence[bool],
         streams: Streams | None,
         *,
@@ -47,10 +49,16 @@ class Transfers:
         write_through: bool,
         verify: bool,
     ) -> None:
-        self.tiers, self.resident = tiers, resident
+        self.tiers, self.layer_blocks, self.resident = tiers, layer_blocks, resident
         self.run_on(streams)
         self.adaptive, self.write_through, self.verify = adaptive, write_through or verify, verify
-        self.layers = torch.arange(len(resident), device=tiers.resident.device)
+        alike = [[0] * tiers.host.heads] * len(resident)
+        self.every = BlockParts.of_map(layer_blocks, alike, tiers.resident.device).all
+        self.programs: int | None = None
+        # New rows on the device, [T, Hkv, places, 2, D], until all layers of their block have computed them.
+        self._staged: dict[str, Tensor] = {}
+        members = [[*layers, *[-1] * (layer_blocks.places - len(layers))] for layers in layer_blocks.members]
+        self._members = torch.tensor(members, dtype=torch.int64).to(tiers.resident.device)
         self._loaded: list[Mark] = [None] * len(resident)
         self._written: Mark = None
         self._kept: Mark = None  # pages are being copied from seats for others to keep
@@ -102,24 +110,27 @@ class Transfers:
         """Start copying what a plan misses into its slots, for all offloaded layers or for one."""
         plan, slots, tokens = reading.plan, self.tiers.slots, reading.selection.tokens
         assert plan is not None and slots is not None
-        copies = Copies(reading.seats, tokens, plan.slots, plan.missing, reading.reader.head_map)
-        # Layers are loaded in runs first .. last - 1, all at once where nothing runs beside it.
-        runs = [(0, len(self.resident))] if layer is None else [(layer, layer + 1)]
-        if layer is None and self.asynchronous:
-            runs = self._groups()
+        parts = reading.reader.blocks
+        if layer is not None:
+            loads = [(reading.reader.layers.of(layer), [layer])]
+        elif self.asynchronous:  # block by block, so that the first layer waits little
+            loads = [(parts.of(block), list(self.layer_blocks.members[block])) for block in self._loading]
+        else:
+            loads = [(parts.all, list(self.layer_blocks.layers))]
         # Compute has read last step's slots, and has written all rows, before it comes to this.
         with self.beside(PREFETCH, reading.seats, tokens, plan.slots, plan.missing):
-            for first, last in runs:
-                gather_rows_layers(self.tiers.host, slots, self.layers[first:last], self.tiers.resident, copies)
-                self._loaded[first:last] = [self.mark(PREFETCH)] * (last - first)
+            copies = listed(reading.seats, tokens, plan.slots, plan.missing)
+            for part, layers in loads:
+                copy_pieces(self.tiers.host, slots, part, self.tiers.resident, copies, programs=self.programs)
+                mark = self.mark(PREFETCH)
+                for one in layers:
+                    self._loaded[one] = mark
 
-    def _groups(self) -> list[tuple[int, int]]:
-        """Runs of layers, small ones first, so that the first layers wait little."""
-        layers = len(self.resident)
-        bounds, sizes = [0], [*GROUPS, *[8] * layers]
-        while bounds[-1] < layers:
-            bounds.append(min(layers, bounds[-1] + sizes[len(bounds) - 1]))
-        return list(pairwise(bounds))
+    @property
+    def _loading(self) -> list[int]:
+        """Blocks that are loaded: where layers move all of them, since a captured step must serve before and after a move."""
+        blocks = range(len(self.layer_blocks.sizes))
+        return list(blocks) if self.adaptive else self.layer_blocks.of([i for i, here in enumerate(self.resident) if not here])
 
     def wait(self, layer: int) -> None:
         """What is computed from now on finds the layer's loads in their slots."""
@@ -146,7 +157,7 @@ class Transfers:
     def append(self, layer: int, new: NewTokens) -> None:
         """Store K and V of new decode tokens, one a request, where the layer lives."""
         if self.tiers.slots is None:
-            self.append_chunk(layer, new)
+            self._append_all(layer, new, "decode")
             return
         append_layer(self.tiers, layer, new, to_host=self.write_through)
         if layer == len(self.resident) - 1 and not self.write_through and self.planned:
@@ -154,16 +165,19 @@ class Transfers:
 
     def _write_back(self, seats: Tensor, positions: Tensor) -> None:
         """Copy the rows of one token a request, a sink or the newest in the ring, from all slots to the host at once."""
-        slots, tokens = self.tiers.slots, positions[:, None, None]  # [R, 1, 1]: one group, which all heads read
+        slots = self.tiers.slots
         assert slots is not None
         with self.beside(WRITE_BACK, seats, positions):
-            groups = torch.zeros((len(self.resident), slots.heads), dtype=torch.int64, device=seats.device)
-            copies = Copies(seats, fixed_slots(tokens, slots.sink, slots.recent), tokens, tokens >= 0, groups)
-            gather_rows_layers(slots, self.tiers.host, self.layers, self.tiers.resident, copies)
+            tokens = positions.int()[:, None, None]  # [R, 1, 1]: one group, which all heads read
+            copies = Copies(seats, fixed_slots(tokens, slots.sink, slots.recent), tokens, (tokens[..., 0] >= 0).int())
+            copy_pieces(slots, self.tiers.host, self.every, self.tiers.resident, copies, programs=self.programs)
         self._written = self.mark(WRITE_BACK)
 
     def append_chunk(self, layer: int, new: NewTokens) -> None:
         """The same for many tokens of prompts: what goes to the host is written while later layers compute."""
+        self._append_all(layer, new, "prompt")
+
+    def _append_all(self, layer: int, new: NewTokens, kind: str) -> None:
         tiers, slots = self.tiers, self.tiers.slots
         if self.resident[layer]:
             append_tokens(tiers.tokens, layer, new)
@@ -171,9 +185,27 @@ class Transfers:
         if slots is not None:
             kept = ring_slots(new.positions, new.lengths, slots.sink, slots.recent)
             append_tokens(slots, layer, NewTokens(new.seats, kept, new.lengths, new.key, new.value))
-        with self.beside(WRITE_BACK, new.seats, new.positions, new.key, new.value):
+        if self.asynchronous and not (kind == "decode" and self.write_through):
+            self._stage(layer, new, kind)
+        else:
             append_tokens(tiers.host, layer, new)
-        self._written = self.mark(WRITE_BACK)
+
+    def _stage(self, layer: int, new: NewTokens, kind: str) -> None:
+        """Keep the rows of an offloaded layer until those of its whole block are there, and write them as pieces then."""
+        host, (block, place) = self.tiers.host, self.layer_blocks.home[layer]
+        away = [one for one in self.layer_blocks.members[block] if not self.resident[one]]
+        if layer == away[0]:
+            shape = (*new.key.shape[:2], host.layers.count, *host.rows.shape[1:])
+            self._staged[kind] = torch.empty(shape, dtype=host.rows.dtype, device=new.key.device)
+        rows = self._staged[kind]
+        rows[:, :, place, 0], rows[:, :, place, 1] = new.key, new.value
+        if layer == away[-1]:
+            del self._staged[kind]
+            members = self._members[block]
+            wanted = (members >= 0) & ~self.tiers.resident[members.clamp(min=0)]
+            with self.beside(WRITE_BACK, new.seats, new.positions, rows, wanted):
+                append_pieces(host, block, new.seats, new.positions, rows, wanted)
+            self._written = self.mark(WRITE_BACK)
 
     def end_step(self) -> None:
         """What follows, compute and loads alike, sees all that this step wrote back."""

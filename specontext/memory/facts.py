@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from specontext.core import ModelShape
 from specontext.errors import ConfigError, ModelError
 from specontext.locations import one_sentence
+from specontext.memory.layer_blocks import LayerBlocks, divide_layers
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need them
     import torch
@@ -24,6 +26,7 @@ class HeadFacts:
     Attributes:
         parameters: numbers in its projections and norms, and in its embedding table where it does not use the model's.
         lookup_parameters: those of them in that table, of which a step reads a row for each token.
+        head_map: the group that each KV head of each layer reads; None where each reads its own number.
         heads, kv_heads, key_heads, head_dim: its own query heads, groups, keys of each token, and width.
         feature_width: numbers of the features that it reads of each token; 0 for an embedding-only head.
         state_width: numbers that it keeps of each request's last token; 0 for an embedding-only head.
@@ -41,6 +44,7 @@ class HeadFacts:
     recommended_budget: int | None = None
     source: str = ""
     lookup_parameters: int = 0
+    head_map: tuple[tuple[int, ...], ...] | None = None
 
 
 NO_HEAD = HeadFacts(parameters=0, heads=0, kv_heads=0, key_heads=0, head_dim=0, feature_width=0, state_width=0)
@@ -80,6 +84,19 @@ class ModelFacts:
     def kv_bytes_per_token(self) -> int:
         """Bytes of K and V of one token, all layers and KV heads."""
         return self.shape.kv_bytes_per_token
+
+    @cached_property
+    def layer_blocks(self) -> LayerBlocks:
+        """The layers whose rows lie side by side on the host."""
+        return divide_layers(self.head_map, self.shape.row_bytes)
+
+    @property
+    def head_map(self) -> tuple[tuple[int, ...], ...]:
+        """The group that each KV head of each layer reads: its own number where the head says nothing."""
+        groups = self.head.head_map
+        if groups is None or len(groups) != self.shape.layers:  # no engine takes the head of another model
+            return (tuple(range(self.shape.kv_heads)),) * self.shape.layers
+        return groups
 
     @property
     def key_bytes_per_token(self) -> int:

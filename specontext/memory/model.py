@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from specontext.memory.facts import ModelFacts
+from specontext.memory.layer_blocks import LayerBlocks, one_by_one
 
 MODES = ("measured", "paper")
 FLOAT16 = 2  # bytes; eq. 6-7 count models and KV in 2-byte floats, whatever they are loaded in
@@ -33,12 +35,15 @@ class KVCost:
 
     Attributes:
         layers: L.
-        resident_token: bytes that a token takes on the device in each resident layer, and on the host in each offloaded one.
+        resident_token: bytes that a token takes on the device in each resident layer, and on the host in each layer for which
+            there is room.
         common_token: bytes that a token takes on the device in any case: the retrieval head's keys.
         layer_slots: bytes of the device slots of one request in one offloaded layer.
         page_size: tokens of a page.
         spare_layers: layers beside the offloaded ones whose slots are kept free, so that a layer can be moved while requests run.
         host_fixed: bytes on the host as soon as a layer is offloaded.
+        blocks: layers that lie side by side on the host, where a block has room for all as soon as one of them is offloaded; None
+            where each lies by itself.
     """
 
     layers: int
@@ -48,10 +53,25 @@ class KVCost:
     page_size: int = 1
     spare_layers: int = 0
     host_fixed: int = 0
+    blocks: LayerBlocks | None = None
 
     def __post_init__(self) -> None:
         assert min(self.layers, self.resident_token, self.page_size) > 0
         assert min(self.common_token, self.layer_slots, self.spare_layers, self.host_fixed) >= 0
+
+    @cached_property
+    def host_blocks(self) -> LayerBlocks:
+        """How layers lie on the host."""
+        return self.blocks or one_by_one(self.layers)
+
+    @property
+    def host_page(self) -> int:
+        """Bytes of a page of the host: of all layers of a block."""
+        return self.page_size * self.resident_token * self.host_blocks.places
+
+    def host_layers(self, offloaded: int) -> int:
+        """Layers for which the host has room while the last `offloaded` ones live there."""
+        return self.host_blocks.places_away[offloaded]
 
     def slot_layers(self, offloaded: int) -> int:
         """Layers whose slots are set aside on the device."""
@@ -67,7 +87,7 @@ class KVCost:
 
     def host(self, tokens: int, offloaded: int) -> int:
         """Bytes on the host."""
-        return self.host_fixed + tokens * offloaded * self.resident_token if offloaded else 0
+        return self.host_fixed + tokens * self.host_layers(offloaded) * self.resident_token if offloaded else 0
 
     def token(self, offloaded: int) -> int:
         """Device bytes of one more token."""
@@ -201,7 +221,8 @@ def measured_model(
         layer_slots=-(-run.slots // run.page_size) * page,
         page_size=run.page_size,
         spare_layers=spare_layers,
-        host_fixed=page,
+        host_fixed=page * facts.layer_blocks.places,
+        blocks=facts.layer_blocks,
     )
     return MemoryModel("measured", fixed, kv)
 
@@ -215,14 +236,24 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
     shape, groups = facts.shape, _groups(facts, run)
     width = -(-run.max_tokens // run.page_size)
     slot_width = max(1, -(-run.slots // run.page_size))
-    pages = 8 * (shape.layers * (2 * width + slot_width) + _key_pages(facts, run))  # int64
+    blocks = len(facts.layer_blocks.sizes)
+    pages = 8 * (shape.layers * (width + slot_width) + blocks * width + _key_pages(facts, run))  # int64
     hot = run.slots - run.sink - run.recent if run.slots else 0
     slots = 4 * groups * (2 * hot + run.max_tokens) if run.slots else 0  # int32: token of a slot, its last use, slot of a token
     statistics = 4 * groups * run.selections * run.budget + 8 * (COUNTERS + shape.layers)  # int32, float64
     feature = facts.head.state_width * shape.dtype.itemsize
-    # Head map, layer numbers and flags, readers of a group, steps, counters of requests that left; of the engine, not of a seat.
-    maps = shape.layers * (8 * (shape.kv_heads + 1 + groups) + 1) + 4 * run.selections + 8 * COUNTERS
+    # Head map, flags, readers of a group, steps, counters of requests that left; of the engine, not of a seat.
+    maps = shape.layers * (8 * (shape.kv_heads + groups) + 1) + 4 * run.selections + 8 * COUNTERS
+    maps += copy_tables(facts)
     return (run.requests + 1) * (pages + run.selections * slots + statistics + feature) + maps
+
+
+def copy_tables(facts: ModelFacts) -> int:
+    """Bytes of the tables that say which layers are copied together: where they lie in both tiers, and the parts of a read for
+    heads that read alike, for the head map, and for each layer by itself."""
+    blocks, layers, heads = facts.layer_blocks, facts.shape.layers, facts.shape.kv_heads
+    reads = len(blocks.sizes) * heads + blocks.reads(facts.head_map)
+    return 8 * (reads * (blocks.places + 2) + 3 * layers * heads + len(blocks.sizes) * blocks.places + 4 * layers)
 
 
 def workspace_bytes(facts: ModelFacts, run: RunSettings) -> int:
@@ -236,7 +267,7 @@ def workspace_bytes(facts: ModelFacts, run: RunSettings) -> int:
     queries = head.heads * head.head_dim * (2 * facts.shape.dtype.itemsize + 12)
     position = 4 * (head.heads + head.kv_heads)
     counts = 4 * head.kv_heads * (1024 + 129 * min(256, -(-run.max_tokens // 1024)))
-    place = 26 * groups + 40 * facts.shape.kv_heads
+    place = 30 * groups + 40 * facts.shape.kv_heads
     return run.requests * (queries + run.max_tokens * position + counts + run.budget * place + 8 * groups * run.slots)
 
 
@@ -244,9 +275,9 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
     """Bytes of activations and library workspaces, where no profiling pass has measured them.
 
     For a step of T tokens, all at once (which errs on the large side): four hidden states, features and their copy, q, k, v
-    before and after RoPE, three feed-forward activations, two float32 attention outputs, two tiles of stored KV, logits with a
-    float32 copy and the record that penalties need, the sampler's chunk, and the workspaces of matrix products. The CUDA
-    context is no part of it.
+    before and after RoPE, three feed-forward activations, two float32 attention outputs, two tiles of stored KV, new rows of two
+    blocks of layers, logits with a float32 copy and the record that penalties need, the sampler's chunk, and the workspaces of
+    matrix products. The CUDA context is no part of it.
     """
     shape, size = facts.shape, facts.shape.dtype.itemsize
     heads = shape.query_heads * shape.head_dim
@@ -261,7 +292,14 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
     logits = run.requests * shape.vocab_size * (size + 4 + HISTORY)
     sampler = min(SAMPLER, 24 * run.requests * shape.vocab_size)
     steps = min(run.max_batched_tokens, run.requests * run.max_tokens)
-    return steps * token + tiles + logits + sampler + LIBRARIES
+    return steps * token + tiles + staged_bytes(facts, run) + logits + sampler + LIBRARIES
+
+
+def staged_bytes(facts: ModelFacts, run: RunSettings) -> int:
+    """Bytes in which the new rows of prompts wait until all layers of a block have them: of one block, and of the last one while
+    it is on its way to the host."""
+    shape, tokens = facts.shape, min(run.max_batched_tokens, run.requests * run.max_tokens)
+    return 2 * tokens * facts.layer_blocks.places * shape.kv_heads * shape.row_bytes
 
 
 def _key_pages(facts: ModelFacts, run: RunSettings) -> int:

@@ -26,7 +26,7 @@ class Tier(Enum):
 
 @dataclass(frozen=True)
 class TierSizes:
-    """Pages of both pools, null pages included, and their bytes."""
+    """Pages of both pools, null pages included, and their bytes. A page of the host has the rows of a block's layers."""
 
     device_pages: int
     host_pages: int
@@ -74,15 +74,17 @@ def size_tiers(
             f"the device tier of KV has {device_memory} bytes and needs at least {least} for one request, "
             f"{least - device_memory} more: {', or '.join(ways)}"
         )
-    host_least = page * max(1, 2 * (kv.layers if offloaded is None else offloaded))
+    host_page, blocks = kv.host_page, kv.host_blocks
+    away = kv.host_layers(kv.layers if offloaded is None else offloaded) // blocks.places
+    host_least = host_page * max(1, 2 * away)
     if host_memory < host_least:
         raise MemoryPlanError(
             f"the host tier of KV has {host_memory} bytes and needs at least {host_least}, {host_least - host_memory} more: "
             "raise --host-memory by that"
         )
     device_pages = min(_with_null(kv, tokens, seats, offloaded or 0), device_memory) // page
-    host_pages = min(page + tokens * kv.layers * kv.resident_token, host_memory) // page
-    return TierSizes(device_pages, host_pages, device_pages * page, host_pages * page)
+    host_pages = min(host_page + tokens * len(blocks.sizes) * blocks.places * kv.resident_token, host_memory) // host_page
+    return TierSizes(device_pages, host_pages, device_pages * page, host_pages * host_page)
 
 
 def _with_null(kv: KVCost, tokens: int, requests: int, offloaded: int) -> int:

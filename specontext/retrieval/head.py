@@ -282,4 +282,5 @@ def facts_of_head(config: HeadConfig, source: str = "") -> HeadFacts:
         recommended_budget=config.recommended_budget,
         source=source,
         lookup_parameters=config.table_parameters,
+        head_map=config.head_map,
     )

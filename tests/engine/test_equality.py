@@ -182,8 +182,8 @@ def test_little_memory_makes_requests_wait_and_changes_nothing(
     roomy = make_llm("llama", budget=12, offload_layers=1, max_model_len=112)
     together = max_running(roomy)
     assert tokens_of(roomy, prompts, greedy()) == alone("llama", "speculative") and max(together) == 4
-    row = roomy.shape.row_bytes * roomy.shape.kv_heads
-    host = 16 * row * 10  # 9 pages and the null page: 7 for the longest request
+    page = 16 * roomy.shape.row_bytes * roomy.shape.kv_heads * roomy.shape.layers  # of the host, with the rows of all layers
+    host = 10 * page  # 9 pages and the null page: 7 for the longest request
     tight = make_llm("llama", budget=12, offload_layers=1, max_model_len=112, host_memory=host)
     together = max_running(tight)
     assert tokens_of(tight, prompts, greedy()) == alone("llama", "speculative")
@@ -226,7 +226,7 @@ def test_slots_are_really_evicted(method: str, make_llm: MakeLLM, prompts: Promp
 def test_a_wrong_load_is_noticed_by_the_engine(
     make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specontext.kv.transfers.gather_rows_layers", lambda *_: None)
+    monkeypatch.setattr("specontext.kv.transfers.copy_pieces", lambda *_, **__: None)
     llm = make_llm("llama", budget=12, offload_layers=2, verify_loads=True)
     with pytest.raises(LoadError):
         llm.generate(prompts, greedy())

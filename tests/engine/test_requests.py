@@ -170,7 +170,8 @@ def memory_for(llm: LLM, pages: int) -> int:
 @pytest.mark.parametrize("tier", ["gpu_memory", "host_memory"])
 def test_a_request_that_could_never_run_is_refused(tier: str, llm: LLM, make_llm: MakeLLM) -> None:
     offload_layers = 0 if tier == "gpu_memory" else 1
-    small = make_llm("llama", "streaming", budget=20, offload_layers=offload_layers, **{tier: memory_for(llm, 8)}, max_num_seqs=1)
+    memory = {tier: memory_for(llm, 8 if tier == "gpu_memory" else 8 * llm.shape.layers)}  # on the host layers lie side by side
+    small = make_llm("llama", "streaming", budget=20, offload_layers=offload_layers, **memory, max_num_seqs=1)
     with pytest.raises(RequestError, match=f"raise {tier} by that"):
         small.generate([[5] * (100 if tier == "gpu_memory" else 140)])
     assert small.generate([[5] * 10])[0].token_ids

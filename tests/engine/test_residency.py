@@ -269,7 +269,7 @@ def test_statistics_go_on_after_a_preemption(make_llm: MakeLLM, prompts: Prompts
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "device", "host"),
-    [("speculative", 14, 20), ("full", 10, 25), ("full", 20, 14), ("streaming", 30, 9)],
+    [("speculative", 14, 30), ("full", 10, 30), ("full", 20, 14), ("streaming", 30, 9)],
 )
 def test_both_tiers_too_small_for_all(
     method: str, device: int, host: int, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any

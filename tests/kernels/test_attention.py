@@ -119,12 +119,12 @@ def test_cutting_a_chunk_in_two_changes_rounding_only(cut: int, dtype: torch.dty
 
 
 def in_pages(tokens: Tensor, pages: Tensor, page_size: int) -> Tensor:
-    """An arena [N, 2, D] that holds tokens [S, Hkv, 2, D] in these pages; all else is NaN."""
+    """Pages [N, page_size, Hkv, 2, D] that hold tokens [S, Hkv, 2, D]; all else is NaN."""
     count = len(tokens)
     arena = tokens.new_full((int(pages.max()) + 1, page_size, *tokens.shape[1:]), math.nan)
     at = torch.arange(count)
     arena[pages[at // page_size], at % page_size] = tokens
-    return arena.flatten(0, 2)
+    return arena
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
@@ -141,7 +141,7 @@ def test_paged_attention(
     padded = torch.nn.functional.pad(tokens, (0, 0, 0, 0, 0, 0, 0, count * page_size - width))
     arena = in_pages(padded.flatten(0, 1), numbers, page_size)
     lengths = torch.tensor([max(width - 5 * r, 0) for r in range(requests)])
-    output, lse = paged_attention(query, arena, pages, lengths, scale, page_size=page_size, kv_heads=kv_heads, tile=13)
+    output, lse = paged_attention(query, arena, pages, lengths, scale, tile=13)
     assert output.dtype == dtype and lse.dtype == torch.float32
     for r, length in enumerate(lengths.tolist()):
         for head in range(kv_heads * ratio):
@@ -149,6 +149,24 @@ def test_paged_attention(
             expected, expected_lse = naive_attention(query[r, head], seen[:, 0], seen[:, 1], scale)
             close(output[r, head], expected, dtype)
             assert lse[r, head].item() == pytest.approx(expected_lse, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_layers_that_lie_between_change_nothing(dtype: torch.dtype) -> None:
+    """Rows of one layer out of pieces with those of two others, which are not numbers: bit for bit the same result."""
+    query, pages = rand(1, 6, 64, dtype=dtype, seed=0), torch.tensor([5, 6, 7, 8, 2, 0, 1, 3, 12, 10, 11, 9, 4])
+    alone = in_pages(rand(100, 3, 2, 64, dtype=dtype, seed=1), pages, 8)
+    between = torch.full((*alone.shape[:3], 3, *alone.shape[3:]), math.nan, dtype=dtype)
+    between[:, :, :, 1] = alone
+    for of_request, length in ((pages, 100), (pages[:4], 30)):  # and pages that follow one another
+        assert torch.equal(
+            tokens_of_pages(between[:, :, :, 1], of_request, 3, length), tokens_of_pages(alone, of_request, 3, length)
+        )
+        one, other = (
+            paged_attention(query, rows, of_request[None], torch.tensor([length]), 0.2, tile=32)
+            for rows in (alone, between[:, :, :, 1])
+        )
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
@@ -162,10 +180,10 @@ def test_where_pages_lie_changes_nothing(dtype: torch.dtype) -> None:
         torch.cat((torch.arange(3, 9), torch.arange(0, 3), torch.arange(9, 13))),
     ):
         arena = in_pages(tokens, pages, 8)
-        assert torch.equal(tokens_of_pages(arena, pages, 9, 77, page_size=8, kv_heads=3), tokens[9:77])
-        results.append(paged_attention(query, arena, pages[None], torch.tensor([100]), 0.2, page_size=8, kv_heads=3, tile=32))
+        assert torch.equal(tokens_of_pages(arena, pages, 9, 77), tokens[9:77])
+        results.append(paged_attention(query, arena, pages[None], torch.tensor([100]), 0.2, tile=32))
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
-    in_place = tokens_of_pages(in_pages(tokens, torch.arange(4, 17), 8), torch.arange(4, 17), 9, 77, page_size=8, kv_heads=3)
+    in_place = tokens_of_pages(in_pages(tokens, torch.arange(4, 17), 8), torch.arange(4, 17), 9, 77)
     assert in_place.untyped_storage().nbytes() > in_place.nbytes  # a view of the arena
 
 
@@ -196,7 +214,7 @@ def test_a_query_that_sees_nothing_gives_zeros_and_minus_infinity() -> None:
     assert torch.equal(lse.isneginf(), nothing) and not output[nothing].any()
     torch.testing.assert_close(output[0, 2:], arena[3, 1].expand(2, -1))
     pages, lengths = torch.tensor([[0], [1]]), torch.tensor([0, 1])
-    output, lse = paged_attention(query, arena, pages, lengths, 1.0, page_size=1, kv_heads=2)
+    output, lse = paged_attention(query, arena.view(-1, 1, 2, *arena.shape[1:]), pages, lengths, 1.0)
     assert lse[0].isneginf().all() and not output[0].any() and lse[1].isfinite().all()
 
 
@@ -220,7 +238,7 @@ def test_a_request_gets_the_same_bits_alone_and_among_others(kv_heads: int, rati
     for kernel, numbers in (
         (lambda n: sparse_attention(query[n], arena, rows[n], 0.2), torch.arange(5)),
         (
-            lambda n: paged_attention(query[n], arena, pages[n], lengths[n], 0.2, page_size=size, kv_heads=kv_heads),
+            lambda n: paged_attention(query[n], arena.view(-1, size, kv_heads, 2, dim), pages[n], lengths[n], 0.2),
             torch.arange(5),
         ),
     ):
@@ -247,7 +265,7 @@ def test_what_lies_beyond_a_context_is_not_read() -> None:
     arena[:4].view(-1, 2, 2, 64)[:30], arena[4, :3] = tokens, tokens[:3]
     pages, lengths = torch.tensor([[0, 1, 2, 3], [4, 0, 0, 0]]), torch.tensor([30, 3])
     query = rand(1, 4, 64, dtype=torch.float32, seed=0).expand(2, -1, -1)
-    output, _ = paged_attention(query, arena.view(-1, 2, 64), pages, lengths, 0.2, page_size=8, kv_heads=2)
+    output, _ = paged_attention(query, arena.view(-1, 8, 2, 2, 64), pages, lengths, 0.2)
     for head in range(4):
         seen = tokens[:3, head // 2]
         close(output[1, head], naive_attention(query[1, head], seen[:, 0], seen[:, 1], 0.2)[0], torch.float32)

@@ -19,8 +19,9 @@ from specontext.kernels.dispatch import reference_of
 from specontext.kernels.tables import Pages, Slots, Tiers
 from specontext.kernels.triton import rows as triton_rows
 from specontext.kernels.triton import slot_plan as triton_slot_plan
-from specontext.kv.layout import Layout
+from specontext.kv.layout import Layout, places_of
 from specontext.kv.pool import make_pools
+from specontext.memory.layer_blocks import one_by_one
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 QUICK = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -60,7 +61,8 @@ def test_rows_of_both_tiers(
     resident = drawn(2, layers) == 1
     which = torch.randperm(seats, generator=generator)[:requests]
     head_map = drawn(groups, layers, kv_heads)
-    none, sizes = torch.zeros(0, device=DEVICE), (page_size, kv_heads)  # rows of pools are not looked at
+    none = torch.zeros(0, device=DEVICE)  # rows of pools are not looked at
+    sizes = (page_size, kv_heads, places_of(one_by_one(layers), DEVICE))
     here, there = Pages(none, token_pages.to(DEVICE), *sizes), Slots(none, slot_pages.to(DEVICE), *sizes, 1, 1)
     tiers = Tiers(here, there, here, resident.to(DEVICE))
     found = selected_rows(tiers, range(layers), *(x.to(DEVICE) for x in (which, head_map, tokens, slots)))
@@ -82,7 +84,7 @@ def test_rows_of_both_tiers(
 def test_rows_of_nothing(selected_rows: Function) -> None:
     nothing = torch.zeros((0, 2, 5), dtype=torch.int64, device=DEVICE)
     table, flags = torch.zeros((1, 1, 1), dtype=torch.int64, device=DEVICE), torch.ones(1, dtype=torch.bool, device=DEVICE)
-    pages = Pages(nothing, table, 4, 1)
+    pages = Pages(nothing, table, 4, 1, places_of(one_by_one(1), DEVICE))
     found = selected_rows(Tiers(pages, None, pages, flags), range(1), nothing[:, 0, 0], table[:, 0], nothing, nothing)
     assert found.shape == (1, 0, 1, 5)
 

@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 pytest.importorskip("triton")
 
 from specontext.core import ModelShape, Selection
 from specontext.kernels import dispatch, rows
-from specontext.kernels.tables import Copies, NewTokens, Pages, Slots, Tiers
+from specontext.kernels.tables import NewTokens, Pages, Slots, Tiers
 from specontext.kernels.triton import rows as triton_rows
 from specontext.kv.cache import KVCache
 from specontext.kv.hot_slots import SlotSizes
-from specontext.kv.layout import Layout, Reader
+from specontext.kv.layout import Layout, Reader, places_of
 from specontext.kv.pool import make_pools
+from specontext.memory.layer_blocks import LayerBlocks, one_by_one
 from specontext.retrieval.selector import Budget
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,71 +80,6 @@ def test_gather_of_nothing(module: Any, count: int) -> None:
     assert torch.equal(target, before)
 
 
-@both
-@QUICK
-@given(st.data(), st.integers(0, 2**31), st.sampled_from([(1, 1), (1, 3), (3, 2), (4, 4)]), st.integers(1, 5))
-def test_gather_of_all_layers(module: Any, data: st.DataObject, seed: int, heads: tuple[int, int], page_size: int) -> None:
-    """Every KV head of every layer gets its own rows of the tokens its group misses, and nothing else is written."""
-    generator = torch.Generator().manual_seed(seed)
-    (kv_heads, groups), layers, seats, pages = heads, 4, 3, 5
-    asked = data.draw(st.lists(st.integers(0, layers - 1), min_size=1, max_size=layers, unique=True))
-    resident = data.draw(st.lists(st.booleans(), min_size=layers, max_size=layers))  # these are passed over
-    chosen = data.draw(st.lists(st.integers(0, seats - 1), min_size=1, max_size=seats, unique=True))
-    width = data.draw(st.integers(1, 2 * page_size))
-    token_pages, slot_pages = (page_tables(layers, seats, n, generator) for n in (pages, pages - 2))
-    rows_of_page = page_size * kv_heads
-    source = random_rows((token_pages.numel() + 1) * rows_of_page, 3, torch.float32)
-    target = random_rows((slot_pages.numel() + 1) * rows_of_page, 3, torch.float32, seed=1)
-    head_map = torch.randint(0, groups, (layers, kv_heads), generator=generator)
-    shape = (len(chosen), groups)
-    tokens = torch.rand(*shape, pages * page_size, generator=generator).argsort(-1)[..., :width]
-    slots = torch.rand(*shape, (pages - 2) * page_size, generator=generator).argsort(-1)[..., :width]
-    missing = torch.rand(*shape, width, generator=generator) < data.draw(st.sampled_from([0.0, 0.2, 1.0]))
-    expected = target.clone()
-    for layer in [layer for layer in asked if not resident[layer]]:
-        for r, seat in enumerate(chosen):
-            for head in range(kv_heads):
-                group = head_map[layer, head]
-                for token, slot in zip(tokens[r, group][missing[r, group]], slots[r, group][missing[r, group]], strict=True):
-                    to = row_of(slot_pages[layer, seat], int(slot), head, page_size, kv_heads)
-                    expected[to] = source[row_of(token_pages[layer, seat], int(token), head, page_size, kv_heads)]
-    copies = Copies(*(x.to(DEVICE) for x in (torch.tensor(chosen), tokens, slots, missing, head_map)))
-    pages = [Pages(r, table.to(DEVICE), page_size, kv_heads) for r, table in ((source, token_pages), (target, slot_pages))]
-    where = (torch.tensor(asked, device=DEVICE), torch.tensor(resident, device=DEVICE))
-    function_of(module, "gather_rows_layers")(*pages, *where, copies)
-    assert torch.equal(target, expected)
-
-
-@pytest.mark.parametrize("dtype", FORMATS, ids=str)
-@pytest.mark.parametrize(("dim", "layers", "width"), [(80, 1, 150), (128, 2, 70), (256, 1, 33)])
-def test_gather_of_long_lists(dim: int, layers: int, width: int, dtype: torch.dtype) -> None:
-    """Lists of several tiles, split over several programs, or several lists a program."""
-    generator = torch.Generator().manual_seed(3)
-    tables = page_tables(layers, 1, 16, generator)
-    source, target = (
-        random_rows((tables.numel() + 1) * 32, dim, dtype),
-        random_rows((tables.numel() + 1) * 32, dim, dtype, seed=1),
-    )
-    tokens = torch.stack([torch.randperm(256, generator=generator)[:width] for _ in range(2)])[None]
-    slots = torch.stack([torch.randperm(256, generator=generator)[:width] for _ in range(2)])[None]
-    missing = torch.rand(tokens.shape, generator=generator) < 0.8
-    head_map = torch.tensor([[1, 0], [0, 0]])[:layers]
-    resident = torch.zeros(layers, dtype=torch.bool)
-    copies = Copies(*(x.to(DEVICE) for x in (torch.tensor([0]), tokens, slots, missing, head_map)))
-    arguments = (torch.arange(layers, device=DEVICE), resident.to(DEVICE), copies)
-    expected = target.clone()
-    of_source, of_target, of_expected = (Pages(r, tables.to(DEVICE), 16, 2) for r in (source, target, expected))
-    function_of(rows, "gather_rows_layers")(of_source, of_expected, *arguments)
-    assert not torch.equal(target, expected)
-    triton_rows.gather_rows_layers(of_source, of_target, *arguments)
-    assert torch.equal(target, expected)
-
-
-def test_more_lists_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_rows, "PROGRAMS", 1)  # and tiles that follow each other in one program
-    test_gather_of_long_lists(80, 1, 150, torch.float16)
-
-
 # Append ---------------------------------------------------------------------------------------------------------------
 
 
@@ -166,10 +101,12 @@ def test_append_to_both_tiers(module: Any, resident: bool, dim: int, kv_heads: i
     tokens to their slots as well."""
     generator = torch.Generator().manual_seed(6)
     sink, recent = 2, 3
+    block = LayerBlocks((3,), 4, (0, 1, 2))  # of the host; the layer is its second
+    in_block = places_of(block, DEVICE)
     host_pages = page_tables(1, 3, 12, generator)[0]
     token_pages, slot_pages = (1 + torch.randperm(51, generator=generator)).split((36, 15))
     token_pages, slot_pages = token_pages.view(3, 12), slot_pages.view(3, 5)
-    host = random_rows(37 * page_size * kv_heads, dim, dtype)
+    host = random_rows(37 * page_size * kv_heads * block.places, dim, dtype)
     arena = random_rows(52 * page_size * kv_heads, dim, dtype, seed=1)
     last = 12 * page_size - 1
     tokens = [(2, p, 9) for p in range(9)] + [(0, last, last + 1), (1, -1, 0)]  # seat, position, length
@@ -178,7 +115,7 @@ def test_append_to_both_tiers(module: Any, resident: bool, dim: int, kv_heads: i
     for t, (seat, position, length) in enumerate(tokens):
         for h in range(kv_heads if position >= 0 else 0):
             new = torch.stack((key[t, h], value[t, h]))
-            row = row_of(host_pages[seat], position, h, page_size, kv_heads)
+            row = row_of(host_pages[seat], position, h, page_size, kv_heads) * block.places + 1
             expected_pool[row] = new
             if resident:
                 expected_arena[row_of(token_pages[seat], position, h, page_size, kv_heads)] = new
@@ -189,13 +126,14 @@ def test_append_to_both_tiers(module: Any, resident: bool, dim: int, kv_heads: i
                 expected_arena[row_of(slot_pages[seat], slot, h, page_size, kv_heads)] = new
     seats, positions, lengths = (torch.tensor(x, device=DEVICE) for x in zip(*tokens, strict=True))
     of_host, of_tokens, of_slots = (x.to(DEVICE)[None] for x in (host_pages, token_pages, slot_pages))
-    pool, flag = host.clone(), torch.tensor([resident], device=DEVICE)
-    new, sizes = NewTokens(seats, positions, lengths, key, value), (page_size, kv_heads)
-    function_of(module, "append_tokens")(Pages(pool, of_host, *sizes), 0, new)
+    pool, flags = host.clone(), torch.tensor([not resident, resident, not resident], device=DEVICE)
+    new, sizes, alone = NewTokens(seats, positions, lengths, key, value), (page_size, kv_heads), places_of(one_by_one(3), DEVICE)
+    function_of(module, "append_tokens")(Pages(pool, of_host, *sizes, in_block), 1, new)
     assert torch.equal(pool, expected_pool)
-    slots = Slots(arena, of_slots, *sizes, sink, recent)
-    tiers = Tiers(Pages(arena, of_tokens, *sizes), slots, Pages(host, of_host, *sizes), flag)
-    function_of(module, "append_layer")(tiers, 0, new)
+    slots = Slots(arena, of_slots.expand(3, -1, -1).contiguous(), *sizes, alone, sink, recent)
+    of_layers = Pages(arena, of_tokens.expand(3, -1, -1).contiguous(), *sizes, alone)
+    tiers = Tiers(of_layers, slots, Pages(host, of_host, *sizes, in_block), flags)
+    function_of(module, "append_layer")(tiers, 1, new)
     assert torch.equal(host, expected_host) and torch.equal(arena, expected_arena)
 
 
@@ -204,7 +142,7 @@ def test_append_converts_to_the_pools_format(module: Any) -> None:
     key, value = new_tokens(4, 2, 64, torch.float32, transposed=True)
     arena = random_rows(8, 64, torch.float16)
     seats, positions = torch.zeros(4, dtype=torch.int64, device=DEVICE), torch.arange(4, device=DEVICE)
-    pages = Pages(arena, torch.zeros((1, 1, 1), dtype=torch.int64, device=DEVICE), 4, 2)
+    pages = Pages(arena, torch.zeros((1, 1, 1), dtype=torch.int64, device=DEVICE), 4, 2, places_of(one_by_one(1), DEVICE))
     function_of(module, "append_tokens")(pages, 0, NewTokens(seats, positions, positions + 1, key, value))
     assert torch.equal(arena, torch.stack((key, value), dim=2).half().view(8, 2, 64))
 
@@ -215,9 +153,10 @@ def test_append_of_nothing(module: Any) -> None:
     before, nothing = pool.clone(), torch.zeros(0, dtype=torch.int64, device=DEVICE)
     key, value = new_tokens(0, 2, 4, torch.float32, transposed=False)
     table = torch.ones((1, 1, 1), dtype=torch.int64, device=DEVICE)
-    pages, new = Pages(pool, table, 2, 2), NewTokens(nothing, nothing, nothing, key, value)
+    alone = places_of(one_by_one(1), DEVICE)
+    pages, new = Pages(pool, table, 2, 2, alone), NewTokens(nothing, nothing, nothing, key, value)
     function_of(module, "append_tokens")(pages, 0, new)
-    tiers = Tiers(pages, Slots(pool, table, 2, 2, 1, 1), pages, torch.zeros(1, dtype=torch.bool, device=DEVICE))
+    tiers = Tiers(pages, Slots(pool, table, 2, 2, alone, 1, 1), pages, torch.zeros(1, dtype=torch.bool, device=DEVICE))
     function_of(module, "append_layer")(tiers, 0, new)
     assert torch.equal(pool, before)
 
@@ -240,11 +179,12 @@ def steps_of_two_requests(in_layer: bool) -> list[Tensor]:
     """What attention reads and what is missing, step after step; layer 1 is resident."""
     generator = torch.Generator().manual_seed(7)
     layers, kv_heads, groups, budget = 3, 2, 3, Budget(9, 2, 3)
-    shape = ModelShape(layers, 8, kv_heads, kv_heads, 4, 10, 64, torch.float32)
+    layout = Layout.of_shape(ModelShape(layers, 8, kv_heads, kv_heads, 4, 10, 64, torch.float32), 4)
+    head_map = torch.randint(0, groups, (layers, kv_heads), generator=generator)
     kv = KVCache(
-        *make_pools(Layout.of_shape(shape, 4), device_pages=60, host_pages=60, device=DEVICE),
+        *make_pools(layout, device_pages=60, host_pages=60, device=DEVICE),
         resident=(False, True, False),
-        reader=Reader(torch.randint(0, groups, (layers, kv_heads), generator=generator).to(DEVICE), in_layer),
+        reader=Reader.of_map(layout, head_map, DEVICE, in_layer=in_layer),
         slots=SlotSizes(11, sink=2, recent=3, tables=layers if in_layer else 1, groups=groups),
         seats=3,
         max_tokens=48,
@@ -289,18 +229,11 @@ def steps_of_two_requests(in_layer: bool) -> list[Tensor]:
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU reads pinned memory in place")
 def test_pools_in_host_memory() -> None:
     generator = torch.Generator().manual_seed(8)
-    tables = page_tables(2, 1, 8, generator)
+    tables, alone = page_tables(2, 1, 8, generator), places_of(one_by_one(2), DEVICE)
     host = random_rows(17 * 4 * 2, 64, torch.bfloat16, pinned=True)
     plain, arena = host.to(DEVICE), random_rows(17 * 4 * 2, 64, torch.bfloat16, seed=1)
     expected = arena.clone()
-    tokens, slots = (torch.randperm(32, generator=generator)[:20].view(1, 1, 20) for _ in range(2))
-    resident, head_map = torch.tensor([False, False]), torch.zeros((2, 2), dtype=torch.int64)
-    copies = Copies(*(x.to(DEVICE) for x in (torch.tensor([0]), tokens, slots, tokens % 3 != 0, head_map)))
-    arguments = (torch.arange(2, device=DEVICE), resident.to(DEVICE), copies)
-    of_host, of_plain, of_arena, of_expected = (Pages(r, tables.to(DEVICE), 4, 2) for r in (host, plain, arena, expected))
-    rows.gather_rows_layers(of_host, of_arena, *arguments)
-    function_of(rows, "gather_rows_layers")(of_plain, of_expected, *arguments)
-    assert torch.equal(arena, expected)
+    of_host, of_plain, of_arena, of_expected = (Pages(r, tables.to(DEVICE), 4, 2, alone) for r in (host, plain, arena, expected))
     at = torch.randperm(100, generator=generator).to(DEVICE)
     rows.gather_rows(host, at, arena, at.flip(0))
     function_of(rows, "gather_rows")(plain, at, expected, at.flip(0))
@@ -312,7 +245,7 @@ def test_pools_in_host_memory() -> None:
         (rows.append_layer, of_host, of_arena),
         (function_of(rows, "append_layer"), of_plain, of_expected),
     ):
-        slot_pages = Slots(on_device.rows, on_device.table, 4, 2, 1, 2)
-        function(Tiers(on_device, slot_pages, in_host, resident.to(DEVICE)), 1, new)
+        slot_pages = Slots(on_device.rows, on_device.table, 4, 2, alone, 1, 2)
+        function(Tiers(on_device, slot_pages, in_host, torch.zeros(2, dtype=torch.bool, device=DEVICE)), 1, new)
     torch.cuda.synchronize()
     assert torch.equal(arena, expected) and torch.equal(host.to(DEVICE), plain)

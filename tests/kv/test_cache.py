@@ -22,8 +22,8 @@ from torch import Tensor
 
 from specontext.core import LoadPlan, ModelShape, Selection
 from specontext.errors import LoadError
-from specontext.kernels.rows import gather_rows_layers
-from specontext.kernels.tables import NewTokens, Pages, Slots
+from specontext.kernels.rows import copy_pieces
+from specontext.kernels.tables import NewTokens, Pages, Parts, Slots
 from specontext.kv import transfers
 from specontext.kv.cache import KVCache
 from specontext.kv.dense import read_tile, stored_tiles
@@ -31,15 +31,27 @@ from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout, Reader, Reading
 from specontext.kv.pool import make_pools
 from specontext.kv.seats import LayerMove, ParkedKV
+from specontext.memory.layer_blocks import LayerBlocks
 from specontext.memory.tiers import Tier
 from specontext.retrieval.selector import Budget
 
-LAYERS, SEATS, DIM = 3, 3, 2
+LAYERS, SEATS, DIM = 4, 3, 2
 Pair = tuple[int, int, int]  # table, seat, group
 
 
 def make_shape(kv_heads: int) -> ModelShape:
     return ModelShape(LAYERS, 8, kv_heads, kv_heads, DIM, 10, 64, torch.float32)
+
+
+def any_blocks(rng: random.Random) -> LayerBlocks:
+    """Layers that follow one another divided at random, with a place more than they need in some of the examples."""
+    sizes = [1]
+    for _ in range(LAYERS - 1):
+        if rng.random() < 0.6:
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+    return LayerBlocks(tuple(sizes), max(sizes) + (rng.random() < 0.2), tuple(range(LAYERS)))
 
 
 @dataclass
@@ -71,7 +83,9 @@ class CacheMachine(RuleBasedStateMachine):
         rng = random.Random(seed)
         kv_heads, groups = rng.choice([(1, 1), (2, 3), (3, 2), (4, 1)])
         self.shape, self.groups = make_shape(kv_heads), groups
-        self.head_map = [[rng.randrange(groups) for _ in range(kv_heads)] for _ in range(LAYERS)]
+        self.head_map = [[rng.randrange(groups) for _ in range(kv_heads)]]
+        for _ in range(LAYERS - 1):  # most heads go on reading their group from layer to layer
+            self.head_map.append([group if rng.random() < 0.7 else rng.randrange(groups) for group in self.head_map[-1]])
         self.resident = [rng.random() < 0.5 for _ in range(LAYERS)]
         self.in_layer = rng.random() < 0.4
         self.tables = LAYERS if self.in_layer else 1
@@ -83,12 +97,14 @@ class CacheMachine(RuleBasedStateMachine):
         self.adaptive = rng.random() < 0.75
         self.page_size, self.max_tokens = rng.randint(1, 5), 40
         pages = {tier: rng.choice([300, 200, 100, 40]) for tier in ("device_pages", "host_pages")}
-        arena, host = make_pools(Layout.of_shape(self.shape, self.page_size), **pages, device=torch.device("cpu"))
+        self.blocks = any_blocks(rng)
+        layout = Layout.of_shape(self.shape, self.page_size, self.blocks)
+        arena, host = make_pools(layout, **pages, device=torch.device("cpu"))
         self.kv = KVCache(
             arena,
             host,
             resident=self.resident,
-            reader=Reader(torch.tensor(self.head_map), self.in_layer),
+            reader=Reader.of_map(layout, torch.tensor(self.head_map), arena.rows.device, in_layer=self.in_layer),
             slots=SlotSizes(self.slots, sink, recent, self.tables, groups) if self.slots else None,
             seats=SEATS,
             max_tokens=self.max_tokens,
@@ -122,12 +138,17 @@ class CacheMachine(RuleBasedStateMachine):
         """Device and host pages of a seat with `count` pages of tokens in each layer: the table in `holdings.py`."""
         moving = self.move.layer if self.move is not None else -1
         last = max((layer for layer in range(LAYERS) if self.resident[layer]), default=-1)
-        device = host = 0
+        device = 0
         for layer, here in enumerate(self.resident):
             device += count * (here or layer == moving)
-            host += count * (not here or layer == moving)
             device += self.whole(self.slots) * (not here or (self.adaptive and layer == last))
-        return device, host
+        return device, count * len(self.blocks_away)
+
+    @property
+    def blocks_away(self) -> set[int]:
+        """Blocks with a layer on the host, or on its way there or back."""
+        moving = {self.move.layer} if self.move is not None else set()
+        return {self.blocks.home[layer][0] for layer in {*self.offloaded, *moving}}
 
     def free(self) -> tuple[int, int]:
         return self.kv.arena.pages.num_free, self.kv.host.pages.num_free
@@ -195,8 +216,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.park_seat(data.draw(st.sampled_from(sorted(self.who))))
 
     def park_seat(self, seat: int) -> None:
-        tokens, moving = self.length[seat], self.move.layer if self.move is not None else -1
-        new = self.whole(tokens) * sum(here and layer != moving for layer, here in enumerate(self.resident))
+        tokens = self.length[seat]
+        new = self.whole(tokens) * (len(self.blocks.sizes) - len(self.blocks_away))
         if new > self.free()[1]:
             free = self.free()
             assert self.kv.park(seat, tokens) is None and self.free() == free
@@ -216,7 +237,7 @@ class CacheMachine(RuleBasedStateMachine):
         request, tokens, parked = entry
         count = self.whole(tokens)
         device, host = self.pages_of(count)
-        if self.expect((device, host - count * LAYERS), lambda: self.kv.unpark(seat, parked)):
+        if self.expect((device, host - count * len(self.blocks.sizes)), lambda: self.kv.unpark(seat, parked)):
             self.seen["unparked"] += tokens > 0
             self.waiting = [entry for entry in self.waiting if entry[0] != request]
             self.take_seat(seat, request, tokens, count)
@@ -248,7 +269,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     def start(self, layer: int, *, to_host: bool) -> None:
         count, other = sum(self.pages.values()), Tier.HOST if to_host else Tier.DEVICE
-        needed = (0, count) if to_host else (count, 0)
+        there = self.blocks.home[layer][0] in self.blocks_away
+        needed = (0, 0 if there else count) if to_host else (count, 0)
         self.expect(needed, lambda: None if self.kv.begin_move(layer, to_host=to_host) else other)
 
     @precondition(lambda self: self.move is not None)
@@ -399,7 +421,7 @@ class CacheMachine(RuleBasedStateMachine):
             found = torch.cat(tiles) if tiles else torch.zeros(0, self.shape.kv_heads, 2, DIM)
             assert torch.equal(found, self.expected(layer, seat, range(length)))
             home = self.kv.transfers.home(layer)
-            assert (home.table[layer, seat, : self.whole(length)] > 0).all() and home.rows.shape[1:] == (2, DIM)
+            assert (home.table_of(layer)[seat, : self.whole(length)] > 0).all() and home.rows.shape[1:] == (2, DIM)
 
     def expected(self, layer: int, seat: int, tokens: Iterable[int]) -> Tensor:
         heads = range(self.shape.kv_heads)
@@ -435,22 +457,22 @@ class CacheMachine(RuleBasedStateMachine):
         selection = self.budget.compose(scored, lengths)
         loaded: list[float] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(transfers, "gather_rows_layers", self.recording(loaded))
+            patch.setattr(transfers, "copy_pieces", self.recording(loaded))
             reading = self.kv.read(torch.tensor(decodes), selection, layer)
         self.check_plan(decodes, table, layer, selection, reading.plan, loaded)
         return reading
 
     @staticmethod
     def recording(loaded: list[float]) -> Any:
-        load = transfers.gather_rows_layers
+        load = transfers.copy_pieces
 
-        def gather(source: Pages, target: Pages, *plan: Any) -> None:
+        def copy(source: Pages, target: Pages, *plan: Any, **options: Any) -> None:
             written = torch.full_like(target.rows, torch.nan)
-            gather_rows_layers(source, replace(target, rows=written), *plan)
+            copy_pieces(source, replace(target, rows=written), *plan)
             loaded.extend(number for number in written[:, 0, 0].tolist() if number == number)
-            load(source, target, *plan)
+            load(source, target, *plan, **options)
 
-        return gather
+        return copy
 
     # Checks -----------------------------------------------------------------------------------------------------------
 
@@ -523,7 +545,7 @@ class CacheMachine(RuleBasedStateMachine):
     def nothing_is_lost(self) -> None:
         self.kv.check_integrity()
         held = [self.pages_of(count) for count in self.pages.values()]
-        parked = sum(self.whole(tokens) for _, tokens, _ in self.waiting) * LAYERS
+        parked = sum(self.whole(tokens) for _, tokens, _ in self.waiting) * len(self.blocks.sizes)
         assert self.kv.arena.pages.num_held == sum(device for device, _ in held)
         assert self.kv.host.pages.num_held == sum(host for _, host in held) + parked
         assert self.kv.resident == tuple(self.resident)
@@ -579,11 +601,11 @@ def test_moves_while_requests_come_and_go() -> None:
 
 def small_kv(*, slots: int = 6, verify_loads: bool = True) -> KVCache:
     """One seat, one head, all offloaded: sink 1, recent 2, and the rest hot slots; 20 tokens are stored."""
-    shape = ModelShape(2, 8, 1, 1, DIM, 10, 64, torch.float32)
+    layout, cpu = Layout.of_shape(ModelShape(2, 8, 1, 1, DIM, 10, 64, torch.float32), 4), torch.device("cpu")
     kv = KVCache(
-        *make_pools(Layout.of_shape(shape, 4), device_pages=40, host_pages=40, device=torch.device("cpu")),
+        *make_pools(layout, device_pages=40, host_pages=40, device=cpu),
         resident=(False, False),
-        reader=Reader(torch.zeros(2, 1, dtype=torch.int64)),
+        reader=Reader.of_map(layout, torch.zeros(2, 1, dtype=torch.int64), cpu),
         slots=SlotSizes(slots, sink=1, recent=2),
         seats=1,
         max_tokens=32,
@@ -621,12 +643,12 @@ def test_a_step_reads_sinks_scored_and_recent_tokens_of_its_layer() -> None:
 
 
 def test_wrong_rows_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shifted(*arguments: Any) -> None:
+    def shifted(*arguments: Any, **_: Any) -> None:
         *before, copies = arguments
         into_slots = isinstance(before[1], Slots)
-        gather_rows_layers(*before, replace(copies, source=copies.source - 1) if into_slots else copies)
+        copy_pieces(*before, replace(copies, source=copies.source - 1) if into_slots else copies)
 
-    monkeypatch.setattr(transfers, "gather_rows_layers", shifted)
+    monkeypatch.setattr(transfers, "copy_pieces", shifted)
     with pytest.raises(LoadError, match="layer 0: a slot holds a row that differs"):
         decode(small_kv(), 20, [3, 7, 11])
     assert decode(small_kv(verify_loads=False), 20, [3, 7, 11])[0].tolist() == [0, 2, 6, 10, 19, 20]
@@ -635,7 +657,7 @@ def test_wrong_rows_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_forgotten_loads_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     kv = small_kv()
     decode(kv, 20, [3, 7, 11])
-    monkeypatch.setattr(transfers, "gather_rows_layers", lambda *_: None)
+    monkeypatch.setattr(transfers, "copy_pieces", lambda *_, **__: None)
     decode(kv, 21, [3, 7, 11])  # nothing is missing
     with pytest.raises(LoadError, match="layer 0"):
         decode(kv, 22, [3, 7, 12])
@@ -677,15 +699,16 @@ def test_spare_slots_keep_what_was_not_selected() -> None:
 def test_one_gather_serves_all_layers_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     kv, layers = small_kv(), []
 
-    def counting(*arguments: Any) -> None:
-        layers.append(arguments[2].tolist())
-        gather_rows_layers(*arguments)
+    def counting(source: Pages, target: Pages, parts: Parts, *others: Any, **options: Any) -> None:
+        if isinstance(target, Slots):
+            layers.append(parts.layers.tolist())
+        copy_pieces(source, target, parts, *others, **options)
 
-    monkeypatch.setattr(transfers, "gather_rows_layers", counting)
+    monkeypatch.setattr(transfers, "copy_pieces", counting)
     for position, scored in enumerate(([3, 7, 11], [3, 8, 12], [4, 8, 12]), start=20):
         first, second = decode(kv, position, scored)
         assert (second - first == 100).all() and first[1:4].tolist() == scored
-    assert layers == [[0, 1]] * 3
+    assert layers == [[[0, 1]]] * 3  # one part, since the layers are one block whose only head reads alike
 
 
 def test_steps_are_counted_on_the_device() -> None:

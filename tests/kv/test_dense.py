@@ -21,11 +21,11 @@ HEADS, DIM, TOKENS = 2, 4, 29
 @pytest.fixture
 def kv() -> KVCache:
     """Layer 0 resident, layer 1 offloaded; three seats of which the middle one was given back and taken again."""
-    shape = ModelShape(2, 8, HEADS, HEADS, DIM, 10, 64, torch.float32)
+    layout, cpu = Layout.of_shape(ModelShape(2, 8, HEADS, HEADS, DIM, 10, 64, torch.float32), 4), torch.device("cpu")
     kv = KVCache(
-        *make_pools(Layout.of_shape(shape, 4), device_pages=60, host_pages=60, device=torch.device("cpu")),
+        *make_pools(layout, device_pages=60, host_pages=60, device=cpu),
         resident=(True, False),
-        reader=Reader(torch.zeros(2, HEADS, dtype=torch.int64)),
+        reader=Reader.of_map(layout, torch.zeros(2, HEADS, dtype=torch.int64), cpu),
         slots=SlotSizes(6, sink=1, recent=2),
         seats=3,
         max_tokens=32,
@@ -66,9 +66,10 @@ def test_page_tables_lead_to_the_stored_tokens(layer: int, kv: KVCache) -> None:
     home = kv.transfers.home(layer)
     for seat in (2, 1):
         for token in (0, 3, 17, TOKENS - 1):
-            row = (home.table[layer, seat, token // 4] * 4 + token % 4) * HEADS
-            assert torch.equal(home.rows[row : row + HEADS], stored[seat][token])
-            assert home.rows_of(layer, torch.tensor([seat]), torch.tensor([[[token]]]))[0, :, 0].tolist() == [row, row + 1]
+            page = int(home.table_of(layer)[seat, token // 4])
+            assert torch.equal(home.by_page(layer)[page, token % 4], stored[seat][token])
+            rows = home.rows_of(layer, torch.tensor([seat]), torch.tensor([[[token]]]))[0, :, 0]
+            assert torch.equal(home.rows[rows], stored[seat][token])
 
 
 def test_staged_tiles_are_right_in_whatever_order_they_are_asked_for(kv: KVCache) -> None:
@@ -77,7 +78,7 @@ def test_staged_tiles_are_right_in_whatever_order_they_are_asked_for(kv: KVCache
     streams = RecordingStreams()
     kv.transfers.run_on(streams)
     reads = [
-        DenseRead(torch.tensor([2]), 21, 8, by_token=True),
+        DenseRead(torch.tensor([2]), 21, 8),
         DenseRead(torch.tensor([0, 1]), 13, 5, ends=torch.tensor([13, 9])),
     ]
 
@@ -88,9 +89,9 @@ def test_staged_tiles_are_right_in_whatever_order_they_are_asked_for(kv: KVCache
             if read is reads[0]:
                 assert torch.equal(rows.view(stop - start, HEADS, 2, DIM), stored[2][start:stop])
                 continue
-            for found, seat, end in zip(rows.view(2, HEADS, stop - start, 2, DIM), (0, 1), (13, 9), strict=True):
+            for found, seat, end in zip(rows.view(2, stop - start, HEADS, 2, DIM), (0, 1), (13, 9), strict=True):
                 length = max(0, min(stop, end) - start)
-                assert torch.equal(found[:, :length].transpose(0, 1), stored[seat][start : start + length])
+                assert torch.equal(found[:length], stored[seat][start : start + length])
         return count
 
     for order, fetched in ((reads, 6), (reads[::-1], 8)):

@@ -17,6 +17,7 @@ from specontext.kv.host_memory import AHEAD, HostMemory
 from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout, Reader
 from specontext.kv.pool import PagePool, make_pools
+from specontext.memory.layer_blocks import one_by_one
 
 CHUNK = 1 << 20
 
@@ -114,13 +115,14 @@ def test_pages_are_not_lost_where_their_memory_is_refused(driver: Driver, monkey
 def test_a_seat_that_cannot_grow_on_the_host_is_as_it_was(driver: Driver) -> None:
     shape = ModelShape(2, 8, 2, 2, 64, 10, 64, torch.float32)
     memory = HostMemory(8 * CHUNK, pinned=True)
-    arena, _ = make_pools(Layout.of_shape(shape, 16), device_pages=900, host_pages=1, device=torch.device("cpu"))
+    layout = one_layer_a_block(shape)
+    arena, _ = make_pools(layout, device_pages=900, host_pages=1, device=torch.device("cpu"))
     host = host_memory_pool(shape, memory, 8 * CHUNK // arena.page_bytes)
     kv = KVCache(
         arena,
         host,
         resident=(True, False),
-        reader=Reader(torch.zeros(2, 2, dtype=torch.int64)),
+        reader=Reader.of_map(layout, torch.zeros(2, 2, dtype=torch.int64), arena.rows.device),
         slots=SlotSizes(32, sink=1, recent=2),
         seats=1,
         max_tokens=8000,
@@ -135,7 +137,12 @@ def test_a_seat_that_cannot_grow_on_the_host_is_as_it_was(driver: Driver) -> Non
 
 
 def host_memory_pool(shape: ModelShape, memory: HostMemory, pages: int) -> PagePool:
-    return PagePool(Layout.of_shape(shape, 16), pages, "host tier of KV", memory)
+    layout = one_layer_a_block(shape)
+    return PagePool(layout, layout.layer_blocks, pages, "host tier of KV", torch.device("cpu"), memory)
+
+
+def one_layer_a_block(shape: ModelShape) -> Layout:
+    return Layout.of_shape(shape, 16, one_by_one(shape.layers))
 
 
 def test_memory_of_a_cpu_is_all_there_at_once() -> None:
@@ -165,4 +172,5 @@ def test_a_file_takes_the_place_of_memory_and_leaves_no_trace(tmp_path: Path) ->
 def test_a_device_that_refuses_the_memory_of_its_tier_says_so() -> None:
     shape = ModelShape(1, 8, 1, 1, 8, 10, 10, torch.float32)
     with pytest.raises(MemoryPlanError, match=r"the device tier of KV asks for \d{15} bytes .*: lower --gpu-memory"):
-        PagePool(Layout.of_shape(shape, 1 << 42), 2, "device tier of KV", torch.device("cpu"))
+        layout = Layout.of_shape(shape, 1 << 42)
+        PagePool(layout, layout.by_layer, 2, "device tier of KV", torch.device("cpu"))

@@ -7,6 +7,7 @@ import torch
 
 from specontext.core import ModelShape
 from specontext.kv.layout import LayerLayout, Layout, Part
+from specontext.memory.layer_blocks import divide_layers
 
 SHAPE = ModelShape(3, 8, 4, 2, 16, 10, 64, torch.bfloat16)
 
@@ -22,9 +23,10 @@ def test_layers_of_other_kinds() -> None:
     """A latent row with a scale for all heads, and a ring of the last seven tokens beside full layers."""
     latent = LayerLayout((Part("latent", 24, torch.float8_e4m3fn), Part("scale", 1, torch.float32)), heads=1)
     ring = LayerLayout(Layout.of_shape(SHAPE, 5).layers[0].parts, heads=2, entries=7)
-    layout = Layout((latent, ring, latent), 5)
+    layout = Layout((latent, ring, latent), 5, divide_layers([[0]] * 3, latent.row_bytes, layers=[0, 2]))
     assert latent.row_bytes == latent.entry_bytes == 28 and layout.full == [0, 2]
     assert layout.page_bytes == 5 * ring.entry_bytes, "pages serve whichever layer takes them"
     assert [layout.pages_for(1, tokens) for tokens in (4, 7, 100)] == [1, 2, 2] and layout.pages_for(2, 100) == 20
+    assert layout.layer_blocks.members == ((0, 2),), "on the host only layers whose KV grows lie side by side"
     with pytest.raises(AssertionError, match="rows of several kinds"):
         layout.row_size()

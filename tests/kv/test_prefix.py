@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specontext.core import ModelShape
 from specontext.errors import OutOfPagesError
-from specontext.kernels.tables import NewTokens
+from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Slots
 from specontext.kv import block_state, copying
 from specontext.kv.block_state import State
 from specontext.kv.cache import KVCache
@@ -26,6 +26,7 @@ from specontext.kv.pool import make_pools
 from specontext.kv.prefix_tree import Block, PrefixTree, Tokens, page_of
 from specontext.kv.streams import PREFETCH, WRITE_BACK
 from specontext.kv.transfers import Transfers
+from specontext.memory.layer_blocks import LayerBlocks
 from specontext.memory.pages import PageAllocator
 from tests.kv.test_host_memory import CHUNK, Driver, driver, host_memory_pool, settled
 from tests.kv.test_streams import RaceError, RecordingStreams, watch
@@ -35,7 +36,8 @@ __all__ = ["driver"]  # a fixture
 LAYERS, HEADS, DIM, PAGE = 3, 2, 4, 4
 EACH, LAST = 19, 11  # numbers of a block's state: 3 and 2 rows of 8, which take a page
 SHAPE = ModelShape(LAYERS, 8, HEADS, HEADS, DIM, 10, 64, torch.float32)
-BLOCK = LAYERS + 1
+SIDE_BY_SIDE = (2, 1)  # layers on the host
+BLOCK = len(SIDE_BY_SIDE) + 1
 
 
 # The tree -------------------------------------------------------------------------------------------------------------
@@ -189,16 +191,22 @@ class Bench:
     """A cache of KV whose rows say whose they are: request * 10,000 + layer * 1,000 + head * 100 + token."""
 
     def __init__(
-        self, resident: tuple[bool, ...], *, adaptive: bool = False, host_pages: int = 200, state: tuple[int, int] = (EACH, LAST)
+        self,
+        resident: tuple[bool, ...],
+        *,
+        sizes: tuple[int, ...] = SIDE_BY_SIDE,
+        adaptive: bool = False,
+        host_pages: int = 200,
+        state: tuple[int, int] = (EACH, LAST),
     ) -> None:
-        layout = Layout.of_shape(SHAPE, PAGE)
+        layout = Layout.of_shape(SHAPE, PAGE, LayerBlocks(sizes, max(sizes), tuple(range(LAYERS))))
         arena, host = make_pools(layout, device_pages=200, host_pages=host_pages, device=torch.device("cpu"))
         arena.rows.zero_()
         self.kv = KVCache(
             arena,
             host,
             resident=resident,
-            reader=Reader(torch.zeros(LAYERS, HEADS, dtype=torch.int64)),
+            reader=Reader.of_map(layout, torch.zeros(LAYERS, HEADS, dtype=torch.int64), arena.rows.device),
             slots=SlotSizes(6, sink=1, recent=3),
             seats=3,
             max_tokens=60,
@@ -260,13 +268,14 @@ KINDS = [(True, True, True), (True, True, False), (False, False, False), (False,
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1), (3,)])
 @pytest.mark.parametrize("before", KINDS)
 @pytest.mark.parametrize("after", KINDS)
 def test_rows_and_state_come_back_wherever_layers_live(
-    before: tuple[bool, ...], after: tuple[bool, ...], asynchronous: bool
+    before: tuple[bool, ...], after: tuple[bool, ...], sizes: tuple[int, ...], asynchronous: bool
 ) -> None:
     """Kept in three parts that end inside of pages; brought back all or some of them, after layers have changed their tiers."""
-    bench = Bench(before, adaptive=True)
+    bench = Bench(before, sizes=sizes, adaptive=True)
     if asynchronous:
         bench.kv.transfers.run_on(RecordingStreams())
     chain: list[Block] = []
@@ -324,7 +333,7 @@ def test_a_layer_that_is_moving(to_host: bool) -> None:
 
 def test_a_cache_without_a_head_has_pages_of_layers_only() -> None:
     bench = Bench((True, False, True), state=(0, 0))
-    assert bench.tree.block_pages == LAYERS
+    assert bench.tree.block_pages == len(SIDE_BY_SIDE)
     bench.fill(0, 1, 9)
     none = torch.zeros(2, 0)
     chain: list[Block] = []
@@ -339,22 +348,26 @@ def test_a_cache_without_a_head_has_pages_of_layers_only() -> None:
 def copied(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Rows of KV and of state that were copied."""
     counts = {"kv": 0, "state": 0}
-    gather = block_state.gather_rows
+    gather, copy = block_state.gather_rows, copying.copy_pieces
 
-    def counting(name: str, factor: int) -> Callable[..., None]:
-        def count(source: Tensor, rows: Tensor, target: Tensor, to: Tensor) -> None:
-            counts[name] += rows.numel() * factor
-            gather(source, rows, target, to)
+    def of_state(source: Tensor, rows: Tensor, target: Tensor, to: Tensor) -> None:
+        counts["state"] += rows.numel()
+        gather(source, rows, target, to)
 
-        return count
+    def of_kv(source: Pages, target: Pages, parts: Parts, skipped: Tensor, copies: Copies, **options: Any) -> None:
+        if not isinstance(target, Slots):
+            layers = (parts.layers >= 0) & ~skipped[parts.layers.clamp(min=0)]
+            counts["kv"] += int(layers.sum() * copies.counts.sum())  # one request, and one group
+        copy(source, target, parts, skipped, copies, **options)
 
-    monkeypatch.setattr(copying, "gather_rows", counting("kv", PAGE * HEADS))
-    monkeypatch.setattr(block_state, "gather_rows", counting("state", 1))
+    monkeypatch.setattr(copying, "copy_pieces", of_kv)
+    monkeypatch.setattr(block_state, "gather_rows", of_state)
     return counts
 
 
 def test_copies_cost_the_rows_of_their_pages_and_no_more(copied: dict[str, int]) -> None:
     bench = Bench((True, False, True))
+    bench.kv.transfers.run_on(RecordingStreams())
     bench.fill(0, 1, 23)
     chain: list[Block] = []
     bench.keep(0, 1, chain, 5)
@@ -459,7 +472,7 @@ def kept_and_brought(bench: Bench) -> None:
     ("who", "resident", "story"),
     [
         ("close", (True, True, True), kept_and_closed),
-        ("finish_move", (True, False, False), kept_and_moved),
+        ("finish_move", (False, True, False), kept_and_moved),
         ("give_up", (True, True, False), kept_and_dropped),
         ("bring", (True, True, False), kept_and_brought),
     ],
@@ -496,7 +509,7 @@ def test_what_is_brought_is_awaited_before_it_is_read(streams: RecordingStreams)
     streams.access("attention", bench.kv.arena.rows, rows.flatten(), write=False)
     bench.fill(1, 1, 24, 20)
     parked = bench.kv.park(1, 24)
-    assert parked is not None and len(parked.pages) == LAYERS
+    assert parked is not None and len(parked.pages) == len(SIDE_BY_SIDE)
 
 
 def test_memory_for_prompts_that_will_be_kept_is_made_ready_without_waiting(driver: Driver) -> None:

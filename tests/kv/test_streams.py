@@ -26,7 +26,7 @@ from specontext import LLM
 from specontext.engine import decode as engine_decode
 from specontext.engine import prefill as engine_prefill
 from specontext.kernels.dense_attention import ChunkAttention
-from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
+from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers
 from specontext.kv import block_state, copying, dense, transfers
 from specontext.kv.streams import COMPUTE, PREFETCH, STATISTICS, WRITE_BACK
 from tests.kv.test_cache import SEATS, CacheMachine
@@ -125,25 +125,25 @@ def changed_rows(tensors: list[Tensor], call: Callable[[], Any]) -> list[Tensor]
     return [(old != new).flatten(1).any(1).nonzero().squeeze(1) for old, new in zip(before, tensors, strict=True)]
 
 
-def rows_of_layers(pages: Pages, layers: Tensor, entries: Tensor, copies: Copies) -> Tensor:
-    """Rows of entries that are copied in some layers."""
-    found = []
-    for layer in layers.tolist():
-        for r, seat in enumerate(copies.seats.tolist()):
-            for head, group in enumerate(copies.head_map[layer].tolist()):
-                entry = entries[r, group][copies.wanted[r, group]]
-                page = pages.table[layer, seat][entry // pages.size]
-                found.append((page * pages.size + entry % pages.size) * pages.heads + head)
-    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
+def rows_of_parts(pages: Pages, parts: Parts, skipped: Tensor, entries: Tensor, copies: Copies) -> Tensor:
+    """Rows of entries that are copied in the layers of some parts."""
+    found = [torch.zeros(0, dtype=torch.int64)]
+    for layers, head, group in zip(parts.layers.tolist(), parts.heads.tolist(), parts.groups.tolist(), strict=True):
+        for layer in [layer for layer in layers if layer >= 0 and not skipped[layer]]:
+            for r in range(len(copies.seats)):
+                entry = entries[r, group, : copies.counts[r, group]]
+                found.append(pages.rows_of(layer, copies.seats[r : r + 1], entry[None, None].long())[0, head])
+    return torch.cat(found)
 
 
 def watch(streams: RecordingStreams, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels and attention tell which rows they touch."""
-    gather, layers_at_once, append, append_chunk = (
+    gather, copy, append, append_chunk, append_block = (
         dense.gather_rows,
-        transfers.gather_rows_layers,
+        transfers.copy_pieces,
         transfers.append_layer,
         transfers.append_tokens,
+        transfers.append_pieces,
     )
     sparse = engine_decode.sparse_attention
 
@@ -152,11 +152,10 @@ def watch(streams: RecordingStreams, monkeypatch: pytest.MonkeyPatch) -> None:
         streams.access("gather", target, target_rows.flatten()[source_rows.flatten() >= 0], write=True)
         gather(source, source_rows, target, target_rows)
 
-    def loading(source: Pages, target: Pages, layers: Tensor, skipped: Tensor, copies: Copies) -> None:
-        chosen = layers[~skipped[layers]]
-        streams.access("load", source.rows, rows_of_layers(source, chosen, copies.source, copies), write=False)
-        streams.access("load", target.rows, rows_of_layers(target, chosen, copies.target, copies), write=True)
-        layers_at_once(source, target, layers, skipped, copies)
+    def loading(source: Pages, target: Pages, parts: Parts, skipped: Tensor, copies: Copies, **options: Any) -> None:
+        streams.access("load", source.rows, rows_of_parts(source, parts, skipped, copies.source, copies), write=False)
+        streams.access("load", target.rows, rows_of_parts(target, parts, skipped, copies.target, copies), write=True)
+        copy(source, target, parts, skipped, copies, **options)
 
     def appending(tiers: Tiers, layer: int, new: NewTokens, **options: Any) -> None:
         pools = [tiers.host.rows, tiers.tokens.rows]
@@ -167,6 +166,11 @@ def watch(streams: RecordingStreams, monkeypatch: pytest.MonkeyPatch) -> None:
     def appending_chunk(pages: Pages, layer: int, new: NewTokens) -> None:
         [written] = changed_rows([pages.rows], lambda: append_chunk(pages, layer, new))
         streams.access("append of a chunk", pages.rows, written, write=True)
+
+    def appending_block(pages: Pages, line: int, seats: Tensor, positions: Tensor, new: Tensor, wanted: Tensor) -> None:
+        streams.access("append of a block", new, torch.arange(len(new)), write=False)
+        [written] = changed_rows([pages.rows], lambda: append_block(pages, line, seats, positions, new, wanted))
+        streams.access("append of a block", pages.rows, written, write=True)
 
     def attending(query: Tensor, buffer: Tensor, rows: Tensor, scale: float) -> Any:
         streams.access("attention", buffer, rows.flatten(), write=False)
@@ -181,9 +185,10 @@ def watch(streams: RecordingStreams, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (dense, copying, block_state):
         monkeypatch.setattr(module, "gather_rows", gathering)
     for module in (copying, transfers):
-        monkeypatch.setattr(module, "gather_rows_layers", loading)
+        monkeypatch.setattr(module, "copy_pieces", loading)
     monkeypatch.setattr(transfers, "append_layer", appending)
     monkeypatch.setattr(transfers, "append_tokens", appending_chunk)
+    monkeypatch.setattr(transfers, "append_pieces", appending_block)
     monkeypatch.setattr(engine_decode, "sparse_attention", attending)
     monkeypatch.setattr(engine_prefill, "ChunkAttention", Attending)
     monkeypatch.setattr(engine_decode, "GPU_TILE", 16)
@@ -230,6 +235,22 @@ def test_sparse_steps_and_chunks(offload_layers: int, run: Run) -> None:
 
 def test_dense_steps_through_staging_tiles(run: Run) -> None:
     assert run("full", offload_layers=2).streams_seen == {COMPUTE, PREFETCH, WRITE_BACK}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("full", {}), ("speculative", {"budget": 12, "slots": 14}), ("oracle", {"budget": 12})]
+)
+def test_what_runs_beside_the_steps_changes_no_token(
+    method: str, options: dict[str, Any], make_llm: Callable[..., LLM], prompts: list[list[int]], greedy: Callable[..., Any]
+) -> None:
+    """Staged tiles, rows of prompts that wait for their block, and loads block by block, as on a GPU."""
+    found = []
+    for beside in (False, True):
+        llm = make_llm("llama", method, max_num_batched_tokens=20, offload_layers=2, **options)
+        if beside:
+            llm.engine.parts.kv.transfers.run_on(RecordingStreams())
+        found.append([output.token_ids for output in llm.generate(prompts, [greedy(n) for n in (14, 5, 9, 12)])])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("gpu_memory", [50_000, 60_000, 90_000])

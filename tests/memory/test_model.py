@@ -78,7 +78,7 @@ def test_measured_counts_pages_slots_and_keys() -> None:
     assert parts["kv_device"] == 3 * 3 * 64 * ENTRY
     assert parts["slots"] == 3 * (1 + 1) * 48 * ENTRY  # one layer is offloaded and the slots of one more are kept free
     assert parts["keys"] == 3 * 64 * 49  # a page of 2,048 bytes holds the keys of 42 tokens, 48 bytes each, and has a rest
-    assert parts["kv_host"] == 3 * 1 * 64 * ENTRY + 16 * ENTRY  # and the null page
+    assert parts["kv_host"] == (3 * 64 + 16) * 4 * ENTRY  # all layers are one block; and the null page
     assert model.device(50, 3, 1) == sum(parts.values()) - parts["kv_host"]
     assert model.host(50, 3, 0) == 0
     assert model.by_part(50, 3, 4)["slots"] == 3 * 4 * 48 * ENTRY
@@ -98,13 +98,16 @@ def test_keys_that_groups_share_are_counted_once_and_have_to_fit_a_page() -> Non
 
 @pytest.mark.parametrize(("granularity", "groups"), [("head", 3), ("union", 1)])
 def test_tables_have_a_row_for_each_seat_and_one_for_padding(granularity: str, groups: int) -> None:
-    token_pages, slot_pages = 2 * 4 * 7 * 8, 4 * 3 * 8  # two tiers; layers, pages of 100 tokens, int64
+    token_pages, slot_pages = (4 + 1) * 7 * 8, 4 * 3 * 8  # of four layers, and of a block on the host; pages of 100 tokens, int64
     key_pages = -(-100 // (16 * ENTRY // (3 * 8 * 2))) * 8  # keys of as many tokens as a page of KV has room for
     hot_slots, slot_of_token = 2 * groups * (40 - 4 - 16) * 4, groups * 100 * 4  # int32
     last_selection, counters, feature = groups * 32 * 4, (11 + 4) * 8, 64 * 2
     row = token_pages + slot_pages + key_pages + hot_slots + slot_of_token + last_selection + counters + feature
     run = RunSettings(**(RUN.__dict__ | {"granularity": granularity}))
-    maps = 4 * (8 * (FACTS.shape.kv_heads + 1 + groups) + 1) + 4 + 11 * 8  # layers: map, numbers, readers, flags; steps; left
+    maps = 4 * (8 * (FACTS.shape.kv_heads + groups) + 1) + 4 + 11 * 8  # layers: map, readers, flags; steps; left
+    # What is copied together: a part for each KV head, its four layers, head and group, for two maps; the same of each layer by
+    # itself; the members of the block; line and place of every layer in two tiers.
+    maps += 8 * (2 * 2 * (4 + 2) + 4 * 2 * 3 + 4 + 4 * 4)
     assert table_bytes(FACTS, run) == (3 + 1) * row + maps
     assert measured_model(FACTS, run).fixed["tables"] == (3 + 1) * row + maps + 16 * ENTRY
 
@@ -128,9 +131,13 @@ def test_the_estimate_of_buffers_is_far_below_30_percent_of_a_large_model_and_gr
 
 def test_number_format_scales_weights_keys_and_kv() -> None:
     preset = PRESETS["qwen3-0.6b"]
-    half, single = (measured_model(preset.facts(d), RUN).by_part(64, 3, 2) for d in (torch.bfloat16, torch.float32))
-    for part in ("weights", "retrieval_head", "keys", "slots", "kv_device", "kv_host"):
+    models = [measured_model(preset.facts(d), RUN) for d in (torch.bfloat16, torch.float32)]
+    half, single = (model.by_part(64, 3, 4) for model in models)
+    for part in ("weights", "retrieval_head", "keys", "slots", "kv_device"):
         assert single[part] == 2 * half[part]
+    # Blocks of four and of two layers have pages of as many bytes.
+    half_page, single_page = (model.kv.host_fixed for model in models)
+    assert half_page == single_page and single["kv_host"] - single_page == 2 * (half["kv_host"] - half_page)
 
 
 # Physics --------------------------------------------------------------------------------------------------------------
@@ -179,3 +186,17 @@ def test_products_can_be_measured() -> None:
 def test_bandwidths_can_be_measured() -> None:
     found = measure_bandwidths(torch.device("cpu"), size=1 << 22)
     assert found.device > 1e8 and found.host > 1e8
+
+
+def test_the_host_has_room_for_whole_blocks() -> None:
+    """Two blocks of two layers: the last layer takes as much as the last two, and a band's layers lie by themselves."""
+    shape = replace(SHAPE, head_dim=256)  # a row of 1 KiB
+    model = measured_model(replace(FACTS, shape=shape), RUN)
+    entry = 2 * 1024
+    assert [model.kv.host(48, away) - model.kv.host_fixed for away in (1, 2, 3, 4)] == [n * 48 * entry for n in (2, 2, 4, 4)]
+    assert model.kv.host_fixed == model.kv.host_page == 16 * 2 * entry
+    mapped = replace(HEAD, head_map=((0, 1), (0, 1), (0, 1), (2, 3)))
+    banded = replace(FACTS, shape=shape, head=mapped)
+    assert banded.layer_blocks.sizes == (3, 1)
+    other = replace(HEAD, head_map=((0, 1),))  # of a model with one layer
+    assert replace(FACTS, shape=shape, head=other).layer_blocks.sizes == (2, 2)

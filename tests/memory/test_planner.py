@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from specontext.errors import MemoryPlanError
+from specontext.memory.layer_blocks import divide_layers
 from specontext.memory.model import KVCost, RunSettings, measured_model, paper_model
 from specontext.memory.planner import UNBOUNDED, MemoryPlan, ResidencyPolicy, thresholds
 from specontext.memory.presets import PRESETS
@@ -25,16 +26,23 @@ def llama(memory: int, requests: int, *, mode: str = "paper", host: int | None =
     return MemoryPlan(facts, model, requests, memory, host, length)
 
 
-costs = st.builds(
-    KVCost,
-    layers=st.integers(1, 6),
-    resident_token=st.integers(1, 40),
-    common_token=st.integers(1, 60),
-    layer_slots=st.integers(0, 2000),
-    page_size=st.sampled_from([1, 4, 16]),
-    spare_layers=st.integers(0, 1),
-    host_fixed=st.integers(0, 50),
-)
+@st.composite
+def costs_of(draw: st.DrawFn) -> KVCost:
+    layers = draw(st.integers(1, 6))
+    blocks = None if draw(st.booleans()) else divide_layers([[0]] * layers, 512, least=draw(st.sampled_from([512, 1024, 2048])))
+    return KVCost(
+        layers=layers,
+        resident_token=draw(st.integers(1, 40)),
+        common_token=draw(st.integers(1, 60)),
+        layer_slots=draw(st.integers(0, 2000)),
+        page_size=draw(st.sampled_from([1, 4, 16])),
+        spare_layers=draw(st.integers(0, 1)),
+        host_fixed=draw(st.integers(0, 50)),
+        blocks=blocks,
+    )
+
+
+costs = costs_of()
 
 
 @st.composite

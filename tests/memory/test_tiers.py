@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from specontext.errors import MemoryPlanError
 from specontext.memory import tiers
+from specontext.memory.layer_blocks import divide_layers
 from specontext.memory.model import KVCost
 from specontext.memory.tiers import TierSizes, size_tiers
 
@@ -20,12 +21,12 @@ TOKEN = 2 * 2 * 16 * 2  # KV heads, K and V, head dim, bytes
 PLENTY = 1 << 40
 
 
-def cost(*, slots: int = 40, keys: int = 40, page_size: int = 16, spare: int = 0) -> KVCost:
-    page = page_size * TOKEN
-    return KVCost(LAYERS, TOKEN, keys, -(-slots // page_size) * page, page_size, spare, host_fixed=page)
+def cost(*, slots: int = 40, keys: int = 40, page_size: int = 16, spare: int = 0, together: int = 1) -> KVCost:
+    page, blocks = page_size * TOKEN, divide_layers([[0]] * LAYERS, 1, least=together)
+    return KVCost(LAYERS, TOKEN, keys, -(-slots // page_size) * page, page_size, spare, host_fixed=page, blocks=blocks)
 
 
-def sizes(*, slots: int = 40, keys: int = 40, page_size: int = 16, **changes: Any) -> TierSizes:
+def sizes(*, slots: int = 40, keys: int = 40, page_size: int = 16, together: int = 1, **changes: Any) -> TierSizes:
     values: dict[str, Any] = {
         "offloaded": 1,
         "seats": 2,
@@ -34,7 +35,7 @@ def sizes(*, slots: int = 40, keys: int = 40, page_size: int = 16, **changes: An
         "host_memory": PLENTY,
     }
     spare = 1 if changes.get("offloaded", 1) is None and slots else 0
-    return size_tiers(cost(slots=slots, keys=keys, page_size=page_size, spare=spare), **values | changes)
+    return size_tiers(cost(slots=slots, keys=keys, page_size=page_size, spare=spare, together=together), **values | changes)
 
 
 def test_what_the_requests_need_by_hand() -> None:
@@ -63,6 +64,14 @@ def test_layers_that_may_move_have_room_in_both_tiers_and_slots_for_the_next_to_
     assert (found.device_pages, found.host_pages) == (1 + 2 * (4 * 7 + 3), 1 + 2 * 4 * 7)
 
 
+@pytest.mark.parametrize(("together", "blocks", "places"), [(2, 2, 2), (3, 1, 4), (4, 1, 4)])
+def test_pages_of_the_host_have_the_rows_of_a_block(together: int, blocks: int, places: int) -> None:
+    alone, found = sizes(offloaded=None), sizes(offloaded=None, together=together)
+    assert found.host_pages == 1 + 2 * 7 * blocks
+    assert found.host_bytes == found.host_pages * places * 16 * TOKEN
+    assert (found.device_pages, found.device_bytes) == (alone.device_pages, alone.device_bytes)
+
+
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     offloaded=st.one_of(st.none(), st.integers(0, 4)),
@@ -71,6 +80,7 @@ def test_layers_that_may_move_have_room_in_both_tiers_and_slots_for_the_next_to_
     seats=st.integers(1, 5),
     max_tokens=st.integers(1, 300),
     page_size=st.sampled_from([1, 16, 64]),
+    together=st.integers(1, 4),
     device_memory=st.integers(1, 2_000_000),
     host_memory=st.integers(1, 1_000_000),
 )

@@ -23,7 +23,7 @@ def test_a_decode_step_goes_through_few_files_and_functions(capsys: pytest.Captu
     found = json.loads(capsys.readouterr().out)
     assert found["files"] == len(found["map"]) <= 25
     assert found["functions"] == sum(map(len, found["map"].values())) <= 100
-    assert found["changes"] <= found["calls"] <= 260
+    assert found["changes"] <= found["calls"] <= 270
     for file in ("engine/decode.py", "kv/cache.py", "kv/transfers.py", "kernels/rows.py", "kernels/sparse_attention.py"):
         assert file in found["map"], "a step that loads and attends"
     assert "engine/prefill.py" not in found["map"]

@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
-from specontext.kernels.triton.slot_plan import list_flagged, row_of
+from specontext.kernels.tables import NewTokens, Pages, Tiers
+from specontext.kernels.triton.pieces import append_pieces, copy_pieces
+from specontext.kernels.triton.slot_plan import piece_of
+
+__all__ = ["append_keys", "append_layer", "append_pieces", "append_tokens", "copy_pieces", "gather_rows"]
 
 TILE_BYTES = 16384
-# Of the gather of layers. Eight fill an H100's bus; with 32 the rest of the device lost a seventh of its speed meanwhile.
-PROGRAMS = 8
 
 
 def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: Tensor) -> None:
@@ -30,60 +31,13 @@ def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows
         )
 
 
-def gather_rows_layers(source: Pages, target: Pages, layers: Tensor, skipped: Tensor, copies: Copies) -> None:
-    """See `specontext.kernels.rows.gather_rows_layers`: two launches, whatever the number of layers.
-
-    The first lists the entries that each pair wants, so that the second moves full tiles, a pair's list split over some programs.
-    Each row costs its bytes and about 40 of indices, which all layers and heads share in the caches.
-    """
-    requests, groups, width = copies.source.shape
-    readers = len(layers) * requests * source.heads
-    if not readers * width:
-        return
-    assert source.table.is_contiguous() and target.table.is_contiguous() and source.size == target.size
-    row_width, block, rows = _tile(source.rows, target.rows)
-    wanted = torch.empty((requests * groups, width), dtype=torch.int32, device=layers.device)
-    counts = torch.empty(requests * groups, dtype=torch.int32, device=layers.device)
-    flags = copies.wanted.contiguous().view(torch.uint8)
-    _list_wanted[(requests * groups,)](flags, wanted, counts, width, BLOCK=1024, num_warps=8)
-    # All programs are at one layer and request at a time: a bus that reads at random needs a table that stays in its cache.
-    splits = min(triton.cdiv(PROGRAMS, source.heads), triton.cdiv(width, rows))
-    _gather_layers[(min(readers * splits, PROGRAMS),)](
-        source.rows,
-        target.rows,
-        source.table,
-        target.table,
-        layers.contiguous(),
-        copies.seats.contiguous(),
-        copies.head_map.contiguous(),
-        skipped.view(torch.uint8),
-        copies.source.contiguous(),
-        copies.target.contiguous(),
-        wanted,
-        counts,
-        readers * splits,
-        splits,
-        requests,
-        groups,
-        width,
-        source.table.shape[1],
-        source.table.shape[2],
-        target.table.shape[2],
-        PAGE=source.size,
-        HEADS=source.heads,
-        WIDTH=row_width,
-        BLOCK=block,
-        ROWS=rows,
-    )
-
-
 def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
     """See `specontext.kernels.rows.append_tokens`."""
     key, value = _dense_last(new.key), _dense_last(new.value)
     tokens, heads, head_dim = key.shape
     if not tokens:
         return
-    table = pages.table[layer]
+    table, (_, place) = pages.table_of(layer), pages.layers.homes[layer]
     assert table.is_contiguous() and pages.rows.is_contiguous()
     block, rows = _append_tile(key)
     _append_to_pages[(triton.cdiv(tokens * heads, rows),)](
@@ -99,7 +53,9 @@ def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
         key.stride(1),
         value.stride(0),
         value.stride(1),
+        place,
         PAGE=pages.size,
+        PLACES=pages.layers.count,
         HEADS=heads,
         DIM=head_dim,
         BLOCK=block,
@@ -115,7 +71,7 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
         return
     host, device, slots = tiers.host, tiers.tokens, tiers.slots
     assert slots is not None
-    tables = [pages.table[layer] for pages in (host, device, slots)]
+    tables = [pages.table_of(layer) for pages in (host, device, slots)]
     assert all(x.is_contiguous() for x in (host.rows, device.rows, *tables))
     block, rows = _append_tile(key)
     _append_to_tier[(triton.cdiv(tokens * heads, rows),)](
@@ -136,7 +92,9 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
         value.stride(1),
         slots.sink,
         slots.recent,
+        host.layers.homes[layer][1],
         PAGE=device.size,
+        PLACES=host.layers.count,
         TO_HOST=to_host,
         HEADS=heads,
         DIM=head_dim,
@@ -203,38 +161,6 @@ def _gather(source, source_rows, target, target_rows, count, WIDTH: tl.constexpr
 
 
 @triton.jit
-def _list_wanted(flags, wanted, counts, width, BLOCK: tl.constexpr):
-    pair = tl.program_id(0)
-    first = pair.to(tl.int64) * width
-    tl.store(counts + pair, list_flagged(flags + first, width, wanted + first, BLOCK))
-
-
-@triton.jit(do_not_specialize=["items", "splits", "requests", "seat_count", "source_width", "target_width"])
-def _gather_layers(
-    source, target, source_pages, target_pages, layers, seats, head_map, skipped, source_entries, target_entries, wanted, counts,
-    items, splits, requests, groups, width, seat_count, source_width, target_width,
-    PAGE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        reader = item // splits
-        head = reader % HEADS
-        request = reader // HEADS % requests
-        layer = tl.load(layers + reader // HEADS // requests).to(tl.int64)
-        pair = request * groups + tl.load(head_map + layer * HEADS + head).to(tl.int64)
-        seat = layer * seat_count + tl.load(seats + request).to(tl.int64)
-        count = tl.where(tl.load(skipped + layer) != 0, 0, tl.load(counts + pair))
-        for first in range(item % splits * ROWS, count, splits * ROWS):
-            place = first + tl.arange(0, ROWS)
-            live = place < count
-            at = pair * width + tl.load(wanted + pair * width + place, mask=live, other=0)
-            source_entry = tl.load(source_entries + at, mask=live, other=0).to(tl.int64)
-            target_entry = tl.load(target_entries + at, mask=live, other=0).to(tl.int64)
-            source_row = row_of(source_pages + seat * source_width, source_entry, head, live, PAGE, HEADS)
-            target_row = row_of(target_pages + seat * target_width, target_entry, head, live, PAGE, HEADS)
-            _copy(source, source_row, target, target_row, live, WIDTH, BLOCK)
-
-
-@triton.jit
 def _write(pool, row, key, value, live, DIM: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)[None, :]
     mask = live[:, None] & (column < DIM)
@@ -250,11 +176,11 @@ def _read(new, token, head, token_stride, head_stride, live, DIM: tl.constexpr, 
     return tl.load(new + (token * token_stride + head * head_stride)[:, None] + column, mask=mask)
 
 
-@triton.jit(do_not_specialize=["count", "page_width"])
+@triton.jit(do_not_specialize=["count", "page_width", "place"])
 def _append_to_pages(
     pool, pages, seats, positions, key, value,
-    count, page_width, key_token, key_head, value_token, value_head,
-    PAGE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    count, page_width, key_token, key_head, value_token, value_head, place,
+    PAGE: tl.constexpr, PLACES: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = at // HEADS, at % HEADS
@@ -263,15 +189,16 @@ def _append_to_pages(
     seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
     new_key = _read(key, token, head, key_token, key_head, live, DIM, BLOCK)
     new_value = _read(value, token, head, value_token, value_head, live, DIM, BLOCK)
-    row = row_of(pages + seat * page_width, position, head, live, PAGE, HEADS)
+    row = piece_of(pages + seat * page_width, position, head, live, PAGE, HEADS) * PLACES + place
     _write(pool, row, new_key, new_value, live, DIM, BLOCK)
 
 
-@triton.jit(do_not_specialize=["count", "host_width", "token_width", "slot_width", "sink", "recent"])
+@triton.jit(do_not_specialize=["count", "host_width", "token_width", "slot_width", "sink", "recent", "place"])
 def _append_to_tier(
     host, arena, host_pages, token_pages, slot_pages, resident, seats, positions, lengths, key, value,
-    count, host_width, token_width, slot_width, key_token, key_head, value_token, value_head, sink, recent,
-    PAGE: tl.constexpr, TO_HOST: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    count, host_width, token_width, slot_width, key_token, key_head, value_token, value_head, sink, recent, place,
+    PAGE: tl.constexpr, PLACES: tl.constexpr, TO_HOST: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = at // HEADS, at % HEADS
@@ -281,16 +208,16 @@ def _append_to_tier(
     new_key = _read(key, token, head, key_token, key_head, live, DIM, BLOCK)
     new_value = _read(value, token, head, value_token, value_head, live, DIM, BLOCK)
     if tl.load(resident) != 0:
-        row = row_of(token_pages + seat * token_width, position, head, live, PAGE, HEADS)
+        row = piece_of(token_pages + seat * token_width, position, head, live, PAGE, HEADS)
         _write(arena, row, new_key, new_value, live, DIM, BLOCK)
     else:
         if TO_HOST:
-            row = row_of(host_pages + seat * host_width, position, head, live, PAGE, HEADS)
+            row = piece_of(host_pages + seat * host_width, position, head, live, PAGE, HEADS) * PLACES + place
             _write(host, row, new_key, new_value, live, DIM, BLOCK)
         length = tl.load(lengths + token, mask=live, other=0).to(tl.int64)
         kept = live & ((position < sink) | (position >= length - recent))
         slot = tl.where(position < sink, position, sink + position % recent)
-        row = row_of(slot_pages + seat * slot_width, slot, head, kept, PAGE, HEADS)
+        row = piece_of(slot_pages + seat * slot_width, slot, head, kept, PAGE, HEADS)
         _write(arena, row, new_key, new_value, kept, DIM, BLOCK)
 
 

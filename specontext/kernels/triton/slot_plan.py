@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specontext.kernels.tables import Tiers
+from specontext.kernels.tables import Copies, Tiers
 
 ROWS = 1024  # entries of one program that makes row numbers
 
@@ -68,6 +68,18 @@ def plan_slots(
     return slots, missing
 
 
+def listed(seats: Tensor, source: Tensor, target: Tensor, wanted: Tensor) -> Copies:
+    """See `specontext.kernels.slot_plan.listed`."""
+    requests, groups, width = wanted.shape
+    lists = torch.empty((2, requests, groups, width), dtype=torch.int32, device=wanted.device)
+    counts = torch.empty((requests, groups), dtype=torch.int32, device=wanted.device)
+    if counts.numel():
+        flags = wanted.contiguous().view(torch.uint8)
+        source, target = source.contiguous(), target.contiguous()
+        _list_wanted[(requests * groups,)](flags, source, target, lists[0], lists[1], counts, width, BLOCK=1024, num_warps=8)
+    return Copies(seats, lists[0], lists[1], counts)
+
+
 def selected_rows(tiers: Tiers, layers: range, seats: Tensor, head_map: Tensor, tokens: Tensor, slots: Tensor) -> Tensor:
     """See `specontext.kernels.slot_plan.selected_rows`; int32, which every arena of fewer than 2 ** 31 rows fits. In one
     launch, per entry 8 bytes are read for a group, and 4 written for a KV head."""
@@ -109,6 +121,22 @@ def list_flagged(flags, width, positions, BLOCK: tl.constexpr):
         tl.store(positions + count + tl.cumsum(one, 0) - one, place, mask=flag)
         count += tl.sum(one, 0)
     return count
+
+
+@triton.jit
+def _list_wanted(wanted, source, target, source_list, target_list, counts, width, BLOCK: tl.constexpr):
+    pair = tl.program_id(0).to(tl.int64)
+    first = pair * width
+    count = tl.full((), 0, tl.int32)
+    for start in range(0, width, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        flag = tl.load(wanted + first + place, mask=place < width, other=0) != 0
+        one = flag.to(tl.int32)
+        to = first + count + tl.cumsum(one, 0) - one
+        tl.store(source_list + to, tl.load(source + first + place, mask=flag, other=0).to(tl.int32), mask=flag)
+        tl.store(target_list + to, tl.load(target + first + place, mask=flag, other=0).to(tl.int32), mask=flag)
+        count += tl.sum(one, 0)
+    tl.store(counts + pair, count)
 
 
 @triton.jit
@@ -189,8 +217,8 @@ def _assign(
 
 
 @triton.jit
-def row_of(pages, entry, head, live, PAGE: tl.constexpr, HEADS: tl.constexpr):
-    """The row of an entry of a seat and layer, from its line of the page table: see `specontext.kernels.tables.Pages`."""
+def piece_of(pages, entry, head, live, PAGE: tl.constexpr, HEADS: tl.constexpr):
+    """The piece of an entry of a seat, from the seat's pages: see `specontext.kernels.tables.Pages`."""
     page = tl.load(pages + entry // PAGE, mask=live, other=0).to(tl.int64)
     return (page * PAGE + entry % PAGE) * HEADS + head
 
@@ -211,9 +239,9 @@ def _rows(
     inside = column < width
     if tl.load(resident + layer) != 0:
         entry = tl.load(tokens + pair * width + column, mask=inside, other=-1)
-        row = row_of(token_pages + seat * token_width, entry, head, entry >= 0, PAGE, HEADS)
+        row = piece_of(token_pages + seat * token_width, entry, head, entry >= 0, PAGE, HEADS)
     else:
         entry = tl.load(slots + pair * width + column, mask=inside, other=-1)
-        row = row_of(slot_pages + seat * slot_width, entry, head, entry >= 0, PAGE, HEADS)
+        row = piece_of(slot_pages + seat * slot_width, entry, head, entry >= 0, PAGE, HEADS)
     row = tl.where(entry >= 0, row, -1)
     tl.store(rows + reader.to(tl.int64) * width + column, row.to(tl.int32), mask=inside)
