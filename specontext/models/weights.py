@@ -21,7 +21,6 @@ from specontext.errors import ModelError
 from specontext.locations import folder_of, one_sentence
 from specontext.models.attention import ATTENTION_NAME
 
-ADAPTER = "adapter_config.json"
 SCALES = re.compile(r"scale|zero|qweight|g_idx|absmax|quant|packed|amax")  # in the names of what quantised weights come with
 NEXT_TOKENS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 NEXT_TOKEN_PART = re.compile(r"(^|\.)mtp(_\w+)?\.")  # layers that predict further tokens, which no decoder here runs
