@@ -24,6 +24,7 @@ from specontext.integrations.ray_serve.replica import EngineReplica
 NAME = "specontext"  # of the application in Ray Serve
 _ROUTER = "specontext.integrations.ray_serve.router.PrefixRouter"
 _SCALE = "specontext.integrations.ray_serve.scaling:scale"
+_LOGGING = {"log_level": "WARNING", "enable_access_log": False}  # replicas write the lines of requests
 _MORE = 64  # calls beside those that run and wait in an engine: what is refused, models, token counts
 _TRIES = 3  # at starting a replica; what does not fit does not fit later either
 
@@ -33,7 +34,7 @@ class DeployError(SpeContextError):
 
 
 def application(engine: EngineConfig, config: DeployConfig) -> Application:
-    """What Ray Serve runs: replicas of an engine, and what stands before them; needs a cluster only for `replica_gpus` of None."""
+    """What Ray Serve runs: replicas of an engine, and what stands before them; where `replica_gpus` is None, asks the cluster."""
     replicas = serve.deployment(
         EngineReplica,
         name="Replica",
@@ -93,21 +94,24 @@ def shortage(engine: EngineConfig, config: DeployConfig) -> str | None:
 
 
 def run(engine: EngineConfig, config: DeployConfig) -> str:
-    """Run an application in place of what an earlier call has put there, one replica after the other; its address, once it is ready.
+    """Run an application, in place of an earlier one replica by replica; its address, once it is ready.
 
     Raises:
         DeployError: another address of Ray Serve, or replicas that do not start.
     """
     config.read_chat_template()  # what can fail at once comes first
-    serve.start(http_options={"host": config.host, "port": config.port}, proxy_location="EveryNode")
+    try:
+        serve.start(http_options={"host": config.host, "port": config.port}, proxy_location="EveryNode", logging_config=_LOGGING)
+    except RuntimeError as error:
+        raise DeployError(f"Ray Serve did not start: {_reason(str(error))}") from error
     now = _get_global_client().http_config
     if (now.host, now.port) != (config.host, config.port):
         raise DeployError(
-            f"Ray Serve listens on {now.host}:{now.port} in this cluster: deploy with --host {now.host} --port {now.port}, or end "
-            "it with `serve shutdown`"
+            f"Ray Serve listens on {now.host}:{now.port} in this cluster: deploy with --host {now.host} --port {now.port}, "
+            "or end it with `serve shutdown`"
         )
     try:
-        serve.run(application(engine, config), name=NAME, route_prefix="/")
+        serve.run(application(engine, config), name=NAME, route_prefix="/", logging_config=_LOGGING)
     except RuntimeError as error:
         raise DeployError(f"the replicas did not start: {_reason(str(error))}") from error
     return f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{config.port}"

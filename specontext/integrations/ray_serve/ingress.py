@@ -43,10 +43,10 @@ class Ingress:
         app: ASGIApp = self._serve
         for guard in reversed(guards(config, log=False, refused=lambda code: None)):  # replicas write the lines of requests
             app = guard.cls(app, *guard.args, **guard.kwargs)
-        self.app = app
+        self._guarded = app
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return _WithoutLifespan(self.app)
+        return _UnderRay(self._guarded)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
@@ -118,15 +118,20 @@ class Ingress:
                 stream.cancel()
 
 
-class _WithoutLifespan:
-    """Leaves start and end to Ray."""
+class _UnderRay:
+    """Leaves start, end and the names of requests to Ray, which also writes these into answers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_unnamed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [each for each in message["headers"] if each[0].lower() != b"x-request-id"]}
+            await send(message)
+
         if scope["type"] != "lifespan":
-            return await self._app(scope, receive, send)
+            return await self._app(scope, receive, send_unnamed)
         await receive()
         await send({"type": "lifespan.startup.complete"})
         await receive()

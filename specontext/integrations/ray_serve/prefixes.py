@@ -77,8 +77,8 @@ class PrefixTable:
     def order(self, marks: Sequence[bytes], loads: Mapping[str, int]) -> list[str]:
         """Replicas, best first: those that have not too much to do, of these the one that knows most of the prompt.
 
-        A prompt that nobody knows goes where its beginning says, so that whoever else chooses among the same replicas, at the same
-        time or in another process, chooses the same one; a prompt without a beginning goes where there is least to do.
+        A prompt that nobody knows goes where its beginning says, so that others who choose among the same replicas, at the same
+        time or in another process, choose the same one; a prompt without a beginning goes where there is least to do.
 
         Args:
             loads: open requests of each replica.

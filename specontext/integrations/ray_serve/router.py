@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -21,10 +22,14 @@ class PrefixRouter(RequestRouter):
     def initialize_state(self, routing: str = "prefix", **_: Any) -> None:
         self._by_prefix = routing == "prefix"
         self._table = PrefixTable()
+        self._open: Counter[str] = Counter()  # calls from this process that are under way
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
-        self._table.keep({replica.replica_id.unique_id for replica in replicas})
+        names = {replica.replica_id.unique_id for replica in replicas}
+        self._table.keep(names)
+        for gone in self._open.keys() - names:
+            del self._open[gone]
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -38,9 +43,18 @@ class PrefixRouter(RequestRouter):
             return [[named[call.replica]]]
         if not self._by_prefix or call is None:
             return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
-        known = {name: self.replica_queue_len_cache.get(replica.replica_id) for name, replica in named.items()}
-        loads = {name: length or 0 for name, length in known.items()}
+        # What a replica last said of all its calls is unknown once it is old: a replica may write long answers meanwhile.
+        said = {name: self.replica_queue_len_cache.get(replica.replica_id) or 0 for name, replica in named.items()}
+        loads = {name: max(self._open[name], count) for name, count in said.items()}
         return [[named[name]] for name in self._table.order(call.marks, loads)]
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        super().on_send_request(replica_id)
+        self._open[replica_id.unique_id] += 1
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        super().on_request_completed(replica_id, internal_request_id)
+        self._open[replica_id.unique_id] = max(0, self._open[replica_id.unique_id] - 1)
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         call = _call_of(pending_request)
