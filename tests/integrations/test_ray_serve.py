@@ -1,6 +1,6 @@
 """Two replicas of nano on a Ray cluster of this machine: killed, asked again, replaced, and found again by their prompts.
 
-One cluster and one replacement for everything, since each start of a replica takes its seconds.
+One cluster, one replacement and so one test for everything, since each start of a replica takes its seconds.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from specontext.config import EngineConfig
 from specontext.integrations.ray_serve import application
 from specontext.integrations.ray_serve.settings import DeployConfig
 from tests.server.serving import PATIENCE, wait_for
-
-pytestmark = pytest.mark.xdist_group("ray")  # in one process, one after the other
 
 STREAMS, KILLED_AFTER, LENGTH = 200, 40, 24
 ENGINE = EngineConfig("nano", device="cpu", max_model_len=1024, max_num_seqs=16)
@@ -62,7 +60,7 @@ class Cluster:
         wait_for(lambda: len(self.metrics("specontext:num_requests_running")) == 2, "two replicas")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster() -> Iterator[Cluster]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -127,7 +125,7 @@ async def many_streams(cluster: Cluster, at: Callable[[int], None]) -> tuple[lis
         return first, [told if told.error is None else next(answers) for told in first]
 
 
-def test_all_replicas_stand_behind_one_endpoint(cluster: Cluster) -> None:
+def check_all_replicas_stand_behind_one_endpoint(cluster: Cluster) -> None:
     with cluster.http() as http:
         assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["nano"]
         assert http.get("/health").status_code == 200
@@ -144,14 +142,14 @@ def test_all_replicas_stand_behind_one_endpoint(cluster: Cluster) -> None:
         assert len(first.headers.get_list("x-request-id")) == 1
 
 
-def test_a_client_that_leaves_ends_its_request(cluster: Cluster) -> None:
+def check_a_client_that_leaves_ends_its_request(cluster: Cluster) -> None:
     with cluster.http() as http, http.stream("POST", "/v1/completions", json=body("on and on", max_tokens=900, stream=True)) as s:
         next(s.iter_lines())
     wait_for(lambda: not sum(cluster.metrics("specontext:num_requests_running").values()), "an idle engine")
     assert sum(cluster.metrics("specontext:generation_tokens_total").values()) < 900
 
 
-def test_streams_end_whole_or_with_an_error_when_a_replica_is_killed(cluster: Cluster) -> None:
+def check_streams_end_whole_or_with_an_error_when_a_replica_is_killed(cluster: Cluster) -> None:
     first, last = asyncio.run(many_streams(cluster, lambda ended: cluster.kill_one() if ended == KILLED_AFTER else None))
     lost = [told for told in first if told.error is not None]
     assert lost and len(lost) < STREAMS
@@ -171,7 +169,7 @@ def cached_tokens(cluster: Cluster, label: str) -> int:
     return sum(answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers)
 
 
-def test_replicas_are_replaced_without_losing_requests_and_then_found_by_their_prompts(cluster: Cluster) -> None:
+def check_replicas_are_replaced_without_losing_requests_and_then_found_by_their_prompts(cluster: Cluster) -> None:
     by_chance = cached_tokens(cluster, "balanced")
     before, over, failed, whole = set(cluster.replicas()), threading.Event(), [], 0
 
@@ -194,3 +192,11 @@ def test_replicas_are_replaced_without_losing_requests_and_then_found_by_their_p
     assert not before & set(cluster.replicas())
     by_prefix = cached_tokens(cluster, "prefix")
     assert by_prefix > 1.2 * by_chance
+
+
+@pytest.mark.slow
+def test_two_replicas(cluster: Cluster) -> None:
+    check_all_replicas_stand_behind_one_endpoint(cluster)
+    check_a_client_that_leaves_ends_its_request(cluster)
+    check_streams_end_whole_or_with_an_error_when_a_replica_is_killed(cluster)
+    check_replicas_are_replaced_without_losing_requests_and_then_found_by_their_prompts(cluster)
