@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 
+_NOT_OURS = {"host", "port", "address"}  # of options, where Ray Serve has been started by others
+
+
 @dataclass(frozen=True)
-class _Wanted:
+class Wanted:
     """What the options said."""
 
     engine: EngineConfig
@@ -49,7 +52,7 @@ def _wanted(
         ),
     ] = None,
     settings: Settings,
-) -> _Wanted:
+) -> Wanted:
     """Serve a model with several replicas on a Ray cluster, behind one address; needs specontext[ray].
 
     On a cluster that runs already, the command ends when all replicas are ready; given again, it replaces them one by one.
@@ -58,7 +61,7 @@ def _wanted(
     changed = ({"retrieval_head": retrieval_head} if retrieval_head != "auto" else {}) | settings.changed
     head = None if retrieval_head == "none" else retrieval_head
     engine = EngineConfig(model, head, settings.config, **settings.engine)
-    return _Wanted(engine, config, address, Settings(settings.config, {}, changed).describe())
+    return Wanted(engine, config, address, Settings(settings.config, {}, changed).describe())
 
 
 @functools.wraps(_wanted)
@@ -88,18 +91,28 @@ def application(args: Mapping[str, Any]) -> Application:
     Raises:
         UsageError: something in them that is no option.
     """
+    wanted = wanted_of(args)
+    from specontext.integrations.ray_serve import application as ray_serve
+
+    return ray_serve.application(wanted.engine, wanted.config)
+
+
+def wanted_of(args: Mapping[str, Any]) -> Wanted:
+    """What `args` of an application say; raises as `application`."""
     options = dict(args)
     model = options.pop("model", None)
+    if others := sorted(_NOT_OURS & options.keys()):
+        raise UsageError(
+            f"{', '.join(others)} cannot stand in the args of an application: Ray Serve's http_options say where it listens"
+        )
     if not isinstance(model, str):
         raise UsageError("the args of the application must name a model, as in `model: nano`")
     single = typer.Typer(add_completion=False)
     single.command()(_wanted)
     command = typer.main.get_command(single)
     defaults = as_defaults(options, command.params, "the args of the application")
-    wanted: _Wanted = command.main([model], standalone_mode=False, default_map=defaults)
-    from specontext.integrations.ray_serve import application as ray_serve
-
-    return ray_serve.application(wanted.engine, wanted.config)
+    wanted: Wanted = command.main([model], standalone_mode=False, default_map=defaults)
+    return wanted
 
 
 def _until_told() -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
+from specontext.cli.deploy import wanted_of
 from specontext.config import ConfigError
+from specontext.core import SpeContextError
 from specontext.integrations.ray_serve.call import joined
 from specontext.integrations.ray_serve.merging import merged_metrics, merged_status
 from specontext.integrations.ray_serve.prefixes import FIRST, PrefixTable, prefix_marks
 from specontext.integrations.ray_serve.scaling import Use, scale, wanted_replicas
 from specontext.integrations.ray_serve.settings import DeployConfig
 
+DEPLOY = Path(__file__).parents[2] / "deploy"
 LONG = "All that is known of apples, pears and plums. " * 40
 IDLE = {"a": 0, "b": 0, "c": 0}
 
@@ -181,3 +187,39 @@ def test_messages_are_joined_without_losing_the_end() -> None:
 def test_settings_that_cannot_be_honoured(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DeployConfig(**options)
+
+
+def test_the_manifest_of_kuberay_names_options_that_there_are() -> None:
+    manifest = yaml.safe_load((DEPLOY / "kubernetes" / "ray.yaml").read_text())
+    served = yaml.safe_load(manifest["spec"]["serveConfigV2"])
+    (found,) = served["applications"]
+    module, _, function = found["import_path"].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    wanted = wanted_of(found["args"])
+    assert (wanted.engine.model, wanted.config.replicas, wanted.config.max_replicas) == ("nano", 2, 4)
+    assert f"ray:{manifest['spec']['rayClusterConfig']['rayVersion']}-" in (DEPLOY / "ray.Dockerfile").read_text()
+
+
+def test_args_of_an_application_are_options_as_a_file_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECONTEXT_API_KEY", "one,two")
+    args = {"model": "nano", "host-memory": "2GiB", "retrieval_head": "none", "method": "full", "served_model_name": "mine"}
+    wanted = wanted_of(args | {"enable_prefix_caching": False, "replica_gpus": 0.5})
+    assert (wanted.engine.host_memory, wanted.engine.retrieval_head, wanted.engine.method.method) == (2 << 30, None, "full")
+    assert (wanted.config.served_model_name, wanted.config.api_key) == (("mine",), ("one", "two"))
+    assert (wanted.engine.enable_prefix_caching, wanted.config.replica_gpus) == (False, 0.5)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ({}, "must name a model"),
+        ({"model": "nano", "port": 8000}, "port cannot stand in the args of an application"),
+        ({"model": "nano", "replica": 2}, "the args of the application sets replica, which the command does not have"),
+        ({"model": "nano", "replicas": {"min": 2}}, "replicas must be a text, a number, true, false, or a list of texts"),
+        ({"model": "nano", "host_memory": "2 barrels"}, "'2 barrels' is not a size"),
+        ({"model": "nano", "tensor_parallel_size": 2}, "run a replica on each GPU"),
+    ],
+)
+def test_args_that_cannot_be_honoured(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpeContextError, match=message):
+        wanted_of(args)
