@@ -39,7 +39,8 @@ class Ingress:
     def __init__(self, replicas: DeploymentHandle, config: DeployConfig) -> None:
         configure_logging()
         self._replicas = replicas
-        self._answer = replicas.options(method_name="answer", stream=True)
+        # The handle was made by a process that may know nothing of gRPC.
+        self._answer = replicas.options(method_name="answer", stream=True, _by_reference=False)
         app: ASGIApp = self._serve
         for guard in reversed(guards(config, log=False, refused=lambda code: None)):  # replicas write the lines of requests
             app = guard.cls(app, *guard.args, **guard.kwargs)
