@@ -6,8 +6,9 @@
 
 Both stand side by side for the whole time; each round loads one and then the other, first one stream at a time and then many,
 and the next round begins with the other one. Prompts are random and none is sent twice. A table of medians with 95 % intervals
-over the rounds (bootstrap), then one line of JSON. Beside times stands the processor time for each chunk, by process: on a machine whose
-cores the engine does not need that is all there is to lose, and on a small one it is taken from the engine. Linux only.
+over the rounds (bootstrap), then one line of JSON. Beside times stands the processor time for each chunk, by process: on a
+machine whose cores the engine does not need that is all there is to lose, and on a small one it is taken from the engine. Linux
+only.
 """
 
 from __future__ import annotations

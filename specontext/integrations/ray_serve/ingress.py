@@ -20,7 +20,7 @@ from specontext.integrations.ray_serve.prefixes import prefix_marks
 from specontext.integrations.ray_serve.settings import DeployConfig
 from specontext.server.app import guards
 from specontext.server.bounded_body import check_structure
-from specontext.server.errors import RETRY_AFTER, ApiError, anthropic_error, as_api_error, error_body, note_error
+from specontext.server.errors import RETRY_AFTER, ApiError, anthropic_error, as_api_error, error_body
 from specontext.server.logs import configure_logging
 from specontext.server.streaming import DONE, event, named_event, unless_client_leaves
 
@@ -112,7 +112,6 @@ class Ingress:
                 raise known from error
             if not _is_event_stream(begun):
                 raise  # what was promised cannot be kept: the connection is cut
-            note_error(call.scope, known)
             await send({"type": "http.response.body", "body": _last_event(call.scope["path"], known), "more_body": False})
         finally:
             if not ended:
