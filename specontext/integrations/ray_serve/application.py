@@ -26,9 +26,9 @@ NAME = "specontext"  # of the application in Ray Serve
 _ROUTER = "specontext.integrations.ray_serve.router.PrefixRouter"
 _SCALE = "specontext.integrations.ray_serve.scaling:scale"
 _LOGGING = {"log_level": "WARNING", "enable_access_log": False}  # replicas write the lines of requests
-# Ray Serve's own switches, which each of its processes reads: one event loop and gRPC, which halve what a chunk costs, but no
-# port of its own for each ingress, which would wait half a minute for a load balancer before it ends.
-FAST = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
+# Ray Serve's own switches, which each of its processes reads: one event loop and gRPC, which halve what a chunk costs; no port of
+# its own for each ingress, which would wait half a minute for a load balancer before it ends; and standard error left to our log.
+FAST = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0", "RAY_SERVE_LOG_TO_STDERR": "1"}
 _MORE = 64  # calls beside those that run and wait in an engine: what is refused, models, token counts
 _TRIES = 3  # at starting a replica; what does not fit does not fit later either
 
