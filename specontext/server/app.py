@@ -25,7 +25,9 @@ def create_app(state: ServerState) -> FastAPI:
         docs_url=None,  # its pages load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,  # clients may drop their key on the way
-        middleware=guards(state.config, log=not state.config.disable_log_requests, refused=state.metrics.refused),
+        middleware=guards(
+            state.config, log=not state.config.disable_log_requests, refused=lambda code: state.metrics.refused(code)
+        ),
     )
     app.state.server = state
     install_handlers(app)
