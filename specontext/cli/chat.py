@@ -72,9 +72,19 @@ def chat(
     _talk(Address.parse(base_url, api_key), model, options, system, prompt)
 
 
+def _models(address: Address, *, needed: bool) -> Any:
+    """The server's list of models; None where it has none and is not needed."""
+    try:
+        return asyncio.run(fetch_json(address, "GET", "/v1/models"))
+    except HttpError:
+        if needed:
+            raise
+        return None
+
+
 def _talk(address: Address, model: str | None, options: dict[str, Any], system: str | None, prompt: str | None) -> None:
     if model is None or "max_tokens" not in options:
-        listed = asyncio.run(fetch_json(address, "GET", "/v1/models"))
+        listed = _models(address, needed=model is None)
         try:
             found = next(each for each in listed["data"] if model in (None, each["id"]))
         except (KeyError, StopIteration, TypeError) as error:

@@ -52,13 +52,13 @@ def find_facts(name: str, dtype: str, retrieval_head: str | None) -> ModelFacts:
         ModelError: there is none, or it has no KV heads or attention that the engine does not compute.
         HeadError: the named head is none, or was made for another model.
     """
-    from specontext.memory.presets import did_you_mean, find_preset
+    from specontext.memory.presets import NUMBER_FORMATS, did_you_mean, find_preset
 
-    format_ = None if dtype == "auto" else _dtype(dtype)
     preset = find_preset(name) if not Path(name).is_dir() else None
     if preset is not None:
-        shape = preset.shape(format_)
-        return preset.facts(format_, None if retrieval_head is None else _head(retrieval_head, shape, retrieval_head))
+        known = NUMBER_FORMATS["bfloat16" if dtype == "auto" else dtype]
+        return preset.facts(known, None if retrieval_head is None else _head(retrieval_head, preset.shape(known), retrieval_head))
+    format_ = None if dtype == "auto" else _dtype(dtype)
     try:
         source = resolve_model_path(name)
     except ModelError as error:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 
 import numpy
 import torch
@@ -17,6 +16,7 @@ from specontext.engine.failures import Failures
 from specontext.grammars.grammar import Grammar
 
 _MOST_THREADS = 8
+_ALONE = 1 << 16  # words of masks that one thread writes: 16 requests with a vocabulary of 131,072
 
 
 class ConstraintError(SpeContextError):
@@ -52,10 +52,13 @@ class Constraint:
     def matcher(self) -> LLMatcher:
         return self._state.matcher
 
-    def check(self) -> None:
-        """Raises ConstraintError where the grammar has become too complex for its limits."""
-        if self._state.error:
-            raise ConstraintError(f"the output cannot go on in its grammar: {self._state.error}")
+    @property
+    def failed(self) -> bool:
+        """Whether the grammar has become too complex for its limits."""
+        return bool(self._state.matcher.is_error())
+
+    def failure(self) -> ConstraintError:
+        return ConstraintError(f"the output cannot go on in its grammar: {self._state.error}")
 
     def accept(self, token: int, detokenizer: Detokenizer) -> None:
         """Take the output's next token, which the detokenizer has taken already.
@@ -79,7 +82,7 @@ class Constraint:
 
 
 class Masks:
-    """Writes the masks of a step in a thread of its own while the model computes.
+    """Writes the masks of a step, on the host, while a GPU computes what they are for.
 
     Args:
         device, vocab_size: of the logits.
@@ -87,56 +90,42 @@ class Masks:
 
     def __init__(self, device: torch.device, vocab_size: int) -> None:
         self.device, self.vocab_size = device, vocab_size
-        self._threads: tuple[ThreadPoolExecutor, LLExecutor] | None = None  # made for the first request that follows a grammar
+        self._filling: LLExecutor | None = None  # threads, made when one is too slow
         self._host = torch.empty((0, 0), dtype=torch.int32)
-        self._following: list[tuple[Request, Constraint]] = []
-        self._written: Future[Tensor] | None = None
 
-    def begin(self, pairs: Iterable[tuple[Request, Constraint | None]]) -> None:
-        """Start to write which tokens may come next in these requests, of which each has all its tokens so far."""
-        if self._written is not None:  # of a step that broke
-            self._written.result()
-        self._following, self._written = [], None
+    def fill(self, pairs: Iterable[tuple[Request, Constraint | None]], failures: Failures) -> None:
+        """Set `Request.allowed` of every request for its next token; those whose grammar fails are among the failures."""
+        following: list[tuple[Request, Constraint]] = []
         for request, constraint in pairs:
             request.allowed = None
             if constraint is not None and constraint.active:
-                self._following.append((request, constraint))
-        if self._following:
-            if self._threads is None:
-                filling = LLExecutor(num_threads=max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // 2)))
-                self._threads = ThreadPoolExecutor(1, thread_name_prefix="specontext-masks"), filling
-            self._written = self._threads[0].submit(self._write, self._threads[1])
-
-    def finish(self, failures: Failures) -> None:
-        """Set `Request.allowed` of all these requests; those whose grammar fails are among the failures."""
-        if self._written is None:
+                following.append((request, constraint))
+        if not following:
             return
-        written, self._written = self._written.result(), None
-        if self.device.type != "cpu":  # the step's end awaits its sampling, and with it this copy, before it is written again
-            written = unpacked(written.to(self.device, non_blocking=True), self.vocab_size)
-        for (request, constraint), row in zip(self._following, written.unbind(), strict=True):
-            with failures.of(request.request_id):
-                constraint.check()
-                if constraint.may_think is not None:
-                    row[constraint.may_think] = True
+        masks = self._written([constraint for _, constraint in following])
+        for (request, constraint), row in zip(following, masks.unbind(), strict=True):
+            if constraint.failed:
+                failures.add(constraint.failure(), request.request_id)
+            if constraint.may_think is not None:
+                row[constraint.may_think] = True
             request.allowed = row
-        self._following = []
 
-    def close(self) -> None:
-        """End the thread."""
-        if self._threads is not None:
-            self._threads[0].shutdown(wait=True)
-            self._threads = None
-
-    def _write(self, filling: LLExecutor) -> Tensor:
-        """Bits on their way to a GPU, int32 [R, words], or the masks as they are used, bool [R, V]."""
-        count, words = len(self._following), self._following[0][1].mask_words
+    def _written(self, following: Sequence[Constraint]) -> Tensor:
+        """What each of them allows next, bool [R, V] on the device."""
+        count, words = len(following), following[0].mask_words
         if len(self._host) < count or self._host.shape[1] != words:
             self._host = torch.empty((count, words), dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        matchers = [(constraint.matcher, number) for number, (_, constraint) in enumerate(self._following)]
-        filling.unsafe_compute_mask_ptr(matchers, self._host.data_ptr(), words * self._host.element_size(), count)
-        bits = self._host[:count]
-        return bits if self.device.type != "cpu" else unpacked(bits, self.vocab_size)
+        address, num_bytes = self._host.data_ptr(), words * self._host.element_size()
+        if count * words <= _ALONE:  # waking others takes longer
+            for number, constraint in enumerate(following):
+                constraint.matcher.unsafe_compute_mask_ptr(address + number * num_bytes, num_bytes)
+        else:
+            matchers = [(constraint.matcher, number) for number, constraint in enumerate(following)]
+            if self._filling is None:
+                self._filling = LLExecutor(num_threads=max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // 2)))
+            self._filling.unsafe_compute_mask_ptr(matchers, address, num_bytes, count)
+        # The end of the step awaits its sampling, and with it this copy, before these bits are written again.
+        return unpacked(self._host[:count].to(self.device, non_blocking=True), self.vocab_size)
 
 
 def unpacked(bits: Tensor, size: int) -> Tensor:

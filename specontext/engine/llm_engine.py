@@ -279,16 +279,15 @@ class LLMEngine:
     def _carry_out(self, schedule: Schedule, meanwhile: Callable[[], None] | None) -> list[Generation]:
         failures = Failures()
         captured = self.runner.captured(schedule.batch)
-        self._masks.begin((request, self._generations[request.request_id].constraint) for request in schedule.requests)
         logits = self._run(schedule, failures)
         if captured:
             for request in schedule.requests:
                 request.captured_steps += 1
         ready = [(row, r) for row, r in self.scheduler.advance(schedule) if r.request_id not in failures]
         self.scheduler.prepare()
+        self._masks.fill(((request, self._generations[request.request_id].constraint) for _, request in ready), failures)
         if meanwhile is not None:
             meanwhile()
-        self._masks.finish(failures)
         touched = self._sample(logits, ready, failures)
         for request_id in failures.found:
             self.abort(request_id)
@@ -418,7 +417,6 @@ class LLMEngine:
         for request_id in list(self._generations):
             self.abort(request_id)
         settle()
-        self._masks.close()
         self.runner.close()
         if self.parts.kv.host.memory is not None:
             self.parts.kv.host.memory.close()

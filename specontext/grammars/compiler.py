@@ -15,13 +15,13 @@ from specontext.core import RequestError, StructuredOutputsParams
 from specontext.grammars.grammar import Grammar
 
 LARK_HEADER = "%llguidance"  # begins grammars that are Lark and nothing else
-_KEPT = 256  # compiled grammars
+_KEPT = 64  # compiled grammars
 _LONGEST_REASON = 300  # characters of the library's own message
 _DEEPEST = 64  # levels of a schema
 # What layouts of JSON need between values, a space or a line end with indentation: small models go on with white space for ever.
 _WHITESPACE = r"( |\n( {0,40}|\t{0,10}))?"
 # Half of the library's own bounds of what compiling may take, so that a request costs at most some tenths of a second.
-_LIMITS = {"initial_lexer_fuel": 500_000, "max_grammar_size": 250_000, "verbose_errors": False}
+_LIMITS = {"initial_lexer_fuel": 500_000, "max_grammar_size": 250_000, "max_lexer_states": 50_000, "verbose_errors": False}
 
 
 class GrammarCompiler:

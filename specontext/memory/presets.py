@@ -15,6 +15,24 @@ if TYPE_CHECKING:  # takes seconds to import, and only annotations here need the
 
 
 @dataclass(frozen=True)
+class NumberFormat:
+    """What a plan must know of a number format, where PyTorch, which takes seconds to import, is needed for nothing else.
+
+    Attributes:
+        itemsize: bytes of a number.
+    """
+
+    name: str
+    itemsize: int
+
+    def __str__(self) -> str:
+        return f"torch.{self.name}"  # as PyTorch writes its own
+
+
+NUMBER_FORMATS = {name: NumberFormat(name, size) for name, size in (("float32", 4), ("bfloat16", 2), ("float16", 2))}
+
+
+@dataclass(frozen=True)
 class Preset:
     """A decoder of the Llama family as its public config has it, in bfloat16.
 
@@ -52,10 +70,12 @@ class Preset:
             layer += 2 * dim
         return self.vocab_size * width * (1 if self.tied else 2) + self.layers * layer + width
 
-    def shape(self, dtype: torch.dtype | None = None) -> ModelShape:
-        """The shape; None is bfloat16."""
-        import torch
+    def shape(self, dtype: torch.dtype | NumberFormat | None = None) -> ModelShape:
+        """The shape; None is PyTorch's bfloat16, which has to be imported."""
+        if dtype is None:
+            import torch
 
+            dtype = torch.bfloat16
         return ModelShape(
             layers=self.layers,
             hidden_size=self.hidden_size,
@@ -64,10 +84,10 @@ class Preset:
             head_dim=self.head_dim,
             vocab_size=self.vocab_size,
             max_position=self.max_position,
-            dtype=dtype or torch.bfloat16,
+            dtype=dtype,  # type: ignore[arg-type]  # a plan asks for its size only
         )
 
-    def facts(self, dtype: torch.dtype | None = None, head: HeadFacts | None = None) -> ModelFacts:
+    def facts(self, dtype: torch.dtype | NumberFormat | None = None, head: HeadFacts | None = None) -> ModelFacts:
         """What a plan needs; with the head of an EAGLE-3 draft where none is given."""
         shape = self.shape(dtype)
         lookup = 0 if self.tied else self.vocab_size * self.hidden_size

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 
 from specontext.core import RequestError
-from specontext.models.tool_messages import Message, call_forms, with_names
+from specontext.models.tool_messages import Message, call_forms, with_names, written_as_python
 
 _LONGEST_REASON = 400  # characters of a template's own error that are shown; some quote the conversation
 _LONGEST_TAG = 64
@@ -149,7 +149,11 @@ class ChatTemplate:
         named = {"tools": [_named(tool, name) for tool, name in zip(options["tools"], tools, strict=True)]} if tools else {}
         prompt = self._apply([each.message for each in marked], {**options, **named})
         found = set(_MARK.findall(prompt.lower()))  # some templates write in capitals
-        missing = [number for number, each in enumerate(marked) if not found.issuperset(each.wanted) or each.unwanted in found]
+        missing = [
+            number
+            for number, each in enumerate(marked)
+            if not found.issuperset(each.wanted) or each.unwanted in found or written_as_python(each.message, prompt)
+        ]
         return missing + [len(messages) + number for number, name in enumerate(tools) if name not in found]
 
     def _apply(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:

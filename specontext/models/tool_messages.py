@@ -41,6 +41,12 @@ def with_names(message: Message, names: Sequence[str]) -> Message:
     return {**message, "tool_calls": changed}
 
 
+def written_as_python(message: Message, prompt: str) -> bool:
+    """Whether arguments of a message's calls stand in the prompt as Python writes objects, and not as JSON."""
+    found = [call["function"]["arguments"] for call in message.get("tool_calls") or ()]
+    return any(isinstance(arguments, Mapping) and arguments and str(arguments) in prompt for arguments in found)
+
+
 def _with_text_arguments(message: Message) -> Message:
     if not message.get("tool_calls"):
         return message

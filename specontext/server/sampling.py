@@ -94,8 +94,9 @@ def _params(
 
 def _biases(table: dict[str, float]) -> dict[int, float]:
     """Biases by token id; the keys of a JSON object are texts."""
-    if wrong := next((token for token in table if not (token.isascii() and token.isdigit()) or len(token) > 18), None):
-        raise ApiError(400, f"logit_bias: {shown(wrong)} is not a token id", param="logit_bias")
+    for token in table:
+        if not (token.isascii() and token.isdigit()) or len(token) > 18:
+            raise ApiError(400, f"logit_bias: {shown(token)} is not a token id", param="logit_bias")
     return {int(token): bias for token, bias in table.items()}
 
 

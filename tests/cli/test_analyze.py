@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from specontext.installing import install_command
+
 SMALL = ("--length", 256, "--queries", 8, "--sequences", 1, "--calibration-sequences", 1)
 
 
@@ -68,5 +70,5 @@ def test_a_file_in_the_place_of_the_directory(fails: Callable[..., str], tiny: P
 def test_plots_need_matplotlib(fails: Callable[..., str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     words = ["head", "analyze", tiny, "--target", tiny, "--text", "tasks", "-o", tmp_path / "out", *SMALL]
-    assert 'pip install "specontext[plots]"' in fails(words, status=1)
+    assert f"plots need matplotlib: {install_command('plots')}" in fails(words, status=1)
     assert not list(tmp_path.iterdir())

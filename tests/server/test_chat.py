@@ -227,7 +227,7 @@ def test_metrics(server: Server) -> None:
         "num_requests_waiting",
         "kv_cache_usage_perc",
         "host_kv_bytes",
-        "prefetch_stall_seconds",
+        "prefetch_stall_seconds_total",
     ):
         assert after[f"specontext:{name}"] == 0
     assert after["specontext:num_preemptions_total"] == before["specontext:num_preemptions_total"]

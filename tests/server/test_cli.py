@@ -85,7 +85,7 @@ def test_chat(server: Server, run: Callable[..., Outcome], monkeypatch: pytest.M
     monkeypatch.setattr("sys.stdin.readline", lambda: next(lines), raising=False)
     status, out, err = run("chat", "--base-url", server.url + "/v1/", "--max-tokens", 3, "--temperature", 0)
     assert status == 0 and len(out.splitlines()) == 2
-    assert "nano at" in err and "error: the prompt has" in err
+    assert "nano at" in err and "error: This model's maximum context length is" in err
     status, _, err = run("chat", "--base-url", "http://127.0.0.1:1")
     assert status == 1 and "cannot reach" in err
 

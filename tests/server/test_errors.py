@@ -76,6 +76,8 @@ def test_a_body_that_is_not_sent_as_json(server: Server) -> None:
         ("stream_options", {"surprise": True}),
         ("logit_bias", {"5": 101}),
         ("logit_bias", {"five": 1}),
+        ("logit_bias", {"": 1}),
+        ("logit_bias", {"²": 1}),
         ("logit_bias", {"99999": 1}),
         ("allowed_token_ids", []),
         ("allowed_token_ids", [99999]),

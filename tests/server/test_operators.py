@@ -40,6 +40,7 @@ def test_refusals_are_counted_and_logged(server: Server, caplog: pytest.LogCaptu
             server.post("/v1/completions", {"prompt": "a", "surprise": 1})
             server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 9999})
             server.get("/nowhere")
+            wait_for(lambda: any("/nowhere" in record.getMessage() for record in caplog.records))
     finally:
         logger.removeHandler(caplog.handler)
     lines = list(dict.fromkeys(record.message for record in caplog.records if record.message.startswith("request ")))
@@ -52,9 +53,9 @@ def test_refusals_are_counted_and_logged(server: Server, caplog: pytest.LogCaptu
 
 
 def test_metrics_of_a_request(server: Server) -> None:
-    before = samples(server)
-    server.post("/v1/completions", {"prompt": [5] * 40, "max_tokens": 3, "ignore_eos": True})
-    after = wait_for(lambda: (now := samples(server)) != before and now)
+    before, ended = samples(server), ("specontext:request_success_total", "length")
+    server.post("/v1/completions", {"prompt": list(range(700, 740)), "max_tokens": 3, "ignore_eos": True})
+    after = wait_for(lambda: (now := samples(server))[ended] > before[ended] and now)
     grown = {name: after[name] - before.get(name, 0) for name in after}
     assert grown["specontext:request_prompt_tokens_sum", ""] == 40 and grown["specontext:request_generation_tokens_sum", ""] == 3
     assert grown["specontext:iteration_tokens_total_sum", ""] == 42

@@ -59,7 +59,7 @@ def test_the_log_says_how_a_stream_ended(server: Server, caplog: pytest.LogCaptu
         assert next(lines).startswith("data: {")
         server.serving.state.engine.abort_all(RequestError("enough"))
         assert any("enough" in line for line in lines)
-    wait_for(lambda: logged("error=400"))
+    wait_for(lambda: logged("reason=enough"))
     server.check_idle()
 
 

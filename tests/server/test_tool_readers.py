@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from typing import Any
 
 import pytest
 
+from specontext.grammars.compiler import GrammarCompiler
 from specontext.server.tools.choice import ToolUse
-from specontext.server.tools.formats import FORMATS, detect
+from specontext.server.tools.formats import FORMATS, MAYBE_SPACE, detect
 from specontext.server.tools.pieces import CallArguments, CallBegin, Text, Tool
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
@@ -118,7 +120,40 @@ def test_templates_tell_their_form() -> None:
         "glm4": "{% if tools %}{% endif %}<|observation|>",
         "glm45": "{% if tools %}{% endif %}<|observation|><tool_call>f<arg_key>",
         "qwen3_coder": "{% if tools %}<tool_call><function=f>{% endif %}",
+        "phi4_mini_json": "{% if tools %}functools[{}]{% endif %}",
         "pythonic": "{% if tools %}[func_name1(params_name1=params_value1]{% endif %}",
     }
     assert {name: detect(template) for name, template in templates.items()} == {name: name for name in templates}
     assert detect("{{ messages }}<tool_call>") is None
+
+
+@pytest.mark.parametrize("form", [name for name in FORMATS if FORMATS[name].spelling is not None])
+@pytest.mark.parametrize("special", [True, False])
+def test_grammars_allow_what_readers_read(form: str, special: bool, tokenizer: Any) -> None:
+    """A call in the form, forced or behind text, is taken token by token; other arguments and other texts are not."""
+    own = copy.deepcopy(tokenizer)
+    if special:
+        own.add_tokens(["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|tool_call|>"], special_tokens=True)
+    compiler = GrammarCompiler(own, vocab_size=len(own), end_token_ids=[1])
+
+    def token_of(mark: str) -> int | None:
+        [first, *rest] = own(mark, add_special_tokens=False)["input_ids"]
+        return first if not rest and compiler.is_special(first) else None
+
+    def follows(use: ToolUse, text: str) -> bool:
+        wanted = use.grammar(token_of)
+        assert wanted is not None
+        state, ids = compiler.compile(wanted).begin(), own(text, add_special_tokens=False)["input_ids"]
+        return all(state.accept(token) for token in ids) and state.matcher.is_accepting()
+
+    strict = (Tool("weather", SCHEMA | {"required": ["city", "days"], "additionalProperties": False}, strict=True),)
+    spelling = FORMATS[form].spelling
+    assert spelling is not None
+    begin = (spelling.open + spelling.begin.replace("NAME", "weather")).replace(MAYBE_SPACE, " ")
+    call = begin + '{"city": "Oslo", "days": 3}' + spelling.end + spelling.close
+    assert read(form, call, []) == ("", [("weather", {"city": "Oslo", "days": 3})])
+    forced = ToolUse(strict, "required", form=FORMATS[form])
+    assert follows(forced, call) and not follows(forced, "Oslo") and not follows(forced, call.replace("3", '"3"'))
+    free = ToolUse(strict, form=FORMATS[form])
+    if free.grammar(token_of) is not None:
+        assert follows(free, call) and follows(free, "Oslo") and not follows(free, call.replace("3", '"3"'))

@@ -12,6 +12,7 @@ from specontext.server.protocol.common import Body, unsupported
 from specontext.server.protocol.structured import format_kind
 from specontext.server.protocol.tools import ToolName
 
+_KEEPS_THINKING = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}  # which asks for nothing
 CacheControl = Annotated[Any, Field(description="Accepted for compatibility: beginnings are known again without it.")]
 
 
@@ -122,7 +123,7 @@ class CountRequest(Body):
     output_config: OutputConfig | None = None
     cache_control: CacheControl = None
     mcp_servers: unsupported("tools are called by the client", []) = None  # type: ignore[valid-type]
-    context_management: unsupported("shorten the conversation yourself") = None  # type: ignore[valid-type]
+    context_management: unsupported("shorten the conversation yourself", {}, {"edits": []}, _KEEPS_THINKING) = None  # type: ignore[valid-type]
     chat_template_kwargs: Variables | None = None
 
 

@@ -28,6 +28,7 @@ class InputText(Body):
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
     prompt_cache_breakpoint: Any = None
+    parsed: Any = Field(None, description="What clients made of an answer's text; changes nothing.")
 
 
 class InputMessage(Body):
@@ -46,6 +47,7 @@ class InputCall(Body):
     arguments: str
     id: Name | None = None
     status: Name | None = None
+    parsed_arguments: Any = Field(None, description="What clients made of the arguments; changes nothing.")
     namespace: unsupported("tools have no namespaces") = None  # type: ignore[valid-type]
 
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 from specontext.core import StructuredOutputsParams
 from specontext.grammars.compiler import LARK_HEADER, schema_on_one_line
-from specontext.server.tools.formats import FORCED, Format, Spelling
+from specontext.server.tools.formats import FORCED, MAYBE_SPACE, Format, Spelling
 from specontext.server.tools.pieces import Tool
 
 MOST_CALLS = 64  # of one forced answer, so that a small model comes to its end
-_MARK = re.compile(r"(</?tool_call>|<\|tool_call\|>|\[TOOL_CALLS\]|\[ARGS\])")
+_MARK = re.compile(r"(</?tool_call>|<\|tool_call\|>|\[TOOL_CALLS\]|\[ARGS\]|\x1f)")
 
 TokenOf = Callable[[str], int | None]  # the special token that a mark is, None where it is text
 
@@ -79,7 +79,8 @@ def _spelled(text: str, token_of: TokenOf) -> str:
     parts = []
     for part in filter(None, _MARK.split(text)):
         token = token_of(part) if _MARK.fullmatch(part) else None
-        parts.append(json.dumps(part) if token is None else f"<[{token}]>")
+        shown = json.dumps(part) if token is None else f"<[{token}]>"
+        parts.append('" "?' if part == MAYBE_SPACE else shown)
     return " ".join(parts)
 
 
