@@ -165,7 +165,7 @@ class EngineConfig:
         if self.tensor_parallel_size > 1:
             raise ConfigError(
                 f"tensor_parallel_size {self.tensor_parallel_size} cannot be honoured: an engine runs on one GPU. Leave it out, "
-                "offload layers to host memory, or start one server for each GPU"
+                "offload layers to host memory, or run a replica on each GPU (specontext deploy --replicas)"
             )
         for name in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
             _require_int(name, getattr(self, name), 1)

@@ -28,7 +28,8 @@ FLOORS = [
     {"models"},
     {"engine"},
     {"distill"},
-    {"evaluation", "integrations", "server"},
+    {"evaluation", "server"},
+    {"integrations"},
     {"cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -10,6 +10,7 @@ from specontext import __version__
 from specontext.cli.bench import bench_app
 from specontext.cli.chat import chat
 from specontext.cli.demo import demo
+from specontext.cli.deploy import deploy
 from specontext.cli.distill import distill
 from specontext.cli.eval import evaluate
 from specontext.cli.generate import generate
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(serve)
+app.command("deploy")(deploy)
 app.command()(chat)
 app.command()(demo)
 app.command()(distill)

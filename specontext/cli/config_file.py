@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,11 +11,11 @@ import typer
 from specontext.cli.terminal import UsageError
 
 
-def read_options(file: str, known: set[str]) -> dict[str, Any]:
-    """Options by the names of their parameters; a list is an option that is given more than once.
+def read_options(file: str) -> dict[str, Any]:
+    """What a YAML file says.
 
     Raises:
-        UsageError: an unreadable file, or something in it that is no option.
+        UsageError: an unreadable file, or one that holds no options.
     """
     import yaml
 
@@ -26,24 +27,36 @@ def read_options(file: str, known: set[str]) -> dict[str, Any]:
         raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise UsageError(f"{file} must hold options, one `name: value` a line")
+    return found
+
+
+def as_defaults(found: Mapping[Any, Any], parameters: Iterable[Any], source: str) -> dict[str, Any]:
+    """Options by the names of a command's parameters; a list is an option that is given more than once.
+
+    Args:
+        source: where they stand, for messages.
+
+    Raises:
+        UsageError: something that is no option.
+    """
+    known = {parameter.name: parameter for parameter in parameters if parameter.name not in (None, "config_file")}
     options = {str(name).replace("-", "_"): value for name, value in found.items()}
-    if unknown := sorted(options.keys() - known):
-        raise UsageError(f"{file} sets {', '.join(unknown)}, which the command does not have")
+    if unknown := sorted(options.keys() - known.keys()):
+        raise UsageError(f"{source} sets {', '.join(unknown)}, which the command does not have")
     for name, value in options.items():
         plain = isinstance(value, str | int | float) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
         if value is not None and not plain:
-            raise UsageError(f"{file}: {name} must be a text, a number, true, false, or a list of texts")
-    return {name: value for name, value in options.items() if value is not None}
+            raise UsageError(f"{source}: {name} must be a text, a number, true, false, or a list of texts")
+    return {
+        name: [value] if known[name].multiple and not isinstance(value, list) else value
+        for name, value in options.items()
+        if value is not None
+    }
 
 
 def _load(context: typer.Context, file: str | None) -> str | None:
     if file is not None:
-        known = {parameter.name for parameter in context.command.params if parameter.name} - {"config_file"}
-        values = read_options(file, known)
-        for parameter in context.command.params:
-            if parameter.name in values and parameter.multiple and not isinstance(values[parameter.name], list):
-                values[parameter.name] = [values[parameter.name]]
-        context.default_map = {**(context.default_map or {}), **values}
+        context.default_map = {**(context.default_map or {}), **as_defaults(read_options(file), context.command.params, file)}
     return file
 
 

@@ -110,7 +110,7 @@ def _meant(text: str) -> str | None:
 
 def with_settings(
     *, method: Sequence[str] | None = None, engine: Sequence[str] = ENGINE_OPTIONS, others: type | None = None
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command the options of the settings; they arrive together as its keyword argument `settings`.
 
     Args:
@@ -123,16 +123,16 @@ def with_settings(
     of_others = _options(others, None) if others is not None else {}
     generated = of_method | of_engine | of_others
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         own = inspect.signature(command, eval_str=True)
 
-        def run(**values: Any) -> None:
+        def run(**values: Any) -> Any:
             chosen = {name: values.pop(name) for name in generated}
             changed = {name: value for name, value in chosen.items() if value != generated[name].default}
             config = SpeContextConfig(**{name: chosen[name] for name in of_method})
             options = {name: _value(name, chosen[name]) for name in of_engine}
             further = {name: value for name in of_others if (value := _value(name, chosen[name])) is not None}
-            command(**values, settings=Settings(config, options, changed, further))
+            return command(**values, settings=Settings(config, options, changed, further))
 
         parameters = [p for p in own.parameters.values() if p.name != "settings"]
         signature = own.replace(parameters=[*parameters, *generated.values()])

@@ -31,7 +31,7 @@ def serve(
 
     Ends after SIGTERM or Ctrl-C, when the running requests are done.
     """
-    config = ServerConfig(**({"api_key": keys} if (keys := _keys_of_environment()) else {}) | settings.others)
+    config = ServerConfig(**({"api_key": keys} if (keys := keys_of_environment()) else {}) | settings.others)
     changed = ({"retrieval_head": retrieval_head} if retrieval_head != "auto" else {}) | settings.changed
     if changed:
         error_console().print(escape(f"non-default options: {Settings(settings.config, {}, changed).describe()}"), style="dim")
@@ -43,7 +43,7 @@ def serve(
     run(EngineConfig(model, head, settings.config, **settings.engine), config, announce=announce)
 
 
-def _keys_of_environment() -> tuple[str, ...]:
+def keys_of_environment() -> tuple[str, ...]:
     """Keys that no other user of the machine can see, separated by commas."""
     return tuple(key for key in os.environ.get(API_KEY, "").split(",") if key)
 
