@@ -558,7 +558,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class LoadPlan:
+class SlotPlan:
     """What one selection moves, the same for every offloaded layer that reads it.
 
     Attributes:

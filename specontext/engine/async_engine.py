@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 from specontext.core import SamplingParams
 from specontext.engine.engine_loop import EngineLoop
 from specontext.engine.llm_engine import LLMEngine
-from specontext.engine.load import Load
 from specontext.engine.orders import Observer, Order
 from specontext.engine.request_stream import Delta, RequestStream
+from specontext.engine.status import EngineStatus
 from specontext.errors import EngineDeadError, QueueFullError, RequestError, RequestFailedError, SpeContextError
 
 __all__ = ["AsyncEngine", "EngineDeadError", "Observer", "QueueFullError", "RequestFailedError"]
@@ -65,7 +65,7 @@ class AsyncEngine:
         return self._loop.error is not None
 
     @property
-    def load(self) -> Load:
+    def status(self) -> EngineStatus:
         """What the engine is doing; renewed twice a second while it works, and when it has finished."""
         return self._loop.meter.latest
 

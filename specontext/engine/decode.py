@@ -21,12 +21,12 @@ from specontext.kernels.sparse_attention import merge_partials, sparse_attention
 from specontext.kernels.tables import NewTokens
 from specontext.kv.cache import KVCache
 from specontext.kv.dense import DenseRead, Staging
-from specontext.kv.layout import Reader, Reading
+from specontext.kv.layout import PlacedSelection, Reader
 from specontext.kv.streams import STATISTICS, Mark
 from specontext.retrieval.selector import AheadSelector, ForeseeingSelector, LaneTokens, LayerSelector, Selector
 
-# Shows the decode tokens of some ways of a batch, with full attention, to the methods that have to know it beforehand.
-LookAhead = Callable[[Batch, Sequence["Way"]], None]
+# Shows the decode tokens of some lanes of a batch, with full attention, to the methods that have to know it beforehand.
+LookAhead = Callable[[Batch, Sequence["RunningLane"]], None]
 
 TILE = 1024  # tokens of one tile on a CPU
 GPU_TILE = 16384  # a GPU is idle with small ones
@@ -34,7 +34,7 @@ LEAST_TILE = 256  # tokens of one request in a tile that many requests share
 
 
 @dataclass(eq=False)
-class Way:
+class RunningLane:
     """Decode tokens of a step whose requests choose in the same way: ahead of it, in each layer, or not at all.
 
     Attributes:
@@ -53,7 +53,7 @@ class Way:
     decode: LaneTokens
     part: slice
     read: DenseRead | None
-    reading: Reading | None = None
+    reading: PlacedSelection | None = None
     rows: Tensor | None = None
     seconds: float = 0.0
 
@@ -83,7 +83,7 @@ class Step:
         self.measure_recall, self.observer, self.look_ahead = measure_recall, observer, look_ahead
         self.tile = GPU_TILE if self.transfers.asynchronous else TILE
         lanes = batch.lanes or ((Lane(None, 0, batch.num_decodes, batch.span),) if batch.num_decodes else ())
-        self.ways = [self._way(lane) for lane in lanes]
+        self.lanes = [self._lane(lane) for lane in lanes]
         self.chunks = Chunks(batch, self.transfers, methods, self.tile) if batch.prefills else None
         self.staging: Staging | None = None
         self._counted: Mark = None
@@ -91,7 +91,7 @@ class Step:
         self._timed = measure_recall or not self.transfers.asynchronous
         self._now = partial(_synchronised, kv.device) if self._timed and self.transfers.asynchronous else time.perf_counter
 
-    def _way(self, lane: Lane) -> Way:
+    def _lane(self, lane: Lane) -> RunningLane:
         part = slice(lane.start, lane.stop)
         selector, reader = self.methods.own_way if lane.choice is None else self.methods.way(lane.choice)
         decode = LaneTokens.part(self.batch, part, lane.span)
@@ -101,7 +101,7 @@ class Step:
         if ahead is None and in_layer is None:
             shared = max(self.tile // (lane.stop - lane.start), LEAST_TILE) if self.transfers.asynchronous else self.tile
             read = DenseRead(decode.seats, lane.span - 1, shared, decode.positions)
-        return Way(
+        return RunningLane(
             selector,
             ahead,
             in_layer,
@@ -115,40 +115,42 @@ class Step:
         """Select before the forward pass, where the method does, and start the loads of all offloaded layers."""
         if self.look_ahead is not None:
             self._foresee(self.look_ahead)
-        for way in self.ways:
-            if way.ahead is not None:
+        for lane in self.lanes:
+            if lane.ahead is not None:
                 began = self._now()
-                selection = way.ahead.select(way.decode)
-                way.seconds += self._now() - began
-                way.reading = self.kv.read(way.decode.seats, selection, reader=way.reader)
-        if self.ways:
+                selection = lane.ahead.select(lane.decode)
+                lane.seconds += self._now() - began
+                lane.reading = self.kv.read(lane.decode.seats, selection, reader=lane.reader)
+        if self.lanes:
             self._count()
-        reads = [way.read for way in self.ways if way.read is not None] + (self.chunks.reads if self.chunks is not None else [])
+        reads = [lane.read for lane in self.lanes if lane.read is not None] + (
+            self.chunks.reads if self.chunks is not None else []
+        )
         if reads and self.transfers.asynchronous:
             self.staging = Staging(self.transfers, reads)
 
     def _foresee(self, look_ahead: LookAhead) -> None:
-        ways = [way for way in self.ways if isinstance(way.selector, ForeseeingSelector)]
-        if not ways:
+        lanes = [lane for lane in self.lanes if isinstance(lane.selector, ForeseeingSelector)]
+        if not lanes:
             return
         began = self._now()
-        look_ahead(self.batch, ways)
-        each = (self._now() - began) / sum(len(way.decode.seats) for way in ways)
+        look_ahead(self.batch, lanes)
+        each = (self._now() - began) / sum(len(lane.decode.seats) for lane in lanes)
         streamed = sum(self.kv.layout.layers[layer].entry_bytes for layer in self.kv.offloaded)  # of a token
-        for way in ways:
-            way.seconds += each * len(way.decode.seats)
-            self.meter.streamed(way.decode.seats, way.decode.lengths * streamed)
+        for lane in lanes:
+            lane.seconds += each * len(lane.decode.seats)
+            self.meter.streamed(lane.decode.seats, lane.decode.lengths * streamed)
 
     def _count(self) -> None:
         """Statistics of the step, beside what is computed; it holds their tensors until compute has waited for them."""
         with self.transfers.beside(STATISTICS):
-            for way in self.ways:
-                seats, lengths = way.decode.seats, way.decode.lengths
-                if way.in_layer is None:
-                    self.meter.step(seats, lengths, way.selector.selection_bytes(way.decode))
-                if way.reading is not None:
-                    self.meter.sparse(way.reading, self.transfers.tiers.resident)
-                elif way.read is not None:
+            for lane in self.lanes:
+                seats, lengths = lane.decode.seats, lane.decode.lengths
+                if lane.in_layer is None:
+                    self.meter.decoded(seats, lengths, lane.selector.selection_bytes(lane.decode))
+                if lane.reading is not None:
+                    self.meter.sparse(lane.reading, self.transfers.tiers.resident)
+                elif lane.read is not None:
                     self.meter.dense(seats, lengths, resident=sum(self.transfers.resident))
         self._counted = self.transfers.mark(STATISTICS)
 
@@ -156,11 +158,11 @@ class Step:
         """After the forward pass."""
         self.transfers.after(self._counted)
         self.transfers.end_step()
-        for way in self.ways:
-            if way.in_layer is not None:
-                self.meter.step(way.decode.seats, way.decode.lengths, way.selector.selection_bytes(way.decode))
+        for lane in self.lanes:
+            if lane.in_layer is not None:
+                self.meter.decoded(lane.decode.seats, lane.decode.lengths, lane.selector.selection_bytes(lane.decode))
             if self._timed:
-                self.meter.chosen(way.decode.seats, way.seconds / len(way.decode.seats))
+                self.meter.chosen(lane.decode.seats, lane.seconds / len(lane.decode.seats))
 
     def close(self) -> None:
         """Let go of everything: what has seen the step, such as a compiler, may keep it for a while, and not the engine too."""
@@ -171,74 +173,76 @@ class Step:
         batch, decodes = self.batch, self.batch.num_decodes
         if self.chunks is None:
             self.transfers.append(layer, NewTokens(batch.seats, batch.positions, batch.lengths, key, value))
-            if len(self.ways) == 1:
-                return self._decode(self.ways[0], layer, query, key, value, scale)
+            if len(self.lanes) == 1:
+                return self._decode(self.lanes[0], layer, query, key, value, scale)
         output = torch.empty_like(query)
         if self.chunks is not None and decodes:
             place = (batch.seats[:decodes], batch.positions[:decodes], batch.lengths[:decodes])
             self.transfers.append(layer, NewTokens(*place, key[:decodes], value[:decodes]))
-        for way in self.ways:
-            output[way.part] = self._decode(way, layer, query[way.part], key[way.part], value[way.part], scale)
+        for lane in self.lanes:
+            output[lane.part] = self._decode(lane, layer, query[lane.part], key[lane.part], value[lane.part], scale)
         if self.chunks is not None:
             self.chunks.attend(layer, query, key, value, scale, output, self.staging)
         return output
 
-    def _decode(self, way: Way, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        if way.in_layer is not None:
-            self._select_in_layer(way, way.in_layer, layer, query, key, scale)
+    def _decode(self, lane: RunningLane, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if lane.in_layer is not None:
+            self._select_in_layer(lane, lane.in_layer, layer, query, key, scale)
         if self.measure_recall:
-            self._measure(way, layer, query, scale)
-        if way.reading is None:
-            return self._decode_dense(way, layer, query, key, value, scale)
+            self._measure(lane, layer, query, scale)
+        if lane.reading is None:
+            return self._decode_dense(lane, layer, query, key, value, scale)
         self.transfers.wait(layer)
-        if way.in_layer is not None or not self.transfers.asynchronous:
-            rows = self.transfers.rows(range(layer, layer + 1), way.reading)[0]
+        if lane.in_layer is not None or not self.transfers.asynchronous:
+            rows = self.transfers.rows(range(layer, layer + 1), lane.reading)[0]
         else:
-            if way.rows is None:
-                way.rows = self.transfers.rows(range(len(self.transfers.resident)), way.reading)
-            rows = way.rows[layer]
+            if lane.rows is None:
+                lane.rows = self.transfers.rows(range(len(self.transfers.resident)), lane.reading)
+            rows = lane.rows[layer]
         if self.transfers.verify:
-            self.transfers.check_rows(layer, way.reading, rows)
+            self.transfers.check_rows(layer, lane.reading, rows)
         return sparse_attention(query, self.kv.arena.rows, rows, scale)[0]
 
-    def _select_in_layer(self, way: Way, selector: LayerSelector, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
-        seats, transfers = way.decode.seats, self.transfers
-        view = View(transfers, layer, way.decode, query, key, scale, self.tile)
+    def _select_in_layer(
+        self, lane: RunningLane, selector: LayerSelector, layer: int, query: Tensor, key: Tensor, scale: float
+    ) -> None:
+        seats, transfers = lane.decode.seats, self.transfers
+        view = View(transfers, layer, lane.decode, query, key, scale, self.tile)
         began = self._now()
-        selection = selector.select_in_layer(layer, way.decode, view)
-        way.seconds += self._now() - began
+        selection = selector.select_in_layer(layer, lane.decode, view)
+        lane.seconds += self._now() - began
         if not transfers.resident[layer] and view.tokens_read is not None:  # the keys it looked at were streamed in
             self.meter.streamed(seats, view.tokens_read * (self.kv.layout.layers[layer].entry_bytes // 2))
-        way.reading = self.kv.read(seats, selection, layer, way.reader)
-        self.meter.sparse(way.reading, transfers.tiers.resident, layer)
+        lane.reading = self.kv.read(seats, selection, layer, lane.reader)
+        self.meter.sparse(lane.reading, transfers.tiers.resident, layer)
 
-    def _decode_dense(self, way: Way, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        transfers, seats = self.transfers, way.decode.seats
+    def _decode_dense(self, lane: RunningLane, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        transfers, seats = self.transfers, lane.decode.seats
         if transfers.in_reach(layer):
             home = transfers.home(layer)
-            pages, lengths = home.table_of(layer).index_select(0, seats), way.decode.lengths
+            pages, lengths = home.table_of(layer).index_select(0, seats), lane.decode.lengths
             return paged_attention(query, home.by_page(layer), pages, lengths, scale, tile=self.tile)[0]
         # The token itself is on its way to the host, and stands beside the tiles.
         own = torch.stack((key, value), dim=2).view(-1, 2, key.shape[2])
         place = torch.arange(len(own), device=own.device).view(*key.shape[:2], 1)
         parts = [sparse_attention(query, own, place, scale)]
-        assert self.staging is not None and way.read is not None
-        for start, stop, buffer in self.staging.tiles(layer, way.read):
+        assert self.staging is not None and lane.read is not None
+        for start, stop, buffer in self.staging.tiles(layer, lane.read):
             rows = torch.arange(len(buffer), device=buffer.device).view(len(key), -1, key.shape[1]).transpose(1, 2)  # [R, Hkv, T]
-            absent = start + torch.arange(stop - start, device=buffer.device) >= way.decode.positions[:, None]
+            absent = start + torch.arange(stop - start, device=buffer.device) >= lane.decode.positions[:, None]
             parts.append(sparse_attention(query, buffer, rows.masked_fill(absent[:, None], -1), scale))
         outputs, lses = zip(*parts, strict=True)
         return merge_partials(torch.stack(outputs), torch.stack(lses))
 
-    def _measure(self, way: Way, layer: int, query: Tensor, scale: float) -> None:
+    def _measure(self, lane: RunningLane, layer: int, query: Tensor, scale: float) -> None:
         """Count the share of the layer's true attention that is read, and show it to the observer."""
-        seats, share = way.decode.seats, torch.ones_like(way.decode.seats, dtype=torch.float64)
-        tokens = None if way.reading is None else way.reading.selection.tokens[:, way.reader.head_map[layer]]  # [R, Hkv, B]
+        seats, share = lane.decode.seats, torch.ones_like(lane.decode.seats, dtype=torch.float64)
+        tokens = None if lane.reading is None else lane.reading.selection.tokens[:, lane.reader.head_map[layer]]  # [R, Hkv, B]
         if tokens is not None or self.observer is not None:
-            logits = true_logits(self.transfers, layer, way.decode, query, scale, self.tile)
+            logits = true_logits(self.transfers, layer, lane.decode, query, scale, self.tile)
             weights = torch.softmax(logits, dim=-1)
             if self.observer is not None:
-                self.observer(layer, way.decode, weights, tokens)
+                self.observer(layer, lane.decode, weights, tokens)
             share = share if tokens is None else covered(weights, tokens)
         self.meter.recall(layer, seats, share)
 

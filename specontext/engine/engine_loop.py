@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from specontext.engine.llm_engine import Generation, LLMEngine
-from specontext.engine.load import LoadMeter
 from specontext.engine.orders import Life, Observer, Order
 from specontext.engine.request_stream import Progress, RequestStream
+from specontext.engine.status import StatusMeter
 from specontext.errors import EngineDeadError, NamedRequestsError, RequestFailedError, SpeContextError, described
 
 logger = logging.getLogger("specontext")
@@ -54,7 +54,7 @@ class EngineLoop:
         on_idle: Callable[[], None],
         on_death: Callable[[], None],
     ) -> None:
-        self.engine, self.meter = engine, LoadMeter()
+        self.engine, self.meter = engine, StatusMeter()
         self.error: Exception | None = None
         self.open_outputs = 0
         self.lock = threading.Lock()  # guards the three attributes that both sides write: error, open_outputs, _woken

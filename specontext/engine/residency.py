@@ -126,7 +126,7 @@ class Residency:
 
     # Moving -----------------------------------------------------------------------------------------------------------
 
-    def step(self, stored: Mapping[int, int], lengths_in: Callable[[int], list[int]]) -> None:
+    def advance(self, stored: Mapping[int, int], lengths_in: Callable[[int], list[int]]) -> None:
         """Between two steps: go on with a move, or begin one that will be needed, or that has become possible.
 
         Args:

@@ -75,7 +75,7 @@ class Scheduler:
         if self.waiting:
             self.admission.admit()
         if self.parts.residency.adaptive:
-            self.parts.residency.step(self.admission.stored, self._lengths_in)
+            self.parts.residency.advance(self.admission.stored, self._lengths_in)
 
     def schedule(self) -> Schedule | None:
         """The next step's requests and batch; None when there is nothing to do, or all requests are held."""

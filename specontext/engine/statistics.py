@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specontext.core import ModelShape, Selection
 from specontext.engine.output_statistics import DecodeStatistics
-from specontext.kv.layout import Reading
+from specontext.kv.layout import PlacedSelection
 
 NOTHING = torch.iinfo(torch.int32).max
 
@@ -101,7 +101,7 @@ class Meter:
         )
         column.index_add_(0, seats, value)
 
-    def step(self, seats: Tensor, lengths: Tensor, selection_bytes: Tensor) -> None:
+    def decoded(self, seats: Tensor, lengths: Tensor, selection_bytes: Tensor) -> None:
         """Count one decode step of requests with `lengths` [R] tokens in context."""
         self._add(Count.STEPS, seats, 1.0)
         self._add(Count.SELECTION_BYTES, seats, selection_bytes)
@@ -124,7 +124,7 @@ class Meter:
         self._add(Count.CHOOSING_S, seats, seconds)
         self._add(Count.TIMED_STEPS, seats, 1.0)
 
-    def sparse(self, reading: Reading, resident: Tensor, layer: int | None = None) -> None:
+    def sparse(self, reading: PlacedSelection, resident: Tensor, layer: int | None = None) -> None:
         """Count a selection and its loads, read by all layers or by the one that selected.
 
         Args:

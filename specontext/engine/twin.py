@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specontext.core import Batch
 from specontext.engine.build import Parts
-from specontext.engine.decode import Step, Way
+from specontext.engine.decode import RunningLane, Step
 from specontext.engine.methods import Methods
 from specontext.engine.statistics import Meter
 from specontext.models.attention import listening
@@ -36,20 +36,20 @@ class DenseTwin:
         self._methods = Methods(FULL, parts.methods.budget, {FULL: full}, layout=parts.kv.layout, device=device)
         self._meter = Meter(shape, full.head_map, tables=1, groups=1, budget=1, sink=0, seats=seats, device=device)
 
-    def look_ahead(self, batch: Batch, ways: Sequence[Way]) -> None:
+    def look_ahead(self, batch: Batch, lanes: Sequence[RunningLane]) -> None:
         """Show every layer's attention of the decode tokens of these ways to their selectors."""
         device = batch.token_ids.device
-        index = torch.cat([torch.arange(way.part.start, way.part.stop, device=device) for way in ways])
-        sizes = [way.part.stop - way.part.start for way in ways]
+        index = torch.cat([torch.arange(lane.part.start, lane.part.stop, device=device) for lane in lanes])
+        sizes = [lane.part.stop - lane.part.start for lane in lanes]
 
         def show(layer: int, _: LaneTokens, weights: Tensor, __: Tensor | None) -> None:
-            for way, part in zip(ways, weights.split(sizes), strict=True):
-                assert isinstance(way.selector, ForeseeingSelector)
-                way.selector.foresee(layer, part[..., : way.decode.span])
+            for lane, part in zip(lanes, weights.split(sizes), strict=True):
+                assert isinstance(lane.selector, ForeseeingSelector)
+                lane.selector.foresee(layer, part[..., : lane.decode.span])
 
         tokens = (batch.token_ids[index], batch.positions[index], batch.seats[index], batch.lengths[index], batch.seeds[index])
         last = torch.arange(len(index), device=device)
-        twin = Batch(*tokens, len(index), (), last, span=max(way.decode.span for way in ways))
+        twin = Batch(*tokens, len(index), (), last, span=max(lane.decode.span for lane in lanes))
         step = Step(twin, self.kv, self._methods, self._meter, measure_recall=True, observer=show)
         try:
             step.begin()

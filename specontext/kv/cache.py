@@ -23,7 +23,7 @@ from specontext.kv.blocks import Blocks
 from specontext.kv.copying import copy_pages, copy_tokens, fill_slots, prepare_moves
 from specontext.kv.holdings import Holdings
 from specontext.kv.hot_slots import HotSlots, SlotSizes
-from specontext.kv.layout import Reader, Reading
+from specontext.kv.layout import PlacedSelection, Reader
 from specontext.kv.pool import PagePool
 from specontext.kv.prefix_tree import Block, Tokens
 from specontext.kv.seats import LayerMove, ParkedKV, Seat
@@ -169,7 +169,9 @@ class KVCache:
 
     # The step ---------------------------------------------------------------------------------------------------------
 
-    def read(self, seats: Tensor, selection: Selection, layer: int | None = None, reader: Reader | None = None) -> Reading:
+    def read(
+        self, seats: Tensor, selection: Selection, layer: int | None = None, reader: Reader | None = None
+    ) -> PlacedSelection:
         """Plan a selection's loads and start them, for every offloaded layer, or for the one that selected.
 
         Args:
@@ -180,7 +182,7 @@ class KVCache:
         needed = self.transfers.planned if layer is None else not self._held.resident[layer]
         if self.hot is not None and needed:
             selection, plan = self.hot.plan(layer or 0, seats, selection)
-        reading = Reading(seats, selection, reader, plan)
+        reading = PlacedSelection(seats, selection, reader, plan)
         if plan is not None:
             self.transfers.load(reading, layer)
         return reading

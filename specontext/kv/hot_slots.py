@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specontext.core import LoadPlan, Selection
+from specontext.core import Selection, SlotPlan
 from specontext.kernels.rows import fixed_slots
 from specontext.kernels.slot_plan import plan_slots
 
@@ -59,7 +59,7 @@ class HotSlots:
         self.slot_of_token[:, seat] = -1
         self.last_used[:, seat] = 0
 
-    def plan(self, table: int, seats: Tensor, selection: Selection) -> tuple[Selection, LoadPlan]:
+    def plan(self, table: int, seats: Tensor, selection: Selection) -> tuple[Selection, SlotPlan]:
         """Slots of a selection and what must be loaded into them; the tables then say what will be there.
 
         Args:
@@ -77,7 +77,7 @@ class HotSlots:
         tables = (self.slot_of_token[table], self.token_of_slot[table], self.last_used[table])
         hot_slots, missing = plan_slots(torch.where(scored, tokens, -1), seats, *tables, step)
         slots = torch.where(scored, hot_slots + self.sink + self.recent, fixed_slots(tokens, self.sink, self.recent))
-        return selection, LoadPlan(slots, missing)
+        return selection, SlotPlan(slots, missing)
 
     def tokens_of(self, table: int, seats: Tensor, lengths: Tensor) -> Tensor:
         """Tokens that belong into the slots of seats that have `lengths` [R] tokens stored: int64 [R, G, slots], -1 for none."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specontext.core import LoadPlan, ModelShape, Selection
+from specontext.core import ModelShape, Selection, SlotPlan
 from specontext.kernels.tables import Parts, Places
 from specontext.memory.layer_blocks import Groups, LayerBlocks, divide_layers, one_by_one
 
@@ -202,7 +202,7 @@ class Reader:
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class PlacedSelection:
     """A selection of some requests in a step, of all layers or of the one that selected.
 
     Attributes:
@@ -213,4 +213,4 @@ class Reading:
     seats: Tensor
     selection: Selection
     reader: Reader
-    plan: LoadPlan | None = None
+    plan: SlotPlan | None = None

@@ -16,7 +16,7 @@ from specontext.errors import LoadError
 from specontext.kernels.rows import append_layer, append_pieces, append_tokens, copy_pieces, fixed_slots, ring_slots
 from specontext.kernels.slot_plan import listed, selected_rows
 from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
-from specontext.kv.layout import BlockParts, Reading
+from specontext.kv.layout import BlockParts, PlacedSelection
 from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK, Mark, Streams
 from specontext.memory.layer_blocks import LayerBlocks
 
@@ -106,7 +106,7 @@ class Transfers:
         layer moves, since kernels pass over the layers that are resident."""
         return self.tiers.slots is not None and (not all(self.resident) or (self.adaptive and self.asynchronous))
 
-    def load(self, reading: Reading, layer: int | None) -> None:
+    def load(self, reading: PlacedSelection, layer: int | None) -> None:
         """Start copying what a plan misses into its slots, for all offloaded layers or for one."""
         plan, slots, tokens = reading.plan, self.tiers.slots, reading.selection.tokens
         assert plan is not None and slots is not None
@@ -138,13 +138,13 @@ class Transfers:
             self.after(self._loaded[layer])
             self._loaded[layer] = None
 
-    def rows(self, layers: range, reading: Reading) -> Tensor:
+    def rows(self, layers: range, reading: PlacedSelection) -> Tensor:
         """Arena rows of a selection for every KV head of some layers, in its order: integers [layers, R, Hkv, B]."""
         tokens, plan = reading.selection.tokens, reading.plan
         slots = tokens if plan is None else plan.slots
         return selected_rows(self.tiers, layers, reading.seats, reading.reader.head_map, tokens, slots)
 
-    def check_rows(self, layer: int, reading: Reading, rows: Tensor) -> None:
+    def check_rows(self, layer: int, reading: PlacedSelection, rows: Tensor) -> None:
         """Raises LoadError where rows [R, Hkv, B] of an offloaded layer differ from the host's, where that is checked."""
         if not self.verify or self.resident[layer]:
             return

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 
 from specontext.engine.async_engine import AsyncEngine
-from specontext.engine.load import Load
+from specontext.engine.status import EngineStatus
 
 
 def configure_logging() -> None:
@@ -39,26 +39,31 @@ def _shown(value: object) -> str:
 async def log_load(engine: AsyncEngine, interval: float) -> None:
     """Write a line about the engine's load every `interval` seconds in which it did something; never returns."""
     logger = logging.getLogger("specontext.server")
-    before, then = engine.load, time.perf_counter()
+    before, then = engine.status, time.perf_counter()
     counted = (engine.prompt_tokens, engine.generation_tokens)
     while True:
         await asyncio.sleep(interval)
-        now, load, counts = time.perf_counter(), engine.load, (engine.prompt_tokens, engine.generation_tokens)
+        now, status, counts = time.perf_counter(), engine.status, (engine.prompt_tokens, engine.generation_tokens)
         if counts != counted or engine.open_outputs:
-            logger.info("%s", fields("load", _rates(engine, before, load, counted, counts, now - then)))
-        before, then, counted = load, now, counts
+            logger.info("%s", fields("load", _rates(engine, before, status, counted, counts, now - then)))
+        before, then, counted = status, now, counts
 
 
 def _rates(
-    engine: AsyncEngine, before: Load, load: Load, counted: tuple[int, int], counts: tuple[int, int], seconds: float
+    engine: AsyncEngine,
+    before: EngineStatus,
+    status: EngineStatus,
+    counted: tuple[int, int],
+    counts: tuple[int, int],
+    seconds: float,
 ) -> dict[str, object]:
     return {
         "prompt_tok_s": round((counts[0] - counted[0]) / seconds, 1),
         "generation_tok_s": round((counts[1] - counted[1]) / seconds, 1),
         "running": engine.running,
         "waiting": engine.waiting,
-        "kv": f"{load.device_kv_used:.1%}",
-        "host_kv": f"{load.host_kv_used:.1%}",
-        "overlap": None if load.overlap is None else f"{load.overlap:.1%}",
-        "loaded_mb_s": round((load.loaded_bytes - before.loaded_bytes) / seconds / 1e6, 2),
+        "kv": f"{status.device_kv_used:.1%}",
+        "host_kv": f"{status.host_kv_used:.1%}",
+        "overlap": None if status.overlap is None else f"{status.overlap:.1%}",
+        "loaded_mb_s": round((status.loaded_bytes - before.loaded_bytes) / seconds / 1e6, 2),
     }

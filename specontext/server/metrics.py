@@ -94,28 +94,28 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """The engine's numbers of this moment; tiers, overlap and loaded bytes are at most half a second old."""
         assert self._engine is not None
-        load, engine = self._engine.load, self._engine
+        status, engine = self._engine.status, self._engine
         gauges = (
             ("num_requests_running", "Outputs in the batch.", engine.running),
             ("num_requests_waiting", "Outputs that wait for a place in the batch.", engine.waiting),
-            ("kv_cache_usage_perc", "Share of the device tier of KV that is in use, 0 to 1.", load.device_kv_used),
-            ("host_kv_bytes", "Bytes of the host tier of KV that are in use.", load.host_kv_used * load.host_kv_bytes),
+            ("kv_cache_usage_perc", "Share of the device tier of KV that is in use, 0 to 1.", status.device_kv_used),
+            ("host_kv_bytes", "Bytes of the host tier of KV that are in use.", status.host_kv_used * status.host_kv_bytes),
             (
                 "prefix_cache_bytes",
                 "Bytes of the host tier that known prefixes fill until they are needed.",
-                load.prefix_bytes,
+                status.prefix_bytes,
             ),
-            ("selection_overlap", "Share of a selection that the step before had selected too.", load.overlap or 0.0),
-            ("offloaded_layers", "Layers whose KV lives in host memory.", load.offloaded_layers),
+            ("selection_overlap", "Share of a selection that the step before had selected too.", status.overlap or 0.0),
+            ("offloaded_layers", "Layers whose KV lives in host memory.", status.offloaded_layers),
         )
         counters = (
             ("prompt_tokens", "Prompt tokens processed.", engine.prompt_tokens),
             ("generation_tokens", "Tokens generated.", engine.generation_tokens),
-            ("num_preemptions", "Requests that had to make room for others.", load.preemptions),
-            ("prefix_cache_queries", "Prompt tokens that could have been known from earlier prompts.", load.prefix_queries),
-            ("prefix_cache_hits", "Prompt tokens that were known from earlier prompts.", load.prefix_hits),
-            ("prefetch_bytes", "Bytes of KV moved from host to device.", load.loaded_bytes),
-            ("prefetch_stall_seconds", "Seconds that steps have waited for KV to move between the tiers.", load.stall_s),
+            ("num_preemptions", "Requests that had to make room for others.", status.preemptions),
+            ("prefix_cache_queries", "Prompt tokens that could have been known from earlier prompts.", status.prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens that were known from earlier prompts.", status.prefix_hits),
+            ("prefetch_bytes", "Bytes of KV moved from host to device.", status.loaded_bytes),
+            ("prefetch_stall_seconds", "Seconds that steps have waited for KV to move between the tiers.", status.stall_s),
         )
         for name, help, value in gauges:
             gauge = GaugeMetricFamily(PREFIX + name, help, labels=("model_name",))

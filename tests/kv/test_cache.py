@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from torch import Tensor
 
-from specontext.core import LoadPlan, ModelShape, Selection
+from specontext.core import ModelShape, Selection, SlotPlan
 from specontext.errors import LoadError
 from specontext.kernels.rows import copy_pieces
 from specontext.kernels.tables import NewTokens, Pages, Parts, Slots
@@ -28,7 +28,7 @@ from specontext.kv import transfers
 from specontext.kv.cache import KVCache
 from specontext.kv.dense import read_tile, stored_tiles
 from specontext.kv.hot_slots import SlotSizes
-from specontext.kv.layout import Layout, Reader, Reading
+from specontext.kv.layout import Layout, PlacedSelection, Reader
 from specontext.kv.pool import make_pools
 from specontext.kv.seats import LayerMove, ParkedKV
 from specontext.memory.layer_blocks import LayerBlocks
@@ -368,7 +368,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def run_step(self, rng: random.Random, decodes: list[int], chunks: list[tuple[int, int]]) -> None:
         self.step += 1
-        readings: dict[int, Reading] = {}
+        readings: dict[int, PlacedSelection] = {}
         sparse = bool(decodes) and not self.dense
         if sparse and not self.in_layer:
             readings = dict.fromkeys(range(LAYERS), self.select(rng, decodes, 0, None))
@@ -444,7 +444,7 @@ class CacheMachine(RuleBasedStateMachine):
         lengths = torch.tensor([*(after[seat] for seat, _ in new), 0])
         store(layer, NewTokens(seats, positions, lengths, rows, -rows))
 
-    def select(self, rng: random.Random, decodes: list[int], table: int, layer: int | None) -> Reading:
+    def select(self, rng: random.Random, decodes: list[int], table: int, layer: int | None) -> PlacedSelection:
         """A random selection; checks its plan, and that the loads are exactly the misses."""
         lengths = torch.tensor([self.length[seat] + 1 for seat in decodes])
         scored = torch.full((len(decodes), self.groups, self.budget.scored), -1)
@@ -477,7 +477,7 @@ class CacheMachine(RuleBasedStateMachine):
     # Checks -----------------------------------------------------------------------------------------------------------
 
     def check_plan(
-        self, seats: list[int], table: int, layer: int | None, selection: Selection, plan: LoadPlan | None, loaded: list[float]
+        self, seats: list[int], table: int, layer: int | None, selection: Selection, plan: SlotPlan | None, loaded: list[float]
     ) -> None:
         offloaded = [i for i in self.offloaded if layer is None or i == layer]
         if self.dense or not (offloaded or (layer is None and self.adaptive and self.kv.transfers.asynchronous)):

@@ -311,7 +311,7 @@ def test_the_load_says_what_happens() -> None:
             assert {request.state for request in load.requests} == {"running", "waiting"}
             await asyncio.gather(*map(collect, streams))
             assert served.generation_tokens == 120 and served.prompt_tokens == 3 * len(PROMPT) * 4
-            idle = await served.call(lambda _: served.load)
+            idle = await served.call(lambda _: served.status)
             assert idle.running == 0 and idle.loaded_bytes >= load.loaded_bytes and idle.overlap
 
     run(test)

@@ -100,7 +100,7 @@ class EngineReplica:
             "running": float(engine.running),
             "waiting": float(engine.waiting),
             "seats": float(engine.engine.config.max_num_seqs),
-            "kv": engine.load.device_kv_used,
+            "kv": engine.status.device_kv_used,
         }
 
     def check_health(self) -> None:

@@ -43,10 +43,10 @@ async def metrics(request: Request) -> Response:
 async def status(request: Request) -> dict[str, Any]:
     """What the status page shows."""
     state = state_of(request)
-    load, engine = asdict(state.engine.load), state.engine
-    live = load.pop("requests")
+    status, engine = asdict(state.engine.status), state.engine
+    live = status.pop("requests")
     method = engine.engine.parts.method
-    return load | {
+    return status | {
         "latency": state.metrics.latencies(),
         "running": engine.running,
         "waiting": engine.waiting,

@@ -29,7 +29,7 @@ class LiveRequest:
 
 
 @dataclass(frozen=True)
-class Load:
+class EngineStatus:
     """An engine at one moment.
 
     Attributes:
@@ -65,28 +65,28 @@ class Load:
 
 
 @dataclass
-class LoadMeter:
+class StatusMeter:
     """Counts tokens and takes loads; used by the engine's thread only."""
 
     prompt_tokens: int = 0
     generation_tokens: int = 0
     last_overlap: float | None = None
-    latest: Load = field(default_factory=Load)
+    latest: EngineStatus = field(default_factory=EngineStatus)
 
     def ended(self, stats: OutputStatistics) -> None:
         """Look at the statistics of an output that has ended."""
         if stats.overlap is not None:
             self.last_overlap = stats.overlap
 
-    def take(self, engine: LLMEngine) -> Load:
-        """The engine's load now, in one reading of the device; also kept as `latest`."""
+    def take(self, engine: LLMEngine) -> EngineStatus:
+        """How the engine is now, in one reading of the device; also kept as `latest`."""
         now, parts = time.perf_counter(), engine.parts
         running, waiting = list(engine.scheduler.running), list(engine.scheduler.waiting)
         decoding = [request.seat for request in running if request.decoding]
         reports, totals = parts.meter.overview(decoding)
         of_seat = dict(zip(decoding, reports, strict=True))
         overlaps = [report.overlap for report in reports if report.overlap is not None]
-        self.latest = Load(
+        self.latest = EngineStatus(
             taken_at=now,
             running=len(running),
             waiting=len(waiting),

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from specontext.engine.load import LoadMeter
 from specontext.engine.orders import Life
 from specontext.engine.statistics import Count, Meter
+from specontext.engine.status import StatusMeter
 from specontext.errors import EngineDeadError
 from tests.server.serving import make_engine
 from tests.server.test_async_engine import PROMPT, collect, params, run, started
@@ -58,8 +58,8 @@ def test_stalls_of_all_moves_are_counted() -> None:
         async with started(engine) as served:
             await asyncio.gather(*(collect(served.generate(f"r{i}", PROMPT, params(250))) for i in range(4)))
             moves = engine.parts.residency.moves
-            assert moves and served.load.stall_s >= sum(move.stall_s for move in moves) > 0
-            assert served.load.stall_s == (await served.call(served._loop.meter.take)).stall_s
+            assert moves and served.status.stall_s >= sum(move.stall_s for move in moves) > 0
+            assert served.status.stall_s == (await served.call(served._loop.meter.take)).stall_s
 
     run(test)
 
@@ -73,7 +73,7 @@ def test_a_load_reads_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
     reads: Counter[str] = Counter()
     for name in ("tolist", "item", "cpu", "numpy", "__float__", "__int__", "__bool__"):
         monkeypatch.setattr(torch.Tensor, name, counting(getattr(torch.Tensor, name), name, reads))
-    load = LoadMeter().take(engine)
+    load = StatusMeter().take(engine)
     assert reads == {"tolist": 1}
     assert load.running == 5 and load.overlap is not None
     assert all(request.overlap is not None and request.bytes_loaded_per_step for request in load.requests)
