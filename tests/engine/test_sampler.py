@@ -332,6 +332,6 @@ def test_no_requests_no_tokens() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_device_does_not_change_a_token() -> None:
-    requests, logits = mixed_requests(), random_logits(45, 3000, scale=1.0)
-    here = sample(logits, requests, end_token_ids=(9,)).token_ids
-    assert sample(logits.cuda(), requests, end_token_ids=(9,)).token_ids == here
+    logits = random_logits(45, 3000, scale=1.0)
+    here = sample(logits, mixed_requests(), end_token_ids=(9,)).token_ids
+    assert sample(logits.cuda(), mixed_requests(), end_token_ids=(9,)).token_ids == here  # a request remembers on its device
