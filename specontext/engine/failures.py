@@ -18,9 +18,6 @@ class Failures:
     def __init__(self) -> None:
         self.found: dict[str, Exception] = {}
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self.found
-
     def add(self, error: Exception, *request_ids: str) -> None:
         self.found |= dict.fromkeys(request_ids, error)
 

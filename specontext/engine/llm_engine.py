@@ -285,7 +285,8 @@ class LLMEngine:
                 request.captured_steps += 1
         ready = [(row, r) for row, r in self.scheduler.advance(schedule) if r.request_id not in failures.found]
         self.scheduler.prepare()
-        self._masks.fill(((request, self._generations[request.request_id].constraint) for _, request in ready), failures)
+        if constrained := [r for _, r in ready if r.params.structured_outputs is not None]:
+            self._masks.fill(((r, self._generations[r.request_id].constraint) for r in constrained), failures)
         if meanwhile is not None:
             meanwhile()
         touched = self._sample(logits, ready, failures)
@@ -307,7 +308,7 @@ class LLMEngine:
 
     def _sample(self, logits: Tensor, ready: list[tuple[int, Request]], failures: Failures) -> list[Generation]:
         """Choose the next tokens of (row of the logits, request) pairs."""
-        ready = [(row, request) for row, request in ready if request.request_id not in failures]
+        ready = [(row, request) for row, request in ready if request.request_id not in failures.found]
         chosen = next_tokens(logits, ready, failures, end_token_ids=self.loaded.end_token_ids)
         now = time.perf_counter()
         touched = []

@@ -56,7 +56,7 @@ def next_tokens(
         return _draw(logits, ready, end_token_ids)
     except LogitsError as error:
         failures.add(error, *error.request_ids)
-        left = [(row, request) for row, request in ready if request.request_id not in failures]
+        left = [(row, request) for row, request in ready if request.request_id not in failures.found]
         return next_tokens(logits, left, failures, end_token_ids=end_token_ids)
     except NOBODYS:
         raise
@@ -97,7 +97,7 @@ def sample(logits: Tensor, requests: Sequence[Request], *, end_token_ids: Collec
         return Sampled([], [])
     raw = logits.float()
     plain = all(request.params.plain for request in requests)
-    adjusted = restricted(raw, requests, end_token_ids)
+    adjusted = raw if plain else restricted(raw, requests, end_token_ids)
     chosen = adjusted.argmax(dim=1)  # [R], the lowest id among equals
     if not plain:
         _sample_random_rows(adjusted, requests, chosen)

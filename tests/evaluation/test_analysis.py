@@ -439,7 +439,7 @@ def test_plots_are_drawn_from_the_file_alone(report: dict[str, Any], tmp_path: P
 
 def test_missing_matplotlib_is_said(report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(SpeContextError, match=r'pip install "specontext\[plots\]"'):
+    with pytest.raises(SpeContextError, match=r"pip install .*\[plots\]"):
         write_analysis(report, tmp_path / "made")
     assert not list(tmp_path.iterdir())
 

@@ -157,7 +157,7 @@ def test_chinese_tasks_without_jieba_are_left_out_by_name(
         write(tmp_path / f"{name}.jsonl", [record(name)])
     needs, not_ = SUITES["longbench"](str(tmp_path))
     assert "jieba" in needs.unfit(text) and not_.unfit(text) is None  # type: ignore[attr-defined]
-    with pytest.raises(DataFileError, match=r"jieba: pip install"):
+    with pytest.raises(DataFileError, match=r"jieba: .*pip install"):
         needs.examples(length=None, n=1, seed=0, text=text)
 
 
@@ -262,7 +262,7 @@ def test_places_without_data_are_refused(tmp_path: Path, text: TextTools, monkey
     with pytest.raises(DataFileError, match=r"lcc.jsonl has no rows"):
         task_of("longbench", tmp_path / "blank", "lcc").examples(length=None, n=1, seed=0, text=text)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataFileError, match=r"some-one/LongBench/lcc:test needs the package datasets: pip install"):
+    with pytest.raises(DataFileError, match=r"some-one/LongBench/lcc:test needs the package datasets: .*pip install"):
         SUITES["longbench"]("some-one/LongBench/lcc")[0].examples(length=None, n=1, seed=0, text=text)
 
 
