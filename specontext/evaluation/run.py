@@ -21,7 +21,7 @@ from specontext.evaluation.competitors import Competitor, parse_competitors
 from specontext.evaluation.engines import Engines, Group
 from specontext.evaluation.results import environment, read_meta, write_results
 from specontext.evaluation.rows import MEASURES, Cell, Row, by_cell, cell_rows
-from specontext.evaluation.samples import FILE, EvaluationError, Sample, SampleFile, fingerprint
+from specontext.evaluation.samples import FILE, EvaluationError, Sample, SampleFile, SampleId, fingerprint
 from specontext.evaluation.settings import EvaluationSettings
 from specontext.evaluation.text_tools import text_tools
 from specontext.evaluation.windows import Text
@@ -168,7 +168,7 @@ class Evaluation:
             self.samples.check(cell.task.suite, cell.task.name, cell.length, asked)
         wanted = [(group, cell, self._choices(group, cell.task.suite, cell.length)) for group in self.groups for cell in cells]
         self._count_all()
-        known = self.samples.samples
+        known = self.answered
         missing = any(
             _id(cell, p, choice) not in known for _, cell, choices in wanted for p in cell.problems for choice in choices
         )
@@ -178,6 +178,14 @@ class Evaluation:
         for group, cell, choices in wanted:
             self._run_cell(self.engines.open(group), cell, choices, advance)
         return self._write()
+
+    @property
+    def answered(self) -> dict[SampleId, Sample]:
+        """The samples that need not be made again: where recall is to be measured, those that have it."""
+        samples = self.samples.samples
+        if not self.settings.engine.get("measure_recall"):
+            return samples
+        return {name: one for name, one in samples.items() if one.stats.get("attention_recall") is not None}
 
     def open_texts(self) -> list[Text]:
         """The texts that were given.
@@ -228,7 +236,7 @@ class Evaluation:
         return fitting
 
     def _run_cell(self, llm: LLM, cell: EvalCell, choices: Sequence[Choice], advance: Advance) -> None:
-        known, added = self.samples.samples, False
+        known, added = self.answered, False
         for batch in _batches(cell.problems, llm.engine.config.max_num_seqs):
             todo = [(choice, [p for p in batch if _id(cell, p, choice) not in known]) for choice in choices]
             advance(sum(len(batch) - len(problems) for _, problems in todo))

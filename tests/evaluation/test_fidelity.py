@@ -221,6 +221,15 @@ def test_a_second_run_measures_only_what_is_missing(results: dict[str, Any], set
     assert sorted(map(json.dumps, known)) == sorted(map(json.dumps, results["rows"]))
 
 
+def test_recall_is_measured_where_it_is_asked_for_and_then_added(settings: EvaluationSettings, tmp_path: Path) -> None:
+    engine = {name: value for name, value in settings.engine.items() if name != "measure_recall"}
+    plain = replace(settings, out=tmp_path / "out", lengths=(192,), methods=("streaming",), limit=1, engine=engine)
+    rows = run_fidelity(plain, silently)["rows"]
+    assert all(row["attention_recall"] is None and "attention_recall_by_layer" not in row for row in rows)
+    asked = run_fidelity(replace(plain, engine=settings.engine), silently)["rows"]
+    assert all(0 < row["attention_recall"] <= 1 and row["n"] == 1 for row in asked) and len(asked) == len(rows)
+
+
 def test_other_windows_are_not_mixed_in(results: dict[str, Any], settings: EvaluationSettings) -> None:
     rows = run_fidelity(replace(settings, limit=1), silently)["rows"]
     assert {row["n"] for row in rows} == {2}

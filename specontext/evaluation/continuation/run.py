@@ -117,7 +117,7 @@ class _ContinuationEvaluation(Evaluation):
 
     def _write_all(self, llm: LLM, jobs: Sequence[_Job], choices: Collection[Choice], advance: Advance) -> None:
         """Let every method go on with some prompts, full attention first."""
-        known, added = self.samples.samples, False
+        known, added = self.answered, False
         for choice in choices:
             todo = [job for job in jobs if job.name(choice) not in known]
             advance(len(jobs) - len(todo))

@@ -110,8 +110,9 @@ class _FidelityEvaluation(Evaluation):
 
     def _compare(self, llm: LLM, cells: Sequence[_Cell], choices: Collection[Choice], advance: Advance) -> None:
         """All windows of one length: those of all texts go together, as many at once as the engine takes."""
+        known = self.answered
         jobs = [
-            _Job(cell, window, tuple(choice for choice in choices if _name(cell, window, choice) not in self.samples.samples))
+            _Job(cell, window, tuple(choice for choice in choices if _name(cell, window, choice) not in known))
             for cell in cells
             for window in cell.windows
         ]
