@@ -25,6 +25,7 @@ from specontext.kv.cache import KVCache
 from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout
 from specontext.kv.pool import PagePool, make_pools
+from specontext.kv.rings import Rings
 from specontext.memory.facts import NO_HEAD, ModelFacts
 from specontext.memory.model import MemoryModel, RunSettings, measured_model, staged_bytes
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, TierSizes, free_memory, size_tiers
@@ -155,6 +156,9 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         device=device,
         directory=config.offload_dir,
     )
+    rings = None
+    if shape.windowed:
+        rings = Rings(shape, seats=config.max_num_seqs, page_size=config.page_size, max_tokens=max_tokens, device=device)
     methods = make_methods(names, context, loaded, arena)
     kv = KVCache(
         arena,
@@ -168,6 +172,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         verify_loads=config.verify_loads,
         write_through=config.measure_recall,
         state=block_state(methods, config.page_size),
+        rings=rings,
     )
     meter = Meter(
         shape,

@@ -11,6 +11,7 @@ from specontext.core import Batch
 from specontext.engine.methods import Methods
 from specontext.engine.true_attention import keys_up_to
 from specontext.kernels.dense_attention import ChunkAttention, causal_attention
+from specontext.kernels.softmax import PLAIN, Softmax
 from specontext.kernels.tables import NewTokens
 from specontext.kv.dense import DenseRead, Staging, stored_tiles
 from specontext.kv.transfers import Transfers
@@ -29,7 +30,15 @@ class Chunks:
         self.reads = [DenseRead(torch.full((1,), segment.seat, device=device), segment.start, tile) for segment in batch.prefills]
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor, staging: Staging | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        output: Tensor,
+        staging: Staging | None,
+        softmax: Softmax = PLAIN,
     ) -> None:
         """Store k and v of all chunks in a layer, and write their attention into the packed output [T, Hq, D].
 
@@ -42,7 +51,7 @@ class Chunks:
         self._transfers.append_chunk(layer, new)
         for segment, read in zip(batch.prefills, self.reads, strict=True):
             part = slice(segment.offset, segment.offset + segment.length)
-            output[part] = self._attend(layer, segment.seat, read, query[part], key[part], value[part], scale, staging)
+            output[part] = self._attend(layer, segment.seat, read, query[part], key[part], value[part], scale, staging, softmax)
             if (watcher := self._methods.watcher(segment.seat)) is not None:
                 keys = partial(keys_up_to, self._transfers, layer, segment, key[part])
                 watcher.observe_chunk(layer, segment, query[part], scale, keys)
@@ -57,10 +66,11 @@ class Chunks:
         value: Tensor,
         scale: float,
         staging: Staging | None,
+        softmax: Softmax,
     ) -> Tensor:
         if not read.stop:
-            return causal_attention(query, key, value, scale)
-        attention = ChunkAttention(query, key, value, scale)
+            return causal_attention(query, key, value, scale, softmax)
+        attention = ChunkAttention(query, key, value, scale, softmax)
         if self._transfers.in_reach(layer):
             for tile in stored_tiles(self._transfers, layer, seat, read.stop, read.tile):
                 attention.add(tile)

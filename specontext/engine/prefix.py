@@ -93,11 +93,13 @@ class PrefixCache:
         """
         size = self.tree.block_pages
         chain = self.tree.find(request.token_ids, self._usable(request))
+        del chain[self.kv.blocks.usable(chain) :]
         while chain:
             length = min(request.prefill_length, self.tokens(chain) + ahead)
             if self.kv.host_pages_for(length) <= self.kv.host.pages.num_free - len(chain) * size:
                 break
             chain.pop()
+            del chain[self.kv.blocks.usable(chain) :]
         return chain
 
     def tokens(self, chain: Sequence[Block]) -> int:
@@ -159,8 +161,11 @@ class PrefixCache:
         while pages and (known := tree.after(chain[-1] if chain else None, pages[0])) is not None:
             chain.append(known)  # another request has been faster
             pages.pop(0)
+        stored = segment.start + segment.length
         if pages:
-            self.kv.keep(chain, pages, segment.seat, self._state(segment, len(chain), wanted, features))
+            self.kv.keep(chain, pages, segment.seat, self._state(segment, len(chain), wanted, features), stored)
+        else:
+            self.kv.blocks.keep_rings(chain, segment.seat, stored)
 
     def _state(self, segment: Segment, first: int, stop: int, features: Tensor | None) -> State:
         """State of the pages first .. stop - 1 of a seat, the last tokens of which are in a chunk."""

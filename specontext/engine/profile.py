@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specontext.core import Window
 from specontext.engine.decode import GPU_TILE, LEAST_TILE
 from specontext.kernels.dense_attention import causal_attention
+from specontext.kernels.softmax import PLAIN, Softmax
+from specontext.kernels.window_attention import window_attention
 from specontext.memory.model import HISTORY, SAMPLER, RunSettings
 from specontext.models.attention import listening
 from specontext.models.features import FeatureTaps
@@ -18,8 +21,15 @@ GRAPHS = 256 << 20  # bytes set aside for captured graphs, whose nodes lie outsi
 class _ChunkOnly:
     """Attention of a prompt's first chunk: nothing is stored."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return causal_attention(query, key, value, scale)
+    positions = None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
+        return causal_attention(query, key, value, scale, softmax)
+
+    def attend_window(
+        self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
+    ) -> Tensor:
+        return window_attention(query, key, value, scale, window, softmax=softmax)
 
 
 @torch.inference_mode()

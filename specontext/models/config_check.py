@@ -20,7 +20,7 @@ from specontext.core import LENGTHS, ModelShape
 from specontext.errors import ModelError
 from specontext.locations import parts_of
 
-LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # the latter two up to the size of window and chunk
+LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 # What types of RoPE are computed: "dynamic" and "longrope" are served up to their original length, where they are constant.
 ROPES = {"default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional"}
@@ -94,10 +94,9 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
         yield "it has no attention heads (num_attention_heads)"
     if getattr(config, "kv_lora_rank", None):
         yield f"it uses multi-head latent attention (kv_lora_rank {config.kv_lora_rank})"
-    if getattr(config, "attn_logit_softcapping", None):
-        yield f"it uses a soft cap on attention logits (attn_logit_softcapping {config.attn_logit_softcapping})"
-    if config.model_type == "gpt_oss":
-        yield "it uses attention sinks as parameters"
+    cap = getattr(config, "attn_logit_softcapping", None)
+    if cap and not _mentioned(config, "attn_logit_softcapping"):
+        yield f"its config has a soft cap on attention logits (attn_logit_softcapping {cap}), which its class does not compute"
     if getattr(config, "alibi", False) or _value(getattr(config, "attn_config", None), "alibi"):
         yield "it uses biases instead of positions (alibi)"
     if getattr(config, "add_cross_attention", False):

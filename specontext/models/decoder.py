@@ -15,6 +15,14 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from specontext.errors import ModelError
 
 
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model below the output layer, from token ids to states after the last norm."""
+    found: Any = model.get_decoder()
+    if found is model:  # a class whose parts have other names than the library supposes
+        found = next(part for part in model.children() if isinstance(part, PreTrainedModel))
+    return found
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The layers in their order: the list of modules whose l-th one owns the attention of layer l. Others may follow them.
 
@@ -24,7 +32,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
         ModelError: there is no such list.
     """
     count = model.config.num_hidden_layers
-    for modules in model.get_decoder().modules():
+    for modules in decoder_of(model).modules():
         if isinstance(modules, nn.ModuleList) and len(modules) >= count:
             layers = list(modules)[:count]
             owned = [{getattr(part, "layer_idx", None) for part in layer.modules()} - {None} for layer in layers]
@@ -38,7 +46,7 @@ def output_layer(model: PreTrainedModel) -> PreTrainedModel:
 
     It is called with `inputs_embeds` [N, T, H], what the decoder would return.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     *parents, last = next(name for name, module in model.named_modules() if module is decoder).split(".")
     whole = copy.copy(model)
     inner: nn.Module = whole

@@ -111,8 +111,8 @@ def test_another_formula_in_the_library_is_noticed(eager: Callable[[Eager], None
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"softcap": 30.0}, r"softcap=30\.0"),
-        ({"s_aux": torch.zeros(4)}, "s_aux"),
+        ({"softcap": -30.0}, r"softcap=-30\.0"),
+        ({"s_aux": 0.5}, r"s_aux=0\.5"),
         ({"position_bias": torch.zeros(1)}, "position_bias"),
         ({"sliding_window": 64}, "sliding_window=64"),
         ({"is_causal": False}, "is_causal=False"),

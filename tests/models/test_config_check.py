@@ -14,8 +14,6 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     DeepseekV3Config,
-    Gemma2Config,
-    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -63,8 +61,6 @@ def rope(kind: str, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "feature"),
     [
-        (Gemma2Config(), "uses a soft cap on attention logits .attn_logit_softcapping 50"),
-        (GptOssConfig(), "uses attention sinks"),
         (DeepseekV3Config(), "uses multi-head latent attention .kv_lora_rank 512"),
         (T5Config(), "is an encoder-decoder"),
     ],
@@ -229,11 +225,13 @@ LENGTHS: list[tuple[str, dict[str, Any], int, str]] = [
     ("mistral", {"sliding_window": 512}, 512, ""),
     ("mistral", {"sliding_window": None}, 512, ""),
     ("qwen2", {"use_sliding_window": False, "sliding_window": 64}, 512, ""),
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}, 64, "sliding_window 64"),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}, 64, "sliding_window 64"),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}, 512, ""),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 4}, 512, ""),
-    ("olmo3", {"sliding_window": 64}, 64, "sliding_window 64"),
+    ("olmo3", {"sliding_window": 64, "layer_types": ["sliding_attention"] * 4}, 64, "sliding_window 64"),
+    ("olmo3", {"sliding_window": 64}, 512, ""),
     ("olmo3", {"sliding_window": 64, "layer_types": ["full_attention"] * 4}, 512, ""),
-    ("llama4_text", {"attention_chunk_size": 64, "head_dim": 16}, 64, "attention_chunk_size 64"),
+    ("llama4_text", {"attention_chunk_size": 64, "head_dim": 16}, 512, ""),
     ("gpt2", {"n_ctx": 256}, 256, "n_ctx 256"),
 ]
 
@@ -271,7 +269,7 @@ def tokens_of(llm: LLM, prompt: list[int], count: int) -> list[int]:
     ("family", "changes", "longest"),
     [
         ("mistral", {"sliding_window": 64}, 64),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, 64),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}, 64),
         ("llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **ORIGINAL, **FACTORS, "factor": 4.0}}, 128),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, 512),
     ],

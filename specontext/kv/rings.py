@@ -1,0 +1,116 @@
+"""KV of layers with a window: a ring of the last tokens for every seat, on the device, and nothing else.
+
+    rows [K|V, D]:  layer, seat, entry (position % entries), KV head
+
+Rings are part of what an engine allocates at its start. They do not grow with a context, nothing in them is selected, and they
+have no place on the host while their request has a seat. What waits, and what is known of prompts, is copied to pages of the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specontext.core import ModelShape, Window
+from specontext.kernels.rows import gather_rows
+from specontext.kernels.tables import NewTokens
+from specontext.kv.streams import PREFETCH, WRITE_BACK
+from specontext.kv.transfers import Transfers
+from specontext.memory.windows import ring_entries
+
+
+class Rings:
+    """The rings of all seats.
+
+    Args:
+        page_size: tokens of a page of known prompts.
+        max_tokens: longest context.
+
+    Attributes:
+        windows: of the layers, numbered among themselves.
+        entries: tokens that a ring holds, whole pages.
+    """
+
+    def __init__(self, shape: ModelShape, *, seats: int, page_size: int, max_tokens: int, device: torch.device) -> None:
+        self.windows, self.page_size = shape.windowed, page_size
+        self.entries = ring_entries(shape, max_tokens=max_tokens, page_size=page_size)
+        self.heads, self._seats = (
+            shape.kv_heads,
+            seats + 1,
+        )  # the last row belongs to no seat: the padding of a batch points at it
+        size = (len(self.windows), self._seats, self.entries, shape.kv_heads, 2, shape.head_dim)
+        self._kv = torch.zeros(size, dtype=shape.dtype, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._kv.numel() * self._kv.itemsize
+
+    def rows(self, layer: int) -> Tensor:
+        """The rows of a layer, [N, 2, D]."""
+        return self._kv[layer].view(-1, *self._kv.shape[-2:])
+
+    def rows_of(self, window: Window, seats: Tensor, positions: Tensor) -> Tensor:
+        """Rows of what the tokens at these positions read, the same in every layer with this window: int64 [R, Hkv, B], -1 for
+        none.
+
+        Args:
+            seats, positions: int64 [R]; a negative position is padding and reads nothing.
+        """
+        back = torch.arange(min(window.size, self.entries) - 1, -1, -1, device=seats.device)
+        tokens = positions[:, None] - back  # ascending
+        place = seats[:, None] * self.entries + tokens % self.entries
+        rows = place[:, None] * self.heads + torch.arange(self.heads, device=seats.device)[:, None]
+        read = (tokens >= 0) & (tokens >= window.first(positions)[:, None])
+        return rows.masked_fill_(~read[:, None], -1)
+
+    def append(self, layer: int, new: NewTokens) -> None:
+        """Store K and V of new tokens, one a request."""
+        self._write(layer, new.seats, new.positions, new.key, new.value)
+
+    def append_chunk(self, layer: int, seat: int, start: int, key: Tensor, value: Tensor) -> None:
+        """Store the last tokens of a chunk [C, Hkv, D] that begins at position `start`; what they push out is lost."""
+        kept = min(len(key), self.entries)
+        positions = torch.arange(start + len(key) - kept, start + len(key), device=key.device)
+        self._write(layer, torch.full_like(positions, seat), positions, key[-kept:], value[-kept:])
+
+    def _write(self, layer: int, seats: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> None:
+        self._kv[layer].index_put_((seats, positions % self.entries), torch.stack((key, value), dim=2).to(self._kv.dtype))
+
+    def before(self, layer: int, seat: int, start: int) -> tuple[Tensor, int]:
+        """K and V [P, Hkv, 2, D] of the stored tokens that the windows of a chunk reach that begins at position `start`, and the
+        position of the first of them."""
+        first = max(0, self.windows[layer].first(start))
+        tokens = torch.arange(first, start, device=self._kv.device) % self.entries
+        return self._kv[layer, seat].index_select(0, tokens), first
+
+    # Copies on the host -------------------------------------------------------------------------------------------------
+
+    def pages_of(self, tokens: int, page_rows: int) -> int:
+        """Pages of the host, each with so many rows, that hold the rows of so many tokens in all layers."""
+        return -(-len(self.windows) * tokens * self.heads // page_rows)
+
+    def copy(self, transfers: Transfers, seat: int, first: Sequence[int], width: int, pages: Tensor, *, to_host: bool) -> None:
+        """Copy rows of a seat in all layers to the host, or back; nothing waits for it yet.
+
+        Args:
+            first: tokens from each of which on `width` tokens are copied, which lie one after another in the ring.
+            pages: int64 [pages of as many tokens, len(first)], pages of the host.
+        """
+        bounds = torch.tensor(list(first), dtype=torch.int64).to(self._kv.device) % self.entries
+        entry = bounds[:, None] + torch.arange(width, device=bounds.device)  # [places, width]
+        layer = torch.arange(len(self.windows), device=bounds.device)
+        head = torch.arange(self.heads, device=bounds.device)
+        place = (layer * self._seats + seat)[:, None] * self.entries + entry[:, None]  # [places, layers, width]
+        here = (place[..., None] * self.heads + head).flatten(1)
+        host = transfers.tiers.host
+        page_rows = host.size * host.heads * host.layers.count
+        at = torch.arange(here.shape[1], device=bounds.device)
+        there = pages[at // page_rows].T * page_rows + at % page_rows  # [places, rows]
+        rows, here, there = self._kv.view(-1, *self._kv.shape[-2:]), here.flatten(), there.flatten()
+        with transfers.beside(WRITE_BACK if to_host else PREFETCH, here, there):
+            if to_host:
+                gather_rows(rows, here, host.rows, there)
+            else:
+                gather_rows(host.rows, there, rows, here)
