@@ -3,7 +3,7 @@
     rows [K|V, D]:  layer, seat, entry (position % entries), KV head
 
 Rings are part of what an engine allocates at its start. They do not grow with a context, nothing in them is selected, and they
-have no place on the host while their request has a seat. What waits, and what is known of prompts, is copied to pages of the host.
+have no place on the host while their request has a seat. What waits, and what is known of prompts, lies in pages of the host.
 """
 
 from __future__ import annotations
