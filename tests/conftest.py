@@ -38,6 +38,7 @@ from transformers import logging as transformers_logging
 
 import specontext.models
 from specontext import LLM, SamplingParams, SpeContextConfig
+from specontext.models.decoder import decoder_of
 from specontext.retrieval.checkpoint import save_head
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig
@@ -95,13 +96,13 @@ def family_config(family: str, vocab_size: int, **changes: Any) -> PreTrainedCon
     elif family in ("windows", "sinks", "chunks"):
         near, sizes = "sliding_attention", {"num_hidden_layers": 5, "head_dim": 16, "num_attention_heads": 4}
         if family == "windows":
-            own = Gemma2Config, {"num_key_value_heads": 2, "sliding_window": 24, "attn_logit_softcapping": 3.0}
+            own = Gemma2Config, {"num_key_value_heads": 2, "sliding_window": 10, "attn_logit_softcapping": 3.0}
         elif family == "sinks":
             experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-            own = GptOssConfig, {"num_key_value_heads": 1, "sliding_window": 20, **experts}
+            own = GptOssConfig, {"num_key_value_heads": 1, "sliding_window": 7, **experts}
         else:
             near, experts = "chunked_attention", {"num_local_experts": 2, "intermediate_size_mlp": 96}
-            own = Llama4TextConfig, {"num_key_value_heads": 2, "attention_chunk_size": 28, **experts}
+            own = Llama4TextConfig, {"num_key_value_heads": 2, "attention_chunk_size": 12, **experts}
             sizes |= {"no_rope_layers": [1, 0, 1, 0, 0], "floor_scale": 20}
         far = "full_attention"
         own = own[0], own[1] | sizes | {"layer_types": [near, far, near, far, far]}
@@ -278,7 +279,7 @@ def masked_forward() -> Callable[..., Any]:
     def run(model: PreTrainedModel, ids: list[int], masks: Masks, *, attentions: bool = False) -> Any:
         inputs: list[torch.Tensor] = []
         handles = []
-        decoder = model.get_decoder()
+        decoder: Any = decoder_of(model)
         for layer, mask in zip(decoder.layers, masks, strict=True):
             bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[None]
 

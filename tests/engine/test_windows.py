@@ -131,8 +131,8 @@ def test_rings_are_as_long_as_their_window_and_no_part_of_what_grows(make_llm: M
     seats = short.engine.config.max_num_seqs + 1
     for llm, plan in zip((short, long), plans, strict=True):
         rings = llm.engine.parts.kv.rings
-        assert rings is not None and rings.entries == 64  # 24 and two pages, in whole pages
-        assert plan.fixed["windows"] == rings.num_bytes == 2 * seats * 64 * entry
+        assert rings is not None and rings.entries == 48  # 10 and two pages, in whole pages
+        assert plan.fixed["windows"] == rings.num_bytes == 2 * seats * 48 * entry
         assert plan.kv.layers == 3 and plan.kv.resident_token == entry
         assert llm.engine.parts.kv.arena.layout.full == [0, 1, 2]
 
