@@ -112,7 +112,7 @@ def _instead_of_config(path: Path) -> str:
 
 
 def read_config(source: Path | str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
-    """The config of a checkpoint directory or Hub id, as `resolve_model_path` gives them.
+    """The config of the decoder in a checkpoint directory or Hub id, as `resolve_model_path` gives them.
 
     Raises:
         ModelError: it is not there, broken, or of a kind that transformers does not know.
@@ -123,7 +123,7 @@ def read_config(source: Path | str, *, trust_remote_code: bool = False, revision
         _config_values(source, source)
     with one_sentence(f"cannot read the config of the model {source}"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
-    return config
+    return language_model_of(config)
 
 
 def folder_of(source: Path | str, *, revision: str | None = None) -> Path:
@@ -184,12 +184,34 @@ def shape_of(model: ModelShape | PreTrainedConfig | str | Path) -> ModelShape:
     config: Any = model
     if isinstance(model, str | Path):
         config = read_config(resolve_model_path(model))
+    config = language_model_of(config)
     if parts := parts_of(config):
         raise ModelError(f"{type(config).__name__} is not supported: it {parts}")
     try:
         return ModelShape.from_config(config)
     except (AttributeError, TypeError) as error:
         raise ModelError(f"{type(config).__name__} does not describe a decoder with attention heads: {error}") from error
+
+
+def language_model_of(config: Any) -> Any:
+    """The config of the decoder of text in one of several models, such as a text model and one of images; others as they are."""
+    from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+    text = getattr(config, "text_config", None)
+    known = (AutoModelForImageTextToText._model_mapping, AutoModelForMultimodalLM._model_mapping)
+    if text is None or text.is_encoder_decoder or not any(type(config) in kinds for kinds in known):
+        return config
+    text._part_of = config.architectures[0] if config.architectures else type(config).__name__
+    text.architectures, text._name_or_path = config.architectures, config._name_or_path
+    text.dtype = text.dtype or config.dtype
+    if not text.tie_word_embeddings:  # the class of all modalities asks its own config
+        text.tie_word_embeddings = bool(config.tie_word_embeddings)
+    return text
+
+
+def part_of(config: Any) -> str:
+    """The architecture that a decoder's config was taken out of; '' for one that stands by itself."""
+    return str(getattr(config, "_part_of", ""))
 
 
 def parts_of(config: Any) -> str:

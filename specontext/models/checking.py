@@ -30,6 +30,7 @@ from specontext.kernels.dense_attention import ChunkAttention, causal_attention
 from specontext.kernels.softmax import PLAIN, Softmax
 from specontext.kernels.window_attention import window_attention
 from specontext.models.attention import RUNNING, NoStepError, attention_of, listening, running_of
+from specontext.models.decoder import decoder_of
 
 LIBRARY_NAME = "specontext_library"  # the library's own attention, seen while it runs
 CHUNKS = (6, 3)
@@ -226,4 +227,4 @@ def _check(model: PreTrainedModel, shape: ModelShape) -> None:
 
 def _cache_name(model: PreTrainedModel) -> str:
     """The name that a cache has among the arguments of the model's forward."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(decoder_of(model).forward).parameters else "past_key_values"

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from specontext.core import LENGTHS, ModelShape
 from specontext.errors import ModelError
@@ -197,6 +197,9 @@ def _mentioned(config: PreTrainedConfig, pattern: str) -> bool:
     if type(config) in AutoModelForCausalLM._model_mapping:
         found: Any = AutoModelForCausalLM._model_mapping[type(config)]
         kinds += found if isinstance(found, tuple) else (found,)
+    elif type(config) in AutoModel._model_mapping:  # the decoder of a model that reads images too
+        decoder: Any = AutoModel._model_mapping[type(config)]
+        kinds.append(decoder)
     sources = (inspect.getsource(sys.modules[kind.__module__]) for kind in kinds)
     return any(re.search(rf"\b{pattern}\b", source) for source in sources)
 

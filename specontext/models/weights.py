@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,8 +19,9 @@ from specontext.checkpoints.quantization import ADVICE
 from specontext.checkpoints.weights import StoredTensor, is_buffer, odd_experts, quantised_numbers, read_headers, weight_files
 from specontext.checkpoints.wording import first_few
 from specontext.errors import ModelError
-from specontext.locations import folder_of, one_sentence
+from specontext.locations import folder_of, one_sentence, part_of
 from specontext.models.attention import ATTENTION_NAME
+from specontext.models.language_model import NAMES, causal_class, is_other_modality
 
 SCALES = re.compile(r"scale|zero|qweight|g_idx|absmax|quant|packed|amax")  # in the names of what quantised weights come with
 NEXT_TOKENS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
@@ -42,15 +44,18 @@ def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, optio
     if isinstance(source, Path):  # before the long work of reading; a Hub id's files come with it
         stored = _headers(source, config)
         _check_numbers(stored)
+        if part_of(config) and any(name.endswith("lm_head.weight") for name in stored):
+            config.tie_word_embeddings = False  # whatever the config of all modalities says
     with _no_report(), one_sentence(f"cannot load the model {source}"), _without_adapter(source) as seen:
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = causal_class(config).from_pretrained(
                 seen,
                 config=config,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 attn_implementation=ATTENTION_NAME,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are reported, and refused below by name
+                **({"key_mapping": NAMES} if part_of(config) else {}),
                 **options,
             )
         except KeyError as error:
@@ -95,12 +100,12 @@ def random_model(config: PreTrainedConfig, dtype: str, device: torch.device, opt
     devices = [device] if device.type == "cuda" else []
     with one_sentence(failed), torch.random.fork_rng(devices), torch.device(device):
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config,
-            dtype=own if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation=ATTENTION_NAME,
-            trust_remote_code=options["trust_remote_code"],
-        )
+        kind, wanted = causal_class(config), own if dtype == "auto" else getattr(torch, dtype)
+        if kind is AutoModelForCausalLM:
+            made = partial(kind.from_config, trust_remote_code=options["trust_remote_code"])
+        else:
+            made = kind._from_config
+        model: PreTrainedModel = made(config, dtype=wanted, attn_implementation=ATTENTION_NAME)
     return model
 
 
@@ -157,7 +162,11 @@ def _not_taken(names: Iterable[str], config: PreTrainedConfig, stored: Tensors) 
         number = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
         return bool(NEXT_TOKEN_PART.search(name)) or (number is not None and layers <= int(number[1]) < layers + further)
 
-    return sorted(name for name in names if not predicts_further(name) and not is_buffer(name, stored.get(name)))
+    def left_out(name: str) -> bool:
+        other = bool(part_of(config)) and is_other_modality(name)
+        return other or predicts_further(name) or is_buffer(name, stored.get(name))
+
+    return sorted(name for name in names if not left_out(name))
 
 
 @contextmanager

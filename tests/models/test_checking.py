@@ -15,6 +15,7 @@ from transformers.models.llama import modeling_llama
 
 from specontext.core import ModelShape
 from specontext.errors import ModelError
+from specontext.models import attention
 from specontext.models.attention import ATTENTION_NAME, refuse_foreign, register_attention
 from specontext.models.checking import check_attention, differ
 from tests.conftest import randomise
@@ -53,13 +54,20 @@ def llama4(**changes: Any) -> PreTrainedConfig:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wide", [True, False])
-def test_positions_from_the_cache_are_noticed(dtype: torch.dtype, wide: bool) -> None:
+def test_positions_from_the_cache_are_noticed(dtype: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "at_positions", lambda _, query, __: query)
     for far in (llama4(max_position_embeddings=1 << 17), llama4(floor_scale=16)):
         with pytest.raises(
             ModelError, match=r"makes other queries here than in the library, .* positions from the library's cache"
         ):
             check(make(far, dtype, wide=wide))
     check(make(llama4(), dtype, wide=wide))  # up to its floor_scale of 8,192 tokens nothing grows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_llama_4_s_temperature_follows_positions(dtype: torch.dtype) -> None:
+    for far in (llama4(max_position_embeddings=1 << 17), llama4(floor_scale=16)):
+        check(make(far, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

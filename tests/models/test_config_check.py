@@ -88,11 +88,13 @@ def test_plain_decoders_are_accepted(config: PreTrainedConfig) -> None:
     check_supported(config)
 
 
-@pytest.mark.parametrize("model_type", ["gemma3", "llava", "qwen2_vl", "mistral3", "llama4"])
+@pytest.mark.parametrize("model_type", ["clip", "musicgen"])
 def test_several_models_in_one_are_refused_as_such(
     model_type: str, read: Callable[..., PreTrainedConfig], tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match=r"it is made of several models .text_config, vision_config., and only decoders of text"):
+    with pytest.raises(
+        ModelError, match="it is made of several models .*only decoders of text|encoder-decoder"
+    ):
         check_supported(read(model_type))
     with pytest.raises(ModelError, match="it is made of several models"):
         shape_of(tmp_path)
