@@ -73,6 +73,8 @@ class ModelShape:
             computes it.
         limited_by: the entry of the config that keeps `max_position` below what the checkpoint was made for, in words; '' for
             none.
+        longer: the longest context that may be asked for, where it is more than `max_position`: RoPE has other angles then, for
+            contexts of all lengths. 0 where it is not.
         windows: of every layer of the decoder its window, None for one that attends to the whole context; empty where none has
             a window.
     """
@@ -87,6 +89,7 @@ class ModelShape:
     dtype: torch.dtype
     limited_by: str = ""
     windows: tuple[Window | None, ...] = ()
+    longer: int = 0
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> ModelShape:
@@ -98,8 +101,8 @@ class ModelShape:
         Raises:
             AttributeError: an entry that is missing.
         """
-        max_position, limited_by = _longest_context(config)
-        windows = _windows(config, max_position)
+        max_position, limited_by, longer = _longest_context(config)
+        windows = _windows(config, max(max_position, longer))
         if dtype is None:
             import torch
 
@@ -115,7 +118,13 @@ class ModelShape:
             dtype=dtype,
             limited_by=limited_by,
             windows=windows,
+            longer=longer,
         )
+
+    @property
+    def reach(self) -> int:
+        """The longest context that may be asked for, in tokens."""
+        return max(self.max_position, self.longer)
 
     @property
     def depth(self) -> int:
@@ -135,7 +144,9 @@ class ModelShape:
     @property
     def longest(self) -> str:
         """`max_position` in words, with what limits it."""
-        return f"{self.max_position} tokens" + (f" ({self.limited_by})" if self.limited_by else "")
+        asked = f"{self.longer} where max_model_len asks for them" if self.longer else ""
+        why = ", ".join(filter(None, (self.limited_by, asked)))
+        return f"{self.max_position} tokens" + (f" ({why})" if why else "")
 
     @property
     def row_bytes(self) -> int:
@@ -162,12 +173,13 @@ LENGTHS = (
 )
 
 
-def _longest_context(config: PreTrainedConfig) -> tuple[int, str]:
-    """`max_position` and `limited_by` of a decoder.
+def _longest_context(config: PreTrainedConfig) -> tuple[int, str, int]:
+    """`max_position`, `limited_by` and `longer` of a decoder.
 
     Linear and YaRN scaling serve the original length times their factor, also where max_position_embeddings is still the original
     length. A window serves contexts of its own size, in which it leaves nothing out. RoPE of type longrope serves its original
-    length: beyond it, the angles of one request would depend on the others.
+    length, in which the library has one set of angles for all contexts, and dynamic RoPE max_position_embeddings; where more is
+    asked for, all requests have the angles of that length.
     """
     stated = _tokens(config, "max_position_embeddings")
     named = {name: tokens for name in LENGTHS if (tokens := _tokens(config, name)) is not None}
@@ -184,10 +196,13 @@ def _longest_context(config: PreTrainedConfig) -> tuple[int, str]:
     if config.model_type.startswith("cohere"):  # the length that Command R's model card promises
         longest = max(longest, named.get("model_max_length", 0))
     limits = {f"{name} {tokens} in its config": tokens for name, tokens in named.items() if tokens not in (base, original)}
+    turning, longer = {}, longest
     for part in ropes:
         if part.get("rope_type") == "longrope":
             tokens = said or part.get("original_max_position_embeddings") or base
-            limits[f"original_max_position_embeddings {tokens}, beyond which RoPE of type longrope is not supported"] = tokens
+            turning[f"original_max_position_embeddings {tokens}, beyond which RoPE of type longrope has other angles"] = tokens
+        if part.get("rope_type") == "dynamic" and isinstance(part.get("factor"), int | float):
+            longer = max(longer, int(base * part["factor"]))
     kinds = _layer_types(config)
     window, chunk = _tokens(config, "sliding_window"), _tokens(config, "attention_chunk_size")
     used = getattr(config, "use_sliding_window", True) is not False and (not kinds or "sliding_attention" in kinds)
@@ -199,8 +214,11 @@ def _longest_context(config: PreTrainedConfig) -> tuple[int, str]:
     if isinstance(dual, dict) and isinstance(dual.get("chunk_size"), int):
         tokens = dual["chunk_size"] - (dual.get("local_size") or 0)
         limits[f"dual_chunk_attention_config in its config, which has no effect on up to {tokens} tokens"] = tokens
+    longer = min(longer, *limits.values()) if limits else longer
+    limits |= turning
     least = min(limits, key=lambda words: limits[words], default="")
-    return (limits[least], least) if least and limits[least] < longest else (longest, "")
+    found, why = (limits[least], least) if least and limits[least] < longest else (longest, "")
+    return found, why, longer if longer > found else 0
 
 
 def _layer_types(config: PreTrainedConfig) -> list[str] | None:

@@ -134,7 +134,7 @@ def make_plan(
     from specontext.memory.planner import MemoryPlan
 
     shape = facts.shape
-    if max_model_len is not None and max_model_len > shape.max_position:
+    if max_model_len is not None and max_model_len > shape.reach:
         raise ConfigError(f"max_model_len {max_model_len} exceeds the model's maximum of {shape.longest}")
     length = max_model_len or shape.max_position
     chosen = budget if budget is not None else facts.head.recommended_budget or DEFAULT_BUDGET

@@ -30,6 +30,7 @@ from specontext.memory.facts import NO_HEAD, ModelFacts
 from specontext.memory.model import MemoryModel, RunSettings, measured_model, staged_bytes
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, TierSizes, free_memory, size_tiers
 from specontext.models.loading import LoadedModel
+from specontext.models.rope import fix_rope
 from specontext.retrieval.head import RetrievalHead, facts_of_head
 from specontext.retrieval.methods import make_selectors, selector_class, token_sets
 from specontext.retrieval.methods.speculative import KeyCache
@@ -85,6 +86,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     recommended = head.config.recommended_budget if head is not None else None
     method = config.method.resolve(recommended_budget=recommended, num_layers=shape.layers)
     max_tokens = longest_context(config, shape)
+    fix_rope(loaded.model, max_tokens)
     if head is not None:
         factor = config.head_yarn_factor
         head.set_rope(theta=config.head_rope_theta, yarn_factor=head.config.yarn_factor(max_tokens) if factor is None else factor)
@@ -271,7 +273,7 @@ def describe_head(head: RetrievalHead, max_tokens: int) -> str:
 
 def longest_context(config: EngineConfig, shape: ModelShape) -> int:
     """The engine's longest context in tokens; raises ConfigError for one beyond the model's."""
-    if config.max_model_len is not None and config.max_model_len > shape.max_position:
+    if config.max_model_len is not None and config.max_model_len > shape.reach:
         raise ConfigError(f"max_model_len {config.max_model_len} exceeds the model's maximum of {shape.longest}")
     if config.max_model_len is None and shape.limited_by:
         logger.warning("contexts of up to %s", shape.longest)

@@ -166,7 +166,7 @@ def understood(
     place = running.place(module.layer_idx)  # type: ignore[arg-type]
     shape, window = running.shape, place[1]
     softmax = Softmax(options.get("softcap") or None, options.get("s_aux"))
-    refuse_foreign(attention_mask, options, shape.max_position if shape is not None else None, window)
+    refuse_foreign(attention_mask, options, shape.reach if shape is not None else None, window)
     return place, softmax
 
 

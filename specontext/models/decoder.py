@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
@@ -56,47 +54,6 @@ def output_layer(model: PreTrainedModel) -> PreTrainedModel:
         inner = part
     inner._modules = inner._modules | {last: _Given()}
     return whole
-
-
-FIXED_ROPE = {"dynamic": "default", "longrope": "default"}
-
-
-def fix_rope(model: PreTrainedModel) -> None:
-    """Keep the angles of RoPE that would follow the longest position of a batch: those of the length that is served.
-
-    Requests of one batch would change each other, and a captured step cannot ask how long they are.
-    """
-    for module in moving_rope(model):
-        module.__dict__["rope_type"] = _fixed(module.rope_type)
-
-
-def moving_rope(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules whose angles would follow the longest position of a batch."""
-    kinds = ((module, getattr(module, "rope_type", None)) for module in model.modules())
-    return [module for module, kind in kinds if isinstance(kind, str | dict) and _fixed(kind) != kind]
-
-
-@contextmanager
-def fixed_rope(moving: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, these modules have the angles of the length that is served, whatever a longer sequence has made of them."""
-    before = [(module, module.__dict__["rope_type"], dict(module._buffers)) for module in moving]
-    for module, kind, buffers in before:
-        module.__dict__["rope_type"] = _fixed(kind)
-        for name in buffers:
-            original = getattr(module, name.replace("inv_freq", "original_inv_freq"), None)
-            if name.endswith("inv_freq") and isinstance(original, Tensor):
-                module._buffers[name] = original
-    try:
-        yield
-    finally:
-        for module, kind, buffers in before:
-            module.__dict__["rope_type"] = kind
-            module._buffers.update(buffers)
-
-
-def _fixed(kind: Any) -> Any:
-    """A type of RoPE, or those of several kinds of layers, with what moves made constant."""
-    return {layers: _fixed(own) for layers, own in kind.items()} if isinstance(kind, dict) else FIXED_ROPE.get(kind, kind)
 
 
 @dataclass

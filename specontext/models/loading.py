@@ -21,9 +21,9 @@ from specontext.models.adapters import check_can_merge, merged
 from specontext.models.attention import ATTENTION_NAME, attention_of, register_attention
 from specontext.models.checking import check_attention
 from specontext.models.config_check import check_supported
-from specontext.models.decoder import fix_rope
 from specontext.models.end_tokens import end_tokens
 from specontext.models.number_format import running_format
+from specontext.models.rope import fix_rope
 from specontext.models.tokenizer_files import load_tokenizer
 from specontext.models.weights import random_model, stored_model
 from specontext.retrieval.checkpoint import OWN_HEAD
@@ -112,7 +112,7 @@ def load_model(
         model = model.to(device).eval().requires_grad_(False)
         shape = ModelShape.from_config(config, model.dtype)
         check_attention(model, shape)
-    fix_rope(model)
+    fix_rope(model, shape.max_position)
     ends = end_tokens(source, tokenizer, revision=revision)
     path = source if isinstance(source, Path) else None
     if adapter is None:
