@@ -540,6 +540,11 @@ class Batch:
             assert [lane.start for lane in self.lanes] == [0, *(lane.stop for lane in self.lanes[:-1])]
             assert self.lanes[-1].stop == self.num_decodes
 
+    @property
+    def ways(self) -> tuple[Lane, ...]:
+        """The lanes, one of them where all decode tokens choose in the engine's own way."""
+        return self.lanes or ((Lane(None, 0, self.num_decodes, self.span),) if self.num_decodes else ())
+
 
 @dataclass(frozen=True)
 class Selection:

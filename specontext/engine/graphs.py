@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,28 +62,27 @@ class DecodeGraphs:
         self._seats, self._max_tokens, self._device = seats, max_tokens, device
         self._captured: dict[_Kind, _Captured] = {}  # the one that ran last at the end
         self._met: Counter[_Kind] = Counter()
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
 
     def warm_up(self, step: DecodeStep) -> None:
         """Capture a step of every size, for short contexts."""
         for size in sorted({requests_bucket(requests, self._seats) for requests in range(1, self._seats + 1)}):
             self._of(_Kind(None, size, span_bucket(1, self._max_tokens)), step)
 
-    def _kind(self, batch: Batch) -> _Kind:
-        choice = batch.lanes[0].choice if batch.lanes else None
-        size, span = requests_bucket(batch.num_decodes, self._seats), span_bucket(batch.span, self._max_tokens)
-        return _Kind(choice, size, span)
+    def _kind(self, lane: Lane) -> _Kind:
+        size = requests_bucket(lane.stop - lane.start, self._seats)
+        return _Kind(lane.choice, size, span_bucket(lane.span, self._max_tokens))
 
-    def takes(self, batch: Batch) -> bool:
-        """Whether a batch of decode tokens that choose alike runs as a graph; ways that requests name do after some steps."""
-        kind = self._kind(batch)
+    def takes(self, lane: Lane) -> bool:
+        """Whether decode tokens that choose alike run as a graph; ways that requests name do after some steps."""
+        kind = self._kind(lane)
         return kind.choice is None or kind in self._captured or self._met[kind] >= RECURS
 
-    def meet(self, batch: Batch) -> None:
-        """Count an eager step of a batch that `takes` did not take."""
+    def meet(self, lane: Lane) -> None:
+        """Count an eager step of decode tokens that `takes` did not take."""
         if len(self._met) > 64 * NAMED:  # whoever names ever new budgets is not worth remembering
             self._met.clear()
-        self._met[self._kind(batch)] += 1
+        self._met[self._kind(lane)] += 1
 
     def _of(self, kind: _Kind, step: DecodeStep) -> _Captured:
         captured = self._captured.pop(kind, None)
@@ -97,7 +97,8 @@ class DecodeGraphs:
 
     def run(self, batch: Batch, step: DecodeStep) -> Tensor:
         """Logits [R, V] of a batch of decode tokens that choose alike; valid until the next run."""
-        kind = self._kind(batch)
+        [lane] = batch.ways
+        kind = self._kind(lane)
         captured = self._of(kind, step)
         columns = (batch.token_ids, batch.positions, batch.seats, batch.lengths, batch.seeds)
         if batch.num_decodes == kind.size:
@@ -118,6 +119,7 @@ class DecodeGraphs:
         numbers = padding.clone()
         batch = decode_batch(numbers, kind.span, kind.choice)
         graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         # Other threads may pin memory or copy meanwhile: only this thread's calls are checked.
         capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
         # Libraries keep a workspace for every stream that they have seen. So all steps warm up on the one stream on which all are

@@ -278,11 +278,10 @@ class LLMEngine:
 
     def _carry_out(self, schedule: Schedule, meanwhile: Callable[[], None] | None) -> list[Generation]:
         failures = Failures()
-        captured = self.runner.captures and self.runner.captured(schedule.batch)
+        captured = self.runner.captured_rows(schedule.batch)
         logits = self._run(schedule, failures)
-        if captured:
-            for request in schedule.requests:
-                request.captured_steps += 1
+        for row in captured:
+            schedule.requests[row].captured_steps += 1
         ready = [(row, r) for row, r in self.scheduler.advance(schedule) if r.request_id not in failures.found]
         self.scheduler.prepare()
         if constrained := [r for _, r in ready if r.params.structured_outputs is not None]:

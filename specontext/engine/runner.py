@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-from specontext.core import Batch
+from specontext.core import Batch, Lane
+from specontext.engine.batch_parts import Part, joined, lane_part, rest_part
 from specontext.engine.build import Parts
 from specontext.engine.decode import Step
 from specontext.engine.graphs import DecodeGraphs
@@ -23,6 +24,8 @@ from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import CALLED
 from specontext.retrieval.selector import AheadSelector, ForeseeingSelector, Selector
+
+MOST_CAPTURED = 8  # lanes of a step that run as captured steps one after the other: each reads the weights again
 
 
 class ModelRunner:
@@ -73,44 +76,84 @@ class ModelRunner:
     def run(self, batch: Batch) -> Tensor:
         """Logits of the last token of every request, [requests, V]; valid until the next run.
 
+        Decode tokens that choose alike run as a captured step where there are any, and what is left, such as the chunks of a
+        mixed step, as one packed forward pass behind them. Reading the weights again costs less than launching a step's kernels.
+
         Raises:
             DeviceMemoryError: the device is out of memory.
             DeviceError: it has failed.
         """
-        with working_device(len(batch.token_ids)):
-            if self._graphs is not None and self._capturable(batch):
-                if self._graphs.takes(batch):
-                    return self._graphs.run(batch, self._fused)
-                self._graphs.meet(batch)
-            return self._forward(batch)
+        return self._run(batch)[0]
 
-    def captured(self, batch: Batch) -> bool:
-        """Whether a batch runs as a captured graph."""
-        return self._graphs is not None and self._capturable(batch) and self._graphs.takes(batch)
+    @torch.inference_mode()
+    def run_with_states(self, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """`run` of a batch with prompt chunks, and what enters the output layer at packed positions int64 [E] of chunks.
 
-    def _capturable(self, batch: Batch) -> bool:
-        """Whether a batch has decode tokens only, whose requests choose alike, and nothing in its step waits for the host."""
-        if batch.prefills or len(batch.lanes) > 1:
-            return False
-        return not self._waits(self.parts.methods.of(batch.lanes[0].choice if batch.lanes else None))
+        Returns:
+            Logits of the last tokens, [requests, V], and states [E, H], for `logits_of`.
+        """
+        assert batch.prefills, "decode steps may be captured, and hooks would not see them"
+        logits, states = self._run(batch, positions)
+        assert states is not None
+        return logits, states
+
+    def captured_rows(self, batch: Batch) -> list[int]:
+        """Which requests of a batch run as captured steps."""
+        return [row for lane in self._captured_lanes(batch) for row in range(lane.start, lane.stop)]
+
+    def _captured_lanes(self, batch: Batch) -> list[Lane]:
+        """The lanes of decode tokens that run as captured steps; none where they are too many to read the weights for each."""
+        graphs = self._graphs
+        if graphs is None:
+            return []
+        lanes = [lane for lane in batch.ways if self._capturable(lane) and graphs.takes(lane)]
+        return lanes if len(lanes) <= MOST_CAPTURED else []
+
+    def _capturable(self, lane: Lane) -> bool:
+        """Whether nothing in the step of a lane's decode tokens waits for the host."""
+        return not self._waits(self.parts.methods.of(lane.choice))
 
     def _waits(self, selector: Selector) -> bool:
         """Whether decode steps of a method need the host, or rows that are streamed in from it."""
         streamed = not isinstance(selector, AheadSelector) and not all(self.parts.kv.resident)
         return streamed or selector.asks_host or isinstance(selector, ForeseeingSelector)
 
-    @torch.inference_mode()
-    def run_with_states(self, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """`run` of a batch with prompt chunks, and what enters the output layer at packed positions int64 [E].
+    def _run(self, batch: Batch, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        with working_device(len(batch.token_ids)):
+            captured = self._captured_lanes(batch)
+            if self._graphs is None or not captured:
+                self._meet(batch.ways)
+                return self._forward_with(batch, positions)
+            if len(captured) == 1 and len(batch.ways) == 1 and not batch.prefills:
+                return self._graphs.run(batch, self._fused), None
+            done: list[tuple[Part, Tensor]] = []
+            for lane in captured:
+                part = lane_part(batch, lane)
+                logits = self._graphs.run(part.batch, self._fused)
+                # The next graph may write its own numbers where this one's logits are.
+                done.append((part, logits if lane is captured[-1] else logits.clone()))
+            states, rest = None, rest_part(batch, captured)
+            if rest is not None:
+                self._meet([lane for lane in batch.ways if lane not in captured])
+                logits, states = self._forward_with(rest.batch, None if positions is None else positions - rest.shift)
+                done.append((rest, logits))
+            return joined(done, len(batch.last_tokens)), states
 
-        Returns:
-            Logits of the last tokens, [requests, V], and states [E, H], for `logits_of`.
-        """
-        assert batch.prefills, "decode steps may be captured, and hooks would not see them"
+    def _meet(self, lanes: Sequence[Lane]) -> None:
+        """Count eager steps of lanes that could be captured, once they have recurred."""
+        if self._graphs is not None:
+            for lane in lanes:
+                if self._capturable(lane):
+                    self._graphs.meet(lane)
+
+    def _forward_with(self, batch: Batch, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """An eager forward pass, and what enters the output layer at packed positions."""
+        if positions is None:
+            return self._forward(batch), None
         kept: list[Tensor] = []
         handle = self.loaded.model.get_decoder().register_forward_hook(lambda _, __, output: kept.append(output[0][0, positions]))
         try:
-            return self.run(batch), kept[0]
+            return self._forward(batch), kept[0]
         finally:
             handle.remove()
 
