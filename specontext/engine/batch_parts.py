@@ -41,14 +41,14 @@ def lane_part(batch: Batch, lane: Lane) -> Part:
         prefills=(),
         last_tokens=batch.last_tokens[:count],  # decode tokens stand first: these are 0, 1 ...
         span=lane.span,
-        lanes=() if lane.choice is None else (replace(lane, start=0, stop=count),),
+        lanes=(replace(lane, start=0, stop=count),),
     )
     return Part(own, (part,))
 
 
 def rest_part(batch: Batch, taken: Collection[Lane]) -> Part | None:
     """What is left without some lanes: the other ones, then all chunks; None where nothing is."""
-    left = [lane for lane in batch.ways if lane not in taken]
+    left = [lane for lane in batch.lanes if lane not in taken]
     if not left and not batch.prefills:
         return None
     lanes: list[Lane] = []
@@ -69,7 +69,7 @@ def rest_part(batch: Batch, taken: Collection[Lane]) -> Part | None:
         prefills=tuple(replace(segment, offset=segment.offset - shift) for segment in batch.prefills),
         last_tokens=torch.cat((batch.last_tokens[:count], batch.last_tokens[batch.num_decodes :] - shift)),
         span=max((lane.span for lane in lanes), default=0),
-        lanes=tuple(lanes) if any(lane.choice is not None for lane in lanes) else (),
+        lanes=tuple(lanes),
     )
     chunks = slice(batch.num_decodes, batch.num_decodes + len(batch.prefills))
     return Part(rest, (*decodes, chunks) if batch.prefills else tuple(decodes), shift)

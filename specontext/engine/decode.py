@@ -82,7 +82,7 @@ class Step:
         self.batch, self.kv, self.transfers, self.methods, self.meter = batch, kv, kv.transfers, methods, meter
         self.measure_recall, self.observer, self.look_ahead = measure_recall, observer, look_ahead
         self.tile = GPU_TILE if self.transfers.asynchronous else TILE
-        self.lanes = [self._lane(lane) for lane in batch.ways]
+        self.lanes = [self._lane(lane) for lane in batch.lanes]
         self.chunks = Chunks(batch, self.transfers, methods, self.tile) if batch.prefills else None
         self.staging: Staging | None = None
         self._counted: Mark = None

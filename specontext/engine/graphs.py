@@ -97,7 +97,7 @@ class DecodeGraphs:
 
     def run(self, batch: Batch, step: DecodeStep) -> Tensor:
         """Logits [R, V] of a batch of decode tokens that choose alike; valid until the next run."""
-        [lane] = batch.ways
+        [lane] = batch.lanes
         kind = self._kind(lane)
         captured = self._of(kind, step)
         columns = (batch.token_ids, batch.positions, batch.seats, batch.lengths, batch.seeds)
@@ -143,8 +143,7 @@ def decode_batch(numbers: Tensor, span: int, choice: Choice | None = None) -> Ba
     token_ids, positions, seats, lengths, seeds = numbers.unbind()
     count = numbers.shape[1]
     last = torch.arange(count, device=numbers.device)
-    lanes = () if choice is None else (Lane(choice, 0, count, span),)
-    return Batch(token_ids, positions, seats, lengths, seeds, count, (), last, span, lanes)
+    return Batch(token_ids, positions, seats, lengths, seeds, count, (), last, span, (Lane(choice, 0, count, span),))
 
 
 def _padding(size: int, seats: int, device: torch.device) -> Tensor:

@@ -278,7 +278,7 @@ class LLMEngine:
 
     def _carry_out(self, schedule: Schedule, meanwhile: Callable[[], None] | None) -> list[Generation]:
         failures = Failures()
-        captured = self.runner.captured_rows(schedule.batch)
+        captured = self.runner.captured_rows(schedule.batch) if self.runner.captures else ()
         logits = self._run(schedule, failures)
         for row in captured:
             schedule.requests[row].captured_steps += 1

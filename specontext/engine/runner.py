@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -83,7 +83,8 @@ class ModelRunner:
             DeviceMemoryError: the device is out of memory.
             DeviceError: it has failed.
         """
-        return self._run(batch)[0]
+        with working_device(len(batch.token_ids)):
+            return self._forward(batch) if self._graphs is None else self._run_parts(batch, self._graphs, None)[0]
 
     @torch.inference_mode()
     def run_with_states(self, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,20 +94,20 @@ class ModelRunner:
             Logits of the last tokens, [requests, V], and states [E, H], for `logits_of`.
         """
         assert batch.prefills, "decode steps may be captured, and hooks would not see them"
-        logits, states = self._run(batch, positions)
+        with working_device(len(batch.token_ids)):
+            run = self._eager(batch, positions) if self._graphs is None else self._run_parts(batch, self._graphs, positions)
+            logits, states = run
         assert states is not None
         return logits, states
 
     def captured_rows(self, batch: Batch) -> list[int]:
         """Which requests of a batch run as captured steps."""
-        return [row for lane in self._captured_lanes(batch) for row in range(lane.start, lane.stop)]
+        lanes = self._captured_lanes(batch, self._graphs) if self._graphs is not None else []
+        return [row for lane in lanes for row in range(lane.start, lane.stop)]
 
-    def _captured_lanes(self, batch: Batch) -> list[Lane]:
+    def _captured_lanes(self, batch: Batch, graphs: DecodeGraphs) -> list[Lane]:
         """The lanes of decode tokens that run as captured steps; none where they are too many to read the weights for each."""
-        graphs = self._graphs
-        if graphs is None:
-            return []
-        lanes = [lane for lane in batch.ways if self._capturable(lane) and graphs.takes(lane)]
+        lanes = [lane for lane in batch.lanes if self._capturable(lane) and graphs.takes(lane)]
         return lanes if len(lanes) <= MOST_CAPTURED else []
 
     def _capturable(self, lane: Lane) -> bool:
@@ -118,36 +119,30 @@ class ModelRunner:
         streamed = not isinstance(selector, AheadSelector) and not all(self.parts.kv.resident)
         return streamed or selector.asks_host or isinstance(selector, ForeseeingSelector)
 
-    def _run(self, batch: Batch, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        with working_device(len(batch.token_ids)):
-            captured = self._captured_lanes(batch)
-            if self._graphs is None or not captured:
-                self._meet(batch.ways)
-                return self._forward_with(batch, positions)
-            if len(captured) == 1 and len(batch.ways) == 1 and not batch.prefills:
-                return self._graphs.run(batch, self._fused), None
-            done: list[tuple[Part, Tensor]] = []
-            for lane in captured:
-                part = lane_part(batch, lane)
-                logits = self._graphs.run(part.batch, self._fused)
-                # The next graph may write its own numbers where this one's logits are.
-                done.append((part, logits if lane is captured[-1] else logits.clone()))
-            states, rest = None, rest_part(batch, captured)
-            if rest is not None:
-                self._meet([lane for lane in batch.ways if lane not in captured])
-                logits, states = self._forward_with(rest.batch, None if positions is None else positions - rest.shift)
-                done.append((rest, logits))
-            return joined(done, len(batch.last_tokens)), states
+    def _run_parts(self, batch: Batch, graphs: DecodeGraphs, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Logits of a batch, its captured lanes one after the other and then what is left; and states at packed positions."""
+        captured = self._captured_lanes(batch, graphs)
+        for lane in batch.lanes:  # ways that requests name are captured once they have recurred
+            if lane not in captured and self._capturable(lane):
+                graphs.meet(lane)
+        if not captured:
+            return self._eager(batch, positions)
+        if len(captured) == len(batch.lanes) == 1 and not batch.prefills:
+            return graphs.run(batch, self._fused), None
+        done: list[tuple[Part, Tensor]] = []
+        for number, lane in enumerate(captured, 1):
+            part = lane_part(batch, lane)
+            logits = graphs.run(part.batch, self._fused)
+            # The next graph may write its own numbers where this one's logits are.
+            done.append((part, logits.clone() if number < len(captured) else logits))
+        states, rest = None, rest_part(batch, captured)
+        if rest is not None:
+            logits, states = self._eager(rest.batch, None if positions is None else positions - rest.shift)
+            done.append((rest, logits))
+        return joined(done, len(batch.last_tokens)), states
 
-    def _meet(self, lanes: Sequence[Lane]) -> None:
-        """Count eager steps of lanes that could be captured, once they have recurred."""
-        if self._graphs is not None:
-            for lane in lanes:
-                if self._capturable(lane):
-                    self._graphs.meet(lane)
-
-    def _forward_with(self, batch: Batch, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """An eager forward pass, and what enters the output layer at packed positions."""
+    def _eager(self, batch: Batch, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """An eager forward pass, and what enters the output layer at packed positions, where any are named."""
         if positions is None:
             return self._forward(batch), None
         kept: list[Tensor] = []

@@ -110,7 +110,7 @@ def test_a_batch_taken_apart_and_joined() -> None:
         lanes,
     )
     own, rest = lane_part(batch, lanes[1]), rest_part(batch, [lanes[1]])
-    assert own.batch.token_ids.tolist() == [2] and own.batch.ways == (Lane(None, 0, 1, 9),)
+    assert own.batch.token_ids.tolist() == [2] and own.batch.lanes == (Lane(None, 0, 1, 9),)
     assert rest is not None and rest.batch.token_ids.tolist() == [0, 1, *range(3, 12)]
     assert rest.batch.lanes == (Lane(a, 0, 2, 7), Lane(b, 2, 4, 8)) and rest.batch.span == 8
     assert rest.batch.prefills == (Segment(7, 0, 3, 4), Segment(8, 4, 4, 7))
@@ -118,4 +118,4 @@ def test_a_batch_taken_apart_and_joined() -> None:
     parts = [(part, part.batch.token_ids[part.batch.last_tokens][:, None].float()) for part in (own, rest)]
     assert joined(parts, 7).flatten().tolist() == [0, 1, 2, 3, 4, 7, 11]
     only = rest_part(batch, lanes)
-    assert only is not None and only.batch.num_decodes == 0 and only.batch.ways == () and only.shift == 5
+    assert only is not None and only.batch.num_decodes == 0 and only.batch.lanes == () and only.shift == 5
