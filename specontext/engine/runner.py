@@ -9,11 +9,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from specontext.core import Batch, Lane
+from specontext.core import Batch, Choice, Lane
 from specontext.engine.batch_parts import Part, joined, lane_part, rest_part
 from specontext.engine.build import Parts
 from specontext.engine.decode import Step
-from specontext.engine.graphs import DecodeGraphs
+from specontext.engine.graphs import DecodeGraphs, chunk_of_padding, span_buckets
 from specontext.engine.true_attention import AttentionObserver
 from specontext.engine.twin import DenseTwin
 from specontext.errors import DeviceError, DeviceMemoryError
@@ -69,7 +69,7 @@ class ModelRunner:
         self._output_layer = output_layer(loaded.model)
         self._graphs: DecodeGraphs | None = None
         if graphs and kv.device.type == "cuda" and not (measure_recall or kv.transfers.verify):
-            self._graphs = DecodeGraphs(seats=kv.num_seats, max_tokens=parts.max_tokens, device=kv.device)
+            self._graphs = DecodeGraphs(seats=kv.num_seats, device=kv.device)
         self.captures = self._graphs is not None
 
     @torch.inference_mode()
@@ -107,12 +107,20 @@ class ModelRunner:
 
     def _captured_lanes(self, batch: Batch, graphs: DecodeGraphs) -> list[Lane]:
         """The lanes of decode tokens that run as captured steps; none where they are too many to read the weights for each."""
-        lanes = [lane for lane in batch.lanes if self._capturable(lane) and graphs.takes(lane)]
+        lanes = [lane for lane in batch.lanes if self._capturable(lane) and graphs.takes(lane, self._span(lane))]
         return lanes if len(lanes) <= MOST_CAPTURED else []
 
     def _capturable(self, lane: Lane) -> bool:
         """Whether nothing in the step of a lane's decode tokens waits for the host."""
         return not self._waits(self.parts.methods.of(lane.choice))
+
+    def _spans(self, choice: Choice | None) -> list[int]:
+        """Spans for which steps of a choice are captured, ascending."""
+        selector, longest = self.parts.methods.of(choice), self.parts.max_tokens
+        return span_buckets(selector.budget.total, longest) if selector.by_span else [longest]
+
+    def _span(self, lane: Lane) -> int:
+        return next(span for span in self._spans(lane.choice) if span >= lane.span)
 
     def _waits(self, selector: Selector) -> bool:
         """Whether decode steps of a method need the host, or rows that are streamed in from it."""
@@ -124,15 +132,15 @@ class ModelRunner:
         captured = self._captured_lanes(batch, graphs)
         for lane in batch.lanes:  # ways that requests name are captured once they have recurred
             if lane not in captured and self._capturable(lane):
-                graphs.meet(lane)
+                graphs.meet(lane, self._span(lane))
         if not captured:
             return self._eager(batch, positions)
         if len(captured) == len(batch.lanes) == 1 and not batch.prefills:
-            return graphs.run(batch, self._fused), None
+            return graphs.run(batch, self._span(captured[0]), self._fused), None
         done: list[tuple[Part, Tensor]] = []
         for number, lane in enumerate(captured, 1):
             part = lane_part(batch, lane)
-            logits = graphs.run(part.batch, self._fused)
+            logits = graphs.run(part.batch, self._span(lane), self._fused)
             # The next graph may write its own numbers where this one's logits are.
             done.append((part, logits.clone() if number < len(captured) else logits))
         states, rest = None, rest_part(batch, captured)
@@ -164,10 +172,26 @@ class ModelRunner:
             return logits
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Capture decode steps of all sizes now, rather than when the first requests need them; nothing to do on a CPU."""
-        if self._graphs is not None and not self._waits(self.parts.selector):
-            self._graphs.warm_up(self._fused)
+    def warm_up(self, chunk: int) -> None:
+        """Capture decode steps of all sizes and spans, and run chunks of prompts, so that no request waits for a compiler or a
+        library. Nothing is stored, and nothing is done where steps are not captured, as on a CPU.
+
+        Args:
+            chunk: tokens of a step.
+
+        Raises:
+            DeviceMemoryError: the device is out of memory.
+            DeviceError: it has failed.
+        """
+        if self._graphs is None:
+            return
+        kv, longest = self.parts.kv, self.parts.max_tokens
+        chunk = min(chunk, longest)
+        with working_device(chunk):
+            for start in {0, min(chunk, longest - chunk)}:
+                self._forward(chunk_of_padding(chunk, start, kv.num_seats, kv.device))
+            if not self._waits(self.parts.selector):
+                self._graphs.warm_up(self._spans(None), self._fused)
 
     def _fused(self, batch: Batch) -> Tensor:
         fused: AbstractContextManager[None] = nullcontext()

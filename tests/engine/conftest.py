@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
 from specontext import LLM
-from specontext.engine.graphs import DecodeGraphs, DecodeStep, _Captured, _Kind, _padding, decode_batch
+from specontext.engine.graphs import DecodeGraphs, DecodeStep, _Captured, _Kind, _padding, decode_batch, sizes
 
 
 class AsIfCaptured(DecodeGraphs):
@@ -17,26 +16,26 @@ class AsIfCaptured(DecodeGraphs):
 
     def __init__(self, llm: LLM) -> None:
         parts = llm.engine.parts
-        super().__init__(seats=parts.kv.num_seats, max_tokens=parts.max_tokens, device=parts.kv.device)
+        super().__init__(seats=parts.kv.num_seats, device=parts.kv.device)
         self.replayed: list[_Kind] = []
-        self._returned: list[Tensor] = []
 
     def _capture(self, kind: _Kind, step: DecodeStep) -> _Captured:
         padding = _padding(kind.size, self._seats, self._device)
         numbers = padding.clone()
         batch = decode_batch(numbers, kind.span, kind.choice)
-        logits = step(batch).clone()
-        self._returned.append(logits)
+        logits = step(batch)
+        if self._logits is None:
+            self._logits = logits.new_empty((max(sizes(self._seats)), logits.shape[1]))
+        place = self._logits
 
         class Graph:
             @staticmethod
             def replay() -> None:
                 self.replayed.append(kind)
-                for other in self._returned:
-                    other.fill_(torch.nan)
-                logits.copy_(step(batch))
+                place.fill_(torch.nan)
+                place[: kind.size] = step(batch)
 
-        return _Captured(Graph(), numbers, padding, batch, logits)  # type: ignore[arg-type]
+        return _Captured(Graph(), numbers, padding, batch, place)  # type: ignore[arg-type]
 
 
 @pytest.fixture
