@@ -124,7 +124,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     runtime, graphs = None, 0
     if device.type == "cuda":
         features = head.config.feature_layers if head is not None and head.config.variant == "features" else ()
-        runtime = measure_runtime(loaded, run, feature_layers=features) + staged_bytes(facts, run)
+        runtime = measure_runtime(loaded, facts, run, feature_layers=features) + staged_bytes(facts, run)
         graphs = 0 if config.enforce_eager else GRAPHS
     plan = measured_model(
         facts,
