@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specontext.config import EngineConfig, SpeContextConfig
+from specontext.config import EngineConfig, SpeContextConfig, StepTokens
 from specontext.core import ModelShape
 from specontext.engine.methods import Methods
 from specontext.engine.prefix import PrefixCache, block_state
@@ -52,6 +52,7 @@ class Parts:
         prefix: what requests know of each other's prompts.
         plan: bytes of everything.
         max_tokens: longest context of one request.
+        step_tokens: of one step.
         head: the retrieval head, for the methods that have one.
     """
 
@@ -64,6 +65,7 @@ class Parts:
     plan: MemoryModel
     sizes: TierSizes
     max_tokens: int
+    step_tokens: StepTokens
     head: RetrievalHead | None = None
 
     @property
@@ -108,6 +110,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     kinds = [selector_class(name) for name in names]
     tables = shape.layers if any(issubclass(kind, LayerSelector) for kind in kinds) else 1
     groups = max(token_sets(name, context) for name in names)
+    tokens = config.step_tokens(device.type)
     run = RunSettings(
         config.max_num_seqs,
         max_tokens,
@@ -117,7 +120,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         recent=method.recent,
         granularity=method.granularity,
         page_size=config.page_size,
-        max_batched_tokens=config.max_num_batched_tokens,
+        max_batched_tokens=tokens.alone,
         sets=groups,
         selections=tables,
     )
@@ -185,7 +188,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     chunk = max(1, facts.weight_bytes // share)
     residency = Residency(kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=chunk)
     prefix = PrefixCache(kv, methods, enabled=config.enable_prefix_caching)
-    return Parts(method, methods, kv, prefix, meter, residency, plan, sizes, max_tokens, head)
+    return Parts(method, methods, kv, prefix, meter, residency, plan, sizes, max_tokens, tokens, head)
 
 
 def check_offload_dir(directory: Path) -> None:

@@ -142,6 +142,8 @@ class Methods:
 
     def watcher(self, seat: int) -> PromptWatcher | None:
         """The method of a seat, where it wants to see the queries of its prompt."""
+        if seat not in self._states:  # padding
+            return None
         selector = self._states[seat][-1]
         return selector if isinstance(selector, PromptWatcher) else None
 

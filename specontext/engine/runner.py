@@ -11,6 +11,7 @@ from torch import Tensor
 
 from specontext.core import Batch
 from specontext.engine.build import Parts
+from specontext.engine.chunk_warm_up import warm_up_chunks
 from specontext.engine.decode import Step
 from specontext.engine.graphs import DecodeGraphs
 from specontext.engine.true_attention import AttentionObserver
@@ -31,8 +32,8 @@ class ModelRunner:
     Args:
         feature_layers: hidden states that the selector wants to observe, empty for none.
         graphs: decode steps are captured as CUDA graphs, on a GPU.
-        compiled: layers and head of captured steps go through torch.compile. Not in float32, where tokens are promised to be
-            those of eager steps.
+        compiled: layers and head of captured steps and of chunks of prompts go through torch.compile. Not in float32, where
+            tokens are promised to be those of eager steps.
 
     Attributes:
         observer: sees the attention of decode tokens, where recall is measured.
@@ -82,7 +83,7 @@ class ModelRunner:
                 if self._graphs.takes(batch):
                     return self._graphs.run(batch, self._fused)
                 self._graphs.meet(batch)
-            return self._forward(batch)
+            return self._uncaptured(batch)
 
     def captured(self, batch: Batch) -> bool:
         """Whether a batch runs as a captured graph."""
@@ -127,9 +128,16 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture decode steps of all sizes now, rather than when the first requests need them; nothing to do on a CPU."""
+        """Capture decode steps of all sizes now, rather than when the first requests need them, and prepare chunks of prompts;
+        nothing to do on a CPU."""
+        if self._graphs is not None:
+            warm_up_chunks(self._uncaptured, self.parts)  # first: what several tokens run is compiled with many in mind
         if self._graphs is not None and not self._waits(self.parts.selector):
             self._graphs.warm_up(self._fused)
+
+    def _uncaptured(self, batch: Batch) -> Tensor:
+        """A pass outside of graphs, compiled where prompts are computed and steps may be captured."""
+        return self._fused(batch) if batch.prefills and self._graphs is not None else self._forward(batch)
 
     def _fused(self, batch: Batch) -> Tensor:
         fused: AbstractContextManager[None] = nullcontext()

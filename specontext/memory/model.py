@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from specontext.config import STEP_TOKENS
 from specontext.memory.facts import ModelFacts
 from specontext.memory.layer_blocks import LayerBlocks, one_by_one
 
@@ -187,7 +188,7 @@ class RunSettings:
     recent: int = 16
     granularity: str = "head"
     page_size: int = 16
-    max_batched_tokens: int = 1024
+    max_batched_tokens: int = STEP_TOKENS["cuda"]
     sets: int | None = None
     selections: int = 1
 
