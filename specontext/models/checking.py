@@ -26,7 +26,7 @@ from transformers.masking_utils import eager_mask
 
 from specontext.core import ModelShape, Window
 from specontext.errors import ModelError
-from specontext.kernels.dense_attention import ChunkAttention, causal_attention
+from specontext.kernels.dense_attention import causal_attention, chunk_attention
 from specontext.kernels.softmax import PLAIN, Softmax
 from specontext.kernels.window_attention import window_attention
 from specontext.models.attention import RUNNING, NoStepError, attention_of, listening, running_of
@@ -92,7 +92,7 @@ class _Witness:
         elif past is None:
             output = causal_attention(query, key, value, scale, softmax)
         else:
-            attention = ChunkAttention(query, key, value, scale, softmax)
+            attention = chunk_attention(query, key, value, scale, softmax)
             attention.add(past)
             output = attention.result()
         self.calls.append(_Call(layer, query, key, value, output, window is not None))
