@@ -183,7 +183,10 @@ def pack(decodes: Sequence[Request], chunks: Sequence[tuple[Request, int]], devi
         last.append(len(ids) - 1)
     seeds = [request.seed for request in decodes]
     parts = (ids, positions, seats, lengths, last, seeds)
-    packed = torch.tensor([number for part in parts for number in part], dtype=torch.int64).to(device)
+    numbers = torch.tensor([number for part in parts for number in part], dtype=torch.int64)
+    if device.type == "cuda":
+        numbers = numbers.pin_memory()  # so that the host does not wait for the step that is being computed
+    packed = numbers.to(device, non_blocking=True)
     token_ids, position, seat, length_, last_tokens, seed = packed.split([len(part) for part in parts])
     return Batch(
         token_ids=token_ids,

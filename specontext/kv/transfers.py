@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specontext.errors import LoadError
-from specontext.kernels.rows import append_layer, append_pieces, append_tokens, copy_pieces, fixed_slots, ring_slots
+from specontext.kernels.rows import append_layer, append_pieces, append_tokens, copy_pieces, fixed_slots
 from specontext.kernels.slot_plan import listed, selected_rows
 from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers
 from specontext.kv.layout import BlockParts, PlacedSelection
@@ -193,13 +193,13 @@ class Transfers:
         if self.resident[layer]:
             append_tokens(tiers.tokens, layer, new)
             return
+        staged = self.asynchronous and not (kind == "decode" and self.write_through)
         if slots is not None:
-            kept = ring_slots(new.positions, new.lengths, slots.sink, slots.recent)
-            append_tokens(slots, layer, NewTokens(new.seats, kept, new.lengths, new.key, new.value))
-        if self.asynchronous and not (kind == "decode" and self.write_through):
-            self._stage(layer, new, kind)
-        else:
+            append_layer(tiers, layer, new, to_host=not staged)
+        elif not staged:
             append_tokens(tiers.host, layer, new)
+        if staged:
+            self._stage(layer, new, kind)
 
     def _stage(self, layer: int, new: NewTokens, kind: str) -> None:
         """Keep the rows of an offloaded layer until those of its whole block are there, and write them as pieces then."""

@@ -21,7 +21,8 @@ from specontext.memory.layer_blocks import LayerBlocks, one_by_one
 MODES = ("measured", "paper")
 FLOAT16 = 2  # bytes; eq. 6-7 count models and KV in 2-byte floats, whatever they are loaded in
 MIB = 1 << 20
-STAGED = 256 * MIB  # of a buffer of stored tokens that a prompt chunk reads on a GPU: a tile of one layer, or a block of layers
+PROMPT_TILE = 256 * MIB  # of stored tokens of one layer that a prompt chunk reads at once on a GPU
+STAGED = 512 * MIB  # of tokens of a whole block of offloaded layers, on their way to be read; longer contexts come in tiles
 DECODE_TILE = 16384  # stored tokens of offloaded layers that dense decoding reads at once on a GPU
 LIBRARIES = 64 * MIB  # workspaces of matrix products
 COUNTERS = 11  # of the statistics of a request, besides the recall of every layer
@@ -253,10 +254,10 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
 
 def copy_tables(facts: ModelFacts) -> int:
     """Bytes of the tables that say which layers are copied together: where they lie in both tiers, and the parts of a read for
-    heads that read alike, for the head map, and for each layer by itself."""
+    heads that read alike, in blocks and by single layers, and for the head map, likewise."""
     blocks, layers, heads = facts.layer_blocks, facts.shape.layers, facts.shape.kv_heads
     reads = len(blocks.sizes) * heads + blocks.reads(facts.head_map)
-    return 8 * (reads * (blocks.places + 2) + 3 * layers * heads + len(blocks.sizes) * blocks.places + 4 * layers)
+    return 8 * (reads * (blocks.places + 2) + 6 * layers * heads + len(blocks.sizes) * blocks.places + 4 * layers)
 
 
 def workspace_bytes(facts: ModelFacts, run: RunSettings) -> int:
@@ -304,7 +305,7 @@ def prompt_tile(entry_bytes: int) -> int:
     Args:
         entry_bytes: of a token in one layer.
     """
-    return 1 << max(STAGED // entry_bytes, 1).bit_length() - 1
+    return 1 << max(PROMPT_TILE // entry_bytes, 1).bit_length() - 1
 
 
 def buffer_bytes(facts: ModelFacts, run: RunSettings) -> int:
