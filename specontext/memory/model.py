@@ -253,10 +253,10 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
 
 def copy_tables(facts: ModelFacts) -> int:
     """Bytes of the tables that say which layers are copied together: where they lie in both tiers, and the parts of a read for
-    heads that read alike, for the head map, and for each layer by itself."""
+    heads that read alike, in blocks and by single layers, and for the head map, likewise."""
     blocks, layers, heads = facts.layer_blocks, facts.shape.layers, facts.shape.kv_heads
     reads = len(blocks.sizes) * heads + blocks.reads(facts.head_map)
-    return 8 * (reads * (blocks.places + 2) + 3 * layers * heads + len(blocks.sizes) * blocks.places + 4 * layers)
+    return 8 * (reads * (blocks.places + 2) + 6 * layers * heads + len(blocks.sizes) * blocks.places + 4 * layers)
 
 
 def workspace_bytes(facts: ModelFacts, run: RunSettings) -> int:
