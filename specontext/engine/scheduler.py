@@ -15,6 +15,7 @@ from specontext.core import Batch, Lane, Request, SamplingParams, Segment
 from specontext.engine.admission import Admission
 from specontext.engine.build import Parts
 from specontext.errors import OutOfPagesError, RequestError
+from specontext.kernels.dispatch import upload
 
 STUCK = "no room for the only request: this is an error of the engine, please report it"
 
@@ -183,10 +184,7 @@ def pack(decodes: Sequence[Request], chunks: Sequence[tuple[Request, int]], devi
         last.append(len(ids) - 1)
     seeds = [request.seed for request in decodes]
     parts = (ids, positions, seats, lengths, last, seeds)
-    numbers = torch.tensor([number for part in parts for number in part], dtype=torch.int64)
-    if device.type == "cuda":
-        numbers = numbers.pin_memory()  # so that the host does not wait for the step that is being computed
-    packed = numbers.to(device, non_blocking=True)
+    packed = upload([number for part in parts for number in part], torch.int64, device)
     token_ids, position, seat, length_, last_tokens, seed = packed.split([len(part) for part in parts])
     return Batch(
         token_ids=token_ids,
