@@ -15,6 +15,7 @@ from specontext.core import Batch, Lane, Request, SamplingParams, Segment
 from specontext.engine.admission import Admission
 from specontext.engine.build import Parts
 from specontext.errors import OutOfPagesError, RequestError
+from specontext.kernels.dispatch import upload
 
 STUCK = "no room for the only request: this is an error of the engine, please report it"
 
@@ -183,7 +184,7 @@ def pack(decodes: Sequence[Request], chunks: Sequence[tuple[Request, int]], devi
         last.append(len(ids) - 1)
     seeds = [request.seed for request in decodes]
     parts = (ids, positions, seats, lengths, last, seeds)
-    packed = torch.tensor([number for part in parts for number in part], dtype=torch.int64).to(device)
+    packed = upload([number for part in parts for number in part], torch.int64, device)
     token_ids, position, seat, length_, last_tokens, seed = packed.split([len(part) for part in parts])
     return Batch(
         token_ids=token_ids,
