@@ -244,6 +244,7 @@ def as_object(planned: Planned) -> dict[str, Any]:
             "retrieval_head_parameters": facts.head.parameters,
             "retrieval_head": facts.head.source,
             "layers": facts.shape.layers,
+            "layers_with_window": len(facts.shape.windowed),
             "query_heads": facts.shape.query_heads,
             "kv_heads": facts.shape.kv_heads,
             "head_dim": facts.shape.head_dim,
