@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from specontext.checkpoints.adapters import TOKENIZER, Adapter, adapter_in
 from specontext.checkpoints.files import read_json
-from specontext.checkpoints.quantization import ADVICE, quantization_of
+from specontext.checkpoints.quantization import ADVICE, dequantised, quantization_of
 from specontext.checkpoints.quantization import FILES as QUANTIZATION_FILES
 from specontext.checkpoints.wording import in_one_sentence
 from specontext.core import ModelShape
@@ -157,9 +157,11 @@ def one_sentence(failed: str) -> Iterator[None]:
 
 
 def check_not_quantised(source: Path | str, *, revision: str | None = None) -> None:
-    """Raises ModelError, naming the method, for a checkpoint that says that its weights are quantised."""
+    """Raises ModelError, naming the method, for a checkpoint that says that its weights are quantised, unless they become plain
+    numbers when they are read."""
     folder = folder_of(source, revision=revision)
-    if found := quantization_of(_config_values(source, folder), folder, ModelError):
+    values = _config_values(source, folder)
+    if not dequantised(values) and (found := quantization_of(values, folder, ModelError)):
         raise ModelError(f"quantised weights are not supported: {found} of {source}; {ADVICE}")
 
 
@@ -204,8 +206,9 @@ def language_model_of(config: Any) -> Any:
     text._part_of = config.architectures[0] if config.architectures else type(config).__name__
     text.architectures, text._name_or_path = config.architectures, config._name_or_path
     text.dtype = text.dtype or config.dtype
-    if not text.tie_word_embeddings:  # the class of all modalities asks its own config
-        text.tie_word_embeddings = bool(config.tie_word_embeddings)
+    outer = bool(getattr(config, "tie_word_embeddings", False))
+    text.tie_word_embeddings = bool(getattr(text, "tie_word_embeddings", outer))
+    text._may_be_tied = outer or text.tie_word_embeddings  # the class of all modalities asks its own config
     return text
 
 

@@ -56,6 +56,17 @@ def quantization_of(values: Mapping[str, Any], folder: Path | None, failure: Fai
     return None
 
 
+def dequantised(values: Mapping[str, Any]) -> str | None:
+    """The format of weights that are turned into ordinary numbers when they are read, by name; None for any other checkpoint.
+
+    Args:
+        values: content of its config.json.
+    """
+    entry = values.get("quantization_config")
+    method = entry.get("quant_method") if isinstance(entry, Mapping) else None
+    return "MXFP4" if method == "mxfp4" and values.get("model_type") == "gpt_oss" else None
+
+
 def _entries(values: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
     """Entries that speak of quantisation, at any depth of a config, with their paths."""
     for key, value in values.items():

@@ -151,8 +151,11 @@ def _vendor_obstacles(config: PreTrainedConfig, longest: int) -> Iterator[str]:
     """Entries that the config's class does not know; windows and lengths of at least `longest` tokens leave nothing out."""
     known = declared(config)
     rope = getattr(config, "rope_parameters", None) or {}
-    equal = {  # spellings of what RoPE's own entries say
+    equal = {  # spellings of what other entries say
         **dict.fromkeys(("rotary_pct", "rope_pct", "rope_percent", "rotary_percent"), rope.get("partial_rotary_factor") or 1),
+        "sliding_window_size": getattr(config, "sliding_window", None),
+        "initial_context_length": rope.get("original_max_position_embeddings"),
+        "position_embedding_type": "rope_gptj" if config.model_type.startswith("cohere") else None,  # as its class turns heads
         **dict.fromkeys(("rotary_emb_base", "rotary_base", "rope_base", "rope_theta"), rope.get("rope_theta")),
     }
     for name, value in vars(config).items():

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from specontext.checkpoints.quantization import dequantised
 from specontext.core import ModelShape
 from specontext.errors import ModelError, RequestError
 from specontext.gguf.source import weights_note
@@ -50,6 +51,7 @@ class LoadedModel:
         path: checkpoint directory, or None for a Hub id; of an adapter that has a retrieval head, its own.
         end_token_ids: tokens that end an output, see `end_tokens`.
         base: the model that an adapter was merged into, as its name says; None for any other.
+        quantization: how its weights were quantised, and what became of that, in words; None for plain ones.
     """
 
     name: str
@@ -59,6 +61,7 @@ class LoadedModel:
     shape: ModelShape
     end_token_ids: frozenset[int]
     base: str | None = None
+    quantization: str | None = None
 
     @property
     def head_name(self) -> str:
@@ -68,8 +71,8 @@ class LoadedModel:
     @property
     def weights_note(self) -> str | None:
         """What was done to the weights before they were used, such as 'dequantised from Q4_1'."""
-        notes = [weights_note(self.path), f"merged with the LoRA adapter {Path(self.name).name}" if self.base else None]
-        return ", ".join(filter(None, notes)) or None
+        merged = f"merged with the LoRA adapter {Path(self.name).name}" if self.base else None
+        return ", ".join(filter(None, (weights_note(self.path), self.quantization, merged))) or None
 
 
 def load_model(
@@ -101,6 +104,8 @@ def load_model(
     check_not_quantised(source, revision=revision)
     config = read_config(source, **options)
     check_supported(config)
+    format_ = dequantised(config.to_dict()) if load_format != "dummy" else None
+    note = f"dequantised from {format_}" if format_ else None
     dtype = running_format(dtype, config, device)
     tokenizer = load_tokenizer(name, **options)  # before the weights, which take longer
     if load_format == "dummy":
@@ -116,9 +121,9 @@ def load_model(
     ends = end_tokens(source, tokenizer, revision=revision)
     path = source if isinstance(source, Path) else None
     if adapter is None:
-        return LoadedModel(str(name), path, model, tokenizer, shape, ends)
+        return LoadedModel(str(name), path, model, tokenizer, shape, ends, quantization=note)
     path = adapter.folder if adapter.beside(OWN_HEAD) else path
-    return LoadedModel(str(name), path, model, tokenizer, shape, ends, str(adapter.base))
+    return LoadedModel(str(name), path, model, tokenizer, shape, ends, str(adapter.base), note)
 
 
 def adopt_model(model: PreTrainedModel) -> LoadedModel:

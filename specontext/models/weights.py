@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
+from transformers.utils.quantization_config import Mxfp4Config
 
 from specontext.checkpoints.adapters import CONFIG as ADAPTER
-from specontext.checkpoints.quantization import ADVICE
+from specontext.checkpoints.quantization import ADVICE, dequantised
 from specontext.checkpoints.weights import StoredTensor, is_buffer, odd_experts, quantised_numbers, read_headers, weight_files
 from specontext.checkpoints.wording import first_few
 from specontext.errors import ModelError
@@ -26,6 +27,7 @@ from specontext.models.language_model import NAMES, causal_class, is_other_modal
 SCALES = re.compile(r"scale|zero|qweight|g_idx|absmax|quant|packed|amax")  # in the names of what quantised weights come with
 NEXT_TOKENS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 NEXT_TOKEN_PART = re.compile(r"(^|\.)mtp(_\w+)?\.")  # layers that predict further tokens, which no decoder here runs
+PACKED = ("_blocks", "_scales")  # of MXFP4: numbers of 4 bits, and an exponent for each 32 of them
 
 Tensors = Mapping[str, StoredTensor]
 
@@ -41,11 +43,12 @@ def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, optio
             decoder lacks, does not take or has in another shape; the message names them.
     """
     stored: Tensors | None = None
+    packed = PACKED if dequantised(config.to_dict()) else ()
     if isinstance(source, Path):  # before the long work of reading; a Hub id's files come with it
         stored = _headers(source, config)
-        _check_numbers(stored)
-        if part_of(config) and any(name.endswith("lm_head.weight") for name in stored):
-            config.tie_word_embeddings = False  # whatever the config of all modalities says
+        _check_numbers(stored, packed)
+        if part_of(config):  # two configs speak of it; the files know
+            config.tie_word_embeddings = config._may_be_tied and not any(name.endswith("lm_head.weight") for name in stored)
     with _no_report(), one_sentence(f"cannot load the model {source}"), _without_adapter(source) as seen:
         try:
             loaded: Any = causal_class(config).from_pretrained(
@@ -56,6 +59,7 @@ def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, optio
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are reported, and refused below by name
                 **({"key_mapping": NAMES} if part_of(config) else {}),
+                **({"quantization_config": Mxfp4Config(dequantize=True)} if packed else {}),
                 **options,
             )
         except KeyError as error:
@@ -68,7 +72,7 @@ def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, optio
             raise
     if stored is None:
         stored = _headers(folder_of(source, revision=options["revision"]), config)
-        _check_numbers(stored)
+        _check_numbers(stored, packed)
     model, report = loaded
     _check_report(source, model, report, stored)
     kept: PreTrainedModel = model
@@ -114,9 +118,13 @@ def _headers(folder: Path, config: PreTrainedConfig) -> Tensors:
     return read_headers(weight_files(folder, ModelError, named=named), ModelError)
 
 
-def _check_numbers(stored: Tensors) -> None:
-    """Raises ModelError, naming tensors, where numbers in the files stand for others: 8 or 4 bits, integers, packed ones."""
-    odd = quantised_numbers(stored)
+def _check_numbers(stored: Tensors, packed: tuple[str, ...]) -> None:
+    """Raises ModelError, naming tensors, where numbers in the files stand for others: 8 or 4 bits, integers, packed ones.
+
+    Args:
+        packed: endings of the names of those that are dequantised.
+    """
+    odd = {name: number for name, number in quantised_numbers(stored).items() if not (packed and name.endswith(packed))}
     if not odd:
         return
     name, number = next(iter(odd.items()))

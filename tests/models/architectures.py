@@ -54,7 +54,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "Mistral": ("mistralai/Mistral-7B-Instruct-v0.3",),
     "Qwen3Moe": ("Qwen/Qwen3-30B-A3B",),
     "Qwen2Moe": ("Qwen/Qwen1.5-MoE-A2.7B",),
-    "Llama4Text": ("meta-llama/Llama-4-Scout-17B-16E-Instruct",),
+    "Llama4Text": ("meta-llama/Llama-4-Scout-17B-16E-Instruct (its text part)",),
     "Mixtral": ("mistralai/Mixtral-8x7B-Instruct-v0.1",),
     "Phi3": ("microsoft/phi-4",),
     "Olmo2": ("allenai/OLMo-2-1124-7B-Instruct",),
@@ -80,4 +80,15 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "GPTJ": ("EleutherAI/gpt-j-6b",),
     "CodeGen": ("Salesforce/codegen-2B-mono",),
     "BioGpt": ("microsoft/biogpt",),
+}
+# The language models of checkpoints that read images too: what tests/models/test_multimodal.py loads.
+MULTIMODAL: dict[str, tuple[str, ...]] = {
+    "Gemma3": ("google/gemma-3-4b-it", "google/gemma-3-27b-it"),
+    "Qwen2_5_VL": ("Qwen/Qwen2.5-VL-7B-Instruct",),
+    "Qwen3VL": ("Qwen/Qwen3-VL-8B-Instruct",),
+    "Qwen3VLMoe": ("Qwen/Qwen3-VL-30B-A3B-Instruct",),
+    "Qwen2VL": ("Qwen/Qwen2-VL-7B-Instruct",),
+    "Mistral3": ("mistralai/Mistral-Small-3.2-24B-Instruct-2506",),
+    "Llama4": ("meta-llama/Llama-4-Scout-17B-16E-Instruct",),
+    "Llava": ("llava-hf/llava-1.5-7b-hf",),
 }

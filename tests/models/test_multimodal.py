@@ -20,6 +20,7 @@ from specontext.memory.facts import facts_of_config
 from specontext.retrieval.checkpoint import save_head
 from specontext.retrieval.random_head import random_head
 from tests.conftest import randomise
+from tests.models.architectures import MULTIMODAL
 
 TEXT: dict[str, Any] = {
     "hidden_size": 64,
@@ -60,6 +61,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 QUICK = ("Gemma3", "Qwen2_5_VL")
 SOME = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
+assert sorted(KINDS) == sorted(MULTIMODAL), "the table of docs/models.md names what is tested here"
 Write = Callable[..., PreTrainedModel]
 
 
