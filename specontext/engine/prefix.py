@@ -131,6 +131,7 @@ class PrefixCache:
             chain = self.tree.find(request.token_ids, request.computed // self.kv.page_size)
             if len(chain) == request.computed // self.kv.page_size:  # else features of pages in between are unknown
                 self._growing[seat] = _Growing(request, chain)
+                self._follow_rings()
                 self.kv.blocks.expect(
                     sum(one.request.prefill_length // self.kv.page_size - len(one.chain) for one in self._growing.values())
                 )
@@ -138,6 +139,12 @@ class PrefixCache:
     def leave(self, seat: int) -> None:
         """A request leaves its seat."""
         self._growing.pop(seat, None)
+        self._follow_rings()
+
+    def _follow_rings(self) -> None:
+        """Layers with a window keep what known pages need of them."""
+        if self.kv.rings is not None:
+            self.kv.rings.followed = set(self._growing)
 
     def observe(self, batch: Batch, features: Tensor | None) -> None:
         """Keep the pages that the chunks of a step have completed, after the forward pass.
@@ -154,6 +161,7 @@ class PrefixCache:
                 self._keep(growing, segment, wanted, features)
             if len(growing.chain) < wanted or segment.start + segment.length >= growing.request.prefill_length:
                 del self._growing[segment.seat]
+        self._follow_rings()
 
     def _keep(self, growing: _Growing, segment: Segment, wanted: int, features: Tensor | None) -> None:
         chain, size, tree = growing.chain, self.kv.page_size, self.tree

@@ -21,6 +21,8 @@ class WindowedStep:
 
     def __init__(self, batch: Batch, rings: Rings) -> None:
         self._batch, self._rings = batch, rings
+        if batch.prefills:
+            rings.begin_keeping(batch.prefills)
         self._rows: dict[Window, Tensor] = {}  # that decode tokens read, the same in all layers with this window
 
     def attend(
@@ -39,6 +41,7 @@ class WindowedStep:
             old = before.to(key.dtype).unbind(2)
             keys, values = (torch.cat(both) for both in zip(old, (key[part], value[part]), strict=True))
             output[part] = window_attention(query[part], keys, values, scale, window, first, softmax)
+            self._rings.keep(layer, segment, key[part], value[part])
             self._rings.append_chunk(layer, segment.seat, segment.start, key[part], value[part])
         return output
 

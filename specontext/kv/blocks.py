@@ -30,9 +30,9 @@ from specontext.kv.transfers import Transfers
 class Blocks:
     """Blocks of one engine and their copies.
 
-    Where layers have windows, a block has pages for its tokens in their rings too. Of a long chunk only the last tokens are still
-    there when it has been computed: earlier blocks stay without them, and no request begins where its windows would miss some
-    (`usable`).
+    Where layers have windows, a block has pages for its tokens in these layers too. Of a very long chunk only the last tokens
+    are still there when it has been computed: earlier blocks stay without them, and no request begins where its windows would
+    miss some (`usable`).
 
     Args:
         state: numbers of a block's state: of each page, and of its last token.
@@ -111,20 +111,35 @@ class Blocks:
         """
         if self._rings is None:
             return
-        size = self.tree.page_size
+        size, kept = self.tree.page_size, self._rings.kept.pop(seat, None)
+        if kept is not None and (there := self._without_rings(chain, kept.first // size)):
+            table = self._ring_table([chain[page] for page in there])
+            self._rings.copy_kept(self._transfers, kept, [page * size for page in there], size, table)
+            self._transfers.keep_copies()
+            self._have_rings(chain, there)
         still = -(-max(0, stored - self._rings.entries) // size)  # the first page of which nothing has been pushed out
-        lacking = [page for page in range(still, len(chain)) if not chain[page].windowed and chain[page] in self.tree]
-        if lacking:
-            self._copy_rings([chain[page] for page in lacking], seat, lacking, to_host=True)
+        if there := self._without_rings(chain, still):
+            self._copy_rings([chain[page] for page in there], seat, there, to_host=True)
             self._transfers.join(WRITE_BACK)  # the next step pushes tokens out
-            for page in lacking:
-                chain[page].windowed = True
+            self._have_rings(chain, there)
+
+    def _without_rings(self, chain: Sequence[Block], first: int) -> list[int]:
+        """Numbers of a chain's blocks, from one on, that are kept without what layers with a window have."""
+        return [page for page in range(first, len(chain)) if not chain[page].windowed and chain[page] in self.tree]
+
+    def _have_rings(self, chain: Sequence[Block], pages: Sequence[int]) -> None:
+        for page in pages:
+            chain[page].windowed = True
+
+    def _ring_table(self, blocks: Sequence[Block]) -> Tensor:
+        """Pages of blocks for layers with a window: int64 [pages of a block, blocks]."""
+        return self._pages(blocks)[-self._ring_pages :]
 
     def _copy_rings(self, blocks: Sequence[Block], seat: int, numbers: Sequence[int], *, to_host: bool) -> None:
         assert self._rings is not None
         size = self.tree.page_size
-        table = self._pages(blocks)[-self._ring_pages :]
-        self._rings.copy(self._transfers, seat, [page * size for page in numbers], size, table, to_host=to_host)
+        first = [page * size for page in numbers]
+        self._rings.copy(self._transfers, seat, first, size, self._ring_table(blocks), to_host=to_host)
 
     def bring(self, chain: Sequence[Block], seat: int) -> State:
         """Copy the rows of a chain into a seat; what is computed next finds them there.

@@ -9,16 +9,30 @@ have no place on the host while their request has a seat. What waits, and what i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from specontext.core import ModelShape, Window
+from specontext.core import ModelShape, Segment, Window
 from specontext.kernels.rows import gather_rows
 from specontext.kernels.tables import NewTokens
 from specontext.kv.streams import PREFETCH, WRITE_BACK
 from specontext.kv.transfers import Transfers
-from specontext.memory.windows import ring_entries
+from specontext.memory.windows import kept_tokens, ring_entries
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Rows of the last tokens of a prompt's chunk, of which rings hold fewer, until known pages have been copied from them.
+
+    Attributes:
+        first: the first of these tokens, where a page begins.
+        rows: [layers, tokens, Hkv, 2, D].
+    """
+
+    first: int
+    rows: Tensor
 
 
 class Rings:
@@ -31,6 +45,8 @@ class Rings:
     Attributes:
         windows: of the layers, numbered among themselves.
         entries: tokens that a ring holds, whole pages.
+        followed: seats of prompts whose pages are to be known.
+        kept: what the last step's chunks of these have left, by seat.
     """
 
     def __init__(self, shape: ModelShape, *, seats: int, page_size: int, max_tokens: int, device: torch.device) -> None:
@@ -41,6 +57,9 @@ class Rings:
             seats + 1,
         )  # the last row belongs to no seat: the padding of a batch points at it
         size = (len(self.windows), self._seats, self.entries, shape.kv_heads, 2, shape.head_dim)
+        self.followed: set[int] = set()
+        self.kept: dict[int, Kept] = {}
+        self._most_kept = kept_tokens(shape)
         self._kv = torch.zeros(size, dtype=shape.dtype, device=device)
 
     @property
@@ -82,8 +101,36 @@ class Rings:
         """K and V [P, Hkv, 2, D] of the stored tokens that the windows of a chunk reach that begins at position `start`, and the
         position of the first of them."""
         first = max(0, self.windows[layer].first(start))
-        tokens = torch.arange(first, start, device=self._kv.device) % self.entries
-        return self._kv[layer, seat].index_select(0, tokens), first
+        return self._stored(layer, seat, first, start), first
+
+    def _stored(self, layer: int, seat: int, start: int, stop: int) -> Tensor:
+        """K and V [T, Hkv, 2, D] of the tokens start .. stop - 1, which a ring still holds."""
+        tokens = torch.arange(start, stop, device=self._kv.device) % self.entries
+        return self._kv[layer, seat].index_select(0, tokens)
+
+    # Known prompts ------------------------------------------------------------------------------------------------------
+
+    def begin_keeping(self, segments: Sequence[Segment]) -> None:
+        """Make room for the last tokens of the chunks of a step whose pages are to be known."""
+        self.kept.clear()
+        left = self._most_kept
+        for segment in segments:
+            stop = segment.start + segment.length
+            first = max(segment.start // self.page_size * self.page_size, -(-(stop - left) // self.page_size) * self.page_size)
+            if segment.seat in self.followed and first < stop:
+                rows = self._kv.new_empty((len(self.windows), stop - first, *self._kv.shape[-3:]))
+                self.kept[segment.seat] = Kept(first, rows)
+                left -= stop - first
+
+    def keep(self, layer: int, segment: Segment, key: Tensor, value: Tensor) -> None:
+        """Keep the last tokens of a chunk [C, Hkv, D] in a layer, before the ring gets them."""
+        if (kept := self.kept.get(segment.seat)) is None:
+            return
+        begun = max(0, segment.start - kept.first)  # tokens of the first page that came before the chunk
+        if begun:
+            kept.rows[layer, :begun] = self._stored(layer, segment.seat, kept.first, segment.start)
+        tail = kept.rows.shape[1] - begun
+        kept.rows[layer, begun:, :, 0], kept.rows[layer, begun:, :, 1] = key[-tail:], value[-tail:]
 
     # Copies on the host -------------------------------------------------------------------------------------------------
 
@@ -98,18 +145,41 @@ class Rings:
             first: tokens from each of which on `width` tokens are copied, which lie one after another in the ring.
             pages: int64 [pages of as many tokens, len(first)], pages of the host.
         """
-        bounds = torch.tensor(list(first), dtype=torch.int64).to(self._kv.device) % self.entries
+        entries = [token % self.entries for token in first]
+        rows, line = self._kv.view(-1, *self._kv.shape[-2:]), (self._seats, seat, self.entries)
+        self._copy(transfers, rows, line, entries, width, pages, to_host=to_host)
+
+    def copy_kept(self, transfers: Transfers, kept: Kept, first: Sequence[int], width: int, pages: Tensor) -> None:
+        """The same to the host, from what has been kept of a chunk."""
+        rows, line = kept.rows.view(-1, *kept.rows.shape[-2:]), (1, 0, kept.rows.shape[1])
+        self._copy(transfers, rows, line, [token - kept.first for token in first], width, pages, to_host=True)
+
+    def _copy(
+        self,
+        transfers: Transfers,
+        rows: Tensor,
+        line: tuple[int, int, int],
+        first: Sequence[int],
+        width: int,
+        pages: Tensor,
+        *,
+        to_host: bool,
+    ) -> None:
+        """Args: rows [N, 2, D] of lines of entries of all layers; how many lines a layer has, the number of this one, and the
+        entries of a line; see `copy`."""
+        lines, number, entries = line
+        bounds = torch.tensor(list(first), dtype=torch.int64).to(self._kv.device)
         entry = bounds[:, None] + torch.arange(width, device=bounds.device)  # [places, width]
         layer = torch.arange(len(self.windows), device=bounds.device)
         head = torch.arange(self.heads, device=bounds.device)
-        place = (layer * self._seats + seat)[:, None] * self.entries + entry[:, None]  # [places, layers, width]
+        place = (layer * lines + number)[:, None] * entries + entry[:, None]  # [places, layers, width]
         here = (place[..., None] * self.heads + head).flatten(1)
         host = transfers.tiers.host
         page_rows = host.size * host.heads * host.layers.count
         at = torch.arange(here.shape[1], device=bounds.device)
         there = pages[at // page_rows].T * page_rows + at % page_rows  # [places, rows]
-        rows, here, there = self._kv.view(-1, *self._kv.shape[-2:]), here.flatten(), there.flatten()
-        with transfers.beside(WRITE_BACK if to_host else PREFETCH, here, there):
+        here, there = here.flatten(), there.flatten()
+        with transfers.beside(WRITE_BACK if to_host else PREFETCH, rows, here, there):
             if to_host:
                 gather_rows(rows, here, host.rows, there)
             else:

@@ -17,7 +17,7 @@ from functools import cached_property
 from specontext.config import STEP_TOKENS
 from specontext.memory.facts import ModelFacts
 from specontext.memory.layer_blocks import LayerBlocks, one_by_one
-from specontext.memory.windows import ring_bytes
+from specontext.memory.windows import kept_bytes, ring_bytes
 
 MODES = ("measured", "paper")
 FLOAT16 = 2  # bytes; eq. 6-7 count models and KV in 2-byte floats, whatever they are loaded in
@@ -210,6 +210,7 @@ def measured_model(
     page = run.page_size * entry
     keyed = facts.tokens_of_key_page(run.page_size)
     windows = ring_bytes(shape, seats=run.requests + 1, max_tokens=run.max_tokens, page_size=run.page_size)
+    windows += kept_bytes(shape, tokens=min(run.max_batched_tokens, run.requests * run.max_tokens))
     fixed = {
         "weights": facts.weight_bytes,
         "retrieval_head": facts.head_bytes,
