@@ -226,7 +226,7 @@ def test_steps_that_are_launched_ahead_change_nothing(offload_layers: int, loade
         assert llm.engine.runs_ahead
         llm.engine.runs_ahead = ahead
         free = llm.generate(ask, params)
-        ends = [replace(one, stop_token_ids=[output.token_ids[20 + i]]) for i, (one, output) in enumerate(zip(params, free))]
+        ends = [replace(one, stop_token_ids=[free[i].token_ids[20 + i]]) for i, one in enumerate(params)]
         found.append([*free, *llm.generate(ask, ends)])
         llm.engine.check_integrity()
         assert llm.engine._ahead is None
