@@ -188,10 +188,11 @@ class ModelRunner:
         kv, longest = self.parts.kv, self.parts.max_tokens
         chunk = min(chunk, longest)
         with working_device(chunk):
-            for start in {0, min(chunk, longest - chunk)}:
-                self._forward(chunk_of_padding(chunk, start, kv.num_seats, kv.device))
             if not self._waits(self.parts.selector):
                 self._graphs.warm_up(self._spans(None), self._fused)
+            # Behind the captures, which give memory back that is free: the one that chunks need stays.
+            for start in {0, min(chunk, longest - chunk)}:
+                self._forward(chunk_of_padding(chunk, start, kv.num_seats, kv.device))
 
     def _fused(self, batch: Batch) -> Tensor:
         fused: AbstractContextManager[None] = nullcontext()
