@@ -17,7 +17,7 @@ from specontext.core import Request, SamplingParams, StructuredOutputsParams, sh
 from specontext.engine.build import build_parts
 from specontext.engine.constraint import Constraint, Masks
 from specontext.engine.detokenizer import Detokenizer
-from specontext.engine.failures import Failures
+from specontext.engine.failures import NOBODYS, Failures
 from specontext.engine.launched import Launched
 from specontext.engine.output_statistics import OutputStatistics
 from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
@@ -331,7 +331,12 @@ class LLMEngine:
             return None
         if len(requests) < len(logits):
             logits = logits[upload([row for row, _ in ready], torch.int64, logits.device)]
-        return Launched(schedule, requests, Drawn(logits, requests, unread=0))
+        try:
+            return Launched(schedule, requests, Drawn(logits, requests, unread=0))
+        except NOBODYS:
+            raise
+        except Exception:  # choosing on the host finds out whose trouble it is
+            return None
 
     def _unrestricted(self, request: Request) -> bool:
         generation = self._generations[request.request_id]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from specontext import LLM, SamplingParams
+from specontext.engine import sampler
 from specontext.errors import LogitsError, NamedRequestsError
 
 MakeLLM = Callable[..., LLM]
@@ -213,6 +214,30 @@ def test_broken_logits_end_their_request_and_no_other(
         engine.step()
     assert broken.request.finish_reason == "abort" and whole.request.output_token_ids == expected
     engine.check_integrity()
+
+
+def test_a_request_for_which_no_token_can_be_chosen_ends_alone(
+    make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_llm("llama", budget=14)
+    expected = llm.generate(prompts[2], greedy(12))[0].token_ids
+    launched, draw = ahead(llm), sampler._sample_rows
+
+    def breaking(rows: torch.Tensor, requests: Any, *given: Any) -> torch.Tensor:
+        if any(request.params.top_k == 3 for request in requests):
+            raise KeyError("a bug")
+        return draw(rows, requests, *given)
+
+    monkeypatch.setattr(sampler, "_sample_rows", breaking)
+    llm.engine.add_request("broken", prompts[1], greedy(12, temperature=1.0, top_k=3))
+    whole = llm.engine.add_request("whole", prompts[2], greedy(12))
+    with pytest.raises(NamedRequestsError, match="a bug"):
+        while llm.engine.has_work:
+            llm.engine.step()
+    while llm.engine.has_work:
+        llm.engine.step()
+    assert whole.request.output_token_ids == expected and launched
+    llm.engine.check_integrity()
 
 
 def test_beside_captured_steps(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, as_if_captured: Change) -> None:
