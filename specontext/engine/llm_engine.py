@@ -120,7 +120,7 @@ class LLMEngine:
             graphs=not config.enforce_eager,
             compiled=config.compile,
         )
-        self.scheduler = Scheduler(self.parts, seats=config.max_num_seqs, max_batched_tokens=config.max_num_batched_tokens)
+        self.scheduler = Scheduler(self.parts, seats=config.max_num_seqs)
         self.tokenizer = self.loaded.tokenizer
         vocab_size, ends = self.loaded.shape.vocab_size, self.loaded.end_token_ids
         self.grammars = GrammarCompiler(self.tokenizer, vocab_size=vocab_size, end_token_ids=ends)
@@ -139,7 +139,7 @@ class LLMEngine:
             DeviceMemoryError: the device is out of memory.
             DeviceError: it has failed.
         """
-        self.runner.warm_up(self.config.max_num_batched_tokens)
+        self.runner.warm_up()
         if self.runner.captures:
             rehearse(self)
 

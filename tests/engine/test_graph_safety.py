@@ -20,7 +20,8 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from specontext import LLM
-from specontext.engine.graphs import chunk_of_padding, decode_batch, graph_bytes, requests_bucket, sizes, span_buckets
+from specontext.engine.chunk_warm_up import padded_chunk
+from specontext.engine.graphs import decode_batch, graph_bytes, requests_bucket, sizes, span_buckets
 from specontext.kernels import dispatch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU captures for itself")
@@ -167,7 +168,7 @@ def test_a_chunk_of_padding_stores_nothing(
     before = [rows.clone() for rows in pools]
     with torch.inference_mode():
         for start in (0, 20):
-            logits = llm.engine.runner._forward(chunk_of_padding(20, start, kv.num_seats, kv.device))
+            logits = llm.engine.runner._forward(padded_chunk(20, start, kv.num_seats, kv.device))
             assert logits.isfinite().all()
     monkeypatch.delenv(dispatch.VARIABLE)
     assert all(torch.equal(rows, old) for rows, old in zip(pools, before, strict=True))
