@@ -123,7 +123,7 @@ class _Queries:
 
     def merge(self, part: Tensor, lse: Tensor) -> None:
         if self.output.dim() == 4:
-            self.output = self.output[0].transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+            self.output = self.output[0].transpose(0, 1).float().contiguous()
             self.lse = self.lse.contiguous()
         merge_part(self.output, self.lse, part[0].transpose(0, 1), lse[0].contiguous())
 
