@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from specontext.cli.generate import load_llm
-from specontext.cli.options import ENGINE_OPTIONS, Settings, with_settings
+from specontext.cli.options import BATCH_OPTIONS, ENGINE_OPTIONS, Settings, with_settings
 from specontext.cli.terminal import API_KEY, MODEL_HELP, error_console, quiet_libraries
 from specontext.evaluation.traffic.http import Address, HttpError, fetch_json
 from specontext.evaluation.traffic.measure import Target, measure
@@ -114,7 +114,7 @@ async def _served(address: Address, model: str | None, tokenizer: str | None) ->
 
 
 @bench_app.command("throughput")
-@with_settings(engine=(*ENGINE_OPTIONS, "max_num_seqs"))
+@with_settings(engine=(*ENGINE_OPTIONS, *BATCH_OPTIONS))
 def bench_throughput(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
     *,

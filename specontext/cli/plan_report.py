@@ -197,8 +197,8 @@ def notes(planned: Planned) -> list[str]:
     lines.append(f"Run-time buffers: {planned.runtime_source}." + _paper_note(plan))
     lines.append(
         f"Expected tokens/s are those of captured steps at {_rate(machine.device)} of GPU memory and {_rate(machine.host)} of "
-        f"pieces from the host ({machine.name}), without prefill; {1 - planned.overlap:.0%} of the selected rows of offloaded layers "
-        "are loaded in each step."
+        f"pieces from the host ({machine.name}), without prefill; {1 - planned.overlap:.0%} of the selected rows of offloaded "
+        "layers are loaded in each step."
     )
     if speed is None:
         lines.append("Other machines: give --bandwidth 3.3TB/s --host-bandwidth 50GB/s, or --bandwidth measure; floors come too.")

@@ -27,6 +27,9 @@ from specontext.kv.layout import Layout
 from specontext.kv.pool import PagePool, make_pools
 from specontext.memory.facts import NO_HEAD, ModelFacts
 from specontext.memory.model import MemoryModel, RunSettings, measured_model, staged_bytes
+from specontext.memory.probe import machine_speed
+from specontext.memory.step_time import StepClock
+from specontext.memory.throughput import ServiceLimits
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, TierSizes, free_memory, size_tiers
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import RetrievalHead, facts_of_head
@@ -51,6 +54,8 @@ class Parts:
         methods: it and those that requests may name.
         prefix: what requests know of each other's prompts.
         plan: bytes of everything.
+        clock: how long steps are expected to take.
+        limits: what users set for how many requests run at once.
         max_tokens: longest context of one request.
         head: the retrieval head, for the methods that have one.
     """
@@ -63,6 +68,8 @@ class Parts:
     residency: Residency
     plan: MemoryModel
     sizes: TierSizes
+    clock: StepClock
+    limits: ServiceLimits
     max_tokens: int
     head: RetrievalHead | None = None
 
@@ -95,7 +102,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     selecting = [name for name in names if not reads_everything(selector_class(name))]
     budget = method.budget if selecting else 1  # of what a table of selections has to hold
     slots = method.slots if selecting else 0
-    adaptive = method.offload_layers is None
+    adaptive, machine = method.offload_layers is None, machine_speed(device)
     context = MethodContext(
         shape,
         Budget(method.budget, method.sink, method.recent),
@@ -185,7 +192,9 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     chunk = max(1, facts.weight_bytes // share)
     residency = Residency(kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=chunk)
     prefix = PrefixCache(kv, methods, enabled=config.enable_prefix_caching)
-    return Parts(method, methods, kv, prefix, meter, residency, plan, sizes, max_tokens, head)
+    limits = ServiceLimits(config.max_num_seqs, config.min_num_seqs, config.max_tpot_ms, config.max_wait_s)
+    clock = StepClock(facts, machine, None if reads_everything(methods.selector) else method.budget)
+    return Parts(method, methods, kv, prefix, meter, residency, plan, sizes, clock, limits, max_tokens, head)
 
 
 def check_offload_dir(directory: Path) -> None:

@@ -20,11 +20,13 @@ class ServiceLimits:
         max_num_seqs: most requests at once.
         min_num_seqs: least requests at once, if so many fit, though fewer would make more tokens a second.
         max_tpot_ms: milliseconds from token to token of a request that no further request may make longer; None for no limit.
+        max_wait_s: seconds that a request waits for the sake of tokens a second, while memory has room for it; None for no limit.
     """
 
     max_num_seqs: int
     min_num_seqs: int = 1
     max_tpot_ms: float | None = None
+    max_wait_s: float | None = None
 
     def allow(self, requests: int, seconds: float) -> bool:
         """Whether so many requests may run at a step of so many seconds: fewer than the least may at any."""
