@@ -13,6 +13,7 @@ import platform
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,9 +27,10 @@ logger = logging.getLogger("specontext")
 
 VERSION = 1  # of what is measured: files of others are measured anew
 POOL = 1 << 28  # bytes of host memory in which pieces are read, pinned for the time of the probe
+LEAST_POOL = 1 << 20
 PIECE = 2048  # bytes
 PIECES = 1 << 15  # of one timed read
-READ = 1 << 30  # bytes of the device's memory that are read
+READ = 1 << 32  # bytes of the device's memory that are read
 REPEATS = 5
 LEAST_PINNED = POOL  # bytes; with less the host tier is of no use to layers
 SLOW_BUS = 4e9  # bytes a second of pieces, below which no layer leaves the device: an H100's reach 50e9
@@ -121,16 +123,23 @@ def _pieces(device: torch.device) -> tuple[float, int]:
     from specontext.kernels.rows import gather_rows
     from specontext.memory.speed import best_seconds
 
-    try:
-        pool = torch.empty((POOL // PIECE, 2, PIECE // 4), dtype=torch.bfloat16, pin_memory=True)
-    except RuntimeError:
+    size, pool = POOL, None
+    while pool is None and size >= LEAST_POOL:
+        try:
+            pool = torch.empty((size // PIECE, 2, PIECE // 4), dtype=torch.bfloat16, pin_memory=True)
+        except RuntimeError:  # more than the container may lock
+            size //= 2
+    if pool is None:
         return 1.0, 0
     chosen = torch.randint(len(pool), (PIECES,), device=device)
     target = torch.empty((PIECES, *pool.shape[1:]), dtype=pool.dtype, device=device)
     place = torch.arange(PIECES, device=device)
-    work = lambda: gather_rows(pool, chosen, target, place)  # noqa: E731
-    work()  # compiles the kernel
-    return PIECES * PIECE / best_seconds(device, work, REPEATS), POOL
+    gather_rows(pool, chosen, target, place)  # compiles the kernel
+    speed = PIECES * PIECE / best_seconds(device, partial(gather_rows, pool, chosen, target, place), REPEATS)
+    del pool
+    if hasattr(torch._C, "_host_emptyCache"):  # else PyTorch keeps it pinned
+        torch._C._host_emptyCache()
+    return speed, size
 
 
 def why_kv_stays(speed: MachineSpeed) -> str | None:

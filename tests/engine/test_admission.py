@@ -26,7 +26,8 @@ MakeLLM = Callable[..., LLM]
 Greedy = Callable[..., SamplingParams]
 Prompts = list[list[int]]
 PAGE = 16 * 2 * 2 * 24 * 4  # bytes of a page of a layer of the Llama checkpoint, which has 3
-SLOW = replace(CPU, host=1e4)  # a bus over which every missing row costs more than a step
+# A device so quick that every row that is missing on it costs more than a step.
+SLOW = replace(CPU, device=1e15, products=1e18, host=5e9, layer_s=1e-9, offloaded_s=0.0, step_s=1e-9)
 
 
 @pytest.fixture
@@ -163,30 +164,30 @@ def test_memory_is_named_where_it_is_short(engine: Callable[..., LLM], prompts: 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.tuples(st.integers(5, 90), st.integers(1, 60)), min_size=2, max_size=6),
-    host=st.sampled_from([1e3, 1e5, 1e6, 1e9]),
+    layer_s=st.sampled_from([1e-9, 1e-7, 1e-6, 3e-4]),
     pages=st.sampled_from([30, 45, 70]),
 )
 def test_any_requests_on_any_machine(
     lengths: list[tuple[int, int]],
-    host: float,
+    layer_s: float,
     pages: int,
     engine: Callable[..., LLM],
     prompts: Prompts,
     greedy: Greedy,
 ) -> None:
-    check_any(lengths, host, pages, engine, prompts, greedy)
+    check_any(lengths, layer_s, pages, engine, prompts, greedy)
 
 
-@pytest.mark.parametrize("host", [1e4, 1e6])
+@pytest.mark.parametrize("layer_s", [1e-9, 1e-7])
 def test_some_requests_end_in_order_with_the_same_tokens(
-    host: float, engine: Callable[..., LLM], prompts: Prompts, greedy: Greedy
+    layer_s: float, engine: Callable[..., LLM], prompts: Prompts, greedy: Greedy
 ) -> None:
-    check_any([(70, 20), (40, 50), (80, 5)], host, 45, engine, prompts, greedy)
+    check_any([(70, 20), (40, 50), (80, 5)], layer_s, 45, engine, prompts, greedy)
 
 
 def check_any(
     lengths: list[tuple[int, int]],
-    host: float,
+    layer_s: float,
     pages: int,
     engine: Callable[..., LLM],
     prompts: Prompts,
@@ -195,7 +196,7 @@ def check_any(
     """Whatever the machine is expected to reach: nobody is overtaken or starves, nobody is made to wait twice between two ends,
     and tokens are those of a request alone."""
     wanted = [(prompts[2] + prompts[1])[:length] for length, _ in lengths]
-    llm = engine(replace(CPU, host=host), gpu_memory=pages * PAGE)
+    llm = engine(replace(SLOW, layer_s=layer_s), gpu_memory=pages * PAGE)
     jobs, _ = run(llm, wanted, [tokens for _, tokens in lengths], greedy)
     assert sum(job.request.preemptions for job in jobs) <= len(jobs) * len(jobs)
     alone = engine(CPU, gpu_memory=400 * PAGE, max_num_seqs=1)
@@ -271,3 +272,42 @@ def test_settings_that_cannot_be(options: dict[str, Any], says: str) -> None:
 
 def test_a_request_knows_nothing_of_waiting_before_it_has() -> None:
     assert Request("r", [1], 1, SamplingParams(), seed=0).waited_for == []
+
+
+# Machines whose host tier is of no use to layers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("machine", "says"),
+    [(replace(CPU, pinned=1 << 20), "only 1 MiB of host memory could be pinned"), (replace(CPU, host=1e8), "0.10 GB/s only")],
+)
+def test_kv_stays_on_the_device_where_the_host_is_of_no_use(
+    machine: MachineSpeed,
+    says: str,
+    engine: Callable[..., LLM],
+    prompts: Prompts,
+    greedy: Greedy,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    llm = engine(machine, gpu_memory=45 * PAGE)
+    assert says in caplog.text and "stays on the device" in caplog.text
+    jobs, ran = run(llm, [[4, *prompts[2]], [5, *prompts[2]]], [20, 20], greedy)
+    assert moves(llm) == 0 and max(ran) == 1 and jobs[0].stats is not None and jobs[0].stats.offloaded_layers == 0
+
+
+def test_what_users_say_of_layers_is_obeyed_with_a_warning(
+    engine: Callable[..., LLM], prompts: Prompts, greedy: Greedy, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm = engine(replace(CPU, host=1e8), offload_layers=2)
+    assert "as offload_layers asks for" in caplog.text
+    [job], _ = run(llm, [prompts[1]], [5], greedy)
+    assert job.stats is not None and job.stats.offloaded_layers == 2
+    caplog.clear()
+    engine(replace(CPU, host=1e8), offload_layers=0)
+    assert not caplog.records
+
+
+def test_a_host_tier_is_no_larger_than_what_can_be_pinned(engine: Callable[..., LLM]) -> None:
+    held = engine(replace(CPU, pinned=50 * PAGE)).engine.parts.kv.host
+    assert 40 * PAGE < held.num_bytes <= 50 * PAGE
+    assert engine(replace(CPU, pinned=0)).engine.parts.kv.host.pages.num_pages == 1
