@@ -45,8 +45,8 @@ from unittest.mock import patch
 import torch
 from adaptive_report import Round, crossings_of, points_of, show, summary_of
 from measure import clock, fill, machine, versions
-from replay import Replay, overlapping, with_own_method
-from shapes import DTYPES, random_model
+from specontext.evaluation.paper.replay import Replay, overlapping, with_own_method
+from specontext.evaluation.paper.shapes import DTYPES, random_model
 
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.core import Request, SamplingParams, Selection

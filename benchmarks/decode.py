@@ -35,10 +35,10 @@ from typing import Any
 import specontext  # noqa: F401  # isort: skip  # before torch: it says how torch's threads wait
 import torch
 from measure import clock, machine, read_bandwidth, versions
-from replay import Replay, overlapping, with_own_method
+from specontext.evaluation.paper.replay import Replay, overlapping, with_own_method
 from rich.console import Console
 from rich.table import Table
-from shapes import DTYPES, random_model
+from specontext.evaluation.paper.shapes import DTYPES, random_model
 from step_parts import seconds_by_part
 from torch import Tensor
 from transformers import DynamicCache

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import specontext  # noqa: F401  # isort: skip  # before torch: it says how torch's threads wait
 import torch
 from measure import clock
-from shapes import DTYPES, random_model
+from specontext.evaluation.paper.shapes import DTYPES, random_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import DynamicCache, PreTrainedTokenizerFast

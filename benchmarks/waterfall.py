@@ -21,10 +21,10 @@ import specontext  # noqa: F401  # isort: skip  # before torch: it says how torc
 import torch
 from decode import decode_batch, parts_for
 from measure import machine, versions
-from replay import Replay, overlapping, with_own_method
+from specontext.evaluation.paper.replay import Replay, overlapping, with_own_method
 from rich.console import Console
 from rich.table import Table
-from shapes import random_model
+from specontext.evaluation.paper.shapes import random_model
 
 from specontext.config import SpeContextConfig
 from specontext.distill.new_head import HeadShape, new_head
