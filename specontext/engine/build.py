@@ -15,9 +15,10 @@ from torch import Tensor
 
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.core import ModelShape
+from specontext.engine.graphs import graph_bytes, span_buckets
 from specontext.engine.methods import Methods
 from specontext.engine.prefix import PrefixCache, block_state
-from specontext.engine.profile import GRAPHS, measure_runtime
+from specontext.engine.profile import measure_runtime
 from specontext.engine.residency import Residency
 from specontext.engine.statistics import Meter
 from specontext.errors import ConfigError, MemoryPlanError
@@ -133,7 +134,15 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     if device.type == "cuda":
         features = head.config.feature_layers if head is not None and head.config.variant == "features" else ()
         runtime = measure_runtime(loaded, run, feature_layers=features) + staged_bytes(facts, run)
-        graphs = 0 if config.enforce_eager else GRAPHS
+        if not config.enforce_eager:
+            spans = len(span_buckets(method.budget, max_tokens)) if selector_class(names[0]).by_span else 1
+            graphs = graph_bytes(
+                config.max_num_seqs,
+                spans,
+                layers=shape.layers,
+                vocab_size=shape.vocab_size,
+                itemsize=shape.dtype.itemsize,
+            )
     plan = measured_model(
         facts,
         run,

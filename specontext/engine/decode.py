@@ -82,8 +82,7 @@ class Step:
         self.batch, self.kv, self.transfers, self.methods, self.meter = batch, kv, kv.transfers, methods, meter
         self.measure_recall, self.observer, self.look_ahead = measure_recall, observer, look_ahead
         self.tile = GPU_TILE if self.transfers.asynchronous else TILE
-        lanes = batch.lanes or ((Lane(None, 0, batch.num_decodes, batch.span),) if batch.num_decodes else ())
-        self.lanes = [self._lane(lane) for lane in lanes]
+        self.lanes = [self._lane(lane) for lane in batch.lanes]
         self.chunks = Chunks(batch, self.transfers, methods, self.tile) if batch.prefills else None
         self.staging: Staging | None = None
         self._counted: Mark = None

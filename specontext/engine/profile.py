@@ -12,8 +12,6 @@ from specontext.models.attention import listening
 from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
 
-GRAPHS = 256 << 20  # bytes set aside for captured graphs, whose nodes lie outside of PyTorch's allocator
-
 
 class _ChunkOnly:
     """Attention of a prompt's first chunk: nothing is stored."""

@@ -49,6 +49,13 @@ class Scheduler:
         """Requests that had to wait again, so far."""
         return self.admission.preemptions
 
+    def forget(self) -> None:
+        """Begin to count anew, and know of no prompt, while no request runs."""
+        assert not self.running and not self.waiting
+        for part in (self.parts.prefix, self.parts.meter, self.parts.residency):
+            part.forget()
+        self.admission.preemptions = 0
+
     def check(self, prompt_length: int, params: SamplingParams) -> None:
         """Raises RequestError for a prompt that leaves no room for an output, or a request that could not run even alone."""
         limit = self.parts.max_tokens

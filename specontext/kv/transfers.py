@@ -20,6 +20,8 @@ from specontext.kv.layout import BlockParts, PlacedSelection
 from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK, Mark, Streams
 from specontext.memory.layer_blocks import LayerBlocks
 
+FIRST_PROGRAMS = 32  # that share the first copy of a step on a GPU
+
 
 class Transfers:
     """Moves rows between the tiers of a cache, whose tables it reads and never writes.
@@ -120,8 +122,10 @@ class Transfers:
         # Compute has read last step's slots, and has written all rows, before it comes to this.
         with self.beside(PREFETCH, reading.seats, tokens, plan.slots, plan.missing):
             copies = listed(reading.seats, tokens, plan.slots, plan.missing)
-            for part, layers in loads:
-                copy_pieces(self.tiers.host, slots, part, self.tiers.resident, copies, programs=self.programs)
+            for number, (part, layers) in enumerate(loads):
+                # Compute soon waits for the first one, and leaves the device idle then.
+                programs = self.programs or (FIRST_PROGRAMS if number == 0 and self.asynchronous else None)
+                copy_pieces(self.tiers.host, slots, part, self.tiers.resident, copies, programs=programs)
                 mark = self.mark(PREFETCH)
                 for one in layers:
                     self._loaded[one] = mark
