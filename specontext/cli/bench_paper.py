@@ -115,7 +115,7 @@ def _list(table: str, device: str, scale: str, parts: list[Part], out: Path | No
         {
             "part": part.name,
             "minutes": part.minutes,
-            "command": f"specontext bench paper --table {table} --device {device} --scale {scale} --parts '{part.name}'{where}",
+            "command": f"specontext bench paper --table {table} --device {device} --scale {scale} --parts {part.name}{where}",
         }
         for part in parts
     ]

@@ -19,6 +19,11 @@ class Column:
     output: int
 
     @property
+    def slug(self) -> str:
+        """Its name as a part of others, without what a shell would read."""
+        return self.name.strip("[]").replace(",", "-")
+
+    @property
     def longest(self) -> int:
         return self.prompt + self.output
 

@@ -48,28 +48,28 @@ def parts_of(table: TablePlan, scale: Scale) -> list[Part]:
 def _cloud(table: TablePlan, scale: Scale, model: str) -> list[Part]:
     systems = (("hugging-face", 3.0, hugging_face), ("ours", 2.5, ours), ("methods", 3.0, methods))
     parts = [
-        Part(f"{model}/{column.name}/{name}", model, minutes, partial(rows, column=column))
+        Part(f"{model}/{column.slug}/{name}", model, minutes, partial(rows, column=column))
         for column in scale.columns
         for name, minutes, rows in systems
     ]
     longest, shortest = scale.columns[1], min(scale.columns, key=lambda column: column.output)
-    parts.append(Part(f"{model}/{longest.name}/overlap", model, 2.0, partial(overlaps, column=longest)))
-    return [*parts, Part(f"{model}/{shortest.name}/whole-run", model, 2.0, partial(whole_run, column=shortest))]
+    parts.append(Part(f"{model}/{longest.slug}/overlap", model, 2.0, partial(overlaps, column=longest)))
+    return [*parts, Part(f"{model}/{shortest.slug}/whole-run", model, 2.0, partial(whole_run, column=shortest))]
 
 
 def _single(table: TablePlan, scale: Scale, model: str) -> list[Part]:
     columns = scale.contexts(2, 4, 8, 16, 32, 64, 128)
-    return [Part(f"{model}/{column.name}", model, 1.0, partial(one_request, column=column)) for column in columns]
+    return [Part(f"{model}/{column.slug}", model, 1.0, partial(one_request, column=column)) for column in columns]
 
 
 def _edge(table: TablePlan, scale: Scale, model: str) -> list[Part]:
     rows = partial(one_request, also=(EAGER,))
-    return [Part(f"{model}/{column.name}", model, 2.0, partial(rows, column=column)) for column in scale.columns]
+    return [Part(f"{model}/{column.slug}", model, 2.0, partial(rows, column=column)) for column in scale.columns]
 
 
 def _ablation(table: TablePlan, scale: Scale, model: str) -> list[Part]:
     return [
-        Part(f"{model}/{column.name}/{name}", model, 3.0, partial(ablation, column=column, ways=ways))
+        Part(f"{model}/{column.slug}/{name}", model, 3.0, partial(ablation, column=column, ways=ways))
         for column in scale.columns[:2]
         for name, ways in (("eager", ABLATION[:3]), ("captured", ABLATION[2:]))
     ]
@@ -77,7 +77,7 @@ def _ablation(table: TablePlan, scale: Scale, model: str) -> list[Part]:
 
 def _concurrency(table: TablePlan, scale: Scale, model: str) -> list[Part]:
     columns = scale.contexts(4, 16, 64)
-    return [Part(f"{model}/{column.name}", model, 3.0, partial(concurrency, column=column)) for column in columns]
+    return [Part(f"{model}/{column.slug}", model, 3.0, partial(concurrency, column=column)) for column in columns]
 
 
 # What they measure ----------------------------------------------------------------------------------------------------
