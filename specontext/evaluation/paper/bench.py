@@ -1,7 +1,8 @@
-"""One model on one device: how many requests of a column run, what their prefill and steps take, and what they took at least."""
+"""What is measured of a column: prefill and decode steps of Hugging Face's systems and of ours, and what they take at least."""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,97 +13,30 @@ from specontext.config import EngineConfig
 from specontext.core import SamplingParams
 from specontext.engine.build import facts_of_loaded
 from specontext.engine.llm_engine import LLMEngine
-from specontext.errors import MemoryPlanError
+from specontext.errors import DeviceMemoryError, HostMemoryError, MemoryPlanError
 from specontext.evaluation.paper import hugging_face
 from specontext.evaluation.paper.columns import Column, Scale
 from specontext.evaluation.paper.hugging_face import Theirs
 from specontext.evaluation.paper.loop import FULL, Way, free, looping, median_step, now
+from specontext.evaluation.paper.setup import Setup
 from specontext.evaluation.paper.shapes import DTYPES, TINY, random_model, word_tokenizer
-from specontext.memory.facts import NO_HEAD, ModelFacts
+from specontext.memory.facts import NO_HEAD
 from specontext.memory.free import free_host_memory
-from specontext.memory.model import MemoryModel, RunSettings, measured_model
-from specontext.memory.planner import MemoryPlan
 from specontext.memory.probe import machine_speed
 from specontext.memory.speed import Bandwidths, decode_floor, measure_bandwidths, measure_products, prefill_operations
-from specontext.memory.step_time import MachineSpeed, StepClock
 from specontext.models.attention import ATTENTION_NAME
-from specontext.models.loading import LoadedModel
-from specontext.retrieval.head import RetrievalHead
+from specontext.models.compiled import keep_compiled
 from specontext.retrieval.random_head import random_head
 
 SHARE_OF_GPU, SHARE_OF_HOST = 0.9, 0.6
-CHUNK = 8192  # tokens of a prompt that our engine computes at once
-TOO_MUCH = (torch.OutOfMemoryError, MemoryPlanError)
+STATIC_SHARE = 0.8  # of the memory that a static cache may take beside the weights
+TOO_MUCH = (torch.OutOfMemoryError, MemoryPlanError, DeviceMemoryError, HostMemoryError)
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Bench:
-    """A model and the machine that it runs on.
-
-    Attributes:
-        memory: bytes that everything may take on the GPU; on a CPU those of the device tier of KV.
-        overlap: share of the selected entries that the step before selected too.
-    """
-
-    loaded: LoadedModel
-    head: RetrievalHead
-    facts: ModelFacts
-    machine: MachineSpeed
-    scale: Scale
-    memory: int
-    host_memory: int
-    overlap: float
-
-    @property
-    def device(self) -> torch.device:
-        return self.loaded.model.device
-
-    # How many requests ------------------------------------------------------------------------------------------------
-
-    def plan(self, way: Way, requests: int, longest: int) -> MemoryPlan:
-        """The memory of so many requests of a way."""
-        full = way.method == "full"
-        facts = replace(self.facts, head=NO_HEAD) if full else self.facts
-        slots = 0 if full else self.scale.budget + int(way.slots_over * self.scale.budget)
-        run = RunSettings(requests, longest, self.scale.budget, slots, max_batched_tokens=CHUNK)
-        model = measured_model(facts, run, spare_layers=0)
-        if self.device.type == "cpu":  # there the limit is the tier's own
-            model = MemoryModel(model.mode, {"weights": 0, "retrieval_head": 0, "runtime": 0}, model.kv)
-        return MemoryPlan(facts, model, requests, self.memory, self.host_memory, longest)
-
-    def away(self, way: Way, requests: int, length: int, longest: int) -> int | None:
-        """Layers on the host at a length; None where the requests do not fit. Only ours leaves the device."""
-        plan = self.plan(way, requests, longest)
-        if way.all_away:
-            return self.facts.shape.layers if plan.reach[-1] >= length else None
-        found = plan.offloaded_at(length)
-        return found if found == 0 or way.method == "speculative" else None
-
-    def expected(self, way: Way, column: Column, requests: int) -> float | None:
-        """Expected tokens a second of a column; None where its requests do not fit."""
-        clock = StepClock(self.facts, self.machine, None if way.method == "full" else self.scale.budget, self.overlap)
-        steps = {}
-        for length in column.lengths(self.scale.points):
-            away = self.away(way, requests, length, column.longest)
-            if away is None:
-                return None
-            steps[length] = clock.decode([length] * requests, away).seconds
-        if not column.output:
-            return requests / steps[column.prompt]
-        prefill = requests * clock.prefill_s(column.prompt, CHUNK)
-        return requests * column.output / (prefill + column.decode_seconds(steps))
-
-    def requests_for(self, way: Way, column: Column, most: int | None = None) -> int | None:
-        """How many requests of a column make the most tokens a second, as the plan expects; None where not one fits."""
-        best: tuple[float, int] | None = None
-        for requests in range(1, (most or self.scale.most_requests) + 1):
-            rate = self.expected(way, column, requests)
-            if rate is None:
-                break
-            if best is None or rate > best[0]:
-                best = rate, requests
-        return None if best is None else best[1]
+class Bench(Setup):
+    """Measures on a setup."""
 
     # What they take ---------------------------------------------------------------------------------------------------
 
@@ -140,34 +74,40 @@ class Bench:
 
     def theirs(self, way: Theirs, column: Column, requests: int) -> Row:
         """A row of one of Hugging Face's systems."""
-        steps = {length: self._their_step(way, requests, length) for length in self._lengths(column)}
+        lengths = self._lengths(column)
+        steps = self._their_steps(way, requests, lengths if way.cache != "offloaded" else [lengths[0], lengths[-1]])
         one = hugging_face.prefill_seconds(self.loaded, way, column.prompt, repeats=1) if column.output else 0.0
         row = self.row(way.name, way.words, column, requests, steps, requests * one)
         return row | self._floor(FULL, column, requests, dict.fromkeys(steps, 0), row["decode_s"])
 
     def most_of_theirs(self, way: Theirs, column: Column) -> int | None:
-        """The number of requests, among doubling ones, with which Hugging Face makes the most tokens a second."""
-        length, best = column.lengths(1)[0], None
-        for requests in (1, 4, 8, 16, 32, 64):
-            if requests > self.scale.most_requests:
-                break
+        """The number of requests, among doubling ones, with which Hugging Face makes the most tokens a second; of a static cache
+        the most that fit, since each number would be compiled for itself."""
+        counts = [requests for requests in (1, 4, 8, 16, 32, 64) if requests <= self.scale.most_requests]
+        if way.cache == "static":
+            weights = self.facts.weight_bytes if self.device.type == "cuda" else 0
+            room = STATIC_SHARE * self.memory - weights
+            fitting = [n for n in counts if n * column.longest * self.facts.kv_bytes_per_token <= room]
+            return fitting[-1] if fitting else None
+        best: tuple[float, int] | None = None
+        for requests in counts:
             try:
-                rate = requests / self._their_step(way, requests, length)
-                self._their_step(way, requests, column.longest, steps=1)
+                self._their_steps(way, requests, [column.longest], steps=1)
+                [seconds] = self._their_steps(way, requests, column.lengths(1), steps=2).values()
             except TOO_MUCH:
                 free(self.device)
                 break
+            rate = requests / seconds
             if best is not None and rate < best[0]:
                 break
             best = rate, requests
         return None if best is None else best[1]
 
-    def _their_step(self, way: Theirs, requests: int, length: int, *, steps: int | None = None) -> float:
-        scale = self.scale
-        warm_up = scale.warm_up if steps is None else 0
-        return hugging_face.decode_step(
-            self.loaded, way, requests=requests, context=length, warm_up=warm_up, steps=steps or scale.steps
-        )
+    def _their_steps(self, way: Theirs, requests: int, lengths: Sequence[int], *, steps: int | None = None) -> dict[int, float]:
+        warm_up, steps = (self.scale.warm_up, self.scale.steps) if steps is None else (steps - 1, steps)
+        if way.cache == "offloaded":  # all KV comes over the bus in every step
+            warm_up, steps = 1, min(steps, 2)
+        return hugging_face.decode_steps(self.loaded, way, requests=requests, lengths=lengths, warm_up=warm_up, steps=steps)
 
     def prefill_s(self, way: Way, length: int) -> float:
         """Seconds of a prompt up to its first token in our engine, of some that come at once; the best of two."""
@@ -197,7 +137,7 @@ class Bench:
             load_format="dummy",
             max_num_seqs=seats,
             max_model_len=longest,
-            max_num_batched_tokens=CHUNK,
+            max_num_batched_tokens=self.chunk,
             enable_prefix_caching=False,
             enforce_eager=not way.captured,
             compile=way.captured,
@@ -273,6 +213,7 @@ def open_bench(
     loaded = replace(loaded, tokenizer=word_tokenizer(loaded.shape.vocab_size))
     head = random_head(loaded.shape).to(device=device, dtype=loaded.shape.dtype).requires_grad_(False)
     if device.type == "cuda":
+        keep_compiled()
         speed = machine_speed(device)
         total = torch.cuda.get_device_properties(device).total_memory
         limit = min(memory or total, int(SHARE_OF_GPU * total))
@@ -288,22 +229,36 @@ def open_bench(
 
 def does_not_fit(bench: Bench, name: str, words: str, column: Column, requests: int | None, measure: Callable[[], Row]) -> Row:
     """A row, or what is to be said where its requests do not fit."""
+    broken: Row = {}
     try:
         if requests is not None:
             return measure()
         error = "not even one request fits"
     except TOO_MUCH as failed:
         free(bench.device)
-        error = f"{requests} requests do not fit: {str(failed).splitlines()[0]}"
+        error = f"{requests} requests do not fit: {first_line(failed)}"
+    except Exception as failed:  # the systems beside it are measured all the same, and the part is not kept
+        traceback.print_exc()
+        free(bench.device)
+        error, broken = f"it failed: {first_line(failed)}", {"failed": True}
     nothing: Row = dict.fromkeys(("tokens_per_s", "decode_tokens_per_s", "prefill_s", "decode_s", "step_s"))
-    return nothing | {
-        "model": bench.loaded.name,
-        "column": column.name,
-        "prompt": column.prompt,
-        "output": column.output,
-        "system": name,
-        "words": words,
-        "requests": requests,
-        "sampled": False,
-        "error": error,
-    }
+    return (
+        nothing
+        | broken
+        | {
+            "model": bench.loaded.name,
+            "column": column.name,
+            "prompt": column.prompt,
+            "output": column.output,
+            "system": name,
+            "words": words,
+            "requests": requests,
+            "sampled": False,
+            "error": error,
+        }
+    )
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
 
 from specontext.evaluation.paper.loop import TOKEN, free, now
 from specontext.evaluation.paper.states import fill
@@ -52,49 +52,63 @@ def attending(loaded: LoadedModel, way: Theirs) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def decode_step(loaded: LoadedModel, way: Theirs, *, requests: int, context: int, warm_up: int, steps: int) -> float:
-    """Median seconds of a step of so many requests, the first of them at this length.
+def decode_steps(
+    loaded: LoadedModel, way: Theirs, *, requests: int, lengths: Sequence[int], warm_up: int, steps: int
+) -> dict[int, float]:
+    """Median seconds of a step of so many requests by length.
+
+    A static cache is made once, for the longest of the lengths, so that its step is compiled once.
 
     Raises:
         torch.OutOfMemoryError: their KV does not fit.
     """
+    found, device = {}, loaded.model.device
     with attending(loaded, way):
-        step = _stepper(loaded, way, requests, context, warm_up + steps)
-        taken = []
-        for _ in range(warm_up + steps):
-            began = now(loaded.model.device)
-            step()
-            taken.append(now(loaded.model.device) - began)
-        del step
-    return statistics.median(taken[warm_up:])
+        cache: Cache | None = None
+        longest = max(lengths) + warm_up + steps
+        for length in lengths:
+            if cache is None or way.cache != "static":
+                cache = None
+                cache = _cache(loaded, way, requests, length, longest)
+                forward = loaded.model.forward
+                if way.cache == "static" and device.type == "cuda":
+                    forward = torch.compile(loaded.model.forward, mode="reduce-overhead")
+            if way.cache == "static":
+                set_stored(cache, length - 1)
+            ids = torch.full((requests, 1), TOKEN, device=device)
+            place = torch.full((requests, 1), length - 1, device=device)
+            taken = []
+            for _ in range(warm_up + steps):
+                began = now(device)
+                logits = forward(input_ids=ids, position_ids=place, past_key_values=cache, use_cache=True).logits
+                ids, place = logits[:, -1].argmax(-1, keepdim=True), place + 1
+                taken.append(now(device) - began)
+            found[length] = statistics.median(taken[warm_up:])
+        del cache
+    return found
 
 
-def _stepper(loaded: LoadedModel, way: Theirs, requests: int, context: int, more: int) -> Callable[[], Tensor]:
-    """One decode step, with a cache of random numbers behind it that grows by a token a step."""
+def set_stored(cache: Any, tokens: int) -> None:
+    """Let a static cache go on behind so many tokens."""
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(tokens)
+
+
+def _cache(loaded: LoadedModel, way: Theirs, requests: int, length: int, longest: int) -> Cache:
+    """A cache of random numbers for all but the last token of requests of this length; a static one has room for more."""
     model, shape, device = loaded.model, loaded.shape, loaded.model.device
-    cache: DynamicCache | StaticCache
+    cache: Cache
+    stored = length - 1
     if way.cache == "static":
-        cache = StaticCache(config=model.config, max_cache_len=context + more)
+        cache, stored = StaticCache(config=model.config, max_cache_len=longest), longest
     else:
         cache = DynamicCache(config=model.config, offloading=way.cache == "offloaded")
     for layer in range(shape.layers):
-        kv = torch.empty((2, requests, shape.kv_heads, context - 1, shape.head_dim), dtype=shape.dtype, device=device)
+        kv = torch.empty((2, requests, shape.kv_heads, stored, shape.head_dim), dtype=shape.dtype, device=device)
         fill(kv)
         cache.update(kv[0], kv[1], layer)
         del kv
-    ids = torch.full((requests, 1), TOKEN, device=device)
-    forward = model.forward
-    if way.cache == "static" and device.type == "cuda":
-        forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=False)
-    place = torch.tensor([[context - 1]], device=device).expand(requests, 1).clone()
-
-    def step() -> Tensor:
-        logits: Tensor = forward(input_ids=ids, position_ids=place, past_key_values=cache, use_cache=True).logits
-        place.add_(1)
-        ids.copy_(logits[:, -1].argmax(-1, keepdim=True))
-        return logits
-
-    return step
+    return cache
 
 
 @torch.inference_mode()

@@ -78,8 +78,9 @@ def run_parts(
                     bench = None
                     free(device)
                     bench = open_bench(part.model, scale, device, memory=table.memory, host_memory=host_memory, overlap=overlap)
-                kept = about | {"part": part.name, "date": date.today().isoformat(), "rows": with_ratios(part.rows(bench))}
-                if folder is not None:
+                rows = with_ratios(part.rows(bench))
+                kept = about | {"part": part.name, "date": date.today().isoformat(), "rows": rows}
+                if folder is not None and not any(row.get("failed") for row in rows):
                     write_part(folder / part.file_name, kept)
             else:
                 print(f"kept: {part.name}", file=sys.stderr, flush=True)
