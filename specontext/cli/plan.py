@@ -12,7 +12,7 @@ from specontext.cli.options import parse_bandwidth, parse_size
 from specontext.cli.plan_throughput import MOST_CHOSEN, machine_of
 from specontext.cli.planned import as_object, find_facts, make_plan
 from specontext.cli.terminal import UsageError, human_bytes
-from specontext.config import DTYPES
+from specontext.config import DTYPES, STEP_TOKENS
 
 if TYPE_CHECKING:
     from specontext.memory.speed import Bandwidths
@@ -70,7 +70,7 @@ def plan(
     ] = None,
     max_num_batched_tokens: Annotated[
         int, typer.Option("--max-num-batched-tokens", help="Tokens of one engine step, for the estimate of run-time buffers.")
-    ] = 1024,
+    ] = STEP_TOKENS["cuda"],
     bandwidth: Annotated[
         str | None,
         typer.Option(

@@ -55,6 +55,7 @@ class Admission:
         self.running: list[Request] = []
         self.preemptions = 0
         self.worth = Worth(parts.residency, parts.clock, parts.limits)
+        self._refused: Request | None = None
         self._answers: dict[str, tuple[object, bool]] = {}
         self._seats = list(range(seats - 1, -1, -1))
         self._parked: dict[str, Parked] = {}
@@ -149,7 +150,13 @@ class Admission:
                         break
                     behind.waited_for.append(TURN)
                 if why == SEATS or self.running or not self.drop_parked(but=request):
+                    self._refused = request
                     return
+
+    @property
+    def settled(self) -> bool:
+        """Whether nobody will join as long as the same requests run: nobody waits, or the first who does was refused."""
+        return not self.waiting or (self._refused is not None and self._first_waiting is self._refused)
 
     @property
     def _first_waiting(self) -> Request | None:

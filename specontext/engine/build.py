@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specontext.config import EngineConfig, SpeContextConfig
+from specontext.config import EngineConfig, SpeContextConfig, StepTokens
 from specontext.core import ModelShape
 from specontext.engine.graphs import graph_bytes, span_buckets
 from specontext.engine.methods import Methods
@@ -58,6 +58,7 @@ class Parts:
         clock: how long steps are expected to take.
         limits: what users set for how many requests run at once.
         max_tokens: longest context of one request.
+        step_tokens: of one step.
         head: the retrieval head, for the methods that have one.
     """
 
@@ -72,6 +73,7 @@ class Parts:
     clock: StepClock
     limits: ServiceLimits
     max_tokens: int
+    step_tokens: StepTokens
     head: RetrievalHead | None = None
 
     @property
@@ -117,6 +119,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     kinds = [selector_class(name) for name in names]
     tables = shape.layers if any(issubclass(kind, LayerSelector) for kind in kinds) else 1
     groups = max(token_sets(name, context) for name in names)
+    tokens = config.step_tokens(device.type)
     run = RunSettings(
         config.max_num_seqs,
         max_tokens,
@@ -126,14 +129,14 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         recent=method.recent,
         granularity=method.granularity,
         page_size=config.page_size,
-        max_batched_tokens=config.max_num_batched_tokens,
+        max_batched_tokens=tokens.alone,
         sets=groups,
         selections=tables,
     )
     runtime, graphs = None, 0
     if device.type == "cuda":
         features = head.config.feature_layers if head is not None and head.config.variant == "features" else ()
-        runtime = measure_runtime(loaded, run, feature_layers=features) + staged_bytes(facts, run)
+        runtime = measure_runtime(loaded, facts, run, feature_layers=features) + staged_bytes(facts, run)
         if not config.enforce_eager:
             spans = len(span_buckets(method.budget, max_tokens)) if selector_class(names[0]).by_span else 1
             graphs = graph_bytes(
@@ -204,7 +207,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     prefix = PrefixCache(kv, methods, enabled=config.enable_prefix_caching)
     limits = ServiceLimits(config.max_num_seqs, config.min_num_seqs, config.max_tpot_ms, config.max_wait_s)
     clock = StepClock(facts, machine, None if reads_everything(methods.selector) else method.budget)
-    return Parts(method, methods, kv, prefix, meter, residency, plan, sizes, clock, limits, max_tokens, head)
+    return Parts(method, methods, kv, prefix, meter, residency, plan, sizes, clock, limits, max_tokens, tokens, head)
 
 
 def with_kv_where_it_can_be(method: SpeContextConfig, machine: MachineSpeed) -> SpeContextConfig:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specontext.core import Batch, Choice, Lane, Segment
+from specontext.core import Batch, Choice, Lane
 
 logger = logging.getLogger("specontext")
 LEAST_SPAN = 4096
@@ -162,13 +162,6 @@ def _padding(size: int, seats: int, device: torch.device) -> Tensor:
     numbers[1] = -1
     numbers[2] = seats
     return numbers
-
-
-def chunk_of_padding(tokens: int, start: int, seats: int, device: torch.device) -> Batch:
-    """A prompt's chunk that stores nothing: of nobody, behind `start` tokens of the page that nobody holds."""
-    row = torch.full((tokens,), seats, dtype=torch.int64, device=device)
-    none, nowhere = torch.zeros_like(row), torch.full_like(row, -1)
-    return Batch(none, nowhere, row, none, none[:0], 0, (Segment(seats, start, tokens, 0),), none[:1] + tokens - 1, 0)
 
 
 def requests_bucket(requests: int, seats: int) -> int:

@@ -12,8 +12,9 @@ from torch import Tensor
 from specontext.core import Batch, Choice, Lane
 from specontext.engine.batch_parts import Part, joined, lane_part, rest_part
 from specontext.engine.build import Parts
+from specontext.engine.chunk_warm_up import warm_up_chunks
 from specontext.engine.decode import Step
-from specontext.engine.graphs import DecodeGraphs, chunk_of_padding, span_buckets
+from specontext.engine.graphs import DecodeGraphs, span_buckets
 from specontext.engine.true_attention import AttentionObserver
 from specontext.engine.twin import DenseTwin
 from specontext.errors import DeviceError, DeviceMemoryError
@@ -34,8 +35,8 @@ class ModelRunner:
     Args:
         feature_layers: hidden states that the selector wants to observe, empty for none.
         graphs: decode steps are captured as CUDA graphs, on a GPU.
-        compiled: layers and head of captured steps go through torch.compile. Not in float32, where tokens are promised to be
-            those of eager steps.
+        compiled: layers and head of captured steps and of chunks of prompts go through torch.compile. Not in float32, where
+            tokens are promised to be those of eager steps.
 
     Attributes:
         observer: sees the attention of decode tokens, where recall is measured.
@@ -95,8 +96,10 @@ class ModelRunner:
         """
         assert batch.prefills, "decode steps may be captured, and hooks would not see them"
         with working_device(len(batch.token_ids)):
-            run = self._eager(batch, positions) if self._graphs is None else self._run_parts(batch, self._graphs, positions)
-            logits, states = run
+            if self._graphs is None:
+                logits, states = self._run_uncaptured(batch, positions)
+            else:
+                logits, states = self._run_parts(batch, self._graphs, positions)
         assert states is not None
         return logits, states
 
@@ -134,7 +137,7 @@ class ModelRunner:
             if lane not in captured and self._capturable(lane):
                 graphs.meet(lane, self._span(lane))
         if not captured:
-            return self._eager(batch, positions)
+            return self._run_uncaptured(batch, positions)
         if len(captured) == len(batch.lanes) == 1 and not batch.prefills:
             return graphs.run(batch, self._span(captured[0]), self._fused), None
         done: list[tuple[Part, Tensor]] = []
@@ -145,18 +148,18 @@ class ModelRunner:
             done.append((part, logits.clone() if number < len(captured) else logits))
         states, rest = None, rest_part(batch, captured)
         if rest is not None:
-            logits, states = self._eager(rest.batch, None if positions is None else positions - rest.shift)
+            logits, states = self._run_uncaptured(rest.batch, None if positions is None else positions - rest.shift)
             done.append((rest, logits))
         return joined(done, len(batch.last_tokens)), states
 
-    def _eager(self, batch: Batch, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """An eager forward pass, and what enters the output layer at packed positions, where any are named."""
+    def _run_uncaptured(self, batch: Batch, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A forward pass outside of graphs, and what enters the output layer at packed positions, where any are named."""
         if positions is None:
-            return self._forward(batch), None
+            return self._uncaptured(batch), None
         kept: list[Tensor] = []
         handle = self.loaded.model.get_decoder().register_forward_hook(lambda _, __, output: kept.append(output[0][0, positions]))
         try:
-            return self._forward(batch), kept[0]
+            return self._uncaptured(batch), kept[0]
         finally:
             handle.remove()
 
@@ -172,12 +175,9 @@ class ModelRunner:
             return logits
 
     @torch.inference_mode()
-    def warm_up(self, chunk: int) -> None:
-        """Capture decode steps of all sizes and spans, and run chunks of prompts, so that no request waits for a compiler or a
+    def warm_up(self) -> None:
+        """Run chunks of prompts and capture decode steps of all sizes and spans, so that no request waits for a compiler or a
         library. Nothing is stored, and nothing is done where steps are not captured, as on a CPU.
-
-        Args:
-            chunk: tokens of a step.
 
         Raises:
             DeviceMemoryError: the device is out of memory.
@@ -185,13 +185,16 @@ class ModelRunner:
         """
         if self._graphs is None:
             return
-        kv, longest = self.parts.kv, self.parts.max_tokens
-        chunk = min(chunk, longest)
-        with working_device(chunk):
-            for start in {0, min(chunk, longest - chunk)}:
-                self._forward(chunk_of_padding(chunk, start, kv.num_seats, kv.device))
+        with working_device(min(self.parts.step_tokens.alone, self.parts.max_tokens)):
+            warm_up_chunks(self._uncaptured, self.parts)  # first: what several tokens run is compiled with many in mind
             if not self._waits(self.parts.selector):
                 self._graphs.warm_up(self._spans(None), self._fused)
+                # Captures give memory back that is free: the one that chunks need stays now.
+                warm_up_chunks(self._uncaptured, self.parts)
+
+    def _uncaptured(self, batch: Batch) -> Tensor:
+        """A pass outside of graphs, compiled where prompts are computed and steps may be captured."""
+        return self._fused(batch) if batch.prefills and self._graphs is not None else self._forward(batch)
 
     def _fused(self, batch: Batch) -> Tensor:
         fused: AbstractContextManager[None] = nullcontext()

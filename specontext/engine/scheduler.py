@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from specontext.core import Batch, Lane, Request, SamplingParams, Segment
 from specontext.engine.admission import Admission
 from specontext.engine.build import Parts
 from specontext.errors import OutOfPagesError, RequestError
+from specontext.kernels.dispatch import upload
 
 STUCK = "no room for the only request: this is an error of the engine, please report it"
 
@@ -36,12 +38,13 @@ class Scheduler:
     """What each step computes.
 
     Attributes:
+        tokens: of a step.
         admission: who runs, and who waits.
     """
 
-    def __init__(self, parts: Parts, *, seats: int, max_batched_tokens: int) -> None:
-        self.parts, self.max_batched_tokens = parts, max_batched_tokens
-        self.admission = Admission(parts, seats=seats, max_batched_tokens=max_batched_tokens)
+    def __init__(self, parts: Parts, *, seats: int) -> None:
+        self.parts, self.tokens = parts, parts.step_tokens
+        self.admission = Admission(parts, seats=seats, max_batched_tokens=self.tokens.alone)
         self.waiting, self.running = self.admission.waiting, self.admission.running
 
     @property
@@ -116,18 +119,47 @@ class Scheduler:
         batch = pack(decodes, chunks, self.parts.kv.device)
         return Schedule((*decodes, *(request for request, _ in chunks)), batch)
 
+    def schedule_ahead(self, ready: Sequence[Request], tokens: Tensor) -> Schedule | None:
+        """The step after one that the device computes now, before the host knows its tokens.
+
+        Requests that end with their token by their length are not in it; one that ends otherwise has a token too many computed.
+        None where it is not known what comes next: others may join or compute their prompts, or room is short.
+
+        Args:
+            ready: whose tokens the device chooses now; some may have ended meanwhile.
+            tokens: int64 [ready requests] on the device.
+        """
+        going = [(row, request) for row, request in enumerate(ready) if request.finish_reason is None]
+        if len(going) < len(self.running) or not self.admission.settled:
+            return None
+        going = [(row, r) for row, r in going if len(r.token_ids) + 1 < self.admission.most(r)]
+        if not going or not all(r.computed < r.room or self.admission.grow(r, 1, preempt=False) for _, r in going):
+            return None
+        ways = list(dict.fromkeys(r.choice for _, r in going))
+        if len(ways) > 1:
+            going.sort(key=lambda one: ways.index(one[1].choice))
+        rows = [row for row, _ in going]
+        if rows != list(range(len(ready))):
+            tokens = tokens[upload(rows, torch.int64, tokens.device)]
+        self.parts.residency.steps += 1
+        requests = tuple(request for _, request in going)
+        return Schedule(requests, pack(requests, (), tokens.device, tokens=tokens))
+
     def _lengths_in(self, steps: int) -> list[int]:
         """How long the running requests will be in so many steps, at most."""
         grown = []
         for request in self.running:
-            pace = 1 if request.decoding else self.max_batched_tokens
+            pace = 1 if request.decoding else self.tokens.alone
             most = self.admission.most(request)
             end = most if request.decoding else request.prefill_length + steps
             grown.append(min(request.computed + pace * steps, end, most))
         return grown
 
     def _choose(self) -> tuple[list[Request], list[tuple[Request, int]]]:
-        """Decoding requests, and chunks of prompts in what is left of the step's tokens; all have room to grow."""
+        """Decoding requests, and chunks of prompts in what is left of the step's tokens; all have room to grow.
+
+        Chunks are large where nobody decodes: they use the device well. Who decodes waits for a small one at most.
+        """
         decodes: list[Request] = []
         for request in [r for r in self.running if r.decoding and not r.held]:
             # Those that came last make room for those that came first.
@@ -138,7 +170,8 @@ class Scheduler:
         if len(ways) > 1:
             decodes.sort(key=lambda request: ways.index(request.choice))  # those that choose alike stand together
         chunks: list[tuple[Request, int]] = []
-        room = max(self.max_batched_tokens - len(decodes), 1)
+        most = self.tokens.mixed if decodes else self.tokens.alone
+        room = max(most - len(decodes), 1)
         for request in self.running:
             length = min(request.prefill_length - request.computed, room)
             if not (request.decoding or request.held) and length > 0 and self.admission.grow(request, length, preempt=False):
@@ -156,12 +189,17 @@ class Scheduler:
         return [(row, r) for row, r in enumerate(requests) if r.computed == len(r.token_ids)]
 
 
-def pack(decodes: Sequence[Request], chunks: Sequence[tuple[Request, int]], device: torch.device) -> Batch:
+def pack(
+    decodes: Sequence[Request], chunks: Sequence[tuple[Request, int]], device: torch.device, *, tokens: Tensor | None = None
+) -> Batch:
     """The batch of one token of every decoding request and of chunks (request, tokens).
 
     Decoding requests that choose in the same way must follow one another.
 
     All its numbers go to the device in one copy.
+
+    Args:
+        tokens: int64 [R], those of the decoding requests, where only the device knows them; then there are no chunks.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -172,18 +210,18 @@ def pack(decodes: Sequence[Request], chunks: Sequence[tuple[Request, int]], devi
     for request, length in [(r, 1) for r in decodes] + list(chunks):
         start, stop = request.computed, request.computed + length
         if len(last) >= len(decodes):
-            segments.append(Segment(request.seat, start, length, len(ids)))
+            segments.append(Segment(request.seat, start, length, len(positions)))
         ids += request.token_ids[start:stop]
         positions += range(start, stop)
         seats += [request.seat] * length
         lengths += [stop] * length
-        last.append(len(ids) - 1)
+        last.append(len(positions) - 1)
     seeds = [request.seed for request in decodes]
     parts = (ids, positions, seats, lengths, last, seeds)
-    packed = torch.tensor([number for part in parts for number in part], dtype=torch.int64).to(device)
+    packed = upload([number for part in parts for number in part], torch.int64, device)
     token_ids, position, seat, length_, last_tokens, seed = packed.split([len(part) for part in parts])
     return Batch(
-        token_ids=token_ids,
+        token_ids=token_ids if tokens is None else tokens,
         positions=position,
         seats=seat,
         lengths=length_,

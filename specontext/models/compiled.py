@@ -1,8 +1,9 @@
-"""Modules through torch.compile, while a step is being captured: norms, rotary embedding, activations and residuals fuse.
+"""Modules through torch.compile, while a step is captured or a prompt is computed: norms, rotary embedding and the like fuse.
 
 Modelling code stays as it is. Attention is a call out of the compiled code, so each decoder layer compiles to what comes before
-and what comes after it, and all layers share these two. Replayed graphs hold the fused kernels; nothing else runs compiled, so
-prompts of any length never wait for a compiler.
+and what comes after it, and all layers share these two. There is one compilation for a single token, and one for any other
+number: graphs of several requests and chunks of all lengths share it, and no prompt waits for a compiler once the first chunk
+has run.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from specontext import LLM, SamplingParams
-from specontext.engine.graphs import chunk_of_padding, sizes
+from specontext.engine.chunk_warm_up import padded_chunk
+from specontext.engine.graphs import sizes
 from specontext.engine.rehearsal import rehearse
 from specontext.gguf import cache
 from specontext.models.compiled import keep_compiled
@@ -31,7 +32,7 @@ def test_a_chunk_of_padding_stores_nothing(method: str, offload_layers: int | No
     before = [rows.clone() for rows in pools]
     with torch.inference_mode():
         for start in (0, 40):
-            logits = runner._forward(chunk_of_padding(40, start, parts.kv.num_seats, parts.kv.device))
+            logits = runner._forward(padded_chunk(40, start, parts.kv.num_seats, parts.kv.device))
             assert logits.shape == (1, llm.shape.vocab_size) and logits.isfinite().all()
     assert all(torch.equal(rows, old) for rows, old in zip(pools, before, strict=True))
     llm.engine.check_integrity()

@@ -8,10 +8,11 @@ import torch
 from specontext.core import ModelShape
 from specontext.kernels.tables import NewTokens
 from specontext.kv.cache import KVCache
-from specontext.kv.dense import DenseRead, Staging, stored_tiles
+from specontext.kv.dense import stored_tiles
 from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout, Reader
 from specontext.kv.pool import make_pools
+from specontext.kv.staging import DenseRead, Staging
 from specontext.kv.streams import PREFETCH
 from tests.kv.test_streams import RecordingStreams, watch
 
@@ -37,9 +38,9 @@ def kv() -> KVCache:
     return kv
 
 
-def store(kv: KVCache, layer: int, seat: int) -> torch.Tensor:
+def store(kv: KVCache, layer: int, seat: int, number: int | None = None) -> torch.Tensor:
     """Write random tokens; returns them as [TOKENS, Hkv, 2, D]."""
-    tokens = torch.randn(TOKENS, HEADS, 2, DIM, generator=torch.Generator().manual_seed(seat))
+    tokens = torch.randn(TOKENS, HEADS, 2, DIM, generator=torch.Generator().manual_seed(seat if number is None else number))
     positions = torch.arange(TOKENS)
     key, value = tokens.unbind(2)
     seats, lengths = torch.full_like(positions, seat), torch.full_like(positions, TOKENS)
@@ -84,14 +85,13 @@ def test_staged_tiles_are_right_in_whatever_order_they_are_asked_for(kv: KVCache
 
     def check(staging: Staging, read: DenseRead) -> int:
         count = 0
-        for start, stop, rows in staging.tiles(1, read):
+        for tile in staging.tiles(1, read):
             count += 1
-            if read is reads[0]:
-                assert torch.equal(rows.view(stop - start, HEADS, 2, DIM), stored[2][start:stop])
-                continue
-            for found, seat, end in zip(rows.view(2, stop - start, HEADS, 2, DIM), (0, 1), (13, 9), strict=True):
-                length = max(0, min(stop, end) - start)
-                assert torch.equal(found[:length], stored[seat][start : start + length])
+            for found, rows, seat in zip(tile.tokens, tile.rows(), read.seats.tolist(), strict=True):
+                end = min(tile.stop, 13 if seat == 0 else 9 if seat == 1 else 21)
+                length = max(0, end - tile.start)
+                assert torch.equal(found[:length], stored[seat][tile.start : end])
+                assert torch.equal(tile.buffer[rows[:, :length].T], found[:length])
         return count
 
     for order, fetched in ((reads, 6), (reads[::-1], 8)):
@@ -100,3 +100,26 @@ def test_staged_tiles_are_right_in_whatever_order_they_are_asked_for(kv: KVCache
             watch(streams, patch)
             assert sum(check(staging, read) for staging in [Staging(kv.transfers, reads)] for read in order) == 6
         assert (streams.clocks[PREFETCH][PREFETCH] - before) // 2 == fetched, "a read and a write for each tile"
+
+
+def test_a_layer_is_read_out_of_the_pieces_that_it_shares() -> None:
+    """Three layers side by side on the host, of which one has moved to the device: each layer's own tokens, from any seat."""
+    layout, cpu = Layout.of_shape(ModelShape(3, 8, HEADS, HEADS, DIM, 10, 64, torch.float32), 4), torch.device("cpu")
+    assert layout.layer_blocks.sizes == (3,)
+    cache = KVCache(
+        *make_pools(layout, device_pages=60, host_pages=60, device=cpu),
+        resident=(True, False, False),
+        reader=Reader.of_map(layout, torch.zeros(3, HEADS, dtype=torch.int64), cpu),
+        slots=None,
+        seats=2,
+        max_tokens=32,
+    )
+    cache.open(0, 32)
+    cache.open(1, 32)
+    tokens = {(layer, seat): store(cache, layer, seat, number) for number, (layer, seat) in enumerate([(1, 0), (2, 0), (2, 1)])}
+    reads = [DenseRead(torch.tensor([seat]), TOKENS, 16) for seat in (0, 1)]
+    cache.transfers.run_on(RecordingStreams())
+    staging = Staging(cache.transfers, reads)
+    for layer, seat in tokens:
+        found = torch.cat([tile.tokens[0].clone() for tile in staging.tiles(layer, reads[seat])])
+        assert torch.equal(found, tokens[layer, seat])

@@ -117,7 +117,7 @@ class Loop:
         self.runner = ModelRunner(
             loaded, parts, feature_layers=features, measure_recall=False, graphs=way.captured, compiled=way.captured
         )
-        self.scheduler = Scheduler(parts, seats=requests, max_batched_tokens=max(1024, requests))
+        self.scheduler = Scheduler(parts, seats=requests)
         params = SamplingParams(temperature=0.0, max_tokens=room + 1, ignore_eos=True)
         for seat in range(requests):
             request = Request(str(seat), [TOKEN] * context, context - 1, params, seed=seat, seat=seat, computed=context - 1)
