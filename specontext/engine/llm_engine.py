@@ -475,6 +475,7 @@ class LLMEngine:
             queue_s=request.admitted_at - request.arrived if request.admitted_at is not None else None,
             ttft_s=generation.first_token_at - request.arrived,
             tpot_s=(generation.last_token_at - generation.first_token_at) / (made - 1) if made > 1 else None,
+            waited_for=", ".join(request.waited_for) or None,
         )
 
     def abort(self, request_id: str) -> None:

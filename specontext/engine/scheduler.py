@@ -5,6 +5,7 @@ There is no prefill or decode phase: in every step each running request catches 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -74,6 +75,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request that `check` lets through."""
+        request.waiting_since = request.arrived or time.perf_counter()
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
@@ -85,7 +87,7 @@ class Scheduler:
         if self.waiting:
             self.admission.admit()
         if self.parts.residency.adaptive:
-            self.parts.residency.advance(self.admission.stored, self._lengths_in)
+            self.parts.residency.advance(self.admission.stored, self._lengths_in, self.admission.leaving_pays)
 
     def schedule(self) -> Schedule | None:
         """The next step's requests and batch; None when there is nothing to do, or all requests are held."""
