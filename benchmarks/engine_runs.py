@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 import specontext  # noqa: F401  # isort: skip  # before torch: it says how torch's threads wait
 import torch
 from measure import clock
-from shapes import DTYPES, random_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import DynamicCache
 
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.core import SamplingParams
 from specontext.engine.llm_engine import Generation, LLMEngine
+from specontext.evaluation.paper.shapes import DTYPES, random_model, word_tokenizer
 from specontext.memory.presets import PRESETS
 from specontext.models.attention import attention_of
 from specontext.models.loading import LoadedModel, load_model
@@ -102,12 +100,6 @@ def load(name: str, dtype: str, device: torch.device) -> tuple[LoadedModel, bool
     return replace(loaded, tokenizer=word_tokenizer(loaded.shape.vocab_size)), True
 
 
-def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """Every token is a word: text of random tokens costs what text of real ones does."""
-    words = Tokenizer(WordLevel({f"word{number}": number for number in range(size)}, unk_token="word0"))
-    return PreTrainedTokenizerFast(tokenizer_object=words)
-
-
 class HuggingFace:
     """A model with Hugging Face's SDPA attention and cache."""
 
@@ -157,15 +149,15 @@ class Driver:
         Args:
             wait: for all that the device was given. Without, steps that give no token return before they are computed.
         """
-        before = [(one.request, one.request.computed, one.request.decoding) for one in self.live]
+        before = [(one.request, one.request.computed) for one in self.live if not one.request.decoding]
+        decoding = {one.request for one in self.live if one.request.decoding}
         began = clock(self.device) if wait else time.perf_counter()
         touched = self.engine.step(self._read)
         seconds = (clock(self.device) if wait else time.perf_counter()) - began
         self._unread = touched
         self.live = [one for one in self.live if not one.finished]
-        grown = [(request.computed - computed, decoding) for request, computed, decoding in before]
-        decodes = sum(count for count, decoding in grown if decoding)
-        return StepTime(seconds, decodes, sum(count for count, decoding in grown if not decoding))
+        decodes = sum(one.request in decoding for one in touched)
+        return StepTime(seconds, decodes, sum(request.computed - computed for request, computed in before))
 
     def _read(self) -> None:
         for one in self._unread:
@@ -197,6 +189,7 @@ class Driver:
 
         The next step runs again and again, which changes nothing of what the engine knows of its requests.
         """
+        self.engine.catch_up()
         schedule = self.engine.scheduler.schedule()
         assert schedule is not None and not schedule.batch.prefills
         began = clock(self.device)

@@ -73,6 +73,8 @@ def next_tokens(
 
 
 def _draw(logits: Tensor, ready: list[tuple[int, Request]], end_token_ids: Collection[int]) -> list[NextToken]:
+    if not ready:
+        return []
     if len(ready) < len(logits):
         logits = logits[upload([row for row, _ in ready], torch.int64, logits.device)]
     sampled = sample(logits, [request for _, request in ready], end_token_ids=end_token_ids)
@@ -110,6 +112,32 @@ def sample(logits: Tensor, requests: Sequence[Request], *, end_token_ids: Collec
     if any(ends):
         raise NoTokenLeftError([request.request_id for request, end in zip(requests, ends, strict=True) if end])
     return Sampled(token_ids, [None] * len(requests) if plain else _logprobs(raw, chosen, requests))
+
+
+class Drawn:
+    """Tokens of unrestricted requests that a device has chosen, on their way to the host.
+
+    Args:
+        logits: floating [R, V], row r belongs to requests[r]; they may be overwritten afterwards.
+
+    Attributes:
+        token_ids: int64 [R] on the device; anything where logits are broken.
+    """
+
+    def __init__(self, logits: Tensor, requests: Sequence[Request]) -> None:
+        raw = logits.float()
+        self.token_ids = raw.argmax(dim=1)
+        _sample_random_rows(raw, requests, self.token_ids)
+        found = torch.stack((self.token_ids, (~raw.amax(dim=1).isfinite()).long()))
+        self._found = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda).copy_(found, non_blocking=True)
+        self._copied = torch.cuda.current_stream(found.device).record_event() if found.is_cuda else None
+
+    def read(self) -> tuple[list[int], list[bool]]:
+        """The tokens, once the device has chosen them, and whose logits are broken."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        token_ids, broken = self._found.tolist()
+        return token_ids, [bool(flag) for flag in broken]
 
 
 def _sample_random_rows(adjusted: Tensor, requests: Sequence[Request], chosen: Tensor) -> None:
@@ -172,7 +200,8 @@ def _ranked(rows: Tensor, width: int) -> Tensor:
 
 def _keys(requests: Sequence[Request], device: torch.device) -> Tensor:
     """Key of the random numbers of each request's next token, int64 [R, 1]."""
-    parts = upload([(request.seed, request.index, len(request.token_ids)) for request in requests], torch.int64, device)
+    numbers = [(request.seed, request.index, len(request.token_ids) + request.unread) for request in requests]
+    parts = upload(numbers, torch.int64, device)
     return combine_keys(parts.split(1, dim=1))
 
 
