@@ -189,7 +189,8 @@ def teaching_attention(
         ModelError: a feature that plain causal attention lacks.
     """
     running = getattr(module, RUNNING)
-    (layer, window), softmax = understood(module, running, attention_mask, options)
+    layer, window = running.places[module.layer_idx]
+    softmax = understood(attention_mask, options, running.longest, window)
     taught: TaughtPass = running.listener
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if taught.positions is not None:

@@ -221,7 +221,8 @@ class Step:
             rows = lane.rows[layer]
         if self.transfers.verify:
             self.transfers.check_rows(layer, lane.reading, rows)
-        return with_sinks(*sparse_attention(query, self.kv.arena.rows, rows, scale, softmax.cap), softmax)
+        output, lse = sparse_attention(query, self.kv.arena.rows, rows, scale, softmax.cap)
+        return output if softmax.sinks is None else with_sinks(output, lse, softmax)
 
     def _select_in_layer(
         self,

@@ -60,28 +60,25 @@ class Running:
 
     Attributes:
         listener: whoever gets the layers' attention; None between two passes.
-        shape: what was found in the model's config; None before it has been asked.
+        longest: the longest context that may be asked for; None before the config has been read.
+        places: of decoder layers, by number: their number among those of their kind, and their window.
         configs: those that say which attention function the modules call.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.listener: Any = None
-        self.shape: ModelShape | None = None
-        self._places: dict[int, tuple[int, Window | None]] = {}
+        self.longest: int | None = None
+        self.places: dict[int, tuple[int, Window | None]] = {}
         configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
         self.configs = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
 
     def know(self, shape: ModelShape) -> None:
         """Hear which layers have a window."""
-        self.shape, counts = shape, {False: 0, True: 0}
+        self.longest, counts = shape.reach, {False: 0, True: 0}
         for layer in range(shape.depth):
             window = shape.windows[layer] if shape.windows else None
-            self._places[layer] = counts[window is not None], window
+            self.places[layer] = counts[window is not None], window
             counts[window is not None] += 1
-
-    def place(self, layer: int) -> tuple[int, Window | None]:
-        """The number of a decoder's layer among those of its kind, and its window."""
-        return self._places.get(layer, (layer, None))
 
 
 def running_of(model: PreTrainedModel) -> Running:
@@ -144,9 +141,12 @@ def attention_forward(
     running: Running | None = getattr(module, RUNNING, None)
     if running is None or running.listener is None:
         raise NoStepError("this model was loaded for SpeContext's engine: run it through specontext.LLM")
-    (layer, window), softmax = understood(module, running, attention_mask, options)
+    number: int = module.layer_idx  # type: ignore[assignment]
+    layer, window = running.places.get(number, (number, None))
+    softmax = understood(attention_mask, options, running.longest, window)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    query = at_positions(module, query, running.listener.positions)
+    if getattr(module, "attn_temperature_tuning", False):
+        query = at_positions(module, query, running.listener.positions)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if window is None:
         output = running.listener.attend(layer, q, k, v, scale, softmax)
@@ -156,29 +156,16 @@ def attention_forward(
 
 
 def understood(
-    module: nn.Module, running: Running, attention_mask: Tensor | None, options: Mapping[str, Any]
-) -> tuple[tuple[int, Window | None], Softmax]:
-    """The place of a module's layer among those of its kind with its window, and how it makes weights of logits.
-
-    Raises:
-        ModelError: a mask of the model's own, or a keyword that changes attention and is not understood.
-    """
-    place = running.place(module.layer_idx)  # type: ignore[arg-type]
-    shape, window = running.shape, place[1]
-    softmax = Softmax(options.get("softcap") or None, options.get("s_aux"))
-    refuse_foreign(attention_mask, options, shape.reach if shape is not None else None, window)
-    return place, softmax
-
-
-def refuse_foreign(
     attention_mask: Tensor | None, options: Mapping[str, Any], longest: int | None = None, window: Window | None = None
-) -> None:
-    """Raises ModelError for what modelling code hands to attention beside q, k, v and scale, unless it is without effect or
-    computed here.
+) -> Softmax:
+    """How a layer makes weights of logits, from what modelling code hands to attention beside q, k, v and scale.
 
     Args:
         longest: context that is served, in tokens, which a window may be as long as; None for no such bound.
         window: of this layer.
+
+    Raises:
+        ModelError: a mask of the model's own, or a keyword that changes attention and is not computed here.
     """
     if attention_mask is not None:
         raise ModelError("it hands its attention a mask of its own, and only causal attention is computed")
@@ -197,6 +184,8 @@ def refuse_foreign(
             continue
         shown = f"={value}" if isinstance(value, bool | int | float | str) else ""
         raise ModelError(f"it hands its attention '{name}{shown}', which changes attention in a way that is not computed here")
+    cap, sinks = options.get("softcap") or None, options.get("s_aux")
+    return PLAIN if cap is None and sinks is None else Softmax(cap, sinks)
 
 
 def _covers(size: int, longest: int | None, window: Window | None) -> bool:

@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama
 from specontext.core import ModelShape
 from specontext.errors import ModelError
 from specontext.models import attention
-from specontext.models.attention import ATTENTION_NAME, refuse_foreign, register_attention
+from specontext.models.attention import ATTENTION_NAME, register_attention, understood
 from specontext.models.checking import check_attention, differ
 from tests.conftest import randomise
 
@@ -144,9 +144,9 @@ def test_keywords_without_effect_are_none(recwarn: pytest.WarningsRecorder) -> N
 
 
 def test_dropout_is_for_training() -> None:
-    refuse_foreign(None, {"dropout": 0.0})
+    understood(None, {"dropout": 0.0})
     with pytest.raises(ModelError, match=r"'dropout=0\.1'"):
-        refuse_foreign(None, {"dropout": 0.1})
+        understood(None, {"dropout": 0.1})
 
 
 def handing(model: PreTrainedModel, options: dict[str, Any]) -> None:
