@@ -35,3 +35,9 @@ def tensor_reader(stored: Mapping[str, StoredTensor]) -> Callable[[str], Tensor]
         return found
 
     return read
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors."""
+    with safe_open(file, framework="pt") as opened:
+        return dict(opened.metadata() or {})

@@ -242,8 +242,7 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
     lookup = 0 if output is not None and output.weight is table else table.numel()
     intermediate = getattr(model.config, "intermediate_size", None) or 4 * loaded.shape.hidden_size
     sizes = NO_HEAD if head is None else facts_of_head(head.config)
-    parameters = sum(p.numel() for p in model.parameters())
-    return ModelFacts(loaded.name, loaded.shape, parameters, lookup, intermediate, sizes)
+    return ModelFacts(loaded.name, loaded.shape, loaded.parameters, lookup, intermediate, sizes, stored_bytes=loaded.weight_bytes)
 
 
 def check_variants(names: Sequence[str], method: SpeContextConfig) -> None:

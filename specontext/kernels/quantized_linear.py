@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,12 +72,13 @@ class QuantizedMatrix:
 
     def to(self, device: torch.device) -> QuantizedMatrix:
         """The same matrix on a device."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return replace(self, **moved)
 
     @property
     def group(self) -> int:
-        """Columns that the kernels take at once: a power of two that divides those of a scale; 0 where there is none of 32 or more."""
-        n, k = self.shape
+        """Columns that kernels take at once: a power of two that divides those of a scale; 0 where that is less than 32."""
+        k = self.shape[1]
         if k % 32:
             return 0
         return 128 if self.columns >= k else math.gcd(self.columns, 128) if self.columns % 32 == 0 else 0
@@ -146,7 +148,7 @@ def _(x, codes, scales, zeros, order, bias, kind, rows, columns, offset):  # typ
 
 
 def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, codes, scales, zeros, order, _, kind, rows, columns, offset = inputs
+    codes, scales, zeros, order, _, kind, rows, columns, offset = inputs[1:]
     ctx.matrix = QuantizedMatrix(kind, codes, scales, rows, columns, zeros, offset, order)
 
 

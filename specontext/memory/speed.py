@@ -62,7 +62,7 @@ def decode_floor(
     item = shape.dtype.itemsize
     selected = requests * min(budget, length) * shape.kv_heads * shape.row_bytes  # one layer
     loaded = round(selected * offloaded * (1 - overlap)) if length > budget else 0
-    weights = (facts.parameters - facts.lookup_parameters - facts.head.lookup_parameters) * item + facts.head_bytes
+    weights = facts.weight_bytes - (facts.lookup_parameters + facts.head.lookup_parameters) * item + facts.head_bytes
     keys = requests * length * facts.key_bytes_per_token
     device = weights + keys + selected * shape.layers + loaded
     compute, loads = floor_seconds(device, speed.device), floor_seconds(loaded, speed.host)

@@ -13,6 +13,12 @@ class QuantizedLinear(nn.Module):
     Codes are bytes whatever they stand for, so changing the number format of a model leaves them alone.
     """
 
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    order: Tensor | None
+    bias: Tensor | None
+
     def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = matrix.shape
@@ -23,9 +29,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def matrix(self) -> QuantizedMatrix:
-        return QuantizedMatrix(
-            self.kind, self.codes, self.scales, self.rows, self.columns, self.zeros, self.offset, self.order
-        )
+        return QuantizedMatrix(self.kind, self.codes, self.scales, self.rows, self.columns, self.zeros, self.offset, self.order)
 
     def forward(self, x: Tensor) -> Tensor:
         return quantized_linear(x, self.matrix, self.bias)

@@ -226,5 +226,3 @@ READERS: dict[str, Callable[[Mapping[str, Any]], Found]] = {
     "torchao": _torchao,
 }
 TENSORS = {"fbgemm_fp8": "fp8", "modelopt": "fp8", "auto-round": "gptq"}  # whose tensors a method's are like
-
-

@@ -68,7 +68,7 @@ class Stored:
         left_out: names of those that only say how activations are rounded.
     """
 
-    matrices: dict[str, Parts]
+    matrices: Mapping[str, Parts]
     plain: list[str]
     left_out: list[str]
 

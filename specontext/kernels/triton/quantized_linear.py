@@ -2,8 +2,8 @@
 
 One row (a decode step of one request) reads the codes once and does little else: a program takes some rows of W, decodes them
 to float32, and sums each group before its scale is applied, so neither scales nor zeros are read once a number. A few rows are a
-tiled product on tensor cores, into which the codes go as exact 16-bit numbers. From `MANY` rows on cuBLAS multiplies a matrix that was
-written out: what writing takes is then little beside the product.
+tiled product on tensor cores, into which the codes go as exact 16-bit numbers. From `MANY` rows on cuBLAS multiplies a matrix
+that was written out: what writing takes is then little beside the product.
 
 Bytes: the codes, scales and zeros once (with several tiles of x once for each), x for each program from the caches.
 """
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specontext.kernels.dispatch import reference_of
 from specontext.kernels.quantized_linear import FP8, INT4, INT8, QuantizedMatrix
 from specontext.kernels.quantized_linear import dequantized as dequantized_here
 
@@ -298,7 +299,7 @@ def dequantized(matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
     """See `kernels.quantized_linear.dequantized`."""
     (n, k), group = matrix.shape, matrix.group
     if not group or dtype == torch.float64:
-        return dequantized_here.__wrapped__(matrix, dtype)  # type: ignore[attr-defined, no-any-return]
+        return reference_of(dequantized_here)(matrix, dtype)
     out = torch.empty((n, k), dtype=dtype, device=matrix.codes.device)
     codes, scales, zeros, _ = _tensors(matrix, None)
     constants = _constants(matrix)
