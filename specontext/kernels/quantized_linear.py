@@ -51,6 +51,7 @@ class QuantizedMatrix:
     def __post_init__(self) -> None:
         n, k = self.shape
         assert self.codes.dtype == torch.uint8 and self.kind in (FP8, INT8, INT4)
+        assert all(tensor.is_contiguous() for tensor in self.tensors.values())
         assert tuple(self.scales.shape) == (-(-n // self.rows), -(-k // self.columns)), (self.scales.shape, self.shape)
         assert self.zeros is None or (self.zeros.shape == self.scales.shape and self.zeros.dtype == torch.uint8)
 
@@ -126,7 +127,7 @@ def product(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op("specontext::quantized_linear", mutates_args=(), schema=SCHEMA)
-def _linear(
+def quantized_linear(
     x: Tensor,
     codes: Tensor,
     scales: Tensor,
@@ -138,11 +139,15 @@ def _linear(
     columns: int,
     offset: int,
 ) -> Tensor:
+    """`product` of x [.., K] and the matrix that the others make: [.., N].
+
+    For torch.compile it is one operation into which it does not look; gradients pass it to x.
+    """
     matrix = QuantizedMatrix(kind, codes, scales, rows, columns, zeros, offset, order)
     return product(x.reshape(-1, x.shape[-1]), matrix, bias).view(*x.shape[:-1], codes.shape[0])
 
 
-@_linear.register_fake
+@quantized_linear.register_fake
 def _(x, codes, scales, zeros, order, bias, kind, rows, columns, offset):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
@@ -157,29 +162,4 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     return (grad @ dequantized(ctx.matrix, grad.dtype), *(None,) * 9)
 
 
-_linear.register_autograd(_backward, setup_context=_keep)
-
-
-def quantized_linear(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None = None) -> Tensor:
-    """A linear layer with quantised weights, for torch.compile one operation into which it does not look.
-
-    Args:
-        x: [.., K].
-        bias: [N].
-
-    Returns:
-        [.., N], in the format of x.
-    """
-    found: Tensor = torch.ops.specontext.quantized_linear(
-        x,
-        matrix.codes,
-        matrix.scales,
-        matrix.zeros,
-        matrix.order,
-        bias,
-        matrix.kind,
-        matrix.rows,
-        matrix.columns,
-        matrix.offset,
-    )
-    return found
+quantized_linear.register_autograd(_backward, setup_context=_keep)

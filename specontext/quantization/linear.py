@@ -32,7 +32,8 @@ class QuantizedLinear(nn.Module):
         return QuantizedMatrix(self.kind, self.codes, self.scales, self.rows, self.columns, self.zeros, self.offset, self.order)
 
     def forward(self, x: Tensor) -> Tensor:
-        return quantized_linear(x, self.matrix, self.bias)
+        matrix = self.codes, self.scales, self.zeros, self.order
+        return quantized_linear(x, *matrix, self.bias, self.kind, self.rows, self.columns, self.offset)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}"
