@@ -32,13 +32,13 @@ class Form:
     scale_bytes: int = 2
 
     def fitted(self, n: int, k: int) -> tuple[int, int]:
-        """Rows and columns of a scale of a matrix [n, k]."""
-        return self.rows or n, self.columns or k
+        """Rows and columns of a scale of a matrix [n, k]. Groups of a row are not cut: those of other widths are smaller."""
+        columns = self.columns or k
+        return self.rows or n, columns if self.rows > 1 else math.gcd(k, columns)
 
     def fits(self, k: int) -> bool:
-        """Whether matrices with k columns can be divided so: a group is not cut, and two codes share a byte."""
-        whole = self.kind != INT4 or k % 2 == 0
-        return whole and (not self.columns or self.rows > 1 or k % self.columns == 0)
+        """Whether matrices with k columns are divided so, in groups that are worth a scale, two codes of 4 bits in a byte."""
+        return (self.kind != INT4 or k % 2 == 0) and self.fitted(1, k)[1] >= min(32, self.columns or 32)
 
     def nbytes(self, n: int, k: int) -> int:
         """Bytes of a matrix [n, k]."""
@@ -61,7 +61,7 @@ def quantized(weight: Tensor, kind: str) -> QuantizedMatrix:
         scales = (values.abs().amax(dim=1, keepdim=True) / LARGEST_FP8).clamp(min=torch.finfo(torch.float32).tiny)
         codes = (values / scales).clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn)
         return QuantizedMatrix(FP8, codes.view(torch.uint8), scales, 1, k)
-    group = math.gcd(k, GROUP)
+    group = FORMS[INT4].fitted(n, k)[1]
     groups = values.view(n, k // group, group)
     low, high = groups.amin(dim=2).clamp(max=0.0), groups.amax(dim=2).clamp(min=0.0)
     least = torch.finfo(torch.float16).tiny
@@ -75,11 +75,12 @@ def random_matrix(form: Form, n: int, k: int, *, deviation: float, dtype: torch.
     """Random codes; the numbers that they stand for have about this standard deviation. Drawn from PyTorch's generator.
 
     Args:
-        dtype: of scales with two bytes.
+        dtype: of the model, and of scales with two bytes where it has as many.
     """
     rows, columns = form.fitted(n, k)
     table = (-(-n // rows), -(-k // columns))
-    scales = torch.empty(table, dtype=torch.float32 if form.scale_bytes == 4 else dtype, device=device)
+    narrow = dtype if dtype.itemsize == 2 else torch.float16
+    scales = torch.empty(table, dtype=torch.float32 if form.scale_bytes == 4 else narrow, device=device)
     if form.kind == FP8:
         codes = torch.randn((n, k), dtype=torch.bfloat16, device=device).to(torch.float8_e4m3fn).view(torch.uint8)
         return QuantizedMatrix(FP8, codes, scales.fill_(deviation), rows, columns)

@@ -217,3 +217,15 @@ def test_gradients_pass_layers_that_keep_codes(write: Any, monkeypatch: pytest.M
     module(x).sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, dense[f"{DOWN}.weight"].sum(0).expand(2, -1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int4"])
+def test_plans_and_random_weights_have_the_size_of_rounded_ones(
+    checkpoint: Callable[[str], Path], kind: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint("llama")
+    assert main(["plan", str(folder), "--gpu-memory", "1GiB", "--budget", "64", "--json", "--quantization", kind]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr("specontext.models.quantized.keeps_codes", lambda _: True)
+    sizes = [load(folder, dtype="auto", quantization=kind, load_format=one).weight_bytes for one in ("auto", "dummy")]
+    assert sizes == [planned["bytes"]["weights"]] * 2 and f"rounded to {kind}" in planned["weights"]
