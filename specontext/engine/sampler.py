@@ -21,6 +21,7 @@ from specontext.engine.failures import NOBODYS, Failures
 from specontext.engine.restrictions import restricted
 from specontext.errors import LogitsError, NoTokenLeftError
 from specontext.kernels.counter_random import combine_keys, counter_uniform
+from specontext.kernels.dispatch import upload
 
 _NARROW = 256  # a row with top_k up to this is ranked only so far
 _CHUNK = 1 << 22  # float64 scores worked on at once, so that a full batch with a large vocabulary needs little memory
@@ -73,7 +74,7 @@ def next_tokens(
 
 def _draw(logits: Tensor, ready: list[tuple[int, Request]], end_token_ids: Collection[int]) -> list[NextToken]:
     if len(ready) < len(logits):
-        logits = logits[torch.tensor([row for row, _ in ready], dtype=torch.int64).to(logits.device)]
+        logits = logits[upload([row for row, _ in ready], torch.int64, logits.device)]
     sampled = sample(logits, [request for _, request in ready], end_token_ids=end_token_ids)
     made = zip(sampled.token_ids, sampled.logprobs, strict=True)
     return [NextToken(*pair, *token) for pair, token in zip(ready, made, strict=True)]
@@ -121,7 +122,7 @@ def _sample_random_rows(adjusted: Tensor, requests: Sequence[Request], chosen: T
     for width, members in by_width.items():
         for start in range(0, len(members), step := rows_at_once(vocab_size)):
             part = members[start : start + step]
-            rows = torch.tensor(part, device=adjusted.device)
+            rows = upload(part, torch.int64, adjusted.device)
             chosen[rows] = _sample_rows(adjusted[rows], [requests[row] for row in part], width)
 
 
@@ -139,7 +140,7 @@ def _sample_rows(rows: Tensor, requests: Sequence[Request], width: int) -> Tenso
     everyone = [request.params for request in requests]
     floors = [math.log(params.min_p) if params.min_p else -math.inf for params in everyone]
     numbers = [(max(p.temperature, 1e-12), floor, p.top_p) for p, floor in zip(everyone, floors, strict=True)]
-    temperature, floor, top_p = torch.tensor(numbers, device=device, dtype=torch.float64).T.unsqueeze(2)  # each [R, 1]
+    temperature, floor, top_p = upload(numbers, torch.float64, device).T.unsqueeze(2)  # each [R, 1]
     scores = rows.double().sub_(rows.amax(dim=1, keepdim=True)).div_(temperature)  # [R, V], at most 0
     if width:
         ids = _ranked(rows, width)  # [R, C]
@@ -149,7 +150,7 @@ def _sample_rows(rows: Tensor, requests: Sequence[Request], width: int) -> Tenso
     scores.masked_fill_(scores < floor, -math.inf)
     if width:
         limits = [params.top_k or vocab_size for params in everyone]
-        limit = torch.tensor([min(limit, vocab_size) for limit in limits], device=device).unsqueeze(1)  # [R, 1]
+        limit = upload([min(limit, vocab_size) for limit in limits], torch.int64, device).unsqueeze(1)  # [R, 1]
         scores.masked_fill_(torch.arange(width, device=device) >= limit, -math.inf)
         mass = (scores.exp() * 2.0**40).long()
         before = mass.cumsum(dim=1) - mass
@@ -171,7 +172,7 @@ def _ranked(rows: Tensor, width: int) -> Tensor:
 
 def _keys(requests: Sequence[Request], device: torch.device) -> Tensor:
     """Key of the random numbers of each request's next token, int64 [R, 1]."""
-    parts = torch.tensor([(request.seed, request.index, len(request.token_ids)) for request in requests], device=device)
+    parts = upload([(request.seed, request.index, len(request.token_ids)) for request in requests], torch.int64, device)
     return combine_keys(parts.split(1, dim=1))
 
 

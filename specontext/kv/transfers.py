@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from specontext.errors import LoadError
-from specontext.kernels.rows import append_layer, append_pieces, append_tokens, copy_pieces, fixed_slots, ring_slots
+from specontext.kernels.rows import append_layer, append_pieces, append_tokens, copy_pieces, fixed_slots
 from specontext.kernels.slot_plan import listed, selected_rows
-from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
+from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers
 from specontext.kv.layout import BlockParts, PlacedSelection
 from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK, Mark, Streams
-from specontext.memory.layer_blocks import LayerBlocks
+from specontext.memory.layer_blocks import LayerBlocks, one_by_one
+
+FIRST_PROGRAMS = 32  # that share the first copy of a step on a GPU
 
 
 class Transfers:
@@ -34,7 +36,7 @@ class Transfers:
 
     Attributes:
         asynchronous: work runs beside the host, and rows of the host are out of attention's reach.
-        every: what is copied where all KV heads want the same entries.
+        by_block, by_layer: what is copied where all KV heads want the same entries, of blocks of layers and of single ones.
         programs: that share a copy on a GPU; None for the kernel's own number.
     """
 
@@ -53,7 +55,9 @@ class Transfers:
         self.run_on(streams)
         self.adaptive, self.write_through, self.verify = adaptive, write_through or verify, verify
         alike = [[0] * tiers.host.heads] * len(resident)
-        self.every = BlockParts.of_map(layer_blocks, alike, tiers.resident.device).all
+        device = tiers.resident.device
+        self.by_block = BlockParts.of_map(layer_blocks, alike, device)
+        self.by_layer = BlockParts.of_map(one_by_one(len(resident)), alike, device)
         self.programs: int | None = None
         # New rows on the device, [T, Hkv, places, 2, D], until all layers of their block have computed them.
         self._staged: dict[str, Tensor] = {}
@@ -62,6 +66,11 @@ class Transfers:
         self._loaded: list[Mark] = [None] * len(resident)
         self._written: Mark = None
         self._kept: Mark = None  # pages are being copied from seats for others to keep
+
+    @property
+    def every(self) -> Parts:
+        """All parts of `by_block`."""
+        return self.by_block.all
 
     # Streams ----------------------------------------------------------------------------------------------------------
 
@@ -120,8 +129,10 @@ class Transfers:
         # Compute has read last step's slots, and has written all rows, before it comes to this.
         with self.beside(PREFETCH, reading.seats, tokens, plan.slots, plan.missing):
             copies = listed(reading.seats, tokens, plan.slots, plan.missing)
-            for part, layers in loads:
-                copy_pieces(self.tiers.host, slots, part, self.tiers.resident, copies, programs=self.programs)
+            for number, (part, layers) in enumerate(loads):
+                # Compute soon waits for the first one, and leaves the device idle then.
+                programs = self.programs or (FIRST_PROGRAMS if number == 0 and self.asynchronous else None)
+                copy_pieces(self.tiers.host, slots, part, self.tiers.resident, copies, programs=programs)
                 mark = self.mark(PREFETCH)
                 for one in layers:
                     self._loaded[one] = mark
@@ -182,13 +193,13 @@ class Transfers:
         if self.resident[layer]:
             append_tokens(tiers.tokens, layer, new)
             return
+        staged = self.asynchronous and not (kind == "decode" and self.write_through)
         if slots is not None:
-            kept = ring_slots(new.positions, new.lengths, slots.sink, slots.recent)
-            append_tokens(slots, layer, NewTokens(new.seats, kept, new.lengths, new.key, new.value))
-        if self.asynchronous and not (kind == "decode" and self.write_through):
-            self._stage(layer, new, kind)
-        else:
+            append_layer(tiers, layer, new, to_host=not staged)
+        elif not staged:
             append_tokens(tiers.host, layer, new)
+        if staged:
+            self._stage(layer, new, kind)
 
     def _stage(self, layer: int, new: NewTokens, kind: str) -> None:
         """Keep the rows of an offloaded layer until those of its whole block are there, and write them as pieces then."""

@@ -14,15 +14,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from specontext.config import STEP_TOKENS
 from specontext.memory.facts import ModelFacts
 from specontext.memory.layer_blocks import LayerBlocks, one_by_one
 
 MODES = ("measured", "paper")
 FLOAT16 = 2  # bytes; eq. 6-7 count models and KV in 2-byte floats, whatever they are loaded in
 MIB = 1 << 20
-PREFILL_TILE = 16384  # stored tokens that a prompt chunk reads at once on a GPU
+PROMPT_TILE = 256 * MIB  # of stored tokens of one layer that a prompt chunk reads at once on a GPU
+STAGED = 512 * MIB  # of tokens of a whole block of offloaded layers, on their way to be read; longer contexts come in tiles
+DECODE_TILE = 16384  # stored tokens of offloaded layers that dense decoding reads at once on a GPU
 LIBRARIES = 64 * MIB  # workspaces of matrix products
 COUNTERS = 11  # of the statistics of a request, besides the recall of every layer
+LEAST_TILE = 256  # of them of one request, where many share a tile
 HISTORY = 5  # of each token of the vocabulary that a request with penalties has seen: a flag and a count
 SAMPLER = 96 * MIB  # float64 scores and ranks of one chunk of logits
 
@@ -185,7 +189,7 @@ class RunSettings:
     recent: int = 16
     granularity: str = "head"
     page_size: int = 16
-    max_batched_tokens: int = 1024
+    max_batched_tokens: int = STEP_TOKENS["cuda"]
     sets: int | None = None
     selections: int = 1
 
@@ -250,10 +254,10 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
 
 def copy_tables(facts: ModelFacts) -> int:
     """Bytes of the tables that say which layers are copied together: where they lie in both tiers, and the parts of a read for
-    heads that read alike, for the head map, and for each layer by itself."""
+    heads that read alike, in blocks and by single layers, and for the head map, likewise."""
     blocks, layers, heads = facts.layer_blocks, facts.shape.layers, facts.shape.kv_heads
     reads = len(blocks.sizes) * heads + blocks.reads(facts.head_map)
-    return 8 * (reads * (blocks.places + 2) + 3 * layers * heads + len(blocks.sizes) * blocks.places + 4 * layers)
+    return 8 * (reads * (blocks.places + 2) + 6 * layers * heads + len(blocks.sizes) * blocks.places + 4 * layers)
 
 
 def workspace_bytes(facts: ModelFacts, run: RunSettings) -> int:
@@ -275,7 +279,7 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
     """Bytes of activations and library workspaces, where no profiling pass has measured them.
 
     For a step of T tokens, all at once (which errs on the large side): four hidden states, features and their copy, q, k, v
-    before and after RoPE, three feed-forward activations, two float32 attention outputs, two tiles of stored KV, new rows of two
+    before and after RoPE, three feed-forward activations, two float32 attention outputs, buffers of stored KV, new rows of two
     blocks of layers, logits with a float32 copy and the record that penalties need, the sampler's chunk, and the workspaces of
     matrix products. The CUDA context is no part of it.
     """
@@ -288,11 +292,31 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
         + 3 * facts.intermediate_size
     )
     token += 2 * 4 * heads
-    tiles = 2 * min(PREFILL_TILE, run.max_tokens) * shape.kv_heads * shape.row_bytes
+    tiles = buffer_bytes(facts, run)
     logits = run.requests * shape.vocab_size * (size + 4 + HISTORY)
     sampler = min(SAMPLER, 24 * run.requests * shape.vocab_size)
     steps = min(run.max_batched_tokens, run.requests * run.max_tokens)
     return steps * token + tiles + staged_bytes(facts, run) + logits + sampler + LIBRARIES
+
+
+def prompt_tile(entry_bytes: int) -> int:
+    """Stored tokens that a prompt chunk reads at once on a GPU: the power of two of which a layer's fill a buffer.
+
+    Args:
+        entry_bytes: of a token in one layer.
+    """
+    return 1 << max(PROMPT_TILE // entry_bytes, 1).bit_length() - 1
+
+
+def buffer_bytes(facts: ModelFacts, run: RunSettings) -> int:
+    """Bytes of the buffers through which stored tokens are read: one of a resident layer, and two of offloaded ones, which hold
+    tokens of a whole block of layers where they have the room."""
+    shape = facts.shape
+    entry = shape.kv_heads * shape.row_bytes
+    tile = entry * min(prompt_tile(entry), run.max_tokens)
+    decoding = entry * min(max(DECODE_TILE, LEAST_TILE * run.requests), run.requests * run.max_tokens)
+    block = min(STAGED, entry * facts.layer_blocks.places * run.requests * run.max_tokens)
+    return tile + 2 * max(tile, decoding, block)
 
 
 def staged_bytes(facts: ModelFacts, run: RunSettings) -> int:

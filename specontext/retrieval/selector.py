@@ -27,29 +27,21 @@ class LaneTokens:
 
     Attributes:
         token_ids, seats, positions, seeds: int64 [R]; a negative position is padding.
+        lengths: int64 [R], tokens in context, the one being processed included; 0 for padding.
         span: no request has more tokens in context; known without asking the device.
     """
 
     token_ids: Tensor
     seats: Tensor
     positions: Tensor
+    lengths: Tensor
     seeds: Tensor
     span: int
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens in context, the one being processed included: int64 [R]."""
-        return self.positions + 1
-
-    @classmethod
-    def of(cls, batch: Batch) -> LaneTokens:
-        """The decode tokens of a batch."""
-        return cls.part(batch, slice(0, batch.num_decodes), batch.span)
 
     @classmethod
     def part(cls, batch: Batch, part: slice, span: int) -> LaneTokens:
         """Some of the decode tokens of a batch, the longest context of which has `span` tokens."""
-        return cls(batch.token_ids[part], batch.seats[part], batch.positions[part], batch.seeds[part], span)
+        return cls(batch.token_ids[part], batch.seats[part], batch.positions[part], batch.lengths[part], batch.seeds[part], span)
 
 
 @dataclass(frozen=True)
@@ -67,6 +59,13 @@ class Budget:
     def candidates_end(self, lengths: Tensor) -> Tensor:
         """End of the positions sink .. end - 1 that compete by score."""
         return (lengths - self.recent).clamp(min=self.sink)
+
+    def last_candidates(self, lengths: Tensor) -> Tensor:
+        """As many of the last candidates as may be scored, int64 [R, 1, K]: all of them where a context fits the budget."""
+        end = self.candidates_end(lengths)[:, None]
+        first = (end - self.scored).clamp(min=self.sink)
+        window = first + torch.arange(self.scored, device=end.device)
+        return torch.where(window < end, window, -1)[:, None]
 
     def compose(self, scored: Tensor, lengths: Tensor, end: Tensor | None = None, width: int | None = None) -> Selection:
         """The selection of sinks, scored tokens and recent tokens.
@@ -174,12 +173,14 @@ class Selector(ABC):
 
     Attributes:
         replay: last tokens of a prompt that it must see itself although their KV may be known from another request.
+        by_span: what a decode step computes on the device depends on the lane's span, beyond the tokens that are read.
         groups: G, how many token sets it chooses for each request.
         head_map: int64 [L, Hkv], the group whose set a KV head reads.
         keep_generated: all tokens after the prompt are read, besides the budget.
     """
 
     replay: ClassVar[int] = 0
+    by_span: ClassVar[bool] = True
     groups: int
     head_map: Tensor
     budget: Budget

@@ -18,7 +18,7 @@ from torch import Tensor
 from specontext.kernels.tables import Copies, Pages, Parts
 from specontext.kernels.triton.slot_plan import piece_of
 
-PROGRAMS = 8
+PROGRAMS = (8, 32)  # with few requests layers hide what is loaded, and want the device; with many the bus is waited for
 TILE_BYTES = 16384
 WARPS = 4
 STAGES = 4  # of the pipeline: shared memory for three tiles
@@ -51,7 +51,7 @@ def copy_pieces(
     layers = parts.layers.shape[1]
     padded = triton.next_power_of_2(layers)
     pieces = max(1, rows // padded)
-    programs = programs or PROGRAMS
+    programs = programs or min(max(requests, PROGRAMS[0]), PROGRAMS[1])
     # All programs are at one block and request at a time: a bus that reads at random needs a table that stays in its cache.
     splits = min(triton.cdiv(programs, source.heads), triton.cdiv(width, pieces))
     _copy_pieces[(min(readers * splits, programs),)](
@@ -96,7 +96,7 @@ def copy_pieces(
 
 
 def append_pieces(pages: Pages, line: int, seats: Tensor, positions: Tensor, new: Tensor, wanted: Tensor) -> None:
-    """See `specontext.kernels.rows.append_pieces`."""
+    """See `specontext.kernels.rows.append_pieces`. A few programs write all: many would stand in others' way."""
     tokens, heads, places = new.shape[:3]
     if not tokens:
         return
@@ -105,7 +105,7 @@ def append_pieces(pages: Pages, line: int, seats: Tensor, positions: Tensor, new
     row, block, rows = _tile(pages.rows, TILE_BYTES)
     padded = triton.next_power_of_2(places)
     pieces = max(1, rows // padded)
-    _append_pieces[(triton.cdiv(tokens * heads, pieces),)](
+    _append_pieces[(min(triton.cdiv(tokens * heads, pieces), PROGRAMS),)](
         pages.rows,
         table,
         seats.contiguous(),
@@ -121,6 +121,7 @@ def append_pieces(pages: Pages, line: int, seats: Tensor, positions: Tensor, new
         WIDTH=row,
         BLOCK=block,
         PIECES=pieces,
+        STAGES=STAGES,
         num_warps=WARPS,
     )
 
@@ -185,18 +186,20 @@ def _copy_pieces(
 def _append_pieces(
     pool, pages, seats, positions, new, wanted, count, page_width,
     PAGE: tl.constexpr, HEADS: tl.constexpr, PLACES: tl.constexpr, PLACES_PAD: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, PIECES * PLACES_PAD)
-    piece = tl.program_id(0).to(tl.int64) * PIECES + lane // PLACES_PAD
     place = lane % PLACES_PAD
-    token, head = piece // HEADS, piece % HEADS
-    position = tl.load(positions + token, mask=piece < count, other=-1).to(tl.int64)
-    live = (position >= 0) & (place < PLACES)
-    live = live & (tl.load(wanted + place, mask=live, other=0) != 0)
-    seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
-    row = piece_of(pages + seat * page_width, position, head, live, PAGE, HEADS) * PLACES + place
     column = tl.arange(0, BLOCK)[None, :]
-    mask = live[:, None] & (column < WIDTH)
-    numbers = tl.load(new + (piece * PLACES + place)[:, None] * WIDTH + column, mask=mask)
-    tl.store(pool + row[:, None] * WIDTH + column, numbers, mask=mask)
+    present = place < PLACES
+    present = present & (tl.load(wanted + place, mask=present, other=0) != 0)
+    for first in tl.range(tl.program_id(0) * PIECES, count, tl.num_programs(0) * PIECES, num_stages=STAGES):
+        piece = (first + lane // PLACES_PAD).to(tl.int64)
+        token, head = piece // HEADS, piece % HEADS
+        position = tl.load(positions + token, mask=piece < count, other=-1).to(tl.int64)
+        live = (position >= 0) & present
+        seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
+        row = piece_of(pages + seat * page_width, position, head, live, PAGE, HEADS) * PLACES + place
+        mask = live[:, None] & (column < WIDTH)
+        numbers = tl.load(new + (piece * PLACES + place)[:, None] * WIDTH + column, mask=mask)
+        tl.store(pool + row[:, None] * WIDTH + column, numbers, mask=mask)

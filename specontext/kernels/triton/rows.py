@@ -16,7 +16,7 @@ from specontext.kernels.tables import NewTokens, Pages, Tiers
 from specontext.kernels.triton.pieces import append_pieces, copy_pieces
 from specontext.kernels.triton.slot_plan import piece_of
 
-__all__ = ["append_keys", "append_layer", "append_pieces", "append_tokens", "copy_pieces", "gather_rows"]
+__all__ = ["append_keys", "append_layer", "append_pieces", "append_tokens", "copy_pieces", "gather_rows", "gather_tokens"]
 
 TILE_BYTES = 16384
 
@@ -29,6 +29,30 @@ def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows
         _gather[(triton.cdiv(count, rows),)](
             source, source_rows.contiguous(), target, target_rows.contiguous(), count, WIDTH=width, BLOCK=block, ROWS=rows
         )
+
+
+def gather_tokens(pages: Pages, layer: int, seat: int, start: int, target: Tensor) -> None:
+    """See `specontext.kernels.rows.gather_tokens`. Moves every row in and out; page numbers are read in place."""
+    tokens = len(target)
+    if not tokens:
+        return
+    table, (_, place) = pages.table_of(layer)[seat], pages.layers.homes[layer]
+    assert table.is_contiguous() and target.shape[1] == pages.heads
+    width, block, rows = _tile(pages.rows, target.view(-1, *target.shape[2:]))
+    _gather_tokens[(triton.cdiv(tokens * pages.heads, rows),)](
+        pages.rows,
+        table,
+        target,
+        tokens * pages.heads,
+        start,
+        place,
+        PAGE=pages.size,
+        PLACES=pages.layers.count,
+        HEADS=pages.heads,
+        WIDTH=width,
+        BLOCK=block,
+        ROWS=rows,
+    )
 
 
 def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
@@ -158,6 +182,18 @@ def _gather(source, source_rows, target, target_rows, count, WIDTH: tl.constexpr
     live = source_row >= 0
     target_row = tl.load(target_rows + at, mask=live, other=0).to(tl.int64)
     _copy(source, source_row, target, target_row, live, WIDTH, BLOCK)
+
+
+@triton.jit(do_not_specialize=["count", "start", "place"])
+def _gather_tokens(
+    pool, pages, target, count, start, place,
+    PAGE: tl.constexpr, PLACES: tl.constexpr, HEADS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = at < count
+    row = piece_of(pages, start + at // HEADS, at % HEADS, live, PAGE, HEADS) * PLACES + place
+    _copy(pool, row, target, at, live, WIDTH, BLOCK)
 
 
 @triton.jit
