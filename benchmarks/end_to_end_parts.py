@@ -103,7 +103,7 @@ def first_tokens_of(setup: Setup, sizes: Sizes, system: str) -> dict[str, dict[s
     theirs = HuggingFace(setup.loaded)
     seats = 2 if system == "host" else 1  # room for what is kept of a prompt, beside the request's own
     with setup.engine(system, seats=seats, longest=max(sizes.lengths) + 2 * NEW_QUESTION) as driver:
-        driver.engine.runner.warm_up()
+        driver.engine.warm_up()
         warm_up = setup.prompt(min(sizes.lengths))
         theirs.seconds([warm_up])
         driver.seconds([warm_up])
@@ -169,16 +169,10 @@ def serving(setup: Setup, sizes: Sizes, wanted: Collection[str]) -> Report:
         report: Report = {}
         if not several:
             return report
-<<<<<<< HEAD
-        with setup.engine(system, seats=several + 1, longest=longest) as driver:
-            driver.engine.warm_up()
-            driver.seconds([setup.prompt(setup.chunk + NEW_QUESTION)])
-=======
         # A chunk alone is as large as one beside requests that decode, so that mixed steps can be compared with their parts.
         with setup.engine(system, seats=several + 1, longest=longest, chunk=setup.mixed_chunk) as driver:
-            driver.engine.runner.warm_up()
+            driver.engine.warm_up()
             driver.seconds([setup.prompt(setup.mixed_chunk + NEW_QUESTION)])
->>>>>>> prefill
             before = prompt_alone(setup, sizes, driver) if "mixed" in wanted else 0.0
             decoding = driver.start(fresh_prompts(setup, several, sizes.context), OUTPUT)
             for _ in range(2):

@@ -157,15 +157,15 @@ class Driver:
         Args:
             wait: for all that the device was given. Without, steps that give no token return before they are computed.
         """
-        before = [(one.request, one.request.computed, one.request.decoding) for one in self.live]
+        before = [(one.request, one.request.computed) for one in self.live if not one.request.decoding]
+        decoding = {one.request for one in self.live if one.request.decoding}
         began = clock(self.device) if wait else time.perf_counter()
         touched = self.engine.step(self._read)
         seconds = (clock(self.device) if wait else time.perf_counter()) - began
         self._unread = touched
         self.live = [one for one in self.live if not one.finished]
-        grown = [(request.computed - computed, decoding) for request, computed, decoding in before]
-        decodes = sum(count for count, decoding in grown if decoding)
-        return StepTime(seconds, decodes, sum(count for count, decoding in grown if not decoding))
+        decodes = sum(one.request in decoding for one in touched)
+        return StepTime(seconds, decodes, sum(request.computed - computed for request, computed in before))
 
     def _read(self) -> None:
         for one in self._unread:
@@ -197,6 +197,7 @@ class Driver:
 
         The next step runs again and again, which changes nothing of what the engine knows of its requests.
         """
+        self.engine.catch_up()
         schedule = self.engine.scheduler.schedule()
         assert schedule is not None and not schedule.batch.prefills
         began = clock(self.device)

@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
 def of_system(setup: Setup, system: str, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     longest = max(options.stored) + setup.chunk + 1
     with setup.engine(system, seats=1, longest=longest) as driver:
-        driver.engine.runner.warm_up()
+        driver.engine.warm_up()
         return {str(stored): of_chunk(setup, driver, system, stored, options) for stored in options.stored}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from specontext.errors import LoadError
 from specontext.kernels.rows import append_layer, append_pieces, append_tokens, copy_pieces, fixed_slots
 from specontext.kernels.slot_plan import listed, selected_rows
-from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers
+from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
 from specontext.kv.layout import BlockParts, PlacedSelection
 from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK, Mark, Streams
 from specontext.memory.layer_blocks import LayerBlocks, one_by_one
@@ -36,7 +36,7 @@ class Transfers:
 
     Attributes:
         asynchronous: work runs beside the host, and rows of the host are out of attention's reach.
-        by_block, by_layer: what is copied where all KV heads want the same entries, of blocks of layers and of single ones.
+        every, by_layer: what is copied where all KV heads want the same entries, of all blocks of layers and of single layers.
         programs: that share a copy on a GPU; None for the kernel's own number.
     """
 
@@ -56,7 +56,7 @@ class Transfers:
         self.adaptive, self.write_through, self.verify = adaptive, write_through or verify, verify
         alike = [[0] * tiers.host.heads] * len(resident)
         device = tiers.resident.device
-        self.by_block = BlockParts.of_map(layer_blocks, alike, device)
+        self.every = BlockParts.of_map(layer_blocks, alike, device).all
         self.by_layer = BlockParts.of_map(one_by_one(len(resident)), alike, device)
         self.programs: int | None = None
         # New rows on the device, [T, Hkv, places, 2, D], until all layers of their block have computed them.
@@ -66,11 +66,6 @@ class Transfers:
         self._loaded: list[Mark] = [None] * len(resident)
         self._written: Mark = None
         self._kept: Mark = None  # pages are being copied from seats for others to keep
-
-    @property
-    def every(self) -> Parts:
-        """All parts of `by_block`."""
-        return self.by_block.all
 
     # Streams ----------------------------------------------------------------------------------------------------------
 

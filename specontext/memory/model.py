@@ -22,7 +22,6 @@ MODES = ("measured", "paper")
 FLOAT16 = 2  # bytes; eq. 6-7 count models and KV in 2-byte floats, whatever they are loaded in
 MIB = 1 << 20
 PROMPT_TILE = 256 * MIB  # of stored tokens of one layer that a prompt chunk reads at once on a GPU
-STAGED = 512 * MIB  # of tokens of a whole block of offloaded layers, on their way to be read; longer contexts come in tiles
 DECODE_TILE = 16384  # stored tokens of offloaded layers that dense decoding reads at once on a GPU
 LIBRARIES = 64 * MIB  # workspaces of matrix products
 COUNTERS = 11  # of the statistics of a request, besides the recall of every layer
@@ -309,14 +308,12 @@ def prompt_tile(entry_bytes: int) -> int:
 
 
 def buffer_bytes(facts: ModelFacts, run: RunSettings) -> int:
-    """Bytes of the buffers through which stored tokens are read: one of a resident layer, and two of offloaded ones, which hold
-    tokens of a whole block of layers where they have the room."""
+    """Bytes of the buffers through which stored tokens are read: one of a resident layer, and two of offloaded ones."""
     shape = facts.shape
     entry = shape.kv_heads * shape.row_bytes
     tile = entry * min(prompt_tile(entry), run.max_tokens)
     decoding = entry * min(max(DECODE_TILE, LEAST_TILE * run.requests), run.requests * run.max_tokens)
-    block = min(STAGED, entry * facts.layer_blocks.places * run.requests * run.max_tokens)
-    return tile + 2 * max(tile, decoding, block)
+    return tile + 2 * max(tile, decoding)
 
 
 def staged_bytes(facts: ModelFacts, run: RunSettings) -> int:
