@@ -134,7 +134,9 @@ class EngineConfig:
     )
     max_num_seqs: int = option(16, "Requests that run at the same time.")
     max_num_batched_tokens: int | None = option(
-        None, "Tokens of one engine step; longer prompts are prefilled in chunks. Default: 8192 on a GPU, 1024 on a CPU."
+        None,
+        "Tokens of one engine step; longer prompts are prefilled in chunks. Default: 8192 on a GPU, fewer where its memory is "
+        "short, 1024 on a CPU.",
     )
     max_num_mixed_tokens: int | None = option(
         None,

@@ -74,8 +74,13 @@ def plan(
         str | None, typer.Option("--graphs", metavar="SIZE", help="Memory set aside for CUDA graphs. Default: none.")
     ] = None,
     max_num_batched_tokens: Annotated[
-        int, typer.Option("--max-num-batched-tokens", help="Tokens of one engine step, for the estimate of run-time buffers.")
-    ] = STEP_TOKENS["cuda"],
+        int | None,
+        typer.Option(
+            "--max-num-batched-tokens",
+            help=f"Tokens of one engine step, for the estimate of run-time buffers. Default: {STEP_TOKENS['cuda']}, fewer where "
+            "memory is short.",
+        ),
+    ] = None,
     bandwidth: Annotated[
         str | None,
         typer.Option(
@@ -167,10 +172,10 @@ def _memory(option: str, text: str) -> int:
     return size
 
 
-def _check(*, requests: int, max_num_batched_tokens: int, overlap: float, mode: str, dtype: str) -> None:
+def _check(*, requests: int, max_num_batched_tokens: int | None, overlap: float, mode: str, dtype: str) -> None:
     if not 1 <= requests <= MOST_REQUESTS:
         raise UsageError(f"--requests must be 1 to {MOST_REQUESTS:,}, got {requests}")
-    if max_num_batched_tokens < 1:
+    if max_num_batched_tokens is not None and max_num_batched_tokens < 1:
         raise UsageError(f"--max-num-batched-tokens must be at least 1, got {max_num_batched_tokens}")
     if not 0 <= overlap <= 1:
         raise UsageError(f"--overlap must be a share from 0 to 1, got {overlap:g}")

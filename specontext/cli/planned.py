@@ -156,7 +156,7 @@ def make_plan(
     max_model_len: int | None,
     runtime: int | None,
     graphs: int,
-    max_batched_tokens: int,
+    max_batched_tokens: int | None,
     speed: Bandwidths | None = None,
     overlap: float = 0.85,
 ) -> Planned:
@@ -166,7 +166,7 @@ def make_plan(
         ConfigError: settings that contradict each other or the model.
         MemoryPlanError: the weights alone are too large.
     """
-    from specontext.memory.model import RunSettings, estimate_runtime, measured_model, paper_model
+    from specontext.memory.model import RunSettings, estimate_runtime, fitting_step, measured_model, paper_model
     from specontext.memory.planner import MemoryPlan
 
     shape = facts.shape
@@ -188,8 +188,11 @@ def make_plan(
         sink=settings.sink,
         recent=settings.recent,
         granularity=settings.granularity,
-        max_batched_tokens=max_batched_tokens,
     )
+    if max_batched_tokens is not None:
+        run = replace(run, max_batched_tokens=max_batched_tokens)
+    else:
+        run = fitting_step(facts, run, gpu_memory)
     if mode == "paper":
         model, source = paper_model(facts, budget=chosen), "30 % of model and head"
     else:

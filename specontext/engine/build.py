@@ -27,7 +27,7 @@ from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout
 from specontext.kv.pool import PagePool, make_pools
 from specontext.memory.facts import NO_HEAD, ModelFacts
-from specontext.memory.model import MemoryModel, RunSettings, measured_model, staged_bytes
+from specontext.memory.model import MemoryModel, RunSettings, fitting_step, measured_model, staged_bytes
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, TierSizes, free_memory, size_tiers
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import RetrievalHead, facts_of_head
@@ -127,6 +127,9 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     )
     runtime, graphs = None, 0
     if device.type == "cuda":
+        if config.max_num_batched_tokens is None:
+            run = fitting_step(facts, run, gpu_limit(config, torch.cuda.mem_get_info(device)[1]))
+            tokens = StepTokens(run.max_batched_tokens, min(tokens.mixed, run.max_batched_tokens))
         features = head.config.feature_layers if head is not None and head.config.variant == "features" else ()
         runtime = measure_runtime(loaded, facts, run, feature_layers=features) + staged_bytes(facts, run)
         if not config.enforce_eager:
@@ -216,6 +219,11 @@ def host_default(config: EngineConfig) -> int:
     return int(SHARE_OF_FREE_MEMORY * shutil.disk_usage(config.offload_dir).free)
 
 
+def gpu_limit(config: EngineConfig, total: int) -> int:
+    """Bytes that the engine may use of a GPU that has `total`."""
+    return config.gpu_memory or int((config.gpu_memory_utilization or SHARE_OF_GPU) * total)
+
+
 def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device) -> int:
     """Bytes of the device tier of KV: on a GPU what the engine's limit leaves beside weights, buffers and tables.
 
@@ -229,7 +237,7 @@ def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device)
     # Weights are there already. What PyTorch keeps beside what is in use will be used; what others use of it is theirs.
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free += kept + plan.fixed["weights"] + plan.fixed["retrieval_head"]
-    limit = config.gpu_memory or int((config.gpu_memory_utilization or SHARE_OF_GPU) * total)
+    limit = gpu_limit(config, total)
     others, parts = plan.fixed_bytes, ", ".join(f"{name} {size}" for name, size in plan.fixed.items())
     if limit < others:
         raise MemoryPlanError(
