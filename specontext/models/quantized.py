@@ -8,7 +8,7 @@ its shape without memory: so names and shapes of all tensors are checked as thos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from specontext.checkpoints.reading import metadata_of, tensor_reader
-from specontext.checkpoints.weights import PLAIN, StoredTensor
 from specontext.errors import ModelError
 from specontext.kernels.dispatch import use_triton
 from specontext.kernels.quantized_linear import QuantizedMatrix, dequantized
@@ -28,34 +26,12 @@ from specontext.locations import folder_of, one_sentence
 from specontext.models.attention import ATTENTION_NAME
 from specontext.models.decoder import decoder_layers
 from specontext.models.reports import check_report, no_report
+from specontext.models.weight_sources import Source, random_source, rounded_source, stored_source
 from specontext.models.weights import check_numbers, weight_headers
 from specontext.quantization.linear import QuantizedLinear
-from specontext.quantization.made import FORMS, quantized, random_matrix
 from specontext.quantization.schemes import Scheme
-from specontext.quantization.stored import read_matrix, stored_matrices
-from specontext.quantization.torchao import torchao_tensors
 
-DEVIATION = 0.02  # of random weights where a config names none
 ROUTERS = ("gate", "router", "shared_expert_gate")  # which expert a token goes to is not left to rounding
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where weights come from.
-
-    Attributes:
-        modules: names of those whose matrix is quantised.
-        matrix: reads one of them; a tensor where it is written out in any case.
-        plain: all other tensors, by name.
-        tensors: what the files hold, for messages.
-        whole: the decoder gets all its tensors from here. Else it makes what is missing at random.
-    """
-
-    modules: tuple[str, ...]
-    matrix: Callable[[str], QuantizedMatrix | Tensor]
-    plain: Callable[[], dict[str, Tensor]]
-    tensors: Mapping[str, StoredTensor]
-    whole: bool = True
 
 
 def keeps_codes(device: torch.device) -> bool:
@@ -89,64 +65,6 @@ def linear_layers(skeleton: PreTrainedModel) -> dict[str, nn.Linear]:
     return found
 
 
-def stored_source(tensors: Mapping[str, StoredTensor], scheme: Scheme, where: object) -> Source:
-    """A quantised checkpoint's weights.
-
-    Raises:
-        ModelError: tensors that do not fit the scheme; the message names them.
-    """
-    read = tensor_reader(tensors)
-    if scheme.method == "torchao":
-        state: dict[str, Tensor] = {}
-        for file in sorted({tensor.file for tensor in tensors.values()}):
-            parts = {name: read(name) for name, tensor in tensors.items() if tensor.file == file}
-            with one_sentence(f"cannot load the model {where}"):
-                state |= torchao_tensors(parts, metadata_of(file), where)
-        return Source((), state.__getitem__, lambda: state, tensors)
-    stored = stored_matrices(tensors, scheme, where)
-    return Source(
-        tuple(stored.matrices),
-        lambda module: read_matrix(module, stored.matrices[module], scheme, read),
-        lambda: {name: read(name) for name in stored.plain},
-        tensors,
-    )
-
-
-def rounded_source(
-    tensors: Mapping[str, StoredTensor], kind: str, linears: Mapping[str, nn.Linear], device: torch.device
-) -> Source:
-    """A checkpoint's own weights, of which the linear layers' are rounded to 'fp8' or 'int4' when they are read, on a device."""
-    read = tensor_reader(tensors)
-    modules = [name for name, module in linears.items() if module.in_features % 32 == 0]
-    modules = [name for name in modules if f"{name}.weight" in tensors and tensors[f"{name}.weight"].dtype in PLAIN]
-    taken = {f"{name}.weight" for name in modules}
-    return Source(
-        tuple(modules),
-        lambda module: quantized(read(f"{module}.weight").to(device), kind),
-        lambda: {name: read(name) for name in tensors if name not in taken},
-        tensors,
-    )
-
-
-def random_source(
-    scheme: Scheme | None, kind: str | None, linears: Mapping[str, nn.Linear], dtype: torch.dtype, device: torch.device
-) -> Source:
-    """Random weights in the form of a scheme, or of a kind that weights are rounded to."""
-    form = FORMS[kind] if kind is not None else scheme.form if scheme is not None else None
-    modules = [
-        name
-        for name, module in linears.items()
-        if form is not None and form.fits(module.in_features) and (scheme is None or scheme.quantizes(name))
-    ]
-
-    def matrix(name: str) -> QuantizedMatrix:
-        assert form is not None
-        n, k = linears[name].weight.shape
-        return random_matrix(form, n, k, deviation=DEVIATION, dtype=dtype, device=device)
-
-    return Source(tuple(modules), matrix, dict, {}, whole=False)
-
-
 def quantised_model(
     source: Source,
     config: PreTrainedConfig,
@@ -174,7 +92,9 @@ def quantised_model(
             state[f"{name}.weight"] = torch.zeros((), dtype=dtype).expand(matrix.shape)
         else:
             dense = dequantized(matrix, dtype) if isinstance(matrix, QuantizedMatrix) else matrix.to(dtype)
-            state[f"{name}.weight"] = dense.t().contiguous() if _is_transposed(skeleton, name) else dense.cpu()
+            state[f"{name}.weight"] = (
+                (dense.t() if source.turned and _is_transposed(skeleton, name) else dense).contiguous().cpu()
+            )
     _drop_empty_biases(state, source.modules, skeleton)
     with no_report(), one_sentence(f"cannot load the model {where}"):
         loaded: Any = type(skeleton).from_pretrained(
@@ -271,18 +191,19 @@ def load_quantised(asked: Asked, config: PreTrainedConfig, dtype: str, device: t
     skeleton = skeleton_of(config, asked.options)
     kind = asked.kind if asked.scheme is None else None
     keep_on = device if asked.keep and keeps_codes(device) else None
+    work_on = keep_on or torch.device("cpu")
     with seeded(device):
         if asked.dummy:
-            source = random_source(asked.scheme, kind, linear_layers(skeleton), running, keep_on or torch.device("cpu"))
+            source = random_source(asked.scheme, kind, linear_layers(skeleton), running, work_on)
         else:
             folder = folder_of(asked.source, revision=asked.options["revision"], weights=True)
             headers = weight_headers(folder, config)
             if asked.scheme is not None:
-                source = stored_source(headers, asked.scheme, asked.source)
+                source = stored_source(headers, asked.scheme, asked.source, work_on)
             else:
                 assert kind is not None
                 check_numbers(headers)
-                source = rounded_source(headers, kind, linear_layers(skeleton), keep_on or torch.device("cpu"))
+                source = rounded_source(headers, kind, linear_layers(skeleton), work_on)
         model = quantised_model(source, config, skeleton, running, keep_on=keep_on, where=asked.source)
     model.config.name_or_path = path
     kept = any(isinstance(module, QuantizedLinear) for module in model.modules())

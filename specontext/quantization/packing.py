@@ -13,15 +13,17 @@ def unpacked(words: Tensor, bits: int, count: int, *, dim: int) -> Tensor:
 
     Numbers whose bits do not divide 32 reach from one word into the next, as compressed-tensors has them.
     """
-    words = words.movedim(dim, -1)
+    words, last = words.movedim(dim, -1), 2**bits - 1
+    if 32 % bits == 0:
+        shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+        spread = ((words[..., None] >> shifts) & last).to(torch.uint8)
+        return spread.flatten(-2)[..., :count].movedim(-1, dim)
     places = torch.arange(count, device=words.device) * bits
     first, shift = places // 32, places % 32
     wide = words.to(torch.int64) & 0xFFFFFFFF
-    low = wide.index_select(-1, first) >> shift
-    if 32 % bits:
-        after = (first + 1).clamp(max=words.shape[-1] - 1)
-        low = low | (wide.index_select(-1, after) << (32 - shift))
-    return (low & (2**bits - 1)).to(torch.uint8).movedim(-1, dim)
+    after = (first + 1).clamp(max=words.shape[-1] - 1)
+    both = (wide.index_select(-1, first) >> shift) | (wide.index_select(-1, after) << (32 - shift))
+    return (both & last).to(torch.uint8).movedim(-1, dim)
 
 
 def unpacked_awq(words: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, GPT2Config, MixtralConfig
 
 from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.cli import main
@@ -18,6 +19,7 @@ from specontext.kernels.dispatch import VARIABLE
 from specontext.kernels.quantized_linear import dequantized
 from specontext.models.loading import LoadedModel, load_model
 from specontext.quantization.linear import QuantizedLinear
+from tests.conftest import write_checkpoint
 from tests.models.quantised_files import FORMATS, Tensors, write_quantised
 
 CPU = torch.device("cpu")
@@ -229,3 +231,65 @@ def test_plans_and_random_weights_have_the_size_of_rounded_ones(
     monkeypatch.setattr("specontext.models.quantized.keeps_codes", lambda _: True)
     sizes = [load(folder, dtype="auto", quantization=kind, load_format=one).weight_bytes for one in ("auto", "dummy")]
     assert sizes == [planned["bytes"]["weights"]] * 2 and f"rounded to {kind}" in planned["weights"]
+
+
+def test_experts_are_written_out(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specontext.models.quantized.keeps_codes", lambda _: True)
+    sizes = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16, "hidden_size": 64, "intermediate_size": 96}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    config = MixtralConfig(**sizes, vocab_size=len(tokenizer), sliding_window=None)
+    plain = write_checkpoint(tmp_path / "plain", config, None, tokenizer)
+    tensors, dense = dict(load_file(plain / "model.safetensors")), {}
+    for name in [name for name in tensors if "_proj.weight" in name or ".experts." in name]:
+        parts, dense[name] = FORMATS["fp8-blocks"].write(tensors.pop(name), name)
+        tensors |= {name.removesuffix("weight") + ending: part for ending, part in parts.items()}
+    assert any(".experts.1." in name for name in dense)
+    right = {**load_file(plain / "model.safetensors"), **dense}
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    said = json.loads((plain / "config.json").read_text()) | {"quantization_config": FORMATS["fp8-blocks"].config}
+    (plain / "config.json").write_text(json.dumps(said))
+    loaded = load(plain)
+    assert isinstance(loaded.model.get_submodule("model.layers.0.self_attn.q_proj"), QuantizedLinear)
+    save_file(right, plain / "model.safetensors", metadata={"format": "pt"})
+    del said["quantization_config"]
+    (plain / "config.json").write_text(json.dumps(said))
+    experts = [(name, one) for name, one in load(plain).model.named_parameters() if "experts" in name]
+    assert experts
+    for name, one in experts:
+        torch.testing.assert_close(loaded.model.get_parameter(name), one, rtol=2e-7, atol=1e-8)
+
+
+def test_matrices_that_a_model_has_the_other_way_round(tmp_path: Path, tokenizer: Any) -> None:
+    config = GPT2Config(n_embd=64, n_layer=1, n_head=2, n_positions=64, vocab_size=len(tokenizer))
+    folder = write_checkpoint(tmp_path / "gpt2", config, None, tokenizer)
+    tensors, dense = dict(load_file(folder / "model.safetensors")), {}
+    for name in [name for name in tensors if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))]:
+        parts, made = FORMATS["gptq"].write(tensors.pop(name).t().contiguous(), name)  # as quantisers turn them
+        dense[name] = made.t()
+        parts["bias"] = tensors[name.replace("weight", "bias")]
+        tensors |= {name.removesuffix("weight") + ending: part.contiguous() for ending, part in parts.items()}
+    assert len(dense) == 4
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": FORMATS["gptq"].config}))
+    state = load(folder).model.state_dict()
+    for name, value in dense.items():
+        torch.testing.assert_close(state[name], value, rtol=2e-7, atol=1e-8)
+
+
+def test_a_hub_id_s_weights_are_downloaded_before_they_are_read(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, dense = write("awq")
+    asked: list[list[str]] = []
+
+    def download(name: str, *, allow_patterns: list[str], **_: Any) -> str:
+        assert name == "maker/model"
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("specontext.models.loading.read_config", lambda *_, **__: AutoConfig.from_pretrained(folder))
+    monkeypatch.setattr("specontext.models.loading.load_tokenizer", lambda *_, **__: None)
+    monkeypatch.setattr("specontext.models.loading.end_tokens", lambda *_, **__: frozenset())
+    loaded = load("maker/model")  # type: ignore[arg-type]
+    torch.testing.assert_close(loaded.model.get_parameter(f"{DOWN}.weight"), dense[f"{DOWN}.weight"])
+    assert not any("safetensors" in one for one in asked[0]) and "model*.safetensors" in asked[-1]

@@ -5,7 +5,7 @@ to float32, and sums each group before its scale is applied, so neither scales n
 tiled product on tensor cores, into which the codes go as exact 16-bit numbers. From `MANY` rows on cuBLAS multiplies a matrix
 that was written out: what writing takes is then little beside the product.
 
-Bytes: the codes, scales and zeros once (with several tiles of x once for each), x for each program from the caches.
+Bytes: the codes, scales and zeros once, x for each program from the caches.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -24,7 +24,6 @@ from specontext.kernels.quantized_linear import FP8, INT4, INT8, QuantizedMatrix
 from specontext.kernels.quantized_linear import dequantized as dequantized_here
 
 MANY = 65  # rows of x
-ROWS = 16  # of a tile of x
 NUMBERS = {FP8: 0, INT8: 1, INT4: 2}
 IS_FP8, IS_INT4 = tl.constexpr(0), tl.constexpr(2)
 NATIVE = (8, 9)  # the first capability whose hardware converts fp8
@@ -55,15 +54,21 @@ def _integers(codes):
 def _floats(codes, HARDWARE: tl.constexpr):
     """float32 of the bits of float8_e4m3fn, exactly: as float16 with an exponent that is 8 too small where hardware has none."""
     if HARDWARE:
-        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    bits = codes.to(tl.int16)
-    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-    return half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        value = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        bits = codes.to(tl.int16)
+        half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+        value = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return value
 
 
 @triton.jit
 def _decode(codes, KIND: tl.constexpr, HARDWARE: tl.constexpr):
-    return _floats(codes, HARDWARE) if KIND == IS_FP8 else _integers(codes)
+    if KIND == IS_FP8:
+        value = _floats(codes, HARDWARE)
+    else:
+        value = _integers(codes)
+    return value
 
 
 @triton.jit
@@ -274,7 +279,8 @@ def few_rows(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     (m, _), (n, k) = x.shape, matrix.shape
     out = x.new_empty((m, n))
     block = 32 if n >= 8192 else 16
-    _few_rows[(triton.cdiv(n, block), triton.cdiv(m, ROWS))](
+    tall = max(16, triton.next_power_of_2(m))  # all of x at once, so that codes are read once
+    _few_rows[(triton.cdiv(n, block), triton.cdiv(m, tall))](
         x.contiguous(),
         *_tensors(matrix, bias),
         out,
@@ -286,7 +292,7 @@ def few_rows(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None) -> Tensor:
         **_constants(matrix),
         HAS_BIAS=bias is not None,
         FORMAT=_multiplied(x),
-        BLOCK_M=ROWS,
+        BLOCK_M=tall,
         BLOCK_N=block,
         GROUP=matrix.group,
         num_warps=4,
