@@ -33,7 +33,7 @@ class QuantizedMatrix:
 
     Attributes:
         kind: what a code is: 'fp8' (the bits of a float8_e4m3fn), 'int8' or 'int4' (unsigned integers).
-        codes: uint8 [N, K]; of int4 [N, K / 2], where the low half of a byte comes first.
+        codes: uint8 [N, K]; of int4 [N, K / 2], as `packed` packs them.
         scales: [ceil(N / rows), ceil(K / columns)], of any floating-point format.
         zeros: uint8, like scales; None where every zero is `offset`.
         order: int64 [K], the column of x that column k multiplies; None for k itself.
@@ -78,11 +78,13 @@ class QuantizedMatrix:
 
     @property
     def group(self) -> int:
-        """Columns that kernels take at once: a power of two that divides those of a scale; 0 where that is less than 32."""
-        k = self.shape[1]
-        if k % 32:
-            return 0
-        return 128 if self.columns >= k else math.gcd(self.columns, 128) if self.columns % 32 == 0 else 0
+        """Columns that kernels take at once; 0 where they do not take the matrix."""
+        return group_of(self.shape[1], self.columns)
+
+
+def group_of(k: int, columns: int) -> int:
+    """The power of two, 32 to 128, that divides k columns and those of a scale; 0 for none."""
+    return math.gcd(k, 128 if columns >= k else columns, 128) if k % 32 == 0 and (columns >= k or columns % 32 == 0) else 0
 
 
 def codes_of(matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
@@ -91,12 +93,22 @@ def codes_of(matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
         return matrix.codes.view(torch.float8_e4m3fn).to(dtype)
     if matrix.kind == INT8:
         return matrix.codes.to(dtype)
-    return torch.stack((matrix.codes & 15, matrix.codes >> 4), dim=-1).flatten(1).to(dtype)
+    n, k = matrix.shape
+    bytes_ = matrix.codes.view(n, -1, (matrix.group or k) // 2)
+    return torch.stack((bytes_ & 15, bytes_ >> 4), dim=2).view(n, k).to(dtype)
 
 
-def packed(codes: Tensor) -> Tensor:
-    """Two codes of 4 bits a byte: uint8 [N, K] to [N, K / 2]."""
-    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+def packed(codes: Tensor, columns: int) -> Tensor:
+    """Two codes of 4 bits a byte: uint8 [N, K] to [N, K / 2].
+
+    The low halves of a group's bytes are its first columns, so that kernels read x in order.
+
+    Args:
+        columns: of a scale.
+    """
+    n, k = codes.shape
+    low, high = codes.view(n, -1, 2, (group_of(k, columns) or k) // 2).unbind(2)
+    return (low | (high << 4)).flatten(1)
 
 
 @operation("matrix.codes")

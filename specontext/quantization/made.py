@@ -68,7 +68,7 @@ def quantized(weight: Tensor, kind: str) -> QuantizedMatrix:
     scales = ((high - low) / 15).clamp(min=least).to(weight.dtype if weight.dtype.itemsize == 2 else torch.float16)
     zeros = (-low / scales.float()).round().clamp(0, 15)
     found = (groups / scales.float()[..., None] + zeros[..., None]).round().clamp(0, 15)
-    return QuantizedMatrix(INT4, packed(found.to(torch.uint8).view(n, k)), scales, 1, group, zeros.to(torch.uint8))
+    return QuantizedMatrix(INT4, packed(found.to(torch.uint8).view(n, k), group), scales, 1, group, zeros.to(torch.uint8))
 
 
 def random_matrix(form: Form, n: int, k: int, *, deviation: float, dtype: torch.dtype, device: torch.device) -> QuantizedMatrix:

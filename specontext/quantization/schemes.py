@@ -13,6 +13,7 @@ from specontext.kernels.quantized_linear import FP8, INT4, INT8
 from specontext.quantization.made import Form
 
 KNOWN = "FP8 (fine-grained, compressed-tensors, ModelOpt, FBGEMM), compressed-tensors, GPTQ, AWQ, bitsandbytes and torchao"
+LEAVES_OUT = "-:"  # before the patterns of `dynamic` whose modules are not quantised
 SKIPPED = ("modules_to_not_convert", "ignore", "exclude_modules", "ignored_layers", "llm_int8_skip_modules")
 
 
@@ -70,6 +71,7 @@ def scheme_of(entry: Entry, source: object) -> Scheme:
         raise refuse(f", because {found}")
     words, form = found
     skipped = tuple(str(name) for key in SKIPPED for name in entry.values.get(key) or ())
+    skipped += tuple(f"re:{str(pattern).removeprefix(LEAVES_OUT)}" for pattern in entry.values.get("dynamic") or {})
     if not entry.values.get("lm_head"):
         skipped += ("lm_head",)
     return Scheme(TENSORS.get(method, method), words, form, skipped, entry.values)
@@ -94,9 +96,11 @@ def _method(entry: Entry) -> str:
 
 def _unread(values: Mapping[str, Any]) -> str | None:
     """A setting of any method that changes what is computed, and that is not read here."""
-    for key in ("dynamic", "transform_config", "modules_in_block_to_quantize", "extra_config", "rotation"):
+    for key in ("transform_config", "extra_config", "rotation"):
         if values.get(key):
             return f"its {key} is not read"
+    if other := [pattern for pattern in values.get("dynamic") or {} if not str(pattern).startswith(LEAVES_OUT)]:
+        return f"its dynamic, which gives {other[0]} settings of their own, is not read"
     sparsity = values.get("sparsity_config") or {}
     if isinstance(sparsity, Mapping) and str(sparsity.get("format", "dense")) != "dense":
         return f"its weights are sparse ({sparsity['format']})"

@@ -276,7 +276,8 @@ def _integer_matrix(
     if order is not None:
         codes = codes[:, order]
     kind = INT4 if bits <= 4 and codes.shape[1] % 2 == 0 else INT8
-    codes = (packed(codes) if kind == INT4 else codes).contiguous()
+    codes = codes.contiguous()
+    codes = packed(codes, columns) if kind == INT4 else codes
     if zeros is not None and bool((zeros == offset).all()):
         zeros = None
     return QuantizedMatrix(

@@ -33,7 +33,9 @@ def matrix_of(
     points = torch.randint(0, 17, table, dtype=torch.uint8, generator=generator) if zeros else None
     places = torch.randperm(k, generator=generator) if order else None
     offset = {FP8: 0, INT8: 128, INT4: 8}[kind]
-    matrix = QuantizedMatrix(kind, packed(codes & 15) if kind == INT4 else codes, scales, rows, columns, points, offset, places)
+    matrix = QuantizedMatrix(
+        kind, packed(codes & 15, columns) if kind == INT4 else codes, scales, rows, columns, points, offset, places
+    )
     return matrix.to(torch.device(DEVICE))
 
 

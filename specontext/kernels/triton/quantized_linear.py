@@ -80,7 +80,8 @@ def _one_row(
     bias,
     out,
     n_rows,
-    n_columns,
+    n_groups,
+    row_bytes,
     offset,
     scale_stride,
     SCALE_ROWS: tl.constexpr,
@@ -94,29 +95,26 @@ def _one_row(
     GROUP: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    group = tl.arange(0, GROUPS)
+    line = n.to(tl.int64)[:, None, None] * row_bytes
     acc = tl.zeros((BLOCK_N, GROUPS), dtype=tl.float32)
-    for start in range(0, n_columns, GROUPS * GROUP):
-        first = start + group * GROUP  # [GROUPS]
-        there = (n < n_rows)[:, None] & (first < n_columns)[None, :]
-        table = (n // SCALE_ROWS)[:, None] * scale_stride + (first // SCALE_COLUMNS)[None, :]
+    for start in range(0, n_groups, GROUPS):
+        group = start + tl.arange(0, GROUPS)
+        known = (group < n_groups)[:, None]
+        there = (n < n_rows)[:, None] & (group < n_groups)[None, :]
+        table = (n // SCALE_ROWS)[:, None] * scale_stride + (group * GROUP // SCALE_COLUMNS)[None, :]
         scale = tl.load(scales + table, mask=there, other=0.0).to(tl.float32)
         if KIND == IS_INT4:
-            inner = tl.arange(0, GROUP // 2)
-            at = first[:, None] // 2 + inner[None, :]  # bytes [GROUPS, GROUP / 2]
-            place = n.to(tl.int64)[:, None, None] * (n_columns // 2) + at[None, :, :]
-            within = 2 * at < n_columns
-            pair = tl.load(codes + place, mask=(n < n_rows)[:, None, None] & within[None, :, :], other=0)
-            even = tl.load(x + 2 * at, mask=within, other=0.0).to(tl.float32)
-            odd = tl.load(x + 2 * at + 1, mask=within, other=0.0).to(tl.float32)
-            products = _integers(pair & 15) * even[None, :, :] + _integers(pair >> 4) * odd[None, :, :]
-            total = tl.sum(even + odd, axis=1)
+            inner = tl.arange(0, GROUP // 2)[None, :]
+            place = line + (group[:, None] * (GROUP // 2) + inner)[None, :, :]
+            pair = tl.load(codes + place, mask=there[:, :, None], other=0)
+            first = tl.load(x + group[:, None] * GROUP + inner, mask=known, other=0.0).to(tl.float32)
+            second = tl.load(x + group[:, None] * GROUP + GROUP // 2 + inner, mask=known, other=0.0).to(tl.float32)
+            products = _integers(pair & 15) * first[None, :, :] + _integers(pair >> 4) * second[None, :, :]
+            total = tl.sum(first + second, axis=1)
         else:
-            at = first[:, None] + tl.arange(0, GROUP)[None, :]
-            place = n.to(tl.int64)[:, None, None] * n_columns + at[None, :, :]
-            within = at < n_columns
-            code = tl.load(codes + place, mask=(n < n_rows)[:, None, None] & within[None, :, :], other=0)
-            number = tl.load(x + at, mask=within, other=0.0).to(tl.float32)
+            at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+            code = tl.load(codes + line + at[None, :, :], mask=there[:, :, None], other=0)
+            number = tl.load(x + at, mask=known, other=0.0).to(tl.float32)
             products = _decode(code, KIND, HARDWARE) * number[None, :, :]
             total = tl.sum(number, axis=1)
         partial = tl.sum(products, axis=2)  # [BLOCK_N, GROUPS]
@@ -141,7 +139,8 @@ def _few_rows(
     out,
     m_rows,
     n_rows,
-    n_columns,
+    n_groups,
+    row_bytes,
     offset,
     scale_stride,
     SCALE_ROWS: tl.constexpr,
@@ -158,33 +157,29 @@ def _few_rows(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     asked, there = (m < m_rows)[:, None], n < n_rows
-    line = x + m.to(tl.int64)[:, None] * n_columns
+    line = x + m.to(tl.int64)[:, None] * (n_groups * GROUP)
+    column = codes + n.to(tl.int64)[None, :] * row_bytes
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, n_columns, GROUP):
-        table = (n // SCALE_ROWS) * scale_stride + start // SCALE_COLUMNS
+    for group in range(0, n_groups):
+        table = (n // SCALE_ROWS) * scale_stride + group * GROUP // SCALE_COLUMNS
         scale = tl.load(scales + table, mask=there, other=0.0).to(tl.float32)
         zero = tl.zeros((BLOCK_N,), dtype=tl.float32) + offset
         if HAS_ZEROS:
             zero = tl.load(zeros + table, mask=there, other=0).to(tl.float32)
         if KIND == IS_INT4:
-            at = start // 2 + tl.arange(0, GROUP // 2)
-            within = 2 * at < n_columns
-            place = n.to(tl.int64)[None, :] * (n_columns // 2) + at[:, None]  # [GROUP / 2, BLOCK_N]
-            pair = tl.load(codes + place, mask=there[None, :] & within[:, None], other=0)
+            inner = tl.arange(0, GROUP // 2)
+            pair = tl.load(column + (group * (GROUP // 2) + inner)[:, None], mask=there[None, :], other=0)  # [GROUP / 2, BLOCK_N]
             low = (_integers(pair & 15) - zero[None, :]).to(FORMAT)
             high = (_integers(pair >> 4) - zero[None, :]).to(FORMAT)
-            even = tl.load(line + 2 * at[None, :], mask=asked & within[None, :], other=0.0).to(FORMAT)
-            odd = tl.load(line + 2 * at[None, :] + 1, mask=asked & within[None, :], other=0.0).to(FORMAT)
-            partial = tl.dot(odd, high, acc=tl.dot(even, low, input_precision="ieee"), input_precision="ieee")
+            first = tl.load(line + (group * GROUP + inner)[None, :], mask=asked, other=0.0).to(FORMAT)
+            second = tl.load(line + (group * GROUP + GROUP // 2 + inner)[None, :], mask=asked, other=0.0).to(FORMAT)
+            partial = tl.dot(second, high, acc=tl.dot(first, low, input_precision="ieee"), input_precision="ieee")
         else:
-            at = start + tl.arange(0, GROUP)
-            within = at < n_columns
-            place = n.to(tl.int64)[None, :] * n_columns + at[:, None]  # [GROUP, BLOCK_N]
-            code = tl.load(codes + place, mask=there[None, :] & within[:, None], other=0)
-            value = _decode(code, KIND, HARDWARE)
+            at = group * GROUP + tl.arange(0, GROUP)
+            value = _decode(tl.load(column + at[:, None], mask=there[None, :], other=0), KIND, HARDWARE)  # [GROUP, BLOCK_N]
             if KIND != IS_FP8:
                 value -= zero[None, :]
-            tile = tl.load(line + at[None, :], mask=asked & within[None, :], other=0.0).to(FORMAT)
+            tile = tl.load(line + at[None, :], mask=asked, other=0.0).to(FORMAT)
             partial = tl.dot(tile, value.to(FORMAT), input_precision="ieee")
         acc += partial * scale[None, :]
     if HAS_BIAS:
@@ -200,7 +195,8 @@ def _write_out(
     zeros,
     out,
     n_rows,
-    n_columns,
+    n_groups,
+    row_bytes,
     offset,
     scale_stride,
     SCALE_ROWS: tl.constexpr,
@@ -212,28 +208,28 @@ def _write_out(
     GROUP: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    start = tl.program_id(1) * GROUP
+    group = tl.program_id(1)
     there = n < n_rows
-    table = (n // SCALE_ROWS) * scale_stride + start // SCALE_COLUMNS
+    table = (n // SCALE_ROWS) * scale_stride + group * GROUP // SCALE_COLUMNS
     scale = tl.load(scales + table, mask=there, other=0.0).to(tl.float32)[:, None]
     zero = tl.zeros((BLOCK_N,), dtype=tl.float32) + offset
     if HAS_ZEROS:
         zero = tl.load(zeros + table, mask=there, other=0).to(tl.float32)
-    line = n.to(tl.int64)[:, None]
+    line = codes + n.to(tl.int64)[:, None] * row_bytes
+    to = out + n.to(tl.int64)[:, None] * (n_groups * GROUP) + group * GROUP
     if KIND == IS_INT4:
-        byte = start // 2 + tl.arange(0, GROUP // 2)
-        mask = there[:, None] & (2 * byte < n_columns)[None, :]
-        pair = tl.load(codes + line * (n_columns // 2) + byte[None, :], mask=mask, other=0)
-        value = tl.interleave(_integers(pair & 15), _integers(pair >> 4))  # [BLOCK_N, GROUP]
-        at = start + tl.arange(0, GROUP)
-        mask = there[:, None] & (at < n_columns)[None, :]
+        inner = tl.arange(0, GROUP // 2)[None, :]
+        pair = tl.load(line + group * (GROUP // 2) + inner, mask=there[:, None], other=0)
+        low = (_integers(pair & 15) - zero[:, None]) * scale
+        high = (_integers(pair >> 4) - zero[:, None]) * scale
+        tl.store(to + inner, low.to(out.dtype.element_ty), mask=there[:, None])
+        tl.store(to + GROUP // 2 + inner, high.to(out.dtype.element_ty), mask=there[:, None])
     else:
-        at = start + tl.arange(0, GROUP)
-        mask = there[:, None] & (at < n_columns)[None, :]
-        value = _decode(tl.load(codes + line * n_columns + at[None, :], mask=mask, other=0), KIND, HARDWARE)
-    if KIND != IS_FP8:
-        value -= zero[:, None]
-    tl.store(out + line * n_columns + at[None, :], (value * scale).to(out.dtype.element_ty), mask=mask)
+        inner = tl.arange(0, GROUP)[None, :]
+        value = _decode(tl.load(line + group * GROUP + inner, mask=there[:, None], other=0), KIND, HARDWARE)
+        if KIND != IS_FP8:
+            value -= zero[:, None]
+        tl.store(to + inner, (value * scale).to(out.dtype.element_ty), mask=there[:, None])
 
 
 def product(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None) -> Tensor:
@@ -261,7 +257,8 @@ def one_row(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None, tile: Tile)
         *_tensors(matrix, bias),
         out,
         n,
-        k,
+        k // group,
+        matrix.codes.shape[1],
         matrix.offset,
         matrix.scales.shape[1],
         **_constants(matrix),
@@ -276,7 +273,7 @@ def one_row(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None, tile: Tile)
 
 def few_rows(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     """`product` for x [M, K]."""
-    (m, _), (n, k) = x.shape, matrix.shape
+    (m, _), (n, k), group = x.shape, matrix.shape, matrix.group
     out = x.new_empty((m, n))
     block = 32 if n >= 8192 else 16
     tall = max(16, triton.next_power_of_2(m))  # all of x at once, so that codes are read once
@@ -286,7 +283,8 @@ def few_rows(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None) -> Tensor:
         out,
         m,
         n,
-        k,
+        k // group,
+        matrix.codes.shape[1],
         matrix.offset,
         matrix.scales.shape[1],
         **_constants(matrix),
@@ -294,7 +292,7 @@ def few_rows(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None) -> Tensor:
         FORMAT=_multiplied(x),
         BLOCK_M=tall,
         BLOCK_N=block,
-        GROUP=matrix.group,
+        GROUP=group,
         num_warps=4,
         num_stages=4,
     )
@@ -309,8 +307,19 @@ def dequantized(matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
     out = torch.empty((n, k), dtype=dtype, device=matrix.codes.device)
     codes, scales, zeros, _ = _tensors(matrix, None)
     constants = _constants(matrix)
-    _write_out[(triton.cdiv(n, 16), triton.cdiv(k, group))](
-        codes, scales, zeros, out, n, k, matrix.offset, matrix.scales.shape[1], **constants, BLOCK_N=16, GROUP=group
+    _write_out[(triton.cdiv(n, 16), k // group)](
+        codes,
+        scales,
+        zeros,
+        out,
+        n,
+        k // group,
+        matrix.codes.shape[1],
+        matrix.offset,
+        matrix.scales.shape[1],
+        **constants,
+        BLOCK_N=16,
+        GROUP=group,
     )
     return out if matrix.order is None else torch.empty_like(out).index_copy_(1, matrix.order, out)
 
