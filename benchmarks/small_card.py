@@ -20,15 +20,14 @@ from typing import Any
 
 import specontext  # noqa: F401  # isort: skip  # before torch: it says how torch's threads wait
 import torch
-from engine_runs import word_tokenizer
 from measure import clock, machine, versions
-from shapes import random_model
 from transformers import DynamicCache
 
 from specontext.cli.options import parse_size
 from specontext.config import QUANTIZATIONS, EngineConfig, SpeContextConfig
 from specontext.core import SamplingParams
 from specontext.engine.llm_engine import LLMEngine
+from specontext.evaluation.paper.shapes import random_model, word_tokenizer
 from specontext.models.attention import attention_of
 from specontext.models.loading import LoadedModel
 
@@ -104,7 +103,7 @@ def main() -> None:
     limit = parse_size(arguments.gpu_memory)
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
-    loaded = random_model(arguments.model, torch.bfloat16, device, arguments.quantization)
+    loaded = random_model(arguments.model, torch.bfloat16, device, quantization=arguments.quantization)
     loaded = replace(loaded, tokenizer=word_tokenizer(loaded.shape.vocab_size))
     report: dict[str, Any] = {"benchmark": "small_card", "date": date.today().isoformat(), "machine": machine(device)}
     report |= {"versions": versions(), **vars(arguments), "weight_bytes": loaded.weight_bytes}

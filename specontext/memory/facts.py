@@ -78,6 +78,12 @@ class ModelFacts:
         return weight_bytes(self.parameters, self.shape.dtype) if self.stored_bytes is None else self.stored_bytes
 
     @property
+    def step_bytes(self) -> int:
+        """Bytes of weights and head that a decode step reads: of tables of embeddings, of which it reads some rows, none."""
+        tables = self.lookup_parameters + self.head.lookup_parameters
+        return self.weight_bytes + self.head_bytes - weight_bytes(tables, self.shape.dtype)
+
+    @property
     def head_bytes(self) -> int:
         """Bytes of the retrieval head, which is loaded in the model's number format."""
         return weight_bytes(self.head.parameters, self.shape.dtype)

@@ -19,6 +19,7 @@ from specontext.kernels.tables import Copies, Pages, Parts
 from specontext.kernels.triton.slot_plan import piece_of
 
 PROGRAMS = (8, 32)  # with few requests layers hide what is loaded, and want the device; with many the bus is waited for
+WRITERS = 16
 TILE_BYTES = 16384
 WARPS = 4
 STAGES = 4  # of the pipeline: shared memory for three tiles
@@ -105,7 +106,7 @@ def append_pieces(pages: Pages, line: int, seats: Tensor, positions: Tensor, new
     row, block, rows = _tile(pages.rows, TILE_BYTES)
     padded = triton.next_power_of_2(places)
     pieces = max(1, rows // padded)
-    _append_pieces[(min(triton.cdiv(tokens * heads, pieces), PROGRAMS),)](
+    _append_pieces[(min(triton.cdiv(tokens * heads, pieces), WRITERS),)](
         pages.rows,
         table,
         seats.contiguous(),
