@@ -17,7 +17,7 @@ from specontext.errors import DeviceMemoryError, HostMemoryError, MemoryPlanErro
 from specontext.evaluation.paper import hugging_face
 from specontext.evaluation.paper.columns import Column, Scale
 from specontext.evaluation.paper.hugging_face import Theirs
-from specontext.evaluation.paper.loop import FULL, Way, free, looping, median_step, now
+from specontext.evaluation.paper.loop import FULL, Way, free, looping, mean_step, now
 from specontext.evaluation.paper.setup import Setup
 from specontext.evaluation.paper.shapes import DTYPES, TINY, random_model, word_tokenizer
 from specontext.memory.facts import NO_HEAD
@@ -51,7 +51,6 @@ class Bench(Setup):
             context = max(length, self.scale.budget + room)
             with looping(
                 self.loaded,
-                self.head,
                 way,
                 requests=requests,
                 context=context,
@@ -60,7 +59,7 @@ class Bench(Setup):
                 overlap=self.overlap,
                 room=room,
             ) as loop:
-                found[length] = median_step(loop, warm_up=self.scale.warm_up, steps=self.scale.steps), away
+                found[length] = mean_step(loop, warm_up=self.scale.warm_up, steps=self.scale.steps), away
         return found
 
     def ours(self, way: Way, column: Column, requests: int) -> Row:
