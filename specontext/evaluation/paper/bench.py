@@ -210,7 +210,6 @@ def open_bench(
     changes = TINY if scale.tiny else {}
     loaded = random_model(model, DTYPES[scale.dtype], device, **changes)
     loaded = replace(loaded, tokenizer=word_tokenizer(loaded.shape.vocab_size))
-    head = random_head(loaded.shape).to(device=device, dtype=loaded.shape.dtype).requires_grad_(False)
     if device.type == "cuda":
         keep_compiled()
         speed = machine_speed(device)
@@ -222,8 +221,8 @@ def open_bench(
             machine_speed(device), device=found.device, host=found.host, products=measure_products(device, torch.float32, size)
         )
         limit = scale.device_memory
-    facts = facts_of_loaded(loaded, head)
-    return Bench(loaded, head, facts, speed, scale, limit, host_memory or int(SHARE_OF_HOST * free_host_memory()), overlap)
+    facts = facts_of_loaded(loaded, random_head(loaded.shape))
+    return Bench(loaded, facts, speed, scale, limit, host_memory or int(SHARE_OF_HOST * free_host_memory()), overlap)
 
 
 def does_not_fit(bench: Bench, name: str, words: str, column: Column, requests: int | None, measure: Callable[[], Row]) -> Row:
