@@ -419,7 +419,7 @@ class Choice:
 class Request:
     """One output being made: its tokens, how many of them the model has seen, and its seat in the KV tables.
 
-    `computed <= len(token_ids)`: tokens catch up; a request whose prompt is computed decodes one token a step.
+    `computed <= len(token_ids) + unread`: tokens catch up; a request whose prompt is computed decodes one token a step.
 
     Attributes:
         choice: how its KV entries are chosen; None is the engine's own way.
@@ -434,6 +434,7 @@ class Request:
         history: what the sampler remembers of the tokens, for penalties.
         allowed: bool [V] on the device, the tokens that a grammar allows next; None allows all. Valid in one step.
         banned: sequences of tokens of which the last one may not follow the others.
+        unread: tokens behind `token_ids` that the device has chosen and the host does not know yet.
         waiting_since: `time.perf_counter()` when it came, or when it had to wait again.
         waited_for: why it had to wait, what holds it last.
         urgent: it has waited as long as users allow, so layers leave for it.
@@ -464,6 +465,7 @@ class Request:
     history: object = None
     allowed: Tensor | None = None
     banned: Sequence[Sequence[int]] = ()
+    unread: int = 0
     held: bool = False
     waiting_since: float = 0.0
     waited_for: list[str] = field(default_factory=list)

@@ -154,11 +154,6 @@ class Admission:
                     return
 
     @property
-    def settled(self) -> bool:
-        """Whether nobody will join as long as the same requests run: nobody waits, or the first who does was refused."""
-        return not self.waiting or (self._refused is not None and self._first_waiting is self._refused)
-
-    @property
     def _first_waiting(self) -> Request | None:
         return next((request for request in self.waiting if not request.held), None)
 

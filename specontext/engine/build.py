@@ -135,6 +135,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     )
     runtime, graphs = None, 0
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # of engines before this one: what is small would keep all of a block that was theirs
         features = head.config.feature_layers if head is not None and head.config.variant == "features" else ()
         runtime = measure_runtime(loaded, facts, run, feature_layers=features) + staged_bytes(facts, run)
         if not config.enforce_eager:
