@@ -122,7 +122,7 @@ def interleaved(systems: list[System], steps: int, device: torch.device) -> dict
 
 def retrieval_seconds(parts: Parts, batch: Batch, steps: int = 9) -> float:
     """Median seconds of choosing alone: the head, the scores of all keys, top-k; on a GPU as part of a captured graph."""
-    lane, device = LaneTokens.of(batch), parts.kv.device
+    lane, device = LaneTokens.part(batch, slice(0, batch.num_decodes), batch.span), parts.kv.device
     choose: Callable[[], Any] = torch.inference_mode()(lambda: parts.selector.select(lane))
     if device.type == "cuda":
         for _ in range(2):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,21 +15,34 @@ from specontext.retrieval.head import RetrievalHead
 MEMORY = 10**15  # bytes: pools are as large as what is asked for
 
 
+def middle_config(loaded: LoadedModel, method: SpeContextConfig, requests: int, context: int, **options: Any) -> EngineConfig:
+    """An engine for so many requests of this length, whose pools are as large as they need; `options` are other settings."""
+    settings: dict[str, Any] = {
+        "methods": (),
+        "max_num_seqs": requests,
+        "max_model_len": context + 16,
+        "gpu_memory": MEMORY,
+        "host_memory": MEMORY,
+        "enable_prefix_caching": False,
+    }
+    return EngineConfig(loaded.name, method=method, **settings | options)
+
+
 def parts_for(
     loaded: LoadedModel, head: RetrievalHead | None, method: SpeContextConfig, requests: int, context: int, device: torch.device
 ) -> Parts:
     """An engine's parts with every request's KV and head keys filled with random numbers."""
-    config = EngineConfig(
-        loaded.name,
-        method=method,
-        methods=(),
-        max_num_seqs=requests,
-        max_model_len=context + 16,
-        gpu_memory=MEMORY,
-        host_memory=MEMORY,
-        enable_prefix_caching=False,
-    )
-    parts = build_parts(config, loaded, head, device)
+    parts = build_parts(middle_config(loaded, method, requests, context), loaded, head, device)
+    fill_seats(parts, requests, context)
+    return parts
+
+
+def fill_seats(parts: Parts, requests: int, context: int) -> None:
+    """Give requests seats with random KV and head keys of so many tokens.
+
+    Raises:
+        torch.OutOfMemoryError: they do not fit.
+    """
     for seat in range(requests):
         if parts.kv.open(seat, context) is not None or not parts.methods.open(seat, context, None):
             raise torch.OutOfMemoryError(f"{requests} requests of {context} tokens")
@@ -35,9 +50,9 @@ def parts_for(
     if parts.kv.offloaded:  # else nothing there is read, and memory that is written is taken
         host = parts.kv.host
         fill(host.rows[: (host.pages.num_held + 1) * host.page_rows])
-    if head is not None and hasattr(parts.selector, "last_fused"):  # its keys lie in the arena
-        parts.selector.last_fused.normal_()
-    return parts
+    selector = getattr(parts.selector, "inner", parts.selector)  # of a replay
+    if hasattr(selector, "last_fused"):  # its keys lie in the arena
+        selector.last_fused.normal_()
 
 
 def fill(tensor: Tensor, block: int = 1 << 24) -> None:
