@@ -14,6 +14,7 @@ from specontext.retrieval.registry import CHEAP_METHODS, CHOICES, DEFAULT, FULL,
 GRANULARITIES = ("head", "union", "batch")
 LOAD_FORMATS = ("auto", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 DEFAULT_BUDGET = 2048
 T = TypeVar("T")
 
@@ -106,7 +107,13 @@ class EngineConfig:
     model: str | Path
     retrieval_head: str | Path | None = "auto"
     method: SpeContextConfig = field(default_factory=SpeContextConfig)
-    dtype: str = option("auto", "Number format of weights and KV: auto (the checkpoint's), float32, bfloat16 or float16.")
+    dtype: str = option(
+        "auto", "Number format of weights, and of KV by default: auto (the checkpoint's), float32, bfloat16 or float16."
+    )
+    kv_cache_dtype: str = option(
+        "auto",
+        "Number format of KV in both tiers: auto (that of dtype), or 8 bits with a scale for each key and value, fp8 or int8.",
+    )
     device: str = option("auto", "Where the model runs: auto, cpu, cuda or cuda:N.")
     methods: Sequence[str] | None = option(
         None,
@@ -159,6 +166,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"unknown dtype '{self.dtype}': choose one of {', '.join(DTYPES)}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(f"unknown kv_cache_dtype '{self.kv_cache_dtype}': choose one of {', '.join(KV_CACHE_DTYPES)}")
         if self.load_format not in LOAD_FORMATS:
             raise ConfigError(f"unknown load_format '{self.load_format}': choose one of {', '.join(LOAD_FORMATS)}")
         _require_int("tensor_parallel_size", self.tensor_parallel_size, 1)

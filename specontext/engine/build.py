@@ -21,6 +21,7 @@ from specontext.engine.profile import GRAPHS, measure_runtime
 from specontext.engine.residency import Residency
 from specontext.engine.statistics import Meter
 from specontext.errors import ConfigError, MemoryPlanError
+from specontext.kernels.quantised_rows import FORMATS
 from specontext.kv.cache import KVCache
 from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout
@@ -80,6 +81,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         HeadError: RoPE settings that do not fit the head.
         MemoryPlanError: memory that cannot hold them.
     """
+    loaded = replace(loaded, shape=replace(loaded.shape, kv_dtype=kv_format(config, loaded.shape, device)))
     shape = loaded.shape
     recommended = head.config.recommended_budget if head is not None else None
     method = config.method.resolve(recommended_budget=recommended, num_layers=shape.layers)
@@ -186,6 +188,24 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     residency = Residency(kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=chunk)
     prefix = PrefixCache(kv, methods, enabled=config.enable_prefix_caching)
     return Parts(method, methods, kv, prefix, meter, residency, plan, sizes, max_tokens, head)
+
+
+def kv_format(config: EngineConfig, shape: ModelShape, device: torch.device) -> torch.dtype | None:
+    """Number format of the codes of KV in 8 bits; None for the model's own.
+
+    Raises:
+        ConfigError: the model's heads, or the GPU, cannot have it.
+    """
+    codes = FORMATS.get(config.kv_cache_dtype)
+    if codes is not None and shape.head_dim % 2:
+        raise ConfigError(
+            f"kv_cache_dtype {config.kv_cache_dtype} needs heads of an even width, and these have {shape.head_dim}: set it to auto"
+        )
+    if codes == torch.float8_e4m3fn and device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < (8, 9):
+        raise ConfigError(
+            f"kv_cache_dtype fp8 needs a GPU of compute capability 8.9, and this one has {found[0]}.{found[1]}: set it to int8"
+        )
+    return codes
 
 
 def check_offload_dir(directory: Path) -> None:

@@ -40,6 +40,7 @@ class Chunks:
         batch, chunks = self._batch, slice(self._batch.num_decodes, None)
         new = NewTokens(batch.seats[chunks], batch.positions[chunks], batch.lengths[chunks], key[chunks], value[chunks])
         self._transfers.append_chunk(layer, new)
+        key, value = self._transfers.as_stored(key, value)
         for segment, read in zip(batch.prefills, self.reads, strict=True):
             part = slice(segment.offset, segment.offset + segment.length)
             output[part] = self._attend(layer, segment.seat, read, query[part], key[part], value[part], scale, staging)
@@ -67,5 +68,5 @@ class Chunks:
         else:
             assert staging is not None
             for start, stop, rows in staging.tiles(layer, read):
-                attention.add(rows.view(stop - start, *key.shape[1:2], 2, key.shape[2]))
+                attention.add(rows.view(stop - start, key.shape[1], *rows.shape[1:]))
         return attention.result()

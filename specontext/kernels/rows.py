@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.dispatch import operation, scratch
+from specontext.kernels.quantised_rows import row_of
 from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers, word_of
 
 CACHED_BYTES = 1 << 22  # that a CPU reads and then writes: they stay in its cache, and its threads have enough to share
@@ -22,9 +23,9 @@ def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows
     """target[target_rows] = source[source_rows]; entries with a negative source row are skipped.
 
     Args:
-        source: [N, 2, D].
+        source: [N, *row].
         source_rows, target_rows: int64, equal shapes. Target rows are distinct where they are not skipped.
-        target: [M, 2, D], the source's dtype, changed in place.
+        target: [M, *row], the source's dtype, changed in place.
     """
     wanted = source_rows >= 0
     _copy_rows(source, source_rows.masked_select(wanted), target, target_rows.masked_select(wanted))
@@ -105,8 +106,8 @@ def _numbers(
 
 @operation(decided_by="new.key")
 def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
-    """Write K and V of new tokens into the pages of one layer."""
-    _append(pages, layer, new.seats, new.positions, torch.stack((new.key, new.value), dim=2))
+    """Write K and V of new tokens into the pages of one layer, quantised where those are."""
+    _append(pages, layer, new.seats, new.positions, row_of(new.key, new.value, pages.rows))
 
 
 @operation(decided_by="new.key")
@@ -120,14 +121,14 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     Args:
         to_host: False writes the slots of an offloaded layer only: the host's rows follow for all layers at once.
     """
-    numbers = torch.stack((new.key, new.value), dim=2)
+    rows = row_of(new.key, new.value, tiers.host.rows)
     if bool(tiers.resident[layer]):
-        return _append(tiers.tokens, layer, new.seats, new.positions, numbers)
+        return _append(tiers.tokens, layer, new.seats, new.positions, rows)
     if to_host:
-        _append(tiers.host, layer, new.seats, new.positions, numbers)
+        _append(tiers.host, layer, new.seats, new.positions, rows)
     assert tiers.slots is not None
     slots = ring_slots(new.positions, new.lengths, tiers.slots.sink, tiers.slots.recent)
-    _append(tiers.slots, layer, new.seats, slots, numbers)
+    _append(tiers.slots, layer, new.seats, slots, rows)
 
 
 @operation(decided_by="new")
@@ -138,7 +139,7 @@ def append_pieces(pages: Pages, line: int, seats: Tensor, positions: Tensor, new
         pages: changed in place.
         line: of the page table.
         seats, positions: int64 [T], distinct; a negative position is padding.
-        new: [T, Hkv, count, 2, D], contiguous, in the pages' number format.
+        new: [T, Hkv, count, *row], contiguous, in the pages' number format.
         wanted: bool [count], places that are written; the others of a piece stay as they are.
     """
     token = (positions >= 0).nonzero().squeeze(1)
@@ -181,16 +182,16 @@ def fixed_slots(positions: Tensor, sink: int, recent: int) -> Tensor:
     return torch.where(positions < sink, positions, sink + positions % recent)
 
 
-def _append(pages: Pages, layer: int, seats: Tensor, entries: Tensor, numbers: Tensor) -> None:
-    """Write numbers [T, Hkv, 2, D] to entries [T], -1 for none. Heads of a token that are neighbours are written as one."""
+def _append(pages: Pages, layer: int, seats: Tensor, entries: Tensor, rows: Tensor) -> None:
+    """Write rows [T, Hkv, *row] to entries [T], -1 for none. Heads of a token that are neighbours are written as one."""
     chosen = (entries >= 0).nonzero().squeeze(1)
     if len(chosen) < len(entries):
-        seats, entries, numbers = seats[chosen], entries[chosen], numbers[chosen]
+        seats, entries, rows = seats[chosen], entries[chosen], rows[chosen]
     line, place = pages.layers.homes[layer]
     table, words = pages.table[line], pages.words
     page = table.view(-1).index_select(0, (seats * table.shape[1]).add_(entries // pages.size))
     piece = pages.pieces(page, entries)
-    new = numbers.to(pages.rows).flatten(2).view(words.dtype)  # [T, Hkv, words]
+    new = rows.to(pages.rows.device).flatten(2).view(words.dtype)  # [T, Hkv, words]
     if pages.layers.count == 1:
         words.view(-1, new.shape[1] * new.shape[2]).index_copy_(0, (piece // pages.heads).to(words.device), new.flatten(1))
     else:
