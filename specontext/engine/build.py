@@ -199,7 +199,7 @@ def kv_format(config: EngineConfig, shape: ModelShape, device: torch.device) -> 
     codes = FORMATS.get(config.kv_cache_dtype)
     if codes is not None and shape.head_dim % 2:
         raise ConfigError(
-            f"kv_cache_dtype {config.kv_cache_dtype} needs heads of an even width, and these have {shape.head_dim}: set it to auto"
+            f"kv_cache_dtype {config.kv_cache_dtype} needs heads of an even width, not of {shape.head_dim}: set it to auto"
         )
     if codes == torch.float8_e4m3fn and device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < (8, 9):
         raise ConfigError(

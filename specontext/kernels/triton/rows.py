@@ -12,22 +12,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specontext.kernels.quantised_rows import LEAST, is_quantised
 from specontext.kernels.tables import NewTokens, Pages, Tiers
-from specontext.kernels.triton.pieces import append_pieces, copy_pieces
+from specontext.kernels.triton.pieces import append_pieces, as_copied, copy_pieces, copy_rows, row_tile
 from specontext.kernels.triton.slot_plan import piece_of
 
 __all__ = ["append_keys", "append_layer", "append_pieces", "append_tokens", "copy_pieces", "gather_rows"]
 
 TILE_BYTES = 16384
+FP8, INT8 = tl.constexpr(1), tl.constexpr(2)  # what rows are made of; 0 for numbers
+LEAST_MAGNITUDE = tl.constexpr(LEAST)
+ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2^23: a small number that is added to it becomes an integer, ties to even
+ROUNDS_BITS = tl.constexpr(0x4B400000)
 
 
 def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: Tensor) -> None:
     """See `specontext.kernels.rows.gather_rows`. Moves a row in and out, and 16 bytes of row numbers for each."""
     count = source_rows.numel()
     if count:
-        width, block, rows = _tile(source, target)
-        _gather[(triton.cdiv(count, rows),)](
-            source, source_rows.contiguous(), target, target_rows.contiguous(), count, WIDTH=width, BLOCK=block, ROWS=rows
+        assert source.dtype == target.dtype and source.is_contiguous() and target.is_contiguous()
+        tile = row_tile(source, TILE_BYTES)
+        _gather[(triton.cdiv(count, tile.rows),)](
+            as_copied(source),
+            source_rows.contiguous(),
+            as_copied(target),
+            target_rows.contiguous(),
+            count,
+            WIDTH=tile.width,
+            BLOCK=tile.block,
+            REST=tile.rest,
+            ROWS=tile.rows,
         )
 
 
@@ -40,8 +54,10 @@ def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
     table, (_, place) = pages.table_of(layer), pages.layers.homes[layer]
     assert table.is_contiguous() and pages.rows.is_contiguous()
     block, rows = _append_tile(key)
+    pool, words, kind = _as_written(pages.rows)
     _append_to_pages[(triton.cdiv(tokens * heads, rows),)](
-        pages.rows,
+        pool,
+        words,
         table,
         new.seats.contiguous(),
         new.positions.contiguous(),
@@ -60,6 +76,7 @@ def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
         DIM=head_dim,
         BLOCK=block,
         ROWS=rows,
+        KIND=kind,
     )
 
 
@@ -74,9 +91,12 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     tables = [pages.table_of(layer) for pages in (host, device, slots)]
     assert all(x.is_contiguous() for x in (host.rows, device.rows, *tables))
     block, rows = _append_tile(key)
+    (pool, pool_words, kind), (arena, arena_words, _) = _as_written(host.rows), _as_written(device.rows)
     _append_to_tier[(triton.cdiv(tokens * heads, rows),)](
-        host.rows,
-        device.rows,
+        pool,
+        pool_words,
+        arena,
+        arena_words,
         *tables,
         tiers.resident[layer : layer + 1].view(torch.uint8),
         new.seats.contiguous(),
@@ -100,6 +120,7 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
         DIM=head_dim,
         BLOCK=block,
         ROWS=rows,
+        KIND=kind,
     )
 
 
@@ -135,38 +156,69 @@ def _append_tile(key: Tensor) -> tuple[int, int]:
     return block, max(1, min(128, TILE_BYTES // (2 * block * key.itemsize)))
 
 
-def _tile(source: Tensor, target: Tensor) -> tuple[int, int, int]:
-    """Numbers in a row, the block that holds them, and how many rows a program moves at once."""
-    assert source.dtype == target.dtype and source.is_contiguous() and target.is_contiguous()
-    width = source.shape[1] * source.shape[2]
-    block = triton.next_power_of_2(width)
-    return width, block, max(1, min(128, TILE_BYTES // (block * source.itemsize)))
-
-
-@triton.jit
-def _copy(source, source_row, target, target_row, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    column = tl.arange(0, BLOCK)[None, :]
-    mask = live[:, None] & (column < WIDTH)
-    numbers = tl.load(source + source_row[:, None] * WIDTH + column, mask=mask)
-    tl.store(target + target_row[:, None] * WIDTH + column, numbers, mask=mask)
+def _as_written(rows: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Rows, the same memory by 4 bytes, and what they are made of: 0, or codes that are written as integers."""
+    if not is_quantised(rows):
+        return rows, rows, 0
+    return rows.view(torch.int8), rows.view(torch.int32), INT8.value if rows.dtype == torch.int8 else FP8.value
 
 
 @triton.jit(do_not_specialize=["count"])  # one kernel, whatever there is to move
-def _gather(source, source_rows, target, target_rows, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _gather(
+    source, source_rows, target, target_rows, count,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     source_row = tl.load(source_rows + at, mask=at < count, other=-1).to(tl.int64)
     live = source_row >= 0
     target_row = tl.load(target_rows + at, mask=live, other=0).to(tl.int64)
-    _copy(source, source_row, target, target_row, live, WIDTH, BLOCK)
+    copy_rows(source, source_row, target, target_row, live, WIDTH, BLOCK, REST)
 
 
 @triton.jit
-def _write(pool, row, key, value, live, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _write(pool, words, row, key, value, scales, live, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)[None, :]
     mask = live[:, None] & (column < DIM)
-    first = pool + row[:, None] * (2 * DIM) + column
+    first = pool + row[:, None] * (2 * DIM + (4 if KIND else 0)) + column
     tl.store(first, key.to(pool.dtype.element_ty), mask=mask)
     tl.store(first + DIM, value.to(pool.dtype.element_ty), mask=mask)
+    if KIND:
+        tl.store(words + row * (DIM // 2 + 1) + DIM // 2, scales, mask=live)
+
+
+@triton.jit
+def _codes(numbers, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Codes int8 and scales, float32 as int32, of numbers [ROWS, BLOCK]: to the bit as `quantised_rows.quantise` makes them."""
+    numbers = tl.where(tl.arange(0, BLOCK)[None, :] < DIM, numbers.to(tl.float32), 0.0)
+    most = tl.maximum(tl.max(tl.abs(numbers), 1), LEAST_MAGNITUDE)
+    if KIND == INT8:
+        scale = ((most * (1 / 127)).to(tl.int32, bitcast=True) + 0xFFFF) & -65536
+        scaled = tl.div_rn(numbers, tl.broadcast_to(scale.to(tl.float32, bitcast=True)[:, None], numbers.shape))
+        scaled = tl.minimum(tl.maximum(scaled, -127.0), 127.0)
+        codes = (scaled + ROUNDS).to(tl.int32, bitcast=True) - ROUNDS_BITS
+    else:
+        scale = ((most.to(tl.int32, bitcast=True) + 0x1FFFFF) & 0x7F800000) - 0x4000000
+        inverse = (0x7F000000 - scale).to(tl.float32, bitcast=True)
+        scaled = numbers * inverse[:, None]
+        bits = scaled.to(tl.int32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        # A mantissa of three bits, ties to even, with another bias of the exponent; below 2^-6 multiples of 2^-9.
+        codes = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
+        small = (tl.abs(scaled) * 512.0 + ROUNDS).to(tl.int32, bitcast=True) - ROUNDS_BITS
+        codes = tl.where(magnitude < 0x3C800000, small, tl.where(magnitude <= 0x43E00000, codes, 0x7F))
+        codes |= (bits >> 24) & 0x80
+    return codes.to(tl.int8), scale
+
+
+@triton.jit
+def _rows(key, value, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """K and V as they are written, and both scales as the last word of a row, which numbers do not have."""
+    scales = 0
+    if KIND:
+        key, key_scale = _codes(key, KIND, DIM, BLOCK)
+        value, value_scale = _codes(value, KIND, DIM, BLOCK)
+        scales = value_scale | ((key_scale >> 16) & 0xFFFF)
+    return key, value, scales
 
 
 @triton.jit
@@ -178,9 +230,10 @@ def _read(new, token, head, token_stride, head_stride, live, DIM: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["count", "page_width", "place"])
 def _append_to_pages(
-    pool, pages, seats, positions, key, value,
+    pool, words, pages, seats, positions, key, value,
     count, page_width, key_token, key_head, value_token, value_head, place,
     PAGE: tl.constexpr, PLACES: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = at // HEADS, at % HEADS
@@ -189,16 +242,18 @@ def _append_to_pages(
     seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
     new_key = _read(key, token, head, key_token, key_head, live, DIM, BLOCK)
     new_value = _read(value, token, head, value_token, value_head, live, DIM, BLOCK)
+    new_key, new_value, scales = _rows(new_key, new_value, KIND, DIM, BLOCK)
     row = piece_of(pages + seat * page_width, position, head, live, PAGE, HEADS) * PLACES + place
-    _write(pool, row, new_key, new_value, live, DIM, BLOCK)
+    _write(pool, words, row, new_key, new_value, scales, live, KIND, DIM, BLOCK)
 
 
 @triton.jit(do_not_specialize=["count", "host_width", "token_width", "slot_width", "sink", "recent", "place"])
 def _append_to_tier(
-    host, arena, host_pages, token_pages, slot_pages, resident, seats, positions, lengths, key, value,
+    host, host_words, arena, arena_words, host_pages, token_pages, slot_pages, resident, seats, positions, lengths, key, value,
     count, host_width, token_width, slot_width, key_token, key_head, value_token, value_head, sink, recent, place,
     PAGE: tl.constexpr, PLACES: tl.constexpr, TO_HOST: tl.constexpr,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = at // HEADS, at % HEADS
@@ -207,18 +262,19 @@ def _append_to_tier(
     seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
     new_key = _read(key, token, head, key_token, key_head, live, DIM, BLOCK)
     new_value = _read(value, token, head, value_token, value_head, live, DIM, BLOCK)
+    new_key, new_value, scales = _rows(new_key, new_value, KIND, DIM, BLOCK)
     if tl.load(resident) != 0:
         row = piece_of(token_pages + seat * token_width, position, head, live, PAGE, HEADS)
-        _write(arena, row, new_key, new_value, live, DIM, BLOCK)
+        _write(arena, arena_words, row, new_key, new_value, scales, live, KIND, DIM, BLOCK)
     else:
         if TO_HOST:
             row = piece_of(host_pages + seat * host_width, position, head, live, PAGE, HEADS) * PLACES + place
-            _write(host, row, new_key, new_value, live, DIM, BLOCK)
+            _write(host, host_words, row, new_key, new_value, scales, live, KIND, DIM, BLOCK)
         length = tl.load(lengths + token, mask=live, other=0).to(tl.int64)
         kept = live & ((position < sink) | (position >= length - recent))
         slot = tl.where(position < sink, position, sink + position % recent)
         row = piece_of(slot_pages + seat * slot_width, slot, head, kept, PAGE, HEADS)
-        _write(arena, row, new_key, new_value, kept, DIM, BLOCK)
+        _write(arena, arena_words, row, new_key, new_value, scales, kept, KIND, DIM, BLOCK)
 
 
 @triton.jit
