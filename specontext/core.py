@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from specontext.errors import RequestError
+from specontext.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and only annotations here need it
     import torch
@@ -94,6 +94,11 @@ class ModelShape:
             dtype=dtype,
             limited_by=limited_by,
         )
+
+    def check_kv_format(self, name: str) -> None:
+        """Raises ConfigError where rows of these heads cannot be codes with scales."""
+        if self.head_dim % 2:
+            raise ConfigError(f"kv_cache_dtype {name} needs heads of an even width, not of {self.head_dim}: set it to auto")
 
     @property
     def longest(self) -> str:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specontext.cli.options import parse_bandwidth, parse_size
-from specontext.cli.planned import as_object, find_facts, make_plan
+from specontext.cli.planned import as_object, find_facts, make_plan, with_kv_format
 from specontext.cli.terminal import UsageError, human_bytes
-from specontext.config import DTYPES
+from specontext.config import DTYPES, KV_CACHE_DTYPES
 
 if TYPE_CHECKING:
     from specontext.memory.speed import Bandwidths
@@ -49,6 +49,9 @@ def plan(
         int | None, typer.Option("--max-model-len", help="Longest context in tokens. Default: the model's own maximum.")
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Number format: auto, float32, bfloat16 or float16.")] = "auto",
+    kv_cache_dtype: Annotated[
+        str, typer.Option("--kv-cache-dtype", help="Number format of KV: auto (that of the model), fp8 or int8.")
+    ] = "auto",
     retrieval_head: Annotated[
         str | None,
         typer.Option(
@@ -105,11 +108,15 @@ def plan(
     device_bytes = _memory("--gpu-memory", gpu_memory)
     host_bytes = None if host_memory is None else _memory("--host-memory", host_memory)
     _check(requests=requests, max_num_batched_tokens=max_num_batched_tokens, overlap=overlap, mode=mode, dtype=dtype)
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise UsageError(f"unknown kv_cache_dtype '{kv_cache_dtype}': choose one of {', '.join(KV_CACHE_DTYPES)}")
     only_measured = {"--slots": slots, "--runtime": runtime, "--graphs": graphs}
     if mode == "paper":
         named = [name for name, value in only_measured.items() if value is not None]
-        if named or dtype == "float32":
-            what = named[0] if named else "--dtype float32"
+        named += ["--dtype float32"] if dtype == "float32" else []
+        named += [f"--kv-cache-dtype {kv_cache_dtype}"] if kv_cache_dtype != "auto" else []
+        if named:
+            what = named[0]
             raise UsageError(f"{what} has no meaning in mode paper, whose formulas fix it: leave it out or take --mode measured")
     if plot is not None:
         from specontext.cli.plan_plot import check_plot
@@ -118,7 +125,7 @@ def plan(
     speed = _speed(bandwidth, host_bandwidth)
     if max_model_len is not None and max_model_len < 1:
         raise UsageError(f"--max-model-len must be at least 1, got {max_model_len}")
-    facts = find_facts(model, dtype, retrieval_head)
+    facts = with_kv_format(find_facts(model, dtype, retrieval_head), kv_cache_dtype)
     planned = make_plan(
         facts,
         mode=mode,

@@ -91,6 +91,17 @@ def find_facts(name: str, dtype: str, retrieval_head: str | None) -> ModelFacts:
     return replace(facts_of_config(name, config, dtype=format_, head=head), weights_note=weights_note(source))
 
 
+def with_kv_format(facts: ModelFacts, kv_cache_dtype: str) -> ModelFacts:
+    """The same model with its KV in another number format."""
+    from specontext.memory.presets import KV_FORMATS
+
+    if kv_cache_dtype == "auto":
+        return facts
+    facts.shape.check_kv_format(kv_cache_dtype)
+    kv_dtype = KV_FORMATS[kv_cache_dtype]
+    return replace(facts, shape=replace(facts.shape, kv_dtype=kv_dtype))  # type: ignore[arg-type]  # a plan asks for its size only
+
+
 def _dtype(name: str) -> torch.dtype:
     import torch
 
@@ -235,6 +246,7 @@ def as_object(planned: Planned) -> dict[str, Any]:
             "max_model_len": plan.max_model_len,
             "max_num_batched_tokens": run.max_batched_tokens,
             "dtype": str(facts.shape.dtype).removeprefix("torch."),
+            "kv_cache_dtype": "auto" if facts.shape.kv_dtype is None else str(facts.shape.kv_dtype).removeprefix("torch."),
             "runtime": planned.runtime_source,
             "graphs": planned.graphs,
             "bandwidth": None if speed is None else speed.device,

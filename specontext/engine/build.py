@@ -197,10 +197,8 @@ def kv_format(config: EngineConfig, shape: ModelShape, device: torch.device) -> 
         ConfigError: the model's heads, or the GPU, cannot have it.
     """
     codes = FORMATS.get(config.kv_cache_dtype)
-    if codes is not None and shape.head_dim % 2:
-        raise ConfigError(
-            f"kv_cache_dtype {config.kv_cache_dtype} needs heads of an even width, not of {shape.head_dim}: set it to auto"
-        )
+    if codes is not None:
+        shape.check_kv_format(config.kv_cache_dtype)
     if codes == torch.float8_e4m3fn and device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < (8, 9):
         raise ConfigError(
             f"kv_cache_dtype fp8 needs a GPU of compute capability 8.9, and this one has {found[0]}.{found[1]}: set it to int8"

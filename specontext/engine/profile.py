@@ -7,7 +7,7 @@ from torch import Tensor
 
 from specontext.engine.decode import GPU_TILE, LEAST_TILE
 from specontext.kernels.dense_attention import causal_attention
-from specontext.memory.model import HISTORY, SAMPLER, RunSettings
+from specontext.memory.model import HISTORY, SAMPLER, RunSettings, dequantised_bytes
 from specontext.models.attention import listening
 from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
@@ -47,5 +47,6 @@ def measure_runtime(loaded: LoadedModel, run: RunSettings, *, feature_layers: tu
         torch.cuda.empty_cache()
     streamed = max(GPU_TILE, LEAST_TILE * run.requests)  # tokens of a tile, of all requests together
     tiles = 2 * min(streamed, run.requests * run.max_tokens) * shape.kv_heads * shape.row_bytes
+    tiles += dequantised_bytes(shape, min(streamed, run.requests * run.max_tokens), tokens)
     sampling = (8 + HISTORY) * run.requests * shape.vocab_size + min(SAMPLER, 24 * run.requests * shape.vocab_size)
     return peak + tiles + sampling

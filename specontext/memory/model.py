@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from specontext.core import ModelShape
 from specontext.memory.facts import ModelFacts
 from specontext.memory.layer_blocks import LayerBlocks, one_by_one
 
@@ -292,7 +293,14 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
     logits = run.requests * shape.vocab_size * (size + 4 + HISTORY)
     sampler = min(SAMPLER, 24 * run.requests * shape.vocab_size)
     steps = min(run.max_batched_tokens, run.requests * run.max_tokens)
+    tiles += dequantised_bytes(shape, min(PREFILL_TILE, run.max_tokens), steps)
     return steps * token + tiles + staged_bytes(facts, run) + logits + sampler + LIBRARIES
+
+
+def dequantised_bytes(shape: ModelShape, tile: int, steps: int) -> int:
+    """Bytes of numbers beside KV in 8 bits: a tile of stored tokens, and three float32 copies of the new ones of a step."""
+    numbers = 2 * shape.kv_heads * shape.head_dim  # of a token in one layer
+    return 0 if shape.kv_dtype is None else numbers * (tile * shape.dtype.itemsize + 3 * 4 * steps)
 
 
 def staged_bytes(facts: ModelFacts, run: RunSettings) -> int:
