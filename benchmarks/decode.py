@@ -43,14 +43,16 @@ from step_parts import seconds_by_part
 from torch import Tensor
 from transformers import DynamicCache
 
-from specontext.config import EngineConfig, SpeContextConfig
+from specontext.config import KV_CACHE_DTYPES, EngineConfig, SpeContextConfig
 from specontext.core import Batch
 from specontext.distill.new_head import HeadShape, new_head
 from specontext.engine.build import Parts, build_parts
 from specontext.engine.runner import ModelRunner
+from specontext.kernels.quantised_rows import head_dim_of, is_quantised, quantise
 from specontext.models.attention import ATTENTION_NAME
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import RetrievalHead
+from specontext.retrieval.methods.speculative import KeyCache
 from specontext.retrieval.selector import Budget, LaneTokens
 
 SHORT_CONTEXT = 64
@@ -83,11 +85,23 @@ def decode_batch(requests: int, context: int, device: torch.device) -> Batch:
 
 
 def parts_for(
-    loaded: LoadedModel, head: RetrievalHead | None, method: SpeContextConfig, requests: int, context: int, device: torch.device
+    loaded: LoadedModel,
+    head: RetrievalHead | None,
+    method: SpeContextConfig,
+    requests: int,
+    context: int,
+    device: torch.device,
+    kv_cache_dtype: str = "auto",
 ) -> Parts:
     """An engine's parts with every request's KV and head keys filled with random numbers."""
     config = EngineConfig(
-        loaded.name, method=method, max_num_seqs=requests, max_model_len=context + 16, gpu_memory=10**15, host_memory=10**15
+        loaded.name,
+        method=method,
+        kv_cache_dtype=kv_cache_dtype,
+        max_num_seqs=requests,
+        max_model_len=context + 16,
+        gpu_memory=10**15,
+        host_memory=10**15,
     )
     parts = build_parts(config, loaded, head, device)
     for seat in range(requests):
@@ -97,13 +111,22 @@ def parts_for(
         fill(parts.kv.host.rows)
     if head is not None:  # its keys lie in the arena
         parts.selector.last_fused.normal_()  # type: ignore[attr-defined]
+        if is_quantised(parts.kv.arena.rows):  # bytes of other rows need not be numbers
+            cache: KeyCache = parts.selector.cache  # type: ignore[attr-defined]
+            for pages in cache.held:
+                cache.keys[pages] = torch.randn((len(pages), *cache.keys.shape[1:]), device=device).to(cache.keys)
     return parts
 
 
 def fill(tensor: Tensor, block: int = 1 << 24) -> None:
-    """Random numbers, the same block again and again."""
-    flat = tensor.view(-1)
-    some = torch.randn(min(block, max(1, flat.numel())), dtype=torch.float32).to(flat)
+    """Random numbers, the same block again and again; where rows are in 8 bits, quantised ones."""
+    if is_quantised(tensor):
+        row = tensor.shape[1]
+        numbers = torch.randn(min(block // row, max(1, len(tensor))), 2, head_dim_of(tensor))
+        flat, some = tensor.view(torch.int8).view(-1), quantise(numbers, tensor.dtype).view(torch.int8).view(-1).to(tensor.device)
+    else:
+        flat = tensor.view(-1)
+        some = torch.randn(min(block, max(1, flat.numel())), dtype=torch.float32).to(flat)
     for start in range(0, flat.numel(), len(some)):
         flat[start : start + len(some)] = some[: flat.numel() - start]
 
@@ -187,7 +210,7 @@ def floor_bytes(loaded: LoadedModel, parts: Parts, requests: int, context: int, 
     keys = requests * context * head.config.key_count * head.config.head_dim * shape.dtype.itemsize
     rows = requests * shape.layers * shape.kv_heads * parts.method.budget
     missing = rows * (1 - overlap)
-    return int(weights + keys + (rows + 2 * missing) * shape.row_bytes)
+    return int(weights + keys + (rows + 2 * missing) * parts.kv.layout.layers[0].row_bytes)
 
 
 def main() -> None:
@@ -195,6 +218,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", default="qwen3-0.6b")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
+    parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of our systems; not of hf")
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--slots", type=int, help="device slots of a KV head; default: the budget and a quarter")
@@ -213,14 +237,14 @@ def main() -> None:
     if arguments.profile and device.type != "cpu":
         parser.error("--profile times calls on the host: only a CPU's calls return when their work is done")
     loaded = random_model(arguments.model, DTYPES[arguments.dtype], device)
-    requests, context, budget = arguments.requests, arguments.context, arguments.budget
+    requests, context, budget, kind = arguments.requests, arguments.context, arguments.budget, arguments.kv_cache_dtype
     slots = arguments.slots or budget + budget // 4
 
     def speculative(offload: int, tokens: int) -> Parts:
         head = new_head(HeadShape(), loaded.shape, trained_length=context, source="benchmark", seed=0)
         head = head.to(device=device, dtype=loaded.shape.dtype).requires_grad_(False)
         return parts_for(
-            loaded, head, SpeContextConfig(budget=budget, slots=slots, offload_layers=offload), requests, tokens, device
+            loaded, head, SpeContextConfig(budget=budget, slots=slots, offload_layers=offload), requests, tokens, device, kind
         )
 
     def replayed(parts: Parts, tokens: int) -> Parts:
@@ -234,7 +258,7 @@ def main() -> None:
     if "hf" in wanted:
         systems.append(hugging_face(loaded, requests, context, device))
     if "full" in wanted:
-        full = parts_for(loaded, None, SpeContextConfig(method="full", offload_layers=0), requests, context, device)
+        full = parts_for(loaded, None, SpeContextConfig(method="full", offload_layers=0), requests, context, device, kind)
         systems.append(ours("full", loaded, full, requests, context, device))
     if "resident" in wanted:
         systems.append(ours("resident", loaded, replayed(speculative(0, context), context), requests, context, device))
@@ -243,7 +267,7 @@ def main() -> None:
         offloaded.kv.transfers.programs = arguments.programs
         systems.append(ours("offloaded", loaded, replayed(offloaded, context), requests, context, device))
     if "full_4k" in wanted:
-        full = parts_for(loaded, None, SpeContextConfig(method="full", offload_layers=0), requests, 4096, device)
+        full = parts_for(loaded, None, SpeContextConfig(method="full", offload_layers=0), requests, 4096, device, kind)
         systems.append(ours("full_4k", loaded, full, requests, 4096, device))
     if "short" in wanted:
         systems.append(ours("short", loaded, speculative(-1, SHORT_CONTEXT), requests, SHORT_CONTEXT, device))
@@ -279,6 +303,7 @@ def make_report(
         "versions": versions(),
         "model": arguments.model,
         "dtype": arguments.dtype,
+        "kv_cache_dtype": arguments.kv_cache_dtype,
         "device": arguments.device,
         "context": arguments.context,
         "budget": arguments.budget,

@@ -6,7 +6,8 @@ A row of a pool is [2, D] numbers in the model's format; or 2 * D + 4 bytes, and
 
 The scales are in the row, because another random read costs as much as the row. A number is its code times the scale. Scales of
 float8_e4m3 are powers of two: its precision is the same anywhere in its range, and so numbers are exact in every format that has
-their range, whoever multiplies. Those of int8 are the greatest magnitude over 127, rounded up to bfloat16.
+their range, whoever multiplies. Those of int8 are the greatest magnitude over 127, rounded up to bfloat16. Of a key or value that
+is not finite the scale is no number, and so is all that is read.
 """
 
 from __future__ import annotations
@@ -51,7 +52,12 @@ def dequantise(rows: Tensor, out: Tensor) -> Tensor:
     """K and V of rows [..., 2 * D + 4], written to [..., 2, D]; or K alone, to [..., 1, D]."""
     parts, head_dim = out.shape[-2:]
     scales = rows[..., rows.shape[-1] - SCALES :].view(torch.bfloat16)[..., :parts]
-    return out.copy_(rows[..., : parts * head_dim].unflatten(-1, (parts, head_dim))).mul_(scales[..., None])
+    codes = rows[..., : parts * head_dim].unflatten(-1, (parts, head_dim))
+    if codes.dtype == torch.float8_e4m3fn and codes.device.type == "cpu":
+        # Eight times as fast as its conversion: as float16 the same bits are the number over 256.
+        bits = codes.view(torch.int8).to(torch.int16)
+        codes, scales = ((bits & 0x7F) << 7 | (bits & -0x8000)).view(torch.float16), scales.float() * 256
+    return out.copy_(codes).mul_(scales[..., None])
 
 
 def keys_of(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -71,8 +77,9 @@ def as_stored(key: Tensor, value: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]
 
 def _scales(most: Tensor, codes: torch.dtype) -> Tensor:
     """Scales, float32 and exact in bfloat16, of numbers of at most these magnitudes float32."""
-    most = most.clamp(min=LEAST)
+    finite, most = most.isfinite(), most.clamp(min=LEAST)
     if codes == torch.int8:
-        return ((most * (1 / 127)).view(torch.int32) + 0xFFFF).bitwise_and_(-0x10000).view(torch.float32)
-    # The greatest code, 448, is 1.75 * 2^8: above 1.75 the next power of two has to serve.
-    return ((most.view(torch.int32) + 0x1FFFFF).bitwise_and_(0x7F800000) - (8 << 23)).view(torch.float32)
+        bits = ((most * (1 / 127)).view(torch.int32) + 0xFFFF) & -0x10000
+    else:  # the greatest code, 448, is 1.75 * 2^8: above 1.75 the next power of two has to serve
+        bits = ((most.view(torch.int32) + 0x1FFFFF) & 0x7F800000) - (8 << 23)
+    return bits.view(torch.float32).masked_fill_(~finite, torch.nan)

@@ -1,7 +1,7 @@
 """KV in 8 bits: tokens depend on the format, and on nothing else that they must not depend on.
 
-A float32 sum that is rounded otherwise, because a step has other tokens, may turn a code into its neighbour; so where steps differ
-results are compared nearly, and where rows only move to the bit.
+A float32 sum that is rounded otherwise, because a step has other tokens, may turn a code into its neighbour; where steps differ
+results are therefore compared nearly, and where rows only move to the bit.
 """
 
 from __future__ import annotations

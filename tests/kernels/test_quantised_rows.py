@@ -75,13 +75,20 @@ def test_rows_of_zeros_and_of_extremes(codes: torch.dtype) -> None:
     torch.testing.assert_close(read[1:4, :, 0], numbers[1:4, :, 0], rtol=0.07, atol=0)
 
 
-def test_what_is_no_number_stays_none() -> None:
+@both
+@codes_of_all
+def test_what_is_no_number_stays_none(codes: torch.dtype, kind: str) -> None:
     """A broken model must not seem whole."""
-    numbers = torch.ones(2, 2, 4)
-    numbers[0, 0, 1], numbers[1, 1, 2] = math.nan, math.inf
-    for codes in CODES:
-        read = dequantise(quantise(numbers, codes), torch.empty(numbers.shape))
-        assert not torch.isfinite(read[0, 0]).all() and not torch.isfinite(read[1, 1]).all()
+    numbers = torch.ones(3, 1, 2, 4, device=DEVICE)
+    numbers[0, 0, 0, 1], numbers[1, 0, 1, 2], numbers[2, 0, 0, 0] = math.nan, math.inf, -math.inf
+    tiers = tiers_of(codes, 4, 1, 4, resident=True)
+    seats, positions = torch.zeros(3, dtype=torch.int64, device=DEVICE), torch.arange(3, device=DEVICE)
+    new = NewTokens(seats, positions, positions + 1, *numbers.unbind(2))
+    function_of("append_layer", kind)(tiers, 1, new)
+    rows = tiers.tokens.rows_of(1, seats[:1], positions[None, None])[0, 0]
+    read = dequantise(tiers.tokens.rows[rows], torch.empty(3, 2, 4, device=DEVICE))
+    broken = torch.tensor([[True, False], [False, True], [True, False]], device=DEVICE)
+    assert read[broken].isnan().all() and ((read[~broken] - 1).abs() < 0.01).all()
 
 
 @codes_of_all

@@ -188,9 +188,11 @@ def _write(pool, words, row, key, value, scales, live, KIND: tl.constexpr, DIM: 
 
 @triton.jit
 def _codes(numbers, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Codes int8 and scales, float32 as int32, of numbers [ROWS, BLOCK]: to the bit as `quantised_rows.quantise` makes them."""
+    """Codes int8 and scales, float32 as int32, of numbers [ROWS, BLOCK]: as `quantised_rows.quantise` makes them, to the bit."""
     numbers = tl.where(tl.arange(0, BLOCK)[None, :] < DIM, numbers.to(tl.float32), 0.0)
-    most = tl.maximum(tl.max(tl.abs(numbers), 1), LEAST_MAGNITUDE)
+    most = tl.max(numbers.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # as an integer: what is no number is greater than all
+    finite = most < 0x7F800000
+    most = tl.maximum(tl.where(finite, most, 0).to(tl.float32, bitcast=True), LEAST_MAGNITUDE)
     if KIND == INT8:
         scale = ((most * (1 / 127)).to(tl.int32, bitcast=True) + 0xFFFF) & -65536
         scaled = tl.div_rn(numbers, tl.broadcast_to(scale.to(tl.float32, bitcast=True)[:, None], numbers.shape))
@@ -205,9 +207,8 @@ def _codes(numbers, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
         # A mantissa of three bits, ties to even, with another bias of the exponent; below 2^-6 multiples of 2^-9.
         codes = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
         small = (tl.abs(scaled) * 512.0 + ROUNDS).to(tl.int32, bitcast=True) - ROUNDS_BITS
-        codes = tl.where(magnitude < 0x3C800000, small, tl.where(magnitude <= 0x43E00000, codes, 0x7F))
-        codes |= (bits >> 24) & 0x80
-    return codes.to(tl.int8), scale
+        codes = tl.where(magnitude < 0x3C800000, small, codes) | ((bits >> 24) & 0x80)
+    return codes.to(tl.int8), tl.where(finite, scale, 0x7FC00000)
 
 
 @triton.jit
