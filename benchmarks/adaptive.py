@@ -142,7 +142,7 @@ class Engine:
         self.parts = parts = with_own_method(parts, self.replay)
         features = parts.head.config.feature_layers if parts.head is not None else ()
         self.runner = ModelRunner(loaded, parts, feature_layers=features, measure_recall=False)
-        self.scheduler = Scheduler(parts, seats=case.requests, max_batched_tokens=max(1024, case.requests))
+        self.scheduler = Scheduler(parts, seats=case.requests)
         self.last = self._last_length()
         self.requests = [self._request(number) for number in range(case.requests)]
         self._fill_pools()

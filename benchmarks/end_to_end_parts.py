@@ -169,7 +169,7 @@ def serving(setup: Setup, sizes: Sizes, wanted: Collection[str]) -> Report:
         if not several:
             return report
         with setup.engine(system, seats=several + 1, longest=longest) as driver:
-            driver.engine.runner.warm_up()
+            driver.engine.warm_up()
             driver.seconds([setup.prompt(setup.chunk + NEW_QUESTION)])
             before = prompt_alone(setup, sizes, driver) if "mixed" in wanted else 0.0
             decoding = driver.start(fresh_prompts(setup, several, sizes.context), OUTPUT)
@@ -294,7 +294,7 @@ def first_steps(setup: Setup, sizes: Sizes) -> Report:
     def measured(system: str) -> Report:
         kinds: dict[str, list[float]] = defaultdict(list)
         with setup.engine(system, seats=max(sizes.sizes) + 1, longest=longest) as driver:
-            driver.engine.runner.warm_up()
+            driver.engine.warm_up()
             for requests in sizes.sizes:
                 added = driver.add(fresh_prompts(setup, requests, sizes.crossing), output)
                 left = 2 * sizes.steps

@@ -7,7 +7,7 @@ from kernel_case import PAGE_SIZE, Case
 from kernel_checks import ROUNDED, Operation, calls_of, exact_attention, relative_error, require, row_numbers
 from torch import Tensor
 
-from specontext.kernels.dense_attention import ChunkAttention
+from specontext.kernels.dense_attention import chunk_attention
 from specontext.kernels.paged_attention import paged_attention, tile_buffer, tokens_of_pages
 from specontext.kernels.sparse_attention import sparse_attention
 
@@ -68,7 +68,7 @@ def prefill(case: Case) -> list[Operation]:
     buffer = tile_buffer(_by_page(case), tile)
 
     def call(i: int) -> Tensor:
-        attention = ChunkAttention(query[i], new[0, i], new[1, i], case.scale)
+        attention = chunk_attention(query[i], new[0, i], new[1, i], case.scale)
         for start in range(0, past, tile):
             end, pages = min(start + tile, past), case.context_pages[i, 0]
             attention.add(tokens_of_pages(_by_page(case), pages, start, end, buffer=buffer))

@@ -16,6 +16,8 @@ LOAD_FORMATS = ("auto", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 DEFAULT_BUDGET = 2048
+STEP_TOKENS = {"cuda": 8192, "cpu": 1024}  # chunks of prompts that use a device well; larger ones gain nothing
+MIXED_TOKENS = 1024  # some 30 ms of an 8B model on an H100, for which requests that decode wait
 T = TypeVar("T")
 
 
@@ -97,6 +99,19 @@ class SpeContextConfig:
 
 
 @dataclass(frozen=True)
+class StepTokens:
+    """The most tokens of a step.
+
+    Attributes:
+        alone: where only prompts are computed.
+        mixed: where requests decode, too.
+    """
+
+    alone: int
+    mixed: int
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """How the engine runs a model.
 
@@ -124,7 +139,14 @@ class EngineConfig:
         None, "Longest context, prompt and output together, in tokens. Default: the model's own maximum."
     )
     max_num_seqs: int = option(16, "Requests that run at the same time.")
-    max_num_batched_tokens: int = option(1024, "Tokens of one engine step; longer prompts are prefilled in chunks.")
+    max_num_batched_tokens: int | None = option(
+        None, "Tokens of one engine step; longer prompts are prefilled in chunks. Default: 8192 on a GPU, 1024 on a CPU."
+    )
+    max_num_mixed_tokens: int | None = option(
+        None,
+        "Tokens of a step in which requests decode: their next tokens wait for the chunk of a prompt that is computed in it. At "
+        "most max_num_batched_tokens. Default: 1024.",
+    )
     gpu_memory: int | None = option(
         None,
         "Bytes of GPU memory that the engine may use, weights and buffers included; on a CPU, bytes of the device tier of KV. "
@@ -176,7 +198,7 @@ class EngineConfig:
                 f"tensor_parallel_size {self.tensor_parallel_size} cannot be honoured: an engine runs on one GPU. Leave it out, "
                 "offload layers to host memory, or run a replica on each GPU (specontext deploy --replicas)"
             )
-        for name in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
+        for name in ("max_num_seqs", "page_size"):
             _require_int(name, getattr(self, name), 1)
         if self.methods is not None:
             if not isinstance(self.methods, Sequence) or isinstance(self.methods, str):
@@ -184,7 +206,7 @@ class EngineConfig:
             if unknown := [name for name in self.methods if name not in CHOICES]:
                 raise ConfigError(f"unknown method '{unknown[0]}' in methods: choose among {', '.join(CHOICES)}")
             object.__setattr__(self, "methods", tuple(self.methods))
-        for name in ("max_model_len", "gpu_memory", "host_memory"):
+        for name in ("max_model_len", "max_num_batched_tokens", "max_num_mixed_tokens", "gpu_memory", "host_memory"):
             if getattr(self, name) is not None:
                 _require_int(name, getattr(self, name), 1)
         share = self.gpu_memory_utilization
@@ -198,6 +220,11 @@ class EngineConfig:
             number = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf
             if value is not None and (not number or value == 0):
                 raise ConfigError(f"{name} must be a number {words}, got {value!r}")
+
+    def step_tokens(self, device_type: str) -> StepTokens:
+        """How many tokens steps have on a kind of device."""
+        most = self.max_num_batched_tokens or STEP_TOKENS[device_type]
+        return StepTokens(most, min(self.max_num_mixed_tokens or MIXED_TOKENS, most))
 
     @property
     def all_methods(self) -> tuple[str, ...]:

@@ -523,7 +523,7 @@ class Batch:
         prefills: chunks of prompts, after the decode tokens.
         last_tokens: int64 [requests], packed index of every request's last token.
         span: no decoding request has more tokens in context. The host knows it, so nothing has to ask the device.
-        lanes: the decode tokens by how their requests choose; empty where all choose in the engine's own way.
+        lanes: the decode tokens by how their requests choose; where none are given, all choose in the engine's own way.
     """
 
     token_ids: Tensor
@@ -546,9 +546,10 @@ class Batch:
         for segment in self.prefills:
             assert segment.offset == expected and segment.length > 0
             expected += segment.length
-        if self.lanes:
-            assert [lane.start for lane in self.lanes] == [0, *(lane.stop for lane in self.lanes[:-1])]
-            assert self.lanes[-1].stop == self.num_decodes
+        if self.num_decodes and not self.lanes:
+            object.__setattr__(self, "lanes", (Lane(None, 0, self.num_decodes, self.span),))
+        assert [lane.start for lane in self.lanes] == [0, *(lane.stop for lane in self.lanes)][: len(self.lanes)]
+        assert not self.num_decodes or self.lanes[-1].stop == self.num_decodes
 
 
 @dataclass(frozen=True)

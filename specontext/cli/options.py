@@ -20,6 +20,7 @@ ENGINE_OPTIONS = (
     "device",
     "max_model_len",
     "max_num_batched_tokens",
+    "max_num_mixed_tokens",
     "gpu_memory",
     "gpu_memory_utilization",
     "host_memory",

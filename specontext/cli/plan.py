@@ -11,7 +11,7 @@ import typer
 from specontext.cli.options import parse_bandwidth, parse_size
 from specontext.cli.planned import as_object, find_facts, make_plan, with_kv_format
 from specontext.cli.terminal import UsageError, human_bytes
-from specontext.config import DTYPES, KV_CACHE_DTYPES
+from specontext.config import DTYPES, KV_CACHE_DTYPES, STEP_TOKENS
 
 if TYPE_CHECKING:
     from specontext.memory.speed import Bandwidths
@@ -71,7 +71,7 @@ def plan(
     ] = None,
     max_num_batched_tokens: Annotated[
         int, typer.Option("--max-num-batched-tokens", help="Tokens of one engine step, for the estimate of run-time buffers.")
-    ] = 1024,
+    ] = STEP_TOKENS["cuda"],
     bandwidth: Annotated[
         str | None,
         typer.Option(

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specontext.config import EngineConfig, SpeContextConfig
+from specontext.config import EngineConfig, SpeContextConfig, StepTokens
 from specontext.core import ModelShape
+from specontext.engine.graphs import graph_bytes, span_buckets
 from specontext.engine.methods import Methods
 from specontext.engine.prefix import PrefixCache, block_state
-from specontext.engine.profile import GRAPHS, measure_runtime
+from specontext.engine.profile import measure_runtime
 from specontext.engine.residency import Residency
 from specontext.engine.statistics import Meter
 from specontext.errors import ConfigError, MemoryPlanError
@@ -53,6 +54,7 @@ class Parts:
         prefix: what requests know of each other's prompts.
         plan: bytes of everything.
         max_tokens: longest context of one request.
+        step_tokens: of one step.
         head: the retrieval head, for the methods that have one.
     """
 
@@ -65,6 +67,7 @@ class Parts:
     plan: MemoryModel
     sizes: TierSizes
     max_tokens: int
+    step_tokens: StepTokens
     head: RetrievalHead | None = None
 
     @property
@@ -110,6 +113,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     kinds = [selector_class(name) for name in names]
     tables = shape.layers if any(issubclass(kind, LayerSelector) for kind in kinds) else 1
     groups = max(token_sets(name, context) for name in names)
+    tokens = config.step_tokens(device.type)
     run = RunSettings(
         config.max_num_seqs,
         max_tokens,
@@ -119,15 +123,23 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         recent=method.recent,
         granularity=method.granularity,
         page_size=config.page_size,
-        max_batched_tokens=config.max_num_batched_tokens,
+        max_batched_tokens=tokens.alone,
         sets=groups,
         selections=tables,
     )
     runtime, graphs = None, 0
     if device.type == "cuda":
         features = head.config.feature_layers if head is not None and head.config.variant == "features" else ()
-        runtime = measure_runtime(loaded, run, feature_layers=features) + staged_bytes(facts, run)
-        graphs = 0 if config.enforce_eager else GRAPHS
+        runtime = measure_runtime(loaded, facts, run, feature_layers=features) + staged_bytes(facts, run)
+        if not config.enforce_eager:
+            spans = len(span_buckets(method.budget, max_tokens)) if selector_class(names[0]).by_span else 1
+            graphs = graph_bytes(
+                config.max_num_seqs,
+                spans,
+                layers=shape.layers,
+                vocab_size=shape.vocab_size,
+                itemsize=shape.dtype.itemsize,
+            )
     plan = measured_model(
         facts,
         run,
@@ -187,7 +199,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     chunk = max(1, facts.weight_bytes // share)
     residency = Residency(kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=chunk)
     prefix = PrefixCache(kv, methods, enabled=config.enable_prefix_caching)
-    return Parts(method, methods, kv, prefix, meter, residency, plan, sizes, max_tokens, head)
+    return Parts(method, methods, kv, prefix, meter, residency, plan, sizes, max_tokens, tokens, head)
 
 
 def kv_format(config: EngineConfig, shape: ModelShape, device: torch.device) -> torch.dtype | None:

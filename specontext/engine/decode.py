@@ -20,17 +20,16 @@ from specontext.kernels.paged_attention import paged_attention
 from specontext.kernels.sparse_attention import merge_partials, sparse_attention
 from specontext.kernels.tables import NewTokens
 from specontext.kv.cache import KVCache
-from specontext.kv.dense import DenseRead, Staging
 from specontext.kv.layout import PlacedSelection, Reader
+from specontext.kv.staging import DenseRead, Staging
 from specontext.kv.streams import STATISTICS, Mark
+from specontext.memory.model import DECODE_TILE, LEAST_TILE, STAGED, prompt_tile
 from specontext.retrieval.selector import AheadSelector, ForeseeingSelector, LaneTokens, LayerSelector, Selector
 
 # Shows the decode tokens of some lanes of a batch, with full attention, to the methods that have to know it beforehand.
 LookAhead = Callable[[Batch, Sequence["RunningLane"]], None]
 
 TILE = 1024  # tokens of one tile on a CPU
-GPU_TILE = 16384  # a GPU is idle with small ones
-LEAST_TILE = 256  # tokens of one request in a tile that many requests share
 
 
 @dataclass(eq=False)
@@ -81,10 +80,9 @@ class Step:
     ) -> None:
         self.batch, self.kv, self.transfers, self.methods, self.meter = batch, kv, kv.transfers, methods, meter
         self.measure_recall, self.observer, self.look_ahead = measure_recall, observer, look_ahead
-        self.tile = GPU_TILE if self.transfers.asynchronous else TILE
-        lanes = batch.lanes or ((Lane(None, 0, batch.num_decodes, batch.span),) if batch.num_decodes else ())
-        self.lanes = [self._lane(lane) for lane in lanes]
-        self.chunks = Chunks(batch, self.transfers, methods, self.tile) if batch.prefills else None
+        self.tile = DECODE_TILE if self.transfers.asynchronous else TILE
+        self.lanes = [self._lane(lane) for lane in batch.lanes]
+        self.chunks = Chunks(batch, self.transfers, methods, self._prompt_tile) if batch.prefills else None
         self.staging: Staging | None = None
         self._counted: Mark = None
         # Choosing is timed where nothing runs beside it, or where measuring waits in any case.
@@ -111,6 +109,11 @@ class Step:
             read,
         )
 
+    @property
+    def _prompt_tile(self) -> int:
+        """Stored tokens that a chunk reads at once."""
+        return prompt_tile(self.kv.layout.layers[0].entry_bytes) if self.transfers.asynchronous else TILE
+
     def begin(self) -> None:
         """Select before the forward pass, where the method does, and start the loads of all offloaded layers."""
         if self.look_ahead is not None:
@@ -127,7 +130,7 @@ class Step:
             self.chunks.reads if self.chunks is not None else []
         )
         if reads and self.transfers.asynchronous:
-            self.staging = Staging(self.transfers, reads)
+            self.staging = Staging(self.transfers, reads, STAGED)
 
     def _foresee(self, look_ahead: LookAhead) -> None:
         lanes = [lane for lane in self.lanes if isinstance(lane.selector, ForeseeingSelector)]
@@ -228,10 +231,10 @@ class Step:
         place = torch.arange(len(own), device=own.device).view(*key.shape[:2], 1)
         parts = [sparse_attention(query, own, place, scale)]
         assert self.staging is not None and lane.read is not None
-        for start, stop, buffer in self.staging.tiles(layer, lane.read):
-            rows = torch.arange(len(buffer), device=buffer.device).view(len(key), -1, key.shape[1]).transpose(1, 2)  # [R, Hkv, T]
-            absent = start + torch.arange(stop - start, device=buffer.device) >= lane.decode.positions[:, None]
-            parts.append(sparse_attention(query, buffer, rows.masked_fill(absent[:, None], -1), scale))
+        for tile in self.staging.tiles(layer, lane.read):
+            absent = torch.arange(tile.start, tile.stop, device=key.device) >= lane.decode.positions[:, None]
+            rows = tile.rows().masked_fill(absent[:, None], -1)  # [R, Hkv, T]
+            parts.append(sparse_attention(query, tile.buffer, rows, scale))
         outputs, lses = zip(*parts, strict=True)
         return merge_partials(torch.stack(outputs), torch.stack(lses))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,11 +13,11 @@ from specontext.errors import DeviceError, NamedRequestsError, RequestFailedErro
 NOBODYS = (DeviceError, torch.AcceleratorError)  # the device has failed, whatever request it was busy with
 
 
+@dataclass(eq=False)
 class Failures:
     """Errors of one step by the ids of the requests that they belong to."""
 
-    def __init__(self) -> None:
-        self.found: dict[str, Exception] = {}
+    found: dict[str, Exception] = field(default_factory=dict)
 
     def add(self, error: Exception, *request_ids: str) -> None:
         self.found |= dict.fromkeys(request_ids, error)

@@ -2,16 +2,18 @@
 
 A captured step reads and writes the engine's own tables, so it stays valid while requests come and go, grow, and layers move
 between the tiers. What differs is the number of requests, the span of positions that compete, and the way in which the requests
-choose: one graph for each of these, captured when it is first needed or to warm up; for choices that requests name, once they
-have recurred. Requests are padded to the next size by rows with negative positions, which every kernel passes over.
+choose: one graph for each of these. Those of the engine's own way are all captured to warm up; those of choices that requests
+name, once they have recurred. Requests are padded to the next size by rows with negative positions, which every kernel passes
+over. All graphs write their logits to one place, and share the memory in which they compute.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ LEAST_SPAN = 4096
 DecodeStep = Callable[[Batch], Tensor]
 RECURS = 4  # eager steps of requests that choose in a way of their own, before one is captured: it costs about as much
 NAMED = 16  # graphs that are kept for such choices, of which clients may name any number
+GRAPH_LAYER = 256 << 10  # bytes of a graph for each layer of the model; its nodes lie outside of PyTorch's allocator
 PARTS = 5  # token ids, positions, seats, lengths, seeds
 
 
@@ -54,35 +57,36 @@ class DecodeGraphs:
 
     Args:
         seats: number of seats; the row of that number belongs to none.
-        max_tokens: longest context.
     """
 
-    def __init__(self, *, seats: int, max_tokens: int, device: torch.device) -> None:
-        self._seats, self._max_tokens, self._device = seats, max_tokens, device
+    def __init__(self, *, seats: int, device: torch.device) -> None:
+        self._seats, self._device = seats, device
         self._captured: dict[_Kind, _Captured] = {}  # the one that ran last at the end
         self._met: Counter[_Kind] = Counter()
-        self._pool = torch.cuda.graph_pool_handle()
+        self._warm: set[bool] = set()  # whether steps of one request, and of several, have run: they are compiled apart
+        self._logits: Tensor | None = None
+        self._pool: Any = None
 
-    def warm_up(self, step: DecodeStep) -> None:
-        """Capture a step of every size, for short contexts."""
-        for size in sorted({requests_bucket(requests, self._seats) for requests in range(1, self._seats + 1)}):
-            self._of(_Kind(None, size, span_bucket(1, self._max_tokens)), step)
+    def warm_up(self, spans: Sequence[int], step: DecodeStep) -> None:
+        """Capture steps of the engine's own way, of all sizes and spans. The largest come first: what follows finds room in the
+        memory that they have computed in."""
+        for span in sorted(spans, reverse=True):
+            for size in reversed(sizes(self._seats)):
+                self._of(_Kind(None, size, span), step)
 
-    def _kind(self, batch: Batch) -> _Kind:
-        choice = batch.lanes[0].choice if batch.lanes else None
-        size, span = requests_bucket(batch.num_decodes, self._seats), span_bucket(batch.span, self._max_tokens)
-        return _Kind(choice, size, span)
+    def _kind(self, lane: Lane, span: int) -> _Kind:
+        return _Kind(lane.choice, requests_bucket(lane.stop - lane.start, self._seats), span)
 
-    def takes(self, batch: Batch) -> bool:
-        """Whether a batch of decode tokens that choose alike runs as a graph; ways that requests name do after some steps."""
-        kind = self._kind(batch)
+    def takes(self, lane: Lane, span: int) -> bool:
+        """Whether decode tokens that choose alike run as a graph of this span; ways that requests name do after some steps."""
+        kind = self._kind(lane, span)
         return kind.choice is None or kind in self._captured or self._met[kind] >= RECURS
 
-    def meet(self, batch: Batch) -> None:
-        """Count an eager step of a batch that `takes` did not take."""
+    def meet(self, lane: Lane, span: int) -> None:
+        """Count an eager step of decode tokens that `takes` did not take."""
         if len(self._met) > 64 * NAMED:  # whoever names ever new budgets is not worth remembering
             self._met.clear()
-        self._met[self._kind(batch)] += 1
+        self._met[self._kind(lane, span)] += 1
 
     def _of(self, kind: _Kind, step: DecodeStep) -> _Captured:
         captured = self._captured.pop(kind, None)
@@ -95,9 +99,11 @@ class DecodeGraphs:
         self._captured[kind] = captured
         return captured
 
-    def run(self, batch: Batch, step: DecodeStep) -> Tensor:
-        """Logits [R, V] of a batch of decode tokens that choose alike; valid until the next run."""
-        kind = self._kind(batch)
+    def run(self, batch: Batch, span: int, step: DecodeStep) -> Tensor:
+        """Logits [R, V] of a batch of decode tokens that choose alike, none in a longer context; valid until the next run."""
+        [lane] = batch.lanes
+        assert lane.span <= span
+        kind = self._kind(lane, span)
         captured = self._of(kind, step)
         columns = (batch.token_ids, batch.positions, batch.seats, batch.lengths, batch.seeds)
         if batch.num_decodes == kind.size:
@@ -110,6 +116,7 @@ class DecodeGraphs:
     def close(self) -> None:
         """Give the graphs' memory back."""
         self._captured.clear()
+        self._logits = None
         self._met.clear()
 
     def _capture(self, kind: _Kind, step: DecodeStep) -> _Captured:
@@ -118,6 +125,7 @@ class DecodeGraphs:
         numbers = padding.clone()
         batch = decode_batch(numbers, kind.span, kind.choice)
         graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         # Other threads may pin memory or copy meanwhile: only this thread's calls are checked.
         capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
         # Libraries keep a workspace for every stream that they have seen. So all steps warm up on the one stream on which all are
@@ -126,14 +134,18 @@ class DecodeGraphs:
         assert side is not None
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2 if kind.choice is None else 1):  # ways that requests name have run before
-                step(batch)
+            for _ in range(1 if (kind.size == 1) in self._warm else 2):  # the first step of its kind compiles
+                logits = step(batch)
+        self._warm.add(kind.size == 1)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize(self._device)
+        if self._logits is None:
+            self._logits = logits.new_empty((max(sizes(self._seats)), logits.shape[1]))
+        del logits
         with capture:
-            logits = step(batch)
+            self._logits[: kind.size].copy_(step(batch))
         logger.debug("captured a decode step of %d requests and %d positions", kind.size, kind.span)
-        return _Captured(graph, numbers, padding, batch, logits)
+        return _Captured(graph, numbers, padding, batch, self._logits)
 
 
 def decode_batch(numbers: Tensor, span: int, choice: Choice | None = None) -> Batch:
@@ -141,8 +153,7 @@ def decode_batch(numbers: Tensor, span: int, choice: Choice | None = None) -> Ba
     token_ids, positions, seats, lengths, seeds = numbers.unbind()
     count = numbers.shape[1]
     last = torch.arange(count, device=numbers.device)
-    lanes = () if choice is None else (Lane(choice, 0, count, span),)
-    return Batch(token_ids, positions, seats, lengths, seeds, count, (), last, span, lanes)
+    return Batch(token_ids, positions, seats, lengths, seeds, count, (), last, span, (Lane(choice, 0, count, span),))
 
 
 def _padding(size: int, seats: int, device: torch.device) -> Tensor:
@@ -154,11 +165,28 @@ def _padding(size: int, seats: int, device: torch.device) -> Tensor:
 
 
 def requests_bucket(requests: int, seats: int) -> int:
-    """Sizes of captured steps: 1, 2, 4, 8, then multiples of 8, and the number of seats."""
-    size = 1 << (requests - 1).bit_length() if requests <= 8 else -(-requests // 8) * 8
+    """Sizes of captured steps: powers of two up to 8, then in steps of half of the power of two below, at least 8, up to the
+    number of seats."""
+    if requests <= 8:
+        size = 1 << (requests - 1).bit_length()
+    else:
+        step = max(8, 1 << (requests - 1).bit_length() - 2)
+        size = -(-requests // step) * step
     return min(size, max(seats, requests))
 
 
-def span_bucket(span: int, max_tokens: int) -> int:
-    """Spans of captured steps: powers of two from `LEAST_SPAN` on, and the longest context."""
-    return min(max(LEAST_SPAN, 1 << (span - 1).bit_length()), max_tokens)
+def sizes(seats: int) -> list[int]:
+    """All sizes of captured steps, ascending."""
+    return sorted({requests_bucket(requests, seats) for requests in range(1, seats + 1)})
+
+
+def span_buckets(budget: int, max_tokens: int) -> list[int]:
+    """Spans of captured steps, ascending: the budget, within which nothing competes; powers of two; the longest context."""
+    least = max(LEAST_SPAN, budget + 1)
+    powers = [1 << power for power in range(max_tokens.bit_length()) if least <= 1 << power < max_tokens]
+    return sorted({min(budget, max_tokens), *powers, max_tokens})
+
+
+def graph_bytes(seats: int, spans: int, *, layers: int, vocab_size: int, itemsize: int) -> int:
+    """Bytes of all graphs that may be there at a time, besides those in which they compute: their nodes, and the logits."""
+    return (len(sizes(seats)) * spans + NAMED) * layers * GRAPH_LAYER + max(sizes(seats)) * vocab_size * itemsize

@@ -54,6 +54,7 @@ class LLM:
             EngineConfig(name, retrieval_head, method, dtype=dtype, device=device, **options),  # type: ignore[arg-type]
             loaded,
         )
+        self.engine.warm_up()
         self._ids = itertools.count()
 
     @property
@@ -84,7 +85,9 @@ class LLM:
         self.engine.close()
         try:
             self.engine = LLMEngine(settings, loaded)
+            self.engine.warm_up()
         except BaseException as error:
+            self.engine.close()
             traceback.clear_frames(error.__traceback__)  # they hold what was made of the new engine
             self.engine = LLMEngine(before, loaded)
             self.engine.seeds = seeds

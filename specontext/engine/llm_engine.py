@@ -20,6 +20,7 @@ from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.failures import Failures
 from specontext.engine.output_statistics import OutputStatistics
 from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
+from specontext.engine.rehearsal import rehearse
 from specontext.engine.restrictions import banned_sequences
 from specontext.engine.runner import ModelRunner, working_device
 from specontext.engine.sampler import next_tokens
@@ -27,6 +28,7 @@ from specontext.engine.scheduler import Schedule, Scheduler
 from specontext.errors import ConfigError, DeviceError, DeviceMemoryError, EngineClosedError, RequestError
 from specontext.grammars.compiler import GrammarCompiler
 from specontext.kv.host_memory import settle
+from specontext.models.compiled import keep_compiled
 from specontext.models.loading import LoadedModel, load_model
 from specontext.models.token_ids import unknown_token
 from specontext.retrieval.catalog import find_head
@@ -83,6 +85,8 @@ class LLMEngine:
     def __init__(self, config: EngineConfig, loaded: LoadedModel | None = None) -> None:
         self.config = config
         self.device = loaded.model.device if loaded is not None else pick_device(config.device)
+        if self.device.type == "cuda":
+            keep_compiled()
         self.loaded = loaded or load_model(
             config.model,
             dtype=config.dtype,
@@ -113,7 +117,7 @@ class LLMEngine:
             graphs=not config.enforce_eager,
             compiled=config.compile,
         )
-        self.scheduler = Scheduler(self.parts, seats=config.max_num_seqs, max_batched_tokens=config.max_num_batched_tokens)
+        self.scheduler = Scheduler(self.parts, seats=config.max_num_seqs)
         self.tokenizer = self.loaded.tokenizer
         vocab_size, ends = self.loaded.shape.vocab_size, self.loaded.end_token_ids
         self.grammars = GrammarCompiler(self.tokenizer, vocab_size=vocab_size, end_token_ids=ends)
@@ -121,6 +125,18 @@ class LLMEngine:
         self._masks = Masks(self.device, vocab_size)
         self._generations: dict[str, Generation] = {}
         self.seeds = random.Random(config.seed)
+
+    def warm_up(self) -> None:
+        """Compile, capture and load now whatever requests can need on a GPU, before the first one comes; nothing is to be done on
+        a CPU.
+
+        Raises:
+            DeviceMemoryError: the device is out of memory.
+            DeviceError: it has failed.
+        """
+        self.runner.warm_up()
+        if self.runner.captures:
+            rehearse(self)
 
     def add_request(
         self,
@@ -278,11 +294,10 @@ class LLMEngine:
 
     def _carry_out(self, schedule: Schedule, meanwhile: Callable[[], None] | None) -> list[Generation]:
         failures = Failures()
-        captured = self.runner.captures and self.runner.captured(schedule.batch)
+        captured = self.runner.captured_rows(schedule.batch) if self.runner.captures else ()
         logits = self._run(schedule, failures)
-        if captured:
-            for request in schedule.requests:
-                request.captured_steps += 1
+        for row in captured:
+            schedule.requests[row].captured_steps += 1
         ready = [(row, r) for row, r in self.scheduler.advance(schedule) if r.request_id not in failures.found]
         self.scheduler.prepare()
         if constrained := [r for _, r in ready if r.params.structured_outputs is not None]:

@@ -141,9 +141,9 @@ class Methods:
             selector.restore(seat, tokens, part)
 
     def watcher(self, seat: int) -> PromptWatcher | None:
-        """The method of a seat, where it wants to see the queries of its prompt."""
-        selector = self._states[seat][-1]
-        return selector if isinstance(selector, PromptWatcher) else None
+        """The method of a seat, where it wants to see the queries of its prompt; padding has none."""
+        states = self._states.get(seat)
+        return states[-1] if states is not None and isinstance(states[-1], PromptWatcher) else None
 
     @property
     def held_pages(self) -> list[list[int]]:

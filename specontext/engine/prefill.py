@@ -1,23 +1,51 @@
-"""The prompt chunks of a step: they attend densely to what is stored, tile by tile, and causally to themselves."""
+"""The prompt chunks of a step: they attend densely to what is stored, in long tiles, and causally to themselves."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from specontext.core import Batch
+from specontext.core import Batch, Segment
 from specontext.engine.methods import Methods
 from specontext.engine.true_attention import keys_up_to
-from specontext.kernels.dense_attention import ChunkAttention, causal_attention
+from specontext.kernels.dense_attention import causal_attention, chunk_attention
+from specontext.kernels.gpu_chunk import QUERIES, packed_attention, serves
 from specontext.kernels.tables import NewTokens
-from specontext.kv.dense import DenseRead, Staging, stored_tiles
+from specontext.kv.dense import stored_tiles
+from specontext.kv.staging import DenseRead, Staging
 from specontext.kv.transfers import Transfers
+
+
+@dataclass(frozen=True, eq=False)
+class _Together:
+    """Chunks that are next to each other in a batch and attend in one call: short ones that begin their prompts.
+
+    Attributes:
+        bounds: int32 [N + 1] on the device, where each begins, and where the last one ends.
+        longest: tokens of the longest.
+    """
+
+    segments: tuple[Segment, ...]
+    bounds: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment], device: torch.device) -> _Together:
+        lengths = [segment.length for segment in segments]
+        bounds = [sum(lengths[:count]) for count in range(len(lengths) + 1)]
+        return cls(tuple(segments), torch.tensor(bounds, dtype=torch.int32).to(device), max(lengths))
 
 
 class Chunks:
     """Attention of the chunks of one batch.
+
+    Args:
+        tile: stored tokens that are read at once.
 
     Attributes:
         reads: what each of them reads of earlier tokens in every layer, in the order in which `attend` does.
@@ -27,6 +55,10 @@ class Chunks:
         self._batch, self._transfers, self._methods = batch, transfers, methods
         device = batch.seats.device
         self.reads = [DenseRead(torch.full((1,), segment.seat, device=device), segment.start, tile) for segment in batch.prefills]
+        alone = [not _short_beginning(segment) for segment in batch.prefills]
+        runs = groupby(zip(batch.prefills, alone, strict=True), key=lambda pair: pair[1])
+        kept = [[segment for segment, _ in members] for by_itself, members in runs if not by_itself]
+        self._together = {run[0].offset: _Together.of(run, device) for run in kept if len(run) > 1}
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor, staging: Staging | None
@@ -41,32 +73,48 @@ class Chunks:
         new = NewTokens(batch.seats[chunks], batch.positions[chunks], batch.lengths[chunks], key[chunks], value[chunks])
         self._transfers.append_chunk(layer, new)
         key, value = self._transfers.as_stored(key, value)
+        done = 0
         for segment, read in zip(batch.prefills, self.reads, strict=True):
             part = slice(segment.offset, segment.offset + segment.length)
-            output[part] = self._attend(layer, segment.seat, read, query[part], key[part], value[part], scale, staging)
+            if segment.offset >= done:
+                done = self._write(layer, segment, read, query, key, value, scale, output, staging)
             if (watcher := self._methods.watcher(segment.seat)) is not None:
                 keys = partial(keys_up_to, self._transfers, layer, segment, key[part])
                 watcher.observe_chunk(layer, segment, query[part], scale, keys)
 
-    def _attend(
+    def _write(
         self,
         layer: int,
-        seat: int,
+        segment: Segment,
         read: DenseRead,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         scale: float,
+        output: Tensor,
         staging: Staging | None,
-    ) -> Tensor:
-        if not read.stop:
-            return causal_attention(query, key, value, scale)
-        attention = ChunkAttention(query, key, value, scale)
-        if self._transfers.in_reach(layer):
-            for tile in stored_tiles(self._transfers, layer, seat, read.stop, read.tile):
-                attention.add(tile)
+    ) -> int:
+        """Attention of a chunk, and of those that go with it; the place in the batch up to which it is there."""
+        together = self._together.get(segment.offset) if serves(query) else None
+        last = together.segments[-1] if together is not None else segment
+        part = slice(segment.offset, last.offset + last.length)
+        numbers = query[part], key[part], value[part]
+        if together is not None:
+            output[part] = packed_attention(*numbers, together.bounds, together.longest, scale)
+        elif not read.stop:
+            output[part] = causal_attention(*numbers, scale)
         else:
-            assert staging is not None
-            for start, stop, rows in staging.tiles(layer, read):
-                attention.add(rows.view(stop - start, key.shape[1], *rows.shape[1:]))
-        return attention.result()
+            attention = chunk_attention(*numbers, scale)
+            if self._transfers.in_reach(layer):
+                for tile in stored_tiles(self._transfers, layer, segment.seat, read.stop, read.tile):
+                    attention.add(tile)
+            else:
+                assert staging is not None
+                for staged in staging.tiles(layer, read):
+                    attention.add(staged.tokens[0])
+            output[part] = attention.result()
+        return part.stop
+
+
+def _short_beginning(segment: Segment) -> bool:
+    return not segment.start and segment.length < QUERIES

@@ -175,6 +175,11 @@ class PrefixCache:
         self._growing.clear()
         self.kv.host.pages.free(self.tree.give_up(self.tree.num_spare))
 
+    def forget(self) -> None:
+        """Drop all that is kept, and count anew."""
+        self.reset()
+        self.queries = self.hits = 0
+
     def check_integrity(self, running: Iterable[Request]) -> None:
         """Raises AssertionError when blocks contradict each other or the requests that they are kept from."""
         self.tree.check_integrity()

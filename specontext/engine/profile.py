@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.engine.decode import GPU_TILE, LEAST_TILE
 from specontext.kernels.dense_attention import causal_attention
-from specontext.memory.model import HISTORY, SAMPLER, RunSettings, dequantised_bytes
+from specontext.memory.facts import ModelFacts
+from specontext.memory.model import HISTORY, SAMPLER, RunSettings, buffer_bytes
 from specontext.models.attention import listening
 from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
-
-GRAPHS = 256 << 20  # bytes set aside for captured graphs, whose nodes lie outside of PyTorch's allocator
 
 
 class _ChunkOnly:
@@ -23,7 +21,7 @@ class _ChunkOnly:
 
 
 @torch.inference_mode()
-def measure_runtime(loaded: LoadedModel, run: RunSettings, *, feature_layers: tuple[int, ...]) -> int:
+def measure_runtime(loaded: LoadedModel, facts: ModelFacts, run: RunSettings, *, feature_layers: tuple[int, ...]) -> int:
     """Bytes that the largest step allocates, from the peak of a prompt's chunk and what decoding and streaming add."""
     device, shape = loaded.model.device, loaded.shape
     tokens = min(run.max_batched_tokens, run.requests * run.max_tokens)
@@ -45,8 +43,6 @@ def measure_runtime(loaded: LoadedModel, run: RunSettings, *, feature_layers: tu
         if taps is not None:
             taps.remove()
         torch.cuda.empty_cache()
-    streamed = max(GPU_TILE, LEAST_TILE * run.requests)  # tokens of a tile, of all requests together
-    tiles = 2 * min(streamed, run.requests * run.max_tokens) * shape.kv_heads * shape.row_bytes
-    tiles += dequantised_bytes(shape, min(streamed, run.requests * run.max_tokens), tokens)
+    merged = 4 * tokens * shape.query_heads * shape.head_dim  # attention to stored tokens is added up in float32
     sampling = (8 + HISTORY) * run.requests * shape.vocab_size + min(SAMPLER, 24 * run.requests * shape.vocab_size)
-    return peak + tiles + sampling
+    return peak + merged + buffer_bytes(facts, run) + sampling

@@ -66,6 +66,12 @@ class Residency:
         self._copied = False  # all its rows are on their way
         self._stall = 0.0
 
+    def forget(self) -> None:
+        """Count anew."""
+        self.steps = self.num_moves = 0
+        self.moves.clear()
+        self.stalled = 0.0
+
     def moves_since(self, count: int) -> list[Move]:
         """Moves after the first `count`, as far as they are kept."""
         new = min(self.num_moves - count, len(self.moves))

@@ -9,10 +9,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from specontext.core import Batch
+from specontext.core import Batch, Choice, Lane
+from specontext.engine.batch_parts import Part, joined, lane_part, rest_part
 from specontext.engine.build import Parts
+from specontext.engine.chunk_warm_up import warm_up_chunks
 from specontext.engine.decode import Step
-from specontext.engine.graphs import DecodeGraphs
+from specontext.engine.graphs import DecodeGraphs, span_buckets
 from specontext.engine.true_attention import AttentionObserver
 from specontext.engine.twin import DenseTwin
 from specontext.errors import DeviceError, DeviceMemoryError
@@ -24,6 +26,8 @@ from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import CALLED
 from specontext.retrieval.selector import AheadSelector, ForeseeingSelector, Selector
 
+MOST_CAPTURED = 8  # lanes of a step that run as captured steps one after the other: each reads the weights again
+
 
 class ModelRunner:
     """The model step.
@@ -31,8 +35,8 @@ class ModelRunner:
     Args:
         feature_layers: hidden states that the selector wants to observe, empty for none.
         graphs: decode steps are captured as CUDA graphs, on a GPU.
-        compiled: layers and head of captured steps go through torch.compile. Not in float32, where tokens are promised to be
-            those of eager steps.
+        compiled: layers and head of captured steps and of chunks of prompts go through torch.compile. Not in float32, where
+            tokens are promised to be those of eager steps.
 
     Attributes:
         observer: sees the attention of decode tokens, where recall is measured.
@@ -66,51 +70,96 @@ class ModelRunner:
         self._output_layer = output_layer(loaded.model)
         self._graphs: DecodeGraphs | None = None
         if graphs and kv.device.type == "cuda" and not (measure_recall or kv.transfers.verify):
-            self._graphs = DecodeGraphs(seats=kv.num_seats, max_tokens=parts.max_tokens, device=kv.device)
+            self._graphs = DecodeGraphs(seats=kv.num_seats, device=kv.device)
         self.captures = self._graphs is not None
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """Logits of the last token of every request, [requests, V]; valid until the next run.
 
+        Decode tokens that choose alike run as a captured step where there are any, and what is left, such as the chunks of a
+        mixed step, as one packed forward pass behind them. Reading the weights again costs less than launching a step's kernels.
+
         Raises:
             DeviceMemoryError: the device is out of memory.
             DeviceError: it has failed.
         """
         with working_device(len(batch.token_ids)):
-            if self._graphs is not None and self._capturable(batch):
-                if self._graphs.takes(batch):
-                    return self._graphs.run(batch, self._fused)
-                self._graphs.meet(batch)
-            return self._forward(batch)
+            return self._forward(batch) if self._graphs is None else self._run_parts(batch, self._graphs, None)[0]
 
-    def captured(self, batch: Batch) -> bool:
-        """Whether a batch runs as a captured graph."""
-        return self._graphs is not None and self._capturable(batch) and self._graphs.takes(batch)
+    @torch.inference_mode()
+    def run_with_states(self, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """`run` of a batch with prompt chunks, and what enters the output layer at packed positions int64 [E] of chunks.
 
-    def _capturable(self, batch: Batch) -> bool:
-        """Whether a batch has decode tokens only, whose requests choose alike, and nothing in its step waits for the host."""
-        if batch.prefills or len(batch.lanes) > 1:
-            return False
-        return not self._waits(self.parts.methods.of(batch.lanes[0].choice if batch.lanes else None))
+        Returns:
+            Logits of the last tokens, [requests, V], and states [E, H], for `logits_of`.
+        """
+        assert batch.prefills, "decode steps may be captured, and hooks would not see them"
+        with working_device(len(batch.token_ids)):
+            if self._graphs is None:
+                logits, states = self._run_uncaptured(batch, positions)
+            else:
+                logits, states = self._run_parts(batch, self._graphs, positions)
+        assert states is not None
+        return logits, states
+
+    def captured_rows(self, batch: Batch) -> list[int]:
+        """Which requests of a batch run as captured steps."""
+        lanes = self._captured_lanes(batch, self._graphs) if self._graphs is not None else []
+        return [row for lane in lanes for row in range(lane.start, lane.stop)]
+
+    def _captured_lanes(self, batch: Batch, graphs: DecodeGraphs) -> list[Lane]:
+        """The lanes of decode tokens that run as captured steps; none where they are too many to read the weights for each."""
+        lanes = [lane for lane in batch.lanes if self._capturable(lane) and graphs.takes(lane, self._span(lane))]
+        return lanes if len(lanes) <= MOST_CAPTURED else []
+
+    def _capturable(self, lane: Lane) -> bool:
+        """Whether nothing in the step of a lane's decode tokens waits for the host."""
+        return not self._waits(self.parts.methods.of(lane.choice))
+
+    def _spans(self, choice: Choice | None) -> list[int]:
+        """Spans for which steps of a choice are captured, ascending."""
+        selector, longest = self.parts.methods.of(choice), self.parts.max_tokens
+        return span_buckets(selector.budget.total, longest) if selector.by_span else [longest]
+
+    def _span(self, lane: Lane) -> int:
+        return next(span for span in self._spans(lane.choice) if span >= lane.span)
 
     def _waits(self, selector: Selector) -> bool:
         """Whether decode steps of a method need the host, or rows that are streamed in from it."""
         streamed = not isinstance(selector, AheadSelector) and not all(self.parts.kv.resident)
         return streamed or selector.asks_host or isinstance(selector, ForeseeingSelector)
 
-    @torch.inference_mode()
-    def run_with_states(self, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """`run` of a batch with prompt chunks, and what enters the output layer at packed positions int64 [E].
+    def _run_parts(self, batch: Batch, graphs: DecodeGraphs, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Logits of a batch, its captured lanes one after the other and then what is left; and states at packed positions."""
+        captured = self._captured_lanes(batch, graphs)
+        for lane in batch.lanes:  # ways that requests name are captured once they have recurred
+            if lane not in captured and self._capturable(lane):
+                graphs.meet(lane, self._span(lane))
+        if not captured:
+            return self._run_uncaptured(batch, positions)
+        if len(captured) == len(batch.lanes) == 1 and not batch.prefills:
+            return graphs.run(batch, self._span(captured[0]), self._fused), None
+        done: list[tuple[Part, Tensor]] = []
+        for number, lane in enumerate(captured, 1):
+            part = lane_part(batch, lane)
+            logits = graphs.run(part.batch, self._span(lane), self._fused)
+            # The next graph may write its own numbers where this one's logits are.
+            done.append((part, logits.clone() if number < len(captured) else logits))
+        states, rest = None, rest_part(batch, captured)
+        if rest is not None:
+            logits, states = self._run_uncaptured(rest.batch, None if positions is None else positions - rest.shift)
+            done.append((rest, logits))
+        return joined(done, len(batch.last_tokens)), states
 
-        Returns:
-            Logits of the last tokens, [requests, V], and states [E, H], for `logits_of`.
-        """
-        assert batch.prefills, "decode steps may be captured, and hooks would not see them"
+    def _run_uncaptured(self, batch: Batch, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A forward pass outside of graphs, and what enters the output layer at packed positions, where any are named."""
+        if positions is None:
+            return self._uncaptured(batch), None
         kept: list[Tensor] = []
         handle = self.loaded.model.get_decoder().register_forward_hook(lambda _, __, output: kept.append(output[0][0, positions]))
         try:
-            return self.run(batch), kept[0]
+            return self._uncaptured(batch), kept[0]
         finally:
             handle.remove()
 
@@ -127,9 +176,23 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture decode steps of all sizes now, rather than when the first requests need them; nothing to do on a CPU."""
-        if self._graphs is not None and not self._waits(self.parts.selector):
-            self._graphs.warm_up(self._fused)
+        """Run chunks of prompts and capture decode steps of all sizes and spans, so that no request waits for a compiler or a
+        library. Nothing is stored, and nothing is done where steps are not captured, as on a CPU.
+
+        Raises:
+            DeviceMemoryError: the device is out of memory.
+            DeviceError: it has failed.
+        """
+        if self._graphs is None:
+            return
+        with working_device(min(self.parts.step_tokens.alone, self.parts.max_tokens)):
+            warm_up_chunks(self._uncaptured, self.parts)  # first: what several tokens run is compiled with many in mind
+            if not self._waits(self.parts.selector):
+                self._graphs.warm_up(self._spans(None), self._fused)
+
+    def _uncaptured(self, batch: Batch) -> Tensor:
+        """A pass outside of graphs, compiled where prompts are computed and steps may be captured."""
+        return self._fused(batch) if batch.prefills and self._graphs is not None else self._forward(batch)
 
     def _fused(self, batch: Batch) -> Tensor:
         fused: AbstractContextManager[None] = nullcontext()

@@ -35,18 +35,26 @@ class Scheduler:
     """What each step computes.
 
     Attributes:
+        tokens: of a step.
         admission: who runs, and who waits.
     """
 
-    def __init__(self, parts: Parts, *, seats: int, max_batched_tokens: int) -> None:
-        self.parts, self.max_batched_tokens = parts, max_batched_tokens
-        self.admission = Admission(parts, seats=seats, max_batched_tokens=max_batched_tokens)
+    def __init__(self, parts: Parts, *, seats: int) -> None:
+        self.parts, self.tokens = parts, parts.step_tokens
+        self.admission = Admission(parts, seats=seats, max_batched_tokens=self.tokens.alone)
         self.waiting, self.running = self.admission.waiting, self.admission.running
 
     @property
     def preemptions(self) -> int:
         """Requests that had to wait again, so far."""
         return self.admission.preemptions
+
+    def forget(self) -> None:
+        """Begin to count anew, and know of no prompt, while no request runs."""
+        assert not self.running and not self.waiting
+        for part in (self.parts.prefix, self.parts.meter, self.parts.residency):
+            part.forget()
+        self.admission.preemptions = 0
 
     def check(self, prompt_length: int, params: SamplingParams) -> None:
         """Raises RequestError for a prompt that leaves no room for an output, or a request that could not run even alone."""
@@ -111,14 +119,17 @@ class Scheduler:
         """How long the running requests will be in so many steps, at most."""
         grown = []
         for request in self.running:
-            pace = 1 if request.decoding else self.max_batched_tokens
+            pace = 1 if request.decoding else self.tokens.alone
             most = self.admission.most(request)
             end = most if request.decoding else request.prefill_length + steps
             grown.append(min(request.computed + pace * steps, end, most))
         return grown
 
     def _choose(self) -> tuple[list[Request], list[tuple[Request, int]]]:
-        """Decoding requests, and chunks of prompts in what is left of the step's tokens; all have room to grow."""
+        """Decoding requests, and chunks of prompts in what is left of the step's tokens; all have room to grow.
+
+        Chunks are large where nobody decodes: they use the device well. Who decodes waits for a small one at most.
+        """
         decodes: list[Request] = []
         for request in [r for r in self.running if r.decoding and not r.held]:
             # Those that came last make room for those that came first.
@@ -129,7 +140,8 @@ class Scheduler:
         if len(ways) > 1:
             decodes.sort(key=lambda request: ways.index(request.choice))  # those that choose alike stand together
         chunks: list[tuple[Request, int]] = []
-        room = max(self.max_batched_tokens - len(decodes), 1)
+        most = self.tokens.mixed if decodes else self.tokens.alone
+        room = max(most - len(decodes), 1)
         for request in self.running:
             length = min(request.prefill_length - request.computed, room)
             if not (request.decoding or request.held) and length > 0 and self.admission.grow(request, length, preempt=False):

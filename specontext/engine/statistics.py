@@ -83,6 +83,13 @@ class Meter:
         self.recalls[seat] = 0
         self.before[:, seat] = NOTHING
 
+    def forget(self) -> None:
+        """Count anew."""
+        self.left.zero_()
+        for seat in range(len(self.counts)):
+            self.reset(seat)
+        self.left.zero_()
+
     def save(self, seat: int) -> MeterState:
         """The counters of a seat, for a request that has to wait."""
         return MeterState(self.counts[seat].clone(), self.recalls[seat].clone(), self.before[:, seat].clone())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from specontext.config import SpeContextConfig
+from specontext.config import STEP_TOKENS, SpeContextConfig
 from specontext.engine.llm import LLM
 from specontext.errors import SpeContextError
 from specontext.evaluation.budgets import largest
@@ -25,7 +25,7 @@ class Group:
 
 # Engine options on a GPU where nothing was said. Nobody waits for the next token of an evaluation, so chunks of prompts may be
 # large; and compiling layers takes longer than it saves, unless an evaluation runs for hours.
-GPU_OPTIONS = {"max_num_batched_tokens": 8192, "compile": False}
+GPU_OPTIONS = {"max_num_mixed_tokens": STEP_TOKENS["cuda"], "compile": False}
 
 
 class Engines:

@@ -1,7 +1,8 @@
 """Causal attention of a chunk of queries: over the chunk itself, and over tiles of what was stored before it.
 
 Every query of a chunk sees all that is stored, so stored tokens need no mask and each tile is read where it lies; partial
-results are merged by their log-sum-exp as they come, and memory stays that of one tile.
+results are merged by their log-sum-exp as they come, and memory stays that of one tile. On a GPU 16-bit formats have kernels of
+their own (`gpu_chunk.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.fused_attention import as_multiplied, attention_with_lse
+from specontext.kernels.gpu_chunk import GpuChunk, regular_kernel, serves
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -23,8 +25,17 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     Returns:
         [C, Hq, D] in the query's dtype.
     """
+    if serves(query):
+        return GpuChunk(query, key, value, scale, regular=regular_kernel(query, key)).result()
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, H, C, D]
     return _causal(query, key, value, scale)[0].transpose(0, 1)
+
+
+def chunk_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> ChunkAttention | GpuChunk:
+    """Attention of a chunk, to which tiles are to be added: what serves its device and format; see `ChunkAttention`."""
+    if serves(query):
+        return GpuChunk(query, key, value, scale, regular=regular_kernel(query, key))
+    return ChunkAttention(query, key, value, scale)
 
 
 class ChunkAttention:

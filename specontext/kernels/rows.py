@@ -31,6 +31,18 @@ def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows
     _copy_rows(source, source_rows.masked_select(wanted), target, target_rows.masked_select(wanted))
 
 
+@operation(decided_by="target")
+def gather_tokens(pages: Pages, layer: int, seat: int, start: int, target: Tensor) -> None:
+    """target[t] = K and V of the token start + t of a seat in one layer.
+
+    Args:
+        target: [T, Hkv, *row], contiguous, on the device of the rows, changed in place.
+    """
+    device = pages.table.device
+    tokens = torch.arange(start, start + len(target), device=device)[None, None]
+    target.copy_(pages.rows[pages.rows_of(layer, torch.full((1,), seat, device=device), tokens)[0].T])
+
+
 @operation(decided_by="skipped")
 def copy_pieces(
     source: Pages, target: Pages, parts: Parts, skipped: Tensor, copies: Copies, *, programs: int | None = None

@@ -16,10 +16,12 @@ from specontext.errors import LoadError
 from specontext.kernels.quantised_rows import as_stored, row_of
 from specontext.kernels.rows import append_layer, append_pieces, append_tokens, copy_pieces, fixed_slots, ring_slots
 from specontext.kernels.slot_plan import listed, selected_rows
-from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
+from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers
 from specontext.kv.layout import BlockParts, PlacedSelection
 from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK, Mark, Streams
-from specontext.memory.layer_blocks import LayerBlocks
+from specontext.memory.layer_blocks import LayerBlocks, one_by_one
+
+FIRST_PROGRAMS = 32  # that share the first copy of a step on a GPU
 
 
 class Transfers:
@@ -35,7 +37,7 @@ class Transfers:
 
     Attributes:
         asynchronous: work runs beside the host, and rows of the host are out of attention's reach.
-        every: what is copied where all KV heads want the same entries.
+        by_block, by_layer: what is copied where all KV heads want the same entries, of blocks of layers and of single ones.
         programs: that share a copy on a GPU; None for the kernel's own number.
     """
 
@@ -54,7 +56,9 @@ class Transfers:
         self.run_on(streams)
         self.adaptive, self.write_through, self.verify = adaptive, write_through or verify, verify
         alike = [[0] * tiers.host.heads] * len(resident)
-        self.every = BlockParts.of_map(layer_blocks, alike, tiers.resident.device).all
+        device = tiers.resident.device
+        self.by_block = BlockParts.of_map(layer_blocks, alike, device)
+        self.by_layer = BlockParts.of_map(one_by_one(len(resident)), alike, device)
         self.programs: int | None = None
         # New rows on the device, [T, Hkv, places, *row], until all layers of their block have computed them.
         self._staged: dict[str, Tensor] = {}
@@ -63,6 +67,11 @@ class Transfers:
         self._loaded: list[Mark] = [None] * len(resident)
         self._written: Mark = None
         self._kept: Mark = None  # pages are being copied from seats for others to keep
+
+    @property
+    def every(self) -> Parts:
+        """All parts of `by_block`."""
+        return self.by_block.all
 
     # Streams ----------------------------------------------------------------------------------------------------------
 
@@ -121,8 +130,10 @@ class Transfers:
         # Compute has read last step's slots, and has written all rows, before it comes to this.
         with self.beside(PREFETCH, reading.seats, tokens, plan.slots, plan.missing):
             copies = listed(reading.seats, tokens, plan.slots, plan.missing)
-            for part, layers in loads:
-                copy_pieces(self.tiers.host, slots, part, self.tiers.resident, copies, programs=self.programs)
+            for number, (part, layers) in enumerate(loads):
+                # Compute soon waits for the first one, and leaves the device idle then.
+                programs = self.programs or (FIRST_PROGRAMS if number == 0 and self.asynchronous else None)
+                copy_pieces(self.tiers.host, slots, part, self.tiers.resident, copies, programs=programs)
                 mark = self.mark(PREFETCH)
                 for one in layers:
                     self._loaded[one] = mark

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from specontext.config import STEP_TOKENS
 from specontext.core import ModelShape
 from specontext.memory.facts import ModelFacts
 from specontext.memory.layer_blocks import LayerBlocks, one_by_one
@@ -21,9 +22,11 @@ from specontext.memory.layer_blocks import LayerBlocks, one_by_one
 MODES = ("measured", "paper")
 FLOAT16 = 2  # bytes; eq. 6-7 count models and KV in 2-byte floats, whatever they are loaded in
 MIB = 1 << 20
-PREFILL_TILE = 16384  # stored tokens that a prompt chunk reads at once on a GPU
+STAGED = 256 * MIB  # of a buffer of stored tokens that a prompt chunk reads on a GPU: a tile of one layer, or a block of layers
+DECODE_TILE = 16384  # stored tokens of offloaded layers that dense decoding reads at once on a GPU
 LIBRARIES = 64 * MIB  # workspaces of matrix products
 COUNTERS = 11  # of the statistics of a request, besides the recall of every layer
+LEAST_TILE = 256  # of them of one request, where many share a tile
 HISTORY = 5  # of each token of the vocabulary that a request with penalties has seen: a flag and a count
 SAMPLER = 96 * MIB  # float64 scores and ranks of one chunk of logits
 
@@ -186,7 +189,7 @@ class RunSettings:
     recent: int = 16
     granularity: str = "head"
     page_size: int = 16
-    max_batched_tokens: int = 1024
+    max_batched_tokens: int = STEP_TOKENS["cuda"]
     sets: int | None = None
     selections: int = 1
 
@@ -276,7 +279,7 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
     """Bytes of activations and library workspaces, where no profiling pass has measured them.
 
     For a step of T tokens, all at once (which errs on the large side): four hidden states, features and their copy, q, k, v
-    before and after RoPE, three feed-forward activations, two float32 attention outputs, two tiles of stored KV, new rows of two
+    before and after RoPE, three feed-forward activations, two float32 attention outputs, buffers of stored KV, new rows of two
     blocks of layers, logits with a float32 copy and the record that penalties need, the sampler's chunk, and the workspaces of
     matrix products. The CUDA context is no part of it.
     """
@@ -289,11 +292,10 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
         + 3 * facts.intermediate_size
     )
     token += 2 * 4 * heads
-    tiles = 2 * min(PREFILL_TILE, run.max_tokens) * shape.kv_heads * shape.row_bytes
+    tiles = buffer_bytes(facts, run)
     logits = run.requests * shape.vocab_size * (size + 4 + HISTORY)
     sampler = min(SAMPLER, 24 * run.requests * shape.vocab_size)
     steps = min(run.max_batched_tokens, run.requests * run.max_tokens)
-    tiles += dequantised_bytes(shape, min(PREFILL_TILE, run.max_tokens), steps)
     return steps * token + tiles + staged_bytes(facts, run) + logits + sampler + LIBRARIES
 
 
@@ -301,6 +303,27 @@ def dequantised_bytes(shape: ModelShape, tile: int, steps: int) -> int:
     """Bytes of numbers beside KV in 8 bits: a tile of stored tokens, and three float32 copies of the new ones of a step."""
     numbers = 2 * shape.kv_heads * shape.head_dim  # of a token in one layer
     return 0 if shape.kv_dtype is None else numbers * (tile * shape.dtype.itemsize + 3 * 4 * steps)
+
+
+def prompt_tile(entry_bytes: int) -> int:
+    """Stored tokens that a prompt chunk reads at once on a GPU: the power of two of which a layer's fill a buffer.
+
+    Args:
+        entry_bytes: of a token in one layer.
+    """
+    return 1 << max(STAGED // entry_bytes, 1).bit_length() - 1
+
+
+def buffer_bytes(facts: ModelFacts, run: RunSettings) -> int:
+    """Bytes of the buffers through which stored tokens are read: one of a resident layer, and two of offloaded ones, which hold
+    tokens of a whole block of layers where they have the room."""
+    shape = facts.shape
+    entry = shape.kv_heads * shape.row_bytes
+    tile = entry * min(prompt_tile(entry), run.max_tokens)
+    decoding = entry * min(max(DECODE_TILE, LEAST_TILE * run.requests), run.requests * run.max_tokens)
+    block = min(STAGED, entry * facts.layer_blocks.places * run.requests * run.max_tokens)
+    steps = min(run.max_batched_tokens, run.requests * run.max_tokens)
+    return tile + 2 * max(tile, decoding, block) + dequantised_bytes(shape, min(prompt_tile(entry), run.max_tokens), steps)
 
 
 def staged_bytes(facts: ModelFacts, run: RunSettings) -> int:

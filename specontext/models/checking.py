@@ -26,7 +26,7 @@ from transformers.masking_utils import eager_mask
 
 from specontext.core import ModelShape
 from specontext.errors import ModelError
-from specontext.kernels.dense_attention import ChunkAttention, causal_attention
+from specontext.kernels.dense_attention import causal_attention, chunk_attention
 from specontext.models.attention import RUNNING, NoStepError, attention_of, listening, running_of
 
 LIBRARY_NAME = "specontext_library"  # the library's own attention, seen while it runs
@@ -69,7 +69,7 @@ class _Witness:
         if past is None:
             output = causal_attention(query, key, value, scale)
         else:
-            attention = ChunkAttention(query, key, value, scale)
+            attention = chunk_attention(query, key, value, scale)
             attention.add(past)
             output = attention.result()
         new = torch.stack((key, value), dim=2)

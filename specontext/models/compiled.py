@@ -1,20 +1,38 @@
-"""Modules through torch.compile, while a step is being captured: norms, rotary embedding, activations and residuals fuse.
+"""Modules through torch.compile, while a step is captured or a prompt is computed: norms, rotary embedding and the like fuse.
 
 Modelling code stays as it is. Attention is a call out of the compiled code, so each decoder layer compiles to what comes before
-and what comes after it, and all layers share these two. Replayed graphs hold the fused kernels; nothing else runs compiled, so
-prompts of any length never wait for a compiler.
+and what comes after it, and all layers share these two. There is one compilation for a single token, and one for any other
+number: graphs of several requests and chunks of all lengths share it, and no prompt waits for a compiler once the first chunk
+has run.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
+
+from specontext.gguf.cache import cache_folder
+
+# Where compilers keep what they have made. Their own default, below /tmp, is lost with a container.
+CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+
+
+def keep_compiled() -> None:
+    """Have kernels that are compiled from now on kept in the cache folder, for processes to come; where somebody has named
+    another place, or the folder cannot be written, all stays as it is."""
+    for variable, name in CACHES.items():
+        folder = cache_folder() / name
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK | os.X_OK):
+                os.environ.setdefault(variable, str(folder))
 
 
 class CompiledModules:

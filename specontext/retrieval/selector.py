@@ -68,6 +68,13 @@ class Budget:
         """End of the positions sink .. end - 1 that compete by score."""
         return (lengths - self.recent).clamp(min=self.sink)
 
+    def last_candidates(self, lengths: Tensor) -> Tensor:
+        """As many of the last candidates as may be scored, int64 [R, 1, K]: all of them where a context fits the budget."""
+        end = self.candidates_end(lengths)[:, None]
+        first = (end - self.scored).clamp(min=self.sink)
+        window = first + torch.arange(self.scored, device=end.device)
+        return torch.where(window < end, window, -1)[:, None]
+
     def compose(self, scored: Tensor, lengths: Tensor, end: Tensor | None = None, width: int | None = None) -> Selection:
         """The selection of sinks, scored tokens and recent tokens.
 
@@ -174,12 +181,14 @@ class Selector(ABC):
 
     Attributes:
         replay: last tokens of a prompt that it must see itself although their KV may be known from another request.
+        by_span: what a decode step computes on the device depends on the lane's span, beyond the tokens that are read.
         groups: G, how many token sets it chooses for each request.
         head_map: int64 [L, Hkv], the group whose set a KV head reads.
         keep_generated: all tokens after the prompt are read, besides the budget.
     """
 
     replay: ClassVar[int] = 0
+    by_span: ClassVar[bool] = True
     groups: int
     head_map: Tensor
     budget: Budget

@@ -50,7 +50,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, *, announce: Callab
         engine = LLMEngine(engine_config)
         loaded = time.perf_counter()
         logger.info("%s", fields("loaded", {"seconds": round(loaded - began, 1), "device": engine.device, "next": "warming up"}))
-        engine.runner.warm_up()
+        engine.warm_up()
         logger.info("%s", fields("warm", {"seconds": round(time.perf_counter() - loaded, 1), "next": "listening"}))
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(Serving(engine, config, listener, announce).run())

@@ -152,10 +152,9 @@ def test_requests_that_wait_on_the_host_go_on_as_on_the_cpu(
 
 def test_steps_of_every_size_are_captured_before_they_are_needed(tokens: Any, loaded: dict[str, LoadedModel]) -> None:
     llm = LLM(loaded["cuda"], config=SpeContextConfig(budget=256), max_model_len=4096, max_num_seqs=5)
-    llm.engine.runner.warm_up()
     llm.engine.check_integrity()
     captured = dict(llm.engine.runner._graphs._captured)
-    assert {kind.size for kind in captured} == {1, 2, 4, 5}
+    assert {(kind.size, kind.span) for kind in captured} == {(size, span) for size in (1, 2, 4, 5) for span in (256, 4096)}
     ask = [[7 + i] * 300 for i in range(5)]
     found = [output.token_ids for output in llm.generate(ask, SamplingParams(temperature=0, max_tokens=20))]
     assert llm.engine.runner._graphs._captured == captured
@@ -181,11 +180,56 @@ def test_methods_that_requests_name_are_captured_once_they_recur(method: str, lo
     assert steps == 0 if method in ("clusterkv", "snapkv") else steps > 12
 
 
+@pytest.mark.parametrize("offload_layers", [0, -1])
+def test_mixed_steps_run_captured_decode_tokens_beside_chunks(offload_layers: int, loaded: dict[str, LoadedModel]) -> None:
+    """Requests that come one after the other: each one's chunks are computed beside the decode tokens of those before."""
+    ask = [[7 + i] * 300 + [*range(20, 320)] for i in range(3)]
+    params = [
+        SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, prompt_logprobs=1 if i == 1 else None) for i in range(3)
+    ]
+    found = {}
+    for device, options in (("cpu", {}), ("cuda", {"enforce_eager": True}), ("cuda graphs", {})):
+        config = SpeContextConfig(budget=128, offload_layers=offload_layers)
+        llm = LLM(
+            loaded[device[:4].strip()], config=config, max_model_len=2048, max_num_batched_tokens=128, max_num_seqs=4, **options
+        )
+        generations = []
+        for i, (prompt, one) in enumerate(zip(ask, params, strict=True)):
+            generations.append(llm.engine.add_request(str(i), prompt, one))
+            for _ in range(8):
+                llm.engine.step()
+        while llm.engine.has_work:
+            llm.engine.step()
+        llm.engine.check_integrity()
+        found[device] = [one.request.output_token_ids for one in generations]
+        if options == {} and device != "cpu":
+            for one in generations:
+                assert one.stats is not None
+                assert one.stats.captured_steps == one.stats.decode_steps == 39
+    assert found["cuda"] == found["cuda graphs"] == found["cpu"]
+
+
+def test_requests_that_choose_differently_are_captured_side_by_side(loaded: dict[str, LoadedModel]) -> None:
+    ask = [[7 + i] * 400 + [*range(20, 320)] for i in range(3)]
+    found = {}
+    for device in ("cpu", "cuda"):
+        llm = LLM(loaded[device], config=SpeContextConfig(budget=128, offload_layers=0), max_model_len=2048)
+        params = [
+            SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, method=method) for method in (None, "full", "streaming")
+        ]
+        outputs = llm.generate(ask, params)
+        found[device] = [output.token_ids for output in outputs]
+        steps = [output.stats["captured_steps"] for output in outputs]
+    assert found["cuda"] == found["cpu"]
+    assert steps[0] == 39 and min(steps[1:]) > 20
+
+
 def test_clients_that_name_many_budgets_fill_no_memory_with_graphs(loaded: dict[str, LoadedModel]) -> None:
     llm = LLM(loaded["cuda"], config=SpeContextConfig(budget=128), max_model_len=2048)
     for budget in range(40, 80):
         llm.generate([9] * 300, SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, budget=budget))
-    assert len(llm.engine.runner._graphs._captured) <= NAMED
+    named = [kind for kind in llm.engine.runner._graphs._captured if kind.choice is not None]
+    assert len(named) <= NAMED
 
 
 # Failures -------------------------------------------------------------------------------------------------------------
@@ -220,6 +264,7 @@ def test_a_step_without_memory_ends_its_requests_and_no_others(
     engine = llm.engine
     engine.add_request("big", [7] * (400 if graphs else 16000), params)
     if graphs:
+        engine.runner._graphs.close()  # as if none had been captured yet
         engine.step()  # the prompt
     little_memory(0 if graphs else 16 << 20)  # a chunk of 16,000 tokens takes more
     with pytest.raises(DeviceMemoryError, match="ran out of memory") as caught:
@@ -239,6 +284,7 @@ def test_memory_that_ends_inside_a_capture_ends_the_requests_of_the_step(
     expected = LLM(loaded["cpu"], config=SpeContextConfig(budget=256)).generate([[9] * 400], params)[0].token_ids
     llm = LLM(loaded["cuda"], config=SpeContextConfig(budget=256, offload_layers=0), max_num_seqs=2)
     runner = llm.engine.runner
+    runner._graphs.close()  # as if none had been captured yet
     run = runner._fused
 
     def fails(batch: Batch) -> Tensor:

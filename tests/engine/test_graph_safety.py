@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from specontext import LLM
-from specontext.engine.graphs import decode_batch, requests_bucket, span_bucket
+from specontext.engine.graphs import decode_batch, graph_bytes, requests_bucket, sizes, span_buckets
 from specontext.kernels import dispatch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU captures for itself")
@@ -138,7 +138,7 @@ def test_a_padded_decode_step_never_waits_and_computes_the_same(
     expected = plain.engine.runner.run(decode_batch(next_numbers(plain, 2), 90))
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
     captured.engine.parts.kv.transfers.run_on(SeveralStreams())
-    batch = decode_batch(next_numbers(captured, size), span_bucket(90, captured.engine.parts.max_tokens))
+    batch = decode_batch(next_numbers(captured, size), min(4096, captured.engine.parts.max_tokens))
     with torch.inference_mode(), guarded(monkeypatch):
         logits = captured.engine.runner._forward(batch)
     assert logits.shape[0] == size
@@ -236,5 +236,18 @@ def test_the_guard_notices(wait: Callable[[], Any], monkeypatch: pytest.MonkeyPa
 
 def test_sizes_of_captured_steps() -> None:
     assert [requests_bucket(n, 20) for n in (1, 2, 3, 5, 8, 9, 16, 17, 20)] == [1, 2, 4, 8, 8, 16, 16, 20, 20]
-    assert [span_bucket(n, 50_000) for n in (1, 4096, 4097, 9000, 40_000, 50_000)] == [4096, 4096, 8192, 16384, 50_000, 50_000]
-    assert span_bucket(100, 512) == 512
+    assert sizes(20) == [1, 2, 4, 8, 16, 20] and sizes(1) == [1]
+    for seats in (1, 7, 16, 33, 100, 256):
+        for requests in range(1, seats + 1):
+            assert requests <= requests_bucket(requests, seats) < max(requests + 8, 1.5 * requests)
+    assert sizes(256)[-3:] == [128, 192, 256] and len(sizes(256)) < 16
+
+
+def test_spans_of_captured_steps() -> None:
+    """Within the budget nothing is scored, and this is the shortest span."""
+    assert span_buckets(2048, 50_000) == [2048, 4096, 8192, 16384, 32768, 50_000]
+    assert span_buckets(6000, 32768) == [6000, 8192, 16384, 32768]
+    assert span_buckets(256, 4096) == [256, 4096]
+    assert span_buckets(2048, 512) == [512]
+    few, many = (graph_bytes(16, spans, layers=32, vocab_size=1000, itemsize=2) for spans in (1, 7))
+    assert many - few == 6 * len(sizes(16)) * 32 * (256 << 10)

@@ -80,6 +80,26 @@ def test_gather_of_nothing(module: Any, count: int) -> None:
     assert torch.equal(target, before)
 
 
+@both
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize(("dim", "kv_heads", "page_size"), [(3, 1, 1), (64, 5, 3), (80, 2, 16), (128, 1, 4)])
+@pytest.mark.parametrize(("start", "tokens"), [(0, 1), (0, 30), (7, 11), (29, 0)])
+def test_gather_of_tokens(
+    module: Any, start: int, tokens: int, dim: int, kv_heads: int, page_size: int, dtype: torch.dtype
+) -> None:
+    block = LayerBlocks((3,), 4, (0, 1, 2))
+    table = page_tables(1, 2, 30, torch.Generator().manual_seed(5))
+    pool = random_rows(61 * page_size * kv_heads * block.places, dim, dtype)
+    pages = Pages(pool, table.to(DEVICE), page_size, kv_heads, places_of(block, DEVICE))
+    whole = random_rows((tokens + 2) * kv_heads, dim, dtype, seed=1).view(tokens + 2, kv_heads, 2, dim)
+    expected = whole.clone()
+    for t in range(tokens):
+        for h in range(kv_heads):
+            expected[t, h] = pool[row_of(table[0, 1], start + t, h, page_size, kv_heads) * block.places + 2]
+    function_of(module, "gather_tokens")(pages, 2, 1, start, whole[:tokens])
+    assert torch.equal(whole, expected)
+
+
 # Append ---------------------------------------------------------------------------------------------------------------
 
 

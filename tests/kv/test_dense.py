@@ -8,10 +8,11 @@ import torch
 from specontext.core import ModelShape
 from specontext.kernels.tables import NewTokens
 from specontext.kv.cache import KVCache
-from specontext.kv.dense import DenseRead, Staging, stored_tiles
+from specontext.kv.dense import stored_tiles
 from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout, Reader
 from specontext.kv.pool import make_pools
+from specontext.kv.staging import DenseRead, Staging
 from specontext.kv.streams import PREFETCH
 from tests.kv.test_streams import RecordingStreams, watch
 
@@ -72,8 +73,12 @@ def test_page_tables_lead_to_the_stored_tokens(layer: int, kv: KVCache) -> None:
             assert torch.equal(home.rows[rows], stored[seat][token])
 
 
-def test_staged_tiles_are_right_in_whatever_order_they_are_asked_for(kv: KVCache) -> None:
-    """In the order that was announced each tile is fetched once; out of it more often, and never another one's rows."""
+@pytest.mark.parametrize(("room", "tiles", "fetched"), [(0, 6, (6, 8)), (1 << 20, 2, (1, 1))], ids=["tiles", "blocks"])
+def test_staged_tiles_are_right_in_whatever_order_they_are_asked_for(
+    room: int, tiles: int, fetched: tuple[int, int], kv: KVCache
+) -> None:
+    """In the order that was announced each is fetched once; out of it more often, and never another one's rows. Where a buffer
+    holds all of them, they are there at once."""
     stored = [store(kv, 1, seat) for seat in range(3)]
     streams = RecordingStreams()
     kv.transfers.run_on(streams)
@@ -84,19 +89,47 @@ def test_staged_tiles_are_right_in_whatever_order_they_are_asked_for(kv: KVCache
 
     def check(staging: Staging, read: DenseRead) -> int:
         count = 0
-        for start, stop, rows in staging.tiles(1, read):
+        for tile in staging.tiles(1, read):
             count += 1
-            if read is reads[0]:
-                assert torch.equal(rows.view(stop - start, HEADS, 2, DIM), stored[2][start:stop])
-                continue
-            for found, seat, end in zip(rows.view(2, stop - start, HEADS, 2, DIM), (0, 1), (13, 9), strict=True):
-                length = max(0, min(stop, end) - start)
-                assert torch.equal(found[:length], stored[seat][start : start + length])
+            for found, rows, seat in zip(tile.tokens, tile.rows(), read.seats.tolist(), strict=True):
+                end = min(tile.stop, 13 if seat == 0 else 9 if seat == 1 else 21)
+                length = max(0, end - tile.start)
+                assert torch.equal(found[:length], stored[seat][tile.start : end])
+                assert torch.equal(tile.buffer[rows[:, :length].T], found[:length])
         return count
 
-    for order, fetched in ((reads, 6), (reads[::-1], 8)):
+    for order, times in zip((reads, reads[::-1]), fetched, strict=True):
         before = streams.clocks[PREFETCH].get(PREFETCH, 0)
         with pytest.MonkeyPatch.context() as patch:
             watch(streams, patch)
-            assert sum(check(staging, read) for staging in [Staging(kv.transfers, reads)] for read in order) == 6
-        assert (streams.clocks[PREFETCH][PREFETCH] - before) // 2 == fetched, "a read and a write for each tile"
+            assert sum(check(staging, read) for staging in [Staging(kv.transfers, reads, room)] for read in order) == tiles
+        assert (streams.clocks[PREFETCH][PREFETCH] - before) // 2 == times, "a read and a write for each"
+
+
+def test_a_block_of_layers_is_fetched_at_once_and_whatever_of_it_is_away() -> None:
+    """Three layers side by side on the host, of which the last two are there: one copy, and each layer's own tokens."""
+    layout, cpu = Layout.of_shape(ModelShape(3, 8, HEADS, HEADS, DIM, 10, 64, torch.float32), 4), torch.device("cpu")
+    assert layout.layer_blocks.sizes == (3,)
+    cache = KVCache(
+        *make_pools(layout, device_pages=60, host_pages=60, device=cpu),
+        resident=(True, False, False),
+        reader=Reader.of_map(layout, torch.zeros(3, HEADS, dtype=torch.int64), cpu),
+        slots=None,
+        seats=1,
+        max_tokens=32,
+    )
+    cache.open(0, 32)
+    tokens = [store(cache, layer, seat) for layer, seat in ((1, 0), (2, 0))]
+    again = torch.randn(TOKENS, HEADS, 2, DIM)
+    positions = torch.arange(TOKENS)
+    zeros, lengths = torch.zeros_like(positions), torch.full_like(positions, TOKENS)
+    cache.transfers.append_chunk(2, NewTokens(zeros, positions, lengths, *again.unbind(2)))
+    streams, read = RecordingStreams(), DenseRead(torch.tensor([0]), TOKENS, 8)
+    cache.transfers.run_on(streams)
+    with pytest.MonkeyPatch.context() as patch:
+        watch(streams, patch)
+        staging = Staging(cache.transfers, [read], 1 << 20)
+        for layer, expected in ((1, tokens[0]), (2, again)):
+            [tile] = staging.tiles(layer, read)
+            assert torch.equal(tile.tokens[0], expected)
+    assert streams.clocks[PREFETCH][PREFETCH] == 2, "a read and a write"

@@ -27,7 +27,7 @@ from specontext.engine import decode as engine_decode
 from specontext.engine import prefill as engine_prefill
 from specontext.kernels.dense_attention import ChunkAttention
 from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers
-from specontext.kv import block_state, copying, dense, transfers
+from specontext.kv import block_state, copying, dense, staging, transfers
 from specontext.kv.streams import COMPUTE, PREFETCH, STATISTICS, WRITE_BACK
 from tests.kv.test_cache import SEATS, CacheMachine
 
@@ -136,8 +136,12 @@ def rows_of_parts(pages: Pages, parts: Parts, skipped: Tensor, entries: Tensor, 
     return torch.cat(found)
 
 
-def watch(streams: RecordingStreams, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels and attention tell which rows they touch."""
+def watch(streams: RecordingStreams, monkeypatch: pytest.MonkeyPatch, room: int = 0) -> None:
+    """Kernels and attention tell which rows they touch.
+
+    Args:
+        room: bytes of a buffer for tokens of a whole block of layers.
+    """
     gather, copy, append, append_chunk, append_block = (
         dense.gather_rows,
         transfers.copy_pieces,
@@ -179,19 +183,25 @@ def watch(streams: RecordingStreams, monkeypatch: pytest.MonkeyPatch) -> None:
     class Attending(ChunkAttention):
         def add(self, tile: Tensor) -> None:
             super().add(tile)
-            first = tile.storage_offset() // tile[0, 0].numel()
-            streams.access("attention of a chunk", tile, first + torch.arange(tile.shape[0] * tile.shape[1]), write=False)
+            unit = tile[0, 0].numel()
+            along = [
+                torch.arange(count) * (stride // unit) for count, stride in zip(tile.shape[:2], tile.stride()[:2], strict=True)
+            ]
+            rows = tile.storage_offset() // unit + along[0][:, None] + along[1]
+            streams.access("attention of a chunk", tile, rows.flatten(), write=False)
 
     for module in (dense, copying, block_state):
         monkeypatch.setattr(module, "gather_rows", gathering)
-    for module in (copying, transfers):
+    for module in (copying, staging, transfers):
         monkeypatch.setattr(module, "copy_pieces", loading)
     monkeypatch.setattr(transfers, "append_layer", appending)
     monkeypatch.setattr(transfers, "append_tokens", appending_chunk)
     monkeypatch.setattr(transfers, "append_pieces", appending_block)
     monkeypatch.setattr(engine_decode, "sparse_attention", attending)
-    monkeypatch.setattr(engine_prefill, "ChunkAttention", Attending)
-    monkeypatch.setattr(engine_decode, "GPU_TILE", 16)
+    monkeypatch.setattr(engine_prefill, "chunk_attention", Attending)
+    monkeypatch.setattr(engine_decode, "DECODE_TILE", 16)
+    monkeypatch.setattr(engine_decode, "prompt_tile", lambda _: 16)
+    monkeypatch.setattr(engine_decode, "STAGED", room)
 
 
 Run = Callable[..., RecordingStreams]
@@ -213,12 +223,14 @@ def run(
 ) -> Run:
     """Requests that join, decode, wait and leave, with recording streams; returns the streams."""
 
-    def running(method: str = "speculative", *, deaf: tuple[tuple[str, str], ...] = (), **options: Any) -> RecordingStreams:
+    def running(
+        method: str = "speculative", *, deaf: tuple[tuple[str, str], ...] = (), room: int = 0, **options: Any
+    ) -> RecordingStreams:
         llm = make_llm("llama", method, **({"max_num_batched_tokens": 20, "max_model_len": 128} | options))
         streams = RecordingStreams(deaf)
         llm.engine.parts.kv.transfers.run_on(streams)
         with monkeypatch.context() as patch:
-            watch(streams, patch)
+            watch(streams, patch, room)
             llm.generate(prompts, [greedy(n) for n in (14, 5, 9, 12)])
         llm.engine.check_integrity()
         run_moves[:] = llm.engine.parts.residency.moves
@@ -233,17 +245,27 @@ def test_sparse_steps_and_chunks(offload_layers: int, run: Run) -> None:
     assert streams.streams_seen == {COMPUTE, PREFETCH, WRITE_BACK}
 
 
-def test_dense_steps_through_staging_tiles(run: Run) -> None:
-    assert run("full", offload_layers=2).streams_seen == {COMPUTE, PREFETCH, WRITE_BACK}
+@pytest.mark.parametrize("room", [0, 1 << 20], ids=["tiles", "blocks"])
+def test_dense_steps_through_staging_buffers(room: int, run: Run) -> None:
+    assert run("full", room=room, offload_layers=2).streams_seen == {COMPUTE, PREFETCH, WRITE_BACK}
 
 
 @pytest.mark.parametrize(
     ("method", "options"), [("full", {}), ("speculative", {"budget": 12, "slots": 14}), ("oracle", {"budget": 12})]
 )
+@pytest.mark.parametrize("room", [0, 1 << 20], ids=["tiles", "blocks"])
 def test_what_runs_beside_the_steps_changes_no_token(
-    method: str, options: dict[str, Any], make_llm: Callable[..., LLM], prompts: list[list[int]], greedy: Callable[..., Any]
+    room: int,
+    method: str,
+    options: dict[str, Any],
+    make_llm: Callable[..., LLM],
+    prompts: list[list[int]],
+    greedy: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Staged tiles, rows of prompts that wait for their block, and loads block by block, as on a GPU."""
+    monkeypatch.setattr(engine_decode, "STAGED", room)
+    monkeypatch.setattr(engine_decode, "prompt_tile", lambda _: 16)
     found = []
     for beside in (False, True):
         llm = make_llm("llama", method, max_num_batched_tokens=20, offload_layers=2, **options)
@@ -267,13 +289,14 @@ def test_layers_that_move_and_requests_that_wait(gpu_memory: int, run: Run, run_
         ((COMPUTE, WRITE_BACK), "speculative"),  # loads and steps before new rows are on the host
         ((WRITE_BACK, COMPUTE), "speculative"),  # write-back of rows that are not there yet
         ((COMPUTE, PREFETCH), "full"),
-        ((PREFETCH, COMPUTE), "full"),  # a staging tile overwritten while it is read
+        ((PREFETCH, COMPUTE), "full"),  # a staging buffer overwritten while it is read
     ],
 )
-def test_every_wait_is_needed(deaf: tuple[str, str], method: str, run: Run) -> None:
-    options = {"budget": 12, "slots": 14} if method == "speculative" else {}
+@pytest.mark.parametrize("room", [0, 1 << 20], ids=["tiles", "blocks"])
+def test_every_wait_is_needed(room: int, deaf: tuple[str, str], method: str, run: Run) -> None:
+    options: dict[str, Any] = {"budget": 12, "slots": 14} if method == "speculative" else {}
     with pytest.raises(RaceError):
-        run(method, deaf=(deaf,), offload_layers=2, **options)
+        run(method, deaf=(deaf,), room=room, offload_layers=-1, **options)
 
 
 # Any history ----------------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def test_workspace_holds_logits_and_scores_of_all_positions() -> None:
 
 def test_the_estimate_of_buffers_is_far_below_30_percent_of_a_large_model_and_grows_with_the_step() -> None:
     facts = PRESETS["llama-3.1-8b"].facts()
-    run = RunSettings(requests=4, max_tokens=131072, budget=2048, slots=2048)
+    run = RunSettings(requests=4, max_tokens=131072, budget=2048, slots=2048, max_batched_tokens=1024)
     small = estimate_runtime(facts, run)
     assert 200 << 20 < small < 0.1 * facts.weight_bytes
     assert estimate_runtime(facts, RunSettings(**(run.__dict__ | {"max_batched_tokens": 8192}))) > 2 * small

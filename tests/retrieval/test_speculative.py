@@ -152,3 +152,41 @@ def test_saved_state_is_not_touched_by_who_takes_the_seat(
     again = selector.save(0, len(prompts[2]))
     assert all(torch.equal(a, b) for a, b in zip(again, before, strict=True))  # type: ignore[call-overload]
     selector.close(0)
+
+
+@pytest.mark.parametrize(
+    ("family", "granularity"), [("llama", "head"), ("bands", "head"), ("llama", "union"), ("llama", "batch")]
+)
+def test_contexts_that_fit_the_budget_are_read_whole_and_not_scored(
+    family: str, granularity: str, make_llm: Callable[..., LLM], prompts: list[list[int]], greedy: Callable[..., SamplingParams]
+) -> None:
+    """Alone nothing is scored at all; beside a long context a short one reads, and is counted, the same."""
+    llm = make_llm(family, budget=24, granularity=granularity, offload_layers=2)
+    found = record_selections(llm)
+    short, long = prompts[0], prompts[2]
+    alone = llm.generate([short], greedy(8))[0]
+    assert [sorted(set(row.flatten().tolist()) - {-1}) for row in found] == [[*range(len(short) + i + 1)] for i in range(7)]
+    fitting = [selection.clone() for selection in found]
+    found.clear()
+    both = llm.generate([short, long], greedy(8))
+    for row, other in zip(fitting, found, strict=True):
+        assert torch.equal(row, other)
+    assert both[0].token_ids == alone.token_ids
+    assert both[0].stats["selection_bytes_per_step"] == alone.stats["selection_bytes_per_step"] == 0
+    assert both[1].stats["selection_bytes_per_step"] > 0
+
+
+def test_the_step_in_which_a_context_outgrows_the_budget_begins_to_score(
+    make_llm: Callable[..., LLM], prompts: list[list[int]], greedy: Callable[..., SamplingParams], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specontext.retrieval.methods import speculative
+
+    spans: list[int] = []
+    scores = speculative.paged_retrieval_scores
+    monkeypatch.setattr(
+        speculative,
+        "paged_retrieval_scores",
+        lambda *given: spans.append(given[5]) or scores(*given),  # type: ignore[func-returns-value]
+    )
+    make_llm("llama", budget=33).generate([prompts[3]], greedy(8))
+    assert spans == [34, 35, 36, 37]

@@ -123,5 +123,5 @@ class EngineReplica:
 
 def _loaded(config: EngineConfig) -> LLMEngine:
     engine = LLMEngine(config)
-    engine.runner.warm_up()
+    engine.warm_up()
     return engine

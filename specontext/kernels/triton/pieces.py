@@ -22,7 +22,7 @@ from specontext.kernels.quantised_rows import is_quantised
 from specontext.kernels.tables import Copies, Pages, Parts
 from specontext.kernels.triton.slot_plan import piece_of
 
-PROGRAMS = 8
+PROGRAMS = (8, 32)  # with few requests layers hide what is loaded, and want the device; with many the bus is waited for
 TILE_BYTES = 16384
 WARPS = 4
 STAGES = 4  # of the pipeline: shared memory for three tiles
@@ -55,7 +55,7 @@ def copy_pieces(
     layers = parts.layers.shape[1]
     padded = triton.next_power_of_2(layers)
     pieces = max(1, tile.rows // padded)
-    programs = programs or PROGRAMS
+    programs = programs or min(max(requests, PROGRAMS[0]), PROGRAMS[1])
     # All programs are at one block and request at a time: a bus that reads at random needs a table that stays in its cache.
     splits = min(triton.cdiv(programs, source.heads), triton.cdiv(width, pieces))
     _copy_pieces[(min(readers * splits, programs),)](

@@ -17,7 +17,7 @@ from specontext.kernels.tables import NewTokens, Pages, Tiers
 from specontext.kernels.triton.pieces import append_pieces, as_copied, copy_pieces, copy_rows, row_tile
 from specontext.kernels.triton.slot_plan import piece_of
 
-__all__ = ["append_keys", "append_layer", "append_pieces", "append_tokens", "copy_pieces", "gather_rows"]
+__all__ = ["append_keys", "append_layer", "append_pieces", "append_tokens", "copy_pieces", "gather_rows", "gather_tokens"]
 
 TILE_BYTES = 16384
 FP8, INT8 = tl.constexpr(1), tl.constexpr(2)  # what rows are made of; 0 for numbers
@@ -43,6 +43,32 @@ def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows
             REST=tile.rest,
             ROWS=tile.rows,
         )
+
+
+def gather_tokens(pages: Pages, layer: int, seat: int, start: int, target: Tensor) -> None:
+    """See `specontext.kernels.rows.gather_tokens`. Moves every row in and out; page numbers are read in place."""
+    tokens = len(target)
+    if not tokens:
+        return
+    table, (_, place) = pages.table_of(layer)[seat], pages.layers.homes[layer]
+    assert table.is_contiguous() and target.shape[1] == pages.heads
+    assert target.dtype == pages.rows.dtype and target.is_contiguous() and pages.rows.is_contiguous()
+    tile = row_tile(pages.rows, TILE_BYTES)
+    _gather_tokens[(triton.cdiv(tokens * pages.heads, tile.rows),)](
+        as_copied(pages.rows),
+        table,
+        as_copied(target),
+        tokens * pages.heads,
+        start,
+        place,
+        PAGE=pages.size,
+        PLACES=pages.layers.count,
+        HEADS=pages.heads,
+        WIDTH=tile.width,
+        BLOCK=tile.block,
+        REST=tile.rest,
+        ROWS=tile.rows,
+    )
 
 
 def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
@@ -173,6 +199,18 @@ def _gather(
     live = source_row >= 0
     target_row = tl.load(target_rows + at, mask=live, other=0).to(tl.int64)
     copy_rows(source, source_row, target, target_row, live, WIDTH, BLOCK, REST)
+
+
+@triton.jit(do_not_specialize=["count", "start", "place"])
+def _gather_tokens(
+    pool, pages, target, count, start, place,
+    PAGE: tl.constexpr, PLACES: tl.constexpr, HEADS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = at < count
+    row = piece_of(pages, start + at // HEADS, at % HEADS, live, PAGE, HEADS) * PLACES + place
+    copy_rows(pool, row, target, at, live, WIDTH, BLOCK, REST)
 
 
 @triton.jit

@@ -11,6 +11,8 @@ from specontext.retrieval.selector import LaneTokens, MethodContext, Selector
 class FullSelector(Selector):
     """Selects nothing; attention reads the whole context."""
 
+    by_span = False
+
     @classmethod
     def token_sets(cls, context: MethodContext, variant: str | None) -> int:
         return 1

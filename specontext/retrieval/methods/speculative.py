@@ -69,7 +69,8 @@ class KeyCache:
 
 
 class SpeculativeSelector(AheadSelector):
-    """Scores all keys of the retrieval head with the query of the token about to be processed.
+    """Scores all keys of the retrieval head with the query of the token about to be processed; nothing, where the context fits
+    the budget, since its selection is everything.
 
     A request's state is its keys and what the head saw of the target at its last token; both change only here. A query is made
     before the forward pass and a key after it, which is in time: at least the query's own token is read in any case.
@@ -143,14 +144,21 @@ class SpeculativeSelector(AheadSelector):
             self.last_fused[seat] = fused.to(self.last_fused.device)
 
     def select(self, lane: LaneTokens) -> Selection:
+        budget, lengths = self.budget, lane.lengths
+        everything = budget.last_candidates(lengths)
+        if lane.span <= budget.total:
+            return budget.compose(everything.expand(-1, self.groups, -1), lengths)
         before = None if self.last_fused is None else self.last_fused[lane.seats]
         queries = self.head.queries(
             self.head.embedded(lane.token_ids, self.embedding).to(self.cache.keys.dtype), before, lane.positions
         )
-        pages, stops = self.cache.pages_of(lane.seats, lane.span), self.budget.candidates_end(lane.lengths)
-        keys, groups = self.cache.keys, self.head.config.kv_heads
-        scores = paged_retrieval_scores(queries, keys, pages, self.budget.sink, stops, lane.span, groups)
-        return self.budget.compose(choose(scores, self.granularity, self.budget.scored), lane.lengths)
+        # A context that fits is read whole, whoever is in the batch beside it: none of its keys is looked at.
+        fits = lengths <= budget.total
+        stops = torch.where(fits, budget.sink, budget.candidates_end(lengths))
+        pages, keys, groups = self.cache.pages_of(lane.seats, lane.span), self.cache.keys, self.head.config.kv_heads
+        scores = paged_retrieval_scores(queries, keys, pages, budget.sink, stops, lane.span, groups)
+        chosen = choose(scores, self.granularity, budget.scored)
+        return budget.compose(torch.where(fits[:, None, None], everything, chosen), lengths)
 
     def observe(self, batch: Batch, features: Tensor | None) -> None:
         fused = before = None
@@ -170,9 +178,10 @@ class SpeculativeSelector(AheadSelector):
             self.last_fused.index_copy_(0, batch.seats[batch.last_tokens], fused[batch.last_tokens])
 
     def selection_bytes(self, lane: LaneTokens) -> Tensor:
-        """The head's keys of the whole context."""
+        """The head's keys of the whole context; none where all of it is read."""
         keys = self.cache.keys
-        return lane.lengths * (keys.shape[-2] * keys.shape[-1] * keys.element_size())
+        scored = torch.where(lane.lengths <= self.budget.total, 0, lane.lengths)
+        return scored * (keys.shape[-2] * keys.shape[-1] * keys.element_size())
 
     @property
     def held_pages(self) -> list[list[int]]:

@@ -12,16 +12,14 @@ from specontext.retrieval.selector import AheadSelector, LaneTokens, MethodConte
 class StreamingSelector(AheadSelector):
     """The first `sink` tokens and as many last tokens as the budget holds, the same for all heads."""
 
+    by_span = False
+
     @classmethod
     def token_sets(cls, context: MethodContext, variant: str | None) -> int:
         return 1
 
     def select(self, lane: LaneTokens) -> Selection:
-        end = self.budget.candidates_end(lane.lengths)[:, None]
-        first = (end - self.budget.scored).clamp(min=self.budget.sink)
-        window = first + torch.arange(self.budget.scored, device=end.device)
-        tokens = torch.where(window < end, window, -1)
-        return self.budget.compose(tokens[:, None], lane.lengths)
+        return self.budget.compose(self.budget.last_candidates(lane.lengths), lane.lengths)
 
     def selection_bytes(self, lane: LaneTokens) -> Tensor:
         return torch.zeros_like(lane.positions)

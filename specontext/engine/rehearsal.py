@@ -1,0 +1,45 @@
+"""Requests that an engine runs before anybody else's, so that theirs find everything loaded, and forgets again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from specontext.core import SamplingParams
+from specontext.errors import LogitsError, RequestError, RequestFailedError
+
+if TYPE_CHECKING:  # it calls this
+    from specontext.engine.llm_engine import LLMEngine
+
+PROMPT = 48  # tokens: a few pages
+OUTPUT = 6
+# Greedy, and what sampling does besides: ranking few and all tokens, and log-probabilities.
+WAYS = (
+    SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True),
+    SamplingParams(temperature=1.0, top_k=20, seed=0, max_tokens=OUTPUT, ignore_eos=True, logprobs=1),
+    SamplingParams(temperature=1.0, top_p=0.9, seed=0, max_tokens=OUTPUT, ignore_eos=True),
+)
+
+
+def rehearse(engine: LLMEngine) -> None:
+    """Run small requests that begin one after the other, so that there are steps of chunks, of decode tokens and of both.
+
+    What they leave is forgotten: nothing is known of their prompts, and no statistics count them. Where not even such a request
+    has room there is nothing to rehearse.
+    """
+    assert not engine.has_work, "requests of others would be forgotten too"
+    length = min(PROMPT, engine.parts.max_tokens - OUTPUT)
+    prompts = {f"rehearsal-{number}": [number] * length for number in range(min(len(WAYS), engine.config.max_num_seqs))}
+    begun = []
+    try:
+        for (name, prompt), params in zip(prompts.items(), WAYS, strict=False):
+            engine.scheduler.check(length, params)
+            begun.append(engine.add_request(name, prompt, params, checked=True))
+            engine.step()
+            engine.step()
+            _ = begun[0].detokenizer.text
+        while not all(generation.finished for generation in begun):
+            engine.step()
+    except (RequestError, LogitsError, RequestFailedError):  # a model that fails does so for those who ask
+        for name in prompts:
+            engine.abort(name)
+    engine.scheduler.forget()

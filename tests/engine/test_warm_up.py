@@ -1,0 +1,103 @@
+"""What an engine does before it is ready, so that no request waits for it, leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specontext import LLM, SamplingParams
+from specontext.engine.chunk_warm_up import padded_chunk
+from specontext.engine.graphs import sizes
+from specontext.engine.rehearsal import rehearse
+from specontext.gguf import cache
+from specontext.models.compiled import keep_compiled
+from specontext.retrieval.registry import CHOICES
+
+MakeLLM = Callable[..., LLM]
+Greedy = Callable[..., SamplingParams]
+Change = Callable[[LLM], Any]
+
+
+@pytest.mark.parametrize("offload_layers", [0, 2, None])
+@pytest.mark.parametrize("method", ["speculative", "full", "h2o", "snapkv"])
+def test_a_chunk_of_padding_stores_nothing(method: str, offload_layers: int | None, make_llm: MakeLLM) -> None:
+    llm = make_llm("llama", method, budget=24, offload_layers=offload_layers)
+    parts, runner = llm.engine.parts, llm.engine.runner
+    pools = [pool.rows.view(torch.int32) for pool in (parts.kv.arena, parts.kv.host)]  # memory that may hold anything
+    before = [rows.clone() for rows in pools]
+    with torch.inference_mode():
+        for start in (0, 40):
+            logits = runner._forward(padded_chunk(40, start, parts.kv.num_seats, parts.kv.device))
+            assert logits.shape == (1, llm.shape.vocab_size) and logits.isfinite().all()
+    assert all(torch.equal(rows, old) for rows, old in zip(pools, before, strict=True))
+    llm.engine.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("speculative", {}),
+        ("speculative", {"offload_layers": None, "gpu_memory": 70_000}),
+        ("full", {"max_num_seqs": 1}),
+        ("quest", {"methods": tuple(name for name in ("h2o", "speculative") if name in CHOICES)}),
+        ("speculative", {"max_model_len": 12}),
+    ],
+)
+def test_a_rehearsal_is_forgotten(method: str, options: dict[str, Any], make_llm: MakeLLM, prompts: Any, greedy: Greedy) -> None:
+    plain, rehearsed = (make_llm("llama", method, **{"budget": 24} | options) for _ in range(2))
+    rehearse(rehearsed.engine)
+    parts = rehearsed.engine.parts
+    assert not rehearsed.engine.has_work and not parts.prefix.pages and not parts.residency.num_moves
+    assert parts.prefix.queries == parts.prefix.hits == rehearsed.engine.scheduler.preemptions == 0
+    assert not any(parts.meter.overview([])[1])
+    rehearsed.engine.check_integrity()
+    if options.get("max_model_len"):
+        return
+    sampled = SamplingParams(temperature=1.0, max_tokens=6, ignore_eos=True)
+    found = [[one.token_ids for one in llm.generate(prompts[:2], [greedy(6), sampled])] for llm in (plain, rehearsed)]
+    assert found[0] == found[1], "seeds of requests that name none go on from where they began"
+
+
+def test_a_model_whose_logits_are_broken_is_found_by_those_who_ask(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = make_llm("llama")
+    run = llm.engine.runner.run
+    monkeypatch.setattr(llm.engine.runner, "run", lambda batch: run(batch) * torch.nan)
+    rehearse(llm.engine)
+    assert not llm.engine.has_work
+    llm.engine.check_integrity()
+
+
+@pytest.mark.parametrize(("method", "spans"), [("speculative", [24, 300]), ("full", [300]), ("streaming", [300])])
+def test_all_sizes_and_spans_are_captured_before_requests_come(
+    method: str, spans: list[int], make_llm: MakeLLM, prompts: Any, greedy: Greedy, as_if_captured: Change
+) -> None:
+    llm = make_llm("llama", method, budget=24, offload_layers=0, max_model_len=300, max_num_seqs=5)
+    graphs = as_if_captured(llm)
+    llm.engine.warm_up()
+    captured = [*graphs._captured]
+    assert {(kind.size, kind.span) for kind in captured} == {(size, span) for size in sizes(5) for span in spans}
+    assert [kind.span for kind in captured if kind.size == 5] == spans[::-1], "those that need most memory first"
+    graphs.replayed.clear()
+    llm.generate(prompts, greedy(24))
+    llm.generate(prompts[0], greedy(6))
+    assert sorted(map(str, graphs._captured)) == sorted(map(str, captured)), "none is missing"
+    assert {kind.span for kind in graphs.replayed} == {*spans}
+
+
+def test_compilers_keep_what_they_made_where_nobody_has_said_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor") and os.environ["TRITON_CACHE_DIR"] == "elsewhere"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file"))
+    keep_compiled()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
