@@ -48,7 +48,8 @@ from specontext.core import Batch
 from specontext.distill.new_head import HeadShape, new_head
 from specontext.engine.build import Parts, build_parts
 from specontext.engine.runner import ModelRunner
-from specontext.kernels.quantised_rows import head_dim_of, is_quantised, quantise
+from specontext.kernels.quantised_rows import head_dim_of, quantise
+from specontext.kernels.tables import is_quantised
 from specontext.models.attention import ATTENTION_NAME
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import RetrievalHead

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from specontext.core import Segment
 from specontext.kernels.attention_logits import attention_logits
-from specontext.kernels.quantised_rows import is_quantised, keys_of
+from specontext.kernels.quantised_rows import keys_of
+from specontext.kernels.tables import is_quantised
 from specontext.kv.dense import read_tile, read_tokens, tiles_of
 from specontext.kv.transfers import Transfers
 from specontext.retrieval.selector import LaneTokens

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.dispatch import use_triton
-from specontext.kernels.quantised_rows import is_quantised, keys_of
+from specontext.kernels.quantised_rows import keys_of
+from specontext.kernels.tables import is_quantised
 
 
 def attention_logits(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.dispatch import scratch
-from specontext.kernels.quantised_rows import dequantise, head_dim_of, is_quantised
+from specontext.kernels.quantised_rows import dequantise, head_dim_of
+from specontext.kernels.tables import is_quantised
 
 _aten = torch.ops.aten
 FLASH_ON_CPU = hasattr(_aten, "_scaled_dot_product_flash_attention_for_cpu")

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from specontext.kernels.dispatch import scratch, use_triton
 from specontext.kernels.fused_attention import as_multiplied, attention_with_lse
-from specontext.kernels.quantised_rows import is_quantised
 from specontext.kernels.sparse_attention import TILE_BYTES, bias_beyond, of_like_width, parts_of
+from specontext.kernels.tables import is_quantised
 
 
 def paged_attention(

@@ -4,10 +4,10 @@ A row of a pool is [2, D] numbers in the model's format; or 2 * D + 4 bytes, and
 
     codes of K, D | codes of V, D | scale of K, bfloat16 | scale of V, bfloat16            260 bytes at D = 128
 
-The scales are in the row, because another random read costs as much as the row. A number is its code times the scale. Scales of
-float8_e4m3 are powers of two: its precision is the same anywhere in its range, and so numbers are exact in every format that has
-their range, whoever multiplies. Those of int8 are the greatest magnitude over 127, rounded up to bfloat16. Of a key or value that
-is not finite the scale is no number, and so is all that is read.
+The scales are in the row, because another random read costs as much as the row. A number is its code times the scale. Of int8 the
+scale is the greatest magnitude over 127. float8_e4m3 has a mantissa of three bits wherever the scale puts a number, and a key loses
+mostly what its few greatest numbers lose; so of `SCALES_TRIED` scales that divide an octave the one is taken whose greatest error
+is least. Of a key or value that is not finite the scale is no number, and so is all that is read.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ import torch
 from torch import Tensor
 
 from specontext.core import SCALE_BYTES
+from specontext.kernels.tables import CODES, is_quantised
 
-FORMATS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}  # of codes, as settings call them
+FORMATS = dict(zip(("fp8", "int8"), CODES, strict=True))  # as settings call them
 SCALES = 2 * SCALE_BYTES
 LEAST = 2.0**-100  # magnitude that a scale is made of: a row of zeros has one, too
-
-
-def is_quantised(rows: Tensor) -> bool:
-    """Whether rows of a pool are codes and scales."""
-    return rows.dtype in FORMATS.values()
+SCALES_TRIED = 8
 
 
 def head_dim_of(rows: Tensor) -> int:
@@ -32,20 +29,34 @@ def head_dim_of(rows: Tensor) -> int:
     return (rows.shape[-1] - SCALES) // 2 if is_quantised(rows) else rows.shape[-1]
 
 
-def row_of(key: Tensor, value: Tensor, pool: Tensor) -> Tensor:
-    """K and V [..., D] as rows of a pool: [..., 2, D], or quantised [..., 2 * D + 4]."""
-    numbers = torch.stack((key, value), dim=-2)
-    return quantise(numbers, pool.dtype) if is_quantised(pool) else numbers.to(pool.dtype)
-
-
 def quantise(numbers: Tensor, codes: torch.dtype) -> Tensor:
     """Rows [..., 2 * D + 4] of K and V [..., 2, D], a scale for each."""
     numbers = numbers.float()
-    scales = _scales(numbers.abs().amax(-1), codes)
-    scaled = numbers / scales[..., None]
+    most = numbers.abs().amax(-1, keepdim=True)
+    finite, most = most.isfinite(), most.clamp(min=LEAST)
+    scales = (most * (1 / 127)).bfloat16().float() if codes == torch.int8 else _scales_of_fp8(numbers, most)
+    scaled = numbers / scales
     if codes == torch.int8:
         scaled = scaled.round_().clamp_(-127, 127)
-    return torch.cat((scaled.to(codes).flatten(-2), scales.to(torch.bfloat16).view(codes)), dim=-1)
+    scales = scales.masked_fill_(~finite, torch.nan).squeeze(-1).to(torch.bfloat16)
+    return torch.cat((scaled.to(codes).flatten(-2), scales.view(codes)), dim=-1)
+
+
+def _scales_of_fp8(numbers: Tensor, most: Tensor) -> Tensor:
+    """Scales [..., 1], exact in bfloat16, of numbers [..., D] of at most these magnitudes [..., 1]."""
+    best = torch.zeros_like(most)
+    least = torch.full_like(most, torch.inf)
+    for i in range(SCALES_TRIED):
+        scales = (most * (2.0 ** (i / SCALES_TRIED) / 448)).bfloat16().float()
+        scaled = numbers / scales
+        bits = scaled.view(
+            torch.int32
+        )  # to three bits of a mantissa, ties to even; smaller numbers than normal ones do not matter
+        rounded = ((bits + 0x7FFFF + (bits >> 20 & 1)) & -0x100000).view(torch.float32)
+        error = (rounded - scaled).abs_().amax(-1, keepdim=True) * scales
+        best = torch.where(error < least, scales, best)
+        least = torch.minimum(error, least)
+    return torch.where(best > 0, best, most / 448)
 
 
 def dequantise(rows: Tensor, out: Tensor) -> Tensor:
@@ -65,21 +76,3 @@ def keys_of(rows: Tensor, dtype: torch.dtype) -> Tensor:
     if not is_quantised(rows):
         return rows[..., 0, :]
     return dequantise(rows, rows.new_empty((*rows.shape[:-1], 1, head_dim_of(rows)), dtype=dtype)).squeeze(-2)
-
-
-def as_stored(key: Tensor, value: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
-    """New K and V [..., D] as they will be read from a pool, so that it makes no difference from where attention takes them."""
-    if not is_quantised(pool):
-        return key, value
-    read = dequantise(row_of(key, value, pool), key.new_empty((*key.shape[:-1], 2, key.shape[-1])))
-    return read[..., 0, :], read[..., 1, :]
-
-
-def _scales(most: Tensor, codes: torch.dtype) -> Tensor:
-    """Scales, float32 and exact in bfloat16, of numbers of at most these magnitudes float32."""
-    finite, most = most.isfinite(), most.clamp(min=LEAST)
-    if codes == torch.int8:
-        bits = ((most * (1 / 127)).view(torch.int32) + 0xFFFF) & -0x10000
-    else:  # the greatest code, 448, is 1.75 * 2^8: above 1.75 the next power of two has to serve
-        bits = ((most.view(torch.int32) + 0x1FFFFF) & 0x7F800000) - (8 << 23)
-    return bits.view(torch.float32).masked_fill_(~finite, torch.nan)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.dispatch import operation, scratch
-from specontext.kernels.quantised_rows import row_of
-from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers, word_of
+from specontext.kernels.quantised_rows import dequantise, quantise
+from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers, is_quantised, word_of
 
 CACHED_BYTES = 1 << 22  # that a CPU reads and then writes: they stay in its cache, and its threads have enough to share
 
@@ -119,7 +119,7 @@ def _numbers(
 @operation(decided_by="new.key")
 def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
     """Write K and V of new tokens into the pages of one layer, quantised where those are."""
-    _append(pages, layer, new.seats, new.positions, row_of(new.key, new.value, pages.rows))
+    _append(pages, layer, new.seats, new.positions, torch.stack((new.key, new.value), dim=2))
 
 
 @operation(decided_by="new.key")
@@ -133,14 +133,14 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     Args:
         to_host: False writes the slots of an offloaded layer only: the host's rows follow for all layers at once.
     """
-    rows = row_of(new.key, new.value, tiers.host.rows)
+    numbers = torch.stack((new.key, new.value), dim=2)
     if bool(tiers.resident[layer]):
-        return _append(tiers.tokens, layer, new.seats, new.positions, rows)
+        return _append(tiers.tokens, layer, new.seats, new.positions, numbers)
     if to_host:
-        _append(tiers.host, layer, new.seats, new.positions, rows)
+        _append(tiers.host, layer, new.seats, new.positions, numbers)
     assert tiers.slots is not None
     slots = ring_slots(new.positions, new.lengths, tiers.slots.sink, tiers.slots.recent)
-    _append(tiers.slots, layer, new.seats, slots, rows)
+    _append(tiers.slots, layer, new.seats, slots, numbers)
 
 
 @operation(decided_by="new")
@@ -183,6 +183,26 @@ def append_keys(keys: Tensor, table: Tensor, seats: Tensor, positions: Tensor, n
     keys[table[seats, positions // page_size], positions % page_size] = new.to(keys.dtype)
 
 
+def row_of(key: Tensor, value: Tensor, pool: Tensor) -> Tensor:
+    """K and V [T, Hkv, D] as rows of a pool: [T, Hkv, 2, D], or quantised [T, Hkv, 2 * D + 4]."""
+    return quantise_tokens(key, value, pool.dtype) if is_quantised(pool) else torch.stack((key, value), dim=-2).to(pool.dtype)
+
+
+def as_stored(key: Tensor, value: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
+    """New K and V [T, Hkv, D] as they will be read from a pool: it makes no difference then from where attention takes them."""
+    if not is_quantised(pool):
+        return key, value
+    rows = quantise_tokens(key, value, pool.dtype)
+    read = dequantise(rows, key.new_empty((*key.shape[:-1], 2, key.shape[-1])))
+    return read[..., 0, :], read[..., 1, :]
+
+
+@operation(decided_by="key")
+def quantise_tokens(key: Tensor, value: Tensor, codes: torch.dtype) -> Tensor:
+    """Rows [T, Hkv, 2 * D + 4] of K and V [T, Hkv, D]; see `quantised_rows.py`."""
+    return quantise(torch.stack((key, value), dim=-2), codes)
+
+
 def ring_slots(positions: Tensor, lengths: Tensor, sink: int, recent: int) -> Tensor:
     """Slots (any shape) of sinks and of the last `recent` of `lengths` tokens, -1 for all others and for negative positions."""
     kept = (positions >= 0) & ((positions < sink) | (positions >= lengths - recent))
@@ -194,16 +214,17 @@ def fixed_slots(positions: Tensor, sink: int, recent: int) -> Tensor:
     return torch.where(positions < sink, positions, sink + positions % recent)
 
 
-def _append(pages: Pages, layer: int, seats: Tensor, entries: Tensor, rows: Tensor) -> None:
-    """Write rows [T, Hkv, *row] to entries [T], -1 for none. Heads of a token that are neighbours are written as one."""
+def _append(pages: Pages, layer: int, seats: Tensor, entries: Tensor, numbers: Tensor) -> None:
+    """Write numbers [T, Hkv, 2, D] to entries [T], -1 for none. Heads of a token that are neighbours are written as one."""
     chosen = (entries >= 0).nonzero().squeeze(1)
     if len(chosen) < len(entries):
-        seats, entries, rows = seats[chosen], entries[chosen], rows[chosen]
+        seats, entries, numbers = seats[chosen], entries[chosen], numbers[chosen]
     line, place = pages.layers.homes[layer]
     table, words = pages.table[line], pages.words
     page = table.view(-1).index_select(0, (seats * table.shape[1]).add_(entries // pages.size))
     piece = pages.pieces(page, entries)
-    new = rows.to(pages.rows.device).flatten(2).view(words.dtype)  # [T, Hkv, words]
+    rows = quantise(numbers, pages.rows.dtype) if is_quantised(pages.rows) else numbers
+    new = rows.to(pages.rows).flatten(2).view(words.dtype)  # [T, Hkv, words]
     if pages.layers.count == 1:
         words.view(-1, new.shape[1] * new.shape[2]).index_copy_(0, (piece // pages.heads).to(words.device), new.flatten(1))
     else:

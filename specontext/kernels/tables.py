@@ -11,6 +11,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+CODES = (torch.float8_e4m3fn, torch.int8)  # number formats of rows in 8 bits, whose scales follow the codes
+
+
+def is_quantised(rows: Tensor) -> bool:
+    """Whether rows of a pool are codes and scales; see `quantised_rows.py`."""
+    return rows.dtype in CODES
+
 
 def word_of(rows: Tensor) -> torch.dtype:
     """The widest number format that divides a row of a pool [N, ...]."""

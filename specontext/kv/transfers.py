@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from specontext.errors import LoadError
-from specontext.kernels.quantised_rows import as_stored, row_of
-from specontext.kernels.rows import append_layer, append_pieces, append_tokens, copy_pieces, fixed_slots, ring_slots
+from specontext.kernels.rows import (
+    append_layer,
+    append_pieces,
+    append_tokens,
+    as_stored,
+    copy_pieces,
+    fixed_slots,
+    ring_slots,
+    row_of,
+)
 from specontext.kernels.slot_plan import listed, selected_rows
 from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers
 from specontext.kv.layout import BlockParts, PlacedSelection

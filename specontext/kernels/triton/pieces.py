@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specontext.kernels.quantised_rows import is_quantised
-from specontext.kernels.tables import Copies, Pages, Parts
+from specontext.kernels.tables import Copies, Pages, Parts, is_quantised
 from specontext.kernels.triton.slot_plan import piece_of
 
 PROGRAMS = (8, 32)  # with few requests layers hide what is loaded, and want the device; with many the bus is waited for

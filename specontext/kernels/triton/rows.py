@@ -12,16 +12,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specontext.kernels.quantised_rows import LEAST, is_quantised
-from specontext.kernels.tables import NewTokens, Pages, Tiers
+from specontext.kernels.quantised_rows import LEAST, SCALES, SCALES_TRIED
+from specontext.kernels.tables import NewTokens, Pages, Places, Tiers, is_quantised
 from specontext.kernels.triton.pieces import append_pieces, as_copied, copy_pieces, copy_rows, row_tile
 from specontext.kernels.triton.slot_plan import piece_of
 
-__all__ = ["append_keys", "append_layer", "append_pieces", "append_tokens", "copy_pieces", "gather_rows", "gather_tokens"]
+__all__ = [
+    "append_keys",
+    "append_layer",
+    "append_pieces",
+    "append_tokens",
+    "copy_pieces",
+    "gather_rows",
+    "gather_tokens",
+    "quantise_tokens",
+]
 
 TILE_BYTES = 16384
 FP8, INT8 = tl.constexpr(1), tl.constexpr(2)  # what rows are made of; 0 for numbers
-LEAST_MAGNITUDE = tl.constexpr(LEAST)
+LEAST_MAGNITUDE, TRIED = tl.constexpr(LEAST), tl.constexpr(SCALES_TRIED)
 ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2^23: a small number that is added to it becomes an integer, ties to even
 ROUNDS_BITS = tl.constexpr(0x4B400000)
 
@@ -150,6 +159,21 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     )
 
 
+def quantise_tokens(key: Tensor, value: Tensor, codes: torch.dtype) -> Tensor:
+    """See `specontext.kernels.rows.quantise_tokens`: tokens that are appended to an empty pool of one page."""
+    (tokens, heads, head_dim), device = key.shape, key.device
+    rows = torch.empty((tokens * heads, 2 * head_dim + SCALES), dtype=codes, device=device)
+    seats, nothing = (
+        torch.zeros(tokens, dtype=torch.int64, device=device),
+        torch.zeros((1, 1, 1), dtype=torch.int64, device=device),
+    )
+    alone = Places(((0, 0),), nothing[0, 0], nothing[0, 0], 1)
+    positions = torch.arange(tokens, device=device)
+    pages = Pages(rows, nothing, 1 << 30, heads, alone)
+    append_tokens(pages, 0, NewTokens(seats, positions, positions, key, value))
+    return rows.view(tokens, heads, -1)
+
+
 def append_keys(keys: Tensor, table: Tensor, seats: Tensor, positions: Tensor, new: Tensor) -> None:
     """See `specontext.kernels.rows.append_keys`: one program a token."""
     tokens, groups, head_dim = new.shape
@@ -225,28 +249,43 @@ def _write(pool, words, row, key, value, scales, live, KIND: tl.constexpr, DIM: 
 
 
 @triton.jit
+def _bfloat16(numbers):
+    """Positive float32 numbers, rounded to what bfloat16 has."""
+    bits = numbers.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _codes(numbers, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Codes int8 and scales, float32 as int32, of numbers [ROWS, BLOCK]: as `quantised_rows.quantise` makes them, to the bit."""
     numbers = tl.where(tl.arange(0, BLOCK)[None, :] < DIM, numbers.to(tl.float32), 0.0)
     most = tl.max(numbers.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # as an integer: what is no number is greater than all
     finite = most < 0x7F800000
     most = tl.maximum(tl.where(finite, most, 0).to(tl.float32, bitcast=True), LEAST_MAGNITUDE)
+    scale = _bfloat16(most * (1 / 127))
+    if KIND == FP8:
+        scale = _bfloat16(most * (1 / 448))
+        least = tl.full(most.shape, float("inf"), tl.float32)
+        for i in tl.static_range(TRIED):
+            tried = _bfloat16(most * (2.0 ** (i / TRIED) / 448))
+            scaled = tl.div_rn(numbers, tl.broadcast_to(tried[:, None], numbers.shape))
+            bits = scaled.to(tl.int32, bitcast=True)
+            rounded = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+            error = tl.max(tl.abs(rounded - scaled), 1) * tried
+            scale = tl.where(error < least, tried, scale)
+            least = tl.minimum(error, least)
+    scaled = tl.div_rn(numbers, tl.broadcast_to(scale[:, None], numbers.shape))
     if KIND == INT8:
-        scale = ((most * (1 / 127)).to(tl.int32, bitcast=True) + 0xFFFF) & -65536
-        scaled = tl.div_rn(numbers, tl.broadcast_to(scale.to(tl.float32, bitcast=True)[:, None], numbers.shape))
         scaled = tl.minimum(tl.maximum(scaled, -127.0), 127.0)
         codes = (scaled + ROUNDS).to(tl.int32, bitcast=True) - ROUNDS_BITS
     else:
-        scale = ((most.to(tl.int32, bitcast=True) + 0x1FFFFF) & 0x7F800000) - 0x4000000
-        inverse = (0x7F000000 - scale).to(tl.float32, bitcast=True)
-        scaled = numbers * inverse[:, None]
         bits = scaled.to(tl.int32, bitcast=True)
         magnitude = bits & 0x7FFFFFFF
         # A mantissa of three bits, ties to even, with another bias of the exponent; below 2^-6 multiples of 2^-9.
         codes = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
         small = (tl.abs(scaled) * 512.0 + ROUNDS).to(tl.int32, bitcast=True) - ROUNDS_BITS
         codes = tl.where(magnitude < 0x3C800000, small, codes) | ((bits >> 24) & 0x80)
-    return codes.to(tl.int8), tl.where(finite, scale, 0x7FC00000)
+    return codes.to(tl.int8), tl.where(finite, scale.to(tl.int32, bitcast=True), 0x7FC00000)
 
 
 @triton.jit
