@@ -116,7 +116,7 @@ def main(words: Sequence[str] | None = None) -> None:
     except SpeContextError as error:
         raise SystemExit(str(error)) from error
     generator = torch.Generator().manual_seed(0)
-    setup = Setup(loaded, dummy, options.budget, options.chunk, generator)
+    setup = Setup(loaded, dummy, options.budget, options.chunk, options.mixed_chunk, generator)
     serve = [part for part in SERVING if part in options.only]
     runs: list[tuple[str, bool, Callable[[], Report]]] = [
         ("ttft", "ttft" in options.only, lambda: first_tokens(setup, sizes)),
@@ -141,6 +141,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--budget", type=int, help="default: 2048 on a GPU, 256 on a CPU")
     parser.add_argument("--chunk", type=int, help="max_num_batched_tokens of the engines; default: theirs")
+    parser.add_argument("--mixed-chunk", type=int, help="their max_num_mixed_tokens; default: theirs")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between them")
     parser.add_argument("--lengths", help="lengths of ttft, with commas between them")
     parser.add_argument("--rounds", type=int)
@@ -156,7 +157,14 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("no GPU is visible: give --device cpu")
     options.model = options.model or ("nano" if options.quick else "llama-3.1-8b" if gpu else "qwen3-0.6b")
     options.budget = options.budget or (32 if options.quick else 2048 if gpu else 256)
-    options.chunk = options.chunk or (16 if options.quick else EngineConfig(options.model).max_num_batched_tokens)
+    if options.quick:
+        options.chunk, options.mixed_chunk = options.chunk or 16, options.mixed_chunk or 16
+    named = {"max_num_batched_tokens": options.chunk, "max_num_mixed_tokens": options.mixed_chunk}
+    try:
+        tokens = EngineConfig(options.model, **named).step_tokens(options.device)
+    except SpeContextError as error:
+        parser.error(str(error))
+    options.chunk, options.mixed_chunk = tokens.alone, tokens.mixed
     options.sizes = QUICK if options.quick else SIZES[options.device]
     try:
         lengths = tuple(int(length) for length in options.lengths.split(",")) if options.lengths else options.sizes.lengths
@@ -166,14 +174,14 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     seconds = options.sizes.seconds if options.seconds is None else options.seconds
     if min(*lengths, rounds) < 1:
         parser.error("lengths and rounds are at least 1")
-    if options.chunk <= options.sizes.mixed:
-        parser.error(f"--chunk must leave room for a prompt beside {options.sizes.mixed} requests that decode")
+    if options.mixed_chunk <= options.sizes.mixed:
+        parser.error(f"--mixed-chunk must leave room for a prompt beside {options.sizes.mixed} requests that decode")
     options.sizes = replace(options.sizes, lengths=lengths, rounds=rounds, seconds=seconds)
     return options
 
 
 def about(options: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
-    names = ("model", "dtype", "device", "budget", "chunk")
+    names = ("model", "dtype", "device", "budget", "chunk", "mixed_chunk")
     return {
         "benchmark": "end_to_end",
         "date": date.today().isoformat(),
@@ -186,7 +194,8 @@ def about(options: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
 
 def show(options: argparse.Namespace, sizes: Sizes, report: Report) -> None:
     """A table of a row for each thing that was measured, of a column for each system."""
-    table = Table(title=f"{options.model}, {options.dtype}, {machine(torch.device(options.device))}, chunks of {options.chunk}")
+    chunks = f"chunks of {options.chunk}, beside decode tokens {options.mixed_chunk}"
+    table = Table(title=f"{options.model}, {options.dtype}, {machine(torch.device(options.device))}, {chunks}")
     for column in ("", *SYSTEMS):
         table.add_column(column, justify="right" if column else "left")
 

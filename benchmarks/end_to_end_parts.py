@@ -103,6 +103,7 @@ def first_tokens_of(setup: Setup, sizes: Sizes, system: str) -> dict[str, dict[s
     theirs = HuggingFace(setup.loaded)
     seats = 2 if system == "host" else 1  # room for what is kept of a prompt, beside the request's own
     with setup.engine(system, seats=seats, longest=max(sizes.lengths) + 2 * NEW_QUESTION) as driver:
+        driver.engine.warm_up()
         warm_up = setup.prompt(min(sizes.lengths))
         theirs.seconds([warm_up])
         driver.seconds([warm_up])
@@ -164,13 +165,14 @@ def serving(setup: Setup, sizes: Sizes, wanted: Collection[str]) -> Report:
         looping = system in ON_DEVICE and "loop" in wanted
         most = {"loop": sizes.requests if looping else 0, "latency": sizes.streams, "mixed": sizes.mixed}
         several = max(most[part] for part in wanted)
-        longest = max(sizes.arriving, sizes.context, sizes.chunks * setup.chunk) + OUTPUT
+        longest = max(sizes.arriving, sizes.context, sizes.chunks * setup.mixed_chunk) + OUTPUT
         report: Report = {}
         if not several:
             return report
-        with setup.engine(system, seats=several + 1, longest=longest) as driver:
+        # A chunk alone is as large as one beside requests that decode, so that mixed steps can be compared with their parts.
+        with setup.engine(system, seats=several + 1, longest=longest, chunk=setup.mixed_chunk) as driver:
             driver.engine.warm_up()
-            driver.seconds([setup.prompt(setup.chunk + NEW_QUESTION)])
+            driver.seconds([setup.prompt(setup.mixed_chunk + NEW_QUESTION)])
             before = prompt_alone(setup, sizes, driver) if "mixed" in wanted else 0.0
             decoding = driver.start(fresh_prompts(setup, several, sizes.context), OUTPUT)
             for _ in range(2):
@@ -214,7 +216,7 @@ def prompt_alone(setup: Setup, sizes: Sizes, driver: Driver) -> float:
 
 def beside(setup: Setup, sizes: Sizes) -> int:
     """Tokens of a prompt that takes `chunks` steps, alone and beside requests that decode."""
-    return sizes.chunks * (setup.chunk - sizes.mixed)
+    return sizes.chunks * (setup.mixed_chunk - sizes.mixed)
 
 
 def mixed_rounds(setup: Setup, sizes: Sizes, driver: Driver) -> tuple[list[list[StepTime]], list[float]]:
@@ -287,9 +289,9 @@ def latencies(setup: Setup, sizes: Sizes, driver: Driver, streams: Sequence[Gene
 def first_steps(setup: Setup, sizes: Sizes) -> Report:
     """Every step of an engine from the moment at which a server says it is ready, against the median of its kind."""
     # While the last of the prompts are computed, the first ones decode.
-    meanwhile = 2 * max(sizes.sizes) * -(-sizes.crossing // setup.chunk)
+    meanwhile = 2 * max(sizes.sizes) * -(-sizes.crossing // setup.mixed_chunk)
     output = 2 * sizes.steps + sizes.chunks + meanwhile + 8
-    longest = max(sizes.crossing + output, sizes.chunks * setup.chunk + NEW_QUESTION)
+    longest = max(sizes.crossing + output, sizes.chunks * setup.mixed_chunk + NEW_QUESTION)
 
     def measured(system: str) -> Report:
         kinds: dict[str, list[float]] = defaultdict(list)
@@ -301,7 +303,7 @@ def first_steps(setup: Setup, sizes: Sizes) -> Report:
                 while left:
                     count(driver, kinds)
                     left -= all(one.request.decoding for one in added)
-                [arriving] = driver.add([setup.prompt(sizes.chunks * setup.chunk)], 1)
+                [arriving] = driver.add([setup.prompt(sizes.chunks * setup.mixed_chunk)], 1)
                 while not arriving.finished:
                     count(driver, kinds)
                 driver.end(added)

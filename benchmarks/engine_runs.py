@@ -41,13 +41,14 @@ class Setup:
 
     Attributes:
         dummy: weights are random, and so is the head.
-        chunk: `max_num_batched_tokens` of the engines.
+        chunk, mixed_chunk: `max_num_batched_tokens` and `max_num_mixed_tokens` of the engines.
     """
 
     loaded: LoadedModel
     dummy: bool
     budget: int
     chunk: int
+    mixed_chunk: int
     generator: torch.Generator
 
     @property
@@ -59,8 +60,11 @@ class Setup:
         return torch.randint(self.loaded.shape.vocab_size, (tokens,), generator=self.generator).tolist()
 
     @contextmanager
-    def engine(self, system: str, *, seats: int, longest: int) -> Iterator[Driver]:
+    def engine(self, system: str, *, seats: int, longest: int, chunk: int | None = None) -> Iterator[Driver]:
         """An engine of one of SYSTEMS for so many requests of that many tokens; it is closed afterwards.
+
+        Args:
+            chunk: instead of `self.chunk`.
 
         Raises:
             SystemExit: layers had to leave the device of a system that is to have them there.
@@ -78,7 +82,8 @@ class Setup:
             load_format="dummy" if self.dummy else "auto",
             max_num_seqs=seats,
             max_model_len=longest,
-            max_num_batched_tokens=self.chunk,
+            max_num_batched_tokens=chunk or self.chunk,
+            max_num_mixed_tokens=self.mixed_chunk,
         )
         engine = LLMEngine(config, self.loaded)
         try:
@@ -152,15 +157,15 @@ class Driver:
         Args:
             wait: for all that the device was given. Without, steps that give no token return before they are computed.
         """
-        before = [(one.request, one.request.computed, one.request.decoding) for one in self.live]
+        before = [(one.request, one.request.computed) for one in self.live if not one.request.decoding]
+        decoding = {one.request for one in self.live if one.request.decoding}
         began = clock(self.device) if wait else time.perf_counter()
         touched = self.engine.step(self._read)
         seconds = (clock(self.device) if wait else time.perf_counter()) - began
         self._unread = touched
         self.live = [one for one in self.live if not one.finished]
-        grown = [(request.computed - computed, decoding) for request, computed, decoding in before]
-        decodes = sum(count for count, decoding in grown if decoding)
-        return StepTime(seconds, decodes, sum(count for count, decoding in grown if not decoding))
+        decodes = sum(one.request in decoding for one in touched)
+        return StepTime(seconds, decodes, sum(request.computed - computed for request, computed in before))
 
     def _read(self) -> None:
         for one in self._unread:
@@ -181,16 +186,18 @@ class Driver:
         return added
 
     def seconds(self, prompts: Sequence[Sequence[int]]) -> float:
-        """Seconds until prompts that come at once have one token each."""
+        """Seconds until the host has one token of each of some prompts that come at once. What is kept of prompts for later ones
+        may still be on its way to the host then."""
         began = clock(self.device)
         self.run(self.add(prompts, 1))
-        return clock(self.device) - began
+        return time.perf_counter() - began
 
     def captured_seconds(self, steps: int) -> float:
         """Seconds of the model's step alone, as it runs for the requests that decode now: captured, on a GPU.
 
         The next step runs again and again, which changes nothing of what the engine knows of its requests.
         """
+        self.engine.catch_up()
         schedule = self.engine.scheduler.schedule()
         assert schedule is not None and not schedule.batch.prefills
         began = clock(self.device)

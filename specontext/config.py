@@ -144,8 +144,8 @@ class EngineConfig:
     )
     max_num_mixed_tokens: int | None = option(
         None,
-        "Tokens of a step in which requests decode: their next tokens wait for the chunk of a prompt that is computed in it. At "
-        "most max_num_batched_tokens. Default: 1024.",
+        "Tokens of a step in which requests decode: their next tokens wait for the chunk of a prompt that is computed in it. "
+        "At most max_num_batched_tokens. Default: 1024.",
     )
     gpu_memory: int | None = option(
         None,

@@ -316,9 +316,14 @@ class SamplingParams:
     @cached_property
     def plain(self) -> bool:
         """Whether the most likely token is taken as it is, and nothing else is reported."""
+        return self.temperature == 0 and self.unrestricted
+
+    @cached_property
+    def unrestricted(self) -> bool:
+        """Whether tokens are chosen by the logits alone, whatever came before, and nothing else is reported."""
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
         free = self.structured_outputs is None and self.allowed_token_ids is None and not self.logit_bias and not self.bad_words
-        return self.temperature == 0 and free and not penalties and not self.min_tokens and self.logprobs is None
+        return free and not penalties and not self.min_tokens and self.logprobs is None
 
     def __post_init__(self) -> None:
         self._as_tuple("stop", MOST_STOPS)

@@ -23,7 +23,7 @@ from specontext.kv.cache import KVCache
 from specontext.kv.layout import PlacedSelection, Reader
 from specontext.kv.staging import DenseRead, Staging
 from specontext.kv.streams import STATISTICS, Mark
-from specontext.memory.model import DECODE_TILE, LEAST_TILE, STAGED, prompt_tile
+from specontext.memory.model import DECODE_TILE, LEAST_TILE, prompt_tile
 from specontext.retrieval.selector import AheadSelector, ForeseeingSelector, LaneTokens, LayerSelector, Selector
 
 # Shows the decode tokens of some lanes of a batch, with full attention, to the methods that have to know it beforehand.
@@ -130,7 +130,7 @@ class Step:
             self.chunks.reads if self.chunks is not None else []
         )
         if reads and self.transfers.asynchronous:
-            self.staging = Staging(self.transfers, reads, STAGED)
+            self.staging = Staging(self.transfers, reads)
 
     def _foresee(self, look_ahead: LookAhead) -> None:
         lanes = [lane for lane in self.lanes if isinstance(lane.selector, ForeseeingSelector)]

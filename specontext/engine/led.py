@@ -13,6 +13,7 @@ from torch import Tensor
 from specontext.config import EngineConfig
 from specontext.core import Request, SamplingParams
 from specontext.engine.failures import Failures
+from specontext.engine.launched import Launched
 from specontext.engine.llm_engine import Generation, LLMEngine
 from specontext.engine.output_statistics import OutputStatistics
 from specontext.errors import LogitsError, RequestError
@@ -24,6 +25,7 @@ class LedEngine(LLMEngine):
 
     def __init__(self, config: EngineConfig, loaded: LoadedModel) -> None:
         super().__init__(config, loaded)
+        self.runs_ahead = False  # the next tokens are chosen elsewhere
         self._ids = itertools.count()
         self._next_logits: dict[str, Tensor] = {}  # [V], by request
 
@@ -84,8 +86,11 @@ class LedEngine(LLMEngine):
         self.abort(led.request.request_id)
         return led.stats
 
-    def _sample(self, logits: Tensor, ready: list[tuple[int, Request]], failures: Failures) -> list[Generation]:
+    def _sample(
+        self, logits: Tensor | None, ready: list[tuple[int, Request]], failures: Failures, launched: Launched | None
+    ) -> list[Generation]:
         """Instead of choosing tokens keep the logits they are to be chosen from, and hold the requests."""
+        assert logits is not None
         finite = logits.amax(dim=1).isfinite().tolist()
         if broken := [request.request_id for row, request in ready if not finite[row]]:
             failures.add(LogitsError(broken), *broken)

@@ -18,15 +18,17 @@ from specontext.engine.build import build_parts
 from specontext.engine.constraint import Constraint, Masks
 from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.failures import Failures
+from specontext.engine.launched import Launched
 from specontext.engine.output_statistics import OutputStatistics
 from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
 from specontext.engine.rehearsal import rehearse
 from specontext.engine.restrictions import banned_sequences
 from specontext.engine.runner import ModelRunner, working_device
-from specontext.engine.sampler import next_tokens
+from specontext.engine.sampler import Drawn, next_tokens
 from specontext.engine.scheduler import Schedule, Scheduler
 from specontext.errors import ConfigError, DeviceError, DeviceMemoryError, EngineClosedError, RequestError
 from specontext.grammars.compiler import GrammarCompiler
+from specontext.kernels.dispatch import upload
 from specontext.kv.host_memory import settle
 from specontext.models.compiled import keep_compiled
 from specontext.models.loading import LoadedModel, load_model
@@ -75,7 +77,8 @@ class LLMEngine:
     Attributes:
         loaded, parts, runner, scheduler: what it works with, until it is closed.
         seeds: of sampled requests that name none.
-        step_tokens: tokens of prompts and outputs that the last step computed.
+        step_tokens: tokens of prompts and outputs that the last call of `step` had computed.
+        runs_ahead: where it is known what the next step does, it is launched before the tokens of this one are on the host.
         grammars: compiles what structured outputs must look like; other threads may do so before they make a request.
 
     Raises:
@@ -124,6 +127,8 @@ class LLMEngine:
         self.step_tokens = 0
         self._masks = Masks(self.device, vocab_size)
         self._generations: dict[str, Generation] = {}
+        self.runs_ahead = self.runner.captures
+        self._ahead: Launched | None = None
         self.seeds = random.Random(config.seed)
 
     def warm_up(self) -> None:
@@ -278,38 +283,81 @@ class LLMEngine:
             DeviceMemoryError: the step did not fit. Its requests are named and have ended; others may go on.
             DeviceError: the device has failed, in this step or since the one before.
         """
+        ahead, self._ahead = self._ahead, None
         with working_device(0):
-            schedule = self.scheduler.schedule()
-        self.step_tokens = 0 if schedule is None else len(schedule.batch.token_ids)
+            schedule = self.scheduler.schedule() if ahead is None else ahead.schedule
+        self.step_tokens = 0 if schedule is None or ahead is not None else len(schedule.batch.token_ids)
         if schedule is None:
             return []
         try:
             with working_device(len(schedule.batch.token_ids)):
-                return self._carry_out(schedule, meanwhile)
+                return self._carry_out(schedule, ahead, meanwhile)
         except DeviceMemoryError as error:
             error.request_ids = tuple(request.request_id for request in schedule.requests)
             for request_id in error.request_ids:
                 self.abort(request_id)
             raise
 
-    def _carry_out(self, schedule: Schedule, meanwhile: Callable[[], None] | None) -> list[Generation]:
-        failures = Failures()
-        captured = self.runner.captured_rows(schedule.batch) if self.runner.captures else ()
-        logits = self._run(schedule, failures)
-        for row in captured:
-            schedule.requests[row].captured_steps += 1
-        ready = [(row, r) for row, r in self.scheduler.advance(schedule) if r.request_id not in failures.found]
+    def _carry_out(self, schedule: Schedule, launched: Launched | None, meanwhile: Callable[[], None] | None) -> list[Generation]:
+        """Run a step, or go on with one that was launched before, and receive its tokens; where it is known what the next one
+        does, launch that meanwhile."""
+        failures, logits, ready = Failures(), None, []
+        if launched is None:
+            captured = self.runner.captured_rows(schedule.batch) if self.runner.captures else ()
+            logits = self._run(schedule, failures)
+            for row in captured:
+                schedule.requests[row].captured_steps += 1
+            ready = [(row, r) for row, r in self.scheduler.advance(schedule) if r.request_id not in failures.found]
+            if self.runs_ahead:
+                launched = self._chosen_there(schedule, logits, ready)
+        if launched is not None and self.runs_ahead:
+            self._ahead = self._launch(launched)
         self.scheduler.prepare()
         if constrained := [r for _, r in ready if r.params.structured_outputs is not None]:
             self._masks.fill(((r, self._generations[r.request_id].constraint) for r in constrained), failures)
         if meanwhile is not None:
             meanwhile()
-        touched = self._sample(logits, ready, failures)
+        touched = self._sample(logits, ready, failures, launched)
         for request_id in failures.found:
             self.abort(request_id)
         if failures.found:
             raise failures.take()
         return touched
+
+    def _chosen_there(self, schedule: Schedule, logits: Tensor, ready: list[tuple[int, Request]]) -> Launched | None:
+        """A step whose tokens the device chooses; None where the host has a part in some of them."""
+        requests = [request for _, request in ready]
+        if not requests or not all(self._unrestricted(request) for request in requests):
+            return None
+        if len(requests) < len(logits):
+            logits = logits[upload([row for row, _ in ready], torch.int64, logits.device)]
+        return Launched(schedule, requests, Drawn(logits, requests, unread=0))
+
+    def _unrestricted(self, request: Request) -> bool:
+        generation = self._generations[request.request_id]
+        return request.params.unrestricted and not generation.forced and generation.on_logits is None
+
+    def _launch(self, before: Launched) -> Launched | None:
+        """Run the step after one whose tokens only the device knows; None where what comes next depends on them."""
+        schedule = self.scheduler.schedule_ahead(before.ready, before.drawn.token_ids)
+        if schedule is None:
+            return None
+        counts, requests = self.parts.meter.counts.clone(), schedule.requests
+        captured = {*(self.runner.captured_rows(schedule.batch) if self.runner.captures else ())}
+        logits = self.runner.run(schedule.batch)
+        self.step_tokens += len(requests)
+        for request in requests:
+            request.computed += 1
+        drawn = Drawn(logits, requests, unread=1)
+        return Launched(schedule, requests, drawn, [row in captured for row in range(len(requests))], counts)
+
+    def catch_up(self) -> list[Generation]:
+        """Receive the tokens of a step that was launched ahead, and launch none; the generations that got one."""
+        runs_ahead, self.runs_ahead = self.runs_ahead, False
+        try:
+            return self.step() if self._ahead is not None else []
+        finally:
+            self.runs_ahead = runs_ahead
 
     def _run(self, schedule: Schedule, failures: Failures) -> Tensor:
         """Logits of a step's last tokens, [requests, V]; log-probabilities of its prompt tokens go to those who want them."""
@@ -321,16 +369,22 @@ class LLMEngine:
             add_prompt_logprobs(rows, states, self.runner.logits_of, self.loaded.shape.vocab_size)
         return logits
 
-    def _sample(self, logits: Tensor, ready: list[tuple[int, Request]], failures: Failures) -> list[Generation]:
-        """Choose the next tokens of (row of the logits, request) pairs."""
-        ready = [(row, request) for row, request in ready if request.request_id not in failures.found]
-        chosen = next_tokens(logits, ready, failures, end_token_ids=self.loaded.end_token_ids)
+    def _sample(
+        self, logits: Tensor | None, ready: list[tuple[int, Request]], failures: Failures, launched: Launched | None
+    ) -> list[Generation]:
+        """Choose the next tokens of (row of the logits, request) pairs, or wait for those that the device has chosen."""
+        if launched is not None:
+            chosen = launched.receive(failures)
+        else:
+            assert logits is not None
+            ready = [(row, request) for row, request in ready if request.request_id not in failures.found]
+            chosen = next_tokens(logits, ready, failures, end_token_ids=self.loaded.end_token_ids)
         now = time.perf_counter()
         touched = []
         for row, request, token, logprobs in chosen:
             generation = self._generations[request.request_id]
             with failures.of(request.request_id):
-                if generation.on_logits is not None:
+                if generation.on_logits is not None and logits is not None:
                     generation.on_logits(logits[row])
                 made = len(request.token_ids) - request.prompt_length
                 self._receive(generation, generation.forced[made] if made < len(generation.forced) else token, logprobs, now)
@@ -363,6 +417,8 @@ class LLMEngine:
         if request.finish_reason is not None:
             if not stopped:
                 generation.detokenizer.finish()
+            if self._ahead is not None and self._ahead.counts is not None:
+                self.parts.meter.take_back(request.seat, self._ahead.counts)  # a token too many was computed
             generation.stats = self._statistics(generation)
 
     def _statistics(self, generation: Generation) -> OutputStatistics:
@@ -407,6 +463,9 @@ class LLMEngine:
 
     def _drop(self, request: Request) -> None:
         self.scheduler.finish(request)
+        if self._ahead is not None and not self.scheduler.running:
+            self._ahead.drawn.wait()  # nobody needs its tokens, and what it writes to may be given back now
+            self._ahead = None
         request.history = request.allowed = None  # they lie on the device, and whoever reads the output may keep the request
         del self._generations[request.request_id]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from specontext.core import Request
 from specontext.engine.sampler import logprob_table, ranked_logprobs, rows_at_once
 from specontext.engine.scheduler import Schedule
+from specontext.kernels.dispatch import upload
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def prompt_rows(schedule: Schedule) -> PromptRows | None:
             targets += request.token_ids[first + 1 : stop + 1]
     if not counts:
         return None
-    packed = torch.tensor([positions, targets], dtype=torch.int64).to(batch.token_ids.device)
+    packed = upload([positions, targets], torch.int64, batch.token_ids.device)
     return PromptRows(tuple(counts), packed[0], packed[1])
 
 

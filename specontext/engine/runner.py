@@ -189,6 +189,8 @@ class ModelRunner:
             warm_up_chunks(self._uncaptured, self.parts)  # first: what several tokens run is compiled with many in mind
             if not self._waits(self.parts.selector):
                 self._graphs.warm_up(self._spans(None), self._fused)
+                # Captures give memory back that is free: the one that chunks need stays now.
+                warm_up_chunks(self._uncaptured, self.parts)
 
     def _uncaptured(self, batch: Batch) -> Tensor:
         """A pass outside of graphs, compiled where prompts are computed and steps may be captured."""

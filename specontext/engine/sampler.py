@@ -21,6 +21,7 @@ from specontext.engine.failures import NOBODYS, Failures
 from specontext.engine.restrictions import restricted
 from specontext.errors import LogitsError, NoTokenLeftError
 from specontext.kernels.counter_random import combine_keys, counter_uniform
+from specontext.kernels.dispatch import upload
 
 _NARROW = 256  # a row with top_k up to this is ranked only so far
 _CHUNK = 1 << 22  # float64 scores worked on at once, so that a full batch with a large vocabulary needs little memory
@@ -72,8 +73,10 @@ def next_tokens(
 
 
 def _draw(logits: Tensor, ready: list[tuple[int, Request]], end_token_ids: Collection[int]) -> list[NextToken]:
+    if not ready:
+        return []
     if len(ready) < len(logits):
-        logits = logits[torch.tensor([row for row, _ in ready], dtype=torch.int64).to(logits.device)]
+        logits = logits[upload([row for row, _ in ready], torch.int64, logits.device)]
     sampled = sample(logits, [request for _, request in ready], end_token_ids=end_token_ids)
     made = zip(sampled.token_ids, sampled.logprobs, strict=True)
     return [NextToken(*pair, *token) for pair, token in zip(ready, made, strict=True)]
@@ -111,7 +114,38 @@ def sample(logits: Tensor, requests: Sequence[Request], *, end_token_ids: Collec
     return Sampled(token_ids, [None] * len(requests) if plain else _logprobs(raw, chosen, requests))
 
 
-def _sample_random_rows(adjusted: Tensor, requests: Sequence[Request], chosen: Tensor) -> None:
+class Drawn:
+    """Tokens of unrestricted requests that a device has chosen, on their way to the host.
+
+    Args:
+        logits: floating [R, V], row r belongs to requests[r]; they may be overwritten afterwards.
+        unread: tokens of each request that were chosen before these and that the host does not know yet.
+
+    Attributes:
+        token_ids: int64 [R] on the device; anything where logits are broken.
+    """
+
+    def __init__(self, logits: Tensor, requests: Sequence[Request], *, unread: int) -> None:
+        raw = logits.float()
+        self.token_ids = raw.argmax(dim=1)
+        _sample_random_rows(raw, requests, self.token_ids, unread)
+        found = torch.stack((self.token_ids, (~raw.amax(dim=1).isfinite()).long()))
+        self._found = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda).copy_(found, non_blocking=True)
+        self._copied = torch.cuda.current_stream(found.device).record_event() if found.is_cuda else None
+
+    def wait(self) -> None:
+        """Until the device has chosen them, and has done all that it was given before."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def read(self) -> tuple[list[int], list[bool]]:
+        """The tokens, and whose logits are broken."""
+        self.wait()
+        token_ids, broken = self._found.tolist()
+        return token_ids, [bool(flag) for flag in broken]
+
+
+def _sample_random_rows(adjusted: Tensor, requests: Sequence[Request], chosen: Tensor, unread: int = 0) -> None:
     """Overwrites in `chosen` [R] the tokens of the requests with a temperature."""
     vocab_size = adjusted.shape[1]
     by_width: dict[int, list[int]] = {}
@@ -121,8 +155,8 @@ def _sample_random_rows(adjusted: Tensor, requests: Sequence[Request], chosen: T
     for width, members in by_width.items():
         for start in range(0, len(members), step := rows_at_once(vocab_size)):
             part = members[start : start + step]
-            rows = torch.tensor(part, device=adjusted.device)
-            chosen[rows] = _sample_rows(adjusted[rows], [requests[row] for row in part], width)
+            rows = upload(part, torch.int64, adjusted.device)
+            chosen[rows] = _sample_rows(adjusted[rows], [requests[row] for row in part], width, unread)
 
 
 def _ranks_needed(request: Request, vocab_size: int) -> int:
@@ -133,13 +167,13 @@ def _ranks_needed(request: Request, vocab_size: int) -> int:
     return vocab_size if params.top_p < 1 or 0 < params.top_k < vocab_size else 0
 
 
-def _sample_rows(rows: Tensor, requests: Sequence[Request], width: int) -> Tensor:
+def _sample_rows(rows: Tensor, requests: Sequence[Request], width: int, unread: int) -> Tensor:
     """Draws a token for each row of logits [R, V] among the `width` most likely ones, 0 meaning all. Returns int64 [R]."""
     device, vocab_size = rows.device, rows.shape[1]
     everyone = [request.params for request in requests]
     floors = [math.log(params.min_p) if params.min_p else -math.inf for params in everyone]
     numbers = [(max(p.temperature, 1e-12), floor, p.top_p) for p, floor in zip(everyone, floors, strict=True)]
-    temperature, floor, top_p = torch.tensor(numbers, device=device, dtype=torch.float64).T.unsqueeze(2)  # each [R, 1]
+    temperature, floor, top_p = upload(numbers, torch.float64, device).T.unsqueeze(2)  # each [R, 1]
     scores = rows.double().sub_(rows.amax(dim=1, keepdim=True)).div_(temperature)  # [R, V], at most 0
     if width:
         ids = _ranked(rows, width)  # [R, C]
@@ -149,13 +183,13 @@ def _sample_rows(rows: Tensor, requests: Sequence[Request], width: int) -> Tenso
     scores.masked_fill_(scores < floor, -math.inf)
     if width:
         limits = [params.top_k or vocab_size for params in everyone]
-        limit = torch.tensor([min(limit, vocab_size) for limit in limits], device=device).unsqueeze(1)  # [R, 1]
+        limit = upload([min(limit, vocab_size) for limit in limits], torch.int64, device).unsqueeze(1)  # [R, 1]
         scores.masked_fill_(torch.arange(width, device=device) >= limit, -math.inf)
         mass = (scores.exp() * 2.0**40).long()
         before = mass.cumsum(dim=1) - mass
         total = mass.sum(dim=1, keepdim=True)
         scores.masked_fill_((top_p < 1) & (before.double() >= top_p * total.double()), -math.inf)
-    best = (scores + _gumbel(_keys(requests, device), ids)).argmax(dim=1, keepdim=True)
+    best = (scores + _gumbel(_keys(requests, unread, device), ids)).argmax(dim=1, keepdim=True)
     return ids.expand_as(scores).gather(1, best).squeeze(1)
 
 
@@ -169,9 +203,10 @@ def _ranked(rows: Tensor, width: int) -> Tensor:
     return _LOW_32_BITS - (largest & _LOW_32_BITS)
 
 
-def _keys(requests: Sequence[Request], device: torch.device) -> Tensor:
-    """Key of the random numbers of each request's next token, int64 [R, 1]."""
-    parts = torch.tensor([(request.seed, request.index, len(request.token_ids)) for request in requests], device=device)
+def _keys(requests: Sequence[Request], unread: int, device: torch.device) -> Tensor:
+    """Key of the random numbers of each request's next token, int64 [R, 1], behind so many that the host does not know yet."""
+    numbers = [(request.seed, request.index, len(request.token_ids) + unread) for request in requests]
+    parts = upload(numbers, torch.int64, device)
     return combine_keys(parts.split(1, dim=1))
 
 

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from specontext.core import Batch, Lane, Request, SamplingParams, Segment
 from specontext.engine.admission import Admission
 from specontext.engine.build import Parts
 from specontext.errors import OutOfPagesError, RequestError
+from specontext.kernels.dispatch import upload
 
 STUCK = "no room for the only request: this is an error of the engine, please report it"
 
@@ -115,6 +117,32 @@ class Scheduler:
         batch = pack(decodes, chunks, self.parts.kv.device)
         return Schedule((*decodes, *(request for request, _ in chunks)), batch)
 
+    def schedule_ahead(self, ready: Sequence[Request], tokens: Tensor) -> Schedule | None:
+        """The step after one that the device computes now, before the host knows its tokens.
+
+        Requests that end with their token by their length are not in it; one that ends otherwise has a token too many computed.
+        None where it is not known what comes next: others wait or compute their prompts, or room is short.
+
+        Args:
+            ready: whose tokens the device chooses now; some may have ended meanwhile.
+            tokens: int64 [ready requests] on the device.
+        """
+        going = [(row, request) for row, request in enumerate(ready) if request.finish_reason is None]
+        if self.waiting or len(going) < len(self.running):
+            return None
+        going = [(row, r) for row, r in going if len(r.token_ids) + 1 < self.admission.most(r)]
+        if not going or not all(r.computed < r.room or self.admission.grow(r, 1, preempt=False) for _, r in going):
+            return None
+        ways = list(dict.fromkeys(r.choice for _, r in going))
+        if len(ways) > 1:
+            going.sort(key=lambda one: ways.index(one[1].choice))
+        rows = [row for row, _ in going]
+        if rows != list(range(len(ready))):
+            tokens = tokens[upload(rows, torch.int64, tokens.device)]
+        self.parts.residency.steps += 1
+        requests = tuple(request for _, request in going)
+        return Schedule(requests, pack(requests, (), tokens.device, tokens=tokens))
+
     def _lengths_in(self, steps: int) -> list[int]:
         """How long the running requests will be in so many steps, at most."""
         grown = []
@@ -159,12 +187,17 @@ class Scheduler:
         return [(row, r) for row, r in enumerate(requests) if r.computed == len(r.token_ids)]
 
 
-def pack(decodes: Sequence[Request], chunks: Sequence[tuple[Request, int]], device: torch.device) -> Batch:
+def pack(
+    decodes: Sequence[Request], chunks: Sequence[tuple[Request, int]], device: torch.device, *, tokens: Tensor | None = None
+) -> Batch:
     """The batch of one token of every decoding request and of chunks (request, tokens).
 
     Decoding requests that choose in the same way must follow one another.
 
     All its numbers go to the device in one copy.
+
+    Args:
+        tokens: int64 [R], those of the decoding requests, where only the device knows them; then there are no chunks.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -175,18 +208,18 @@ def pack(decodes: Sequence[Request], chunks: Sequence[tuple[Request, int]], devi
     for request, length in [(r, 1) for r in decodes] + list(chunks):
         start, stop = request.computed, request.computed + length
         if len(last) >= len(decodes):
-            segments.append(Segment(request.seat, start, length, len(ids)))
+            segments.append(Segment(request.seat, start, length, len(positions)))
         ids += request.token_ids[start:stop]
         positions += range(start, stop)
         seats += [request.seat] * length
         lengths += [stop] * length
-        last.append(len(ids) - 1)
+        last.append(len(positions) - 1)
     seeds = [request.seed for request in decodes]
     parts = (ids, positions, seats, lengths, last, seeds)
-    packed = torch.tensor([number for part in parts for number in part], dtype=torch.int64).to(device)
+    packed = upload([number for part in parts for number in part], torch.int64, device)
     token_ids, position, seat, length_, last_tokens, seed = packed.split([len(part) for part in parts])
     return Batch(
-        token_ids=token_ids,
+        token_ids=token_ids if tokens is None else tokens,
         positions=position,
         seats=seat,
         lengths=length_,

@@ -90,6 +90,10 @@ class Meter:
             self.reset(seat)
         self.left.zero_()
 
+    def take_back(self, seat: int, before: Tensor) -> None:
+        """Count nothing of a seat since its counters were `before`, a copy of all."""
+        self.counts[seat] = before[seat]
+
     def save(self, seat: int) -> MeterState:
         """The counters of a seat, for a request that has to wait."""
         return MeterState(self.counts[seat].clone(), self.recalls[seat].clone(), self.before[:, seat].clone())

@@ -1,5 +1,5 @@
 """How an operation runs: as a Triton kernel for tensors on a GPU, and as its PyTorch reference everywhere else, in memory that a
-CPU uses again and again.
+CPU uses again and again; and how numbers of the host get to a device.
 
 `SPECONTEXT_KERNELS=torch` or `=triton` decides for all; Triton on CPU tensors needs its interpreter (`TRITON_INTERPRET=1`).
 """
@@ -11,7 +11,7 @@ import inspect
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from importlib import import_module
 from typing import Any, ParamSpec, TypeVar
@@ -46,6 +46,15 @@ def use_triton(tensor: Tensor) -> bool:
     if choice == "triton" and not _triton_is_there():
         raise SpeContextError(f"{VARIABLE} asks for Triton, which is not installed: {install_command('triton')}")
     return choice == "triton" or (choice == "auto" and tensor.is_cuda and _triton_is_there())
+
+
+def upload(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of (nested) lists of numbers on a device, which the host does not wait for.
+
+    What a GPU is given from now on finds it there, and its host memory, which is pinned, is not used again before it was copied.
+    """
+    gpu = device.type == "cuda"
+    return torch.tensor(numbers, dtype=dtype, pin_memory=gpu).to(device, non_blocking=gpu)
 
 
 def operation(decided_by: str) -> Callable[[Callable[P, T]], Callable[P, T]]:

@@ -5,9 +5,9 @@ A row of a pool is [2, D] numbers in the model's format; or 2 * D + 4 bytes, and
     codes of K, D | codes of V, D | scale of K, bfloat16 | scale of V, bfloat16            260 bytes at D = 128
 
 The scales are in the row, because another random read costs as much as the row. A number is its code times the scale. Of int8 the
-scale is the greatest magnitude over 127. float8_e4m3 has a mantissa of three bits wherever the scale puts a number, and a key loses
-mostly what its few greatest numbers lose; so of `SCALES_TRIED` scales that divide an octave the one is taken whose greatest error
-is least. Of a key or value that is not finite the scale is no number, and so is all that is read.
+scale is the greatest magnitude over 127. float8_e4m3 has a mantissa of three bits wherever the scale puts a number, and a key
+loses mostly what its few greatest numbers lose; so of `SCALES_TRIED` scales that divide an octave the one is taken whose greatest
+error is least. Of a key or value that is not finite the scale is no number, and so is all that is read.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from specontext.kernels.dispatch import upload
 from specontext.kv.layout import Reader
 from specontext.kv.pool import PagePool
 from specontext.kv.streams import PREFETCH, WRITE_BACK
@@ -103,7 +104,7 @@ class SeatPages:
             taken += len(part)
             for i, layer in enumerate(members):
                 self._held[layer][seat] += part[i * new : (i + 1) * new]
-            rows = torch.tensor(part, dtype=torch.int64).view(len(members), new).to(self.table.device)
+            rows = upload(part, torch.int64, self.table.device).view(len(members), new)
             self.table[_as_index(members), seat, held:count] = rows
 
     def release(self, layers: Iterable[int], seat: int) -> None:
@@ -129,7 +130,7 @@ class SeatPages:
         """Put detached pages into a seat that has none in this layer."""
         assert not self._held[layer][seat]
         self._held[layer][seat] = pages
-        self.table[layer, seat, : len(pages)] = torch.tensor(pages, dtype=torch.int64).to(self.table.device)
+        self.table[layer, seat, : len(pages)] = upload(pages, torch.int64, self.table.device)
 
     def all_held(self) -> list[list[int]]:
         """Every list of pages, for the pool's check."""

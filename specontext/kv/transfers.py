@@ -13,18 +13,9 @@ import torch
 from torch import Tensor
 
 from specontext.errors import LoadError
-from specontext.kernels.rows import (
-    append_layer,
-    append_pieces,
-    append_tokens,
-    as_stored,
-    copy_pieces,
-    fixed_slots,
-    ring_slots,
-    row_of,
-)
+from specontext.kernels.rows import append_layer, append_pieces, append_tokens, as_stored, copy_pieces, fixed_slots, row_of
 from specontext.kernels.slot_plan import listed, selected_rows
-from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers
+from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
 from specontext.kv.layout import BlockParts, PlacedSelection
 from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK, Mark, Streams
 from specontext.memory.layer_blocks import LayerBlocks, one_by_one
@@ -45,7 +36,7 @@ class Transfers:
 
     Attributes:
         asynchronous: work runs beside the host, and rows of the host are out of attention's reach.
-        by_block, by_layer: what is copied where all KV heads want the same entries, of blocks of layers and of single ones.
+        every, by_layer: what is copied where all KV heads want the same entries, of all blocks of layers and of single layers.
         programs: that share a copy on a GPU; None for the kernel's own number.
     """
 
@@ -65,7 +56,7 @@ class Transfers:
         self.adaptive, self.write_through, self.verify = adaptive, write_through or verify, verify
         alike = [[0] * tiers.host.heads] * len(resident)
         device = tiers.resident.device
-        self.by_block = BlockParts.of_map(layer_blocks, alike, device)
+        self.every = BlockParts.of_map(layer_blocks, alike, device).all
         self.by_layer = BlockParts.of_map(one_by_one(len(resident)), alike, device)
         self.programs: int | None = None
         # New rows on the device, [T, Hkv, places, *row], until all layers of their block have computed them.
@@ -75,11 +66,6 @@ class Transfers:
         self._loaded: list[Mark] = [None] * len(resident)
         self._written: Mark = None
         self._kept: Mark = None  # pages are being copied from seats for others to keep
-
-    @property
-    def every(self) -> Parts:
-        """All parts of `by_block`."""
-        return self.by_block.all
 
     # Streams ----------------------------------------------------------------------------------------------------------
 
@@ -207,13 +193,13 @@ class Transfers:
         if self.resident[layer]:
             append_tokens(tiers.tokens, layer, new)
             return
+        staged = self.asynchronous and not (kind == "decode" and self.write_through)
         if slots is not None:
-            kept = ring_slots(new.positions, new.lengths, slots.sink, slots.recent)
-            append_tokens(slots, layer, NewTokens(new.seats, kept, new.lengths, new.key, new.value))
-        if self.asynchronous and not (kind == "decode" and self.write_through):
-            self._stage(layer, new, kind)
-        else:
+            append_layer(tiers, layer, new, to_host=not staged)
+        elif not staged:
             append_tokens(tiers.host, layer, new)
+        if staged:
+            self._stage(layer, new, kind)
 
     def _stage(self, layer: int, new: NewTokens, kind: str) -> None:
         """Keep the rows of an offloaded layer until those of its whole block are there, and write them as pieces then."""

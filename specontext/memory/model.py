@@ -22,7 +22,7 @@ from specontext.memory.layer_blocks import LayerBlocks, one_by_one
 MODES = ("measured", "paper")
 FLOAT16 = 2  # bytes; eq. 6-7 count models and KV in 2-byte floats, whatever they are loaded in
 MIB = 1 << 20
-STAGED = 256 * MIB  # of a buffer of stored tokens that a prompt chunk reads on a GPU: a tile of one layer, or a block of layers
+PROMPT_TILE = 256 * MIB  # of stored tokens of one layer that a prompt chunk reads at once on a GPU
 DECODE_TILE = 16384  # stored tokens of offloaded layers that dense decoding reads at once on a GPU
 LIBRARIES = 64 * MIB  # workspaces of matrix products
 COUNTERS = 11  # of the statistics of a request, besides the recall of every layer
@@ -254,10 +254,10 @@ def table_bytes(facts: ModelFacts, run: RunSettings) -> int:
 
 def copy_tables(facts: ModelFacts) -> int:
     """Bytes of the tables that say which layers are copied together: where they lie in both tiers, and the parts of a read for
-    heads that read alike, for the head map, and for each layer by itself."""
+    heads that read alike, in blocks and by single layers, and for the head map, likewise."""
     blocks, layers, heads = facts.layer_blocks, facts.shape.layers, facts.shape.kv_heads
     reads = len(blocks.sizes) * heads + blocks.reads(facts.head_map)
-    return 8 * (reads * (blocks.places + 2) + 3 * layers * heads + len(blocks.sizes) * blocks.places + 4 * layers)
+    return 8 * (reads * (blocks.places + 2) + 6 * layers * heads + len(blocks.sizes) * blocks.places + 4 * layers)
 
 
 def workspace_bytes(facts: ModelFacts, run: RunSettings) -> int:
@@ -311,19 +311,17 @@ def prompt_tile(entry_bytes: int) -> int:
     Args:
         entry_bytes: of a token in one layer.
     """
-    return 1 << max(STAGED // entry_bytes, 1).bit_length() - 1
+    return 1 << max(PROMPT_TILE // entry_bytes, 1).bit_length() - 1
 
 
 def buffer_bytes(facts: ModelFacts, run: RunSettings) -> int:
-    """Bytes of the buffers through which stored tokens are read: one of a resident layer, and two of offloaded ones, which hold
-    tokens of a whole block of layers where they have the room."""
+    """Bytes of the buffers through which stored tokens are read: one of a resident layer, and two of offloaded ones."""
     shape = facts.shape
     entry = shape.kv_heads * shape.row_bytes
     tile = entry * min(prompt_tile(entry), run.max_tokens)
     decoding = entry * min(max(DECODE_TILE, LEAST_TILE * run.requests), run.requests * run.max_tokens)
-    block = min(STAGED, entry * facts.layer_blocks.places * run.requests * run.max_tokens)
     steps = min(run.max_batched_tokens, run.requests * run.max_tokens)
-    return tile + 2 * max(tile, decoding, block) + dequantised_bytes(shape, min(prompt_tile(entry), run.max_tokens), steps)
+    return tile + 2 * max(tile, decoding) + dequantised_bytes(shape, min(prompt_tile(entry), run.max_tokens), steps)
 
 
 def staged_bytes(facts: ModelFacts, run: RunSettings) -> int:

@@ -27,29 +27,21 @@ class LaneTokens:
 
     Attributes:
         token_ids, seats, positions, seeds: int64 [R]; a negative position is padding.
+        lengths: int64 [R], tokens in context, the one being processed included; 0 for padding.
         span: no request has more tokens in context; known without asking the device.
     """
 
     token_ids: Tensor
     seats: Tensor
     positions: Tensor
+    lengths: Tensor
     seeds: Tensor
     span: int
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens in context, the one being processed included: int64 [R]."""
-        return self.positions + 1
-
-    @classmethod
-    def of(cls, batch: Batch) -> LaneTokens:
-        """The decode tokens of a batch."""
-        return cls.part(batch, slice(0, batch.num_decodes), batch.span)
 
     @classmethod
     def part(cls, batch: Batch, part: slice, span: int) -> LaneTokens:
         """Some of the decode tokens of a batch, the longest context of which has `span` tokens."""
-        return cls(batch.token_ids[part], batch.seats[part], batch.positions[part], batch.seeds[part], span)
+        return cls(batch.token_ids[part], batch.seats[part], batch.positions[part], batch.lengths[part], batch.seeds[part], span)
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,29 @@ def test_requests_that_choose_differently_are_captured_side_by_side(loaded: dict
     assert steps[0] == 39 and min(steps[1:]) > 20
 
 
+@pytest.mark.parametrize("offload_layers", [0, -1])
+def test_steps_that_are_launched_ahead_change_nothing(offload_layers: int, loaded: dict[str, LoadedModel]) -> None:
+    """Greedy and sampled requests of different lengths, some of which end by a token that the host sees a step later."""
+    ask = [[7 + i] * 300 + [*range(20, 320)] for i in range(4)]
+    config = SpeContextConfig(budget=128, offload_layers=offload_layers)
+    params = [SamplingParams(temperature=0, max_tokens=60 - 9 * i, ignore_eos=True) for i in range(2)]
+    params += [SamplingParams(temperature=1, top_p=0.9, seed=i, max_tokens=50, ignore_eos=True) for i in range(2)]
+    found = []
+    for ahead in (False, True):
+        llm = LLM(loaded["cuda"], config=config, max_model_len=2048)
+        assert llm.engine.runs_ahead
+        llm.engine.runs_ahead = ahead
+        free = llm.generate(ask, params)
+        ends = [replace(one, stop_token_ids=[free[i].token_ids[20 + i]]) for i, one in enumerate(params)]
+        found.append([*free, *llm.generate(ask, ends)])
+        llm.engine.check_integrity()
+        assert llm.engine._ahead is None
+    for one, other in zip(*found, strict=True):
+        assert (other.token_ids, other.text, other.finish_reason) == (one.token_ids, one.text, one.finish_reason)
+        for name in ("decode_steps", "captured_steps", "tokens_read_per_step", "bytes_loaded_per_step", "overlap", "hit_rate"):
+            assert other.stats[name] == one.stats[name], name
+
+
 def test_clients_that_name_many_budgets_fill_no_memory_with_graphs(loaded: dict[str, LoadedModel]) -> None:
     llm = LLM(loaded["cuda"], config=SpeContextConfig(budget=128), max_model_len=2048)
     for budget in range(40, 80):

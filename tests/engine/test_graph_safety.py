@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from specontext import LLM
+from specontext.engine.chunk_warm_up import padded_chunk
 from specontext.engine.graphs import decode_batch, graph_bytes, requests_bucket, sizes, span_buckets
 from specontext.kernels import dispatch
 
@@ -180,6 +181,26 @@ def test_a_step_with_kv_in_8_bits_never_waits(
     captured.engine.check_integrity()
     kv = captured.engine.parts.kv
     assert not kv.arena.rows[: kv.arena.page_rows].view(torch.uint8).any(), "padding wrote to the page of nobody"
+
+
+@pytest.mark.parametrize("offload_layers", [0, 2, None])
+def test_a_chunk_of_padding_stores_nothing(
+    offload_layers: int | None, make_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs before an engine is ready, on streams and with the kernels of a GPU."""
+    llm = make_llm("llama", budget=12, offload_layers=offload_layers, max_num_seqs=2)
+    kv = llm.engine.parts.kv
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    kv.transfers.run_on(SeveralStreams())
+    pools = [pool.rows.view(torch.int32) for pool in (kv.arena, kv.host)]
+    before = [rows.clone() for rows in pools]
+    with torch.inference_mode():
+        for start in (0, 20):
+            logits = llm.engine.runner._forward(padded_chunk(20, start, kv.num_seats, kv.device))
+            assert logits.isfinite().all()
+    monkeypatch.delenv(dispatch.VARIABLE)
+    assert all(torch.equal(rows, old) for rows, old in zip(pools, before, strict=True))
+    llm.engine.check_integrity()
 
 
 @pytest.mark.parametrize("method", ["full", "oracle", "quest", "shadowkv", "h2o"])

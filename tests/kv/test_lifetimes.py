@@ -8,11 +8,13 @@ PyTorch tells which tensors it works on, and when a storage is gone its maker mu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -94,8 +96,17 @@ Run = Callable[..., Lifetimes]
 
 
 @pytest.fixture
-def run(make_llm: Callable[..., LLM], prompts: list[list[int]], greedy: Callable[..., Any]) -> Run:
-    """Requests that join, decode, wait and leave, each watched step by itself."""
+def run(
+    make_llm: Callable[..., LLM], prompts: list[list[int]], greedy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> Run:
+    """Requests that join, decode, wait and leave, each watched step by itself, in memory that is new as on a GPU."""
+
+    def new(purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    for module in [module for name, module in sys.modules.items() if name.startswith("specontext.k")]:
+        if hasattr(module, "scratch"):
+            monkeypatch.setattr(module, "scratch", new)
 
     def running(method: str = "speculative", *, forgetful: bool = False, **options: Any) -> Lifetimes:
         llm = make_llm("llama", method, **({"max_num_batched_tokens": 20, "max_model_len": 128} | options))

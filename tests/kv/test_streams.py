@@ -136,12 +136,8 @@ def rows_of_parts(pages: Pages, parts: Parts, skipped: Tensor, entries: Tensor, 
     return torch.cat(found)
 
 
-def watch(streams: RecordingStreams, monkeypatch: pytest.MonkeyPatch, room: int = 0) -> None:
-    """Kernels and attention tell which rows they touch.
-
-    Args:
-        room: bytes of a buffer for tokens of a whole block of layers.
-    """
+def watch(streams: RecordingStreams, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels and attention tell which rows they touch."""
     gather, copy, append, append_chunk, append_block = (
         dense.gather_rows,
         transfers.copy_pieces,
@@ -201,7 +197,6 @@ def watch(streams: RecordingStreams, monkeypatch: pytest.MonkeyPatch, room: int 
     monkeypatch.setattr(engine_prefill, "chunk_attention", Attending)
     monkeypatch.setattr(engine_decode, "DECODE_TILE", 16)
     monkeypatch.setattr(engine_decode, "prompt_tile", lambda _: 16)
-    monkeypatch.setattr(engine_decode, "STAGED", room)
 
 
 Run = Callable[..., RecordingStreams]
@@ -223,14 +218,12 @@ def run(
 ) -> Run:
     """Requests that join, decode, wait and leave, with recording streams; returns the streams."""
 
-    def running(
-        method: str = "speculative", *, deaf: tuple[tuple[str, str], ...] = (), room: int = 0, **options: Any
-    ) -> RecordingStreams:
+    def running(method: str = "speculative", *, deaf: tuple[tuple[str, str], ...] = (), **options: Any) -> RecordingStreams:
         llm = make_llm("llama", method, **({"max_num_batched_tokens": 20, "max_model_len": 128} | options))
         streams = RecordingStreams(deaf)
         llm.engine.parts.kv.transfers.run_on(streams)
         with monkeypatch.context() as patch:
-            watch(streams, patch, room)
+            watch(streams, patch)
             llm.generate(prompts, [greedy(n) for n in (14, 5, 9, 12)])
         llm.engine.check_integrity()
         run_moves[:] = llm.engine.parts.residency.moves
@@ -245,17 +238,14 @@ def test_sparse_steps_and_chunks(offload_layers: int, run: Run) -> None:
     assert streams.streams_seen == {COMPUTE, PREFETCH, WRITE_BACK}
 
 
-@pytest.mark.parametrize("room", [0, 1 << 20], ids=["tiles", "blocks"])
-def test_dense_steps_through_staging_buffers(room: int, run: Run) -> None:
-    assert run("full", room=room, offload_layers=2).streams_seen == {COMPUTE, PREFETCH, WRITE_BACK}
+def test_dense_steps_through_staging_buffers(run: Run) -> None:
+    assert run("full", offload_layers=2).streams_seen == {COMPUTE, PREFETCH, WRITE_BACK}
 
 
 @pytest.mark.parametrize(
     ("method", "options"), [("full", {}), ("speculative", {"budget": 12, "slots": 14}), ("oracle", {"budget": 12})]
 )
-@pytest.mark.parametrize("room", [0, 1 << 20], ids=["tiles", "blocks"])
 def test_what_runs_beside_the_steps_changes_no_token(
-    room: int,
     method: str,
     options: dict[str, Any],
     make_llm: Callable[..., LLM],
@@ -264,7 +254,6 @@ def test_what_runs_beside_the_steps_changes_no_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Staged tiles, rows of prompts that wait for their block, and loads block by block, as on a GPU."""
-    monkeypatch.setattr(engine_decode, "STAGED", room)
     monkeypatch.setattr(engine_decode, "prompt_tile", lambda _: 16)
     found = []
     for beside in (False, True):
@@ -292,11 +281,10 @@ def test_layers_that_move_and_requests_that_wait(gpu_memory: int, run: Run, run_
         ((PREFETCH, COMPUTE), "full"),  # a staging buffer overwritten while it is read
     ],
 )
-@pytest.mark.parametrize("room", [0, 1 << 20], ids=["tiles", "blocks"])
-def test_every_wait_is_needed(room: int, deaf: tuple[str, str], method: str, run: Run) -> None:
+def test_every_wait_is_needed(deaf: tuple[str, str], method: str, run: Run) -> None:
     options: dict[str, Any] = {"budget": 12, "slots": 14} if method == "speculative" else {}
     with pytest.raises(RaceError):
-        run(method, deaf=(deaf,), room=room, offload_layers=-1, **options)
+        run(method, deaf=(deaf,), offload_layers=-1, **options)
 
 
 # Any history ----------------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def test_tables_have_a_row_for_each_seat_and_one_for_padding(granularity: str, g
     maps = 4 * (8 * (FACTS.shape.kv_heads + groups) + 1) + 4 + 11 * 8  # layers: map, readers, flags; steps; left
     # What is copied together: a part for each KV head, its four layers, head and group, for two maps; the same of each layer by
     # itself; the members of the block; line and place of every layer in two tiers.
-    maps += 8 * (2 * 2 * (4 + 2) + 4 * 2 * 3 + 4 + 4 * 4)
+    maps += 8 * (2 * 2 * (4 + 2) + 2 * 4 * 2 * 3 + 4 + 4 * 4)
     assert table_bytes(FACTS, run) == (3 + 1) * row + maps
     assert measured_model(FACTS, run).fixed["tables"] == (3 + 1) * row + maps + 16 * ENTRY
 
@@ -124,7 +124,7 @@ def test_the_estimate_of_buffers_is_far_below_30_percent_of_a_large_model_and_gr
     facts = PRESETS["llama-3.1-8b"].facts()
     run = RunSettings(requests=4, max_tokens=131072, budget=2048, slots=2048, max_batched_tokens=1024)
     small = estimate_runtime(facts, run)
-    assert 200 << 20 < small < 0.1 * facts.weight_bytes
+    assert 200 << 20 < small < 0.15 * facts.weight_bytes
     assert estimate_runtime(facts, RunSettings(**(run.__dict__ | {"max_batched_tokens": 8192}))) > 2 * small
     assert measured_model(facts, run).fixed["runtime"] == small
 

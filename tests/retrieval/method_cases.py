@@ -77,7 +77,8 @@ def decode(selector: Selector, seats: Sequence[int], talks: Sequence[Talk], step
     """Selections of all layers in decode step number `step` of every talk."""
     positions = [talk.prompt + step for talk in talks]
     rows = torch.tensor(positions)
-    tokens = LaneTokens(torch.zeros_like(rows), torch.tensor(list(seats)), rows, torch.zeros_like(rows), max(positions) + 1)
+    none = torch.zeros_like(rows)
+    tokens = LaneTokens(none, torch.tensor(list(seats)), rows, rows + 1, none, max(positions) + 1)
     return [selector.select_in_layer(layer, tokens, View(talks, positions, layer)) for layer in range(LAYERS)]
 
 

@@ -91,7 +91,7 @@ class Shown(LayerView):
 
 def decode_tokens(lengths: list[int]) -> LaneTokens:
     count = torch.arange(len(lengths))
-    return LaneTokens(count, count, torch.tensor(lengths) - 1, 5 + count, max(lengths))
+    return LaneTokens(count, count, torch.tensor(lengths) - 1, torch.tensor(lengths), 5 + count, max(lengths))
 
 
 def choose(selector: AheadSelector | LayerSelector, lengths: list[int]) -> torch.Tensor:

@@ -88,7 +88,7 @@ def test_no_logit_in_a_page_exceeds_its_bound() -> None:
     for step in range(40):
         decode(selector, [0, 1], talks, step)
         positions = torch.tensor([talk.prompt + step for talk in talks])
-        tokens = LaneTokens(positions, torch.tensor([0, 1]), positions, positions, int(positions.max()) + 1)
+        tokens = LaneTokens(positions, torch.tensor([0, 1]), positions, positions + 1, positions, int(positions.max()) + 1)
         for layer in range(LAYERS):
             view = View(talks, positions.tolist(), layer)
             bounds = selector.page_bounds(layer, tokens, view)  # type: ignore[attr-defined]
@@ -252,7 +252,8 @@ def test_state_takes_the_memory_that_was_announced(name: str) -> None:
 def test_bytes_of_choosing() -> None:
     """Four requests with 0, 1, 100 and 1,600 candidates, of which 1, 2, 101 and 701 tokens were generated."""
     lengths, prompts = torch.tensor([20, 21, 120, 1620]), torch.tensor([19, 19, 19, 919])
-    step = LaneTokens(torch.zeros(4, dtype=torch.int64), torch.arange(4), lengths - 1, torch.zeros(4, dtype=torch.int64), 1620)
+    none = torch.zeros(4, dtype=torch.int64)
+    step = LaneTokens(none, torch.arange(4), lengths - 1, lengths, none, 1620)
     heads, vector = LAYERS * KV_HEADS, SHAPE.head_dim * 4
 
     def counted(name: str, budget: int = 64) -> list[float]:

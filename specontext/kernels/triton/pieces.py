@@ -22,6 +22,7 @@ from specontext.kernels.tables import Copies, Pages, Parts, is_quantised
 from specontext.kernels.triton.slot_plan import piece_of
 
 PROGRAMS = (8, 32)  # with few requests layers hide what is loaded, and want the device; with many the bus is waited for
+WRITERS = 16
 TILE_BYTES = 16384
 WARPS = 4
 STAGES = 4  # of the pipeline: shared memory for three tiles
@@ -100,7 +101,7 @@ def copy_pieces(
 
 
 def append_pieces(pages: Pages, line: int, seats: Tensor, positions: Tensor, new: Tensor, wanted: Tensor) -> None:
-    """See `specontext.kernels.rows.append_pieces`."""
+    """See `specontext.kernels.rows.append_pieces`. A few programs write all: many would stand in others' way."""
     tokens, heads, places = new.shape[:3]
     if not tokens:
         return
@@ -109,7 +110,7 @@ def append_pieces(pages: Pages, line: int, seats: Tensor, positions: Tensor, new
     tile = row_tile(pages.rows, TILE_BYTES)
     padded = triton.next_power_of_2(places)
     pieces = max(1, tile.rows // padded)
-    _append_pieces[(triton.cdiv(tokens * heads, pieces),)](
+    _append_pieces[(min(triton.cdiv(tokens * heads, pieces), WRITERS),)](
         as_copied(pages.rows),
         table,
         seats.contiguous(),
@@ -126,6 +127,7 @@ def append_pieces(pages: Pages, line: int, seats: Tensor, positions: Tensor, new
         BLOCK=tile.block,
         REST=tile.rest,
         PIECES=pieces,
+        STAGES=STAGES,
         num_warps=WARPS,
     )
 
@@ -226,15 +228,17 @@ def _copy_pieces(
 def _append_pieces(
     pool, pages, seats, positions, new, wanted, count, page_width,
     PAGE: tl.constexpr, HEADS: tl.constexpr, PLACES: tl.constexpr, PLACES_PAD: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, PIECES: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, PIECES * PLACES_PAD)
-    piece = tl.program_id(0).to(tl.int64) * PIECES + lane // PLACES_PAD
     place = lane % PLACES_PAD
-    token, head = piece // HEADS, piece % HEADS
-    position = tl.load(positions + token, mask=piece < count, other=-1).to(tl.int64)
-    live = (position >= 0) & (place < PLACES)
-    live = live & (tl.load(wanted + place, mask=live, other=0) != 0)
-    seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
-    row = piece_of(pages + seat * page_width, position, head, live, PAGE, HEADS) * PLACES + place
-    copy_rows(new, piece * PLACES + place, pool, row, live, WIDTH, BLOCK, REST)
+    present = place < PLACES
+    present = present & (tl.load(wanted + place, mask=present, other=0) != 0)
+    for first in tl.range(tl.program_id(0) * PIECES, count, tl.num_programs(0) * PIECES, num_stages=STAGES):
+        piece = (first + lane // PLACES_PAD).to(tl.int64)
+        token, head = piece // HEADS, piece % HEADS
+        position = tl.load(positions + token, mask=piece < count, other=-1).to(tl.int64)
+        live = (position >= 0) & present
+        seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
+        row = piece_of(pages + seat * page_width, position, head, live, PAGE, HEADS) * PLACES + place
+        copy_rows(new, piece * PLACES + place, pool, row, live, WIDTH, BLOCK, REST)

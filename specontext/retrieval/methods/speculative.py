@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specontext.core import Batch, Segment, Selection
 from specontext.errors import ConfigError
+from specontext.kernels.dispatch import upload
 from specontext.kernels.retrieval_scores import paged_retrieval_scores
 from specontext.kernels.rows import append_keys
 from specontext.kernels.top_k import choose, groups_of
@@ -42,7 +43,7 @@ class KeyCache:
             return False
         pages = self.pages.allocate(new)
         self.held[seat] += pages
-        numbers = torch.tensor(pages, dtype=torch.int64).to(self.keys.device)
+        numbers = upload(pages, torch.int64, self.keys.device)
         # Zeroed, so that a page that is not full yet never brings in values that are not numbers.
         self.keys.index_fill_(0, numbers, 0)
         self.table[seat, before : before + new] = numbers
