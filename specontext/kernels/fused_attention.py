@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specontext.kernels.dispatch import scratch
 from specontext.kernels.quantised_rows import dequantise, head_dim_of
-from specontext.kernels.tables import is_quantised
+from specontext.kernels.tables import CODES
 
 _aten = torch.ops.aten
 FLASH_ON_CPU = hasattr(_aten, "_scaled_dot_product_flash_attention_for_cpu")
@@ -55,7 +55,7 @@ def _float32_is_faster(dtype: torch.dtype) -> bool:
 def as_multiplied(tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows as K and V [..., 2, D] in the number format in which their device attends fastest to queries of a format: themselves,
     or a copy in scratch memory, which the next call of this thread overwrites. Rows in 8 bits are always dequantised."""
-    if is_quantised(tokens):
+    if tokens.dtype in CODES:
         if tokens.device.type == "cpu" and dtype in HALVES and _float32_is_faster(dtype):
             dtype = torch.float32
         shape = (*tokens.shape[:-1], 2, head_dim_of(tokens))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specontext.kernels.dispatch import operation, scratch
 from specontext.kernels.quantised_rows import dequantise, quantise
-from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers, is_quantised, word_of
+from specontext.kernels.tables import CODES, Copies, NewTokens, Pages, Parts, Tiers, is_quantised, word_of
 
 CACHED_BYTES = 1 << 22  # that a CPU reads and then writes: they stay in its cache, and its threads have enough to share
 
@@ -223,7 +223,7 @@ def _append(pages: Pages, layer: int, seats: Tensor, entries: Tensor, numbers: T
     table, words = pages.table[line], pages.words
     page = table.view(-1).index_select(0, (seats * table.shape[1]).add_(entries // pages.size))
     piece = pages.pieces(page, entries)
-    rows = quantise(numbers, pages.rows.dtype) if is_quantised(pages.rows) else numbers
+    rows = quantise(numbers, pages.rows.dtype) if pages.rows.dtype in CODES else numbers
     new = rows.to(pages.rows).flatten(2).view(words.dtype)  # [T, Hkv, words]
     if pages.layers.count == 1:
         words.view(-1, new.shape[1] * new.shape[2]).index_copy_(0, (piece // pages.heads).to(words.device), new.flatten(1))
