@@ -45,8 +45,6 @@ from unittest.mock import patch
 import torch
 from adaptive_report import Round, crossings_of, points_of, show, summary_of
 from measure import clock, fill, machine, versions
-from replay import Replay, overlapping, with_own_method
-from shapes import DTYPES, random_model
 
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.core import Request, SamplingParams, Selection
@@ -57,6 +55,8 @@ from specontext.engine.build import Parts, build_parts
 from specontext.engine.runner import ModelRunner
 from specontext.engine.sampler import sample
 from specontext.engine.scheduler import Scheduler
+from specontext.evaluation.paper.replay import Replay, overlapping, with_own_method
+from specontext.evaluation.paper.shapes import DTYPES, random_model
 from specontext.memory.model import KVCost
 from specontext.memory.planner import thresholds
 from specontext.models.loading import LoadedModel, load_model

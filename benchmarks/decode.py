@@ -35,25 +35,22 @@ from typing import Any
 import specontext  # noqa: F401  # isort: skip  # before torch: it says how torch's threads wait
 import torch
 from measure import clock, machine, read_bandwidth, versions
-from replay import Replay, overlapping, with_own_method
 from rich.console import Console
 from rich.table import Table
-from shapes import DTYPES, random_model
 from step_parts import seconds_by_part
 from torch import Tensor
 from transformers import DynamicCache
 
-from specontext.config import KV_CACHE_DTYPES, EngineConfig, SpeContextConfig
+from specontext.config import KV_CACHE_DTYPES, SpeContextConfig
 from specontext.core import Batch
 from specontext.distill.new_head import HeadShape, new_head
-from specontext.engine.build import Parts, build_parts
+from specontext.engine.build import Parts
 from specontext.engine.runner import ModelRunner
-from specontext.kernels.quantised_rows import head_dim_of, quantise
-from specontext.kernels.tables import is_quantised
+from specontext.evaluation.paper.replay import Replay, overlapping, with_own_method
+from specontext.evaluation.paper.shapes import DTYPES, random_model
+from specontext.evaluation.paper.states import fill, parts_for
 from specontext.models.attention import ATTENTION_NAME
 from specontext.models.loading import LoadedModel
-from specontext.retrieval.head import RetrievalHead
-from specontext.retrieval.methods.speculative import KeyCache
 from specontext.retrieval.selector import Budget, LaneTokens
 
 SHORT_CONTEXT = 64
@@ -83,53 +80,6 @@ def decode_batch(requests: int, context: int, device: torch.device) -> Batch:
         last_tokens=seats,
         span=context,
     )
-
-
-def parts_for(
-    loaded: LoadedModel,
-    head: RetrievalHead | None,
-    method: SpeContextConfig,
-    requests: int,
-    context: int,
-    device: torch.device,
-    kv_cache_dtype: str = "auto",
-) -> Parts:
-    """An engine's parts with every request's KV and head keys filled with random numbers."""
-    config = EngineConfig(
-        loaded.name,
-        method=method,
-        kv_cache_dtype=kv_cache_dtype,
-        max_num_seqs=requests,
-        max_model_len=context + 16,
-        gpu_memory=10**15,
-        host_memory=10**15,
-    )
-    parts = build_parts(config, loaded, head, device)
-    for seat in range(requests):
-        assert parts.kv.open(seat, context) is None and parts.methods.open(seat, context, None)
-    fill(parts.kv.arena.rows)
-    if parts.kv.offloaded:  # else nothing there is read, and memory that is written is taken
-        fill(parts.kv.host.rows)
-    if head is not None:  # its keys lie in the arena
-        parts.selector.last_fused.normal_()  # type: ignore[attr-defined]
-        if is_quantised(parts.kv.arena.rows):  # bytes of other rows need not be numbers
-            cache: KeyCache = parts.selector.cache  # type: ignore[attr-defined]
-            for pages in cache.held:
-                cache.keys[pages] = torch.randn((len(pages), *cache.keys.shape[1:]), device=device).to(cache.keys)
-    return parts
-
-
-def fill(tensor: Tensor, block: int = 1 << 24) -> None:
-    """Random numbers, the same block again and again; where rows are in 8 bits, quantised ones."""
-    if is_quantised(tensor):
-        row = tensor.shape[1]
-        numbers = torch.randn(min(block // row, max(1, len(tensor))), 2, head_dim_of(tensor))
-        flat, some = tensor.view(torch.int8).view(-1), quantise(numbers, tensor.dtype).view(torch.int8).view(-1).to(tensor.device)
-    else:
-        flat = tensor.view(-1)
-        some = torch.randn(min(block, max(1, flat.numel())), dtype=torch.float32).to(flat)
-    for start in range(0, flat.numel(), len(some)):
-        flat[start : start + len(some)] = some[: flat.numel() - start]
 
 
 def hugging_face(loaded: LoadedModel, requests: int, context: int, device: torch.device) -> System:

@@ -44,10 +44,10 @@ from engine_runs import SYSTEMS, Setup, load
 from measure import machine, versions
 from rich.console import Console
 from rich.table import Table
-from shapes import DTYPES
 
 from specontext.config import EngineConfig
 from specontext.errors import SpeContextError
+from specontext.evaluation.paper.shapes import DTYPES
 from specontext.memory.presets import PRESETS
 
 SERVING = ("loop", "mixed", "latency")

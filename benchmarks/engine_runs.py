@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 import specontext  # noqa: F401  # isort: skip  # before torch: it says how torch's threads wait
 import torch
 from measure import clock
-from shapes import DTYPES, random_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import DynamicCache
 
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.core import SamplingParams
 from specontext.engine.llm_engine import Generation, LLMEngine
+from specontext.evaluation.paper.shapes import DTYPES, random_model, word_tokenizer
 from specontext.memory.presets import PRESETS
 from specontext.models.attention import attention_of
 from specontext.models.loading import LoadedModel, load_model
@@ -100,12 +98,6 @@ def load(name: str, dtype: str, device: torch.device) -> tuple[LoadedModel, bool
         return load_model(name, dtype=dtype, device=device), False
     loaded = random_model(name, DTYPES[dtype], device)
     return replace(loaded, tokenizer=word_tokenizer(loaded.shape.vocab_size)), True
-
-
-def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """Every token is a word: text of random tokens costs what text of real ones does."""
-    words = Tokenizer(WordLevel({f"word{number}": number for number in range(size)}, unk_token="word0"))
-    return PreTrainedTokenizerFast(tokenizer_object=words)
 
 
 class HuggingFace:

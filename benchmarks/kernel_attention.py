@@ -9,7 +9,12 @@ from torch import Tensor
 
 from specontext.kernels.dense_attention import chunk_attention
 from specontext.kernels.paged_attention import paged_attention, tile_buffer, tokens_of_pages
+from specontext.kernels.rows import gather_tokens
 from specontext.kernels.sparse_attention import sparse_attention
+from specontext.kernels.tables import Pages
+from specontext.kv.layout import places_of
+from specontext.memory.layer_blocks import one_by_one
+from specontext.memory.model import prompt_tile
 
 
 def sparse(case: Case) -> list[Operation]:
@@ -62,16 +67,24 @@ def _context(case: Case, i: int, r: int) -> Tensor:
 def prefill(case: Case) -> list[Operation]:
     """A chunk of request 0 whose earlier tokens are read from pages of the device, tile by tile, as the engine does."""
     shape, chunk, count = case.shape, case.chunk, len(case.context_pages)
-    past, tile = case.context - chunk, 16384 if case.device.type == "cuda" else 1024
+    gpu = case.device.type == "cuda"
+    past, tile = case.context - chunk, prompt_tile(shape.kv_heads * shape.row_bytes) if gpu else 1024
     query = case.random(count, chunk, shape.query_heads, shape.head_dim)
     new = case.random(2, count, chunk, shape.kv_heads, shape.head_dim)
-    buffer = tile_buffer(_by_page(case), tile)
+    buffer = tile_buffer(_by_page(case), min(tile, past))
+    layers = places_of(one_by_one(count), case.device)
+    pages = Pages(case.context_rows.view(-1, 2, shape.head_dim), case.context_pages, PAGE_SIZE, shape.kv_heads, layers)
 
     def call(i: int) -> Tensor:
         attention = chunk_attention(query[i], new[0, i], new[1, i], case.scale)
         for start in range(0, past, tile):
-            end, pages = min(start + tile, past), case.context_pages[i, 0]
-            attention.add(tokens_of_pages(_by_page(case), pages, start, end, buffer=buffer))
+            end = min(start + tile, past)
+            if gpu:
+                part = buffer.flatten(0, 1)[: end - start]
+                gather_tokens(pages, i, 0, start, part)
+            else:
+                part = tokens_of_pages(_by_page(case), case.context_pages[i, 0], start, end, buffer=buffer)
+            attention.add(part)
         return attention.result()
 
     found = call(1)

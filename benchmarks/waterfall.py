@@ -19,16 +19,17 @@ from typing import Any
 
 import specontext  # noqa: F401  # isort: skip  # before torch: it says how torch's threads wait
 import torch
-from decode import decode_batch, parts_for
+from decode import decode_batch
 from measure import machine, versions
-from replay import Replay, overlapping, with_own_method
 from rich.console import Console
 from rich.table import Table
-from shapes import random_model
 
 from specontext.config import SpeContextConfig
 from specontext.distill.new_head import HeadShape, new_head
 from specontext.engine.runner import ModelRunner
+from specontext.evaluation.paper.replay import Replay, overlapping, with_own_method
+from specontext.evaluation.paper.shapes import random_model
+from specontext.evaluation.paper.states import parts_for
 from specontext.retrieval.selector import Budget
 
 # Kind of work, its colour, and what its kernels' names contain; the first that fits.

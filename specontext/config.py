@@ -139,6 +139,17 @@ class EngineConfig:
         None, "Longest context, prompt and output together, in tokens. Default: the model's own maximum."
     )
     max_num_seqs: int = option(16, "Requests that run at the same time.")
+    min_num_seqs: int = option(
+        1, "Requests that run at the same time, as far as memory has room, though fewer would make more tokens a second."
+    )
+    max_tpot_ms: float | None = option(
+        None, "Expected milliseconds from token to token beyond which no further request joins. Default: no limit."
+    )
+    max_wait_s: float | None = option(
+        None,
+        "Seconds after which a request that waits for the sake of tokens a second joins all the same, if memory has room. "
+        "Default: it waits until those before it have ended.",
+    )
     max_num_batched_tokens: int | None = option(
         None, "Tokens of one engine step; longer prompts are prefilled in chunks. Default: 8192 on a GPU, 1024 on a CPU."
     )
@@ -198,8 +209,12 @@ class EngineConfig:
                 f"tensor_parallel_size {self.tensor_parallel_size} cannot be honoured: an engine runs on one GPU. Leave it out, "
                 "offload layers to host memory, or run a replica on each GPU (specontext deploy --replicas)"
             )
-        for name in ("max_num_seqs", "page_size"):
+        for name in ("max_num_seqs", "min_num_seqs", "page_size"):
             _require_int(name, getattr(self, name), 1)
+        if self.min_num_seqs > self.max_num_seqs:
+            raise ConfigError(
+                f"min_num_seqs {self.min_num_seqs} exceeds max_num_seqs {self.max_num_seqs}: lower it, or raise max_num_seqs"
+            )
         if self.methods is not None:
             if not isinstance(self.methods, Sequence) or isinstance(self.methods, str):
                 raise ConfigError(f"methods must be a list of names, got {self.methods!r}")
@@ -215,10 +230,15 @@ class EngineConfig:
                 raise ConfigError(f"gpu_memory_utilization must be a number above 0 and at most 1, got {share!r}")
             if self.gpu_memory is not None:
                 raise ConfigError("gpu_memory and gpu_memory_utilization both bound the GPU's memory: give one of them")
-        for name, least, words in (("head_rope_theta", 0, "above 0"), ("head_yarn_factor", 1, "of at least 1")):
+        for name, least, words in (
+            ("head_rope_theta", 0, "above 0"),
+            ("head_yarn_factor", 1, "of at least 1"),
+            ("max_tpot_ms", 0, "above 0"),
+            ("max_wait_s", 0, "of at least 0"),
+        ):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf
-            if value is not None and (not number or value == 0):
+            if value is not None and (not number or (value == 0 and words == "above 0")):
                 raise ConfigError(f"{name} must be a number {words}, got {value!r}")
 
     def step_tokens(self, device_type: str) -> StepTokens:

@@ -429,7 +429,7 @@ class Choice:
 class Request:
     """One output being made: its tokens, how many of them the model has seen, and its seat in the KV tables.
 
-    `computed <= len(token_ids)`: tokens catch up; a request whose prompt is computed decodes one token a step.
+    `computed <= len(token_ids) + unread`: tokens catch up; a request whose prompt is computed decodes one token a step.
 
     Attributes:
         choice: how its KV entries are chosen; None is the engine's own way.
@@ -444,6 +444,10 @@ class Request:
         history: what the sampler remembers of the tokens, for penalties.
         allowed: bool [V] on the device, the tokens that a grammar allows next; None allows all. Valid in one step.
         banned: sequences of tokens of which the last one may not follow the others.
+        unread: tokens behind `token_ids` that the device has chosen and the host does not know yet.
+        waiting_since: `time.perf_counter()` when it came, or when it had to wait again.
+        waited_for: why it had to wait, what holds it last.
+        urgent: it has waited as long as users allow, so layers leave for it.
         held: its next token is not known yet, since it is chosen elsewhere: no step takes it, and it is the first to make room.
         prompt_logprobs: for each prompt token the log-probabilities by token id, None for the first one; it grows while the
             prompt is computed and is complete before the first token is sampled.
@@ -471,7 +475,11 @@ class Request:
     history: object = None
     allowed: Tensor | None = None
     banned: Sequence[Sequence[int]] = ()
+    unread: int = 0
     held: bool = False
+    waiting_since: float = 0.0
+    waited_for: list[str] = field(default_factory=list)
+    urgent: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.prompt_length <= len(self.token_ids):

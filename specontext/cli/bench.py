@@ -1,4 +1,4 @@
-"""`specontext bench`: throughput and latencies of a server, or of the offline engine."""
+"""`specontext bench`: throughput and latencies of a server, or of the offline engine; `bench_paper.py` has the paper's tables."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from specontext.cli.bench_paper import bench_paper
 from specontext.cli.generate import load_llm
-from specontext.cli.options import ENGINE_OPTIONS, Settings, with_settings
+from specontext.cli.options import BATCH_OPTIONS, ENGINE_OPTIONS, Settings, with_settings
 from specontext.cli.terminal import API_KEY, MODEL_HELP, error_console, quiet_libraries
 from specontext.evaluation.traffic.http import Address, HttpError, fetch_json
 from specontext.evaluation.traffic.measure import Target, measure
@@ -25,6 +26,8 @@ from specontext.evaluation.traffic.report import TIMES, summarise
 from specontext.evaluation.traffic.workload import Workload
 
 bench_app = typer.Typer(help="Measure throughput and latencies: a table, then one line of JSON.", no_args_is_help=True)
+
+bench_app.command("paper")(bench_paper)
 
 NumPrompts = Annotated[int, typer.Option("--num-prompts", help="Requests to send.")]
 InputLen = Annotated[int, typer.Option("--input-len", help="Tokens of each prompt; they are random.")]
@@ -114,7 +117,7 @@ async def _served(address: Address, model: str | None, tokenizer: str | None) ->
 
 
 @bench_app.command("throughput")
-@with_settings(engine=(*ENGINE_OPTIONS, "max_num_seqs"))
+@with_settings(engine=(*ENGINE_OPTIONS, *BATCH_OPTIONS))
 def bench_throughput(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
     *,

@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from specontext.cli.config_file import ConfigFile, as_defaults
-from specontext.cli.options import ENGINE_OPTIONS, Settings, with_settings
+from specontext.cli.options import BATCH_OPTIONS, ENGINE_OPTIONS, Settings, with_settings
 from specontext.cli.serve import keys_of_environment
 from specontext.cli.terminal import MODEL_HELP, UsageError, error_console
 from specontext.config import EngineConfig
@@ -36,7 +36,7 @@ class Wanted:
     note: str
 
 
-@with_settings(engine=(*ENGINE_OPTIONS, "max_num_seqs", "methods"), others=DeployConfig)
+@with_settings(engine=(*ENGINE_OPTIONS, *BATCH_OPTIONS, "methods"), others=DeployConfig)
 def _wanted(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
     *,

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from specontext.cli.analyze import whole_numbers
-from specontext.cli.options import ENGINE_OPTIONS, Settings, with_settings
+from specontext.cli.options import BATCH_OPTIONS, ENGINE_OPTIONS, Settings, with_settings
 from specontext.cli.terminal import MODEL_HELP, UsageError, error_console, human_bytes, quiet_libraries
 from specontext.retrieval.registry import CHOICES
 
@@ -29,7 +29,7 @@ CONTINUATION_COLUMNS = (
     *("budget", "method", "rows read", "n", "parts after", "alike", "repeated 4-grams", "log-probability", "minus full's "),
     "tokens written",
 )
-EVAL_ENGINE_OPTIONS = (*(name for name in ENGINE_OPTIONS if name != "seed"), "max_num_seqs")
+EVAL_ENGINE_OPTIONS = (*(name for name in ENGINE_OPTIONS if name != "seed"), *BATCH_OPTIONS)
 
 
 @with_settings(method=("sink", "recent"), engine=EVAL_ENGINE_OPTIONS)

@@ -37,6 +37,7 @@ ENGINE_OPTIONS = (
     "trust_remote_code",
     "revision",
 )
+BATCH_OPTIONS = ("max_num_seqs", "min_num_seqs", "max_tpot_ms", "max_wait_s")  # of verbs that run several requests at once
 SIZES = ("gpu_memory", "host_memory", "max_body_size")
 SECRETS = ("api_key",)
 SHORT = {"tensor_parallel_size": ("-tp",)}

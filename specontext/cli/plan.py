@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specontext.cli.options import parse_bandwidth, parse_size
+from specontext.cli.plan_throughput import MOST_CHOSEN, machine_of
 from specontext.cli.planned import as_object, find_facts, make_plan, with_kv_format
 from specontext.cli.terminal import UsageError, human_bytes
 from specontext.config import DTYPES, KV_CACHE_DTYPES, STEP_TOKENS
 
 if TYPE_CHECKING:
     from specontext.memory.speed import Bandwidths
+    from specontext.memory.throughput import ServiceLimits
 
 MODES = ("measured", "paper")
 LEAST_SIZE, MOST_SIZE = 1 << 20, 1 << 50
@@ -86,13 +88,23 @@ def plan(
     overlap: Annotated[
         float, typer.Option("--overlap", help="Share of the selected entries that the last step selected too, for step times.")
     ] = 0.85,
+    max_num_seqs: Annotated[
+        int, typer.Option("--max-num-seqs", help="Most requests at once, for the choice of the most tokens a second.")
+    ] = MOST_CHOSEN,
+    min_num_seqs: Annotated[
+        int, typer.Option("--min-num-seqs", help="Least requests at once for that choice, as far as so many fit.")
+    ] = 1,
+    max_tpot_ms: Annotated[
+        float | None, typer.Option("--max-tpot-ms", help="Most milliseconds from token to token of a request for that choice.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="F.png", help="Draw memory by part and resident layers against length.")
+        Path | None,
+        typer.Option("--plot", metavar="F.png", help="Draw memory and resident layers against length, and tokens/s."),
     ] = None,
     list_presets: Annotated[bool, typer.Option("--list-presets", help="Print the presets and end.")] = False,
 ) -> None:
-    """Plan memory: which contexts fit, with how many layers' KV on the GPU, and how fast a step can be.
+    """Plan memory: which contexts fit, with how many layers' KV on the GPU, and how many requests at once are fastest.
 
     Sizes are written as 24GiB or 4096MiB (powers of two) or as 24GB (powers of ten), bandwidths as 3.3TB/s.
     """
@@ -122,6 +134,7 @@ def plan(
         from specontext.cli.plan_plot import check_plot
 
         check_plot(plot)
+    limits = _limits(max_num_seqs, min_num_seqs, max_tpot_ms)
     speed = _speed(bandwidth, host_bandwidth)
     if max_model_len is not None and max_model_len < 1:
         raise UsageError(f"--max-model-len must be at least 1, got {max_model_len}")
@@ -138,6 +151,8 @@ def plan(
         runtime=None if runtime is None else parse_size(runtime),
         graphs=0 if graphs is None else parse_size(graphs),
         max_batched_tokens=max_num_batched_tokens,
+        machine=machine_of(speed),
+        limits=limits,
         speed=speed,
         overlap=overlap,
     )
@@ -176,6 +191,18 @@ def _check(*, requests: int, max_num_batched_tokens: int, overlap: float, mode: 
         raise UsageError(f"unknown mode '{mode}': choose one of {', '.join(MODES)}")
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype '{dtype}': choose one of {', '.join(DTYPES)}")
+
+
+def _limits(most: int, least: int, max_tpot_ms: float | None) -> ServiceLimits:
+    from specontext.memory.throughput import ServiceLimits
+
+    if not 1 <= most <= MOST_REQUESTS:
+        raise UsageError(f"--max-num-seqs must be 1 to {MOST_REQUESTS:,}, got {most}")
+    if not 1 <= least <= most:
+        raise UsageError(f"--min-num-seqs must be 1 to --max-num-seqs, which is {most}, got {least}")
+    if max_tpot_ms is not None and not max_tpot_ms > 0:
+        raise UsageError(f"--max-tpot-ms must be above 0, got {max_tpot_ms:g}")
+    return ServiceLimits(most, least, max_tpot_ms)
 
 
 def _speed(bandwidth: str | None, host_bandwidth: str | None) -> Bandwidths | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from specontext.cli.plan_report import MERGED, NAMES
+from specontext.cli.plan_throughput import Throughput
 from specontext.cli.planned import Planned
 from specontext.cli.terminal import UsageError, human_bytes
 from specontext.errors import SpeContextError
@@ -54,7 +55,8 @@ def draw(planned: Planned, file: Path) -> None:
 
 
 def figure(planned: Planned) -> Any:
-    """Panels over one axis of length: GPU memory by part, host memory where layers are offloaded, layers on the GPU."""
+    """Panels over one axis of length: GPU memory by part, host memory where layers are offloaded, layers on the GPU; below them
+    tokens a second against requests."""
     from matplotlib.figure import Figure
 
     plan = planned.plan
@@ -62,8 +64,11 @@ def figure(planned: Planned) -> Any:
     served = [length for length in (max(1, round(top * n / POINTS)) for n in range(POINTS + 1)) if length <= plan.max_len]
     counts = [plan.bytes_at(length) for length in served]
     offloads = any(count["kv_host"] for count in counts)
-    made = Figure(figsize=(9.6, 8.4 if offloads else 6.8), layout="constrained")
-    panels = made.subplots(3 if offloads else 2, 1, sharex=True, height_ratios=(10, 4, 7) if offloads else (10, 7))
+    heights = (10, 4, 7) if offloads else (10, 7)
+    made = Figure(figsize=(9.6, 11.6 if offloads else 10.0), layout="constrained")
+    figures: Any = made.subfigures(2, 1, height_ratios=(sum(heights), 8))
+    upper, lower = figures
+    panels = upper.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     _draw_memory(panels[0], plan, served, counts)
     if offloads:
         _draw_host(panels[1], plan, served, counts)
@@ -72,12 +77,13 @@ def figure(planned: Planned) -> Any:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#000000", alpha=0.08)
         axes.set_axisbelow(True)
-    made.align_ylabels(list(panels))
+    upper.align_ylabels(list(panels))
     panels[-1].set_xlim(0, top)
     panels[-1].set_xlabel("context length of each request (tokens)")
     panels[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     requests = "1 request" if plan.requests == 1 else f"{plan.requests} requests"
     title = f"{planned.facts.name} in {human_bytes(plan.gpu_memory)}: {requests}, budget {planned.run.budget:,}"
+    draw_throughput(lower.subplots(), planned.throughput)
     made.suptitle(f"{title}, mode {plan.model.mode}", fontsize=12, fontweight="bold", x=0.01, ha="left")
     return made
 
@@ -164,3 +170,24 @@ def _draw_layers(axes: Any, plan: MemoryPlan, top: int) -> None:
         )
     if not plan.max_len:
         axes.text(0.5, 0.5, "nothing fits", transform=axes.transAxes, ha="center", color="#D55E00", fontsize=12)
+
+
+def draw_throughput(axes: Any, throughput: Throughput) -> None:
+    """A line for each length, with its choice as a dot."""
+    from matplotlib import colormaps
+
+    lengths = [length for length, curve in throughput.curves.items() if curve]
+    for place, length in enumerate(lengths):
+        colour, curve = colormaps["viridis"](0.9 * place / max(1, len(lengths) - 1)), throughput.curves[length]
+        axes.plot([one.requests for one in curve], [one.tokens_per_s for one in curve], color=colour, label=f"{length:,} tokens")
+        if (chosen := throughput.choice(length)) is not None:
+            axes.plot([chosen.requests], [chosen.tokens_per_s], "o", color=colour, markersize=5)
+    if lengths:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("requests at the same time (dots: the choice)")
+    axes.set_ylabel("expected tokens/s")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#000000", alpha=0.08)

@@ -15,9 +15,11 @@ from specontext.cli.planned import Planned, row_at, shown_lengths
 from specontext.cli.terminal import human_bytes
 from specontext.memory.planner import MemoryPlan
 from specontext.memory.presets import PRESETS
+from specontext.memory.throughput import Operation
 
 FILE_WIDTH = 110
 BAR = 16  # characters
+SHOWN_LENGTHS = 6  # of the table of tokens/s
 NAMES = {
     "weights": "weights",
     "retrieval_head": "retrieval head",
@@ -44,7 +46,8 @@ def print_plan(planned: Planned) -> None:
     for line in heading(planned):
         out.print(escape(line), soft_wrap=True)
     out.print()
-    for table in (longest(planned), parts(planned), against_length(planned), threshold_table(planned.plan)):
+    tables = (longest(planned), parts(planned), against_length(planned), threshold_table(planned.plan), throughput_table(planned))
+    for table in tables:
         out.print(table)
     for line in notes(planned):
         out.print(escape(line), style="dim", soft_wrap=True)
@@ -161,15 +164,45 @@ def threshold_table(plan: MemoryPlan, columns: int = 8) -> Table:
     return table
 
 
+def throughput_table(planned: Planned) -> Table:
+    """Expected tokens a second of some numbers of requests by length, and the choice among all."""
+    found = planned.throughput
+    lengths = list(found.curves)[-SHOWN_LENGTHS:]
+    most = max(len(found.curves[length]) for length in lengths)
+    shown = [1 << bit for bit in range(most.bit_length())]
+    table = _table("Expected tokens/s against requests and their length; +i: with i layers' KV on the host")
+    table.add_column("requests", justify="right")
+    for length in lengths:
+        table.add_column(f"{length:,}", justify="right")
+    for count in shown:
+        curves = [found.curves[length] for length in lengths]
+        table.add_row(str(count), *(_operation(curve[count - 1]) if count <= len(curve) else "–" for curve in curves))
+    table.add_section()
+    choices = [found.choice(length) for length in lengths]
+    table.add_row("choice", *("–" if one is None else _operation(one) for one in choices))
+    table.add_row("of requests", *("–" if one is None else str(one.requests) for one in choices))
+    return table
+
+
+def _operation(one: Operation) -> str:
+    away = f" +{one.offloaded_layers}" if one.offloaded_layers else ""
+    return f"{one.tokens_per_s:,.0f}{away}"
+
+
 def notes(planned: Planned) -> list[str]:
     """What is estimated, and by which formula."""
-    plan, speed = planned.plan, planned.speed
+    plan, speed, machine = planned.plan, planned.speed, planned.throughput.machine
     lines = []
     if plan.max_len < 1:
         lines.append("Nothing fits: give more GPU memory, or lower --requests, --budget or --max-model-len.")
     lines.append(f"Run-time buffers: {planned.runtime_source}." + _paper_note(plan))
+    lines.append(
+        f"Expected tokens/s are those of captured steps at {_rate(machine.device)} of GPU memory and {_rate(machine.host)} of "
+        f"pieces from the host ({machine.name}), without prefill; {1 - planned.overlap:.0%} of the selected rows of offloaded "
+        "layers are loaded in each step."
+    )
     if speed is None:
-        lines.append("Expected step times: give --bandwidth 3.3TB/s --host-bandwidth 50GB/s, or --bandwidth measure.")
+        lines.append("Other machines: give --bandwidth 3.3TB/s --host-bandwidth 50GB/s, or --bandwidth measure; floors come too.")
         return lines
     lines.append(
         f"Step times are estimates, and floors: max(bytes moved on the GPU / {_rate(speed.device)}, bytes loaded / "

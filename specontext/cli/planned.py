@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specontext.cli.plan_throughput import Throughput, throughput_of
 from specontext.cli.terminal import quiet_libraries
 from specontext.config import DEFAULT_BUDGET, SpeContextConfig
 from specontext.core import ModelShape
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from specontext.memory.model import RunSettings
     from specontext.memory.planner import MemoryPlan
     from specontext.memory.speed import Bandwidths
+    from specontext.memory.step_time import MachineSpeed
+    from specontext.memory.throughput import ServiceLimits
 
 ROWS = 8  # lengths that are shown
 
@@ -30,8 +33,9 @@ class Planned:
 
     Attributes:
         runtime_source: where the bytes of run-time buffers come from, in words.
-        speed: bandwidths for the expected step time, None for none.
+        speed: bandwidths for the floor of a step, None for none.
         overlap: share of the selected entries that the step before selected too.
+        throughput: tokens a second against requests and length, and the choice.
     """
 
     plan: MemoryPlan
@@ -40,6 +44,7 @@ class Planned:
     graphs: int
     speed: Bandwidths | None
     overlap: float
+    throughput: Throughput
 
     @property
     def facts(self) -> ModelFacts:
@@ -132,6 +137,8 @@ def make_plan(
     runtime: int | None,
     graphs: int,
     max_batched_tokens: int,
+    machine: MachineSpeed,
+    limits: ServiceLimits,
     speed: Bandwidths | None = None,
     overlap: float = 0.85,
 ) -> Planned:
@@ -165,15 +172,21 @@ def make_plan(
         granularity=settings.granularity,
         max_batched_tokens=max_batched_tokens,
     )
-    if mode == "paper":
-        model, source = paper_model(facts, budget=chosen), "30 % of model and head"
-    else:
-        source = "estimate by formula" if runtime is None else "given"
-        buffers = estimate_runtime(facts, run) if runtime is None else runtime
-        model = measured_model(facts, run, runtime=buffers, graphs=graphs)
-    plan = MemoryPlan(facts, model, requests, gpu_memory, host_memory, length)
+
+    def plan_of(count: int) -> MemoryPlan:
+        if mode == "paper":
+            model = paper_model(facts, budget=chosen)
+        else:
+            own = replace(run, requests=count)
+            buffers = estimate_runtime(facts, own) if runtime is None else runtime
+            model = measured_model(facts, own, runtime=buffers, graphs=graphs)
+        return MemoryPlan(facts, model, count, gpu_memory, host_memory, length)
+
+    plan = plan_of(requests)
     plan.check_weights()
-    return Planned(plan, run, source, graphs, speed, overlap)
+    source = "30 % of model and head" if mode == "paper" else "estimate by formula" if runtime is None else "given"
+    throughput = throughput_of(plan_of, facts, machine, limits, lengths=shown_lengths(plan), budget=chosen, overlap=overlap)
+    return Planned(plan, run, source, graphs, speed, overlap, throughput)
 
 
 def shown_lengths(plan: MemoryPlan) -> list[int]:
@@ -233,6 +246,7 @@ def as_object(planned: Planned) -> dict[str, Any]:
         "max_len": plan.max_len,
         "limited_by": plan.limited_by,
         "lengths": [row_at(planned, length) for length in shown_lengths(plan)],
+        **planned.throughput.as_dict(),
         "inputs": {
             "gpu_memory": plan.gpu_memory,
             "host_memory": plan.host_memory,

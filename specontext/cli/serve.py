@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from specontext.cli.config_file import ConfigFile
-from specontext.cli.options import ENGINE_OPTIONS, Settings, with_settings
+from specontext.cli.options import BATCH_OPTIONS, ENGINE_OPTIONS, Settings, with_settings
 from specontext.cli.terminal import API_KEY, MODEL_HELP, error_console, human_bytes, quiet_libraries
 from specontext.server.settings import ServerConfig
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from specontext.engine.llm_engine import LLMEngine
 
 
-@with_settings(engine=(*ENGINE_OPTIONS, "max_num_seqs", "methods"), others=ServerConfig)
+@with_settings(engine=(*ENGINE_OPTIONS, *BATCH_OPTIONS, "methods"), others=ServerConfig)
 def serve(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
     *,

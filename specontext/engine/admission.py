@@ -1,23 +1,33 @@
 """Who has a seat: requests come in when there is room, grow, and leave it for those that came before them.
 
-Requests are admitted in order of arrival, on what they need now and a little more. When a tier is full, layers leave it
-(`residency.py`); when that is not enough, the request that came last waits at the front of the queue, and its KV, head keys
-and last feature wait on the host. Where the host has no room for them they are computed again.
+Requests are admitted in order of arrival, on what they need now and a little more, as long as one more makes more tokens a second
+(`worth.py`). When a tier is full, layers leave it (`residency.py`); where fewer requests would be faster, or when that is not
+enough, the request that came last waits at the front of the queue, and its KV, head keys and last feature wait on the host. Where
+the host has no room for them they are computed again.
+
+Nobody is overtaken: whoever has a seat came before all who wait, except for those that are held. So a request waits at most until
+all that came before it have ended, or `max_wait_s`, if memory has room for it then.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from specontext.core import Request
 from specontext.engine.build import Parts
 from specontext.engine.statistics import MeterState
+from specontext.engine.worth import Worth
 from specontext.kv.seats import ParkedKV
 from specontext.memory.tiers import Tier
 
+# What a request waits for, in the words of the statistics.
+SEATS, MEMORY, PREFIX = "max_num_seqs", "memory", "a prefix that another request computes"
+SPEED, THROUGHPUT = "max_tpot_ms", "throughput"
+TURN = "those before it"
 WATERMARK = 64  # tokens that every running request must have room to grow by before another is admitted
 
 
@@ -44,6 +54,9 @@ class Admission:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.preemptions = 0
+        self.worth = Worth(parts.residency, parts.clock, parts.limits)
+        self._refused: Request | None = None
+        self._answers: dict[str, tuple[object, bool]] = {}
         self._seats = list(range(seats - 1, -1, -1))
         self._parked: dict[str, Parked] = {}
 
@@ -89,7 +102,7 @@ class Admission:
         request.room = min(self.parts.kv.seats[request.seat].room, self.parts.methods.room(request.seat))
 
     def _take(self, take: Callable[[], Tier | None]) -> bool:
-        """Try to take pages, with layers leaving the tier that is full as long as that helps.
+        """Try to take pages, with layers leaving the tier that is full as long as that helps, and pays.
 
         Args:
             take: returns the tier that has too few pages, None where it has taken them.
@@ -97,27 +110,89 @@ class Admission:
         full: set[Tier] = set()
         while (short := take()) is not None:
             full.add(short)
-            if len(full) > 1 or not self.parts.residency.make_room(self.stored, short):
+            if len(full) > 1 or (short is Tier.DEVICE and not self.leaving_pays()):
+                return False
+            if not self.parts.residency.make_room(self.stored, short):
                 return False
         return True
+
+    def leaving_pays(self) -> bool:
+        """Whether layers should leave the device for the running requests, rather than the last of them wait: always where
+        users ask for so many, where it could not wait on the host, and where it has waited long enough."""
+        running, least = self.running, max(1, self.parts.limits.min_num_seqs)
+        if not self.parts.residency.adaptive or len(running) <= least or any(request.held for request in running):
+            return True
+        last = running[-1]
+        if last.urgent or not self.parts.kv.can_park(last.seat, last.computed):
+            return True
+        lengths = [self._soon(request) for request in running]
+        return self._ask("leaving", lengths, (), lambda: self.worth.leaving_pays(lengths))
+
+    def _ask(self, question: str, lengths: Sequence[int], others: tuple[object, ...], answer: Callable[[], bool]) -> bool:
+        """The answer for requests that run, kept while they are the same and have hardly grown: it is asked in every step."""
+        known = (tuple(map(id, self.running)), sum(lengths) // (WATERMARK * len(lengths)), *others)
+        if self._answers.get(question, (None,))[0] != known:
+            self._answers[question] = known, answer()
+        return self._answers[question][1]
 
     # In ---------------------------------------------------------------------------------------------------------------
 
     def admit(self) -> None:
-        """Give seats to waiting requests, in order, as far as there is room."""
-        while self._seats and (request := next((r for r in self.waiting if not r.held), None)) is not None:
-            parked = self._parked.get(request.request_id)
-            held = parked.kv if parked is not None else None
-            wanted = [*(self._soon(r) for r in self.running), self._soon(request)]
-            self.parts.residency.settle(wanted, but=held)
-            fits = self.parts.residency.fits_somehow(wanted, but=held)
-            # Who computes the same pages now has a seat, and gets on or leaves it.
-            awaited = parked is None and self.parts.prefix.awaited(request)
-            if fits and not awaited and self._seat(request, parked):
-                self.waiting.remove(request)
-                self.running.append(request)
-            elif self.running or not self.drop_parked(but=request):
-                return
+        """Give seats to waiting requests, in order, as far as there is room and it pays."""
+        while (request := self._first_waiting) is not None:
+            why = self._seat_or_say(request)
+            if why is not None:
+                if why in request.waited_for:
+                    request.waited_for.remove(why)
+                request.waited_for.append(why)
+                for behind in reversed(self.waiting):
+                    if behind.waited_for:
+                        break
+                    behind.waited_for.append(TURN)
+                if why == SEATS or self.running or not self.drop_parked(but=request):
+                    self._refused = request
+                    return
+
+    @property
+    def _first_waiting(self) -> Request | None:
+        return next((request for request in self.waiting if not request.held), None)
+
+    def _seat_or_say(self, request: Request) -> str | None:
+        """Give the first waiting request a seat, or say what it waits for."""
+        if not self._seats:
+            return SEATS
+        parked = self._parked.get(request.request_id)
+        held = parked.kv if parked is not None else None
+        running = [self._soon(one) for one in self.running]
+        wanted = [*running, self._soon(request)]
+        self.parts.residency.settle(wanted, but=held)
+        if not self.parts.residency.fits_somehow(wanted, but=held):
+            return MEMORY
+        # Who computes the same pages now has a seat, and gets on or leaves it.
+        if parked is None and self.parts.prefix.awaited(request):
+            return PREFIX
+        if self.running and (why := self._unwanted(request, running, held)) is not None:
+            return why
+        if not self._seat(request, parked):
+            return MEMORY
+        self.waiting.remove(request)
+        self.running.append(request)
+        return None
+
+    def _unwanted(self, request: Request, running: list[int], held: ParkedKV | None) -> str | None:
+        """Why a request should not join those that run though memory has room for it."""
+        longest = self.parts.limits.max_wait_s
+        if longest is not None and time.perf_counter() - request.waiting_since >= longest:
+            request.urgent = True
+            return None
+        if self.worth.too_slow([*running, self._soon(request)], but=held):
+            return SPEED
+        if not self.parts.residency.adaptive:
+            return None
+        behind = [self._soon(one) for one in islice((r for r in self.waiting if not r.held), len(self._seats))]
+        others = (id(request), len(behind), sum(behind))
+        pays = self._ask("joining", running, others, lambda: self.worth.joining_pays(running, behind, but=held))
+        return None if pays else THROUGHPUT
 
     def _soon(self, request: Request) -> int:
         """Tokens that a request is to have room for before another may join."""
@@ -171,6 +246,14 @@ class Admission:
         victim.preemptions += 1
         return True
 
+    def why_waiting(self, request: Request) -> str | None:
+        """What a request waits for now; None where it has a seat."""
+        if request.seat >= 0:
+            return None
+        if request.held:
+            return "its token"
+        return request.waited_for[-1] if request is self._first_waiting and request.waited_for else TURN
+
     def put_back(self, request: Request, *, dropping: bool = False) -> None:
         """A running request goes to the front of the queue, and what it has to the host, if there is room.
 
@@ -189,6 +272,7 @@ class Admission:
             self._parked[request.request_id] = Parked(kv, *state)
         self.running.remove(request)
         self._leave(request)
+        request.waiting_since, request.urgent = time.perf_counter(), False
         if request.held:
             self.waiting.append(request)
         else:

@@ -29,6 +29,9 @@ from specontext.kv.layout import Layout
 from specontext.kv.pool import PagePool, make_pools
 from specontext.memory.facts import NO_HEAD, ModelFacts
 from specontext.memory.model import MemoryModel, RunSettings, measured_model, staged_bytes
+from specontext.memory.probe import LEAST_PINNED, machine_speed, why_kv_stays
+from specontext.memory.step_time import MachineSpeed, StepClock
+from specontext.memory.throughput import ServiceLimits
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, TierSizes, free_memory, size_tiers
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import RetrievalHead, facts_of_head
@@ -53,6 +56,8 @@ class Parts:
         methods: it and those that requests may name.
         prefix: what requests know of each other's prompts.
         plan: bytes of everything.
+        clock: how long steps are expected to take.
+        limits: what users set for how many requests run at once.
         max_tokens: longest context of one request.
         step_tokens: of one step.
         head: the retrieval head, for the methods that have one.
@@ -66,6 +71,8 @@ class Parts:
     residency: Residency
     plan: MemoryModel
     sizes: TierSizes
+    clock: StepClock
+    limits: ServiceLimits
     max_tokens: int
     step_tokens: StepTokens
     head: RetrievalHead | None = None
@@ -87,7 +94,8 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     loaded = replace(loaded, shape=replace(loaded.shape, kv_dtype=kv_format(config, loaded.shape, device)))
     shape = loaded.shape
     recommended = head.config.recommended_budget if head is not None else None
-    method = config.method.resolve(recommended_budget=recommended, num_layers=shape.layers)
+    machine = machine_speed(device)
+    method = with_kv_where_it_can_be(config.method.resolve(recommended_budget=recommended, num_layers=shape.layers), machine)
     max_tokens = longest_context(config, shape)
     if head is not None:
         factor = config.head_yarn_factor
@@ -129,6 +137,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     )
     runtime, graphs = None, 0
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # of engines before this one: what is small would keep all of a block that was theirs
         features = head.config.feature_layers if head is not None and head.config.variant == "features" else ()
         runtime = measure_runtime(loaded, facts, run, feature_layers=features) + staged_bytes(facts, run)
         if not config.enforce_eager:
@@ -154,7 +163,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         seats=config.max_num_seqs,
         max_tokens=max_tokens,
         device_memory=device_memory(config, plan, device),
-        host_memory=config.host_memory or host_default(config),
+        host_memory=pinnable(config.host_memory or host_default(config), machine, plan),
     )
     if config.offload_dir is not None and device.type == "cuda":
         raise ConfigError(
@@ -199,7 +208,29 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     chunk = max(1, facts.weight_bytes // share)
     residency = Residency(kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=chunk)
     prefix = PrefixCache(kv, methods, enabled=config.enable_prefix_caching)
-    return Parts(method, methods, kv, prefix, meter, residency, plan, sizes, max_tokens, tokens, head)
+    limits = ServiceLimits(config.max_num_seqs, config.min_num_seqs, config.max_tpot_ms, config.max_wait_s)
+    clock = StepClock(facts, machine, None if reads_everything(methods.selector) else method.budget)
+    return Parts(method, methods, kv, prefix, meter, residency, plan, sizes, clock, limits, max_tokens, tokens, head)
+
+
+def with_kv_where_it_can_be(method: SpeContextConfig, machine: MachineSpeed) -> SpeContextConfig:
+    """The same settings, with all KV on the device where a machine's host tier is of no use to layers and nothing else was asked
+    for. A warning says so."""
+    why = why_kv_stays(machine)
+    if why is None or method.offload_layers == 0:
+        return method
+    if method.offload_layers is not None:
+        logger.warning("%s: layers on the host, as offload_layers asks for, will be slow or fail", why)
+        return method
+    logger.warning("%s: the KV of all layers stays on the device, and requests wait where it is full", why)
+    return replace(method, offload_layers=0)
+
+
+def pinnable(host_memory: int, machine: MachineSpeed, plan: MemoryModel) -> int:
+    """Bytes of the host tier: where little can be pinned no more than that, and one page at least."""
+    if machine.pinned is None or machine.pinned >= LEAST_PINNED:
+        return host_memory
+    return min(host_memory, max(machine.pinned, plan.kv.host_page))
 
 
 def kv_format(config: EngineConfig, shape: ModelShape, device: torch.device) -> torch.dtype | None:

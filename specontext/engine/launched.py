@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,26 +16,37 @@ from specontext.errors import LogitsError
 
 @dataclass(frozen=True, eq=False)
 class Launched:
-    """A step of unrestricted requests, all of which get a token.
+    """A step that the device has been given.
 
     Attributes:
-        ready: the requests, in the order of `drawn`.
-        captured: whether each one's decode step was captured; None where that has been counted.
+        ready: the requests that get a token, all of them unrestricted.
+        drawn: their tokens, in this order; None where choosing them failed on the device, and the host is to do it.
+        logits: [ready requests, V], from which the host is to choose.
+        captured: whose steps were captured and have not been counted.
         counts: the counters before the step, for those who had ended by then.
     """
 
     schedule: Schedule
     ready: Sequence[Request]
-    drawn: Drawn
-    captured: Sequence[bool] | None = None
+    drawn: Drawn | None
+    logits: Tensor | None = None
+    captured: Collection[Request] = ()
     counts: Tensor | None = None
 
+    @property
+    def alive(self) -> list[tuple[int, Request]]:
+        """(row, request) of those that have not ended meanwhile."""
+        return [(row, request) for row, request in enumerate(self.ready) if request.finish_reason is None]
+
     def receive(self, failures: Failures) -> list[NextToken]:
-        """Wait for the tokens, of requests that have not ended meanwhile; those with broken logits are among the failures."""
+        """Wait for the tokens of those that have not ended; the ones with broken logits are among the failures."""
+        assert self.drawn is not None
         token_ids, broken = self.drawn.read()
-        alive = [row for row, request in enumerate(self.ready) if request.finish_reason is None]
-        if named := [self.ready[row].request_id for row in alive if broken[row]]:
+        found = []
+        for row, request in self.alive:
+            request.unread -= 1
+            if not broken[row]:
+                found.append(NextToken(row, request, token_ids[row], None))
+        if named := [request.request_id for row, request in self.alive if broken[row]]:
             failures.add(LogitsError(named), *named)
-        for row in alive:
-            self.ready[row].captured_steps += self.captured is not None and self.captured[row]
-        return [NextToken(row, self.ready[row], token_ids[row], None) for row in alive if not broken[row]]
+        return found

@@ -17,7 +17,7 @@ from specontext.core import Request, SamplingParams, StructuredOutputsParams, sh
 from specontext.engine.build import build_parts
 from specontext.engine.constraint import Constraint, Masks
 from specontext.engine.detokenizer import Detokenizer
-from specontext.engine.failures import Failures
+from specontext.engine.failures import NOBODYS, Failures
 from specontext.engine.launched import Launched
 from specontext.engine.output_statistics import OutputStatistics
 from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
@@ -308,8 +308,13 @@ class LLMEngine:
             for row in captured:
                 schedule.requests[row].captured_steps += 1
             ready = [(row, r) for row, r in self.scheduler.advance(schedule) if r.request_id not in failures.found]
-            if self.runs_ahead:
-                launched = self._chosen_there(schedule, logits, ready)
+            if self.runs_ahead and (drawn := self._drawn(logits, ready)) is not None:
+                launched = Launched(schedule, [request for _, request in ready], drawn)
+        else:
+            for request in launched.captured:
+                request.captured_steps += request.finish_reason is None
+            if launched.drawn is None:
+                logits, ready, launched = launched.logits, launched.alive, None
         if launched is not None and self.runs_ahead:
             self._ahead = self._launch(launched)
         self.scheduler.prepare()
@@ -324,32 +329,51 @@ class LLMEngine:
             raise failures.take()
         return touched
 
-    def _chosen_there(self, schedule: Schedule, logits: Tensor, ready: list[tuple[int, Request]]) -> Launched | None:
-        """A step whose tokens the device chooses; None where the host has a part in some of them."""
-        requests = [request for _, request in ready]
-        if not requests or not all(self._unrestricted(request) for request in requests):
-            return None
-        if len(requests) < len(logits):
-            logits = logits[upload([row for row, _ in ready], torch.int64, logits.device)]
-        return Launched(schedule, requests, Drawn(logits, requests, unread=0))
-
     def _unrestricted(self, request: Request) -> bool:
+        """Whether the host has no part in the request's next step."""
         generation = self._generations[request.request_id]
-        return request.params.unrestricted and not generation.forced and generation.on_logits is None
+        alone = not generation.forced and generation.on_logits is None and request.prompt_logprobs is None
+        return alone and request.params.unrestricted
+
+    def _drawn(self, logits: Tensor, ready: list[tuple[int, Request]]) -> Drawn | None:
+        """Tokens that the device chooses for (row of the logits, request) pairs; None where the host has to."""
+        requests = [request for _, request in ready]
+        if not requests or not all(map(self._unrestricted, requests)):
+            return None
+        try:
+            if len(requests) < len(logits):
+                logits = logits[upload([row for row, _ in ready], torch.int64, logits.device)]
+            drawn = Drawn(logits, requests)
+        except NOBODYS:
+            raise
+        except Exception:  # choosing on the host finds out whose trouble it is
+            return None
+        for request in requests:
+            request.unread += 1
+        return drawn
 
     def _launch(self, before: Launched) -> Launched | None:
         """Run the step after one whose tokens only the device knows; None where what comes next depends on them."""
-        schedule = self.scheduler.schedule_ahead(before.ready, before.drawn.token_ids)
+        assert before.drawn is not None
+        schedule = self.scheduler.schedule_ahead(before.ready, before.drawn.token_ids, self._unrestricted)
         if schedule is None:
             return None
-        counts, requests = self.parts.meter.counts.clone(), schedule.requests
-        captured = {*(self.runner.captured_rows(schedule.batch) if self.runner.captures else ())}
-        logits = self.runner.run(schedule.batch)
-        self.step_tokens += len(requests)
-        for request in requests:
-            request.computed += 1
-        drawn = Drawn(logits, requests, unread=1)
-        return Launched(schedule, requests, drawn, [row in captured for row in range(len(requests))], counts)
+        counts = self.parts.meter.counts.clone()
+        captured = self.runner.captured_rows(schedule.batch) if self.runner.captures else ()
+        try:
+            logits = self.runner.run(schedule.batch)
+        except DeviceMemoryError:  # it is tried again when its turn comes, and fails then
+            self.parts.meter.counts.copy_(counts)
+            return None
+        self.step_tokens += len(schedule.batch.token_ids)
+        ready = self.scheduler.advance(schedule)
+        if not ready:
+            return None
+        drawn, rest = self._drawn(logits, ready), None
+        if drawn is None:
+            rest = logits[[row for row, _ in ready]]
+        requests = [request for _, request in ready]
+        return Launched(schedule, requests, drawn, rest, [schedule.requests[row] for row in captured], counts)
 
     def catch_up(self) -> list[Generation]:
         """Receive the tokens of a step that was launched ahead, and launch none; the generations that got one."""
@@ -451,6 +475,7 @@ class LLMEngine:
             queue_s=request.admitted_at - request.arrived if request.admitted_at is not None else None,
             ttft_s=generation.first_token_at - request.arrived,
             tpot_s=(generation.last_token_at - generation.first_token_at) / (made - 1) if made > 1 else None,
+            waited_for=", ".join(request.waited_for) or None,
         )
 
     def abort(self, request_id: str) -> None:
@@ -464,8 +489,8 @@ class LLMEngine:
     def _drop(self, request: Request) -> None:
         self.scheduler.finish(request)
         if self._ahead is not None and not self.scheduler.running:
-            self._ahead.drawn.wait()  # nobody needs its tokens, and what it writes to may be given back now
             self._ahead = None
+            settle()  # nobody needs its tokens, and what it writes to may be given back now
         request.history = request.allowed = None  # they lie on the device, and whoever reads the output may keep the request
         del self._generations[request.request_id]
 

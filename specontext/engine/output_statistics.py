@@ -41,6 +41,7 @@ EARLIEST = _rule(lambda values: min(value for value, _ in values))  # the first 
 MOST = _rule(lambda values: max(value for value, _ in values))
 MEAN = _rule(_mean)  # over the decode steps of all outputs
 MEANS = _rule(_means)  # the same, number by number
+WORDS = _rule(lambda values: ", ".join(dict.fromkeys(word for words, _ in values for word in words.split(", "))))  # of any, once
 UNION = _rule(_moves)  # what any output has seen
 
 
@@ -94,6 +95,7 @@ class OutputStatistics:
     queue_s: float | None = field(metadata=EARLIEST)
     ttft_s: float = field(metadata=EARLIEST)
     tpot_s: float | None = field(metadata=MEAN)
+    waited_for: str | None = field(default=None, metadata=WORDS)
 
     def as_dict(self) -> dict[str, object]:
         """By name, of values that JSON has."""

@@ -14,6 +14,7 @@ from specontext.core import Batch, Segment
 from specontext.engine.methods import Methods
 from specontext.engine.true_attention import keys_up_to
 from specontext.kernels.dense_attention import causal_attention, chunk_attention
+from specontext.kernels.dispatch import upload
 from specontext.kernels.gpu_chunk import QUERIES, packed_attention, serves
 from specontext.kernels.tables import NewTokens
 from specontext.kv.dense import stored_tiles
@@ -38,7 +39,7 @@ class _Together:
     def of(cls, segments: Sequence[Segment], device: torch.device) -> _Together:
         lengths = [segment.length for segment in segments]
         bounds = [sum(lengths[:count]) for count in range(len(lengths) + 1)]
-        return cls(tuple(segments), torch.tensor(bounds, dtype=torch.int32).to(device), max(lengths))
+        return cls(tuple(segments), upload(bounds, torch.int32, device), max(lengths))
 
 
 class Chunks:

@@ -43,6 +43,7 @@ def measure_runtime(loaded: LoadedModel, facts: ModelFacts, run: RunSettings, *,
         if taps is not None:
             taps.remove()
         torch.cuda.empty_cache()
-    merged = 4 * tokens * shape.query_heads * shape.head_dim  # attention to stored tokens is added up in float32
+    # Attention to stored tokens is added up in float32, beside one part's and the sum in 16 bits.
+    merged = 8 * tokens * shape.query_heads * shape.head_dim
     sampling = (8 + HISTORY) * run.requests * shape.vocab_size + min(SAMPLER, 24 * run.requests * shape.vocab_size)
     return peak + merged + buffer_bytes(facts, run) + sampling

@@ -106,6 +106,12 @@ class Residency:
         tokens = policy.tokens_after(lengths, 0)
         return any(policy.fits(number, tokens, len(lengths)) for number in self._numbers)
 
+    def fewest_away(self, lengths: Sequence[int], *, but: ParkedKV | None = None) -> int | None:
+        """The fewest layers that must be offloaded for requests of these lengths; None where they do not fit."""
+        policy = self.policy(len(lengths), but=but)
+        tokens = policy.tokens_after(lengths, 0)
+        return next((number for number in self._numbers if policy.fits(number, tokens, len(lengths))), None)
+
     def lack(self, length: int) -> str | None:
         """Which tier a request of so many tokens could not run in even alone, and what would help; None where it could."""
         policy = self._policy(1, parked=0)
@@ -132,21 +138,24 @@ class Residency:
 
     # Moving -----------------------------------------------------------------------------------------------------------
 
-    def advance(self, stored: Mapping[int, int], lengths_in: Callable[[int], list[int]]) -> None:
+    def advance(
+        self, stored: Mapping[int, int], lengths_in: Callable[[int], list[int]], leaving_pays: Callable[[], bool] = lambda: True
+    ) -> None:
         """Between two steps: go on with a move, or begin one that will be needed, or that has become possible.
 
         Args:
             stored: tokens stored, by seat.
             lengths_in: how long requests will be in so many steps.
+            leaving_pays: whether layers may leave; asked where one would begin to.
         """
         if self.adaptive:
-            self._go_on(stored, lengths_in)
+            self._go_on(stored, lengths_in, leaving_pays)
 
-    def _go_on(self, stored: Mapping[int, int], lengths_in: Callable[[int], list[int]]) -> None:
+    def _go_on(self, stored: Mapping[int, int], lengths_in: Callable[[int], list[int]], leaving_pays: Callable[[], bool]) -> None:
         began = time.perf_counter()
         if self.kv.move is None:
             self.pin_ahead(lengths_in)
-            self._begin(stored, lengths_in)
+            self._begin(stored, lengths_in, leaving_pays)
         if self.kv.move is None:
             return
         # The last rows have had the time of a step to arrive, and none waits for them.
@@ -188,11 +197,12 @@ class Residency:
         # Where nothing fits, layers leave as long as they can; then requests wait.
         return self.cost.layers if target is None else target
 
-    def _begin(self, stored: Mapping[int, int], lengths_in: Callable[[int], list[int]]) -> None:
+    def _begin(self, stored: Mapping[int, int], lengths_in: Callable[[int], list[int]], leaving_pays: Callable[[], bool]) -> None:
         now, target = len(self.kv.offloaded), self.wanted(stored, lengths_in)
         # Where the other tier is full nothing moves: requests wait, or are preempted.
-        if target > now and self.kv.next_to_leave is not None:
-            self.kv.begin_move(self.kv.next_to_leave, to_host=True)
+        if target > now:
+            if self.kv.next_to_leave is not None and leaving_pays():
+                self.kv.begin_move(self.kv.next_to_leave, to_host=True)
         elif target < now:
             self.kv.begin_move(min(self.kv.offloaded), to_host=False)
 

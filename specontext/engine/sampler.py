@@ -119,33 +119,28 @@ class Drawn:
 
     Args:
         logits: floating [R, V], row r belongs to requests[r]; they may be overwritten afterwards.
-        unread: tokens of each request that were chosen before these and that the host does not know yet.
 
     Attributes:
         token_ids: int64 [R] on the device; anything where logits are broken.
     """
 
-    def __init__(self, logits: Tensor, requests: Sequence[Request], *, unread: int) -> None:
+    def __init__(self, logits: Tensor, requests: Sequence[Request]) -> None:
         raw = logits.float()
         self.token_ids = raw.argmax(dim=1)
-        _sample_random_rows(raw, requests, self.token_ids, unread)
+        _sample_random_rows(raw, requests, self.token_ids)
         found = torch.stack((self.token_ids, (~raw.amax(dim=1).isfinite()).long()))
         self._found = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda).copy_(found, non_blocking=True)
         self._copied = torch.cuda.current_stream(found.device).record_event() if found.is_cuda else None
 
-    def wait(self) -> None:
-        """Until the device has chosen them, and has done all that it was given before."""
+    def read(self) -> tuple[list[int], list[bool]]:
+        """The tokens, once the device has chosen them, and whose logits are broken."""
         if self._copied is not None:
             self._copied.synchronize()
-
-    def read(self) -> tuple[list[int], list[bool]]:
-        """The tokens, and whose logits are broken."""
-        self.wait()
         token_ids, broken = self._found.tolist()
         return token_ids, [bool(flag) for flag in broken]
 
 
-def _sample_random_rows(adjusted: Tensor, requests: Sequence[Request], chosen: Tensor, unread: int = 0) -> None:
+def _sample_random_rows(adjusted: Tensor, requests: Sequence[Request], chosen: Tensor) -> None:
     """Overwrites in `chosen` [R] the tokens of the requests with a temperature."""
     vocab_size = adjusted.shape[1]
     by_width: dict[int, list[int]] = {}
@@ -156,7 +151,7 @@ def _sample_random_rows(adjusted: Tensor, requests: Sequence[Request], chosen: T
         for start in range(0, len(members), step := rows_at_once(vocab_size)):
             part = members[start : start + step]
             rows = upload(part, torch.int64, adjusted.device)
-            chosen[rows] = _sample_rows(adjusted[rows], [requests[row] for row in part], width, unread)
+            chosen[rows] = _sample_rows(adjusted[rows], [requests[row] for row in part], width)
 
 
 def _ranks_needed(request: Request, vocab_size: int) -> int:
@@ -167,7 +162,7 @@ def _ranks_needed(request: Request, vocab_size: int) -> int:
     return vocab_size if params.top_p < 1 or 0 < params.top_k < vocab_size else 0
 
 
-def _sample_rows(rows: Tensor, requests: Sequence[Request], width: int, unread: int) -> Tensor:
+def _sample_rows(rows: Tensor, requests: Sequence[Request], width: int) -> Tensor:
     """Draws a token for each row of logits [R, V] among the `width` most likely ones, 0 meaning all. Returns int64 [R]."""
     device, vocab_size = rows.device, rows.shape[1]
     everyone = [request.params for request in requests]
@@ -189,7 +184,7 @@ def _sample_rows(rows: Tensor, requests: Sequence[Request], width: int, unread: 
         before = mass.cumsum(dim=1) - mass
         total = mass.sum(dim=1, keepdim=True)
         scores.masked_fill_((top_p < 1) & (before.double() >= top_p * total.double()), -math.inf)
-    best = (scores + _gumbel(_keys(requests, unread, device), ids)).argmax(dim=1, keepdim=True)
+    best = (scores + _gumbel(_keys(requests, device), ids)).argmax(dim=1, keepdim=True)
     return ids.expand_as(scores).gather(1, best).squeeze(1)
 
 
@@ -203,9 +198,9 @@ def _ranked(rows: Tensor, width: int) -> Tensor:
     return _LOW_32_BITS - (largest & _LOW_32_BITS)
 
 
-def _keys(requests: Sequence[Request], unread: int, device: torch.device) -> Tensor:
-    """Key of the random numbers of each request's next token, int64 [R, 1], behind so many that the host does not know yet."""
-    numbers = [(request.seed, request.index, len(request.token_ids) + unread) for request in requests]
+def _keys(requests: Sequence[Request], device: torch.device) -> Tensor:
+    """Key of the random numbers of each request's next token, int64 [R, 1]."""
+    numbers = [(request.seed, request.index, len(request.token_ids) + request.unread) for request in requests]
     parts = upload(numbers, torch.int64, device)
     return combine_keys(parts.split(1, dim=1))
 

@@ -5,7 +5,8 @@ There is no prefill or decode phase: in every step each running request catches 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -74,6 +75,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request that `check` lets through."""
+        request.waiting_since = request.arrived or time.perf_counter()
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
@@ -85,7 +87,7 @@ class Scheduler:
         if self.waiting:
             self.admission.admit()
         if self.parts.residency.adaptive:
-            self.parts.residency.advance(self.admission.stored, self._lengths_in)
+            self.parts.residency.advance(self.admission.stored, self._lengths_in, self.admission.leaving_pays)
 
     def schedule(self) -> Schedule | None:
         """The next step's requests and batch; None when there is nothing to do, or all requests are held."""
@@ -117,31 +119,29 @@ class Scheduler:
         batch = pack(decodes, chunks, self.parts.kv.device)
         return Schedule((*decodes, *(request for request, _ in chunks)), batch)
 
-    def schedule_ahead(self, ready: Sequence[Request], tokens: Tensor) -> Schedule | None:
+    def schedule_ahead(self, ready: Sequence[Request], tokens: Tensor, free: Callable[[Request], bool]) -> Schedule | None:
         """The step after one that the device computes now, before the host knows its tokens.
 
         Requests that end with their token by their length are not in it; one that ends otherwise has a token too many computed.
-        None where it is not known what comes next: others wait or compute their prompts, or room is short.
+        None where a request needs the host, or where others would have to make room.
 
         Args:
             ready: whose tokens the device chooses now; some may have ended meanwhile.
             tokens: int64 [ready requests] on the device.
+            free: whether a request's tokens are chosen on the device.
         """
-        going = [(row, request) for row, request in enumerate(ready) if request.finish_reason is None]
-        if self.waiting or len(going) < len(self.running):
+        if self.waiting:
+            self.admission.admit()
+        if not all(map(free, self.running)):
             return None
-        going = [(row, r) for row, r in going if len(r.token_ids) + 1 < self.admission.most(r)]
-        if not going or not all(r.computed < r.room or self.admission.grow(r, 1, preempt=False) for _, r in going):
+        decodes, chunks = self._choose(ahead=True)
+        if not decodes and not chunks:
             return None
-        ways = list(dict.fromkeys(r.choice for _, r in going))
-        if len(ways) > 1:
-            going.sort(key=lambda one: ways.index(one[1].choice))
-        rows = [row for row, _ in going]
-        if rows != list(range(len(ready))):
-            tokens = tokens[upload(rows, torch.int64, tokens.device)]
         self.parts.residency.steps += 1
-        requests = tuple(request for _, request in going)
-        return Schedule(requests, pack(requests, (), tokens.device, tokens=tokens))
+        rows = {request: row for row, request in enumerate(ready)}
+        unread = [rows[request] if request.unread else -1 for request in decodes]
+        batch = pack(decodes, chunks, self.parts.kv.device, tokens=tokens, unread=unread)
+        return Schedule((*decodes, *(request for request, _ in chunks)), batch)
 
     def _lengths_in(self, steps: int) -> list[int]:
         """How long the running requests will be in so many steps, at most."""
@@ -153,16 +153,23 @@ class Scheduler:
             grown.append(min(request.computed + pace * steps, end, most))
         return grown
 
-    def _choose(self) -> tuple[list[Request], list[tuple[Request, int]]]:
+    def _choose(self, *, ahead: bool = False) -> tuple[list[Request], list[tuple[Request, int]]]:
         """Decoding requests, and chunks of prompts in what is left of the step's tokens; all have room to grow.
 
         Chunks are large where nobody decodes: they use the device well. Who decodes waits for a small one at most.
+
+        Args:
+            ahead: some tokens are not known yet; then nobody makes room, and nothing is chosen where that is needed.
         """
         decodes: list[Request] = []
         for request in [r for r in self.running if r.decoding and not r.held]:
+            if ahead and len(request.token_ids) + request.unread >= self.admission.most(request):
+                continue  # it ends with the token that is under way
             # Those that came last make room for those that came first.
-            if request.computed < request.room or (request.seat >= 0 and self.admission.grow(request, 1, preempt=True)):
+            if request.computed < request.room or (request.seat >= 0 and self.admission.grow(request, 1, preempt=not ahead)):
                 decodes.append(request)
+            elif ahead:
+                return [], []
         decodes = [request for request in decodes if request.seat >= 0]
         ways = list(dict.fromkeys(request.choice for request in decodes))
         if len(ways) > 1:
@@ -184,11 +191,16 @@ class Scheduler:
             request.computed += 1
         for request, segment in zip(requests[batch.num_decodes :], batch.prefills, strict=True):
             request.computed += segment.length
-        return [(row, r) for row, r in enumerate(requests) if r.computed == len(r.token_ids)]
+        return [(row, r) for row, r in enumerate(requests) if r.computed == len(r.token_ids) + r.unread]
 
 
 def pack(
-    decodes: Sequence[Request], chunks: Sequence[tuple[Request, int]], device: torch.device, *, tokens: Tensor | None = None
+    decodes: Sequence[Request],
+    chunks: Sequence[tuple[Request, int]],
+    device: torch.device,
+    *,
+    tokens: Tensor | None = None,
+    unread: Sequence[int] = (),
 ) -> Batch:
     """The batch of one token of every decoding request and of chunks (request, tokens).
 
@@ -197,8 +209,10 @@ def pack(
     All its numbers go to the device in one copy.
 
     Args:
-        tokens: int64 [R], those of the decoding requests, where only the device knows them; then there are no chunks.
+        tokens: int64 [N] on the device, some of which are those of decoding requests that the host does not know.
+        unread: which of them, for each decoding request; -1 where the host knows its token.
     """
+    places = [place for place, row in enumerate(unread) if row >= 0]
     ids: list[int] = []
     positions: list[int] = []
     seats: list[int] = []
@@ -209,17 +223,20 @@ def pack(
         start, stop = request.computed, request.computed + length
         if len(last) >= len(decodes):
             segments.append(Segment(request.seat, start, length, len(positions)))
-        ids += request.token_ids[start:stop]
+        ids += request.token_ids[start:stop] or [0]  # what is not known yet is put there below
         positions += range(start, stop)
         seats += [request.seat] * length
         lengths += [stop] * length
         last.append(len(positions) - 1)
     seeds = [request.seed for request in decodes]
-    parts = (ids, positions, seats, lengths, last, seeds)
+    parts = (ids, positions, seats, lengths, last, seeds, places, [unread[place] for place in places])
     packed = upload([number for part in parts for number in part], torch.int64, device)
-    token_ids, position, seat, length_, last_tokens, seed = packed.split([len(part) for part in parts])
+    token_ids, position, seat, length_, last_tokens, seed, at, rows = packed.split([len(part) for part in parts])
+    if places:
+        assert tokens is not None
+        token_ids.index_copy_(0, at, tokens.index_select(0, rows))
     return Batch(
-        token_ids=token_ids if tokens is None else tokens,
+        token_ids=token_ids,
         positions=position,
         seats=seat,
         lengths=length_,

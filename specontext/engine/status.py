@@ -26,6 +26,7 @@ class LiveRequest:
     bytes_loaded_per_step: float | None
     method: str = ""
     budget: int | None = None
+    waits_for: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class StatusMeter:
         """How the engine is now, in one reading of the device; also kept as `latest`."""
         now, parts = time.perf_counter(), engine.parts
         running, waiting = list(engine.scheduler.running), list(engine.scheduler.waiting)
+        why = engine.scheduler.admission.why_waiting
         decoding = [request.seat for request in running if request.decoding]
         reports, totals = parts.meter.overview(decoding)
         of_seat = dict(zip(decoding, reports, strict=True))
@@ -107,13 +109,15 @@ class StatusMeter:
             overlap=sum(overlaps) / len(overlaps) if overlaps else self.last_overlap,
             requests=(
                 *(_live(request, "running", now, of_seat.get(request.seat), parts.methods.own) for request in running),
-                *(_live(request, "waiting", now, None, parts.methods.own) for request in waiting),
+                *(_live(request, "waiting", now, None, parts.methods.own, why(request)) for request in waiting),
             ),
         )
         return self.latest
 
 
-def _live(request: Request, state: str, now: float, report: DecodeStatistics | None, own: Choice) -> LiveRequest:
+def _live(
+    request: Request, state: str, now: float, report: DecodeStatistics | None, own: Choice, waits_for: str | None = None
+) -> LiveRequest:
     choice = request.choice or own
     return LiveRequest(
         request.request_id,
@@ -126,6 +130,7 @@ def _live(request: Request, state: str, now: float, report: DecodeStatistics | N
         report.bytes_loaded_per_step if report is not None else None,
         choice.method,
         choice.budget or None,
+        waits_for,
     )
 
 

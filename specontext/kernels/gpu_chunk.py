@@ -61,9 +61,10 @@ def _cudnn_is_good(device: torch.device, dtype: torch.dtype, heads: int, kv_head
     generator = torch.Generator(device).manual_seed(0)
     query = torch.randn(count, heads, head_dim, dtype=dtype, device=device, generator=generator)
     tokens = torch.randn(2 * count, kv_heads, 2, head_dim, dtype=dtype, device=device, generator=generator)
-    queries, (keys, values) = _by_head(query), tokens.permute(2, 1, 0, 3)[:, None].unbind(0)
+    queries, keys, values = map(_by_head, (query, *tokens.unbind(2)))
     own = keys[:, :, :count], values[:, :, :count]
-    chosen = torch._fused_sdp_choice(queries, *own, is_causal=True, scale=scale, enable_gqa=heads != kv_heads)
+    alone = _by_head(tokens[:count, :, 0].contiguous())  # as a model's own attention has keys and values
+    chosen = torch._fused_sdp_choice(queries, alone, alone, is_causal=True, scale=scale, enable_gqa=heads != kv_heads)
     if chosen != SDPBackend.CUDNN_ATTENTION.value:
         return False
     try:
@@ -123,7 +124,7 @@ class _Queries:
 
     def merge(self, part: Tensor, lse: Tensor) -> None:
         if self.output.dim() == 4:
-            self.output = self.output[0].transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+            self.output = self.output[0].transpose(0, 1).float().contiguous()
             self.lse = self.lse.contiguous()
         merge_part(self.output, self.lse, part[0].transpose(0, 1), lse[0].contiguous())
 
@@ -160,8 +161,7 @@ class GpuChunk:
 
     def add(self, tile: Tensor) -> None:
         """Attend to the rows [T, Hkv, *row] of T tokens, at least one, before the chunk; T of any strides."""
-        tile = as_multiplied(tile, self._dtype)
-        keys, values = tile.permute(2, 1, 0, 3)[:, None].unbind(0)  # each [1, Hkv, T, D]
+        keys, values = map(_by_head, as_multiplied(tile, self._dtype).unbind(2))
         for part in self._parts:
             for start, stop in cuts(len(tile)) if part.regular else [(0, len(tile))]:
                 regular = self._regular if part.regular and stop - start >= KEYS else None
@@ -194,4 +194,4 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, 
 
 def _by_head(tokens: Tensor) -> Tensor:
     """[T, H, D] as [1, H, T, D]."""
-    return tokens.transpose(0, 1)[None]
+    return tokens[None].transpose(1, 2)

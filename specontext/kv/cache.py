@@ -191,9 +191,9 @@ class KVCache:
 
     def park(self, seat: int, tokens: int) -> ParkedKV | None:
         """Take a seat's KV to the host and leave the seat; None where the host has too little room, and nothing has changed."""
-        on_host, whole = self._held.on_host, self._held.host_pages(self._held.layers, tokens)
-        if on_host.lacking(whole, seat) > self.host.pages.num_free:
+        if not self.can_park(seat, tokens):
             return None
+        on_host, whole = self._held.on_host, self._held.host_pages(self._held.layers, tokens)
         on_host.extend(whole, seat)
         self._copy_seat(seat, tokens, to_host=True)
         held = [on_host.detach(block, seat) for block in whole]
@@ -203,6 +203,11 @@ class KVCache:
         self.parked.append(parked)
         self.close(seat)
         return parked
+
+    def can_park(self, seat: int, tokens: int) -> bool:
+        """Whether the host has room for all KV of a seat."""
+        on_host, whole = self._held.on_host, self._held.host_pages(self._held.layers, tokens)
+        return on_host.lacking(whole, seat) <= self.host.pages.num_free
 
     def unpark(self, seat: int, parked: ParkedKV) -> Tier | None:
         """Give parked KV a seat: resident layers get their pages back, and the slots of offloaded ones start empty."""

@@ -85,7 +85,7 @@ def measure_products(device: torch.device, dtype: torch.dtype, size: int = 2048)
     import torch
 
     matrix = torch.ones((size, size), dtype=dtype, device=device)
-    return 2 * size**3 / _best_seconds(device, lambda: matrix @ matrix)
+    return 2 * size**3 / best_seconds(device, lambda: matrix @ matrix)
 
 
 def measure_bandwidths(device: torch.device, size: int = 1 << 28) -> Bandwidths:
@@ -99,14 +99,14 @@ def measure_bandwidths(device: torch.device, size: int = 1 << 28) -> Bandwidths:
     source = torch.ones(block.shape, dtype=torch.float32, pin_memory=device.type == "cuda")
 
     count = block.numel() * 4
-    seconds = _best_seconds(device, block.sum), _best_seconds(device, lambda: block.copy_(source, non_blocking=True))
+    seconds = best_seconds(device, block.sum), best_seconds(device, lambda: block.copy_(source, non_blocking=True))
     return Bandwidths(count / seconds[0], count / seconds[1])
 
 
-def _best_seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """The least time that a work takes, of five."""
+def best_seconds(device: torch.device, work: Callable[[], object], repeats: int = 5) -> float:
+    """The least time that a work takes, of some."""
     best = float("inf")
-    for _ in range(5):
+    for _ in range(repeats):
         _wait(device)
         began = time.perf_counter()
         work()

@@ -89,12 +89,37 @@ def test_host_memory_limits(run: Any) -> None:
     assert "too much for the host" in shown and f"{found['max_len']:,}" in shown
 
 
+def test_the_choice_has_the_most_tokens_a_second(run: Any) -> None:
+    words = ["plan", "llama-3.1-8b", "--gpu-memory", "80GiB", "--host-memory", "100GiB", "--max-model-len", 32768, "--json"]
+    found = run(*words).json
+    choice, curve = found["choice"], found["curve"]
+    assert {"requests", "offloaded_layers", "tokens_per_s"} <= set(choice) and choice in curve
+    assert choice["tokens_per_s"] == max(one["tokens_per_s"] for one in curve) > 2 * curve[0]["tokens_per_s"]
+    assert choice["requests"] < curve[-1]["requests"] and {one["length"] for one in curve} == {32768}
+    assert [one["length"] for one in found["choices"]] == [row["length"] for row in found["lengths"]]
+    assert found["machine"]["name"] == "NVIDIA H100"
+    more = run(*words, "--min-num-seqs", 32).json["choice"]
+    assert more["requests"] >= 32 and more["tokens_per_s"] < choice["tokens_per_s"]
+    assert run(*words, "--max-num-seqs", 8).json["choice"]["requests"] == 8
+    assert run(*words, "--max-tpot-ms", 8).json["choice"]["step_s"] <= 0.008
+    slow = run(*words, "--bandwidth", "3TB/s", "--host-bandwidth", "1GB/s").json["choice"]
+    assert slow["offloaded_layers"] == 0 and slow["requests"] < choice["requests"]
+    nothing = run("plan", "llama-3.1-8b", "--gpu-memory", "15.2GiB", "--json").json
+    assert nothing["choice"] is None and nothing["curve"] == []
+    assert "choice" in run("plan", *LLAMA).stdout
+
+
+@pytest.fixture(autouse=True)
+def no_measured_machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECONTEXT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 def test_for_people(run: Any) -> None:
     ran = run("plan", *LLAMA, "--requests", 4, *RATES)
     assert ran.status == 0 and ran.stderr == ""
     for words in ("8.03 B parameters", "Longest context", "What fits where", "Thresholds", "floors", "1 TB/s", "25 GB/s"):
         assert words in ran.stdout
-    assert max(map(len, ran.stdout.splitlines()[4:-3])) <= 110
+    assert max(map(len, ran.stdout.splitlines()[4:-4])) <= 110
     assert "--bandwidth" in run("plan", *LLAMA).stdout
     assert "Nothing fits" in run("plan", "llama-3.1-8b", "--gpu-memory", "15.2GiB").stdout
 
@@ -167,6 +192,9 @@ def test_a_plot_of_nothing(run: Any, tmp_path: Path) -> None:
         ([*LLAMA, "--bandwidth", "1TB/s"], "--host-bandwidth"),
         ([*LLAMA, "--bandwidth", "fast", "--host-bandwidth", "25GB/s"], "3.3TB/s"),
         ([*LLAMA, "--overlap", "1.5"], "--overlap"),
+        ([*LLAMA, "--max-num-seqs", "0"], "--max-num-seqs"),
+        ([*LLAMA, "--min-num-seqs", "9", "--max-num-seqs", "8"], "--min-num-seqs"),
+        ([*LLAMA, "--max-tpot-ms", "0"], "--max-tpot-ms"),
         ([*LLAMA, "--plot", "plan.gif"], ".png"),
         ([*LLAMA, "--plot", "/no/such/folder/plan.png"], "/no/such/folder"),
         ([*LLAMA, "--retrieval-head", "nano"], "another model"),

@@ -10,23 +10,25 @@ import pytest
 import torch
 
 from specontext import LLM, SamplingParams
-from specontext.errors import LogitsError, NamedRequestsError
+from specontext.engine import sampler
+from specontext.errors import DeviceMemoryError, LogitsError, NamedRequestsError
 
 MakeLLM = Callable[..., LLM]
 Greedy = Callable[..., SamplingParams]
 Prompts = list[list[int]]
+PAGE = 16 * 2 * 2 * 24 * 4  # bytes of a page of one layer of the Llama checkpoint: 16 tokens, two heads, K and V, 24 numbers
 Change = Callable[[LLM], Any]
 
 
-def ahead(llm: LLM) -> list[int]:
-    """Let an engine on a CPU launch steps ahead; how many requests each of these has."""
-    launched: list[int] = []
+def ahead(llm: LLM) -> list[tuple[int, int]]:
+    """Let an engine on a CPU launch steps ahead; how many decode tokens and chunks each of these has."""
+    launched: list[tuple[int, int]] = []
     schedule_ahead = llm.engine.scheduler.schedule_ahead
 
     def noting(*given: Any) -> Any:
         schedule = schedule_ahead(*given)
         if schedule is not None:
-            launched.append(len(schedule.requests))
+            launched.append((schedule.batch.num_decodes, len(schedule.batch.prefills)))
         return schedule
 
     llm.engine.runs_ahead = True
@@ -62,7 +64,8 @@ def test_tokens_and_statistics_are_those_of_one_step_after_the_other(
     launched = ahead(hasty)
     params = [greedy(20 - 3 * i, **way) for i, way in enumerate(WAYS)]
     same(plain.generate(prompts, params), hasty.generate(prompts, params))
-    assert len(launched) > 10 and 4 in launched and 1 in launched, "some end by their length before others"
+    assert len(launched) > 10 and {(4, 0), (1, 0)} <= {*launched}, "some end by their length before others"
+    assert any(decodes and chunks for decodes, chunks in launched)
     hasty.engine.check_integrity()
     assert hasty.engine._ahead is None
 
@@ -113,7 +116,7 @@ def test_requests_whose_tokens_the_host_has_a_part_in_wait_for_it(
     expected, found = (llm.generate(prompts[:2], params) for llm in (plain, hasty))
     same(expected, found)
     assert [one.outputs[0].logprobs for one in found] == [one.outputs[0].logprobs for one in expected]
-    assert set(launched) <= {1}, "only once the first has ended"
+    assert {*launched} <= {(1, 0)}, "only once the first has ended"
 
 
 def test_requests_that_come_while_a_step_is_under_way(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> None:
@@ -129,20 +132,60 @@ def test_requests_that_come_while_a_step_is_under_way(make_llm: MakeLLM, prompts
         while llm.engine.has_work:
             llm.engine.step()
         found[llm] = [one.request.token_ids for one in generations]
-    assert found[plain] == found[hasty] and len(launched) > 5
+    assert found[plain] == found[hasty] and any(decodes and chunks for decodes, chunks in launched)
+
+
+def test_requests_wait_for_a_seat(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> None:
+    """A queue keeps nobody from going ahead."""
+    plain, hasty = (make_llm("llama", budget=14, max_num_seqs=2) for _ in range(2))
+    launched = ahead(hasty)
+    params = [greedy(10 + i, temperature=float(i % 2), seed=i) for i in range(8)]
+    same(plain.generate(prompts * 2, params), hasty.generate(prompts * 2, params))
+    assert len(launched) > 30 and (2, 0) in launched and (1, 1) in launched
+
+
+def test_a_step_ahead_that_does_not_fit_fails_when_its_turn_comes(
+    make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_llm("llama", budget=14)
+    expected = llm.generate(prompts[1], greedy(20))[0]
+    llm.engine.reset_prefix_cache()
+    launched, run = ahead(llm), llm.engine.runner._forward
+
+    def full(batch: Any) -> torch.Tensor:
+        if batch.prefills and batch.num_decodes:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return run(batch)
+
+    monkeypatch.setattr(llm.engine.runner, "_forward", full)
+    one = llm.engine.add_request("one", prompts[1], greedy(20))
+    for _ in range(4):
+        llm.engine.step()
+    llm.engine.add_request("big", prompts[2], greedy(20))
+    made = len(one.request.output_token_ids)
+    with pytest.raises(DeviceMemoryError) as caught:
+        for _ in range(3):
+            llm.engine.step()
+    assert {*caught.value.request_ids} == {"one", "big"} and (1, 1) in launched
+    assert len(one.request.output_token_ids) > made and one.request.output_token_ids == expected.token_ids[: made + 1]
+    assert not llm.engine.has_work and llm.engine._ahead is None
+    llm.engine.check_integrity()
 
 
 def test_requests_that_are_aborted_or_preempted_in_between(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> None:
     """At random, with little memory: who is left gets its tokens, and nothing is lost."""
-    alone = make_llm("llama", budget=14)
-    expected = [alone.generate(prompt, greedy(40))[0].token_ids for prompt in prompts]
-    for seed in range(4):
+    alone, three = make_llm("llama", budget=12), [prompts[0], prompts[3], prompts[1]]
+    expected = [alone.generate(prompt, greedy(130))[0].token_ids for prompt in three]
+    preemptions = 0
+    for seed in range(2):
         rng = random.Random(seed)
-        llm = make_llm("llama", budget=14, gpu_memory=160_000, host_memory=200_000, max_num_batched_tokens=40)
+        llm = make_llm(
+            "llama", budget=12, offload_layers=2, gpu_memory=34 * PAGE, host_memory=120 * PAGE, max_num_batched_tokens=40
+        )
         launched = ahead(llm)
-        generations = [llm.engine.add_request(str(i), prompt, greedy(40)) for i, prompt in enumerate(prompts)]
-        victim = rng.randrange(4)
-        for _ in range(rng.randrange(4, 40)):
+        generations = [llm.engine.add_request(str(i), prompt, greedy(130)) for i, prompt in enumerate(three)]
+        victim = rng.randrange(3)
+        for _ in range(rng.randrange(80, 140)):
             llm.engine.step()
         llm.engine.abort(str(victim))
         llm.engine.check_integrity()
@@ -150,12 +193,12 @@ def test_requests_that_are_aborted_or_preempted_in_between(make_llm: MakeLLM, pr
             llm.engine.step()
         for i, generation in enumerate(generations):
             output = generation.request.output_token_ids
-            assert output == (
-                expected[i] if i != victim or generation.request.finish_reason == "length" else expected[i][: len(output)]
-            )
+            assert output == (expected[i] if i != victim else expected[i][: len(output)])
         llm.engine.check_integrity()
         assert llm.engine._ahead is None and launched
         assert llm.engine.parts.kv.arena.pages.num_held == 0
+        preemptions += llm.engine.scheduler.preemptions
+    assert preemptions
 
 
 def test_all_of_a_step_under_way_are_aborted(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> None:
@@ -213,6 +256,33 @@ def test_broken_logits_end_their_request_and_no_other(
         engine.step()
     assert broken.request.finish_reason == "abort" and whole.request.output_token_ids == expected
     engine.check_integrity()
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_request_for_which_no_token_can_be_chosen_ends_alone(
+    steps: int, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_llm("llama", budget=14)
+    expected = llm.generate(prompts[2], greedy(12))[0].token_ids
+    launched, draw = ahead(llm), sampler._sample_rows
+
+    def breaking(rows: torch.Tensor, requests: Any, *given: Any) -> torch.Tensor:
+        if any(request.params.top_k == 3 for request in requests):
+            raise KeyError("a bug")
+        return draw(rows, requests, *given)
+
+    monkeypatch.setattr(sampler, "_sample_rows", breaking)
+    whole = llm.engine.add_request("whole", prompts[2], greedy(12))
+    for _ in range(steps):
+        llm.engine.step()
+    llm.engine.add_request("broken", prompts[1], greedy(12, temperature=1.0, top_k=3))
+    with pytest.raises(NamedRequestsError, match="a bug"):
+        while llm.engine.has_work:
+            llm.engine.step()
+    while llm.engine.has_work:
+        llm.engine.step()
+    assert whole.request.output_token_ids == expected and launched
+    llm.engine.check_integrity()
 
 
 def test_beside_captured_steps(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, as_if_captured: Change) -> None:

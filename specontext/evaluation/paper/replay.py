@@ -23,8 +23,9 @@ class Replay(AheadSelector):
     """
 
     def __init__(self, inner: AheadSelector, selections: list[Selection], device: torch.device) -> None:
-        self.inner = inner
+        self.inner, self.budget = inner, inner.budget
         self.groups, self.head_map = inner.groups, inner.head_map
+        self.budget = inner.budget
         self.tokens = torch.stack([selection.tokens for selection in selections]).to(device)
         self.scored = torch.stack([selection.scored for selection in selections]).to(device)
         self.place = torch.zeros(1, dtype=torch.int64, device=device)

@@ -1,0 +1,127 @@
+"""`specontext bench paper`: the paper's tables of tokens a second."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specontext.cli.options import parse_size
+from specontext.cli.terminal import UsageError, quiet_libraries
+
+if TYPE_CHECKING:
+    import torch
+
+    from specontext.evaluation.paper.parts import Part
+
+TABLE_NAMES = ("cloud", "single", "edge", "ablation", "concurrency")
+SCALE_NAMES = ("full", "tiny")
+
+
+def bench_paper(
+    table: Annotated[str, typer.Option("--table", help=f"Which table: {', '.join(TABLE_NAMES)}.")],
+    device: Annotated[str, typer.Option("--device", help="Where it runs: auto, cpu, cuda or cuda:N.")] = "auto",
+    scale: Annotated[
+        str, typer.Option("--scale", help="'full', or 'tiny': lengths by 64 and tiny models, to see that all of it works.")
+    ] = "full",
+    model: Annotated[list[str] | None, typer.Option("--model", help="Only this of the table's models; may be repeated.")] = None,
+    parts: Annotated[
+        str | None, typer.Option("--parts", help="Only these parts, with commas between them; the begin of a name is enough.")
+    ] = None,
+    list_parts: Annotated[
+        bool,
+        typer.Option("--list-parts", help="Print a command for each part, with its minutes on a GPU, and end."),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Keep the results of parts there, and run only those that are missing."),
+    ] = None,
+    host_memory: Annotated[
+        str | None, typer.Option("--host-memory", metavar="SIZE", help="Host memory for KV. Default: 0.6 of what is free.")
+    ] = None,
+    overlap: Annotated[
+        float, typer.Option("--overlap", help="Share of the selected entries that the step before selected too.")
+    ] = 0.85,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="F.png", help="Draw tokens/s of all systems.")] = None,
+) -> None:
+    """Measure the paper's tables: Hugging Face in four ways, our full attention, other methods, and ours.
+
+    Whole runs count, prefill included. Weights are random, in the exact shapes of the models.
+    """
+    _check(table, scale, overlap, plot)
+    quiet_libraries()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|torch|specontext)")
+    from specontext.evaluation.paper.columns import SCALES, TABLES
+    from specontext.evaluation.paper.results import chosen_parts, report_of, run_parts
+
+    plan, size = TABLES[table], SCALES[scale]
+    names = [name.strip() for name in parts.split(",") if name.strip()] if parts else []
+    chosen = chosen_parts(plan, size, model or (), names)
+    if list_parts:
+        _list(table, device, scale, chosen, out, as_json)
+        return
+    results = run_parts(
+        plan,
+        size,
+        chosen,
+        _device(device),
+        folder=out,
+        host_memory=None if host_memory is None else parse_size(host_memory),
+        overlap=overlap,
+    )
+    report = report_of(plan, results)
+    if plot is not None:
+        from specontext.cli.paper_report import draw
+
+        draw(report, plot)
+    if as_json:
+        print(json.dumps(report), flush=True)
+        return
+    from specontext.cli.paper_report import print_report
+
+    print_report(report)
+    if plot is not None:
+        print(plot)
+
+
+def _check(table: str, scale: str, overlap: float, plot: Path | None) -> None:
+    if table not in TABLE_NAMES:
+        raise UsageError(f"unknown table '{table}': choose one of {', '.join(TABLE_NAMES)}")
+    if scale not in SCALE_NAMES:
+        raise UsageError(f"unknown scale '{scale}': choose one of {', '.join(SCALE_NAMES)}")
+    if not 0 <= overlap <= 1:
+        raise UsageError(f"--overlap must be a share from 0 to 1, got {overlap:g}")
+    if plot is not None:
+        from specontext.cli.plan_plot import check_plot
+
+        check_plot(plot)
+
+
+def _device(name: str) -> torch.device:
+    from specontext.engine.llm_engine import pick_device
+
+    return pick_device(name)
+
+
+def _list(table: str, device: str, scale: str, parts: list[Part], out: Path | None, as_json: bool) -> None:
+    """The commands, one a part, so that each can be run when there is a GPU for it."""
+    where = f" --out {out}" if out is not None else " --out paper-results"
+    commands: list[dict[str, Any]] = [
+        {
+            "part": part.name,
+            "minutes": part.minutes,
+            "command": f"specontext bench paper --table {table} --device {device} --scale {scale} --parts {part.name}{where}",
+        }
+        for part in parts
+    ]
+    if as_json:
+        print(json.dumps(commands))
+        return
+    for one in commands:
+        print(f"{one['command']}  # about {one['minutes']:g} minutes on a GPU")
+    print(f"# together about {sum(part.minutes for part in parts):g} minutes on a GPU, estimated", file=sys.stderr)

@@ -1,0 +1,264 @@
+"""What is measured of a column: prefill and decode steps of Hugging Face's systems and of ours, and what they take at least."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from specontext.config import EngineConfig
+from specontext.core import SamplingParams
+from specontext.engine.build import facts_of_loaded
+from specontext.engine.llm_engine import LLMEngine
+from specontext.errors import DeviceMemoryError, HostMemoryError, MemoryPlanError
+from specontext.evaluation.paper import hugging_face
+from specontext.evaluation.paper.columns import Column, Scale
+from specontext.evaluation.paper.hugging_face import Theirs
+from specontext.evaluation.paper.loop import FULL, Way, free, looping, median_step, now
+from specontext.evaluation.paper.setup import Setup
+from specontext.evaluation.paper.shapes import DTYPES, TINY, random_model, word_tokenizer
+from specontext.memory.facts import NO_HEAD
+from specontext.memory.free import free_host_memory
+from specontext.memory.probe import machine_speed
+from specontext.memory.speed import Bandwidths, decode_floor, measure_bandwidths, measure_products, prefill_operations
+from specontext.models.attention import ATTENTION_NAME
+from specontext.models.compiled import keep_compiled
+from specontext.retrieval.random_head import random_head
+
+SHARE_OF_GPU, SHARE_OF_HOST = 0.9, 0.6
+STATIC_SHARE = 0.8  # of the memory that a static cache may take beside the weights
+TOO_MUCH = (torch.OutOfMemoryError, MemoryPlanError, DeviceMemoryError, HostMemoryError)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench(Setup):
+    """Measures on a setup."""
+
+    # What they take ---------------------------------------------------------------------------------------------------
+
+    def steps(self, way: Way, column: Column, requests: int, lengths: Sequence[int]) -> dict[int, tuple[float, int]]:
+        """Seconds of a step by length, with the layers that were on the host."""
+        found = {}
+        for length in lengths:
+            away = self.away(way, requests, length, column.longest)
+            if away is None:
+                raise torch.OutOfMemoryError(f"{requests} requests of {length} tokens do not fit")
+            room = self.scale.warm_up + self.scale.steps + 1
+            context = max(length, self.scale.budget + room)
+            with looping(
+                self.loaded,
+                self.head,
+                way,
+                requests=requests,
+                context=context,
+                budget=self.scale.budget,
+                away=away,
+                overlap=self.overlap,
+                room=room,
+            ) as loop:
+                found[length] = median_step(loop, warm_up=self.scale.warm_up, steps=self.scale.steps), away
+        return found
+
+    def ours(self, way: Way, column: Column, requests: int) -> Row:
+        """A row of one of our systems."""
+        steps = self.steps(way, column, requests, self._lengths(column))
+        prefill = requests * self.prefill_s(way, column.prompt) if column.output else 0.0
+        row = self.row(way.name, way.words, column, requests, {n: s for n, (s, _) in steps.items()}, prefill)
+        row["offloaded_layers"] = {str(length): away for length, (_, away) in steps.items()}
+        row["expected_tokens_per_s"] = self.expected(way, column, requests)
+        return row | self._floor(way, column, requests, {n: a for n, (_, a) in steps.items()}, row["decode_s"])
+
+    def theirs(self, way: Theirs, column: Column, requests: int) -> Row:
+        """A row of one of Hugging Face's systems."""
+        lengths = self._lengths(column)
+        steps = self._their_steps(way, requests, lengths if way.cache != "offloaded" else [lengths[0], lengths[-1]])
+        one = hugging_face.prefill_seconds(self.loaded, way, column.prompt, repeats=1) if column.output else 0.0
+        row = self.row(way.name, way.words, column, requests, steps, requests * one)
+        return row | self._floor(FULL, column, requests, dict.fromkeys(steps, 0), row["decode_s"])
+
+    def most_of_theirs(self, way: Theirs, column: Column) -> int | None:
+        """The number of requests, among doubling ones, with which Hugging Face makes the most tokens a second; of a static cache
+        the most that fit, since each number would be compiled for itself."""
+        counts = [requests for requests in (1, 4, 8, 16, 32, 64) if requests <= self.scale.most_requests]
+        if way.cache == "static":
+            weights = self.facts.weight_bytes if self.device.type == "cuda" else 0
+            room = STATIC_SHARE * self.memory - weights
+            fitting = [n for n in counts if n * column.longest * self.facts.kv_bytes_per_token <= room]
+            return fitting[-1] if fitting else None
+        best: tuple[float, int] | None = None
+        for requests in counts:
+            try:
+                self._their_steps(way, requests, [column.longest], steps=1)
+                [seconds] = self._their_steps(way, requests, column.lengths(1), steps=2).values()
+            except TOO_MUCH:
+                free(self.device)
+                break
+            rate = requests / seconds
+            if best is not None and rate < best[0]:
+                break
+            best = rate, requests
+        return None if best is None else best[1]
+
+    def _their_steps(self, way: Theirs, requests: int, lengths: Sequence[int], *, steps: int | None = None) -> dict[int, float]:
+        warm_up, steps = (self.scale.warm_up, self.scale.steps) if steps is None else (steps - 1, steps)
+        if way.cache == "offloaded":  # all KV comes over the bus in every step
+            warm_up, steps = 1, min(steps, 2)
+        return hugging_face.decode_steps(self.loaded, way, requests=requests, lengths=lengths, warm_up=warm_up, steps=steps)
+
+    def prefill_s(self, way: Way, length: int) -> float:
+        """Seconds of a prompt up to its first token in our engine, of some that come at once; the best of two."""
+        count = self.scale.prefills
+
+        def timed(engine: LLMEngine, turn: int) -> float:
+            prompts = [self.prompt(length, count * turn + number) for number in range(count)]
+            began = now(self.device)
+            self.generate(engine, prompts, 1, f"{turn}-")
+            return (now(self.device) - began) / count
+
+        with_engine = self.engine(way, seats=count, longest=length + 16)
+        try:
+            return min([timed(with_engine, turn) for turn in range(3)][1:])
+        finally:
+            with_engine.close()
+            free(self.device)
+
+    def engine(self, way: Way, *, seats: int, longest: int) -> LLMEngine:
+        """An engine as `LLM` starts it."""
+        self.loaded.model.set_attn_implementation(ATTENTION_NAME)
+        method = replace(way.config(self.scale.budget, 0), offload_layers=None)
+        config = EngineConfig(
+            self.loaded.name,
+            method=method,
+            methods=(),
+            load_format="dummy",
+            max_num_seqs=seats,
+            max_model_len=longest,
+            max_num_batched_tokens=self.chunk,
+            enable_prefix_caching=False,
+            enforce_eager=not way.captured,
+            compile=way.captured,
+        )
+        return LLMEngine(config, self.loaded)
+
+    def prompt(self, length: int, seed: int) -> list[int]:
+        """Random tokens."""
+        generator = torch.Generator().manual_seed(seed)
+        tokens: list[int] = torch.randint(self.loaded.shape.vocab_size, (length,), generator=generator).tolist()
+        return tokens
+
+    def generate(self, engine: LLMEngine, prompts: Sequence[list[int]], tokens: int, prefix: str = "") -> None:
+        """Run prompts to their end."""
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+        for number, prompt in enumerate(prompts):
+            engine.add_request(f"{prefix}{number}", prompt, params)
+        while engine.has_work:
+            engine.step()
+
+    # Rows -------------------------------------------------------------------------------------------------------------
+
+    def _lengths(self, column: Column) -> list[int]:
+        return column.lengths(self.scale.points) if column.output else [column.prompt]
+
+    def row(self, name: str, words: str, column: Column, requests: int, steps: dict[int, float], prefill: float) -> Row:
+        """What was measured of a system, and tokens a second of the whole column."""
+        decode = column.decode_seconds(steps) if column.output else steps[column.prompt]
+        return {
+            "model": self.loaded.name,
+            "column": column.name,
+            "prompt": column.prompt,
+            "output": column.output,
+            "system": name,
+            "words": words,
+            "requests": requests,
+            "tokens_per_s": requests * max(column.output, 1) / (prefill + decode),
+            "decode_tokens_per_s": requests * max(column.output - 1, 1) / decode,
+            "prefill_s": prefill,
+            "decode_s": decode,
+            "step_s": {str(length): seconds for length, seconds in steps.items()},
+            "sampled": bool(column.output),
+        }
+
+    def _floor(self, way: Way, column: Column, requests: int, away: dict[int, int], decode: float) -> Row:
+        """The least that decoding and prefill could take: bytes over bandwidths, products over their rate."""
+        full = way.method == "full"
+        facts = replace(self.facts, head=NO_HEAD) if full else self.facts
+        speed = Bandwidths(self.machine.device, self.machine.host)
+        steps = {
+            length: decode_floor(
+                facts,
+                speed,
+                length=length,
+                requests=requests,
+                offloaded=layers,
+                budget=length if full else self.scale.budget,
+                overlap=self.overlap,
+            ).seconds
+            for length, layers in away.items()
+        }
+        floor = column.decode_seconds(steps) if column.output else steps[column.prompt]
+        prefill = requests * prefill_operations(facts, column.prompt) / self.machine.products if column.output else 0.0
+        return {"decode_floor_s": floor, "prefill_floor_s": prefill, "decode_over_floor": decode / floor}
+
+
+def open_bench(
+    model: str, scale: Scale, device: torch.device, *, memory: int | None, host_memory: int | None, overlap: float
+) -> Bench:
+    """Random weights and a random head in a model's shape on a device."""
+    changes = TINY if scale.tiny else {}
+    loaded = random_model(model, DTYPES[scale.dtype], device, **changes)
+    loaded = replace(loaded, tokenizer=word_tokenizer(loaded.shape.vocab_size))
+    head = random_head(loaded.shape).to(device=device, dtype=loaded.shape.dtype).requires_grad_(False)
+    if device.type == "cuda":
+        keep_compiled()
+        speed = machine_speed(device)
+        total = torch.cuda.get_device_properties(device).total_memory
+        limit = min(memory or total, int(SHARE_OF_GPU * total))
+    else:
+        found, size = measure_bandwidths(device, 1 << 24), 256
+        speed = replace(
+            machine_speed(device), device=found.device, host=found.host, products=measure_products(device, torch.float32, size)
+        )
+        limit = scale.device_memory
+    facts = facts_of_loaded(loaded, head)
+    return Bench(loaded, head, facts, speed, scale, limit, host_memory or int(SHARE_OF_HOST * free_host_memory()), overlap)
+
+
+def does_not_fit(bench: Bench, name: str, words: str, column: Column, requests: int | None, measure: Callable[[], Row]) -> Row:
+    """A row, or what is to be said where its requests do not fit."""
+    broken: Row = {}
+    try:
+        if requests is not None:
+            return measure()
+        error = "not even one request fits"
+    except TOO_MUCH as failed:
+        free(bench.device)
+        error = f"{requests} requests do not fit: {first_line(failed)}"
+    except Exception as failed:  # the systems beside it are measured all the same, and the part is not kept
+        traceback.print_exc()
+        free(bench.device)
+        error, broken = f"it failed: {first_line(failed)}", {"failed": True}
+    nothing: Row = dict.fromkeys(("tokens_per_s", "decode_tokens_per_s", "prefill_s", "decode_s", "step_s"))
+    return (
+        nothing
+        | broken
+        | {
+            "model": bench.loaded.name,
+            "column": column.name,
+            "prompt": column.prompt,
+            "output": column.output,
+            "system": name,
+            "words": words,
+            "requests": requests,
+            "sampled": False,
+            "error": error,
+        }
+    )
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

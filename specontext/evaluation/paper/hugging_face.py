@@ -1,0 +1,127 @@
+"""Decode steps and prefills of the same weights by Hugging Face: its attention functions, its caches, its compiled step."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, StaticCache
+
+from specontext.evaluation.paper.loop import TOKEN, free, now
+from specontext.evaluation.paper.states import fill
+from specontext.models.loading import LoadedModel
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """A way in which Hugging Face decodes.
+
+    Attributes:
+        attention: their attention function.
+        cache: `dynamic`, `static` (with a compiled step on a GPU) or `offloaded` (on a GPU only).
+    """
+
+    name: str
+    words: str
+    attention: str
+    cache: str = "dynamic"
+
+
+EAGER = Theirs("hf-eager", "Hugging Face, eager attention, DynamicCache", "eager")
+SDPA = Theirs("hf-sdpa", "Hugging Face, SDPA, DynamicCache", "sdpa")
+STATIC = Theirs("hf-static", "Hugging Face, SDPA, StaticCache and a compiled step", "sdpa", "static")
+OFFLOADED = Theirs("hf-offloaded", "Hugging Face, SDPA, DynamicCache with offloading", "sdpa", "offloaded")
+
+
+@contextmanager
+def attending(loaded: LoadedModel, way: Theirs) -> Iterator[None]:
+    """The model as Hugging Face runs it; memory is given back afterwards."""
+    before = loaded.model.config._attn_implementation
+    loaded.model.set_attn_implementation(way.attention)
+    try:
+        yield
+    finally:
+        loaded.model.set_attn_implementation(before)
+        if way.cache == "static":
+            torch._dynamo.reset()
+        free(loaded.model.device)
+
+
+@torch.inference_mode()
+def decode_steps(
+    loaded: LoadedModel, way: Theirs, *, requests: int, lengths: Sequence[int], warm_up: int, steps: int
+) -> dict[int, float]:
+    """Median seconds of a step of so many requests by length.
+
+    A static cache is made once, for the longest of the lengths, so that its step is compiled once.
+
+    Raises:
+        torch.OutOfMemoryError: their KV does not fit.
+    """
+    found, device = {}, loaded.model.device
+    with attending(loaded, way):
+        cache: Cache | None = None
+        longest = max(lengths) + warm_up + steps
+        for length in lengths:
+            if cache is None or way.cache != "static":
+                cache = None
+                cache = _cache(loaded, way, requests, length, longest)
+                forward = loaded.model.forward
+                if way.cache == "static" and device.type == "cuda":
+                    forward = torch.compile(loaded.model.forward, mode="reduce-overhead")
+            if way.cache == "static":
+                set_stored(cache, length - 1)
+            ids = torch.full((requests, 1), TOKEN, device=device)
+            place = torch.full((requests, 1), length - 1, device=device)
+            taken = []
+            for _ in range(warm_up + steps):
+                began = now(device)
+                logits = forward(input_ids=ids, position_ids=place, past_key_values=cache, use_cache=True).logits
+                ids, place = logits[:, -1].argmax(-1, keepdim=True), place + 1
+                taken.append(now(device) - began)
+            found[length] = statistics.median(taken[warm_up:])
+        del cache
+    return found
+
+
+def set_stored(cache: Any, tokens: int) -> None:
+    """Let a static cache go on behind so many tokens."""
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(tokens)
+
+
+def _cache(loaded: LoadedModel, way: Theirs, requests: int, length: int, longest: int) -> Cache:
+    """A cache of random numbers for all but the last token of requests of this length; a static one has room for more."""
+    model, shape, device = loaded.model, loaded.shape, loaded.model.device
+    cache: Cache
+    stored = length - 1
+    if way.cache == "static":
+        cache, stored = StaticCache(config=model.config, max_cache_len=longest), longest
+    else:
+        cache = DynamicCache(config=model.config, offloading=way.cache == "offloaded")
+    for layer in range(shape.layers):
+        kv = torch.empty((2, requests, shape.kv_heads, stored, shape.head_dim), dtype=shape.dtype, device=device)
+        fill(kv)
+        cache.update(kv[0], kv[1], layer)
+        del kv
+    return cache
+
+
+@torch.inference_mode()
+def prefill_seconds(loaded: LoadedModel, way: Theirs, length: int, *, repeats: int) -> float:
+    """Seconds of one prompt up to its first token: one forward pass with the logits of the last token; the best of some."""
+    device, taken = loaded.model.device, []
+    with attending(loaded, way):
+        for turn in range(repeats + 1):
+            generator = torch.Generator().manual_seed(turn)
+            ids = torch.randint(loaded.shape.vocab_size, (1, length), generator=generator).to(device)
+            cache = DynamicCache(config=loaded.model.config)
+            began = now(device)
+            loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            taken.append(now(device) - began)
+            del cache
+    return min(taken[1:])

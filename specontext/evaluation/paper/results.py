@@ -1,0 +1,176 @@
+"""Rows of a table's parts: run, kept and read again, and set against each other within a part."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specontext import __version__
+from specontext.errors import SpeContextError
+from specontext.evaluation.paper.bench import Bench, Row, open_bench
+from specontext.evaluation.paper.columns import Scale, TablePlan
+from specontext.evaluation.paper.loop import free
+from specontext.evaluation.paper.parts import Part, parts_of
+
+VERSION = 1  # of what a part's file holds
+OVER = {"hf-eager, 4 requests": "over_hf_eager_4", "hf-eager": "over_hf_eager", "hf-sdpa": "over_hf_sdpa", "full": "over_full"}
+OVER |= {"hf-static": "over_hf_static", "hf-offloaded": "over_hf_offloaded"}
+
+
+class PaperError(SpeContextError):
+    """A part that is not there, or results that cannot be kept."""
+
+
+def chosen_parts(table: TablePlan, scale: Scale, models: Sequence[str], names: Sequence[str]) -> list[Part]:
+    """The parts of a table, of some models or with some names; a name may be the begin of several.
+
+    Raises:
+        PaperError: none is called so.
+    """
+    found = [part for part in parts_of(table, scale) if not models or part.model in models]
+    if models and not found:
+        raise PaperError(f"table {table.name} has no model '{models[0]}': choose among {', '.join(table.models)}")
+    for name in names:
+        if not any(part.name.startswith(name) for part in found):
+            raise PaperError(f"table {table.name} has no part '{name}': --list-parts names them")
+    return [part for part in found if not names or any(part.name.startswith(name) for name in names)]
+
+
+def run_parts(
+    table: TablePlan,
+    scale: Scale,
+    parts: Sequence[Part],
+    device: torch.device,
+    *,
+    folder: Path | None,
+    host_memory: int | None,
+    overlap: float,
+) -> list[dict[str, Any]]:
+    """Results of parts: those that the folder has already, on such a device and with such settings, are not run again.
+
+    Raises:
+        PaperError: the folder cannot be written.
+    """
+    about = {
+        "version": VERSION,
+        "table": table.name,
+        "scale": scale.name,
+        "device": device_name(device),
+        "overlap": overlap,
+        "specontext": __version__,
+        "torch": torch.__version__,
+    }
+    bench: Bench | None = None
+    found = []
+    with capped(table.memory, device):
+        for part in parts:
+            kept = None if folder is None else read_part(folder / part.file_name, about)
+            if kept is None:
+                print(f"measuring {part.name} (about {part.minutes:g} minutes on a GPU)", file=sys.stderr, flush=True)
+                if bench is None or bench.loaded.name != part.model:
+                    bench = None
+                    free(device)
+                    bench = open_bench(part.model, scale, device, memory=table.memory, host_memory=host_memory, overlap=overlap)
+                rows = with_ratios(part.rows(bench))
+                kept = about | {"part": part.name, "date": date.today().isoformat(), "rows": rows}
+                if folder is not None and not any(row.get("failed") for row in rows):
+                    write_part(folder / part.file_name, kept)
+            else:
+                print(f"kept: {part.name}", file=sys.stderr, flush=True)
+            found.append(kept)
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """A card by its name; a CPU by its threads."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+@contextmanager
+def capped(memory: int | None, device: torch.device) -> Iterator[None]:
+    """All that PyTorch allocates on the GPU is within so many bytes, Hugging Face's systems and ours alike."""
+    if memory is None or device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def read_part(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """What was kept of a part; None where there is nothing, or it was measured with other settings."""
+    try:
+        found = json.loads(file.read_text())
+        return found if all(found.get(name) == value for name, value in about.items()) and found["rows"] else None
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
+def write_part(file: Path, result: dict[str, Any]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(".part")
+        draft.write_text(json.dumps(result, indent=1))
+        draft.replace(file)
+    except OSError as error:
+        raise PaperError(f"the results cannot be kept in {file.parent}: {error.strerror or error}") from error
+
+
+def with_ratios(rows: list[Row]) -> list[Row]:
+    """Rows with how many times as fast they are as the systems of the same part that everything is compared with."""
+    for row in rows:
+        for system, name in OVER.items():
+            rates = [one["tokens_per_s"] for one in rows if one["system"] == system and _beside(one, row) and one["tokens_per_s"]]
+            row[name] = row["tokens_per_s"] / rates[0] if rates and row["tokens_per_s"] else None
+    return rows
+
+
+def _beside(one: Row, other: Row) -> bool:
+    """Whether two rows of a part are of the same work."""
+    return all(one.get(name) == other.get(name) for name in ("model", "column", "concurrency"))
+
+
+def link(rows: list[Row]) -> list[Row]:
+    """Rows with ratios to systems that another part measured: both were set against Hugging Face's SDPA on the same card."""
+    for row in rows:
+        for system, name in OVER.items():
+            others = [
+                one["over_hf_sdpa"] for one in rows if one["system"] == system and _beside(one, row) and one["over_hf_sdpa"]
+            ]
+            if row[name] is None and others and row["over_hf_sdpa"]:
+                row |= {name: row["over_hf_sdpa"] / others[0], "linked": [*row.get("linked", ()), name]}
+    return rows
+
+
+def report_of(table: TablePlan, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One object for all: rows with the part that they come from."""
+    first = results[0] if results else {}
+    rows = [{"part": result["part"], "date": result["date"]} | row for result in results for row in result["rows"]]
+    rows = link(rows)
+    about = {name: first.get(name) for name in ("scale", "device", "overlap", "specontext", "torch")}
+    proofs = [row["sampled_over_whole"] for row in rows if "sampled_over_whole" in row]
+    choices = [row["choice_over_best"] for row in rows if "choice_over_best" in row]
+    return {
+        "benchmark": "paper",
+        "table": table.name,
+        **about,
+        "models": list(dict.fromkeys(row["model"] for row in rows)),
+        "systems": list(dict.fromkeys(row["system"] for row in rows)),
+        "columns": list(dict.fromkeys(row["column"] for row in rows)),
+        "weights": "random, in the exact shapes of the models" if first.get("scale") == "full" else "random, tiny",
+        "decode": "steps at some lengths of the growing context, summed by the trapezoidal rule; `sampled` says where",
+        "sampled_over_whole": proofs,
+        "choice_over_best": choices,
+        "parts": [result["part"] for result in results],
+        "rows": rows,
+    }

@@ -1,0 +1,155 @@
+"""How long a step is expected to take on a machine: its bytes by part over measured bandwidths, and what launching costs.
+
+`speed.py` has floors; this is an expectation, calibrated on captured steps of Llama-3.1-8B's shape on an H200 and an H100
+(bfloat16, budget 2048, 2560 slots; tests/memory/test_step_time.py has the measurements), which it meets within 10 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from specontext.memory.facts import ModelFacts
+
+OVERLAP = 0.85  # share of the selected entries that the last step selected too, where nothing is known of it
+
+# Shares of the device's bandwidth that parts of a step reach. Matrices are read at full speed for one token; for several the
+# products work in tiles and reach a little less. All rows are read in their order; those of a selection are smaller pieces.
+ONE_TOKEN, SEVERAL_TOKENS, ALL_ROWS, ROWS = 1.0, 0.9, 0.92, 0.7
+# Of the bandwidth from the host: the layers before read and write the device's memory beside the loads.
+LOADS = 0.72
+PRODUCTS = 0.6  # of the rate of large products, that a prompt's chunk reaches
+
+
+@dataclass(frozen=True)
+class MachineSpeed:
+    """What a machine reaches.
+
+    Attributes:
+        name: of the device, for people.
+        device: bytes a second that reading the device's memory reaches.
+        host: bytes a second of random pieces that are read from pinned host memory.
+        products: floating-point operations a second of large matrix products.
+        layer_s: seconds that launching a layer's kernels takes beyond what they read, in a captured step.
+        offloaded_s: the same of what an offloaded layer does besides: writing and looking up slots.
+        step_s: seconds of a step around its layers: sampling, packing, the loop.
+        pinned: bytes of host memory that could be pinned when that was tried; None where nothing was pinned.
+    """
+
+    name: str
+    device: float
+    host: float
+    products: float
+    layer_s: float
+    offloaded_s: float
+    step_s: float
+    pinned: int | None = None
+
+
+# Device bandwidths are those of a sum over 4 GiB; `host` is of pieces of 2 KiB. 1.75 ms of a captured step of 32 layers are not
+# explained by bytes on either GPU.
+H100 = MachineSpeed("NVIDIA H100", 3.1e12, 50e9, 600e12, layer_s=50e-6, offloaded_s=15e-6, step_s=150e-6)
+H200 = replace(H100, name="NVIDIA H200", device=4.4e12)
+KNOWN_MACHINES = (H200, H100)
+# Two cores of a server; both tiers are its memory, so little depends on these.
+CPU = MachineSpeed("CPU", 20e9, 10e9, 1e11, layer_s=300e-6, offloaded_s=50e-6, step_s=1e-3)
+
+
+def known_machine(name: str) -> MachineSpeed:
+    """The known GPU that a device's name contains; an H100 where it is none of them."""
+    return next((known for known in KNOWN_MACHINES if known.name.split()[-1] in name), H100)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A step as it is expected.
+
+    Attributes:
+        seconds: all of it.
+        compute_s: reading the device's memory, computing and launching.
+        loads_s: from the moment at which rows are chosen until those of the last block of layers have come.
+    """
+
+    seconds: float
+    compute_s: float
+    loads_s: float
+
+    @property
+    def loads_limit(self) -> bool:
+        """Whether the step waits for its loads."""
+        return self.loads_s > self.compute_s
+
+
+@dataclass(frozen=True)
+class StepClock:
+    """Expected times of a model's steps on a machine.
+
+    Attributes:
+        budget: entries that a KV head reads; None where it reads all.
+        overlap: share of them that the step before has read too.
+    """
+
+    facts: ModelFacts
+    machine: MachineSpeed
+    budget: int | None
+    overlap: float = OVERLAP
+
+    @cached_property
+    def weights(self) -> int:
+        """Bytes of weights and head that a decode step reads."""
+        facts = self.facts
+        read = facts.parameters - facts.lookup_parameters - facts.head.lookup_parameters
+        return read * facts.shape.dtype.itemsize + facts.head_bytes
+
+    @cached_property
+    def _row(self) -> int:
+        """Bytes of a token in one layer, all KV heads."""
+        return self.facts.shape.kv_heads * self.facts.shape.row_bytes
+
+    def decode(self, lengths: Sequence[int], offloaded: int) -> StepTime:
+        """One token of each of some requests of these lengths, with the KV of so many layers on the host.
+
+        Weights and head are read once, the head's keys of all tokens, and the selected rows of all layers. Those of offloaded
+        layers that the last step did not select come over the bus beside the layers before; the last block's layers wait for
+        their loads.
+        """
+        machine, layers, requests = self.machine, self.facts.shape.layers, len(lengths)
+        tokens = sum(lengths)
+        chosen = tokens if self.budget is None else sum(min(length, self.budget) for length in lengths)
+        longer = tokens if self.budget is None else sum(self.budget for length in lengths if length > self.budget)
+        missed = 1.0 if self.budget is None else 1 - self.overlap
+        keys = 0 if self.budget is None else tokens * self.facts.key_bytes_per_token
+        loaded = longer * self._row * offloaded * missed
+        products = 2 * self.weights / self.facts.shape.dtype.itemsize * requests / machine.products
+        read = self.weights / machine.device / (ONE_TOKEN if requests == 1 else SEVERAL_TOKENS)
+        share = ALL_ROWS if self.budget is None else ROWS
+        rows = (keys + chosen * self._row * layers + loaded) / machine.device / share
+        launches = layers * machine.layer_s + offloaded * machine.offloaded_s + machine.step_s
+        compute = max(read, products) + rows + launches
+        if not loaded:
+            return StepTime(compute, compute, 0.0)
+        # Loads begin when the rows are chosen, and the layers of the last block are computed when theirs have come.
+        choosing = keys / machine.device / share + machine.step_s
+        last = min(self.facts.layer_blocks.places, offloaded) / layers * compute
+        loads = choosing + loaded / machine.host / LOADS + last
+        return StepTime(max(compute, loads), compute, loads)
+
+    def chunk_s(self, tokens: int, before: int = 0) -> float:
+        """Seconds that a chunk of a prompt adds to a step, behind `before` tokens of it that are computed: products of all
+        weights, and causal attention."""
+        shape = self.facts.shape
+        linear = 2 * (self.facts.parameters - self.facts.lookup_parameters) * tokens
+        attention = 4 * shape.layers * shape.query_heads * shape.head_dim * tokens * (before + tokens / 2)
+        return (linear + attention) / (PRODUCTS * self.machine.products)
+
+    def prefill_s(self, length: int, chunk: int) -> float:
+        """Seconds until a prompt of this length is computed by itself, in chunks."""
+        overhead = self.facts.shape.layers * self.machine.layer_s + self.machine.step_s
+        read = self.weights / self.machine.device
+        starts = range(0, length, chunk)
+        return sum(max(self.chunk_s(min(chunk, length - start), start), read) + overhead for start in starts)
+
+    def tokens_per_s(self, lengths: Sequence[int], offloaded: int) -> float:
+        """Tokens a second of requests of these lengths."""
+        return len(lengths) / self.decode(lengths, offloaded).seconds if lengths else 0.0

@@ -1,0 +1,131 @@
+"""`specontext bench paper` at tiny sizes: every table runs on a CPU, parts are kept and resumed, and errors say what to give."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Fails = Callable[..., str]
+TINY = ["bench", "paper", "--device", "cpu", "--scale", "tiny"]
+ROW = {"part", "model", "column", "prompt", "output", "system", "requests", "tokens_per_s", "over_hf_sdpa", "over_full"}
+MEASURED = ROW | {"prefill_s", "decode_s", "step_s", "decode_floor_s", "decode_over_floor", "sampled"}
+CLOUD = ["--table", "cloud", "--parts"]
+
+
+def test_a_column_with_hugging_face_and_ours(run: Any) -> None:
+    ran = run(*TINY, *CLOUD, "qwen3-8b/2k-16k/hugging-face,qwen3-8b/2k-16k/ours", "--json")
+    assert ran.status == 0, ran.stderr
+    found = ran.json
+    assert found["table"] == "cloud" and found["scale"] == "tiny" and len(found["parts"]) == 2
+    rows = found["rows"]
+    systems = [row["system"] for row in rows]
+    assert systems[:6] == ["hf-sdpa", "full", "hf-eager, 4 requests", "hf-eager", "hf-static", "hf-offloaded"]
+    assert systems[6:] == ["hf-sdpa", "full", "ours"]
+    assert all(set(row) >= ROW for row in rows)
+    for row in rows:
+        if "error" in row:
+            assert row["system"] == "hf-offloaded" and "GPU" in row["error"] and row["tokens_per_s"] is None
+            continue
+        assert set(row) >= MEASURED and row["sampled"] and row["decode_over_floor"] > 1
+        assert row["tokens_per_s"] == pytest.approx(row["requests"] * row["output"] / (row["prefill_s"] + row["decode_s"]))
+        assert [int(length) for length in row["step_s"]] == [32, 32 + 256]
+    ours, full = rows[-1], rows[-2]
+    assert ours["over_full"] == pytest.approx(ours["tokens_per_s"] / full["tokens_per_s"])
+    assert str(ours["requests"]) in ours["searched"] and 0 < ours["choice_over_best"] <= 1
+    eager = next(row for row in rows if row["system"] == "hf-eager, 4 requests")
+    assert ours["over_hf_eager_4"] == pytest.approx(ours["over_hf_sdpa"] / eager["over_hf_sdpa"])
+    assert "over_hf_eager_4" in ours["linked"]
+
+
+def test_a_whole_run_is_set_against_the_sampled_one(run: Any) -> None:
+    found = run(*TINY, *CLOUD, "qwen3-8b/16k-2k/whole-run", "--json").json
+    sampled, whole = found["rows"][-2:]
+    assert not whole["sampled"] and whole["requests"] == sampled["requests"]
+    assert found["sampled_over_whole"] == [pytest.approx(sampled["tokens_per_s"] / whole["tokens_per_s"])]
+
+
+@pytest.mark.parametrize(
+    ("table", "part", "systems"),
+    [
+        ("cloud", "qwen3-8b/32k-2k/methods", ["hf-sdpa", "full", "quest", "shadowkv", "ours", "ours, eager"]),
+        ("single", "llama-3.1-8b/4k", ["hf-sdpa", "full", "ours"]),
+        ("edge", "llama-3.2-1b/16k-2k", ["hf-sdpa", "full", "hf-eager", "ours"]),
+        ("ablation", "llama-3.1-8b/2k-16k/eager", ["hf-sdpa", "full", "C1", "C1+C2", "C1+C2+C3"]),
+        ("ablation", "llama-3.1-8b/2k-16k/captured", ["hf-sdpa", "full", "C1+C2+C3", "+ slots", "+ graphs"]),
+        ("concurrency", "llama-3.1-8b/4k", ["full", "full", "ours", "ours"]),
+    ],
+)
+def test_parts_of_every_table(run: Any, table: str, part: str, systems: list[str]) -> None:
+    rows = run(*TINY, "--table", table, "--parts", part, "--json").json["rows"]
+    assert [row["system"] for row in rows] == systems
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+    for row in rows:
+        assert row["over_full"] > 0 and (row["system"] != "full" or row["over_full"] == 1)
+    if table == "concurrency":
+        assert [row["concurrency"] for row in rows] == [1, 4, 1, 4]
+    if table == "ablation" and "C1" in systems:
+        away = [list(row["offloaded_layers"].values()) for row in rows[2:]]
+        assert away[0] == away[1] == [4, 4] and away[2] != [4, 4]
+
+
+def test_parts_are_kept_and_not_run_again(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*TINY, "--table", "single", "--parts", "llama-3.1-8b/2k", "--out", tmp_path, "--json"]
+    first = run(*words)
+    [file] = tmp_path.iterdir()
+    assert "measuring" in first.stderr and json.loads(file.read_text())["part"] == "llama-3.1-8b/2k"
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("nothing is to be measured")
+
+    monkeypatch.setattr("specontext.evaluation.paper.results.open_bench", refuse)
+    again = run(*words)
+    assert again.json == first.json and "kept" in again.stderr
+    with pytest.raises(AssertionError):
+        run(*words, "--overlap", "0.5")
+    file.write_text("{")
+    with pytest.raises(AssertionError):
+        run(*words)
+
+
+def test_for_people_and_as_a_picture(run: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    ran = run(*TINY, "--table", "single", "--parts", "llama-3.1-8b/2k,llama-3.1-8b/4k", "--plot", tmp_path / "a.png")
+    assert ran.status == 0
+    for words in ("llama-3.1-8b/4k", "hf-sdpa", "tokens/s", "x full", "trapezoidal", "0.85"):
+        assert words in ran.stdout
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_parts_are_listed_with_their_commands(run: Any) -> None:
+    listed = run("bench", "paper", "--table", "cloud", "--device", "cuda", "--list-parts", "--json").json
+    assert len(listed) == len({one["part"] for one in listed}) == 28 and all(0 < one["minutes"] <= 3 for one in listed)
+    assert "--parts qwen3-8b/2k-16k/ours " in " ".join(one["command"] for one in listed)
+    shown = run("bench", "paper", "--table", "cloud", "--list-parts", "--model", "qwen3-8b", "--parts", "qwen3-8b/2k-32k")
+    assert len(shown.stdout.splitlines()) == 4 and "minutes" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says", "status"),
+    [
+        (["--table", "clouds"], "cloud, single", 2),
+        (["--table", "cloud", "--scale", "small"], "full, tiny", 2),
+        (["--table", "cloud", "--overlap", "2"], "--overlap", 2),
+        (["--table", "cloud", "--plot", "a.gif"], ".png", 2),
+        (["--table", "cloud", "--parts", "nothing"], "--list-parts", 1),
+        (["--table", "edge", "--model", "qwen3-8b"], "llama-3.2-1b", 1),
+        (["--table", "single", "--device", "tpu", "--scale", "tiny"], "auto, cpu, cuda", 2),
+        (["--table", "single", "--host-memory", "24G"], "24GiB", 2),
+    ],
+)
+def test_bad_options(fails: Fails, words: list[str], says: str, status: int) -> None:
+    assert says in fails(["bench", "paper", *words], status=status)
+
+
+def test_results_that_cannot_be_kept(fails: Fails, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    words = [*TINY, "--table", "single", "--parts", "llama-3.1-8b/2k", "--out", tmp_path / "file" / "results"]
+    assert "cannot be kept" in fails(words, status=1)

@@ -1,0 +1,114 @@
+"""The parts of the paper's tables by themselves: sums over sampled steps, numbers of requests, and what each system loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from specontext.evaluation.paper.bench import Bench, does_not_fit, open_bench
+from specontext.evaluation.paper.columns import SCALES, TABLES, Column
+from specontext.evaluation.paper.loop import ABLATION, FULL, OURS, Way, looping, wait_for_loads
+from specontext.evaluation.paper.parts import parts_of
+from specontext.evaluation.paper.results import link, with_ratios
+
+CPU = torch.device("cpu")
+TINY = SCALES["tiny"]
+COLUMN = Column("[2k,16k]", 32, 256)
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    yield open_bench("llama-3.1-8b", TINY, CPU, memory=None, host_memory=1 << 30, overlap=0.85)
+
+
+def test_steps_that_grow_evenly_are_summed_exactly() -> None:
+    column = Column("", 100, 1001)
+    steps = {length: 1 + length / 1000 for length in column.lengths(4)}
+    assert list(steps) == [100, 434, 767, 1101]
+    mean = 1 + (100 + 1101) / 2 / 1000
+    assert column.decode_seconds(steps) == pytest.approx(1000 * mean)
+    assert column.lengths(1) == [600] and column.decode_seconds({600: 0.5}) == 500
+
+
+def test_every_part_has_its_own_name_and_file() -> None:
+    for scale in SCALES.values():
+        parts = [part for table in TABLES.values() for part in parts_of(table, scale)]
+        assert len({(part.name, part.file_name) for part in parts}) >= len(parts) - 3, "concurrency and single share lengths"
+        for table in TABLES.values():
+            names = [part.file_name for part in parts_of(table, scale)]
+            assert len(set(names)) == len(names) and not any("/" in name or "[" in name for name in names)
+
+
+def test_columns_have_the_paper_s_lengths() -> None:
+    assert [(c.prompt, c.output) for c in SCALES["full"].columns] == [
+        (2048, 16384),
+        (2048, 32768),
+        (16384, 2048),
+        (32768, 2048),
+    ]
+
+
+def test_as_many_requests_as_make_the_most_tokens_a_second(bench: Bench) -> None:
+    chosen = bench.requests_for(OURS, COLUMN)
+    rates = {count: bench.expected(OURS, COLUMN, count) for count in range(1, TINY.most_requests + 1)}
+    fitting = {count: rate for count, rate in rates.items() if rate is not None}
+    assert chosen == max(fitting, key=lambda count: fitting[count])
+    assert bench.requests_for(OURS, COLUMN, most=2) == 2
+    small = replace(bench, memory=1 << 20, host_memory=1 << 30)
+    full, ours = small.requests_for(FULL, COLUMN), small.requests_for(OURS, COLUMN)
+    assert full is not None and ours is not None and 1 <= full < TINY.most_requests
+    assert small.away(FULL, full + 1, COLUMN.longest, COLUMN.longest) is None, "full never leaves the device"
+    assert replace(bench, memory=1000).requests_for(OURS, COLUMN) is None
+
+
+def test_what_does_not_fit_is_a_row_that_says_so(bench: Bench) -> None:
+    row = does_not_fit(bench, "full", "", COLUMN, 99, lambda: replace(bench, memory=1000).ours(FULL, COLUMN, 99))
+    assert "99 requests" in row["error"] and row["tokens_per_s"] is None
+    assert "not even one" in does_not_fit(bench, "full", "", COLUMN, None, dict)["error"]
+
+
+def loaded_rows(bench: Bench, way: Way, overlap: float = 0.85) -> float:
+    """Rows of a KV head, layer and request that a step loads, in the mean over some steps."""
+    options: dict[str, Any] = {"requests": 2, "context": 400, "budget": 32, "away": 4, "overlap": overlap, "room": 10}
+    with looping(bench.loaded, bench.head, way, **options) as loop:
+        for _ in range(8):
+            loop.step()
+        counted = sum(loop.parts.meter.report(seat).bytes_loaded_per_step or 0.0 for seat in range(2))
+    shape = bench.facts.shape
+    return counted / (2 * shape.layers * shape.kv_heads * shape.row_bytes)
+
+
+def test_what_each_step_of_the_ablation_loads(bench: Bench) -> None:
+    c1, c2 = ABLATION[:2]
+    scored = 32 - 4 - 16
+    assert loaded_rows(bench, c1) == pytest.approx(scored, rel=0.1), "all that was selected, in every step"
+    assert loaded_rows(bench, c2) < 0.5 * scored, "only what the last step did not select"
+    assert loaded_rows(bench, OURS, overlap=0.5) > loaded_rows(bench, OURS, overlap=0.9)
+
+
+def test_loads_are_waited_for_where_nothing_runs_beside_them(bench: Bench) -> None:
+    options: dict[str, Any] = {"requests": 1, "context": 100, "budget": 32, "away": 4, "overlap": 0.85, "room": 4}
+    with looping(bench.loaded, bench.head, ABLATION[1], **options) as loop:
+        joined: list[str] = []
+        loop.parts.kv.transfers.join = lambda *sides: joined.extend(sides)  # type: ignore[method-assign]
+        loop.step()
+        before = joined.count("prefetch")
+        wait_for_loads(loop.parts)
+        loop.step()
+        assert joined.count("prefetch") == before + 1
+
+
+def test_ratios_are_taken_within_a_part_and_linked_between_parts() -> None:
+    def row(part: str, system: str, rate: float | None) -> dict[str, Any]:
+        return {"part": part, "model": "m", "column": "c", "system": system, "tokens_per_s": rate}
+
+    first = with_ratios([row("a", "hf-sdpa", 10.0), row("a", "hf-eager, 4 requests", 5.0), row("a", "full", None)])
+    second = with_ratios([row("b", "hf-sdpa", 20.0), row("b", "ours", 60.0)])
+    assert first[1]["over_hf_sdpa"] == 0.5 and first[2]["over_hf_sdpa"] is None and second[1]["over_hf_sdpa"] == 3
+    assert second[1]["over_hf_eager_4"] is None
+    linked = link([*first, *second])[-1]
+    assert linked["over_hf_eager_4"] == 6 and linked["linked"] == ["over_hf_eager_4"] and linked["over_full"] is None

@@ -1,0 +1,183 @@
+"""Expected step times against those that GPUs took, their order, and the choice of the most tokens a second."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from specontext.memory.facts import NO_HEAD
+from specontext.memory.model import RunSettings, measured_model
+from specontext.memory.planner import GIB, MemoryPlan
+from specontext.memory.presets import find_preset
+from specontext.memory.probe import kept_speeds, machine_speed, probe, read_speed, why_kv_stays, write_speed
+from specontext.memory.step_time import CPU, H100, H200, MachineSpeed, StepClock, known_machine
+from specontext.memory.throughput import ServiceLimits, choose, operation, throughput_curve
+
+LLAMA = find_preset("llama-3.1-8b")
+assert LLAMA is not None
+FACTS = LLAMA.facts()
+
+
+def clock(machine: MachineSpeed = H100, budget: int | None = 2048, overlap: float = 0.85) -> StepClock:
+    return StepClock(FACTS, machine, budget, overlap)
+
+
+@pytest.mark.parametrize(
+    ("machine", "requests", "length", "offloaded", "milliseconds"),
+    [
+        (H200, 1, 32768, 0, 5.35),  # 5.2 to 5.5
+        (H200, 4, 32768, 0, 6.2),
+        (H200, 4, 32768, 32, 6.9),
+        (H200, 32, 18432, 0, 8.9),
+        (H200, 32, 18432, 14, 17.2),
+        (H100, 1, 32768, 0, 6.79),
+        (H100, 1, 32768, 32, 6.96),
+        (H100, 4, 32768, 0, 7.84),
+        (H100, 32, 10240, 0, 1000 * 32 / 2852),
+        (H100, 24, 18432, 0, 1000 * 24 / 2376),
+    ],
+)
+def test_steps_that_were_measured(machine: MachineSpeed, requests: int, length: int, offloaded: int, milliseconds: float) -> None:
+    expected = clock(machine).decode([length] * requests, offloaded)
+    assert 1000 * expected.seconds == pytest.approx(milliseconds, rel=0.1)
+
+
+@pytest.mark.parametrize(("requests", "length", "tokens_per_s"), [(32, 10240, 1407), (16, 18432, 778), (8, 33792, 402)])
+def test_full_attention_that_was_measured(requests: int, length: int, tokens_per_s: float) -> None:
+    assert clock(budget=None).tokens_per_s([length] * requests, 0) == pytest.approx(tokens_per_s, rel=0.1)
+
+
+def test_what_makes_a_step_longer() -> None:
+    base = clock().decode([16384] * 4, 0).seconds
+    assert clock().decode([16384] * 5, 0).seconds > base
+    assert clock().decode([32768] * 4, 0).seconds > base
+    assert clock().decode([16384] * 4, 8).seconds > base
+    assert clock(budget=4096).decode([16384] * 4, 0).seconds > base
+    assert clock(replace(H100, device=2e12)).decode([16384] * 4, 0).seconds > base
+    assert clock().decode([500, 1500], 32).seconds == clock(overlap=0.0).decode([500, 1500], 32).seconds, "nothing is left out"
+    waits = clock(replace(H100, host=1e9)).decode([16384] * 4, 8)
+    assert waits.loads_limit and waits.seconds == waits.loads_s > 5 * base
+    assert clock(overlap=1.0).decode([16384] * 4, 8).loads_s == 0.0
+
+
+def test_every_token_comes_from_the_host_where_all_are_read() -> None:
+    facts = replace(FACTS, head=NO_HEAD)
+    full = StepClock(facts, H100, None).decode([32768], 32)
+    assert full.loads_s > 32768 * 32 * FACTS.shape.kv_heads * FACTS.shape.row_bytes / H100.host
+
+
+def test_prompts_take_their_products() -> None:
+    step = clock()
+    assert step.chunk_s(1024) < step.chunk_s(1024, 65536), "attention to what is stored"
+    whole = sum(step.chunk_s(1024, start) for start in range(0, 32768, 1024))
+    assert whole == pytest.approx(step.chunk_s(32768))
+    assert step.prefill_s(32768, 1024) > whole
+    assert step.prefill_s(100, 1024) >= step.weights / H100.device, "weights are read once at least"
+
+
+# Choosing -------------------------------------------------------------------------------------------------------------
+
+
+def plan_of(requests: int, gpu_memory: int = 80 * GIB, length: int = 32768) -> MemoryPlan:
+    run = RunSettings(requests, length, 2048, 2048)
+    return MemoryPlan(FACTS, measured_model(FACTS, run), requests, gpu_memory, 100 * GIB, length)
+
+
+def test_more_requests_are_not_always_faster() -> None:
+    curve = throughput_curve(plan_of, clock(), 18432, range(1, 65))
+    chosen = choose(curve, ServiceLimits(64))
+    assert chosen is not None and chosen.tokens_per_s == max(one.tokens_per_s for one in curve)
+    assert 1 < chosen.requests < len(curve) and curve[-1].tokens_per_s < 0.8 * chosen.tokens_per_s
+    assert [one.requests for one in curve] == list(range(1, len(curve) + 1))
+    assert all(one.offloaded_layers <= later.offloaded_layers for one, later in pairwise(curve))
+    for one in curve:
+        assert one.tokens_per_s == pytest.approx(one.requests / one.step_s)
+        assert plan_of(one.requests).reach[one.offloaded_layers] >= 18432
+
+
+def test_limits() -> None:
+    curve = throughput_curve(plan_of, clock(), 32768, range(1, 65))
+    free = choose(curve, ServiceLimits(64))
+    assert free is not None
+    fewer = choose(curve, ServiceLimits(4))
+    assert fewer is not None and fewer.requests == 4
+    more = choose(curve, ServiceLimits(64, min_num_seqs=30))
+    assert more is not None and more.requests >= 30 > free.requests and more.tokens_per_s < free.tokens_per_s
+    most = choose(curve, ServiceLimits(64, min_num_seqs=60))
+    assert most is not None and most.requests == len(curve) < 60
+    quick = choose(curve, ServiceLimits(64, max_tpot_ms=8.0))
+    assert quick is not None and quick.step_s <= 0.008 and curve[quick.requests].step_s > 0.008
+    impossible = choose(curve, ServiceLimits(64, max_tpot_ms=0.1))
+    assert impossible is not None and impossible.requests == 1
+    assert choose([], ServiceLimits(64)) is None
+
+
+def test_what_does_not_fit_has_no_operation() -> None:
+    assert operation(plan_of(4, gpu_memory=15 * GIB), clock(), 32768) is None
+    assert throughput_curve(lambda n: plan_of(n, 15 * GIB), clock(), 32768, range(1, 9)) == []
+
+
+# Machines -------------------------------------------------------------------------------------------------------------
+
+
+def test_machines_by_name() -> None:
+    assert known_machine("NVIDIA H200") is H200 and known_machine("NVIDIA H100 80GB HBM3") is H100
+    assert known_machine("NVIDIA A100-SXM4-80GB") is H100
+    assert machine_speed(torch.device("cpu")) is CPU
+
+
+def test_a_measurement_is_kept_and_a_broken_one_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECONTEXT_CACHE", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H200")
+    calls: list[torch.device] = []
+
+    def measure(device: torch.device) -> MachineSpeed:
+        calls.append(device)
+        return replace(H200, device=4e12, pinned=1 << 28)
+
+    monkeypatch.setattr("specontext.memory.probe.probe", measure)
+    device = torch.device("cuda")
+    assert machine_speed(device) == machine_speed(device) == replace(H200, device=4e12, pinned=1 << 28)
+    assert len(calls) == 1 and kept_speeds() == [machine_speed(device)]
+    [file] = (tmp_path / "machines").iterdir()
+    for text in ("{", "[]", json.dumps(json.loads(file.read_text()) | {"version": 0}), json.dumps({"version": 1})):
+        file.write_text(text)
+        assert read_speed(file) is None and kept_speeds() == []
+    machine_speed(device)
+    assert len(calls) == 2 and len(kept_speeds()) == 1
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPECONTEXT_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H100")
+    monkeypatch.setattr("specontext.memory.probe.probe", lambda _: H100)
+    assert machine_speed(torch.device("cuda")) == H100
+    with pytest.raises(OSError):
+        write_speed(tmp_path / "file" / "machine.json", H100)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        ({"pinned": 1 << 28}, None),
+        ({"pinned": 1 << 20}, "1 MiB"),
+        ({"pinned": 0}, "memlock"),
+        ({"host": 1e9}, "1.00 GB/s"),
+    ],
+)
+def test_why_kv_stays_on_the_device(changes: dict[str, float], says: str | None) -> None:
+    found = why_kv_stays(replace(H100, **changes))  # type: ignore[arg-type]
+    assert found is None if says is None else found is not None and says in found
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU")
+def test_a_gpu_is_measured() -> None:
+    found = probe(torch.device("cuda"))
+    assert found.device > 1e11 and found.host > 1e8 and found.products > 1e12 and found.pinned
