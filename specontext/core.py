@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from specontext.errors import RequestError
+from specontext.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and only annotations here need it
     import torch
@@ -29,6 +29,7 @@ LONGEST_GRAMMAR = 1 << 18  # characters of a schema, a regular expression, a gra
 MOST_CHOICES = 4096
 MOST_BIASED = 1024  # tokens with a bias, as many as OpenAI allows at least
 MOST_BAD_WORDS = 1024
+SCALE_BYTES = 2  # of a key or value in 8 bits
 LONGEST_SHOWN = 80  # characters of a value that an error quotes
 
 
@@ -68,7 +69,7 @@ class ModelShape:
     Layers with a window keep the tokens of their window, and take no part in any of that.
 
     Attributes:
-        dtype: number format of weights and KV.
+        dtype: number format of weights, and of KV unless `kv_dtype` names another.
         max_position: longest context that is served, in tokens: what the checkpoint was made for, as far as attention here
             computes it.
         limited_by: the entry of the config that keeps `max_position` below what the checkpoint was made for, in words; '' for
@@ -77,6 +78,7 @@ class ModelShape:
             contexts of all lengths. 0 where it is not.
         windows: of every layer of the decoder its window, None for one that attends to the whole context; empty where none has
             a window.
+        kv_dtype: of the codes of KV in 8 bits, each key and value with a scale; None for numbers of `dtype`.
     """
 
     layers: int
@@ -90,6 +92,7 @@ class ModelShape:
     limited_by: str = ""
     windows: tuple[Window | None, ...] = ()
     longer: int = 0
+    kv_dtype: torch.dtype | None = None
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> ModelShape:
@@ -121,6 +124,11 @@ class ModelShape:
             longer=longer,
         )
 
+    def check_kv_format(self, name: str) -> None:
+        """Raises ConfigError where rows of these heads cannot be codes with scales."""
+        if self.head_dim % 2:
+            raise ConfigError(f"kv_cache_dtype {name} needs heads of an even width, not of {self.head_dim}: set it to auto")
+
     @property
     def reach(self) -> int:
         """The longest context that may be asked for, in tokens."""
@@ -150,7 +158,14 @@ class ModelShape:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of K and V of one token of one KV head of one layer."""
+        """Bytes of K and V of one token of one KV head of one layer, with their scales."""
+        if self.kv_dtype is not None:
+            return 2 * (self.head_dim * self.kv_dtype.itemsize + SCALE_BYTES)
+        return self.window_row_bytes
+
+    @property
+    def window_row_bytes(self) -> int:
+        """The same of a layer with a window, whose KV is never in 8 bits."""
         return 2 * self.head_dim * self.dtype.itemsize
 
     @property

@@ -16,6 +16,7 @@ from specontext.config import EngineConfig, SpeContextConfig
 
 ENGINE_OPTIONS = (
     "dtype",
+    "kv_cache_dtype",
     "device",
     "max_model_len",
     "max_num_batched_tokens",
@@ -32,6 +33,7 @@ ENGINE_OPTIONS = (
     "head_yarn_factor",
     "measure_recall",
     "load_format",
+    "quantization",
     "tensor_parallel_size",
     "trust_remote_code",
     "revision",

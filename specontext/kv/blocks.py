@@ -45,8 +45,8 @@ class Blocks:
         self._rings = rings
         self._transfers, self._free, self._prepare = transfers, host.pages, host.prepare
         self._lines = len(transfers.layer_blocks.sizes)
-        self._state = BlockState(transfers, self._lines, host.page_rows, each=state[0], last=state[1])
-        self._ring_pages = 0 if rings is None else rings.pages_of(host.layout.page_size, host.page_rows)
+        self._state = BlockState(transfers, self._lines, host.page_rows, host.layout.others, each=state[0], last=state[1])
+        self._ring_pages = 0 if rings is None else rings.pages_of(host.layout.page_size, host.page_bytes)
         # The pool of the host holds the tree: with a weak reference the tables of an engine that is dropped go at once.
         self.tree = PrefixTree(
             host.layout.page_size, self._lines + self._state.pages + self._ring_pages, _weak(transfers.join_copies)
@@ -120,7 +120,7 @@ class Blocks:
         still = -(-max(0, stored - self._rings.entries) // size)  # the first page of which nothing has been pushed out
         if there := self._without_rings(chain, still):
             self._copy_rings([chain[page] for page in there], seat, there, to_host=True)
-            self._transfers.join(WRITE_BACK)  # the next step pushes tokens out
+            self._transfers.keep_copies()
             self._have_rings(chain, there)
 
     def _without_rings(self, chain: Sequence[Block], first: int) -> list[int]:

@@ -247,7 +247,7 @@ class KVCache:
 
     def _ring_pages(self, tokens: int) -> int:
         """Pages of the host that hold the ring of a seat with so many tokens."""
-        return 0 if self.rings is None else self.rings.pages_of(min(tokens, self.rings.entries), self.host.page_rows)
+        return 0 if self.rings is None else self.rings.pages_of(min(tokens, self.rings.entries), self.host.page_bytes)
 
     def _copy_ring(self, seat: int, tokens: int, pages: list[int], *, to_host: bool) -> None:
         """A seat's ring, from one tier to the other; what is computed next finds it there."""

@@ -8,6 +8,7 @@ have no place on the host while their request has a seat. What waits, and what i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -134,53 +135,57 @@ class Rings:
 
     # Copies on the host -------------------------------------------------------------------------------------------------
 
-    def pages_of(self, tokens: int, page_rows: int) -> int:
-        """Pages of the host, each with so many rows, that hold the rows of so many tokens in all layers."""
-        return -(-len(self.windows) * tokens * self.heads // page_rows)
+    # They lie in pages of the host byte by byte, whatever the number format of the rows that these pages are made for.
+
+    def pages_of(self, tokens: int, page_bytes: int) -> int:
+        """Pages of the host, each of so many bytes, that hold so many tokens of all layers."""
+        return -(-len(self.windows) * tokens * self._kv[0, 0, 0].nbytes // page_bytes)
 
     def copy(self, transfers: Transfers, seat: int, first: Sequence[int], width: int, pages: Tensor, *, to_host: bool) -> None:
-        """Copy rows of a seat in all layers to the host, or back; nothing waits for it yet.
+        """Copy tokens of a seat in all layers to the host, which nothing waits for yet, or back.
 
         Args:
             first: tokens from each of which on `width` tokens are copied, which lie one after another in the ring.
             pages: int64 [pages of as many tokens, len(first)], pages of the host.
         """
-        entries = [token % self.entries for token in first]
-        rows, line = self._kv.view(-1, *self._kv.shape[-2:]), (self._seats, seat, self.entries)
-        self._copy(transfers, rows, line, entries, width, pages, to_host=to_host)
+        begin = torch.tensor([token % self.entries for token in first]).to(self._kv.device)
+        entries = begin[:, None] + torch.arange(width, device=begin.device)  # [places, width]
+        if to_host:
+            self._store(transfers, self._kv[:, seat, entries], pages)
+            return
+        shape = (len(first), len(self.windows), width, *self._kv.shape[-3:])
+        self._kv[:, seat, entries] = self._load(transfers, shape, pages).transpose(0, 1)
 
     def copy_kept(self, transfers: Transfers, kept: Kept, first: Sequence[int], width: int, pages: Tensor) -> None:
         """The same to the host, from what has been kept of a chunk."""
-        rows, line = kept.rows.view(-1, *kept.rows.shape[-2:]), (1, 0, kept.rows.shape[1])
-        self._copy(transfers, rows, line, [token - kept.first for token in first], width, pages, to_host=True)
+        begin = torch.tensor([token - kept.first for token in first]).to(self._kv.device)
+        self._store(transfers, kept.rows[:, begin[:, None] + torch.arange(width, device=begin.device)], pages)
 
-    def _copy(
-        self,
-        transfers: Transfers,
-        rows: Tensor,
-        line: tuple[int, int, int],
-        first: Sequence[int],
-        width: int,
-        pages: Tensor,
-        *,
-        to_host: bool,
-    ) -> None:
-        """Args: rows [N, 2, D] of lines of entries of all layers; how many lines a layer has, the number of this one, and the
-        entries of a line; see `copy`."""
-        lines, number, entries = line
-        bounds = torch.tensor(list(first), dtype=torch.int64).to(self._kv.device)
-        entry = bounds[:, None] + torch.arange(width, device=bounds.device)  # [places, width]
-        layer = torch.arange(len(self.windows), device=bounds.device)
-        head = torch.arange(self.heads, device=bounds.device)
-        place = (layer * lines + number)[:, None] * entries + entry[:, None]  # [places, layers, width]
-        here = (place[..., None] * self.heads + head).flatten(1)
+    def _store(self, transfers: Transfers, numbers: Tensor, pages: Tensor) -> None:
+        """Copy numbers [layers, places, width, Hkv, 2, D] to each place's pages, beside what is computed."""
+        host = transfers.tiers.host.rows
+        row = host[:1].nbytes
+        each = numbers.transpose(0, 1).flatten(1).view(torch.uint8)  # [places, bytes]
+        rows = torch.nn.functional.pad(each, (0, -each.shape[1] % row)).view(host.dtype).view(-1, *host.shape[1:])
+        here, there = torch.arange(len(rows), device=rows.device), self._rows_of(transfers, each.shape[1], pages)
+        with transfers.beside(WRITE_BACK, rows, here, there):
+            gather_rows(rows, here, host, there)
+
+    def _load(self, transfers: Transfers, shape: tuple[int, ...], pages: Tensor) -> Tensor:
+        """Numbers [places, ...] from each place's pages; what is computed next finds them there."""
+        host = transfers.tiers.host.rows
+        count = math.prod(shape[1:]) * self._kv.itemsize
+        there = self._rows_of(transfers, count, pages)
+        here = torch.arange(len(there), device=there.device)
+        rows = torch.empty((len(there), *host.shape[1:]), dtype=host.dtype, device=there.device)
+        with transfers.beside(PREFETCH, rows, here, there):
+            gather_rows(host, there, rows, here)
+        transfers.join(PREFETCH)
+        return rows.view(torch.uint8).view(shape[0], -1)[:, :count].contiguous().view(self._kv.dtype).view(shape)
+
+    def _rows_of(self, transfers: Transfers, count: int, pages: Tensor) -> Tensor:
+        """Rows of the host that hold so many bytes in each place's pages, place after place: int64 [places * rows]."""
         host = transfers.tiers.host
         page_rows = host.size * host.heads * host.layers.count
-        at = torch.arange(here.shape[1], device=bounds.device)
-        there = pages[at // page_rows].T * page_rows + at % page_rows  # [places, rows]
-        here, there = here.flatten(), there.flatten()
-        with transfers.beside(WRITE_BACK if to_host else PREFETCH, rows, here, there):
-            if to_host:
-                gather_rows(rows, here, host.rows, there)
-            else:
-                gather_rows(host.rows, there, rows, here)
+        at = torch.arange(-(-count // host.rows[:1].nbytes), device=pages.device)
+        return (pages[at // page_rows] * page_rows + at[:, None] % page_rows).T.reshape(-1)

@@ -11,10 +11,11 @@ plots) works on it. Mode `paper` counts whole numbers as eq. 7 does; mode `measu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from specontext.config import STEP_TOKENS
+from specontext.core import ModelShape
 from specontext.memory.facts import ModelFacts
 from specontext.memory.layer_blocks import LayerBlocks, one_by_one
 from specontext.memory.windows import kept_bytes, ring_bytes
@@ -24,6 +25,7 @@ FLOAT16 = 2  # bytes; eq. 6-7 count models and KV in 2-byte floats, whatever the
 MIB = 1 << 20
 PROMPT_TILE = 256 * MIB  # of stored tokens of one layer that a prompt chunk reads at once on a GPU
 DECODE_TILE = 16384  # stored tokens of offloaded layers that dense decoding reads at once on a GPU
+LEAST_STEP, BUFFERS = 1024, 8  # see `fitting_step`
 LIBRARIES = 64 * MIB  # workspaces of matrix products
 COUNTERS = 11  # of the statistics of a request, besides the recall of every layer
 LEAST_TILE = 256  # of them of one request, where many share a tile
@@ -302,6 +304,23 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
     return steps * token + tiles + staged_bytes(facts, run) + logits + sampler + LIBRARIES
 
 
+def fitting_step(facts: ModelFacts, run: RunSettings, memory: int) -> RunSettings:
+    """The settings with so many tokens of a step that a GPU with little memory has most of it for KV.
+
+    Half as many, and again, until run-time buffers take an eighth of what weights and head leave.
+    """
+    room = memory - facts.weight_bytes - facts.head_bytes
+    while run.max_batched_tokens > LEAST_STEP and BUFFERS * estimate_runtime(facts, run) > room:
+        run = replace(run, max_batched_tokens=max(LEAST_STEP, run.max_batched_tokens // 2))
+    return run
+
+
+def dequantised_bytes(shape: ModelShape, tile: int, steps: int) -> int:
+    """Bytes of numbers beside KV in 8 bits: a tile of stored tokens, and three float32 copies of the new ones of a step."""
+    numbers = 2 * shape.kv_heads * shape.head_dim  # of a token in one layer
+    return 0 if shape.kv_dtype is None else numbers * (tile * shape.dtype.itemsize + 3 * 4 * steps)
+
+
 def prompt_tile(entry_bytes: int) -> int:
     """Stored tokens that a prompt chunk reads at once on a GPU: the power of two of which a layer's fill a buffer.
 
@@ -317,7 +336,8 @@ def buffer_bytes(facts: ModelFacts, run: RunSettings) -> int:
     entry = shape.kv_heads * shape.row_bytes
     tile = entry * min(prompt_tile(entry), run.max_tokens)
     decoding = entry * min(max(DECODE_TILE, LEAST_TILE * run.requests), run.requests * run.max_tokens)
-    return tile + 2 * max(tile, decoding)
+    steps = min(run.max_batched_tokens, run.requests * run.max_tokens)
+    return tile + 2 * max(tile, decoding) + dequantised_bytes(shape, min(prompt_tile(entry), run.max_tokens), steps)
 
 
 def staged_bytes(facts: ModelFacts, run: RunSettings) -> int:

@@ -29,6 +29,7 @@ class NumberFormat:
         return f"torch.{self.name}"  # as PyTorch writes its own
 
 
+KV_FORMATS = {name: NumberFormat(name, 1) for name in ("fp8", "int8")}  # of codes
 NUMBER_FORMATS = {name: NumberFormat(name, size) for name, size in (("float32", 4), ("bfloat16", 2), ("float16", 2))}
 
 
@@ -44,6 +45,8 @@ class Preset:
         rope_factor: Llama 3's extension from 8,192 positions, None for plain RoPE; of Gemma 3 the factor of its layers without a
             window.
         window: tokens that a layer attends to, all layers but every sixth one; 0 where there are no windows.
+        yarn_position: the longest context that its makers give it with YaRN, by an entry in its config that is not there at
+            first; None for none.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Preset:
     rope_theta: float
     rope_factor: float | None = None
     window: int = 0
+    yarn_position: int | None = None
 
     @property
     def windows(self) -> tuple[Window | None, ...]:
@@ -74,11 +78,18 @@ class Preset:
         return self.windows.count(None) if self.window else self.layers
 
     @property
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """Outputs and inputs of the linear layers of a decoder layer."""
+        width, heads, groups = self.hidden_size, self.query_heads * self.head_dim, self.kv_heads * self.head_dim
+        wide = self.intermediate_size
+        return ((heads, width), (groups, width), (groups, width), (width, heads), (wide, width), (wide, width), (width, wide))
+
+    @property
     def parameters(self) -> int:
         """Number of parameters, a shared table counted once."""
         width, dim = self.hidden_size, self.head_dim
         heads, groups = self.query_heads * dim, self.kv_heads * dim
-        layer = 2 * width * (heads + groups) + 3 * width * self.intermediate_size + 2 * width
+        layer = sum(n * k for n, k in self.matrices) + 2 * width
         if self.family == "qwen2":
             layer += heads + 2 * groups
         if self.family in ("qwen3", "gemma3"):
@@ -86,6 +97,10 @@ class Preset:
         if self.family == "gemma3":
             layer += 2 * width
         return self.vocab_size * width * (1 if self.tied else 2) + self.layers * layer + width
+
+    def needs_yarn(self, length: int | None) -> bool:
+        """Whether a context of this length needs an entry for YaRN in the config, and its makers allow one."""
+        return length is not None and self.max_position < length <= (self.yarn_position or 0)
 
     def shape(self, dtype: torch.dtype | NumberFormat | None = None) -> ModelShape:
         """The shape; None is PyTorch's bfloat16, which has to be imported."""
@@ -162,6 +177,7 @@ def _preset(
 _LLAMA: dict[str, Any] = {"rope_theta": 500000.0, "rope_factor": 8.0}
 _SMALL_LLAMA = _LLAMA | {"rope_factor": 32.0, "tied": True}
 _QWEN: dict[str, Any] = {"rope_theta": 1e6}
+_QWEN3 = _QWEN | {"yarn_position": 131072}
 _TIED_QWEN = _QWEN | {"tied": True}
 _8B, _70B = (4096, 14336, 32, 32, 8, 128), (8192, 28672, 80, 64, 8, 128)
 _Q7B, _Q14B, _Q32B = (3584, 18944, 28, 28, 4, 128), (5120, 13824, 48, 40, 8, 128), (5120, 27648, 64, 40, 8, 128)
@@ -180,10 +196,10 @@ _ALL = (
     _preset("r1-distill-llama-70b", f"{_R1}Llama-70B", "llama", _70B, 128256, 131072, **_LLAMA),
     _preset("qwen3-0.6b", "Qwen/Qwen3-0.6B", "qwen3", (1024, 3072, 28, 16, 8, 128), 151936, 40960, **_TIED_QWEN),
     _preset("qwen3-1.7b", "Qwen/Qwen3-1.7B", "qwen3", (2048, 6144, 28, 16, 8, 128), 151936, 40960, **_TIED_QWEN),
-    _preset("qwen3-4b", "Qwen/Qwen3-4B", "qwen3", (2560, 9728, 36, 32, 8, 128), 151936, 40960, **_TIED_QWEN),
-    _preset("qwen3-8b", "Qwen/Qwen3-8B", "qwen3", (4096, 12288, 36, 32, 8, 128), 151936, 40960, **_QWEN),
-    _preset("qwen3-14b", "Qwen/Qwen3-14B", "qwen3", (5120, 17408, 40, 40, 8, 128), 151936, 40960, **_QWEN),
-    _preset("qwen3-32b", "Qwen/Qwen3-32B", "qwen3", (5120, 25600, 64, 64, 8, 128), 151936, 40960, **_QWEN),
+    _preset("qwen3-4b", "Qwen/Qwen3-4B", "qwen3", (2560, 9728, 36, 32, 8, 128), 151936, 40960, **_QWEN3, tied=True),
+    _preset("qwen3-8b", "Qwen/Qwen3-8B", "qwen3", (4096, 12288, 36, 32, 8, 128), 151936, 40960, **_QWEN3),
+    _preset("qwen3-14b", "Qwen/Qwen3-14B", "qwen3", (5120, 17408, 40, 40, 8, 128), 151936, 40960, **_QWEN3),
+    _preset("qwen3-32b", "Qwen/Qwen3-32B", "qwen3", (5120, 25600, 64, 64, 8, 128), 151936, 40960, **_QWEN3),
     _preset("gemma-3-270m", "google/gemma-3-270m-it", "gemma3", (640, 2048, 18, 4, 1, 256), 262144, 32768, **_GEMMA, window=512),
     _preset("gemma-3-1b", "google/gemma-3-1b-it", "gemma3", (1152, 6912, 26, 4, 1, 256), 262144, 32768, **_GEMMA, window=512),
     _preset("gemma-3-4b", "google/gemma-3-4b-it", "gemma3", _G4B, 262208, 131072, **_LONG_GEMMA),

@@ -17,16 +17,19 @@ from specontext.checkpoints.quantization import dequantised
 from specontext.core import ModelShape
 from specontext.errors import ModelError, RequestError
 from specontext.gguf.source import weights_note
-from specontext.locations import adapter_of, check_not_quantised, one_sentence, read_config, resolve_model_path
+from specontext.locations import adapter_of, one_sentence, quantization_of_source, read_config, resolve_model_path
 from specontext.models.adapters import check_can_merge, merged
 from specontext.models.attention import ATTENTION_NAME, attention_of, register_attention
 from specontext.models.checking import check_attention
 from specontext.models.config_check import check_supported
 from specontext.models.end_tokens import end_tokens
 from specontext.models.number_format import running_format
+from specontext.models.quantized import Asked, load_quantised
 from specontext.models.rope import fix_rope
 from specontext.models.tokenizer_files import load_tokenizer
 from specontext.models.weights import random_model, stored_model
+from specontext.quantization.linear import QuantizedLinear
+from specontext.quantization.schemes import scheme_of
 from specontext.retrieval.checkpoint import OWN_HEAD
 
 
@@ -74,6 +77,20 @@ class LoadedModel:
         merged = f"merged with the LoRA adapter {Path(self.name).name}" if self.base else None
         return ", ".join(filter(None, (weights_note(self.path), self.quantization, merged))) or None
 
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, those of quantised layers among them."""
+        return sum(p.numel() for p in self.model.parameters()) + sum(m.in_features * m.out_features for m in self._quantised)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as they are in memory."""
+        return sum(p.nbytes for p in self.model.parameters()) + sum(b.nbytes for m in self._quantised for b in m.buffers())
+
+    @property
+    def _quantised(self) -> list[QuantizedLinear]:
+        return [module for module in self.model.modules() if isinstance(module, QuantizedLinear)]
+
 
 def load_model(
     name: str | Path,
@@ -81,6 +98,7 @@ def load_model(
     dtype: str,
     device: torch.device,
     load_format: str = "auto",
+    quantization: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> LoadedModel:
@@ -88,11 +106,13 @@ def load_model(
 
     Args:
         name: as of `resolve_model_path`; the adapter that it may name is merged into its model.
-        load_format: "dummy" makes random weights, the same ones every time; only config and tokenizer are read. The shape
-            of a quantised checkpoint is refused all the same: its sizes and speeds would be those of another model.
+        load_format: "dummy" makes random weights, the same ones every time, quantised as the config says; only config and
+            tokenizer are read.
+        quantization: 'fp8' or 'int4' rounds 16-bit weights of linear layers while they are loaded.
 
     Raises:
-        ModelError: not found, broken or incomplete, quantised, or using a feature that is not supported.
+        ModelError: not found, broken or incomplete, quantised in a way that is not read, or using a feature that is not
+            supported.
     """
     adapter, source = adapter_of(name), resolve_model_path(name)
     if adapter is not None and load_format != "dummy":
@@ -101,18 +121,25 @@ def load_model(
     register_attention()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    check_not_quantised(source, revision=revision)
+    entry = quantization_of_source(source, revision=revision)
+    scheme, dummy = None if entry is None else scheme_of(entry, source), load_format == "dummy"
+    asked = Asked(source, scheme, quantization, dummy, adapter is None or dummy, options)
+    asked.check()
     config = read_config(source, **options)
     check_supported(config)
-    format_ = dequantised(config.to_dict()) if load_format != "dummy" else None
+    format_ = dequantised(config.to_dict()) if not dummy else None
     note = f"dequantised from {format_}" if format_ else None
     dtype = running_format(dtype, config, device)
     tokenizer = load_tokenizer(name, **options)  # before the weights, which take longer
-    if load_format == "dummy":
-        model: Any = random_model(config, dtype, device, options)
+    model: Any
+    if asked.is_quantised:
+        model, note = load_quantised(asked, config, dtype, device)
+    elif dummy:
+        model = random_model(config, dtype, device, options)
     else:
         model = stored_model(source, config, dtype, options)
-        model = model if adapter is None else merged(model, adapter)
+    if adapter is not None and not dummy:
+        model = merged(model, adapter)
     with one_sentence(f"cannot load the model {source}"):
         model = model.to(device).eval().requires_grad_(False)
         shape = ModelShape.from_config(config, model.dtype)

@@ -210,3 +210,23 @@ def test_window_attention(window: Window, start: int, before: int, chunk: int, m
     weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
     right = torch.einsum("hcs,shd->chd", weights, value.repeat_interleave(2, 1).double())
     torch.testing.assert_close(window_attention(query, key, value, 0.3, window, first).double(), right, atol=2e-6, rtol=1e-5)
+
+
+def test_kv_in_8_bits_leaves_rings_as_they_are(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> None:
+    """Layers without a window have codes; what waits and what is known of prompts comes back as it was."""
+    plain = make_llm(ONE, budget=12, offload_layers=0, kv_cache_dtype="int8", enable_prefix_caching=False)
+    right = [plain.generate([prompt], greedy())[0].token_ids for prompt in prompts]
+    llm = make_llm(ONE, budget=12, offload_layers=2, kv_cache_dtype="int8", max_num_batched_tokens=40)
+    engine = llm.engine
+    for _ in range(2):
+        jobs = [engine.add_request(f"r{i}", prompt, greedy()) for i, prompt in enumerate(prompts)]
+        for step in range(300):
+            if not engine.has_work:
+                break
+            if step % 7 == 3 and len(engine.scheduler.running) > 1:
+                engine.scheduler.admission.preempt(but=None)
+            engine.step()
+            engine.check_integrity()
+        assert [job.request.output_token_ids for job in jobs] == right
+    assert cached(jobs[2]) == 80
+    check_idle(llm)
