@@ -57,8 +57,8 @@ def test_measured_is_the_default_and_names_more_parts(run: Any) -> None:
     assert found["inputs"]["budget"] == found["inputs"]["slots"] == 2048
     assert found["max_len"] == found["inputs"]["max_model_len"] == 131072 and found["limited_by"] == "model"
     assert sum(found["bytes"].values()) - found["host_bytes"] <= 24 * GIB
-    more = run("plan", *LLAMA, "--requests", 4, "--slots", 4096, "--runtime", "1GiB", "--graphs", "256MiB", "--json").json
-    assert more["bytes"]["runtime"] == GIB and more["bytes"]["graphs"] == GIB // 4
+    more = run("plan", *LLAMA, "--requests", 4, "--slots", 4096, "--runtime", "4GiB", "--graphs", "256MiB", "--json").json
+    assert more["bytes"]["runtime"] == 4 * GIB and more["bytes"]["graphs"] == GIB // 4
     assert more["thresholds"][0] < found["thresholds"][0]
     shorter = run("plan", *LLAMA, "--requests", 4, "--max-model-len", 8192, "--json").json
     assert shorter["max_len"] == 8192 and shorter["bytes"]["tables"] < found["bytes"]["tables"]
