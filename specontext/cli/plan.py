@@ -12,7 +12,7 @@ from specontext.cli.options import parse_bandwidth, parse_size
 from specontext.cli.plan_throughput import MOST_CHOSEN, machine_of
 from specontext.cli.planned import as_object, find_facts, make_plan
 from specontext.cli.terminal import UsageError, human_bytes
-from specontext.config import DTYPES, STEP_TOKENS
+from specontext.config import DTYPES, QUANTIZATIONS, STEP_TOKENS
 
 if TYPE_CHECKING:
     from specontext.memory.speed import Bandwidths
@@ -51,6 +51,13 @@ def plan(
         int | None, typer.Option("--max-model-len", help="Longest context in tokens. Default: the model's own maximum.")
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Number format: auto, float32, bfloat16 or float16.")] = "auto",
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            "--quantization",
+            help="Linear layers rounded to fp8 or int4 when they are loaded. Default: as the checkpoint has them.",
+        ),
+    ] = None,
     retrieval_head: Annotated[
         str | None,
         typer.Option(
@@ -69,8 +76,13 @@ def plan(
         str | None, typer.Option("--graphs", metavar="SIZE", help="Memory set aside for CUDA graphs. Default: none.")
     ] = None,
     max_num_batched_tokens: Annotated[
-        int, typer.Option("--max-num-batched-tokens", help="Tokens of one engine step, for the estimate of run-time buffers.")
-    ] = STEP_TOKENS["cuda"],
+        int | None,
+        typer.Option(
+            "--max-num-batched-tokens",
+            help=f"Tokens of one engine step, for the estimate of run-time buffers. Default: {STEP_TOKENS['cuda']}, fewer where "
+            "memory is short.",
+        ),
+    ] = None,
     bandwidth: Annotated[
         str | None,
         typer.Option(
@@ -117,12 +129,14 @@ def plan(
     device_bytes = _memory("--gpu-memory", gpu_memory)
     host_bytes = None if host_memory is None else _memory("--host-memory", host_memory)
     _check(requests=requests, max_num_batched_tokens=max_num_batched_tokens, overlap=overlap, mode=mode, dtype=dtype)
-    only_measured = {"--slots": slots, "--runtime": runtime, "--graphs": graphs}
+    only_measured = {"--slots": slots, "--runtime": runtime, "--graphs": graphs, "--quantization": quantization}
     if mode == "paper":
         named = [name for name, value in only_measured.items() if value is not None]
         if named or dtype == "float32":
             what = named[0] if named else "--dtype float32"
             raise UsageError(f"{what} has no meaning in mode paper, whose formulas fix it: leave it out or take --mode measured")
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise UsageError(f"unknown quantization '{quantization}': choose one of {', '.join(QUANTIZATIONS)}")
     if plot is not None:
         from specontext.cli.plan_plot import check_plot
 
@@ -131,7 +145,7 @@ def plan(
     speed = _speed(bandwidth, host_bandwidth)
     if max_model_len is not None and max_model_len < 1:
         raise UsageError(f"--max-model-len must be at least 1, got {max_model_len}")
-    facts = find_facts(model, dtype, retrieval_head)
+    facts = find_facts(model, dtype, retrieval_head, quantization=quantization, max_model_len=max_model_len)
     planned = make_plan(
         facts,
         mode=mode,
@@ -173,10 +187,10 @@ def _memory(option: str, text: str) -> int:
     return size
 
 
-def _check(*, requests: int, max_num_batched_tokens: int, overlap: float, mode: str, dtype: str) -> None:
+def _check(*, requests: int, max_num_batched_tokens: int | None, overlap: float, mode: str, dtype: str) -> None:
     if not 1 <= requests <= MOST_REQUESTS:
         raise UsageError(f"--requests must be 1 to {MOST_REQUESTS:,}, got {requests}")
-    if max_num_batched_tokens < 1:
+    if max_num_batched_tokens is not None and max_num_batched_tokens < 1:
         raise UsageError(f"--max-num-batched-tokens must be at least 1, got {max_num_batched_tokens}")
     if not 0 <= overlap <= 1:
         raise UsageError(f"--overlap must be a share from 0 to 1, got {overlap:g}")

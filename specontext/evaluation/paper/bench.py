@@ -207,7 +207,7 @@ def open_bench(
     model: str, scale: Scale, device: torch.device, *, memory: int | None, host_memory: int | None, overlap: float
 ) -> Bench:
     """Random weights and a random head in a model's shape on a device."""
-    changes = TINY if scale.tiny else {}
+    changes: dict[str, Any] = TINY if scale.tiny else {}
     loaded = random_model(model, DTYPES[scale.dtype], device, **changes)
     loaded = replace(loaded, tokenizer=word_tokenizer(loaded.shape.vocab_size))
     if device.type == "cuda":
