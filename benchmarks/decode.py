@@ -42,7 +42,7 @@ from step_parts import seconds_by_part
 from torch import Tensor
 from transformers import DynamicCache
 
-from specontext.config import QUANTIZATIONS, SpeContextConfig
+from specontext.config import KV_CACHE_DTYPES, QUANTIZATIONS, SpeContextConfig
 from specontext.core import Batch
 from specontext.distill.new_head import HeadShape, new_head
 from specontext.engine.build import Parts
@@ -162,7 +162,7 @@ def floor_bytes(loaded: LoadedModel, parts: Parts, requests: int, context: int, 
     keys = requests * context * head.config.key_count * head.config.head_dim * shape.dtype.itemsize
     rows = requests * shape.layers * shape.kv_heads * parts.method.budget
     missing = rows * (1 - overlap)
-    return int(weights + keys + (rows + 2 * missing) * shape.row_bytes)
+    return int(weights + keys + (rows + 2 * missing) * parts.kv.layout.layers[0].row_bytes)
 
 
 def main() -> None:
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--model", default="qwen3-0.6b")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the linear layers, on a GPU; default: none")
+    parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of our systems; not of hf")
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--slots", type=int, help="device slots of a KV head; default: the budget and a quarter")
@@ -191,14 +192,14 @@ def main() -> None:
     if arguments.quantization and device.type != "cuda":
         parser.error("--quantization needs a GPU: on a CPU weights are written out in the model's number format")
     loaded = random_model(arguments.model, DTYPES[arguments.dtype], device, quantization=arguments.quantization)
-    requests, context, budget = arguments.requests, arguments.context, arguments.budget
+    requests, context, budget, kind = arguments.requests, arguments.context, arguments.budget, arguments.kv_cache_dtype
     slots = arguments.slots or budget + budget // 4
 
     def speculative(offload: int, tokens: int) -> Parts:
         head = new_head(HeadShape(), loaded.shape, trained_length=context, source="benchmark", seed=0)
         head = head.to(device=device, dtype=loaded.shape.dtype).requires_grad_(False)
         return parts_for(
-            loaded, head, SpeContextConfig(budget=budget, slots=slots, offload_layers=offload), requests, tokens, device
+            loaded, head, SpeContextConfig(budget=budget, slots=slots, offload_layers=offload), requests, tokens, device, kind
         )
 
     def replayed(parts: Parts, tokens: int) -> Parts:
@@ -212,7 +213,7 @@ def main() -> None:
     if "hf" in wanted:
         systems.append(hugging_face(loaded, requests, context, device))
     if "full" in wanted:
-        full = parts_for(loaded, None, SpeContextConfig(method="full", offload_layers=0), requests, context, device)
+        full = parts_for(loaded, None, SpeContextConfig(method="full", offload_layers=0), requests, context, device, kind)
         systems.append(ours("full", loaded, full, requests, context, device))
     if "resident" in wanted:
         systems.append(ours("resident", loaded, replayed(speculative(0, context), context), requests, context, device))
@@ -221,7 +222,7 @@ def main() -> None:
         offloaded.kv.transfers.programs = arguments.programs
         systems.append(ours("offloaded", loaded, replayed(offloaded, context), requests, context, device))
     if "full_4k" in wanted:
-        full = parts_for(loaded, None, SpeContextConfig(method="full", offload_layers=0), requests, 4096, device)
+        full = parts_for(loaded, None, SpeContextConfig(method="full", offload_layers=0), requests, 4096, device, kind)
         systems.append(ours("full_4k", loaded, full, requests, 4096, device))
     if "short" in wanted:
         systems.append(ours("short", loaded, speculative(-1, SHORT_CONTEXT), requests, SHORT_CONTEXT, device))
@@ -259,6 +260,7 @@ def make_report(
         "dtype": arguments.dtype,
         "quantization": arguments.quantization,
         "weight_bytes": loaded.weight_bytes,
+        "kv_cache_dtype": arguments.kv_cache_dtype,
         "device": arguments.device,
         "context": arguments.context,
         "budget": arguments.budget,

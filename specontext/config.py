@@ -15,6 +15,7 @@ GRANULARITIES = ("head", "union", "batch")
 LOAD_FORMATS = ("auto", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("fp8", "int4")
+KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 DEFAULT_BUDGET = 2048
 STEP_TOKENS = {"cuda": 8192, "cpu": 1024}  # chunks of prompts that use a device well; larger ones gain nothing
 MIXED_TOKENS = 1024  # some 30 ms of an 8B model on an H100, for which requests that decode wait
@@ -122,7 +123,13 @@ class EngineConfig:
     model: str | Path
     retrieval_head: str | Path | None = "auto"
     method: SpeContextConfig = field(default_factory=SpeContextConfig)
-    dtype: str = option("auto", "Number format of weights and KV: auto (the checkpoint's), float32, bfloat16 or float16.")
+    dtype: str = option(
+        "auto", "Number format of weights, and of KV by default: auto (the checkpoint's), float32, bfloat16 or float16."
+    )
+    kv_cache_dtype: str = option(
+        "auto",
+        "Number format of KV in both tiers: auto (that of dtype), or 8 bits with a scale for each key and value, fp8 or int8.",
+    )
     device: str = option("auto", "Where the model runs: auto, cpu, cuda or cuda:N.")
     methods: Sequence[str] | None = option(
         None,
@@ -200,6 +207,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"unknown dtype '{self.dtype}': choose one of {', '.join(DTYPES)}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(f"unknown kv_cache_dtype '{self.kv_cache_dtype}': choose one of {', '.join(KV_CACHE_DTYPES)}")
         if self.load_format not in LOAD_FORMATS:
             raise ConfigError(f"unknown load_format '{self.load_format}': choose one of {', '.join(LOAD_FORMATS)}")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from specontext.errors import RequestError
+from specontext.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and only annotations here need it
     import torch
@@ -29,6 +29,7 @@ LONGEST_GRAMMAR = 1 << 18  # characters of a schema, a regular expression, a gra
 MOST_CHOICES = 4096
 MOST_BIASED = 1024  # tokens with a bias, as many as OpenAI allows at least
 MOST_BAD_WORDS = 1024
+SCALE_BYTES = 2  # of a key or value in 8 bits
 LONGEST_SHOWN = 80  # characters of a value that an error quotes
 
 
@@ -48,11 +49,12 @@ class ModelShape:
     """What KV storage, planner and selectors must know of a model.
 
     Attributes:
-        dtype: number format of weights and KV.
+        dtype: number format of weights, and of KV unless `kv_dtype` names another.
         max_position: longest context that is served, in tokens: what the checkpoint was made for, as far as attention here
             computes it.
         limited_by: the entry of the config that keeps `max_position` below what the checkpoint was made for, in words; '' for
             none.
+        kv_dtype: of the codes of KV in 8 bits, each key and value with a scale; None for numbers of `dtype`.
     """
 
     layers: int
@@ -64,6 +66,7 @@ class ModelShape:
     max_position: int
     dtype: torch.dtype
     limited_by: str = ""
+    kv_dtype: torch.dtype | None = None
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> ModelShape:
@@ -92,6 +95,11 @@ class ModelShape:
             limited_by=limited_by,
         )
 
+    def check_kv_format(self, name: str) -> None:
+        """Raises ConfigError where rows of these heads cannot be codes with scales."""
+        if self.head_dim % 2:
+            raise ConfigError(f"kv_cache_dtype {name} needs heads of an even width, not of {self.head_dim}: set it to auto")
+
     @property
     def longest(self) -> str:
         """`max_position` in words, with what limits it."""
@@ -99,7 +107,9 @@ class ModelShape:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of K and V of one token of one KV head of one layer."""
+        """Bytes of K and V of one token of one KV head of one layer, with their scales."""
+        if self.kv_dtype is not None:
+            return 2 * (self.head_dim * self.kv_dtype.itemsize + SCALE_BYTES)
         return 2 * self.head_dim * self.dtype.itemsize
 
     @property

@@ -16,6 +16,7 @@ from specontext.config import EngineConfig, SpeContextConfig
 
 ENGINE_OPTIONS = (
     "dtype",
+    "kv_cache_dtype",
     "device",
     "max_model_len",
     "max_num_batched_tokens",

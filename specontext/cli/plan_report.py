@@ -58,6 +58,7 @@ def heading(planned: Planned) -> list[str]:
     plan, facts, run, shape = planned.plan, planned.facts, planned.run, planned.facts.shape
     heads = f"{shape.layers} layers, {shape.kv_heads} KV heads x {shape.head_dim}"
     dtype = str(shape.dtype).removeprefix("torch.")
+    kv = "" if shape.kv_dtype is None else f", {str(shape.kv_dtype).removeprefix('torch.')} with scales"
     host = "host memory without limit" if plan.host_memory is None else f"{human_bytes(plan.host_memory)} of host memory"
     slots = "" if run.slots == run.budget else f", {run.slots:,} slots"
     limit = f" ({shape.limited_by})" if shape.limited_by and plan.max_model_len == shape.max_position else ""
@@ -65,7 +66,7 @@ def heading(planned: Planned) -> list[str]:
     note = "" if facts.weights_note is None else f" ({facts.weights_note})"
     return [
         f"{facts.name}: {_count(facts.parameters)} parameters, {heads}, {dtype}{note}; "
-        f"{human_bytes(facts.kv_bytes_per_token)} of KV a token",
+        f"{human_bytes(facts.kv_bytes_per_token)} of KV a token{kv}",
         f"retrieval head: {_count(facts.head.parameters)} parameters ({facts.head.source})",
         f"{human_bytes(plan.gpu_memory)} of GPU memory, {host}; {requests}, budget {run.budget:,}{slots}, contexts of up to "
         f"{plan.max_model_len:,} tokens{limit}; mode {plan.model.mode}",

@@ -132,6 +132,17 @@ def _rounded(preset: Preset, facts: ModelFacts, quantization: str | None) -> Mod
     return replace(facts, stored_bytes=size, weights_note=f"rounded to {quantization}")
 
 
+def with_kv_format(facts: ModelFacts, kv_cache_dtype: str) -> ModelFacts:
+    """The same model with its KV in another number format."""
+    from specontext.memory.presets import KV_FORMATS
+
+    if kv_cache_dtype == "auto":
+        return facts
+    facts.shape.check_kv_format(kv_cache_dtype)
+    kv_dtype = KV_FORMATS[kv_cache_dtype]
+    return replace(facts, shape=replace(facts.shape, kv_dtype=kv_dtype))  # type: ignore[arg-type]  # a plan asks for its size only
+
+
 def _dtype(name: str) -> torch.dtype:
     import torch
 
@@ -288,6 +299,7 @@ def as_object(planned: Planned) -> dict[str, Any]:
             "max_model_len": plan.max_model_len,
             "max_num_batched_tokens": run.max_batched_tokens,
             "dtype": str(facts.shape.dtype).removeprefix("torch."),
+            "kv_cache_dtype": "auto" if facts.shape.kv_dtype is None else str(facts.shape.kv_dtype).removeprefix("torch."),
             "runtime": planned.runtime_source,
             "graphs": planned.graphs,
             "bandwidth": None if speed is None else speed.device,

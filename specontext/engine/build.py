@@ -22,6 +22,7 @@ from specontext.engine.profile import measure_runtime
 from specontext.engine.residency import Residency
 from specontext.engine.statistics import Meter
 from specontext.errors import ConfigError, MemoryPlanError
+from specontext.kernels.quantised_rows import FORMATS
 from specontext.kv.cache import KVCache
 from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout
@@ -90,6 +91,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         HeadError: RoPE settings that do not fit the head.
         MemoryPlanError: memory that cannot hold them.
     """
+    loaded = replace(loaded, shape=replace(loaded.shape, kv_dtype=kv_format(config, loaded.shape, device)))
     shape = loaded.shape
     recommended = head.config.recommended_budget if head is not None else None
     machine = machine_speed(device)
@@ -232,6 +234,22 @@ def pinnable(host_memory: int, machine: MachineSpeed, plan: MemoryModel) -> int:
     if machine.pinned is None or machine.pinned >= LEAST_PINNED:
         return host_memory
     return min(host_memory, max(machine.pinned, plan.kv.host_page))
+
+
+def kv_format(config: EngineConfig, shape: ModelShape, device: torch.device) -> torch.dtype | None:
+    """Number format of the codes of KV in 8 bits; None for the model's own.
+
+    Raises:
+        ConfigError: the model's heads, or the GPU, cannot have it.
+    """
+    codes = FORMATS.get(config.kv_cache_dtype)
+    if codes is not None:
+        shape.check_kv_format(config.kv_cache_dtype)
+    if codes == torch.float8_e4m3fn and device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < (8, 9):
+        raise ConfigError(
+            f"kv_cache_dtype fp8 needs a GPU of compute capability 8.9, and this one has {found[0]}.{found[1]}: set it to int8"
+        )
+    return codes
 
 
 def check_offload_dir(directory: Path) -> None:

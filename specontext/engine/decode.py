@@ -190,7 +190,8 @@ class Step:
 
     def _decode(self, lane: RunningLane, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         if lane.in_layer is not None:
-            self._select_in_layer(lane, lane.in_layer, layer, query, key, scale)
+            seen, _ = self.transfers.as_stored(key, value)
+            self._select_in_layer(lane, lane.in_layer, layer, query, seen, scale)
         if self.measure_recall:
             self._measure(lane, layer, query, scale)
         if lane.reading is None:
@@ -226,7 +227,7 @@ class Step:
             pages, lengths = home.table_of(layer).index_select(0, seats), lane.decode.lengths
             return paged_attention(query, home.by_page(layer), pages, lengths, scale, tile=self.tile)[0]
         # The token itself is on its way to the host, and stands beside the tiles.
-        own = torch.stack((key, value), dim=2).view(-1, 2, key.shape[2])
+        own = torch.stack(transfers.as_stored(key, value), dim=2).view(-1, 2, key.shape[2])
         place = torch.arange(len(own), device=own.device).view(*key.shape[:2], 1)
         parts = [sparse_attention(query, own, place, scale)]
         assert self.staging is not None and lane.read is not None

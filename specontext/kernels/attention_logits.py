@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.dispatch import use_triton
+from specontext.kernels.quantised_rows import keys_of
+from specontext.kernels.tables import is_quantised
 
 
 def attention_logits(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -> Tensor:
@@ -13,7 +15,7 @@ def attention_logits(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -
 
     Args:
         query: [R, Hq, D].
-        arena: [N, 2, D], K and V of each row.
+        arena: [N, 2, D], K and V of each row; in 8 bits [N, 2 * D + 4], see `quantised_rows.py`.
         rows: int64 or int32 [R, Hkv, T], -1 is skipped.
 
     Returns:
@@ -30,7 +32,9 @@ def attention_logits_reference(query: Tensor, arena: Tensor, rows: Tensor, scale
     """`attention_logits` in PyTorch. CPUs have no product of 16-bit numbers with a float32 result, so keys are converted."""
     requests, query_heads, head_dim = query.shape
     kv_heads, width = rows.shape[1:]
-    keys = arena[:, 0].index_select(0, rows.clamp(min=0).flatten()).view(requests, kv_heads, width, head_dim)
+    read = arena if is_quantised(arena) else arena[:, :1]
+    read = read.index_select(0, rows.clamp(min=0).flatten())
+    keys = keys_of(read, torch.float32).view(requests, kv_heads, width, head_dim)
     grouped = query.float().reshape(requests, kv_heads, query_heads // kv_heads, head_dim) * scale
     logits = grouped @ keys.float().mT
     return logits.masked_fill_((rows < 0)[:, :, None], -torch.inf).view(requests, query_heads, width)

@@ -58,8 +58,8 @@ class ChunkAttention:
         self._output, self._lse = part.float().reshape(self._folded.shape), lse.reshape(kv_heads, 1, -1)
 
     def add(self, tile: Tensor) -> None:
-        """Attend to K and V [T, Hkv, 2, D] of T tokens, at least one, before the chunk."""
-        tile = as_multiplied(tile)
+        """Attend to the rows [T, Hkv, *row] of T tokens, at least one, before the chunk."""
+        tile = as_multiplied(tile, self._dtype)
         if tile.dtype == torch.float32:
             self._folded = self._folded.float()
         keys, values = tile.permute(2, 1, 0, 3)[:, :, None].unbind(0)  # each [Hkv, 1, T, D]

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.dispatch import scratch
+from specontext.kernels.quantised_rows import dequantise, head_dim_of
+from specontext.kernels.tables import CODES
 
 _aten = torch.ops.aten
 FLASH_ON_CPU = hasattr(_aten, "_scaled_dot_product_flash_attention_for_cpu")
@@ -50,9 +52,14 @@ def _float32_is_faster(dtype: torch.dtype) -> bool:
     return dtype != torch.bfloat16 or not multiplies_bfloat16()
 
 
-def as_multiplied(tokens: Tensor) -> Tensor:
-    """K and V in the number format in which their device attends fastest: themselves, or a float32 copy in scratch memory, which
-    the next call of this thread overwrites."""
+def as_multiplied(tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows as K and V [..., 2, D] in the number format in which their device attends fastest to queries of a format: themselves,
+    or a copy in scratch memory, which the next call of this thread overwrites. Rows in 8 bits are always dequantised."""
+    if tokens.dtype in CODES:
+        if tokens.device.type == "cpu" and dtype in HALVES and _float32_is_faster(dtype):
+            dtype = torch.float32
+        shape = (*tokens.shape[:-1], 2, head_dim_of(tokens))
+        return dequantise(tokens, scratch("attention.dequantised", shape, dtype, tokens.device))
     if tokens.device.type != "cpu" or tokens.dtype not in HALVES or not _float32_is_faster(tokens.dtype):
         return tokens
     return scratch("attention.float32", tuple(tokens.shape), torch.float32, tokens.device).copy_(tokens)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from specontext.kernels.dispatch import operation
+from specontext.kernels.fused_attention import as_multiplied
 
 logger = logging.getLogger("specontext")
 QUERIES = 2048
@@ -159,8 +160,8 @@ class GpuChunk:
                 self._parts.append(_Queries(some, stop == whole, output, lse[0]))
 
     def add(self, tile: Tensor) -> None:
-        """Attend to K and V [T, Hkv, 2, D] of T tokens, at least one, before the chunk; T of any strides."""
-        keys, values = map(_by_head, tile.unbind(2))
+        """Attend to the rows [T, Hkv, *row] of T tokens, at least one, before the chunk; T of any strides."""
+        keys, values = map(_by_head, as_multiplied(tile, self._dtype).unbind(2))
         for part in self._parts:
             for start, stop in cuts(len(tile)) if part.regular else [(0, len(tile))]:
                 regular = self._regular if part.regular and stop - start >= KEYS else None

@@ -8,6 +8,7 @@ from torch import Tensor
 from specontext.kernels.dispatch import scratch, use_triton
 from specontext.kernels.fused_attention import as_multiplied, attention_with_lse
 from specontext.kernels.sparse_attention import TILE_BYTES, bias_beyond, of_like_width, parts_of
+from specontext.kernels.tables import is_quantised
 
 
 def paged_attention(
@@ -23,7 +24,7 @@ def paged_attention(
 
     Args:
         query: [R, Hq, D].
-        rows: [N, page_size, Hkv, 2, D], K and V of the tokens of every page; on a GPU contiguous.
+        rows: [N, page_size, Hkv, *row], K and V of the tokens of every page, rows as `Pages` has them; on a GPU contiguous.
         pages: int64 or int32 [R, P], pages of each request's tokens in their order.
         lengths: int64 or int32 [R], tokens of each request, at most P * page_size.
         scale: factor of the logits.
@@ -62,7 +63,7 @@ def paged_attention_reference(
                 chosen = chosen[counts[chosen] > 0]
             for part in parts_of(chosen, max(1, TILE_BYTES // (width * row_bytes))):
                 tokens = _tile_of_requests(rows, pages[part], counts[part], start, width)
-                tokens = as_multiplied(tokens)
+                tokens = as_multiplied(tokens, query.dtype)
                 keys, values = tokens.permute(3, 0, 2, 1, 4).unbind(0)  # each [N, Hkv, T, D]
                 bias = bias_beyond(counts[part], width)
                 mine = queries[part].float() if tokens.dtype == torch.float32 else queries[part]
@@ -74,7 +75,7 @@ def paged_attention_reference(
 
 
 def _tile_of_requests(rows: Tensor, pages: Tensor, counts: Tensor, start: int, width: int) -> Tensor:
-    """K and V of the tokens start .. start + width - 1 of some requests, zeros beyond counts[n] tokens: [N, width, Hkv, 2, D].
+    """K and V of the tokens start .. start + width - 1 of some requests, zeros beyond counts[n] tokens: [N, width, Hkv, *row].
 
     One request whose pages follow one another is read in place; others are copied into scratch memory.
     """
@@ -88,11 +89,12 @@ def _tile_of_requests(rows: Tensor, pages: Tensor, counts: Tensor, start: int, w
     places = torch.arange(first, end, device=pages.device).clamp(max=pages.shape[1] - 1)
     wanted = pages.index_select(1, places)
     gathered = torch.index_select(rows, 0, wanted.flatten(), out=buffer)
-    tokens = gathered.view(len(pages), -1, *shape[2:])  # [N, tokens of whole pages, Hkv, 2, D]
+    tokens = gathered.view(len(pages), -1, *shape[2:])  # [N, tokens of whole pages, Hkv, *row]
     before = start - first * page_size
     if not whole:  # what lies there may not be a number
         request, token = (torch.arange(width, device=counts.device) >= counts[:, None]).nonzero(as_tuple=True)
-        tokens.flatten(0, 1).index_fill_(0, request * tokens.shape[1] + before + token, 0.0)
+        numbers = tokens.view(torch.int8) if is_quantised(tokens) else tokens
+        numbers.flatten(0, 1).index_fill_(0, request * tokens.shape[1] + before + token, 0)
     return tokens[:, before : before + width]
 
 
@@ -103,13 +105,13 @@ def tokens_of_pages(rows: Tensor, pages: Tensor, start: int, stop: int, *, buffe
     they are always copied, because looking at page numbers would wait for the device.
 
     Args:
-        rows: [N, page_size, Hkv, 2, D], as `paged_attention` says.
+        rows: [N, page_size, Hkv, *row], as `paged_attention` says.
         pages: int64 or int32 [P], pages of the request's tokens in their order, on the device of the rows.
         buffer: `tile_buffer` of at least stop - start tokens that a copy may overwrite; new memory when None. Fresh memory for
             every tile costs a CPU more than the copy.
 
     Returns:
-        [stop - start, Hkv, 2, D].
+        [stop - start, Hkv, *row].
     """
     page_size = rows.shape[1]
     first, end = start // page_size, -(-stop // page_size)
@@ -125,6 +127,6 @@ def tokens_of_pages(rows: Tensor, pages: Tensor, start: int, stop: int, *, buffe
 
 
 def tile_buffer(rows: Tensor, tokens: int) -> Tensor:
-    """Room for the pages of any `tokens` consecutive tokens: [pages, page_size, Hkv, 2, D]."""
+    """Room for the pages of any `tokens` consecutive tokens: [pages, page_size, Hkv, *row]."""
     most = -(-tokens // rows.shape[1]) + 1
     return rows.new_empty((most, *rows.shape[1:]))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.dispatch import operation, scratch
-from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers, word_of
+from specontext.kernels.quantised_rows import dequantise, quantise
+from specontext.kernels.tables import CODES, Copies, NewTokens, Pages, Parts, Tiers, is_quantised, word_of
 
 CACHED_BYTES = 1 << 22  # that a CPU reads and then writes: they stay in its cache, and its threads have enough to share
 
@@ -22,9 +23,9 @@ def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows
     """target[target_rows] = source[source_rows]; entries with a negative source row are skipped.
 
     Args:
-        source: [N, 2, D].
+        source: [N, *row].
         source_rows, target_rows: int64, equal shapes. Target rows are distinct where they are not skipped.
-        target: [M, 2, D], the source's dtype, changed in place.
+        target: [M, *row], the source's dtype, changed in place.
     """
     wanted = source_rows >= 0
     _copy_rows(source, source_rows.masked_select(wanted), target, target_rows.masked_select(wanted))
@@ -35,7 +36,7 @@ def gather_tokens(pages: Pages, layer: int, seat: int, start: int, target: Tenso
     """target[t] = K and V of the token start + t of a seat in one layer.
 
     Args:
-        target: [T, Hkv, 2, D], contiguous, on the device of the rows, changed in place.
+        target: [T, Hkv, *row], contiguous, on the device of the rows, changed in place.
     """
     device = pages.table.device
     tokens = torch.arange(start, start + len(target), device=device)[None, None]
@@ -117,7 +118,7 @@ def _numbers(
 
 @operation(decided_by="new.key")
 def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
-    """Write K and V of new tokens into the pages of one layer."""
+    """Write K and V of new tokens into the pages of one layer, quantised where those are."""
     _append(pages, layer, new.seats, new.positions, torch.stack((new.key, new.value), dim=2))
 
 
@@ -150,7 +151,7 @@ def append_pieces(pages: Pages, line: int, seats: Tensor, positions: Tensor, new
         pages: changed in place.
         line: of the page table.
         seats, positions: int64 [T], distinct; a negative position is padding.
-        new: [T, Hkv, count, 2, D], contiguous, in the pages' number format.
+        new: [T, Hkv, count, *row], contiguous, in the pages' number format.
         wanted: bool [count], places that are written; the others of a piece stay as they are.
     """
     token = (positions >= 0).nonzero().squeeze(1)
@@ -182,6 +183,26 @@ def append_keys(keys: Tensor, table: Tensor, seats: Tensor, positions: Tensor, n
     keys[table[seats, positions // page_size], positions % page_size] = new.to(keys.dtype)
 
 
+def row_of(key: Tensor, value: Tensor, pool: Tensor) -> Tensor:
+    """K and V [T, Hkv, D] as rows of a pool: [T, Hkv, 2, D], or quantised [T, Hkv, 2 * D + 4]."""
+    return quantise_tokens(key, value, pool.dtype) if is_quantised(pool) else torch.stack((key, value), dim=-2).to(pool.dtype)
+
+
+def as_stored(key: Tensor, value: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
+    """New K and V [T, Hkv, D] as they will be read from a pool: it makes no difference then from where attention takes them."""
+    if not is_quantised(pool):
+        return key, value
+    rows = quantise_tokens(key, value, pool.dtype)
+    read = dequantise(rows, key.new_empty((*key.shape[:-1], 2, key.shape[-1])))
+    return read[..., 0, :], read[..., 1, :]
+
+
+@operation(decided_by="key")
+def quantise_tokens(key: Tensor, value: Tensor, codes: torch.dtype) -> Tensor:
+    """Rows [T, Hkv, 2 * D + 4] of K and V [T, Hkv, D]; see `quantised_rows.py`."""
+    return quantise(torch.stack((key, value), dim=-2), codes)
+
+
 def ring_slots(positions: Tensor, lengths: Tensor, sink: int, recent: int) -> Tensor:
     """Slots (any shape) of sinks and of the last `recent` of `lengths` tokens, -1 for all others and for negative positions."""
     kept = (positions >= 0) & ((positions < sink) | (positions >= lengths - recent))
@@ -202,7 +223,8 @@ def _append(pages: Pages, layer: int, seats: Tensor, entries: Tensor, numbers: T
     table, words = pages.table[line], pages.words
     page = table.view(-1).index_select(0, (seats * table.shape[1]).add_(entries // pages.size))
     piece = pages.pieces(page, entries)
-    new = numbers.to(pages.rows).flatten(2).view(words.dtype)  # [T, Hkv, words]
+    rows = quantise(numbers, pages.rows.dtype) if pages.rows.dtype in CODES else numbers
+    new = rows.to(pages.rows).flatten(2).view(words.dtype)  # [T, Hkv, words]
     if pages.layers.count == 1:
         words.view(-1, new.shape[1] * new.shape[2]).index_copy_(0, (piece // pages.heads).to(words.device), new.flatten(1))
     else:

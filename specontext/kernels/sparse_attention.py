@@ -24,7 +24,7 @@ def sparse_attention(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -
 
     Args:
         query: [R, Hq, D].
-        arena: [N, 2, D], K and V of each row.
+        arena: [N, 2, D], K and V of each row; in 8 bits [N, 2 * D + 4], see `quantised_rows.py`.
         rows: int64 or int32 [R, Hkv, B] row indices, -1 is skipped. Query heads h * Hq / Hkv and up read the rows of KV head h.
         scale: factor of the logits.
 
@@ -36,13 +36,14 @@ def sparse_attention(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -
     grouped = query.reshape(requests * kv_heads, 1, query_heads // kv_heads, head_dim)
     wanted, counts = _packed(rows.reshape(-1, width))
     output, lse = torch.empty_like(grouped), torch.empty(grouped.shape[:3], device=query.device)
-    flat = arena.view(len(arena), 2 * head_dim)
+    flat = arena.flatten(1)
     for pairs, most in of_like_width(counts, width):
         together = max(torch.get_num_threads(), TILE_BYTES // (2 * most * head_dim * 4))
         for part in parts_of(pairs, together):
             index = wanted[part, :most].flatten()
-            buffer = scratch("attention.gathered", (len(index), 2 * head_dim), arena.dtype, arena.device)
-            tokens = as_multiplied(torch.index_select(flat, 0, index, out=buffer)).view(-1, 1, most, 2, head_dim)
+            buffer = scratch("attention.gathered", (len(index), flat.shape[1]), arena.dtype, arena.device)
+            gathered = torch.index_select(flat, 0, index, out=buffer).view(-1, *arena.shape[1:])
+            tokens = as_multiplied(gathered, query.dtype).view(-1, 1, most, 2, head_dim)
             keys, values = tokens.unbind(3)
             queries = grouped[part].float() if tokens.dtype == torch.float32 else grouped[part]
             out, lse[part] = attention_with_lse(queries, keys, values, scale, bias=bias_beyond(counts[part], most))

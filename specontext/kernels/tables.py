@@ -11,10 +11,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+CODES = (torch.float8_e4m3fn, torch.int8)  # number formats of rows in 8 bits, whose scales follow the codes
+
+
+def is_quantised(rows: Tensor) -> bool:
+    """Whether rows of a pool are codes and scales; see `quantised_rows.py`."""
+    return rows.dtype in CODES
+
 
 def word_of(rows: Tensor) -> torch.dtype:
-    """The widest number format that divides a row of a pool [N, 2, D]."""
-    row_bytes = rows.shape[1] * rows.shape[2] * rows.itemsize
+    """The widest number format that divides a row of a pool [N, ...]."""
+    row_bytes = rows[:1].nbytes
     return next((w for w in (torch.complex128, torch.int64, torch.int32) if row_bytes % w.itemsize == 0), rows.dtype)
 
 
@@ -44,7 +51,7 @@ class Pages:
         in a layer                    ->  row piece * count + place
 
     Attributes:
-        rows: [N, 2, D], K and V.
+        rows: [N, 2, D], K and V; in 8 bits [N, 2 * D + 4], see `quantised_rows.py`.
         table: int64 [lines, seats, P]; page 0 stands where there is none. On the device, wherever the rows are.
         size: entries of a page.
         heads: KV heads.
@@ -68,7 +75,7 @@ class Pages:
         return self.table[self.layers.homes[layer][0]]
 
     def by_page(self, layer: int) -> Tensor:
-        """The rows of a layer in every page: [pages, size, Hkv, 2, D], of any strides but the last."""
+        """The rows of a layer in every page: [pages, size, Hkv, *row], of any strides but the last."""
         pieces = self.rows.view(-1, self.size, self.heads, self.layers.count, *self.rows.shape[1:])
         return pieces[:, :, :, self.layers.homes[layer][1]]
 

@@ -14,7 +14,7 @@ from specontext.kv.transfers import Transfers
 
 @dataclass(frozen=True)
 class State:
-    """What is known of pages of tokens besides KV, in the number format of KV.
+    """What is known of pages of tokens besides KV, in the number format of the model.
 
     Attributes:
         each: [n, numbers], of every page.
@@ -31,15 +31,16 @@ class BlockState:
     Args:
         before: pages of each block that hold KV.
         page_rows: rows of a page of the host.
+        dtype: number format of state, which divides a row.
         each, last: numbers of a block's state; see `State`.
 
     Attributes:
         pages: of the host, for each block.
     """
 
-    def __init__(self, transfers: Transfers, before: int, page_rows: int, *, each: int, last: int) -> None:
+    def __init__(self, transfers: Transfers, before: int, page_rows: int, dtype: torch.dtype, *, each: int, last: int) -> None:
         self._transfers, self._sizes, self._before, self._page_rows = transfers, (each, last), before, page_rows
-        self._width = transfers.tiers.host.rows[0].numel()
+        self._dtype, self._width = dtype, transfers.tiers.host.rows[:1].nbytes // dtype.itemsize
         self._each_rows, self._last_rows = -(-each // self._width), -(-last // self._width)
         self.pages = -(-(self._each_rows + self._last_rows) // self._page_rows)
 
@@ -53,10 +54,10 @@ class BlockState:
         if not rows_of_all:
             return
         host = self._transfers.tiers.host.rows
-        numbers = torch.zeros((pages.shape[1], rows_of_all * self._width), dtype=host.dtype, device=pages.device)
+        numbers = torch.zeros((pages.shape[1], rows_of_all * self._width), dtype=self._dtype, device=pages.device)
         numbers[:, : self._sizes[0]] = state.each
         numbers[:, self._each_rows * self._width :][:, : self._sizes[1]] = state.last
-        rows = numbers.view(-1, *host.shape[1:])
+        rows = numbers.view(host.dtype).view(-1, *host.shape[1:])
         here, there = torch.arange(len(rows), device=pages.device), self._rows(pages, 0, rows_of_all)
         with self._transfers.beside(WRITE_BACK, rows, here, there):
             gather_rows(rows, here, host, there)
@@ -71,10 +72,10 @@ class BlockState:
         rows = torch.empty((len(there), *host.shape[1:]), dtype=host.dtype, device=pages.device)
         with self._transfers.beside(PREFETCH, there, here, rows):
             gather_rows(host, there, rows, here)
-        each, last = rows.split([len(of_each), len(of_last)])
+        each, last = rows.flatten(1).view(self._dtype).split([len(of_each), len(of_last)])
         return State(
-            each.view(pages.shape[1], self._each_rows * self._width)[:, : self._sizes[0]],
-            last.view(1, self._last_rows * self._width)[:, : self._sizes[1]],
+            each.reshape(pages.shape[1], self._each_rows * self._width)[:, : self._sizes[0]],
+            last.reshape(1, self._last_rows * self._width)[:, : self._sizes[1]],
         )
 
     def _rows(self, pages: Tensor, start: int, stop: int) -> Tensor:

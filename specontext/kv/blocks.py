@@ -39,7 +39,7 @@ class Blocks:
     def __init__(self, transfers: Transfers, host: PagePool, state: tuple[int, int]) -> None:
         self._transfers, self._free, self._prepare = transfers, host.pages, host.prepare
         self._lines = len(transfers.layer_blocks.sizes)
-        self._state = BlockState(transfers, self._lines, host.page_rows, each=state[0], last=state[1])
+        self._state = BlockState(transfers, self._lines, host.page_rows, host.layout.others, each=state[0], last=state[1])
         # The pool of the host holds the tree: with a weak reference the tables of an engine that is dropped go at once.
         self.tree = PrefixTree(host.layout.page_size, self._lines + self._state.pages, _weak(transfers.join_copies))
         host.pages.cache = self.tree

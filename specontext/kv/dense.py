@@ -21,7 +21,7 @@ def tiles_of(stop: int, tile: int) -> list[tuple[int, int]]:
 
 
 def stored_tiles(transfers: Transfers, layer: int, seat: int, stop: int, tile: int) -> Iterator[Tensor]:
-    """K and V of the tokens 0 .. stop - 1 of a request, in tiles [T, Hkv, 2, D], T at most `tile`, where they are in reach.
+    """K and V of the tokens 0 .. stop - 1 of a request, in tiles [T, Hkv, *row], T at most `tile`, where they are in reach.
 
     A tile is a view of the pool or of a buffer that the next tile overwrites. On a GPU one kernel copies it.
     """

@@ -1,6 +1,6 @@
 """How KV lies in pages: what a row is made of, which layers keep what, and where the rows of both tiers are.
 
-    row     one token (or slot) of one KV head of one layer: its parts one after the other, here [K|V, D]
+    row     one token (or slot) of one KV head of one layer: its parts one after the other, [K|V, D] or codes and scales of both
     entry   the rows of all KV heads of a token (or slot)
     page    `page_size` entries: of one layer on the device, of a block of neighbouring layers on the host
     piece   the rows of one token and KV head in the layers of a block, side by side
@@ -63,11 +63,13 @@ class Layout:
 
     Attributes:
         layer_blocks: the layers that lie side by side on the host: of those in which every token has an entry.
+        others: number format of what else lies in pages, the retrieval head's keys and the state of known prompts.
     """
 
     layers: tuple[LayerLayout, ...]
     page_size: int
     layer_blocks: LayerBlocks
+    others: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         assert list(self.layer_blocks.layers) == self.full
@@ -75,10 +77,13 @@ class Layout:
     @classmethod
     def of_shape(cls, shape: ModelShape, page_size: int, layer_blocks: LayerBlocks | None = None) -> Layout:
         """Keys and values of every token in every layer; by default in blocks of layers that all read alike."""
-        kv = (Part("key", shape.head_dim, shape.dtype), Part("value", shape.head_dim, shape.dtype))
+        numbers = shape.dtype if shape.kv_dtype is None else shape.kv_dtype
+        kv: tuple[Part, ...] = (Part("key", shape.head_dim, numbers), Part("value", shape.head_dim, numbers))
+        if shape.kv_dtype is not None:
+            kv += (Part("scales", 2, torch.bfloat16),)
         if layer_blocks is None:
             layer_blocks = divide_layers(((0,),) * shape.layers, shape.row_bytes)
-        return cls((LayerLayout(kv, shape.kv_heads),) * shape.layers, page_size, layer_blocks)
+        return cls((LayerLayout(kv, shape.kv_heads),) * shape.layers, page_size, layer_blocks, shape.dtype)
 
     @property
     def page_bytes(self) -> int:
@@ -99,12 +104,15 @@ class Layout:
         most = self.layers[layer].entries
         return self.pages_of(tokens if most is None else min(tokens, most))
 
-    def row_size(self) -> tuple[int, int]:
-        """[K|V, D] of a row, where all parts of all layers are as long: what today's kernels read."""
-        sizes = {(len(layer.parts), *{part.numbers for part in layer.parts}) for layer in self.layers}
-        assert len(sizes) == 1 and all(len(size) == 2 for size in sizes), "rows of several kinds, which no kernel reads"
-        (count, numbers), *_ = sizes
-        return count, numbers
+    def row_size(self) -> tuple[int, ...]:
+        """What kernels read of a row: [K|V, D], or its bytes where scales follow the codes."""
+        rows = {layer.parts for layer in self.layers}
+        assert len(rows) == 1, "rows of several kinds, which no kernel reads"
+        (parts,) = rows
+        if len({(part.numbers, part.dtype) for part in parts}) == 1:
+            return len(parts), parts[0].numbers
+        assert len(parts) == 3 and parts[0].dtype.itemsize == 1, "rows of a kind that no kernel reads"
+        return (self.layers[0].row_bytes,)
 
     @property
     def heads(self) -> int:
@@ -114,8 +122,8 @@ class Layout:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number format of all parts."""
-        (dtype,) = {part.dtype for layer in self.layers for part in layer.parts}
+        """Number format of keys and values, or of their codes."""
+        (dtype,) = {part.dtype for layer in self.layers for part in layer.parts[:2]}
         return dtype
 
     @property

@@ -25,7 +25,7 @@ class PagePool:
         device: where page tables are.
 
     Attributes:
-        rows: [pages * page_size * Hkv * places of a block, 2, D].
+        rows: [pages * page_size * Hkv * places of a block, *row], a row being [2, D] or the bytes of one that is quantised.
         memory: where the rows lie, for the host tier; None for the device's.
     """
 
@@ -80,11 +80,11 @@ class PagePool:
 
         A page has room for the keys of as many tokens as fit whole; what is left over at its end is not used.
         """
-        numbers = self.rows[0].numel() * self.page_rows
+        numbers = self.page_bytes // self.layout.others.itemsize
         entry = heads * head_dim
         assert entry <= numbers, "a page has no room for the keys of a token"
         shape = (self.pages.num_pages, numbers // entry, heads, head_dim)
-        return self.rows.as_strided(shape, (numbers, entry, head_dim, 1))
+        return self.rows.view(-1).view(self.layout.others).as_strided(shape, (numbers, entry, head_dim, 1))
 
     @property
     def num_bytes(self) -> int:

@@ -54,7 +54,7 @@ class StagedTile:
 
     Attributes:
         start, stop: these tokens of each request.
-        tokens: K and V [R, T, Hkv, 2, D], contiguous. What is behind the end of a request is not there.
+        tokens: rows [R, T, Hkv, *row], contiguous. What is behind the end of a request is not there.
     """
 
     start: int
@@ -63,7 +63,7 @@ class StagedTile:
 
     @property
     def buffer(self) -> Tensor:
-        """The rows [N, 2, D]."""
+        """The rows [N, *row]."""
         return self.tokens.flatten(0, 2)
 
     def rows(self) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specontext.errors import LoadError
-from specontext.kernels.rows import append_layer, append_pieces, append_tokens, copy_pieces, fixed_slots
+from specontext.kernels.rows import append_layer, append_pieces, append_tokens, as_stored, copy_pieces, fixed_slots, row_of
 from specontext.kernels.slot_plan import listed, selected_rows
 from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
 from specontext.kv.layout import BlockParts, PlacedSelection
@@ -59,7 +59,7 @@ class Transfers:
         self.every = BlockParts.of_map(layer_blocks, alike, device).all
         self.by_layer = BlockParts.of_map(one_by_one(len(resident)), alike, device)
         self.programs: int | None = None
-        # New rows on the device, [T, Hkv, places, 2, D], until all layers of their block have computed them.
+        # New rows on the device, [T, Hkv, places, *row], until all layers of their block have computed them.
         self._staged: dict[str, Tensor] = {}
         members = [[*layers, *[-1] * (layer_blocks.places - len(layers))] for layers in layer_blocks.members]
         self._members = torch.tensor(members, dtype=torch.int64).to(tiers.resident.device)
@@ -157,8 +157,13 @@ class Transfers:
         host, tokens = self.tiers.host, reading.selection.tokens[:, reading.reader.head_map[layer]]
         truth = host.rows_of(layer, reading.seats, tokens)
         read = truth >= 0
-        if not torch.equal(self.tiers.tokens.rows[rows[read].long()].cpu(), host.rows[truth[read].cpu()]):
+        slots, stored = (pool.rows.view(torch.uint8) for pool in (self.tiers.tokens, host))
+        if not torch.equal(slots[rows[read].long()].cpu(), stored[truth[read].cpu()]):
             raise LoadError(f"layer {layer}: a slot holds a row that differs from the host's copy")
+
+    def as_stored(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """New K and V [T, Hkv, D] as attention reads them once they are stored."""
+        return as_stored(key, value, self.tiers.tokens.rows)
 
     def append(self, layer: int, new: NewTokens) -> None:
         """Store K and V of new decode tokens, one a request, where the layer lives."""
@@ -204,7 +209,7 @@ class Transfers:
             shape = (*new.key.shape[:2], host.layers.count, *host.rows.shape[1:])
             self._staged[kind] = torch.empty(shape, dtype=host.rows.dtype, device=new.key.device)
         rows = self._staged[kind]
-        rows[:, :, place, 0], rows[:, :, place, 1] = new.key, new.value
+        rows[:, :, place] = row_of(new.key, new.value, host.rows)
         if layer == away[-1]:
             del self._staged[kind]
             members = self._members[block]

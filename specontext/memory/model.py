@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from specontext.config import STEP_TOKENS
+from specontext.core import ModelShape
 from specontext.memory.facts import ModelFacts
 from specontext.memory.layer_blocks import LayerBlocks, one_by_one
 
@@ -310,6 +311,12 @@ def fitting_step(facts: ModelFacts, run: RunSettings, memory: int) -> RunSetting
     return run
 
 
+def dequantised_bytes(shape: ModelShape, tile: int, steps: int) -> int:
+    """Bytes of numbers beside KV in 8 bits: a tile of stored tokens, and three float32 copies of the new ones of a step."""
+    numbers = 2 * shape.kv_heads * shape.head_dim  # of a token in one layer
+    return 0 if shape.kv_dtype is None else numbers * (tile * shape.dtype.itemsize + 3 * 4 * steps)
+
+
 def prompt_tile(entry_bytes: int) -> int:
     """Stored tokens that a prompt chunk reads at once on a GPU: the power of two of which a layer's fill a buffer.
 
@@ -325,7 +332,8 @@ def buffer_bytes(facts: ModelFacts, run: RunSettings) -> int:
     entry = shape.kv_heads * shape.row_bytes
     tile = entry * min(prompt_tile(entry), run.max_tokens)
     decoding = entry * min(max(DECODE_TILE, LEAST_TILE * run.requests), run.requests * run.max_tokens)
-    return tile + 2 * max(tile, decoding)
+    steps = min(run.max_batched_tokens, run.requests * run.max_tokens)
+    return tile + 2 * max(tile, decoding) + dequantised_bytes(shape, min(prompt_tile(entry), run.max_tokens), steps)
 
 
 def staged_bytes(facts: ModelFacts, run: RunSettings) -> int:

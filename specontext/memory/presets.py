@@ -29,6 +29,7 @@ class NumberFormat:
         return f"torch.{self.name}"  # as PyTorch writes its own
 
 
+KV_FORMATS = {name: NumberFormat(name, 1) for name in ("fp8", "int8")}  # of codes
 NUMBER_FORMATS = {name: NumberFormat(name, size) for name, size in (("float32", 4), ("bfloat16", 2), ("float16", 2))}
 
 

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.engine.build import Parts, build_parts
+from specontext.kernels.quantised_rows import head_dim_of, quantise
+from specontext.kernels.tables import is_quantised
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import RetrievalHead
+from specontext.retrieval.methods.speculative import KeyCache
 
 MEMORY = 10**15  # bytes: pools are as large as what is asked for
 
@@ -29,10 +32,17 @@ def middle_config(loaded: LoadedModel, method: SpeContextConfig, requests: int, 
 
 
 def parts_for(
-    loaded: LoadedModel, head: RetrievalHead | None, method: SpeContextConfig, requests: int, context: int, device: torch.device
+    loaded: LoadedModel,
+    head: RetrievalHead | None,
+    method: SpeContextConfig,
+    requests: int,
+    context: int,
+    device: torch.device,
+    kv_cache_dtype: str = "auto",
 ) -> Parts:
     """An engine's parts with every request's KV and head keys filled with random numbers."""
-    parts = build_parts(middle_config(loaded, method, requests, context), loaded, head, device)
+    config = middle_config(loaded, method, requests, context, kv_cache_dtype=kv_cache_dtype)
+    parts = build_parts(config, loaded, head, device)
     fill_seats(parts, requests, context)
     return parts
 
@@ -50,14 +60,22 @@ def fill_seats(parts: Parts, requests: int, context: int) -> None:
     if parts.kv.offloaded:  # else nothing there is read, and memory that is written is taken
         host = parts.kv.host
         fill(host.rows[: (host.pages.num_held + 1) * host.page_rows])
-    selector = getattr(parts.selector, "inner", parts.selector)  # of a replay
+    selector: Any = getattr(parts.selector, "inner", parts.selector)  # of a replay
     if hasattr(selector, "last_fused"):  # its keys lie in the arena
         selector.last_fused.normal_()
+        if is_quantised(parts.kv.arena.rows):  # whose bytes need not be numbers of another format
+            cache: KeyCache = selector.cache
+            for pages in cache.held:
+                cache.keys[pages] = torch.randn((len(pages), *cache.keys.shape[1:]), device=cache.keys.device).to(cache.keys)
 
 
 def fill(tensor: Tensor, block: int = 1 << 24) -> None:
-    """Random numbers, the same block again and again."""
-    flat = tensor.view(-1)
-    some = torch.randn(min(block, max(1, flat.numel())), dtype=torch.float32).to(flat)
+    """Random numbers, the same block again and again; where rows are in 8 bits, quantised ones."""
+    if is_quantised(tensor):
+        numbers = torch.randn(min(block // tensor.shape[1], max(1, len(tensor))), 2, head_dim_of(tensor))
+        flat, some = tensor.view(torch.int8).view(-1), quantise(numbers, tensor.dtype).view(torch.int8).view(-1).to(tensor.device)
+    else:
+        flat = tensor.view(-1)
+        some = torch.randn(min(block, max(1, flat.numel())), dtype=torch.float32).to(flat)
     for start in range(0, flat.numel(), len(some)):
         flat[start : start + len(some)] = some[: flat.numel() - start]

@@ -13,13 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specontext.kernels.triton.sparse_attention import tile_shape
+from specontext.kernels.triton.sparse_attention import scales_of, tile_shape, words_of
 
 
 @triton.jit(do_not_specialize=["width", "rows_r", "rows_h"])
 def _logits(
     query_ptr,  # [R, Hq, D]
-    arena_ptr,  # [N, 2, D]
+    arena_ptr,  # [N, 2, D], or codes [N, 2 * D + 4]
+    words_ptr,  # int32, the same memory where rows are codes
     rows_ptr,  # [R, Hkv, T]
     logits_ptr,  # [R, Hq, T]
     scale,
@@ -36,6 +37,7 @@ def _logits(
     BLOCK: tl.constexpr,
     FORMAT: tl.constexpr,
     DOT: tl.constexpr,
+    SCALED: tl.constexpr,  # rows are codes
 ):
     block, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     member = tl.arange(0, GROUP_PAD)
@@ -51,14 +53,18 @@ def _logits(
     inside = entry < width
     row = tl.load(rows_ptr + request * rows_r + head.to(tl.int64) * rows_h + entry, mask=inside, other=-1)
     present = row >= 0
-    key = tl.load(
-        arena_ptr + row.to(tl.int64)[:, None] * (2 * DIM) + dim[None, :], mask=present[:, None] & in_dim[None, :], other=0.0
-    ).to(FORMAT)  # [BLOCK, DIM_PAD]
+    row = row.to(tl.int64)
+    place = arena_ptr + row[:, None] * (2 * DIM + 4 * SCALED) + dim[None, :]
+    key = tl.load(place, mask=present[:, None] & in_dim[None, :], other=0.0).to(FORMAT)  # [BLOCK, DIM_PAD]
+    factor = scale
+    if SCALED:
+        key_scale, _ = scales_of(words_ptr, row, present, DIM)
+        factor = key_scale[None, :] * scale
     if DOT:
         logits = tl.dot(query, tl.trans(key), input_precision="ieee")
     else:
         logits = tl.sum(query[:, None, :].to(tl.float32) * key[None, :, :].to(tl.float32), 2)
-    logits = tl.where(present[None, :], logits * scale, float("-inf"))
+    logits = tl.where(present[None, :], logits * factor, float("-inf"))
     place = (request * kv_heads * GROUP + query_head)[:, None] * width + entry[None, :]
     tl.store(logits_ptr + place, logits, mask=in_group[:, None] & inside[None, :])
 
@@ -75,6 +81,7 @@ def attention_logits(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -
     _logits[(triton.cdiv(width, shape["BLOCK"]), kv_heads, requests)](
         query,
         arena,
+        words_of(arena),
         rows,
         logits,
         scale,

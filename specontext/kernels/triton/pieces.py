@@ -5,17 +5,20 @@ A bus with a round trip of two microseconds and 50 GB/s wants 100 KB under way a
 works on several tiles of pieces at once, in a pipeline through shared memory (asynchronous copies): it looks up the entries of
 one tile, their pages of the next, has the rows of one or two under way, and stores those that have come.
 
-A tile is [rows, numbers of a row], 16 bytes a thread and copy; rows of a piece are neighbours in it as they are in memory.
+A tile is [rows, numbers of a row], 16 bytes a thread and copy; rows of a piece are neighbours in it as they are in memory. Rows
+in 8 bits begin at multiples of 4 bytes and are copied by as many: the largest power of two of them, and then the rest of a row.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from specontext.kernels.tables import Copies, Pages, Parts
+from specontext.kernels.tables import Copies, Pages, Parts, is_quantised
 from specontext.kernels.triton.slot_plan import piece_of
 
 PROGRAMS = (8, 32)  # with few requests layers hide what is loaded, and want the device; with many the bus is waited for
@@ -48,16 +51,16 @@ def copy_pieces(
         return
     assert source.rows.dtype == target.rows.dtype and source.heads == target.heads
     assert all(x.is_contiguous() for x in (source.rows, target.rows, source.table, target.table, parts.layers))
-    row, block, rows = _tile(source.rows, tile_bytes)
+    tile = row_tile(source.rows, tile_bytes)
     layers = parts.layers.shape[1]
     padded = triton.next_power_of_2(layers)
-    pieces = max(1, rows // padded)
+    pieces = max(1, tile.rows // padded)
     programs = programs or min(max(requests, PROGRAMS[0]), PROGRAMS[1])
     # All programs are at one block and request at a time: a bus that reads at random needs a table that stays in its cache.
     splits = min(triton.cdiv(programs, source.heads), triton.cdiv(width, pieces))
     _copy_pieces[(min(readers * splits, programs),)](
-        source.rows,
-        target.rows,
+        as_copied(source.rows),
+        as_copied(target.rows),
         source.table,
         target.table,
         source.layers.lines,
@@ -88,8 +91,9 @@ def copy_pieces(
         TARGET_PLACES=target.layers.count,
         LAYERS=layers,
         LAYERS_PAD=padded,
-        WIDTH=row,
-        BLOCK=block,
+        WIDTH=tile.width,
+        BLOCK=tile.block,
+        REST=tile.rest,
         PIECES=pieces,
         STAGES=stages,
         num_warps=warps,
@@ -103,15 +107,15 @@ def append_pieces(pages: Pages, line: int, seats: Tensor, positions: Tensor, new
         return
     table = pages.table[line]
     assert pages.rows.is_contiguous() and table.is_contiguous() and new.is_contiguous() and new.dtype == pages.rows.dtype
-    row, block, rows = _tile(pages.rows, TILE_BYTES)
+    tile = row_tile(pages.rows, TILE_BYTES)
     padded = triton.next_power_of_2(places)
-    pieces = max(1, rows // padded)
+    pieces = max(1, tile.rows // padded)
     _append_pieces[(min(triton.cdiv(tokens * heads, pieces), WRITERS),)](
-        pages.rows,
+        as_copied(pages.rows),
         table,
         seats.contiguous(),
         positions.contiguous(),
-        new,
+        as_copied(new),
         wanted.view(torch.uint8),
         tokens * heads,
         table.shape[1],
@@ -119,19 +123,59 @@ def append_pieces(pages: Pages, line: int, seats: Tensor, positions: Tensor, new
         HEADS=heads,
         PLACES=places,
         PLACES_PAD=padded,
-        WIDTH=row,
-        BLOCK=block,
+        WIDTH=tile.width,
+        BLOCK=tile.block,
+        REST=tile.rest,
         PIECES=pieces,
         STAGES=STAGES,
         num_warps=WARPS,
     )
 
 
-def _tile(rows: Tensor, tile_bytes: int) -> tuple[int, int, int]:
-    """Numbers in a row, the block that holds them, and how many rows a program moves at once."""
-    width = rows.shape[1] * rows.shape[2]
-    block = triton.next_power_of_2(width)
-    return width, block, max(1, min(128, tile_bytes // (block * rows.itemsize)))
+class RowTile(NamedTuple):
+    """How a program copies rows.
+
+    Attributes:
+        width: numbers, or words of 4 bytes, of a row.
+        block: of them that are copied at once, masked where a row has fewer.
+        rest: room for those that are copied then; 0 where there are none.
+        rows: that a program moves at once.
+    """
+
+    width: int
+    block: int
+    rest: int
+    rows: int
+
+
+def row_tile(rows: Tensor, tile_bytes: int) -> RowTile:
+    """How rows [N, *row] of a pool are copied."""
+    copied = as_copied(rows)
+    width = copied[:1].numel()
+    block, rest = triton.next_power_of_2(width), 0
+    if copied is not rows and block > width:
+        block //= 2
+        rest = triton.next_power_of_2(width - block)
+    return RowTile(width, block, rest, max(1, min(128, tile_bytes // (block * copied.itemsize))))
+
+
+def as_copied(rows: Tensor) -> Tensor:
+    """Rows as they are copied: in 8 bits by words of 4 bytes, whatever the codes are."""
+    return rows.view(torch.int32) if is_quantised(rows) else rows
+
+
+@triton.jit
+def copy_rows(source, source_row, target, target_row, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr):
+    """Copy the rows that are live, of WIDTH numbers."""
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = live[:, None] & (column < WIDTH)
+    numbers = tl.load(source + source_row[:, None] * WIDTH + column, mask=mask)
+    if REST:
+        behind = BLOCK + tl.arange(0, REST)[None, :]
+        present = live[:, None] & (behind < WIDTH)
+        others = tl.load(source + source_row[:, None] * WIDTH + behind, mask=present)
+        tl.store(target + target_row[:, None] * WIDTH + behind, others, mask=present)
+    tl.store(target + target_row[:, None] * WIDTH + column, numbers, mask=mask)
 
 
 @triton.jit(
@@ -145,13 +189,12 @@ def _copy_pieces(
     items, splits, part_count, groups, width, source_seats, source_pages, target_seats, target_pages,
     HEADS: tl.constexpr, SOURCE_PAGE: tl.constexpr, TARGET_PAGE: tl.constexpr,
     SOURCE_PLACES: tl.constexpr, TARGET_PLACES: tl.constexpr,
-    LAYERS: tl.constexpr, LAYERS_PAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
-    STAGES: tl.constexpr,
+    LAYERS: tl.constexpr, LAYERS_PAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+    PIECES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, PIECES * LAYERS_PAD)
     of_piece = lane // LAYERS_PAD
     member = lane % LAYERS_PAD
-    column = tl.arange(0, BLOCK)[None, :]
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         split = item % splits
         part = item // splits % part_count
@@ -178,20 +221,17 @@ def _copy_pieces(
             target_entry = tl.load(to_entries + piece, mask=live, other=0).to(tl.int64)
             source_row = piece_of(from_table, source_entry, head, live, SOURCE_PAGE, HEADS) * SOURCE_PLACES + from_place
             target_row = piece_of(to_table, target_entry, head, live, TARGET_PAGE, HEADS) * TARGET_PLACES + to_place
-            mask = live[:, None] & (column < WIDTH)
-            numbers = tl.load(source + source_row[:, None] * WIDTH + column, mask=mask)
-            tl.store(target + target_row[:, None] * WIDTH + column, numbers, mask=mask)
+            copy_rows(source, source_row, target, target_row, live, WIDTH, BLOCK, REST)
 
 
 @triton.jit(do_not_specialize=["count", "page_width"])
 def _append_pieces(
     pool, pages, seats, positions, new, wanted, count, page_width,
     PAGE: tl.constexpr, HEADS: tl.constexpr, PLACES: tl.constexpr, PLACES_PAD: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, PIECES * PLACES_PAD)
     place = lane % PLACES_PAD
-    column = tl.arange(0, BLOCK)[None, :]
     present = place < PLACES
     present = present & (tl.load(wanted + place, mask=present, other=0) != 0)
     for first in tl.range(tl.program_id(0) * PIECES, count, tl.num_programs(0) * PIECES, num_stages=STAGES):
@@ -201,6 +241,4 @@ def _append_pieces(
         live = (position >= 0) & present
         seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
         row = piece_of(pages + seat * page_width, position, head, live, PAGE, HEADS) * PLACES + place
-        mask = live[:, None] & (column < WIDTH)
-        numbers = tl.load(new + (piece * PLACES + place)[:, None] * WIDTH + column, mask=mask)
-        tl.store(pool + row[:, None] * WIDTH + column, numbers, mask=mask)
+        copy_rows(new, piece * PLACES + place, pool, row, live, WIDTH, BLOCK, REST)

@@ -12,22 +12,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specontext.kernels.tables import NewTokens, Pages, Tiers
-from specontext.kernels.triton.pieces import append_pieces, copy_pieces
+from specontext.kernels.quantised_rows import LEAST, SCALES, SCALES_TRIED
+from specontext.kernels.tables import NewTokens, Pages, Places, Tiers, is_quantised
+from specontext.kernels.triton.pieces import append_pieces, as_copied, copy_pieces, copy_rows, row_tile
 from specontext.kernels.triton.slot_plan import piece_of
 
-__all__ = ["append_keys", "append_layer", "append_pieces", "append_tokens", "copy_pieces", "gather_rows", "gather_tokens"]
+__all__ = [
+    "append_keys",
+    "append_layer",
+    "append_pieces",
+    "append_tokens",
+    "copy_pieces",
+    "gather_rows",
+    "gather_tokens",
+    "quantise_tokens",
+]
 
 TILE_BYTES = 16384
+FP8, INT8 = tl.constexpr(1), tl.constexpr(2)  # what rows are made of; 0 for numbers
+LEAST_MAGNITUDE, TRIED = tl.constexpr(LEAST), tl.constexpr(SCALES_TRIED)
+ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2^23: a small number that is added to it becomes an integer, ties to even
+ROUNDS_BITS = tl.constexpr(0x4B400000)
 
 
 def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: Tensor) -> None:
     """See `specontext.kernels.rows.gather_rows`. Moves a row in and out, and 16 bytes of row numbers for each."""
     count = source_rows.numel()
     if count:
-        width, block, rows = _tile(source, target)
-        _gather[(triton.cdiv(count, rows),)](
-            source, source_rows.contiguous(), target, target_rows.contiguous(), count, WIDTH=width, BLOCK=block, ROWS=rows
+        assert source.dtype == target.dtype and source.is_contiguous() and target.is_contiguous()
+        tile = row_tile(source, TILE_BYTES)
+        _gather[(triton.cdiv(count, tile.rows),)](
+            as_copied(source),
+            source_rows.contiguous(),
+            as_copied(target),
+            target_rows.contiguous(),
+            count,
+            WIDTH=tile.width,
+            BLOCK=tile.block,
+            REST=tile.rest,
+            ROWS=tile.rows,
         )
 
 
@@ -38,20 +61,22 @@ def gather_tokens(pages: Pages, layer: int, seat: int, start: int, target: Tenso
         return
     table, (_, place) = pages.table_of(layer)[seat], pages.layers.homes[layer]
     assert table.is_contiguous() and target.shape[1] == pages.heads
-    width, block, rows = _tile(pages.rows, target.view(-1, *target.shape[2:]))
-    _gather_tokens[(triton.cdiv(tokens * pages.heads, rows),)](
-        pages.rows,
+    assert target.dtype == pages.rows.dtype and target.is_contiguous() and pages.rows.is_contiguous()
+    tile = row_tile(pages.rows, TILE_BYTES)
+    _gather_tokens[(triton.cdiv(tokens * pages.heads, tile.rows),)](
+        as_copied(pages.rows),
         table,
-        target,
+        as_copied(target),
         tokens * pages.heads,
         start,
         place,
         PAGE=pages.size,
         PLACES=pages.layers.count,
         HEADS=pages.heads,
-        WIDTH=width,
-        BLOCK=block,
-        ROWS=rows,
+        WIDTH=tile.width,
+        BLOCK=tile.block,
+        REST=tile.rest,
+        ROWS=tile.rows,
     )
 
 
@@ -64,8 +89,10 @@ def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
     table, (_, place) = pages.table_of(layer), pages.layers.homes[layer]
     assert table.is_contiguous() and pages.rows.is_contiguous()
     block, rows = _append_tile(key)
+    pool, words, kind = _as_written(pages.rows)
     _append_to_pages[(triton.cdiv(tokens * heads, rows),)](
-        pages.rows,
+        pool,
+        words,
         table,
         new.seats.contiguous(),
         new.positions.contiguous(),
@@ -84,6 +111,7 @@ def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
         DIM=head_dim,
         BLOCK=block,
         ROWS=rows,
+        KIND=kind,
     )
 
 
@@ -98,9 +126,12 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     tables = [pages.table_of(layer) for pages in (host, device, slots)]
     assert all(x.is_contiguous() for x in (host.rows, device.rows, *tables))
     block, rows = _append_tile(key)
+    (pool, pool_words, kind), (arena, arena_words, _) = _as_written(host.rows), _as_written(device.rows)
     _append_to_tier[(triton.cdiv(tokens * heads, rows),)](
-        host.rows,
-        device.rows,
+        pool,
+        pool_words,
+        arena,
+        arena_words,
         *tables,
         tiers.resident[layer : layer + 1].view(torch.uint8),
         new.seats.contiguous(),
@@ -124,7 +155,23 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
         DIM=head_dim,
         BLOCK=block,
         ROWS=rows,
+        KIND=kind,
     )
+
+
+def quantise_tokens(key: Tensor, value: Tensor, codes: torch.dtype) -> Tensor:
+    """See `specontext.kernels.rows.quantise_tokens`: tokens that are appended to an empty pool of one page."""
+    (tokens, heads, head_dim), device = key.shape, key.device
+    rows = torch.empty((tokens * heads, 2 * head_dim + SCALES), dtype=codes, device=device)
+    seats, nothing = (
+        torch.zeros(tokens, dtype=torch.int64, device=device),
+        torch.zeros((1, 1, 1), dtype=torch.int64, device=device),
+    )
+    alone = Places(((0, 0),), nothing[0, 0], nothing[0, 0], 1)
+    positions = torch.arange(tokens, device=device)
+    pages = Pages(rows, nothing, 1 << 30, heads, alone)
+    append_tokens(pages, 0, NewTokens(seats, positions, positions, key, value))
+    return rows.view(tokens, heads, -1)
 
 
 def append_keys(keys: Tensor, table: Tensor, seats: Tensor, positions: Tensor, new: Tensor) -> None:
@@ -159,50 +206,97 @@ def _append_tile(key: Tensor) -> tuple[int, int]:
     return block, max(1, min(128, TILE_BYTES // (2 * block * key.itemsize)))
 
 
-def _tile(source: Tensor, target: Tensor) -> tuple[int, int, int]:
-    """Numbers in a row, the block that holds them, and how many rows a program moves at once."""
-    assert source.dtype == target.dtype and source.is_contiguous() and target.is_contiguous()
-    width = source.shape[1] * source.shape[2]
-    block = triton.next_power_of_2(width)
-    return width, block, max(1, min(128, TILE_BYTES // (block * source.itemsize)))
-
-
-@triton.jit
-def _copy(source, source_row, target, target_row, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    column = tl.arange(0, BLOCK)[None, :]
-    mask = live[:, None] & (column < WIDTH)
-    numbers = tl.load(source + source_row[:, None] * WIDTH + column, mask=mask)
-    tl.store(target + target_row[:, None] * WIDTH + column, numbers, mask=mask)
+def _as_written(rows: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Rows, the same memory by 4 bytes, and what they are made of: 0, or codes that are written as integers."""
+    if not is_quantised(rows):
+        return rows, rows, 0
+    return rows.view(torch.int8), rows.view(torch.int32), INT8.value if rows.dtype == torch.int8 else FP8.value
 
 
 @triton.jit(do_not_specialize=["count"])  # one kernel, whatever there is to move
-def _gather(source, source_rows, target, target_rows, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _gather(
+    source, source_rows, target, target_rows, count,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     source_row = tl.load(source_rows + at, mask=at < count, other=-1).to(tl.int64)
     live = source_row >= 0
     target_row = tl.load(target_rows + at, mask=live, other=0).to(tl.int64)
-    _copy(source, source_row, target, target_row, live, WIDTH, BLOCK)
+    copy_rows(source, source_row, target, target_row, live, WIDTH, BLOCK, REST)
 
 
 @triton.jit(do_not_specialize=["count", "start", "place"])
 def _gather_tokens(
     pool, pages, target, count, start, place,
     PAGE: tl.constexpr, PLACES: tl.constexpr, HEADS: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = at < count
     row = piece_of(pages, start + at // HEADS, at % HEADS, live, PAGE, HEADS) * PLACES + place
-    _copy(pool, row, target, at, live, WIDTH, BLOCK)
+    copy_rows(pool, row, target, at, live, WIDTH, BLOCK, REST)
 
 
 @triton.jit
-def _write(pool, row, key, value, live, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _write(pool, words, row, key, value, scales, live, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)[None, :]
     mask = live[:, None] & (column < DIM)
-    first = pool + row[:, None] * (2 * DIM) + column
+    first = pool + row[:, None] * (2 * DIM + (4 if KIND else 0)) + column
     tl.store(first, key.to(pool.dtype.element_ty), mask=mask)
     tl.store(first + DIM, value.to(pool.dtype.element_ty), mask=mask)
+    if KIND:
+        tl.store(words + row * (DIM // 2 + 1) + DIM // 2, scales, mask=live)
+
+
+@triton.jit
+def _bfloat16(numbers):
+    """Positive float32 numbers, rounded to what bfloat16 has."""
+    bits = numbers.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _codes(numbers, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Codes int8 and scales, float32 as int32, of numbers [ROWS, BLOCK]: as `quantised_rows.quantise` makes them, to the bit."""
+    numbers = tl.where(tl.arange(0, BLOCK)[None, :] < DIM, numbers.to(tl.float32), 0.0)
+    most = tl.max(numbers.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # as an integer: what is no number is greater than all
+    finite = most < 0x7F800000
+    most = tl.maximum(tl.where(finite, most, 0).to(tl.float32, bitcast=True), LEAST_MAGNITUDE)
+    scale = _bfloat16(most * (1 / 127))
+    if KIND == FP8:
+        scale = _bfloat16(most * (1 / 448))
+        least = tl.full(most.shape, float("inf"), tl.float32)
+        for i in tl.static_range(TRIED):
+            tried = _bfloat16(most * (2.0 ** (i / TRIED) / 448))
+            scaled = tl.div_rn(numbers, tl.broadcast_to(tried[:, None], numbers.shape))
+            bits = scaled.to(tl.int32, bitcast=True)
+            rounded = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+            error = tl.max(tl.abs(rounded - scaled), 1) * tried
+            scale = tl.where(error < least, tried, scale)
+            least = tl.minimum(error, least)
+    scaled = tl.div_rn(numbers, tl.broadcast_to(scale[:, None], numbers.shape))
+    if KIND == INT8:
+        scaled = tl.minimum(tl.maximum(scaled, -127.0), 127.0)
+        codes = (scaled + ROUNDS).to(tl.int32, bitcast=True) - ROUNDS_BITS
+    else:
+        bits = scaled.to(tl.int32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        # A mantissa of three bits, ties to even, with another bias of the exponent; below 2^-6 multiples of 2^-9.
+        codes = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
+        small = (tl.abs(scaled) * 512.0 + ROUNDS).to(tl.int32, bitcast=True) - ROUNDS_BITS
+        codes = tl.where(magnitude < 0x3C800000, small, codes) | ((bits >> 24) & 0x80)
+    return codes.to(tl.int8), tl.where(finite, scale.to(tl.int32, bitcast=True), 0x7FC00000)
+
+
+@triton.jit
+def _rows(key, value, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """K and V as they are written, and both scales as the last word of a row, which numbers do not have."""
+    scales = 0
+    if KIND:
+        key, key_scale = _codes(key, KIND, DIM, BLOCK)
+        value, value_scale = _codes(value, KIND, DIM, BLOCK)
+        scales = value_scale | ((key_scale >> 16) & 0xFFFF)
+    return key, value, scales
 
 
 @triton.jit
@@ -214,9 +308,10 @@ def _read(new, token, head, token_stride, head_stride, live, DIM: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["count", "page_width", "place"])
 def _append_to_pages(
-    pool, pages, seats, positions, key, value,
+    pool, words, pages, seats, positions, key, value,
     count, page_width, key_token, key_head, value_token, value_head, place,
     PAGE: tl.constexpr, PLACES: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = at // HEADS, at % HEADS
@@ -225,16 +320,18 @@ def _append_to_pages(
     seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
     new_key = _read(key, token, head, key_token, key_head, live, DIM, BLOCK)
     new_value = _read(value, token, head, value_token, value_head, live, DIM, BLOCK)
+    new_key, new_value, scales = _rows(new_key, new_value, KIND, DIM, BLOCK)
     row = piece_of(pages + seat * page_width, position, head, live, PAGE, HEADS) * PLACES + place
-    _write(pool, row, new_key, new_value, live, DIM, BLOCK)
+    _write(pool, words, row, new_key, new_value, scales, live, KIND, DIM, BLOCK)
 
 
 @triton.jit(do_not_specialize=["count", "host_width", "token_width", "slot_width", "sink", "recent", "place"])
 def _append_to_tier(
-    host, arena, host_pages, token_pages, slot_pages, resident, seats, positions, lengths, key, value,
+    host, host_words, arena, arena_words, host_pages, token_pages, slot_pages, resident, seats, positions, lengths, key, value,
     count, host_width, token_width, slot_width, key_token, key_head, value_token, value_head, sink, recent, place,
     PAGE: tl.constexpr, PLACES: tl.constexpr, TO_HOST: tl.constexpr,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = at // HEADS, at % HEADS
@@ -243,18 +340,19 @@ def _append_to_tier(
     seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
     new_key = _read(key, token, head, key_token, key_head, live, DIM, BLOCK)
     new_value = _read(value, token, head, value_token, value_head, live, DIM, BLOCK)
+    new_key, new_value, scales = _rows(new_key, new_value, KIND, DIM, BLOCK)
     if tl.load(resident) != 0:
         row = piece_of(token_pages + seat * token_width, position, head, live, PAGE, HEADS)
-        _write(arena, row, new_key, new_value, live, DIM, BLOCK)
+        _write(arena, arena_words, row, new_key, new_value, scales, live, KIND, DIM, BLOCK)
     else:
         if TO_HOST:
             row = piece_of(host_pages + seat * host_width, position, head, live, PAGE, HEADS) * PLACES + place
-            _write(host, row, new_key, new_value, live, DIM, BLOCK)
+            _write(host, host_words, row, new_key, new_value, scales, live, KIND, DIM, BLOCK)
         length = tl.load(lengths + token, mask=live, other=0).to(tl.int64)
         kept = live & ((position < sink) | (position >= length - recent))
         slot = tl.where(position < sink, position, sink + position % recent)
         row = piece_of(slot_pages + seat * slot_width, slot, head, kept, PAGE, HEADS)
-        _write(arena, row, new_key, new_value, kept, DIM, BLOCK)
+        _write(arena, arena_words, row, new_key, new_value, scales, kept, KIND, DIM, BLOCK)
 
 
 @triton.jit

@@ -4,8 +4,10 @@ A program takes one split of the entries of one (request, KV head) and all query
 however many heads share it. A second kernel merges the splits by their log-sum-exp; nothing is added atomically, so
 results are reproducible.
 
-Bytes: 2 * D * itemsize a row, the index (8 or 4, once a row; a page table is read once a page), and for every split
-4 * (D + 1) written and read again for each query head.
+Rows in 8 bits are dequantised as they are read: keys by a factor of their logits, values number by number.
+
+Bytes: 2 * D * itemsize a row, or 2 * D + 4 in 8 bits; the index (8 or 4, once a row; a page table is read once a page), and for
+every split 4 * (D + 1) written and read again for each query head.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -20,16 +22,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specontext.kernels.tables import is_quantised
+
 PROCESSORS = 132  # of an H100 or H200; stands in for devices that are none
 WAVES = 2  # programs a processor, about as many as it can hold at once
 LEAST_ROWS = 32  # entries of the smallest split
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+@triton.jit
+def scales_of(words, row, present, DIM: tl.constexpr):
+    """Scales of K and V of rows in 8 bits, float32: the last four bytes of a row are both, in bfloat16."""
+    both = tl.load(words + row * (DIM // 2 + 1) + DIM // 2, mask=present, other=0)
+    return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["width", "splits"])
 def _attend(
     query_ptr,  # [R, Hq, D]
-    arena_ptr,  # [N, 2, D]
+    arena_ptr,  # [N, 2, D], or codes [N, 2 * D + 4]
+    words_ptr,  # int32, the same memory where rows are codes
     index_ptr,  # rows [R, Hkv, B], or pages [R, P]
     lengths_ptr,  # [R], pages only
     output_ptr,  # [R, Hq, splits, D]
@@ -50,6 +62,7 @@ def _attend(
     PAGE_SIZE: tl.constexpr,  # 0 for rows
     FORMAT: tl.constexpr,  # of the factors of the products; sums are float32
     DOT: tl.constexpr,
+    SCALED: tl.constexpr,  # rows are codes
     FINAL: tl.constexpr,  # one split: the result itself
 ):
     head, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -83,13 +96,18 @@ def _attend(
             row = tl.load(index_ptr + entry, mask=present, other=-1).to(tl.int64)
             present = row >= 0
         read = present[:, None] & in_dim[None, :]
-        place = arena_ptr + row[:, None] * (2 * DIM) + dim[None, :]
+        place = arena_ptr + row[:, None] * (2 * DIM + 4 * SCALED) + dim[None, :]
         key = tl.load(place, mask=read, other=0.0).to(FORMAT)  # [BLOCK, DIM_PAD]
         value = tl.load(place + DIM, mask=read, other=0.0).to(FORMAT)
+        factor = scale_log2
+        if SCALED:
+            key_scale, value_scale = scales_of(words_ptr, row, present, DIM)
+            factor = key_scale[None, :] * scale_log2
+            value = value * value_scale.to(FORMAT)[:, None]
         if DOT:
-            logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2  # [GROUP_PAD, BLOCK]
+            logits = tl.dot(query, tl.trans(key), input_precision="ieee") * factor  # [GROUP_PAD, BLOCK]
         else:
-            logits = tl.sum(query[:, None, :].to(tl.float32) * key[None, :, :].to(tl.float32), 2) * scale_log2
+            logits = tl.sum(query[:, None, :].to(tl.float32) * key[None, :, :].to(tl.float32), 2) * factor
         logits = tl.where(present[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing was present yet: no -inf - -inf
@@ -202,6 +220,7 @@ def launch(
     _attend[(kv_heads, splits, requests)](
         query,
         arena,
+        words_of(arena),
         index,
         index if lengths is None else lengths,
         partial,
@@ -242,7 +261,8 @@ def tile_shape(query: Tensor, arena: Tensor, group: int) -> dict[str, Any]:
     no tensor cores of full precision, and a few queries in it multiply and add element by element.
     """
     head_dim = query.shape[2]
-    exact = query.dtype != arena.dtype or query.dtype == torch.float32
+    scaled = is_quantised(arena)
+    exact = (query.dtype != arena.dtype and not scaled) or query.dtype == torch.float32
     dim_pad, group_pad = max(16, triton.next_power_of_2(head_dim)), triton.next_power_of_2(group)
     dot = group > 4 or not exact
     if dot:
@@ -260,7 +280,13 @@ def tile_shape(query: Tensor, arena: Tensor, group: int) -> dict[str, Any]:
         "BLOCK": block,
         "FORMAT": kind,
         "DOT": dot,
+        "SCALED": scaled,
     }
+
+
+def words_of(arena: Tensor) -> Tensor:
+    """The same memory by 4 bytes where rows are in 8 bits; else itself, and nothing is read of it."""
+    return arena.view(torch.int32) if is_quantised(arena) else arena
 
 
 def choose_splits(pairs: int, width: int, device: torch.device) -> int:
