@@ -1,6 +1,7 @@
 """Time of one decode step: the Hugging Face model, our own full attention, and SpeContext, interleaved in one run.
 
-Usage: python benchmarks/decode.py [--device cpu] [--model qwen3-0.6b] [--context 32768] [--budget 1024] [--json]
+Usage: python benchmarks/decode.py [--device cpu] [--model qwen3-0.6b] [--context 32768] [--budget 1024]
+                                   [--quantization fp8|int4] [--json]
 
 Random weights in the exact shape of a public model; the KV of the context is filled with random numbers, so no prefill is
 needed. Every step goes through the engine's own runner: head, scoring and top-k over all keys, planning, loads, model,
@@ -41,7 +42,7 @@ from step_parts import seconds_by_part
 from torch import Tensor
 from transformers import DynamicCache
 
-from specontext.config import KV_CACHE_DTYPES, SpeContextConfig
+from specontext.config import KV_CACHE_DTYPES, QUANTIZATIONS, SpeContextConfig
 from specontext.core import Batch
 from specontext.distill.new_head import HeadShape, new_head
 from specontext.engine.build import Parts
@@ -121,7 +122,7 @@ def interleaved(systems: list[System], steps: int, device: torch.device) -> dict
 
 def retrieval_seconds(parts: Parts, batch: Batch, steps: int = 9) -> float:
     """Median seconds of choosing alone: the head, the scores of all keys, top-k; on a GPU as part of a captured graph."""
-    lane, device = LaneTokens.of(batch), parts.kv.device
+    lane, device = LaneTokens.part(batch, slice(0, batch.num_decodes), batch.span), parts.kv.device
     choose: Callable[[], Any] = torch.inference_mode()(lambda: parts.selector.select(lane))
     if device.type == "cuda":
         for _ in range(2):
@@ -155,7 +156,7 @@ def floor_bytes(loaded: LoadedModel, parts: Parts, requests: int, context: int, 
     assert head is not None and parts.method.budget is not None
     embedding = loaded.model.get_input_embeddings().weight
     tied = loaded.model.get_output_embeddings().weight is embedding
-    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    weights = loaded.weight_bytes
     weights -= 0 if tied else embedding.numel() * embedding.element_size()  # only a few rows of a table of its own are read
     weights += sum(p.numel() * p.element_size() for p in head.parameters())
     keys = requests * context * head.config.key_count * head.config.head_dim * shape.dtype.itemsize
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", default="qwen3-0.6b")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the linear layers, on a GPU; default: none")
     parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of our systems; not of hf")
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--budget", type=int, default=1024)
@@ -187,7 +189,9 @@ def main() -> None:
     device = torch.device(arguments.device)
     if arguments.profile and device.type != "cpu":
         parser.error("--profile times calls on the host: only a CPU's calls return when their work is done")
-    loaded = random_model(arguments.model, DTYPES[arguments.dtype], device)
+    if arguments.quantization and device.type != "cuda":
+        parser.error("--quantization needs a GPU: on a CPU weights are written out in the model's number format")
+    loaded = random_model(arguments.model, DTYPES[arguments.dtype], device, quantization=arguments.quantization)
     requests, context, budget, kind = arguments.requests, arguments.context, arguments.budget, arguments.kv_cache_dtype
     slots = arguments.slots or budget + budget // 4
 
@@ -254,6 +258,8 @@ def make_report(
         "versions": versions(),
         "model": arguments.model,
         "dtype": arguments.dtype,
+        "quantization": arguments.quantization,
+        "weight_bytes": loaded.weight_bytes,
         "kv_cache_dtype": arguments.kv_cache_dtype,
         "device": arguments.device,
         "context": arguments.context,

@@ -246,7 +246,7 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
 
 
 def case_of(arguments: argparse.Namespace, device: torch.device) -> Case:
-    from shapes import config_of
+    from specontext.evaluation.paper.shapes import config_of
 
     return Case(
         shape=ModelShape.from_config(config_of(arguments.model), getattr(torch, arguments.dtype)),

@@ -18,13 +18,13 @@ import specontext  # noqa: F401  # isort: skip  # before torch: it says how torc
 import torch
 from engine_runs import SYSTEMS, Driver, Setup, load
 from measure import clock, machine, versions
-from shapes import DTYPES
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from specontext.config import EngineConfig
 from specontext.engine.llm_engine import Generation
 from specontext.errors import SpeContextError
+from specontext.evaluation.paper.shapes import DTYPES
 
 
 def main() -> None:

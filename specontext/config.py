@@ -14,6 +14,7 @@ from specontext.retrieval.registry import CHEAP_METHODS, CHOICES, DEFAULT, FULL,
 GRANULARITIES = ("head", "union", "batch")
 LOAD_FORMATS = ("auto", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("fp8", "int4")
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 DEFAULT_BUDGET = 2048
 STEP_TOKENS = {"cuda": 8192, "cpu": 1024}  # chunks of prompts that use a device well; larger ones gain nothing
@@ -151,7 +152,9 @@ class EngineConfig:
         "Default: it waits until those before it have ended.",
     )
     max_num_batched_tokens: int | None = option(
-        None, "Tokens of one engine step; longer prompts are prefilled in chunks. Default: 8192 on a GPU, 1024 on a CPU."
+        None,
+        "Tokens of one engine step; longer prompts are prefilled in chunks. Default: 8192 on a GPU, fewer where its memory is "
+        "short, 1024 on a CPU.",
     )
     max_num_mixed_tokens: int | None = option(
         None,
@@ -192,6 +195,11 @@ class EngineConfig:
     load_format: str = option(
         "auto", "auto (the checkpoint's weights) or dummy (random weights and head: speed without a checkpoint's weights)."
     )
+    quantization: str | None = option(
+        None,
+        "Round the weights of linear layers when they are loaded: fp8 (8 bits, a scale a row) or int4 (groups of 128). On a GPU "
+        "they stay so in memory. Default: as the checkpoint has them; one that is quantised needs no option.",
+    )
     tensor_parallel_size: int = option(1, "GPUs that share the model; only 1 is implemented.")
     trust_remote_code: bool = option(False, "Allow modelling code that comes with a checkpoint.")
     revision: str | None = option(None, "Hub revision of the model.")
@@ -203,6 +211,10 @@ class EngineConfig:
             raise ConfigError(f"unknown kv_cache_dtype '{self.kv_cache_dtype}': choose one of {', '.join(KV_CACHE_DTYPES)}")
         if self.load_format not in LOAD_FORMATS:
             raise ConfigError(f"unknown load_format '{self.load_format}': choose one of {', '.join(LOAD_FORMATS)}")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ConfigError(
+                f"unknown quantization '{self.quantization}': choose one of {', '.join(QUANTIZATIONS)}, or leave it out"
+            )
         _require_int("tensor_parallel_size", self.tensor_parallel_size, 1)
         if self.tensor_parallel_size > 1:
             raise ConfigError(

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from specontext.checkpoints.adapters import TOKENIZER, Adapter, adapter_in
 from specontext.checkpoints.files import read_json
-from specontext.checkpoints.quantization import ADVICE, quantization_of
 from specontext.checkpoints.quantization import FILES as QUANTIZATION_FILES
+from specontext.checkpoints.quantization import Entry, quantization_entry
 from specontext.checkpoints.wording import in_one_sentence
 from specontext.core import ModelShape
 from specontext.errors import GGUFError, ModelError, SpeContextError
@@ -28,6 +28,7 @@ NEEDS_CODE = (
     "it comes with code of its own, which runs only where that is allowed, once you have read it: with --trust-remote-code "
     "(generate, serve, eval) or trust_remote_code=True (in Python)"
 )
+WEIGHT_FILES = ("model*.safetensors", "*.index.json")  # in the Hub's repositories of quantised weights
 NANO = Path(__file__).parent / "models" / "nano"
 # Retrieval heads that come with this package for models that do not, by the model's name.
 HEADS = {"smollm2": Path(__file__).parent / "models" / "smollm2" / "retrieval_head"}
@@ -126,8 +127,11 @@ def read_config(source: Path | str, *, trust_remote_code: bool = False, revision
     return config
 
 
-def folder_of(source: Path | str, *, revision: str | None = None) -> Path:
+def folder_of(source: Path | str, *, revision: str | None = None, weights: bool = False) -> Path:
     """The directory with a checkpoint's files; of a Hub id the snapshot in the cache, as far as it has been downloaded.
+
+    Args:
+        weights: download a Hub id's weights too, where they are not there.
 
     Raises:
         ModelError: a Hub id that cannot be had.
@@ -137,7 +141,8 @@ def folder_of(source: Path | str, *, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     with one_sentence(f"no directory {source}, and it cannot be had from the Hub"):
-        return Path(snapshot_download(source, revision=revision, allow_patterns=["config.json", *QUANTIZATION_FILES]))
+        wanted = ["config.json", *QUANTIZATION_FILES, *(WEIGHT_FILES if weights else ())]
+        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
 
 
 @contextmanager
@@ -156,11 +161,14 @@ def one_sentence(failed: str) -> Iterator[None]:
         raise ModelError(f"{failed}: {why}") from error
 
 
-def check_not_quantised(source: Path | str, *, revision: str | None = None) -> None:
-    """Raises ModelError, naming the method, for a checkpoint that says that its weights are quantised."""
+def quantization_of_source(source: Path | str, *, revision: str | None = None) -> Entry | None:
+    """What a checkpoint says of its quantisation; None where it says nothing.
+
+    Raises:
+        ModelError: a broken file.
+    """
     folder = folder_of(source, revision=revision)
-    if found := quantization_of(_config_values(source, folder), folder, ModelError):
-        raise ModelError(f"quantised weights are not supported: {found} of {source}; {ADVICE}")
+    return quantization_entry(_config_values(source, folder), folder, ModelError)
 
 
 def _config_values(source: Path | str, folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ FLOORS = [
     {"checkpoints", "gguf", "retrieval.registry"},
     {"config", "grammars", "hub", "locations", "tasks"},
     {"kernels"},
-    {"memory"},
+    {"memory", "quantization"},
     {"kv", "retrieval"},
     {"models"},
     {"engine"},

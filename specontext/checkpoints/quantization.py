@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ METHODS = (
 )
 BITS = ("bits", "w_bit", "weight_bits", "num_bits", "nbits")
 SMALL_NUMBERS = ("float8", "float6", "float4", "fp8", "fp4", "nf4", "int", "uint", "qint", "quint")
-ADVICE = "only weights in float32, bfloat16 or float16 are computed with, so take the checkpoint that it was quantised from"
+ADVICE = "take the checkpoint that it was quantised from, with weights in float32, bfloat16 or float16"
 
 
 def quantization_of(values: Mapping[str, Any], folder: Path | None, failure: Failure) -> str | None:
@@ -43,17 +44,41 @@ def quantization_of(values: Mapping[str, Any], folder: Path | None, failure: Fai
     Raises:
         failure: a file beside the config is broken.
     """
+    found = quantization_entry(values, folder, failure)
+    return None if found is None else found.described
+
+
+def quantization_entry(values: Mapping[str, Any], folder: Path | None, failure: Failure) -> Entry | None:
+    """`quantization_of` with what stands there."""
     for where, entry in _entries(values, ""):
-        return f"{_described(entry)} ({where} in config.json)"
+        return Entry(entry, f"{where} in config.json")
     for key in ("dtype", "torch_dtype"):
         if (number := str(values.get(key)).removeprefix("torch.")).startswith(SMALL_NUMBERS):
-            return f"{number} ({key} in config.json)"
+            return Entry(number, f"{key} in config.json")
     for file in sorted(file for pattern in FILES for file in folder.glob(pattern)) if folder is not None else ():
         content = read_json(file, failure)
         entry = content.get("quantization", content)
         if not isinstance(entry, Mapping) or not _says_none(entry):
-            return f"{_described(entry)} ({file.name})"
+            return Entry(entry, file.name)
     return None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a checkpoint says that it is quantised, and what it says: a mapping, or something else as it stands there."""
+
+    said: Any
+    where: str
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """What it says by name; nothing where it is no mapping."""
+        return self.said if isinstance(self.said, Mapping) else {}
+
+    @property
+    def described(self) -> str:
+        said = self.said if isinstance(self.said, str) else _described(self.said)
+        return f"{said} ({self.where})"
 
 
 def _entries(values: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:

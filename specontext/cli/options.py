@@ -33,6 +33,7 @@ ENGINE_OPTIONS = (
     "head_yarn_factor",
     "measure_recall",
     "load_format",
+    "quantization",
     "tensor_parallel_size",
     "trust_remote_code",
     "revision",

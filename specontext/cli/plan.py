@@ -12,7 +12,7 @@ from specontext.cli.options import parse_bandwidth, parse_size
 from specontext.cli.plan_throughput import MOST_CHOSEN, machine_of
 from specontext.cli.planned import as_object, find_facts, make_plan, with_kv_format
 from specontext.cli.terminal import UsageError, human_bytes
-from specontext.config import DTYPES, KV_CACHE_DTYPES, STEP_TOKENS
+from specontext.config import DTYPES, KV_CACHE_DTYPES, QUANTIZATIONS, STEP_TOKENS
 
 if TYPE_CHECKING:
     from specontext.memory.speed import Bandwidths
@@ -51,6 +51,13 @@ def plan(
         int | None, typer.Option("--max-model-len", help="Longest context in tokens. Default: the model's own maximum.")
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Number format: auto, float32, bfloat16 or float16.")] = "auto",
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            "--quantization",
+            help="Linear layers rounded to fp8 or int4 when they are loaded. Default: as the checkpoint has them.",
+        ),
+    ] = None,
     kv_cache_dtype: Annotated[
         str, typer.Option("--kv-cache-dtype", help="Number format of KV: auto (that of the model), fp8 or int8.")
     ] = "auto",
@@ -72,8 +79,13 @@ def plan(
         str | None, typer.Option("--graphs", metavar="SIZE", help="Memory set aside for CUDA graphs. Default: none.")
     ] = None,
     max_num_batched_tokens: Annotated[
-        int, typer.Option("--max-num-batched-tokens", help="Tokens of one engine step, for the estimate of run-time buffers.")
-    ] = STEP_TOKENS["cuda"],
+        int | None,
+        typer.Option(
+            "--max-num-batched-tokens",
+            help=f"Tokens of one engine step, for the estimate of run-time buffers. Default: {STEP_TOKENS['cuda']}, fewer where "
+            "memory is short.",
+        ),
+    ] = None,
     bandwidth: Annotated[
         str | None,
         typer.Option(
@@ -122,7 +134,7 @@ def plan(
     _check(requests=requests, max_num_batched_tokens=max_num_batched_tokens, overlap=overlap, mode=mode, dtype=dtype)
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise UsageError(f"unknown kv_cache_dtype '{kv_cache_dtype}': choose one of {', '.join(KV_CACHE_DTYPES)}")
-    only_measured = {"--slots": slots, "--runtime": runtime, "--graphs": graphs}
+    only_measured = {"--slots": slots, "--runtime": runtime, "--graphs": graphs, "--quantization": quantization}
     if mode == "paper":
         named = [name for name, value in only_measured.items() if value is not None]
         named += ["--dtype float32"] if dtype == "float32" else []
@@ -130,6 +142,8 @@ def plan(
         if named:
             what = named[0]
             raise UsageError(f"{what} has no meaning in mode paper, whose formulas fix it: leave it out or take --mode measured")
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise UsageError(f"unknown quantization '{quantization}': choose one of {', '.join(QUANTIZATIONS)}")
     if plot is not None:
         from specontext.cli.plan_plot import check_plot
 
@@ -138,7 +152,8 @@ def plan(
     speed = _speed(bandwidth, host_bandwidth)
     if max_model_len is not None and max_model_len < 1:
         raise UsageError(f"--max-model-len must be at least 1, got {max_model_len}")
-    facts = with_kv_format(find_facts(model, dtype, retrieval_head), kv_cache_dtype)
+    facts = find_facts(model, dtype, retrieval_head, quantization=quantization, max_model_len=max_model_len)
+    facts = with_kv_format(facts, kv_cache_dtype)
     planned = make_plan(
         facts,
         mode=mode,
@@ -180,10 +195,10 @@ def _memory(option: str, text: str) -> int:
     return size
 
 
-def _check(*, requests: int, max_num_batched_tokens: int, overlap: float, mode: str, dtype: str) -> None:
+def _check(*, requests: int, max_num_batched_tokens: int | None, overlap: float, mode: str, dtype: str) -> None:
     if not 1 <= requests <= MOST_REQUESTS:
         raise UsageError(f"--requests must be 1 to {MOST_REQUESTS:,}, got {requests}")
-    if max_num_batched_tokens < 1:
+    if max_num_batched_tokens is not None and max_num_batched_tokens < 1:
         raise UsageError(f"--max-num-batched-tokens must be at least 1, got {max_num_batched_tokens}")
     if not 0 <= overlap <= 1:
         raise UsageError(f"--overlap must be a share from 0 to 1, got {overlap:g}")

@@ -12,7 +12,7 @@ from specontext.config import DEFAULT_BUDGET, SpeContextConfig
 from specontext.core import ModelShape
 from specontext.errors import ConfigError, ModelError
 from specontext.gguf.source import weights_note
-from specontext.locations import adapter_of, check_not_quantised, read_config, resolve_model_path
+from specontext.locations import adapter_of, quantization_of_source, read_config, resolve_model_path
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from specontext.memory.facts import HeadFacts, ModelFacts
     from specontext.memory.model import RunSettings
     from specontext.memory.planner import MemoryPlan
+    from specontext.memory.presets import Preset
     from specontext.memory.speed import Bandwidths
     from specontext.memory.step_time import MachineSpeed
     from specontext.memory.throughput import ServiceLimits
@@ -51,8 +52,14 @@ class Planned:
         return self.plan.facts
 
 
-def find_facts(name: str, dtype: str, retrieval_head: str | None) -> ModelFacts:
+def find_facts(
+    name: str, dtype: str, retrieval_head: str | None, *, quantization: str | None = None, max_model_len: int | None = None
+) -> ModelFacts:
     """Sizes of a model and its head: from a preset where the name is one's and no directory's, else from its config.
+
+    Args:
+        quantization: what plain weights are rounded to when they are loaded; quantised ones have the size of their tensors.
+        max_model_len: the longest context, for which a preset's checkpoint may need YaRN.
 
     Raises:
         ModelError: there is none, or it has no KV heads or attention that the engine does not compute.
@@ -63,7 +70,12 @@ def find_facts(name: str, dtype: str, retrieval_head: str | None) -> ModelFacts:
     preset = find_preset(name) if not Path(name).is_dir() else None
     if preset is not None:
         known = NUMBER_FORMATS["bfloat16" if dtype == "auto" else dtype]
-        return preset.facts(known, None if retrieval_head is None else _head(retrieval_head, preset.shape(known), retrieval_head))
+        head = None if retrieval_head is None else _head(retrieval_head, preset.shape(known), retrieval_head)
+        facts = _rounded(preset, preset.facts(known, head), quantization)
+        if max_model_len is None or not preset.needs_yarn(max_model_len):
+            return facts
+        yarn = f"beyond {preset.max_position:,} with YaRN: rope_scaling in its config.json"
+        return replace(facts, shape=replace(facts.shape, max_position=max_model_len, limited_by=yarn))
     format_ = None if dtype == "auto" else _dtype(dtype)
     try:
         source = resolve_model_path(name)
@@ -73,9 +85,14 @@ def find_facts(name: str, dtype: str, retrieval_head: str | None) -> ModelFacts:
     quiet_libraries()
     from specontext.memory.facts import check_heads, facts_of_config
     from specontext.models.config_check import check_supported
+    from specontext.models.quantized import Asked
+    from specontext.models.quantized_size import quantised_bytes
+    from specontext.quantization.schemes import scheme_of
 
     try:
-        check_not_quantised(source)  # its weights have other sizes than those of this plan
+        entry = quantization_of_source(source)
+        scheme = None if entry is None else scheme_of(entry, source)
+        Asked(source, scheme, quantization, dummy=False, keep=True, options={}).check()
         config = read_config(source)
     except ModelError as error:
         raise ModelError(f"{str(error).rstrip('.')}{did_you_mean(name)}") from error
@@ -93,7 +110,26 @@ def find_facts(name: str, dtype: str, retrieval_head: str | None) -> ModelFacts:
     if named is not None:
         check_heads(shape, getattr(config, "num_key_value_heads", None))
         head = _head(named, shape, "the model's own" if retrieval_head is None else named)
-    return replace(facts_of_config(name, config, dtype=format_, head=head), weights_note=weights_note(source))
+    facts = replace(facts_of_config(name, config, dtype=format_, head=head), weights_note=weights_note(source))
+    if scheme is None and quantization is None:
+        return facts
+    if adapter is not None:  # it is merged into weights that are written out
+        return replace(facts, weights_note=f"dequantised from {scheme.words}" if scheme else f"rounded to {quantization}")
+    size = quantised_bytes(source, config, facts.parameters, shape.dtype.itemsize, scheme, quantization)
+    note = f"rounded to {quantization}" if scheme is None else scheme.words if scheme.form else f"dequantised from {scheme.words}"
+    return replace(facts, stored_bytes=size, weights_note=", ".join(filter(None, (facts.weights_note, note))))
+
+
+def _rounded(preset: Preset, facts: ModelFacts, quantization: str | None) -> ModelFacts:
+    """The facts with linear layers of 8 or 4 bits."""
+    if quantization is None:
+        return facts
+    from specontext.quantization.made import FORMS
+
+    form, layers = FORMS[quantization], preset.layers
+    plain = facts.parameters - layers * sum(n * k for n, k in preset.matrices)
+    size = plain * facts.shape.dtype.itemsize + layers * sum(form.nbytes(n, k) for n, k in preset.matrices)
+    return replace(facts, stored_bytes=size, weights_note=f"rounded to {quantization}")
 
 
 def with_kv_format(facts: ModelFacts, kv_cache_dtype: str) -> ModelFacts:
@@ -136,7 +172,7 @@ def make_plan(
     max_model_len: int | None,
     runtime: int | None,
     graphs: int,
-    max_batched_tokens: int,
+    max_batched_tokens: int | None,
     machine: MachineSpeed,
     limits: ServiceLimits,
     speed: Bandwidths | None = None,
@@ -148,7 +184,7 @@ def make_plan(
         ConfigError: settings that contradict each other or the model.
         MemoryPlanError: the weights alone are too large.
     """
-    from specontext.memory.model import RunSettings, estimate_runtime, measured_model, paper_model
+    from specontext.memory.model import RunSettings, estimate_runtime, fitting_step, measured_model, paper_model
     from specontext.memory.planner import MemoryPlan
 
     shape = facts.shape
@@ -170,8 +206,11 @@ def make_plan(
         sink=settings.sink,
         recent=settings.recent,
         granularity=settings.granularity,
-        max_batched_tokens=max_batched_tokens,
     )
+    if max_batched_tokens is not None:
+        run = replace(run, max_batched_tokens=max_batched_tokens)
+    else:
+        run = fitting_step(facts, run, gpu_memory)
 
     def plan_of(count: int) -> MemoryPlan:
         if mode == "paper":

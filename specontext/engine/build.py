@@ -28,7 +28,7 @@ from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout
 from specontext.kv.pool import PagePool, make_pools
 from specontext.memory.facts import NO_HEAD, ModelFacts
-from specontext.memory.model import MemoryModel, RunSettings, measured_model, staged_bytes
+from specontext.memory.model import MemoryModel, RunSettings, fitting_step, measured_model, staged_bytes
 from specontext.memory.probe import LEAST_PINNED, machine_speed, why_kv_stays
 from specontext.memory.step_time import MachineSpeed, StepClock
 from specontext.memory.throughput import ServiceLimits
@@ -137,6 +137,9 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     )
     runtime, graphs = None, 0
     if device.type == "cuda":
+        if config.max_num_batched_tokens is None:
+            run = fitting_step(facts, run, gpu_limit(config, torch.cuda.mem_get_info(device)[1]))
+            tokens = StepTokens(run.max_batched_tokens, min(tokens.mixed, run.max_batched_tokens))
         torch.cuda.empty_cache()  # of engines before this one: what is small would keep all of a block that was theirs
         features = head.config.feature_layers if head is not None and head.config.variant == "features" else ()
         runtime = measure_runtime(loaded, facts, run, feature_layers=features) + staged_bytes(facts, run)
@@ -265,6 +268,11 @@ def host_default(config: EngineConfig) -> int:
     return int(SHARE_OF_FREE_MEMORY * shutil.disk_usage(config.offload_dir).free)
 
 
+def gpu_limit(config: EngineConfig, total: int) -> int:
+    """Bytes that the engine may use of a GPU that has `total`."""
+    return config.gpu_memory or int((config.gpu_memory_utilization or SHARE_OF_GPU) * total)
+
+
 def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device) -> int:
     """Bytes of the device tier of KV: on a GPU what the engine's limit leaves beside weights, buffers and tables.
 
@@ -278,7 +286,7 @@ def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device)
     # Weights are there already. What PyTorch keeps beside what is in use will be used; what others use of it is theirs.
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free += kept + plan.fixed["weights"] + plan.fixed["retrieval_head"]
-    limit = config.gpu_memory or int((config.gpu_memory_utilization or SHARE_OF_GPU) * total)
+    limit = gpu_limit(config, total)
     others, parts = plan.fixed_bytes, ", ".join(f"{name} {size}" for name, size in plan.fixed.items())
     if limit < others:
         raise MemoryPlanError(
@@ -303,8 +311,7 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
     lookup = 0 if output is not None and output.weight is table else table.numel()
     intermediate = getattr(model.config, "intermediate_size", None) or 4 * loaded.shape.hidden_size
     sizes = NO_HEAD if head is None else facts_of_head(head.config)
-    parameters = sum(p.numel() for p in model.parameters())
-    return ModelFacts(loaded.name, loaded.shape, parameters, lookup, intermediate, sizes)
+    return ModelFacts(loaded.name, loaded.shape, loaded.parameters, lookup, intermediate, sizes, stored_bytes=loaded.weight_bytes)
 
 
 def check_variants(names: Sequence[str], method: SpeContextConfig) -> None:

@@ -95,6 +95,7 @@ class LLMEngine:
             dtype=config.dtype,
             device=self.device,
             load_format=config.load_format,
+            quantization=config.quantization,
             trust_remote_code=config.trust_remote_code,
             revision=config.revision,
         )

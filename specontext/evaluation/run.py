@@ -88,6 +88,7 @@ def _load(settings: EvaluationSettings) -> LoadedModel:
         dtype=options.get("dtype", "auto"),
         device=pick_device(options.get("device", "auto")),
         load_format=options.get("load_format", "auto"),
+        quantization=options.get("quantization"),
         trust_remote_code=options.get("trust_remote_code", False),
         revision=options.get("revision"),
     )

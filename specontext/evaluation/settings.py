@@ -106,7 +106,7 @@ class EvaluationSettings:
     @property
     def identity(self) -> dict[str, Any]:
         """What must be the same for all samples of a directory."""
-        same = ("dtype", "max_model_len", "head_rope_theta", "head_yarn_factor", "load_format", "revision")
+        same = ("dtype", "max_model_len", "head_rope_theta", "head_yarn_factor", "load_format", "quantization", "revision")
         own = {"model": self.model, "head": self.retrieval_head, "seed": self.seed, "sink": self.sink, "recent": self.recent}
         own |= {} if self.judge is None else {"judge": self.judge.model}
         return own | {"offload_layers": self.offload_layers} | {name: self.engine[name] for name in same if name in self.engine}

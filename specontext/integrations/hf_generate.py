@@ -29,7 +29,8 @@ ENABLED = "specontext_enabled"  # attribute of a model that is
 CACHES = ("cache", "past_key_values", "cache_params")  # what versions of the library call it
 PLAIN_CACHES = (None, "dynamic", "hybrid")  # values of cache_implementation that ask for nothing
 NOT_HERE = frozenset(
-    "model retrieval_head method dtype device methods seed load_format tensor_parallel_size trust_remote_code revision".split()
+    "model retrieval_head method dtype device methods seed load_format quantization tensor_parallel_size trust_remote_code "
+    "revision".split()
 )
 
 

@@ -60,6 +60,7 @@ class ModelFacts:
             row for each request.
         intermediate_size: width of the feed-forward layers.
         weights_note: what was done to the weights, such as 'dequantised from Q4_1'; None where they are the checkpoint's own.
+        stored_bytes: bytes of the weights where some are quantised; None where all are in the shape's number format.
     """
 
     name: str
@@ -69,11 +70,18 @@ class ModelFacts:
     intermediate_size: int
     head: HeadFacts
     weights_note: str | None = None
+    stored_bytes: int | None = None
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights as they are loaded."""
-        return weight_bytes(self.parameters, self.shape.dtype)
+        return weight_bytes(self.parameters, self.shape.dtype) if self.stored_bytes is None else self.stored_bytes
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights and head that a decode step reads: of tables of embeddings, of which it reads some rows, none."""
+        tables = self.lookup_parameters + self.head.lookup_parameters
+        return self.weight_bytes + self.head_bytes - weight_bytes(tables, self.shape.dtype)
 
     @property
     def head_bytes(self) -> int:

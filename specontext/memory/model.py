@@ -11,7 +11,7 @@ plots) works on it. Mode `paper` counts whole numbers as eq. 7 does; mode `measu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from specontext.config import STEP_TOKENS
@@ -24,6 +24,7 @@ FLOAT16 = 2  # bytes; eq. 6-7 count models and KV in 2-byte floats, whatever the
 MIB = 1 << 20
 PROMPT_TILE = 256 * MIB  # of stored tokens of one layer that a prompt chunk reads at once on a GPU
 DECODE_TILE = 16384  # stored tokens of offloaded layers that dense decoding reads at once on a GPU
+LEAST_STEP, BUFFERS = 1024, 8  # see `fitting_step`
 LIBRARIES = 64 * MIB  # workspaces of matrix products
 COUNTERS = 11  # of the statistics of a request, besides the recall of every layer
 LEAST_TILE = 256  # of them of one request, where many share a tile
@@ -297,6 +298,17 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
     sampler = min(SAMPLER, 24 * run.requests * shape.vocab_size)
     steps = min(run.max_batched_tokens, run.requests * run.max_tokens)
     return steps * token + tiles + staged_bytes(facts, run) + logits + sampler + LIBRARIES
+
+
+def fitting_step(facts: ModelFacts, run: RunSettings, memory: int) -> RunSettings:
+    """The settings with so many tokens of a step that a GPU with little memory has most of it for KV.
+
+    Half as many, and again, until run-time buffers take an eighth of what weights and head leave.
+    """
+    room = memory - facts.weight_bytes - facts.head_bytes
+    while run.max_batched_tokens > LEAST_STEP and BUFFERS * estimate_runtime(facts, run) > room:
+        run = replace(run, max_batched_tokens=max(LEAST_STEP, run.max_batched_tokens // 2))
+    return run
 
 
 def dequantised_bytes(shape: ModelShape, tile: int, steps: int) -> int:

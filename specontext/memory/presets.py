@@ -42,6 +42,8 @@ class Preset:
         family: `llama`, `mistral`, `qwen2` (biases on q, k and v) or `qwen3` (norms of each head's queries and keys).
         tied: whether embedding and output share one table.
         rope_factor: Llama 3's extension from 8,192 positions, None for plain RoPE.
+        yarn_position: the longest context that its makers give it with YaRN, by an entry in its config that is not there at
+            first; None for none.
     """
 
     name: str
@@ -58,18 +60,30 @@ class Preset:
     tied: bool
     rope_theta: float
     rope_factor: float | None = None
+    yarn_position: int | None = None
+
+    @property
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """Outputs and inputs of the linear layers of a decoder layer."""
+        width, heads, groups = self.hidden_size, self.query_heads * self.head_dim, self.kv_heads * self.head_dim
+        wide = self.intermediate_size
+        return ((heads, width), (groups, width), (groups, width), (width, heads), (wide, width), (wide, width), (width, wide))
 
     @property
     def parameters(self) -> int:
         """Number of parameters, a shared table counted once."""
         width, dim = self.hidden_size, self.head_dim
         heads, groups = self.query_heads * dim, self.kv_heads * dim
-        layer = 2 * width * (heads + groups) + 3 * width * self.intermediate_size + 2 * width
+        layer = sum(n * k for n, k in self.matrices) + 2 * width
         if self.family == "qwen2":
             layer += heads + 2 * groups
         if self.family == "qwen3":
             layer += 2 * dim
         return self.vocab_size * width * (1 if self.tied else 2) + self.layers * layer + width
+
+    def needs_yarn(self, length: int | None) -> bool:
+        """Whether a context of this length needs an entry for YaRN in the config, and its makers allow one."""
+        return length is not None and self.max_position < length <= (self.yarn_position or 0)
 
     def shape(self, dtype: torch.dtype | NumberFormat | None = None) -> ModelShape:
         """The shape; None is PyTorch's bfloat16, which has to be imported."""
@@ -134,6 +148,7 @@ def _preset(
 _LLAMA: dict[str, Any] = {"rope_theta": 500000.0, "rope_factor": 8.0}
 _SMALL_LLAMA = _LLAMA | {"rope_factor": 32.0, "tied": True}
 _QWEN: dict[str, Any] = {"rope_theta": 1e6}
+_QWEN3 = _QWEN | {"yarn_position": 131072}
 _TIED_QWEN = _QWEN | {"tied": True}
 _8B, _70B = (4096, 14336, 32, 32, 8, 128), (8192, 28672, 80, 64, 8, 128)
 _Q7B, _Q14B, _Q32B = (3584, 18944, 28, 28, 4, 128), (5120, 13824, 48, 40, 8, 128), (5120, 27648, 64, 40, 8, 128)
@@ -149,10 +164,10 @@ _ALL = (
     _preset("r1-distill-llama-70b", f"{_R1}Llama-70B", "llama", _70B, 128256, 131072, **_LLAMA),
     _preset("qwen3-0.6b", "Qwen/Qwen3-0.6B", "qwen3", (1024, 3072, 28, 16, 8, 128), 151936, 40960, **_TIED_QWEN),
     _preset("qwen3-1.7b", "Qwen/Qwen3-1.7B", "qwen3", (2048, 6144, 28, 16, 8, 128), 151936, 40960, **_TIED_QWEN),
-    _preset("qwen3-4b", "Qwen/Qwen3-4B", "qwen3", (2560, 9728, 36, 32, 8, 128), 151936, 40960, **_TIED_QWEN),
-    _preset("qwen3-8b", "Qwen/Qwen3-8B", "qwen3", (4096, 12288, 36, 32, 8, 128), 151936, 40960, **_QWEN),
-    _preset("qwen3-14b", "Qwen/Qwen3-14B", "qwen3", (5120, 17408, 40, 40, 8, 128), 151936, 40960, **_QWEN),
-    _preset("qwen3-32b", "Qwen/Qwen3-32B", "qwen3", (5120, 25600, 64, 64, 8, 128), 151936, 40960, **_QWEN),
+    _preset("qwen3-4b", "Qwen/Qwen3-4B", "qwen3", (2560, 9728, 36, 32, 8, 128), 151936, 40960, **_QWEN3, tied=True),
+    _preset("qwen3-8b", "Qwen/Qwen3-8B", "qwen3", (4096, 12288, 36, 32, 8, 128), 151936, 40960, **_QWEN3),
+    _preset("qwen3-14b", "Qwen/Qwen3-14B", "qwen3", (5120, 17408, 40, 40, 8, 128), 151936, 40960, **_QWEN3),
+    _preset("qwen3-32b", "Qwen/Qwen3-32B", "qwen3", (5120, 25600, 64, 64, 8, 128), 151936, 40960, **_QWEN3),
     _preset("mistral-7b-v0.3", "mistralai/Mistral-7B-Instruct-v0.3", "mistral", _8B, 32768, 32768, rope_theta=1e6),
     _preset("qwen2.5-1.5b", "Qwen/Qwen2.5-1.5B", "qwen2", (1536, 8960, 28, 12, 2, 128), 151936, 131072, **_TIED_QWEN),
     _preset("qwen2.5-7b", "Qwen/Qwen2.5-7B", "qwen2", _Q7B, 152064, 131072, **_QWEN),

@@ -59,12 +59,10 @@ def decode_floor(
         overlap: share of the selected entries that the last step selected too.
     """
     shape = facts.shape
-    item = shape.dtype.itemsize
     selected = requests * min(budget, length) * shape.kv_heads * shape.row_bytes  # one layer
     loaded = round(selected * offloaded * (1 - overlap)) if length > budget else 0
-    weights = (facts.parameters - facts.lookup_parameters - facts.head.lookup_parameters) * item + facts.head_bytes
     keys = requests * length * facts.key_bytes_per_token
-    device = weights + keys + selected * shape.layers + loaded
+    device = facts.step_bytes + keys + selected * shape.layers + loaded
     compute, loads = floor_seconds(device, speed.device), floor_seconds(loaded, speed.host)
     return StepFloor(device, loaded, max(compute, loads), loads > compute)
 

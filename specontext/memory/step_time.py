@@ -98,9 +98,7 @@ class StepClock:
     @cached_property
     def weights(self) -> int:
         """Bytes of weights and head that a decode step reads."""
-        facts = self.facts
-        read = facts.parameters - facts.lookup_parameters - facts.head.lookup_parameters
-        return read * facts.shape.dtype.itemsize + facts.head_bytes
+        return self.facts.step_bytes
 
     @cached_property
     def _row(self) -> int:
@@ -121,7 +119,9 @@ class StepClock:
         missed = 1.0 if self.budget is None else 1 - self.overlap
         keys = 0 if self.budget is None else tokens * self.facts.key_bytes_per_token
         loaded = longer * self._row * offloaded * missed
-        products = 2 * self.weights / self.facts.shape.dtype.itemsize * requests / machine.products
+        head = self.facts.head.parameters - self.facts.head.lookup_parameters
+        parameters = self.facts.parameters - self.facts.lookup_parameters + head
+        products = 2 * parameters * requests / machine.products
         read = self.weights / machine.device / (ONE_TOKEN if requests == 1 else SEVERAL_TOKENS)
         share = ALL_ROWS if self.budget is None else ROWS
         rows = (keys + chosen * self._row * layers + loaded) / machine.device / share

@@ -16,7 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from specontext.core import ModelShape
 from specontext.errors import ModelError, RequestError
 from specontext.gguf.source import weights_note
-from specontext.locations import adapter_of, check_not_quantised, one_sentence, read_config, resolve_model_path
+from specontext.locations import adapter_of, one_sentence, quantization_of_source, read_config, resolve_model_path
 from specontext.models.adapters import check_can_merge, merged
 from specontext.models.attention import ATTENTION_NAME, attention_of, register_attention
 from specontext.models.checking import check_attention
@@ -24,8 +24,11 @@ from specontext.models.config_check import check_supported
 from specontext.models.decoder import fix_rope
 from specontext.models.end_tokens import end_tokens
 from specontext.models.number_format import running_format
+from specontext.models.quantized import Asked, load_quantised
 from specontext.models.tokenizer_files import load_tokenizer
 from specontext.models.weights import random_model, stored_model
+from specontext.quantization.linear import QuantizedLinear
+from specontext.quantization.schemes import scheme_of
 from specontext.retrieval.checkpoint import OWN_HEAD
 
 
@@ -50,6 +53,7 @@ class LoadedModel:
         path: checkpoint directory, or None for a Hub id; of an adapter that has a retrieval head, its own.
         end_token_ids: tokens that end an output, see `end_tokens`.
         base: the model that an adapter was merged into, as its name says; None for any other.
+        quantization: how its weights were quantised, and what became of that, in words; None for plain ones.
     """
 
     name: str
@@ -59,6 +63,7 @@ class LoadedModel:
     shape: ModelShape
     end_token_ids: frozenset[int]
     base: str | None = None
+    quantization: str | None = None
 
     @property
     def head_name(self) -> str:
@@ -68,8 +73,22 @@ class LoadedModel:
     @property
     def weights_note(self) -> str | None:
         """What was done to the weights before they were used, such as 'dequantised from Q4_1'."""
-        notes = [weights_note(self.path), f"merged with the LoRA adapter {Path(self.name).name}" if self.base else None]
-        return ", ".join(filter(None, notes)) or None
+        merged = f"merged with the LoRA adapter {Path(self.name).name}" if self.base else None
+        return ", ".join(filter(None, (weights_note(self.path), self.quantization, merged))) or None
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, those of quantised layers among them."""
+        return sum(p.numel() for p in self.model.parameters()) + sum(m.in_features * m.out_features for m in self._quantised)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as they are in memory."""
+        return sum(p.nbytes for p in self.model.parameters()) + sum(b.nbytes for m in self._quantised for b in m.buffers())
+
+    @property
+    def _quantised(self) -> list[QuantizedLinear]:
+        return [module for module in self.model.modules() if isinstance(module, QuantizedLinear)]
 
 
 def load_model(
@@ -78,6 +97,7 @@ def load_model(
     dtype: str,
     device: torch.device,
     load_format: str = "auto",
+    quantization: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> LoadedModel:
@@ -85,11 +105,13 @@ def load_model(
 
     Args:
         name: as of `resolve_model_path`; the adapter that it may name is merged into its model.
-        load_format: "dummy" makes random weights, the same ones every time; only config and tokenizer are read. The shape
-            of a quantised checkpoint is refused all the same: its sizes and speeds would be those of another model.
+        load_format: "dummy" makes random weights, the same ones every time, quantised as the config says; only config and
+            tokenizer are read.
+        quantization: 'fp8' or 'int4' rounds 16-bit weights of linear layers while they are loaded.
 
     Raises:
-        ModelError: not found, broken or incomplete, quantised, or using a feature that is not supported.
+        ModelError: not found, broken or incomplete, quantised in a way that is not read, or using a feature that is not
+            supported.
     """
     adapter, source = adapter_of(name), resolve_model_path(name)
     if adapter is not None and load_format != "dummy":
@@ -98,16 +120,23 @@ def load_model(
     register_attention()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    check_not_quantised(source, revision=revision)
+    entry = quantization_of_source(source, revision=revision)
+    scheme, dummy = None if entry is None else scheme_of(entry, source), load_format == "dummy"
+    asked = Asked(source, scheme, quantization, dummy, adapter is None or dummy, options)
+    asked.check()
     config = read_config(source, **options)
     check_supported(config)
-    dtype = running_format(dtype, config, device)
+    dtype, note = running_format(dtype, config, device), None
     tokenizer = load_tokenizer(name, **options)  # before the weights, which take longer
-    if load_format == "dummy":
-        model: Any = random_model(config, dtype, device, options)
+    model: Any
+    if asked.is_quantised:
+        model, note = load_quantised(asked, config, dtype, device)
+    elif dummy:
+        model = random_model(config, dtype, device, options)
     else:
         model = stored_model(source, config, dtype, options)
-        model = model if adapter is None else merged(model, adapter)
+    if adapter is not None and not dummy:
+        model = merged(model, adapter)
     with one_sentence(f"cannot load the model {source}"):
         model = model.to(device).eval().requires_grad_(False)
         shape = ModelShape.from_config(config, model.dtype)
@@ -116,9 +145,9 @@ def load_model(
     ends = end_tokens(source, tokenizer, revision=revision)
     path = source if isinstance(source, Path) else None
     if adapter is None:
-        return LoadedModel(str(name), path, model, tokenizer, shape, ends)
+        return LoadedModel(str(name), path, model, tokenizer, shape, ends, quantization=note)
     path = adapter.folder if adapter.beside(OWN_HEAD) else path
-    return LoadedModel(str(name), path, model, tokenizer, shape, ends, str(adapter.base))
+    return LoadedModel(str(name), path, model, tokenizer, shape, ends, str(adapter.base), note)
 
 
 def adopt_model(model: PreTrainedModel) -> LoadedModel:

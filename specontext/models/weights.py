@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,21 +10,15 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers import logging as transformers_logging
 
 from specontext.checkpoints.adapters import CONFIG as ADAPTER
 from specontext.checkpoints.quantization import ADVICE
-from specontext.checkpoints.weights import StoredTensor, is_buffer, odd_experts, quantised_numbers, read_headers, weight_files
+from specontext.checkpoints.weights import odd_experts, quantised_numbers, read_headers, weight_files
 from specontext.checkpoints.wording import first_few
 from specontext.errors import ModelError
 from specontext.locations import folder_of, one_sentence
 from specontext.models.attention import ATTENTION_NAME
-
-SCALES = re.compile(r"scale|zero|qweight|g_idx|absmax|quant|packed|amax")  # in the names of what quantised weights come with
-NEXT_TOKENS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
-NEXT_TOKEN_PART = re.compile(r"(^|\.)mtp(_\w+)?\.")  # layers that predict further tokens, which no decoder here runs
-
-Tensors = Mapping[str, StoredTensor]
+from specontext.models.reports import SCALES, Tensors, check_report, no_report
 
 
 def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, options: Mapping[str, Any]) -> PreTrainedModel:
@@ -40,9 +33,9 @@ def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, optio
     """
     stored: Tensors | None = None
     if isinstance(source, Path):  # before the long work of reading; a Hub id's files come with it
-        stored = _headers(source, config)
-        _check_numbers(stored)
-    with _no_report(), one_sentence(f"cannot load the model {source}"), _without_adapter(source) as seen:
+        stored = weight_headers(source, config)
+        check_numbers(stored)
+    with no_report(), one_sentence(f"cannot load the model {source}"), _without_adapter(source) as seen:
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 seen,
@@ -62,10 +55,10 @@ def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, optio
                 raise ModelError(f"the weights of {source} do not fit together: {first_few(wrong)}") from error
             raise
     if stored is None:
-        stored = _headers(folder_of(source, revision=options["revision"]), config)
-        _check_numbers(stored)
+        stored = weight_headers(folder_of(source, revision=options["revision"]), config)
+        check_numbers(stored)
     model, report = loaded
-    _check_report(source, model, report, stored)
+    check_report(source, model, report, stored)
     kept: PreTrainedModel = model
     return kept
 
@@ -104,12 +97,13 @@ def random_model(config: PreTrainedConfig, dtype: str, device: torch.device, opt
     return model
 
 
-def _headers(folder: Path, config: PreTrainedConfig) -> Tensors:
+def weight_headers(folder: Path, config: PreTrainedConfig) -> Tensors:
+    """What the files of a checkpoint hold; raises ModelError for broken or missing ones."""
     named = getattr(config, "transformers_weights", None)
     return read_headers(weight_files(folder, ModelError, named=named), ModelError)
 
 
-def _check_numbers(stored: Tensors) -> None:
+def check_numbers(stored: Tensors) -> None:
     """Raises ModelError, naming tensors, where numbers in the files stand for others: 8 or 4 bits, integers, packed ones."""
     odd = quantised_numbers(stored)
     if not odd:
@@ -122,50 +116,3 @@ def _check_numbers(stored: Tensors) -> None:
         f"quantised weights are not supported: {name} ({number}){more} in {stored[name].file} hold no plain floating-point "
         f"numbers{scales}; {ADVICE}"
     )
-
-
-def _check_report(source: Path | str, model: PreTrainedModel, report: Mapping[str, Any], stored: Tensors) -> None:
-    """Raises ModelError, naming tensors, unless files and decoder have the same ones in the same shapes."""
-    kind = type(model).__name__
-    mismatched = {name: (list(found), list(asked)) for name, found, asked in sorted(report["mismatched_keys"])}
-    wrong = []
-    if missing := sorted(set(report["missing_keys"]) - mismatched.keys()):  # transformers would put random numbers in their place
-        wrong.append(f"they are incomplete and lack {first_few(missing)}")
-    if mismatched:
-        shown = [f"{name} has shape {found} where the config asks for {asked}" for name, (found, asked) in mismatched.items()]
-        wrong.append(first_few(shown))
-    extra = _not_taken(report["unexpected_keys"], model.config, stored)
-    if extra:
-        wrong.append(f"{first_few(extra)} {'is' if len(extra) == 1 else 'are'} not taken by {kind}")
-    if not wrong:
-        return
-    if any(SCALES.search(name.rpartition(".")[2]) for name in extra):
-        remedy = f"these weights look quantised: {ADVICE}"
-    elif missing and not extra and not mismatched:
-        remedy = "download the checkpoint again, whole"
-    else:
-        remedy = "take the config.json that belongs to these weights, or a checkpoint whose architecture is supported as it is"
-    raise ModelError(f"the weights of {source} do not fit its config: {'; '.join(wrong)}; {remedy}")
-
-
-def _not_taken(names: Iterable[str], config: PreTrainedConfig, stored: Tensors) -> list[str]:
-    """Those of the tensors that the decoder left aside that it should have had."""
-    layers = int(getattr(config, "num_hidden_layers", 0))
-    further = max(int(getattr(config, key, None) or 0) for key in NEXT_TOKENS)
-
-    def predicts_further(name: str) -> bool:
-        number = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-        return bool(NEXT_TOKEN_PART.search(name)) or (number is not None and layers <= int(number[1]) < layers + further)
-
-    return sorted(name for name in names if not predicts_further(name) and not is_buffer(name, stored.get(name)))
-
-
-@contextmanager
-def _no_report() -> Iterator[None]:
-    """Keeps transformers from logging its table of what does not fit, and that it can be ignored: it is refused by name here."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(max(before, transformers_logging.ERROR))
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)

@@ -74,10 +74,10 @@ def test_what_does_not_fit_is_a_row_that_says_so(bench: Bench) -> None:
 def loaded_rows(bench: Bench, way: Way, overlap: float = 0.85) -> float:
     """Rows of a KV head, layer and request that a step loads, in the mean over some steps."""
     options: dict[str, Any] = {"requests": 2, "context": 400, "budget": 32, "away": 4, "overlap": overlap, "room": 10}
-    with looping(bench.loaded, bench.head, way, **options) as loop:
+    with looping(bench.loaded, way, **options) as loop:
         for _ in range(8):
             loop.step()
-        counted = sum(loop.parts.meter.report(seat).bytes_loaded_per_step or 0.0 for seat in range(2))
+        counted = sum(loop.engine.parts.meter.report(seat).bytes_loaded_per_step or 0.0 for seat in range(2))
     shape = bench.facts.shape
     return counted / (2 * shape.layers * shape.kv_heads * shape.row_bytes)
 
@@ -92,12 +92,12 @@ def test_what_each_step_of_the_ablation_loads(bench: Bench) -> None:
 
 def test_loads_are_waited_for_where_nothing_runs_beside_them(bench: Bench) -> None:
     options: dict[str, Any] = {"requests": 1, "context": 100, "budget": 32, "away": 4, "overlap": 0.85, "room": 4}
-    with looping(bench.loaded, bench.head, ABLATION[1], **options) as loop:
+    with looping(bench.loaded, ABLATION[1], **options) as loop:
         joined: list[str] = []
-        loop.parts.kv.transfers.join = lambda *sides: joined.extend(sides)  # type: ignore[method-assign]
+        loop.engine.parts.kv.transfers.join = lambda *sides: joined.extend(sides)  # type: ignore[method-assign]
         loop.step()
         before = joined.count("prefetch")
-        wait_for_loads(loop.parts)
+        wait_for_loads(loop.engine.parts)
         loop.step()
         assert joined.count("prefetch") == before + 1
 

@@ -16,6 +16,7 @@ from specontext.memory.facts import HeadFacts, ModelFacts, eagle3_head, weight_b
 from specontext.memory.model import (
     RunSettings,
     estimate_runtime,
+    fitting_step,
     measured_model,
     paper_model,
     table_bytes,
@@ -200,3 +201,10 @@ def test_the_host_has_room_for_whole_blocks() -> None:
     assert banded.layer_blocks.sizes == (3, 1)
     other = replace(HEAD, head_map=((0, 1),))  # of a model with one layer
     assert replace(FACTS, shape=shape, head=other).layer_blocks.sizes == (2, 2)
+
+
+def test_steps_are_smaller_where_memory_is_short() -> None:
+    facts, run = PRESETS["llama-3.1-8b"].facts(), RunSettings(1, 65536, 2048, 2048)
+    tokens = [fitting_step(facts, run, gib << 30).max_batched_tokens for gib in (8, 20, 24, 40, 80)]
+    assert tokens == sorted(tokens) and tokens[0] == 1024 and tokens[-1] == run.max_batched_tokens
+    assert fitting_step(facts, replace(run, max_batched_tokens=300), 8 << 30).max_batched_tokens == 300

@@ -1,4 +1,4 @@
-"""Checkpoints that say they are quantised are refused before anything is loaded, wherever they say it."""
+"""Checkpoints whose quantisation is not read are refused before anything is loaded, wherever they say it."""
 
 from __future__ import annotations
 
@@ -14,28 +14,38 @@ from specontext.cli import main
 from specontext.errors import ModelError
 from specontext.models.loading import load_model
 
-FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+CT = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 IN_CONFIG: list[tuple[dict[str, Any], str]] = [
-    ({"quantization_config": GPTQ}, "gptq, 4 bits (quantization_config in config.json)"),
-    ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq, 4 bits"),
-    ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "bitsandbytes, 8 bits"),
-    ({"quantization_config": FP8}, "fp8"),
-    ({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}}}, "compressed-tensors"),
+    ({"quantization_config": GPTQ | {"bits": 3}}, "gptq, 3 bits (quantization_config in config.json)"),
+    ({"quantization_config": GPTQ | {"checkpoint_format": "marlin"}}, "its checkpoint_format marlin is not read"),
+    ({"quantization_config": GPTQ | {"dynamic": {"+:.*": {"bits": 8}}}}, "its dynamic, which gives +:.* settings of their own"),
+    ({"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemv"}}, "its layout gemv is not read"),
+    ({"quantization_config": {"quant_method": "awq"}}, "0 bits are not read"),
+    ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, "its numbers are e5m2"),
+    ({"quantization_config": CT | {"config_groups": {}}}, "its config_groups say nothing of weights"),
+    ({"quantization_config": CT | {"format": "nvfp4-pack-quantized"}}, "its format nvfp4-pack-quantized is not read"),
+    ({"quantization_config": CT | {"sparsity_config": {"format": "sparse-24-bitmask"}}}, "its weights are sparse"),
+    ({"quantization_config": CT | {"transform_config": {"config_groups": {"R1": {}}}}}, "its transform_config is not read"),
     ({"quantization_config": {"quant_algo": "NVFP4", "producer": {"name": "modelopt"}}}, "NVFP4"),
+    ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}}, "FP8_PB_WO is not read"),
     ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+    ({"quantization_config": {"quant_method": "hqq"}}, "hqq"),
     ({"quantization_config": {"bits": 4}}, "a method without a name, 4 bits"),
     ({"quantization": {"group_size": 64, "bits": 4}}, "a method without a name, 4 bits (quantization in config.json)"),
     ({"compression_config": {"format": "int-quantized"}}, "int-quantized (compression_config in config.json)"),
-    ({"text_config": {"quantization_config": GPTQ}}, "gptq, 4 bits (text_config.quantization_config in config.json)"),
+    (
+        {"text_config": {"quantization_config": GPTQ | {"bits": 3}}},
+        "gptq, 3 bits (text_config.quantization_config in config.json)",
+    ),
     ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn (dtype in config.json)"),
     ({"torch_dtype": "int8"}, "int8 (torch_dtype in config.json)"),
 ]
 BESIDE: list[tuple[str, dict[str, Any], str]] = [
-    ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None}}, "FP8"),
+    ("hf_quant_config.json", {"quantization": {"quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": None}}, "W4A16_AWQ"),
     ("hf_quant_config.json", {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}, "FP8"),
-    ("quantize_config.json", {"bits": 4, "group_size": 128, "desc_act": False}, "4 bits"),
-    ("quant_config.json", {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}, "GEMM, 4 bits"),
+    ("quantize_config.json", {"bits": 3, "group_size": 128, "desc_act": False}, "3 bits"),
+    ("quant_config.json", {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMV"}, "GEMV, 4 bits"),
     ("quant_model_description_w8a8.json", {"model.layers.0.self_attn.q_proj.weight": "W8A8"}, "a method without a name"),
 ]
 

@@ -17,7 +17,7 @@ from specontext.errors import DeviceMemoryError, HostMemoryError, MemoryPlanErro
 from specontext.evaluation.paper import hugging_face
 from specontext.evaluation.paper.columns import Column, Scale
 from specontext.evaluation.paper.hugging_face import Theirs
-from specontext.evaluation.paper.loop import FULL, Way, free, looping, median_step, now
+from specontext.evaluation.paper.loop import FULL, Way, free, looping, mean_step, now
 from specontext.evaluation.paper.setup import Setup
 from specontext.evaluation.paper.shapes import DTYPES, TINY, random_model, word_tokenizer
 from specontext.memory.facts import NO_HEAD
@@ -51,7 +51,6 @@ class Bench(Setup):
             context = max(length, self.scale.budget + room)
             with looping(
                 self.loaded,
-                self.head,
                 way,
                 requests=requests,
                 context=context,
@@ -60,7 +59,7 @@ class Bench(Setup):
                 overlap=self.overlap,
                 room=room,
             ) as loop:
-                found[length] = median_step(loop, warm_up=self.scale.warm_up, steps=self.scale.steps), away
+                found[length] = mean_step(loop, warm_up=self.scale.warm_up, steps=self.scale.steps), away
         return found
 
     def ours(self, way: Way, column: Column, requests: int) -> Row:
@@ -208,10 +207,9 @@ def open_bench(
     model: str, scale: Scale, device: torch.device, *, memory: int | None, host_memory: int | None, overlap: float
 ) -> Bench:
     """Random weights and a random head in a model's shape on a device."""
-    changes = TINY if scale.tiny else {}
+    changes: dict[str, Any] = TINY if scale.tiny else {}
     loaded = random_model(model, DTYPES[scale.dtype], device, **changes)
     loaded = replace(loaded, tokenizer=word_tokenizer(loaded.shape.vocab_size))
-    head = random_head(loaded.shape).to(device=device, dtype=loaded.shape.dtype).requires_grad_(False)
     if device.type == "cuda":
         keep_compiled()
         speed = machine_speed(device)
@@ -223,8 +221,8 @@ def open_bench(
             machine_speed(device), device=found.device, host=found.host, products=measure_products(device, torch.float32, size)
         )
         limit = scale.device_memory
-    facts = facts_of_loaded(loaded, head)
-    return Bench(loaded, head, facts, speed, scale, limit, host_memory or int(SHARE_OF_HOST * free_host_memory()), overlap)
+    facts = facts_of_loaded(loaded, random_head(loaded.shape))
+    return Bench(loaded, facts, speed, scale, limit, host_memory or int(SHARE_OF_HOST * free_host_memory()), overlap)
 
 
 def does_not_fit(bench: Bench, name: str, words: str, column: Column, requests: int | None, measure: Callable[[], Row]) -> Row:

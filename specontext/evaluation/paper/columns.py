@@ -90,7 +90,7 @@ class Scale:
         return [self.column(f"{count}k", count * K, 0) for count in thousands]
 
 
-FULL = Scale("full", "bfloat16", 1, False, 4, 3, 8, 2, 128, 0, 2048, (1, 2, 4, 8, 16, 32, 64))
+FULL = Scale("full", "bfloat16", 1, False, 4, 4, 12, 2, 128, 0, 2048, (1, 2, 4, 8, 16, 32, 64))
 TINY = Scale("tiny", "float32", 64, True, 2, 1, 2, 1, 8, 4 << 20, 32, (1, 4))
 SCALES = {scale.name: scale for scale in (FULL, TINY)}
 

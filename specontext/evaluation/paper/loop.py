@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,16 +13,15 @@ import torch
 from specontext.config import SpeContextConfig
 from specontext.core import Request, SamplingParams
 from specontext.engine.build import Parts
+from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.runner import ModelRunner
-from specontext.engine.sampler import sample
 from specontext.engine.scheduler import Scheduler
 from specontext.evaluation.paper.replay import Replay, overlapping, with_own_method
-from specontext.evaluation.paper.states import parts_for
+from specontext.evaluation.paper.states import fill_seats, middle_config
 from specontext.kv.layout import PlacedSelection
 from specontext.kv.streams import PREFETCH
 from specontext.models.attention import ATTENTION_NAME
 from specontext.models.loading import LoadedModel
-from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.selector import AheadSelector, Budget
 
 SELECTIONS = 16  # steps after which a replayed sequence begins again
@@ -84,62 +82,67 @@ ABLATION = (
 
 
 class Loop:
-    """Scheduler, runner and sampler over requests of one length.
+    """An engine as `LLM` starts it, but for its requests, which have one length and did not have to be computed.
 
     Args:
         context: tokens of each request; there is room for `room` more.
     """
 
     def __init__(
-        self,
-        loaded: LoadedModel,
-        head: RetrievalHead | None,
-        way: Way,
-        *,
-        requests: int,
-        context: int,
-        budget: int,
-        away: int,
-        overlap: float,
-        room: int,
+        self, loaded: LoadedModel, way: Way, *, requests: int, context: int, budget: int, away: int, overlap: float, room: int
     ) -> None:
-        device = loaded.model.device
-        parts = parts_for(loaded, head, way.config(budget, away), requests, context + room, device)
-        if isinstance(parts.selector, AheadSelector) and way.method == "speculative":
-            limits = Budget(budget, parts.method.sink, parts.method.recent)
-            share = overlap if way.keeps else 0.0
-            drawn = overlapping(limits, context, requests, parts.selector.groups, share, SELECTIONS)
-            parts = with_own_method(parts, Replay(parts.selector, drawn, device))
+        options = {"load_format": "dummy", "enforce_eager": not way.captured, "compile": way.captured}
+        config = middle_config(loaded, way.config(budget, away), requests, context + room, **options)
+        self.device, self.engine = loaded.model.device, LLMEngine(config, loaded)
+        self._replay(way, context, requests, budget, overlap)
+        fill_seats(self.engine.parts, requests, context + room)
         if way.waits:
-            wait_for_loads(parts)
-        self.device, self.loaded, self.parts = device, loaded, parts
-        features = head.config.feature_layers if head is not None and head.config.variant == "features" else ()
-        self.runner = ModelRunner(
-            loaded, parts, feature_layers=features, measure_recall=False, graphs=way.captured, compiled=way.captured
-        )
-        self.scheduler = Scheduler(parts, seats=requests)
+            wait_for_loads(self.engine.parts)
         params = SamplingParams(temperature=0.0, max_tokens=room + 1, ignore_eos=True)
         for seat in range(requests):
-            request = Request(str(seat), [TOKEN] * context, context - 1, params, seed=seat, seat=seat, computed=context - 1)
-            request.room = context + room
-            self.scheduler.running.append(request)
+            self._seat(self.engine.add_request(str(seat), [TOKEN] * context, params).request, seat, context, room)
 
-    def step(self) -> float:
-        """Decode one token of every request; seconds."""
+    def _replay(self, way: Way, context: int, requests: int, budget: int, overlap: float) -> None:
+        """Random keys have no neighbourhoods: what is used instead of their selections keeps a share of those before."""
+        engine, parts = self.engine, self.engine.parts
+        if way.method != "speculative":
+            return
+        assert isinstance(parts.selector, AheadSelector)
+        limits = Budget(budget, parts.method.sink, parts.method.recent)
+        drawn = overlapping(limits, context, requests, parts.selector.groups, overlap if way.keeps else 0.0, SELECTIONS)
+        engine.runner.close()
+        engine.parts = parts = with_own_method(parts, Replay(parts.selector, drawn, self.device))
+        assert parts.head is not None
+        layers = parts.head.config.feature_layers if parts.head.config.variant == "features" else ()
+        engine.runner = ModelRunner(
+            engine.loaded, parts, feature_layers=layers, measure_recall=False, graphs=way.captured, compiled=way.captured
+        )
+        engine.scheduler = Scheduler(parts, seats=requests)
+        engine.runs_ahead = engine.runner.captures
+
+    def _seat(self, request: Request, seat: int, context: int, room: int) -> None:
+        """As if all but the request's last token had been computed."""
+        scheduler = self.engine.scheduler
+        scheduler.waiting.remove(request)
+        scheduler.running.append(request)
+        request.seat, request.room = seat, context + room
+        request.computed = request.prefill_length = context - 1
+
+    def step(self) -> None:
+        """Decode one token of every request."""
+        self.engine.step()
+
+    def seconds(self, steps: int) -> float:
+        """Seconds of a step, the mean of some: a step may be launched before the one before it has ended."""
         began = now(self.device)
-        schedule = self.scheduler.schedule()
-        assert schedule is not None
-        logits = self.runner.run(schedule.batch)
-        ready = [request for _, request in self.scheduler.advance(schedule)]
-        self.scheduler.prepare()
-        for request, token in zip(ready, sample(logits, ready, end_token_ids=frozenset()).token_ids, strict=True):
-            request.token_ids.append(token)
-        return now(self.device) - began
+        for _ in range(steps):
+            self.step()
+        return (now(self.device) - began) / steps
 
     def close(self) -> None:
-        self.runner.close()
-        if self.parts.kv.host.memory is not None:
-            self.parts.kv.host.memory.close()
+        """Let go of all memory, whoever still holds this object."""
+        self.engine.close()
+        del self.engine
 
 
 def wait_for_loads(parts: Parts) -> None:
@@ -156,36 +159,25 @@ def wait_for_loads(parts: Parts) -> None:
 
 @contextmanager
 def looping(
-    loaded: LoadedModel,
-    head: RetrievalHead | None,
-    way: Way,
-    *,
-    requests: int,
-    context: int,
-    budget: int,
-    away: int,
-    overlap: float,
-    room: int,
+    loaded: LoadedModel, way: Way, *, requests: int, context: int, budget: int, away: int, overlap: float, room: int
 ) -> Iterator[Loop]:
     """A loop that gives its memory back afterwards."""
     loaded.model.set_attn_implementation(ATTENTION_NAME)
-    given = head if way.method == "speculative" else None
     loop = None
     try:
-        loop = Loop(loaded, given, way, requests=requests, context=context, budget=budget, away=away, overlap=overlap, room=room)
+        loop = Loop(loaded, way, requests=requests, context=context, budget=budget, away=away, overlap=overlap, room=room)
         yield loop
     finally:
         if loop is not None:
             loop.close()
-        del loop
         free(loaded.model.device)
 
 
-def median_step(loop: Loop, *, warm_up: int, steps: int) -> float:
-    """Median seconds of some steps, behind others that are not counted."""
+def mean_step(loop: Loop, *, warm_up: int, steps: int) -> float:
+    """Seconds of a step, behind others that are not counted."""
     for _ in range(warm_up):
         loop.step()
-    return statistics.median(loop.step() for _ in range(steps))
+    return loop.seconds(steps)
 
 
 def now(device: torch.device) -> float:

@@ -166,6 +166,7 @@ def whole_run(bench: Bench, column: Column) -> list[Row]:
     sampled = bench.ours(OURS, column, count)
     engine = bench.engine(OURS, seats=count, longest=column.longest + 16)
     try:
+        engine.warm_up()
         bench.generate(engine, [bench.prompt(column.prompt, 99)], 2, "warm-up-")
         prompts = [bench.prompt(column.prompt, 1000 + number) for number in range(count)]
         began = now(bench.device)

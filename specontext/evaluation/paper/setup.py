@@ -13,7 +13,6 @@ from specontext.memory.model import MemoryModel, RunSettings, measured_model
 from specontext.memory.planner import MemoryPlan
 from specontext.memory.step_time import MachineSpeed, StepClock
 from specontext.models.loading import LoadedModel
-from specontext.retrieval.head import RetrievalHead
 
 CHUNK, SMALL_CHUNK = 8192, 2048  # tokens of a prompt that our engine computes at once; where memory is small
 SMALL = 16 << 30
@@ -29,7 +28,6 @@ class Setup:
     """
 
     loaded: LoadedModel
-    head: RetrievalHead
     facts: ModelFacts
     machine: MachineSpeed
     scale: Scale

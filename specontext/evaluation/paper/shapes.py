@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -11,6 +13,7 @@ from specontext.core import ModelShape
 from specontext.memory.presets import PRESETS
 from specontext.models.attention import ATTENTION_NAME, register_attention
 from specontext.models.loading import LoadedModel
+from specontext.models.quantized import Asked, load_quantised
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MAX_POSITION = 131072
@@ -35,10 +38,22 @@ def config_of(name: str, **changes: object) -> PreTrainedConfig:
     return PRESETS[name].config(**{"max_position_embeddings": MAX_POSITION} | changes)
 
 
-def random_model(name: str, dtype: torch.dtype, device: torch.device, **changes: object) -> LoadedModel:
-    """A decoder of this shape, or of one with some changes, with random weights, loaded as the engine loads a checkpoint."""
+def random_model(
+    name: str, dtype: torch.dtype, device: torch.device, *, quantization: str | None = None, **changes: Any
+) -> LoadedModel:
+    """A decoder of this shape, or of one with some changes, with random weights, loaded as the engine loads a checkpoint.
+
+    Args:
+        quantization: 'fp8' or 'int4', in which linear layers are then kept; on a GPU.
+    """
     register_attention()
     config = config_of(name, **changes)
+    if quantization is not None:
+        asked = Asked(name, None, quantization, dummy=True, keep=True, options={"trust_remote_code": False, "revision": None})
+        made, note = load_quantised(asked, config, str(dtype).removeprefix("torch."), device)
+        made = made.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+        shape = ModelShape.from_config(config, dtype)
+        return LoadedModel(name, None, made, None, shape, frozenset(), quantization=note)  # type: ignore[arg-type]
     torch.manual_seed(0)
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,19 @@ from specontext.retrieval.methods.speculative import KeyCache
 MEMORY = 10**15  # bytes: pools are as large as what is asked for
 
 
+def middle_config(loaded: LoadedModel, method: SpeContextConfig, requests: int, context: int, **options: Any) -> EngineConfig:
+    """An engine for so many requests of this length, whose pools are as large as they need; `options` are other settings."""
+    settings: dict[str, Any] = {
+        "methods": (),
+        "max_num_seqs": requests,
+        "max_model_len": context + 16,
+        "gpu_memory": MEMORY,
+        "host_memory": MEMORY,
+        "enable_prefix_caching": False,
+    }
+    return EngineConfig(loaded.name, method=method, **settings | options)
+
+
 def parts_for(
     loaded: LoadedModel,
     head: RetrievalHead | None,
@@ -26,18 +41,18 @@ def parts_for(
     kv_cache_dtype: str = "auto",
 ) -> Parts:
     """An engine's parts with every request's KV and head keys filled with random numbers."""
-    config = EngineConfig(
-        loaded.name,
-        method=method,
-        methods=(),
-        kv_cache_dtype=kv_cache_dtype,
-        max_num_seqs=requests,
-        max_model_len=context + 16,
-        gpu_memory=MEMORY,
-        host_memory=MEMORY,
-        enable_prefix_caching=False,
-    )
+    config = middle_config(loaded, method, requests, context, kv_cache_dtype=kv_cache_dtype)
     parts = build_parts(config, loaded, head, device)
+    fill_seats(parts, requests, context)
+    return parts
+
+
+def fill_seats(parts: Parts, requests: int, context: int) -> None:
+    """Give requests seats with random KV and head keys of so many tokens.
+
+    Raises:
+        torch.OutOfMemoryError: they do not fit.
+    """
     for seat in range(requests):
         if parts.kv.open(seat, context) is not None or not parts.methods.open(seat, context, None):
             raise torch.OutOfMemoryError(f"{requests} requests of {context} tokens")
@@ -45,13 +60,13 @@ def parts_for(
     if parts.kv.offloaded:  # else nothing there is read, and memory that is written is taken
         host = parts.kv.host
         fill(host.rows[: (host.pages.num_held + 1) * host.page_rows])
-    if head is not None and hasattr(parts.selector, "last_fused"):  # its keys lie in the arena
-        parts.selector.last_fused.normal_()
+    selector: Any = getattr(parts.selector, "inner", parts.selector)  # of a replay
+    if hasattr(selector, "last_fused"):  # its keys lie in the arena
+        selector.last_fused.normal_()
         if is_quantised(parts.kv.arena.rows):  # whose bytes need not be numbers of another format
-            cache: KeyCache = parts.selector.cache  # type: ignore[attr-defined]
+            cache: KeyCache = selector.cache
             for pages in cache.held:
-                cache.keys[pages] = torch.randn((len(pages), *cache.keys.shape[1:]), device=device).to(cache.keys)
-    return parts
+                cache.keys[pages] = torch.randn((len(pages), *cache.keys.shape[1:]), device=cache.keys.device).to(cache.keys)
 
 
 def fill(tensor: Tensor, block: int = 1 << 24) -> None:

@@ -1,0 +1,100 @@
+"""Where quantised weights come from: a quantised checkpoint, plain weights that are rounded, or nothing but a form and chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from specontext.checkpoints.reading import metadata_of, tensor_reader
+from specontext.checkpoints.weights import PLAIN, StoredTensor
+from specontext.kernels.quantized_linear import QuantizedMatrix
+from specontext.locations import one_sentence
+from specontext.quantization.made import FORMS, quantized, random_matrix
+from specontext.quantization.schemes import Scheme
+from specontext.quantization.stored import read_matrix, stored_matrices
+from specontext.quantization.torchao import torchao_tensors
+
+DEVIATION = 0.02  # of random weights
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from.
+
+    Attributes:
+        modules: names of those whose matrix is quantised.
+        matrix: reads one of them; a tensor where it is written out in any case.
+        plain: all other tensors, by name.
+        turned: the format has the matrices of all models alike, also of those that keep them the other way round, as GPT-2.
+        tensors: what the files hold, for messages.
+        whole: the decoder gets all its tensors from here. Else it makes what is missing at random.
+    """
+
+    modules: tuple[str, ...]
+    matrix: Callable[[str], QuantizedMatrix | Tensor]
+    plain: Callable[[], dict[str, Tensor]]
+    tensors: Mapping[str, StoredTensor]
+    whole: bool = True
+    turned: bool = False
+
+
+def stored_source(tensors: Mapping[str, StoredTensor], scheme: Scheme, where: object, device: torch.device) -> Source:
+    """A quantised checkpoint's weights, whose codes are taken apart on a device.
+
+    Raises:
+        ModelError: tensors that do not fit the scheme; the message names them.
+    """
+    read = tensor_reader(tensors)
+    if scheme.method == "torchao":
+        state: dict[str, Tensor] = {}
+        for file in sorted({tensor.file for tensor in tensors.values()}):
+            parts = {name: read(name) for name, tensor in tensors.items() if tensor.file == file}
+            with one_sentence(f"cannot load the model {where}"):
+                state |= torchao_tensors(parts, metadata_of(file), where)
+        return Source((), state.__getitem__, lambda: state, tensors)
+    stored = stored_matrices(tensors, scheme, where)
+    return Source(
+        tuple(stored.matrices),
+        lambda module: read_matrix(module, stored.matrices[module], scheme, lambda name: read(name).to(device)),
+        lambda: {name: read(name) for name in stored.plain},
+        tensors,
+        turned=scheme.method in ("gptq", "awq"),
+    )
+
+
+def rounded_source(
+    tensors: Mapping[str, StoredTensor], kind: str, linears: Mapping[str, nn.Linear], device: torch.device
+) -> Source:
+    """A checkpoint's own weights, of which the linear layers' are rounded to 'fp8' or 'int4' when they are read, on a device."""
+    read = tensor_reader(tensors)
+    modules = [name for name, module in linears.items() if module.in_features % 32 == 0]
+    modules = [name for name in modules if f"{name}.weight" in tensors and tensors[f"{name}.weight"].dtype in PLAIN]
+    taken = {f"{name}.weight" for name in modules}
+    return Source(
+        tuple(modules),
+        lambda module: quantized(read(f"{module}.weight").to(device), kind),
+        lambda: {name: read(name) for name in tensors if name not in taken},
+        tensors,
+    )
+
+
+def random_source(
+    scheme: Scheme | None, kind: str | None, linears: Mapping[str, nn.Linear], dtype: torch.dtype, device: torch.device
+) -> Source:
+    """Random weights in the form of a scheme, or of a kind that weights are rounded to."""
+    form = FORMS[kind] if kind is not None else scheme.form if scheme is not None else None
+    modules = [
+        name
+        for name, module in linears.items()
+        if form is not None and form.fits(module.in_features) and (scheme is None or scheme.quantizes(name))
+    ]
+
+    def matrix(name: str) -> QuantizedMatrix:
+        assert form is not None
+        n, k = linears[name].weight.shape
+        return random_matrix(form, n, k, deviation=DEVIATION, dtype=dtype, device=device)
+
+    return Source(tuple(modules), matrix, dict, {}, whole=False)
