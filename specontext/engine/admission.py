@@ -55,7 +55,6 @@ class Admission:
         self.running: list[Request] = []
         self.preemptions = 0
         self.worth = Worth(parts.residency, parts.clock, parts.limits)
-        self._refused: Request | None = None
         self._answers: dict[str, tuple[object, bool]] = {}
         self._seats = list(range(seats - 1, -1, -1))
         self._parked: dict[str, Parked] = {}
@@ -150,7 +149,6 @@ class Admission:
                         break
                     behind.waited_for.append(TURN)
                 if why == SEATS or self.running or not self.drop_parked(but=request):
-                    self._refused = request
                     return
 
     @property

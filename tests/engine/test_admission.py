@@ -154,27 +154,6 @@ def test_what_is_told_of_requests_that_wait(engine: Callable[..., LLM], prompts:
     assert [why(request) for request in (*core.scheduler.running, *core.scheduler.waiting)] == [None, SEATS, TURN]
 
 
-def test_a_step_can_be_launched_ahead_while_others_wait_that_were_refused(
-    engine: Callable[..., LLM], prompts: Prompts, greedy: Greedy
-) -> None:
-    core = engine(CPU, max_num_seqs=1).engine
-    admission = core.scheduler.admission
-    assert admission.settled, "nobody waits"
-    first = core.add_request("r0", prompts[0], greedy(30))
-    assert not admission.settled, "it has not been asked for"
-    core.step()
-    core.add_request("r1", prompts[0], greedy(4))
-    assert not admission.settled
-    core.step()
-    core.add_request("r2", prompts[0], greedy(4))
-    assert admission.settled, "who is behind does not come before"
-    core.step()
-    core.abort("r1")
-    assert not admission.settled, "the one behind is the first now"
-    core.step()
-    assert admission.settled and first.request.seat >= 0
-
-
 def test_memory_is_named_where_it_is_short(engine: Callable[..., LLM], prompts: Prompts, greedy: Greedy) -> None:
     llm = engine(CPU, gpu_memory=45 * PAGE, host_memory=20 * PAGE)
     jobs, _ = run(llm, [[number + 4, *prompts[2]] for number in range(4)], [20] * 4, greedy)

@@ -143,7 +143,7 @@ def test_kernels_multiply_what_was_loaded(write: Any, name: str, rows: int, monk
         ("bnb-4", lambda t: t.pop(f"{QUERY}.weight.absmax"), f"{QUERY} are incomplete"),
         ("fp8-blocks", lambda t: t.pop("model.norm.weight"), "lack model.norm.weight"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "edit",
 )
 def test_tensors_that_do_not_fit_are_named(write: Any, name: str, edit: Any, said: str) -> None:
     folder, _ = write(name)
