@@ -13,7 +13,7 @@ COLUMNS = ("length", "method", "budget", "read", "n", "KL", "95 %", "perplexity 
 
 
 def fidelity_tables(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]]) -> Iterator[Table]:
-    """A table for each text; its last column is the KL of the retrieval head's method minus the row's, and what that shows."""
+    """A table for each text; its last column is the KL of the retrieval head's method, where it ran, minus the row's, and what that shows."""
     from specontext.evaluation.report.averages import seen_from
     from specontext.evaluation.report.fidelity import KL, verdict
     from specontext.evaluation.report.numbers import small
@@ -26,13 +26,13 @@ def fidelity_tables(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, An
         made = Table(
             title=escape(f"fidelity: {text}"), box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, title_justify="left"
         )
-        for column in (*COLUMNS, f"KL of {results.main} minus"):
+        for column in (*COLUMNS, *(() if results.main is None else (f"KL of {results.main} minus",))):
             made.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
         for row in rows:
             if row["task"] == text:
                 pair = found.get((text, row["length"], row["method"], row["budget"]), {})
                 said = "–" if verdict(pair) is None else f"{small(pair[f'{KL}.mean'], sign=True)} {verdict(pair)}"
-                made.add_row(*_cells(row), said)
+                made.add_row(*_cells(row), *(() if results.main is None else (said,)))
         yield made
 
 
