@@ -126,7 +126,7 @@ class _Reading:
         self.shape = ModelShape.from_config(model.config)
         c = head.config
         own = torch.tensor(c.head_map) if c.head_map is not None else uniform_map(self.shape, c.kv_heads)
-        self.head_map = own.to(model.device)  # [L, Hkv]
+        self.head_map = own.to(model.device)  # [L, Hkv], of the layers that attend to the whole context
         self.cache: weakref.ref[Cache] | None = None
         self.keys = torch.empty((0, c.key_count, c.head_dim), device=model.device, dtype=model.dtype)
         self.fused: dict[int, Tensor] = {}
@@ -139,8 +139,10 @@ class _Reading:
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             decoder.register_forward_hook(self._after, with_kwargs=True),
         ]
-        for number, layer in enumerate(decoder_layers(model)):
-            self.handles.append(layer.register_forward_pre_hook(self._masking(number), with_kwargs=True))
+        # Layers with a window keep the mask that the model gives them: the engine reads their whole window, too.
+        layers = list(decoder_layers(model))
+        for place, number in enumerate(self.shape.full):
+            self.handles.append(layers[number].register_forward_pre_hook(self._masking(place), with_kwargs=True))
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -229,12 +231,14 @@ class _Reading:
         if own is not None:
             self.fused[len(self.keys)] = own[-1:]
 
-    def _masking(self, number: int) -> Any:
+    def _masking(self, place: int) -> Any:
+        """The hook of a layer by its place among those that attend to the whole context."""
+
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
             if self.masks is None:
                 return None
             ratio = self.shape.query_heads // self.shape.kv_heads
-            hidden = self.masks[self.head_map[number]].repeat_interleave(ratio, 0)  # [Hq, S]
+            hidden = self.masks[self.head_map[place]].repeat_interleave(ratio, 0)  # [Hq, S]
             mask = torch.zeros(hidden.shape, dtype=self.model.dtype, device=hidden.device)
             mask.masked_fill_(hidden, torch.finfo(mask.dtype).min)
             return args, kwargs | {"attention_mask": mask[None, :, None]}

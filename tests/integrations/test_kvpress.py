@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,14 @@ def model() -> PreTrainedModel:
     return load()
 
 
-def load(**options: Any) -> PreTrainedModel:
-    made: PreTrainedModel = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32, **options)
+def load(where: str | Path = NANO, **options: Any) -> PreTrainedModel:
+    made: PreTrainedModel = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
     return made.eval()
 
 
 def logits_of(model: PreTrainedModel, press: SpeContextPress | None, context: list[int], *parts: list[int]) -> list[Tensor]:
     """Last logits after each part, read as by kvpress's pipeline: the context through the decoder, the rest through the model."""
-    cache, place, seen = DynamicCache(), len(context), []
+    cache, place, seen = DynamicCache(config=model.config), len(context), []
     with torch.no_grad():
         if press is None:
             model.model(input_ids=torch.tensor([context]), past_key_values=cache)
@@ -50,8 +51,8 @@ def logits_of(model: PreTrainedModel, press: SpeContextPress | None, context: li
     return seen
 
 
-def engine_logits(ids: list[int], after: list[int], budget: int) -> list[Tensor]:
-    llm = LLM("nano", config=SpeContextConfig(budget=budget), device="cpu")
+def engine_logits(ids: list[int], after: list[int], budget: int, model: str = "nano") -> list[Tensor]:
+    llm = LLM(model, config=SpeContextConfig(budget=budget), device="cpu")
     rows: list[Tensor] = []
     made = llm.engine.add_request(
         "0",
@@ -73,6 +74,19 @@ def test_a_token_reads_what_the_engine_lets_it_read(ids: list[int], implementati
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), atol=2e-4, rtol=1e-4)
     dense = logits_of(model, None, ids[:100], *([token] for token in after))
     assert (torch.stack(found) - torch.stack(dense)).abs().max() > 0.1  # the budget leaves something out
+
+
+@pytest.mark.parametrize("family", ["windows", "sinks"])
+def test_layers_with_a_window_read_all_of_it_and_the_map_is_of_the_others(
+    ids: list[int], checkpoint: Callable[[str], Path], family: str
+) -> None:
+    folder, after = checkpoint(family), ids[100:]
+    model = load(folder, attn_implementation="eager")
+    found = logits_of(model, SpeContextPress(budget=32), ids[:100], *([token] for token in after))
+    expected = engine_logits(ids[:100], after, 32, str(folder))
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), atol=2e-4, rtol=1e-3)
+    dense = logits_of(model, None, ids[:100], *([token] for token in after))
+    assert (torch.stack(found) - torch.stack(dense)).abs().max() > 0.01
 
 
 def test_a_question_at_once_is_read_token_by_token(ids: list[int], model: PreTrainedModel) -> None:
