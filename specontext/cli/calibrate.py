@@ -10,6 +10,7 @@ import typer
 
 from specontext.cli.terminal import UsageError, quiet_libraries
 
+LEAST_BUDGET = 40  # of the default: half of it is chosen, and half are sinks and recent tokens
 AUTOMATIC_THETAS = (10000.0, 50000.0, 100000.0, 500000.0, 1000000.0)
 
 
@@ -22,7 +23,9 @@ def calibrate(
         typer.Option("--text", metavar="SPEC", help="Text file, directory, .jsonl, .parquet, hf:NAME or tasks; may be repeated."),
     ],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the head here. Default: where it lies.")] = None,
-    budget: Annotated[int | None, typer.Option("--budget", help="KV entries of a selection. Default: 1/8 of the length.")] = None,
+    budget: Annotated[
+        int | None, typer.Option("--budget", help="KV entries of a selection. Default: 1/8 of the length, at least 40.")
+    ] = None,
     length: Annotated[
         int | None, typer.Option("--length", help="Tokens of a sequence. Default: 4096, or the model's maximum.")
     ] = None,
@@ -69,7 +72,9 @@ def calibrate(
     thetas = parse_thetas(theta, found.config.rope_theta)
     if thetas and found.config.rope_scaling is not None:
         raise UsageError("this head has RoPE scaling of its own, which --theta would change: leave out --theta")
-    kept = budget if budget is not None else length // 8
+    kept = budget if budget is not None else max(length // 8, LEAST_BUDGET)
+    if kept >= length:
+        raise UsageError(f"a budget of {kept} reads all of {length} tokens, whatever the head chooses: give a longer --length")
     source = open_sources(text, tokenizer=loaded.tokenizer, seed=seed, vocab_size=loaded.shape.vocab_size)
     results = measure(
         found,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specontext.distill.attention import HeadMap, head_log_weights
-from specontext.distill.queries import candidates, sample_rows
+from specontext.distill.queries import candidates, sample_rows, scored
 from specontext.distill.recall import Coverage, keep
 from specontext.distill.target import Target
 from specontext.retrieval.head import RetrievalHead
@@ -64,10 +64,13 @@ def calibrate(
         batches: token ids [N, S] and the mask [N, S] of positions whose next token the model has to say.
         budget: tokens that a selection keeps, sinks and recent ones among them.
         thetas: RoPE bases to try; none means the head's own.
+
+    Raises:
+        ConfigError: a budget that leaves nothing to choose.
     """
     own, factor = head.config.rope_theta, head.yarn_factor
     tried = list(dict.fromkeys(thetas)) or [own]
-    groups = head.config.kv_heads
+    groups, count = head.config.kv_heads, scored(budget, sink, recent)
     coverages = {theta: Coverage(target.layers, target.groups) for theta in tried}
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -76,7 +79,6 @@ def calibrate(
             rows, real = sample_rows(wanted, queries, 0.0, generator)
             far, always = candidates(rows, ids.shape[1], sink, recent)
             seen = target.observe(ids)
-            count = budget - sink - recent
             counts = {str(group): count for group in range(groups)}
             for theta, coverage in coverages.items():
                 head.set_rope(theta=theta, yarn_factor=factor)

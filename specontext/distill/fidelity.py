@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specontext.distill.attention import HeadMap, Teacher, head_log_weights, map_of
 from specontext.distill.effects import grouped
-from specontext.distill.queries import candidates
+from specontext.distill.queries import candidates, scored
 from specontext.distill.recall import keep
 from specontext.distill.replay import Gates, Replay
 from specontext.distill.target import Observation, Target
@@ -155,7 +155,7 @@ def measure_losses(
         selections: dict[str, Gates] = {}
         for budget in budgets:
             for name, (each, head_map) in weights.items():
-                selections[f"{name}/{budget}"] = grouped(keep(each, far, always, budget - sink - recent), head_map)
+                selections[f"{name}/{budget}"] = grouped(keep(each, far, always, scored(budget, sink, recent)), head_map)
             if "window" in compared:
                 kept = candidates(window.rows, ids.shape[1], sink, budget - sink)[1]
                 selections[f"window/{budget}"] = grouped(kept, None)

@@ -42,3 +42,14 @@ def candidates(rows: Tensor, length: int, sink: int, recent: int) -> tuple[Tenso
     token, row = torch.arange(length, device=rows.device), rows[:, None, :, None]
     far = (token >= sink) & (token <= row - recent)
     return far, (token <= row) & ~far
+
+
+def scored(budget: int, sink: int, recent: int) -> int:
+    """How many tokens of a budget are chosen by their scores.
+
+    Raises:
+        ConfigError: none are.
+    """
+    if budget <= sink + recent:
+        raise ConfigError(f"a budget of {budget} has no room beside {sink} sinks and {recent} recent tokens: raise the budget")
+    return budget - sink - recent

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specontext.distill.attention import HeadMap, Teacher, head_log_weights, map_of, pooled
-from specontext.distill.queries import candidates, sample_rows
+from specontext.distill.queries import candidates, sample_rows, scored
 from specontext.distill.target import Target
 from specontext.kernels.top_k import choose
 from specontext.retrieval.head import RetrievalHead
@@ -138,7 +138,7 @@ def measure(
         selections: dict[str, tuple[Tensor, HeadMap | None]] = {}
         counts: dict[str, int] = {}
         for budget in budgets:
-            count = budget - sink - recent
+            count = scored(budget, sink, recent)
             selections[f"head/{count}"] = keep(weights, far, always, count), map_of(head.config, target.layers, target.groups)
             selections[f"shared/{count}"] = keep(teacher.weights, far, always, count), identity
             selections[f"window/{count}"] = candidates(rows, ids.shape[1], sink, budget - sink)[1], None

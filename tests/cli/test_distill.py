@@ -128,6 +128,8 @@ def test_calibrate_writes_the_map_into_the_head(run: Run, tiny: Path, tmp_path: 
     assert report["recall"] >= max(report["thetas"].values()) - 1e-9
     again = run("head", "calibrate", tmp_path / "head", *words)
     assert again.status == 0 and "attention recall at 48 of 256 tokens" in again.stdout
+    short = run("head", "calibrate", tmp_path / "head", *words[:4], "--length", 128, "--sequences", 1)
+    assert short.status == 0 and "attention recall at 40 of 128 tokens" in short.stdout
 
 
 def test_calibrate_says_what_does_not_fit(fails: Callable[..., str], tiny: Path, tmp_path: Path) -> None:
@@ -138,5 +140,7 @@ def test_calibrate_says_what_does_not_fit(fails: Callable[..., str], tiny: Path,
     assert "there is no file" in fails(
         ("head", "calibrate", head, "-o", tmp_path / "x", "--target", tiny, "--text", "nowhere.txt")
     )
+    assert "a budget of 40 reads all of 32 tokens" in fails((*words, "--length", 32))
+    assert "a budget of 16 has no room beside" in fails((*words, "--length", 128, "--budget", 16))
     assert "with -o DIR" in fails(("head", "calibrate", "some/draft", "--target", tiny, "--text", "tasks"))
     assert not (tmp_path / "x").exists()

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specontext.distill.calibration import calibrate
 from specontext.distill.recall import measure
 from specontext.distill.target import Target
-from specontext.errors import HeadError
+from specontext.errors import ConfigError, HeadError
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig
 from specontext.retrieval.head_map import band_map, best_map, with_map
@@ -106,3 +106,14 @@ def test_a_head_with_another_map_has_its_own_rope() -> None:
     assert head.config.head_map is None and other.config == replace(head.config, head_map=((1, 0),))
     assert not torch.equal(head.inverse_frequencies, other.inverse_frequencies)
     assert other.q_proj.weight is head.q_proj.weight
+
+
+@pytest.mark.parametrize("budget", [-1, 0, 2, 3])
+def test_a_budget_of_sinks_and_recent_tokens_alone_is_refused(budget: int) -> None:
+    target = target_of()
+    head = copy_of_first_layer(target, [0, 1])
+    with pytest.raises(ConfigError, match=f"budget of {budget} has no room beside 1 sinks and 2 recent"):
+        calibrate(head, target, batches(), budget, **SETTINGS)
+    with pytest.raises(ConfigError, match="no room"):
+        measure(head, target, batches(), [budget], **SETTINGS)
+    assert calibrate(head, target, batches(), 4, **SETTINGS)[0].recall > 0

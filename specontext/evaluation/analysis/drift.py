@@ -20,7 +20,7 @@ from specontext.core import Batch, SamplingParams, Selection
 from specontext.distill.attention import head_log_weights
 from specontext.distill.data import Source
 from specontext.distill.data.on_policy import prompt_length
-from specontext.distill.queries import candidates
+from specontext.distill.queries import candidates, scored
 from specontext.distill.recall import keep
 from specontext.distill.target import Observation, Target
 from specontext.engine.llm import LLM
@@ -174,7 +174,7 @@ def measure_drift(
             far, always = candidates(rows, places.stop, method.sink, method.recent)
             with torch.no_grad():
                 weights = head_log_weights(head, until, rows, far).exp()
-            chosen = (keep(weights, far, always, method.budget - method.sink - method.recent) & far)[0]  # [G, T, S]
+            chosen = (keep(weights, far, always, scored(method.budget, method.sink, method.recent)) & far)[0]  # [G, T, S]
             shares = [agreement(record.scored[place], chosen[:, i, : place + 1]) for i, place in enumerate(places)]
             drift.add(start // BIN, end, distance, torch.tensor([share for share in shares if share is not None]))
         tick()

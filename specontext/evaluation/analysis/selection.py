@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specontext.config import GRANULARITIES
 from specontext.distill.attention import HeadMap, Teacher, head_log_weights
-from specontext.distill.queries import candidates
+from specontext.distill.queries import candidates, scored
 from specontext.distill.recall import keep
 from specontext.distill.target import LayerListener, Observation, Target
 from specontext.evaluation.analysis.rows import MAPS
@@ -139,7 +139,7 @@ def selections(
     Yields:
         what made it, the tokens that are read bool [N, G or 1, Q, S], and the group of each KV head (None: its own or the only).
     """
-    count = budget - sink - recent
+    count = scored(budget, sink, recent)
     for entrant in entrants:
         for granularity in entrant.granularities:
             kept = keep(view.weights[entrant.label], view.far, view.always, count, granularity)
