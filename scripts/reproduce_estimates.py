@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from reproduce_parts import AIMES, CALIBRATION_TOKENS, LONGBENCH_LENGTH, Plan, memory_of
+from reproduce_parts import AIMES, CALIBRATION_TOKENS, LONGBENCH_LENGTH, Plan
 from specontext.memory.speed import Bandwidths, decode_floor, prefill_operations
 
 SEATS = 16  # requests at the same time, as `specontext eval` has
@@ -60,8 +60,7 @@ class Estimate:
 
 def seats_of(plan: Plan, length: int) -> int:
     """Requests of this length that the GPU holds at the same time, at least one."""
-    budget = plan.asked.budgets[-1]
-    fits = (n for n in range(SEATS, 0, -1) if memory_of(plan.facts, length, budget, n).device(length, n, 0) <= plan.gpu_memory)
+    fits = (n for n in range(SEATS, 0, -1) if plan.memory(length, n).device(length, n, 0) <= plan.gpu_memory)
     return next(fits, 1)
 
 
@@ -98,7 +97,7 @@ def _answering(plan: Plan, machine: Machine, length: int, problems: int, tokens:
 def _memory(plan: Plan, length: int, requests: int | None = None, *, offloaded: bool = False) -> tuple[int, int, tuple[str, ...]]:
     """Bytes on the GPU and on the host for as many requests as fit, and a word where not even one does."""
     seats = requests or seats_of(plan, length)
-    model, layers = memory_of(plan.facts, length, plan.asked.budgets[-1], seats), plan.facts.shape.layers
+    model, layers = plan.memory(length, seats), plan.facts.shape.layers
     alone = plan.resident_bytes(length) > plan.gpu_memory
     away = layers if alone else 0
     host = model.host(length, seats, layers if alone or offloaded else 0)

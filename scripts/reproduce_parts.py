@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specontext.memory.facts import ModelFacts
-from specontext.memory.model import MemoryModel, RunSettings, measured_model
+from specontext.memory.model import MemoryModel, RunSettings, fitting_step, measured_model
 from specontext.retrieval.catalog import KNOWN_DRAFTS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -55,11 +55,6 @@ class Part:
     name: str
     steps: tuple[tuple[Command, ...], ...]
     notes: tuple[str, ...] = ()
-
-
-def memory_of(facts: ModelFacts, length: int, budget: int, requests: int) -> MemoryModel:
-    """What an engine for so many requests of this length allocates."""
-    return measured_model(facts, RunSettings(requests, length, min(budget, length), min(budget, length)), spare_layers=0)
 
 
 @dataclass(frozen=True)
@@ -162,9 +157,15 @@ class Plan:
         words += ["--offload-layers", "-1"] if self.resident_bytes(length) > self.gpu_memory else []
         return Command((*words, *more), (folder / "results.json", folder / "report.md"))
 
+    def memory(self, length: int, requests: int) -> MemoryModel:
+        """What an engine for so many requests of this length allocates, with steps as long as it takes in this memory."""
+        budget = min(self.asked.budgets[-1], length)
+        run = fitting_step(self.facts, RunSettings(requests, length, budget, budget), self.gpu_memory)
+        return measured_model(self.facts, run, spare_layers=0)
+
     def resident_bytes(self, length: int) -> int:
         """Device bytes of one request of this length, all its KV on the device."""
-        return memory_of(self.facts, length, self.asked.budgets[-1], 1).device(length, 1, 0)
+        return self.memory(length, 1).device(length, 1, 0)
 
     def _ruler(self) -> Part:
         limit = self.asked.limit or 50

@@ -13,7 +13,7 @@ COLUMNS = ("length", "method", "budget", "read", "n", "KL", "95 %", "perplexity 
 
 
 def fidelity_tables(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]]) -> Iterator[Table]:
-    """A table for each text; its last column is the KL of the retrieval head's method, where it ran, minus the row's, and what that shows."""
+    """A table for each text; its last column is the KL of the head's method, if it ran, minus the row's, and what that shows."""
     from specontext.evaluation.report.averages import seen_from
     from specontext.evaluation.report.fidelity import KL, verdict
     from specontext.evaluation.report.numbers import small
