@@ -34,14 +34,25 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def part_table(part: str, rows: list[dict[str, Any]]) -> Table:
-    """A row for each system."""
-    table = Table(title=escape(part), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    """A row for each system; below them why some were not measured."""
+    table = Table(
+        title=escape(part),
+        title_justify="left",
+        title_style="bold",
+        caption=escape("\n".join(f"{row['system']}: {row['error']}" for row in rows if row.get("error"))) or None,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     shown = {name: words for name, words in RATIOS.items() if any(row.get(name) for row in rows)}
-    for name in ("system", "requests", "tokens/s", "prefill", "step, first and last", "layers away", "x floor", *shown.values()):
-        table.add_column(name, justify="left" if name == "system" else "right", no_wrap=name == "system")
+    measured = ("system", "requests", "tokens/s", "prefill", "first step", "last step", "layers away", "x floor")
+    for name in (*measured, *shown.values()):
+        widest = max(map(len, name.split()))
+        table.add_column(name, justify="left" if name == "system" else "right", no_wrap=name == "system", min_width=widest)
     for row in rows:
         if row.get("error"):
-            table.add_row(escape(row["system"]), str(row["requests"] or "–"), escape(row["error"]))
+            table.add_row(escape(row["system"]), str(row["requests"] or "–"), "–")
             continue
         steps, away = list((row.get("step_s") or {}).values()), list((row.get("offloaded_layers") or {}).values())
         table.add_row(
@@ -49,7 +60,7 @@ def part_table(part: str, rows: list[dict[str, Any]]) -> Table:
             f"{row['requests']} of {row['concurrency']}" if "concurrency" in row else str(row["requests"]),
             f"{row['tokens_per_s']:,.1f}",
             f"{row['prefill_s']:.2f} s" if row.get("prefill_s") else "",
-            " .. ".join(f"{1000 * step:.2f} ms" for step in dict.fromkeys((steps[0], steps[-1]))) if steps else "",
+            *((f"{1000 * steps[place]:.2f} ms" if steps else "") for place in (0, -1)),
             " .. ".join(dict.fromkeys((str(away[0]), str(away[-1])))) if away else "",
             f"{row['decode_over_floor']:.2f}" if row.get("decode_over_floor") else "",
             *(f"{row[name]:.2f}" if row.get(name) else "" for name in shown),

@@ -103,7 +103,7 @@ def _cache(loaded: LoadedModel, way: Theirs, requests: int, length: int, longest
         cache, stored = StaticCache(config=model.config, max_cache_len=longest), longest
     else:
         cache = DynamicCache(config=model.config, offloading=way.cache == "offloaded")
-    for layer in range(shape.layers):
+    for layer in range(shape.depth):
         kv = torch.empty((2, requests, shape.kv_heads, stored, shape.head_dim), dtype=shape.dtype, device=device)
         fill(kv)
         cache.update(kv[0], kv[1], layer)

@@ -73,7 +73,8 @@ def run_parts(
         for part in parts:
             kept = None if folder is None else read_part(folder / part.file_name, about)
             if kept is None:
-                print(f"measuring {part.name} (about {part.minutes:g} minutes on a GPU)", file=sys.stderr, flush=True)
+                takes = "" if scale.tiny else f" (about {part.minutes:g} minutes on a GPU)"
+                print(f"measuring {part.name}{takes}", file=sys.stderr, flush=True)
                 if bench is None or bench.loaded.name != part.model:
                     bench = None
                     free(device)
