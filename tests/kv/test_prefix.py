@@ -19,7 +19,7 @@ from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Slots
 from specontext.kv import block_state, copying
 from specontext.kv.block_state import State
 from specontext.kv.cache import KVCache
-from specontext.kv.host_memory import AHEAD, HostMemory
+from specontext.kv.host_memory import HostMemory
 from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout, Reader
 from specontext.kv.pool import make_pools
@@ -28,7 +28,7 @@ from specontext.kv.streams import PREFETCH, WRITE_BACK
 from specontext.kv.transfers import Transfers
 from specontext.memory.layer_blocks import LayerBlocks
 from specontext.memory.pages import PageAllocator
-from tests.kv.test_host_memory import CHUNK, Driver, driver, host_memory_pool, settled
+from tests.kv.test_host_memory import AHEAD, CHUNK, Driver, driver, host_memory_pool, settled
 from tests.kv.test_streams import RaceError, RecordingStreams, watch
 
 __all__ = ["driver"]  # a fixture
