@@ -1,0 +1,134 @@
+"""The processes that share one model: what each has of it, and what they tell each other while they compute.
+
+Groups are made here and belong to one engine; PyTorch's default group, of which a process has one, is left alone.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from specontext.core import ModelShape
+from specontext.errors import ConfigError
+
+Result = TypeVar("Result")
+LOCALHOST = "127.0.0.1"
+# Ranks wait for each other so long: for a rank that hangs. One that dies is noticed at once, by its connections.
+TIMEOUT = timedelta(minutes=5)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of a model's heads: as many query heads as the others, and the KV heads that these read.
+
+    Where there are more ranks than KV heads, several ranks have the same one.
+    """
+
+    rank: int
+    size: int
+
+    def check(self, shape: ModelShape) -> None:
+        """Raises ConfigError for heads that cannot be shared so."""
+        heads, size = shape.kv_heads, self.size
+        if shape.query_heads % size or (heads % size and size % heads):
+            raise ConfigError(
+                f"tensor_parallel_size {size} does not fit a model of {shape.query_heads} query heads and {heads} KV heads: "
+                f"choose a number that divides both, or a multiple of {heads} that divides {shape.query_heads}"
+            )
+
+    def shape(self, shape: ModelShape) -> ModelShape:
+        """The shape with this rank's heads only."""
+        self.check(shape)
+        return replace(shape, query_heads=shape.query_heads // self.size, kv_heads=max(1, shape.kv_heads // self.size))
+
+    def kv_heads(self, shape: ModelShape) -> slice:
+        """Which of the model's KV heads it has."""
+        count = max(1, shape.kv_heads // self.size)
+        first = self.rank * shape.kv_heads // self.size
+        return slice(first, first + count)
+
+
+class Ranks:
+    """This process among those that share a model.
+
+    Attributes:
+        share: its part.
+        port: of the store by which ranks find each other, on this machine.
+    """
+
+    def __init__(self, share: Share, port: int | None = None) -> None:
+        self.share = share
+        self._store = dist.TCPStore(LOCALHOST, port or 0, None, port is None, TIMEOUT, False)
+        self.port = int(self._store.port)
+        self._host: Any = None
+        self._device: Any = None
+
+    def connect(self, device: torch.device) -> None:
+        """Find the others; all of them have to call it.
+
+        Raises:
+            RuntimeError: one is missing.
+        """
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(interface="lo")]
+        options._timeout = TIMEOUT
+        rank, size = self.share.rank, self.share.size
+        self._host = self._device = dist.ProcessGroupGloo(dist.PrefixStore("host", self._store), rank, size, options)
+        if device.type == "cuda":
+            nccl = dist.ProcessGroupNCCL.Options()
+            nccl._timeout = TIMEOUT
+            self._device = dist.ProcessGroupNCCL(dist.PrefixStore("device", self._store), rank, size, nccl)
+            self.sum_(torch.zeros(1, device=device))  # makes its communicator, which must not happen in a captured step
+
+    @torch.compiler.disable
+    def sum_(self, tensor: Tensor) -> None:
+        """Add up the ranks' tensors, in place. On a GPU the host does not wait."""
+        self._device.allreduce([tensor]).wait()
+
+    def share_(self, tensor: Tensor) -> None:
+        """Put rank 0's numbers into every rank's tensor. On a GPU the host does not wait."""
+        self._broadcast(self._device, tensor)
+
+    def least(self, number: int) -> int:
+        """The least of the ranks' numbers."""
+        return self._reduced(number, dist.ReduceOp.MIN)
+
+    def most(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        return self._reduced(number, dist.ReduceOp.MAX)
+
+    def decide(self, answer: Callable[[], Result]) -> Result:
+        """What a function gives on rank 0, on every rank; it is called there only."""
+        said = pickle.dumps(answer()) if self.share.rank == 0 else b""
+        length = self.most(len(said))
+        numbers = torch.frombuffer(bytearray(said.ljust(length, b"\0")), dtype=torch.uint8)
+        self._broadcast(self._host, numbers)
+        decided: Result = pickle.loads(numbers.numpy().tobytes())
+        return decided
+
+    def abort(self) -> None:
+        """End what waits for a rank that is lost, from any thread."""
+        if self._device is not self._host:
+            self._device.abort()
+
+    def close(self) -> None:
+        """Let go of the others."""
+        self._host = self._device = self._store = None
+
+    def _reduced(self, number: int, how: Any) -> int:
+        numbers = torch.tensor([number], dtype=torch.int64)
+        self._host.allreduce([numbers], how).wait()
+        return int(numbers)
+
+    @staticmethod
+    def _broadcast(group: Any, tensor: Tensor) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        group.broadcast([tensor], options).wait()
