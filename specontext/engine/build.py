@@ -320,6 +320,8 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
     output = model.get_output_embeddings()
     lookup = 0 if output is not None and output.weight is table else table.numel()
     intermediate = getattr(model.config, "intermediate_size", None) or 4 * loaded.shape.hidden_size
+    if loaded.ranks is not None:
+        intermediate //= loaded.ranks.share.size
     sizes = NO_HEAD if head is None else facts_of_head(head.config)
     return ModelFacts(loaded.name, loaded.shape, loaded.parameters, lookup, intermediate, sizes, stored_bytes=loaded.weight_bytes)
 

@@ -27,8 +27,9 @@ from specontext.engine.rank_processes import Command, RankProcesses
 from specontext.engine.rank_state import state_of
 from specontext.engine.rank_worker import CLOSE
 from specontext.errors import ConfigError, DeviceMemoryError, NamedRequestsError, SpeContextError, described
+from specontext.memory.sharing import Share
 from specontext.models.loading import LoadedModel
-from specontext.models.ranks import Ranks, Share
+from specontext.models.ranks import Ranks
 
 
 def make_engine(config: EngineConfig, loaded: LoadedModel | None = None) -> LLMEngine:
@@ -167,9 +168,9 @@ class ParallelEngine(LLMEngine):
             return
         ranks = self.loaded.ranks
         super().close()
-        if not self._processes.lost:
+        if told := not self._processes.lost:
             self._processes.tell(CLOSE)
-        self._processes.end()
+        self._processes.end(told=told)
         if ranks is not None:
             ranks.close()
 

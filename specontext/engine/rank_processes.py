@@ -18,7 +18,7 @@ from typing import Any
 
 from specontext.config import EngineConfig
 from specontext.errors import RankError, SpeContextError
-from specontext.models.ranks import Share
+from specontext.memory.sharing import Share
 
 READY = "ready"
 GRACE = 5.0  # seconds that a rank has to end, and rank 0 to hear why one has ended
@@ -104,6 +104,11 @@ class RankProcesses:
             connection.send(what)
 
     @property
+    def pids(self) -> list[int]:
+        """Their processes, rank 1 first."""
+        return [process.pid for process in self._processes]
+
+    @property
     def lost(self) -> bool:
         return self._lost is not None
 
@@ -159,9 +164,16 @@ class RankProcesses:
         self._lost = self._lost or RankError(why)
         self.end()
 
-    def end(self) -> None:
-        """End them all; they have been told to close, or are not needed any more."""
+    def end(self, *, told: bool = False) -> None:
+        """End them all.
+
+        Args:
+            told: they have been told to close, and get a while for it.
+        """
         self._ending = True
+        if not told:
+            for process in self._processes:
+                process.kill()
         for connection in self._connections:
             with contextlib.suppress(OSError):
                 connection.close()

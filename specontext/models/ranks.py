@@ -1,4 +1,4 @@
-"""The processes that share one model: what each has of it, and what they tell each other while they compute.
+"""The processes that share one model: what they tell each other while they compute.
 
 Groups are made here and belong to one engine; PyTorch's default group, of which a process has one, is left alone.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,44 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from specontext.core import ModelShape
-from specontext.errors import ConfigError
+from specontext.memory.sharing import Share
 
 Result = TypeVar("Result")
 LOCALHOST = "127.0.0.1"
 # Ranks wait for each other so long: for a rank that hangs. One that dies is noticed at once, by its connections.
 TIMEOUT = timedelta(minutes=5)
-
-
-@dataclass(frozen=True)
-class Share:
-    """One rank's part of a model's heads: as many query heads as the others, and the KV heads that these read.
-
-    Where there are more ranks than KV heads, several ranks have the same one.
-    """
-
-    rank: int
-    size: int
-
-    def check(self, shape: ModelShape) -> None:
-        """Raises ConfigError for heads that cannot be shared so."""
-        heads, size = shape.kv_heads, self.size
-        if shape.query_heads % size or (heads % size and size % heads):
-            raise ConfigError(
-                f"tensor_parallel_size {size} does not fit a model of {shape.query_heads} query heads and {heads} KV heads: "
-                f"choose a number that divides both, or a multiple of {heads} that divides {shape.query_heads}"
-            )
-
-    def shape(self, shape: ModelShape) -> ModelShape:
-        """The shape with this rank's heads only."""
-        self.check(shape)
-        return replace(shape, query_heads=shape.query_heads // self.size, kv_heads=max(1, shape.kv_heads // self.size))
-
-    def kv_heads(self, shape: ModelShape) -> slice:
-        """Which of the model's KV heads it has."""
-        count = max(1, shape.kv_heads // self.size)
-        first = self.rank * shape.kv_heads // self.size
-        return slice(first, first + count)
 
 
 class Ranks:

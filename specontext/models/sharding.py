@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from specontext.core import ModelShape
 from specontext.errors import ModelError
+from specontext.memory.sharing import Share
 from specontext.models.decoder import decoder_layers
-from specontext.models.ranks import Ranks, Share
+from specontext.models.ranks import Ranks
 
 COLUMNS, ROWS, WHOLE = "colwise", "rowwise", "replicated_with_grad_allreduce"
 ADVICE = "leave tensor_parallel_size out"
