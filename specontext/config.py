@@ -201,7 +201,11 @@ class EngineConfig:
         "Round the weights of linear layers when they are loaded: fp8 (8 bits, a scale a row) or int4 (groups of 128). On a GPU "
         "they stay so in memory. Default: as the checkpoint has them; one that is quantised needs no option.",
     )
-    tensor_parallel_size: int = option(1, "GPUs (on a CPU: processes) of this machine that share the model: each has some of its heads, their KV, and a part of the weights.")
+    tensor_parallel_size: int = option(
+        1,
+        "GPUs (on a CPU: processes) of this machine that share the model: each has some of its heads, their KV, and a part of the "
+        "weights. host_memory is of all of them, gpu_memory of each.",
+    )
     trust_remote_code: bool = option(False, "Allow modelling code that comes with a checkpoint.")
     revision: str | None = option(None, "Hub revision of the model.")
 
@@ -262,9 +266,13 @@ class EngineConfig:
         refused |= {f"method {name}": base_of(name) not in SHARED_METHODS for name in self.all_methods}
         for name, value in refused.items():
             if value is not None and value is not False:
-                raise ConfigError(f"{name} does not work with tensor_parallel_size {self.tensor_parallel_size}: leave one of them out")
+                raise ConfigError(
+                    f"{name} does not work with tensor_parallel_size {self.tensor_parallel_size}: leave one of them out"
+                )
         if self.device.startswith("cuda:"):
-            raise ConfigError(f"device {self.device} is one GPU and tensor_parallel_size needs several: leave it out, or set it to cuda")
+            raise ConfigError(
+                f"device {self.device} is one GPU and tensor_parallel_size needs several: leave it out, or set it to cuda"
+            )
 
     def step_tokens(self, device_type: str) -> StepTokens:
         """How many tokens steps have on a kind of device."""

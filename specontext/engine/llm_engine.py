@@ -87,6 +87,8 @@ class LLMEngine:
     """
 
     def __init__(self, config: EngineConfig, loaded: LoadedModel | None = None) -> None:
+        if config.tensor_parallel_size > 1 and (loaded is None or loaded.ranks is None):
+            raise ConfigError("this runs in one process: leave tensor_parallel_size out")
         self.config = config
         self.device = loaded.model.device if loaded is not None else pick_device(config.device)
         if self.device.type == "cuda":

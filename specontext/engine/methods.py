@@ -40,7 +40,7 @@ class Methods:
         *,
         layout: Layout,
         device: torch.device,
-        heads: slice = slice(None),  # noqa: B008
+        heads: slice = slice(None),
     ) -> None:
         self.selectors, self.budget = dict(selectors), budget
         self.own = Choice(own, 0 if reads_everything(selectors[own]) else budget.total)

@@ -95,8 +95,11 @@ class ParallelEngine(LLMEngine):
         self._within = True
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             if isinstance(error, NamedRequestsError) and not isinstance(error, DeviceMemoryError):
+                raise
+            if not isinstance(error, Exception):  # Ctrl-C: the others are in the midst of it
+                self._processes.give_up(f"rank 0 was interrupted in the midst of a {name}: start the engine again")
                 raise
             why = self._processes.loss(error)
             if why is not error:

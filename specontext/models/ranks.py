@@ -32,7 +32,7 @@ class Ranks:
 
     def __init__(self, share: Share, port: int | None = None) -> None:
         self.share = share
-        self._store = dist.TCPStore(LOCALHOST, port or 0, None, port is None, TIMEOUT, False)
+        self._store: Any = dist.TCPStore(LOCALHOST, port or 0, None, port is None, TIMEOUT, False)
         self.port = int(self._store.port)
         self._host: Any = None
         self._device: Any = None
@@ -43,11 +43,12 @@ class Ranks:
         Raises:
             RuntimeError: one is missing.
         """
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(interface="lo")]
+        gloo: Any = dist.ProcessGroupGloo  # its stubs lack what its own tests use
+        options = gloo._Options()
+        options._devices = [gloo.create_device(interface="lo")]
         options._timeout = TIMEOUT
         rank, size = self.share.rank, self.share.size
-        self._host = self._device = dist.ProcessGroupGloo(dist.PrefixStore("host", self._store), rank, size, options)
+        self._host = self._device = gloo(dist.PrefixStore("host", self._store), rank, size, options)
         if device.type == "cuda":
             nccl = dist.ProcessGroupNCCL.Options()
             nccl._timeout = TIMEOUT

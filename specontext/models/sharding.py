@@ -1,4 +1,4 @@
-"""One rank's part of a decoder: rows or columns of its linear layers, as the modelling code's own plan for tensor parallelism says.
+"""One rank's part of a decoder: rows or columns of its linear layers, by the modelling code's own plan for tensor parallelism.
 
 What is split by columns of the output ('colwise') computes some heads, or some of the feed-forward's numbers; what takes these in
 ('rowwise') gives a part of the sum, and the ranks' parts are added up. Everything else is whole on every rank.
@@ -42,7 +42,9 @@ def check_can_share(model: PreTrainedModel, shape: ModelShape, share: Share) -> 
     share.check(shape)
     for layer, named in enumerate(_plans(model)):
         if missing := [name for name in ATTENTION if not any(path.endswith(name) for path in named)]:
-            raise ModelError(f"{_who(model)}: layer {layer} has no {missing[0]} of its own that could be split by heads; {ADVICE}")
+            raise ModelError(
+                f"{_who(model)}: layer {layer} has no {missing[0]} of its own that could be split by heads; {ADVICE}"
+            )
         for path, (module, style) in named.items():
             if style not in (COLUMNS, ROWS) or not isinstance(module, nn.Linear):
                 raise ModelError(f"{_who(model)}: nothing says how its {path} is split ({style or 'not in its plan'}); {ADVICE}")

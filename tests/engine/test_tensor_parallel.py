@@ -11,16 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MixtralConfig, Phi3Config, PreTrainedConfig
 
 from specontext import LLM, ConfigError, SamplingParams
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.core import ModelShape, RequestOutput, StructuredOutputsParams
-from specontext.errors import ModelError, RankError
-from specontext.models.loading import load_model
+from specontext.errors import ModelError, RankError, RequestFailedError
 from specontext.memory.sharing import Share
 from specontext.models.sharding import check_can_share
 
-SHARED: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 4, "max_num_batched_tokens": 128}
+SHARED: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "max_model_len": 1024,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 128,
+}
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 LONG = replace(GREEDY, max_tokens=80)
 KV_OF_A_TOKEN = 4 * 2 * 2 * 32 * 4  # bytes in nano, which has 4 layers with 2 KV heads
@@ -74,6 +80,23 @@ def test_requests_that_differ(one: LLM, two: LLM) -> None:
     assert found[3].text in ("yes and no", "no and yes") and found[2].outputs[0].logprobs is not None
 
 
+def test_what_breaks_at_rank_0_alone_ends_there_and_elsewhere(two: LLM) -> None:
+    def broken(_: torch.Tensor) -> None:
+        raise ValueError("nobody else sees these")
+
+    seen: list[torch.Tensor] = []
+    engine, forced = two.engine, [70, 71, 72]
+    engine.add_request("broken", [5] * 30, GREEDY, on_logits=broken)
+    led = engine.add_request("led", [5] * 30, replace(GREEDY, max_tokens=6), forced=forced, on_logits=seen.append)
+    with pytest.raises(RequestFailedError, match="nobody else sees these"):
+        while engine.has_work:
+            engine.step()
+    while engine.has_work:
+        engine.step()
+    assert led.request.output_token_ids[:3] == forced and len(led.request.output_token_ids) == len(seen) == 6
+    engine.check_integrity()
+
+
 def test_what_is_dropped_is_dropped_everywhere(two: LLM) -> None:
     stream = two.stream([5] * 60, GREEDY)
     for _ in range(3):
@@ -94,7 +117,7 @@ def test_a_lost_rank_ends_the_engine_and_what_runs() -> None:
     stream = llm.stream([5] * 60, GREEDY)
     next(stream)
     os.kill(llm.engine._processes.pids[0], signal.SIGKILL)  # type: ignore[attr-defined]
-    with pytest.raises(RankError, match="rank 1 of 2 is lost .*code -9"):
+    with pytest.raises(RankError, match=r"rank 1 of 2 is lost .*code -9"):
         for _ in stream:
             pass
     with pytest.raises(RankError, match="start the engine again"):
@@ -104,7 +127,16 @@ def test_a_lost_rank_ends_the_engine_and_what_runs() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("options", [{"method": "full"}, {"method": "full", "offload_layers": -1}, {}, {"offload_layers": -1}, {"offload_layers": 2, "granularity": "union"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "full"},
+        {"method": "full", "offload_layers": -1},
+        {},
+        {"offload_layers": -1},
+        {"offload_layers": 2, "granularity": "union"},
+    ],
+)
 def test_tokens_of_more_ranks(size: int, options: dict[str, Any]) -> None:
     config = SpeContextConfig(budget=64, **options)
     expected = LLM("nano", config=config, **SHARED).generate(prompts(), GREEDY)
@@ -147,7 +179,9 @@ def test_a_model_with_biases_and_norms_of_heads(write_family: Callable[..., Path
             llm.engine.close()
 
 
-@pytest.mark.parametrize("size, rank, query, kv, own", [(2, 1, 16, 4, slice(2, 4)), (4, 3, 4, 1, slice(3, 4)), (8, 5, 2, 1, slice(2, 3))])
+@pytest.mark.parametrize(
+    "size, rank, query, kv, own", [(2, 1, 16, 4, slice(2, 4)), (4, 3, 4, 1, slice(3, 4)), (8, 5, 2, 1, slice(2, 3))]
+)
 def test_heads_of_a_rank(size: int, rank: int, query: int, kv: int, own: slice) -> None:
     shape = ModelShape(2, 64, 16 if size == 8 else query * size, 4, 16, 256, 512, torch.float32)
     share = Share(rank, size)
@@ -172,6 +206,15 @@ def test_heads_of_a_rank(size: int, rank: int, query: int, kv: int, own: slice) 
 def test_what_does_not_work_with_it(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=f"{named} .*tensor_parallel_size"):
         EngineConfig("nano", tensor_parallel_size=2, **options)
+
+
+@pytest.mark.parametrize("config, named", [(Phi3Config, "no q_proj"), (MixtralConfig, "experts")])
+def test_layers_that_nothing_says_how_to_split(config: type[PreTrainedConfig], named: str) -> None:
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "vocab_size": 64}
+    tiny = config(**sizes, intermediate_size=64, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(tiny)
+    with pytest.raises(ModelError, match=f"cannot be shared among ranks: .*{named}.*leave tensor_parallel_size out"):
+        check_can_share(model, ModelShape.from_config(tiny), Share(0, 2))
 
 
 def test_heads_that_do_not_divide_are_refused_before_anything_is_started() -> None:
