@@ -26,10 +26,13 @@ def table() -> str:
     """
     sys.path.insert(0, str(ROOT))
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
     from tests.conftest import FAMILIES
-    from tests.models.architectures import EXAMPLES, RUN
+    from tests.models.architectures import EXAMPLES, MULTIMODAL, RUN
 
     tested = {name.lower() for name in (*RUN, *FAMILIES)}
     if odd := sorted(tested ^ {name.lower() for name in EXAMPLES}):
@@ -38,6 +41,9 @@ def table() -> str:
     for name, examples in EXAMPLES.items():
         architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[getattr(transformers, f"{name}Config").model_type]
         rows.append((f"`{architecture}`", ", ".join(examples), *["yes"] * len(SHOWN)))
+    for name, examples in MULTIMODAL.items():
+        architecture = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[getattr(transformers, f"{name}Config").model_type]
+        rows.append((f"`{architecture}`, text alone", ", ".join(examples), "yes", "yes", "no"))
     ruled = [f"| {' | '.join(row)} |" if row[0] != "---" else f"|{'|'.join(row)}|" for row in rows]
     return "\n".join(ruled) + "\n"
 

@@ -203,8 +203,8 @@ class EngineConfig:
     )
     tensor_parallel_size: int = option(
         1,
-        "GPUs (on a CPU: processes) of this machine that share the model: each has some of its heads, their KV, and a part of the "
-        "weights. host_memory is of all of them, gpu_memory of each.",
+        "GPUs (on a CPU: processes) of this machine that share the model: each has some of its heads, their KV, and a part of "
+        "the weights. host_memory is of all of them, gpu_memory of each.",
     )
     trust_remote_code: bool = option(False, "Allow modelling code that comes with a checkpoint.")
     revision: str | None = option(None, "Hub revision of the model.")

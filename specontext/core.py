@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from specontext.errors import ConfigError, RequestError
 
@@ -45,8 +45,28 @@ def shown(value: object) -> str:
 
 
 @dataclass(frozen=True)
+class Window:
+    """What a token attends to in a layer that does not read the whole context.
+
+    Attributes:
+        size: the last so many tokens, itself among them; or tokens of a chunk.
+        chunked: the context is cut into chunks of this size, and a token reads those of its own chunk up to itself.
+    """
+
+    size: int
+    chunked: bool = False
+
+    def first(self, position: Any) -> Any:
+        """The first token that the one at `position` reads, perhaps below 0; both numbers, or tensors of them."""
+        return position // self.size * self.size if self.chunked else position - (self.size - 1)
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """What KV storage, planner and selectors must know of a model.
+
+    Layers are those that attend to the whole context, numbered among themselves: their KV grows, is selected from, and moves.
+    Layers with a window keep the tokens of their window, and take no part in any of that.
 
     Attributes:
         dtype: number format of weights, and of KV unless `kv_dtype` names another.
@@ -54,6 +74,10 @@ class ModelShape:
             computes it.
         limited_by: the entry of the config that keeps `max_position` below what the checkpoint was made for, in words; '' for
             none.
+        longer: the longest context that may be asked for, where it is more than `max_position`: RoPE has other angles then, for
+            contexts of all lengths. 0 where it is not.
+        windows: of every layer of the decoder its window, None for one that attends to the whole context; empty where none has
+            a window.
         kv_dtype: of the codes of KV in 8 bits, each key and value with a scale; None for numbers of `dtype`.
     """
 
@@ -66,6 +90,8 @@ class ModelShape:
     max_position: int
     dtype: torch.dtype
     limited_by: str = ""
+    windows: tuple[Window | None, ...] = ()
+    longer: int = 0
     kv_dtype: torch.dtype | None = None
 
     @classmethod
@@ -78,13 +104,14 @@ class ModelShape:
         Raises:
             AttributeError: an entry that is missing.
         """
-        max_position, limited_by = _longest_context(config)
+        max_position, limited_by, longer = _longest_context(config)
+        windows = _windows(config, max(max_position, longer))
         if dtype is None:
             import torch
 
             dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         return cls(
-            layers=config.num_hidden_layers,
+            layers=sum(window is None for window in windows) if windows else config.num_hidden_layers,
             hidden_size=config.hidden_size,
             query_heads=config.num_attention_heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
@@ -93,6 +120,8 @@ class ModelShape:
             max_position=max_position,
             dtype=dtype,
             limited_by=limited_by,
+            windows=windows,
+            longer=longer,
         )
 
     def check_kv_format(self, name: str) -> None:
@@ -101,15 +130,42 @@ class ModelShape:
             raise ConfigError(f"kv_cache_dtype {name} needs heads of an even width, not of {self.head_dim}: set it to auto")
 
     @property
+    def reach(self) -> int:
+        """The longest context that may be asked for, in tokens."""
+        return max(self.max_position, self.longer)
+
+    @property
+    def depth(self) -> int:
+        """Layers of the decoder, whatever they attend to."""
+        return len(self.windows) or self.layers
+
+    @property
+    def windowed(self) -> tuple[Window, ...]:
+        """The windows of the layers that have one."""
+        return tuple(window for window in self.windows if window is not None)
+
+    @property
+    def full(self) -> tuple[int, ...]:
+        """Numbers in the decoder of the layers that attend to the whole context."""
+        return tuple(layer for layer in range(self.depth) if not self.windows or self.windows[layer] is None)
+
+    @property
     def longest(self) -> str:
         """`max_position` in words, with what limits it."""
-        return f"{self.max_position} tokens" + (f" ({self.limited_by})" if self.limited_by else "")
+        asked = f"{self.longer} where max_model_len asks for them" if self.longer else ""
+        why = ", ".join(filter(None, (self.limited_by, asked)))
+        return f"{self.max_position} tokens" + (f" ({why})" if why else "")
 
     @property
     def row_bytes(self) -> int:
         """Bytes of K and V of one token of one KV head of one layer, with their scales."""
         if self.kv_dtype is not None:
             return 2 * (self.head_dim * self.kv_dtype.itemsize + SCALE_BYTES)
+        return self.window_row_bytes
+
+    @property
+    def window_row_bytes(self) -> int:
+        """The same of a layer with a window, whose KV is never in 8 bits."""
         return 2 * self.head_dim * self.dtype.itemsize
 
     @property
@@ -132,12 +188,13 @@ LENGTHS = (
 )
 
 
-def _longest_context(config: PreTrainedConfig) -> tuple[int, str]:
-    """`max_position` and `limited_by` of a decoder.
+def _longest_context(config: PreTrainedConfig) -> tuple[int, str, int]:
+    """`max_position`, `limited_by` and `longer` of a decoder.
 
     Linear and YaRN scaling serve the original length times their factor, also where max_position_embeddings is still the original
     length. A window serves contexts of its own size, in which it leaves nothing out. RoPE of type longrope serves its original
-    length: beyond it, the angles of one request would depend on the others.
+    length, in which the library has one set of angles for all contexts, and dynamic RoPE max_position_embeddings; where more is
+    asked for, all requests have the angles of that length.
     """
     stated = _tokens(config, "max_position_embeddings")
     named = {name: tokens for name in LENGTHS if (tokens := _tokens(config, name)) is not None}
@@ -154,24 +211,52 @@ def _longest_context(config: PreTrainedConfig) -> tuple[int, str]:
     if config.model_type.startswith("cohere"):  # the length that Command R's model card promises
         longest = max(longest, named.get("model_max_length", 0))
     limits = {f"{name} {tokens} in its config": tokens for name, tokens in named.items() if tokens not in (base, original)}
+    turning, longer = {}, longest
     for part in ropes:
         if part.get("rope_type") == "longrope":
             tokens = said or part.get("original_max_position_embeddings") or base
-            limits[f"original_max_position_embeddings {tokens}, beyond which RoPE of type longrope is not supported"] = tokens
-    own = not is_dataclass(config) or "layer_types" in {entry.name for entry in fields(config)}  # else the class ignores them
-    kinds = getattr(config, "layer_types", None) if own else None
+            turning[f"original_max_position_embeddings {tokens}, beyond which RoPE of type longrope has other angles"] = tokens
+        if part.get("rope_type") == "dynamic" and isinstance(part.get("factor"), int | float):
+            longer = max(longer, int(base * part["factor"]))
+    kinds = _layer_types(config)
     window, chunk = _tokens(config, "sliding_window"), _tokens(config, "attention_chunk_size")
     used = getattr(config, "use_sliding_window", True) is not False and (not kinds or "sliding_attention" in kinds)
-    if window is not None and used:
-        limits[f"sliding_window {window} in its config, and sliding windows are not supported"] = window
-    if chunk is not None and (not kinds or "chunked_attention" in kinds):
-        limits[f"attention_chunk_size {chunk} in its config, and chunked attention is not supported"] = chunk
+    if window is not None and used and not _some_are_full(kinds):
+        limits[f"sliding_window {window} in its config, in all layers, which leaves nothing to select from"] = window
+    if chunk is not None and (not kinds or "chunked_attention" in kinds) and not _some_are_full(kinds):
+        limits[f"attention_chunk_size {chunk} in its config, in all layers, which leaves nothing to select from"] = chunk
     dual = getattr(config, "dual_chunk_attention_config", None)
     if isinstance(dual, dict) and isinstance(dual.get("chunk_size"), int):
         tokens = dual["chunk_size"] - (dual.get("local_size") or 0)
         limits[f"dual_chunk_attention_config in its config, which has no effect on up to {tokens} tokens"] = tokens
+    longer = min(longer, *limits.values()) if limits else longer
+    limits |= turning
     least = min(limits, key=lambda words: limits[words], default="")
-    return (limits[least], least) if least and limits[least] < longest else (longest, "")
+    found, why = (limits[least], least) if least and limits[least] < longest else (longest, "")
+    return found, why, longer if longer > found else 0
+
+
+def _layer_types(config: PreTrainedConfig) -> list[str] | None:
+    """What kind of attention each layer has, where the config's class knows of such kinds."""
+    own = not is_dataclass(config) or "layer_types" in {entry.name for entry in fields(config)}  # else the class ignores them
+    return getattr(config, "layer_types", None) if own else None
+
+
+def _some_are_full(kinds: list[str] | None) -> bool:
+    return kinds is not None and "full_attention" in kinds
+
+
+def _windows(config: PreTrainedConfig, longest: int) -> tuple[Window | None, ...]:
+    """Windows of all layers of a decoder of which some attend to the whole context; those as long as the context are none."""
+    kinds = _layer_types(config)
+    if kinds is None or not _some_are_full(kinds):
+        return ()
+    sizes = {"sliding_attention": _tokens(config, "sliding_window"), "chunked_attention": _tokens(config, "attention_chunk_size")}
+    found: list[Window | None] = []
+    for kind in kinds[: config.num_hidden_layers]:
+        size = sizes.get(kind)
+        found.append(Window(size, kind == "chunked_attention") if size is not None and size < longest else None)
+    return tuple(found) if any(found) else ()
 
 
 def _tokens(config: PreTrainedConfig, name: str) -> int | None:

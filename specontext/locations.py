@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from specontext.checkpoints.adapters import TOKENIZER, Adapter, adapter_in
 from specontext.checkpoints.files import read_json
 from specontext.checkpoints.quantization import FILES as QUANTIZATION_FILES
-from specontext.checkpoints.quantization import Entry, quantization_entry
+from specontext.checkpoints.quantization import Entry, dequantised, quantization_entry
 from specontext.checkpoints.wording import in_one_sentence
 from specontext.core import ModelShape
 from specontext.errors import GGUFError, ModelError, SpeContextError
@@ -113,7 +113,7 @@ def _instead_of_config(path: Path) -> str:
 
 
 def read_config(source: Path | str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
-    """The config of a checkpoint directory or Hub id, as `resolve_model_path` gives them.
+    """The config of the decoder in a checkpoint directory or Hub id, as `resolve_model_path` gives them.
 
     Raises:
         ModelError: it is not there, broken, or of a kind that transformers does not know.
@@ -124,7 +124,7 @@ def read_config(source: Path | str, *, trust_remote_code: bool = False, revision
         _config_values(source, source)
     with one_sentence(f"cannot read the config of the model {source}"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
-    return config
+    return language_model_of(config)
 
 
 def folder_of(source: Path | str, *, revision: str | None = None, weights: bool = False) -> Path:
@@ -162,13 +162,14 @@ def one_sentence(failed: str) -> Iterator[None]:
 
 
 def quantization_of_source(source: Path | str, *, revision: str | None = None) -> Entry | None:
-    """What a checkpoint says of its quantisation; None where it says nothing.
+    """What a checkpoint says of its quantisation; None where it says nothing, or weights become plain numbers when they are read.
 
     Raises:
         ModelError: a broken file.
     """
     folder = folder_of(source, revision=revision)
-    return quantization_entry(_config_values(source, folder), folder, ModelError)
+    values = _config_values(source, folder)
+    return None if dequantised(values) else quantization_entry(values, folder, ModelError)
 
 
 def _config_values(source: Path | str, folder: Path) -> dict[str, Any]:
@@ -192,12 +193,35 @@ def shape_of(model: ModelShape | PreTrainedConfig | str | Path) -> ModelShape:
     config: Any = model
     if isinstance(model, str | Path):
         config = read_config(resolve_model_path(model))
+    config = language_model_of(config)
     if parts := parts_of(config):
         raise ModelError(f"{type(config).__name__} is not supported: it {parts}")
     try:
         return ModelShape.from_config(config)
     except (AttributeError, TypeError) as error:
         raise ModelError(f"{type(config).__name__} does not describe a decoder with attention heads: {error}") from error
+
+
+def language_model_of(config: Any) -> Any:
+    """The config of the decoder of text in one of several models, such as a text model and one of images; others as they are."""
+    from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+    text = getattr(config, "text_config", None)
+    known = (AutoModelForImageTextToText._model_mapping, AutoModelForMultimodalLM._model_mapping)
+    if text is None or text.is_encoder_decoder or not any(type(config) in kinds for kinds in known):
+        return config
+    text._part_of = config.architectures[0] if config.architectures else type(config).__name__
+    text.architectures, text._name_or_path = config.architectures, config._name_or_path
+    text.dtype = text.dtype or config.dtype
+    outer = bool(getattr(config, "tie_word_embeddings", False))
+    text.tie_word_embeddings = bool(getattr(text, "tie_word_embeddings", outer))
+    text._may_be_tied = outer or text.tie_word_embeddings  # the class of all modalities asks its own config
+    return text
+
+
+def part_of(config: Any) -> str:
+    """The architecture that a decoder's config was taken out of; '' for one that stands by itself."""
+    return str(getattr(config, "_part_of", ""))
 
 
 def parts_of(config: Any) -> str:

@@ -24,6 +24,9 @@ if not torch.cuda.is_available():  # kernels run in Triton's interpreter; to be 
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
+    GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -35,6 +38,7 @@ from transformers import logging as transformers_logging
 
 import specontext.models
 from specontext import LLM, SamplingParams, SpeContextConfig
+from specontext.models.decoder import decoder_of
 from specontext.retrieval.checkpoint import save_head
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig
@@ -66,7 +70,8 @@ def tokenizer() -> Any:
 def family_config(family: str, vocab_size: int, **changes: Any) -> PreTrainedConfig:
     """A tiny config; head dims differ from hidden / heads, and GQA ratios are 2, 1, 3, 4 and 2.
 
-    A token of 'bands', a Llama with three KV heads, takes as many bytes as one of 'llama'.
+    A token of 'bands', a Llama with three KV heads, takes as many bytes as one of 'llama'. Of the five layers of 'windows' (a
+    Gemma 2, with a soft cap), 'sinks' (a gpt-oss) and 'chunks' (a Llama 4) three attend to the whole context.
     """
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -88,6 +93,19 @@ def family_config(family: str, vocab_size: int, **changes: Any) -> PreTrainedCon
         own = Qwen2Config, {"num_attention_heads": 4, "num_key_value_heads": 4}
     elif family == "qwen3":
         own = Qwen3Config, {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20}
+    elif family in ("windows", "sinks", "chunks"):
+        near, sizes = "sliding_attention", {"num_hidden_layers": 5, "head_dim": 16, "num_attention_heads": 4}
+        if family == "windows":
+            own = Gemma2Config, {"num_key_value_heads": 2, "sliding_window": 10, "attn_logit_softcapping": 3.0}
+        elif family == "sinks":
+            experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+            own = GptOssConfig, {"num_key_value_heads": 1, "sliding_window": 7, **experts}
+        else:
+            near, experts = "chunked_attention", {"num_local_experts": 2, "intermediate_size_mlp": 96}
+            own = Llama4TextConfig, {"num_key_value_heads": 2, "attention_chunk_size": 12, **experts}
+            sizes |= {"no_rope_layers": [1, 0, 1, 0, 0], "floor_scale": 20}
+        far = "full_attention"
+        own = own[0], own[1] | sizes | {"layer_types": [near, far, near, far, far]}
     else:
         own = MistralConfig, {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32, "sliding_window": None}
     return own[0](**(common | own[1] | changes))
@@ -103,6 +121,12 @@ def family_head(family: str, vocab_size: int) -> HeadConfig:
         wide: dict[str, Any] = {"key_heads": 1, "key_inputs": "around", "query_rank": 20, "head_map": band_map(3, 3, 3)}
         sizes = {"hidden_size": 96, "target_hidden_size": 96, "head_dim": 40}
         return HeadConfig("features", heads=18, kv_heads=9, feature_layers=(1, 2), **common | sizes | wide)
+    if family == "windows":
+        bands: dict[str, Any] = {"heads": 4, "kv_heads": 4, "head_map": ((0, 1), (2, 3), (2, 3))}
+        return HeadConfig("features", feature_layers=(1, 5), **common | bands)
+    if family in ("sinks", "chunks"):
+        groups = {"sinks": 1, "chunks": 2}[family]
+        return HeadConfig("features", heads=2 * groups, kv_heads=groups, feature_layers=(2, 4), **common)
     if family == "qwen2":
         return HeadConfig("features", heads=8, kv_heads=4, feature_layers=(3, 1), **common)
     if family == "qwen3":
@@ -255,7 +279,7 @@ def masked_forward() -> Callable[..., Any]:
     def run(model: PreTrainedModel, ids: list[int], masks: Masks, *, attentions: bool = False) -> Any:
         inputs: list[torch.Tensor] = []
         handles = []
-        decoder = model.get_decoder()
+        decoder: Any = decoder_of(model)
         for layer, mask in zip(decoder.layers, masks, strict=True):
             bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[None]
 

@@ -63,6 +63,17 @@ def quantization_entry(values: Mapping[str, Any], folder: Path | None, failure: 
     return None
 
 
+def dequantised(values: Mapping[str, Any]) -> str | None:
+    """The format of weights that are turned into ordinary numbers when they are read, by name; None for any other checkpoint.
+
+    Args:
+        values: content of its config.json.
+    """
+    entry = values.get("quantization_config")
+    method = entry.get("quant_method") if isinstance(entry, Mapping) else None
+    return "MXFP4" if method == "mxfp4" and values.get("model_type") == "gpt_oss" else None
+
+
 @dataclass(frozen=True)
 class Entry:
     """Where a checkpoint says that it is quantised, and what it says: a mapping, or something else as it stands there."""

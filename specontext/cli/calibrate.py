@@ -64,7 +64,7 @@ def calibrate(
     loaded = load_model(target, dtype=dtype, device=where)
     found = load_head(head, target=loaded.shape, need_map=False).to(where)
     length = length if length is not None else min(4096, loaded.shape.max_position)
-    if length > loaded.shape.max_position:
+    if length > loaded.shape.reach:
         raise UsageError(f"length {length} exceeds the model's maximum of {loaded.shape.longest}")
     thetas = parse_thetas(theta, found.config.rope_theta)
     if thetas and found.config.rope_scaling is not None:

@@ -29,6 +29,7 @@ NAMES = {
     "workspace": "score workspace",
     "keys": "keys of the head",
     "slots": "slots of offloaded layers",
+    "windows": "KV of layers with a window",
     "kv_device": "KV on the GPU",
     "kv_host": "KV on the host",
 }
@@ -56,7 +57,8 @@ def print_plan(planned: Planned) -> None:
 def heading(planned: Planned) -> list[str]:
     """The model, the memory and what is asked of them."""
     plan, facts, run, shape = planned.plan, planned.facts, planned.run, planned.facts.shape
-    heads = f"{shape.layers} layers, {shape.kv_heads} KV heads x {shape.head_dim}"
+    near = f" ({len(shape.windowed)} more with a window)" if shape.windowed else ""
+    heads = f"{shape.layers} layers{near}, {shape.kv_heads} KV heads x {shape.head_dim}"
     dtype = str(shape.dtype).removeprefix("torch.")
     kv = "" if shape.kv_dtype is None else f", {str(shape.kv_dtype).removeprefix('torch.')} with scales"
     host = "host memory without limit" if plan.host_memory is None else f"{human_bytes(plan.host_memory)} of host memory"
@@ -243,7 +245,7 @@ def print_presets(*, as_json: bool) -> None:
     for name in ("params", "layers", "KV heads", "KV/token", "context"):
         table.add_column(name, justify="right", no_wrap=True)
     for preset in PRESETS.values():
-        kv = human_bytes(4 * preset.layers * preset.kv_heads * preset.head_dim)
+        kv = human_bytes(4 * preset.full_layers * preset.kv_heads * preset.head_dim)
         count, heads = _count(preset.parameters), f"{preset.kv_heads} x {preset.head_dim}"
         table.add_row(preset.name, preset.source, count, str(preset.layers), heads, kv, f"{preset.max_position >> 10}K")
     console(120).print(table)

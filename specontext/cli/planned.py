@@ -198,7 +198,7 @@ def make_plan(
     facts = Share(0, tensor_parallel_size).facts(facts)
     host_memory = None if host_memory is None else host_memory // tensor_parallel_size
     shape = facts.shape
-    if max_model_len is not None and max_model_len > shape.max_position:
+    if max_model_len is not None and max_model_len > shape.reach:
         raise ConfigError(f"max_model_len {max_model_len} exceeds the model's maximum of {shape.longest}")
     length = max_model_len or shape.max_position
     chosen = budget if budget is not None else facts.head.recommended_budget or DEFAULT_BUDGET
@@ -320,6 +320,7 @@ def as_object(planned: Planned) -> dict[str, Any]:
             "retrieval_head_parameters": facts.head.parameters,
             "retrieval_head": facts.head.source,
             "layers": facts.shape.layers,
+            "layers_with_window": len(facts.shape.windowed),
             "query_heads": facts.shape.query_heads,
             "kv_heads": facts.shape.kv_heads,
             "head_dim": facts.shape.head_dim,

@@ -78,7 +78,7 @@ def new_head(shape: HeadShape, target: ModelShape, *, trained_length: int, sourc
         HeadError: a form that does not fit together, or not this model.
         ConfigError: fewer query heads than groups.
     """
-    features = () if shape.variant == "embedding" else shape.feature_layers or standard_feature_layers(target.layers)
+    features = () if shape.variant == "embedding" else shape.feature_layers or standard_feature_layers(target.depth)
     head_map = band_map(target.layers, target.kv_heads, shape.bands)
     groups = target.kv_heads * shape.bands
     heads = shape.heads if shape.heads is not None else target.query_heads * shape.bands

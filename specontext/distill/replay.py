@@ -24,9 +24,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from specontext.core import Window
 from specontext.distill.target import IMPLEMENTATION, Observation, Target, TaughtPass, wide
+from specontext.kernels.softmax import PLAIN, Softmax, capped
 from specontext.models.attention import attention_of, listening
-from specontext.models.decoder import decoder_layers
+from specontext.models.decoder import decoder_layers, decoder_of
 
 CHUNK_ELEMENTS = 1 << 26  # logits that are held at once
 HIGHEST = 20.0  # how far, in nats, an entry that is not read may stand above those that are before its gradient is cut
@@ -58,7 +60,7 @@ class Replay:
         again = partial(_attending, model, step)
         with again(), _recomputed(model, again):
             ids = self.seen.ids.gather(1, self.rows)
-            hidden: Tensor = model.get_decoder()(input_ids=ids, position_ids=self.rows, use_cache=False).last_hidden_state
+            hidden: Tensor = decoder_of(model)(input_ids=ids, position_ids=self.rows, use_cache=False).last_hidden_state
         return hidden
 
     def _step(self, gates: Gates | None) -> _Replayed:
@@ -69,7 +71,7 @@ class Replay:
         token = torch.arange(span, device=self.rows.device)
         own = (token == self.rows[..., None]).float()  # [N, Q, S]
         visible = (token <= self.rows[..., None]) & ~(linked.float() @ own).bool()
-        return _Replayed(self.seen.stored, self.rows, visible, linked, gates)
+        return _Replayed(self.seen.stored, self.seen.windowed, self.rows, visible, linked, gates)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,34 +79,66 @@ class _Replayed:
     """Attention of replayed rows.
 
     Attributes:
-        stored: keys and values of each layer [N, Hkv, S, D].
+        stored, windowed: keys and values of each layer [N, Hkv, S, D].
         visible: bool [N, Q, S], the stored tokens that a row may read.
         linked: bool [Q, Q], the replayed rows that a row may read.
     """
 
     stored: Sequence[tuple[Tensor, Tensor]]
+    windowed: Sequence[tuple[Tensor, Tensor]]
     rows: Tensor
     visible: Tensor
     linked: Tensor
     gates: Gates | None
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    @property
+    def positions(self) -> Tensor:
+        return self.rows
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
         """See `TaughtPass.attend`; the queries are those of the rows."""
-        (past_key, past_value), heads = self.stored[layer], key.shape[1]
+        gates = None if self.gates is None else self.gates(layer)
+        linked = self.linked[None]
+        return self._attend(self.stored[layer], query, key, value, scale, softmax, self.visible, linked, gates)
+
+    def attend_window(
+        self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
+    ) -> Tensor:
+        """See `TaughtPass.attend_window`: nothing is selected there, so there are no gates."""
+        first, token = window.first(self.rows)[..., None], torch.arange(self.visible.shape[-1], device=self.rows.device)
+        visible, linked = self.visible & (token >= first), self.linked & (self.rows[:, None] >= first)
+        return self._attend(self.windowed[layer], query, key, value, scale, softmax, visible, linked, None)
+
+    def _attend(
+        self,
+        stored: tuple[Tensor, Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softmax: Softmax,
+        visible: Tensor,
+        linked: Tensor,
+        gates: Tensor | None,
+    ) -> Tensor:
+        """Args: visible bool [N, Q, S] and linked bool [N or 1, Q, Q], what rows may read; gates of a layer, see `Gates`."""
+        (past_key, past_value), heads = stored, key.shape[1]
         grouped = query.unflatten(1, (heads, -1))  # [N, Hkv, Hq / Hkv, Q, D]
-        past = wide(grouped @ past_key[:, :, None].transpose(-1, -2)) * scale
-        own = wide(grouped @ key[:, :, None].transpose(-1, -2)) * scale
-        past, own = past.masked_fill(~self.visible[:, None, None], -torch.inf), own.masked_fill(~self.linked, -torch.inf)
-        if self.gates is None:
+        past = capped(wide(grouped @ past_key[:, :, None].transpose(-1, -2)) * scale, softmax.cap)
+        own = capped(wide(grouped @ key[:, :, None].transpose(-1, -2)) * scale, softmax.cap)
+        past = past.masked_fill(~visible[:, None, None], -torch.inf)
+        own = own.masked_fill(~linked[:, None, None], -torch.inf)
+        if gates is None:
             top = torch.maximum(past.detach().amax(-1), own.detach().amax(-1))[..., None]
             past, own = (past - top).exp(), (own - top).exp()
         else:
-            gates = self.gates(layer)
             columns = self.rows[:, None, None].expand(-1, gates.shape[1], gates.shape[2], -1)
             past_gates, own_gates = gates[:, :, None], gates.gather(-1, columns)[:, :, None]
             top = torch.maximum(_highest(past, past_gates), _highest(own, own_gates))
             past, own = (past - top).clamp(max=HIGHEST).exp() * past_gates, (own - top).clamp(max=HIGHEST).exp() * own_gates
         total = past.sum(-1, keepdim=True) + own.sum(-1, keepdim=True)
+        if softmax.sinks is not None:
+            total = total + (wide(softmax.sinks).view(heads, -1, 1, 1) - top).clamp(max=HIGHEST).exp()
         output = (past / total).to(value.dtype) @ past_value[:, :, None] + (own / total).to(value.dtype) @ value[:, :, None]
         return output.flatten(1, 2)
 

@@ -27,6 +27,7 @@ from specontext.engine.llm import LLM
 from specontext.engine.llm_engine import pick_device
 from specontext.errors import ConfigError
 from specontext.models.loading import LoadedModel, load_model
+from specontext.models.rope import fix_rope
 from specontext.retrieval.checkpoint import load_head, save_head
 
 SETTINGS = "training.json"
@@ -92,8 +93,9 @@ class Session:
         device = pick_device(self.device)
         loaded = load_model(self.target, dtype=self.dtype, device=device)
         shape = loaded.shape
-        if self.length > shape.max_position:
+        if self.length > shape.reach:
             raise ConfigError(f"length {self.length} exceeds the model's maximum of {shape.longest}")
+        fix_rope(loaded.model, max(self.length, shape.max_position))
         source = self._source(loaded)
         student = self._student(loaded.model, shape, source)
         student.to(device)

@@ -17,9 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from specontext.models.attention import RUNNING, attention_of, listening, refuse_foreign
-from specontext.models.decoder import output_layer
+from specontext.core import ModelShape, Window
+from specontext.kernels.dense_attention import causal_attention
+from specontext.kernels.softmax import PLAIN, Softmax, capped
+from specontext.kernels.window_attention import window_attention
+from specontext.models.attention import RUNNING, attention_of, listening, running_of, understood
+from specontext.models.decoder import decoder_of, output_layer
 from specontext.models.features import FeatureTaps
+from specontext.models.temperature import at_positions
 from specontext.retrieval.head import RetrievalHead
 
 IMPLEMENTATION = "specontext_teaching"
@@ -36,6 +41,7 @@ class Observation:
         features: [N, S, F * H], each token's own.
         hidden: [N, S, H], after the last norm: what the output matrix reads.
         stored: of each layer keys and values [N, Hkv, S, D], where they were asked for.
+        windowed: the same of the layers with a window.
     """
 
     ids: Tensor
@@ -43,6 +49,7 @@ class Observation:
     features: Tensor
     hidden: Tensor
     stored: tuple[tuple[Tensor, Tensor], ...] = ()
+    windowed: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def embedded(self, head: RetrievalHead) -> Tensor:
         """Embeddings [N, S, H] of the tokens as a head sees them."""
@@ -50,10 +57,23 @@ class Observation:
 
 
 class TaughtPass(Protocol):
-    """What one pass of the target does when a layer calls attention."""
+    """What one pass of the target does when a layer calls attention; layers are numbered as in `LayerAttention`.
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    Attributes:
+        positions: int64 [N, S], of its tokens; None where they are 0 .. S - 1.
+    """
+
+    @property
+    def positions(self) -> Tensor | None: ...
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
         """The attention output [N, Hq, S, D] of q [N, Hq, S, D], k and v [N, Hkv, S, D]; all after RoPE."""
+        ...
+
+    def attend_window(
+        self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
+    ) -> Tensor:
+        """The same in a layer with a window."""
         ...
 
 
@@ -63,41 +83,51 @@ class _Dense:
 
     Attributes:
         rows: int64 [N, Q], query positions whose attention is shown to the listeners.
-        stored: takes keys and values of every layer where they are kept.
+        stored, windowed: take keys and values of every layer where they are kept.
     """
 
     rows: Tensor | None
     listeners: tuple[LayerListener, ...]
     keep: bool
     stored: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    windowed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    positions = None
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
         if self.rows is not None and self.listeners:
             index = self.rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
-            logits = wide(grouped_scores(query.gather(2, index), key)) * scale
+            logits = capped(wide(grouped_scores(query.gather(2, index), key)) * scale, softmax.cap)
             future = torch.arange(key.shape[2], device=key.device) > self.rows[..., None]  # [N, Q, S]
-            weights = logits.masked_fill_(future[:, None], -math.inf).softmax(-1)
+            weights = probabilities(logits.masked_fill_(future[:, None], -math.inf), softmax)
             for listener in self.listeners:
                 listener(layer, weights)
         if self.keep:
             self.stored.append((key, value))
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        if softmax.plain:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        return each_sequence(lambda q, k, v: causal_attention(q, k, v, scale, softmax), query, key, value)
+
+    def attend_window(
+        self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
+    ) -> Tensor:
+        if self.keep:
+            self.windowed.append((key, value))
+        return each_sequence(lambda q, k, v: window_attention(q, k, v, scale, window, softmax=softmax), query, key, value)
 
 
 class Target:
     """A Hugging Face decoder that a retrieval head learns from; it is never trained itself.
 
     Attributes:
-        layers, groups, query_heads: L, Hkv and Hq of its attention.
+        layers, groups, query_heads: L, Hkv and Hq of its attention to the whole context.
     """
 
     def __init__(self, model: PreTrainedModel, feature_layers: tuple[int, ...]) -> None:
         AttentionInterface.register(IMPLEMENTATION, teaching_attention)
         self.model, self.feature_layers = model.eval().requires_grad_(False), feature_layers
-        config = model.config
-        self.layers: int = config.num_hidden_layers
-        self.query_heads: int = config.num_attention_heads
-        self.groups: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        shape = ModelShape.from_config(model.config)
+        running_of(model).know(shape)
+        self.layers, self.groups, self.query_heads = shape.layers, shape.kv_heads, shape.query_heads
         self._output_layer = output_layer(model)
 
     @property
@@ -130,13 +160,15 @@ class Target:
         taps = FeatureTaps(self.model, self.feature_layers) if self.feature_layers else None
         try:
             with attention_of(self.model, IMPLEMENTATION), listening(self.model, dense):
-                out = self.model.get_decoder()(input_ids=ids, use_cache=False)
+                out = decoder_of(self.model)(input_ids=ids, use_cache=False)
             hidden = out.last_hidden_state
             features = hidden.new_zeros((*ids.shape, 0)) if taps is None else taps.take()
         finally:
             if taps is not None:
                 taps.remove()
-        return Observation(ids, self.model.get_input_embeddings()(ids), features, hidden, tuple(dense.stored))
+        return Observation(
+            ids, self.model.get_input_embeddings()(ids), features, hidden, tuple(dense.stored), tuple(dense.windowed)
+        )
 
 
 def teaching_attention(
@@ -157,11 +189,30 @@ def teaching_attention(
         ModelError: a feature that plain causal attention lacks.
     """
     running = getattr(module, RUNNING)
-    refuse_foreign(attention_mask, options, running.longest)
+    layer, window = running.places[module.layer_idx]
+    softmax = understood(attention_mask, options, running.longest, window)
     taught: TaughtPass = running.listener
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = taught.attend(module.layer_idx, query, key, value, scale)  # type: ignore[arg-type]
+    if taught.positions is not None:
+        query = at_positions(module, query, taught.positions[:, None])
+    if window is None:
+        out = taught.attend(layer, query, key, value, scale, softmax)
+    else:
+        out = taught.attend_window(layer, window, query, key, value, scale, softmax)
     return out.transpose(1, 2), None
+
+
+def each_sequence(attention: Callable[[Tensor, Tensor, Tensor], Tensor], *tensors: Tensor) -> Tensor:
+    """Attention of one sequence, which takes and gives [S, heads, D], for all of [N, heads, S, D]."""
+    return torch.stack([attention(*(x.transpose(0, 1) for x in each)).transpose(0, 1) for each in zip(*tensors, strict=True)])
+
+
+def probabilities(logits: Tensor, softmax: Softmax) -> Tensor:
+    """Weights of logits [N, Hq, Q, S]; where there are sinks, they do not sum to 1."""
+    if softmax.sinks is None:
+        return logits.softmax(-1)
+    sinks = softmax.sinks.to(logits.dtype)[:, None, None].expand(*logits.shape[:-1], 1)
+    return torch.cat((logits, sinks), dim=-1).softmax(-1)[..., :-1]
 
 
 def grouped_scores(query: Tensor, key: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from specontext.kv.cache import KVCache
 from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout
 from specontext.kv.pool import PagePool, make_pools
+from specontext.kv.rings import Rings
 from specontext.memory.facts import NO_HEAD, ModelFacts
 from specontext.memory.model import MemoryModel, RunSettings, fitting_step, measured_model, staged_bytes
 from specontext.memory.probe import LEAST_PINNED, machine_speed, why_kv_stays
@@ -34,6 +35,7 @@ from specontext.memory.step_time import MachineSpeed, StepClock
 from specontext.memory.throughput import ServiceLimits
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, TierSizes, free_memory, size_tiers
 from specontext.models.loading import LoadedModel
+from specontext.models.rope import fix_rope
 from specontext.retrieval.head import RetrievalHead, facts_of_head
 from specontext.retrieval.methods import make_selectors, selector_class, token_sets
 from specontext.retrieval.methods.speculative import KeyCache
@@ -98,7 +100,10 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     recommended = head.config.recommended_budget if head is not None else None
     machine = machine_speed(device) if ranks is None else ranks.decide(partial(machine_speed, device))
     method = with_kv_where_it_can_be(config.method.resolve(recommended_budget=recommended, num_layers=shape.layers), machine)
+    if shape.kv_dtype is not None and device.type == "cuda":
+        method = with_codes_on_device(method)
     max_tokens = longest_context(config, shape)
+    fix_rope(loaded.model, max_tokens)
     if head is not None:
         factor = config.head_yarn_factor
         head.set_rope(theta=config.head_rope_theta, yarn_factor=head.config.yarn_factor(max_tokens) if factor is None else factor)
@@ -191,6 +196,9 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     )
     if ranks is not None and host.memory is not None:
         host.memory.reach(host.memory.num_bytes)  # how far a thread has pinned it would differ
+    rings = None
+    if shape.windowed:
+        rings = Rings(shape, seats=config.max_num_seqs, page_size=config.page_size, max_tokens=max_tokens, device=device)
     methods = make_methods(names, context, loaded, arena)
     kv = KVCache(
         arena,
@@ -204,6 +212,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         verify_loads=config.verify_loads,
         write_through=config.measure_recall,
         state=block_state(methods, config.page_size),
+        rings=rings,
     )
     meter = Meter(
         shape,
@@ -236,6 +245,22 @@ def with_kv_where_it_can_be(method: SpeContextConfig, machine: MachineSpeed) -> 
         logger.warning("%s: layers on the host, as offload_layers asks for, will be slow or fail", why)
         return method
     logger.warning("%s: the KV of all layers stays on the device, and requests wait where it is full", why)
+    return replace(method, offload_layers=0)
+
+
+def with_codes_on_device(method: SpeContextConfig) -> SpeContextConfig:
+    """The same settings, with all KV on the device: loads of rows in 8 bits from the host fail on a GPU (docs/gpu.md).
+
+    Raises:
+        ConfigError: layers are to live on the host.
+    """
+    if method.offload_layers:
+        raise ConfigError(
+            "KV in 8 bits with layers on the host does not work on a GPU yet (a misaligned address when rows are loaded): leave "
+            "kv_cache_dtype at auto, or set offload_layers to 0"
+        )
+    if method.offload_layers is None:
+        logger.warning("KV in 8 bits stays on the device: requests wait where it is full, and no layer leaves for the host")
     return replace(method, offload_layers=0)
 
 
@@ -346,7 +371,7 @@ def describe_head(head: RetrievalHead, max_tokens: int) -> str:
 
 def longest_context(config: EngineConfig, shape: ModelShape) -> int:
     """The engine's longest context in tokens; raises ConfigError for one beyond the model's."""
-    if config.max_model_len is not None and config.max_model_len > shape.max_position:
+    if config.max_model_len is not None and config.max_model_len > shape.reach:
         raise ConfigError(f"max_model_len {config.max_model_len} exceeds the model's maximum of {shape.longest}")
     if config.max_model_len is None and shape.limited_by:
         logger.warning("contexts of up to %s", shape.longest)

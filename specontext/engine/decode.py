@@ -11,12 +11,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from specontext.core import Batch, Lane
+from specontext.core import Batch, Lane, Window
 from specontext.engine.methods import Methods
 from specontext.engine.prefill import Chunks
 from specontext.engine.statistics import Meter
 from specontext.engine.true_attention import AttentionObserver, View, covered, true_logits
+from specontext.engine.windows import WindowedStep
 from specontext.kernels.paged_attention import paged_attention
+from specontext.kernels.softmax import PLAIN, Softmax, with_sinks
 from specontext.kernels.sparse_attention import merge_partials, sparse_attention
 from specontext.kernels.tables import NewTokens
 from specontext.kv.cache import KVCache
@@ -83,6 +85,7 @@ class Step:
         self.tile = DECODE_TILE if self.transfers.asynchronous else TILE
         self.lanes = [self._lane(lane) for lane in batch.lanes]
         self.chunks = Chunks(batch, self.transfers, methods, self._prompt_tile) if batch.prefills else None
+        self.windowed = WindowedStep(batch, kv.rings) if kv.rings is not None else None
         self.staging: Staging | None = None
         self._counted: Mark = None
         # Choosing is timed where nothing runs beside it, or where measuring waits in any case.
@@ -171,31 +174,45 @@ class Step:
         """Let go of everything: what has seen the step, such as a compiler, may keep it for a while, and not the engine too."""
         vars(self).clear()
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    @property
+    def positions(self) -> Tensor:
+        return self.batch.positions
+
+    def attend_window(
+        self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
+    ) -> Tensor:
+        """See `LayerAttention.attend_window`."""
+        assert self.windowed is not None
+        return self.windowed.attend(layer, window, query, key, value, scale, softmax)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
         """See `LayerAttention.attend`."""
         batch, decodes = self.batch, self.batch.num_decodes
         if self.chunks is None:
             self.transfers.append(layer, NewTokens(batch.seats, batch.positions, batch.lengths, key, value))
             if len(self.lanes) == 1:
-                return self._decode(self.lanes[0], layer, query, key, value, scale)
+                return self._decode(self.lanes[0], layer, query, key, value, scale, softmax)
         output = torch.empty_like(query)
         if self.chunks is not None and decodes:
             place = (batch.seats[:decodes], batch.positions[:decodes], batch.lengths[:decodes])
             self.transfers.append(layer, NewTokens(*place, key[:decodes], value[:decodes]))
         for lane in self.lanes:
-            output[lane.part] = self._decode(lane, layer, query[lane.part], key[lane.part], value[lane.part], scale)
+            q, k, v = (x[lane.part] for x in (query, key, value))
+            output[lane.part] = self._decode(lane, layer, q, k, v, scale, softmax)
         if self.chunks is not None:
-            self.chunks.attend(layer, query, key, value, scale, output, self.staging)
+            self.chunks.attend(layer, query, key, value, scale, output, self.staging, softmax)
         return output
 
-    def _decode(self, lane: RunningLane, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def _decode(
+        self, lane: RunningLane, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax
+    ) -> Tensor:
         if lane.in_layer is not None:
             seen, _ = self.transfers.as_stored(key, value)
-            self._select_in_layer(lane, lane.in_layer, layer, query, seen, scale)
+            self._select_in_layer(lane, lane.in_layer, layer, query, seen, scale, softmax.cap)
         if self.measure_recall:
-            self._measure(lane, layer, query, scale)
+            self._measure(lane, layer, query, scale, softmax.cap)
         if lane.reading is None:
-            return self._decode_dense(lane, layer, query, key, value, scale)
+            return with_sinks(*self._decode_dense(lane, layer, query, key, value, scale, softmax.cap), softmax)
         self.transfers.wait(layer)
         if lane.in_layer is not None or not self.transfers.asynchronous:
             rows = self.transfers.rows(range(layer, layer + 1), lane.reading)[0]
@@ -205,13 +222,21 @@ class Step:
             rows = lane.rows[layer]
         if self.transfers.verify:
             self.transfers.check_rows(layer, lane.reading, rows)
-        return sparse_attention(query, self.kv.arena.rows, rows, scale)[0]
+        output, lse = sparse_attention(query, self.kv.arena.rows, rows, scale, softmax.cap)
+        return output if softmax.sinks is None else with_sinks(output, lse, softmax)
 
     def _select_in_layer(
-        self, lane: RunningLane, selector: LayerSelector, layer: int, query: Tensor, key: Tensor, scale: float
+        self,
+        lane: RunningLane,
+        selector: LayerSelector,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        scale: float,
+        cap: float | None,
     ) -> None:
         seats, transfers = lane.decode.seats, self.transfers
-        view = View(transfers, layer, lane.decode, query, key, scale, self.tile)
+        view = View(transfers, layer, lane.decode, query, key, scale, self.tile, cap)
         began = self._now()
         selection = selector.select_in_layer(layer, lane.decode, view)
         lane.seconds += self._now() - began
@@ -220,30 +245,33 @@ class Step:
         lane.reading = self.kv.read(seats, selection, layer, lane.reader)
         self.meter.sparse(lane.reading, transfers.tiers.resident, layer)
 
-    def _decode_dense(self, lane: RunningLane, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def _decode_dense(
+        self, lane: RunningLane, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, cap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention to all that is stored, and its log-sum-exp."""
         transfers, seats = self.transfers, lane.decode.seats
         if transfers.in_reach(layer):
             home = transfers.home(layer)
             pages, lengths = home.table_of(layer).index_select(0, seats), lane.decode.lengths
-            return paged_attention(query, home.by_page(layer), pages, lengths, scale, tile=self.tile)[0]
+            return paged_attention(query, home.by_page(layer), pages, lengths, scale, cap, tile=self.tile)
         # The token itself is on its way to the host, and stands beside the tiles.
         own = torch.stack(transfers.as_stored(key, value), dim=2).view(-1, 2, key.shape[2])
         place = torch.arange(len(own), device=own.device).view(*key.shape[:2], 1)
-        parts = [sparse_attention(query, own, place, scale)]
+        parts = [sparse_attention(query, own, place, scale, cap)]
         assert self.staging is not None and lane.read is not None
         for tile in self.staging.tiles(layer, lane.read):
             absent = torch.arange(tile.start, tile.stop, device=key.device) >= lane.decode.positions[:, None]
             rows = tile.rows().masked_fill(absent[:, None], -1)  # [R, Hkv, T]
-            parts.append(sparse_attention(query, tile.buffer, rows, scale))
-        outputs, lses = zip(*parts, strict=True)
-        return merge_partials(torch.stack(outputs), torch.stack(lses))
+            parts.append(sparse_attention(query, tile.buffer, rows, scale, cap))
+        outputs, lses = (torch.stack(each) for each in zip(*parts, strict=True))
+        return merge_partials(outputs, lses), torch.logsumexp(lses, dim=0)
 
-    def _measure(self, lane: RunningLane, layer: int, query: Tensor, scale: float) -> None:
+    def _measure(self, lane: RunningLane, layer: int, query: Tensor, scale: float, cap: float | None) -> None:
         """Count the share of the layer's true attention that is read, and show it to the observer."""
         seats, share = lane.decode.seats, torch.ones_like(lane.decode.seats, dtype=torch.float64)
         tokens = None if lane.reading is None else lane.reading.selection.tokens[:, lane.reader.head_map[layer]]  # [R, Hkv, B]
         if tokens is not None or self.observer is not None:
-            logits = true_logits(self.transfers, layer, lane.decode, query, scale, self.tile)
+            logits = true_logits(self.transfers, layer, lane.decode, query, scale, self.tile, cap)
             weights = torch.softmax(logits, dim=-1)
             if self.observer is not None:
                 self.observer(layer, lane.decode, weights, tokens)

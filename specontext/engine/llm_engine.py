@@ -38,6 +38,8 @@ from specontext.retrieval.catalog import find_head
 from specontext.retrieval.random_head import random_head
 from specontext.retrieval.registry import base_of, needs_head
 
+RESERVED_BYTES = 8 << 30  # of host memory that are ready before the first request, at most
+RESERVED_STEPS = 64  # steps of prompts whose KV has room in it
 UNTIL_CLOSED = ("loaded", "parts", "runner", "scheduler")
 
 
@@ -137,6 +139,10 @@ class LLMEngine:
         """
         self.runner.warm_up()
         if self.runner.captures:
+            # While the driver pins memory nothing can be launched: prompts that come first are kept in what is pinned by now.
+            layout, step = self.parts.kv.layout, self.parts.step_tokens.alone
+            entry = sum(layout.layers[layer].entry_bytes for layer in layout.full)
+            self.parts.kv.host.reserve(min(RESERVED_BYTES, RESERVED_STEPS * step * entry))
             rehearse(self)
 
     def add_request(

@@ -16,6 +16,7 @@ from specontext.engine.true_attention import keys_up_to
 from specontext.kernels.dense_attention import causal_attention, chunk_attention
 from specontext.kernels.dispatch import upload
 from specontext.kernels.gpu_chunk import QUERIES, packed_attention, serves
+from specontext.kernels.softmax import PLAIN, Softmax
 from specontext.kernels.tables import NewTokens
 from specontext.kv.dense import stored_tiles
 from specontext.kv.staging import DenseRead, Staging
@@ -62,7 +63,15 @@ class Chunks:
         self._together = {run[0].offset: _Together.of(run, device) for run in kept if len(run) > 1}
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor, staging: Staging | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        output: Tensor,
+        staging: Staging | None,
+        softmax: Softmax = PLAIN,
     ) -> None:
         """Store k and v of all chunks in a layer, and write their attention into the packed output [T, Hq, D].
 
@@ -78,7 +87,7 @@ class Chunks:
         for segment, read in zip(batch.prefills, self.reads, strict=True):
             part = slice(segment.offset, segment.offset + segment.length)
             if segment.offset >= done:
-                done = self._write(layer, segment, read, query, key, value, scale, output, staging)
+                done = self._write(layer, segment, read, query, key, value, scale, output, staging, softmax)
             if (watcher := self._methods.watcher(segment.seat)) is not None:
                 keys = partial(keys_up_to, self._transfers, layer, segment, key[part])
                 watcher.observe_chunk(layer, segment, query[part], scale, keys)
@@ -94,18 +103,19 @@ class Chunks:
         scale: float,
         output: Tensor,
         staging: Staging | None,
+        softmax: Softmax,
     ) -> int:
         """Attention of a chunk, and of those that go with it; the place in the batch up to which it is there."""
-        together = self._together.get(segment.offset) if serves(query) else None
+        together = self._together.get(segment.offset) if serves(query) and softmax.plain else None
         last = together.segments[-1] if together is not None else segment
         part = slice(segment.offset, last.offset + last.length)
         numbers = query[part], key[part], value[part]
         if together is not None:
             output[part] = packed_attention(*numbers, together.bounds, together.longest, scale)
         elif not read.stop:
-            output[part] = causal_attention(*numbers, scale)
+            output[part] = causal_attention(*numbers, scale, softmax)
         else:
-            attention = chunk_attention(*numbers, scale)
+            attention = chunk_attention(*numbers, scale, softmax)
             if self._transfers.in_reach(layer):
                 for tile in stored_tiles(self._transfers, layer, segment.seat, read.stop, read.tile):
                     attention.add(tile)

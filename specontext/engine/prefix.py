@@ -93,11 +93,13 @@ class PrefixCache:
         """
         size = self.tree.block_pages
         chain = self.tree.find(request.token_ids, self._usable(request))
+        del chain[self.kv.blocks.usable(chain) :]
         while chain:
             length = min(request.prefill_length, self.tokens(chain) + ahead)
             if self.kv.host_pages_for(length) <= self.kv.host.pages.num_free - len(chain) * size:
                 break
             chain.pop()
+            del chain[self.kv.blocks.usable(chain) :]
         return chain
 
     def tokens(self, chain: Sequence[Block]) -> int:
@@ -129,6 +131,7 @@ class PrefixCache:
             chain = self.tree.find(request.token_ids, request.computed // self.kv.page_size)
             if len(chain) == request.computed // self.kv.page_size:  # else features of pages in between are unknown
                 self._growing[seat] = _Growing(request, chain)
+                self._follow_rings()
                 self.kv.blocks.expect(
                     sum(one.request.prefill_length // self.kv.page_size - len(one.chain) for one in self._growing.values())
                 )
@@ -136,6 +139,12 @@ class PrefixCache:
     def leave(self, seat: int) -> None:
         """A request leaves its seat."""
         self._growing.pop(seat, None)
+        self._follow_rings()
+
+    def _follow_rings(self) -> None:
+        """Layers with a window keep what known pages need of them."""
+        if self.kv.rings is not None:
+            self.kv.rings.followed = set(self._growing)
 
     def observe(self, batch: Batch, features: Tensor | None) -> None:
         """Keep the pages that the chunks of a step have completed, after the forward pass.
@@ -152,6 +161,7 @@ class PrefixCache:
                 self._keep(growing, segment, wanted, features)
             if len(growing.chain) < wanted or segment.start + segment.length >= growing.request.prefill_length:
                 del self._growing[segment.seat]
+        self._follow_rings()
 
     def _keep(self, growing: _Growing, segment: Segment, wanted: int, features: Tensor | None) -> None:
         chain, size, tree = growing.chain, self.kv.page_size, self.tree
@@ -159,8 +169,11 @@ class PrefixCache:
         while pages and (known := tree.after(chain[-1] if chain else None, pages[0])) is not None:
             chain.append(known)  # another request has been faster
             pages.pop(0)
+        stored = segment.start + segment.length
         if pages:
-            self.kv.keep(chain, pages, segment.seat, self._state(segment, len(chain), wanted, features))
+            self.kv.keep(chain, pages, segment.seat, self._state(segment, len(chain), wanted, features), stored)
+        else:
+            self.kv.blocks.keep_rings(chain, segment.seat, stored)
 
     def _state(self, segment: Segment, first: int, stop: int, features: Tensor | None) -> State:
         """State of the pages first .. stop - 1 of a seat, the last tokens of which are in a chunk."""

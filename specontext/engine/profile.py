@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specontext.core import Window
 from specontext.kernels.dense_attention import causal_attention
+from specontext.kernels.softmax import PLAIN, Softmax
+from specontext.kernels.window_attention import window_attention
 from specontext.memory.facts import ModelFacts
 from specontext.memory.model import HISTORY, SAMPLER, RunSettings, buffer_bytes
 from specontext.models.attention import listening
@@ -16,8 +19,15 @@ from specontext.models.loading import LoadedModel
 class _ChunkOnly:
     """Attention of a prompt's first chunk: nothing is stored."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return causal_attention(query, key, value, scale)
+    positions = None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
+        return causal_attention(query, key, value, scale, softmax)
+
+    def attend_window(
+        self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
+    ) -> Tensor:
+        return window_attention(query, key, value, scale, window, softmax=softmax)
 
 
 @torch.inference_mode()

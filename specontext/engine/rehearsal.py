@@ -21,7 +21,8 @@ WAYS = (
 
 
 def rehearse(engine: LLMEngine) -> None:
-    """Run small requests that begin one after the other, so that there are steps of chunks, of decode tokens and of both.
+    """Run small requests that begin one after the other, so that there are steps of chunks, of decode tokens and of both, and one
+    whose prompt begins as another's: what is known of it is brought, and its chunk reads stored tokens.
 
     What they leave is forgotten: nothing is known of their prompts, and no statistics count them. Where not even such a request
     has room there is nothing to rehearse.
@@ -39,7 +40,11 @@ def rehearse(engine: LLMEngine) -> None:
             _ = begun[0].detokenizer.text
         while not all(generation.finished for generation in begun):
             engine.step()
+        again = [*prompts["rehearsal-0"][:-1], 1]  # another token at its end, or all of its pages would be known
+        begun.append(engine.add_request("rehearsal-again", again, WAYS[0], checked=True))
+        while not begun[-1].finished:
+            engine.step()
     except (RequestError, LogitsError, RequestFailedError):  # a model that fails does so for those who ask
-        for name in prompts:
+        for name in (*prompts, "rehearsal-again"):
             engine.abort(name)
     engine.scheduler.forget()

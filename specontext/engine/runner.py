@@ -20,7 +20,7 @@ from specontext.engine.twin import DenseTwin
 from specontext.errors import DeviceError, DeviceMemoryError
 from specontext.models.attention import listening
 from specontext.models.compiled import CompiledModules
-from specontext.models.decoder import decoder_layers, output_layer
+from specontext.models.decoder import decoder_layers, decoder_of, output_layer
 from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import CALLED
@@ -157,7 +157,7 @@ class ModelRunner:
         if positions is None:
             return self._uncaptured(batch), None
         kept: list[Tensor] = []
-        handle = self.loaded.model.get_decoder().register_forward_hook(lambda _, __, output: kept.append(output[0][0, positions]))
+        handle = decoder_of(self.loaded.model).register_forward_hook(lambda _, __, output: kept.append(output[0][0, positions]))
         try:
             return self._uncaptured(batch), kept[0]
         finally:

@@ -10,6 +10,7 @@ from torch import Tensor
 from specontext.core import Segment
 from specontext.kernels.attention_logits import attention_logits
 from specontext.kernels.quantised_rows import keys_of
+from specontext.kernels.softmax import capped
 from specontext.kernels.tables import is_quantised
 from specontext.kv.dense import read_tile, read_tokens, tiles_of
 from specontext.kv.transfers import Transfers
@@ -20,18 +21,21 @@ from specontext.retrieval.selector import LaneTokens
 AttentionObserver = Callable[[int, LaneTokens, Tensor, Tensor | None], None]
 
 
-def true_logits(transfers: Transfers, layer: int, decode: LaneTokens, query: Tensor, scale: float, tile: int) -> Tensor:
+def true_logits(
+    transfers: Transfers, layer: int, decode: LaneTokens, query: Tensor, scale: float, tile: int, cap: float | None = None
+) -> Tensor:
     """Attention logits over the whole context of some decode tokens, float32 [R, Hq, S].
 
     Args:
         query: [R, Hq, D].
         tile: tokens that are looked at at once.
+        cap: soft cap on logits.
     """
     parts = []
     for start, stop in tiles_of(decode.span, tile):
         buffer, rows = read_tile(transfers, layer, decode.seats, start, stop, decode.lengths)
         parts.append(attention_logits(query, buffer, rows, scale))
-    return torch.cat(parts, dim=-1)
+    return capped(torch.cat(parts, dim=-1), cap)
 
 
 def covered(weights: Tensor, tokens: Tensor) -> Tensor:
@@ -67,19 +71,28 @@ class View:
     """
 
     def __init__(
-        self, transfers: Transfers, layer: int, decode: LaneTokens, query: Tensor, key: Tensor, scale: float, tile: int
+        self,
+        transfers: Transfers,
+        layer: int,
+        decode: LaneTokens,
+        query: Tensor,
+        key: Tensor,
+        scale: float,
+        tile: int,
+        cap: float | None = None,
     ) -> None:
+        self._cap = cap
         self.query, self.key, self.scale = query, key, scale
         self._transfers, self._layer, self._decode, self._tile = transfers, layer, decode, tile
         self.tokens_read: Tensor | None = None
 
     def logits(self) -> Tensor:
         self._read(self._decode.lengths)
-        return true_logits(self._transfers, self._layer, self._decode, self.query, self.scale, self._tile)
+        return true_logits(self._transfers, self._layer, self._decode, self.query, self.scale, self._tile, self._cap)
 
     def logits_of(self, tokens: Tensor) -> Tensor:
         buffer, rows = read_tokens(self._transfers, self._layer, self._decode.seats, tokens)
-        return attention_logits(self.query, buffer, rows, self.scale)
+        return capped(attention_logits(self.query, buffer, rows, self.scale), self._cap)
 
     def keys(self, row: int, start: int, stop: int) -> Tensor:
         counts = torch.zeros_like(self._decode.positions)

@@ -16,6 +16,7 @@ from specontext.engine.decode import RunningLane, Step
 from specontext.engine.methods import Methods
 from specontext.engine.statistics import Meter
 from specontext.models.attention import listening
+from specontext.models.decoder import decoder_of
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.methods.full import FullSelector
 from specontext.retrieval.registry import FULL
@@ -55,7 +56,7 @@ class DenseTwin:
             step.begin()
             with listening(self.loaded.model, step):
                 # Not as a call: whoever looks at what leaves the decoder means the step itself.
-                decoder = self.loaded.model.get_decoder()
+                decoder = decoder_of(self.loaded.model)
                 decoder.forward(input_ids=twin.token_ids[None], position_ids=twin.positions[None], use_cache=False)
             step.end()
         finally:

@@ -19,8 +19,8 @@ from specontext.engine.led import LedEngine
 from specontext.errors import ModelError, RequestError, SpeContextError
 from specontext.integrations.hf_cache import EngineCache, check_arguments
 from specontext.models.attention import ATTENTION_NAME, attention_of, forget_running
-from specontext.models.decoder import fixed_rope, moving_rope
 from specontext.models.loading import adopt_model
+from specontext.models.rope import LentRope, moving_rope
 
 logger = logging.getLogger("specontext")
 # What the library calls a cache among the arguments and results of a forward pass: past_key_values, and later cache.
@@ -42,7 +42,7 @@ class Enabled:
         self.loaded = adopt_model(model)
         self.statistics: list[dict[str, object] | None] = []
         self._lock = threading.RLock()
-        self._moving = moving_rope(self.loaded.model)
+        self._rope = LentRope(moving_rope(self.loaded.model))
         self._weights = self._addresses()
         self._calls = threading.local()
         self._engine: LedEngine | None = None
@@ -123,7 +123,7 @@ class Enabled:
     @contextmanager
     def _computing(self) -> Iterator[None]:
         """Inside, the model's layers are the engine's."""
-        with attention_of(self.loaded.model, ATTENTION_NAME), fixed_rope(self._moving):
+        with attention_of(self.loaded.model, ATTENTION_NAME), self._rope.lent():
             self._watch(True)
             try:
                 yield

@@ -35,7 +35,7 @@ from specontext.core import ModelShape
 from specontext.errors import ConfigError, SpeContextError
 from specontext.kernels.retrieval_scores import paged_retrieval_scores
 from specontext.kernels.top_k import choose
-from specontext.models.decoder import decoder_layers
+from specontext.models.decoder import decoder_layers, decoder_of
 from specontext.models.features import FeatureTaps
 from specontext.retrieval.catalog import find_head
 from specontext.retrieval.head import RetrievalHead
@@ -133,7 +133,7 @@ class _Reading:
         self.ids: Tensor | None = None  # [T] of the forward pass that runs
         self.masks: Tensor | None = None  # [G, S], what each group's heads do not read
         self.taps = FeatureTaps(model, c.feature_layers) if c.variant == "features" else None
-        decoder = model.get_decoder()
+        decoder = decoder_of(model)
         self.handles = [
             model.register_forward_pre_hook(self._one_by_one, with_kwargs=True),
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),

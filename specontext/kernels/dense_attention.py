@@ -12,30 +12,34 @@ from torch import Tensor
 
 from specontext.kernels.fused_attention import as_multiplied, attention_with_lse
 from specontext.kernels.gpu_chunk import GpuChunk, regular_kernel, serves
+from specontext.kernels.softmax import PLAIN, Softmax, with_sinks
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
     """Attention of the first C tokens of a request over themselves.
 
     Args:
         query: [C, Hq, D].
         key, value: [C, Hkv, D].
         scale: factor of the logits.
+        softmax: what becomes of them then.
 
     Returns:
         [C, Hq, D] in the query's dtype.
     """
-    if serves(query):
-        return GpuChunk(query, key, value, scale, regular=regular_kernel(query, key)).result()
+    if serves(query) or not softmax.plain:
+        return chunk_attention(query, key, value, scale, softmax).result()
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, H, C, D]
     return _causal(query, key, value, scale)[0].transpose(0, 1)
 
 
-def chunk_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> ChunkAttention | GpuChunk:
+def chunk_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
+) -> ChunkAttention | GpuChunk:
     """Attention of a chunk, to which tiles are to be added: what serves its device and format; see `ChunkAttention`."""
-    if serves(query):
+    if serves(query) and softmax.plain:
         return GpuChunk(query, key, value, scale, regular=regular_kernel(query, key))
-    return ChunkAttention(query, key, value, scale)
+    return ChunkAttention(query, key, value, scale, softmax)
 
 
 class ChunkAttention:
@@ -45,14 +49,16 @@ class ChunkAttention:
         query: [C, Hq, D].
         key, value: [C, Hkv, D], of the chunk itself.
         scale: factor of the logits.
+        softmax: what becomes of them then.
     """
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> None:
+        self._softmax = softmax
         self._scale, self._shape, self._dtype = scale, query.shape, query.dtype
         kv_heads, head_dim = key.shape[1:]
         heads, keys, values = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, H, C, D]
         heads = heads.contiguous()
-        part, lse = attention_with_lse(heads, keys, values, scale, causal=True)
+        part, lse = attention_with_lse(heads, keys, values, scale, causal=True, cap=softmax.cap)
         # The queries of a group are one longer list of queries for the stored tokens, which are not masked.
         self._folded = heads.view(kv_heads, 1, -1, head_dim)  # [Hkv, 1, Hq / Hkv * C, D]
         self._output, self._lse = part.float().reshape(self._folded.shape), lse.reshape(kv_heads, 1, -1)
@@ -63,14 +69,15 @@ class ChunkAttention:
         if tile.dtype == torch.float32:
             self._folded = self._folded.float()
         keys, values = tile.permute(2, 1, 0, 3)[:, :, None].unbind(0)  # each [Hkv, 1, T, D]
-        part, lse = attention_with_lse(self._folded, keys, values, self._scale)
+        part, lse = attention_with_lse(self._folded, keys, values, self._scale, cap=self._softmax.cap)
         self._output.lerp_(part.float(), torch.sigmoid(lse - self._lse)[..., None])
         self._lse = torch.logaddexp(self._lse, lse)
 
     def result(self) -> Tensor:
         """[C, Hq, D] in the query's dtype."""
         chunk, query_heads, head_dim = self._shape
-        return self._output.view(query_heads, chunk, head_dim).transpose(0, 1).to(self._dtype)
+        output = self._output.view(query_heads, chunk, head_dim).transpose(0, 1)
+        return with_sinks(output, self._lse.view(query_heads, chunk).T, self._softmax).to(self._dtype)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -13,15 +13,24 @@ from torch import Tensor
 
 from specontext.kernels.dispatch import scratch
 from specontext.kernels.quantised_rows import dequantise, head_dim_of
+from specontext.kernels.softmax import capped
 from specontext.kernels.tables import CODES
 
 _aten = torch.ops.aten
 FLASH_ON_CPU = hasattr(_aten, "_scaled_dot_product_flash_attention_for_cpu")
 HALVES = (torch.bfloat16, torch.float16)
+MOST_LOGITS = 1 << 24  # that are written out at a time
 
 
 def attention_with_lse(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool = False, bias: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    *,
+    causal: bool = False,
+    bias: Tensor | None = None,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention and the log-sum-exp of its logits, accumulated in float32.
 
@@ -31,11 +40,14 @@ def attention_with_lse(
         scale: factor of the logits.
         causal: query i sees keys 0 .. i only.
         bias: float32 [N, 1, 1, S], 0 where a key is seen and -inf where it is not; H must be Hkv.
+        cap: a soft cap on logits, for which there is no fused kernel.
 
     Returns:
         output [N, H, Q, D] in the query's dtype, zeros for a query that sees nothing; and log-sum-exp [N, H, Q] float32, which
         for a query that sees nothing is -inf or 0.
     """
+    if cap is not None:
+        return _capped(query, key, value, scale, causal, bias, cap)
     same = query.dtype == key.dtype == value.dtype != torch.float64
     if same and query.device.type == "cpu" and FLASH_ON_CPU:
         return _on_cpu(query, key, value, scale, causal, bias)
@@ -99,12 +111,32 @@ def _on_cuda(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bo
     return output, lse[:, :, :queries]  # it pads the queries to a multiple of 32
 
 
+def _capped(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, bias: Tensor | None, cap: float
+) -> tuple[Tensor, Tensor]:
+    """Some queries at a time, because logits are written out."""
+    queries = query.shape[2]
+    most = max(1, MOST_LOGITS // (query.shape[0] * query.shape[1] * key.shape[2]))
+    parts = []
+    for start in range(0, queries, most):
+        stop = min(start + most, queries)
+        seen = stop if causal else key.shape[2]
+        mask = bias
+        if causal:
+            ahead = torch.arange(seen, device=query.device) > torch.arange(start, stop, device=query.device)[:, None]
+            mask = torch.zeros(ahead.shape, device=query.device).masked_fill_(ahead, -torch.inf)[None, None]
+        part = _by_products(query[:, :, start:stop], key[:, :, :seen], value[:, :, :seen], scale, False, mask, cap)
+        parts.append(part)
+    outputs, lses = zip(*parts, strict=True)
+    return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
+
+
 def _by_products(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, bias: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, bias: Tensor | None, cap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     kv_heads, span = key.shape[1:3]
     grouped = query.float().unflatten(1, (kv_heads, -1)) * scale  # [N, Hkv, H / Hkv, Q, D]
-    logits = grouped @ key.float().mT[:, :, None]
+    logits = capped(grouped @ key.float().mT[:, :, None], cap)
     if bias is not None:
         logits += bias[:, None]
     if causal:

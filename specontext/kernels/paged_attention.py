@@ -17,6 +17,7 @@ def paged_attention(
     pages: Tensor,
     lengths: Tensor,
     scale: float,
+    cap: float | None = None,
     *,
     tile: int = 1024,
 ) -> tuple[Tensor, Tensor]:
@@ -28,6 +29,7 @@ def paged_attention(
         pages: int64 or int32 [R, P], pages of each request's tokens in their order.
         lengths: int64 or int32 [R], tokens of each request, at most P * page_size.
         scale: factor of the logits.
+        cap: soft cap on them, see `Softmax`.
         tile: tokens that the PyTorch implementation attends to at once.
 
     Returns:
@@ -38,12 +40,19 @@ def paged_attention(
 
         size, heads = rows.shape[1:3]
         arena = rows.view(-1, *rows.shape[3:])
-        return on_gpu(query, arena, pages, lengths, scale, page_size=size, kv_heads=heads)
-    return paged_attention_reference(query, rows, pages, lengths, scale, tile=tile)
+        return on_gpu(query, arena, pages, lengths, scale, cap, page_size=size, kv_heads=heads)
+    return paged_attention_reference(query, rows, pages, lengths, scale, cap, tile=tile)
 
 
 def paged_attention_reference(
-    query: Tensor, rows: Tensor, pages: Tensor, lengths: Tensor, scale: float, *, tile: int = 1024
+    query: Tensor,
+    rows: Tensor,
+    pages: Tensor,
+    lengths: Tensor,
+    scale: float,
+    cap: float | None = None,
+    *,
+    tile: int = 1024,
 ) -> tuple[Tensor, Tensor]:
     """`paged_attention` in PyTorch, tile by tile and all requests that reach a tile together, as many as TILE_BYTES allow.
 
@@ -67,7 +76,7 @@ def paged_attention_reference(
                 keys, values = tokens.permute(3, 0, 2, 1, 4).unbind(0)  # each [N, Hkv, T, D]
                 bias = bias_beyond(counts[part], width)
                 mine = queries[part].float() if tokens.dtype == torch.float32 else queries[part]
-                new, new_lse = attention_with_lse(mine, keys, values, scale, bias=bias)
+                new, new_lse = attention_with_lse(mine, keys, values, scale, bias=bias, cap=cap)
                 before = lse[part]
                 output[part] = output[part].lerp(new.float(), torch.sigmoid(new_lse - before)[..., None])
                 lse[part] = torch.logaddexp(before, new_lse)

@@ -15,7 +15,7 @@ LEAST_WIDTH = 16
 
 
 @operation(decided_by="query")
-def sparse_attention(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def sparse_attention(query: Tensor, arena: Tensor, rows: Tensor, scale: float, cap: float | None = None) -> tuple[Tensor, Tensor]:
     """Softmax attention of one query a head over the KV rows that `rows` names.
 
     On a CPU rows are gathered, then a fused kernel reads K and V of a KV head for its whole group. A few (request, KV head) pairs
@@ -27,6 +27,7 @@ def sparse_attention(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -
         arena: [N, 2, D], K and V of each row; in 8 bits [N, 2 * D + 4], see `quantised_rows.py`.
         rows: int64 or int32 [R, Hkv, B] row indices, -1 is skipped. Query heads h * Hq / Hkv and up read the rows of KV head h.
         scale: factor of the logits.
+        cap: soft cap on them, see `Softmax`.
 
     Returns:
         output [R, Hq, D] in the query's dtype, and float32 log-sum-exp of the logits [R, Hq], -inf where nothing was read.
@@ -46,7 +47,7 @@ def sparse_attention(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -
             tokens = as_multiplied(gathered, query.dtype).view(-1, 1, most, 2, head_dim)
             keys, values = tokens.unbind(3)
             queries = grouped[part].float() if tokens.dtype == torch.float32 else grouped[part]
-            out, lse[part] = attention_with_lse(queries, keys, values, scale, bias=bias_beyond(counts[part], most))
+            out, lse[part] = attention_with_lse(queries, keys, values, scale, bias=bias_beyond(counts[part], most), cap=cap)
             output[part] = out.to(output.dtype)
     nothing = (counts == 0)[:, None, None]
     lse.masked_fill_(nothing, -torch.inf)

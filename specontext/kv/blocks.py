@@ -22,12 +22,17 @@ from specontext.kv.block_state import BlockState, State
 from specontext.kv.copying import copy_pages
 from specontext.kv.pool import PagePool
 from specontext.kv.prefix_tree import Block, PrefixTree, Tokens
+from specontext.kv.rings import Rings
 from specontext.kv.streams import PREFETCH, WRITE_BACK
 from specontext.kv.transfers import Transfers
 
 
 class Blocks:
     """Blocks of one engine and their copies.
+
+    Where layers have windows, a block has pages for its tokens in these layers too. Of a very long chunk only the last tokens
+    are still there when it has been computed: earlier blocks stay without them, and no request begins where its windows would
+    miss some (`usable`).
 
     Args:
         state: numbers of a block's state: of each page, and of its last token.
@@ -36,25 +41,48 @@ class Blocks:
         tree: which blocks there are.
     """
 
-    def __init__(self, transfers: Transfers, host: PagePool, state: tuple[int, int]) -> None:
+    def __init__(self, transfers: Transfers, host: PagePool, state: tuple[int, int], rings: Rings | None = None) -> None:
+        self._rings = rings
         self._transfers, self._free, self._prepare = transfers, host.pages, host.prepare
         self._lines = len(transfers.layer_blocks.sizes)
         self._state = BlockState(transfers, self._lines, host.page_rows, host.layout.others, each=state[0], last=state[1])
+        self._ring_pages = 0 if rings is None else rings.pages_of(host.layout.page_size, host.page_bytes)
         # The pool of the host holds the tree: with a weak reference the tables of an engine that is dropped go at once.
-        self.tree = PrefixTree(host.layout.page_size, self._lines + self._state.pages, _weak(transfers.join_copies))
+        self.tree = PrefixTree(
+            host.layout.page_size, self._lines + self._state.pages + self._ring_pages, _weak(transfers.join_copies)
+        )
         host.pages.cache = self.tree
 
     def expect(self, blocks: int) -> None:
         """Have memory made ready for blocks that will soon be kept, beside those that are: a GPU pins it meanwhile."""
         self._prepare(blocks * self.tree.block_pages)
 
-    def keep(self, chain: list[Block], pages: Sequence[Tokens], seat: int, state: State) -> None:
+    def usable(self, chain: Sequence[Block]) -> int:
+        """The most blocks of a chain after which a request can begin: all that its windows reach is kept."""
+        if self._rings is None:
+            return len(chain)
+        size, count = self.tree.page_size, len(chain)
+        while count:
+            reached = range(self._reached(count * size) // size, count)
+            lacking = next((page for page in reversed(reached) if not chain[page].windowed), None)
+            if lacking is None:
+                break
+            count = lacking
+        return count
+
+    def _reached(self, position: int) -> int:
+        """The first token that the token at a position reads in any layer with a window."""
+        assert self._rings is not None
+        return max(0, min(window.first(position) for window in self._rings.windows))
+
+    def keep(self, chain: list[Block], pages: Sequence[Tokens], seat: int, state: State, stored: int) -> None:
         """Add blocks behind a chain for the next pages of a seat, as many as there is room for without taking it from anyone.
 
         Args:
             chain: of all pages before them; it grows.
             pages: tokens of the pages.
             state: of these pages.
+            stored: tokens that the seat has stored.
         """
         free, size = self._free, self.tree.block_pages
         with self.tree.using(chain):
@@ -71,7 +99,47 @@ class Blocks:
             self._copy(of_blocks, seat, first, to_seat=False)
             self._state.keep(of_blocks, State(state.each[:count], state.last[:count]))
             self._transfers.keep_copies()
+        self.keep_rings(chain, seat, stored)
         self.tree.touch(chain)
+
+    def keep_rings(self, chain: Sequence[Block], seat: int, stored: int) -> None:
+        """Keep what a seat's rings still hold of blocks that lack it.
+
+        Args:
+            chain: of its first pages.
+            stored: tokens that the seat has stored.
+        """
+        if self._rings is None:
+            return
+        size, kept = self.tree.page_size, self._rings.kept.pop(seat, None)
+        if kept is not None and (there := self._without_rings(chain, kept.first // size)):
+            table = self._ring_table([chain[page] for page in there])
+            self._rings.copy_kept(self._transfers, kept, [page * size for page in there], size, table)
+            self._transfers.keep_copies()
+            self._have_rings(chain, there)
+        still = -(-max(0, stored - self._rings.entries) // size)  # the first page of which nothing has been pushed out
+        if there := self._without_rings(chain, still):
+            self._copy_rings([chain[page] for page in there], seat, there, to_host=True)
+            self._transfers.keep_copies()
+            self._have_rings(chain, there)
+
+    def _without_rings(self, chain: Sequence[Block], first: int) -> list[int]:
+        """Numbers of a chain's blocks, from one on, that are kept without what layers with a window have."""
+        return [page for page in range(first, len(chain)) if not chain[page].windowed and chain[page] in self.tree]
+
+    def _have_rings(self, chain: Sequence[Block], pages: Sequence[int]) -> None:
+        for page in pages:
+            chain[page].windowed = True
+
+    def _ring_table(self, blocks: Sequence[Block]) -> Tensor:
+        """Pages of blocks for layers with a window: int64 [pages of a block, blocks]."""
+        return self._pages(blocks)[-self._ring_pages :]
+
+    def _copy_rings(self, blocks: Sequence[Block], seat: int, numbers: Sequence[int], *, to_host: bool) -> None:
+        assert self._rings is not None
+        size = self.tree.page_size
+        first = [page * size for page in numbers]
+        self._rings.copy(self._transfers, seat, first, size, self._ring_table(blocks), to_host=to_host)
 
     def bring(self, chain: Sequence[Block], seat: int) -> State:
         """Copy the rows of a chain into a seat; what is computed next finds them there.
@@ -82,6 +150,10 @@ class Blocks:
         self._transfers.join_copies()
         of_blocks = self._pages(chain)
         self._copy(of_blocks, seat, 0, to_seat=True)
+        if self._rings is not None:
+            first = self._reached(len(chain) * self.tree.page_size) // self.tree.page_size
+            if first < len(chain):
+                self._copy_rings(chain[first:], seat, range(first, len(chain)), to_host=False)
         state = self._state.bring(of_blocks)
         self._transfers.join(PREFETCH)
         return state

@@ -26,6 +26,7 @@ from specontext.kv.hot_slots import HotSlots, SlotSizes
 from specontext.kv.layout import PlacedSelection, Reader
 from specontext.kv.pool import PagePool
 from specontext.kv.prefix_tree import Block, Tokens
+from specontext.kv.rings import Rings
 from specontext.kv.seats import LayerMove, ParkedKV, Seat
 from specontext.kv.streams import PREFETCH, WRITE_BACK, streams_of
 from specontext.kv.transfers import Transfers
@@ -45,6 +46,7 @@ class KVCache:
         adaptive: layers may move: slot space for the next one to leave is always reserved.
         write_through: new rows are on the host within the step, for those who look at all of them; see `Transfers`.
         state: numbers that are kept of each page of known prompts, and of its last token.
+        rings: KV of layers with a window, which take no part in anything else here; None where there are none.
 
     Attributes:
         resident: for every layer whether its KV is on the device.
@@ -70,12 +72,13 @@ class KVCache:
         verify_loads: bool = False,
         write_through: bool = False,
         state: tuple[int, int] = (0, 0),
+        rings: Rings | None = None,
     ) -> None:
         layout, device = arena.layout, arena.rows.device
-        assert len(layout.full) == len(layout.layers) == len(resident), "layers of other kinds than full ones have no owner yet"
+        assert len(layout.full) == len(layout.layers) == len(resident), "layers with a window lie in rings"
         self.layout, self.page_size, self.device = layout, layout.page_size, device
         self.arena, self.host, self.reader, self.adaptive = arena, host, reader, adaptive
-        self.num_seats = seats
+        self.num_seats, self.rings = seats, rings
         slot_pages = layout.pages_of(slots.count) if slots is not None else 0
         sizes = {"slot_pages": slot_pages, "seats": seats, "width": layout.pages_of(max_tokens)}
         self._held = held = Holdings(arena, host, resident, **sizes, adaptive=adaptive)
@@ -93,7 +96,7 @@ class KVCache:
             verify=verify_loads,
         )
         self.parked: list[ParkedKV] = []
-        self.blocks = Blocks(self.transfers, host, state)
+        self.blocks = Blocks(self.transfers, host, state, rings)
         if adaptive:
             prepare_moves(self.transfers)
 
@@ -194,12 +197,18 @@ class KVCache:
         if not self.can_park(seat, tokens):
             return None
         on_host, whole = self._held.on_host, self._held.host_pages(self._held.layers, tokens)
-        on_host.extend(whole, seat)
+        rings = self.host.allocate(self._ring_pages(tokens))
+        try:
+            on_host.extend(whole, seat)
+        except BaseException:  # the host's memory was refused
+            self.host.pages.free(rings)
+            raise
+        self._copy_ring(seat, tokens, rings, to_host=True)
         self._copy_seat(seat, tokens, to_host=True)
         held = [on_host.detach(block, seat) for block in whole]
         for block, count in whole.items():  # room for tokens that never came
             self.host.pages.free(held[block][count:])
-        parked = ParkedKV(tokens, [held[block][:count] for block, count in whole.items()], self.seats[seat].reader)
+        parked = ParkedKV(tokens, [held[block][:count] for block, count in whole.items()], self.seats[seat].reader, rings)
         self.parked.append(parked)
         self.close(seat)
         return parked
@@ -207,7 +216,7 @@ class KVCache:
     def can_park(self, seat: int, tokens: int) -> bool:
         """Whether the host has room for all KV of a seat."""
         on_host, whole = self._held.on_host, self._held.host_pages(self._held.layers, tokens)
-        return on_host.lacking(whole, seat) <= self.host.pages.num_free
+        return on_host.lacking(whole, seat) + self._ring_pages(tokens) <= self.host.pages.num_free
 
     def unpark(self, seat: int, parked: ParkedKV) -> Tier | None:
         """Give parked KV a seat: resident layers get their pages back, and the slots of offloaded ones start empty."""
@@ -220,6 +229,8 @@ class KVCache:
         for block, pages in enumerate(parked.pages):
             held.on_host.attach(block, seat, pages)
         self.parked = [other for other in self.parked if other is not parked]
+        self._copy_ring(seat, parked.tokens, parked.rings, to_host=False)
+        self.host.pages.free(parked.rings)
         self.seats[seat].room = held.room_of(parked.tokens)
         self._copy_seat(seat, parked.tokens, to_host=False)
         held.leave_host(seat)
@@ -230,9 +241,21 @@ class KVCache:
 
     def discard(self, parked: ParkedKV) -> None:
         """Give back what parked KV holds."""
-        for pages in parked.pages:
+        for pages in parked.held:
             self.host.pages.free(pages)
         self.parked = [other for other in self.parked if other is not parked]
+
+    def _ring_pages(self, tokens: int) -> int:
+        """Pages of the host that hold the ring of a seat with so many tokens."""
+        return 0 if self.rings is None else self.rings.pages_of(min(tokens, self.rings.entries), self.host.page_bytes)
+
+    def _copy_ring(self, seat: int, tokens: int, pages: list[int], *, to_host: bool) -> None:
+        """A seat's ring, from one tier to the other; what is computed next finds it there."""
+        if self.rings is None or not tokens:
+            return
+        table, width = torch.tensor(pages, dtype=torch.int64)[:, None].to(self.device), min(tokens, self.rings.entries)
+        self.rings.copy(self.transfers, seat, [0], width, table, to_host=to_host)
+        self.transfers.join(WRITE_BACK if to_host else PREFETCH)
 
     def _copy_seat(self, seat: int, tokens: int, *, to_host: bool) -> None:
         """All rows of a seat in its resident layers, from one tier to the other; what is computed next finds them there."""
@@ -348,9 +371,9 @@ class KVCache:
 
     # Known prompts ----------------------------------------------------------------------------------------------------
 
-    def keep(self, chain: list[Block], pages: Sequence[Tokens], seat: int, state: State) -> None:
+    def keep(self, chain: list[Block], pages: Sequence[Tokens], seat: int, state: State, stored: int) -> None:
         """Keep the next pages of a seat behind a chain of blocks; see `Blocks.keep`."""
-        self.blocks.keep(chain, pages, seat, state)
+        self.blocks.keep(chain, pages, seat, state, stored)
 
     def bring(self, chain: Sequence[Block], seat: int) -> State:
         """Put the rows of a chain into an open seat that has nothing stored yet; what is computed next finds them there.
@@ -371,6 +394,6 @@ class KVCache:
         Args:
             others: pages of the arena that others hold.
         """
-        self._held.check_integrity(others, [pages for parked in self.parked for pages in parked.pages])
+        self._held.check_integrity(others, [pages for parked in self.parked for pages in parked.held])
         if self.hot is not None:
             self.hot.check_integrity()

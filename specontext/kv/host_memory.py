@@ -2,7 +2,8 @@
 
 The range is contiguous, so a row's address is its number times its size, in kernels as in PyTorch. Nothing is paid for what is
 never reached: on a CPU the operating system commits pages as they are first written; for a GPU a thread pins the next chunks
-while the engine works, since pinning a gigabyte takes up to half a second.
+while the engine works, since pinning a gigabyte takes up to half a second. Nothing can be launched while the driver pins: so
+what nobody waits for is pinned in small chunks, with pauses between them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import mmap
 import os
 import tempfile
 import threading
+import time
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -20,8 +22,9 @@ from torch import Tensor
 
 from specontext.errors import HostMemoryError
 
-CHUNK = 1 << 28  # bytes that are pinned at once
-AHEAD = 2  # chunks that are pinned beyond what is in use
+CHUNK = 1 << 25  # bytes that are pinned at once
+AHEAD = 16  # chunks that are pinned beyond what is in use
+PAUSE = 4.0  # after a chunk that nobody waits for, in the time that it took
 PORTABLE_AND_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 HUGE_PAGE = 1 << 21
 
@@ -105,7 +108,7 @@ class _Pins:
 
     def __init__(self, address: int, num_bytes: int) -> None:
         self.address, self.num_bytes = address, num_bytes
-        self.ready, self.wanted = 0, 0
+        self.ready, self.needed, self.wanted = 0, 0, 0  # needed: somebody waits
         self.error: str | None = None
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -119,6 +122,9 @@ class _Pins:
 
     def reach(self, end: int) -> None:
         assert end <= self.num_bytes
+        with self._changed:
+            self.needed = max(self.needed, end)
+            self._changed.notify_all()
         self.prepare(end + AHEAD * CHUNK)
         with self._changed:
             self._changed.wait_for(lambda: self.ready >= end or self.error is not None)
@@ -130,14 +136,18 @@ class _Pins:
                 )
 
     def _work(self) -> None:
+        pause = 0.0
         while True:
             with self._changed:
+                self._changed.wait_for(self._pressed, timeout=pause)
                 if self.ready >= self.wanted or self.error is not None:
                     self._thread = None
+                    self._changed.notify_all()
                     return
                 start = self.ready
-            size = min(CHUNK, self.num_bytes - start)
+            size, began = min(CHUNK, self.num_bytes - start), time.perf_counter()
             code = int(register(self.address + start, size))
+            pause = PAUSE * (time.perf_counter() - began)
             with self._changed:
                 if code:
                     self.error = f"CUDA error {code}"
@@ -145,9 +155,14 @@ class _Pins:
                     self.ready = start + size
                 self._changed.notify_all()
 
+    def _pressed(self) -> bool:
+        """Whether the thread has no time for a pause: somebody waits for memory, or nothing more is wanted."""
+        return self.ready < self.needed or self.ready >= self.wanted
+
     def release(self) -> None:
         with self._changed:
-            self.wanted = 0  # stops the thread after the chunk it is at
+            self.needed = self.wanted = 0  # stops the thread after the chunk it is at
+            self._changed.notify_all()
             self._changed.wait_for(lambda: self._thread is None, timeout=10)
             if self.ready:
                 settle()  # copies may still be under way

@@ -69,6 +69,11 @@ class PagePool:
                 raise
         return pages
 
+    def reserve(self, num_bytes: int) -> None:
+        """Make so much memory usable now, or all there is; raises HostMemoryError where it cannot be had."""
+        if self.memory is not None:
+            self.memory.reach(min(num_bytes, self.num_bytes))
+
     def prepare(self, count: int) -> None:
         """Have memory made ready meanwhile for `count` more pages than are in use or kept, as far as there are so many."""
         if self.memory is not None and (short := count - self.pages.num_ready) > 0:

@@ -25,12 +25,14 @@ class Block:
         parent: the block before it; None at the beginning of a prompt.
         pages: what it lies in.
         children: blocks that follow, by their tokens.
+        windowed: the rows of layers with a window are among what is kept.
     """
 
     tokens: Tokens
     parent: Block | None
     pages: list[int]
     children: dict[Tokens, Block] = field(default_factory=dict)
+    windowed: bool = False
 
 
 class PrefixTree:

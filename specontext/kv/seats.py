@@ -34,15 +34,22 @@ class ParkedKV:
         tokens: tokens stored.
         pages: host pages of every block of layers.
         reader: how the request reads its selections.
+        rings: host pages of what layers with a window keep.
     """
 
     tokens: int
     pages: list[list[int]]
     reader: Reader
+    rings: list[int] = field(default_factory=list)
 
     @property
     def num_pages(self) -> int:
-        return sum(map(len, self.pages))
+        return sum(map(len, self.held))
+
+    @property
+    def held(self) -> list[list[int]]:
+        """All its pages."""
+        return [*self.pages, self.rings]
 
 
 @dataclass(eq=False)

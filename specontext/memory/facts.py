@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from specontext.core import ModelShape
 from specontext.errors import ConfigError, ModelError
-from specontext.locations import one_sentence
+from specontext.locations import one_sentence, part_of
 from specontext.memory.layer_blocks import LayerBlocks, divide_layers
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need them
@@ -157,9 +157,13 @@ def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
         ModelError: transformers has no decoder for this config.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     with one_sentence("cannot build a decoder from this config"), torch.device("meta"):
+        if part_of(config) and type(config) not in AutoModelForCausalLM._model_mapping:
+            decoder = AutoModel.from_config(config)
+            own = 0 if config.tie_word_embeddings else decoder.get_input_embeddings().weight.numel()  # of the output layer
+            return sum(p.numel() for p in decoder.parameters()) + own, own
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     table, output = model.get_input_embeddings(), model.get_output_embeddings()

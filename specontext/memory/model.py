@@ -18,6 +18,7 @@ from specontext.config import STEP_TOKENS
 from specontext.core import ModelShape
 from specontext.memory.facts import ModelFacts
 from specontext.memory.layer_blocks import LayerBlocks, one_by_one
+from specontext.memory.windows import kept_bytes, ring_bytes
 
 MODES = ("measured", "paper")
 FLOAT16 = 2  # bytes; eq. 6-7 count models and KV in 2-byte floats, whatever they are loaded in
@@ -210,6 +211,8 @@ def measured_model(
     entry = shape.kv_heads * shape.row_bytes
     page = run.page_size * entry
     keyed = facts.tokens_of_key_page(run.page_size)
+    windows = ring_bytes(shape, seats=run.requests + 1, max_tokens=run.max_tokens, page_size=run.page_size)
+    windows += kept_bytes(shape, tokens=min(run.max_batched_tokens, run.requests * run.max_tokens))
     fixed = {
         "weights": facts.weight_bytes,
         "retrieval_head": facts.head_bytes,
@@ -218,6 +221,7 @@ def measured_model(
         "tables": table_bytes(facts, run) + page,  # and the page that nobody holds
         "workspace": workspace_bytes(facts, run),
         **({"methods": states} if states else {}),
+        **({"windows": windows} if windows else {}),
     }
     kv = KVCost(
         layers=shape.layers,

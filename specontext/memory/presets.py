@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from specontext.core import ModelShape
+from specontext.core import ModelShape, Window
 from specontext.memory.facts import HeadFacts, ModelFacts, eagle3_head
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need them
@@ -39,9 +39,12 @@ class Preset:
 
     Attributes:
         source: the checkpoint on the Hub that has this config.
-        family: `llama`, `mistral`, `qwen2` (biases on q, k and v) or `qwen3` (norms of each head's queries and keys).
+        family: `llama`, `mistral`, `qwen2` (biases on q, k and v), `qwen3` (norms of each head's queries and keys) or `gemma3`
+            (these, four norms a layer, and windows).
         tied: whether embedding and output share one table.
-        rope_factor: Llama 3's extension from 8,192 positions, None for plain RoPE.
+        rope_factor: Llama 3's extension from 8,192 positions, None for plain RoPE; of Gemma 3 the factor of its layers without a
+            window.
+        window: tokens that a layer attends to, all layers but every sixth one; 0 where there are no windows.
         yarn_position: the longest context that its makers give it with YaRN, by an entry in its config that is not there at
             first; None for none.
     """
@@ -60,7 +63,19 @@ class Preset:
     tied: bool
     rope_theta: float
     rope_factor: float | None = None
+    window: int = 0
     yarn_position: int | None = None
+
+    @property
+    def windows(self) -> tuple[Window | None, ...]:
+        """See `ModelShape`."""
+        near = Window(self.window)
+        return tuple(near if (layer + 1) % FULL_EVERY else None for layer in range(self.layers)) if self.window else ()
+
+    @property
+    def full_layers(self) -> int:
+        """Layers that attend to the whole context."""
+        return self.windows.count(None) if self.window else self.layers
 
     @property
     def matrices(self) -> tuple[tuple[int, int], ...]:
@@ -77,8 +92,10 @@ class Preset:
         layer = sum(n * k for n, k in self.matrices) + 2 * width
         if self.family == "qwen2":
             layer += heads + 2 * groups
-        if self.family == "qwen3":
+        if self.family in ("qwen3", "gemma3"):
             layer += 2 * dim
+        if self.family == "gemma3":
+            layer += 2 * width
         return self.vocab_size * width * (1 if self.tied else 2) + self.layers * layer + width
 
     def needs_yarn(self, length: int | None) -> bool:
@@ -92,7 +109,7 @@ class Preset:
 
             dtype = torch.bfloat16
         return ModelShape(
-            layers=self.layers,
+            layers=self.full_layers,
             hidden_size=self.hidden_size,
             query_heads=self.query_heads,
             kv_heads=self.kv_heads,
@@ -100,6 +117,7 @@ class Preset:
             vocab_size=self.vocab_size,
             max_position=self.max_position,
             dtype=dtype,  # type: ignore[arg-type]  # a plan asks for its size only
+            windows=self.windows,
         )
 
     def facts(self, dtype: torch.dtype | NumberFormat | None = None, head: HeadFacts | None = None) -> ModelFacts:
@@ -110,11 +128,16 @@ class Preset:
 
     def config(self, **changes: Any) -> PreTrainedConfig:
         """A Hugging Face config of this shape, to make a model of random weights, for example; `changes` are its entries."""
-        from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+        from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-        kinds = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+        kinds: dict[str, type] = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+        kinds["gemma3"] = Gemma3TextConfig
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
-        if self.rope_factor is not None:
+        if self.family == "gemma3":
+            far = {"rope_type": "linear", "factor": self.rope_factor} if self.rope_factor else {}
+            near = {"rope_type": "default", "rope_theta": 10000.0}
+            rope = {"full_attention": rope | far, "sliding_attention": near}
+        elif self.rope_factor is not None:
             rope |= {"rope_type": "llama3", "factor": self.rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
             rope["original_max_position_embeddings"] = 8192
         values: dict[str, Any] = {
@@ -133,8 +156,14 @@ class Preset:
         }
         if self.family == "mistral":
             values["sliding_window"] = None
+        if self.window:
+            values |= {"sliding_window": self.window, "query_pre_attn_scalar": self.head_dim}
+            values["layer_types"] = ["sliding_attention" if window else "full_attention" for window in self.windows]
         config: PreTrainedConfig = kinds[self.family](**(values | changes))
         return config
+
+
+FULL_EVERY = 6  # layers of Gemma 3
 
 
 def _preset(
@@ -152,6 +181,9 @@ _QWEN3 = _QWEN | {"yarn_position": 131072}
 _TIED_QWEN = _QWEN | {"tied": True}
 _8B, _70B = (4096, 14336, 32, 32, 8, 128), (8192, 28672, 80, 64, 8, 128)
 _Q7B, _Q14B, _Q32B = (3584, 18944, 28, 28, 4, 128), (5120, 13824, 48, 40, 8, 128), (5120, 27648, 64, 40, 8, 128)
+_GEMMA: dict[str, Any] = {"rope_theta": 1e6, "tied": True}
+_LONG_GEMMA = _GEMMA | {"rope_factor": 8.0, "window": 1024}
+_G4B, _G12B, _G27B = (2560, 10240, 34, 8, 4, 256), (3840, 15360, 48, 16, 8, 256), (5376, 21504, 62, 32, 16, 128)
 _META, _R1 = "meta-llama/Llama-", "deepseek-ai/DeepSeek-R1-Distill-"
 
 _ALL = (
@@ -168,6 +200,11 @@ _ALL = (
     _preset("qwen3-8b", "Qwen/Qwen3-8B", "qwen3", (4096, 12288, 36, 32, 8, 128), 151936, 40960, **_QWEN3),
     _preset("qwen3-14b", "Qwen/Qwen3-14B", "qwen3", (5120, 17408, 40, 40, 8, 128), 151936, 40960, **_QWEN3),
     _preset("qwen3-32b", "Qwen/Qwen3-32B", "qwen3", (5120, 25600, 64, 64, 8, 128), 151936, 40960, **_QWEN3),
+    _preset("gemma-3-270m", "google/gemma-3-270m-it", "gemma3", (640, 2048, 18, 4, 1, 256), 262144, 32768, **_GEMMA, window=512),
+    _preset("gemma-3-1b", "google/gemma-3-1b-it", "gemma3", (1152, 6912, 26, 4, 1, 256), 262144, 32768, **_GEMMA, window=512),
+    _preset("gemma-3-4b", "google/gemma-3-4b-it", "gemma3", _G4B, 262208, 131072, **_LONG_GEMMA),
+    _preset("gemma-3-12b", "google/gemma-3-12b-it", "gemma3", _G12B, 262208, 131072, **_LONG_GEMMA),
+    _preset("gemma-3-27b", "google/gemma-3-27b-it", "gemma3", _G27B, 262208, 131072, **_LONG_GEMMA),
     _preset("mistral-7b-v0.3", "mistralai/Mistral-7B-Instruct-v0.3", "mistral", _8B, 32768, 32768, rope_theta=1e6),
     _preset("qwen2.5-1.5b", "Qwen/Qwen2.5-1.5B", "qwen2", (1536, 8960, 28, 12, 2, 128), 151936, 131072, **_TIED_QWEN),
     _preset("qwen2.5-7b", "Qwen/Qwen2.5-7B", "qwen2", _Q7B, 152064, 131072, **_QWEN),

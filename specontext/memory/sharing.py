@@ -20,7 +20,9 @@ class Share:
     size: int
 
     def check(self, shape: ModelShape) -> None:
-        """Raises ConfigError for heads that cannot be shared so."""
+        """Raises ConfigError for heads that cannot be shared so, and layers with a window."""
+        if shape.windowed:
+            raise ConfigError("layers that attend to a window do not work with tensor_parallel_size: leave it out")
         heads, size = shape.kv_heads, self.size
         if shape.query_heads % size or (heads % size and size % heads):
             raise ConfigError(

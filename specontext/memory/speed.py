@@ -52,8 +52,8 @@ def decode_floor(
     """The floor of a decode step of `requests` requests of `length` tokens.
 
     On the device: weights and retrieval head once (of an embedding table of its own only some rows are read), the head's keys of
-    all tokens, the selected rows of all layers, and the loaded rows, which are written into their slots. From the host: of the
-    selected rows of offloaded layers those that the last step did not select.
+    all tokens, the selected rows of all layers, windows, and the loaded rows, which are written into their slots. From the
+    host: of the selected rows of offloaded layers those that the last step did not select.
 
     Args:
         overlap: share of the selected entries that the last step selected too.
@@ -62,7 +62,8 @@ def decode_floor(
     selected = requests * min(budget, length) * shape.kv_heads * shape.row_bytes  # one layer
     loaded = round(selected * offloaded * (1 - overlap)) if length > budget else 0
     keys = requests * length * facts.key_bytes_per_token
-    device = facts.step_bytes + keys + selected * shape.layers + loaded
+    near = requests * sum(min(window.size, length) for window in shape.windowed) * shape.kv_heads * shape.window_row_bytes
+    device = facts.step_bytes + keys + selected * shape.layers + near + loaded
     compute, loads = floor_seconds(device, speed.device), floor_seconds(loaded, speed.host)
     return StepFloor(device, loaded, max(compute, loads), loads > compute)
 
@@ -74,7 +75,8 @@ def prefill_operations(facts: ModelFacts, length: int) -> int:
     values, of half of all pairs.
     """
     shape = facts.shape
-    attention = 2 * shape.layers * shape.query_heads * shape.head_dim * length * length
+    pairs = shape.layers * length * length + 2 * length * sum(min(window.size, length) for window in shape.windowed)
+    attention = 2 * shape.query_heads * shape.head_dim * pairs
     return 2 * (facts.parameters - facts.lookup_parameters) * length + attention
 
 

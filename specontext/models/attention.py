@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from specontext.core import ModelShape, Window
 from specontext.errors import ModelError
+from specontext.kernels.softmax import PLAIN, Softmax
+from specontext.models.temperature import at_positions
 
 ATTENTION_NAME = "specontext"
 RUNNING = "specontext_running"  # attribute of every module of a model that has run here
@@ -30,10 +33,25 @@ class NoStepError(RuntimeError):
 
 
 class LayerAttention(Protocol):
-    """What a step does when a layer calls attention."""
+    """What a step does when a layer calls attention.
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    Layers that attend to the whole context are numbered among themselves, and so are those that have a window.
+
+    Attributes:
+        positions: int64 [T], of the tokens of the pass; None where they are 0 .. T - 1.
+    """
+
+    @property
+    def positions(self) -> Tensor | None: ...
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
         """Store k and v [T, Hkv, D] and return the attention output [T, Hq, D] for q [T, Hq, D]; all after RoPE."""
+        ...
+
+    def attend_window(
+        self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
+    ) -> Tensor:
+        """The same in a layer that has a window."""
         ...
 
 
@@ -42,15 +60,25 @@ class Running:
 
     Attributes:
         listener: whoever gets the layers' attention; None between two passes.
-        longest: contexts that the model is served with, in tokens; a window at least as long leaves nothing out.
+        longest: the longest context that may be asked for; None before the config has been read.
+        places: of decoder layers, by number: their number among those of their kind, and their window.
         configs: those that say which attention function the modules call.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.listener: Any = None
         self.longest: int | None = None
+        self.places: dict[int, tuple[int, Window | None]] = {}
         configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
         self.configs = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
+
+    def know(self, shape: ModelShape) -> None:
+        """Hear which layers have a window."""
+        self.longest, counts = shape.reach, {False: 0, True: 0}
+        for layer in range(shape.depth):
+            window = shape.windows[layer] if shape.windows else None
+            self.places[layer] = counts[window is not None], window
+            counts[window is not None] += 1
 
 
 def running_of(model: PreTrainedModel) -> Running:
@@ -113,21 +141,34 @@ def attention_forward(
     running: Running | None = getattr(module, RUNNING, None)
     if running is None or running.listener is None:
         raise NoStepError("this model was loaded for SpeContext's engine: run it through specontext.LLM")
-    refuse_foreign(attention_mask, options, running.longest)
+    number: int = module.layer_idx  # type: ignore[assignment]
+    layer, window = running.places.get(number, (number, None))
+    softmax = understood(attention_mask, options, running.longest, window)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if getattr(module, "attn_temperature_tuning", False):
+        query = at_positions(module, query, running.listener.positions)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    output = running.listener.attend(module.layer_idx, q, k, v, scale)
+    if window is None:
+        output = running.listener.attend(layer, q, k, v, scale, softmax)
+    else:
+        output = running.listener.attend_window(layer, window, q, k, v, scale, softmax)
     return output[None], None
 
 
-def refuse_foreign(attention_mask: Tensor | None, options: Mapping[str, Any], longest: int | None = None) -> None:
-    """Raises ModelError for what modelling code hands to attention beside q, k, v and scale, unless it is without effect.
+def understood(
+    attention_mask: Tensor | None, options: Mapping[str, Any], longest: int | None = None, window: Window | None = None
+) -> Softmax:
+    """How a layer makes weights of logits, from what modelling code hands to attention beside q, k, v and scale.
 
     Args:
         longest: context that is served, in tokens, which a window may be as long as; None for no such bound.
+        window: of this layer.
+
+    Raises:
+        ModelError: a mask of the model's own, or a keyword that changes attention and is not computed here.
     """
     if attention_mask is not None:
-        raise ModelError("it hands its attention a mask of its own, and only causal attention over the whole context is computed")
+        raise ModelError("it hands its attention a mask of its own, and only causal attention is computed")
     for name, value in options.items():
         if name in WITHOUT_EFFECT or value is None or (name != "is_causal" and value is False):
             continue
@@ -135,10 +176,21 @@ def refuse_foreign(attention_mask: Tensor | None, options: Mapping[str, Any], lo
             continue
         if name == "dropout" and value == 0:
             continue
-        if name == "sliding_window" and longest is not None and isinstance(value, int) and value >= longest:
+        if name == "softcap" and isinstance(value, int | float) and value > 0:
+            continue
+        if name == "s_aux" and isinstance(value, Tensor):
+            continue
+        if name == "sliding_window" and isinstance(value, int) and _covers(value, longest, window):
             continue
         shown = f"={value}" if isinstance(value, bool | int | float | str) else ""
         raise ModelError(f"it hands its attention '{name}{shown}', which changes attention in a way that is not computed here")
+    cap, sinks = options.get("softcap") or None, options.get("s_aux")
+    return PLAIN if cap is None and sinks is None else Softmax(cap, sinks)
+
+
+def _covers(size: int, longest: int | None, window: Window | None) -> bool:
+    """Whether a window of this size is the layer's own, or as long as any context."""
+    return size == window.size if window is not None else longest is not None and size >= longest
 
 
 def register_attention() -> None:

@@ -24,10 +24,13 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
-from specontext.core import ModelShape
+from specontext.core import ModelShape, Window
 from specontext.errors import ModelError
 from specontext.kernels.dense_attention import causal_attention, chunk_attention
+from specontext.kernels.softmax import PLAIN, Softmax
+from specontext.kernels.window_attention import window_attention
 from specontext.models.attention import RUNNING, NoStepError, attention_of, listening, running_of
+from specontext.models.decoder import decoder_of
 
 LIBRARY_NAME = "specontext_library"  # the library's own attention, seen while it runs
 CHUNKS = (6, 3)
@@ -45,36 +48,54 @@ class _Call:
     key: Tensor
     value: Tensor
     output: Tensor
+    windowed: bool
 
 
 class _Witness:
     """Stands where a step stands: attends to what came before, and writes down what layers bring.
 
+    Args:
+        begin: position of the first token.
+
     Raises:
         ModelError: a shape that is not what the config promised.
     """
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, begin: int) -> None:
         self.calls: list[_Call] = []
+        self.positions: Tensor | None = None
+        windowed = [layer for layer in range(shape.depth) if layer not in shape.full]
+        self._full, self._windowed, self._begin = shape.full, windowed, begin
         self._promised = ((shape.query_heads, shape.head_dim), *[(shape.kv_heads, shape.head_dim)] * 2)
         self._stored: dict[int, Tensor] = {}  # of each layer [tokens, Hkv, 2, D]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
+        return self._attend(self._full[layer], None, query, key, value, scale, softmax)
+
+    def attend_window(
+        self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
+    ) -> Tensor:
+        return self._attend(self._windowed[layer], window, query, key, value, scale, softmax)
+
+    def _attend(
+        self, layer: int, window: Window | None, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax
+    ) -> Tensor:
         brought = tuple((int(x.shape[1]), int(x.shape[2])) for x in (query, key, value))
         for name, found, promised in zip(("queries", "keys", "values"), brought, self._promised, strict=True):
             if found != promised:
                 has, says = (f"{heads} heads with {dim} dimensions" for heads, dim in (found, promised))
                 raise ModelError(f"layer {layer} has {name} of {has}, the config says {says}")
-        past = self._stored.get(layer)
-        if past is None:
-            output = causal_attention(query, key, value, scale)
+        past, new = self._stored.get(layer), torch.stack((key, value), dim=2)
+        self._stored[layer] = stored = new if past is None else torch.cat((past, new))
+        if window is not None:
+            output = window_attention(query, stored[:, :, 0], stored[:, :, 1], scale, window, self._begin, softmax)
+        elif past is None:
+            output = causal_attention(query, key, value, scale, softmax)
         else:
-            attention = chunk_attention(query, key, value, scale)
+            attention = chunk_attention(query, key, value, scale, softmax)
             attention.add(past)
             output = attention.result()
-        new = torch.stack((key, value), dim=2)
-        self._stored[layer] = new if past is None else torch.cat((past, new))
-        self.calls.append(_Call(layer, query, key, value, output))
+        self.calls.append(_Call(layer, query, key, value, output, window is not None))
         return output
 
 
@@ -110,9 +131,10 @@ class _Comparison:
                     "the library's cache"
                 )
         if differ(ours.output, output, outputs):
+            over = "its window" if ours.windowed else "the whole context"
             raise ModelError(
-                f"the library's own attention of layer {layer} gives other results than causal softmax attention over the whole "
-                "context, for example because it has a mask, a window or a bias of its own"
+                f"the library's own attention of layer {layer} gives other results than causal softmax attention over {over}, "
+                "for example because it has a mask, a window or a bias of its own"
             )
         return ours.output
 
@@ -164,7 +186,7 @@ def check_attention(model: PreTrainedModel, shape: ModelShape) -> None:
     """Raises ModelError unless every layer comes to the engine's attention, once and in the shape of the config, and attends
     there as it does in the library."""
     name = type(model).__name__
-    running_of(model).longest = shape.max_position
+    running_of(model).know(shape)
     AttentionInterface.register(LIBRARY_NAME, library_attention)
     AttentionMaskInterface.register(LIBRARY_NAME, eager_mask)
     try:
@@ -185,18 +207,18 @@ def _check(model: PreTrainedModel, shape: ModelShape) -> None:
     ids = (torch.arange(sum(sizes), device=model.device) * 7919 + 17) % shape.vocab_size
     positions = torch.arange(begin, shape.max_position, device=model.device)
     parts = list(zip(ids[None].split(sizes, dim=1), positions[None].split(sizes, dim=1), strict=True))
-    witness = _Witness(shape)
+    witness = _Witness(shape, begin)
     with listening(model, witness):
         for tokens, places in parts:
-            before = len(witness.calls)
+            before, witness.positions = len(witness.calls), places[0]
             model(input_ids=tokens, position_ids=places, use_cache=False, logits_to_keep=1)
             layers = [call.layer for call in witness.calls[before:]]
-            if layers != list(range(shape.layers)):
+            if layers != list(range(shape.depth)):
                 if not layers:
                     raise ModelError("its layers have attention of their own, which cannot be exchanged for the engine's")
                 numbers = ", ".join(map(str, layers))
-                raise ModelError(f"of its {shape.layers} layers these have ordinary attention: {numbers}")
-    comparison, cache = _Comparison(witness.calls), Cache(layers=[_LaterLayer(begin) for _ in range(shape.layers)])
+                raise ModelError(f"of its {shape.depth} layers these have ordinary attention: {numbers}")
+    comparison, cache = _Comparison(witness.calls), Cache(layers=[_LaterLayer(begin) for _ in range(shape.depth)])
     with listening(model, comparison), attention_of(model, LIBRARY_NAME):
         for tokens, places in parts:
             model(input_ids=tokens, position_ids=places, use_cache=True, logits_to_keep=1, **{_cache_name(model): cache})
@@ -205,4 +227,4 @@ def _check(model: PreTrainedModel, shape: ModelShape) -> None:
 
 def _cache_name(model: PreTrainedModel) -> str:
     """The name that a cache has among the arguments of the model's forward."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(decoder_of(model).forward).parameters else "past_key_values"

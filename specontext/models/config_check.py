@@ -14,13 +14,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from specontext.core import LENGTHS, ModelShape
 from specontext.errors import ModelError
 from specontext.locations import parts_of
 
-LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # the latter two up to the size of window and chunk
+LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 # What types of RoPE are computed: "dynamic" and "longrope" are served up to their original length, where they are constant.
 ROPES = {"default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional"}
@@ -94,10 +94,9 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
         yield "it has no attention heads (num_attention_heads)"
     if getattr(config, "kv_lora_rank", None):
         yield f"it uses multi-head latent attention (kv_lora_rank {config.kv_lora_rank})"
-    if getattr(config, "attn_logit_softcapping", None):
-        yield f"it uses a soft cap on attention logits (attn_logit_softcapping {config.attn_logit_softcapping})"
-    if config.model_type == "gpt_oss":
-        yield "it uses attention sinks as parameters"
+    cap = getattr(config, "attn_logit_softcapping", None)
+    if cap and not _mentioned(config, "attn_logit_softcapping"):
+        yield f"its config has a soft cap on attention logits (attn_logit_softcapping {cap}), which its class does not compute"
     if getattr(config, "alibi", False) or _value(getattr(config, "attn_config", None), "alibi"):
         yield "it uses biases instead of positions (alibi)"
     if getattr(config, "add_cross_attention", False):
@@ -152,8 +151,11 @@ def _vendor_obstacles(config: PreTrainedConfig, longest: int) -> Iterator[str]:
     """Entries that the config's class does not know; windows and lengths of at least `longest` tokens leave nothing out."""
     known = declared(config)
     rope = getattr(config, "rope_parameters", None) or {}
-    equal = {  # spellings of what RoPE's own entries say
+    equal = {  # spellings of what other entries say
         **dict.fromkeys(("rotary_pct", "rope_pct", "rope_percent", "rotary_percent"), rope.get("partial_rotary_factor") or 1),
+        "sliding_window_size": getattr(config, "sliding_window", None),
+        "initial_context_length": rope.get("original_max_position_embeddings"),
+        "position_embedding_type": "rope_gptj" if config.model_type.startswith("cohere") else None,  # as its class turns heads
         **dict.fromkeys(("rotary_emb_base", "rotary_base", "rope_base", "rope_theta"), rope.get("rope_theta")),
     }
     for name, value in vars(config).items():
@@ -198,6 +200,9 @@ def _mentioned(config: PreTrainedConfig, pattern: str) -> bool:
     if type(config) in AutoModelForCausalLM._model_mapping:
         found: Any = AutoModelForCausalLM._model_mapping[type(config)]
         kinds += found if isinstance(found, tuple) else (found,)
+    elif type(config) in AutoModel._model_mapping:  # the decoder of a model that reads images too
+        decoder: Any = AutoModel._model_mapping[type(config)]
+        kinds.append(decoder)
     sources = (inspect.getsource(sys.modules[kind.__module__]) for kind in kinds)
     return any(re.search(rf"\b{pattern}\b", source) for source in sources)
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from specontext.errors import ModelError
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model below the output layer, from token ids to states after the last norm."""
+    found: Any = model.get_decoder()
+    if found is model:  # a class whose parts have other names than the library supposes
+        found = next(part for part in model.children() if isinstance(part, PreTrainedModel))
+    return found
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -24,7 +30,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
         ModelError: there is no such list.
     """
     count = model.config.num_hidden_layers
-    for modules in model.get_decoder().modules():
+    for modules in decoder_of(model).modules():
         if isinstance(modules, nn.ModuleList) and len(modules) >= count:
             layers = list(modules)[:count]
             owned = [{getattr(part, "layer_idx", None) for part in layer.modules()} - {None} for layer in layers]
@@ -38,7 +44,7 @@ def output_layer(model: PreTrainedModel) -> PreTrainedModel:
 
     It is called with `inputs_embeds` [N, T, H], what the decoder would return.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     *parents, last = next(name for name, module in model.named_modules() if module is decoder).split(".")
     whole = copy.copy(model)
     inner: nn.Module = whole
@@ -48,47 +54,6 @@ def output_layer(model: PreTrainedModel) -> PreTrainedModel:
         inner = part
     inner._modules = inner._modules | {last: _Given()}
     return whole
-
-
-FIXED_ROPE = {"dynamic": "default", "longrope": "default"}
-
-
-def fix_rope(model: PreTrainedModel) -> None:
-    """Keep the angles of RoPE that would follow the longest position of a batch: those of the length that is served.
-
-    Requests of one batch would change each other, and a captured step cannot ask how long they are.
-    """
-    for module in moving_rope(model):
-        module.__dict__["rope_type"] = _fixed(module.rope_type)
-
-
-def moving_rope(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules whose angles would follow the longest position of a batch."""
-    kinds = ((module, getattr(module, "rope_type", None)) for module in model.modules())
-    return [module for module, kind in kinds if isinstance(kind, str | dict) and _fixed(kind) != kind]
-
-
-@contextmanager
-def fixed_rope(moving: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, these modules have the angles of the length that is served, whatever a longer sequence has made of them."""
-    before = [(module, module.__dict__["rope_type"], dict(module._buffers)) for module in moving]
-    for module, kind, buffers in before:
-        module.__dict__["rope_type"] = _fixed(kind)
-        for name in buffers:
-            original = getattr(module, name.replace("inv_freq", "original_inv_freq"), None)
-            if name.endswith("inv_freq") and isinstance(original, Tensor):
-                module._buffers[name] = original
-    try:
-        yield
-    finally:
-        for module, kind, buffers in before:
-            module.__dict__["rope_type"] = kind
-            module._buffers.update(buffers)
-
-
-def _fixed(kind: Any) -> Any:
-    """A type of RoPE, or those of several kinds of layers, with what moves made constant."""
-    return {layers: _fixed(own) for layers, own in kind.items()} if isinstance(kind, dict) else FIXED_ROPE.get(kind, kind)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from specontext.checkpoints.quantization import dequantised
 from specontext.core import ModelShape
 from specontext.errors import ModelError, RequestError
 from specontext.gguf.source import weights_note
@@ -21,11 +22,11 @@ from specontext.models.adapters import check_can_merge, merged
 from specontext.models.attention import ATTENTION_NAME, attention_of, register_attention
 from specontext.models.checking import check_attention
 from specontext.models.config_check import check_supported
-from specontext.models.decoder import fix_rope
 from specontext.models.end_tokens import end_tokens
 from specontext.models.number_format import running_format
 from specontext.models.quantized import Asked, load_quantised
 from specontext.models.ranks import Ranks
+from specontext.models.rope import fix_rope
 from specontext.models.sharding import shard
 from specontext.models.tokenizer_files import load_tokenizer
 from specontext.models.weights import random_model, stored_model
@@ -135,7 +136,9 @@ def load_model(
         raise ModelError(f"the weights of {source} are quantised, which ranks cannot share: leave tensor_parallel_size out")
     config = read_config(source, **options)
     check_supported(config)
-    dtype, note = running_format(dtype, config, device), None
+    format_ = dequantised(config.to_dict()) if not dummy else None
+    note = f"dequantised from {format_}" if format_ else None
+    dtype = running_format(dtype, config, device)
     tokenizer = load_tokenizer(name, **options)  # before the weights, which take longer
     model: Any
     if asked.is_quantised:
@@ -153,7 +156,7 @@ def load_model(
         if ranks is not None:  # a part may fit where the whole does not
             shard(model, shape, ranks)
             model = model.to(device)
-    fix_rope(model)
+    fix_rope(model, shape.max_position)
     ends = end_tokens(source, tokenizer, revision=revision)
     path = source if isinstance(source, Path) else None
     if adapter is None:

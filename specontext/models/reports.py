@@ -14,6 +14,8 @@ from specontext.checkpoints.quantization import ADVICE
 from specontext.checkpoints.weights import StoredTensor, is_buffer
 from specontext.checkpoints.wording import first_few
 from specontext.errors import ModelError
+from specontext.locations import part_of
+from specontext.models.language_model import is_other_modality
 
 SCALES = re.compile(r"scale|zero|qweight|g_idx|absmax|quant|packed|amax")  # in the names of what quantised weights come with
 NEXT_TOKENS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
@@ -55,7 +57,11 @@ def _not_taken(names: Iterable[str], config: PreTrainedConfig, stored: Tensors) 
         number = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
         return bool(NEXT_TOKEN_PART.search(name)) or (number is not None and layers <= int(number[1]) < layers + further)
 
-    return sorted(name for name in names if not predicts_further(name) and not is_buffer(name, stored.get(name)))
+    def left_out(name: str) -> bool:
+        other = bool(part_of(config)) and is_other_modality(name)
+        return other or predicts_further(name) or is_buffer(name, stored.get(name))
+
+    return sorted(name for name in names if not left_out(name))
 
 
 @contextmanager

@@ -103,6 +103,7 @@ def _plans(model: PreTrainedModel) -> list[dict[str, tuple[nn.Module, str | None
             tables = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
             if tables or style is not None:
                 named[path] = (module, style)
+        named |= {path: (layer, styles[path]) for path, _ in layer.named_parameters() if path in styles}  # such as sinks of heads
         found.append(named)
     return found
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils.quantization_config import Mxfp4Config
 
 from specontext.checkpoints.adapters import CONFIG as ADAPTER
-from specontext.checkpoints.quantization import ADVICE
+from specontext.checkpoints.quantization import ADVICE, dequantised
 from specontext.checkpoints.weights import odd_experts, quantised_numbers, read_headers, weight_files
 from specontext.checkpoints.wording import first_few
 from specontext.errors import ModelError
-from specontext.locations import folder_of, one_sentence
+from specontext.locations import folder_of, one_sentence, part_of
 from specontext.models.attention import ATTENTION_NAME
+from specontext.models.language_model import NAMES, causal_class
 from specontext.models.reports import SCALES, Tensors, check_report, no_report
+
+PACKED = ("_blocks", "_scales")  # of MXFP4: numbers of 4 bits, and an exponent for each 32 of them
 
 
 def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, options: Mapping[str, Any]) -> PreTrainedModel:
@@ -32,18 +37,23 @@ def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, optio
             decoder lacks, does not take or has in another shape; the message names them.
     """
     stored: Tensors | None = None
+    packed = PACKED if dequantised(config.to_dict()) else ()
     if isinstance(source, Path):  # before the long work of reading; a Hub id's files come with it
         stored = weight_headers(source, config)
-        check_numbers(stored)
+        check_numbers(stored, packed)
+        if part_of(config):  # two configs speak of it; the files know
+            config.tie_word_embeddings = config._may_be_tied and not any(name.endswith("lm_head.weight") for name in stored)
     with no_report(), one_sentence(f"cannot load the model {source}"), _without_adapter(source) as seen:
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = causal_class(config).from_pretrained(
                 seen,
                 config=config,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 attn_implementation=ATTENTION_NAME,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are reported, and refused below by name
+                **({"key_mapping": NAMES} if part_of(config) else {}),
+                **({"quantization_config": Mxfp4Config(dequantize=True)} if packed else {}),
                 **options,
             )
         except KeyError as error:
@@ -56,7 +66,7 @@ def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, optio
             raise
     if stored is None:
         stored = weight_headers(folder_of(source, revision=options["revision"]), config)
-        check_numbers(stored)
+        check_numbers(stored, packed)
     model, report = loaded
     check_report(source, model, report, stored)
     kept: PreTrainedModel = model
@@ -88,12 +98,12 @@ def random_model(config: PreTrainedConfig, dtype: str, device: torch.device, opt
     devices = [device] if device.type == "cuda" else []
     with one_sentence(failed), torch.random.fork_rng(devices), torch.device(device):
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config,
-            dtype=own if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation=ATTENTION_NAME,
-            trust_remote_code=options["trust_remote_code"],
-        )
+        kind, wanted = causal_class(config), own if dtype == "auto" else getattr(torch, dtype)
+        if kind is AutoModelForCausalLM:
+            made = partial(kind.from_config, trust_remote_code=options["trust_remote_code"])
+        else:
+            made = kind._from_config
+        model: PreTrainedModel = made(config, dtype=wanted, attn_implementation=ATTENTION_NAME)
     return model
 
 
@@ -103,9 +113,13 @@ def weight_headers(folder: Path, config: PreTrainedConfig) -> Tensors:
     return read_headers(weight_files(folder, ModelError, named=named), ModelError)
 
 
-def check_numbers(stored: Tensors) -> None:
-    """Raises ModelError, naming tensors, where numbers in the files stand for others: 8 or 4 bits, integers, packed ones."""
-    odd = quantised_numbers(stored)
+def check_numbers(stored: Tensors, packed: tuple[str, ...] = ()) -> None:
+    """Raises ModelError, naming tensors, where numbers in the files stand for others: 8 or 4 bits, integers, packed ones.
+
+    Args:
+        packed: endings of the names of those that are dequantised.
+    """
+    odd = {name: number for name, number in quantised_numbers(stored).items() if not (packed and name.endswith(packed))}
     if not odd:
         return
     name, number = next(iter(odd.items()))

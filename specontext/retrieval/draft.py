@@ -179,7 +179,7 @@ def _feature_layers(values: dict[str, Any], dialect: Dialect, target: ModelShape
     key = "eagle_aux_hidden_state_layer_ids"
     ids = _object(values, "eagle_config").get(key) or values.get(key)
     if not ids:
-        return (2, target.layers // 2, target.layers - 3)
+        return (2, target.depth // 2, target.depth - 3)
     if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
         raise HeadError(f"{key} in the draft's config.json must be a list of integers, got {ids!r}")
     return tuple(i if dialect.counts_inputs else i + 1 for i in ids)

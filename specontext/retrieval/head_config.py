@@ -148,8 +148,8 @@ class HeadConfig:
             ("vocabulary", self.vocab_size, target.vocab_size),
         )
         wrong = [f"{name} {mine} (the model has {theirs})" for name, mine, theirs in pairs if mine != theirs]
-        if self.feature_layers and not all(0 <= layer <= target.layers for layer in self.feature_layers):
-            wrong.append(f"feature layers {list(self.feature_layers)} (the model has {target.layers} layers)")
+        if self.feature_layers and not all(0 <= layer <= target.depth for layer in self.feature_layers):
+            wrong.append(f"feature layers {list(self.feature_layers)} (the model has {target.depth} layers)")
         if self.head_map is not None:
             shape_fits = len(self.head_map) == target.layers and all(len(row) == target.kv_heads for row in self.head_map)
             if not shape_fits or not all(group in range(self.kv_heads) for row in self.head_map for group in row):

@@ -19,7 +19,7 @@ def random_head(target: ModelShape) -> RetrievalHead:
         heads=target.query_heads,
         kv_heads=target.kv_heads,
         head_dim=target.head_dim,
-        feature_layers=tuple(sorted({min(2, target.layers - 1), target.layers // 2, max(0, target.layers - 3)})),
+        feature_layers=tuple(sorted({min(2, target.depth - 1), target.depth // 2, max(0, target.depth - 3)})),
         trained_length=target.max_position,
         source="random",
     )

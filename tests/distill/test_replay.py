@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from specontext.core import ModelShape, Window
 from specontext.distill.effects import grouped, selection_loss, straight_through, token_effects
 from specontext.distill.queries import candidates
 from specontext.distill.replay import Replay, divergence, log_odds, sampled
 from specontext.distill.target import Target
 from specontext.kernels.top_k import top_k_positions
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "windows", "sinks", "chunks")
 LENGTH = 24
 MaskedForward = Callable[..., Any]
 
@@ -41,6 +42,11 @@ def random_gates(layers: int, heads: int, rows: Tensor, seed: int = 0) -> list[T
     return [(torch.rand(len(rows), heads, rows.shape[1], LENGTH, generator=generator) < 0.5) | own for _ in range(layers)]
 
 
+def windows_of(shape: ModelShape) -> tuple[Window | None, ...]:
+    """Of all layers of the decoder."""
+    return shape.windows or (None,) * shape.layers
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("chained", [False, True])
 def test_replayed_rows_are_the_models_own_under_a_mask(
@@ -58,16 +64,19 @@ def test_replayed_rows_are_the_models_own_under_a_mask(
     with torch.no_grad():
         found = target.logits(replay.hidden(lambda layer: gates[layer])[0])
         everything = target.logits(replay.hidden()[0])
-    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(target.query_heads, -1, -1)
-    dense = masked_forward(model, ids[0].tolist(), [causal] * target.layers).logits[0]
+    token = torch.arange(LENGTH)
+    causal = (token <= token[:, None]).expand(target.query_heads, -1, -1)
+    shape = ModelShape.from_config(model.config)
+    own = [causal if window is None else causal & (token >= window.first(token)[:, None]) for window in windows_of(shape)]
+    dense = masked_forward(model, ids[0].tolist(), own).logits[0]
     torch.testing.assert_close(everything, dense[rows[0]], rtol=1e-3, atol=1e-3)
     together = [list(range(6))] if chained else [[number] for number in range(6)]
     for numbers in together:
-        masks = [causal.clone() for _ in gates]
-        for mask, gate in zip(masks, gates, strict=True):
+        masks = [mask.clone() for mask in own]
+        for layer, gate in zip(shape.full, gates, strict=True):
             for number in numbers:
                 row = int(rows[0, number])
-                mask[:, row] &= gate[0, :, number].repeat_interleave(target.query_heads // target.groups, 0)
+                masks[layer][:, row] &= gate[0, :, number].repeat_interleave(target.query_heads // target.groups, 0)
         expected = masked_forward(model, ids[0].tolist(), masks).logits[0]
         torch.testing.assert_close(found[numbers], expected[rows[0, numbers]], rtol=1e-3, atol=1e-3)
     assert not torch.allclose(found, everything, atol=1e-2)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Phi3Config, PreTra
 
 from specontext import LLM, ConfigError, SamplingParams
 from specontext.config import EngineConfig, SpeContextConfig
-from specontext.core import ModelShape, RequestOutput, StructuredOutputsParams
+from specontext.core import ModelShape, RequestOutput, StructuredOutputsParams, Window
 from specontext.errors import ModelError, RankError, RequestFailedError
 from specontext.memory.sharing import Share
 from specontext.models.sharding import check_can_share
@@ -189,6 +189,8 @@ def test_heads_of_a_rank(size: int, rank: int, query: int, kv: int, own: slice) 
     assert (part.query_heads, part.kv_heads, share.kv_heads(shape)) == (shape.query_heads // size, kv if size != 2 else 2, own)
     with pytest.raises(ConfigError, match="tensor_parallel_size 3 does not fit"):
         Share(0, 3).check(shape)
+    with pytest.raises(ConfigError, match="a window do not work with tensor_parallel_size"):
+        Share(0, 2).check(replace(shape, layers=1, windows=(Window(8), None)))
 
 
 @pytest.mark.parametrize(

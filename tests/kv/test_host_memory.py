@@ -13,13 +13,13 @@ from specontext.core import ModelShape
 from specontext.errors import HostMemoryError, MemoryPlanError
 from specontext.kv import host_memory
 from specontext.kv.cache import KVCache
-from specontext.kv.host_memory import AHEAD, HostMemory
+from specontext.kv.host_memory import HostMemory
 from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout, Reader
 from specontext.kv.pool import PagePool, make_pools
 from specontext.memory.layer_blocks import one_by_one
 
-CHUNK = 1 << 20
+CHUNK, AHEAD = 1 << 20, 2
 
 
 class Driver:
@@ -48,6 +48,7 @@ class Driver:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     fake = Driver()
     monkeypatch.setattr(host_memory, "CHUNK", CHUNK)
+    monkeypatch.setattr(host_memory, "AHEAD", AHEAD)
     monkeypatch.setattr(host_memory, "register", fake.register)
     monkeypatch.setattr(host_memory, "unregister", fake.unregister)
     yield fake
@@ -62,7 +63,8 @@ def settled(memory: HostMemory, end: int) -> None:
 
 
 def test_chunks_are_pinned_in_order_and_ahead_of_need(driver: Driver) -> None:
-    memory = HostMemory(10 * CHUNK + 100, pinned=True)
+    size = (AHEAD + 8) * CHUNK + 100
+    memory = HostMemory(size, pinned=True)
     settled(memory, (1 + AHEAD) * CHUNK)
     first = memory.bytes.data_ptr()
     assert first % (1 << 21) == 0, "huge pages begin at their own size"
@@ -70,8 +72,18 @@ def test_chunks_are_pinned_in_order_and_ahead_of_need(driver: Driver) -> None:
     driver.gate.clear()
     memory.reach((1 + AHEAD) * CHUNK)  # is there: nothing to wait for, although the driver does not answer
     driver.gate.set()
-    memory.reach(10 * CHUNK + 100)
-    assert memory.ready_bytes == 10 * CHUNK + 100 == sum(driver.pinned.values())
+    memory.reach(size)
+    assert memory.ready_bytes == size == sum(driver.pinned.values())
+    memory.close()
+    assert not driver.pinned
+
+
+def test_who_waits_is_served_without_the_pauses(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "PAUSE", 1e9)
+    memory = HostMemory(8 * CHUNK, pinned=True)
+    assert memory.ready_bytes == CHUNK, "what nobody waits for has to wait"
+    memory.reach(5 * CHUNK)
+    assert memory.ready_bytes == 5 * CHUNK
     memory.close()
     assert not driver.pinned
 

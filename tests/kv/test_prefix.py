@@ -237,7 +237,7 @@ class Bench:
 
     def keep(self, seat: int, request: int, chain: list[Block], count: int) -> None:
         first = len(chain)
-        self.kv.keep(chain, pages_of(request, first, first + count), seat, state_of(request, first, first + count))
+        self.kv.keep(chain, pages_of(request, first, first + count), seat, state_of(request, first, first + count), 0)
 
     def rows(self, seat: int, tokens: int) -> Tensor:
         """What is stored of a seat: [L, Hkv, tokens] of the numbers above; keys and values are checked against each other."""
@@ -337,7 +337,7 @@ def test_a_cache_without_a_head_has_pages_of_layers_only() -> None:
     bench.fill(0, 1, 9)
     none = torch.zeros(2, 0)
     chain: list[Block] = []
-    bench.kv.keep(chain, pages_of(1, 0, 2), 0, State(none, none))
+    bench.kv.keep(chain, pages_of(1, 0, 2), 0, State(none, none), 0)
     bench.kv.open(1, 8)
     state = bench.kv.bring(chain, 1)
     assert state.each.shape == (2, 0) and state.last.shape == (1, 0)

@@ -172,9 +172,9 @@ def watch(streams: RecordingStreams, monkeypatch: pytest.MonkeyPatch) -> None:
         [written] = changed_rows([pages.rows], lambda: append_block(pages, line, seats, positions, new, wanted))
         streams.access("append of a block", pages.rows, written, write=True)
 
-    def attending(query: Tensor, buffer: Tensor, rows: Tensor, scale: float) -> Any:
+    def attending(query: Tensor, buffer: Tensor, rows: Tensor, scale: float, cap: float | None) -> Any:
         streams.access("attention", buffer, rows.flatten(), write=False)
-        return sparse(query, buffer, rows, scale)
+        return sparse(query, buffer, rows, scale, cap)
 
     class Attending(ChunkAttention):
         def add(self, tile: Tensor) -> None:

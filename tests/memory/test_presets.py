@@ -28,6 +28,11 @@ PUBLISHED = {  # parameters of the public checkpoints, a shared table counted on
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
     "qwen3-32b": 32_762_123_264,
+    "gemma-3-270m": 268_098_176,
+    "gemma-3-1b": 999_885_952,
+    "gemma-3-4b": 3_880_263_168,  # of its text part
+    "gemma-3-12b": 11_766_034_176,
+    "gemma-3-27b": 27_009_346_304,
     "mistral-7b-v0.3": 7_248_023_552,
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen2.5-7b": 7_615_616_512,
@@ -61,7 +66,7 @@ def test_head_is_that_of_a_draft_with_the_model_s_own_shape(name: str) -> None:
         heads=head.heads,
         kv_heads=head.kv_heads,
         head_dim=head.head_dim,
-        feature_layers=(2, shape.layers // 2, shape.layers - 3),
+        feature_layers=(2, shape.depth // 2, shape.depth - 3),
     )
     config.check_target(shape)
     assert head.parameters == head_parameters(config)

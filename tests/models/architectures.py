@@ -9,20 +9,34 @@ from typing import Any
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 OLD = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "num_key_value_heads": 4}  # names of GPT-2's time
+WINDOW = {"sliding_window": 24}  # shorter than the prompts
+ALTERNATING = WINDOW | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 # By the name of their configuration class: what a tiny config needs beside the common entries.
 RUN: dict[str, dict[str, Any]] = {
     "BioGpt": {"num_key_value_heads": 4},
     "CodeGen": OLD | {"rotary_dim": 8},
     "Cohere": {},
+    "Cohere2": ALTERNATING,
+    "Exaone4": ALTERNATING,
     "Gemma": {"head_dim": 16},
+    "Gemma2": {"head_dim": 16, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0, **ALTERNATING},
+    "Gemma3Text": {"head_dim": 16, "query_pre_attn_scalar": 24, **ALTERNATING},
     "Glm4": {"head_dim": 16},
     "GPT2": OLD,
     "GPTJ": OLD | {"rotary_dim": 8},
+    "GptOss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **ALTERNATING},
     "GPTNeoX": {"num_key_value_heads": 4},
     "Granite": {"attention_multiplier": 0.3},
+    "Llama4Text": {
+        **{"head_dim": 16, "attention_chunk_size": 24, "num_local_experts": 2, "intermediate_size_mlp": 96},
+        **{"layer_types": ["chunked_attention", "full_attention", "chunked_attention"], "no_rope_layers": [1, 0, 1]},
+        "floor_scale": 20,  # so that the temperature changes within the prompts
+    },
+    "Ministral": {"head_dim": 16, **ALTERNATING},
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "Nemotron": {},
     "Olmo2": {},
+    "Olmo3": ALTERNATING,
     "OPT": {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": 4},
     "Persimmon": {"num_key_value_heads": 4},
     "Phi": {},
@@ -40,14 +54,22 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "Mistral": ("mistralai/Mistral-7B-Instruct-v0.3",),
     "Qwen3Moe": ("Qwen/Qwen3-30B-A3B",),
     "Qwen2Moe": ("Qwen/Qwen1.5-MoE-A2.7B",),
+    "Llama4Text": ("meta-llama/Llama-4-Scout-17B-16E-Instruct (its text part)",),
     "Mixtral": ("mistralai/Mixtral-8x7B-Instruct-v0.1",),
     "Phi3": ("microsoft/phi-4",),
     "Olmo2": ("allenai/OLMo-2-1124-7B-Instruct",),
+    "Olmo3": ("allenai/Olmo-3-7B-Instruct",),
     "Granite": ("ibm-granite/granite-3.3-8b-instruct",),
     "SmolLM3": ("HuggingFaceTB/SmolLM3-3B",),
     "Glm4": ("zai-org/GLM-4-9B-0414",),
     "Gemma": ("google/gemma-7b-it",),
+    "Gemma2": ("google/gemma-2-9b-it",),
+    "Gemma3Text": ("google/gemma-3-1b-it", "google/gemma-3-270m-it"),
+    "GptOss": ("openai/gpt-oss-20b",),
     "Cohere": ("CohereLabs/c4ai-command-r-v01",),
+    "Cohere2": ("CohereLabs/c4ai-command-r7b-12-2024",),
+    "Exaone4": ("LGAI-EXAONE/EXAONE-4.0-32B",),
+    "Ministral": ("mistralai/Ministral-8B-Instruct-2410",),
     "GPTNeoX": ("EleutherAI/pythia-6.9b",),
     "StableLm": ("stabilityai/stablelm-2-12b-chat",),
     "Nemotron": ("nvidia/Minitron-8B-Base",),
@@ -58,4 +80,15 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "GPTJ": ("EleutherAI/gpt-j-6b",),
     "CodeGen": ("Salesforce/codegen-2B-mono",),
     "BioGpt": ("microsoft/biogpt",),
+}
+# The language models of checkpoints that read images too: what tests/models/test_multimodal.py loads.
+MULTIMODAL: dict[str, tuple[str, ...]] = {
+    "Gemma3": ("google/gemma-3-4b-it", "google/gemma-3-27b-it"),
+    "Qwen2_5_VL": ("Qwen/Qwen2.5-VL-7B-Instruct",),
+    "Qwen3VL": ("Qwen/Qwen3-VL-8B-Instruct",),
+    "Qwen3VLMoe": ("Qwen/Qwen3-VL-30B-A3B-Instruct",),
+    "Qwen2VL": ("Qwen/Qwen2-VL-7B-Instruct",),
+    "Mistral3": ("mistralai/Mistral-Small-3.2-24B-Instruct-2506",),
+    "Llama4": ("meta-llama/Llama-4-Scout-17B-16E-Instruct",),
+    "Llava": ("llava-hf/llava-1.5-7b-hf",),
 }

@@ -30,7 +30,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "Bloom": ({}, "BloomForCausalLM is not supported: its layers have attention of their own"),
     "Doge": ({}, "DogeForCausalLM is not supported: it hands its attention a mask of its own"),
     "Falcon": ({}, "its attention cannot be exchanged"),
-    "Gemma2": ({"head_dim": 16}, "Gemma2ForCausalLM is not supported: it uses a soft cap on attention logits"),
     "GPTNeoX": (
         {"num_key_value_heads": 2},
         "layer 0 has keys of 4 heads with 16 dimensions, the config says 2 heads with 16 dimensions",

@@ -15,7 +15,8 @@ from transformers.models.llama import modeling_llama
 
 from specontext.core import ModelShape
 from specontext.errors import ModelError
-from specontext.models.attention import ATTENTION_NAME, refuse_foreign, register_attention
+from specontext.models import attention
+from specontext.models.attention import ATTENTION_NAME, register_attention, understood
 from specontext.models.checking import check_attention, differ
 from tests.conftest import randomise
 
@@ -53,13 +54,20 @@ def llama4(**changes: Any) -> PreTrainedConfig:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wide", [True, False])
-def test_positions_from_the_cache_are_noticed(dtype: torch.dtype, wide: bool) -> None:
+def test_positions_from_the_cache_are_noticed(dtype: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "at_positions", lambda _, query, __: query)
     for far in (llama4(max_position_embeddings=1 << 17), llama4(floor_scale=16)):
         with pytest.raises(
             ModelError, match=r"makes other queries here than in the library, .* positions from the library's cache"
         ):
             check(make(far, dtype, wide=wide))
     check(make(llama4(), dtype, wide=wide))  # up to its floor_scale of 8,192 tokens nothing grows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_llama_4_s_temperature_follows_positions(dtype: torch.dtype) -> None:
+    for far in (llama4(max_position_embeddings=1 << 17), llama4(floor_scale=16)):
+        check(make(far, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -111,8 +119,8 @@ def test_another_formula_in_the_library_is_noticed(eager: Callable[[Eager], None
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"softcap": 30.0}, r"softcap=30\.0"),
-        ({"s_aux": torch.zeros(4)}, "s_aux"),
+        ({"softcap": -30.0}, r"softcap=-30\.0"),
+        ({"s_aux": 0.5}, r"s_aux=0\.5"),
         ({"position_bias": torch.zeros(1)}, "position_bias"),
         ({"sliding_window": 64}, "sliding_window=64"),
         ({"is_causal": False}, "is_causal=False"),
@@ -136,9 +144,9 @@ def test_keywords_without_effect_are_none(recwarn: pytest.WarningsRecorder) -> N
 
 
 def test_dropout_is_for_training() -> None:
-    refuse_foreign(None, {"dropout": 0.0})
+    understood(None, {"dropout": 0.0})
     with pytest.raises(ModelError, match=r"'dropout=0\.1'"):
-        refuse_foreign(None, {"dropout": 0.1})
+        understood(None, {"dropout": 0.1})
 
 
 def handing(model: PreTrainedModel, options: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ def paged_attention(
     pages: Tensor,
     lengths: Tensor,
     scale: float,
+    cap: float | None = None,
     *,
     page_size: int,
     kv_heads: int,
@@ -28,4 +29,4 @@ def paged_attention(
     """
     pages = pages if pages.stride(-1) == 1 else pages.contiguous()
     width = pages.shape[1] * page_size
-    return launch(query, arena, pages, (pages.stride(0), 0), lengths, width, kv_heads, scale, page_size, splits)
+    return launch(query, arena, pages, (pages.stride(0), 0), lengths, width, kv_heads, scale, page_size, splits, cap)

@@ -28,6 +28,7 @@ PROCESSORS = 132  # of an H100 or H200; stands in for devices that are none
 WAVES = 2  # programs a processor, about as many as it can hold at once
 LEAST_ROWS = 32  # entries of the smallest split
 LN2 = tl.constexpr(0.6931471805599453)
+TWO_LOG2E = tl.constexpr(2.8853900817779268)  # 2 / ln 2
 
 
 @triton.jit
@@ -47,6 +48,7 @@ def _attend(
     output_ptr,  # [R, Hq, splits, D]
     lse_ptr,  # [R, Hq, splits], in base 2 unless FINAL
     scale_log2,
+    cap_log2,  # a soft cap on logits in base 2, where CAPPED
     width,
     splits,
     kv_heads,
@@ -64,6 +66,7 @@ def _attend(
     DOT: tl.constexpr,
     SCALED: tl.constexpr,  # rows are codes
     FINAL: tl.constexpr,  # one split: the result itself
+    CAPPED: tl.constexpr,
 ):
     head, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     member = tl.arange(0, GROUP_PAD)
@@ -108,6 +111,9 @@ def _attend(
             logits = tl.dot(query, tl.trans(key), input_precision="ieee") * factor  # [GROUP_PAD, BLOCK]
         else:
             logits = tl.sum(query[:, None, :].to(tl.float32) * key[None, :, :].to(tl.float32), 2) * factor
+        if CAPPED:  # cap * tanh(x / cap), of which exp2 gives no overflow: 1 - 2 / (e^2y + 1)
+            doubled = tl.exp2(logits / cap_log2 * TWO_LOG2E)
+            logits = cap_log2 * (1.0 - 2.0 / (doubled + 1.0))
         logits = tl.where(present[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing was present yet: no -inf - -inf
@@ -169,6 +175,7 @@ def sparse_attention(
     arena: Tensor,
     rows: Tensor,
     scale: float,
+    cap: float | None = None,
     *,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -179,7 +186,7 @@ def sparse_attention(
     """
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     strides = (rows.stride(0), rows.stride(1))
-    return launch(query, arena, rows, strides, None, rows.shape[2], rows.shape[1], scale, 0, splits)
+    return launch(query, arena, rows, strides, None, rows.shape[2], rows.shape[1], scale, 0, splits, cap)
 
 
 def launch(
@@ -193,6 +200,7 @@ def launch(
     scale: float,
     page_size: int,
     splits: int | None,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run both kernels over at most `width` entries of every (request, KV head).
 
@@ -226,6 +234,7 @@ def launch(
         partial,
         partial_lse,
         scale / 0.6931471805599453,
+        0.0 if cap is None else cap / 0.6931471805599453,
         width,
         splits,
         kv_heads,
@@ -234,6 +243,7 @@ def launch(
         *index_strides,
         PAGE_SIZE=page_size,
         FINAL=splits == 1,
+        CAPPED=cap is not None,
         num_warps=4,
         num_stages=5,  # so that the index and two blocks of rows are under way while a third is computed
         **shape,
