@@ -210,7 +210,7 @@ def test_what_does_not_work_with_it(options: dict[str, Any], named: str) -> None
         EngineConfig("nano", tensor_parallel_size=2, **options)
 
 
-@pytest.mark.parametrize("config, named", [(Phi3Config, "no q_proj"), (MixtralConfig, "experts")])
+@pytest.mark.parametrize("config, named", [(Phi3Config, "no q_proj"), (MixtralConfig, "mlp.gate")])
 def test_layers_that_nothing_says_how_to_split(config: type[PreTrainedConfig], named: str) -> None:
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "vocab_size": 64}
     tiny = config(**sizes, intermediate_size=64, pad_token_id=0)
