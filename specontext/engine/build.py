@@ -100,8 +100,6 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     recommended = head.config.recommended_budget if head is not None else None
     machine = machine_speed(device) if ranks is None else ranks.decide(partial(machine_speed, device))
     method = with_kv_where_it_can_be(config.method.resolve(recommended_budget=recommended, num_layers=shape.layers), machine)
-    if shape.kv_dtype is not None and device.type == "cuda":
-        method = with_codes_on_device(method)
     max_tokens = longest_context(config, shape)
     fix_rope(loaded.model, max_tokens)
     if head is not None:
@@ -245,22 +243,6 @@ def with_kv_where_it_can_be(method: SpeContextConfig, machine: MachineSpeed) -> 
         logger.warning("%s: layers on the host, as offload_layers asks for, will be slow or fail", why)
         return method
     logger.warning("%s: the KV of all layers stays on the device, and requests wait where it is full", why)
-    return replace(method, offload_layers=0)
-
-
-def with_codes_on_device(method: SpeContextConfig) -> SpeContextConfig:
-    """The same settings, with all KV on the device: loads of rows in 8 bits from the host fail on a GPU (docs/gpu.md).
-
-    Raises:
-        ConfigError: layers are to live on the host.
-    """
-    if method.offload_layers:
-        raise ConfigError(
-            "KV in 8 bits with layers on the host does not work on a GPU yet (a misaligned address when rows are loaded): leave "
-            "kv_cache_dtype at auto, or set offload_layers to 0"
-        )
-    if method.offload_layers is None:
-        logger.warning("KV in 8 bits stays on the device: requests wait where it is full, and no layer leaves for the host")
     return replace(method, offload_layers=0)
 
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from specontext import LLM, SamplingParams
-from specontext.config import EngineConfig, SpeContextConfig
-from specontext.engine.build import with_codes_on_device
+from specontext.config import EngineConfig
 from specontext.errors import ConfigError, LoadError
 
 MakeLLM = Callable[..., LLM]
@@ -201,12 +200,3 @@ def test_bytes_are_those_of_codes_and_scales(kind: str, make_llm: MakeLLM, promp
 def test_formats_that_do_not_exist() -> None:
     with pytest.raises(ConfigError, match="unknown kv_cache_dtype 'fp4': choose one of auto, fp8, int8"):
         EngineConfig("anything", kv_cache_dtype="fp4")
-
-
-def test_a_gpu_keeps_codes_on_the_device(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("WARNING", "specontext"):
-        assert with_codes_on_device(SpeContextConfig()).offload_layers == 0
-    assert "stays on the device" in caplog.text
-    assert with_codes_on_device(SpeContextConfig(offload_layers=0)).offload_layers == 0
-    with pytest.raises(ConfigError, match="leave kv_cache_dtype at auto, or set offload_layers to 0"):
-        with_codes_on_device(SpeContextConfig(offload_layers=-1))

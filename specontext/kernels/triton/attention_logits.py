@@ -54,7 +54,7 @@ def _logits(
     row = tl.load(rows_ptr + request * rows_r + head.to(tl.int64) * rows_h + entry, mask=inside, other=-1)
     present = row >= 0
     row = row.to(tl.int64)
-    place = arena_ptr + row[:, None] * (2 * DIM + 4 * SCALED) + dim[None, :]
+    place = arena_ptr + (row * (2 * DIM + 4 * SCALED))[:, None] + dim[None, :]
     key = tl.load(place, mask=present[:, None] & in_dim[None, :], other=0.0).to(FORMAT)  # [BLOCK, DIM_PAD]
     factor = scale
     if SCALED:

@@ -169,13 +169,13 @@ def copy_rows(source, source_row, target, target_row, live, WIDTH: tl.constexpr,
     """Copy the rows that are live, of WIDTH numbers."""
     column = tl.arange(0, BLOCK)[None, :]
     mask = live[:, None] & (column < WIDTH)
-    numbers = tl.load(source + source_row[:, None] * WIDTH + column, mask=mask)
+    numbers = tl.load(source + (source_row * WIDTH)[:, None] + column, mask=mask)
     if REST:
         behind = BLOCK + tl.arange(0, REST)[None, :]
         present = live[:, None] & (behind < WIDTH)
-        others = tl.load(source + source_row[:, None] * WIDTH + behind, mask=present)
-        tl.store(target + target_row[:, None] * WIDTH + behind, others, mask=present)
-    tl.store(target + target_row[:, None] * WIDTH + column, numbers, mask=mask)
+        others = tl.load(source + (source_row * WIDTH)[:, None] + behind, mask=present)
+        tl.store(target + (target_row * WIDTH)[:, None] + behind, others, mask=present)
+    tl.store(target + (target_row * WIDTH)[:, None] + column, numbers, mask=mask)
 
 
 @triton.jit(

@@ -157,8 +157,8 @@ def _few_rows(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     asked, there = (m < m_rows)[:, None], n < n_rows
-    line = x + m.to(tl.int64)[:, None] * (n_groups * GROUP)
-    column = codes + n.to(tl.int64)[None, :] * row_bytes
+    line = x + (m.to(tl.int64) * (n_groups * GROUP))[:, None]
+    column = codes + (n.to(tl.int64) * row_bytes)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for group in range(0, n_groups):
         table = (n // SCALE_ROWS) * scale_stride + group * GROUP // SCALE_COLUMNS
@@ -184,7 +184,7 @@ def _few_rows(
         acc += partial * scale[None, :]
     if HAS_BIAS:
         acc += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)[None, :]
-    place = m.to(tl.int64)[:, None] * n_rows + n[None, :]
+    place = (m.to(tl.int64) * n_rows)[:, None] + n[None, :]
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=asked & there[None, :])
 
 
@@ -215,8 +215,8 @@ def _write_out(
     zero = tl.zeros((BLOCK_N,), dtype=tl.float32) + offset
     if HAS_ZEROS:
         zero = tl.load(zeros + table, mask=there, other=0).to(tl.float32)
-    line = codes + n.to(tl.int64)[:, None] * row_bytes
-    to = out + n.to(tl.int64)[:, None] * (n_groups * GROUP) + group * GROUP
+    line = codes + (n.to(tl.int64) * row_bytes)[:, None]
+    to = out + (n.to(tl.int64) * (n_groups * GROUP))[:, None] + group * GROUP
     if KIND == IS_INT4:
         inner = tl.arange(0, GROUP // 2)[None, :]
         pair = tl.load(line + group * (GROUP // 2) + inner, mask=there[:, None], other=0)

@@ -241,7 +241,10 @@ def _gather_tokens(
 def _write(pool, words, row, key, value, scales, live, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)[None, :]
     mask = live[:, None] & (column < DIM)
-    first = pool + row[:, None] * (2 * DIM + (4 if KIND else 0)) + column
+    start = row * (2 * DIM + (4 if KIND else 0))
+    if KIND:  # Triton 3.6 takes rows that follow each other for aligned like the first of them
+        start = tl.multiple_of(start, 4)
+    first = pool + start[:, None] + column
     tl.store(first, key.to(pool.dtype.element_ty), mask=mask)
     tl.store(first + DIM, value.to(pool.dtype.element_ty), mask=mask)
     if KIND:

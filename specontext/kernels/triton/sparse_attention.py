@@ -99,7 +99,7 @@ def _attend(
             row = tl.load(index_ptr + entry, mask=present, other=-1).to(tl.int64)
             present = row >= 0
         read = present[:, None] & in_dim[None, :]
-        place = arena_ptr + row[:, None] * (2 * DIM + 4 * SCALED) + dim[None, :]
+        place = arena_ptr + (row * (2 * DIM + 4 * SCALED))[:, None] + dim[None, :]
         key = tl.load(place, mask=read, other=0.0).to(FORMAT)  # [BLOCK, DIM_PAD]
         value = tl.load(place + DIM, mask=read, other=0.0).to(FORMAT)
         factor = scale_log2
