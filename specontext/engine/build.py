@@ -208,7 +208,8 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         max_tokens=max_tokens,
         adaptive=adaptive,
         verify_loads=config.verify_loads,
-        write_through=config.measure_recall,
+        write_through=config.measure_recall
+        or (device.type == "cpu" and any(map(reads_everything, kinds))),  # it reads them in place
         state=block_state(methods, config.page_size),
         rings=rings,
     )
