@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from specontext.errors import ConfigError
-from specontext.retrieval.registry import CHEAP_METHODS, CHOICES, DEFAULT, FULL, METHODS
+from specontext.retrieval.registry import CHEAP_METHODS, CHOICES, DEFAULT, FULL, METHODS, base_of
 
 GRANULARITIES = ("head", "union", "batch")
 LOAD_FORMATS = ("auto", "dummy")
@@ -18,6 +18,7 @@ QUANTIZATIONS = ("fp8", "int4")
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 DEFAULT_BUDGET = 2048
 STEP_TOKENS = {"cuda": 8192, "cpu": 1024}  # chunks of prompts that use a device well; larger ones gain nothing
+SHARED_METHODS = ("full", "speculative", "streaming")  # that run where several processes share the model
 MIXED_TOKENS = 1024  # some 30 ms of an 8B model on an H100, for which requests that decode wait
 T = TypeVar("T")
 
@@ -200,7 +201,11 @@ class EngineConfig:
         "Round the weights of linear layers when they are loaded: fp8 (8 bits, a scale a row) or int4 (groups of 128). On a GPU "
         "they stay so in memory. Default: as the checkpoint has them; one that is quantised needs no option.",
     )
-    tensor_parallel_size: int = option(1, "GPUs that share the model; only 1 is implemented.")
+    tensor_parallel_size: int = option(
+        1,
+        "GPUs (on a CPU: processes) of this machine that share the model: each has some of its heads, their KV, and a part of "
+        "the weights. host_memory is of all of them, gpu_memory of each.",
+    )
     trust_remote_code: bool = option(False, "Allow modelling code that comes with a checkpoint.")
     revision: str | None = option(None, "Hub revision of the model.")
 
@@ -217,10 +222,7 @@ class EngineConfig:
             )
         _require_int("tensor_parallel_size", self.tensor_parallel_size, 1)
         if self.tensor_parallel_size > 1:
-            raise ConfigError(
-                f"tensor_parallel_size {self.tensor_parallel_size} cannot be honoured: an engine runs on one GPU. Leave it out, "
-                "offload layers to host memory, or run a replica on each GPU (specontext deploy --replicas)"
-            )
+            self._check_shared()
         for name in ("max_num_seqs", "min_num_seqs", "page_size"):
             _require_int(name, getattr(self, name), 1)
         if self.min_num_seqs > self.max_num_seqs:
@@ -252,6 +254,25 @@ class EngineConfig:
             number = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf
             if value is not None and (not number or (value == 0 and words == "above 0")):
                 raise ConfigError(f"{name} must be a number {words}, got {value!r}")
+
+    def _check_shared(self) -> None:
+        """Raises ConfigError for what does not work where several processes share the model."""
+        refused = {
+            "quantization": self.quantization,
+            "measure_recall": self.measure_recall,
+            "max_wait_s": self.max_wait_s,
+            "offload_dir": self.offload_dir,
+        }
+        refused |= {f"method {name}": base_of(name) not in SHARED_METHODS for name in self.all_methods}
+        for name, value in refused.items():
+            if value is not None and value is not False:
+                raise ConfigError(
+                    f"{name} does not work with tensor_parallel_size {self.tensor_parallel_size}: leave one of them out"
+                )
+        if self.device.startswith("cuda:"):
+            raise ConfigError(
+                f"device {self.device} is one GPU and tensor_parallel_size needs several: leave it out, or set it to cuda"
+            )
 
     def step_tokens(self, device_type: str) -> StepTokens:
         """How many tokens steps have on a kind of device."""

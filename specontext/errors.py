@@ -164,6 +164,10 @@ class EngineDeadError(SpeContextError):
     """The engine's loop has ended; no request can be served any more."""
 
 
+class RankError(SpeContextError):
+    """One of the processes that share a model is gone, or cannot go on; the engine has ended with it."""
+
+
 class QueueFullError(SpeContextError):
     """Too many requests wait already; try again later."""
 

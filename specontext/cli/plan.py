@@ -39,6 +39,12 @@ def plan(
     host_memory: Annotated[
         str | None, typer.Option("--host-memory", metavar="SIZE", help="Host memory for KV. Default: no limit.")
     ] = None,
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option(
+            "--tensor-parallel-size", "-tp", help="GPUs that share the model: everything is for each of them, but --host-memory."
+        ),
+    ] = 1,
     requests: Annotated[int, typer.Option("--requests", help="Requests at the same time, of equal length.")] = 1,
     budget: Annotated[
         int | None,
@@ -148,6 +154,10 @@ def plan(
         from specontext.cli.plan_plot import check_plot
 
         check_plot(plot)
+    if tensor_parallel_size < 1:
+        raise UsageError(f"--tensor-parallel-size must be at least 1, got {tensor_parallel_size}")
+    if tensor_parallel_size > 1 and mode == "paper":
+        raise UsageError("--tensor-parallel-size has no meaning in mode paper, whose formulas are of one GPU: leave it out")
     limits = _limits(max_num_seqs, min_num_seqs, max_tpot_ms)
     speed = _speed(bandwidth, host_bandwidth)
     if max_model_len is not None and max_model_len < 1:
@@ -157,6 +167,7 @@ def plan(
     planned = make_plan(
         facts,
         mode=mode,
+        tensor_parallel_size=tensor_parallel_size,
         gpu_memory=device_bytes,
         host_memory=host_bytes,
         requests=requests,

@@ -66,8 +66,9 @@ def heading(planned: Planned) -> list[str]:
     limit = f" ({shape.limited_by})" if shape.limited_by and plan.max_model_len == shape.max_position else ""
     requests = "1 request" if plan.requests == 1 else f"{plan.requests} requests"
     note = "" if facts.weights_note is None else f" ({facts.weights_note})"
+    each = "" if planned.ranks == 1 else f"each of {planned.ranks} ranks of "
     return [
-        f"{facts.name}: {_count(facts.parameters)} parameters, {heads}, {dtype}{note}; "
+        f"{each}{facts.name}: {_count(facts.parameters)} parameters, {heads}, {dtype}{note}; "
         f"{human_bytes(facts.kv_bytes_per_token)} of KV a token{kv}",
         f"retrieval head: {_count(facts.head.parameters)} parameters ({facts.head.source})",
         f"{human_bytes(plan.gpu_memory)} of GPU memory, {host}; {requests}, budget {run.budget:,}{slots}, contexts of up to "

@@ -37,6 +37,7 @@ class Planned:
         speed: bandwidths for the floor of a step, None for none.
         overlap: share of the selected entries that the step before selected too.
         throughput: tokens a second against requests and length, and the choice.
+        ranks: that share the model; everything is of one of them.
     """
 
     plan: MemoryPlan
@@ -46,6 +47,7 @@ class Planned:
     speed: Bandwidths | None
     overlap: float
     throughput: Throughput
+    ranks: int = 1
 
     @property
     def facts(self) -> ModelFacts:
@@ -164,6 +166,7 @@ def make_plan(
     facts: ModelFacts,
     *,
     mode: str,
+    tensor_parallel_size: int = 1,
     gpu_memory: int,
     host_memory: int | None,
     requests: int,
@@ -178,7 +181,11 @@ def make_plan(
     speed: Bandwidths | None = None,
     overlap: float = 0.85,
 ) -> Planned:
-    """The plan for a model; settings that are None are filled in as the engine does.
+    """The plan for a model, of each rank where several share it; settings that are None are filled in as the engine does.
+
+    Args:
+        facts: of the whole model.
+        host_memory: of the machine, which ranks share.
 
     Raises:
         ConfigError: settings that contradict each other or the model.
@@ -186,7 +193,10 @@ def make_plan(
     """
     from specontext.memory.model import RunSettings, estimate_runtime, fitting_step, measured_model, paper_model
     from specontext.memory.planner import MemoryPlan
+    from specontext.memory.sharing import Share
 
+    facts = Share(0, tensor_parallel_size).facts(facts)
+    host_memory = None if host_memory is None else host_memory // tensor_parallel_size
     shape = facts.shape
     if max_model_len is not None and max_model_len > shape.reach:
         raise ConfigError(f"max_model_len {max_model_len} exceeds the model's maximum of {shape.longest}")
@@ -225,7 +235,7 @@ def make_plan(
     plan.check_weights()
     source = "30 % of model and head" if mode == "paper" else "estimate by formula" if runtime is None else "given"
     throughput = throughput_of(plan_of, facts, machine, limits, lengths=shown_lengths(plan), budget=chosen, overlap=overlap)
-    return Planned(plan, run, source, graphs, speed, overlap, throughput)
+    return Planned(plan, run, source, graphs, speed, overlap, throughput, tensor_parallel_size)
 
 
 def shown_lengths(plan: MemoryPlan) -> list[int]:
@@ -287,6 +297,7 @@ def as_object(planned: Planned) -> dict[str, Any]:
         "lengths": [row_at(planned, length) for length in shown_lengths(plan)],
         **planned.throughput.as_dict(),
         "inputs": {
+            "tensor_parallel_size": planned.ranks,
             "gpu_memory": plan.gpu_memory,
             "host_memory": plan.host_memory,
             "requests": plan.requests,

@@ -94,9 +94,11 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         MemoryPlanError: memory that cannot hold them.
     """
     loaded = replace(loaded, shape=replace(loaded.shape, kv_dtype=kv_format(config, loaded.shape, device)))
-    shape = loaded.shape
+    whole, ranks = loaded.shape, loaded.ranks
+    shape = whole if ranks is None else ranks.share.shape(whole)
+    loaded = replace(loaded, shape=shape)
     recommended = head.config.recommended_budget if head is not None else None
-    machine = machine_speed(device)
+    machine = machine_speed(device) if ranks is None else ranks.decide(partial(machine_speed, device))
     method = with_kv_where_it_can_be(config.method.resolve(recommended_budget=recommended, num_layers=shape.layers), machine)
     max_tokens = longest_context(config, shape)
     fix_rope(loaded.model, max_tokens)
@@ -113,7 +115,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     slots = method.slots if selecting else 0
     adaptive = method.offload_layers is None
     context = MethodContext(
-        shape,
+        whole,
         Budget(method.budget, method.sink, method.recent),
         method.granularity,
         config.max_num_seqs,
@@ -141,11 +143,13 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     runtime, graphs = None, 0
     if device.type == "cuda":
         if config.max_num_batched_tokens is None:
-            run = fitting_step(facts, run, gpu_limit(config, torch.cuda.mem_get_info(device)[1]))
+            total = torch.cuda.mem_get_info(device)[1]
+            run = fitting_step(facts, run, gpu_limit(config, total if ranks is None else ranks.least(total)))
             tokens = StepTokens(run.max_batched_tokens, min(tokens.mixed, run.max_batched_tokens))
         torch.cuda.empty_cache()  # of engines before this one: what is small would keep all of a block that was theirs
         features = head.config.feature_layers if head is not None and head.config.variant == "features" else ()
         runtime = measure_runtime(loaded, facts, run, feature_layers=features) + staged_bytes(facts, run)
+        runtime = runtime if ranks is None else ranks.most(runtime)
         if not config.enforce_eager:
             spans = len(span_buckets(method.budget, max_tokens)) if selector_class(names[0]).by_span else 1
             graphs = graph_bytes(
@@ -163,13 +167,17 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         spare_layers=1 if adaptive and slots else 0,
         states=sum(kind.state_bytes(context) for kind in dict.fromkeys(kinds)),
     )
+    on_device = device_memory(config, plan, device)
+    on_host = pinnable((config.host_memory or host_default(config)) // config.tensor_parallel_size, machine, plan)
+    if ranks is not None:  # ranks have the same pages, so that one of them can say for all where KV goes
+        on_device, on_host = ranks.least(on_device), ranks.least(on_host)
     sizes = size_tiers(
         plan.kv,
         offloaded=method.offload_layers,
         seats=config.max_num_seqs,
         max_tokens=max_tokens,
-        device_memory=device_memory(config, plan, device),
-        host_memory=pinnable(config.host_memory or host_default(config), machine, plan),
+        device_memory=on_device,
+        host_memory=on_host,
     )
     if config.offload_dir is not None and device.type == "cuda":
         raise ConfigError(
@@ -184,6 +192,8 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         device=device,
         directory=config.offload_dir,
     )
+    if ranks is not None and host.memory is not None:
+        host.memory.reach(host.memory.num_bytes)  # how far a thread has pinned it would differ
     rings = None
     if shape.windowed:
         rings = Rings(shape, seats=config.max_num_seqs, page_size=config.page_size, max_tokens=max_tokens, device=device)
@@ -198,7 +208,8 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         max_tokens=max_tokens,
         adaptive=adaptive,
         verify_loads=config.verify_loads,
-        write_through=config.measure_recall,
+        write_through=config.measure_recall
+        or (device.type == "cpu" and any(map(reads_everything, kinds))),  # it reads them in place
         state=block_state(methods, config.page_size),
         rings=rings,
     )
@@ -317,6 +328,8 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
     output = model.get_output_embeddings()
     lookup = 0 if output is not None and output.weight is table else table.numel()
     intermediate = getattr(model.config, "intermediate_size", None) or 4 * loaded.shape.hidden_size
+    if loaded.ranks is not None:
+        intermediate //= loaded.ranks.share.size
     sizes = NO_HEAD if head is None else facts_of_head(head.config)
     return ModelFacts(loaded.name, loaded.shape, loaded.parameters, lookup, intermediate, sizes, stored_bytes=loaded.weight_bytes)
 
@@ -354,4 +367,6 @@ def make_methods(names: Sequence[str], context: MethodContext, loaded: LoadedMod
         keys = arena.as_keys(context.head.config.key_count, context.head.config.head_dim)
         cache = partial(KeyCache, keys, arena.pages, seats=context.seats, max_tokens=context.max_tokens)
         context = replace(context, embedding=loaded.model.get_input_embeddings(), key_cache=cache)
-    return Methods(names[0], context.budget, make_selectors(names, context), layout=arena.layout, device=context.device)
+    heads = slice(None) if loaded.ranks is None else loaded.ranks.share.kv_heads(context.shape)
+    selectors = make_selectors(names, context)
+    return Methods(names[0], context.budget, selectors, layout=arena.layout, device=context.device, heads=heads)

@@ -69,6 +69,7 @@ class EngineLoop:
 
     def start(self) -> None:
         self.meter.take(self.engine)
+        self.engine.when_lost(lambda: self.order(Order(self.engine.raise_if_lost)))
         self._thread.start()
 
     def order(self, order: Order | None) -> None:

@@ -15,6 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.core import CompletionOutput, ModelShape, RequestOutput, SamplingParams, shown
 from specontext.engine.llm_engine import Generation, LLMEngine
+from specontext.engine.parallel_engine import make_engine
 from specontext.errors import ConfigError, EngineClosedError, RequestError
 from specontext.models.loading import LoadedModel
 
@@ -50,7 +51,7 @@ class LLM:
         loaded = model if isinstance(model, LoadedModel) else None
         name = model.name if isinstance(model, LoadedModel) else model
         method = config or SpeContextConfig()
-        self.engine = LLMEngine(
+        self.engine = make_engine(
             EngineConfig(name, retrieval_head, method, dtype=dtype, device=device, **options),  # type: ignore[arg-type]
             loaded,
         )
@@ -80,6 +81,8 @@ class LLM:
         """
         if self.engine.has_work:
             raise ConfigError("finish or drop the running streams before changing the configuration")
+        if self.engine.config.tensor_parallel_size > 1:
+            raise ConfigError("ranks are started for one configuration: make a new LLM, or leave tensor_parallel_size out")
         before, loaded, seeds = self.engine.config, self.engine.loaded, self.engine.seeds
         settings = replace(before, method=config, retrieval_head=retrieval_head)
         self.engine.close()

@@ -32,6 +32,7 @@ from specontext.kernels.dispatch import upload
 from specontext.kv.host_memory import settle
 from specontext.models.compiled import keep_compiled
 from specontext.models.loading import LoadedModel, load_model
+from specontext.models.ranks import Ranks
 from specontext.models.token_ids import unknown_token
 from specontext.retrieval.catalog import find_head
 from specontext.retrieval.random_head import random_head
@@ -88,19 +89,13 @@ class LLMEngine:
     """
 
     def __init__(self, config: EngineConfig, loaded: LoadedModel | None = None) -> None:
+        if config.tensor_parallel_size > 1 and (loaded is None or loaded.ranks is None):
+            raise ConfigError("this runs in one process: leave tensor_parallel_size out")
         self.config = config
         self.device = loaded.model.device if loaded is not None else pick_device(config.device)
         if self.device.type == "cuda":
             keep_compiled()
-        self.loaded = loaded or load_model(
-            config.model,
-            dtype=config.dtype,
-            device=self.device,
-            load_format=config.load_format,
-            quantization=config.quantization,
-            trust_remote_code=config.trust_remote_code,
-            revision=config.revision,
-        )
+        self.loaded = loaded or load_configured(config, self.device)
         head = None
         headed = any(needs_head(name) and base_of(name) == name for name in config.all_methods)
         if headed and config.load_format == "dummy" and config.retrieval_head == "auto":
@@ -506,6 +501,12 @@ class LLMEngine:
         self.parts.kv.check_integrity(self.parts.methods.held_pages)
         self.parts.prefix.check_integrity(self.scheduler.running)
 
+    def when_lost(self, notify: Callable[[], None]) -> None:
+        """Have another thread call `notify` where something the engine cannot do without is lost between two steps."""
+
+    def raise_if_lost(self) -> None:
+        """Raises RankError for what was lost."""
+
     def reset_prefix_cache(self) -> None:
         """Forget what is known of prompts; running requests keep what they have."""
         self.parts.prefix.reset()
@@ -536,6 +537,24 @@ class LLMEngine:
             if name in UNTIL_CLOSED:
                 raise EngineClosedError("the engine was closed: make a new one")
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+
+def load_configured(config: EngineConfig, device: torch.device, ranks: Ranks | None = None) -> LoadedModel:
+    """The model that an engine's settings name; of its layers a rank's part, where there are ranks.
+
+    Raises:
+        SpeContextError: as of `load_model`.
+    """
+    return load_model(
+        config.model,
+        dtype=config.dtype,
+        device=device,
+        load_format=config.load_format,
+        quantization=config.quantization,
+        trust_remote_code=config.trust_remote_code,
+        revision=config.revision,
+        ranks=ranks,
+    )
 
 
 def which_prompt(number: int, count: int) -> str:

@@ -24,6 +24,7 @@ class Methods:
         budget: the engine's; no request may have a larger one.
         selectors: by name of the method, made for this budget.
         layout: of the KV that they choose from.
+        heads: the KV heads that are here, where other ranks have the others.
 
     Attributes:
         shared: the method whose state every request has, so that what is known of a prefix serves all; None without a head.
@@ -32,7 +33,14 @@ class Methods:
     """
 
     def __init__(
-        self, own: str, budget: Budget, selectors: Mapping[str, Selector], *, layout: Layout, device: torch.device
+        self,
+        own: str,
+        budget: Budget,
+        selectors: Mapping[str, Selector],
+        *,
+        layout: Layout,
+        device: torch.device,
+        heads: slice = slice(None),
     ) -> None:
         self.selectors, self.budget = dict(selectors), budget
         self.own = Choice(own, 0 if reads_everything(selectors[own]) else budget.total)
@@ -41,7 +49,7 @@ class Methods:
         self.shared = selectors[headed[0]] if headed else None
         self._headed = headed
         self.readers = {
-            name: Reader.of_map(layout, one.head_map, device, in_layer=isinstance(one, LayerSelector))
+            name: Reader.of_map(layout, one.head_map[:, heads], device, in_layer=isinstance(one, LayerSelector))
             for name, one in selectors.items()
         }
         self.own_way = self.selector, self.readers[own]

@@ -232,6 +232,9 @@ class ModelRunner:
         if batch.prefills:
             parts.prefix.observe(batch, features)
         logits: Tensor = output.logits[0]
+        if self.loaded.ranks is not None:  # so that all choose the same tokens, whatever their products round to
+            logits = logits.contiguous()
+            self.loaded.ranks.share_(logits)
         return logits
 
     def close(self) -> None:

@@ -25,7 +25,9 @@ from specontext.models.config_check import check_supported
 from specontext.models.end_tokens import end_tokens
 from specontext.models.number_format import running_format
 from specontext.models.quantized import Asked, load_quantised
+from specontext.models.ranks import Ranks
 from specontext.models.rope import fix_rope
+from specontext.models.sharding import shard
 from specontext.models.tokenizer_files import load_tokenizer
 from specontext.models.weights import random_model, stored_model
 from specontext.quantization.linear import QuantizedLinear
@@ -55,6 +57,7 @@ class LoadedModel:
         end_token_ids: tokens that end an output, see `end_tokens`.
         base: the model that an adapter was merged into, as its name says; None for any other.
         quantization: how its weights were quantised, and what became of that, in words; None for plain ones.
+        ranks: the processes that have the other parts of its layers; None where they are whole.
     """
 
     name: str
@@ -65,6 +68,7 @@ class LoadedModel:
     end_token_ids: frozenset[int]
     base: str | None = None
     quantization: str | None = None
+    ranks: Ranks | None = None
 
     @property
     def head_name(self) -> str:
@@ -101,6 +105,7 @@ def load_model(
     quantization: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    ranks: Ranks | None = None,
 ) -> LoadedModel:
     """Load weights and tokenizer, with attention routed through this engine.
 
@@ -109,8 +114,10 @@ def load_model(
         load_format: "dummy" makes random weights, the same ones every time, quantised as the config says; only config and
             tokenizer are read.
         quantization: 'fp8' or 'int4' rounds 16-bit weights of linear layers while they are loaded.
+        ranks: of the layers only this rank's part is kept, once all is read; they need not be connected yet.
 
     Raises:
+        ConfigError: heads that so many ranks cannot share.
         ModelError: not found, broken or incomplete, quantised in a way that is not read, or using a feature that is not
             supported.
     """
@@ -125,6 +132,8 @@ def load_model(
     scheme, dummy = None if entry is None else scheme_of(entry, source), load_format == "dummy"
     asked = Asked(source, scheme, quantization, dummy, adapter is None or dummy, options)
     asked.check()
+    if ranks is not None and asked.is_quantised:
+        raise ModelError(f"the weights of {source} are quantised, which ranks cannot share: leave tensor_parallel_size out")
     config = read_config(source, **options)
     check_supported(config)
     format_ = dequantised(config.to_dict()) if not dummy else None
@@ -141,16 +150,19 @@ def load_model(
     if adapter is not None and not dummy:
         model = merged(model, adapter)
     with one_sentence(f"cannot load the model {source}"):
-        model = model.to(device).eval().requires_grad_(False)
+        model = (model if ranks is not None else model.to(device)).eval().requires_grad_(False)
         shape = ModelShape.from_config(config, model.dtype)
         check_attention(model, shape)
+        if ranks is not None:  # a part may fit where the whole does not
+            shard(model, shape, ranks)
+            model = model.to(device)
     fix_rope(model, shape.max_position)
     ends = end_tokens(source, tokenizer, revision=revision)
     path = source if isinstance(source, Path) else None
     if adapter is None:
-        return LoadedModel(str(name), path, model, tokenizer, shape, ends, quantization=note)
+        return LoadedModel(str(name), path, model, tokenizer, shape, ends, quantization=note, ranks=ranks)
     path = adapter.folder if adapter.beside(OWN_HEAD) else path
-    return LoadedModel(str(name), path, model, tokenizer, shape, ends, str(adapter.base), note)
+    return LoadedModel(str(name), path, model, tokenizer, shape, ends, str(adapter.base), note, ranks)
 
 
 def adopt_model(model: PreTrainedModel) -> LoadedModel:

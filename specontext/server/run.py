@@ -15,6 +15,7 @@ import uvicorn
 
 from specontext.config import EngineConfig
 from specontext.engine.llm_engine import LLMEngine
+from specontext.engine.parallel_engine import make_engine
 from specontext.errors import ConfigError, SpeContextError
 from specontext.server.app import create_app
 from specontext.server.errors import DrainingError
@@ -47,7 +48,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, *, announce: Callab
         configure_logging()
         began = time.perf_counter()
         logger.info("%s", fields("loading", {"model": engine_config.model}))
-        engine = LLMEngine(engine_config)
+        engine = make_engine(engine_config)
         loaded = time.perf_counter()
         logger.info("%s", fields("loaded", {"seconds": round(loaded - began, 1), "device": engine.device, "next": "warming up"}))
         engine.warm_up()

@@ -276,3 +276,15 @@ def test_a_card_of_8_gb_takes_qwen3_8b_with_4_bits(run: Any, fails: Fails) -> No
 def test_quantization_that_is_not_known(fails: Fails) -> None:
     assert "choose one of fp8, int4" in fails(["plan", *LLAMA, "--quantization", "awq"])
     assert "--quantization has no meaning in mode paper" in fails(["plan", *LLAMA, "--quantization", "fp8", "--mode", "paper"])
+
+
+def test_ranks_share_a_model(run: Any, fails: Fails) -> None:
+    whole, part = (run("plan", *LLAMA, "--tensor-parallel-size", size, "--json").json for size in (1, 4))
+    layers = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert whole["bytes"]["weights"] - part["bytes"]["weights"] == 2 * layers * 3 // 4
+    assert part["inputs"]["kv_heads"] == 2 and part["inputs"]["kv_bytes_per_token"] * 4 == whole["inputs"]["kv_bytes_per_token"]
+    assert part["max_len_resident"] > whole["max_len_resident"]
+    assert "each of 4 ranks of" in run("plan", *LLAMA, "-tp", 4).stdout
+    assert "tensor_parallel_size 3 does not fit" in fails(["plan", *LLAMA, "-tp", 3])
+    assert "has no meaning in mode paper" in fails(["plan", *LLAMA, "-tp", 2, "--mode", "paper"])
+    assert "quantised weights" in fails(["plan", *LLAMA, "-tp", 2, "--quantization", "fp8"])

@@ -170,3 +170,12 @@ def test_two_methods_with_a_retrieval_head(
         for name, output in zip(asked, outputs, strict=True):
             assert name == "full" or output.token_ids == alone.token_ids, name
         llm.engine.check_integrity()
+
+
+def test_full_reads_its_newest_token_too_where_the_engines_own_method_has_slots(
+    make_llm: MakeLLM, prompts: list[list[int]], greedy: Callable[..., SamplingParams]
+) -> None:
+    resident, offloaded = (
+        make_llm("llama", budget=14, offload_layers=layers).generate(prompts, greedy(24, method="full")) for layers in (0, -1)
+    )
+    assert [output.token_ids for output in offloaded] == [output.token_ids for output in resident]

@@ -216,7 +216,10 @@ def test_args_of_an_application_are_options_as_a_file_has_them(monkeypatch: pyte
         ({"model": "nano", "replica": 2}, "the args of the application sets replica, which the command does not have"),
         ({"model": "nano", "replicas": {"min": 2}}, "replicas must be a text, a number, true, false, or a list of texts"),
         ({"model": "nano", "host_memory": "2 barrels"}, "'2 barrels' is not a size"),
-        ({"model": "nano", "tensor_parallel_size": 2}, "run a replica on each GPU"),
+        (
+            {"model": "nano", "tensor_parallel_size": 2, "quantization": "fp8"},
+            "quantization does not work with tensor_parallel_size 2",
+        ),
     ],
 )
 def test_args_that_cannot_be_honoured(args: dict[str, Any], message: str) -> None:

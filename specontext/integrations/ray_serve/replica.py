@@ -15,6 +15,7 @@ from starlette.types import Message
 
 from specontext.config import EngineConfig
 from specontext.engine.llm_engine import LLMEngine
+from specontext.engine.parallel_engine import make_engine
 from specontext.integrations.ray_serve.call import Call, joined
 from specontext.integrations.ray_serve.settings import DeployConfig
 from specontext.server.app import create_app
@@ -122,6 +123,6 @@ class EngineReplica:
 
 
 def _loaded(config: EngineConfig) -> LLMEngine:
-    engine = LLMEngine(config)
+    engine = make_engine(config)
     engine.warm_up()
     return engine

@@ -1,0 +1,102 @@
+"""The processes that share one model: what they tell each other while they compute.
+
+Groups are made here and belong to one engine; PyTorch's default group, of which a process has one, is left alone.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from specontext.memory.sharing import Share
+
+Result = TypeVar("Result")
+LOCALHOST = "127.0.0.1"
+# Ranks wait for each other so long: for a rank that hangs. One that dies is noticed at once, by its connections.
+TIMEOUT = timedelta(minutes=5)
+
+
+class Ranks:
+    """This process among those that share a model.
+
+    Attributes:
+        share: its part.
+        port: of the store by which ranks find each other, on this machine.
+    """
+
+    def __init__(self, share: Share, port: int | None = None) -> None:
+        self.share = share
+        self._store: Any = dist.TCPStore(LOCALHOST, port or 0, None, port is None, TIMEOUT, False)
+        self.port = int(self._store.port)
+        self._host: Any = None
+        self._device: Any = None
+
+    def connect(self, device: torch.device) -> None:
+        """Find the others; all of them have to call it.
+
+        Raises:
+            RuntimeError: one is missing.
+        """
+        gloo: Any = dist.ProcessGroupGloo  # its stubs lack what its own tests use
+        options = gloo._Options()
+        options._devices = [gloo.create_device(interface="lo")]
+        options._timeout = TIMEOUT
+        rank, size = self.share.rank, self.share.size
+        self._host = self._device = gloo(dist.PrefixStore("host", self._store), rank, size, options)
+        if device.type == "cuda":
+            nccl = dist.ProcessGroupNCCL.Options()
+            nccl._timeout = TIMEOUT
+            self._device = dist.ProcessGroupNCCL(dist.PrefixStore("device", self._store), rank, size, nccl)
+            self.sum_(torch.zeros(1, device=device))  # makes its communicator, which must not happen in a captured step
+
+    @torch.compiler.disable
+    def sum_(self, tensor: Tensor) -> None:
+        """Add up the ranks' tensors, in place. On a GPU the host does not wait."""
+        self._device.allreduce([tensor]).wait()
+
+    def share_(self, tensor: Tensor) -> None:
+        """Put rank 0's numbers into every rank's tensor. On a GPU the host does not wait."""
+        self._broadcast(self._device, tensor)
+
+    def least(self, number: int) -> int:
+        """The least of the ranks' numbers."""
+        return self._reduced(number, dist.ReduceOp.MIN)
+
+    def most(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        return self._reduced(number, dist.ReduceOp.MAX)
+
+    def decide(self, answer: Callable[[], Result]) -> Result:
+        """What a function gives on rank 0, on every rank; it is called there only."""
+        said = pickle.dumps(answer()) if self.share.rank == 0 else b""
+        length = self.most(len(said))
+        numbers = torch.frombuffer(bytearray(said.ljust(length, b"\0")), dtype=torch.uint8)
+        self._broadcast(self._host, numbers)
+        decided: Result = pickle.loads(numbers.numpy().tobytes())
+        return decided
+
+    def abort(self) -> None:
+        """End what waits for a rank that is lost, from any thread."""
+        if self._device is not self._host:
+            self._device.abort()
+
+    def close(self) -> None:
+        """Let go of the others."""
+        self._host = self._device = self._store = None
+
+    def _reduced(self, number: int, how: Any) -> int:
+        numbers = torch.tensor([number], dtype=torch.int64)
+        self._host.allreduce([numbers], how).wait()
+        return int(numbers)
+
+    @staticmethod
+    def _broadcast(group: Any, tensor: Tensor) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        group.broadcast([tensor], options).wait()
