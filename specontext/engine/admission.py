@@ -26,6 +26,7 @@ from specontext.memory.tiers import Tier
 
 # What a request waits for, in the words of the statistics.
 SEATS, MEMORY, PREFIX = "max_num_seqs", "memory", "a prefix that another request computes"
+LEAVING = "layers that leave the device"
 SPEED, THROUGHPUT = "max_tpot_ms", "throughput"
 TURN = "those before it"
 WATERMARK = 64  # tokens that every running request must have room to grow by before another is admitted
@@ -81,8 +82,13 @@ class Admission:
 
     # Room -------------------------------------------------------------------------------------------------------------
 
-    def grow(self, request: Request, tokens: int, *, preempt: bool) -> bool:
-        """Make room for some more tokens of a running request; False when there is none (it may have been preempted itself)."""
+    def grow(self, request: Request, tokens: int, *, preempt: bool, patient: bool = False) -> bool:
+        """Make room for some more tokens of a running request; False when there is none (it may have been preempted itself).
+
+        Args:
+            preempt: those that came last make room for it.
+            patient: rather than have a layer leave at once it waits while one does in portions.
+        """
         length = request.computed + tokens
         if length <= request.room:
             return True
@@ -91,7 +97,7 @@ class Admission:
             short = self.parts.kv.grow(request.seat, length)
             return short or (None if self.parts.methods.grow(request.seat, length) else Tier.DEVICE)
 
-        while not self._take(take):
+        while not self._take(take, patient=patient):
             if not preempt or not self.preempt(but=None) or request.seat < 0:
                 return False
         self._note_room(request)
@@ -100,16 +106,19 @@ class Admission:
     def _note_room(self, request: Request) -> None:
         request.room = min(self.parts.kv.seats[request.seat].room, self.parts.methods.room(request.seat))
 
-    def _take(self, take: Callable[[], Tier | None]) -> bool:
+    def _take(self, take: Callable[[], Tier | None], *, patient: bool) -> bool:
         """Try to take pages, with layers leaving the tier that is full as long as that helps, and pays.
 
         Args:
             take: returns the tier that has too few pages, None where it has taken them.
+            patient: False, too, where a layer leaves in portions, and pages can be taken later.
         """
         full: set[Tier] = set()
         while (short := take()) is not None:
             full.add(short)
             if len(full) > 1 or (short is Tier.DEVICE and not self.leaving_pays()):
+                return False
+            if patient and short is Tier.DEVICE and self.parts.residency.give_way():
                 return False
             if not self.parts.residency.make_room(self.stored, short):
                 return False
@@ -171,8 +180,11 @@ class Admission:
             return PREFIX
         if self.running and (why := self._unwanted(request, running, held)) is not None:
             return why
-        if not self._seat(request, parked):
-            return MEMORY
+        decoding, residency = any(other.decoding and not other.held for other in self.running), self.parts.residency
+        if decoding and not residency.fits_now(wanted, but=held) and residency.give_way():
+            return LEAVING
+        if not self._seat(request, parked, patient=decoding):
+            return LEAVING if decoding and residency.awaited else MEMORY
         self.waiting.remove(request)
         self.running.append(request)
         return None
@@ -196,8 +208,12 @@ class Admission:
         """Tokens that a request is to have room for before another may join."""
         return min(max(len(request.token_ids), request.computed) + WATERMARK, self.most(request))
 
-    def _seat(self, request: Request, parked: Parked | None) -> bool:
-        """Give a waiting request a seat, and back what it had before it was preempted, or what is known of its prompt."""
+    def _seat(self, request: Request, parked: Parked | None, *, patient: bool) -> bool:
+        """Give a waiting request a seat, and back what it had before it was preempted, or what is known of its prompt.
+
+        Args:
+            patient: it waits while a layer leaves in portions, as others decode.
+        """
         parts, seat = self.parts, self._seats[-1]
 
         def take() -> Tier | None:
@@ -217,7 +233,7 @@ class Admission:
                     parts.prefix.fill(request, seat, chain)
                 return short
 
-        if not self._take(take):
+        if not self._take(take, patient=patient):
             return False
         parts.meter.reset(seat)
         if parked is not None:

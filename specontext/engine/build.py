@@ -44,9 +44,11 @@ from specontext.retrieval.selector import Budget, LayerSelector, MethodContext, 
 
 logger = logging.getLogger("specontext")
 SHARE_OF_GPU = 0.9  # that the engine may use where nothing was said
-# Between two steps a moving layer copies weights / this bytes: a fraction of what a step reads in any case. On a GPU the bus is
-# some sixty times slower than its memory, and the copy runs beside the step.
+# Between two steps a moving layer copies weights / this bytes at most: a fraction of what a step reads in any case. On a GPU the
+# bus is some sixty times slower than its memory, and the copy runs beside the step.
 CHUNK_SHARE_OF_WEIGHTS = {"cpu": 4, "cuda": 64}
+# Where no request waits for it, it is so many tokens: their pages take the host a millisecond, and the bus of a large GPU, too.
+MOVED_TOKENS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -226,8 +228,10 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     share = CHUNK_SHARE_OF_WEIGHTS[device.type]
     # A page holds the keys of a whole number of tokens, and may have a rest.
     keys = -(-arena.page_bytes // methods.shared.page_tokens) * methods.num_headed if methods.shared is not None else 0
-    chunk = max(1, facts.weight_bytes // share)
-    residency = Residency(kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=chunk)
+    most = max(1, facts.weight_bytes // share)
+    # More than a step of prompts brings, or a move would never arrive.
+    chunk = min(most, max(MOVED_TOKENS, 2 * tokens.alone) * plan.kv.resident_token)
+    residency = Residency(kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=chunk, most_bytes=most)
     prefix = PrefixCache(kv, methods, enabled=config.enable_prefix_caching)
     limits = ServiceLimits(config.max_num_seqs, config.min_num_seqs, config.max_tpot_ms, config.max_wait_s)
     clock = StepClock(facts, machine, None if reads_everything(methods.selector) else method.budget)

@@ -129,7 +129,8 @@ def test_who_has_waited_long_enough_joins_and_is_not_made_to_wait_again(
     core.step()
     assert list(core.scheduler.waiting) == waiting
     now[0] = 110.1
-    core.step()
+    for _ in range(12):  # layers leave for them while others decode
+        core.step()
     assert not core.scheduler.waiting, "all of them had waited for ten seconds"
     while core.has_work:
         core.step()
@@ -203,6 +204,37 @@ def check_any(
     for job, prompt, (_, tokens) in zip(jobs, wanted, lengths, strict=True):
         [one] = alone.generate([prompt], greedy(tokens))
         assert job.request.output_token_ids == one.token_ids
+
+
+@pytest.mark.parametrize("prompt", [60, 200])
+def test_no_step_of_those_who_decode_pays_for_a_whole_layer_when_others_come(
+    prompt: int, engine: Callable[..., LLM], prompts: Prompts, greedy: Greedy
+) -> None:
+    """Who comes, and a prompt that grows, waits while layers leave in portions, and says so; at last it runs as if alone."""
+    llm = engine(CPU, gpu_memory=50 * PAGE, max_num_batched_tokens=64, max_num_mixed_tokens=16, enable_prefix_caching=False)
+    core, residency, kv = llm.engine, llm.engine.parts.residency, llm.engine.parts.kv
+    residency.chunk_bytes = residency.most_bytes = 4 * kv.layout.layers[0].entry_bytes
+    asked = [(prompts[3], 120), ([7 + i % 900 for i in range(prompt)], 8), (prompts[0], 8)]
+    jobs, copied = [], 0
+    for number in range(600):
+        if number in (0, 10, 14):
+            jobs.append(core.add_request(f"r{len(jobs)}", asked[len(jobs)][0], greedy(asked[len(jobs)][1])))
+        elif not core.has_work:
+            break
+        decoding, forced = any(r.decoding for r in core.scheduler.running), residency.num_moves
+        before = kv.move.bytes if kv.move is not None else 0
+        core.step()
+        core.check_integrity()
+        ended = residency.moves_since(forced)
+        now = kv.move.bytes if kv.move is not None else 0
+        copied += now > before
+        if decoding:
+            assert len(ended) <= 1 and (ended[0].bytes if ended else now) - before <= residency.most_bytes
+    assert moves(llm) > 0 and copied > 10 and all(job.finished for job in jobs)
+    assert "layers that leave the device" in {why for job in jobs for why in job.request.waited_for} or prompt == 200
+    alone = engine(CPU, gpu_memory=400 * PAGE, max_num_seqs=1)
+    for job, (tokens, made) in zip(jobs, asked, strict=True):
+        assert job.request.output_token_ids == alone.generate([tokens], greedy(made))[0].token_ids
 
 
 # The rule itself ------------------------------------------------------------------------------------------------------
