@@ -6,7 +6,8 @@ enough, the request that came last waits at the front of the queue, and its KV, 
 the host has no room for them they are computed again.
 
 Nobody is overtaken: whoever has a seat came before all who wait, except for those that are held. So a request waits at most until
-all that came before it have ended, or `max_wait_s`, if memory has room for it then.
+all that came before it have ended, or `max_wait_s`, if memory has room for it then. Nobody comes and goes: whatever the clock has
+learned meanwhile, one that was made to wait for the sake of tokens a second stays away until a request has ended.
 """
 
 from __future__ import annotations
@@ -48,13 +49,15 @@ class Admission:
         waiting: in order; preempted requests at the front.
         running: in order of admission.
         preemptions: requests that had to wait again, so far.
+        ends: requests that have ended.
     """
 
     def __init__(self, parts: Parts, *, seats: int, max_batched_tokens: int) -> None:
         self.parts, self.max_batched_tokens = parts, max_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.preemptions = 0
+        self.preemptions = self.ends = 0
+        self._outpaced = False  # the last one that lacked room was to make it by waiting, for the sake of tokens a second
         self.worth = Worth(parts.residency, parts.clock, parts.limits)
         self._answers: dict[str, tuple[object, bool]] = {}
         self._seats = list(range(seats - 1, -1, -1))
@@ -71,6 +74,7 @@ class Admission:
 
     def finish(self, request: Request) -> None:
         """Take a request out, running or waiting, and free what it holds."""
+        self.ends += 1
         if request.seat < 0:
             self.waiting.remove(request)
             parked = self._parked.pop(request.request_id, None)
@@ -114,9 +118,11 @@ class Admission:
             patient: False, too, where a layer leaves in portions, and pages can be taken later.
         """
         full: set[Tier] = set()
+        self._outpaced = False
         while (short := take()) is not None:
             full.add(short)
-            if len(full) > 1 or (short is Tier.DEVICE and not self.leaving_pays()):
+            self._outpaced = short is Tier.DEVICE and not self.leaving_pays()
+            if len(full) > 1 or self._outpaced:
                 return False
             if patient and short is Tier.DEVICE and self.parts.residency.give_way():
                 return False
@@ -199,6 +205,8 @@ class Admission:
             return SPEED
         if not self.parts.residency.adaptive:
             return None
+        if request.set_back == self.ends:
+            return THROUGHPUT
         behind = [self._soon(one) for one in islice((r for r in self.waiting if not r.held), len(self._seats))]
         others = (id(request), len(behind), sum(behind))
         pays = self._ask("joining", running, others, lambda: self.worth.joining_pays(running, behind, but=held))
@@ -256,6 +264,8 @@ class Admission:
         if victim is None:
             return False
         self.put_back(victim)
+        if self._outpaced:
+            victim.set_back = self.ends
         self.preemptions += 1
         victim.preemptions += 1
         return True

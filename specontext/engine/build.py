@@ -29,6 +29,7 @@ from specontext.kv.layout import Layout
 from specontext.kv.pool import PagePool, make_pools
 from specontext.kv.rings import Rings
 from specontext.memory.facts import NO_HEAD, ModelFacts
+from specontext.memory.learning import LearnedClock
 from specontext.memory.model import MemoryModel, RunSettings, fitting_step, measured_model, staged_bytes
 from specontext.memory.probe import LEAST_PINNED, machine_speed, why_kv_stays
 from specontext.memory.step_time import MachineSpeed, StepClock
@@ -60,7 +61,7 @@ class Parts:
         methods: it and those that requests may name.
         prefix: what requests know of each other's prompts.
         plan: bytes of everything.
-        clock: how long steps are expected to take.
+        clock: how long steps are expected to take, as the engine's own have taken.
         limits: what users set for how many requests run at once.
         max_tokens: longest context of one request.
         step_tokens: of one step.
@@ -75,7 +76,7 @@ class Parts:
     residency: Residency
     plan: MemoryModel
     sizes: TierSizes
-    clock: StepClock
+    clock: LearnedClock
     limits: ServiceLimits
     max_tokens: int
     step_tokens: StepTokens
@@ -234,7 +235,8 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     residency = Residency(kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=chunk, most_bytes=most)
     prefix = PrefixCache(kv, methods, enabled=config.enable_prefix_caching)
     limits = ServiceLimits(config.max_num_seqs, config.min_num_seqs, config.max_tpot_ms, config.max_wait_s)
-    clock = StepClock(facts, machine, None if reads_everything(methods.selector) else method.budget)
+    expected = StepClock(facts, machine, None if reads_everything(methods.selector) else method.budget)
+    clock = LearnedClock(expected, learns=ranks is None, learns_bus=device.type == "cuda")
     return Parts(method, methods, kv, prefix, meter, residency, plan, sizes, clock, limits, max_tokens, tokens, head)
 
 

@@ -55,7 +55,7 @@ class Scheduler:
     def forget(self) -> None:
         """Begin to count anew, and know of no prompt, while no request runs."""
         assert not self.running and not self.waiting
-        for part in (self.parts.prefix, self.parts.meter, self.parts.residency):
+        for part in (self.parts.prefix, self.parts.meter, self.parts.residency, self.parts.clock):
             part.forget()
         self.admission.preemptions = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -36,6 +37,7 @@ def engine(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
     def make(machine: MachineSpeed = SLOW, **options: Any) -> LLM:
         monkeypatch.setattr("specontext.engine.build.machine_speed", lambda _: machine)
+        monkeypatch.setattr("specontext.memory.learning.PERIOD", 1 << 30)  # this machine is none that could be measured
         return make_llm("llama", budget=12, **{"host_memory": 400 * PAGE, "max_num_seqs": 4} | options)
 
     return make
@@ -235,6 +237,38 @@ def test_no_step_of_those_who_decode_pays_for_a_whole_layer_when_others_come(
     alone = engine(CPU, gpu_memory=400 * PAGE, max_num_seqs=1)
     for job, (tokens, made) in zip(jobs, asked, strict=True):
         assert job.request.output_token_ids == alone.generate([tokens], greedy(made))[0].token_ids
+
+
+@pytest.mark.parametrize("seed", [2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (3, 4, 6))])
+def test_nobody_comes_and_goes_whatever_the_clock_learns(
+    seed: int, engine: Callable[..., LLM], prompts: Prompts, greedy: Greedy
+) -> None:
+    """The worst that a clock can say: that all should join, and that one of them should wait. Who was made to wait stays away
+    until a request has ended; all end, with their tokens."""
+    llm = engine(gpu_memory=48 * PAGE)
+    admission, rng = llm.engine.scheduler.admission, random.Random(seed)
+    asked = [([i + 4, *(prompts[2] + prompts[1])][: rng.randint(30, 60)], rng.randint(66, 90)) for i in range(3)]
+    set_back: dict[str, int] = {}
+    seat, put_back = admission._seat, admission.put_back
+
+    def seating(request: Request, parked: Any, *, patient: bool) -> bool:
+        assert set_back.get(request.request_id) != admission.ends or not admission.running, "it came back too soon"
+        return seat(request, parked, patient=patient)
+
+    def leaving(request: Request, **options: Any) -> None:
+        if admission._outpaced:
+            set_back[request.request_id] = admission.ends
+        put_back(request, **options)
+
+    admission._seat, admission.put_back = seating, leaving  # type: ignore[method-assign, assignment]
+    likely = {"joining": 0.9, "leaving": 0.002}
+    admission._ask = lambda question, *_: rng.random() < likely[question]  # type: ignore[method-assign]
+    jobs, _ = run(llm, [prompt for prompt, _ in asked], [made for _, made in asked], greedy)
+    assert set_back, "somebody was made to wait"
+    assert all(job.request.preemptions <= admission.ends for job in jobs) and jobs[0].request.preemptions == 0
+    alone = engine(CPU, gpu_memory=400 * PAGE, max_num_seqs=1)
+    for job, (prompt, made) in zip(jobs, asked, strict=True):
+        assert job.request.output_token_ids == alone.generate([prompt], greedy(made))[0].token_ids
 
 
 # The rule itself ------------------------------------------------------------------------------------------------------
