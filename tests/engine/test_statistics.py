@@ -203,14 +203,14 @@ def test_an_engine_learns_what_its_steps_take(
     settled = make_llm("llama", method, budget=budget).generate(prompts[:2], greedy(60))
     monkeypatch.setattr("specontext.memory.learning.PERIOD", 8)
     llm, ticks = make_llm("llama", method, budget=budget), itertools.count()
-    monkeypatch.setattr("specontext.engine.llm_engine.time.perf_counter", lambda: 0.025 * next(ticks))  # asked twice a step
+    monkeypatch.setattr("specontext.engine.llm_engine.time.perf_counter", lambda: 0.025 * next(ticks))  # as often in each step
     clock = llm.engine.parts.clock
     before = clock.decode([60, 60], 0).seconds
     outputs = llm.generate(prompts[:2], greedy(60))
-    assert clock.step_s == pytest.approx(0.05) and before < 0.01
-    assert clock.decode([60, 60], 0).seconds == pytest.approx(0.05, rel=0.1)
+    assert clock.step_s is not None and clock.step_s > 0.04 > 4 * before
+    assert clock.decode([60, 60], 0).seconds == pytest.approx(clock.step_s, rel=0.1)
     stats = outputs[0].stats
-    assert stats["step_s"] == pytest.approx(0.05) and stats["expected_step_s"] == pytest.approx(0.05, rel=0.1)
+    assert stats["step_s"] == clock.step_s and stats["expected_step_s"] == pytest.approx(clock.step_s, rel=0.1)
     status = StatusMeter().take(llm.engine)
     assert (status.step_s, status.expected_step_s) == (clock.step_s, clock.expected_s)
     assert (status.expected_overlap is None) == (method == "full")
