@@ -107,8 +107,8 @@ def run_parts(
             found.append(result)
     if left:
         count = "1 part" if len(left) == 1 else f"{len(left)} parts"
-        takes = "" if scale.tiny else f", about {sum(map(clock.of, left)):.0f} minutes on a GPU"
-        _say(f"left for another time: {count}{takes}; the same command goes on")
+        rest = "" if scale.tiny else f", about {sum(map(clock.of, left)):.0f} minutes on a GPU"
+        _say(f"left for another time: {count}{rest}; the same command goes on")
     return found, left
 
 
