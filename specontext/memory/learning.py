@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 from specontext.memory.step_time import StepClock, StepTime
 
-PERIOD = 64  # steps from look to look
-TRAFFIC = 4  # looks from one reading of what was loaded to the next: the host waits for the device then
+PERIOD = 16  # steps from look to look; where requests come and go, longer stretches are rare
+TRAFFIC = 16  # looks from one reading of what was loaded to the next: the host waits for the device then
 WINDOWS = 5  # of which the median counts
 DEADBAND = 0.05  # of a measured step, within which nothing is changed
 LEAST_MISSED = 0.01  # share of a selection; the overlap is known no better

@@ -113,13 +113,13 @@ def test_a_single_slow_window_is_not_believed() -> None:
 
 def test_only_undisturbed_steps_count() -> None:
     clock = LearnedClock(PRIOR)
-    base = Seen(1.0, 64, (1, 2), (100, 200), 0, 0)
-    later = Seen(9.0, 128, (1, 2), (164, 264), 0, 0)
+    base = Seen(1.0, PERIOD, (1, 2), (100, 200), 0, 0)
+    later = Seen(3.0, 2 * PERIOD, (1, 2), (100 + PERIOD, 200 + PERIOD), 0, 0)
     nothing = Traffic(0, 0, 0, 0)
     for disturbed in (
         replace(later, requests=(1, 3)),
-        replace(later, requests=(1,), lengths=(164,)),
-        replace(later, lengths=(164, 900)),
+        replace(later, requests=(1,), lengths=(100 + PERIOD,)),
+        replace(later, lengths=(100 + PERIOD, 900)),
         replace(later, moves=1),
         replace(later, away=1),
         replace(later, at=1.0),
@@ -130,15 +130,16 @@ def test_only_undisturbed_steps_count() -> None:
         assert clock.step_s is None and clock.now is PRIOR
     clock.look(base, lambda: nothing)
     clock.look(later, lambda: nothing)
-    assert clock.step_s == 8.0 / 64 and clock.expected_s == PRIOR.decode([132, 232], 0).seconds
-    assert clock.decode([132, 232], 0).seconds == pytest.approx(0.125)
+    middle = [100 + PERIOD // 2, 200 + PERIOD // 2]
+    assert clock.step_s == 2.0 / PERIOD and clock.expected_s == PRIOR.decode(middle, 0).seconds
+    assert clock.decode(middle, 0).seconds == pytest.approx(2.0 / PERIOD)
 
 
 @pytest.mark.parametrize("away", [0, 8])
 def test_the_overlap_is_that_of_the_requests_that_there_are(away: int) -> None:
     """With layers away what was really loaded counts, so slots beyond the budget do, too."""
     run, rng = Run(ENGINES["captured"]), random.Random(1)
-    for _ in range(12):
+    for _ in range(8):
         run.decode([16384] * 4, away, TRAFFIC)
         share = 0.7 + 0.02 * rng.random()
         was = run.traffic
