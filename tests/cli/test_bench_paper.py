@@ -117,7 +117,7 @@ def test_a_part_that_was_broken_off_goes_on_where_it_was(run: Any, tmp_path: Pat
             watch(name, dies=True)
         run(*words)
     assert asked == ["most_of_theirs hf-sdpa", "theirs hf-sdpa", "ours full", "ours ours"]
-    assert [file.name for file in tmp_path.iterdir()] == ["progress.json"]
+    assert [file.name for file in tmp_path.iterdir()] == ["qwen3-8b_2k-16k_ours.progress"]
     asked.clear()
     with monkeypatch.context() as monkeypatch:
         for name in ("ours", "theirs", "most_of_theirs"):
@@ -128,6 +128,12 @@ def test_a_part_that_was_broken_off_goes_on_where_it_was(run: Any, tmp_path: Pat
     assert all(row["tokens_per_s"] and row["over_full"] for row in found.json["rows"])
     kept = json.loads((tmp_path / "qwen3-8b_2k-16k_ours.json").read_text())
     assert kept["resumed"] == 2 and kept["seconds"] > 0
+    assert [file.name for file in tmp_path.iterdir()] == ["qwen3-8b_2k-16k_ours.json"]
+    asked.clear()
+    with monkeypatch.context() as monkeypatch:
+        watch("most_of_theirs", dies=False)
+        run(*[word if word != "qwen3-8b/2k-16k/ours" else "qwen3-8b/2k-16k/methods" for word in words])
+    assert asked == [], "another part of the column knows what was searched for"
 
 
 def test_parts_that_there_is_no_time_for_are_left(run: Any, tmp_path: Path) -> None:

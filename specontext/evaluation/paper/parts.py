@@ -129,7 +129,7 @@ def hugging_face(bench: Bench, column: Column) -> list[Row]:
 def most_of_theirs(bench: Bench, way: Theirs, column: Column) -> int | None:
     """With how many requests Hugging Face is fastest; it is searched for once for all parts of a column."""
     name = f"requests of {way.name} at {column.name} of {column.prompt}, {bench.loaded.name}"
-    return bench.progress.once(name, lambda: bench.most_of_theirs(way, column), shared=True)
+    return bench.progress.search(name, lambda: bench.most_of_theirs(way, column))
 
 
 def ours(bench: Bench, column: Column) -> list[Row]:

@@ -85,7 +85,7 @@ def run_parts(
                 left.append(part)
                 continue
             else:
-                there = progress.begin(part.name)
+                there = progress.begin(part.file_name)
                 takes = [] if scale.tiny else [f"about {clock.of(part):.1f} minutes on a GPU"]
                 takes += [f"{there} numbers are there"] if there else []
                 _say(f"measuring {part.name}" + (f" ({', '.join(takes)})" if takes else ""))
@@ -102,7 +102,7 @@ def run_parts(
                 if there:
                     result["resumed"] = there
                 if folder is not None and not any(row.get("failed") for row in rows):
-                    write_json(folder / part.file_name, result)
+                    write_json(folder / part.file_name, result | {"searched": progress.own})
                     progress.end()
             found.append(result)
     if left:
