@@ -215,6 +215,18 @@ class Residency:
         elif target < now:
             self.kv.begin_move(min(self.kv.offloaded), to_host=False)
 
+    def rehearse(self, stored: Mapping[int, int]) -> None:
+        """Have the last layer leave and come back at once, as far as there is room, so that what runs then is compiled."""
+        layer = self.kv.next_to_leave
+        if not self.adaptive or self.kv.move is not None or layer is None:
+            return
+        for to_host in (True, False):
+            if not self.kv.begin_move(layer, to_host=to_host):
+                return
+            if not self.kv.finish_move(stored):
+                self.kv.cancel_move()
+                return
+
     def give_way(self) -> bool:
         """Have a layer leave the device in portions, since a request that need not run now waits for it; False where none can,
         or where that frees nothing."""
