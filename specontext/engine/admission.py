@@ -7,7 +7,8 @@ the host has no room for them they are computed again.
 
 Nobody is overtaken: whoever has a seat came before all who wait, except for those that are held. So a request waits at most until
 all that came before it have ended, or `max_wait_s`, if memory has room for it then. Nobody comes and goes: whatever the clock has
-learned meanwhile, one that was made to wait for the sake of tokens a second stays away until a request has ended.
+learned meanwhile, one that was made to wait for the sake of tokens a second stays away until a request has ended, and one for
+which layers have begun to leave comes in.
 """
 
 from __future__ import annotations
@@ -188,6 +189,7 @@ class Admission:
             return why
         decoding, residency = any(other.decoding and not other.held for other in self.running), self.parts.residency
         if decoding and not residency.fits_now(wanted, but=held) and residency.give_way():
+            request.let_in = self.ends
             return LEAVING
         if not self._seat(request, parked, patient=decoding):
             return LEAVING if decoding and residency.awaited else MEMORY
@@ -205,8 +207,8 @@ class Admission:
             return SPEED
         if not self.parts.residency.adaptive:
             return None
-        if request.set_back == self.ends:
-            return THROUGHPUT
+        if self.ends in (request.set_back, request.let_in):  # what was said holds until somebody has ended
+            return THROUGHPUT if request.set_back == self.ends else None
         behind = [self._soon(one) for one in islice((r for r in self.waiting if not r.held), len(self._seats))]
         others = (id(request), len(behind), sum(behind))
         pays = self._ask("joining", running, others, lambda: self.worth.joining_pays(running, behind, but=held))

@@ -271,6 +271,28 @@ def test_nobody_comes_and_goes_whatever_the_clock_learns(
         assert job.request.output_token_ids == alone.generate([prompt], greedy(made))[0].token_ids
 
 
+def test_for_whom_layers_have_begun_to_leave_comes_in(engine: Callable[..., LLM], prompts: Prompts, greedy: Greedy) -> None:
+    """Whatever is said of it meanwhile: else layers would leave and come back with every word."""
+    llm = engine(CPU, gpu_memory=40 * PAGE, max_num_batched_tokens=64)
+    core, admission = llm.engine, llm.engine.scheduler.admission
+    core.parts.residency.most_bytes = 8 * core.parts.kv.layout.layers[0].entry_bytes
+    core.add_request("r0", prompts[3], greedy(120))
+    for _ in range(4):
+        core.step()
+    core.add_request("r1", [7 + i for i in range(60)], greedy(8))
+    for _ in range(100):
+        core.step()
+        if core.parts.residency.awaited:
+            break
+    admission._ask = lambda *_: False  # type: ignore[method-assign]
+    came = False
+    for _ in range(100):
+        core.step()
+        came = came or len(core.scheduler.running) == 2
+        assert came or not [move for move in core.parts.residency.moves if not move.to_host]
+    assert came
+
+
 # The rule itself ------------------------------------------------------------------------------------------------------
 
 
