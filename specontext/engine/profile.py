@@ -7,6 +7,7 @@ from torch import Tensor
 
 from specontext.core import Window
 from specontext.kernels.dense_attention import causal_attention
+from specontext.kernels.latents import Latents, made_attention
 from specontext.kernels.softmax import PLAIN, Softmax
 from specontext.kernels.window_attention import window_attention
 from specontext.memory.facts import ModelFacts
@@ -28,6 +29,11 @@ class _ChunkOnly:
         self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
     ) -> Tensor:
         return window_attention(query, key, value, scale, window, softmax=softmax)
+
+    def attend_latents(
+        self, layer: int, latents: Latents, query: Tensor, row: Tensor, scale: float, softmax: Softmax = PLAIN
+    ) -> Tensor:
+        return made_attention(latents, query, row, scale, softmax)
 
 
 @torch.inference_mode()

@@ -159,7 +159,7 @@ def paper_model(facts: ModelFacts, *, budget: int) -> MemoryModel:
     shape = facts.shape
     model, head = FLOAT16 * facts.parameters, FLOAT16 * facts.head.parameters
     buffers = -(-3 * (model + head) // 10)
-    entry = 4 * shape.kv_heads * shape.head_dim  # bytes: K and V of a token in one layer
+    entry = FLOAT16 * shape.kv_heads * shape.row_numbers  # bytes: K and V of a token in one layer
     kv = KVCost(
         layers=shape.layers,
         resident_token=entry,

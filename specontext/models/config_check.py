@@ -14,11 +14,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from transformers import __version__ as transformers_version
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from specontext.core import LENGTHS, ModelShape
 from specontext.errors import ModelError
 from specontext.locations import parts_of
+from specontext.models.latents import EXPAND
 
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
@@ -93,7 +95,7 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
     if getattr(config, "num_attention_heads", None) is None:
         yield "it has no attention heads (num_attention_heads)"
     if getattr(config, "kv_lora_rank", None):
-        yield f"it uses multi-head latent attention (kv_lora_rank {config.kv_lora_rank})"
+        yield from _latent_obstacles(config)
     cap = getattr(config, "attn_logit_softcapping", None)
     if cap and not _mentioned(config, "attn_logit_softcapping"):
         yield f"its config has a soft cap on attention logits (attn_logit_softcapping {cap}), which its class does not compute"
@@ -118,6 +120,17 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
         yield f"{error}"
     else:
         yield from _vendor_obstacles(config, longest)
+
+
+def _latent_obstacles(config: PreTrainedConfig) -> Iterator[str]:
+    """Of a config with multi-head latent attention."""
+    if getattr(config, "index_topk", None):
+        yield f"it chooses tokens by an indexer of its own (index_topk {config.index_topk})"
+    if not _mentioned(config, EXPAND):
+        yield (
+            f"it uses multi-head latent attention (kv_lora_rank {config.kv_lora_rank}), whose latents its class in transformers "
+            f"{transformers_version} does not hand out: install a newer one"
+        )
 
 
 def _value(part: Any, name: str) -> Any:
