@@ -19,6 +19,11 @@ def is_quantised(rows: Tensor) -> bool:
     return rows.dtype in CODES
 
 
+def holds_latents(rows: Tensor) -> bool:
+    """Whether a row of a pool is one vector, which is key and value at once."""
+    return rows.dim() == 3 and rows.shape[1] == 1
+
+
 def word_of(rows: Tensor) -> torch.dtype:
     """The widest number format that divides a row of a pool [N, ...]."""
     row_bytes = rows[:1].nbytes

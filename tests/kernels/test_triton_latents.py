@@ -1,0 +1,80 @@
+"""Triton kernels for rows that are key and value at once, in the interpreter against float64 and the references."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from specontext.kernels.attention_logits import attention_logits_reference
+from specontext.kernels.dispatch import reference_of
+from specontext.kernels.paged_attention import paged_attention_reference
+from specontext.kernels.sparse_attention import sparse_attention
+
+pytest.importorskip("triton")
+from specontext.kernels.triton import sparse_attention as split_k
+from specontext.kernels.triton.attention_logits import attention_logits
+from specontext.kernels.triton.paged_attention import paged_attention
+from tests.kernels.test_triton_attention import DEVICE, FORMATS, TOLERANCE, rand, rows_with_gaps
+
+# R, Hq, entries, D
+SHAPES = [(1, 1, 1, 12), (2, 5, 33, 40), (2, 40, 70, 64), (1, 16, 100, 576), (3, 17, 20, 320)]
+
+
+def right(query: Tensor, arena: Tensor, rows: Tensor, scale: float, cap: float | None = None) -> tuple[Tensor, Tensor]:
+    """Output and logits in float64."""
+    read = arena[rows[:, 0].clamp(min=0), 0].double()  # [R, B, D]
+    logits = query.double() @ read.mT * scale
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    logits = logits.masked_fill(rows < 0, -math.inf)
+    return torch.softmax(logits, -1).nan_to_num(0.0) @ read, logits
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize(("splits", "cap"), [(None, None), (1, 2.0), (3, None)])
+@pytest.mark.parametrize(("requests", "heads", "width", "dim"), SHAPES)
+def test_sparse_attention(
+    requests: int, heads: int, width: int, dim: int, splits: int | None, cap: float | None, dtype: torch.dtype
+) -> None:
+    query, arena = rand(requests, heads, dim, dtype=dtype, seed=0), rand(width * 3 + 2, 1, dim, dtype=dtype, seed=1)
+    rows, scale = rows_with_gaps(requests, 1, width, len(arena)), 0.7 * dim**-0.5
+    output, lse = split_k.sparse_attention(query, arena, rows, scale, cap, splits=splits)
+    expected, logits = right(query, arena, rows, scale, cap)
+    torch.testing.assert_close(output.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), rtol=1e-5, atol=1e-4)
+    reference = reference_of(sparse_attention)(query, arena, rows, scale, cap)
+    torch.testing.assert_close(output.float(), reference[0].float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(lse, reference[1], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize(("splits", "page_size"), [(None, 16), (1, 7), (3, 1)])
+@pytest.mark.parametrize(("requests", "heads", "width", "dim"), SHAPES[:3])
+def test_paged_attention(
+    requests: int, heads: int, width: int, dim: int, splits: int | None, page_size: int, dtype: torch.dtype
+) -> None:
+    count = -(-width // page_size)
+    pages = torch.randperm(requests * count + 1, generator=torch.Generator().manual_seed(3))[: requests * count]
+    pages = pages.view(requests, count).to(DEVICE)
+    arena = rand((requests * count + 1) * page_size, 1, dim, dtype=dtype, seed=1)
+    query, lengths = rand(requests, heads, dim, dtype=dtype, seed=0), torch.tensor([width, width // 3][:requests], device=DEVICE)
+    token = torch.arange(width, device=DEVICE)
+    rows = torch.where(token < lengths[:, None], pages[:, token // page_size] * page_size + token % page_size, -1)[:, None]
+    output, lse = paged_attention(query, arena, pages.int(), lengths, 0.2, page_size=page_size, kv_heads=1, splits=splits)
+    expected, logits = right(query, arena, rows, 0.2)
+    torch.testing.assert_close(output.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), rtol=1e-5, atol=1e-4)
+    reference = paged_attention_reference(query, arena.view(-1, page_size, 1, 1, dim), pages, lengths, 0.2, tile=16)
+    torch.testing.assert_close(output.float(), reference[0].float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize(("requests", "heads", "width", "dim"), SHAPES)
+def test_attention_logits(requests: int, heads: int, width: int, dim: int, dtype: torch.dtype) -> None:
+    query, arena = rand(requests, heads, dim, dtype=dtype, seed=0), rand(width * 3 + 2, 1, dim, dtype=dtype, seed=1)
+    rows = rows_with_gaps(requests, 1, width, len(arena))
+    logits = attention_logits(query, arena, rows, 0.3)
+    torch.testing.assert_close(logits.double(), right(query, arena, rows, 0.3)[1], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(logits, attention_logits_reference(query, arena, rows, 0.3), rtol=1e-5, atol=1e-4)
