@@ -197,8 +197,10 @@ def teaching_attention(
     if taught.positions is not None:
         query = at_positions(module, query, taught.positions[:, None])
     if key is value:  # rows of latents, which are one KV head
-        latents = latents_of(module)
-        out = latents.lifted(taught.attend(layer, latents.absorbed(query), key, value, scale, softmax))
+        rows = latents_of(module)
+        query = rows.absorbed(query.transpose(1, 2)).transpose(1, 2)
+        out = taught.attend(layer, query, key, value, scale, softmax)
+        out = rows.lifted(out.transpose(1, 2)).transpose(1, 2)
     elif window is None:
         out = taught.attend(layer, query, key, value, scale, softmax)
     else:

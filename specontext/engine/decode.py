@@ -193,24 +193,45 @@ class Step:
             self.transfers.append(layer, NewTokens(batch.seats, batch.positions, batch.lengths, key, value))
             if len(self.lanes) == 1:
                 return self._decode(self.lanes[0], layer, query, key, value, scale, softmax)
+            return self._decode_lanes(layer, query, key, value, scale, softmax)
         output = torch.empty_like(query)
-        if self.chunks is not None and decodes:
-            place = (batch.seats[:decodes], batch.positions[:decodes], batch.lengths[:decodes])
-            self.transfers.append(layer, NewTokens(*place, key[:decodes], value[:decodes]))
-        for lane in self.lanes:
-            q, k, v = (x[lane.part] for x in (query, key, value))
-            output[lane.part] = self._decode(lane, layer, q, k, v, scale, softmax)
-        if self.chunks is not None:
-            self.chunks.attend(layer, query, key, value, scale, output, self.staging, softmax)
+        if decodes:
+            q, k, v = (x[:decodes] for x in (query, key, value))
+            output[:decodes] = self._decode_beside_chunks(layer, q, k, v, scale, softmax)
+        self.chunks.attend(layer, query, key, value, scale, output, self.staging, softmax)
         return output
 
     def attend_latents(
         self, layer: int, latents: Latents, query: Tensor, row: Tensor, scale: float, softmax: Softmax = PLAIN
     ) -> Tensor:
         """See `LayerAttention.attend_latents`."""
-        absorbed = latents.absorbed(query.transpose(0, 1)).transpose(0, 1)
-        output = self.attend(layer, absorbed, row, row, scale, softmax)
-        return latents.lifted(output.transpose(0, 1)).transpose(0, 1)
+        decodes = self.batch.num_decodes
+        if self.chunks is None:
+            return latents.attention(query, lambda absorbed: self.attend(layer, absorbed, row, row, scale, softmax))
+        output = query.new_empty((*query.shape[:2], latents.value.shape[1]))
+        if decodes:
+            own = row[:decodes]
+            output[:decodes] = latents.attention(
+                query[:decodes], lambda absorbed: self._decode_beside_chunks(layer, absorbed, own, own, scale, softmax)
+            )
+        self.chunks.attend_latents(layer, latents, query, row, scale, output, self.staging, softmax)
+        return output
+
+    def _decode_beside_chunks(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax
+    ) -> Tensor:
+        """Attention of the decode tokens, which come first in a batch, and store what is theirs."""
+        batch, decodes = self.batch, self.batch.num_decodes
+        place = (batch.seats[:decodes], batch.positions[:decodes], batch.lengths[:decodes])
+        self.transfers.append(layer, NewTokens(*place, key, value))
+        return self._decode_lanes(layer, query, key, value, scale, softmax)
+
+    def _decode_lanes(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax) -> Tensor:
+        output = torch.empty_like(query)
+        for lane in self.lanes:
+            q, k, v = (x[lane.part] for x in (query, key, value))
+            output[lane.part] = self._decode(lane, layer, q, k, v, scale, softmax)
+        return output
 
     def _decode(
         self, lane: RunningLane, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax

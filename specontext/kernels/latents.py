@@ -6,12 +6,13 @@
 So attention can be computed in latent space, as attention of all query heads to one KV head whose rows [latent | rotated] are
 key and value at once: q_h A_h is a query for latents, and the weighted sum of latents becomes the head's output by B_h (the
 absorbed form of DeepSeek-V2, arXiv 2405.04434). A step that decodes reads each row once for all heads then. Of a pair of a query
-and a stored token it costs 4 (rank + rotated) operations a head, and 2 (key + value) where keys and values were made first; making
-those of a token costs 2 rank (key + value) a head. So for many queries they are made, tile by tile: see `expanding_pays`.
+and a stored token it costs 4 (rank + rotated) operations a head, and 2 (key + value) where keys and values were made first; to
+make those of a token costs 2 rank (nope + value) a head. So for many queries they are made, tile by tile: see `making_pays`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,33 +34,41 @@ class Latents:
     key: Tensor
     value: Tensor
 
-    @property
-    def rank(self) -> int:
-        return self.key.shape[2]
-
-    @property
-    def unturned(self) -> int:
-        """Numbers of a key or query that RoPE does not turn."""
-        return self.key.shape[1]
-
     def absorbed(self, query: Tensor) -> Tensor:
-        """Queries [.., Hq, T, nope + rotated] as queries for rows: [.., Hq, T, rank + rotated]."""
-        return torch.cat((query[..., : self.unturned] @ self.key, query[..., self.unturned :]), dim=-1)
+        """Queries [.., T, Hq, nope + rotated] as queries for rows: [.., T, Hq, rank + rotated]."""
+        nope = self.key.shape[1]
+        latent = (query[..., :nope].transpose(-3, -2) @ self.key).transpose(-3, -2)
+        return torch.cat((latent, query[..., nope:]), dim=-1)
 
     def lifted(self, output: Tensor) -> Tensor:
-        """What attention to rows gives, [.., Hq, T, rank + rotated], as outputs of the heads: [.., Hq, T, V]."""
-        return output[..., : self.rank] @ self.value.mT
+        """What attention to rows gives, [.., T, Hq, rank + rotated], as outputs of the heads: [.., T, Hq, V]."""
+        return (output[..., : self.value.shape[2]].transpose(-3, -2) @ self.value.mT).transpose(-3, -2)
 
-    def made(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [.., Hq, T, nope + rotated] and values [.., Hq, T, V] of rows [.., 1, T, rank + rotated]."""
-        latents, rotated = rows[..., : self.rank], rows[..., self.rank :]
-        heads = (*rows.shape[:-3], self.key.shape[0], *rows.shape[-2:-1])
-        return torch.cat((latents @ self.key.mT, rotated.expand(*heads, -1)), dim=-1), latents @ self.value.mT
+    def attention(self, query: Tensor, to_rows: Callable[[Tensor], Tensor]) -> Tensor:
+        """Outputs [T, Hq, V] of queries [T, Hq, nope + rotated], by attention to rows: from and to [T, Hq, rank + rotated]."""
+        return self.lifted(to_rows(self.absorbed(query)))
 
-    def expanding_pays(self, queries: int, rotated: int) -> bool:
-        """Whether so many queries read stored tokens with fewer operations where keys and values are made of them."""
-        made = self.unturned + rotated + self.value.shape[1]
-        return queries * (2 * (self.rank + rotated) - made) > self.rank * (made - rotated)
+    def made(self, rows: Tensor) -> Tensor:
+        """Keys and values [T, Hq, K|V, nope + rotated] of rows [T, 1, rank + rotated], or of stored ones, [T, 1, 1, ..].
+
+        Values are as wide as keys, zeros behind their own numbers, as kernels of attention want them.
+        """
+        (heads, nope, rank), value = self.key.shape, self.value.shape[1]
+        rows = rows.reshape(len(rows), -1)
+        latents, width = rows[:, :rank], nope + rows.shape[1] - rank
+        assert value <= width, "values wider than keys"
+        made = rows.new_empty((2, heads, len(rows), width))
+        made[0, :, :, :nope] = latents @ self.key.mT
+        made[0, :, :, nope:] = rows[:, rank:]
+        made[1, :, :, :value] = latents @ self.value.mT
+        made[1, :, :, value:] = 0
+        return made.permute(2, 1, 0, 3)
+
+    def making_pays(self, queries: int, row: int) -> bool:
+        """Whether so many queries read stored rows of `row` numbers with fewer operations where keys and values are made."""
+        _, nope, rank = self.key.shape
+        made = nope + self.value.shape[1]
+        return queries * (2 * row - made - (row - rank)) > rank * made
 
 
 def made_attention(latents: Latents, query: Tensor, row: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
@@ -72,10 +81,5 @@ def made_attention(latents: Latents, query: Tensor, row: Tensor, scale: float, s
     Returns:
         [C, Hq, V].
     """
-    key, value = latents.made(row.transpose(0, 1))
-    return causal_attention(query, key.transpose(0, 1), _padded(value, key).transpose(0, 1), scale, softmax)[..., : value.shape[-1]]
-
-
-def _padded(value: Tensor, key: Tensor) -> Tensor:
-    """Values as wide as keys, as attention kernels want them."""
-    return torch.nn.functional.pad(value, (0, key.shape[-1] - value.shape[-1]))
+    key, value = latents.made(row).unbind(2)
+    return causal_attention(query, key, value, scale, softmax)[..., : latents.value.shape[1]]

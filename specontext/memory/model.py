@@ -330,6 +330,23 @@ def prompt_tile(entry_bytes: int) -> int:
     return 1 << max(PROMPT_TILE // entry_bytes, 1).bit_length() - 1
 
 
+def made_tile(query_heads: int, key: int, itemsize: int) -> int:
+    """Stored latents of which a prompt chunk makes keys and values at once: the power of two whose are not more than a buffer's.
+
+    Args:
+        key: numbers of a head's key, and of its value with what makes it as wide.
+    """
+    return 1 << max(PROMPT_TILE // (2 * query_heads * key * itemsize), 1).bit_length() - 1
+
+
+def made_bytes(shape: ModelShape, run: RunSettings) -> int:
+    """Bytes of keys and values that are made of stored latents, with those of one kind before they are put in place."""
+    if shape.latent is None:
+        return 0
+    tokens = min(made_tile(shape.query_heads, shape.latent.key, shape.dtype.itemsize), run.max_tokens)
+    return 3 * tokens * shape.query_heads * shape.latent.key * shape.dtype.itemsize
+
+
 def buffer_bytes(facts: ModelFacts, run: RunSettings) -> int:
     """Bytes of the buffers through which stored tokens are read: one of a resident layer, and two of offloaded ones."""
     shape = facts.shape
@@ -337,7 +354,8 @@ def buffer_bytes(facts: ModelFacts, run: RunSettings) -> int:
     tile = entry * min(prompt_tile(entry), run.max_tokens)
     decoding = entry * min(max(DECODE_TILE, LEAST_TILE * run.requests), run.requests * run.max_tokens)
     steps = min(run.max_batched_tokens, run.requests * run.max_tokens)
-    return tile + 2 * max(tile, decoding) + dequantised_bytes(shape, min(prompt_tile(entry), run.max_tokens), steps)
+    other = dequantised_bytes(shape, min(prompt_tile(entry), run.max_tokens), steps) + made_bytes(shape, run)
+    return tile + 2 * max(tile, decoding) + other
 
 
 def staged_bytes(facts: ModelFacts, run: RunSettings) -> int:

@@ -81,10 +81,11 @@ class _Witness:
     def attend_latents(
         self, layer: int, latents: Latents, query: Tensor, row: Tensor, scale: float, softmax: Softmax = PLAIN
     ) -> Tensor:
-        absorbed = latents.absorbed(query.transpose(0, 1)).transpose(0, 1)
-        output = self._attend(self._full[layer], None, absorbed, row, row, scale, softmax)
-        output = latents.lifted(output.transpose(0, 1)).transpose(0, 1)
-        key, value = (made.transpose(0, 1) for made in latents.made(row.transpose(0, 1)))
+        output = latents.attention(
+            query, lambda absorbed: self._attend(self._full[layer], None, absorbed, row, row, scale, softmax)
+        )
+        key, value = latents.made(row).unbind(2)
+        value = value[..., : output.shape[-1]]
         self.calls[-1] = replace(self.calls[-1], query=query, key=key, value=value, output=output)  # what the library has of it
         return output
 

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import __version__ as transformers_version
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import __version__ as transformers_version
 
 from specontext.core import LENGTHS, ModelShape
 from specontext.errors import ModelError
@@ -126,6 +126,10 @@ def _latent_obstacles(config: PreTrainedConfig) -> Iterator[str]:
     """Of a config with multi-head latent attention."""
     if getattr(config, "index_topk", None):
         yield f"it chooses tokens by an indexer of its own (index_topk {config.index_topk})"
+    if config.v_head_dim > config.qk_nope_head_dim + config.qk_rope_head_dim:
+        yield f"its values are wider than its keys (v_head_dim {config.v_head_dim})"
+    if set(getattr(config, "layer_types", None) or ()) & {"sliding_attention", "chunked_attention"}:
+        yield "it uses multi-head latent attention (kv_lora_rank) in layers with a window (layer_types)"
     if not _mentioned(config, EXPAND):
         yield (
             f"it uses multi-head latent attention (kv_lora_rank {config.kv_lora_rank}), whose latents its class in transformers "

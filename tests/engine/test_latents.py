@@ -1,4 +1,4 @@
-"""Multi-head latent attention: latents are stored, chosen, loaded and moved as rows of one KV head, and tokens are the library's."""
+"""Multi-head latent attention: latents are stored, chosen, loaded and moved as rows of one KV head, and tokens are as they were."""
 
 from __future__ import annotations
 

@@ -27,7 +27,10 @@ from specontext.retrieval.random_head import random_head
 from tests.conftest import randomise
 from tests.models.architectures import RUN
 
-SOME = [name if name in ("DeepseekV2", "GPT2", "OPT", "Qwen3Moe", "StableLm") else pytest.param(name, marks=pytest.mark.slow) for name in RUN]
+SOME = [
+    name if name in ("DeepseekV2", "GPT2", "OPT", "Qwen3Moe", "StableLm") else pytest.param(name, marks=pytest.mark.slow)
+    for name in RUN
+]
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "Bloom": ({}, "BloomForCausalLM is not supported: its layers have attention of their own"),
     "Doge": ({}, "DogeForCausalLM is not supported: it hands its attention a mask of its own"),

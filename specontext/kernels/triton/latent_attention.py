@@ -5,7 +5,7 @@ as many heads; the tiles of a request read the same rows at about the same time,
 numbers in DeepSeek's models) and their width is no power of two: a tile of them is two, the largest power of two below the width
 and what is left.
 
-Bytes: D * itemsize a row and tile of heads, of which all but the first come from the cache; the index as in `sparse_attention.py`.
+Bytes: D * itemsize a row and tile of heads, of which all but the first come from the cache; the index as everywhere.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -86,9 +86,9 @@ def _attend(
         else:
             row = tl.load(index_ptr + entry, mask=present, other=-1).to(tl.int64)
             present = row >= 0
-        place = arena_ptr + (row * DIM)[:, None]
-        main = tl.load(place + column[None, :], mask=present[:, None] & in_main[None, :], other=0.0).to(FORMAT)
-        rest = tl.load(place + behind[None, :], mask=present[:, None] & in_rest[None, :], other=0.0).to(FORMAT)
+        here = arena_ptr + (row * DIM)[:, None]
+        main = tl.load(here + column[None, :], mask=present[:, None] & in_main[None, :], other=0.0).to(FORMAT)
+        rest = tl.load(here + behind[None, :], mask=present[:, None] & in_rest[None, :], other=0.0).to(FORMAT)
         logits = tl.dot(query, tl.trans(main), input_precision="ieee")  # [TILE, BLOCK]
         logits += tl.dot(query_rest, tl.trans(rest), input_precision="ieee")
         logits *= scale_log2
