@@ -1,4 +1,4 @@
-"""Multi-head latent attention: latents are stored, chosen, loaded and moved as rows of one KV head, and tokens are as they were."""
+"""Multi-head latent attention: latents are stored, chosen, loaded and moved as rows of one KV head, and tokens stay the same."""
 
 from __future__ import annotations
 
