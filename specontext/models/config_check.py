@@ -124,17 +124,18 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
 
 def _latent_obstacles(config: PreTrainedConfig) -> Iterator[str]:
     """Of a config with multi-head latent attention."""
+    what = f"it uses multi-head latent attention (kv_lora_rank {config.kv_lora_rank})"
+    if not _mentioned(config, "kv_lora_rank"):
+        yield f"{what}, which its class does not compute"
+        return
     if getattr(config, "index_topk", None):
         yield f"it chooses tokens by an indexer of its own (index_topk {config.index_topk})"
     if config.v_head_dim > config.qk_nope_head_dim + config.qk_rope_head_dim:
         yield f"its values are wider than its keys (v_head_dim {config.v_head_dim})"
     if set(getattr(config, "layer_types", None) or ()) & {"sliding_attention", "chunked_attention"}:
-        yield "it uses multi-head latent attention (kv_lora_rank) in layers with a window (layer_types)"
+        yield f"{what} in layers with a window (layer_types)"
     if not _mentioned(config, EXPAND):
-        yield (
-            f"it uses multi-head latent attention (kv_lora_rank {config.kv_lora_rank}), whose latents its class in transformers "
-            f"{transformers_version} does not hand out: install a newer one"
-        )
+        yield f"{what}, whose latents its class in transformers {transformers_version} does not hand out: install a newer one"
 
 
 def _value(part: Any, name: str) -> Any:
