@@ -55,8 +55,7 @@ def skeleton_of(config: PreTrainedConfig, options: Mapping[str, Any]) -> PreTrai
 
 
 def linear_layers(skeleton: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The linear layers that may keep codes, by their names: those inside of the decoder's layers, without routers and what makes keys and
-    values of latents."""
+    """The linear layers that may keep codes, by their names: those inside of the decoder's layers but for `WHOLE`."""
     names = {id(module): name for name, module in skeleton.named_modules()}
     found = {}
     for layer in decoder_layers(skeleton):
