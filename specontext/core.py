@@ -199,6 +199,11 @@ class ModelShape:
         return self.row_numbers * self.dtype.itemsize
 
     @property
+    def key_dim(self) -> int:
+        """Numbers of a head's key as the model makes it: D but for latents."""
+        return self.latent.key if self.latent is not None else self.head_dim
+
+    @property
     def made_dim(self) -> int:
         """Numbers of a head's key and value on average, as the model makes them: D but for latents."""
         return (self.latent.key + self.latent.value) // 2 if self.latent is not None else self.head_dim
