@@ -60,6 +60,6 @@ def measure_runtime(loaded: LoadedModel, facts: ModelFacts, run: RunSettings, *,
             taps.remove()
         torch.cuda.empty_cache()
     # Attention to stored tokens is added up in float32, beside one part's and the sum in 16 bits.
-    merged = 8 * tokens * shape.query_heads * shape.head_dim
+    merged = 8 * tokens * shape.query_heads * shape.key_dim
     sampling = (8 + HISTORY) * run.requests * shape.vocab_size + min(SAMPLER, 24 * run.requests * shape.vocab_size)
     return peak + merged + buffer_bytes(facts, run) + sampling

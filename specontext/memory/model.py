@@ -289,13 +289,9 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
     matrix products. The CUDA context is no part of it.
     """
     shape, size = facts.shape, facts.shape.dtype.itemsize
-    heads = shape.query_heads * shape.head_dim
-    token = size * (
-        4 * shape.hidden_size
-        + 2 * facts.head.feature_width
-        + 2 * (heads + 2 * shape.kv_heads * shape.head_dim)
-        + 3 * facts.intermediate_size
-    )
+    heads = shape.query_heads * shape.key_dim
+    stored = heads if shape.latent is not None else shape.kv_heads * shape.head_dim  # numbers of keys, and as many of values
+    token = size * (4 * shape.hidden_size + 2 * facts.head.feature_width + 2 * (heads + 2 * stored) + 3 * facts.intermediate_size)
     token += 2 * 4 * heads
     tiles = buffer_bytes(facts, run)
     logits = run.requests * shape.vocab_size * (size + 4 + HISTORY)

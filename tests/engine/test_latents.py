@@ -14,7 +14,11 @@ from tests.engine.test_prefix import ask, cached
 from tests.engine.test_windows import text
 
 ONE = "latents"
-EVERY_METHOD = ("streaming", "oracle", "random", "quest", "shadowkv", "clusterkv", "snapkv", "h2o")
+OTHERS = ("streaming", "oracle", "random", "quest", "shadowkv", "clusterkv", "snapkv", "h2o")
+EVERY_METHOD = [
+    "speculative",
+    *(name if name in ("quest", "snapkv") else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS),
+]
 Prompts = list[list[int]]
 MakeLLM = Callable[..., LLM]
 Greedy = Callable[..., SamplingParams]
@@ -71,7 +75,7 @@ def test_a_tight_budget_changes_tokens(
     assert 0 < float(output.stats["attention_recall"]) < 1  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("method", ["speculative", *EVERY_METHOD])
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_tiers_slots_chunks_and_company_change_nothing(
     method: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any
 ) -> None:
