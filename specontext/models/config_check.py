@@ -135,7 +135,7 @@ def _latent_obstacles(config: PreTrainedConfig) -> Iterator[str]:
     if set(getattr(config, "layer_types", None) or ()) & {"sliding_attention", "chunked_attention"}:
         yield f"{what} in layers with a window (layer_types)"
     if not _mentioned(config, EXPAND):
-        yield f"{what}, whose latents its class in transformers {transformers_version} does not hand out: install a newer one"
+        yield f"{what}, whose latents its class in transformers {transformers_version} does not hand out: install 5.17 or newer"
 
 
 def _value(part: Any, name: str) -> Any:

@@ -70,7 +70,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "Qwen2Moe": ("Qwen/Qwen1.5-MoE-A2.7B",),
     "Llama4Text": ("meta-llama/Llama-4-Scout-17B-16E-Instruct (its text part)",),
     "Mixtral": ("mistralai/Mixtral-8x7B-Instruct-v0.1",),
-    "DeepseekV3": ("deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-R1", "moonshotai/Kimi-K2-Instruct"),
+    "DeepseekV3": ("deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-R1", "moonshotai/Moonlight-16B-A3B-Instruct"),
     "DeepseekV2": ("deepseek-ai/DeepSeek-V2-Lite-Chat",),
     "Glm4MoeLite": ("zai-org/GLM-4.7-Flash",),
     "Phi3": ("microsoft/phi-4",),
