@@ -6,10 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from specontext import LLM, SamplingParams
 from specontext.errors import ConfigError
+from specontext.kernels import dispatch
 from tests.engine.test_equality import check_idle, tokens_of
+from tests.engine.test_graph_safety import SeveralStreams
 from tests.engine.test_prefix import ask, cached
 from tests.engine.test_windows import text
 
@@ -144,3 +147,22 @@ def test_latents_in_8_bits_are_refused_by_name(codes: str, make_llm: MakeLLM) ->
 def test_ranks_are_refused_by_name(make_llm: MakeLLM) -> None:
     with pytest.raises(ConfigError, match="multi-head latent attention does not work with tensor_parallel_size"):
         make_llm(ONE, budget=12, tensor_parallel_size=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "speculative", "oracle"])
+def test_kernels_and_streams_of_a_gpu_change_nothing(
+    method: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the interpreter: rows that are out of reach come through staging, and chunks make keys and values of them, or do not."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled here")
+    llm = make_llm(ONE, method, budget=110, offload_layers=2, max_num_batched_tokens=24)
+    llm.engine.parts.kv.transfers.run_on(SeveralStreams())
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    outputs = llm.generate([prompts[3], prompts[1][:28]], greedy(3))
+    monkeypatch.delenv(dispatch.VARIABLE)
+    assert outputs[0].token_ids == expected(ONE)[3][:3]
+    plain = make_llm(ONE, "full", offload_layers=0)
+    assert outputs[1].token_ids == plain.generate([prompts[1][:28]], greedy(3))[0].token_ids

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,3 +82,51 @@ def test_attention_logits(requests: int, heads: int, width: int, dim: int, dtype
     logits = attention_logits(query, arena, rows, 0.3)
     torch.testing.assert_close(logits.double(), right(query, arena, rows, 0.3)[1], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(logits, attention_logits_reference(query, arena, rows, 0.3), rtol=1e-5, atol=1e-4)
+
+
+# Compiled for Hopper, where kernels are not interpreted: bytes of shared memory that a program takes.
+COMPILED = """
+import json
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from specontext.kernels.triton import latent_attention
+
+KINDS = {"index_ptr": "*i64", "lengths_ptr": "*i64", "rows_ptr": "*i64", "output_ptr": "*fp32", "lse_ptr": "*fp32"}
+KINDS |= {"logits_ptr": "*fp32", "scale_log2": "fp32", "cap_log2": "fp32", "scale": "fp32"}
+
+def shared(kernel, dtype, **constants):
+    numbers = torch.empty(1, 128, 576, dtype=dtype)
+    sizes, warps = latent_attention.tile_sizes(numbers, numbers, on_gpu=True)
+    names, name = kernel.arg_names, {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
+    kinds = KINDS | {"query_ptr": name, "arena_ptr": name}
+    constants |= sizes
+    signature = {one: "constexpr" if one in constants else kinds.get(one, "i32") for one in names}
+    aligned = [i for i, one in enumerate(names) if signature[one].startswith("*") or one in ("query_r", "query_h")]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(one),): value for one, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {"num_warps": warps, "num_stages": 2}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
+
+found = []
+for dtype in (torch.bfloat16, torch.float32):
+    for page in (0, 16):
+        found.append(shared(latent_attention._attend, dtype, PAGE_SIZE=page, FINAL=False, CAPPED=page == 0))
+    found.append(shared(latent_attention._logits, dtype))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_they_compile_and_fit_into_the_memory_of_a_processor() -> None:
+    """With DeepSeek-V3's 128 heads and rows of 576 numbers; an H100 has 227 KiB for each program."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert all(0 < size < 227 << 10 for size in json.loads(ran.stdout.splitlines()[-1]))

@@ -225,12 +225,18 @@ def attention_logits(query: Tensor, arena: Tensor, rows: Tensor, scale: float, l
     )
 
 
-def tile_sizes(query: Tensor, arena: Tensor) -> tuple[dict[str, Any], int]:
-    """Compile-time sizes that fit a model, and warps of a program."""
+def tile_sizes(query: Tensor, arena: Tensor, *, on_gpu: bool | None = None) -> tuple[dict[str, Any], int]:
+    """Compile-time sizes that fit a model, and warps of a program.
+
+    Args:
+        on_gpu: whether kernels are compiled; by default where the queries are on a GPU.
+    """
     heads, dim = query.shape[1:]
     exact = query.dtype != arena.dtype or query.dtype == torch.float32
     kind = tl.float32 if exact else tl.float16 if query.dtype == torch.float16 else tl.bfloat16
-    if kind == tl.bfloat16 and not query.is_cuda:  # the interpreter multiplies bfloat16 as if it were integers
+    if kind == tl.bfloat16 and not (
+        query.is_cuda if on_gpu is None else on_gpu
+    ):  # the interpreter multiplies bfloat16 as if it were integers
         kind = tl.float32
     main = max(LEAST, triton.next_power_of_2(dim) // 2)
     tile = _tile(heads)
