@@ -12,12 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from specontext.kernels import rows as rows_of_kv
 from specontext.kernels.attention_logits import attention_logits_reference
 from specontext.kernels.dispatch import reference_of
 from specontext.kernels.paged_attention import paged_attention_reference
 from specontext.kernels.sparse_attention import sparse_attention
+from specontext.kernels.tables import NewTokens, Pages, Places
 
 pytest.importorskip("triton")
+from specontext.kernels.triton import rows as triton_rows
 from specontext.kernels.triton import sparse_attention as split_k
 from specontext.kernels.triton.attention_logits import attention_logits
 from specontext.kernels.triton.paged_attention import paged_attention
@@ -82,6 +85,25 @@ def test_attention_logits(requests: int, heads: int, width: int, dim: int, dtype
     logits = attention_logits(query, arena, rows, 0.3)
     torch.testing.assert_close(logits.double(), right(query, arena, rows, 0.3)[1], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(logits, attention_logits_reference(query, arena, rows, 0.3), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize(("dim", "page_size"), [(12, 3), (40, 16), (576, 4)])
+def test_rows_are_appended_once_and_gathered(dim: int, page_size: int, dtype: torch.dtype) -> None:
+    tokens = 9
+    table = 1 + torch.randperm(20, generator=torch.Generator().manual_seed(5)).view(1, 2, 10).to(DEVICE)
+    pools = [rand(21 * page_size, 1, dim, dtype=dtype, seed=4) for _ in range(2)]
+    row = rand(tokens, 1, dim, dtype=dtype, seed=6)
+    positions = torch.tensor([0, 1, 2, -1, 5, 6, 7, 11, 12], device=DEVICE)
+    new = NewTokens(torch.ones_like(positions), positions, positions, row, row)
+    alone = Places(((0, 0),), *(torch.zeros(1, dtype=torch.int64, device=DEVICE) for _ in range(2)), 1)
+    pages = [Pages(pool, table, page_size, 1, alone) for pool in pools]
+    triton_rows.append_tokens(pages[0], 0, new)
+    reference_of(rows_of_kv.append_tokens)(pages[1], 0, new)
+    assert torch.equal(pools[0], pools[1])
+    read = row.new_empty((4, 1, 1, dim))
+    triton_rows.gather_tokens(pages[0], 0, 1, 5, read[:3])
+    assert torch.equal(read[:3, :, 0], row[4:7])
 
 
 # Compiled for Hopper, where kernels are not interpreted: bytes of shared memory that a program takes.
