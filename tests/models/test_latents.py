@@ -73,6 +73,22 @@ def test_layers_that_predict_further_tokens_are_left_out(
     assert llm.generate(prompts[1:2], greedy())[0].token_ids == expected("latents")[1]
 
 
+def test_kimi_k2_is_a_deepseek_v3(checkpoint: Checkpoint, tmp_path: Path, prompts: Any, greedy: Any, expected: Any) -> None:
+    """Its config says so under another name, and names code of its own, which is not needed."""
+    for file in checkpoint("latents").iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    code = {
+        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "kimi_k2", "auto_map": code}))
+    for trusted in (False, True):
+        llm = LLM(tmp_path, config=SpeContextConfig(method="full"), device="cpu", trust_remote_code=trusted)
+        assert llm.generate(prompts[1:2], greedy())[0].token_ids == expected("latents")[1]
+
+
 def test_a_model_is_as_it_was_outside_of_passes_of_an_engine(reference: Callable[[str], PreTrainedModel]) -> None:
     from specontext.models.attention import listening, running_of
 

@@ -99,15 +99,20 @@ def _cache(loaded: LoadedModel, way: Theirs, requests: int, length: int, longest
     model, shape, device = loaded.model, loaded.shape, loaded.model.device
     cache: Cache
     stored = length - 1
+    # Of latents the library's cache has two parts.
+    widths = (shape.head_dim,) * 2 if shape.latent is None else (shape.latent.rank, shape.latent.rotated)
     if way.cache == "static":
         cache, stored = StaticCache(config=model.config, max_cache_len=longest), longest
     else:
         cache = DynamicCache(config=model.config, offloading=way.cache == "offloaded")
     for layer in range(shape.depth):
-        kv = torch.empty((2, requests, shape.kv_heads, stored, shape.head_dim), dtype=shape.dtype, device=device)
-        fill(kv)
-        cache.update(kv[0], kv[1], layer)
-        del kv
+        key, value = (
+            torch.empty((requests, shape.kv_heads, stored, width), dtype=shape.dtype, device=device) for width in widths
+        )
+        fill(key)
+        fill(value)
+        cache.update(key, value, layer)
+        del key, value
     return cache
 
 
