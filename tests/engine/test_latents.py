@@ -25,7 +25,7 @@ ONE = "latents"
 OTHERS = ("streaming", "oracle", "random", "quest", "shadowkv", "clusterkv", "snapkv", "h2o")
 EVERY_METHOD = [
     "speculative",
-    *(name if name in ("quest", "snapkv") else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS),
+    *(name if name == "quest" else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS),
 ]
 Prompts = list[list[int]]
 MakeLLM = Callable[..., LLM]
@@ -95,6 +95,7 @@ def test_tiers_slots_chunks_and_company_change_nothing(
     check_idle(llm)
 
 
+@pytest.mark.slow
 def test_methods_that_foresee_and_requests_that_choose(
     make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected, alone: Any
 ) -> None:
