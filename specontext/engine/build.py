@@ -28,6 +28,7 @@ from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout
 from specontext.kv.pool import PagePool, make_pools
 from specontext.kv.rings import Rings
+from specontext.kv.states import SeatStates
 from specontext.memory.facts import NO_HEAD, ModelFacts
 from specontext.memory.model import MemoryModel, RunSettings, fitting_step, measured_model, staged_bytes
 from specontext.memory.probe import LEAST_PINNED, machine_speed, why_kv_stays
@@ -197,6 +198,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     rings = None
     if shape.windowed:
         rings = Rings(shape, seats=config.max_num_seqs, page_size=config.page_size, max_tokens=max_tokens, device=device)
+    states = SeatStates(shape.states, seats=config.max_num_seqs, device=device) if shape.states else None
     methods = make_methods(names, context, loaded, arena)
     kv = KVCache(
         arena,
@@ -212,6 +214,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         or (device.type == "cpu" and any(map(reads_everything, kinds))),  # it reads them in place
         state=block_state(methods, config.page_size),
         rings=rings,
+        states=states,
     )
     meter = Meter(
         shape,
@@ -228,10 +231,17 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     keys = -(-arena.page_bytes // methods.shared.page_tokens) * methods.num_headed if methods.shared is not None else 0
     chunk = max(1, facts.weight_bytes // share)
     residency = Residency(kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=chunk)
-    prefix = PrefixCache(kv, methods, enabled=config.enable_prefix_caching)
+    prefix = PrefixCache(kv, methods, enabled=knows_prefixes(config, shape))
     limits = ServiceLimits(config.max_num_seqs, config.min_num_seqs, config.max_tpot_ms, config.max_wait_s)
     clock = StepClock(facts, machine, None if reads_everything(methods.selector) else method.budget)
     return Parts(method, methods, kv, prefix, meter, residency, plan, sizes, clock, limits, max_tokens, tokens, head)
+
+
+def knows_prefixes(config: EngineConfig, shape: ModelShape) -> bool:
+    """Whether prompts that begin like earlier ones go on from there; a message says where a model's layers forbid it."""
+    if config.enable_prefix_caching and shape.states:
+        logger.info("prompts that begin like earlier ones are computed again: states of layers without KV are not kept for them")
+    return config.enable_prefix_caching and not shape.states
 
 
 def with_kv_where_it_can_be(method: SpeContextConfig, machine: MachineSpeed) -> SpeContextConfig:

@@ -16,10 +16,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from specontext.core import ModelShape, Window
 from specontext.errors import ModelError
 from specontext.kernels.softmax import PLAIN, Softmax
+from specontext.models.mixers import RUNNING, MixerCall, leave_mixers, listen_to_mixers
 from specontext.models.temperature import at_positions
 
 ATTENTION_NAME = "specontext"
-RUNNING = "specontext_running"  # attribute of every module of a model that has run here
 
 # Keywords of modelling code that do not change what is computed, whatever their value.
 WITHOUT_EFFECT = frozenset(
@@ -54,6 +54,10 @@ class LayerAttention(Protocol):
         """The same in a layer that has a window."""
         ...
 
+    def mix(self, mixer: int, hidden: Tensor, call: MixerCall) -> Tensor:
+        """The output [1, T, H] of a mixer, which keeps a state instead of KV, for its input [1, T, H]."""
+        ...
+
 
 class Running:
     """What the modules of a model share while a forward pass runs.
@@ -63,20 +67,21 @@ class Running:
         longest: the longest context that may be asked for; None before the config has been read.
         places: of decoder layers, by number: their number among those of their kind, and their window.
         configs: those that say which attention function the modules call.
+        serial: mixers whose code goes on with a state for one token at a time only.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.listener: Any = None
         self.longest: int | None = None
+        self.serial: set[int] = set()
         self.places: dict[int, tuple[int, Window | None]] = {}
         configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
         self.configs = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
 
     def know(self, shape: ModelShape) -> None:
-        """Hear which layers have a window."""
+        """Hear which layers have attention, and a window."""
         self.longest, counts = shape.reach, {False: 0, True: 0}
-        for layer in range(shape.depth):
-            window = shape.windows[layer] if shape.windows else None
+        for layer, window in zip(shape.attentive, shape.windows or (None,) * shape.layers, strict=True):
             self.places[layer] = counts[window is not None], window
             counts[window is not None] += 1
 
@@ -88,6 +93,7 @@ def running_of(model: PreTrainedModel) -> Running:
         running = Running(model)
         for module in model.modules():
             setattr(module, RUNNING, running)
+        listen_to_mixers(model)
     return running
 
 
@@ -95,6 +101,7 @@ def forget_running(model: PreTrainedModel) -> None:
     """Take off a model what `running_of` put there."""
     for module in model.modules():
         vars(module).pop(RUNNING, None)
+    leave_mixers(model)
 
 
 @contextmanager

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
@@ -29,8 +29,10 @@ from specontext.errors import ModelError
 from specontext.kernels.dense_attention import causal_attention, chunk_attention
 from specontext.kernels.softmax import PLAIN, Softmax
 from specontext.kernels.window_attention import window_attention
-from specontext.models.attention import RUNNING, NoStepError, attention_of, listening, running_of
+from specontext.memory.states import States, mixers_of
+from specontext.models.attention import NoStepError, attention_of, listening, running_of
 from specontext.models.decoder import decoder_of
+from specontext.models.mixers import RUNNING, MixerCall
 
 LIBRARY_NAME = "specontext_library"  # the library's own attention, seen while it runs
 CHUNKS = (6, 3)
@@ -51,6 +53,15 @@ class _Call:
     windowed: bool
 
 
+@dataclass(eq=False)
+class _Mixed:
+    """What a mixer has got and given so far: its input and output [1, T, H], and the states behind them."""
+
+    hidden: Tensor
+    output: Tensor
+    states: States
+
+
 class _Witness:
     """Stands where a step stands: attends to what came before, and writes down what layers bring.
 
@@ -63,8 +74,10 @@ class _Witness:
 
     def __init__(self, shape: ModelShape, begin: int) -> None:
         self.calls: list[_Call] = []
+        self.mixed: dict[int, _Mixed] = {}
+        self.serial: set[int] = set()
         self.positions: Tensor | None = None
-        windowed = [layer for layer in range(shape.depth) if layer not in shape.full]
+        windowed = [layer for layer in shape.attentive if layer not in shape.full]
         self._full, self._windowed, self._begin = shape.full, windowed, begin
         self._promised = ((shape.query_heads, shape.head_dim), *[(shape.kv_heads, shape.head_dim)] * 2)
         self._stored: dict[int, Tensor] = {}  # of each layer [tokens, Hkv, 2, D]
@@ -98,12 +111,42 @@ class _Witness:
         self.calls.append(_Call(layer, query, key, value, output, window is not None))
         return output
 
+    def mix(self, mixer: int, hidden: Tensor, call: MixerCall) -> Tensor:
+        """The output of a mixer that goes on from the chunk before, once it has been found equal to that for all tokens at once.
+
+        The last token goes alone, as when it is decoded. Where a chunk does not go on from a state, and single tokens do, the
+        mixer is a serial one.
+        """
+        call.check()
+        past = self.mixed.get(mixer)
+        if past is None:
+            output, states = call(hidden, None)
+            self.mixed[mixer] = _Mixed(hidden, output, states)
+            return output
+        together = torch.cat((past.hidden, hidden), dim=1)
+        wanted = call.whole(together)[:, -hidden.shape[1] :]
+        tolerance = TOLERANCE[4 if hidden.dtype.itemsize >= 4 else 2][1]
+        for serial in (False, True):
+            call.serial, states, parts = serial, {key: state.clone() for key, state in past.states.items()}, []
+            for part in hidden.split([hidden.shape[1] - 1, 1], dim=1):
+                output, states = call(part, states)
+                parts.append(output)
+            output = torch.cat(parts, dim=1)
+            if not differ(output, wanted, tolerance):
+                if serial:
+                    self.serial.add(mixer)
+                self.mixed[mixer] = _Mixed(together, torch.cat((past.output, output), dim=1), states)
+                return output
+        raise ModelError(
+            "a layer without attention gives other results for two chunks of a text than for both at once: no state can be kept"
+        )
+
 
 class _Comparison:
     """Listens to the library's attention and holds it against what a witness saw."""
 
-    def __init__(self, calls: Sequence[_Call]) -> None:
-        self._calls = iter(calls)
+    def __init__(self, calls: Sequence[_Call], mixed: Mapping[int, _Mixed]) -> None:
+        self._calls, self._mixed, self._seen = iter(calls), mixed, dict.fromkeys(mixed, 0)
 
     def see(self, layer: int, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> Tensor:
         """What the layer shall go on with: the witness's output.
@@ -137,6 +180,20 @@ class _Comparison:
                 "for example because it has a mask, a window or a bias of its own"
             )
         return ours.output
+
+    def mix(self, mixer: int, hidden: Tensor, call: MixerCall) -> Tensor:
+        """What the layer shall go on with: the witness's output.
+
+        Raises:
+            ModelError: the library's differs.
+        """
+        begin = self._seen[mixer]
+        self._seen[mixer] = stop = begin + hidden.shape[1]
+        ours, theirs = self._mixed[mixer].output[:, begin:stop], call.as_given()
+        serial = call.serial and begin > 0  # such code does not go on with a chunk in the library either
+        if not serial and differ(ours, theirs, TOLERANCE[4 if hidden.dtype.itemsize >= 4 else 2][1]):
+            raise ModelError("a layer without attention gives other results here than in the library")
+        return ours
 
     def end(self) -> None:
         """Raises ModelError unless all that the witness saw was seen again."""
@@ -181,6 +238,23 @@ class _LaterLayer(DynamicLayer):
         return self.get_seq_length() - self.before + new, self.before
 
 
+class _LaterHybrid(LinearAttentionAndFullAttentionLayer):
+    """The same of a layer that has a state beside attention."""
+
+    def __init__(self, before: int) -> None:
+        super().__init__()
+        self.before = before
+
+    get_seq_length, get_mask_sizes = _LaterLayer.get_seq_length, _LaterLayer.get_mask_sizes
+
+
+def _later_layer(layer: int, mixing: Collection[int], shape: ModelShape, before: int) -> Any:
+    """A layer of the library's cache as the library's code expects it."""
+    if layer in shape.inattentive:
+        return LinearAttentionLayer()
+    return _LaterHybrid(before) if layer in mixing else _LaterLayer(before)
+
+
 @torch.inference_mode()
 def check_attention(model: PreTrainedModel, shape: ModelShape) -> None:
     """Raises ModelError unless every layer comes to the engine's attention, once and in the shape of the config, and attends
@@ -213,12 +287,15 @@ def _check(model: PreTrainedModel, shape: ModelShape) -> None:
             before, witness.positions = len(witness.calls), places[0]
             model(input_ids=tokens, position_ids=places, use_cache=False, logits_to_keep=1)
             layers = [call.layer for call in witness.calls[before:]]
-            if layers != list(range(shape.depth)):
+            if layers != list(shape.attentive):
                 if not layers:
                     raise ModelError("its layers have attention of their own, which cannot be exchanged for the engine's")
                 numbers = ", ".join(map(str, layers))
                 raise ModelError(f"of its {shape.depth} layers these have ordinary attention: {numbers}")
-    comparison, cache = _Comparison(witness.calls), Cache(layers=[_LaterLayer(begin) for _ in range(shape.depth)])
+    running_of(model).serial = witness.serial
+    comparison = _Comparison(witness.calls, witness.mixed)
+    mixing = {int(mixer.layer_idx) for mixer in mixers_of(model)}  # type: ignore[arg-type]
+    cache = Cache(layers=[_later_layer(layer, mixing, shape, begin) for layer in range(shape.depth)])
     with listening(model, comparison), attention_of(model, LIBRARY_NAME):
         for tokens, places in parts:
             model(input_ids=tokens, position_ids=places, use_cache=True, logits_to_keep=1, **{_cache_name(model): cache})
