@@ -12,6 +12,7 @@ cache) and not of rounding, in any number format, with random weights and with e
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from specontext.models.attention import NoStepError, attention_of, listening, ru
 from specontext.models.decoder import decoder_of
 from specontext.models.mixers import RUNNING, MixerCall
 
+logger = logging.getLogger("specontext")
 LIBRARY_NAME = "specontext_library"  # the library's own attention, seen while it runs
 CHUNKS = (6, 3)
 # Largest relative difference, of what attention gets and of what it gives: in float32, and in 16 bits, where results of one
@@ -293,6 +295,11 @@ def _check(model: PreTrainedModel, shape: ModelShape) -> None:
                 numbers = ", ".join(map(str, layers))
                 raise ModelError(f"of its {shape.depth} layers these have ordinary attention: {numbers}")
     running_of(model).serial = witness.serial
+    if witness.serial:
+        logger.warning(
+            "%s goes on with a state for one token at a time only: prompts longer than max_num_batched_tokens will be slow",
+            type(model).__name__,
+        )
     comparison = _Comparison(witness.calls, witness.mixed)
     mixing = {int(mixer.layer_idx) for mixer in mixers_of(model)}  # type: ignore[arg-type]
     cache = Cache(layers=[_later_layer(layer, mixing, shape, begin) for layer in range(shape.depth)])
