@@ -56,7 +56,7 @@ class SeatStates:
     def reset(self, seat: int) -> None:
         """A request begins: no token came before."""
         for tensor in self._all:
-            tensor[:, seat] = 0
+            tensor[:, seat].zero_()
 
     def clear_padding(self) -> None:
         """Forget what padding has left, so that it never grows beyond numbers."""

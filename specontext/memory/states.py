@@ -83,9 +83,9 @@ def measured_states(model: PreTrainedModel) -> tuple[StateTensor, ...]:
     """
     found = []
     for number, mixer in enumerate(mixers_of(model)):
-        weight = next(mixer.parameters())
-        layer = int(mixer.layer_idx)  # type: ignore[arg-type]
-        hidden, cache = weight.new_zeros((1, 2, model.config.hidden_size)), cache_of(layer, None)
+        layer, device = int(mixer.layer_idx), next(mixer.parameters()).device  # type: ignore[arg-type]
+        hidden = torch.zeros((1, 2, model.config.hidden_size), dtype=model.dtype, device=device)
+        cache = cache_of(layer, None)
         type(mixer).forward(mixer, hidden, **{cache_argument(type(mixer)): cache})
         for (recurrent, index), state in sorted(states_in(cache, layer).items()):
             found.append(StateTensor(number, recurrent, index, tuple(state.shape[1:]), state.dtype))

@@ -136,13 +136,14 @@ def test_in_16_bits_it_is_neither_refused_nor_left_without_parts_to_compile(
 def test_a_teacher_shows_hugging_face_s_states(architecture: str, write: Write, tmp_path: Path) -> None:
     model, ids = write(architecture, RUN[architecture]), torch.arange(4, 44)[None]
     loaded = load_model(tmp_path, dtype="auto", device=torch.device("cpu"))
-    seen = Target(loaded.model, (1, 2, 3)).observe(ids)
+    depth = loaded.shape.depth
+    seen = Target(loaded.model, (1, 2, depth)).observe(ids)
     right = model(ids, output_hidden_states=True, use_cache=False).hidden_states
     for layer, found in enumerate(seen.features.unflatten(-1, (3, -1))[0].unbind(1)[:2], start=1):
         torch.testing.assert_close(found, right[layer][0], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(seen.hidden, right[3], atol=1e-4, rtol=1e-4)  # after the final norm
+    torch.testing.assert_close(seen.hidden, right[depth], atol=1e-4, rtol=1e-4)  # after the final norm
     last = seen.features[0, :, 2 * 64 :]  # before it
-    assert not torch.allclose(last, right[3][0], atol=1e-2)
+    assert not torch.allclose(last, right[depth][0], atol=1e-2)
     caught: list[torch.Tensor] = []
     decoder_layers(model)[-1].register_forward_hook(
         lambda *call: caught.append(call[2][0] if isinstance(call[2], tuple) else call[2])
