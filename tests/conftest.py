@@ -284,7 +284,7 @@ Masks = list[torch.Tensor]
 
 @pytest.fixture(scope="session")
 def masked_forward() -> Callable[..., Any]:
-    """masked_forward(model, ids, masks): an eager Hugging Face forward in which layer i's heads see what masks[i] allows.
+    """masked_forward(model, ids, masks): an eager Hugging Face forward in which layer i's heads, if it has any, see what masks[i] allows.
 
     masks[i] is bool [Hq, S, S]. Besides Hugging Face's own outputs, the result has `inputs`: what entered each decoder layer
     and, at last, the final norm, each [S, H].
@@ -300,8 +300,9 @@ def masked_forward() -> Callable[..., Any]:
             def put_mask(_: Any, args: Any, kwargs: Any, bias: torch.Tensor = bias) -> Any:
                 return args, kwargs | {"attention_mask": bias}
 
-            handles.append(layer.self_attn.register_forward_pre_hook(put_mask, with_kwargs=True))
-        for module in [*decoder.layers, decoder.norm]:
+            if hasattr(layer, "self_attn"):
+                handles.append(layer.self_attn.register_forward_pre_hook(put_mask, with_kwargs=True))
+        for module in [*decoder.layers, decoder.norm if hasattr(decoder, "norm") else decoder.embedding_norm]:
             handles.append(module.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0])))
         try:
             output = model(torch.tensor([ids]), output_attentions=attentions, use_cache=False)
