@@ -284,7 +284,7 @@ Masks = list[torch.Tensor]
 
 @pytest.fixture(scope="session")
 def masked_forward() -> Callable[..., Any]:
-    """masked_forward(model, ids, masks): an eager Hugging Face forward in which layer i's heads, if it has any, see what masks[i] allows.
+    """masked_forward(model, ids, masks): an eager Hugging Face forward in which layer i's heads see what masks[i] allows, if any.
 
     masks[i] is bool [Hq, S, S]. Besides Hugging Face's own outputs, the result has `inputs`: what entered each decoder layer
     and, at last, the final norm, each [S, H].
