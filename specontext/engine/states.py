@@ -28,6 +28,7 @@ class StatefulStep:
 
     def mix(self, mixer: int, hidden: Tensor, call: MixerCall) -> Tensor:
         """See `LayerAttention.mix`."""
+        call.check()
         decodes, parts = self._batch.num_decodes, []
         if decodes:
             seats = self._batch.seats[:decodes]

@@ -55,7 +55,7 @@ RUN: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "Nemotron": {},
     "NemotronH": {
-        "layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention", "mlp", "full_attention"],
+        "layers_block_type": ["mamba", "moe", "attention", "mamba", "mlp", "attention"],
         **{"head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1},
         **{"n_routed_experts": 4, "moe_shared_expert_intermediate_size": 32, "num_hidden_layers": 6, **EXPERTS},
     },

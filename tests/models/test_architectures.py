@@ -30,6 +30,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "Bloom": ({}, "BloomForCausalLM is not supported: its layers have attention of their own"),
     "Doge": ({}, "DogeForCausalLM is not supported: it hands its attention a mask of its own"),
     "Falcon": ({}, "its attention cannot be exchanged"),
+    "Mamba2": (
+        {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1},
+        r"none of its layers has attention \(layer_types\), so there is nothing to select from",
+    ),
+    "MiniMax": (
+        {"layer_types": ["linear_attention", "full_attention", "full_attention"], "head_dim": 16},
+        "MiniMaxForCausalLM is not supported: .* cache of its own",
+    ),
     "GPTNeoX": (
         {"num_key_value_heads": 2},
         "layer 0 has keys of 4 heads with 16 dimensions, the config says 2 heads with 16 dimensions",
@@ -57,9 +65,13 @@ def write(tmp_path: Path, tokenizer: Any) -> Write:
             "pad_token_id": 1,
             "tie_word_embeddings": False,
         }
+        if not hasattr(transformers, f"{architecture}Config"):
+            pytest.skip("this version of transformers has no such models")
         config = getattr(transformers, f"{architecture}Config")(**common | changes)
         if architecture in RUN and not hasattr(code_of(config), "ALL_ATTENTION_FUNCTIONS"):
             pytest.skip("this version of transformers has the attention of these models built in")
+        if architecture in RUN and hasattr(code_of(config), f"{architecture}DynamicCache"):
+            pytest.skip("this version of transformers has a cache of these models' own")
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
         randomise(model, seed=1)
         model.eval().save_pretrained(tmp_path)

@@ -91,7 +91,8 @@ def decode_steps(
 def set_stored(cache: Any, tokens: int) -> None:
     """Let a static cache go on behind so many tokens."""
     for layer in cache.layers:
-        layer.cumulative_length.fill_(tokens)
+        if hasattr(layer, "cumulative_length"):  # else it has a state, which is the same after any number
+            layer.cumulative_length.fill_(tokens)
 
 
 def _cache(loaded: LoadedModel, way: Theirs, requests: int, length: int, longest: int) -> Cache:
@@ -103,7 +104,7 @@ def _cache(loaded: LoadedModel, way: Theirs, requests: int, length: int, longest
         cache, stored = StaticCache(config=model.config, max_cache_len=longest), longest
     else:
         cache = DynamicCache(config=model.config, offloading=way.cache == "offloaded")
-    for layer in range(shape.depth):
+    for layer in shape.attentive:
         kv = torch.empty((2, requests, shape.kv_heads, stored, shape.head_dim), dtype=shape.dtype, device=device)
         fill(kv)
         cache.update(kv[0], kv[1], layer)
