@@ -148,7 +148,9 @@ def attention_forward(
     running: Running | None = getattr(module, RUNNING, None)
     if running is None or running.listener is None:
         raise NoStepError("this model was loaded for SpeContext's engine: run it through specontext.LLM")
-    number: int = module.layer_idx  # type: ignore[assignment]
+    number: Any = module.layer_idx
+    if number is None:
+        raise ModelError("several of its layers share one attention, which does not say whose KV it brings")
     layer, window = running.places.get(number, (number, None))
     softmax = understood(attention_mask, options, running.longest, window)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5

@@ -292,6 +292,8 @@ def _check(model: PreTrainedModel, shape: ModelShape) -> None:
             if layers != list(shape.attentive):
                 if not layers:
                     raise ModelError("its layers have attention of their own, which cannot be exchanged for the engine's")
+                if len(set(layers)) < len(layers):
+                    raise ModelError("several of its layers share one attention, which does not say whose KV it brings")
                 numbers = ", ".join(map(str, layers))
                 raise ModelError(f"of its {shape.depth} layers these have ordinary attention: {numbers}")
     running_of(model).serial = witness.serial

@@ -26,6 +26,12 @@ from tests.conftest import randomise
 from tests.models.architectures import RUN
 
 SOME = [name if name in ("GPT2", "OPT", "Qwen3Moe", "StableLm") else pytest.param(name, marks=pytest.mark.slow) for name in RUN]
+# States beside windows: no public checkpoint stands in the table.
+BOTH: dict[str, dict[str, Any]] = {
+    "LaraMini": {"layer_types": ["linear_attention", "full_attention", "sliding_attention"], "sliding_window": 24},
+    "Lfm3": {"layer_types": ["conv", "full_attention", "sliding_attention"], "sliding_window": 24}
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_dense_layers": 1},
+}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "Bloom": ({}, "BloomForCausalLM is not supported: its layers have attention of their own"),
     "Doge": ({}, "DogeForCausalLM is not supported: it hands its attention a mask of its own"),
@@ -37,6 +43,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "MiniMax": (
         {"layer_types": ["linear_attention", "full_attention", "full_attention"], "head_dim": 16},
         "MiniMaxForCausalLM is not supported: .* cache of its own",
+    ),
+    "Zamba": (
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "attention_head_dim": 32, "mamba_dt_rank": 8, "n_mamba_heads": 2},
+        "several of its layers share one attention",
+    ),
+    "Zamba2": (
+        {"layers_block_type": ["mamba", "hybrid", "hybrid"], "n_mamba_heads": 8, "mamba_headdim": 16, "num_mem_blocks": 1},
+        "several of its layers share one attention",
     ),
     "GPTNeoX": (
         {"num_key_value_heads": 2},
@@ -101,9 +115,9 @@ def tokens_of(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
     return [output.token_ids for output in outputs]
 
 
-@pytest.mark.parametrize("architecture", RUN)
+@pytest.mark.parametrize("architecture", [*RUN, *BOTH])
 def test_tokens_are_hugging_face_s(architecture: str, write: Write, tmp_path: Path, prompts: list[list[int]]) -> None:
-    model = write(architecture, RUN[architecture])
+    model = write(architecture, (RUN | BOTH)[architecture])
     right = right_tokens(model, prompts[1:3])
     llm = LLM(tmp_path, config=SpeContextConfig(method="oracle", budget=512, offload_layers=1), device="cpu")
     assert tokens_of(llm, prompts[1:3]) == right
