@@ -92,6 +92,8 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
     kinds = set(known or getattr(config, "layer_types", None) or ()) - LAYERS - (MIXED if known else set())
     if kinds:
         yield f"it uses layers of type {', '.join(sorted(map(str, kinds)))} (layer_types)"
+    if known and not set(known) - set(INATTENTIVE):
+        yield "none of its layers has attention (layer_types), so there is nothing to select from"
     if getattr(config, "num_attention_heads", None) is None:
         yield "it has no attention heads (num_attention_heads)"
     if getattr(config, "kv_lora_rank", None):
@@ -119,8 +121,6 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
     except (AttributeError, TypeError, ZeroDivisionError) as error:
         yield f"{error}"
     else:
-        if not shape.layers + len(shape.windowed):
-            yield "none of its layers has attention (layer_types), so there is nothing to select from"
         yield from _vendor_obstacles(config, shape.max_position)
 
 
