@@ -24,6 +24,7 @@ if not torch.cuda.is_available():  # kernels run in Triton's interpreter; to be 
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DeepseekV3Config,
     Gemma2Config,
     GptOssConfig,
     Lfm2Config,
@@ -59,6 +60,17 @@ def pytest_xdist_auto_num_workers() -> int | None:
 NANO = Path(specontext.models.__file__).parent / "nano"
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")  # architectures; 'bands' is one more checkpoint
 MAX_POSITION = 512
+LATENT: dict[str, Any] = {
+    **{"kv_lora_rank": 32, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12},
+    "rope_parameters": {
+        **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128},
+        **{"mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 32, "beta_slow": 1},
+    },
+}
+ROUTED = {
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32},
+    "first_k_dense_replace": 1,
+}
 
 Prompts = list[list[int]]
 MakeLLM = Callable[..., LLM]
@@ -74,7 +86,8 @@ def family_config(family: str, vocab_size: int, **changes: Any) -> PreTrainedCon
 
     A token of 'bands', a Llama with three KV heads, takes as many bytes as one of 'llama'. Of the five layers of 'windows' (a
     Gemma 2, with a soft cap), 'sinks' (a gpt-oss) and 'chunks' (a Llama 4) three attend to the whole context, and
-    so do those of 'delta' (a Qwen3-Next) and 'conv' (an LFM2); the others keep a state.
+    so do those of 'delta' (a Qwen3-Next) and 'conv' (an LFM2); the others keep a state. 'latents' is a
+    DeepSeek-V3 with a dense layer, then experts in two groups, and YaRN that changes the scale.
     """
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -120,6 +133,8 @@ def family_config(family: str, vocab_size: int, **changes: Any) -> PreTrainedCon
             own = Qwen3NextConfig, sizes | heads | experts | shared
         else:
             own = Lfm2Config, sizes | {"block_multiple_of": 8}
+    elif family == "latents":
+        own = DeepseekV3Config, {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, **LATENT, **ROUTED}
     else:
         own = MistralConfig, {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32, "sliding_window": None}
     return own[0](**(common | own[1] | changes))
@@ -141,6 +156,8 @@ def family_head(family: str, vocab_size: int) -> HeadConfig:
     if family in ("sinks", "chunks", "delta", "conv"):
         groups = 1 if family == "sinks" else 2
         return HeadConfig("features", heads=2 * groups, kv_heads=groups, feature_layers=(2, 4), **common)
+    if family == "latents":
+        return HeadConfig("features", heads=8, kv_heads=2, head_map=((0,), (0,), (1,), (1,)), feature_layers=(1, 4), **common)
     if family == "qwen2":
         return HeadConfig("features", heads=8, kv_heads=4, feature_layers=(3, 1), **common)
     if family == "qwen3":

@@ -14,6 +14,7 @@ from rich.table import Table
 from specontext.cli.planned import Planned, row_at, shown_lengths
 from specontext.cli.terminal import human_bytes
 from specontext.memory.planner import MemoryPlan
+from specontext.memory.preset import NUMBER_FORMATS
 from specontext.memory.presets import PRESETS
 from specontext.memory.throughput import Operation
 
@@ -60,7 +61,11 @@ def heading(planned: Planned) -> list[str]:
     plan, facts, run, shape = planned.plan, planned.facts, planned.run, planned.facts.shape
     others = {"with a window": len(shape.windowed), "without attention": len(shape.inattentive)}
     more = ", ".join(f"{count} more {which}" for which, count in others.items() if count)
-    heads = f"{shape.layers} layers{f' ({more})' if more else ''}, {shape.kv_heads} KV heads x {shape.head_dim}"
+    if shape.latent is not None:
+        kept = f"latents of {shape.latent.rank} + {shape.latent.rotated} numbers"
+    else:
+        kept = f"{shape.kv_heads} KV heads x {shape.head_dim}"
+    heads = f"{shape.layers} layers{f' ({more})' if more else ''}, {kept}"
     dtype = str(shape.dtype).removeprefix("torch.")
     kv = "" if shape.kv_dtype is None else f", {str(shape.kv_dtype).removeprefix('torch.')} with scales"
     host = "host memory without limit" if plan.host_memory is None else f"{human_bytes(plan.host_memory)} of host memory"
@@ -247,7 +252,7 @@ def print_presets(*, as_json: bool) -> None:
     for name in ("params", "layers", "KV heads", "KV/token", "context"):
         table.add_column(name, justify="right", no_wrap=True)
     for preset in PRESETS.values():
-        kv = human_bytes(4 * preset.full_layers * preset.kv_heads * preset.head_dim)
+        kv = human_bytes(preset.shape(NUMBER_FORMATS["bfloat16"]).kv_bytes_per_token)
         count, heads = _count(preset.parameters), f"{preset.kv_heads} x {preset.head_dim}"
         table.add_row(preset.name, preset.source, count, str(preset.layers), heads, kv, f"{preset.max_position >> 10}K")
     console(120).print(table)

@@ -25,6 +25,8 @@ class Share:
             raise ConfigError("layers with a state instead of KV do not work with tensor_parallel_size: leave it out")
         if shape.windowed:
             raise ConfigError("layers that attend to a window do not work with tensor_parallel_size: leave it out")
+        if shape.latent is not None:
+            raise ConfigError("multi-head latent attention does not work with tensor_parallel_size: leave it out")
         heads, size = shape.kv_heads, self.size
         if shape.query_heads % size or (heads % size and size % heads):
             raise ConfigError(

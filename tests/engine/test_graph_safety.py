@@ -121,7 +121,7 @@ def next_numbers(llm: LLM, size: int) -> Tensor:
 @pytest.mark.parametrize(
     ("family", "method"),
     [
-        *((family, "speculative") for family in ("llama", "bands", "windows", "conv")),
+        *((family, "speculative") for family in ("llama", "bands", "windows", "conv", "latents")),
         ("llama", "streaming"),
         pytest.param("delta", "speculative", marks=pytest.mark.slow),
     ],

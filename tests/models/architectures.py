@@ -7,6 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    **{"kv_lora_rank": 32, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12},
+}
+ROUTED = {
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32},
+    "first_k_dense_replace": 1,
+}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 OLD = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "num_key_value_heads": 4}  # names of GPT-2's time
 WINDOW = {"sliding_window": 24}  # shorter than the prompts
@@ -18,17 +26,21 @@ CONV = KEEPING | {"layer_types": ["conv", "full_attention"] * 2}
 MAMBA = KEEPING | {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2}
 # By the name of their configuration class: what a tiny config needs beside the common entries.
 RUN: dict[str, dict[str, Any]] = {
+    "AXK1": LATENT | ROUTED,
     "Bamba": MAMBA | {"attn_layer_indices": [1, 3]},
     "BioGpt": {"num_key_value_heads": 4},
     "CodeGen": OLD | {"rotary_dim": 8},
     "Cohere": {},
     "Cohere2": ALTERNATING,
+    "DeepseekV2": LATENT | ROUTED | {"q_lora_rank": None, "topk_method": "group_limited_greedy"},
+    "DeepseekV3": LATENT | ROUTED | {"rope_interleave": False},
     "Exaone4": ALTERNATING,
     "FalconH1": MAMBA | {"mamba_d_ssm": 128, "num_hidden_layers": 3, "head_dim": 16},
     "Gemma": {"head_dim": 16},
     "Gemma2": {"head_dim": 16, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0, **ALTERNATING},
     "Gemma3Text": {"head_dim": 16, "query_pre_attn_scalar": 24, **ALTERNATING},
     "Glm4": {"head_dim": 16},
+    "Glm4MoeLite": LATENT | ROUTED | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "GPT2": OLD,
     "GPTJ": OLD | {"rotary_dim": 8},
     "GptOss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **ALTERNATING},
@@ -51,6 +63,7 @@ RUN: dict[str, dict[str, Any]] = {
         **{"layer_types": ["chunked_attention", "full_attention", "chunked_attention"], "no_rope_layers": [1, 0, 1]},
         "floor_scale": 20,  # so that the temperature changes within the prompts
     },
+    "MiniCPM3": LATENT,
     "Ministral": {"head_dim": 16, **ALTERNATING},
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "Nemotron": {},
@@ -73,6 +86,7 @@ RUN: dict[str, dict[str, Any]] = {
     "Qwen3Moe": {"num_experts": 4, "head_dim": 24, **EXPERTS},
     "SmolLM3": {},
     "StableLm": {},
+    "Youtu": LATENT,
 }
 # Public checkpoints, in the table's order: of what stands in `RUN`, and of the families that all other tests use (conftest.py).
 EXAMPLES: dict[str, tuple[str, ...]] = {
@@ -95,6 +109,9 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "Bamba": ("ibm-ai-platform/Bamba-9B-v2",),
     "OlmoHybrid": ("allenai/Olmo-Hybrid-7B",),
     "Mixtral": ("mistralai/Mixtral-8x7B-Instruct-v0.1",),
+    "DeepseekV3": ("deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-R1", "moonshotai/Moonlight-16B-A3B-Instruct"),
+    "DeepseekV2": ("deepseek-ai/DeepSeek-V2-Lite-Chat",),
+    "Glm4MoeLite": ("zai-org/GLM-4.7-Flash",),
     "Phi3": ("microsoft/phi-4",),
     "Olmo2": ("allenai/OLMo-2-1124-7B-Instruct",),
     "Olmo3": ("allenai/Olmo-3-7B-Instruct",),
@@ -109,6 +126,9 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "Cohere2": ("CohereLabs/c4ai-command-r7b-12-2024",),
     "Exaone4": ("LGAI-EXAONE/EXAONE-4.0-32B",),
     "Ministral": ("mistralai/Ministral-8B-Instruct-2410",),
+    "MiniCPM3": ("openbmb/MiniCPM3-4B",),
+    "Youtu": ("tencent/Youtu-LLM-2B",),
+    "AXK1": ("skt/A.X-K1",),
     "GPTNeoX": ("EleutherAI/pythia-6.9b",),
     "StableLm": ("stabilityai/stablelm-2-12b-chat",),
     "Nemotron": ("nvidia/Minitron-8B-Base",),
