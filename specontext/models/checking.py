@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,17 +31,16 @@ from specontext.kernels.dense_attention import causal_attention, chunk_attention
 from specontext.kernels.latents import Latents
 from specontext.kernels.softmax import PLAIN, Softmax
 from specontext.kernels.window_attention import window_attention
-from specontext.memory.states import States, mixers_of
+from specontext.memory.states import mixers_of
 from specontext.models.attention import NoStepError, attention_of, listening, running_of
 from specontext.models.decoder import decoder_of
+from specontext.models.mixer_check import MixersSeen
 from specontext.models.mixers import RUNNING, MixerCall
+from specontext.models.tolerance import differ, of_outputs, of_states
 
 logger = logging.getLogger("specontext")
 LIBRARY_NAME = "specontext_library"  # the library's own attention, seen while it runs
 CHUNKS = (6, 3)
-# Largest relative difference, of what attention gets and of what it gives: in float32, and in 16 bits, where results of one
-# product may differ in the last bit and attention rounds its weights.
-TOLERANCE = {4: (1e-3, 1e-2), 2: (2e-2, 6e-2)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +55,6 @@ class _Call:
     windowed: bool
 
 
-@dataclass(eq=False)
-class _Mixed:
-    """What a mixer has got and given so far: its input and output [1, T, H], and the states behind them."""
-
-    hidden: Tensor
-    output: Tensor
-    states: States
-
-
 class _Witness:
     """Stands where a step stands: attends to what came before, and writes down what layers bring.
 
@@ -77,8 +67,7 @@ class _Witness:
 
     def __init__(self, shape: ModelShape, begin: int) -> None:
         self.calls: list[_Call] = []
-        self.mixed: dict[int, _Mixed] = {}
-        self.serial: set[int] = set()
+        self.mixers = MixersSeen()
         self.positions: Tensor | None = None
         windowed = [layer for layer in shape.attentive if layer not in shape.full]
         self._full, self._windowed, self._begin = shape.full, windowed, begin
@@ -126,41 +115,14 @@ class _Witness:
         return output
 
     def mix(self, mixer: int, hidden: Tensor, call: MixerCall) -> Tensor:
-        """The output of a mixer that goes on from the chunk before, once it has been found equal to that for all tokens at once.
-
-        The last token goes alone, as when it is decoded. Where a chunk does not go on from a state, and single tokens do, the
-        mixer is a serial one.
-        """
-        call.check()
-        past = self.mixed.get(mixer)
-        if past is None:
-            output, states = call(hidden, None)
-            self.mixed[mixer] = _Mixed(hidden, output, states)
-            return output
-        together = torch.cat((past.hidden, hidden), dim=1)
-        wanted = call.whole(together)[:, -hidden.shape[1] :]
-        tolerance = TOLERANCE[4 if hidden.dtype.itemsize >= 4 else 2][1]
-        for serial in (False, True):
-            call.serial, states, parts = serial, {key: state.clone() for key, state in past.states.items()}, []
-            for part in hidden.split([hidden.shape[1] - 1, 1], dim=1):
-                output, states = call(part, states)
-                parts.append(output)
-            output = torch.cat(parts, dim=1)
-            if not differ(output, wanted, tolerance):
-                if serial:
-                    self.serial.add(mixer)
-                self.mixed[mixer] = _Mixed(together, torch.cat((past.output, output), dim=1), states)
-                return output
-        raise ModelError(
-            "a layer without attention gives other results for two chunks of a text than for both at once: no state can be kept"
-        )
+        return self.mixers.see(mixer, hidden, call)
 
 
 class _Comparison:
     """Listens to the library's attention and holds it against what a witness saw."""
 
-    def __init__(self, calls: Sequence[_Call], mixed: Mapping[int, _Mixed]) -> None:
-        self._calls, self._mixed, self._seen = iter(calls), mixed, dict.fromkeys(mixed, 0)
+    def __init__(self, calls: Sequence[_Call], mixers: MixersSeen) -> None:
+        self._calls, self._mixers = iter(calls), mixers
 
     def see(self, layer: int, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> Tensor:
         """What the layer shall go on with: the witness's output.
@@ -174,7 +136,6 @@ class _Comparison:
         ours = next(self._calls, None)
         if ours is None or ours.layer != layer:
             raise ModelError("its layers come to attention in another order when it has a cache")
-        states, outputs = TOLERANCE[4 if query.dtype.itemsize >= 4 else 2]
         tokens = len(query)
         pairs = (
             ("queries", ours.query, query),
@@ -182,12 +143,12 @@ class _Comparison:
             ("values", ours.value, value[-tokens:]),
         )
         for name, mine, theirs in pairs:
-            if differ(mine, theirs, states):
+            if differ(mine, theirs, of_states(query)):
                 raise ModelError(
                     f"layer {layer} makes other {name} here than in the library, for example because it takes positions from "
                     "the library's cache"
                 )
-        if differ(ours.output, output, outputs):
+        if differ(ours.output, output, of_outputs(query)):
             over = "its window" if ours.windowed else "the whole context"
             raise ModelError(
                 f"the library's own attention of layer {layer} gives other results than causal softmax attention over {over}, "
@@ -196,33 +157,13 @@ class _Comparison:
         return ours.output
 
     def mix(self, mixer: int, hidden: Tensor, call: MixerCall) -> Tensor:
-        """What the layer shall go on with: the witness's output.
-
-        Raises:
-            ModelError: the library's differs.
-        """
-        begin = self._seen[mixer]
-        self._seen[mixer] = stop = begin + hidden.shape[1]
-        ours, theirs = self._mixed[mixer].output[:, begin:stop], call.as_given()
-        serial = call.serial and begin > 0  # such code does not go on with a chunk in the library either
-        if not serial and differ(ours, theirs, TOLERANCE[4 if hidden.dtype.itemsize >= 4 else 2][1]):
-            raise ModelError("a layer without attention gives other results here than in the library")
-        return ours
+        """See `MixersSeen.compare`."""
+        return self._mixers.compare(mixer, hidden, call)
 
     def end(self) -> None:
         """Raises ModelError unless all that the witness saw was seen again."""
         if next(self._calls, None) is not None:
             raise ModelError("its layers come to attention in another order when it has a cache")
-
-
-def differ(mine: Tensor, theirs: Tensor, tolerance: float) -> bool:
-    """Whether two tensors differ by more than a share of the second's norm, over the numbers that are finite in both."""
-    if mine.shape != theirs.shape:
-        return True
-    a, b = mine.float(), theirs.float()
-    finite = a.isfinite() & b.isfinite()
-    a, b = a.where(finite, 0.0), b.where(finite, 0.0)
-    return bool((a - b).norm() > tolerance * b.norm())
 
 
 def library_attention(
@@ -309,13 +250,13 @@ def _check(model: PreTrainedModel, shape: ModelShape) -> None:
                     raise ModelError("several of its layers share one attention, which does not say whose KV it brings")
                 numbers = ", ".join(map(str, layers))
                 raise ModelError(f"of its {shape.depth} layers these have ordinary attention: {numbers}")
-    running_of(model).serial = witness.serial
-    if witness.serial:
+    running_of(model).serial = witness.mixers.serial
+    if witness.mixers.serial:
         logger.warning(
             "%s goes on with a state for one token at a time only: prompts longer than max_num_batched_tokens will be slow",
             type(model).__name__,
         )
-    comparison = _Comparison(witness.calls, witness.mixed)
+    comparison = _Comparison(witness.calls, witness.mixers)
     mixing = {int(mixer.layer_idx) for mixer in mixers_of(model)}  # type: ignore[arg-type]
     cache = Cache(layers=[_later_layer(layer, mixing, shape, begin) for layer in range(shape.depth)])
     with listening(model, comparison, expanded=True), attention_of(model, LIBRARY_NAME):

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.qwen3_next import modeling_qwen3_next
 
 from specontext import LLM, SamplingParams
 from specontext.core import StateTensor
-from specontext.errors import ConfigError, DeviceMemoryError
+from specontext.errors import ConfigError, DeviceMemoryError, ModelError
 from specontext.kv.states import SeatStates
 from specontext.memory.facts import facts_of_config
 from specontext.memory.sharing import Share
+from specontext.models.attention import running_of
 from tests.engine.test_ahead import ahead, same
 from tests.engine.test_equality import check_idle, tokens_of
 from tests.engine.test_prefix import ask, cached
@@ -148,6 +150,50 @@ def test_prompts_are_computed_whole_and_that_is_said(
         job = ask(llm, prompts[2], greedy())
         assert job.request.output_token_ids == expected(ONE)[2] and cached(job) == 0
     assert llm.engine.parts.prefix.pages == 0
+
+
+# What modelling code does with a state ----------------------------------------------------------------------------------
+
+RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")  # for several tokens, and for one
+
+
+def forgetting(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    """Have code that is given a state begin without one."""
+    own = getattr(modeling_qwen3_next, rule)
+
+    def begin_anew(*given: Any, initial_state: torch.Tensor | None = None, **options: Any) -> Any:
+        start = None if initial_state is None else torch.zeros_like(initial_state)
+        return own(*given, initial_state=start, **options)
+
+    monkeypatch.setattr(modeling_qwen3_next, rule, begin_anew)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_code_that_forgets_a_state_within_a_chunk_gets_one_token_after_the_other(
+    dtype: str,
+    make_llm: MakeLLM,
+    prompts: Prompts,
+    greedy: Greedy,
+    expected: Expected,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    right = expected("delta")
+    forgetting(monkeypatch, RULES[0])
+    llm = make_llm("delta", budget=110, max_num_batched_tokens=9, dtype=dtype)
+    assert "goes on with a state for one token at a time only" in caplog.text
+    assert running_of(llm.engine.loaded.model).serial == {0, 1}
+    if dtype == "float32":
+        assert tokens_of(llm, prompts, greedy()) == right
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_code_that_forgets_a_state_with_each_token_is_refused(
+    dtype: str, make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgetting(monkeypatch, RULES[1])
+    with pytest.raises(ModelError, match="a layer without attention gives other results for two chunks"):
+        make_llm("delta", budget=110, dtype=dtype)
 
 
 # A step ahead of the host -----------------------------------------------------------------------------------------------

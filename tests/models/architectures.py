@@ -24,10 +24,12 @@ DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_hea
 DELTA |= KEEPING | {"layer_types": ["linear_attention", "full_attention"] * 2}
 CONV = KEEPING | {"layer_types": ["conv", "full_attention"] * 2}
 MAMBA = KEEPING | {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2}
+KDA = EXPERTS | KEEPING | {"layer_types": DELTA["layer_types"], "head_dim": 16, "num_local_experts": 4}  # beside latents
 # By the name of their configuration class: what a tiny config needs beside the common entries.
 RUN: dict[str, dict[str, Any]] = {
     "AXK1": LATENT | ROUTED,
     "Bamba": MAMBA | {"attn_layer_indices": [1, 3]},
+    "BailingHybrid": LATENT | KDA | {"n_group": 2, "topk_group": 1, "num_local_experts": 8, "first_k_dense_replace": 1},
     "BioGpt": {"num_key_value_heads": 4},
     "CodeGen": OLD | {"rotary_dim": 8},
     "Cohere": {},
@@ -56,6 +58,9 @@ RUN: dict[str, dict[str, Any]] = {
     "Jamba": KEEPING
     | {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 4}
     | {"num_experts_per_tok": 2, "mamba_d_state": 8, "mamba_dt_rank": 8},
+    "KimiLinear": LATENT
+    | KDA
+    | {"linear_num_heads": 4, "linear_head_dim": 16, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     "Lfm2": CONV | {"block_multiple_of": 8},
     "Lfm2Moe": CONV | {"num_experts": 4, "num_dense_layers": 1} | EXPERTS,
     "Llama4Text": {
@@ -100,6 +105,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "Qwen3Next": ("Qwen/Qwen3-Next-80B-A3B-Instruct",),
     "Qwen3_5Text": ("Qwen/Qwen3.5-9B-Base (its text part)",),
     "Qwen3_5MoeText": ("Qwen/Qwen3.5-35B-A3B-Base (its text part)",),
+    "KimiLinear": ("moonshotai/Kimi-Linear-48B-A3B-Instruct",),
+    "BailingHybrid": ("inclusionAI/Ling-3.0-Flash",),
     "GraniteMoeHybrid": ("ibm-granite/granite-4.0-h-small",),
     "FalconH1": ("tiiuae/Falcon-H1-7B-Instruct",),
     "NemotronH": ("nvidia/NVIDIA-Nemotron-Nano-9B-v2",),

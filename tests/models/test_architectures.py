@@ -28,7 +28,7 @@ from tests.conftest import randomise
 from tests.models.architectures import RUN
 
 SOME = [
-    name if name in ("DeepseekV2", "GPT2", "OPT", "Qwen3Moe", "StableLm") else pytest.param(name, marks=pytest.mark.slow)
+    name if name in ("DeepseekV2", "GPT2", "Lfm2", "OPT", "Qwen3Moe", "StableLm") else pytest.param(name, marks=pytest.mark.slow)
     for name in RUN
 ]
 # States beside windows: no public checkpoint stands in the table.
@@ -37,6 +37,18 @@ BOTH: dict[str, dict[str, Any]] = {
     "Lfm3": {"layer_types": ["conv", "full_attention", "sliding_attention"], "sliding_window": 24}
     | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_dense_layers": 1},
 }
+SELDOM = (
+    "Bamba",
+    "BailingHybrid",
+    "GraniteMoeHybrid",
+    "Lfm2Moe",
+    "NemotronH",
+    "OlmoHybrid",
+    "Qwen3_5MoeText",
+    "Qwen3_5Text",
+    *BOTH,
+)
+TOKENS = [pytest.param(name, marks=pytest.mark.slow) if name in SELDOM else name for name in (*RUN, *BOTH)]
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "Bloom": ({}, "BloomForCausalLM is not supported: its layers have attention of their own"),
     "Doge": ({}, "DogeForCausalLM is not supported: it hands its attention a mask of its own"),
@@ -122,7 +134,7 @@ def tokens_of(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
     return [output.token_ids for output in outputs]
 
 
-@pytest.mark.parametrize("architecture", [*RUN, *BOTH])
+@pytest.mark.parametrize("architecture", TOKENS)
 def test_tokens_are_hugging_face_s(architecture: str, write: Write, tmp_path: Path, prompts: list[list[int]]) -> None:
     model = write(architecture, (RUN | BOTH)[architecture])
     right = right_tokens(model, prompts[1:3])
