@@ -231,17 +231,10 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     keys = -(-arena.page_bytes // methods.shared.page_tokens) * methods.num_headed if methods.shared is not None else 0
     chunk = max(1, facts.weight_bytes // share)
     residency = Residency(kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=chunk)
-    prefix = PrefixCache(kv, methods, enabled=knows_prefixes(config, shape))
+    prefix = PrefixCache(kv, methods, enabled=config.enable_prefix_caching)
     limits = ServiceLimits(config.max_num_seqs, config.min_num_seqs, config.max_tpot_ms, config.max_wait_s)
     clock = StepClock(facts, machine, None if reads_everything(methods.selector) else method.budget)
     return Parts(method, methods, kv, prefix, meter, residency, plan, sizes, clock, limits, max_tokens, tokens, head)
-
-
-def knows_prefixes(config: EngineConfig, shape: ModelShape) -> bool:
-    """Whether prompts that begin like earlier ones go on from there; a message says where a model's layers forbid it."""
-    if config.enable_prefix_caching and shape.states:
-        logger.info("prompts that begin like earlier ones are computed again: states of layers without KV are not kept for them")
-    return config.enable_prefix_caching and not shape.states
 
 
 def with_kv_where_it_can_be(method: SpeContextConfig, machine: MachineSpeed) -> SpeContextConfig:

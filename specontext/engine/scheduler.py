@@ -179,6 +179,8 @@ class Scheduler:
         room = max(most - len(decodes), 1)
         for request in self.running:
             length = min(request.prefill_length - request.computed, room)
+            if self.parts.kv.states is not None:
+                length = self.parts.prefix.chunk(request, length)
             if not (request.decoding or request.held) and length > 0 and self.admission.grow(request, length, preempt=False):
                 chunks.append((request, length))
                 room -= length

@@ -99,7 +99,7 @@ class KVCache:
             verify=verify_loads,
         )
         self.parked: list[ParkedKV] = []
-        self.blocks = Blocks(self.transfers, host, state, rings)
+        self.blocks = Blocks(self.transfers, host, state, rings, states)
         if adaptive:
             prepare_moves(self.transfers)
 

@@ -2,8 +2,8 @@
 
     [mixers alike, seat, ...]   one tensor for each shape and number format
 
-They are part of what an engine allocates at its start, as rings are. What a request that waits has of them lies in pages of the
-host. A state cannot be taken back: what has once been stored holds all tokens up to there.
+They are part of what an engine allocates at its start, as rings are. What a request that waits has of them, and what is known
+of prompts, lies in pages of the host. A state cannot be taken back: what has once been stored holds all tokens up to there.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class SeatStates:
         return -(-self.seat_bytes // page_bytes)
 
     def store(self, transfers: Transfers, seat: int, pages: Tensor) -> None:
-        """Copy a seat's states to pages int64 [pages, 1] of the host, which nothing waits for yet."""
+        """Copy a seat's states to pages int64 [pages, 1] of the host, which nothing waits for yet. The next step may write to them at once."""
         parts = [tensor[:, seat].contiguous().view(-1).view(torch.uint8) for tensor in self._all]
         store_bytes(transfers, torch.cat(parts)[None], pages)
 

@@ -222,7 +222,7 @@ def measured_model(
         "workspace": workspace_bytes(facts, run),
         **({"methods": states} if states else {}),
         **({"windows": windows} if windows else {}),
-        **({"states": (run.requests + 1) * shape.state_bytes} if shape.states else {}),
+        **({"states": (run.requests + 2) * shape.state_bytes} if shape.states else {}),
     }
     kv = KVCost(
         layers=shape.layers,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from specontext.models.attention import running_of
 from tests.engine.test_ahead import ahead, same
 from tests.engine.test_equality import check_idle, tokens_of
 from tests.engine.test_prefix import ask, cached
+from tests.engine.test_windows import text
 
 FAMILIES = ("delta", "conv")
 ONE = "conv"
@@ -140,16 +140,61 @@ def test_layers_that_move_change_nothing(make_llm: MakeLLM, prompts: Prompts, gr
     assert llm.engine.parts.residency.num_moves, "else the test says nothing"
 
 
-def test_prompts_are_computed_whole_and_that_is_said(
-    make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected, caplog: pytest.LogCaptureFixture
+# Known prompts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "offload_layers"), [("conv", 0), ("delta", 2)])
+def test_a_prompt_that_goes_on_from_an_earlier_one_finds_its_states(
+    family: str, offload_layers: int, make_llm: MakeLLM, greedy: Greedy
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="specontext"):
-        llm = make_llm(ONE, budget=110)
-    assert "prompts that begin like earlier ones are computed again" in caplog.text
-    for _ in range(2):
-        job = ask(llm, prompts[2], greedy())
-        assert job.request.output_token_ids == expected(ONE)[2] and cached(job) == 0
-    assert llm.engine.parts.prefix.pages == 0
+    fresh = make_llm(family, budget=12, offload_layers=0, enable_prefix_caching=False)
+    llm = make_llm(family, budget=12, offload_layers=offload_layers, max_num_batched_tokens=90, verify_loads=True)
+    said = text(1, 187)
+    found = []
+    for prompt in (said, said + text(2, 21), said[:90] + text(3, 30), said + text(2, 9), said, text(4, 30), text(4, 30)):
+        job = ask(llm, prompt, greedy(12))
+        assert job.request.output_token_ids == fresh.generate([prompt], greedy(12))[0].token_ids
+        found.append(cached(job))
+        llm.engine.check_integrity()
+    assert found == [0, 176, 0, 192, 176, 0, 0]
+    check_idle(llm)
+
+
+def test_requests_wait_for_states_that_another_computes(make_llm: MakeLLM, greedy: Greedy) -> None:
+    fresh = make_llm(ONE, budget=12, enable_prefix_caching=False)
+    llm = make_llm(ONE, budget=12, max_num_batched_tokens=64)
+    prompts = [text(1, 187) + text(seed, 9 + 4 * seed) for seed in (5, 6, 7)]
+    prompts = [prompts[0][:187], *prompts]
+    outputs = llm.generate(prompts, greedy(6))
+    assert [one.token_ids for one in outputs] == [fresh.generate([prompt], greedy(6))[0].token_ids for prompt in prompts]
+    assert [one.stats["cached_tokens"] for one in outputs] == [0, 176, 176, 176]
+    check_idle(llm)
+
+
+def test_states_that_are_kept_make_room_for_whoever_needs_it(make_llm: MakeLLM, greedy: Greedy) -> None:
+    fresh = make_llm(ONE, budget=12, enable_prefix_caching=False)
+    page = fresh.engine.parts.kv.host.page_bytes
+    llm = make_llm(ONE, budget=12, host_memory=50 * page, max_num_batched_tokens=64, max_num_seqs=1)
+    prompts = [text(seed, 170) for seed in range(1, 6)]
+    for prompt in (*prompts, *prompts[-1:], prompts[0]):
+        job = ask(llm, prompt, greedy(6))
+        llm.engine.check_integrity()
+        assert job.request.output_token_ids == fresh.generate([prompt], greedy(6))[0].token_ids
+    assert 0 < llm.engine.parts.prefix.pages <= 50
+    llm.engine.reset_prefix_cache()
+    assert not llm.engine.parts.prefix.pages
+    check_idle(llm)
+
+
+def test_states_are_kept_while_a_step_ahead_writes_new_ones(make_llm: MakeLLM, greedy: Greedy) -> None:
+    fresh = make_llm(ONE, budget=12, enable_prefix_caching=False)
+    llm = make_llm(ONE, budget=12, max_num_batched_tokens=64)
+    launched = ahead(llm)
+    said = text(1, 187)
+    for prompt in (said, said + text(5, 40), said + text(6, 30)):
+        (output,) = llm.generate([prompt], greedy(8))
+        assert output.token_ids == fresh.generate([prompt], greedy(8))[0].token_ids
+    assert output.stats["cached_tokens"] == 176 and launched
 
 
 # What modelling code does with a state ----------------------------------------------------------------------------------
@@ -251,7 +296,8 @@ def test_states_are_a_part_of_the_plan_that_does_not_grow(make_llm: MakeLLM) -> 
     conv, delta = 4 * (2 * 2 * 8 + 4 * 8) * 4, 4 * 4 * 8 * 8  # bytes of a layer: four inputs of 64 channels, four heads of 8 x 8
     for llm in (short, long):
         kv, plan = llm.engine.parts.kv, llm.engine.parts.plan
-        assert kv.states is not None and kv.states.num_bytes == plan.fixed["states"] == seats * 2 * (conv + delta)
+        assert kv.states is not None and kv.states.num_bytes == seats * 2 * (conv + delta)
+        assert plan.fixed["states"] == kv.states.num_bytes + kv.states.seat_bytes, "and a copy that goes to the host"
         assert plan.kv.layers == 3 and kv.arena.layout.full == [0, 1, 2]
 
 
