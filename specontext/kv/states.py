@@ -69,7 +69,7 @@ class SeatStates:
         return -(-self.seat_bytes // page_bytes)
 
     def store(self, transfers: Transfers, seat: int, pages: Tensor) -> None:
-        """Copy a seat's states to pages int64 [pages, 1] of the host. Nothing waits for that, and the next step may write to them."""
+        """Copy a seat's states to pages int64 [pages, 1] of the host; the next step need not wait to write to them."""
         parts = [tensor[:, seat].contiguous().view(-1).view(torch.uint8) for tensor in self._all]
         store_bytes(transfers, torch.cat(parts)[None], pages)
 
