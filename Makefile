@@ -10,7 +10,7 @@ TORCH := test -e /dev/nvidiactl || test "$$(uname -s)" != Linux \
 
 # Tests that meet transformers, for each end of the versions that pyproject.toml allows.
 OLDEST = $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
-COMPAT_TESTS ?= tests/models tests/distill tests/integrations tests/engine/test_equality.py tests/scripts/test_examples.py
+COMPAT_TESTS ?= tests/models tests/distill tests/integrations tests/engine/test_equality.py tests/engine/test_states.py tests/scripts/test_examples.py
 
 .PHONY: demo test test-compat compat-oldest compat-newest lint format install
 

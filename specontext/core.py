@@ -62,6 +62,29 @@ class Window:
 
 
 @dataclass(frozen=True)
+class StateTensor:
+    """Numbers of fixed size that a layer keeps of all tokens of a request instead of their KV, or beside it.
+
+    Attributes:
+        mixer: the module that keeps them, numbered among those that keep any: linear attention, a state-space model, a short
+            convolution.
+        recurrent: a state that every token changes; else the last inputs of a convolution.
+        index: which of the module's states of this kind.
+        shape: of one request's.
+    """
+
+    mixer: int
+    recurrent: bool
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
 class LatentSizes:
     """What keys and values are made of where attention is multi-head latent attention.
 
@@ -90,7 +113,8 @@ class ModelShape:
     """What KV storage, planner and selectors must know of a model.
 
     Layers are those that attend to the whole context, numbered among themselves: their KV grows, is selected from, and moves.
-    Layers with a window keep the tokens of their window, and take no part in any of that.
+    Layers with a window keep the tokens of their window, and those without attention a state of fixed size; both take no part in
+    any of that.
 
     Attributes:
         dtype: number format of weights, and of KV unless `kv_dtype` names another.
@@ -100,9 +124,11 @@ class ModelShape:
             none.
         longer: the longest context that may be asked for, where it is more than `max_position`: RoPE has other angles then, for
             contexts of all lengths. 0 where it is not.
-        windows: of every layer of the decoder its window, None for one that attends to the whole context; empty where none has
-            a window.
+        windows: of every layer of the decoder with attention its window, None for one that attends to the whole context; empty
+            where none has a window.
         kv_dtype: of the codes of KV in 8 bits, each key and value with a scale; None for numbers of `dtype`.
+        inattentive: numbers in the decoder of the layers that have no attention, ascending.
+        states: what layers keep of each request in a fixed size, once that has been measured (`memory.states`).
         latent: where what is stored are latents. Attention is then to one KV head, a row of which is both key and value, and D
             the numbers of a row. None for keys and values.
     """
@@ -119,6 +145,8 @@ class ModelShape:
     windows: tuple[Window | None, ...] = ()
     longer: int = 0
     kv_dtype: torch.dtype | None = None
+    inattentive: tuple[int, ...] = ()
+    states: tuple[StateTensor, ...] = ()
     latent: LatentSizes | None = None
 
     @classmethod
@@ -132,13 +160,15 @@ class ModelShape:
             AttributeError: an entry that is missing.
         """
         max_position, limited_by, longer = _longest_context(config)
-        windows, latent = _windows(config, max(max_position, longer)), _latent(config)
+        windows, inattentive = _windows(config, max(max_position, longer)), _inattentive(config)
+        attentive = config.num_hidden_layers - len(inattentive)
+        latent = _latent(config)
         if dtype is None:
             import torch
 
             dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         return cls(
-            layers=sum(window is None for window in windows) if windows else config.num_hidden_layers,
+            layers=sum(window is None for window in windows) if windows else attentive,
             hidden_size=config.hidden_size,
             query_heads=config.num_attention_heads,
             kv_heads=1 if latent else getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
@@ -149,6 +179,7 @@ class ModelShape:
             limited_by=limited_by,
             windows=windows,
             longer=longer,
+            inattentive=inattentive,
             latent=latent,
         )
 
@@ -167,7 +198,17 @@ class ModelShape:
     @property
     def depth(self) -> int:
         """Layers of the decoder, whatever they attend to."""
-        return len(self.windows) or self.layers
+        return (len(self.windows) or self.layers) + len(self.inattentive)
+
+    @property
+    def attentive(self) -> tuple[int, ...]:
+        """Numbers in the decoder of the layers that have attention."""
+        return tuple(layer for layer in range(self.depth) if layer not in self.inattentive)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a request's states, in all layers that keep one."""
+        return sum(state.num_bytes for state in self.states)
 
     @property
     def windowed(self) -> tuple[Window, ...]:
@@ -177,7 +218,8 @@ class ModelShape:
     @property
     def full(self) -> tuple[int, ...]:
         """Numbers in the decoder of the layers that attend to the whole context."""
-        return tuple(layer for layer in range(self.depth) if not self.windows or self.windows[layer] is None)
+        windows = self.windows or (None,) * self.layers
+        return tuple(layer for layer, window in zip(self.attentive, windows, strict=True) if window is None)
 
     @property
     def longest(self) -> str:
@@ -263,7 +305,7 @@ def _longest_context(config: PreTrainedConfig) -> tuple[int, str, int]:
             turning[f"original_max_position_embeddings {tokens}, beyond which RoPE of type longrope has other angles"] = tokens
         if part.get("rope_type") == "dynamic" and isinstance(part.get("factor"), int | float):
             longer = max(longer, int(base * part["factor"]))
-    kinds = _layer_types(config)
+    kinds = layer_kinds(config)
     window, chunk = _tokens(config, "sliding_window"), _tokens(config, "attention_chunk_size")
     used = getattr(config, "use_sliding_window", True) is not False and (not kinds or "sliding_attention" in kinds)
     if window is not None and used and not _some_are_full(kinds):
@@ -281,24 +323,40 @@ def _longest_context(config: PreTrainedConfig) -> tuple[int, str, int]:
     return found, why, longer if longer > found else 0
 
 
-def _layer_types(config: PreTrainedConfig) -> list[str] | None:
+def layer_kinds(config: PreTrainedConfig) -> list[str] | None:
     """What kind of attention each layer has, where the config's class knows of such kinds."""
-    own = not is_dataclass(config) or "layer_types" in {entry.name for entry in fields(config)}  # else the class ignores them
-    return getattr(config, "layer_types", None) if own else None
+    named = {entry.name for entry in fields(config)} if is_dataclass(config) else {"layer_types"}
+    own = "layer_types" in named or "layer_types" in config.attribute_map or hasattr(type(config), "layer_types")
+    kinds = getattr(config, "layer_types", None) if own else None  # else the class ignores them
+    return None if kinds is None else [FORMER_NAMES.get(kind, kind) for kind in kinds]
 
 
 def _some_are_full(kinds: list[str] | None) -> bool:
-    return kinds is not None and "full_attention" in kinds
+    return kinds is not None and not {"full_attention", "hybrid"}.isdisjoint(kinds)
+
+
+FORMER_NAMES = {"attention": "full_attention", "mamba": "linear_attention"}
+# Kinds of layers without attention: what keeps a state, and what has a feed-forward alone. A "hybrid" has a state and attention.
+STATEFUL = ("linear_attention", "conv")
+INATTENTIVE = (*STATEFUL, "moe", "mlp")
+
+
+def _inattentive(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Numbers of the layers of a decoder that have no attention."""
+    kinds = layer_kinds(config) or []
+    return tuple(layer for layer, kind in enumerate(kinds[: config.num_hidden_layers]) if kind in INATTENTIVE)
 
 
 def _windows(config: PreTrainedConfig, longest: int) -> tuple[Window | None, ...]:
-    """Windows of all layers of a decoder of which some attend to the whole context; those as long as the context are none."""
-    kinds = _layer_types(config)
+    """Windows of all layers with attention, where some attend to the whole context; those as long as the context are none."""
+    kinds = layer_kinds(config)
     if kinds is None or not _some_are_full(kinds):
         return ()
     sizes = {"sliding_attention": _tokens(config, "sliding_window"), "chunked_attention": _tokens(config, "attention_chunk_size")}
     found: list[Window | None] = []
     for kind in kinds[: config.num_hidden_layers]:
+        if kind in INATTENTIVE:
+            continue
         size = sizes.get(kind)
         found.append(Window(size, kind == "chunked_attention") if size is not None and size < longest else None)
     return tuple(found) if any(found) else ()

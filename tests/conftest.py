@@ -27,6 +27,7 @@ from transformers import (
     DeepseekV3Config,
     Gemma2Config,
     GptOssConfig,
+    Lfm2Config,
     Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -34,6 +35,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 from transformers import logging as transformers_logging
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
@@ -91,7 +93,8 @@ def family_config(family: str, vocab_size: int, **changes: Any) -> PreTrainedCon
     """A tiny config; head dims differ from hidden / heads, and GQA ratios are 2, 1, 3, 4 and 2.
 
     A token of 'bands', a Llama with three KV heads, takes as many bytes as one of 'llama'. Of the five layers of 'windows' (a
-    Gemma 2, with a soft cap), 'sinks' (a gpt-oss) and 'chunks' (a Llama 4) three attend to the whole context. 'latents' is a
+    Gemma 2, with a soft cap), 'sinks' (a gpt-oss) and 'chunks' (a Llama 4) three attend to the whole context, and
+    so do those of 'delta' (a Qwen3-Next) and 'conv' (an LFM2); the others keep a state. 'latents' is a
     DeepSeek-V3 with a dense layer, then experts in two groups, and YaRN that changes the scale.
     """
     common: dict[str, Any] = {
@@ -127,6 +130,17 @@ def family_config(family: str, vocab_size: int, **changes: Any) -> PreTrainedCon
             sizes |= {"no_rope_layers": [1, 0, 1, 0, 0], "floor_scale": 20}
         far = "full_attention"
         own = own[0], own[1] | sizes | {"layer_types": [near, far, near, far, far]}
+    elif family in ("delta", "conv"):
+        kept, far = {"delta": "linear_attention", "conv": "conv"}[family], "full_attention"
+        sizes = {"num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes |= {"layer_types": [kept, far, kept, far, far]}
+        if family == "delta":
+            heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+            shared = {"shared_expert_intermediate_size": 32, "head_dim": 16}
+            own = Qwen3NextConfig, sizes | heads | experts | shared
+        else:
+            own = Lfm2Config, sizes | {"block_multiple_of": 8}
     elif family == "latents":
         need_latents()
         own = DeepseekV3Config, {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, **LATENT, **ROUTED}
@@ -148,8 +162,8 @@ def family_head(family: str, vocab_size: int) -> HeadConfig:
     if family == "windows":
         bands: dict[str, Any] = {"heads": 4, "kv_heads": 4, "head_map": ((0, 1), (2, 3), (2, 3))}
         return HeadConfig("features", feature_layers=(1, 5), **common | bands)
-    if family in ("sinks", "chunks"):
-        groups = {"sinks": 1, "chunks": 2}[family]
+    if family in ("sinks", "chunks", "delta", "conv"):
+        groups = 1 if family == "sinks" else 2
         return HeadConfig("features", heads=2 * groups, kv_heads=groups, feature_layers=(2, 4), **common)
     if family == "latents":
         return HeadConfig("features", heads=8, kv_heads=2, head_map=((0,), (0,), (1,), (1,)), feature_layers=(1, 4), **common)
@@ -296,7 +310,7 @@ Masks = list[torch.Tensor]
 
 @pytest.fixture(scope="session")
 def masked_forward() -> Callable[..., Any]:
-    """masked_forward(model, ids, masks): an eager Hugging Face forward in which layer i's heads see what masks[i] allows.
+    """masked_forward(model, ids, masks): an eager Hugging Face forward in which layer i's heads see what masks[i] allows, if any.
 
     masks[i] is bool [Hq, S, S]. Besides Hugging Face's own outputs, the result has `inputs`: what entered each decoder layer
     and, at last, the final norm, each [S, H].
@@ -312,8 +326,9 @@ def masked_forward() -> Callable[..., Any]:
             def put_mask(_: Any, args: Any, kwargs: Any, bias: torch.Tensor = bias) -> Any:
                 return args, kwargs | {"attention_mask": bias}
 
-            handles.append(layer.self_attn.register_forward_pre_hook(put_mask, with_kwargs=True))
-        for module in [*decoder.layers, decoder.norm]:
+            if hasattr(layer, "self_attn"):
+                handles.append(layer.self_attn.register_forward_pre_hook(put_mask, with_kwargs=True))
+        for module in [*decoder.layers, decoder.norm if hasattr(decoder, "norm") else decoder.embedding_norm]:
             handles.append(module.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0])))
         try:
             output = model(torch.tensor([ids]), output_attentions=attentions, use_cache=False)

@@ -32,6 +32,7 @@ NAMES = {
     "keys": "keys of the head",
     "slots": "slots of offloaded layers",
     "windows": "KV of layers with a window",
+    "states": "states of layers without KV",
     "kv_device": "KV on the GPU",
     "kv_host": "KV on the host",
 }
@@ -59,12 +60,13 @@ def print_plan(planned: Planned) -> None:
 def heading(planned: Planned) -> list[str]:
     """The model, the memory and what is asked of them."""
     plan, facts, run, shape = planned.plan, planned.facts, planned.run, planned.facts.shape
-    near = f" ({len(shape.windowed)} more with a window)" if shape.windowed else ""
+    others = {"with a window": len(shape.windowed), "without attention": len(shape.inattentive)}
+    more = ", ".join(f"{count} more {which}" for which, count in others.items() if count)
     if shape.latent is not None:
         kept = f"latents of {shape.latent.rank} + {shape.latent.rotated} numbers"
     else:
         kept = f"{shape.kv_heads} KV heads x {shape.head_dim}"
-    heads = f"{shape.layers} layers{near}, {kept}"
+    heads = f"{shape.layers} layers{f' ({more})' if more else ''}, {kept}"
     dtype = str(shape.dtype).removeprefix("torch.")
     kv = "" if shape.kv_dtype is None else f", {str(shape.kv_dtype).removeprefix('torch.')} with scales"
     host = "host memory without limit" if plan.host_memory is None else f"{human_bytes(plan.host_memory)} of host memory"

@@ -326,6 +326,8 @@ def as_object(planned: Planned) -> dict[str, Any]:
             "retrieval_head": facts.head.source,
             "layers": facts.shape.layers,
             "layers_with_window": len(facts.shape.windowed),
+            "layers_without_attention": len(facts.shape.inattentive),
+            "state_bytes": facts.shape.state_bytes,
             "query_heads": facts.shape.query_heads,
             "kv_heads": facts.shape.kv_heads,
             "head_dim": facts.shape.head_dim,

@@ -13,7 +13,7 @@ Shapes: N sequences, S tokens, Q rows, Hq query and Hkv KV heads, D head dim, H 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,7 @@ from specontext.distill.target import IMPLEMENTATION, Observation, Target, Taugh
 from specontext.kernels.softmax import PLAIN, Softmax, capped
 from specontext.models.attention import attention_of, listening
 from specontext.models.decoder import decoder_layers, decoder_of
+from specontext.models.mixers import MixerCall
 
 CHUNK_ELEMENTS = 1 << 26  # logits that are held at once
 HIGHEST = 20.0  # how far, in nats, an entry that is not read may stand above those that are before its gradient is cut
@@ -71,7 +72,7 @@ class Replay:
         token = torch.arange(span, device=self.rows.device)
         own = (token == self.rows[..., None]).float()  # [N, Q, S]
         visible = (token <= self.rows[..., None]) & ~(linked.float() @ own).bool()
-        return _Replayed(self.seen.stored, self.seen.windowed, self.rows, visible, linked, gates)
+        return _Replayed(self.seen, self.rows, self.chained, visible, linked, gates)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,14 +80,14 @@ class _Replayed:
     """Attention of replayed rows.
 
     Attributes:
-        stored, windowed: keys and values of each layer [N, Hkv, S, D].
+        seen: keys and values of each layer [N, Hkv, S, D], and inputs of mixers.
         visible: bool [N, Q, S], the stored tokens that a row may read.
         linked: bool [Q, Q], the replayed rows that a row may read.
     """
 
-    stored: Sequence[tuple[Tensor, Tensor]]
-    windowed: Sequence[tuple[Tensor, Tensor]]
+    seen: Observation
     rows: Tensor
+    chained: bool
     visible: Tensor
     linked: Tensor
     gates: Gates | None
@@ -99,7 +100,7 @@ class _Replayed:
         """See `TaughtPass.attend`; the queries are those of the rows."""
         gates = None if self.gates is None else self.gates(layer)
         linked = self.linked[None]
-        return self._attend(self.stored[layer], query, key, value, scale, softmax, self.visible, linked, gates)
+        return self._attend(self.seen.stored[layer], query, key, value, scale, softmax, self.visible, linked, gates)
 
     def attend_window(
         self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
@@ -107,7 +108,18 @@ class _Replayed:
         """See `TaughtPass.attend_window`: nothing is selected there, so there are no gates."""
         first, token = window.first(self.rows)[..., None], torch.arange(self.visible.shape[-1], device=self.rows.device)
         visible, linked = self.visible & (token >= first), self.linked & (self.rows[:, None] >= first)
-        return self._attend(self.windowed[layer], query, key, value, scale, softmax, visible, linked, None)
+        return self._attend(self.seen.windowed[layer], query, key, value, scale, softmax, visible, linked, None)
+
+    def mix(self, mixer: int, hidden: Tensor, call: MixerCall) -> Tensor:
+        """See `TaughtPass.mix`: rows stand in the dense pass's inputs, chained ones together, others each alone."""
+        inputs, index = self.seen.mixed[mixer], self.rows[..., None].expand_as(hidden)
+        if self.chained:
+            return call.whole(inputs.scatter(1, index, hidden)).gather(1, index)
+        alone = [
+            call.whole(inputs.scatter(1, at, row)).gather(1, at)
+            for at, row in zip(index.split(1, dim=1), hidden.split(1, dim=1), strict=True)
+        ]
+        return torch.cat(alone, dim=1)
 
     def _attend(
         self,

@@ -21,10 +21,11 @@ from specontext.core import ModelShape, Window
 from specontext.kernels.dense_attention import causal_attention
 from specontext.kernels.softmax import PLAIN, Softmax, capped
 from specontext.kernels.window_attention import window_attention
-from specontext.models.attention import RUNNING, attention_of, listening, running_of, understood
+from specontext.models.attention import attention_of, listening, running_of, understood
 from specontext.models.decoder import decoder_of, output_layer
 from specontext.models.features import FeatureTaps
 from specontext.models.latents import EXPAND, latents_of
+from specontext.models.mixers import RUNNING, MixerCall
 from specontext.models.temperature import at_positions
 from specontext.retrieval.head import RetrievalHead
 
@@ -43,6 +44,7 @@ class Observation:
         hidden: [N, S, H], after the last norm: what the output matrix reads.
         stored: of each layer keys and values [N, Hkv, S, D], where they were asked for.
         windowed: the same of the layers with a window.
+        mixed: of each mixer its input [N, S, H], likewise.
     """
 
     ids: Tensor
@@ -51,6 +53,7 @@ class Observation:
     hidden: Tensor
     stored: tuple[tuple[Tensor, Tensor], ...] = ()
     windowed: tuple[tuple[Tensor, Tensor], ...] = ()
+    mixed: tuple[Tensor, ...] = ()
 
     def embedded(self, head: RetrievalHead) -> Tensor:
         """Embeddings [N, S, H] of the tokens as a head sees them."""
@@ -77,6 +80,10 @@ class TaughtPass(Protocol):
         """The same in a layer with a window."""
         ...
 
+    def mix(self, mixer: int, hidden: Tensor, call: MixerCall) -> Tensor:
+        """The output [N, S, H] of a mixer, which keeps a state instead of KV, for its input [N, S, H]."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class _Dense:
@@ -85,6 +92,7 @@ class _Dense:
     Attributes:
         rows: int64 [N, Q], query positions whose attention is shown to the listeners.
         stored, windowed: take keys and values of every layer where they are kept.
+        mixed: takes the inputs of mixers, likewise.
     """
 
     rows: Tensor | None
@@ -92,6 +100,7 @@ class _Dense:
     keep: bool
     stored: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     windowed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    mixed: list[Tensor] = field(default_factory=list)
     positions = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
@@ -114,6 +123,12 @@ class _Dense:
         if self.keep:
             self.windowed.append((key, value))
         return each_sequence(lambda q, k, v: window_attention(q, k, v, scale, window, softmax=softmax), query, key, value)
+
+    def mix(self, mixer: int, hidden: Tensor, call: MixerCall) -> Tensor:
+        call.check()
+        if self.keep:
+            self.mixed.append(hidden)
+        return call.whole(hidden)
 
 
 class Target:
@@ -167,9 +182,8 @@ class Target:
         finally:
             if taps is not None:
                 taps.remove()
-        return Observation(
-            ids, self.model.get_input_embeddings()(ids), features, hidden, tuple(dense.stored), tuple(dense.windowed)
-        )
+        kept = (tuple(dense.stored), tuple(dense.windowed), tuple(dense.mixed))
+        return Observation(ids, self.model.get_input_embeddings()(ids), features, hidden, *kept)
 
 
 def teaching_attention(

@@ -28,6 +28,7 @@ from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout
 from specontext.kv.pool import PagePool, make_pools
 from specontext.kv.rings import Rings
+from specontext.kv.states import SeatStates
 from specontext.memory.facts import NO_HEAD, ModelFacts
 from specontext.memory.learning import LearnedClock
 from specontext.memory.model import MemoryModel, RunSettings, fitting_step, measured_model, staged_bytes
@@ -200,6 +201,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     rings = None
     if shape.windowed:
         rings = Rings(shape, seats=config.max_num_seqs, page_size=config.page_size, max_tokens=max_tokens, device=device)
+    states = SeatStates(shape.states, seats=config.max_num_seqs, device=device) if shape.states else None
     methods = make_methods(names, context, loaded, arena)
     kv = KVCache(
         arena,
@@ -215,6 +217,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         or (device.type == "cpu" and any(map(reads_everything, kinds))),  # it reads them in place
         state=block_state(methods, config.page_size),
         rings=rings,
+        states=states,
     )
     meter = Meter(
         shape,

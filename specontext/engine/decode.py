@@ -14,6 +14,7 @@ from torch import Tensor
 from specontext.core import Batch, Lane, Window
 from specontext.engine.methods import Methods
 from specontext.engine.prefill import Chunks
+from specontext.engine.states import StatefulStep
 from specontext.engine.statistics import Meter
 from specontext.engine.true_attention import AttentionObserver, View, covered, true_logits
 from specontext.engine.windows import WindowedStep
@@ -27,6 +28,7 @@ from specontext.kv.layout import PlacedSelection, Reader
 from specontext.kv.staging import DenseRead, Staging
 from specontext.kv.streams import STATISTICS, Mark
 from specontext.memory.model import DECODE_TILE, LEAST_TILE, prompt_tile
+from specontext.models.mixers import MixerCall
 from specontext.retrieval.selector import AheadSelector, ForeseeingSelector, LaneTokens, LayerSelector, Selector
 
 # Shows the decode tokens of some lanes of a batch, with full attention, to the methods that have to know it beforehand.
@@ -68,6 +70,7 @@ class Step:
     Args:
         observer: called for decode tokens in every layer, where recall is measured.
         look_ahead: called before methods select that foresee.
+        keep_states: see `StatefulStep`.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Step:
         measure_recall: bool,
         observer: AttentionObserver | None = None,
         look_ahead: LookAhead | None = None,
+        keep_states: bool = True,
     ) -> None:
         self.batch, self.kv, self.transfers, self.methods, self.meter = batch, kv, kv.transfers, methods, meter
         self.measure_recall, self.observer, self.look_ahead = measure_recall, observer, look_ahead
@@ -87,6 +91,7 @@ class Step:
         self.lanes = [self._lane(lane) for lane in batch.lanes]
         self.chunks = Chunks(batch, self.transfers, methods, self._prompt_tile) if batch.prefills else None
         self.windowed = WindowedStep(batch, kv.rings) if kv.rings is not None else None
+        self.stateful = StatefulStep(batch, kv.states, keep=keep_states) if kv.states is not None else None
         self.staging: Staging | None = None
         self._counted: Mark = None
         # Choosing is timed where nothing runs beside it, or where measuring waits in any case.
@@ -185,6 +190,11 @@ class Step:
         """See `LayerAttention.attend_window`."""
         assert self.windowed is not None
         return self.windowed.attend(layer, window, query, key, value, scale, softmax)
+
+    def mix(self, mixer: int, hidden: Tensor, call: MixerCall) -> Tensor:
+        """See `LayerAttention.mix`."""
+        assert self.stateful is not None
+        return self.stateful.mix(mixer, hidden, call)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
         """See `LayerAttention.attend`."""

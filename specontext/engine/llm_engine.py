@@ -296,7 +296,8 @@ class LLMEngine:
             with working_device(len(schedule.batch.token_ids)):
                 return self._carry_out(schedule, ahead, meanwhile)
         except DeviceMemoryError as error:
-            error.request_ids = tuple(request.request_id for request in schedule.requests)
+            ids = dict.fromkeys((*error.request_ids, *(request.request_id for request in schedule.requests)))
+            error.request_ids = tuple(ids)
             for request_id in error.request_ids:
                 self.abort(request_id)
             raise
@@ -365,7 +366,10 @@ class LLMEngine:
         captured = self.runner.captured_rows(schedule.batch) if self.runner.captures else ()
         try:
             logits = self.runner.run(schedule.batch)
-        except DeviceMemoryError:  # it is tried again when its turn comes, and fails then
+        except DeviceMemoryError as error:  # it is tried again when its turn comes, and fails then
+            if self.parts.kv.states is not None:  # which hold tokens of the step by now, and cannot hold them twice
+                error.request_ids = tuple(request.request_id for request in schedule.requests)
+                raise
             self.parts.meter.counts.copy_(counts)
             return None
         self.step_tokens += len(schedule.batch.token_ids)

@@ -19,6 +19,8 @@ from specontext.kv.cache import KVCache
 from specontext.kv.prefix_tree import Block, page_of
 from specontext.retrieval.selector import PageState
 
+WORTH_A_STEP = 128  # tokens that others may find, for which a chunk ends early and another step is needed
+
 
 @dataclass(eq=False)
 class _Growing:
@@ -74,13 +76,36 @@ class PrefixCache:
     def awaited(self, request: Request) -> bool:
         """Whether a request that begins would find a page more if it waited for one that is being computed now."""
         usable = self._usable(request) if self._growing else 0
-        known = len(self.tree.find(request.token_ids, usable))
+        chain = self.tree.find(request.token_ids, usable)
+        if self.kv.states is not None:
+            return self._awaits_states(request, usable, self.kv.blocks.usable(chain))
+        known = len(chain)
         if known == usable:
             return False
         stop = (known + 1) * self.kv.page_size
         beginning = request.token_ids[:stop]
         others = [growing for growing in self._growing.values() if growing.request.prefill_length >= stop]
         return any(self._alive(growing) and growing.request.token_ids[:stop] == beginning for growing in others)
+
+    def _awaits_states(self, request: Request, usable: int, known: int) -> bool:
+        """The same where layers keep states, which are kept behind the last whole page of a prompt."""
+        for growing in self._growing.values():
+            stop = self._last_page_end(growing.request)
+            ahead = growing.request.computed < stop and self._alive(growing)
+            of_use = max(WORTH_A_STEP, known * self.kv.page_size + 1) <= stop <= usable * self.kv.page_size
+            if ahead and of_use and growing.request.token_ids[:stop] == request.token_ids[:stop]:
+                return True
+        return False
+
+    def _last_page_end(self, request: Request) -> int:
+        """Tokens of a prompt's whole pages but for its last token, which has to be computed in any case."""
+        return (request.prefill_length - 1) // self.kv.page_size * self.kv.page_size
+
+    def chunk(self, request: Request, length: int) -> int:
+        """Tokens of a request's next chunk, at most `length`: where layers keep states, one ends with the last whole page."""
+        stop = self._last_page_end(request)
+        ends = request.seat in self._growing and stop >= WORTH_A_STEP and request.computed < stop < request.computed + length
+        return stop - request.computed if ends else length
 
     def _alive(self, growing: _Growing) -> bool:
         return not growing.chain or growing.chain[-1] in self.tree
@@ -91,12 +116,11 @@ class PrefixCache:
         Args:
             ahead: tokens behind them for which the seat is to have room.
         """
-        size = self.tree.block_pages
         chain = self.tree.find(request.token_ids, self._usable(request))
         del chain[self.kv.blocks.usable(chain) :]
         while chain:
             length = min(request.prefill_length, self.tokens(chain) + ahead)
-            if self.kv.host_pages_for(length) <= self.kv.host.pages.num_free - len(chain) * size:
+            if self.kv.host_pages_for(length) <= self.kv.host.pages.num_free - sum(len(block.held) for block in chain):
                 break
             chain.pop()
             del chain[self.kv.blocks.usable(chain) :]
@@ -174,6 +198,7 @@ class PrefixCache:
             self.kv.keep(chain, pages, segment.seat, self._state(segment, len(chain), wanted, features), stored)
         else:
             self.kv.blocks.keep_rings(chain, segment.seat, stored)
+        self.kv.blocks.keep_states(chain, segment.seat, stored)
 
     def _state(self, segment: Segment, first: int, stop: int, features: Tensor | None) -> State:
         """State of the pages first .. stop - 1 of a seat, the last tokens of which are in a chunk."""

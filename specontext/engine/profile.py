@@ -15,6 +15,7 @@ from specontext.memory.model import HISTORY, SAMPLER, RunSettings, buffer_bytes
 from specontext.models.attention import listening
 from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
+from specontext.models.mixers import MixerCall
 
 
 class _ChunkOnly:
@@ -29,6 +30,9 @@ class _ChunkOnly:
         self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
     ) -> Tensor:
         return window_attention(query, key, value, scale, window, softmax=softmax)
+
+    def mix(self, mixer: int, hidden: Tensor, call: MixerCall) -> Tensor:
+        return call.whole(hidden)
 
     def attend_latents(
         self, layer: int, latents: Latents, query: Tensor, row: Tensor, scale: float, softmax: Softmax = PLAIN

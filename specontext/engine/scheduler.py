@@ -181,6 +181,8 @@ class Scheduler:
             length = min(request.prefill_length - request.computed, room)
             if request.decoding or request.held or length <= 0:
                 continue
+            if self.parts.kv.states is not None:
+                length = self.parts.prefix.chunk(request, length)
             if self.admission.grow(request, length, preempt=False, patient=bool(decodes)):
                 chunks.append((request, length))
                 room -= length

@@ -26,8 +26,8 @@ from specontext.retrieval.selector import ForeseeingSelector, LaneTokens, Method
 class DenseTwin:
     """Runs decode tokens with full attention ahead of their step and shows their weights to the methods that foresee.
 
-    The K and V that it stores for a token are replaced when the step stores its own. Its steps are not counted: a method says
-    in `selection_bytes` what it has read here.
+    The K and V that it stores for a token are replaced when the step stores its own, and states stay as they are. Its steps are
+    not counted: a method says in `selection_bytes` what it has read here.
     """
 
     def __init__(self, loaded: LoadedModel, parts: Parts) -> None:
@@ -51,7 +51,7 @@ class DenseTwin:
         tokens = (batch.token_ids[index], batch.positions[index], batch.seats[index], batch.lengths[index], batch.seeds[index])
         last = torch.arange(len(index), device=device)
         twin = Batch(*tokens, len(index), (), last, span=max(lane.decode.span for lane in lanes))
-        step = Step(twin, self.kv, self._methods, self._meter, measure_recall=True, observer=show)
+        step = Step(twin, self.kv, self._methods, self._meter, measure_recall=True, observer=show, keep_states=False)
         try:
             step.begin()
             with listening(self.loaded.model, step):

@@ -23,6 +23,7 @@ from specontext.kv.copying import copy_pages
 from specontext.kv.pool import PagePool
 from specontext.kv.prefix_tree import Block, PrefixTree, Tokens
 from specontext.kv.rings import Rings
+from specontext.kv.states import SeatStates
 from specontext.kv.streams import PREFETCH, WRITE_BACK
 from specontext.kv.transfers import Transfers
 
@@ -32,7 +33,8 @@ class Blocks:
 
     Where layers have windows, a block has pages for its tokens in these layers too. Of a very long chunk only the last tokens
     are still there when it has been computed: earlier blocks stay without them, and no request begins where its windows would
-    miss some (`usable`).
+    miss some (`usable`). Where layers keep states, a block with which a chunk has ended has pages for these, as they were then,
+    and requests begin after such a block only.
 
     Args:
         state: numbers of a block's state: of each page, and of its last token.
@@ -41,8 +43,15 @@ class Blocks:
         tree: which blocks there are.
     """
 
-    def __init__(self, transfers: Transfers, host: PagePool, state: tuple[int, int], rings: Rings | None = None) -> None:
-        self._rings = rings
+    def __init__(
+        self,
+        transfers: Transfers,
+        host: PagePool,
+        state: tuple[int, int],
+        rings: Rings | None = None,
+        states: SeatStates | None = None,
+    ) -> None:
+        self._rings, self._states, self._page_bytes = rings, states, host.page_bytes
         self._transfers, self._free, self._prepare = transfers, host.pages, host.prepare
         self._lines = len(transfers.layer_blocks.sizes)
         self._state = BlockState(transfers, self._lines, host.page_rows, host.layout.others, each=state[0], last=state[1])
@@ -58,11 +67,14 @@ class Blocks:
         self._prepare(blocks * self.tree.block_pages)
 
     def usable(self, chain: Sequence[Block]) -> int:
-        """The most blocks of a chain after which a request can begin: all that its windows reach is kept."""
-        if self._rings is None:
-            return len(chain)
+        """The most blocks of a chain after which a request can begin: all that its windows reach is kept, and states."""
         size, count = self.tree.page_size, len(chain)
         while count:
+            if self._states is not None and not chain[count - 1].states:
+                count -= 1
+                continue
+            if self._rings is None:
+                break
             reached = range(self._reached(count * size) // size, count)
             lacking = next((page for page in reversed(reached) if not chain[page].windowed), None)
             if lacking is None:
@@ -123,6 +135,33 @@ class Blocks:
             self._transfers.keep_copies()
             self._have_rings(chain, there)
 
+    def keep_states(self, chain: Sequence[Block], seat: int, stored: int) -> None:
+        """Keep a seat's states, if a chain ends with its last token, where there is room for them without taking it from anyone.
+
+        Args:
+            chain: of its first pages.
+            stored: tokens that the seat has stored.
+        """
+        if self._states is None or not chain or stored != len(chain) * self.tree.page_size:
+            return
+        block, free, count = chain[-1], self._free, self._states.pages_of_seat(self._page_bytes)
+        if block.states or block not in self.tree:
+            return
+        with self.tree.using(chain):
+            lacking = count - free.num_ready
+            if lacking > 0:
+                free.free(self.tree.give_up(min(lacking, self.tree.num_spare)))
+            if free.num_ready < count:
+                return
+            pages = free.allocate(count)
+        self.tree.add_states(block, pages)
+        self._states.store(self._transfers, seat, self._table(pages))
+        self._transfers.keep_copies()
+
+    def _table(self, pages: Sequence[int]) -> Tensor:
+        """int64 [pages, 1] on the device."""
+        return torch.tensor(pages, dtype=torch.int64)[:, None].to(self._transfers.every.heads.device)
+
     def _without_rings(self, chain: Sequence[Block], first: int) -> list[int]:
         """Numbers of a chain's blocks, from one on, that are kept without what layers with a window have."""
         return [page for page in range(first, len(chain)) if not chain[page].windowed and chain[page] in self.tree]
@@ -154,6 +193,8 @@ class Blocks:
             first = self._reached(len(chain) * self.tree.page_size) // self.tree.page_size
             if first < len(chain):
                 self._copy_rings(chain[first:], seat, range(first, len(chain)), to_host=False)
+        if self._states is not None:
+            self._states.load(self._transfers, seat, self._table(chain[-1].states))
         state = self._state.bring(of_blocks)
         self._transfers.join(PREFETCH)
         return state

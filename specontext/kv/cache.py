@@ -29,6 +29,7 @@ from specontext.kv.pool import PagePool
 from specontext.kv.prefix_tree import Block, Tokens
 from specontext.kv.rings import Rings
 from specontext.kv.seats import LayerMove, ParkedKV, Seat
+from specontext.kv.states import SeatStates
 from specontext.kv.streams import PREFETCH, WRITE_BACK, streams_of
 from specontext.kv.transfers import Transfers
 from specontext.memory.tiers import Tier
@@ -50,6 +51,7 @@ class KVCache:
         write_through: new rows are on the host within the step, for those who look at all of them; see `Transfers`.
         state: numbers that are kept of each page of known prompts, and of its last token.
         rings: KV of layers with a window, which take no part in anything else here; None where there are none.
+        states: what layers keep instead of KV, likewise.
 
     Attributes:
         resident: for every layer whether its KV is on the device.
@@ -76,12 +78,13 @@ class KVCache:
         write_through: bool = False,
         state: tuple[int, int] = (0, 0),
         rings: Rings | None = None,
+        states: SeatStates | None = None,
     ) -> None:
         layout, device = arena.layout, arena.rows.device
         assert len(layout.full) == len(layout.layers) == len(resident), "layers with a window lie in rings"
         self.layout, self.page_size, self.device = layout, layout.page_size, device
         self.arena, self.host, self.reader, self.adaptive = arena, host, reader, adaptive
-        self.num_seats, self.rings = seats, rings
+        self.num_seats, self.rings, self.states = seats, rings, states
         slot_pages = layout.pages_of(slots.count) if slots is not None else 0
         sizes = {"slot_pages": slot_pages, "seats": seats, "width": layout.pages_of(max_tokens)}
         self._held = held = Holdings(arena, host, resident, **sizes, adaptive=adaptive)
@@ -99,7 +102,7 @@ class KVCache:
             verify=verify_loads,
         )
         self.parked: list[ParkedKV] = []
-        self.blocks = Blocks(self.transfers, host, state, rings)
+        self.blocks = Blocks(self.transfers, host, state, rings, states)
         if adaptive:
             prepare_moves(self.transfers)
 
@@ -151,6 +154,8 @@ class KVCache:
             self.seats[seat] = Seat(reader or self.reader, self._held.room_of(tokens))
             if self.hot is not None:
                 self.hot.reset(seat)
+            if self.states is not None:
+                self.states.reset(seat)
             self._held.assert_pages(seat)
         return short
 
@@ -202,18 +207,21 @@ class KVCache:
             return None
         on_host, whole = self._held.on_host, self._held.host_pages(self._held.layers, tokens)
         with self._held.free_of_claims(seat):
-            rings = self.host.allocate(self._ring_pages(tokens))
+            rings, states = self.host.allocate(self._ring_pages(tokens)), []
             try:
+                states = self.host.allocate(self._state_pages)
                 on_host.extend(whole, seat)
             except BaseException:  # the host's memory was refused
                 self.host.pages.free(rings)
+                self.host.pages.free(states)
                 raise
+        self._copy_states(seat, states, to_host=True)
         self._copy_ring(seat, tokens, rings, to_host=True)
         self._copy_seat(seat, tokens, to_host=True)
         held = [on_host.detach(block, seat) for block in whole]
         for block, count in whole.items():  # room for tokens that never came
             self.host.pages.free(held[block][count:])
-        parked = ParkedKV(tokens, [held[block][:count] for block, count in whole.items()], self.seats[seat].reader, rings)
+        parked = ParkedKV(tokens, [held[block][:count] for block, count in whole.items()], self.seats[seat].reader, rings, states)
         self.parked.append(parked)
         self.close(seat)
         return parked
@@ -222,7 +230,7 @@ class KVCache:
         """Whether the host has room for all KV of a seat."""
         on_host, whole = self._held.on_host, self._held.host_pages(self._held.layers, tokens)
         free = self.host.pages.num_free + self._held.claimed_on_host(seat)
-        return on_host.lacking(whole, seat) + self._ring_pages(tokens) <= free
+        return on_host.lacking(whole, seat) + self._ring_pages(tokens) + self._state_pages <= free
 
     def unpark(self, seat: int, parked: ParkedKV) -> Tier | None:
         """Give parked KV a seat: resident layers get their pages back, and the slots of offloaded ones start empty."""
@@ -237,6 +245,8 @@ class KVCache:
         self.parked = [other for other in self.parked if other is not parked]
         self._copy_ring(seat, parked.tokens, parked.rings, to_host=False)
         self.host.pages.free(parked.rings)
+        self._copy_states(seat, parked.states, to_host=False)
+        self.host.pages.free(parked.states)
         self.seats[seat].room = held.room_of(parked.tokens)
         self._copy_seat(seat, parked.tokens, to_host=False)
         held.leave_host(seat)
@@ -261,6 +271,19 @@ class KVCache:
             return
         table, width = torch.tensor(pages, dtype=torch.int64)[:, None].to(self.device), min(tokens, self.rings.entries)
         self.rings.copy(self.transfers, seat, [0], width, table, to_host=to_host)
+        self.transfers.join(WRITE_BACK if to_host else PREFETCH)
+
+    @property
+    def _state_pages(self) -> int:
+        """Pages of the host that hold what layers of a seat keep instead of KV."""
+        return 0 if self.states is None else self.states.pages_of_seat(self.host.page_bytes)
+
+    def _copy_states(self, seat: int, pages: list[int], *, to_host: bool) -> None:
+        """A seat's states, from one tier to the other; what is computed next finds them there."""
+        if self.states is None:
+            return
+        table = torch.tensor(pages, dtype=torch.int64)[:, None].to(self.device)
+        (self.states.store if to_host else self.states.load)(self.transfers, seat, table)
         self.transfers.join(WRITE_BACK if to_host else PREFETCH)
 
     def _copy_seat(self, seat: int, tokens: int, *, to_host: bool) -> None:

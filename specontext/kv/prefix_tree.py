@@ -26,6 +26,7 @@ class Block:
         pages: what it lies in.
         children: blocks that follow, by their tokens.
         windowed: the rows of layers with a window are among what is kept.
+        states: what the states lie in of layers that keep one, as they were behind this page; empty where they are not kept.
     """
 
     tokens: Tokens
@@ -33,6 +34,12 @@ class Block:
     pages: list[int]
     children: dict[Tokens, Block] = field(default_factory=dict)
     windowed: bool = False
+    states: list[int] = field(default_factory=list)
+
+    @property
+    def held(self) -> list[int]:
+        """All its pages."""
+        return self.pages + self.states
 
 
 class PrefixTree:
@@ -49,6 +56,7 @@ class PrefixTree:
         self._first: dict[Tokens, Block] = {}
         self._order: OrderedDict[Block, None] = OrderedDict()  # used longest ago first, children before parents
         self._in_use = 0  # of the last ones in this order
+        self._state_pages = self._state_pages_in_use = 0
 
     def __len__(self) -> int:
         return len(self._order)
@@ -80,11 +88,11 @@ class PrefixTree:
         """None of these blocks from the beginning of a prompt is dropped meanwhile."""
         assert not self._in_use
         self.touch(chain)
-        self._in_use = len(chain)
+        self._in_use, self._state_pages_in_use = len(chain), sum(len(block.states) for block in chain)
         try:
             yield
         finally:
-            self._in_use = 0
+            self._in_use = self._state_pages_in_use = 0
 
     def add(self, parent: Block | None, tokens: Tokens, pages: list[int]) -> Block:
         """A new block behind another; the chain that it ends is to be touched next."""
@@ -94,15 +102,21 @@ class PrefixTree:
         self._order[block] = None
         return block
 
+    def add_states(self, block: Block, pages: list[int]) -> None:
+        """A block has pages for states from now on."""
+        assert block in self._order and not block.states
+        block.states = pages
+        self._state_pages += len(pages)
+
     # Pages that count as free -----------------------------------------------------------------------------------------
 
     @property
     def num_pages(self) -> int:
-        return len(self._order) * self.block_pages
+        return len(self._order) * self.block_pages + self._state_pages
 
     @property
     def num_spare(self) -> int:
-        return (len(self._order) - self._in_use) * self.block_pages
+        return (len(self._order) - self._in_use) * self.block_pages + self._state_pages - self._state_pages_in_use
 
     def give_up(self, count: int) -> list[int]:
         """See `PageCache`."""
@@ -114,11 +128,12 @@ class PrefixTree:
             block, _ = self._order.popitem(last=False)
             assert not block.children, "a block goes before the one it follows"
             del (self._first if block.parent is None else block.parent.children)[block.tokens]
-            pages += block.pages
+            self._state_pages -= len(block.states)
+            pages += block.held
         return pages
 
     def held_pages(self) -> list[list[int]]:
-        return [block.pages for block in self._order]
+        return [block.held for block in self._order]
 
     def check_integrity(self) -> None:
         """Raises AssertionError when a block cannot be found by its tokens, is in use, or would be dropped after its parent."""
@@ -131,6 +146,7 @@ class PrefixTree:
             assert block.tokens == tokens and len(tokens) == self.page_size and block.parent is parent
             assert parent is None or place[block] < place[parent], "a block would be dropped before one that follows it"
             assert len(block.pages) == self.block_pages
+        assert self._state_pages == sum(len(block.states) for block in self._order)
 
 
 def page_of(token_ids: Sequence[int], page: int, page_size: int) -> Tokens:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from specontext.core import ModelShape, Segment, Window
-from specontext.kernels.rows import gather_rows
 from specontext.kernels.tables import NewTokens
-from specontext.kv.streams import PREFETCH, WRITE_BACK
+from specontext.kv.host_bytes import load_bytes, store_bytes
 from specontext.kv.transfers import Transfers
 from specontext.memory.windows import kept_tokens, ring_entries
 
@@ -135,8 +134,6 @@ class Rings:
 
     # Copies on the host -------------------------------------------------------------------------------------------------
 
-    # They lie in pages of the host byte by byte, whatever the number format of the rows that these pages are made for.
-
     def pages_of(self, tokens: int, page_bytes: int) -> int:
         """Pages of the host, each of so many bytes, that hold so many tokens of all layers."""
         return -(-len(self.windows) * tokens * self._kv[0, 0, 0].nbytes // page_bytes)
@@ -163,29 +160,9 @@ class Rings:
 
     def _store(self, transfers: Transfers, numbers: Tensor, pages: Tensor) -> None:
         """Copy numbers [layers, places, width, Hkv, 2, D] to each place's pages, beside what is computed."""
-        host = transfers.tiers.host.rows
-        row = host[:1].nbytes
-        each = numbers.transpose(0, 1).flatten(1).view(torch.uint8)  # [places, bytes]
-        rows = torch.nn.functional.pad(each, (0, -each.shape[1] % row)).view(host.dtype).view(-1, *host.shape[1:])
-        here, there = torch.arange(len(rows), device=rows.device), self._rows_of(transfers, each.shape[1], pages)
-        with transfers.beside(WRITE_BACK, rows, here, there):
-            gather_rows(rows, here, host, there)
+        store_bytes(transfers, numbers.transpose(0, 1).flatten(1).view(torch.uint8), pages)
 
     def _load(self, transfers: Transfers, shape: tuple[int, ...], pages: Tensor) -> Tensor:
         """Numbers [places, ...] from each place's pages; what is computed next finds them there."""
-        host = transfers.tiers.host.rows
-        count = math.prod(shape[1:]) * self._kv.itemsize
-        there = self._rows_of(transfers, count, pages)
-        here = torch.arange(len(there), device=there.device)
-        rows = torch.empty((len(there), *host.shape[1:]), dtype=host.dtype, device=there.device)
-        with transfers.beside(PREFETCH, rows, here, there):
-            gather_rows(host, there, rows, here)
-        transfers.join(PREFETCH)
-        return rows.view(torch.uint8).view(shape[0], -1)[:, :count].contiguous().view(self._kv.dtype).view(shape)
-
-    def _rows_of(self, transfers: Transfers, count: int, pages: Tensor) -> Tensor:
-        """Rows of the host that hold so many bytes in each place's pages, place after place: int64 [places * rows]."""
-        host = transfers.tiers.host
-        page_rows = host.size * host.heads * host.layers.count
-        at = torch.arange(-(-count // host.rows[:1].nbytes), device=pages.device)
-        return (pages[at // page_rows] * page_rows + at[:, None] % page_rows).T.reshape(-1)
+        numbers = load_bytes(transfers, math.prod(shape[1:]) * self._kv.itemsize, pages)
+        return numbers.view(self._kv.dtype).view(shape)

@@ -37,12 +37,14 @@ class ParkedKV:
         pages: host pages of every block of layers.
         reader: how the request reads its selections.
         rings: host pages of what layers with a window keep.
+        states: host pages of what layers keep instead of KV.
     """
 
     tokens: int
     pages: list[list[int]]
     reader: Reader
     rings: list[int] = field(default_factory=list)
+    states: list[int] = field(default_factory=list)
 
     @property
     def num_pages(self) -> int:
@@ -51,7 +53,7 @@ class ParkedKV:
     @property
     def held(self) -> list[list[int]]:
         """All its pages."""
-        return [*self.pages, self.rings]
+        return [*self.pages, self.rings, self.states]
 
 
 @dataclass(eq=False)

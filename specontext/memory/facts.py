@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from specontext.core import ModelShape
 from specontext.errors import ConfigError, ModelError
@@ -16,7 +16,7 @@ from specontext.memory.layer_blocks import LayerBlocks, divide_layers
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need them
     import torch
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ def eagle3_head(shape: ModelShape) -> HeadFacts:
     )
 
 
-def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
-    """`parameters` and `lookup_parameters` of `ModelFacts`, from modules without memory.
+def bare_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A decoder of modules without memory; of one taken out of several models the decoder alone, without its output layer.
 
     Raises:
         ModelError: transformers has no decoder for this config.
@@ -159,16 +159,30 @@ def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
+    options = {} if dtype is None else {"dtype": dtype}
     with one_sentence("cannot build a decoder from this config"), torch.device("meta"):
-        if part_of(config) and type(config) not in AutoModelForCausalLM._model_mapping:
-            decoder = AutoModel.from_config(config)
-            own = 0 if config.tie_word_embeddings else decoder.get_input_embeddings().weight.numel()  # of the output layer
-            return sum(p.numel() for p in decoder.parameters()) + own, own
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    table, output = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = output is not None and output.weight is table.weight
-    return sum(p.numel() for p in model.parameters()), 0 if tied else table.weight.numel()
+        alone = part_of(config) and type(config) not in AutoModelForCausalLM._model_mapping
+        model: PreTrainedModel = (AutoModel if alone else AutoModelForCausalLM).from_config(config, **options)
+    return model
+
+
+def count_parameters(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> tuple[int, int]:
+    """`parameters` and `lookup_parameters` of `ModelFacts`, from modules without memory.
+
+    Args:
+        model: what `bare_model` makes of the config, where it is there already.
+
+    Raises:
+        ModelError: transformers has no decoder for this config.
+    """
+    bare: Any = model or bare_model(config)
+    table, output = bare.get_input_embeddings(), bare.get_output_embeddings()
+    if output is None:
+        own = 0 if config.tie_word_embeddings else table.weight.numel()  # of the output layer
+        return sum(p.numel() for p in bare.parameters()) + own, own
+    bare.tie_weights()
+    tied = output.weight is table.weight
+    return sum(p.numel() for p in bare.parameters()), 0 if tied else table.weight.numel()
 
 
 def facts_of_config(
@@ -189,7 +203,12 @@ def facts_of_config(
         kind = type(config).__name__
         raise ModelError(f"{kind} does not describe a decoder with KV heads, so there is no KV to plan: {error}") from error
     check_heads(shape, getattr(config, "num_key_value_heads", None))
-    parameters, lookup = count_parameters(config)
+    from specontext.memory.states import measured_states
+
+    model = bare_model(config, shape.dtype)
+    with one_sentence("cannot tell how large the states of its layers are"):
+        shape = replace(shape, states=measured_states(model))
+    parameters, lookup = count_parameters(config, model)
     intermediate = getattr(config, "intermediate_size", None) or 4 * shape.hidden_size
     return ModelFacts(name, shape, parameters, lookup, int(intermediate), head or eagle3_head(shape))
 

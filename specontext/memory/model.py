@@ -222,6 +222,7 @@ def measured_model(
         "workspace": workspace_bytes(facts, run),
         **({"methods": states} if states else {}),
         **({"windows": windows} if windows else {}),
+        **({"states": (run.requests + 2) * shape.state_bytes} if shape.states else {}),
     }
     kv = KVCost(
         layers=shape.layers,
@@ -284,15 +285,17 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
     """Bytes of activations and library workspaces, where no profiling pass has measured them.
 
     For a step of T tokens, all at once (which errs on the large side): four hidden states, features and their copy, q, k, v
-    before and after RoPE, three feed-forward activations, two float32 attention outputs, buffers of stored KV, new rows of two
-    blocks of layers, logits with a float32 copy and the record that penalties need, the sampler's chunk, and the workspaces of
-    matrix products. The CUDA context is no part of it.
+    before and after RoPE, three feed-forward activations, two float32 attention outputs, eight float32 tensors as wide as the
+    convolution of a layer with a state, buffers of stored KV, new rows of two blocks of layers, logits with a float32 copy and
+    the record that penalties need, the sampler's chunk, and the workspaces of matrix products. The CUDA context is no part of it.
     """
     shape, size = facts.shape, facts.shape.dtype.itemsize
     heads = shape.query_heads * shape.key_dim
     stored = heads if shape.latent is not None else shape.kv_heads * shape.head_dim  # numbers of keys, and as many of values
     token = size * (4 * shape.hidden_size + 2 * facts.head.feature_width + 2 * (heads + 2 * stored) + 3 * facts.intermediate_size)
     token += 2 * 4 * heads
+    channels = max((state.shape[0] for state in shape.states if not state.recurrent), default=0)
+    token += 8 * 4 * channels
     tiles = buffer_bytes(facts, run)
     logits = run.requests * shape.vocab_size * (size + 4 + HISTORY)
     sampler = min(SAMPLER, 24 * run.requests * shape.vocab_size)

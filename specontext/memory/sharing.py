@@ -20,7 +20,9 @@ class Share:
     size: int
 
     def check(self, shape: ModelShape) -> None:
-        """Raises ConfigError for heads that cannot be shared so, and layers with a window."""
+        """Raises ConfigError for heads that cannot be shared so, and layers with a window or without attention."""
+        if shape.inattentive or shape.states:
+            raise ConfigError("layers with a state instead of KV do not work with tensor_parallel_size: leave it out")
         if shape.windowed:
             raise ConfigError("layers that attend to a window do not work with tensor_parallel_size: leave it out")
         if shape.latent is not None:

@@ -52,8 +52,8 @@ def decode_floor(
     """The floor of a decode step of `requests` requests of `length` tokens.
 
     On the device: weights and retrieval head once (of an embedding table of its own only some rows are read), the head's keys of
-    all tokens, the selected rows of all layers, windows, and the loaded rows, which are written into their slots. From the
-    host: of the selected rows of offloaded layers those that the last step did not select.
+    all tokens, the selected rows of all layers, windows, states, and the loaded rows, which are written into their slots. From
+    the host: of the selected rows of offloaded layers those that the last step did not select.
 
     Args:
         overlap: share of the selected entries that the last step selected too.
@@ -63,6 +63,7 @@ def decode_floor(
     loaded = round(selected * offloaded * (1 - overlap)) if length > budget else 0
     keys = requests * length * facts.key_bytes_per_token
     near = requests * sum(min(window.size, length) for window in shape.windowed) * shape.kv_heads * shape.window_row_bytes
+    near += 2 * requests * shape.state_bytes  # read, and written
     device = facts.step_bytes + keys + selected * shape.layers + near + loaded
     compute, loads = floor_seconds(device, speed.device), floor_seconds(loaded, speed.host)
     return StepFloor(device, loaded, max(compute, loads), loads > compute)

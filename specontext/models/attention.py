@@ -18,10 +18,10 @@ from specontext.errors import ModelError
 from specontext.kernels.latents import Latents
 from specontext.kernels.softmax import PLAIN, Softmax
 from specontext.models.latents import EXPAND, latent_modules, latents_of, rows_of_latents
+from specontext.models.mixers import RUNNING, MixerCall, leave_mixers, listen_to_mixers
 from specontext.models.temperature import at_positions
 
 ATTENTION_NAME = "specontext"
-RUNNING = "specontext_running"  # attribute of every module of a model that has run here
 
 # Keywords of modelling code that do not change what is computed, whatever their value.
 WITHOUT_EFFECT = frozenset(
@@ -56,6 +56,10 @@ class LayerAttention(Protocol):
         """The same in a layer that has a window."""
         ...
 
+    def mix(self, mixer: int, hidden: Tensor, call: MixerCall) -> Tensor:
+        """The output [1, T, H] of a mixer, which keeps a state instead of KV, for its input [1, T, H]."""
+        ...
+
     def attend_latents(
         self, layer: int, latents: Latents, query: Tensor, row: Tensor, scale: float, softmax: Softmax = PLAIN
     ) -> Tensor:
@@ -72,22 +76,23 @@ class Running:
         longest: the longest context that may be asked for; None before the config has been read.
         places: of decoder layers, by number: their number among those of their kind, and their window.
         configs: those that say which attention function the modules call.
+        serial: mixers whose code goes on with a state for one token at a time only.
         latent: attributes of the modules that have multi-head latent attention.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.listener: Any = None
         self.longest: int | None = None
+        self.serial: set[int] = set()
         self.places: dict[int, tuple[int, Window | None]] = {}
         configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
         self.configs = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
         self.latent = [vars(module) for module in latent_modules(model)]
 
     def know(self, shape: ModelShape) -> None:
-        """Hear which layers have a window."""
+        """Hear which layers have attention, and a window."""
         self.longest, counts = shape.reach, {False: 0, True: 0}
-        for layer in range(shape.depth):
-            window = shape.windows[layer] if shape.windows else None
+        for layer, window in zip(shape.attentive, shape.windows or (None,) * shape.layers, strict=True):
             self.places[layer] = counts[window is not None], window
             counts[window is not None] += 1
 
@@ -99,6 +104,7 @@ def running_of(model: PreTrainedModel) -> Running:
         running = Running(model)
         for module in model.modules():
             setattr(module, RUNNING, running)
+        listen_to_mixers(model)
     return running
 
 
@@ -106,6 +112,7 @@ def forget_running(model: PreTrainedModel) -> None:
     """Take off a model what `running_of` put there."""
     for module in model.modules():
         vars(module).pop(RUNNING, None)
+    leave_mixers(model)
 
 
 @contextmanager
@@ -161,7 +168,9 @@ def attention_forward(
     running: Running | None = getattr(module, RUNNING, None)
     if running is None or running.listener is None:
         raise NoStepError("this model was loaded for SpeContext's engine: run it through specontext.LLM")
-    number: int = module.layer_idx  # type: ignore[assignment]
+    number: Any = module.layer_idx
+    if number is None:
+        raise ModelError("several of its layers share one attention, which does not say whose KV it brings")
     layer, window = running.places.get(number, (number, None))
     softmax = understood(attention_mask, options, running.longest, window)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5

@@ -12,15 +12,16 @@ cache) and not of rounding, in any number format, with random weights and with e
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
@@ -30,14 +31,16 @@ from specontext.kernels.dense_attention import causal_attention, chunk_attention
 from specontext.kernels.latents import Latents
 from specontext.kernels.softmax import PLAIN, Softmax
 from specontext.kernels.window_attention import window_attention
-from specontext.models.attention import RUNNING, NoStepError, attention_of, listening, running_of
+from specontext.memory.states import mixers_of
+from specontext.models.attention import NoStepError, attention_of, listening, running_of
 from specontext.models.decoder import decoder_of
+from specontext.models.mixer_check import MixersSeen
+from specontext.models.mixers import RUNNING, MixerCall
+from specontext.models.tolerance import differ, of_outputs, of_states
 
+logger = logging.getLogger("specontext")
 LIBRARY_NAME = "specontext_library"  # the library's own attention, seen while it runs
 CHUNKS = (6, 3)
-# Largest relative difference, of what attention gets and of what it gives: in float32, and in 16 bits, where results of one
-# product may differ in the last bit and attention rounds its weights.
-TOLERANCE = {4: (1e-3, 1e-2), 2: (2e-2, 6e-2)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +67,9 @@ class _Witness:
 
     def __init__(self, shape: ModelShape, begin: int) -> None:
         self.calls: list[_Call] = []
+        self.mixers = MixersSeen()
         self.positions: Tensor | None = None
-        windowed = [layer for layer in range(shape.depth) if layer not in shape.full]
+        windowed = [layer for layer in shape.attentive if layer not in shape.full]
         self._full, self._windowed, self._begin = shape.full, windowed, begin
         self._promised = ((shape.query_heads, shape.head_dim), *[(shape.kv_heads, shape.head_dim)] * 2)
         self._stored: dict[int, Tensor] = {}  # of each layer [tokens, Hkv, 2, D]
@@ -110,12 +114,15 @@ class _Witness:
         self.calls.append(_Call(layer, query, key, value, output, window is not None))
         return output
 
+    def mix(self, mixer: int, hidden: Tensor, call: MixerCall) -> Tensor:
+        return self.mixers.see(mixer, hidden, call)
+
 
 class _Comparison:
     """Listens to the library's attention and holds it against what a witness saw."""
 
-    def __init__(self, calls: Sequence[_Call]) -> None:
-        self._calls = iter(calls)
+    def __init__(self, calls: Sequence[_Call], mixers: MixersSeen) -> None:
+        self._calls, self._mixers = iter(calls), mixers
 
     def see(self, layer: int, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> Tensor:
         """What the layer shall go on with: the witness's output.
@@ -129,7 +136,6 @@ class _Comparison:
         ours = next(self._calls, None)
         if ours is None or ours.layer != layer:
             raise ModelError("its layers come to attention in another order when it has a cache")
-        states, outputs = TOLERANCE[4 if query.dtype.itemsize >= 4 else 2]
         tokens = len(query)
         pairs = (
             ("queries", ours.query, query),
@@ -137,12 +143,12 @@ class _Comparison:
             ("values", ours.value, value[-tokens:]),
         )
         for name, mine, theirs in pairs:
-            if differ(mine, theirs, states):
+            if differ(mine, theirs, of_states(query)):
                 raise ModelError(
                     f"layer {layer} makes other {name} here than in the library, for example because it takes positions from "
                     "the library's cache"
                 )
-        if differ(ours.output, output, outputs):
+        if differ(ours.output, output, of_outputs(query)):
             over = "its window" if ours.windowed else "the whole context"
             raise ModelError(
                 f"the library's own attention of layer {layer} gives other results than causal softmax attention over {over}, "
@@ -150,20 +156,14 @@ class _Comparison:
             )
         return ours.output
 
+    def mix(self, mixer: int, hidden: Tensor, call: MixerCall) -> Tensor:
+        """See `MixersSeen.compare`."""
+        return self._mixers.compare(mixer, hidden, call)
+
     def end(self) -> None:
         """Raises ModelError unless all that the witness saw was seen again."""
         if next(self._calls, None) is not None:
             raise ModelError("its layers come to attention in another order when it has a cache")
-
-
-def differ(mine: Tensor, theirs: Tensor, tolerance: float) -> bool:
-    """Whether two tensors differ by more than a share of the second's norm, over the numbers that are finite in both."""
-    if mine.shape != theirs.shape:
-        return True
-    a, b = mine.float(), theirs.float()
-    finite = a.isfinite() & b.isfinite()
-    a, b = a.where(finite, 0.0), b.where(finite, 0.0)
-    return bool((a - b).norm() > tolerance * b.norm())
 
 
 def library_attention(
@@ -192,6 +192,23 @@ class _LaterLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         new = query_length if isinstance(query_length, int) else len(query_length)
         return self.get_seq_length() - self.before + new, self.before
+
+
+class _LaterHybrid(LinearAttentionAndFullAttentionLayer):
+    """The same of a layer that has a state beside attention."""
+
+    def __init__(self, before: int) -> None:
+        super().__init__()
+        self.before = before
+
+    get_seq_length, get_mask_sizes = _LaterLayer.get_seq_length, _LaterLayer.get_mask_sizes
+
+
+def _later_layer(layer: int, mixing: Collection[int], shape: ModelShape, before: int) -> Any:
+    """A layer of the library's cache as the library's code expects it."""
+    if layer in shape.inattentive:
+        return LinearAttentionLayer()
+    return _LaterHybrid(before) if layer in mixing else _LaterLayer(before)
 
 
 @torch.inference_mode()
@@ -226,12 +243,22 @@ def _check(model: PreTrainedModel, shape: ModelShape) -> None:
             before, witness.positions = len(witness.calls), places[0]
             model(input_ids=tokens, position_ids=places, use_cache=False, logits_to_keep=1)
             layers = [call.layer for call in witness.calls[before:]]
-            if layers != list(range(shape.depth)):
+            if layers != list(shape.attentive):
                 if not layers:
                     raise ModelError("its layers have attention of their own, which cannot be exchanged for the engine's")
+                if len(set(layers)) < len(layers):
+                    raise ModelError("several of its layers share one attention, which does not say whose KV it brings")
                 numbers = ", ".join(map(str, layers))
                 raise ModelError(f"of its {shape.depth} layers these have ordinary attention: {numbers}")
-    comparison, cache = _Comparison(witness.calls), Cache(layers=[_LaterLayer(begin) for _ in range(shape.depth)])
+    running_of(model).serial = witness.mixers.serial
+    if witness.mixers.serial:
+        logger.warning(
+            "%s goes on with a state for one token at a time only: prompts longer than max_num_batched_tokens will be slow",
+            type(model).__name__,
+        )
+    comparison = _Comparison(witness.calls, witness.mixers)
+    mixing = {int(mixer.layer_idx) for mixer in mixers_of(model)}  # type: ignore[arg-type]
+    cache = Cache(layers=[_later_layer(layer, mixing, shape, begin) for layer in range(shape.depth)])
     with listening(model, comparison, expanded=True), attention_of(model, LIBRARY_NAME):
         for tokens, places in parts:
             model(input_ids=tokens, position_ids=places, use_cache=True, logits_to_keep=1, **{_cache_name(model): cache})

@@ -17,12 +17,13 @@ from typing import Any
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers import __version__ as transformers_version
 
-from specontext.core import LENGTHS, ModelShape
+from specontext.core import INATTENTIVE, LENGTHS, ModelShape, layer_kinds
 from specontext.errors import ModelError
 from specontext.locations import parts_of
 from specontext.models.latents import EXPAND
 
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+MIXED = {"hybrid", *INATTENTIVE}  # besides, where the config's class knows of kinds of layers
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 # What types of RoPE are computed: "dynamic" and "longrope" are served up to their original length, where they are constant.
 ROPES = {"default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional"}
@@ -89,9 +90,12 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
         yield "it is an encoder-decoder"
     if parts := parts_of(config):
         yield f"it {parts}"
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - LAYERS:
-        yield f"it uses layers of type {', '.join(sorted(map(str, kinds - LAYERS)))} (layer_types)"
+    known = layer_kinds(config)
+    kinds = set(known or getattr(config, "layer_types", None) or ()) - LAYERS - (MIXED if known else set())
+    if kinds:
+        yield f"it uses layers of type {', '.join(sorted(map(str, kinds)))} (layer_types)"
+    if known and not set(known) - set(INATTENTIVE):
+        yield "none of its layers has attention (layer_types), so there is nothing to select from"
     if getattr(config, "num_attention_heads", None) is None:
         yield "it has no attention heads (num_attention_heads)"
     if getattr(config, "kv_lora_rank", None):
@@ -115,11 +119,11 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
         yield f"its dual_chunk_attention_config {_shown(dual)} does not name its chunk_size"
     yield from _rope_obstacles(config)
     try:
-        longest = ModelShape.from_config(config).max_position
+        shape = ModelShape.from_config(config)
     except (AttributeError, TypeError, ZeroDivisionError) as error:
         yield f"{error}"
     else:
-        yield from _vendor_obstacles(config, longest)
+        yield from _vendor_obstacles(config, shape.max_position)
 
 
 def _latent_obstacles(config: PreTrainedConfig) -> Iterator[str]:

@@ -52,7 +52,7 @@ def output_layer(model: PreTrainedModel) -> PreTrainedModel:
         part = copy.copy(inner.get_submodule(name))
         inner._modules = inner._modules | {name: part}
         inner = part
-    inner._modules = inner._modules | {last: _Given()}
+    inner._modules = inner._modules | {last: _Given(decoder)}
     return whole
 
 
@@ -64,7 +64,11 @@ class _Output(MoeModelOutputWithPast):
 
 
 class _Given(nn.Module):
-    """Stands where a model's decoder stands: what goes in comes out."""
+    """Stands where a model's decoder stands: what goes in comes out. It has the decoder's numbers, such as factors of logits."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        vars(self).update({name: value for name, value in vars(decoder).items() if isinstance(value, int | float)})
 
     def forward(self, *_: Any, inputs_embeds: Any, **__: Any) -> _Output:
         return _Output(last_hidden_state=inputs_embeds)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -18,6 +18,7 @@ from specontext.core import ModelShape
 from specontext.errors import ModelError, RequestError
 from specontext.gguf.source import weights_note
 from specontext.locations import adapter_of, one_sentence, quantization_of_source, read_config, resolve_model_path
+from specontext.memory.states import measured_states, mixers_of
 from specontext.models.adapters import check_can_merge, merged
 from specontext.models.attention import ATTENTION_NAME, attention_of, register_attention
 from specontext.models.checking import check_attention
@@ -151,8 +152,7 @@ def load_model(
         model = merged(model, adapter)
     with one_sentence(f"cannot load the model {source}"):
         model = (model if ranks is not None else model.to(device)).eval().requires_grad_(False)
-        shape = ModelShape.from_config(config, model.dtype)
-        check_attention(model, shape)
+        shape = checked_shape(model, config)
         if ranks is not None:  # a part may fit where the whole does not
             shard(model, shape, ranks)
             model = model.to(device)
@@ -163,6 +163,13 @@ def load_model(
         return LoadedModel(str(name), path, model, tokenizer, shape, ends, quantization=note, ranks=ranks)
     path = adapter.folder if adapter.beside(OWN_HEAD) else path
     return LoadedModel(str(name), path, model, tokenizer, shape, ends, str(adapter.base), note, ranks)
+
+
+def checked_shape(model: PreTrainedModel, config: PreTrainedConfig) -> ModelShape:
+    """The shape of a decoder that is loaded, once it has been found to compute here what it computes in the library."""
+    shape = ModelShape.from_config(config, model.dtype)
+    check_attention(model, shape)
+    return replace(shape, states=measured_states(model)) if shape.inattentive or mixers_of(model) else shape
 
 
 def adopt_model(model: PreTrainedModel) -> LoadedModel:
@@ -184,7 +191,6 @@ def adopt_model(model: PreTrainedModel) -> LoadedModel:
         raise ModelError(f"{name} is on {model.device}, and engines run on a CPU or with CUDA: move it there")
     shared = copy.copy(model)  # what its owner puts at the model itself, such as another forward, is not the engine's
     with one_sentence(f"cannot run the model {name}"), attention_of(shared, ATTENTION_NAME):
-        shape = ModelShape.from_config(config, model.dtype)
-        check_attention(shared, shape)
+        shape = checked_shape(shared, config)
     path = Path(name) if (Path(name) / "config.json").is_file() else None
     return LoadedModel(name, path, shared, cast(PreTrainedTokenizerBase, NoTokenizer()), shape, frozenset())

@@ -18,7 +18,7 @@ from specontext.distill.replay import Replay, divergence, log_odds, sampled
 from specontext.distill.target import Target
 from specontext.kernels.top_k import top_k_positions
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "windows", "sinks", "chunks", "latents")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "windows", "sinks", "chunks", "delta", "conv", "latents")
 LENGTH = 24
 MaskedForward = Callable[..., Any]
 
@@ -44,7 +44,7 @@ def random_gates(layers: int, heads: int, rows: Tensor, seed: int = 0) -> list[T
 
 def windows_of(shape: ModelShape) -> tuple[Window | None, ...]:
     """Of all layers of the decoder."""
-    return shape.windows or (None,) * shape.layers
+    return shape.windows or (None,) * shape.depth
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -82,7 +82,7 @@ def test_replayed_rows_are_the_models_own_under_a_mask(
     assert not torch.allclose(found, everything, atol=1e-2)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "conv"])
 def test_effects_are_what_leaving_a_little_of_a_token_out_does(target_of: Callable[..., Target], family: str) -> None:
     """One gate for a token in all layers and KV heads of a group, by central differences."""
     target = target_of(family, torch.float64)
@@ -97,6 +97,7 @@ def test_effects_are_what_leaving_a_little_of_a_token_out_does(target_of: Callab
     said = sampled(target, hidden, chance)
     assert effects.shape == (2, groups, 2, LENGTH) and not effects[:, -1].any() and not effects[1, :, 1].any()
     assert not effects[0, :, 1, 8:].any()  # what comes after a row
+    close = 5 if family == "conv" else 1  # with more layers
     step = 3e-3  # norms are computed in float32, whatever the weights are
     for n, group, row, token in [(0, 0, 0, 5), (0, 1, 0, 0), (0, 2, 0, 20), (1, 0, 0, 22), (1, 1, 0, 11), (0, 1, 1, 3)]:
         ends = []
@@ -106,7 +107,7 @@ def test_effects_are_what_leaving_a_little_of_a_token_out_does(target_of: Callab
             with torch.no_grad():
                 ends.append(log_odds(target, replay.hidden(grouped(gates, head_map)), said)[n, row])
         expected = (ends[0] - ends[1]).abs() / (2 * step)
-        assert effects[n, group, row, token].item() == pytest.approx(expected.item(), rel=2e-3, abs=1e-5)
+        assert effects[n, group, row, token].item() == pytest.approx(expected.item(), rel=2e-3 * close, abs=1e-5 * close)
 
 
 def test_half_the_squared_effect_is_what_a_small_change_costs(target_of: Callable[..., Target]) -> None:

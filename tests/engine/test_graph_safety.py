@@ -121,11 +121,9 @@ def next_numbers(llm: LLM, size: int) -> Tensor:
 @pytest.mark.parametrize(
     ("family", "method"),
     [
-        ("llama", "speculative"),
-        ("bands", "speculative"),
+        *((family, "speculative") for family in ("llama", "bands", "windows", "conv", "latents")),
         ("llama", "streaming"),
-        ("windows", "speculative"),
-        ("latents", "speculative"),
+        pytest.param("delta", "speculative", marks=pytest.mark.slow),
     ],
 )  # random's scores are float64, which Triton's top-k is not for
 def test_a_padded_decode_step_never_waits_and_computes_the_same(

@@ -19,9 +19,17 @@ EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 OLD = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "num_key_value_heads": 4}  # names of GPT-2's time
 WINDOW = {"sliding_window": 24}  # shorter than the prompts
 ALTERNATING = WINDOW | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+KEEPING = {"num_hidden_layers": 4}  # states: every other layer has attention
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+DELTA |= KEEPING | {"layer_types": ["linear_attention", "full_attention"] * 2}
+CONV = KEEPING | {"layer_types": ["conv", "full_attention"] * 2}
+MAMBA = KEEPING | {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2}
+KDA = EXPERTS | KEEPING | {"layer_types": DELTA["layer_types"], "head_dim": 16, "num_local_experts": 4}  # beside latents
 # By the name of their configuration class: what a tiny config needs beside the common entries.
 RUN: dict[str, dict[str, Any]] = {
     "AXK1": LATENT | ROUTED,
+    "Bamba": MAMBA | {"attn_layer_indices": [1, 3]},
+    "BailingHybrid": LATENT | KDA | {"n_group": 2, "topk_group": 1, "num_local_experts": 8, "first_k_dense_replace": 1},
     "BioGpt": {"num_key_value_heads": 4},
     "CodeGen": OLD | {"rotary_dim": 8},
     "Cohere": {},
@@ -29,6 +37,7 @@ RUN: dict[str, dict[str, Any]] = {
     "DeepseekV2": LATENT | ROUTED | {"q_lora_rank": None, "topk_method": "group_limited_greedy"},
     "DeepseekV3": LATENT | ROUTED | {"rope_interleave": False},
     "Exaone4": ALTERNATING,
+    "FalconH1": MAMBA | {"mamba_d_ssm": 128, "num_hidden_layers": 3, "head_dim": 16},
     "Gemma": {"head_dim": 16},
     "Gemma2": {"head_dim": 16, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0, **ALTERNATING},
     "Gemma3Text": {"head_dim": 16, "query_pre_attn_scalar": 24, **ALTERNATING},
@@ -39,6 +48,21 @@ RUN: dict[str, dict[str, Any]] = {
     "GptOss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **ALTERNATING},
     "GPTNeoX": {"num_key_value_heads": 4},
     "Granite": {"attention_multiplier": 0.3},
+    "GraniteMoeHybrid": MAMBA
+    | {
+        "layer_types": ["mamba", "attention"] * 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 32,
+    },
+    "Jamba": KEEPING
+    | {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 4}
+    | {"num_experts_per_tok": 2, "mamba_d_state": 8, "mamba_dt_rank": 8},
+    "KimiLinear": LATENT
+    | KDA
+    | {"linear_num_heads": 4, "linear_head_dim": 16, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+    "Lfm2": CONV | {"block_multiple_of": 8},
+    "Lfm2Moe": CONV | {"num_experts": 4, "num_dense_layers": 1} | EXPERTS,
     "Llama4Text": {
         **{"head_dim": 16, "attention_chunk_size": 24, "num_local_experts": 2, "intermediate_size_mlp": 96},
         **{"layer_types": ["chunked_attention", "full_attention", "chunked_attention"], "no_rope_layers": [1, 0, 1]},
@@ -48,13 +72,22 @@ RUN: dict[str, dict[str, Any]] = {
     "Ministral": {"head_dim": 16, **ALTERNATING},
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "Nemotron": {},
+    "NemotronH": {
+        "layers_block_type": ["mamba", "moe", "attention", "mamba", "mlp", "attention"],
+        **{"head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1},
+        **{"n_routed_experts": 4, "moe_shared_expert_intermediate_size": 32, "num_hidden_layers": 6, **EXPERTS},
+    },
     "Olmo2": {},
     "Olmo3": ALTERNATING,
+    "OlmoHybrid": DELTA,
     "OPT": {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": 4},
     "Persimmon": {"num_key_value_heads": 4},
     "Phi": {},
     "Phi3": {"sliding_window": None},
     "Qwen2Moe": {"num_experts": 4, "shared_expert_intermediate_size": 32, **EXPERTS},
+    "Qwen3_5Text": DELTA | {"head_dim": 16},
+    "Qwen3_5MoeText": DELTA | {"head_dim": 16, "num_experts": 4, "shared_expert_intermediate_size": 32} | EXPERTS,
+    "Qwen3Next": DELTA | {"head_dim": 16, "num_experts": 4, "shared_expert_intermediate_size": 32} | EXPERTS,
     "Qwen3Moe": {"num_experts": 4, "head_dim": 24, **EXPERTS},
     "SmolLM3": {},
     "StableLm": {},
@@ -69,6 +102,19 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "Qwen3Moe": ("Qwen/Qwen3-30B-A3B",),
     "Qwen2Moe": ("Qwen/Qwen1.5-MoE-A2.7B",),
     "Llama4Text": ("meta-llama/Llama-4-Scout-17B-16E-Instruct (its text part)",),
+    "Qwen3Next": ("Qwen/Qwen3-Next-80B-A3B-Instruct",),
+    "Qwen3_5Text": ("Qwen/Qwen3.5-9B-Base (its text part)",),
+    "Qwen3_5MoeText": ("Qwen/Qwen3.5-35B-A3B-Base (its text part)",),
+    "KimiLinear": ("moonshotai/Kimi-Linear-48B-A3B-Instruct",),
+    "BailingHybrid": ("inclusionAI/Ling-3.0-Flash",),
+    "GraniteMoeHybrid": ("ibm-granite/granite-4.0-h-small",),
+    "FalconH1": ("tiiuae/Falcon-H1-7B-Instruct",),
+    "NemotronH": ("nvidia/NVIDIA-Nemotron-Nano-9B-v2",),
+    "Jamba": ("ai21labs/AI21-Jamba-Mini-1.7",),
+    "Lfm2": ("LiquidAI/LFM2-1.2B",),
+    "Lfm2Moe": ("LiquidAI/LFM2-8B-A1B",),
+    "Bamba": ("ibm-ai-platform/Bamba-9B-v2",),
+    "OlmoHybrid": ("allenai/Olmo-Hybrid-7B",),
     "Mixtral": ("mistralai/Mixtral-8x7B-Instruct-v0.1",),
     "DeepseekV3": ("deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-R1", "moonshotai/Moonlight-16B-A3B-Instruct"),
     "DeepseekV2": ("deepseek-ai/DeepSeek-V2-Lite-Chat",),
@@ -105,6 +151,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
 MULTIMODAL: dict[str, tuple[str, ...]] = {
     "Gemma3": ("google/gemma-3-4b-it", "google/gemma-3-27b-it"),
     "Qwen2_5_VL": ("Qwen/Qwen2.5-VL-7B-Instruct",),
+    "Qwen3_5": ("Qwen/Qwen3.5-9B",),
+    "Qwen3_5Moe": ("Qwen/Qwen3.5-35B-A3B",),
     "Qwen3VL": ("Qwen/Qwen3-VL-8B-Instruct",),
     "Qwen3VLMoe": ("Qwen/Qwen3-VL-30B-A3B-Instruct",),
     "Qwen2VL": ("Qwen/Qwen2-VL-7B-Instruct",),

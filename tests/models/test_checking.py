@@ -17,7 +17,8 @@ from specontext.core import ModelShape
 from specontext.errors import ModelError
 from specontext.models import attention
 from specontext.models.attention import ATTENTION_NAME, register_attention, understood
-from specontext.models.checking import check_attention, differ
+from specontext.models.checking import check_attention
+from specontext.models.tolerance import differ
 from tests.conftest import randomise
 
 SIZES: dict[str, Any] = {

@@ -36,6 +36,8 @@ SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrop
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}
 VISION: dict[str, Any] = SMALL | {"image_size": 16}
 QWEN: dict[str, Any] = {"depth": 1, "num_heads": 2, "patch_size": 8, "out_hidden_size": 64, "hidden_size": 32}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+DELTA |= {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 16}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # By the name of their configuration class: entries of the text's config and of the vision's, and what the class itself needs.
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -51,6 +53,8 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "Mistral3": ({"model_type": "mistral", "head_dim": 16, "sliding_window": None}, VISION | {"model_type": "pixtral"}, {}),
     "Qwen2_5_VL": (SECTIONS, QWEN | {"intermediate_size": 32, "fullatt_block_indexes": [0]}, {}),
     "Qwen2VL": (SECTIONS, {"depth": 1, "num_heads": 2, "embed_dim": 32, "hidden_size": 64, "patch_size": 8}, {}),
+    "Qwen3_5": (DELTA, QWEN | {"intermediate_size": 32}, {}),
+    "Qwen3_5Moe": (DELTA | {"shared_expert_intermediate_size": 32} | EXPERTS, QWEN | {"intermediate_size": 32}, {}),
     "Qwen3VL": ({"head_dim": 16, **SECTIONS}, QWEN | {"intermediate_size": 32, "deepstack_visual_indexes": []}, {}),
     "Qwen3VLMoe": (
         {"head_dim": 16, **SECTIONS, **EXPERTS},

@@ -93,7 +93,8 @@ def decode_steps(
 def set_stored(cache: Any, tokens: int) -> None:
     """Let a static cache go on behind so many tokens."""
     for layer in cache.layers:
-        layer.cumulative_length.fill_(tokens)
+        if hasattr(layer, "cumulative_length"):  # else it has a state, which is the same after any number
+            layer.cumulative_length.fill_(tokens)
 
 
 def _cache(loaded: LoadedModel, way: Theirs, requests: int, length: int, longest: int) -> Cache:
@@ -105,7 +106,7 @@ def _cache(loaded: LoadedModel, way: Theirs, requests: int, length: int, longest
         cache, stored = StaticCache(config=model.config, max_cache_len=longest), longest
     else:
         cache = DynamicCache(config=model.config, offloading=way.cache == "offloaded")
-    for layer in range(shape.depth):
+    for layer in shape.attentive:
         cache.update(*random_kv(shape, requests, stored, device), layer)
     return cache
 
