@@ -109,6 +109,10 @@ def _source(wanted: StructuredOutputsParams) -> str:
 
 
 def _json_source(text: str, wanted: StructuredOutputsParams) -> str:
+    return json_grammar(_read_schema(text), whitespace=whitespace_of(wanted))
+
+
+def _read_schema(text: str) -> dict[str, Any] | bool:
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -117,7 +121,7 @@ def _json_source(text: str, wanted: StructuredOutputsParams) -> str:
         raise RequestError("structured_outputs.json must be a JSON schema, which is an object")
     if _depth(schema) > _DEEPEST:
         raise RequestError(f"structured_outputs.json is nested too deeply: at most {_DEEPEST} levels")
-    return json_grammar(schema, whitespace=whitespace_of(wanted))
+    return schema
 
 
 def whitespace_of(wanted: StructuredOutputsParams) -> str:
@@ -130,6 +134,14 @@ def json_grammar(schema: Any, *, whitespace: str = _WHITESPACE) -> str:
     schema = schema if isinstance(schema, dict) else {} if schema else {"not": {}}
     layout: Any = {"whitespace_pattern": whitespace} if whitespace else {"whitespace_flexible": False}
     return LLMatcher.grammar_from_json_schema(schema, overrides=layout)
+
+
+def schema_in_grammar(wanted: StructuredOutputsParams) -> dict[str, Any]:
+    """The schema of what is wanted as part of a Lark grammar; raises RequestError."""
+    schema = _read_schema(str(wanted.json) if wanted.json is not None else '{"type": "object"}')
+    whitespace = whitespace_of(wanted)
+    layout: dict[str, Any] = {"whitespace_pattern": whitespace} if whitespace else {"whitespace_flexible": False}
+    return {**(schema if isinstance(schema, dict) else {} if schema else {"not": {}}), "x-guidance": layout}
 
 
 def schema_on_one_line(schema: Mapping[str, Any], *, lenient: bool) -> dict[str, Any]:

@@ -99,6 +99,10 @@ class TemplateBody(Body):
         """Tools that the chat template writes out."""
         return self.tools or []
 
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        return self.chat_template_kwargs or {}
+
     @model_validator(mode="after")
     def _one_ending(self) -> TemplateBody:
         if self.continue_final_message and self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
@@ -123,12 +127,17 @@ class ChatRequest(SamplingBody, StructuredBody, TemplateBody):
     audio: unsupported("only text is implemented") = None  # type: ignore[valid-type]
     prediction: unsupported("predicted outputs are not implemented") = None  # type: ignore[valid-type]
     web_search_options: unsupported("web search is not implemented") = None  # type: ignore[valid-type]
-    reasoning_effort: unsupported("give what the chat template knows in chat_template_kwargs") = None  # type: ignore[valid-type]
+    reasoning_effort: Name | None = Field(None, description="For chat templates that know it.")
     verbosity: unsupported("it is not implemented", "medium") = None  # type: ignore[valid-type]
 
     @property
     def shown_tools(self) -> list[FunctionTool]:
         return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        own = {"reasoning_effort": self.reasoning_effort} if self.reasoning_effort is not None else {}
+        return own | (self.chat_template_kwargs or {})
 
     @model_validator(mode="after")
     def _tools_and_choice(self) -> ChatRequest:

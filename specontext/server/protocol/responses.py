@@ -137,7 +137,7 @@ class TextSettings(Body):
 
 
 class ReasoningSettings(Body):
-    effort: unsupported("give what the chat template knows in chat_template_kwargs") = None  # type: ignore[valid-type]
+    effort: Name | None = Field(None, description="For chat templates that know it.")
     summary: unsupported("thinking is given whole", "auto") = None  # type: ignore[valid-type]
     generate_summary: unsupported("thinking is given whole", "auto") = None  # type: ignore[valid-type]
     context: unsupported("thinking in the input is the chat template's to keep", "auto") = None  # type: ignore[valid-type]
