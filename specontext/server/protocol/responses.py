@@ -17,7 +17,7 @@ from specontext.server.protocol.bounds import (
     check_messages,
 )
 from specontext.server.protocol.common import Body, unsupported
-from specontext.server.protocol.structured import format_kind
+from specontext.server.protocol.structured import type_tag
 from specontext.server.protocol.tools import ToolName
 
 
@@ -79,16 +79,15 @@ class ItemReference(Body):
 
 
 def _item_kind(value: Any) -> str:
-    kind = format_kind(value)
-    return kind if isinstance(kind, str) else "message"
+    return type_tag(value) or "Message"
 
 
 InputItem = Annotated[
-    Annotated[InputMessage, Tag("message")]
-    | Annotated[InputCall, Tag("function_call")]
-    | Annotated[InputResult, Tag("function_call_output")]
-    | Annotated[InputReasoning, Tag("reasoning")]
-    | Annotated[ItemReference, Tag("item_reference")],
+    Annotated[InputMessage, Tag("Message")]
+    | Annotated[InputCall, Tag("Function_call")]
+    | Annotated[InputResult, Tag("Function_call_output")]
+    | Annotated[InputReasoning, Tag("Reasoning")]
+    | Annotated[ItemReference, Tag("Item_reference")],
     Discriminator(
         _item_kind,
         custom_error_type="input_item",

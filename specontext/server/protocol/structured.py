@@ -54,16 +54,18 @@ class FormatSchema(Body):
     json_schema: JsonSchema
 
 
-def format_kind(value: Any) -> str | None:
-    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+def type_tag(value: Any) -> str | None:
+    """Which of several types a value says it has; in capitals, as errors do not show tags as fields then."""
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return kind.capitalize() if isinstance(kind, str) else None
 
 
 ResponseFormat = Annotated[
-    Annotated[FormatText, Tag("text")]
-    | Annotated[FormatObject, Tag("json_object")]
-    | Annotated[FormatSchema, Tag("json_schema")],
+    Annotated[FormatText, Tag("Text")]
+    | Annotated[FormatObject, Tag("Json_object")]
+    | Annotated[FormatSchema, Tag("Json_schema")],
     Discriminator(
-        format_kind,
+        type_tag,
         custom_error_type="response_format",
         custom_error_message="give an object whose type is text, json_object or json_schema",
     ),

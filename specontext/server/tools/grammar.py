@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from specontext.core import StructuredOutputsParams
 from specontext.errors import RequestError
-from specontext.grammars.compiler import LARK_HEADER, schema_in_grammar, schema_on_one_line
+from specontext.grammars.compiler import LARK_HEADER, choices_regex, schema_in_grammar, schema_on_one_line
 from specontext.server.tools.formats import FORCED, MAYBE_SPACE, Format, Spelling
 from specontext.server.tools.harmony import CHANNEL, CONSTRAIN, END, MESSAGE, START, THOUGHT
 from specontext.server.tools.pieces import Tool
@@ -98,15 +98,19 @@ def _answer(wanted: StructuredOutputsParams | None) -> list[str]:
     if wanted is None:
         return ["answer: TEXT"]
     if wanted.choice is not None:
-        return ["answer: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in wanted.choice)]
+        return _regex_answer(choices_regex(wanted.choice))
     if wanted.regex is not None:
-        regex = re.sub(r"\\.|/", lambda found: found[0] if len(found[0]) > 1 else r"\/", wanted.regex, flags=re.DOTALL)
-        return ["answer: ANSWER", f"ANSWER: /{regex}/"]
+        return _regex_answer(wanted.regex)
     if wanted.grammar is not None:
         raise RequestError(
             "structured_outputs.grammar cannot be a part of this model's channels: give a schema, a regex or choices"
         )
     return [f"answer: %json {json.dumps(schema_in_grammar(wanted))}"]
+
+
+def _regex_answer(regex: str) -> list[str]:
+    escaped = re.sub(r"\\.|[/\n]", lambda found: {"/": r"\/", "\n": r"\n"}.get(found[0], found[0]), regex, flags=re.DOTALL)
+    return ["answer: ANSWER", f"ANSWER: /{escaped}/"]
 
 
 def _calls(spelling: Spelling, several: bool, token_of: TokenOf) -> str:
