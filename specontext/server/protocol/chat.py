@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from specontext.server.protocol.bounds import MOST_MESSAGES, MOST_TOOLS, Metadata, Name, Variables, check_messages
-from specontext.server.protocol.common import Answered, Body, SamplingBody, Usage, unsupported
+from specontext.server.protocol.common import Answered, Body, SamplingBody, Usage, content_kind, unsupported
 from specontext.server.protocol.structured import StructuredBody
 from specontext.server.protocol.tools import (
     AllowedChoice,
@@ -20,14 +20,8 @@ from specontext.server.protocol.tools import (
 )
 
 
-def _check_kind(value: Any) -> Any:
-    if isinstance(value, str) and value != "text":
-        raise ValueError(f"content of type '{value[:50]}' is not supported: only 'text' is")
-    return value
-
-
 class TextPart(Body):
-    type: Annotated[Literal["text"], BeforeValidator(_check_kind)]
+    type: content_kind("text")  # type: ignore[valid-type]
     text: str
 
 

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from specontext.core import MOST_STOPS
 from specontext.server.protocol.bounds import MOST_MESSAGES, MOST_TOOLS, Name, Schema, Variables, check_messages
-from specontext.server.protocol.common import Body, unsupported
+from specontext.server.protocol.common import Body, content_kind, unsupported
 from specontext.server.protocol.structured import type_tag
 from specontext.server.protocol.tools import ToolName
 
@@ -17,7 +17,7 @@ CacheControl = Annotated[Any, Field(description="Accepted for compatibility: beg
 
 
 class TextBlock(Body):
-    type: Literal["text"]
+    type: content_kind("text")  # type: ignore[valid-type]
     text: str
     cache_control: CacheControl = None
     citations: unsupported("citations are not implemented", []) = None  # type: ignore[valid-type]

@@ -16,13 +16,13 @@ from specontext.server.protocol.bounds import (
     Variables,
     check_messages,
 )
-from specontext.server.protocol.common import Body, unsupported
+from specontext.server.protocol.common import Body, content_kind, unsupported
 from specontext.server.protocol.structured import type_tag
 from specontext.server.protocol.tools import ToolName
 
 
 class InputText(Body):
-    type: Literal["input_text", "output_text", "text", "refusal"]
+    type: content_kind("input_text", "output_text", "text", "refusal")  # type: ignore[valid-type]
     text: str | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None

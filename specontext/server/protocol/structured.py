@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
 
 from specontext.core import LONGEST_GRAMMAR, MOST_CHOICES, StructuredOutputsParams
 from specontext.server.protocol.bounds import Name, Schema
@@ -83,6 +83,7 @@ class StructuredBody(Body):
     guided_whitespace_pattern: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
     guided_decoding_backend: unsupported("there is one", "auto", "guidance") = None  # type: ignore[valid-type]
     response_format: ResponseFormat | None = None
+    _format_field: str = PrivateAttr("response_format")  # by another name in other protocols
 
     @model_validator(mode="after")
     def _one_form(self) -> StructuredBody:
@@ -100,7 +101,7 @@ class StructuredBody(Body):
         """The field that says what the output must look like."""
         guided = next(iter(self._guided()), None)
         return (
-            f"guided_{guided}" if guided else "structured_outputs" if self.structured_outputs is not None else "response_format"
+            f"guided_{guided}" if guided else "structured_outputs" if self.structured_outputs is not None else self._format_field
         )
 
     def structured_params(self) -> StructuredOutputsParams | None:

@@ -45,7 +45,7 @@ def to_chat(body: ResponsesRequest, items: Sequence[Item]) -> ChatRequest:
         fields |= {"reasoning_effort": body.reasoning.effort}
     if body.top_logprobs is not None or "message.output_text.logprobs" in (body.include or ()):
         fields |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
-    return as_chat(fields, place="input")
+    return as_chat(fields, messages="input", response_format="text.format")
 
 
 def all_items(body: ResponsesRequest, store: ResponseStore) -> list[Item]:
