@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from llguidance import LLMatcher
-
 from specontext.core import Thinking
 from specontext.engine.detokenizer import Detokenizer
 from specontext.errors import ConstraintError
@@ -16,12 +14,14 @@ class Constraint:
     Where the output may begin to think, its first token is one of the grammar or the opening mark, if that is a single token.
 
     Attributes:
+        matcher: the library's, of its grammar.
         may_think: the opening mark's token, where it may come next.
     """
 
     def __init__(self, grammar: Grammar, thinking: Thinking | None) -> None:
         self.mask_words = grammar.mask_words
         self._state = grammar.begin()
+        self.matcher = self._state.matcher
         self._thinks = thinking is not None and thinking.inside
         self.may_think = thinking.begin_id if thinking is not None and not thinking.inside else None
 
@@ -33,16 +33,7 @@ class Constraint:
     @property
     def complete(self) -> bool:
         """Whether the output can only end."""
-        return self.active and self._state.complete
-
-    @property
-    def matcher(self) -> LLMatcher:
-        return self._state.matcher
-
-    @property
-    def failed(self) -> bool:
-        """Whether the grammar has become too complex for its limits."""
-        return bool(self._state.matcher.is_error())
+        return not self._thinks and bool(self.matcher.is_stopped())
 
     def failure(self) -> ConstraintError:
         return ConstraintError(f"the output cannot go on in its grammar: {self._state.error}")
@@ -57,7 +48,7 @@ class Constraint:
             self._end_thinking(detokenizer)
         elif token == self.may_think:
             self._thinks = True
-        elif not self._state.accept(token):
+        elif not self.matcher.consume_token(token):
             raise ConstraintError(f"token {token} is not one that the grammar allows here: {self._state.error}")
         self.may_think = None
 

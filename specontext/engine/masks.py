@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
 import numpy
 import torch
-from llguidance import LLExecutor
+from llguidance import LLExecutor, LLMatcher
 
 from specontext.core import AllowedTokens, Request
 from specontext.engine.constraint import Constraint
@@ -52,33 +52,33 @@ class Masks:
             request.allowed = None
             if constraint is not None and constraint.active:
                 following.append((request, constraint))
-        rows = self._settle()
+        rows, failed = self._settle()
         if not following:
             return
         if any(request.request_id not in rows for request, _ in following):
-            self._write([constraint for _, constraint in following])
+            failed = self._write([constraint for _, constraint in following])
             rows = {request.request_id: row for row, (request, _) in enumerate(following)}
         bits = self._host.numpy().view(numpy.uint32)
         for request, constraint in following:
-            if constraint.failed:
-                failures.add(constraint.failure(), request.request_id)
             if (token := constraint.may_think) is not None:
                 bits[rows[request.request_id], token // 32] |= numpy.uint32(1 << token % 32)
+            if failed and rows[request.request_id] in failed:
+                failures.add(constraint.failure(), request.request_id)
         # The end of the step awaits its sampling, and with it this copy, before these bits are written again.
         masks = self._host[: len(rows)].to(self.device, non_blocking=True)
         for request, _ in following:
             request.allowed = AllowedTokens(masks, rows[request.request_id])
 
-    def _settle(self) -> dict[str, int]:
-        """Wait for what is written beside the step; its rows."""
+    def _settle(self) -> tuple[dict[str, int], Collection[int]]:
+        """Wait for what is written beside the step; its rows, and those whose grammar failed."""
         rows, self._rows = self._rows, {}
-        if rows:
-            assert self._beside is not None
-            self._beside.wait()
-        return rows
+        if not rows:
+            return rows, ()
+        assert self._beside is not None
+        return rows, self._beside.wait()
 
-    def _write(self, following: Sequence[Constraint]) -> None:
-        """Write their masks now."""
+    def _write(self, following: Sequence[Constraint]) -> Collection[int]:
+        """Write their masks now; the rows of those whose grammar failed."""
         matchers, address, num_bytes, count = self._orders(following)
         if self._host.numel() <= _ALONE:  # waking others takes longer
             for matcher, row in matchers:
@@ -87,8 +87,9 @@ class Masks:
             if self._threads is None:
                 self._threads = LLExecutor(num_threads=max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // 2)))
             self._threads.unsafe_compute_mask_ptr(matchers, address, num_bytes, count)
+        return _failed(matchers)
 
-    def _orders(self, following: Sequence[Constraint]) -> tuple[list[tuple[Any, int]], int, int, int]:
+    def _orders(self, following: Sequence[Constraint]) -> tuple[list[tuple[LLMatcher, int]], int, int, int]:
         """What the library is told: matchers with their rows, the address of the masks, bytes of one, and how many there are."""
         count, words = len(following), following[0].mask_words
         if len(self._host) < count or self._host.shape[1] != words:
@@ -102,24 +103,30 @@ class _Beside:
 
     def __init__(self) -> None:
         self._orders: SimpleQueue[Any] = SimpleQueue()
-        self._done: SimpleQueue[Exception | None] = SimpleQueue()
+        self._done: SimpleQueue[Exception | list[int]] = SimpleQueue()
         Thread(target=_follow, args=(self._orders, self._done), name="specontext-masks", daemon=True).start()
         weakref.finalize(self, self._orders.put, None)
 
     def start(self, orders: tuple[Any, ...]) -> None:
         self._orders.put(orders)
 
-    def wait(self) -> None:
-        """Wait for what was started; raises what went wrong."""
-        if (error := self._done.get()) is not None:
-            raise error
+    def wait(self) -> list[int]:
+        """Wait for what was started: the rows of grammars that failed; raises what went wrong."""
+        found = self._done.get()
+        if isinstance(found, Exception):
+            raise found
+        return found
 
 
-def _follow(orders: SimpleQueue[Any], done: SimpleQueue[Exception | None]) -> None:
+def _failed(matchers: Sequence[tuple[LLMatcher, int]]) -> list[int]:
+    return [row for matcher, row in matchers if matcher.is_error()]
+
+
+def _follow(orders: SimpleQueue[Any], done: SimpleQueue[Exception | list[int]]) -> None:
     threads = LLExecutor(num_threads=1)  # the others compute
     while (order := orders.get()) is not None:
         try:
             threads.unsafe_compute_mask_ptr(*order)
-            done.put(None)
+            done.put(_failed(order[0]))
         except Exception as error:
             done.put(error)

@@ -158,7 +158,7 @@ def test_grammars_allow_what_readers_read(form: str, special: bool, tokenizer: A
         wanted = use.grammar(token_of)
         assert wanted is not None
         state, ids = compiler.compile(wanted).begin(), own(text, add_special_tokens=False)["input_ids"]
-        return all(state.accept(token) for token in ids) and state.matcher.is_accepting()
+        return all(state.matcher.consume_token(token) for token in ids) and state.matcher.is_accepting()
 
     strict = (Tool("weather", SCHEMA | {"required": ["city", "days"], "additionalProperties": False}, strict=True),)
     spelling = FORMATS[form].spelling
@@ -201,7 +201,7 @@ def test_answers_and_calls_in_channels_follow_grammars(wanted: Any, good: str, b
         assert grammar is not None
         state = compiler.compile(grammar).begin()
         ids = own(text, add_special_tokens=False)["input_ids"]
-        return all(state.accept(token) for token in ids) and state.matcher.is_accepting()
+        return all(state.matcher.consume_token(token) for token in ids) and state.matcher.is_accepting()
 
     strict = (Tool("weather", SCHEMA | {"required": ["days"], "additionalProperties": False}, strict=True),)
     thought = f"<|channel|>analysis<|message|>Hm? {bad} {END_TURN}"
