@@ -11,7 +11,7 @@ import pytest
 
 from specontext import LLM, SamplingParams, SpeContextConfig, StructuredOutputsParams
 from specontext.core import Thinking
-from specontext.errors import RequestError, SpeContextError
+from specontext.errors import DeviceMemoryError, RequestError, SpeContextError
 from tests.server.speaking import save_speaking
 
 SCHEMA: dict[str, Any] = {
@@ -140,6 +140,28 @@ def test_what_cannot_be_followed_is_refused(llm: LLM, wanted: Any, words: str) -
         deep = {"type": "array", "items": deep}
     with pytest.raises(RequestError, match="nested too deeply"):
         follow(llm, {"json": deep})
+
+
+def test_requests_that_end_or_break_in_the_middle_change_nobody_s_masks(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = llm.engine
+    params = SamplingParams(temperature=1.0, seed=5, max_tokens=40, structured_outputs={"regex": "[0-9]{20}"})
+    alone = llm.generate(FACTS, params)[0].token_ids
+    kept, gone = (engine.add_request(name, FACTS, params) for name in ("kept", "gone"))
+    while not gone.request.output_token_ids:
+        engine.step()
+    engine.abort("gone")
+    while engine.has_work:
+        engine.step()
+    assert kept.request.output_token_ids == alone
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise DeviceMemoryError("no memory")
+
+    broken = engine.add_request("broken", FACTS, params)
+    with monkeypatch.context() as patch, pytest.raises(DeviceMemoryError):
+        patch.setattr(engine.runner, "run", fail)
+        engine.step()
+    assert broken.request.finish_reason == "abort" and llm.generate(FACTS, params)[0].token_ids == alone
 
 
 def test_a_grammar_that_cannot_go_on_fails_its_request_alone(llm: LLM) -> None:
