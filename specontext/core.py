@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from specontext.errors import ConfigError, RequestError
 
@@ -626,6 +626,16 @@ class Choice:
     budget: int
 
 
+class AllowedTokens(NamedTuple):
+    """What a grammar allows next: row `row` of the masks of a step, int32 [outputs that follow a grammar, words] on the device.
+
+    Bit t % 32 of word t // 32 says whether token t may come.
+    """
+
+    masks: Tensor
+    row: int
+
+
 @dataclass(eq=False)
 class Request:
     """One output being made: its tokens, how many of them the model has seen, and its seat in the KV tables.
@@ -643,7 +653,7 @@ class Request:
         captured_steps: decode steps that were replayed as a captured CUDA graph.
         cached_tokens: tokens whose KV was known when it first got a seat; None before.
         history: what the sampler remembers of the tokens, for penalties.
-        allowed: bool [V] on the device, the tokens that a grammar allows next; None allows all. Valid in one step.
+        allowed: what a grammar allows next; None allows all. Valid in one step.
         banned: sequences of tokens of which the last one may not follow the others.
         unread: tokens behind `token_ids` that the device has chosen and the host does not know yet.
         waiting_since: `time.perf_counter()` when it came, or when it had to wait again.
@@ -676,7 +686,7 @@ class Request:
     captured_steps: int = 0
     cached_tokens: int | None = None
     history: object = None
-    allowed: Tensor | None = None
+    allowed: AllowedTokens | None = None
     banned: Sequence[Sequence[int]] = ()
     unread: int = 0
     held: bool = False

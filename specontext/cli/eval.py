@@ -172,12 +172,10 @@ def command_line(context: typer.Context) -> str:
 
 def print_notes(notes: Sequence[dict[str, Any]]) -> None:
     """Say on stderr what was left out and why, once for each reason."""
-    places: dict[str, list[str]] = {}
-    for note in notes:
-        where = " ".join(str(value) for name, value in note.items() if name != "why" and (name != "suite" or "task" not in note))
-        places.setdefault(note["why"], []).append(where)
-    for why, all_places in places.items():
-        error_console().print(escape(f"{', '.join(all_places)}: {why}"), style="dim")
+    from specontext.evaluation.report.places import places_by_reason
+
+    for why, places in places_by_reason(notes).items():
+        error_console().print(escape(f"{'; '.join(places)}: {why}"), style="dim")
 
 
 def tables(results: dict[str, Any]) -> Iterator[Table]:

@@ -15,10 +15,11 @@ from torch import Tensor
 from specontext.config import EngineConfig
 from specontext.core import Request, SamplingParams, StructuredOutputsParams, shown
 from specontext.engine.build import build_parts
-from specontext.engine.constraint import Constraint, Masks
+from specontext.engine.constraint import Constraint
 from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.failures import NOBODYS, Failures
 from specontext.engine.launched import Launched
+from specontext.engine.masks import Masks
 from specontext.engine.output_statistics import OutputStatistics
 from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
 from specontext.engine.rehearsal import rehearse
@@ -124,7 +125,7 @@ class LLMEngine:
         vocab_size, ends = self.loaded.shape.vocab_size, self.loaded.end_token_ids
         self.grammars = GrammarCompiler(self.tokenizer, vocab_size=vocab_size, end_token_ids=ends)
         self.step_tokens = 0
-        self._masks = Masks(self.device, vocab_size)
+        self._masks = Masks(self.device)
         self._generations: dict[str, Generation] = {}
         self.runs_ahead = self.runner.captures
         self._ahead: Launched | None = None
@@ -308,6 +309,8 @@ class LLMEngine:
         failures, logits, ready = Failures(), None, []
         if launched is None:
             captured = self.runner.captured_rows(schedule.batch) if self.runner.captures else ()
+            if constrained := [r for r in schedule.requests if r.params.structured_outputs is not None]:
+                self._masks.begin((r, self._generations[r.request_id].constraint) for r in constrained)
             logits = self._run(schedule, failures)
             for row in captured:
                 schedule.requests[row].captured_steps += 1

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specontext.core import Request, SamplingParams
+from specontext.core import AllowedTokens, Request, SamplingParams
 from specontext.engine.penalties import penalise, penalised
+from specontext.kernels.dispatch import upload
+from specontext.kernels.token_masks import mask_tokens
 
 
 def restricted(raw: Tensor, requests: Sequence[Request], end_token_ids: Collection[int]) -> Tensor:
@@ -27,14 +29,9 @@ def restricted(raw: Tensor, requests: Sequence[Request], end_token_ids: Collecti
     with_penalties = [row for row, request in enumerate(requests) if penalised(request)]
     if not (masked or listed or forbidden or biased or with_penalties):
         return raw
-    if len(masked) == len(requests):
-        adjusted = torch.where(_allowed(requests, masked), raw, -math.inf)
-        masked = []
-    else:
-        adjusted = raw.clone()
+    adjusted = raw.clone()
     if masked:
-        rows = torch.tensor(masked, device=raw.device)
-        adjusted[rows] = adjusted[rows].masked_fill_(~_allowed(requests, masked), -math.inf)
+        mask_tokens(adjusted, _masks([requests[row].allowed for row in masked]), masked)
     for row in listed:
         allowed = torch.tensor(requests[row].params.allowed_token_ids, device=raw.device)
         kept = adjusted[row, allowed]
@@ -52,9 +49,12 @@ def restricted(raw: Tensor, requests: Sequence[Request], end_token_ids: Collecti
     return adjusted
 
 
-def _allowed(requests: Sequence[Request], rows: Sequence[int]) -> Tensor:
-    """What grammars allow in these rows, bool [rows, V]."""
-    return torch.stack([requests[row].allowed for row in rows])  # type: ignore[misc]
+def _masks(allowed: Sequence[AllowedTokens | None]) -> Tensor:
+    """Masks int32 [M, words] of what grammars allow; all of a step stand in one tensor."""
+    rows = [each.row for each in allowed if each is not None]
+    assert allowed[0] is not None
+    masks = allowed[0].masks
+    return masks if rows == list(range(len(masks))) else masks[upload(rows, torch.int64, masks.device)]
 
 
 def _forbidden(request: Request, end_token_ids: Collection[int]) -> list[int]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from typing import Any
 
+import numpy
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
 from specontext.core import StructuredOutputsParams
@@ -23,6 +25,10 @@ _DEEPEST = 64  # levels of a schema
 _WHITESPACE = r"( |\n( {0,40}|\t{0,10}))?"
 # Half of the library's own bounds of what compiling may take, so that a request costs at most some tenths of a second.
 _LIMITS = {"initial_lexer_fuel": 500_000, "max_grammar_size": 250_000, "max_lexer_states": 50_000, "verbose_errors": False}
+
+
+_SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$\n]")  # characters that regular expressions have a use for
+_QUOTED = re.compile(r"\n *\d+ \| |<non-verbose/>")  # begins a quotation
 
 
 class GrammarCompiler:
@@ -55,8 +61,8 @@ class GrammarCompiler:
                 return known
             vocabulary = self._read_vocabulary()
             matcher = LLMatcher(vocabulary, _source(wanted), log_level=0, limits=LLParserLimits(**_LIMITS))  # type: ignore[arg-type]
-            if matcher.is_error():
-                raise RequestError(f"structured_outputs cannot be followed: {_reason(matcher.get_error())}")
+            if error := matcher.get_error() or _dead_end(matcher):
+                raise RequestError(f"structured_outputs cannot be followed: {_reason(error)}")
             grammar = Grammar(matcher, vocabulary)
         with self._lock:
             self._known[wanted] = grammar
@@ -101,14 +107,35 @@ def _source(wanted: StructuredOutputsParams) -> str:
         if wanted.regex is not None:
             return grammar_from("regex", wanted.regex)
         if wanted.choice is not None:
-            return grammar_from("choice", json.dumps(wanted.choice))
+            return grammar_from("regex", choices_regex(wanted.choice))
         assert wanted.grammar is not None
         return grammar_from("lark" if wanted.grammar.startswith(LARK_HEADER) else "grammar", wanted.grammar)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"structured_outputs cannot be followed: {_reason(str(error))}") from error
 
 
+def _dead_end(matcher: LLMatcher) -> str:
+    """Why no output can begin, or go on behind its first token, as where there are too many ways; '' where one can."""
+    probe = matcher.deep_copy()
+    for _ in range(2):
+        allowed = numpy.frombuffer(probe.compute_bitmask(), dtype=numpy.uint8)
+        if probe.is_stopped() or probe.is_error():
+            break
+        byte = int(allowed.nonzero()[0][-1])
+        probe.consume_token(8 * byte + int(allowed[byte]).bit_length() - 1)
+    return str(probe.get_error())
+
+
+def choices_regex(choices: Sequence[str]) -> str:
+    """A regular expression of texts: thousands of them cost a step no more than one."""
+    return "|".join(_SPECIAL.sub(lambda found: "\\n" if found[0] == "\n" else f"\\{found[0]}", choice) for choice in choices)
+
+
 def _json_source(text: str, wanted: StructuredOutputsParams) -> str:
+    return json_grammar(_read_schema(text), whitespace=whitespace_of(wanted))
+
+
+def _read_schema(text: str) -> dict[str, Any] | bool:
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -117,7 +144,7 @@ def _json_source(text: str, wanted: StructuredOutputsParams) -> str:
         raise RequestError("structured_outputs.json must be a JSON schema, which is an object")
     if _depth(schema) > _DEEPEST:
         raise RequestError(f"structured_outputs.json is nested too deeply: at most {_DEEPEST} levels")
-    return json_grammar(schema, whitespace=whitespace_of(wanted))
+    return schema
 
 
 def whitespace_of(wanted: StructuredOutputsParams) -> str:
@@ -127,15 +154,44 @@ def whitespace_of(wanted: StructuredOutputsParams) -> str:
 
 def json_grammar(schema: Any, *, whitespace: str = _WHITESPACE) -> str:
     """The grammar of a JSON schema as the library reads it."""
-    schema = schema if isinstance(schema, dict) else {} if schema else {"not": {}}
+    schema = _without_notes(schema) if isinstance(schema, dict) else {} if schema else {"not": {}}
     layout: Any = {"whitespace_pattern": whitespace} if whitespace else {"whitespace_flexible": False}
     return LLMatcher.grammar_from_json_schema(schema, overrides=layout)
+
+
+# Formats of the standard; any other is a note to readers, as the standard has it, and pydantic writes some (path, binary).
+_FORMATS = frozenset(
+    "date-time date time duration email idn-email hostname idn-hostname ipv4 ipv6 uri uri-reference iri iri-reference uuid "
+    "uri-template json-pointer relative-json-pointer regex".split()
+)
+_DATA = ("const", "enum", "default", "examples")  # keys of a schema under which there are no schemas
+
+
+def _without_notes(schema: Any) -> Any:
+    """A schema without formats that nobody knows."""
+    if isinstance(schema, list):
+        return [_without_notes(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: value if key in _DATA else _without_notes(value)
+        for key, value in schema.items()
+        if key != "format" or not isinstance(value, str) or value in _FORMATS
+    }
+
+
+def schema_in_grammar(wanted: StructuredOutputsParams) -> dict[str, Any]:
+    """The schema of what is wanted as part of a Lark grammar; raises RequestError."""
+    schema = _read_schema(str(wanted.json) if wanted.json is not None else '{"type": "object"}')
+    whitespace = whitespace_of(wanted)
+    layout: dict[str, Any] = {"whitespace_pattern": whitespace} if whitespace else {"whitespace_flexible": False}
+    return {**(_without_notes(schema) if isinstance(schema, dict) else {} if schema else {"not": {}}), "x-guidance": layout}
 
 
 def schema_on_one_line(schema: Mapping[str, Any], *, lenient: bool) -> dict[str, Any]:
     """A schema as part of a Lark grammar, of JSON on one line; lenient, what is not implemented is left out of it instead of
     refused."""
-    return {**schema, "x-guidance": {"whitespace_pattern": " ?", "lenient": lenient}}
+    return {**_without_notes(schema), "x-guidance": {"whitespace_pattern": " ?", "lenient": lenient}}
 
 
 def _depth(value: Any) -> int:
@@ -149,5 +205,8 @@ def _depth(value: Any) -> int:
 
 
 def _reason(text: str) -> str:
-    line = " ".join(text.split())
+    """The library's own message, without what it quotes of the grammar, which may be of our making."""
+    line = " ".join(_QUOTED.split(text, maxsplit=1)[0].split())
+    if line.startswith("NoExtension"):
+        line = "there is no text that fits"
     return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]} ..."

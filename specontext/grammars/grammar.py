@@ -11,25 +11,16 @@ class GrammarState:
     """How far one output has come in its grammar.
 
     Attributes:
-        matcher: the library's, which fills masks.
+        matcher: the library's, which takes tokens, fills masks, and knows whether anything can follow.
     """
 
     def __init__(self, matcher: LLMatcher, vocabulary: LLTokenizer) -> None:
         self.matcher, self._vocabulary = matcher, vocabulary
 
     @property
-    def complete(self) -> bool:
-        """Whether nothing can follow any more."""
-        return bool(self.matcher.is_stopped())
-
-    @property
     def error(self) -> str:
         """What went wrong, such as a grammar that became too complex for its limits; '' for nothing."""
         return str(self.matcher.get_error())
-
-    def accept(self, token: int) -> bool:
-        """Take the next token; whether it was allowed."""
-        return bool(self.matcher.consume_token(token))
 
     def accept_text(self, text: str) -> bool:
         """Take text that came in the middle of a token; whether all of it was allowed."""

@@ -75,7 +75,8 @@ class ChatTemplate:
             except Exception as error:  # a template is a program, and may fail in any way
                 errors.append(error)
             else:
-                left_out = missing if not left_out or len(missing) < len(left_out) else left_out
+                if len(candidate) == len(messages):  # else its numbers are not those of the messages
+                    left_out = missing if not left_out or len(missing) < len(left_out) else left_out
         if left_out:
             if left_out[0] >= len(messages):
                 raise ChatTemplateError(
@@ -96,10 +97,14 @@ class ChatTemplate:
 
     def _candidates(self, messages: Sequence[Message]) -> Iterator[list[Message]]:
         """The conversation in the forms that a template may take, the likeliest one first."""
+        if self.speaks_of("message.thinking"):  # as gpt-oss calls it
+            messages = [
+                {**each, "thinking": each["reasoning_content"]} if "reasoning_content" in each else each for each in messages
+            ]
         conversations = [list(messages)]
         if any(message["role"] == "developer" for message in messages):
             renamed = [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
-            conversations = [list(messages), renamed] if self._speaks_of("developer") else [renamed]
+            conversations = [list(messages), renamed] if self.speaks_of("developer") else [renamed]
         for conversation in (form for each in conversations for form in call_forms(each)):
             sent = [_as_sent(message) for message in conversation]
             yield sent
@@ -108,10 +113,11 @@ class ChatTemplate:
                 if changed != sent:
                     yield changed
 
-    def _speaks_of(self, role: str) -> bool:
+    def speaks_of(self, word: str) -> bool:
+        """Whether a word stands in the template."""
         template = self._tokenizer.chat_template
         texts = template.values() if isinstance(template, dict) else [template]
-        return any(role in str(text) for text in texts)
+        return any(word in str(text) for text in texts)
 
     def _settle(self, messages: Sequence[Message], options: Mapping[str, Any]) -> tuple[Sequence[Message], list[int]]:
         """The messages, those that are left out in another form if that helps, and the numbers of those that still are."""

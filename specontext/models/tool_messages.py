@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 Message = Mapping[str, Any]
@@ -14,7 +15,8 @@ _ID_LENGTH = 9  # of the ids of calls that templates of Mistral insist on
 
 
 def call_forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """A conversation with its calls as templates may want them: arguments as objects or as text, ids of nine letters."""
+    """A conversation with its calls as templates may want them: arguments as objects or as text, ids of nine letters, each call
+    in a message of its own before its result."""
     yield list(messages)
     if any(message.get("tool_calls") or message.get("tool_call_id") for message in messages):
         short = [_with_short_ids(message) for message in messages]
@@ -22,6 +24,8 @@ def call_forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
             yield [_with_text_arguments(message) for message in conversation]
             if conversation is not short:
                 yield short
+        if (apart := _calls_apart(messages)) != list(messages):
+            yield apart
 
 
 def short_id(name: str) -> str:
@@ -55,6 +59,35 @@ def _with_text_arguments(message: Message) -> Message:
         for call in message["tool_calls"]
     ]
     return {**message, "tool_calls": calls}
+
+
+def _calls_apart(messages: Sequence[Message]) -> list[Message]:
+    """Text, then each call with its results, where one message has several of these; thinking stays in front."""
+    found: list[Message] = []
+    place = 0
+    while place < len(messages):
+        message, place = messages[place], place + 1
+        calls = message.get("tool_calls")
+        if not calls:
+            found.append(message)
+            continue
+        results = list(takewhile(lambda each: each["role"] == "tool", messages[place:]))
+        place += len(results)
+        first: Message = {**message, "content": ""}
+        others = {name: value for name, value in first.items() if name not in ("reasoning_content", "thinking")}
+        if message["content"]:
+            found.append({name: value for name, value in message.items() if name != "tool_calls"})
+            first = others
+        ids = [call.get("id") for call in calls]
+        for number, call in enumerate(calls):
+            found.append({**(others if number else first), "tool_calls": [call]})
+            last = number == len(calls) - 1
+            found += [
+                each
+                for each in results
+                if each.get("tool_call_id") == ids[number] or (last and each.get("tool_call_id") not in ids)
+            ]
+    return found
 
 
 def _with_short_ids(message: Message) -> Message:

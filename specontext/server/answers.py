@@ -9,7 +9,7 @@ from specontext.engine.output_statistics import OutputStatistics
 from specontext.engine.request_stream import Delta
 from specontext.models.tool_messages import short_id
 from specontext.server.tools.choice import ToolUse
-from specontext.server.tools.pieces import CallArguments, CallBegin, Piece, Text
+from specontext.server.tools.pieces import CallArguments, CallBegin, Piece, Text, Thought
 
 
 @dataclass
@@ -54,6 +54,7 @@ class Answer:
         self.reasoning_tokens = 0
         self._reader = use.reader()
         self._dropping = False  # a call too many
+        self._thinking = False  # the last piece was a thought
 
     def take(self, delta: Delta) -> list[Growth]:
         """Take what the engine has made; what there is to show."""
@@ -74,6 +75,11 @@ class Answer:
         return grown
 
     def _grow(self, piece: Piece) -> Growth | None:
+        if isinstance(piece, Thought):
+            self.reasoning.append(f"\n\n{piece.text}" if self.reasoning and not self._thinking else piece.text)
+            self._thinking = True
+            return Growth(reasoning=self.reasoning[-1])
+        self._thinking = False
         if isinstance(piece, Text):
             self.content.append(piece.text)
             return Growth(text=piece.text)

@@ -49,7 +49,9 @@ async def prepare(state: ServerState, body: ChatRequest) -> Prepared:
     )
     if use.form is not None:
         params = replace(params, skip_special_tokens=False)  # marks of calls may be special tokens
-    field = "tools" if use.form is not None else body.structured_field
+    if state.tools.channels:
+        params = replace(params, stop_token_ids=(*params.stop_token_ids, *state.tools.end_ids))
+    field = "tools" if use.tools else body.structured_field
     structured = await state.compile(lambda: state.tools.structured(use, body.structured_params()), field)
     return Prepared(token_ids, replace(params, structured_outputs=structured), use)
 

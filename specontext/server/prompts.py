@@ -114,7 +114,9 @@ class PromptEncoder:
     def _render(self, body: TemplateBody) -> str:
         tools = [tool.function.for_template() for tool in body.shown_tools]
         own = {"messages", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
-        extra = body.chat_template_kwargs or {}
+        extra = body.template_variables
+        if "reasoning_effort" in extra and not self.template.speaks_of("reasoning_effort"):
+            raise ApiError(400, "the chat template knows no reasoning_effort: leave it out", param="reasoning_effort")
         given = {"tools": [{"type": "function", "function": tool} for tool in tools]} if tools else {}
         if clash := sorted(own & extra.keys()):
             raise ApiError(400, f"chat_template_kwargs may not set {', '.join(clash)}", param="chat_template_kwargs")

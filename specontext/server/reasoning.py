@@ -5,23 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 from specontext.core import Thinking
+from specontext.server.tools import harmony
 
 BEGIN, END = Thinking.begin, Thinking.end
+CHANNELS = "harmony"  # the parser of models whose thinking is a message of its own
 
 
 class Reasoning:
     """A reasoning parser over one tokenizer.
 
     Args:
-        parser: one of `REASONING_PARSERS`.
+        parser: one of `REASONING_PARSERS`, or `CHANNELS`.
     """
 
     def __init__(self, parser: str, tokenizer: Any) -> None:
         self._parser = parser
         self._begin_id, self._end_id = _single_token(tokenizer, BEGIN), _single_token(tokenizer, END)
+        self._message_end = _single_token(tokenizer, harmony.END)
 
     def thinking(self, prompt: str, *, continued: str | None = None) -> Thinking:
         """How the output after a prompt is to be split; arguments as for `starts_inside`."""
+        if self._parser == CHANNELS:
+            return Thinking(False, begin=harmony.THOUGHT, end=harmony.END, end_id=self._message_end)
         inside = starts_inside(self._parser, prompt, continued=continued)
         return Thinking(inside, begin_id=self._begin_id, end_id=self._end_id)
 

@@ -11,11 +11,11 @@ from specontext.core import SamplingParams, StructuredOutputsParams, shown
 from specontext.engine.async_engine import AsyncEngine
 from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.request_stream import RequestStream
-from specontext.errors import RequestError
+from specontext.errors import ConfigError, RequestError
 from specontext.server.errors import ApiError, DrainingError
 from specontext.server.metrics import Metrics
 from specontext.server.prompts import PromptEncoder
-from specontext.server.reasoning import Reasoning
+from specontext.server.reasoning import CHANNELS, Reasoning
 from specontext.server.responses.store import ResponseStore
 from specontext.server.sampling import sampling_defaults
 from specontext.server.settings import ServerConfig
@@ -45,14 +45,19 @@ class ServerState:
             max_model_len=self.max_model_len,
             vocab_size=engine.loaded.shape.vocab_size,
         )
-        parser = config.reasoning_parser
-        self.reasoning = Reasoning(parser, self.encoder.tokenizer) if parser is not None else None
         self.grammars = engine.grammars
         self.tools = ToolSupport(config.tool_call_parser, self.encoder.tokenizer, engine.grammars)
+        self.reasoning = self._reasoning(config.reasoning_parser)
         self.texts = TokenTexts(self.encoder.tokenizer)
         self.defaults: dict[str, Any] = sampling_defaults(engine.loaded) if config.generation_config == "auto" else {}
         self.responses = ResponseStore()
         self.draining = False
+
+    def _reasoning(self, parser: str | None) -> Reasoning | None:
+        if self.tools.channels and parser is not None:
+            raise ConfigError("this model thinks in a channel of its own, which is told apart anyway: leave reasoning_parser out")
+        parser = CHANNELS if self.tools.channels else parser
+        return Reasoning(parser, self.encoder.tokenizer) if parser is not None else None
 
     @property
     def model(self) -> str:

@@ -12,6 +12,7 @@ from specontext.server.protocol.chat import ChatRequest
 from specontext.server.protocol.tools import AllowedChoice, FunctionTool, NamedChoice
 from specontext.server.tools.choice import NO_TOOLS, ToolUse
 from specontext.server.tools.formats import FORMATS, detect
+from specontext.server.tools.harmony import ENDS
 from specontext.server.tools.pieces import Tool
 
 _NO_FORM = (
@@ -25,13 +26,26 @@ class ToolSupport:
 
     Args:
         parser: a name of `FORMATS`, 'auto' for what the template shows, or 'none'.
+
+    Attributes:
+        end_ids: tokens that end an output in channels, whether or not the model's settings know them.
     """
 
     def __init__(self, parser: str, tokenizer: Any, grammars: GrammarCompiler) -> None:
         template = tokenizer.chat_template or ""
         text = json.dumps(template) if isinstance(template, dict) else str(template)
-        self.name = detect(text) if parser == "auto" else None if parser == "none" else parser
+        found = detect(text)
+        self.name = found if parser == "auto" else None if parser == "none" else parser
+        named = self.name or found
+        self._without_tools = ToolUse(form=FORMATS[named]) if named is not None and FORMATS[named].channels else NO_TOOLS
         self._tokenizer, self._grammars = tokenizer, grammars
+        ids = [tokenizer(mark, add_special_tokens=False)["input_ids"] for mark in (ENDS if self.channels else ())]
+        self.end_ids = tuple(int(found[0]) for found in ids if len(found) == 1)
+
+    @property
+    def channels(self) -> bool:
+        """Whether the model writes everything in channels, its thinking too."""
+        return self._without_tools.form is not None
 
     def use(self, body: ChatRequest) -> ToolUse:
         """The tools of a request.
@@ -41,7 +55,7 @@ class ToolSupport:
         """
         tools, choice = [_tool(tool) for tool in body.shown_tools], body.tool_choice
         if not tools:
-            return NO_TOOLS
+            return self._without_tools
         if self.name is None:
             raise ApiError(400, f"tools cannot be used: {_NO_FORM}", param="tools", code="tools_not_supported")
         form, several = FORMATS[self.name], body.parallel_tool_calls is not False
@@ -63,6 +77,8 @@ class ToolSupport:
             return wanted
         if wanted is None or use.mode != "auto":
             return use.grammar(self.token_of)
+        if use.form.channels:
+            return use.grammar_in_channels(wanted, self.token_of)
         schema = '{"type": "object"}' if wanted.json_object else wanted.json
         found = use.grammar_beside(str(schema), self.token_of) if schema is not None else None
         if found is None:

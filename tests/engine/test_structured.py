@@ -11,7 +11,7 @@ import pytest
 
 from specontext import LLM, SamplingParams, SpeContextConfig, StructuredOutputsParams
 from specontext.core import Thinking
-from specontext.errors import RequestError, SpeContextError
+from specontext.errors import DeviceMemoryError, RequestError, SpeContextError
 from tests.server.speaking import save_speaking
 
 SCHEMA: dict[str, Any] = {
@@ -83,6 +83,8 @@ def test_seeds_repeat_and_batch_mates_change_nothing(llm: LLM) -> None:
     [
         ({"regex": "[0-9]{3}-[a-f]{2,4}x"}, "[0-9]{3}-[a-f]{2,4}x"),
         ({"choice": ["banana split", "été"]}, "banana split|été"),
+        ({"choice": [f"(a|b)* {i}\n$" for i in range(4096)]}, r"\(a\|b\)\* [0-9]{1,4}\n\$"),
+        ({"json": {"type": "string", "format": "path", "const": {"format": "path"}["format"]}}, '"path"'),
         ({"grammar": 'root ::= "yes" | "no, " [a-c]'}, "yes|no, [a-c]"),
         ({"grammar": 'start: "on" | "off" WORD\nWORD: /[xyz]/'}, "on|off[xyz]"),
         ({"json": {"const": {"a": 1}}, "disable_any_whitespace": True}, r'\{"a":1\}'),
@@ -117,6 +119,11 @@ def test_an_output_ends_where_nothing_can_follow(llm: LLM) -> None:
         ({"json": {"allOf": [{"$ref": "#/nowhere"}]}}, "cannot be followed"),
         ({"regex": "(("}, "cannot be followed"),
         ({"grammar": "root ::= other"}, "cannot be followed"),
+        ({"regex": r"[^\s\S]"}, "no text that fits"),
+        ({"json": {"$ref": "#"}}, "no text that fits"),
+        ({"grammar": "root ::= root"}, "no text that fits"),
+        ({"grammar": "root ::= " + " | ".join(f'"a{i}"' for i in range(2100))}, "items; max is"),
+        ({"json": {"format": "uri-template", "type": "string"}}, "uri-template"),
         ({"choice": []}, "choice must be"),
         ({"choice": "ab"}, "choice must be"),
         ({"choice": ["a" * 300_000]}, "at most"),
@@ -133,6 +140,28 @@ def test_what_cannot_be_followed_is_refused(llm: LLM, wanted: Any, words: str) -
         deep = {"type": "array", "items": deep}
     with pytest.raises(RequestError, match="nested too deeply"):
         follow(llm, {"json": deep})
+
+
+def test_requests_that_end_or_break_in_the_middle_change_nobody_s_masks(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = llm.engine
+    params = SamplingParams(temperature=1.0, seed=5, max_tokens=40, structured_outputs={"regex": "[0-9]{20}"})
+    alone = llm.generate(FACTS, params)[0].token_ids
+    kept, gone = (engine.add_request(name, FACTS, params) for name in ("kept", "gone"))
+    while not gone.request.output_token_ids:
+        engine.step()
+    engine.abort("gone")
+    while engine.has_work:
+        engine.step()
+    assert kept.request.output_token_ids == alone
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise DeviceMemoryError("no memory")
+
+    broken = engine.add_request("broken", FACTS, params)
+    with monkeypatch.context() as patch, pytest.raises(DeviceMemoryError):
+        patch.setattr(engine.runner, "run", fail)
+        engine.step()
+    assert broken.request.finish_reason == "abort" and llm.generate(FACTS, params)[0].token_ids == alone
 
 
 def test_a_grammar_that_cannot_go_on_fails_its_request_alone(llm: LLM) -> None:

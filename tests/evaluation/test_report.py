@@ -311,6 +311,19 @@ def test_what_was_skipped_is_shown_in_any_shape(tmp_path: Path, skipped: Any) ->
     assert all(word in section for word in words if word not in ("task", "why") and word.strip())
 
 
+def test_a_reason_is_said_once_with_all_its_places(tmp_path: Path) -> None:
+    why = "skipped: the model's contexts end at 4,096 tokens"
+    notes = [{"suite": "ruler", "task": task, "length": n, "why": why} for task in ("vt", "cwe") for n in (8192, 16384)]
+    notes += [{"suite": "longbench", "task": "qasper", "why": why}, {"suite": "ruler", "task": "vt", "why": "other words"}]
+    rows = [made_row("full", None, task=task, length=n) for task, n in (("a", 1000), ("b", 1000), ("b", 2000))]
+    rows += [made_row("quest", 64, task="a", length=1000)]
+    html = html_of(tmp_path, {"meta": {"notes": notes}, "rows": rows})
+    section = html.split('id="missing"')[1].split("</section>")[0]
+    assert section.count("contexts end at") == 1 and section.count("other words") == 1
+    assert "ruler vt and cwe, 8,192 and 16,384 tokens; longbench qasper" in section
+    assert "quest, budget 64, b, 1,000 and 2,000 tokens" in section
+
+
 def test_long_outputs_are_compared_with_full_attention_s(tmp_path: Path) -> None:
     rows = [
         made_row("full", None, output_tokens=200.0, answer_seconds=4.0),

@@ -65,7 +65,7 @@ def test_every_part_is_there(text: str, content: dict[str, Any], settings: Valid
     assert content["failures"] == {} and content["lengths"] == [192]
     assert "**Left out: lengths of 99,999 tokens.** The model's contexts end at 16,640." in text
     held = "skipped: a budget of 500 holds all of 192 tokens, which is what full reads"
-    assert f"**fidelity, length 192, budget 500 and ruler, length 192, budget 500:** {held}" in text
+    assert f"**fidelity and ruler, 192 tokens, budget 500:** {held}" in text
     rows = json.loads((settings.out / "results.json").read_text())["rows"]
     assert {row["suite"] for row in rows} == {"fidelity", "ruler"}
     assert (settings.out / "report.html").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,3 +83,22 @@ def test_what_would_be_dropped_is_refused(own: Any, template: str, words: str, t
     with pytest.raises(ChatTemplateError, match=words) as refused:
         rendered(own, template)
     assert refused.value.tools is tools
+
+
+def test_calls_in_channels_come_one_by_one_with_their_results_and_thinking(own: Any) -> None:
+    template = (Path(__file__).parents[1] / "server" / "harmony.jinja").read_text()
+    other = {"id": "b", "type": "function", "function": {"name": "look", "arguments": {"left": False}}}
+    talk = [
+        {"role": "user", "content": "look!"},
+        {"role": "assistant", "content": "Well.", "reasoning_content": "Hm.", "tool_calls": [CALL, other]},
+        {"role": "tool", "content": "a bush", "tool_call_id": "b"},
+        {"role": "tool", "content": "a tree", "tool_call_id": "call_0123456789"},
+        {"role": "assistant", "content": None, "reasoning_content": "Once more.", "tool_calls": [CALL]},
+        {"role": "tool", "content": "a wall", "tool_call_id": "call_0123456789"},
+    ]
+    text = rendered(own, template, talk)
+    wanted = ("Well.", "true", "a tree", "false", "a bush", "Once more.", "true", "a wall", "<|start|>assistant")
+    places = [0]
+    for word in wanted:
+        places.append(text.find(word, places[-1]))
+    assert -1 not in places and places == sorted(places)

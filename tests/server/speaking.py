@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,18 +13,29 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 MARKS = ["<think>", "</think>"]
 
 
-def save_speaking(path: Path, says: str, template: str, *, special: bool | None) -> Path:
+def save_speaking(
+    path: Path,
+    says: str,
+    template: str,
+    *,
+    special: bool | None,
+    after: str = ">",
+    words: Sequence[str] = (),
+    marks: Sequence[str] = (),
+) -> Path:
     """A checkpoint that says a text, no token of it twice, after ">": each token alone decides the next one.
 
     Args:
-        template: of chats; must end with ">".
+        template: of chats; must end with `after`, a token that may come again at the end of the text: then all of it begins anew.
+        words, marks: more tokens, plain and special ones.
         special: whether the marks of thinking are special tokens, other added tokens, or (None) texts of several tokens.
     """
     letters = {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     core = Tokenizer(models.BPE(letters, []))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     core.add_special_tokens(["<eos>", *(MARKS if special else [])])
-    core.add_tokens(MARKS if special is False else [])
+    core.add_special_tokens(list(marks))
+    core.add_tokens([*(MARKS if special is False else []), *words])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
     tokenizer.chat_template = template
     size = len(tokenizer)
@@ -40,8 +52,9 @@ def save_speaking(path: Path, says: str, template: str, *, special: bool | None)
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    ids = [*tokenizer(">" + says)["input_ids"], tokenizer.eos_token_id]
-    assert len({*ids}) == len(ids), "a token comes twice"
+    ids = tokenizer(after + says)["input_ids"]
+    ids += [] if ids[-1] == ids[0] else [tokenizer.eos_token_id]
+    assert len({*ids[1:]}) == len(ids) - 1, "a token comes twice"
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "o_proj" in name or "down_proj" in name:

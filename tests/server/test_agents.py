@@ -107,11 +107,11 @@ def test_what_responses_refuse(client: Any) -> None:
         ({"input": [{"type": "item_reference", "id": "x"}]}, "not found"),
         ({"input": []}, "empty"),
         ({"input": [{"type": "computer_call", "id": "x"}]}, "not supported"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "'input_image' is not supported"),
         ({"tools": [{"type": "web_search"}]}, "web_search"),
         ({"background": True}, "background"),
         ({"max_output_tokens": 5000}, "maximum context length is 2048"),
-        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "objekt"}}}}, "objekt"),
+        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "objekt"}}}}, "text.format cannot .*objekt"),
     ):
         with pytest.raises(openai.BadRequestError, match=words):
             client.responses.create(**{"model": "nano", "input": "a"} | wrong)
@@ -192,6 +192,9 @@ def test_messages_use_tools_for_several_turns(claude: Any) -> None:
     assert claude.messages.count_tokens(model="nano", messages=messages, tools=[CUSTOM]).input_tokens > 50
 
 
+SEEN = {"type": "tool_result", "tool_use_id": "x", "content": [{"type": "image", "source": {}}]}
+
+
 def test_what_messages_refuse(claude: Any, tooled: Server) -> None:
     import anthropic
 
@@ -199,6 +202,11 @@ def test_what_messages_refuse(claude: Any, tooled: Server) -> None:
         ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, "thinking"),
         ({"thinking": {"type": "adaptive"}}, "--reasoning-parser"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "not supported"),
+        ({"messages": [{"role": "user", "content": [SEEN]}]}, "'image' is not supported"),
+        (
+            {"output_config": {"format": {"type": "json_schema", "schema": {"type": "objekt"}}}},
+            "output_config.format cannot .*objekt",
+        ),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "bash"),
         ({"max_tokens": 5000}, "maximum context length is 2048"),
     ):

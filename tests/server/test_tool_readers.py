@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from specontext.core import StructuredOutputsParams
 from specontext.grammars.compiler import GrammarCompiler
 from specontext.server.tools.choice import ToolUse
 from specontext.server.tools.formats import FORMATS, MAYBE_SPACE, detect
-from specontext.server.tools.pieces import CallArguments, CallBegin, Text, Tool
+from specontext.server.tools.pieces import CallArguments, CallBegin, Text, Thought, Tool, joined
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
 TOOLS = (Tool("weather", SCHEMA), Tool("stop-it"), Tool("w", SCHEMA))
@@ -25,6 +26,8 @@ STOPPED: Any = ("stop-it", {})
 PAIRS = f"<arg_key>city</arg_key>\n<arg_value>{OSLO['city']}</arg_value>\n<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n"
 PARAMETERS = f"<parameter=city>\n{OSLO['city']}\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
 OTHER = "<tool_call>\n<function=other>\n</function>\n</tool_call>"
+TO_STOP = "<|channel|>commentary to=functions.stop-it<|message|>"
+END_TURN = "<|end|><|start|>assistant"
 UNKNOWN = '<tool_call>{"name": "other", "arguments": {}}</tool_call> x'
 
 
@@ -78,6 +81,14 @@ CASES: list[tuple[str, str, str, list[Any]]] = [
     ("glm45", f"<tool_call>weather\n{PAIRS}</tool_call>", "", [WEATHER]),
     ("qwen3_coder", f"Hm.\n<tool_call>\n<function=weather>\n{PARAMETERS}</function>\n</tool_call>", "Hm.", [WEATHER]),
     ("qwen3_coder", OTHER, OTHER, []),
+    ("harmony", f"<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{ARGUMENTS}", "", [WEATHER]),
+    ("harmony", f" to=functions.weather<|channel|>commentary json<|message|>{ARGUMENTS}<|call|>", "", [WEATHER]),
+    ("harmony", f"<|channel|>commentary<|message|>So.<|end|><|start|>assistant{TO_STOP}<|call|>", "So.", [STOPPED]),
+    ("harmony", f"<|start|>assistant<|channel|>final<|message|>1 <| 2{END_TURN}{TO_STOP}", "1 <| 2", [STOPPED]),
+    ("harmony", "<|channel|>final<|message|>\n a <|en<|return|>", "\n a <|en", []),
+    ("harmony", "goes on <|here", "goes on <|here", []),
+    ("harmony", "<|channel|>commentary to=other <|message|>{}", "<|channel|>commentary to=other <|message|>{}", []),
+    ("harmony", "<|channel|>commentary to=functions.wea", "", []),
     ("granite", f"<|tool_call|>[{CALL}]", "", [WEATHER]),
     ("phi4_mini_json", f"functools[{CALL},{STOP}]", "", [WEATHER, STOPPED]),
 ]  # fmt: skip
@@ -106,6 +117,8 @@ def test_arguments_come_as_they_are_written() -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_long_and_odd_texts_take_no_time_and_lose_nothing(form: str) -> None:
+    for text in ("<|channel|>" * 300, "<|start|>assistant" * 300):
+        assert not read(form, text, list(range(0, len(text), 7)))[1]
     for text in ("{" * 5000, "[" * 5000, "<" * 5000, "<tool_call>" * 500, '"' * 5000, "weather" * 1000, "[TOOL_CALLS]" * 300):
         said, calls = read(form, text, list(range(0, len(text), 7)))
         assert not calls and said.replace("<tool_call>", "").replace("[TOOL_CALLS]", "") in text
@@ -118,6 +131,7 @@ def test_templates_tell_their_form() -> None:
         "mistral": "{% if tools %}[AVAILABLE_TOOLS]{% endif %}[TOOL_CALLS]",
         "mistral_args": "{% if tools %}{% endif %}[TOOL_CALLS]f[ARGS]",
         "glm4": "{% if tools %}{% endif %}<|observation|>",
+        "harmony": "{% if tools %}<|start|>assistant<|channel|>{% endif %}",
         "glm45": "{% if tools %}{% endif %}<|observation|><tool_call>f<arg_key>",
         "qwen3_coder": "{% if tools %}<tool_call><function=f>{% endif %}",
         "phi4_mini_json": "{% if tools %}functools[{}]{% endif %}",
@@ -144,7 +158,7 @@ def test_grammars_allow_what_readers_read(form: str, special: bool, tokenizer: A
         wanted = use.grammar(token_of)
         assert wanted is not None
         state, ids = compiler.compile(wanted).begin(), own(text, add_special_tokens=False)["input_ids"]
-        return all(state.accept(token) for token in ids) and state.matcher.is_accepting()
+        return all(state.matcher.consume_token(token) for token in ids) and state.matcher.is_accepting()
 
     strict = (Tool("weather", SCHEMA | {"required": ["city", "days"], "additionalProperties": False}, strict=True),)
     spelling = FORMATS[form].spelling
@@ -157,3 +171,46 @@ def test_grammars_allow_what_readers_read(form: str, special: bool, tokenizer: A
     free = ToolUse(strict, form=FORMATS[form])
     if free.grammar(token_of) is not None:
         assert follows(free, call) and follows(free, "Oslo") and not follows(free, call.replace("3", '"3"'))
+
+
+def test_thinking_in_channels_is_told_from_words_and_calls() -> None:
+    reader = ToolUse(TOOLS, form=FORMATS["harmony"]).reader()
+    text = f"<|channel|>analysis<|message|>Hm.{END_TURN}{TO_STOP}{{}}"
+    pieces = [piece for character in text for piece in reader.feed(character)] + reader.finish()
+    assert joined(pieces) == [Thought("Hm."), CallBegin("stop-it"), CallArguments("{}")]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "good", "bad"),
+    [
+        ({"json": {"enum": [3]}}, "3", "4"),
+        ({"regex": "[0-9]/[0-9]"}, "1/2", "1:2"),
+        ({"choice": ["yes", "n\u00f6"]}, "n\u00f6", "no"),
+        ({"json_object": True}, '{"a": 1}', "[1]"),
+    ],
+)
+def test_answers_and_calls_in_channels_follow_grammars(wanted: Any, good: str, bad: str, tokenizer: Any) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.add_tokens(["<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|constrain|>"], special_tokens=True)
+    compiler = GrammarCompiler(own, vocab_size=len(own), end_token_ids=[1])
+
+    def token_of(mark: str) -> int | None:
+        return int(own.convert_tokens_to_ids(mark)) if compiler.is_special(own.convert_tokens_to_ids(mark)) else None
+
+    def follows(grammar: StructuredOutputsParams | None, text: str) -> bool:
+        assert grammar is not None
+        state = compiler.compile(grammar).begin()
+        ids = own(text, add_special_tokens=False)["input_ids"]
+        return all(state.matcher.consume_token(token) for token in ids) and state.matcher.is_accepting()
+
+    strict = (Tool("weather", SCHEMA | {"required": ["days"], "additionalProperties": False}, strict=True),)
+    thought = f"<|channel|>analysis<|message|>Hm? {bad} {END_TURN}"
+    final, call = "<|channel|>final<|message|>", "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>"
+    free = ToolUse(strict, form=FORMATS["harmony"])
+    beside = free.grammar_in_channels(StructuredOutputsParams(**wanted), token_of)
+    for begun in ("", thought):
+        assert follows(beside, f"{begun}{final}{good}") and not follows(beside, f"{begun}{final}{bad}")
+        for grammar in (beside, free.grammar(token_of), ToolUse(strict, "required", form=FORMATS["harmony"]).grammar(token_of)):
+            assert follows(grammar, begun + call + '{"days": 3}') and not follows(grammar, begun + call + '{"days": "3"}')
+    assert follows(free.grammar(token_of), thought + final + bad)
+    assert not follows(ToolUse(strict, "required", form=FORMATS["harmony"]).grammar(token_of), final + good)

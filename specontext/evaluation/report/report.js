@@ -26,3 +26,11 @@ addEventListener("beforeprint", () => {
   for (const fold of opened) fold.open = true;
 });
 addEventListener("afterprint", () => { for (const fold of opened) fold.open = false; });
+
+// Tables that are wider than the page say so.
+function measure() {
+  for (const box of document.querySelectorAll(".scroll")) box.classList.toggle("wide", box.scrollWidth > box.clientWidth + 1);
+}
+addEventListener("resize", measure);
+document.addEventListener("toggle", measure, true);  // tables in folds have no width before
+measure();

@@ -12,6 +12,7 @@ from specontext.evaluation.report.methods import describe, marks_of
 from specontext.evaluation.report.numbers import DASH, anything, duration, listed, percent, whole
 from specontext.evaluation.report.parts import Code, Document, Fold, Heads, Part, Pictures, Section, Table, Terms
 from specontext.evaluation.report.pictures import accuracy_against_reading, amounts, axis_of, forest, shares
+from specontext.evaluation.report.places import in_words, places_by_reason
 from specontext.evaluation.report.results import Results, Row, flat, ordered, unique
 from specontext.evaluation.report.statements import Statement, headline, opening
 from specontext.evaluation.report.tables import measured_table, pair_table, record_table, score_table, sorted_rows
@@ -234,23 +235,34 @@ def _heads(results: Results) -> Iterator[Part]:
 def _missing(results: Results) -> Iterator[Part]:
     for name in SKIPPED:
         if records := results.meta.get(name):
-            yield record_table(SKIPPED[name], records if isinstance(records, list) else _records(records))
-    empty = [_cell(row) for row in results.rows if row["score"] is None]
+            yield from _left_out(SKIPPED[name], records if isinstance(records, list) else _records(records))
+    empty = [{name: row[name] for name in ("method", "budget", "task", "length")} for row in results.rows if row["score"] is None]
     if empty:
-        yield Statement("Rows without a score, of which no mean is made:", items=tuple(unique(empty)))
+        yield Statement("Rows without a score, of which no mean is made:", items=tuple(in_words(empty)))
     for suite in results.suites:
         rows = results.of(suite)
         cells = unique((row["method"], row["budget"]) for row in rows)
         places = unique((row["task"], row["length"]) for row in rows)
         there = {(row["method"], row["budget"], row["task"], row["length"]) for row in rows}
         absent = [
-            _cell({"method": method, "budget": budget, "task": task, "length": length})
+            {"method": method, "budget": budget, "task": task, "length": length}
             for task, length in places
             for method, budget in cells
             if (method, budget, task, length) not in there
         ]
         if absent:
-            yield Statement("Cells that other methods or lengths have and that were not run:", items=tuple(absent), title=suite)
+            yield Statement(
+                "Cells that other methods or lengths have and that were not run:", items=tuple(in_words(absent)), title=suite
+            )
+
+
+def _left_out(title: str, records: list[Any]) -> Iterator[Part]:
+    """Every reason once, with all places; records without a reason as they are."""
+    reasons = places_by_reason(each for each in records if isinstance(each, dict) and each.get("why"))
+    if reasons:
+        yield Table(title, ("why", "where"), tuple((why, "; ".join(where) or DASH) for why, where in reasons.items()), 2)
+    if rest := [each for each in records if not (isinstance(each, dict) and each.get("why"))]:
+        yield record_table(title, rest)
 
 
 def _records(records: Any) -> list[Any]:

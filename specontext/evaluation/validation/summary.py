@@ -7,6 +7,7 @@ from typing import Any
 
 from specontext.evaluation.report.averages import mean_over_tasks, mean_pairs
 from specontext.evaluation.report.numbers import anything, duration, interval, listed, percent, points, size, whole
+from specontext.evaluation.report.places import places_by_reason
 from specontext.evaluation.validation.systems import FULL, OFFLOADED, RESIDENT, parting
 
 Content = dict[str, Any]
@@ -170,13 +171,8 @@ def _say_left_out(content: Content, notes: Sequence[dict[str, Any]]) -> Iterator
     if lengths := content["too_long"]:
         end = whole(content["model"]["longest"])
         yield f"**Left out: lengths of {listed([whole(n) for n in lengths])} tokens.** The model's contexts end at {end}."
-    places: dict[str, list[str]] = {}
-    for note in notes:
-        words = (f"{name} {value}" for name, value in note.items() if name not in ("why", "suite", "task"))
-        where = " ".join(filter(None, (note.get("suite"), note.get("task"))))
-        places.setdefault(note["why"], []).append(", ".join(filter(None, (where, *words))))
-    for why, where_all in places.items():
-        yield f"**{listed(list(dict.fromkeys(where_all)))}:** {why}"
+    for why, places in places_by_reason(notes).items():
+        yield f"**{'; '.join(places)}:** {why}"
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def to_chat(body: CountRequest, *, thinks: bool) -> ChatRequest:
     if isinstance(body, MessagesRequest):
         fields |= {name: getattr(body, name) for name in _ALIKE}
         fields |= {"max_tokens": body.max_tokens, "stop": body.stop_sequences}
-    return as_chat(fields, place="messages")
+    return as_chat(fields, messages="messages", response_format="output_config.format")
 
 
 def _messages(message: AnthropicMessage) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from specontext.server.protocol.bounds import MOST_MESSAGES, MOST_TOOLS, Metadata, Name, Variables, check_messages
-from specontext.server.protocol.common import Answered, Body, SamplingBody, Usage, unsupported
+from specontext.server.protocol.common import Answered, Body, SamplingBody, Usage, content_kind, unsupported
 from specontext.server.protocol.structured import StructuredBody
 from specontext.server.protocol.tools import (
     AllowedChoice,
@@ -20,14 +20,8 @@ from specontext.server.protocol.tools import (
 )
 
 
-def _check_kind(value: Any) -> Any:
-    if isinstance(value, str) and value != "text":
-        raise ValueError(f"content of type '{value[:50]}' is not supported: only 'text' is")
-    return value
-
-
 class TextPart(Body):
-    type: Annotated[Literal["text"], BeforeValidator(_check_kind)]
+    type: content_kind("text")  # type: ignore[valid-type]
     text: str
 
 
@@ -99,6 +93,10 @@ class TemplateBody(Body):
         """Tools that the chat template writes out."""
         return self.tools or []
 
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        return self.chat_template_kwargs or {}
+
     @model_validator(mode="after")
     def _one_ending(self) -> TemplateBody:
         if self.continue_final_message and self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
@@ -123,12 +121,17 @@ class ChatRequest(SamplingBody, StructuredBody, TemplateBody):
     audio: unsupported("only text is implemented") = None  # type: ignore[valid-type]
     prediction: unsupported("predicted outputs are not implemented") = None  # type: ignore[valid-type]
     web_search_options: unsupported("web search is not implemented") = None  # type: ignore[valid-type]
-    reasoning_effort: unsupported("give what the chat template knows in chat_template_kwargs") = None  # type: ignore[valid-type]
+    reasoning_effort: Name | None = Field(None, description="For chat templates that know it.")
     verbosity: unsupported("it is not implemented", "medium") = None  # type: ignore[valid-type]
 
     @property
     def shown_tools(self) -> list[FunctionTool]:
         return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        own = {"reasoning_effort": self.reasoning_effort} if self.reasoning_effort is not None else {}
+        return own | (self.chat_template_kwargs or {})
 
     @model_validator(mode="after")
     def _tools_and_choice(self) -> ChatRequest:

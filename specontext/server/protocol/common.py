@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -34,6 +35,17 @@ class Body(BaseModel):
             return value
         first = next(name for name in value if name not in cls.model_fields)
         return {name: item for name, item in value.items() if name in cls.model_fields or name == first}
+
+
+def content_kind(*kinds: str) -> Any:
+    """A part's type, which is one of these; what else there may be is refused by name."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str) and value not in kinds:
+            raise ValueError(f"content of type '{value[:50]}' is not supported: only '{kinds[0]}' is")
+        return value
+
+    return Annotated[Literal[kinds], BeforeValidator(check)]
 
 
 class Answered(BaseModel):

@@ -8,8 +8,8 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from specontext.core import MOST_STOPS
 from specontext.server.protocol.bounds import MOST_MESSAGES, MOST_TOOLS, Name, Schema, Variables, check_messages
-from specontext.server.protocol.common import Body, unsupported
-from specontext.server.protocol.structured import format_kind
+from specontext.server.protocol.common import Body, content_kind, unsupported
+from specontext.server.protocol.structured import type_tag
 from specontext.server.protocol.tools import ToolName
 
 _KEEPS_THINKING = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}  # which asks for nothing
@@ -17,7 +17,7 @@ CacheControl = Annotated[Any, Field(description="Accepted for compatibility: beg
 
 
 class TextBlock(Body):
-    type: Literal["text"]
+    type: content_kind("text")  # type: ignore[valid-type]
     text: str
     cache_control: CacheControl = None
     citations: unsupported("citations are not implemented", []) = None  # type: ignore[valid-type]
@@ -47,12 +47,12 @@ class ResultBlock(Body):
 
 
 Block = Annotated[
-    Annotated[TextBlock, Tag("text")]
-    | Annotated[ThinkingBlock, Tag("thinking")]
-    | Annotated[CallBlock, Tag("tool_use")]
-    | Annotated[ResultBlock, Tag("tool_result")],
+    Annotated[TextBlock, Tag("Text")]
+    | Annotated[ThinkingBlock, Tag("Thinking")]
+    | Annotated[CallBlock, Tag("Tool_use")]
+    | Annotated[ResultBlock, Tag("Tool_result")],
     Discriminator(
-        format_kind,
+        type_tag,
         custom_error_type="block",
         custom_error_message="blocks of this type are not supported: give text, thinking, tool_use and tool_result",
     ),

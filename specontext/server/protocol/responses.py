@@ -16,13 +16,13 @@ from specontext.server.protocol.bounds import (
     Variables,
     check_messages,
 )
-from specontext.server.protocol.common import Body, unsupported
-from specontext.server.protocol.structured import format_kind
+from specontext.server.protocol.common import Body, content_kind, unsupported
+from specontext.server.protocol.structured import type_tag
 from specontext.server.protocol.tools import ToolName
 
 
 class InputText(Body):
-    type: Literal["input_text", "output_text", "text", "refusal"]
+    type: content_kind("input_text", "output_text", "text", "refusal")  # type: ignore[valid-type]
     text: str | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None
@@ -79,16 +79,15 @@ class ItemReference(Body):
 
 
 def _item_kind(value: Any) -> str:
-    kind = format_kind(value)
-    return kind if isinstance(kind, str) else "message"
+    return type_tag(value) or "Message"
 
 
 InputItem = Annotated[
-    Annotated[InputMessage, Tag("message")]
-    | Annotated[InputCall, Tag("function_call")]
-    | Annotated[InputResult, Tag("function_call_output")]
-    | Annotated[InputReasoning, Tag("reasoning")]
-    | Annotated[ItemReference, Tag("item_reference")],
+    Annotated[InputMessage, Tag("Message")]
+    | Annotated[InputCall, Tag("Function_call")]
+    | Annotated[InputResult, Tag("Function_call_output")]
+    | Annotated[InputReasoning, Tag("Reasoning")]
+    | Annotated[ItemReference, Tag("Item_reference")],
     Discriminator(
         _item_kind,
         custom_error_type="input_item",
@@ -137,7 +136,7 @@ class TextSettings(Body):
 
 
 class ReasoningSettings(Body):
-    effort: unsupported("give what the chat template knows in chat_template_kwargs") = None  # type: ignore[valid-type]
+    effort: Name | None = Field(None, description="For chat templates that know it.")
     summary: unsupported("thinking is given whole", "auto") = None  # type: ignore[valid-type]
     generate_summary: unsupported("thinking is given whole", "auto") = None  # type: ignore[valid-type]
     context: unsupported("thinking in the input is the chat template's to keep", "auto") = None  # type: ignore[valid-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
 
 from specontext.core import LONGEST_GRAMMAR, MOST_CHOICES, StructuredOutputsParams
 from specontext.server.protocol.bounds import Name, Schema
@@ -54,16 +54,18 @@ class FormatSchema(Body):
     json_schema: JsonSchema
 
 
-def format_kind(value: Any) -> str | None:
-    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+def type_tag(value: Any) -> str | None:
+    """Which of several types a value says it has; in capitals, as errors do not show tags as fields then."""
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return kind.capitalize() if isinstance(kind, str) else None
 
 
 ResponseFormat = Annotated[
-    Annotated[FormatText, Tag("text")]
-    | Annotated[FormatObject, Tag("json_object")]
-    | Annotated[FormatSchema, Tag("json_schema")],
+    Annotated[FormatText, Tag("Text")]
+    | Annotated[FormatObject, Tag("Json_object")]
+    | Annotated[FormatSchema, Tag("Json_schema")],
     Discriminator(
-        format_kind,
+        type_tag,
         custom_error_type="response_format",
         custom_error_message="give an object whose type is text, json_object or json_schema",
     ),
@@ -81,6 +83,7 @@ class StructuredBody(Body):
     guided_whitespace_pattern: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
     guided_decoding_backend: unsupported("there is one", "auto", "guidance") = None  # type: ignore[valid-type]
     response_format: ResponseFormat | None = None
+    _format_field: str = PrivateAttr("response_format")  # by another name in other protocols
 
     @model_validator(mode="after")
     def _one_form(self) -> StructuredBody:
@@ -98,7 +101,7 @@ class StructuredBody(Body):
         """The field that says what the output must look like."""
         guided = next(iter(self._guided()), None)
         return (
-            f"guided_{guided}" if guided else "structured_outputs" if self.structured_outputs is not None else "response_format"
+            f"guided_{guided}" if guided else "structured_outputs" if self.structured_outputs is not None else self._format_field
         )
 
     def structured_params(self) -> StructuredOutputsParams | None:

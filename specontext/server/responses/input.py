@@ -41,9 +41,11 @@ def to_chat(body: ResponsesRequest, items: Sequence[Item]) -> ChatRequest:
     fields = {name: getattr(body, name) for name in ALIKE} | {"messages": messages}
     fields |= {"tools": _tools(body), "tool_choice": _choice(body), "response_format": _format(body)}
     fields |= {"max_completion_tokens": body.max_output_tokens}
+    if body.reasoning is not None and body.reasoning.effort is not None:
+        fields |= {"reasoning_effort": body.reasoning.effort}
     if body.top_logprobs is not None or "message.output_text.logprobs" in (body.include or ()):
         fields |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
-    return as_chat(fields, place="input")
+    return as_chat(fields, messages="input", response_format="text.format")
 
 
 def all_items(body: ResponsesRequest, store: ResponseStore) -> list[Item]:

@@ -97,7 +97,7 @@ class ResponseWriter:
             "output": list(self.output),
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": body.previous_response_id,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": body.reasoning.effort if body.reasoning is not None else None, "summary": None},
             "service_tier": "default",
             "store": body.store is not False,
             "temperature": self.talk.stream.params.temperature,

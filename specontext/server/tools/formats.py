@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from specontext.server.tools.blocks import Block, BracketBlock, JsonBlock, NamedBlock, WholeBlock
+from specontext.server.tools.harmony import HarmonyReader
 from specontext.server.tools.pieces import Reader, Tool
 from specontext.server.tools.reader import BlockReader
 from specontext.server.tools.whole import argument_tags, function_tags, python_calls
@@ -44,6 +45,7 @@ class Format:
             stand at the beginning or not at all.
         id_length: characters of the ids of calls that its templates want; 0 where any will do.
         signs: texts of which all stand in chat templates of this form.
+        channels: everything that the model says has this form, also where there are no tools.
     """
 
     reader: Callable[[Tools], Reader]
@@ -51,6 +53,7 @@ class Format:
     mark: str
     signs: tuple[str, ...]
     id_length: int = 0
+    channels: bool = False
 
 
 def _json(mark: str, close: str = "", *, first: str = "") -> Callable[[Tools], Reader]:
@@ -154,6 +157,7 @@ FORMATS: dict[str, Format] = {
         "<|tool_call|>",
         ("<|tool_call|>",),
     ),
+    "harmony": Format(HarmonyReader, None, "", ("<|channel|>", "<|start|>assistant"), channels=True),
     "phi4_mini_json": Format(
         _json("functools"),
         Spelling(_OBJECT, "}", open="functools[", close="]", between=", "),
@@ -163,7 +167,8 @@ FORMATS: dict[str, Format] = {
 }
 # The first form all of whose signs a template has; those that others' templates have too come last.
 _ORDER = (
-    "glm45", "qwen3_coder", "mistral_args", "mistral", "granite", "phi4_mini_json", "pythonic", "hermes", "llama3_json", "glm4",
+    "harmony", "glm45", "qwen3_coder", "mistral_args", "mistral", "granite", "phi4_mini_json", "pythonic", "hermes",
+    "llama3_json", "glm4",
 )  # fmt: skip
 
 

@@ -8,12 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from specontext.core import StructuredOutputsParams
-from specontext.grammars.compiler import LARK_HEADER, schema_on_one_line
+from specontext.errors import RequestError
+from specontext.grammars.compiler import LARK_HEADER, choices_regex, schema_in_grammar, schema_on_one_line
 from specontext.server.tools.formats import FORCED, MAYBE_SPACE, Format, Spelling
+from specontext.server.tools.harmony import CHANNEL, CONSTRAIN, END, MESSAGE, START, THOUGHT
 from specontext.server.tools.pieces import Tool
 
 MOST_CALLS = 64  # of one forced answer, so that a small model comes to its end
-_MARK = re.compile(r"(</?tool_call>|<\|tool_call\|>|\[TOOL_CALLS\]|\[ARGS\]|\x1f)")
+_MARK = re.compile(r"(</?tool_call>|<\|(?:tool_call|start|channel|message|constrain|end)\|>|\[TOOL_CALLS\]|\[ARGS\]|\x1f)")
+_CALL_HEADERS = (  # of gpt-oss: the recipient behind the channel, or behind the role, which the prompt ends with
+    f"{CHANNEL}commentary to=functions.NAME {CONSTRAIN}json{MESSAGE}",
+    f" to=functions.NAME{CHANNEL}commentary json{MESSAGE}",
+)
 
 TokenOf = Callable[[str], int | None]  # the special token that a mark is, None where it is text
 
@@ -53,6 +59,58 @@ def calls_or_json(
     answer = json.dumps(schema_on_one_line(json.loads(schema), lenient=False))
     rules = _rules("call", tools, spelling, token_of, lenient=False)
     return _params([f"start: answer | {calls}", f"answer: %json {answer}", *rules])
+
+
+def in_channels(
+    tools: Sequence[Tool], mode: str, wanted: StructuredOutputsParams | None, token_of: TokenOf
+) -> StructuredOutputsParams | None:
+    """An output of gpt-oss: perhaps thinking, then a call, or an answer that looks as wanted; None where it is free.
+
+    Raises:
+        RequestError: what is wanted cannot be a part of it.
+    """
+    forced, strict = mode != "auto", any(tool.strict for tool in tools)
+    if wanted is None and not forced and not strict:
+        return None
+    marked = token_of(END) is not None  # else nothing tells where thinking ends
+    ways = ["call"] if tools else []
+    ways += [] if forced else ["final"]
+    lines = [f"start: {'thought? ' if marked else ''}({' | '.join(ways)})"]
+    if marked:
+        lines.append(f"thought: {_spelled(THOUGHT, token_of)} TEXT {_spelled(f'{END}{START}assistant', token_of)}")
+    if not forced:
+        preamble = f"({_spelled(f'{CHANNEL}commentary{MESSAGE}', token_of)} TEXT)" if marked and wanted is None else None
+        final = f"{_spelled(f'{CHANNEL}final{MESSAGE}', token_of)} answer"
+        lines += [f"final: {final}" + (f" | {preamble}" if preamble else ""), *_answer(wanted)]
+    lines.append(r"TEXT: /(.|\n)*/")
+    if tools:
+        lines.append("call: " + " | ".join(f"call_{number}" for number in range(len(tools))))
+    for number, tool in enumerate(tools):
+        header = " | ".join(_spelled(header.replace("NAME", tool.name), token_of) for header in _CALL_HEADERS)
+        free = {"type": "object"} if not forced and not tool.strict else dict(tool.parameters) or {"type": "object"}
+        schema = json.dumps(schema_on_one_line(free, lenient=not tool.strict))
+        lines.append(f"call_{number}: ({header}) %json {schema}")
+    return _params(lines)
+
+
+def _answer(wanted: StructuredOutputsParams | None) -> list[str]:
+    """The rule of an answer."""
+    if wanted is None:
+        return ["answer: TEXT"]
+    if wanted.choice is not None:
+        return _regex_answer(choices_regex(wanted.choice))
+    if wanted.regex is not None:
+        return _regex_answer(wanted.regex)
+    if wanted.grammar is not None:
+        raise RequestError(
+            "structured_outputs.grammar cannot be a part of this model's channels: give a schema, a regex or choices"
+        )
+    return [f"answer: %json {json.dumps(schema_in_grammar(wanted))}"]
+
+
+def _regex_answer(regex: str) -> list[str]:
+    escaped = re.sub(r"\\.|[/\n]", lambda found: {"/": r"\/", "\n": r"\n"}.get(found[0], found[0]), regex, flags=re.DOTALL)
+    return ["answer: ANSWER", f"ANSWER: /{escaped}/"]
 
 
 def _calls(spelling: Spelling, several: bool, token_of: TokenOf) -> str:

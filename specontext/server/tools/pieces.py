@@ -15,6 +15,13 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Thought:
+    """More of the thinking, where it is a part of the form of calls."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class CallBegin:
     """A call begins; the pieces until the next one are about it."""
 
@@ -28,7 +35,7 @@ class CallArguments:
     text: str
 
 
-Piece = Text | CallBegin | CallArguments
+Piece = Text | Thought | CallBegin | CallArguments
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,8 @@ def joined(pieces: list[Piece]) -> list[Piece]:
             found.append(piece)
         elif not piece.text:
             continue
-        elif isinstance(last, Text) and isinstance(piece, Text):
-            found[-1] = Text(last.text + piece.text)
-        elif isinstance(last, CallArguments) and isinstance(piece, CallArguments):
-            found[-1] = CallArguments(last.text + piece.text)
+        elif last is not None and not isinstance(last, CallBegin) and type(last) is type(piece):
+            found[-1] = type(piece)(last.text + piece.text)
         else:
             found.append(piece)
     return found
