@@ -58,6 +58,8 @@ class GrammarCompiler:
             if matcher.is_error():
                 raise RequestError(f"structured_outputs cannot be followed: {_reason(matcher.get_error())}")
             grammar = Grammar(matcher, vocabulary)
+            if not grammar.can_begin():
+                raise RequestError("structured_outputs cannot be followed: there is nothing that it allows to write")
         with self._lock:
             self._known[wanted] = grammar
             if len(self._known) > _KEPT:

@@ -25,7 +25,7 @@ class GrammarState:
     @property
     def error(self) -> str:
         """What went wrong, such as a grammar that became too complex for its limits; '' for nothing."""
-        return str(self.matcher.get_error())
+        return " ".join(str(self.matcher.get_error()).removesuffix("<non-verbose/>").split())
 
     def accept(self, token: int) -> bool:
         """Take the next token; whether it was allowed."""
@@ -47,6 +47,11 @@ class Grammar:
     def mask_words(self) -> int:
         """Length of a mask, in words of 32 bits."""
         return -(-int(self._vocabulary.vocab_size) // 32)
+
+    def can_begin(self) -> bool:
+        """Whether any output follows it, be it an empty one."""
+        state = self.begin()
+        return state.complete or (any(state.matcher.compute_bitmask()) and not state.error)
 
     def begin(self) -> GrammarState:
         return GrammarState(self._matcher.deep_copy(), self._vocabulary)

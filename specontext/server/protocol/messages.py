@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from specontext.core import MOST_STOPS
+from specontext.core import LONGEST_STOP, MOST_STOPS
 from specontext.server.protocol.bounds import MOST_MESSAGES, MOST_TOOLS, Name, Schema, Variables, check_messages
 from specontext.server.protocol.common import Body, unsupported
 from specontext.server.protocol.structured import format_kind
@@ -85,6 +85,12 @@ class AnthropicChoice(Body):
     name: ToolName | None = None
     disable_parallel_tool_use: bool | None = None
 
+    @model_validator(mode="after")
+    def _named(self) -> AnthropicChoice:
+        if (self.name is not None) != (self.type == "tool"):
+            raise ValueError("a name belongs to the type tool, which needs one")
+        return self
+
 
 class AnthropicFormat(Body):
     type: Literal["json_schema"]
@@ -133,7 +139,12 @@ class MessagesRequest(CountRequest):
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**63)
-    stop_sequences: Annotated[list[str], Field(fail_fast=True, max_length=MOST_STOPS)] | None = None
+    stop_sequences: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]], Field(fail_fast=True, max_length=MOST_STOPS)
+        ]
+        | None
+    ) = None
     metadata: CallerMetadata | None = Field(None, description="Accepted for compatibility; changes nothing.")
     service_tier: unsupported("there is one tier", "auto", "standard_only") = None  # type: ignore[valid-type]
     container: unsupported("there are no containers") = None  # type: ignore[valid-type]
