@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
@@ -102,8 +103,8 @@ def _source(wanted: StructuredOutputsParams) -> str:
     try:
         if wanted.regex is not None:
             return grammar_from("regex", wanted.regex)
-        if wanted.choice is not None:
-            return grammar_from("choice", json.dumps(wanted.choice))
+        if wanted.choice is not None:  # as rules the library takes 2,000 of them at most, and each costs in every step
+            return grammar_from("regex", "|".join(map(re.escape, wanted.choice)))
         assert wanted.grammar is not None
         return grammar_from("lark" if wanted.grammar.startswith(LARK_HEADER) else "grammar", wanted.grammar)
     except (ValueError, RecursionError) as error:
@@ -119,7 +120,10 @@ def _json_source(text: str, wanted: StructuredOutputsParams) -> str:
         raise RequestError("structured_outputs.json must be a JSON schema, which is an object")
     if _depth(schema) > _DEEPEST:
         raise RequestError(f"structured_outputs.json is nested too deeply: at most {_DEEPEST} levels")
-    return json_grammar(schema, whitespace=whitespace_of(wanted))
+    try:
+        return json_grammar(schema, whitespace=whitespace_of(wanted))
+    except (ValueError, RecursionError) as error:  # half characters, numbers of hundreds of digits
+        raise RequestError(f"structured_outputs cannot be followed: {_reason(str(error))}") from error
 
 
 def whitespace_of(wanted: StructuredOutputsParams) -> str:
@@ -151,5 +155,5 @@ def _depth(value: Any) -> int:
 
 
 def _reason(text: str) -> str:
-    line = " ".join(text.split())
+    line = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
     return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]} ..."

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from specontext import LLM, SamplingParams, SpeContextConfig, StructuredOutputsParams
-from specontext.core import Thinking
+from specontext.core import MOST_CHOICES, Thinking
 from specontext.errors import RequestError, SpeContextError
 from tests.server.speaking import save_speaking
 
@@ -121,6 +121,10 @@ def test_an_output_ends_where_nothing_can_follow(llm: LLM) -> None:
         ({"choice": "ab"}, "choice must be"),
         ({"choice": ["a" * 300_000]}, "at most"),
         ({"other": 1}, "no field other"),
+        ({"json": {"const": "\ud800"}}, "cannot be followed"),
+        ({"json": {"minimum": -(10**400)}}, "cannot be followed"),
+        ({"json": {"$ref": "#"}}, "nothing that it allows"),
+        ({"grammar": "root ::= root"}, "nothing that it allows"),
         (3, "must be StructuredOutputsParams"),
     ],
 )
@@ -133,6 +137,11 @@ def test_what_cannot_be_followed_is_refused(llm: LLM, wanted: Any, words: str) -
         deep = {"type": "array", "items": deep}
     with pytest.raises(RequestError, match="nested too deeply"):
         follow(llm, {"json": deep})
+
+
+def test_as_many_choices_as_are_taken_are_followed(llm: LLM) -> None:
+    choices = [f"item (no. {number}) of\nall" for number in range(MOST_CHOICES)]
+    assert follow(llm, {"choice": choices})[0].text in choices
 
 
 def test_a_grammar_that_cannot_go_on_fails_its_request_alone(llm: LLM) -> None:
