@@ -17,6 +17,8 @@ import pytest
 from specontext import LLM
 from specontext.cli import main
 from specontext.cli.serve import describe
+from specontext.errors import ConfigError
+from specontext.server.settings import ServerConfig
 from tests.server.serving import PATIENCE, Server, make_engine
 
 Outcome = tuple[int, str, str]
@@ -184,3 +186,15 @@ def test_the_line_at_the_start_says_what_fits() -> None:
         assert len(tokens_of(line)) == 2 and "budget 64" in line
     assert "16 requests of 2048 tokens at once" in describe(roomy) and "2 in host memory" in describe(roomy)
     assert "16 shorter ones" in describe(tight) and tokens_of(describe(tight))[0] < 2048
+
+
+@pytest.mark.parametrize(
+    ("template", "why"), [("{% for m in messages %}", "line 1: "), ("{{ 'a' | nope }}", "nope"), (" \n", "it is empty")]
+)
+def test_a_chat_template_that_is_none_is_refused_before_loading(tmp_path: Path, template: str, why: str) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text(template)
+    with pytest.raises(ConfigError, match=rf"the chat template .*own\.jinja' cannot be used: .*{why}"):
+        ServerConfig(chat_template=str(file)).read_chat_template()
+    assert ServerConfig(chat_template="hermes").read_chat_template()
+    assert ServerConfig(chat_template="{{ messages[0].content }}").read_chat_template()
