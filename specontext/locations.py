@@ -220,7 +220,9 @@ def language_model_of(config: Any) -> Any:
     known = (AutoModelForImageTextToText._model_mapping, AutoModelForMultimodalLM._model_mapping)
     if not any(type(config) in kinds for kinds in known) or text is None or text.is_encoder_decoder:
         return config
-    text._part_of = config.architectures[0] if config.architectures else type(config).__name__
+    text._part_of = (
+        config.architectures[0] if isinstance(config.architectures, list) and config.architectures else type(config).__name__
+    )
     text.architectures, text._name_or_path = config.architectures, config._name_or_path
     text.dtype = text.dtype or config.dtype
     outer = bool(getattr(config, "tie_word_embeddings", False))

@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 
 from specontext.core import LENGTHS, ModelShape
 from specontext.errors import ModelError
-from specontext.locations import parts_of
+from specontext.locations import one_sentence, parts_of
 
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
@@ -77,9 +77,11 @@ JUDGED = {
 
 def check_supported(config: PreTrainedConfig) -> None:
     """Raises ModelError, naming the entry, for a config that asks for what this engine does not compute."""
-    name = config.architectures[0] if config.architectures else config.model_type
-    for why in _obstacles(config):
-        raise ModelError(f"{name} is not supported: {why}")
+    with one_sentence("cannot read the config of the model"):  # entries of another kind than they should be
+        names = config.architectures
+        name = names[0] if isinstance(names, list) and names else config.model_type
+        for why in _obstacles(config):
+            raise ModelError(f"{name} is not supported: {why}")
 
 
 def _obstacles(config: PreTrainedConfig) -> Iterator[str]:

@@ -99,6 +99,14 @@ def test_several_models_in_one_are_refused_as_such(
         shape_of(tmp_path)
 
 
+@pytest.mark.parametrize("entries", [{"rope_parameters": rope("default") | {"rope_type": [[1]]}}, {"architectures": 5}])
+def test_entries_of_another_kind_are_one_sentence(tmp_path: Path, entries: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | {"model_type": "llama"} | entries))
+    with pytest.raises(ModelError) as refused:
+        LLM(tmp_path, config=FULL, load_format="dummy")
+    assert "\n" not in str(refused.value)
+
+
 def test_an_activation_that_nobody_knows(read: Callable[..., PreTrainedConfig]) -> None:
     with pytest.raises(ModelError, match="hidden_act nope"):
         check_supported(read("llama", hidden_act="nope"))
