@@ -62,6 +62,9 @@ def test_bad_options(run: Callable[..., Outcome], words: list[str], says: str) -
         ("port: {a: 1}", "port"),
         ("port: many", "--port"),
         ("", "name"),
+        ("budget: 64\nbudget: 65", "sets budget more than once"),
+        ("max-model-len: 64\nmax_model_len: 65", "sets max_model_len more than once"),
+        pytest.param("a: " + "[" * 20_000, "nested too deeply", id="deep"),
     ],
 )
 def test_bad_files(run: Callable[..., Outcome], tmp_path: Path, text: str, says: str) -> None:
