@@ -72,6 +72,7 @@ def test_json_that_python_does_not_read(server: Server, body: bytes) -> None:
         (RESPONSES, {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [5] * MANY}}),
         (RESPONSES, {"logit_bias": {str(i): "x" for i in range(MANY // 4)}}),
         (MESSAGES, {"system": [5] * MANY}),
+        (MESSAGES, {"system": [{"type": "text", "text": "a"}] * (MANY // 10)}),
         (MESSAGES, {"stop_sequences": [5] * MANY}),
     ],
 )

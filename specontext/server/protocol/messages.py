@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from specontext.core import LONGEST_STOP, MOST_STOPS
-from specontext.server.protocol.bounds import MOST_MESSAGES, MOST_TOOLS, Name, Schema, Variables, check_messages
+from specontext.server.protocol.bounds import MOST_MESSAGES, MOST_PARTS, MOST_TOOLS, Name, Schema, Variables, check_messages
 from specontext.server.protocol.common import Body, unsupported
 from specontext.server.protocol.structured import format_kind
 from specontext.server.protocol.tools import ToolName
@@ -41,7 +41,7 @@ class CallBlock(Body):
 class ResultBlock(Body):
     type: Literal["tool_result"]
     tool_use_id: Name
-    content: str | Annotated[list[TextBlock], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[TextBlock], Field(fail_fast=True, max_length=MOST_PARTS)] | None = None
     is_error: bool | None = None
     cache_control: CacheControl = None
 
@@ -119,7 +119,7 @@ class CountRequest(Body):
     messages: Annotated[
         list[AnthropicMessage], Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES), BeforeValidator(check_messages)
     ]
-    system: str | Annotated[list[TextBlock], Field(fail_fast=True)] | None = None
+    system: str | Annotated[list[TextBlock], Field(fail_fast=True, max_length=MOST_PARTS)] | None = None
     tools: (
         Annotated[list[Annotated[AnthropicTool, BeforeValidator(_check_tool)]], Field(fail_fast=True, max_length=MOST_TOOLS)]
         | None
