@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -210,6 +211,7 @@ class EngineConfig:
     revision: str | None = option(None, "Hub revision of the model.")
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         if self.dtype not in DTYPES:
             raise ConfigError(f"unknown dtype '{self.dtype}': choose one of {', '.join(DTYPES)}")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
@@ -254,6 +256,23 @@ class EngineConfig:
             number = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf
             if value is not None and (not number or (value == 0 and words == "above 0")):
                 raise ConfigError(f"{name} must be a number {words}, got {value!r}")
+
+    def _check_kinds(self) -> None:
+        """Raises ConfigError for values of another kind than their settings have."""
+        if not isinstance(self.method, SpeContextConfig):
+            raise ConfigError(f"the settings of the method must be a SpeContextConfig, got {self.method!r}")
+        for name in (each.name for each in fields(self) if each.type == "bool"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("model", "retrieval_head", "offload_dir"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str | os.PathLike):
+                raise ConfigError(f"{name} must be a name or a path, got {value!r}")
+        if self.offload_dir is not None:
+            object.__setattr__(self, "offload_dir", Path(self.offload_dir))
+        _require_int("seed", self.seed, -(2**63))
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed must be below 2**63, got {self.seed}")
 
     def _check_shared(self) -> None:
         """Raises ConfigError for what does not work where several processes share the model."""

@@ -441,6 +441,10 @@ class StructuredOutputsParams:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise RequestError(f"structured_outputs.{name} must be a text that is not empty, got {shown(value)}")
+            if isinstance(value, str) and _is_half(value):
+                raise RequestError(f"structured_outputs.{name} must be Unicode: it has half a character")
+        if any(map(_is_half, self.choice or ())):
+            raise RequestError("structured_outputs.choice must be Unicode: one of them has half a character")
         size = sum(len(getattr(self, name) or "") for name in ("json", "regex", "grammar")) + sum(map(len, self.choice or ()))
         if size > LONGEST_GRAMMAR:
             raise RequestError(f"structured_outputs must be of at most {LONGEST_GRAMMAR} characters, got {size}: make it smaller")
@@ -561,6 +565,9 @@ class SamplingParams:
             raise RequestError("stop_token_ids must be token ids, integers from 0 up")
         if any(not isinstance(text, str) or not text.strip() for text in self.bad_words):
             raise RequestError("bad_words must be texts that are not blank")
+        if any(map(_is_half, self.bad_words)):
+            raise RequestError("bad_words must be Unicode: one of them has half a character")
+        self._kinds()
         self._token_rules()
         if isinstance(self.structured_outputs, Mapping):
             known = {f.name for f in fields(StructuredOutputsParams)}
@@ -571,11 +578,18 @@ class SamplingParams:
         if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
             raise RequestError(f"structured_outputs must be StructuredOutputsParams, got {shown(self.structured_outputs)}")
 
+    def _kinds(self) -> None:
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be True or False, got {shown(getattr(self, name))}")
+        if self.thinking is not None and not isinstance(self.thinking, Thinking):
+            raise RequestError(f"thinking must be a Thinking, which says what marks it, got {shown(self.thinking)}")
+
     def _token_rules(self) -> None:
         if self.logit_bias is not None:
             pairs = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
-            table = tuple(pairs)
-            if len(table) > MOST_BIASED or not all(_is_id(token) and _is_bias(bias) for token, bias in table):
+            table = tuple(pairs) if isinstance(pairs, Iterable) else (None,)
+            if len(table) > MOST_BIASED or not all(map(_is_biased, table)):
                 raise RequestError(f"logit_bias must map at most {MOST_BIASED} token ids to numbers from -100 to 100")
             object.__setattr__(self, "logit_bias", table or None)
         if self.allowed_token_ids is not None:
@@ -614,8 +628,21 @@ def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_bias(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -100 <= value <= 100
+def _is_biased(pair: object) -> bool:
+    """Whether this is a token id and a number to add to its logit."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        return False
+    bias = pair[1]
+    return _is_id(pair[0]) and isinstance(bias, int | float) and not isinstance(bias, bool) and -100 <= bias <= 100
+
+
+def _is_half(text: str) -> bool:
+    """Whether a text has half a character, which no tokenizer and no grammar takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,8 @@ WEIGHT_FILES = ("model*.safetensors", "*.index.json")  # in the Hub's repositori
 KNOWN_AS = {"kimi_k2": "deepseek_v3"}  # types of models that are others by another name
 CODE = ("model_type", "auto_map")  # what names a type, and code of its own
 NANO = Path(__file__).parent / "models" / "nano"
+OWN_HEAD = "retrieval_head"  # a model's own head lies in this directory of its checkpoint
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 # Retrieval heads that come with this package for models that do not, by the model's name.
 HEADS = {"smollm2": Path(__file__).parent / "models" / "smollm2" / "retrieval_head"}
 
@@ -108,7 +110,8 @@ def named_models() -> str:
 
 def _instead_of_config(path: Path) -> str:
     """What a directory without a config.json is, as far as its files tell, as the rest of a sentence."""
-    inner = sorted(found.parent for pattern in ("*/config.json", "snapshots/*/config.json") for found in path.glob(pattern))
+    found = (config.parent for pattern in ("*/config.json", "snapshots/*/config.json") for config in path.glob(pattern))
+    inner = sorted(folder for folder in found if folder.name != OWN_HEAD)
     if (path / "params.json").exists():
         return "; its params.json is of the maker's own format: take the checkpoint in Hugging Face's format (safetensors)"
     return f"; {inner[0]} has one: name that directory" if inner else ": download it again, whole"
@@ -123,7 +126,7 @@ def read_config(source: Path | str, *, trust_remote_code: bool = False, revision
     from transformers import AutoConfig, PreTrainedConfig
 
     if isinstance(source, Path):
-        _config_values(source, source)
+        _check_sizes(_config_values(source, source), source)
     with one_sentence(f"cannot read the config of the model {source}"):
         values, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
         kind, config = KNOWN_AS.get(values.get("model_type", "")), None
@@ -180,6 +183,13 @@ def quantization_of_source(source: Path | str, *, revision: str | None = None) -
     return None if dequantised(values) else quantization_entry(values, folder, ModelError)
 
 
+def _check_sizes(values: Mapping[str, Any], folder: Path) -> None:
+    for name in SIZES:
+        value = values.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise ModelError(f"{folder / 'config.json'} is broken: {name} is {value}; download it again")
+
+
 def _config_values(source: Path | str, folder: Path) -> dict[str, Any]:
     try:
         return read_json(folder / "config.json", ModelError)
@@ -216,9 +226,11 @@ def language_model_of(config: Any) -> Any:
 
     text = getattr(config, "text_config", None)
     known = (AutoModelForImageTextToText._model_mapping, AutoModelForMultimodalLM._model_mapping)
-    if text is None or text.is_encoder_decoder or not any(type(config) in kinds for kinds in known):
+    if not any(type(config) in kinds for kinds in known) or text is None or text.is_encoder_decoder:
         return config
-    text._part_of = config.architectures[0] if config.architectures else type(config).__name__
+    text._part_of = (
+        config.architectures[0] if isinstance(config.architectures, list) and config.architectures else type(config).__name__
+    )
     text.architectures, text._name_or_path = config.architectures, config._name_or_path
     text.dtype = text.dtype or config.dtype
     outer = bool(getattr(config, "tie_word_embeddings", False))

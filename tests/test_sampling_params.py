@@ -33,11 +33,22 @@ def test_defaults_are_valid() -> None:
         *(("seed", value) for value in (-(2**63) - 1, 2**63, 1.0, True)),
         *(("stop", value) for value in ("", [""], ["a", ""], [1], [None], 3, ["a"] * 65, cycle("a"))),
         *(("stop_token_ids", value) for value in ([-1], [1.0], [True], ["1"], "1", 3, [5] * 1025, count())),
+        *(("logit_bias", value) for value in (5, "ab", [5], [(5,)], [(5, "a")], {"5": 1}, {5: math.nan}, {5: 101})),
+        *(("allowed_token_ids", value) for value in (5, "5", [], [-1], [1.0])),
+        *(("bad_words", value) for value in ([5], 5, [" "], ["a\ud800"])),
+        *(("thinking", value) for value in (True, {"inside": True})),
+        *(
+            (flag, value)
+            for flag in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
+            for value in (None, "no", 1)
+        ),
+        *(("structured_outputs.regex", value) for value in ("\ud800", "", 5)),
     ],
 )
 def test_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(RequestError, match=rf"^{name} must be"):
-        SamplingParams(**{name: value})
+    with pytest.raises(RequestError, match=rf"^{name} must (be|map)"):
+        field, _, inner = name.partition(".")
+        SamplingParams(**{field: {inner: value} if inner else value})
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,12 @@ def shards_of(index: Path, failure: Failure) -> list[str]:
     Raises:
         failure: the index is broken.
     """
-    table = read_json(index, failure).get("weight_map")
+    values = read_json(index, failure)
+    table = values.get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise failure(f"{index} is broken: its weight_map does not say which file holds which tensor; download it again")
+    if not isinstance(values.get("metadata"), dict):  # transformers asks for it, and for nothing in it
+        raise failure(f'{index} has no metadata: download it again, or put "metadata": {{}} beside its weight_map')
     return sorted(set(table.values()))
 
 

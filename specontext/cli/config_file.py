@@ -20,13 +20,19 @@ def read_options(file: str) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        text = Path(file).read_text(encoding="utf-8")
+        found, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the options in {file}: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise UsageError(f"{file} is nested too deeply: it must hold options, one `name: value` a line") from error
     if not isinstance(found, dict):
         raise UsageError(f"{file} must hold options, one `name: value` a line")
+    names = [str(key.value).replace("-", "_") for key, _ in tree.value]
+    if twice := sorted({name for name in names if names.count(name) > 1}):  # of which YAML would keep the last
+        raise UsageError(f"{file} sets {twice[0]} more than once: an option that takes several texts takes them as a list")
     return found
 
 

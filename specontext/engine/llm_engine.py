@@ -31,6 +31,7 @@ from specontext.errors import ConfigError, DeviceError, DeviceMemoryError, Engin
 from specontext.grammars.compiler import GrammarCompiler
 from specontext.kernels.dispatch import upload
 from specontext.kv.host_memory import settle
+from specontext.locations import one_sentence
 from specontext.memory.learning import Seen
 from specontext.models.compiled import keep_compiled
 from specontext.models.loading import LoadedModel, load_model
@@ -265,7 +266,8 @@ class LLMEngine:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"the text is not Unicode: half a character at {error.start}") from error
-        return list(self.tokenizer(text)["input_ids"]) if text else []
+        with one_sentence("the tokenizer cannot encode this prompt"):
+            return list(self.tokenizer(text)["input_ids"]) if text else []
 
     def _unknown(self, ids: Sequence[int]) -> str | None:
         """What is wrong with token ids that the model cannot read."""

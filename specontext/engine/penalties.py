@@ -44,6 +44,8 @@ class _History:
         params = request.params
         if self.seen is not None:
             changed = torch.where(row > 0, row / params.repetition_penalty, row * params.repetition_penalty)
+            bounds = torch.finfo(row.dtype)  # or a very small penalty would leave infinities, among which nothing is likelier
+            changed = torch.where(row.isfinite(), changed.clamp(bounds.min, bounds.max), row)
             row.copy_(torch.where(self.seen, changed, row))
         if self.counts is not None:
             row -= params.frequency_penalty * self.counts + params.presence_penalty * (self.counts > 0)

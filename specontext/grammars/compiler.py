@@ -121,6 +121,8 @@ def _dead_end(matcher: LLMatcher) -> str:
         allowed = numpy.frombuffer(probe.compute_bitmask(), dtype=numpy.uint8)
         if probe.is_stopped() or probe.is_error():
             break
+        if not allowed.any():
+            return "there is no text that fits"
         byte = int(allowed.nonzero()[0][-1])
         probe.consume_token(8 * byte + int(allowed[byte]).bit_length() - 1)
     return str(probe.get_error())
@@ -132,7 +134,11 @@ def choices_regex(choices: Sequence[str]) -> str:
 
 
 def _json_source(text: str, wanted: StructuredOutputsParams) -> str:
-    return json_grammar(_read_schema(text), whitespace=whitespace_of(wanted))
+    schema = _read_schema(text)
+    try:
+        return json_grammar(schema, whitespace=whitespace_of(wanted))
+    except (ValueError, RecursionError) as error:  # half characters, numbers of hundreds of digits
+        raise RequestError(f"structured_outputs cannot be followed: {_reason(str(error))}") from error
 
 
 def _read_schema(text: str) -> dict[str, Any] | bool:
@@ -206,7 +212,7 @@ def _depth(value: Any) -> int:
 
 def _reason(text: str) -> str:
     """The library's own message, without what it quotes of the grammar, which may be of our making."""
-    line = " ".join(_QUOTED.split(text, maxsplit=1)[0].split())
+    line = " ".join(_QUOTED.split(text, maxsplit=1)[0].encode("utf-8", "backslashreplace").decode().split())
     if line.startswith("NoExtension"):
         line = "there is no text that fits"
     return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]} ..."

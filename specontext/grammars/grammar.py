@@ -20,7 +20,7 @@ class GrammarState:
     @property
     def error(self) -> str:
         """What went wrong, such as a grammar that became too complex for its limits; '' for nothing."""
-        return str(self.matcher.get_error())
+        return " ".join(str(self.matcher.get_error()).removesuffix("<non-verbose/>").split())
 
     def accept_text(self, text: str) -> bool:
         """Take text that came in the middle of a token; whether all of it was allowed."""

@@ -16,7 +16,8 @@ from specontext.errors import RequestError
 
 INSTEAD = "greedy search and sampling, one token at a time"
 # Arguments of a forward pass that say nothing which the engine does not do in any case.
-WITHOUT_EFFECT = ("use_cache", "return_dict", "cache_position")
+# generate() hands its tokenizers, which find stop strings, to every forward pass.
+WITHOUT_EFFECT = ("use_cache", "return_dict", "cache_position", "tokenizer", "assistant_tokenizer")
 
 
 class EngineCache(Cache):
@@ -107,6 +108,8 @@ def prompts_of(input_ids: Tensor, attention_mask: Tensor | None, position_ids: T
     Raises:
         RequestError: padding anywhere else, or positions that are not counted from each row's first token.
     """
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise RequestError(f"the input_ids have shape {list(input_ids.shape)}: give one or more tokens for each row")
     ids: list[list[int]] = input_ids.tolist()
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -120,7 +123,7 @@ def prompts_of(input_ids: Tensor, attention_mask: Tensor | None, position_ids: T
         )
     if position_ids is not None:
         counted = mask.long().cumsum(dim=-1) - 1
-        if position_ids.dim() != 2 or ((position_ids != counted) & mask).any():
+        if position_ids.dim() != 2 or position_ids.shape[1] != mask.shape[1] or ((position_ids != counted) & mask).any():
             raise RequestError("position_ids do not count the tokens of each row from 0, and no other positions are computed")
     return [row[count:] for row, count in zip(ids, (~mask).sum(dim=1).tolist(), strict=True)]
 

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from specontext.errors import ChatTemplateError
 from specontext.models.tool_messages import Message, call_forms, with_names, written_as_python
@@ -159,6 +160,19 @@ class _Marked(NamedTuple):
     message: Message
     wanted: Sequence[str]
     unwanted: str
+
+
+def flaw(template: str) -> str | None:
+    """What is wrong with a chat template whatever is put into it; None for nothing."""
+    if not template.strip():
+        return "it is empty"
+    try:
+        render_jinja_template(conversations=[[]], chat_template=template)
+    except TemplateSyntaxError as error:
+        return f"line {error.lineno}: {error.message}"
+    except Exception:  # it wants messages
+        return None
+    return None
 
 
 def _marked(message: Message, number: int) -> _Marked:

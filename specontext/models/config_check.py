@@ -16,10 +16,11 @@ from typing import Any
 
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers import __version__ as transformers_version
+from transformers.activations import ACT2FN
 
 from specontext.core import INATTENTIVE, LENGTHS, ModelShape, layer_kinds
 from specontext.errors import ModelError
-from specontext.locations import parts_of
+from specontext.locations import one_sentence, parts_of
 from specontext.models.latents import EXPAND
 
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -37,7 +38,7 @@ ONES = {"factor", "attn_factor", "extrapolation_factor", "attention_factor"}  # 
 LENGTH = re.compile(r"window|(^|_)(seq|sequence|context|ctx)(_|$)|^max_\w+_(length|len)$")
 SPEAKS = re.compile(
     LENGTH.pattern + r"|att(n|ention)|rope|rotary|position|alibi|ntk|logn|yarn|sinks?(_|$)|causal|bidirection|softcap|soft_cap"
-    r"|query_pre|clip_qkv|qk_|_qk|cache_(bits|quant)|cross_layer|kv_shar|(^|_)mla(_|$)"
+    r"|query_pre|clip_qkv|qk_|_qk|cache_(bits|quant|scheme)|block_?sparse|cross_layer|kv_shar|(^|_)mla(_|$)"
 )
 # ... and yet says how it is computed or trained, or is told by the shapes of the weights.
 HARMLESS = re.compile(
@@ -79,9 +80,11 @@ JUDGED = {
 
 def check_supported(config: PreTrainedConfig) -> None:
     """Raises ModelError, naming the entry, for a config that asks for what this engine does not compute."""
-    name = config.architectures[0] if config.architectures else config.model_type
-    for why in _obstacles(config):
-        raise ModelError(f"{name} is not supported: {why}")
+    with one_sentence("cannot read the config of the model"):  # entries of another kind than they should be
+        names = config.architectures
+        name = names[0] if isinstance(names, list) and names else config.model_type
+        for why in _obstacles(config):
+            raise ModelError(f"{name} is not supported: {why}")
 
 
 def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
@@ -90,6 +93,9 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
         yield "it is an encoder-decoder"
     if parts := parts_of(config):
         yield f"it {parts}"
+    act = getattr(config, "hidden_act", None)
+    if isinstance(act, str) and act not in ACT2FN:
+        yield f"its activation function is not known (hidden_act {act})"
     known = layer_kinds(config)
     kinds = set(known or getattr(config, "layer_types", None) or ()) - LAYERS - (MIXED if known else set())
     if kinds:
@@ -187,7 +193,7 @@ def _vendor_obstacles(config: PreTrainedConfig, longest: int) -> Iterator[str]:
         if not (wanted or SPEAKS.search(name.lower())) or (HARMLESS.search(name.lower()) and not wanted):
             continue
         off = value is None or (not wanted and (value is False or value == 0 or value in ("", [], {})))
-        if off or (wanted and value is True) or (name in equal and value == equal[name]) or _is_ordinary(value):
+        if off or (wanted and value is True) or (name in equal and value == equal[name]) or _is_ordinary(value, config):
             continue
         if LENGTH.search(name.lower()) and isinstance(value, int) and not isinstance(value, bool) and value >= longest:
             continue
@@ -197,11 +203,14 @@ def _vendor_obstacles(config: PreTrainedConfig, longest: int) -> Iterator[str]:
             yield f"its config has {name} {_shown(value)}, which changes attention, positions or length and is not computed here"
 
 
-def _is_ordinary(value: Any) -> bool:
-    """Whether a value names attention as it is everywhere, or is a list of nothing else."""
+def _is_ordinary(value: Any, config: PreTrainedConfig) -> bool:
+    """Whether a value names attention as it is everywhere, or is a list of nothing else, be it a 1 for each layer."""
     if isinstance(value, str):
         return value.lower().replace("-", "_") in ORDINARY
-    return isinstance(value, list) and bool(value) and all(part == 1 or _is_ordinary(part) for part in value)
+    if not isinstance(value, list) or not value:
+        return False
+    each = len(value) == config.num_hidden_layers
+    return all((each and part == 1) or _is_ordinary(part, config) for part in value)
 
 
 def declared(config: PreTrainedConfig) -> set[str]:

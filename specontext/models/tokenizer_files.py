@@ -43,6 +43,8 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False, revisio
         _check_whole(folder_of(source, revision=revision))  # what the library says of such files does not name them
         raise
     _check_vocabulary(tokenizer, folder_of(source, revision=revision))
+    with one_sentence(f"the tokenizer of {source} cannot encode a text"):  # some settings are not looked at before
+        tokenizer("a")
     return tokenizer
 
 

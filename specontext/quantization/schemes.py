@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from specontext.checkpoints.quantization import ADVICE, Entry
+from specontext.checkpoints.wording import in_one_sentence
 from specontext.errors import ModelError
 from specontext.kernels.quantized_linear import FP8, INT4, INT8
 from specontext.quantization.made import Form
@@ -66,14 +67,19 @@ def scheme_of(entry: Entry, source: object) -> Scheme:
         raise refuse(f" (those in {KNOWN} are)")
     if problem := _unread(entry.values):
         raise refuse(f", because {problem}")
-    found = reader(entry.values)
-    if isinstance(found, str):
-        raise refuse(f", because {found}")
-    words, form = found
-    skipped = tuple(str(name) for key in SKIPPED for name in entry.values.get(key) or ())
-    skipped += tuple(f"re:{str(pattern).removeprefix(LEAVES_OUT)}" for pattern in entry.values.get("dynamic") or {})
-    if not entry.values.get("lm_head"):
-        skipped += ("lm_head",)
+    try:
+        found = reader(entry.values)
+        if isinstance(found, str):
+            raise refuse(f", because {found}")
+        words, form = found
+        skipped = tuple(str(name) for key in SKIPPED for name in entry.values.get(key) or ())
+        skipped += tuple(f"re:{str(pattern).removeprefix(LEAVES_OUT)}" for pattern in entry.values.get("dynamic") or {})
+        if not entry.values.get("lm_head"):
+            skipped += ("lm_head",)
+        for pattern in skipped:
+            _names(pattern, "")
+    except (TypeError, ValueError, AttributeError, LookupError, re.error) as error:  # of another kind than they should be
+        raise refuse(f", because its settings are broken ({in_one_sentence(error)})") from error
     return Scheme(TENSORS.get(method, method), words, form, skipped, entry.values)
 
 

@@ -152,7 +152,7 @@ def read_matrix(module: str, parts: Parts, scheme: Scheme, read: Read) -> Quanti
         return _scaled(parts, scheme, read)
     except KeyError as error:
         raise ModelError(f"the quantised weights of {module} are incomplete: {error.args[0]} is not there") from error
-    except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+    except (AssertionError, RuntimeError, ValueError, IndexError, TypeError, ArithmeticError, StopIteration) as error:
         shapes = ", ".join(f"{ending} {list(read(name).shape)}" for ending, name in parts.items())
         raise ModelError(f"the quantised weights of {module} do not fit together ({shapes}): download them again") from error
 
@@ -176,6 +176,8 @@ def _scaled(parts: Parts, scheme: Scheme, read: Read) -> QuantizedMatrix:
         if zeros is not None and bool(zeros.float().any()):
             raise ModelError(f"{parts['weight_zero_point']} has zeros of FP8 weights, which are not read")
         return QuantizedMatrix(FP8, weight.view(torch.uint8), scales, rows, columns)
+    if weight.dtype != torch.int8:
+        raise ModelError(f"{parts['weight']} holds numbers of type {weight.dtype}, which are not read with scales")
     codes = (weight.to(torch.int16) + 128).to(torch.uint8)
     if zeros is not None:
         zeros = (zeros.reshape(scales.shape).to(torch.int16) + 128).to(torch.uint8)

@@ -22,7 +22,7 @@ from specontext.checkpoints.weights import what_is_there
 from specontext.checkpoints.wording import first_few, in_one_sentence
 from specontext.core import ModelShape
 from specontext.errors import HeadError
-from specontext.locations import HEADS, NANO, shape_of
+from specontext.locations import HEADS, NANO, OWN_HEAD, shape_of
 from specontext.retrieval.draft import EMBEDDING, config_values, read_draft, read_weights
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig
@@ -31,7 +31,6 @@ if TYPE_CHECKING:  # takes seconds to import, and only annotations here need it
     from transformers import PreTrainedConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-OWN_HEAD = "retrieval_head"  # a model's own head lies in this directory of its checkpoint
 FORMATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # EAGLE-3's tensor names, by the head's own; norms that a variant lacks are absent.
 NAMES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -46,4 +47,11 @@ class BoundedRoute(APIRoute):
 class _BoundedRequest(Request):
     async def json(self) -> Any:
         check_structure(await self.body())
-        return await super().json()
+        try:
+            return await super().json()
+        except json.JSONDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise ApiError(
+                400, "the body cannot be read: it is not Unicode, nested too deeply, or has a number of too many digits"
+            ) from error

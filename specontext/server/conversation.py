@@ -16,7 +16,7 @@ from specontext.server.context import note
 from specontext.server.prompts import ChatPrompt
 from specontext.server.protocol.chat import ChatRequest
 from specontext.server.protocol.common import Usage
-from specontext.server.sampling import chat_params, truncated
+from specontext.server.sampling import chat_params, kept_tokens
 from specontext.server.state import ServerState
 from specontext.server.tools.choice import ToolUse
 from specontext.server.usage import make_usage
@@ -37,11 +37,10 @@ async def prepare(state: ServerState, body: ChatRequest) -> Prepared:
         SpeContextError: the request cannot be served; it says why.
     """
     use = state.tools.use(body)
-    prompt = await state.encoder.messages(body)
-    token_ids = truncated(prompt.token_ids, body, state.max_model_len)
+    prompt = await state.encoder.messages(body, keep=kept_tokens(body, state.max_model_len))
     params = chat_params(
         body,
-        len(token_ids),
+        len(prompt.token_ids),
         max_len=state.max_model_len,
         max_logprobs=state.config.max_logprobs,
         defaults=state.defaults,
@@ -53,7 +52,7 @@ async def prepare(state: ServerState, body: ChatRequest) -> Prepared:
         params = replace(params, stop_token_ids=(*params.stop_token_ids, *state.tools.end_ids))
     field = "tools" if use.tools else body.structured_field
     structured = await state.compile(lambda: state.tools.structured(use, body.structured_params()), field)
-    return Prepared(token_ids, replace(params, structured_outputs=structured), use)
+    return Prepared(prompt.token_ids, replace(params, structured_outputs=structured), use)
 
 
 def _thinking(state: ServerState, body: ChatRequest, prompt: ChatPrompt) -> Thinking | None:

@@ -13,7 +13,15 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
-from specontext.errors import EngineDeadError, QueueFullError, RequestError, SpeContextError
+from specontext.errors import (
+    ConstraintError,
+    EngineDeadError,
+    NoTokenLeftError,
+    QueueFullError,
+    RequestError,
+    RequestFailedError,
+    SpeContextError,
+)
 from specontext.server.facts import FACTS
 from specontext.server.protocol.common import SamplingBody
 
@@ -21,6 +29,7 @@ logger = logging.getLogger("specontext.server")
 
 RETRY_AFTER = "1"  # seconds; a place in the queue is free as soon as any request ends
 _LONGEST_PARAM = 100  # characters
+_IMPOSSIBLE = (NoTokenLeftError, ConstraintError)  # what a request asks for cannot be written
 TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -86,6 +95,8 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestError):
         first = str(error).partition(" ")[0].rstrip(":")  # such messages begin with the name of the field at fault
         return ApiError(400, str(error), param=first if first in SamplingBody.model_fields else None)
+    if isinstance(error, RequestFailedError) and all(isinstance(why, _IMPOSSIBLE) for why in error.reasons.values()):
+        return ApiError(400, str(error), code="request_failed")
     if isinstance(error, EngineDeadError):
         return ApiError(500, str(error), code="engine_dead")
     if isinstance(error, SpeContextError):
@@ -171,9 +182,12 @@ def _invalid(error: RequestValidationError) -> ApiError:
 
 
 def _telling(errors: Sequence[Any]) -> Any:
-    """The first error; where a field may have several types, that of the type which the value has."""
+    """The first error; where a field may have several types, that of the type which comes closest to the value.
+
+    The deeper inside of a value an error is, the more of the value was as it should be.
+    """
     of_field = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
-    return next((error for error in of_field if not error["type"].endswith("_type")), errors[0])
+    return max(of_field, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
 
 
 def _is_tag(part: str | int) -> bool:

@@ -17,6 +17,7 @@ from specontext.server.errors import ApiError
 from specontext.server.protocol.chat import TemplateBody
 
 Result = TypeVar("Result")
+_TOKENS_AT_A_CUT = 64  # after so many a text that was cut has the tokens that it had before
 NO_CHAT_TEMPLATE = (
     "the model has no chat template, neither in chat_template.jinja nor in tokenizer_config.json beside its weights: download "
     "that file, start the server with --chat-template FILE, or use /v1/completions"
@@ -49,8 +50,11 @@ class PromptEncoder:
         self._longest_token = max((len(token) for token in self.tokenizer.get_vocab()), default=1)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="specontext-tokenizer")
 
-    async def texts(self, prompts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+    async def texts(self, prompts: Sequence[str], *, add_special_tokens: bool = True, keep: int | None = None) -> list[list[int]]:
         """Token ids of texts that are to be continued.
+
+        Args:
+            keep: as of `text`.
 
         Raises:
             ApiError: an empty or over-long text.
@@ -59,7 +63,7 @@ class PromptEncoder:
             raise ApiError(400, "the prompt is empty: give some text or token ids", param="prompt")
         places = [which_prompt(number, len(prompts)) for number in range(len(prompts))]
         encoded = [
-            await self.text(prompt, add_special_tokens=add_special_tokens, place=place)
+            await self.text(prompt, add_special_tokens=add_special_tokens, place=place, keep=keep)
             for prompt, place in zip(prompts, places, strict=True)
         ]
         for ids, place in zip(encoded, places, strict=True):
@@ -67,22 +71,25 @@ class PromptEncoder:
                 raise ApiError(400, f"{place}the prompt has no tokens: give some text", param="prompt")
         return encoded
 
-    async def text(self, text: str, *, add_special_tokens: bool = True, place: str = "") -> list[int]:
+    async def text(self, text: str, *, add_special_tokens: bool = True, place: str = "", keep: int | None = None) -> list[int]:
         """Token ids of a text, which may have none.
 
         Args:
             place: begins errors.
+            keep: how many of the last tokens to keep; None keeps all.
 
         Raises:
             ApiError: an over-long text, or one with tokens that the model cannot read.
         """
-        self._check_text(text)
-        ids = list(await self.run(lambda: self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]))
+        ids = await self._encode(text, add_special_tokens, keep)
         await self.check_ids(ids, "prompt", place)
         return ids
 
-    async def messages(self, body: TemplateBody, *, add_special_tokens: bool = False) -> ChatPrompt:
+    async def messages(self, body: TemplateBody, *, add_special_tokens: bool = False, keep: int | None = None) -> ChatPrompt:
         """A conversation in the model's chat template.
+
+        Args:
+            keep: as of `text`.
 
         Raises:
             ApiError: no template, one that refuses the messages or leaves some of their text out, or tokens that the model cannot
@@ -91,12 +98,11 @@ class PromptEncoder:
         if not self.tokenizer.chat_template:
             raise ApiError(400, NO_CHAT_TEMPLATE)
         text = await self.run(lambda: self._render(body))
-        self._check_text(text)
-        ids = await self.run(lambda: self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        ids = await self._encode(text, add_special_tokens, keep)
         if not ids:
             raise ApiError(400, "the messages have no tokens: give some text", param="messages")
         await self.check_ids(ids, "messages")
-        return ChatPrompt(text, list(ids))
+        return ChatPrompt(text, ids)
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of tokens; raises ApiError for ids that are not the model's."""
@@ -113,7 +119,7 @@ class PromptEncoder:
 
     def _render(self, body: TemplateBody) -> str:
         tools = [tool.function.for_template() for tool in body.shown_tools]
-        own = {"messages", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
+        own = {"self", "messages", *inspect.signature(self.tokenizer.apply_chat_template).parameters}
         extra = body.template_variables
         if "reasoning_effort" in extra and not self.template.speaks_of("reasoning_effort"):
             raise ApiError(400, "the chat template knows no reasoning_effort: leave it out", param="reasoning_effort")
@@ -132,14 +138,18 @@ class PromptEncoder:
             place = "tools" if error.tools else "messages" if error.message is None else f"messages.{error.message}"
             raise ApiError(400, str(error), param=place) from error
 
-    def _check_text(self, text: str) -> None:
+    async def _encode(self, text: str, add_special_tokens: bool, keep: int | None) -> list[int]:
         if not text.isascii():
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise ApiError(400, f"the text is not Unicode: half a character at {error.start}") from error
-        if len(text) > self.max_model_len * self._longest_token:
+        if keep is not None:  # what comes before is in no token that is kept
+            text = text[-(min(keep, self.max_model_len) + _TOKENS_AT_A_CUT) * self._longest_token :]
+        elif len(text) > self.max_model_len * self._longest_token:
             raise over_length(f"the prompt has {len(text)} characters, which is more than they can say", self.max_model_len)
+        ids = list(await self.run(lambda: self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]))
+        return ids if keep is None else ids[-keep:]
 
     async def run(self, function: Callable[[], Result]) -> Result:
         """A function's result, from the thread that the tokenizer belongs to."""

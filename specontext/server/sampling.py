@@ -100,14 +100,12 @@ def _biases(table: dict[str, float]) -> dict[int, float]:
     return {int(token): bias for token, bias in table.items()}
 
 
-def truncated(token_ids: list[int], body: SamplingBody, max_len: int) -> list[int]:
-    """The last tokens of a prompt, as many as the request keeps."""
+def kept_tokens(body: SamplingBody, max_len: int) -> int | None:
+    """How many of a prompt's last tokens a request keeps; None keeps all."""
     kept = body.truncate_prompt_tokens
-    if kept is None:
-        return token_ids
     if kept == 0:
         raise ApiError(400, "truncate_prompt_tokens must be at least 1, or -1", param="truncate_prompt_tokens")
-    return token_ids[-(max_len - 1 if kept == -1 else kept) :]
+    return max_len - 1 if kept == -1 else kept
 
 
 def _check_logprobs(asked: int | None, most: int, param: str) -> None:

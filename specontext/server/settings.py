@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specontext.config import option
+from specontext.core import shown
 from specontext.errors import ConfigError
 from specontext.server.tools.formats import FORMATS
 
@@ -102,14 +103,21 @@ class ServerConfig:
         """The text of the chat template that was named, if any.
 
         Raises:
-            ConfigError: a file that is not there or is not text.
+            ConfigError: a file that is not there or is not text, or a template that no conversation can be put into.
         """
-        if self.chat_template is None or "{" in self.chat_template:
-            return self.chat_template
-        try:
-            return BUILT_IN_TEMPLATES.get(self.chat_template, Path(self.chat_template)).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the chat template {self.chat_template}: {error}") from error
+        template = self.chat_template
+        if template is None:
+            return None
+        if "{" not in template:
+            try:
+                template = BUILT_IN_TEMPLATES.get(template, Path(template)).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"cannot read the chat template {self.chat_template}: {error}") from error
+        from specontext.models.chat_template import flaw  # brings transformers, which takes seconds
+
+        if why := flaw(template):
+            raise ConfigError(f"the chat template {shown(self.chat_template)} cannot be used: {why}")
+        return template
 
 
 def _listed(name: str, values: tuple[str, ...]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from specontext import LLM, SamplingParams, SpeContextConfig, StructuredOutputsParams
-from specontext.core import Thinking
+from specontext.core import MOST_CHOICES, Thinking
 from specontext.errors import DeviceMemoryError, RequestError, SpeContextError
 from tests.server.speaking import save_speaking
 
@@ -128,6 +128,10 @@ def test_an_output_ends_where_nothing_can_follow(llm: LLM) -> None:
         ({"choice": "ab"}, "choice must be"),
         ({"choice": ["a" * 300_000]}, "at most"),
         ({"other": 1}, "no field other"),
+        ({"json": {"const": "\ud800"}}, "cannot be followed"),
+        ({"json": {"minimum": -(10**400)}}, "cannot be followed"),
+        ({"json": {"$ref": "#"}}, "no text that fits"),
+        ({"grammar": "root ::= root"}, "no text that fits"),
         (3, "must be StructuredOutputsParams"),
     ],
 )
@@ -162,6 +166,11 @@ def test_requests_that_end_or_break_in_the_middle_change_nobody_s_masks(llm: LLM
         patch.setattr(engine.runner, "run", fail)
         engine.step()
     assert broken.request.finish_reason == "abort" and llm.generate(FACTS, params)[0].token_ids == alone
+
+
+def test_as_many_choices_as_are_taken_are_followed(llm: LLM) -> None:
+    choices = [f"item (no. {number}) of\nall" for number in range(MOST_CHOICES)]
+    assert follow(llm, {"choice": choices})[0].text in choices
 
 
 def test_a_grammar_that_cannot_go_on_fails_its_request_alone(llm: LLM) -> None:

@@ -435,6 +435,23 @@ def test_what_cannot_work_is_refused_in_words(enabled_model: PreTrainedModel, pr
     assert enabled_model.generation_config.to_dict() == config
 
 
+def test_stop_strings_are_the_library_s(load: Load, prompts: Prompts, tokenizer: Any) -> None:
+    model = load()
+    first = tokenizer.decode(written(model, prompts[:1], 3)[0][:2])
+    options = {"stop_strings": [first], "tokenizer": tokenizer}
+    expected = written(model, prompts[:1], **options)
+    specontext.enable(model, None, settings("full"))
+    assert written(model, prompts[:1], **options) == expected and len(expected[0]) < 10
+
+
+def test_inputs_of_another_shape(enabled_model: PreTrainedModel, prompts: Prompts) -> None:
+    ids = torch.tensor(prompts[:1])
+    with pytest.raises(RequestError, match="give one or more tokens for each row"):
+        enabled_model.generate(ids[:, :0], max_new_tokens=2)
+    with pytest.raises(RequestError, match=r"position_ids|one number for each token"):
+        enabled_model.generate(ids, attention_mask=torch.ones(1, 3, dtype=torch.long), max_new_tokens=2)
+
+
 def test_more_that_is_refused(enabled_model: PreTrainedModel, load: Load, prompts: Prompts) -> None:
     ids, plain = torch.tensor([prompts[1]]), load()
     with pytest.raises(RequestError, match="assisted generation"):

@@ -99,6 +99,25 @@ def test_several_models_in_one_are_refused_as_such(
         shape_of(tmp_path)
 
 
+@pytest.mark.parametrize("entries", [{"rope_parameters": rope("default") | {"rope_type": [[1]]}}, {"architectures": 5}])
+def test_entries_of_another_kind_are_one_sentence(tmp_path: Path, entries: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | {"model_type": "llama"} | entries))
+    with pytest.raises(ModelError) as refused:
+        LLM(tmp_path, config=FULL, load_format="dummy")
+    assert "\n" not in str(refused.value)
+
+
+def test_an_activation_that_nobody_knows(read: Callable[..., PreTrainedConfig]) -> None:
+    with pytest.raises(ModelError, match="hidden_act nope"):
+        check_supported(read("llama", hidden_act="nope"))
+
+
+def test_a_text_model_with_a_config_of_text_in_it(read: Callable[..., PreTrainedConfig], tmp_path: Path) -> None:
+    read("llama", text_config={"a": 1})
+    with pytest.raises(ModelError, match="it is made of several models"):
+        LLM(tmp_path, config=FULL)
+
+
 # Vendor entries -------------------------------------------------------------------------------------------------------
 
 REFUSED: list[dict[str, Any]] = [
@@ -121,6 +140,9 @@ REFUSED: list[dict[str, Any]] = [
     {"sparse_attention_config": {"block": 64}},
     {"dual_chunk_attention_config": {"mode": 1}},
     {"use_cache_quantization": True},
+    {"kv_cache_scheme": {"num_bits": 8}},
+    {"block_sparse": True},
+    {"cross_attention_layers": [1]},
     {"rope_interleaved": True},
     {"rope_ratio": 4},
     {"rotary_pct": 0.25},
@@ -175,7 +197,7 @@ HARMLESS: list[tuple[str, dict[str, Any]]] = [
     ("gpt_neox", {"rotary_pct": 0.25, "rotary_emb_base": 10000, "use_parallel_residual": True}),
     ("stablelm", {"rope_pct": 0.25, "qk_layernorm": False}),
     ("glm", {"head_dim": 16, "partial_rotary_factor": 0.5}),
-    ("minimax_m2", {"rotary_dim": 8, "attn_type_list": [1, 1], "qk_norm_type": "per_layer", "use_qk_norm": True}),
+    ("minimax_m2", {"rotary_dim": 8, "attn_type_list": [1] * 4, "qk_norm_type": "per_layer", "use_qk_norm": True}),
     (
         "hunyuan_v1_dense",
         {

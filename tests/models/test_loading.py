@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import Qwen2Config, Qwen3Config
 
 from specontext import LLM, SpeContextConfig
 from specontext.core import ModelShape
-from specontext.errors import ModelError
+from specontext.errors import MemoryPlanError, ModelError
 from specontext.locations import resolve_model_path
 
 FULL = SpeContextConfig(method="full")
@@ -68,3 +69,26 @@ def test_a_directory_without_config(tmp_path: Path) -> None:
 def test_a_hub_id_is_left_to_the_hub_and_nano_is_bundled() -> None:
     assert resolve_model_path("organisation/name") == "organisation/name"
     assert isinstance(nano := resolve_model_path("nano"), Path) and nano.name == "nano"
+
+
+@pytest.mark.parametrize("name", ["num_key_value_heads", "num_attention_heads", "head_dim", "vocab_size", "num_hidden_layers"])
+def test_sizes_that_are_none(copy: Path, name: str) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {name: 0}))
+    with pytest.raises(ModelError, match=f"config.json is broken: {name} is 0; download it again"):
+        LLM(copy, config=FULL)
+
+
+def test_a_context_whose_tables_no_memory_holds(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**12}))
+    with pytest.raises(MemoryPlanError, match="set max_model_len or max_num_seqs lower"):
+        LLM(copy, config=FULL)
+    assert LLM(copy, config=FULL, max_model_len=64).engine.parts.max_tokens == 64
+
+
+def test_a_head_is_not_the_model_that_was_meant(copy: Path) -> None:
+    (copy / "retrieval_head").mkdir(exist_ok=True)
+    (copy / "config.json").rename(copy / "retrieval_head" / "config.json")
+    with pytest.raises(ModelError, match=r"no config\.json: download it again"):
+        LLM(copy, config=FULL)

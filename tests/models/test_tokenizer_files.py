@@ -110,3 +110,9 @@ def test_a_broken_vocabulary_is_named(folder: Path, content: bytes, said: str) -
 def test_pointers_in_place_of_what_lies_beside_it(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 3\n")
     assert f"{folder / name} is not the file but Git LFS's pointer to it" in refusal(folder)
+
+
+def test_a_setting_that_only_encoding_looks_at(folder: Path) -> None:
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": []}))
+    assert "cannot encode a text" in refusal(folder)

@@ -190,7 +190,10 @@ def test_shards_load_and_missing_ones_are_named(copy: Path, pickled: bool) -> No
     assert f"{index}, which says what lies in" in refusal(copy)
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", "is not JSON"), ("{}", "weight_map"), ("", "is empty")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "is not JSON"), ("{}", "weight_map"), ("", "is empty"), ('{"weight_map": {"a": "b"}}', "has no metadata")],
+)
 def test_a_broken_index(copy: Path, text: str, said: str) -> None:
     shard(copy)
     (copy / INDEX).write_text(text)

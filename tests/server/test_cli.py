@@ -17,6 +17,8 @@ import pytest
 from specontext import LLM
 from specontext.cli import main
 from specontext.cli.serve import describe
+from specontext.errors import ConfigError
+from specontext.server.settings import ServerConfig
 from tests.server.serving import PATIENCE, Server, make_engine
 
 Outcome = tuple[int, str, str]
@@ -60,6 +62,9 @@ def test_bad_options(run: Callable[..., Outcome], words: list[str], says: str) -
         ("port: {a: 1}", "port"),
         ("port: many", "--port"),
         ("", "name"),
+        ("budget: 64\nbudget: 65", "sets budget more than once"),
+        ("max-model-len: 64\nmax_model_len: 65", "sets max_model_len more than once"),
+        pytest.param("a: " + "[" * 20_000, "nested too deeply", id="deep"),
     ],
 )
 def test_bad_files(run: Callable[..., Outcome], tmp_path: Path, text: str, says: str) -> None:
@@ -184,3 +189,15 @@ def test_the_line_at_the_start_says_what_fits() -> None:
         assert len(tokens_of(line)) == 2 and "budget 64" in line
     assert "16 requests of 2048 tokens at once" in describe(roomy) and "2 in host memory" in describe(roomy)
     assert "16 shorter ones" in describe(tight) and tokens_of(describe(tight))[0] < 2048
+
+
+@pytest.mark.parametrize(
+    ("template", "why"), [("{% for m in messages %}", "line 1: "), ("{{ 'a' | nope }}", "nope"), (" \n", "it is empty")]
+)
+def test_a_chat_template_that_is_none_is_refused_before_loading(tmp_path: Path, template: str, why: str) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text(template)
+    with pytest.raises(ConfigError, match=rf"the chat template .*own\.jinja' cannot be used: .*{why}"):
+        ServerConfig(chat_template=str(file)).read_chat_template()
+    assert ServerConfig(chat_template="hermes").read_chat_template()
+    assert ServerConfig(chat_template="{{ messages[0].content }}").read_chat_template()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import time
 from typing import Any
 
 import pytest
@@ -122,6 +123,70 @@ def test_long_and_odd_texts_take_no_time_and_lose_nothing(form: str) -> None:
     for text in ("{" * 5000, "[" * 5000, "<" * 5000, "<tool_call>" * 500, '"' * 5000, "weather" * 1000, "[TOOL_CALLS]" * 300):
         said, calls = read(form, text, list(range(0, len(text), 7)))
         assert not calls and said.replace("<tool_call>", "").replace("[TOOL_CALLS]", "") in text
+
+
+PARTS = (
+    *(
+        "{",
+        "}",
+        "[",
+        "]",
+        '"',
+        ",",
+        ":",
+        " ",
+        "\n",
+        "\\",
+        "é",
+        "null",
+        "other",
+        "weather",
+        "stop-it",
+        "w",
+        "weather\n",
+        "<",
+        "</",
+        STOP,
+        CALL,
+    ),
+    *(
+        "[TOOL_CALLS]",
+        "<tool_call>",
+        "</tool_call>",
+        "<|tool_call|>",
+        "<|python_start|>",
+        "<|python_end|>",
+        "[ARGS]",
+        "functools",
+    ),
+    *("<function=weather>", "</function>", "<parameter=city>", "<arg_key>", "</arg_key>", "<arg_value>", "weather(city='a')"),
+)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_broken_calls_are_read_alike_however_they_are_cut_and_lose_no_text(form: str) -> None:
+    rng = random.Random(0)
+
+    def pieces(text: str, cuts: list[int]) -> list[Any]:
+        reader = ToolUse(TOOLS, form=FORMATS[form]).reader()
+        places = zip([0, *cuts], [*cuts, len(text)], strict=True)
+        return joined([*(piece for begin, end in places for piece in reader.feed(text[begin:end])), *reader.finish()])
+
+    for _ in range(400):
+        text = "".join(rng.choices(PARTS, k=rng.choice((2, 4, 8, 14))))
+        whole = pieces(text, [])
+        for number in (1, 3, len(text)):
+            assert pieces(text, sorted(rng.randint(0, len(text)) for _ in range(number))) == whole, text
+        if all(isinstance(piece, Text) for piece in whole) and "<|python_" not in text:
+            assert "".join(piece.text for piece in whole).strip() == text.strip()
+
+
+@pytest.mark.parametrize("text", ["<tool_call>weather" + "<arg_key>a" * 20_000, "<tool_call><function=" + "<function=" * 20_000])
+def test_tags_that_never_close_cost_no_more_than_their_length(text: str) -> None:
+    began = time.monotonic()
+    for form in ("glm45", "qwen3_coder"):
+        read(form, text, list(range(0, len(text), 1000)))
+    assert time.monotonic() - began < 2
 
 
 def test_templates_tell_their_form() -> None:

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from specontext.core import MOST_BIASED
+
 MOST_OUTPUTS = 128  # of one prompt, as OpenAI has it
 MOST_PROMPTS = 512
 MOST_MESSAGES = 4096
@@ -21,15 +23,19 @@ MOST_METADATA = 16  # entries, keys and values as OpenAI has them
 Name = Annotated[str, Field(max_length=1024)]
 
 
-def _check_metadata(value: Any) -> Any:
-    if isinstance(value, dict) and len(value) > MOST_METADATA:
-        raise ValueError(f"{len(value)} entries are too many: at most {MOST_METADATA}")
-    return value
+def at_most(entries: int) -> BeforeValidator:
+    """Of an object: it is counted before its entries are looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > entries:
+            raise ValueError(f"{len(value)} entries are too many: at most {entries}")
+        return value
+
+    return BeforeValidator(check)
 
 
-Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], BeforeValidator(_check_metadata)
-]
+Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], at_most(MOST_METADATA)]
+Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], at_most(MOST_BIASED)]
 
 
 def check_messages(value: Any) -> Any:
@@ -37,7 +43,7 @@ def check_messages(value: Any) -> Any:
     if isinstance(value, list):
         if len(value) > MOST_MESSAGES:
             raise ValueError(f"{len(value)} messages are too many: at most {MOST_MESSAGES}")
-        contents = [item.get("content") for item in value if isinstance(item, dict)]
+        contents = [item.get(name) for item in value if isinstance(item, dict) for name in ("content", "summary", "output")]
         parts = sum(len(content) for content in contents if isinstance(content, list))
         if parts > MOST_PARTS:
             raise ValueError(f"their contents have {parts} parts in all, which are too many: at most {MOST_PARTS}")

@@ -16,8 +16,8 @@ from pydantic import (
     model_validator,
 )
 
-from specontext.core import MOST_BAD_WORDS, MOST_BIASED, MOST_STOP_TOKENS, MOST_STOPS
-from specontext.server.protocol.bounds import MOST_OUTPUTS, Name
+from specontext.core import MOST_BAD_WORDS, MOST_STOP_TOKENS, MOST_STOPS
+from specontext.server.protocol.bounds import MOST_OUTPUTS, Biases, Name
 
 MOST_ALLOWED = 1 << 18  # token ids
 
@@ -104,7 +104,7 @@ class SamplingBody(Body):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: Name | None = Field(None, description="Accepted for compatibility; changes nothing.")
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASED)
+    logit_bias: Biases | None = None
     allowed_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=MOST_ALLOWED)] | None = None
     bad_words: Annotated[list[str], Field(fail_fast=True, max_length=MOST_BAD_WORDS)] | None = None
     truncate_prompt_tokens: int | None = Field(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from specontext.core import MOST_STOPS
-from specontext.server.protocol.bounds import MOST_MESSAGES, MOST_TOOLS, Name, Schema, Variables, check_messages
+from specontext.core import LONGEST_STOP, MOST_STOPS
+from specontext.server.protocol.bounds import MOST_MESSAGES, MOST_PARTS, MOST_TOOLS, Name, Schema, Variables, check_messages
 from specontext.server.protocol.common import Body, content_kind, unsupported
 from specontext.server.protocol.structured import type_tag
 from specontext.server.protocol.tools import ToolName
@@ -41,7 +41,7 @@ class CallBlock(Body):
 class ResultBlock(Body):
     type: Literal["tool_result"]
     tool_use_id: Name
-    content: str | Annotated[list[TextBlock], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[TextBlock], Field(fail_fast=True, max_length=MOST_PARTS)] | None = None
     is_error: bool | None = None
     cache_control: CacheControl = None
 
@@ -85,6 +85,12 @@ class AnthropicChoice(Body):
     name: ToolName | None = None
     disable_parallel_tool_use: bool | None = None
 
+    @model_validator(mode="after")
+    def _named(self) -> AnthropicChoice:
+        if (self.name is not None) != (self.type == "tool"):
+            raise ValueError("a name belongs to the type tool, which needs one")
+        return self
+
 
 class AnthropicFormat(Body):
     type: Literal["json_schema"]
@@ -113,7 +119,7 @@ class CountRequest(Body):
     messages: Annotated[
         list[AnthropicMessage], Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES), BeforeValidator(check_messages)
     ]
-    system: str | Annotated[list[TextBlock], Field(fail_fast=True)] | None = None
+    system: str | Annotated[list[TextBlock], Field(fail_fast=True, max_length=MOST_PARTS)] | None = None
     tools: (
         Annotated[list[Annotated[AnthropicTool, BeforeValidator(_check_tool)]], Field(fail_fast=True, max_length=MOST_TOOLS)]
         | None
@@ -133,7 +139,12 @@ class MessagesRequest(CountRequest):
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**63)
-    stop_sequences: Annotated[list[str], Field(fail_fast=True, max_length=MOST_STOPS)] | None = None
+    stop_sequences: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]], Field(fail_fast=True, max_length=MOST_STOPS)
+        ]
+        | None
+    ) = None
     metadata: CallerMetadata | None = Field(None, description="Accepted for compatibility; changes nothing.")
     service_tier: unsupported("there is one tier", "auto", "standard_only") = None  # type: ignore[valid-type]
     container: unsupported("there are no containers") = None  # type: ignore[valid-type]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from specontext.core import MOST_STOPS
 from specontext.server.protocol.bounds import (
     MOST_MESSAGES,
     MOST_OUTPUTS_OF_TOOLS,
     MOST_TOOLS,
+    Biases,
     Metadata,
     Name,
     Schema,
@@ -29,6 +31,13 @@ class InputText(Body):
     logprobs: list[Any] | None = None
     prompt_cache_breakpoint: Any = None
     parsed: Any = Field(None, description="What clients made of an answer's text; changes nothing.")
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> InputText:
+        own, other = ("refusal", "text") if self.type == "refusal" else ("text", "refusal")
+        if getattr(self, own) is None or getattr(self, other):
+            raise ValueError(f"a part of type {self.type} has its text in {own}, and none in {other}")
+        return self
 
 
 class InputMessage(Body):
@@ -67,10 +76,16 @@ class ReasoningText(Body):
 class InputReasoning(Body):
     type: Literal["reasoning"]
     id: Name | None = None
-    summary: list[ReasoningText] | None = None
-    content: list[ReasoningText] | None = None
+    summary: Annotated[list[ReasoningText], Field(fail_fast=True)] | None = None
+    content: Annotated[list[ReasoningText], Field(fail_fast=True)] | None = None
     encrypted_content: str | None = None
     status: Name | None = None
+
+    @model_validator(mode="after")
+    def _readable(self) -> InputReasoning:
+        if self.encrypted_content and not (self.content or self.summary):
+            raise ValueError("thinking that is encrypted cannot be read here: leave the item out")
+        return self
 
 
 class ItemReference(Body):
@@ -119,7 +134,7 @@ class FlatChoice(Body):
 class FlatAllowed(Body):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[FlatChoice], Field(min_length=1, max_length=MOST_TOOLS)]
+    tools: Annotated[list[FlatChoice], Field(fail_fast=True, min_length=1, max_length=MOST_TOOLS)]
 
 
 class TextFormat(Body):
@@ -128,6 +143,12 @@ class TextFormat(Body):
     description: str | None = None
     schema_: Schema | None = Field(None, alias="schema")
     strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _schema_of_its_type(self) -> TextFormat:
+        if (self.schema_ is not None) != (self.type == "json_schema"):
+            raise ValueError("a schema belongs to the type json_schema, which needs one")
+        return self
 
 
 class TextSettings(Body):
@@ -166,7 +187,9 @@ class ResponsesRequest(Body):
     stream: bool | None = False
     stream_options: ResponseStreamOptions | None = None
     store: bool | None = Field(True, description="Keep the answer for previous_response_id, in memory and within a bound.")
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    include: (
+        Annotated[list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]], Field(fail_fast=True)] | None
+    ) = None
     reasoning: ReasoningSettings | None = None
     metadata: Metadata | None = None
     user: Name | None = None
@@ -184,13 +207,13 @@ class ResponsesRequest(Body):
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=MOST_STOPS)] | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Biases | None = None
     method: Name | None = None
     budget: int | None = None
     chat_template_kwargs: Variables | None = None

@@ -100,7 +100,7 @@ def _messages(items: Iterable[Item]) -> list[Item]:
         if isinstance(item, InputReasoning):
             text = "".join(part.text for part in item.content or item.summary or ())
             if text:
-                assistant()["reasoning_content"] = text
+                assistant()["reasoning_content"] = assistant().get("reasoning_content", "") + text
         elif isinstance(item, InputCall):
             function = {"name": item.name, "arguments": item.arguments}
             assistant().setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})

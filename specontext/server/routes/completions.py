@@ -26,7 +26,7 @@ from specontext.server.protocol.completion import (
     CompletionRequest,
     CompletionResponse,
 )
-from specontext.server.sampling import completion_params, truncated
+from specontext.server.sampling import completion_params, kept_tokens
 from specontext.server.state import ServerState
 from specontext.server.streaming import EventStream, event, unless_client_leaves
 from specontext.server.usage import make_usage
@@ -198,11 +198,11 @@ def _without_output(delta: Delta) -> Delta:
 
 
 async def _encode(state: ServerState, body: CompletionRequest) -> list[list[int]]:
-    prompts = body.prompts
+    prompts, keep = body.prompts, kept_tokens(body, state.max_model_len)
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if texts:
-        return await state.encoder.texts(texts, add_special_tokens=body.add_special_tokens)
-    ids = [list(prompt) for prompt in prompts if not isinstance(prompt, str)]
+        return await state.encoder.texts(texts, add_special_tokens=body.add_special_tokens, keep=keep)
+    ids = [list(prompt)[-(keep or 0) :] for prompt in prompts if not isinstance(prompt, str)]
     for number, prompt in enumerate(ids):
         place = which_prompt(number, len(ids))
         if not prompt:
@@ -222,7 +222,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continue texts."""
     state = state_of(request)
     state.check_model(body.model)
-    prompts = [truncated(prompt, body, state.max_model_len) for prompt in await _encode(state, body)]
+    prompts = await _encode(state, body)
     stream = None
     if not body.only_echo or body.logprobs is not None:  # a mere echo needs no engine
         params = completion_params(

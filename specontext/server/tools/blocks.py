@@ -174,11 +174,10 @@ class NamedBlock:
         self._held += text
         pieces: list[Piece] = []
         if self._value is None:
-            head = self._head.match(self._held)
+            head = self._head.match(self._held, 0, self._longest + 1)  # as if no more had come yet
             if head is None:
                 if len(self._held) > self._longest or "{" in self._held:
-                    rest, self._held = self._held, ""
-                    return [Text(self._opened + rest)], ""
+                    return [Text(self._opened)], self._held
                 return [], None
             self._value, self._held = JsonValue(), self._held[head.end() :]
             pieces.append(CallBegin(head[1]))

@@ -8,7 +8,7 @@ from typing import Any
 
 from specontext.server.tools.blocks import Block, BracketBlock, JsonBlock, NamedBlock, WholeBlock
 from specontext.server.tools.harmony import HarmonyReader
-from specontext.server.tools.pieces import Reader, Tool
+from specontext.server.tools.pieces import Reader, Text, Tool
 from specontext.server.tools.reader import BlockReader
 from specontext.server.tools.whole import argument_tags, function_tags, python_calls
 
@@ -105,7 +105,7 @@ class _MistralBlock:
         return self._block.feed(text)
 
     def finish(self) -> Any:
-        return self._block.finish() if self._block is not None else []
+        return self._block.finish() if self._block is not None else [Text(self._opened + self._blanks)]
 
 
 def _glm4(tools: Tools) -> Reader:

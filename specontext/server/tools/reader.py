@@ -72,13 +72,15 @@ class BlockReader:
                     self._begun, self._held = True, ahead
                     self._block = self._make("")
                     return True
-        places = [(self._held.find(mark), mark) for mark in self._marks]
+        places = [(self._held.find(mark), mark) for mark in (*self._marks, *self._skipped)]
         found = min(((place, mark) for place, mark in places if place >= 0), default=None)
         if found is not None:
             place, mark = found
-            text, self._held = self._held[:place].rstrip(), self._held[place + len(mark) :]
+            before, self._held = self._held[:place], self._held[place + len(mark) :]
+            text = before.rstrip()
             self._text(text, pieces)
-            self._begun, self._block = True, self._make(mark)
+            if mark not in self._skipped:  # the blanks are text again where no call follows
+                self._begun, self._block = True, self._make(before[len(text) :] + mark)
             return True
         sure = self._held
         for mark in (*self._marks, *self._skipped):
@@ -96,7 +98,8 @@ class BlockReader:
             pieces.append(Text(text))
 
     def _noted(self, made: list[Piece]) -> list[Piece]:
-        self._called = self._called or any(isinstance(piece, CallBegin) for piece in made)
+        for piece in made:
+            self._called = (self._called and not (isinstance(piece, Text) and piece.text)) or isinstance(piece, CallBegin)
         return made
 
 
