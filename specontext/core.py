@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -79,6 +79,7 @@ class ModelShape:
         windows: of every layer of the decoder its window, None for one that attends to the whole context; empty where none has
             a window.
         kv_dtype: of the codes of KV in 8 bits, each key and value with a scale; None for numbers of `dtype`.
+        host_kv_dtype: the same of the host's rows, where they alone are in 8 bits; None for rows like those of the device.
     """
 
     layers: int
@@ -93,6 +94,7 @@ class ModelShape:
     windows: tuple[Window | None, ...] = ()
     longer: int = 0
     kv_dtype: torch.dtype | None = None
+    host_kv_dtype: torch.dtype | None = None
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> ModelShape:
@@ -124,10 +126,10 @@ class ModelShape:
             longer=longer,
         )
 
-    def check_kv_format(self, name: str) -> None:
-        """Raises ConfigError where rows of these heads cannot be codes with scales."""
+    def check_kv_format(self, setting: str) -> None:
+        """Raises ConfigError, which names a setting and its value, where rows of these heads cannot be codes with scales."""
         if self.head_dim % 2:
-            raise ConfigError(f"kv_cache_dtype {name} needs heads of an even width, not of {self.head_dim}: set it to auto")
+            raise ConfigError(f"{setting} needs heads of an even width, not of {self.head_dim}: set it to auto")
 
     @property
     def reach(self) -> int:
@@ -162,6 +164,11 @@ class ModelShape:
         if self.kv_dtype is not None:
             return 2 * (self.head_dim * self.kv_dtype.itemsize + SCALE_BYTES)
         return self.window_row_bytes
+
+    @property
+    def on_host(self) -> ModelShape:
+        """The same with the rows that the host has."""
+        return self if self.host_kv_dtype is None else replace(self, kv_dtype=self.host_kv_dtype, host_kv_dtype=None)
 
     @property
     def window_row_bytes(self) -> int:
