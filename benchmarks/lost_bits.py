@@ -102,7 +102,7 @@ def settings_of(words: str) -> dict[str, Any]:
 def open_engine(arguments: argparse.Namespace, choices: list[Choice], length: int, settings: dict[str, Any]) -> LLM:
     budgets = [budget for _, budget in choices if budget is not None]
     methods = list(dict.fromkeys(method for method, _ in choices))
-    settings = {"max_model_len": length + 16, "max_num_seqs": 4, "offload_layers": 0} | settings
+    settings = {"max_model_len": length + 16, "max_num_seqs": 8, "offload_layers": 0} | settings
     layers = settings.pop("offload_layers")
     config = SpeContextConfig(methods[-1], budget=max(budgets, default=None), offload_layers=layers)
     return LLM(arguments.model, config=config, methods=methods, **settings)
