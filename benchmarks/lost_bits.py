@@ -12,6 +12,8 @@ without (`--set` counts for both) at the same method and budget, over all compar
   KL        KL(without || with) in nats
   agree     share of positions with the same most likely token
   recall    with --measure-recall: share of the true attention that the selection covers, without and with
+
+Of formats that there are not yet, `--with simulate=NAME` (several joined by +) rounds as they would; see simulated_bits.py.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from typing import Any
 import specontext  # noqa: F401  # isort: skip  # before torch: it says how torch's threads wait
 import torch
 from measure import machine, versions
+from simulated_bits import simulated
 from torch import Tensor
 
 from specontext import LLM, SamplingParams, SpeContextConfig
@@ -56,10 +59,13 @@ def main() -> None:
         del llm
         for name in arguments.with_:
             gc.collect()
-            llm = open_engine(arguments, choices, length, shared | settings_of(name))
+            settings = settings_of(name)
+            names = settings.pop("simulate", "").split("+")
+            llm = open_engine(arguments, choices, length, shared | settings)
             for choice in choices:
                 began = time.perf_counter()
-                rows, recall = decoded(llm, windows, choice)
+                with simulated(names):
+                    rows, recall = decoded(llm, windows, choice)
                 found = compared(windows, without[choice][0], rows)
                 results.append(
                     {"length": length, "windows": len(windows), "method": choice[0], "budget": choice[1], "with": name, **found}
@@ -96,7 +102,9 @@ def parse() -> argparse.Namespace:
 def settings_of(words: str) -> dict[str, Any]:
     """Settings of 'name=value,name=value'; whole numbers and booleans are such."""
     pairs = (pair.split("=", 1) for pair in words.split(",") if pair)
-    return {name: json.loads(value) if value.lstrip("-").isdigit() or value in ("true", "false") else value for name, value in pairs}
+    return {
+        name: json.loads(value) if value.lstrip("-").isdigit() or value in ("true", "false") else value for name, value in pairs
+    }
 
 
 def open_engine(arguments: argparse.Namespace, choices: list[Choice], length: int, settings: dict[str, Any]) -> LLM:

@@ -133,8 +133,8 @@ class EngineConfig:
     )
     host_kv_dtype: str = option(
         "auto",
-        "Number format of KV in host memory alone: auto (that of kv_cache_dtype), fp8 or int8. Layers that live there are read in 8 "
-        "bits, the others as they are; it needs a fixed offload_layers.",
+        "Number format of KV in host memory alone: auto (that of kv_cache_dtype), fp8 or int8. Layers that live there are read "
+        "in 8 bits, the others as they are; it needs a fixed offload_layers.",
     )
     device: str = option("auto", "Where the model runs: auto, cpu, cuda or cuda:N.")
     methods: Sequence[str] | None = option(
@@ -267,7 +267,7 @@ class EngineConfig:
         return self.host_kv_dtype not in ("auto", self.kv_cache_dtype)
 
     def _check_host_format(self) -> None:
-        """Raises ConfigError where the host cannot have rows of its own: what a request reads must not depend on when a layer moves."""
+        """Raises ConfigError where the host cannot have rows of its own: reads must not depend on when a layer moved."""
         name, layers = self.host_kv_dtype, self.method.offload_layers
         if name not in KV_CACHE_DTYPES:
             raise ConfigError(f"unknown host_kv_dtype '{name}': choose one of {', '.join(KV_CACHE_DTYPES)}")
@@ -279,8 +279,8 @@ class EngineConfig:
             )
         if layers is None:
             raise ConfigError(
-                f"host_kv_dtype {name} needs to know which layers are on the host, since a layer that moves would be read in other "
-                "numbers than before: set offload_layers (-1 for all), or kv_cache_dtype instead, which lets layers move"
+                f"host_kv_dtype {name} needs to know which layers are on the host, since a layer that moves would be read in "
+                "other numbers than before: set offload_layers (-1 for all), or kv_cache_dtype instead, which lets layers move"
             )
         if layers == 0:
             raise ConfigError(f"host_kv_dtype {name} does nothing with offload_layers 0: set offload_layers, or leave it out")

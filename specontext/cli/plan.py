@@ -146,7 +146,7 @@ def plan(
             raise UsageError(f"unknown {name} '{value}': choose one of {', '.join(KV_CACHE_DTYPES)}")
     if "auto" not in (kv_cache_dtype, host_kv_dtype) and kv_cache_dtype != host_kv_dtype:
         raise UsageError(
-            f"--kv-cache-dtype {kv_cache_dtype} and --host-kv-dtype {host_kv_dtype} are two kinds of 8 bits: leave one of them out"
+            f"--kv-cache-dtype {kv_cache_dtype} and --host-kv-dtype {host_kv_dtype} are two kinds of 8 bits: leave one out"
         )
     only_measured = {"--slots": slots, "--runtime": runtime, "--graphs": graphs, "--quantization": quantization}
     if mode == "paper":

@@ -54,8 +54,8 @@ def copy_pieces(
     stay in its cache between being read and being written.
 
     Args:
-        target: pages of rows in the source's number format, or of numbers where the source has codes, which are dequantised on the
-            way; changed in place.
+        target: pages of rows in the source's number format, or of numbers where the source has codes, which are dequantised on
+            the way; changed in place.
         skipped: bool [L], layers that are passed over. On a GPU it is read there, so that a captured graph serves whichever
             layers are on the device.
         programs: how many share the work on a GPU: more bring more bytes a second and leave less of the device to what runs
@@ -130,8 +130,8 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     """Write K and V of new tokens of one layer to the tier where it lives, which on a GPU is read there.
 
     A resident layer keeps all its tokens on the device. An offloaded one keeps all on the host, and sinks and the last ones also
-    in their slots, as the host has them: token p has slot p when p < sink, and is in the ring at slot sink + p % recent when it is one of the last
-    `recent`.
+    in their slots, as the host has them: token p has slot p when p < sink, and is in the ring at slot sink + p % recent when it
+    is one of the last `recent`.
 
     Args:
         to_host: False writes the slots of an offloaded layer only: the host's rows follow for all layers at once.

@@ -39,8 +39,9 @@ class Transfers:
         asynchronous: work runs beside the host, and rows of the host are out of attention's reach.
         every, by_layer: what is copied where all KV heads want the same entries, of all blocks of layers and of single layers.
         programs: that share a copy on a GPU; None for the kernel's own number.
-        converts: the host's rows are in 8 bits and the device's are not. Rows of a layer on the host are quantised once, when they
-            are appended, and slots hold the numbers that the codes stand for: so it makes no difference where attention reads them.
+        converts: the host's rows are in 8 bits and the device's are not. Rows of a layer on the host are quantised once, when
+            they are appended, and slots hold the numbers that the codes stand for: so it makes no difference where attention
+            reads them.
     """
 
     def __init__(

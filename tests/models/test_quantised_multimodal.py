@@ -15,10 +15,12 @@ from specontext.errors import ModelError
 from specontext.models.language_model import decoder_name, is_other_modality
 from specontext.models.loading import load_model
 from specontext.quantization.linear import QuantizedLinear
+from tests.models import test_multimodal
 from tests.models.quantised_files import FORMATS, Tensors
-from tests.models.test_multimodal import OLD, Write, write  # noqa: F401  (a fixture)
+from tests.models.test_multimodal import OLD, Write
 
 CPU = torch.device("cpu")
+write = test_multimodal.write  # a fixture
 IGNORED = {"ignore": ["re:visual.*", "re:vision_tower.*", "lm_head"]}
 
 
@@ -59,12 +61,22 @@ def quantise(folder: Path, name: str, *, renamed: dict[str, str] | None = None, 
         ("Mistral3", "ct-fp8", True),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("Gemma3", "gptq", False), ("Mistral3", "gptq-order", False), ("Llava", "bnb-4", False), ("Qwen3VL", "ct-fp8", False))
+            for case in (
+                ("Gemma3", "gptq", False),
+                ("Mistral3", "gptq-order", False),
+                ("Llava", "bnb-4", False),
+                ("Qwen3VL", "ct-fp8", False),
+            )
         ),
     ],
 )
 def test_the_language_model_is_what_its_codes_stand_for(
-    kind: str, name: str, renamed: bool, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    kind: str,
+    name: str,
+    renamed: bool,
+    write: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write(kind)
     dense = quantise(tmp_path, name, renamed=OLD.get(kind) if renamed else None)
@@ -79,21 +91,21 @@ def test_the_language_model_is_what_its_codes_stand_for(
     assert any(isinstance(module, QuantizedLinear) for module in kept) == FORMATS[name].kept
 
 
-def test_what_the_text_s_config_says_is_heard(write: Write, tmp_path: Path) -> None:  # noqa: F811
+def test_what_the_text_s_config_says_is_heard(write: Write, tmp_path: Path) -> None:
     write("Gemma3")
     dense = quantise(tmp_path, "ct-fp8", within="text_config")
     state = load_model(tmp_path, dtype="float32", device=CPU).model.state_dict()
     assert all(torch.allclose(state[key], value, rtol=1e-6) for key, value in dense.items())
 
 
-def test_one_embedding_for_input_and_output(write: Write, tmp_path: Path) -> None:  # noqa: F811
+def test_one_embedding_for_input_and_output(write: Write, tmp_path: Path) -> None:
     write("Qwen2_5_VL", tie_word_embeddings=True)
     quantise(tmp_path, "ct-fp8")
     model = load_model(tmp_path, dtype="float32", device=CPU).model
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # type: ignore[union-attr]
 
 
-def test_plans_and_rounding(write: Write, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_plans_and_rounding(write: Write, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     write("Qwen2_5_VL")
     monkeypatch.setattr("specontext.models.quantized.keeps_codes", lambda _: True)
     rounded = load_model(tmp_path, dtype="auto", device=CPU, quantization="int4")
@@ -105,7 +117,7 @@ def test_plans_and_rounding(write: Write, tmp_path: Path, capsys: Any, monkeypat
     assert abs(planned["bytes"]["weights"] - loaded.weight_bytes) <= 0.02 * loaded.weight_bytes
 
 
-def test_what_is_not_read_is_refused_by_name(write: Write, tmp_path: Path) -> None:  # noqa: F811
+def test_what_is_not_read_is_refused_by_name(write: Write, tmp_path: Path) -> None:
     write("Gemma3")
     quantise(tmp_path, "ct-fp8")
     file = tmp_path / "model.safetensors"
