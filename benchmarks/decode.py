@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the linear layers, on a GPU; default: none")
     parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of our systems; not of hf")
+    parser.add_argument("--host-kv-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of what is on the host alone")
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--slots", type=int, help="device slots of a KV head; default: the budget and a quarter")
@@ -197,9 +198,9 @@ def main() -> None:
     def speculative(offload: int, tokens: int) -> Parts:
         head = new_head(HeadShape(), loaded.shape, trained_length=context, source="benchmark", seed=0)
         head = head.to(device=device, dtype=loaded.shape.dtype).requires_grad_(False)
-        return parts_for(
-            loaded, head, SpeContextConfig(budget=budget, slots=slots, offload_layers=offload), requests, tokens, device, kind
-        )
+        config = SpeContextConfig(budget=budget, slots=slots, offload_layers=offload)
+        host = {"host_kv_dtype": arguments.host_kv_dtype} if offload else {}
+        return parts_for(loaded, head, config, requests, tokens, device, kv_cache_dtype=kind, **host)
 
     def replayed(parts: Parts, tokens: int) -> Parts:
         limits = Budget(budget, parts.method.sink, parts.method.recent)
@@ -212,7 +213,8 @@ def main() -> None:
     if "hf" in wanted:
         systems.append(hugging_face(loaded, requests, context, device))
     if "full" in wanted:
-        full = parts_for(loaded, None, SpeContextConfig(method="full", offload_layers=0), requests, context, device, kind)
+        dense = SpeContextConfig(method="full", offload_layers=0)
+        full = parts_for(loaded, None, dense, requests, context, device, kv_cache_dtype=kind)
         systems.append(ours("full", loaded, full, requests, context, device))
     if "resident" in wanted:
         systems.append(ours("resident", loaded, replayed(speculative(0, context), context), requests, context, device))
@@ -221,7 +223,8 @@ def main() -> None:
         offloaded.kv.transfers.programs = arguments.programs
         systems.append(ours("offloaded", loaded, replayed(offloaded, context), requests, context, device))
     if "full_4k" in wanted:
-        full = parts_for(loaded, None, SpeContextConfig(method="full", offload_layers=0), requests, 4096, device, kind)
+        dense = SpeContextConfig(method="full", offload_layers=0)
+        full = parts_for(loaded, None, dense, requests, 4096, device, kv_cache_dtype=kind)
         systems.append(ours("full_4k", loaded, full, requests, 4096, device))
     if "short" in wanted:
         systems.append(ours("short", loaded, speculative(-1, SHORT_CONTEXT), requests, SHORT_CONTEXT, device))
@@ -260,6 +263,7 @@ def make_report(
         "quantization": arguments.quantization,
         "weight_bytes": loaded.weight_bytes,
         "kv_cache_dtype": arguments.kv_cache_dtype,
+        "host_kv_dtype": arguments.host_kv_dtype,
         "device": arguments.device,
         "context": arguments.context,
         "budget": arguments.budget,

@@ -132,6 +132,11 @@ class EngineConfig:
         "auto",
         "Number format of KV in both tiers: auto (that of dtype), or 8 bits with a scale for each key and value, fp8 or int8.",
     )
+    host_kv_dtype: str = option(
+        "auto",
+        "Number format of KV in host memory alone: auto (that of kv_cache_dtype), fp8 or int8. Layers that live there are read "
+        "in 8 bits, the others as they are; it needs a fixed offload_layers.",
+    )
     device: str = option("auto", "Where the model runs: auto, cpu, cuda or cuda:N.")
     methods: Sequence[str] | None = option(
         None,
@@ -216,6 +221,7 @@ class EngineConfig:
             raise ConfigError(f"unknown dtype '{self.dtype}': choose one of {', '.join(DTYPES)}")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise ConfigError(f"unknown kv_cache_dtype '{self.kv_cache_dtype}': choose one of {', '.join(KV_CACHE_DTYPES)}")
+        self._check_host_format()
         if self.load_format not in LOAD_FORMATS:
             raise ConfigError(f"unknown load_format '{self.load_format}': choose one of {', '.join(LOAD_FORMATS)}")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
@@ -273,6 +279,30 @@ class EngineConfig:
         _require_int("seed", self.seed, -(2**63))
         if self.seed >= 2**63:
             raise ConfigError(f"seed must be below 2**63, got {self.seed}")
+
+    @property
+    def host_in_8_bits(self) -> bool:
+        """Whether the host's rows are in 8 bits and the device's are not."""
+        return self.host_kv_dtype not in ("auto", self.kv_cache_dtype)
+
+    def _check_host_format(self) -> None:
+        """Raises ConfigError where the host cannot have rows of its own: reads must not depend on when a layer moved."""
+        name, layers = self.host_kv_dtype, self.method.offload_layers
+        if name not in KV_CACHE_DTYPES:
+            raise ConfigError(f"unknown host_kv_dtype '{name}': choose one of {', '.join(KV_CACHE_DTYPES)}")
+        if not self.host_in_8_bits:
+            return
+        if self.kv_cache_dtype != "auto":
+            raise ConfigError(
+                f"host_kv_dtype {name} and kv_cache_dtype {self.kv_cache_dtype} are two kinds of 8 bits: leave one of them out"
+            )
+        if layers is None:
+            raise ConfigError(
+                f"host_kv_dtype {name} needs to know which layers are on the host, since a layer that moves would be read in "
+                "other numbers than before: set offload_layers (-1 for all), or kv_cache_dtype instead, which lets layers move"
+            )
+        if layers == 0:
+            raise ConfigError(f"host_kv_dtype {name} does nothing with offload_layers 0: set offload_layers, or leave it out")
 
     def _check_shared(self) -> None:
         """Raises ConfigError for what does not work where several processes share the model."""

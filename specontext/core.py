@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -129,6 +129,7 @@ class ModelShape:
         kv_dtype: of the codes of KV in 8 bits, each key and value with a scale; None for numbers of `dtype`.
         inattentive: numbers in the decoder of the layers that have no attention, ascending.
         states: what layers keep of each request in a fixed size, once that has been measured (`memory.states`).
+        host_kv_dtype: the same of the host's rows, where they alone are in 8 bits; None for rows like those of the device.
         latent: where what is stored are latents. Attention is then to one KV head, a row of which is both key and value, and D
             the numbers of a row. None for keys and values.
     """
@@ -147,6 +148,7 @@ class ModelShape:
     kv_dtype: torch.dtype | None = None
     inattentive: tuple[int, ...] = ()
     states: tuple[StateTensor, ...] = ()
+    host_kv_dtype: torch.dtype | None = None
     latent: LatentSizes | None = None
 
     @classmethod
@@ -183,12 +185,12 @@ class ModelShape:
             latent=latent,
         )
 
-    def check_kv_format(self, name: str) -> None:
-        """Raises ConfigError where rows of these heads cannot be codes with scales."""
+    def check_kv_format(self, setting: str) -> None:
+        """Raises ConfigError, which names a setting and its value, where rows of these heads cannot be codes with scales."""
         if self.latent is not None:
-            raise ConfigError(f"kv_cache_dtype {name} does not work with multi-head latent attention: set it to auto")
+            raise ConfigError(f"{setting} does not work with multi-head latent attention: set it to auto")
         if self.head_dim % 2:
-            raise ConfigError(f"kv_cache_dtype {name} needs heads of an even width, not of {self.head_dim}: set it to auto")
+            raise ConfigError(f"{setting} needs heads of an even width, not of {self.head_dim}: set it to auto")
 
     @property
     def reach(self) -> int:
@@ -249,6 +251,11 @@ class ModelShape:
     def made_dim(self) -> int:
         """Numbers of a head's key and value on average, as the model makes them: D but for latents."""
         return (self.latent.key + self.latent.value) // 2 if self.latent is not None else self.head_dim
+
+    @property
+    def on_host(self) -> ModelShape:
+        """The same with the rows that the host has."""
+        return self if self.host_kv_dtype is None else replace(self, kv_dtype=self.host_kv_dtype, host_kv_dtype=None)
 
     @property
     def window_row_bytes(self) -> int:

@@ -31,7 +31,7 @@ def tensor_reader(stored: Mapping[str, StoredTensor]) -> Callable[[str], Tensor]
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True).__getitem__
 
     def read(name: str) -> Tensor:
-        found: Tensor = opened(stored[name].file)(name)
+        found: Tensor = opened(stored[name].file)(stored[name].key or name)
         return found
 
     return read

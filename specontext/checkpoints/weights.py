@@ -52,11 +52,13 @@ class StoredTensor:
 
     Attributes:
         dtype: number format, by PyTorch's name where it has one.
+        key: its name in the file, where it goes by another one here.
     """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    key: str | None = None
 
 
 def weight_files(folder: Path, failure: Failure, *, named: str | None = None) -> list[Path]:

@@ -17,6 +17,7 @@ from specontext.config import EngineConfig, SpeContextConfig
 ENGINE_OPTIONS = (
     "dtype",
     "kv_cache_dtype",
+    "host_kv_dtype",
     "device",
     "max_model_len",
     "max_num_batched_tokens",

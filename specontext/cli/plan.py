@@ -10,7 +10,7 @@ import typer
 
 from specontext.cli.options import parse_bandwidth, parse_size
 from specontext.cli.plan_throughput import MOST_CHOSEN, machine_of
-from specontext.cli.planned import as_object, find_facts, make_plan, with_kv_format
+from specontext.cli.planned import as_object, find_facts, make_plan, with_kv_formats
 from specontext.cli.terminal import UsageError, human_bytes
 from specontext.config import DTYPES, KV_CACHE_DTYPES, QUANTIZATIONS, STEP_TOKENS
 
@@ -66,6 +66,9 @@ def plan(
     ] = None,
     kv_cache_dtype: Annotated[
         str, typer.Option("--kv-cache-dtype", help="Number format of KV: auto (that of the model), fp8 or int8.")
+    ] = "auto",
+    host_kv_dtype: Annotated[
+        str, typer.Option("--host-kv-dtype", help="The same of layers on the host alone: auto (as on the GPU), fp8 or int8.")
     ] = "auto",
     retrieval_head: Annotated[
         str | None,
@@ -138,13 +141,19 @@ def plan(
     device_bytes = _memory("--gpu-memory", gpu_memory)
     host_bytes = None if host_memory is None else _memory("--host-memory", host_memory)
     _check(requests=requests, max_num_batched_tokens=max_num_batched_tokens, overlap=overlap, mode=mode, dtype=dtype)
-    if kv_cache_dtype not in KV_CACHE_DTYPES:
-        raise UsageError(f"unknown kv_cache_dtype '{kv_cache_dtype}': choose one of {', '.join(KV_CACHE_DTYPES)}")
+    for name, value in (("kv_cache_dtype", kv_cache_dtype), ("host_kv_dtype", host_kv_dtype)):
+        if value not in KV_CACHE_DTYPES:
+            raise UsageError(f"unknown {name} '{value}': choose one of {', '.join(KV_CACHE_DTYPES)}")
+    if "auto" not in (kv_cache_dtype, host_kv_dtype) and kv_cache_dtype != host_kv_dtype:
+        raise UsageError(
+            f"--kv-cache-dtype {kv_cache_dtype} and --host-kv-dtype {host_kv_dtype} are two kinds of 8 bits: leave one out"
+        )
     only_measured = {"--slots": slots, "--runtime": runtime, "--graphs": graphs, "--quantization": quantization}
     if mode == "paper":
         named = [name for name, value in only_measured.items() if value is not None]
         named += ["--dtype float32"] if dtype == "float32" else []
         named += [f"--kv-cache-dtype {kv_cache_dtype}"] if kv_cache_dtype != "auto" else []
+        named += [f"--host-kv-dtype {host_kv_dtype}"] if host_kv_dtype != "auto" else []
         if named:
             what = named[0]
             raise UsageError(f"{what} has no meaning in mode paper, whose formulas fix it: leave it out or take --mode measured")
@@ -163,7 +172,7 @@ def plan(
     if max_model_len is not None and max_model_len < 1:
         raise UsageError(f"--max-model-len must be at least 1, got {max_model_len}")
     facts = find_facts(model, dtype, retrieval_head, quantization=quantization, max_model_len=max_model_len)
-    facts = with_kv_format(facts, kv_cache_dtype)
+    facts = with_kv_formats(facts, kv_cache_dtype, host_kv_dtype)
     planned = make_plan(
         facts,
         mode=mode,

@@ -69,6 +69,9 @@ def heading(planned: Planned) -> list[str]:
     heads = f"{shape.layers} layers{f' ({more})' if more else ''}, {kept}"
     dtype = str(shape.dtype).removeprefix("torch.")
     kv = "" if shape.kv_dtype is None else f", {str(shape.kv_dtype).removeprefix('torch.')} with scales"
+    if shape.host_kv_dtype is not None:
+        whole = human_bytes(shape.on_host.kv_bytes_per_token)
+        kv = f", {whole} on the host as {str(shape.host_kv_dtype).removeprefix('torch.')} with scales"
     host = "host memory without limit" if plan.host_memory is None else f"{human_bytes(plan.host_memory)} of host memory"
     slots = "" if run.slots == run.budget else f", {run.slots:,} slots"
     limit = f" ({shape.limited_by})" if shape.limited_by and plan.max_model_len == shape.max_position else ""

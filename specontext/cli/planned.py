@@ -136,15 +136,22 @@ def _rounded(preset: Preset, facts: ModelFacts, quantization: str | None) -> Mod
     return replace(facts, stored_bytes=size, weights_note=f"rounded to {quantization}")
 
 
-def with_kv_format(facts: ModelFacts, kv_cache_dtype: str) -> ModelFacts:
-    """The same model with its KV in another number format."""
+def with_kv_formats(facts: ModelFacts, kv_cache_dtype: str, host_kv_dtype: str) -> ModelFacts:
+    """The same model with its KV, or that on the host alone, in another number format."""
     from specontext.memory.preset import KV_FORMATS
 
-    if kv_cache_dtype == "auto":
-        return facts
-    facts.shape.check_kv_format(kv_cache_dtype)
-    kv_dtype = KV_FORMATS[kv_cache_dtype]
-    return replace(facts, shape=replace(facts.shape, kv_dtype=kv_dtype))  # type: ignore[arg-type]  # a plan asks for its size only
+    host = host_kv_dtype if host_kv_dtype != kv_cache_dtype else "auto"
+    formats: dict[str, Any] = {}  # a plan asks for their sizes only
+    for setting, field, name in (("kv_cache_dtype", "kv_dtype", kv_cache_dtype), ("host_kv_dtype", "host_kv_dtype", host)):
+        if name != "auto":
+            facts.shape.check_kv_format(f"{setting} {name}")
+            formats[field] = KV_FORMATS[name]
+    return replace(facts, shape=replace(facts.shape, **formats))
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    """How results call a format of KV."""
+    return "auto" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -314,7 +321,8 @@ def as_object(planned: Planned) -> dict[str, Any]:
             "max_model_len": plan.max_model_len,
             "max_num_batched_tokens": run.max_batched_tokens,
             "dtype": str(facts.shape.dtype).removeprefix("torch."),
-            "kv_cache_dtype": "auto" if facts.shape.kv_dtype is None else str(facts.shape.kv_dtype).removeprefix("torch."),
+            "kv_cache_dtype": _name(facts.shape.kv_dtype),
+            "host_kv_dtype": _name(facts.shape.host_kv_dtype),
             "runtime": planned.runtime_source,
             "graphs": planned.graphs,
             "bandwidth": speed.device,

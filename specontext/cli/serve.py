@@ -77,7 +77,7 @@ def _tokens(engine: LLMEngine) -> tuple[str, str]:
     parts, seats = engine.parts, engine.config.max_num_seqs
     cost, offloaded = parts.residency.cost, len(parts.kv.offloaded)
     layers_on_host = offloaded if parts.method.offload_layers is not None else cost.layers
-    each = cost.token(offloaded), cost.host_layers(layers_on_host) * cost.resident_token
+    each = cost.token(offloaded), cost.host_layers(layers_on_host) * cost.host_token
     rooms = parts.kv.arena.num_bytes - cost.slots(seats, offloaded), parts.kv.host.num_bytes - cost.host_fixed
     device, host = (f" ({max(0, room) // size:,} tokens)" if size else "" for room, size in zip(rooms, each, strict=True))
     return device, host

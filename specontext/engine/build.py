@@ -97,7 +97,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         HeadError: RoPE settings that do not fit the head.
         MemoryPlanError: memory that cannot hold them.
     """
-    loaded = replace(loaded, shape=replace(loaded.shape, kv_dtype=kv_format(config, loaded.shape, device)))
+    loaded = replace(loaded, shape=with_kv_formats(config, loaded.shape, device))
     whole, ranks = loaded.shape, loaded.ranks
     shape = whole if ranks is None else ranks.share.shape(whole)
     loaded = replace(loaded, shape=shape)
@@ -110,6 +110,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         factor = config.head_yarn_factor
         head.set_rope(theta=config.head_rope_theta, yarn_factor=head.config.yarn_factor(max_tokens) if factor is None else factor)
         logger.info("%s", describe_head(head, max_tokens))
+    check_host_format(config, method, shape.layers)
     facts = facts_of_loaded(loaded, head)
     names = config.all_methods
     check_variants(names, method)
@@ -195,6 +196,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         host_pages=sizes.host_pages,
         device=device,
         directory=config.offload_dir,
+        on_host=Layout.of_shape(shape.on_host, config.page_size, facts.layer_blocks),
     )
     if ranks is not None and host.memory is not None:
         host.memory.reach(host.memory.num_bytes)  # how far a thread has pinned it would differ
@@ -263,20 +265,31 @@ def pinnable(host_memory: int, machine: MachineSpeed, plan: MemoryModel) -> int:
     return min(host_memory, max(machine.pinned, plan.kv.host_page))
 
 
-def kv_format(config: EngineConfig, shape: ModelShape, device: torch.device) -> torch.dtype | None:
-    """Number format of the codes of KV in 8 bits; None for the model's own.
+def with_kv_formats(config: EngineConfig, shape: ModelShape, device: torch.device) -> ModelShape:
+    """The shape with the number formats of KV in both tiers.
 
     Raises:
-        ConfigError: the model's heads, or the GPU, cannot have it.
+        ConfigError: the model's heads, or the GPU, cannot have them.
     """
-    codes = FORMATS.get(config.kv_cache_dtype)
-    if codes is not None:
-        shape.check_kv_format(config.kv_cache_dtype)
-    if codes == torch.float8_e4m3fn and device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < (8, 9):
+    host = config.host_kv_dtype if config.host_in_8_bits else "auto"
+    for setting, name in (("kv_cache_dtype", config.kv_cache_dtype), ("host_kv_dtype", host)):
+        if name == "auto":
+            continue
+        shape.check_kv_format(f"{setting} {name}")
+        if name == "fp8" and device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < (8, 9):
+            raise ConfigError(
+                f"{setting} fp8 needs a GPU of compute capability 8.9, and this one has {found[0]}.{found[1]}: set it to int8"
+            )
+    return replace(shape, kv_dtype=FORMATS.get(config.kv_cache_dtype), host_kv_dtype=FORMATS.get(host))
+
+
+def check_host_format(config: EngineConfig, method: SpeContextConfig, layers: int) -> None:
+    """Raises ConfigError where known prompts would come back to layers on the device in the host's 8 bits."""
+    if config.host_in_8_bits and config.enable_prefix_caching and method.offload_layers != layers:
         raise ConfigError(
-            f"kv_cache_dtype fp8 needs a GPU of compute capability 8.9, and this one has {found[0]}.{found[1]}: set it to int8"
+            f"host_kv_dtype {config.host_kv_dtype} would give the {layers - (method.offload_layers or 0)} layers on the device "
+            "known prompts in 8 bits: set offload_layers to -1, or enable_prefix_caching to False"
         )
-    return codes
 
 
 def check_offload_dir(directory: Path) -> None:

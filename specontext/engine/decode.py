@@ -148,7 +148,7 @@ class Step:
         began = self._now()
         look_ahead(self.batch, lanes)
         each = (self._now() - began) / sum(len(lane.decode.seats) for lane in lanes)
-        streamed = sum(self.kv.layout.layers[layer].entry_bytes for layer in self.kv.offloaded)  # of a token
+        streamed = sum(self.kv.host.layout.layers[layer].entry_bytes for layer in self.kv.offloaded)  # of a token
         for lane in lanes:
             lane.seconds += each * len(lane.decode.seats)
             self.meter.streamed(lane.decode.seats, lane.decode.lengths * streamed)
@@ -247,7 +247,7 @@ class Step:
         self, lane: RunningLane, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax
     ) -> Tensor:
         if lane.in_layer is not None:
-            seen, _ = self.transfers.as_stored(key, value)
+            seen, _ = self.transfers.as_stored(layer, key, value)
             self._select_in_layer(lane, lane.in_layer, layer, query, seen, scale, softmax.cap)
         if self.measure_recall:
             self._measure(lane, layer, query, scale, softmax.cap)
@@ -281,7 +281,7 @@ class Step:
         selection = selector.select_in_layer(layer, lane.decode, view)
         lane.seconds += self._now() - began
         if not transfers.resident[layer] and view.tokens_read is not None:  # the keys it looked at were streamed in
-            self.meter.streamed(seats, view.tokens_read * self.kv.layout.layers[layer].key_bytes)
+            self.meter.streamed(seats, view.tokens_read * self.kv.host.layout.layers[layer].key_bytes)
         lane.reading = self.kv.read(seats, selection, layer, lane.reader)
         self.meter.sparse(lane.reading, transfers.tiers.resident, layer)
 
@@ -295,8 +295,8 @@ class Step:
             pages, lengths = home.table_of(layer).index_select(0, seats), lane.decode.lengths
             return paged_attention(query, home.by_page(layer), pages, lengths, scale, cap, tile=self.tile)
         # The token itself is on its way to the host, and stands beside the tiles.
-        parts_of_row = transfers.as_stored(key, value)[: transfers.tiers.tokens.rows.shape[1]]  # of a latent one, which is both
-        own = torch.stack(parts_of_row, dim=2).flatten(0, 1)
+        stored = transfers.as_stored(layer, key, value)
+        own = torch.stack(stored[: transfers.tiers.tokens.rows.shape[1]], dim=2).flatten(0, 1)  # of a latent one, which is both
         place = torch.arange(len(own), device=own.device).view(*key.shape[:2], 1)
         parts = [sparse_attention(query, own, place, scale, cap)]
         assert self.staging is not None and lane.read is not None

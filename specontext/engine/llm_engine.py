@@ -143,7 +143,7 @@ class LLMEngine:
         self.runner.warm_up()
         if self.runner.captures:
             # While the driver pins memory nothing can be launched: prompts that come first are kept in what is pinned by now.
-            layout, step = self.parts.kv.layout, self.parts.step_tokens.alone
+            layout, step = self.parts.kv.host.layout, self.parts.step_tokens.alone
             entry = sum(layout.layers[layer].entry_bytes for layer in layout.full)
             self.parts.kv.host.reserve(min(RESERVED_BYTES, RESERVED_STEPS * step * entry))
             rehearse(self)

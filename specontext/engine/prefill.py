@@ -84,7 +84,7 @@ class Chunks:
         batch, chunks = self._batch, slice(self._batch.num_decodes, None)
         new = NewTokens(batch.seats[chunks], batch.positions[chunks], batch.lengths[chunks], key[chunks], value[chunks])
         self._transfers.append_chunk(layer, new)
-        key, value = self._transfers.as_stored(key, value)
+        key, value = self._transfers.as_stored(layer, key, value)
         done = 0
         for segment, read in zip(batch.prefills, self.reads, strict=True):
             part = slice(segment.offset, segment.offset + segment.length)

@@ -191,7 +191,7 @@ class Residency:
             return True
         away = len(self.kv.offloaded)
         more = self.cost.host_layers(away + 1) - self.cost.host_layers(away)  # none where others of its block are there
-        end = (host.pages.num_held + 1) * host.page_bytes + tokens * more * self.cost.resident_token
+        end = (host.pages.num_held + 1) * host.page_bytes + tokens * more * self.cost.host_token
         if memory.ready_bytes >= min(end, memory.num_bytes):
             return True
         memory.reach(memory.ready_bytes)  # does not wait: what is pinned ahead counts from here

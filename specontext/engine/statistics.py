@@ -67,7 +67,7 @@ class Meter:
     ) -> None:
         self.shape, self.tables, self.sink = shape, tables, sink
         self.pairs = shape.layers * shape.kv_heads
-        self._token_bytes, self._row_bytes = shape.kv_bytes_per_token, shape.row_bytes
+        self._token_bytes, self._row_bytes = shape.kv_bytes_per_token, shape.on_host.row_bytes  # a row that is loaded
         # One row more than seats: the padding of a batch is counted there.
         self.counts = torch.zeros((seats + 1, len(Count)), dtype=torch.float64, device=device)
         self.left = torch.zeros_like(self.counts[0])  # what was counted for those who had the seats before

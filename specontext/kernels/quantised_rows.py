@@ -71,6 +71,11 @@ def dequantise(rows: Tensor, out: Tensor) -> Tensor:
     return out.copy_(codes).mul_(scales[..., None])
 
 
+def dequantised(rows: Tensor, like: Tensor) -> Tensor:
+    """K and V [..., 2, D] of rows [..., 2 * D + 4], as the rows of a pool of numbers hold them."""
+    return dequantise(rows, rows.new_empty((*rows.shape[:-1], 2, head_dim_of(rows)), dtype=like.dtype))
+
+
 def keys_of(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Keys [..., D] of rows of a pool, dequantised to a number format where they have to be."""
     if not is_quantised(rows):

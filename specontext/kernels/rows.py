@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.dispatch import operation, scratch
-from specontext.kernels.quantised_rows import dequantise, quantise
+from specontext.kernels.quantised_rows import dequantise, dequantised, quantise
 from specontext.kernels.tables import CODES, Copies, NewTokens, Pages, Parts, Tiers, is_quantised, word_of
 
 CACHED_BYTES = 1 << 22  # that a CPU reads and then writes: they stay in its cache, and its threads have enough to share
@@ -54,7 +54,8 @@ def copy_pieces(
     stay in its cache between being read and being written.
 
     Args:
-        target: pages of rows in the source's number format, changed in place.
+        target: pages of rows in the source's number format, or of numbers where the source has codes, which are dequantised on
+            the way; changed in place.
         skipped: bool [L], layers that are passed over. On a GPU it is read there, so that a captured graph serves whichever
             layers are on the device.
         programs: how many share the work on a GPU: more bring more bytes a second and leave less of the device to what runs
@@ -88,6 +89,8 @@ def copy_pieces(
         for start in range(0, len(taken), at_once):
             here = taken[start : start + at_once]
             rows = torch.index_select(from_rows, 0, here, out=buffer[: len(here)])
+            if is_quantised(source.rows) and not is_quantised(target.rows):
+                rows = _as_numbers(rows, source.rows, target)
             there = places[start * take // put : (start + len(here)) * take // put]
             to_rows.index_copy_(0, there, rows.view(-1, to_rows.shape[1]).to(to_rows.device))
 
@@ -127,8 +130,8 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     """Write K and V of new tokens of one layer to the tier where it lives, which on a GPU is read there.
 
     A resident layer keeps all its tokens on the device. An offloaded one keeps all on the host, and sinks and the last ones also
-    in their slots: token p has slot p when p < sink, and is in the ring at slot sink + p % recent when it is one of the last
-    `recent`.
+    in their slots, as the host has them: token p has slot p when p < sink, and is in the ring at slot sink + p % recent when it
+    is one of the last `recent`.
 
     Args:
         to_host: False writes the slots of an offloaded layer only: the host's rows follow for all layers at once.
@@ -136,10 +139,14 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     numbers = torch.stack((new.key, new.value)[: tiers.tokens.rows.shape[1]], dim=2)  # of a latent one part, which is both
     if bool(tiers.resident[layer]):
         return _append(tiers.tokens, layer, new.seats, new.positions, numbers)
+    if is_quantised(tiers.host.rows):
+        numbers = quantise(numbers, tiers.host.rows.dtype)
     if to_host:
         _append(tiers.host, layer, new.seats, new.positions, numbers)
     assert tiers.slots is not None
     slots = ring_slots(new.positions, new.lengths, tiers.slots.sink, tiers.slots.recent)
+    if is_quantised(numbers) and not is_quantised(tiers.slots.rows):
+        numbers = dequantised(numbers, tiers.slots.rows)
     _append(tiers.slots, layer, new.seats, slots, numbers)
 
 
@@ -217,7 +224,8 @@ def fixed_slots(positions: Tensor, sink: int, recent: int) -> Tensor:
 
 
 def _append(pages: Pages, layer: int, seats: Tensor, entries: Tensor, numbers: Tensor) -> None:
-    """Write numbers [T, Hkv, 2 or 1, D] to entries [T], -1 for none. Heads of a token that are neighbours are written as one."""
+    """Write numbers [T, Hkv, 2 or 1, D], or rows of the pool, to entries [T], -1 for none. Heads of a token that are neighbours
+    are written as one."""
     chosen = (entries >= 0).nonzero().squeeze(1)
     if len(chosen) < len(entries):
         seats, entries, numbers = seats[chosen], entries[chosen], numbers[chosen]
@@ -225,13 +233,19 @@ def _append(pages: Pages, layer: int, seats: Tensor, entries: Tensor, numbers: T
     table, words = pages.table[line], pages.words
     page = table.view(-1).index_select(0, (seats * table.shape[1]).add_(entries // pages.size))
     piece = pages.pieces(page, entries)
-    rows = quantise(numbers, pages.rows.dtype) if pages.rows.dtype in CODES else numbers
+    rows = quantise(numbers, pages.rows.dtype) if pages.rows.dtype in CODES and not is_quantised(numbers) else numbers
     new = rows.to(pages.rows).flatten(2).view(words.dtype)  # [T, Hkv, words]
     if pages.layers.count == 1:
         words.view(-1, new.shape[1] * new.shape[2]).index_copy_(0, (piece // pages.heads).to(words.device), new.flatten(1))
     else:
         row = (piece[:, None] + torch.arange(pages.heads, device=piece.device)).mul_(pages.layers.count).add_(place)
         words.index_copy_(0, row.flatten().to(words.device), new.flatten(0, 1))
+
+
+def _as_numbers(words: Tensor, codes: Tensor, target: Pages) -> Tensor:
+    """Rows of codes, any number of them side by side as words [n, W], as words of the numbers in another pool."""
+    rows = words.view(codes.dtype).view(-1, codes.shape[-1])
+    return dequantised(rows, target.rows).flatten(1).view(target.words.dtype)
 
 
 def _copy_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: Tensor) -> None:

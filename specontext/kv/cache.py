@@ -227,7 +227,9 @@ class KVCache:
         return parked
 
     def can_park(self, seat: int, tokens: int) -> bool:
-        """Whether the host has room for all KV of a seat."""
+        """Whether the host has room for all KV of a seat, and rows of every layer's kind."""
+        if self.transfers.converts and any(self._held.resident):
+            return False  # rows of layers on the device would come back in 8 bits
         on_host, whole = self._held.on_host, self._held.host_pages(self._held.layers, tokens)
         free = self.host.pages.num_free + self._held.claimed_on_host(seat)
         return on_host.lacking(whole, seat) + self._ring_pages(tokens) + self._state_pages <= free

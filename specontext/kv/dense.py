@@ -58,7 +58,7 @@ def read_tokens(transfers: Transfers, layer: int, seats: Tensor, tokens: Tensor)
     rows = home.rows_of(layer, seats, tokens)
     if transfers.in_reach(layer):
         return home.rows, rows
-    staging = transfers.tiers.tokens.rows.new_empty((rows.numel(), *home.rows.shape[1:]))
+    staging = home.rows.new_empty((rows.numel(), *home.rows.shape[1:]), device=rows.device)
     place = torch.arange(rows.numel(), device=rows.device).view_as(rows)
     gather_rows(home.rows, rows, staging, place)
     return staging, torch.where(rows >= 0, place, -1)

@@ -82,14 +82,15 @@ class Layout:
 
     @classmethod
     def of_shape(cls, shape: ModelShape, page_size: int, layer_blocks: LayerBlocks | None = None) -> Layout:
-        """Keys and values of every token in every layer; by default in blocks of layers that all read alike."""
+        """Keys and values of every token in every layer, as the device has them; by default in blocks of layers that all read
+        alike."""
         numbers = shape.dtype if shape.kv_dtype is None else shape.kv_dtype
         names = ("latent",) if shape.latent is not None else ("key", "value")
         kv = tuple(Part(name, shape.head_dim, numbers) for name in names)
         if shape.kv_dtype is not None:
             kv += (Part("scales", 2, torch.bfloat16),)
         if layer_blocks is None:
-            layer_blocks = divide_layers(((0,),) * shape.layers, shape.row_bytes)
+            layer_blocks = divide_layers(((0,),) * shape.layers, shape.on_host.row_bytes)
         return cls((LayerLayout(kv, shape.kv_heads),) * shape.layers, page_size, layer_blocks, shape.dtype)
 
     @property

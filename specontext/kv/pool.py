@@ -138,14 +138,24 @@ def _empty(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, name
 
 
 def make_pools(
-    layout: Layout, *, device_pages: int, host_pages: int, device: torch.device, directory: Path | None = None
+    layout: Layout,
+    *,
+    device_pages: int,
+    host_pages: int,
+    device: torch.device,
+    directory: Path | None = None,
+    on_host: Layout | None = None,
 ) -> tuple[PagePool, PagePool]:
     """The arena of a device, and the pool of its host; the host's rows are pinned for a GPU, or lie in a file in `directory`.
+
+    Args:
+        on_host: where rows of the host are of other numbers than those of the device.
 
     Raises:
         HostMemoryError, MemoryPlanError: host or device refuse the memory.
     """
     arena = PagePool(layout, layout.by_layer, device_pages, "device tier of KV", device)
-    host_bytes = host_pages * layout.page_bytes * layout.layer_blocks.places
+    on_host = on_host or layout
+    host_bytes = host_pages * on_host.page_bytes * on_host.layer_blocks.places
     memory = HostMemory(host_bytes, pinned=device.type == "cuda", directory=directory)
-    return arena, PagePool(layout, layout.layer_blocks, host_pages, "host tier of KV", device, memory)
+    return arena, PagePool(on_host, on_host.layer_blocks, host_pages, "host tier of KV", device, memory)

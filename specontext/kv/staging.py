@@ -96,9 +96,10 @@ class Staging:
         layers = [layer for layer in range(len(transfers.resident)) if not transfers.in_reach(layer)]
         self._order = [(layer, read, bounds) for layer in layers for read in reads for bounds in read.tiles]
         self._place = {(layer, id(read), bounds): at for at, (layer, read, bounds) in enumerate(self._order)}
-        host, rows = transfers.tiers.host, transfers.tiers.tokens.rows
+        host, device = transfers.tiers.host, transfers.tiers.resident.device
         most = max((read.tokens_at_once for read in reads), default=0) * host.heads
-        self._buffers = [rows.new_empty((most, *rows.shape[1:])) for _ in range(2)] if self._order else []
+        size = (most, *host.rows.shape[1:])  # as they lie on the host: who reads them dequantises
+        self._buffers = [host.rows.new_empty(size, device=device) for _ in range(2)] if self._order else []
         self._copied: dict[tuple[int, tuple[int, int]], _Copied] = {}
         # Every layer lies in a buffer by itself.
         nought = torch.zeros_like(host.layers.lines)

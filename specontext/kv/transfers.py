@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from specontext.errors import LoadError
+from specontext.kernels.quantised_rows import dequantised
 from specontext.kernels.rows import append_layer, append_pieces, append_tokens, as_stored, copy_pieces, fixed_slots, row_of
 from specontext.kernels.slot_plan import listed, selected_rows
-from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
+from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers, is_quantised
 from specontext.kv.layout import BlockParts, PlacedSelection
 from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK, Mark, Streams
 from specontext.memory.layer_blocks import LayerBlocks, one_by_one
@@ -38,6 +39,9 @@ class Transfers:
         asynchronous: work runs beside the host, and rows of the host are out of attention's reach.
         every, by_layer: what is copied where all KV heads want the same entries, of all blocks of layers and of single layers.
         programs: that share a copy on a GPU; None for the kernel's own number.
+        converts: the host's rows are in 8 bits and the device's are not. Rows of a layer on the host are quantised once, when
+            they are appended, and slots hold the numbers that the codes stand for: so it makes no difference where attention
+            reads them.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Transfers:
         verify: bool,
     ) -> None:
         self.tiers, self.layer_blocks, self.resident = tiers, layer_blocks, resident
+        self.converts = is_quantised(tiers.host.rows) and not is_quantised(tiers.tokens.rows)
         self.run_on(streams)
         self.adaptive, self.write_through, self.verify = adaptive, write_through or verify, verify
         alike = [[0] * tiers.host.heads] * len(resident)
@@ -157,17 +162,19 @@ class Transfers:
         host, tokens = self.tiers.host, reading.selection.tokens[:, reading.reader.head_map[layer]]
         truth = host.rows_of(layer, reading.seats, tokens)
         read = truth >= 0
-        slots, stored = (pool.rows.view(torch.uint8) for pool in (self.tiers.tokens, host))
-        if not torch.equal(slots[rows[read].long()].cpu(), stored[truth[read].cpu()]):
+        there, stored = self.tiers.tokens.rows[rows[read].long()].cpu(), host.rows.view(torch.uint8)[truth[read].cpu()]
+        if self.converts:
+            stored = dequantised(stored.view(host.rows.dtype), there).view(torch.uint8)
+        if not torch.equal(there.view(torch.uint8), stored):
             raise LoadError(f"layer {layer}: a slot holds a row that differs from the host's copy")
 
-    def as_stored(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """New K and V [T, Hkv, D] as attention reads them once they are stored."""
-        return as_stored(key, value, self.tiers.tokens.rows)
+    def as_stored(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """New K and V [T, Hkv, D] of a layer as attention reads them once they are stored."""
+        return as_stored(key, value, self.home(layer).rows)
 
     def append(self, layer: int, new: NewTokens) -> None:
         """Store K and V of new decode tokens, one a request, where the layer lives."""
-        if self.tiers.slots is None:
+        if self.tiers.slots is None or self.converts:  # of what slots hold, codes that were the same could not be made again
             self._append_all(layer, new, "decode")
             return
         append_layer(self.tiers, layer, new, to_host=self.write_through)

@@ -96,7 +96,7 @@ class ModelFacts:
     @cached_property
     def layer_blocks(self) -> LayerBlocks:
         """The layers whose rows lie side by side on the host."""
-        return divide_layers(self.head_map, self.shape.row_bytes)
+        return divide_layers(self.head_map, self.shape.on_host.row_bytes)
 
     @property
     def head_map(self) -> tuple[tuple[int, ...], ...]:

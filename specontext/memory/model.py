@@ -41,8 +41,7 @@ class KVCost:
 
     Attributes:
         layers: L.
-        resident_token: bytes that a token takes on the device in each resident layer, and on the host in each layer for which
-            there is room.
+        resident_token: bytes that a token takes on the device in each resident layer.
         common_token: bytes that a token takes on the device in any case: the retrieval head's keys.
         layer_slots: bytes of the device slots of one request in one offloaded layer.
         page_size: tokens of a page.
@@ -50,6 +49,7 @@ class KVCost:
         host_fixed: bytes on the host as soon as a layer is offloaded.
         blocks: layers that lie side by side on the host, where a block has room for all as soon as one of them is offloaded; None
             where each lies by itself.
+        of_host: bytes that a token takes on the host in each layer for which there is room; None where it is as on the device.
     """
 
     layers: int
@@ -60,6 +60,7 @@ class KVCost:
     spare_layers: int = 0
     host_fixed: int = 0
     blocks: LayerBlocks | None = None
+    of_host: int | None = None
 
     def __post_init__(self) -> None:
         assert min(self.layers, self.resident_token, self.page_size) > 0
@@ -71,9 +72,14 @@ class KVCost:
         return self.blocks or one_by_one(self.layers)
 
     @property
+    def host_token(self) -> int:
+        """Bytes of a token in one layer on the host."""
+        return self.resident_token if self.of_host is None else self.of_host
+
+    @property
     def host_page(self) -> int:
         """Bytes of a page of the host: of all layers of a block."""
-        return self.page_size * self.resident_token * self.host_blocks.places
+        return self.page_size * self.host_token * self.host_blocks.places
 
     def host_layers(self, offloaded: int) -> int:
         """Layers for which the host has room while the last `offloaded` ones live there."""
@@ -93,7 +99,7 @@ class KVCost:
 
     def host(self, tokens: int, offloaded: int) -> int:
         """Bytes on the host."""
-        return self.host_fixed + tokens * self.host_layers(offloaded) * self.resident_token if offloaded else 0
+        return self.host_fixed + tokens * self.host_layers(offloaded) * self.host_token if offloaded else 0
 
     def token(self, offloaded: int) -> int:
         """Device bytes of one more token."""
@@ -208,7 +214,7 @@ def measured_model(
         spare_layers: see `KVCost`; 1 for an engine that moves layers while it runs, 0 for fixed residency.
     """
     shape = facts.shape
-    entry = shape.kv_heads * shape.row_bytes
+    entry, host_entry = shape.kv_heads * shape.row_bytes, shape.kv_heads * shape.on_host.row_bytes
     page = run.page_size * entry
     keyed = facts.tokens_of_key_page(run.page_size)
     windows = ring_bytes(shape, seats=run.requests + 1, max_tokens=run.max_tokens, page_size=run.page_size)
@@ -231,8 +237,9 @@ def measured_model(
         layer_slots=-(-run.slots // run.page_size) * page,
         page_size=run.page_size,
         spare_layers=spare_layers,
-        host_fixed=page * facts.layer_blocks.places,
+        host_fixed=run.page_size * host_entry * facts.layer_blocks.places,
         blocks=facts.layer_blocks,
+        of_host=host_entry,
     )
     return MemoryModel("measured", fixed, kv)
 
@@ -317,7 +324,7 @@ def fitting_step(facts: ModelFacts, run: RunSettings, memory: int) -> RunSetting
 def dequantised_bytes(shape: ModelShape, tile: int, steps: int) -> int:
     """Bytes of numbers beside KV in 8 bits: a tile of stored tokens, and three float32 copies of the new ones of a step."""
     numbers = 2 * shape.kv_heads * shape.head_dim  # of a token in one layer
-    return 0 if shape.kv_dtype is None else numbers * (tile * shape.dtype.itemsize + 3 * 4 * steps)
+    return 0 if shape.on_host.kv_dtype is None else numbers * (tile * shape.dtype.itemsize + 3 * 4 * steps)
 
 
 def prompt_tile(entry_bytes: int) -> int:
@@ -361,7 +368,7 @@ def staged_bytes(facts: ModelFacts, run: RunSettings) -> int:
     """Bytes in which the new rows of prompts wait until all layers of a block have them: of one block, and of the last one while
     it is on its way to the host."""
     shape, tokens = facts.shape, min(run.max_batched_tokens, run.requests * run.max_tokens)
-    return 2 * tokens * facts.layer_blocks.places * shape.kv_heads * shape.row_bytes
+    return 2 * tokens * facts.layer_blocks.places * shape.kv_heads * shape.on_host.row_bytes
 
 
 def _key_pages(facts: ModelFacts, run: RunSettings) -> int:

@@ -78,9 +78,7 @@ class ResidencyPolicy:
         most = room // token if token else UNBOUNDED
         if self.host_available is not None and offloaded:
             room = min(room, self.host_available - self.kv.host_fixed)
-            most = min(
-                most, (self.host_available - self.kv.host_fixed) // (self.kv.host_layers(offloaded) * self.kv.resident_token)
-            )
+            most = min(most, (self.host_available - self.kv.host_fixed) // (self.kv.host_layers(offloaded) * self.kv.host_token))
         return -1 if room < 0 else most // self.kv.page_size * self.kv.page_size
 
     def target(self, offloaded: int, tokens: int, requests: int) -> int | None:

@@ -59,12 +59,13 @@ def decode_floor(
         overlap: share of the selected entries that the last step selected too.
     """
     shape = facts.shape
-    selected = requests * min(budget, length) * shape.kv_heads * shape.row_bytes  # one layer
-    loaded = round(selected * offloaded * (1 - overlap)) if length > budget else 0
+    rows = requests * min(budget, length) * shape.kv_heads  # that are selected in one layer
+    selected, missing = rows * shape.row_bytes, rows * offloaded * (1 - overlap) if length > budget else 0
+    loaded = round(missing * shape.on_host.row_bytes)
     keys = requests * length * facts.key_bytes_per_token
     near = requests * sum(min(window.size, length) for window in shape.windowed) * shape.kv_heads * shape.window_row_bytes
     near += 2 * requests * shape.state_bytes  # read, and written
-    device = facts.step_bytes + keys + selected * shape.layers + near + loaded
+    device = facts.step_bytes + keys + selected * shape.layers + near + round(missing * shape.row_bytes)
     compute, loads = floor_seconds(device, speed.device), floor_seconds(loaded, speed.host)
     return StepFloor(device, loaded, max(compute, loads), loads > compute)
 

@@ -119,26 +119,28 @@ class StepClock:
         layers that the last step did not select come over the bus beside the layers before; the last block's layers wait for
         their loads.
         """
-        machine, layers, requests = self.machine, self.facts.shape.layers, len(lengths)
+        machine, shape, requests = self.machine, self.facts.shape, len(lengths)
+        layers = shape.layers
         tokens = sum(lengths)
         chosen = tokens if self.budget is None else sum(min(length, self.budget) for length in lengths)
         longer = tokens if self.budget is None else sum(self.budget for length in lengths if length > self.budget)
         missed = 1.0 if self.budget is None else 1 - self.overlap
         keys = 0 if self.budget is None else tokens * self.facts.key_bytes_per_token
-        loaded = longer * self._row * offloaded * missed
+        missing = longer * offloaded * missed  # rows of all heads
         head = self.facts.head.parameters - self.facts.head.lookup_parameters
         parameters = self.facts.parameters - self.facts.lookup_parameters + head
         products = 2 * parameters * requests / machine.products
         read = self.weights / machine.device / (ONE_TOKEN if requests == 1 else SEVERAL_TOKENS)
         share = ALL_ROWS if self.budget is None else ROWS
-        rows = (keys + chosen * self._row * layers + loaded) / machine.device / share
+        rows = (keys + (chosen * layers + missing) * self._row) / machine.device / share
         launches = layers * machine.layer_s + offloaded * machine.offloaded_s + machine.step_s
         compute = max(read, products) + rows + max(0.0, launches + self.extra_s)
-        if not loaded:
+        if not missing:
             return StepTime(compute, compute, 0.0)
         # Loads begin when the rows are chosen, and the layers of the last block are computed when theirs have come.
         choosing = keys / machine.device / share + machine.step_s
         last = min(self.facts.layer_blocks.places, offloaded) / layers * compute
+        loaded = missing * shape.kv_heads * shape.on_host.row_bytes
         bus = self.bus * loaded / machine.host / LOADS
         loads = choosing + bus + last
         return StepTime(max(compute, loads), compute, loads, bus)

@@ -83,7 +83,7 @@ def size_tiers(
             "raise --host-memory by that"
         )
     device_pages = min(_with_null(kv, tokens, seats, offloaded or 0), device_memory) // page
-    host_pages = min(host_page + tokens * len(blocks.sizes) * blocks.places * kv.resident_token, host_memory) // host_page
+    host_pages = min(host_page + tokens * len(blocks.sizes) * blocks.places * kv.host_token, host_memory) // host_page
     return TierSizes(device_pages, host_pages, device_pages * page, host_pages * host_page)
 
 

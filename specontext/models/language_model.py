@@ -7,6 +7,8 @@ output layer for it, that class is used; else one is put on its decoder here, as
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from specontext.checkpoints.weights import StoredTensor
 from specontext.errors import ModelError
 
 # Names of a language model's tensors among those of other modalities, old and new, and what they are called by themselves.
@@ -28,6 +31,32 @@ OTHERS = re.compile(
 def is_other_modality(name: str) -> bool:
     """Whether a tensor of such a checkpoint belongs to what reads images or sounds."""
     return OTHERS.match(name) is not None
+
+
+def decoder_name(name: str) -> str:
+    """What a tensor of such a checkpoint is called in its language model by itself."""
+    for pattern, own in NAMES.items():
+        name = re.sub(pattern, own, name)
+    return name
+
+
+def of_decoder(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors of such a checkpoint that belong to its language model, by their names in it."""
+    return {decoder_name(name): replace(one, key=name) for name, one in stored.items() if not is_other_modality(name)}
+
+
+def made_model(config: PreTrainedConfig, options: Mapping[str, Any], **further: Any) -> PreTrainedModel:
+    """The decoder of a config, with whatever its weights are when they are made.
+
+    Args:
+        options: `trust_remote_code`.
+    """
+    kind = causal_class(config)
+    if kind is AutoModelForCausalLM:
+        made: PreTrainedModel = kind.from_config(config, trust_remote_code=options["trust_remote_code"], **further)
+    else:
+        made = kind._from_config(config, **further)
+    return made
 
 
 def causal_class(config: PreTrainedConfig) -> Any:

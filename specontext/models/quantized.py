@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from specontext.errors import ModelError
@@ -25,9 +25,10 @@ from specontext.kernels.quantized_linear import QuantizedMatrix, dequantized
 from specontext.locations import folder_of, one_sentence
 from specontext.models.attention import ATTENTION_NAME
 from specontext.models.decoder import decoder_layers
+from specontext.models.language_model import made_model
 from specontext.models.reports import check_report, no_report
 from specontext.models.weight_sources import Source, random_source, rounded_source, stored_source
-from specontext.models.weights import check_numbers, weight_headers
+from specontext.models.weights import check_numbers, decoder_headers, tie_as_stored
 from specontext.quantization.linear import QuantizedLinear
 from specontext.quantization.schemes import Scheme
 
@@ -48,10 +49,7 @@ def skeleton_of(config: PreTrainedConfig, options: Mapping[str, Any]) -> PreTrai
     """
     failed = f"cannot build the model of {config.name_or_path or 'this config'}"
     with one_sentence(failed), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, attn_implementation=ATTENTION_NAME, trust_remote_code=options["trust_remote_code"]
-        )
-    return model
+        return made_model(config, options, attn_implementation=ATTENTION_NAME)
 
 
 def linear_layers(skeleton: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -198,7 +196,8 @@ def load_quantised(asked: Asked, config: PreTrainedConfig, dtype: str, device: t
             source = random_source(asked.scheme, kind, linear_layers(skeleton), running, work_on)
         else:
             folder = folder_of(asked.source, revision=asked.options["revision"], weights=True)
-            headers = weight_headers(folder, config)
+            headers = decoder_headers(folder, config)
+            tie_as_stored(config, headers)
             if asked.scheme is not None:
                 source = stored_source(headers, asked.scheme, asked.source, work_on)
             else:

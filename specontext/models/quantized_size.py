@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from specontext.checkpoints.weights import SHARDED, SINGLE
 from specontext.models.attention import register_attention
 from specontext.models.quantized import linear_layers, skeleton_of
-from specontext.models.weights import weight_headers
+from specontext.models.weights import decoder_headers
 from specontext.quantization.made import FORMS, Form
 from specontext.quantization.schemes import Scheme
 from specontext.quantization.stored import stored_bytes, stored_matrices
@@ -39,7 +39,7 @@ def quantised_bytes(
     if form is None:  # written out when it is loaded
         return parameters * itemsize
     if scheme is not None and isinstance(source, Path) and any((source / name).is_file() for name in (*SINGLE, *SHARDED)):
-        headers = weight_headers(source, config)
+        headers = decoder_headers(source, config)
         parts = stored_matrices(headers, scheme, source).matrices
         sizes = {name: stored_bytes(parts[name], headers, _itemsize) for name in parts.keys() & shapes.keys()}
     else:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from specontext.checkpoints.quantization import ADVICE
 from specontext.checkpoints.reading import metadata_of, tensor_reader
 from specontext.checkpoints.weights import PLAIN, StoredTensor
+from specontext.errors import ModelError
 from specontext.kernels.quantized_linear import QuantizedMatrix
 from specontext.locations import one_sentence
 from specontext.quantization.made import FORMS, quantized, random_matrix
@@ -49,6 +51,8 @@ def stored_source(tensors: Mapping[str, StoredTensor], scheme: Scheme, where: ob
     """
     read = tensor_reader(tensors)
     if scheme.method == "torchao":
+        if any(tensor.key for tensor in tensors.values()):  # whose files are put together whole
+            raise ModelError(f"torchao's weights are not read from {where}, which reads images too: {ADVICE}")
         state: dict[str, Tensor] = {}
         for file in sorted({tensor.file for tensor in tensors.values()}):
             parts = {name: read(name) for name, tensor in tensors.items() if tensor.file == file}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import Mxfp4Config
 
 from specontext.checkpoints.adapters import CONFIG as ADAPTER
@@ -20,7 +19,7 @@ from specontext.checkpoints.wording import first_few
 from specontext.errors import ModelError
 from specontext.locations import folder_of, one_sentence, part_of
 from specontext.models.attention import ATTENTION_NAME
-from specontext.models.language_model import NAMES, causal_class
+from specontext.models.language_model import NAMES, causal_class, made_model, of_decoder
 from specontext.models.reports import SCALES, Tensors, check_report, no_report
 
 PACKED = ("_blocks", "_scales")  # of MXFP4: numbers of 4 bits, and an exponent for each 32 of them
@@ -41,8 +40,7 @@ def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, optio
     if isinstance(source, Path):  # before the long work of reading; a Hub id's files come with it
         stored = weight_headers(source, config)
         check_numbers(stored, packed)
-        if part_of(config):  # two configs speak of it; the files know
-            config.tie_word_embeddings = config._may_be_tied and not any(name.endswith("lm_head.weight") for name in stored)
+        tie_as_stored(config, stored)
     with no_report(), one_sentence(f"cannot load the model {source}"), _without_adapter(source) as seen:
         try:
             loaded: Any = causal_class(config).from_pretrained(
@@ -73,6 +71,13 @@ def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, optio
     return kept
 
 
+def tie_as_stored(config: PreTrainedConfig, stored: Tensors) -> None:
+    """Have the decoder of a checkpoint that reads images too share its embedding where the files have one alone: of the two
+    configs that speak of it either may be wrong."""
+    if part_of(config):
+        config.tie_word_embeddings = config._may_be_tied and not any(name.endswith("lm_head.weight") for name in stored)
+
+
 @contextmanager
 def _without_adapter(source: Path | str) -> Iterator[Path | str]:
     """Where the model is read from: `source`, or links to its files without the config of an adapter that is merged already,
@@ -98,19 +103,20 @@ def random_model(config: PreTrainedConfig, dtype: str, device: torch.device, opt
     devices = [device] if device.type == "cuda" else []
     with one_sentence(failed), torch.random.fork_rng(devices), torch.device(device):
         torch.manual_seed(0)
-        kind, wanted = causal_class(config), own if dtype == "auto" else getattr(torch, dtype)
-        if kind is AutoModelForCausalLM:
-            made = partial(kind.from_config, trust_remote_code=options["trust_remote_code"])
-        else:
-            made = kind._from_config
-        model: PreTrainedModel = made(config, dtype=wanted, attn_implementation=ATTENTION_NAME)
-    return model
+        wanted = own if dtype == "auto" else getattr(torch, dtype)
+        return made_model(config, options, dtype=wanted, attn_implementation=ATTENTION_NAME)
 
 
 def weight_headers(folder: Path, config: PreTrainedConfig) -> Tensors:
     """What the files of a checkpoint hold; raises ModelError for broken or missing ones."""
     named = getattr(config, "transformers_weights", None)
     return read_headers(weight_files(folder, ModelError, named=named), ModelError)
+
+
+def decoder_headers(folder: Path, config: PreTrainedConfig) -> Tensors:
+    """The same of the decoder alone, by its own names."""
+    stored = weight_headers(folder, config)
+    return of_decoder(stored) if part_of(config) else stored
 
 
 def check_numbers(stored: Tensors, packed: tuple[str, ...] = ()) -> None:

@@ -49,6 +49,20 @@ def test_paper_is_algorithm_1(run: Any, name: str, memory: int, requests: int, p
     assert found["host_bytes"] == found["bytes"]["kv_host"]
 
 
+def test_kv_in_8_bits_of_both_tiers_and_of_the_host_alone(run: Any) -> None:
+    words = ["plan", *LLAMA, "--max-model-len", 65536, "--json"]
+    plain, both, host = (run(*words, *more).json for more in ([], ["--kv-cache-dtype", "fp8"], ["--host-kv-dtype", "fp8"]))
+    assert [one["inputs"]["host_kv_dtype"] for one in (plain, both, host)] == ["auto", "auto", "fp8"]
+    # On the host a row has 260 bytes, in blocks of 8 layers instead of 4.
+    assert host["inputs"]["kv_bytes_per_token"] == plain["inputs"]["kv_bytes_per_token"] > both["inputs"]["kv_bytes_per_token"]
+    layers = -(-host["bytes_at"]["offloaded_layers"] // 8) * 8
+    assert host["host_bytes"] == (65536 * layers + 16 * 8) * 8 * 260
+    said = run("plan", *LLAMA, "--host-kv-dtype", "int8").stdout
+    assert "128 KiB of KV a token, 65.0 KiB on the host as int8 with scales" in said
+    wrong = run("plan", *LLAMA, "--host-kv-dtype", "int8", "--kv-cache-dtype", "fp8")
+    assert wrong.status and "two kinds of 8 bits: leave one out" in wrong.stderr
+
+
 def test_measured_is_the_default_and_names_more_parts(run: Any) -> None:
     found = run("plan", *LLAMA, "--requests", 4, "--json").json
     assert found["mode"] == "measured" and len(found["thresholds"]) == 33

@@ -83,6 +83,20 @@ def test_kv_in_8_bits_gives_the_cpu_s_tokens(method: str, offload_layers: int, k
     assert llm.engine.parts.kv.arena.rows.itemsize == 1
 
 
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize(("method", "offload_layers"), [("speculative", -1), ("speculative", 2), ("full", 2)])
+def test_a_host_in_8_bits_gives_the_cpu_s_tokens(method: str, offload_layers: int, kind: str, tokens: Any) -> None:
+    options = {"offload_layers": offload_layers, "host_kv_dtype": kind, "enable_prefix_caching": False}
+    expected, _ = tokens("cpu", method, **options)
+    found, llm = tokens("cuda", method, **options)
+    assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 3
+    assert llm.engine.parts.kv.transfers.converts
+    if method == "speculative":
+        assert llm.engine.runner._graphs._captured
+        verified, _ = tokens("cuda", method, enforce_eager=True, verify_loads=True, **options)
+        assert sum(a == b for a, b in zip(verified, expected, strict=True)) >= 3
+
+
 @pytest.mark.parametrize("method", ["speculative", "oracle"])
 def test_eager_steps_with_every_load_verified(method: str, tokens: Any) -> None:
     expected, _ = tokens("cpu", method)

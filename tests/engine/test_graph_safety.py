@@ -160,18 +160,29 @@ def test_a_padded_decode_step_never_waits_and_computes_the_same(
             torch.testing.assert_close(kv.host.rows[rows[0]], other.host.rows[rows[1]], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int8"])
-@pytest.mark.parametrize(("method", "offload_layers"), [("speculative", None), ("full", 0), ("quest", 0)])
+@pytest.mark.parametrize(
+    ("method", "offload_layers", "tiers", "kind"),
+    [
+        *(
+            (method, layers, "kv_cache_dtype", kind)
+            for method, layers in (("speculative", None), ("full", 0), ("quest", 0))
+            for kind in ("fp8", "int8")
+        ),
+        ("speculative", 2, "host_kv_dtype", "int8"),
+        pytest.param("speculative", -1, "host_kv_dtype", "fp8", marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_with_kv_in_8_bits_never_waits(
     method: str,
     offload_layers: int | None,
+    tiers: str,
     kind: str,
     make_llm: Callable[..., LLM],
     prompts: list[list[int]],
     greedy: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = {"budget": 24, "offload_layers": offload_layers, "max_num_seqs": 5, "kv_cache_dtype": kind}
+    options = {"budget": 24, "offload_layers": offload_layers, "max_num_seqs": 5, tiers: kind, "enable_prefix_caching": False}
     plain, captured = (make_llm("llama", method, **options) for _ in range(2))
     for llm in (plain, captured):
         decoding(llm, prompts[1:3], greedy())

@@ -238,12 +238,27 @@ def test_sparse_steps_and_chunks(offload_layers: int, run: Run) -> None:
     assert streams.streams_seen == {COMPUTE, PREFETCH, WRITE_BACK}
 
 
+@pytest.mark.parametrize(("method", "offload_layers"), [("speculative", 2), ("speculative", -1), ("full", 2)])
+def test_a_host_in_8_bits(method: str, offload_layers: int, run: Run) -> None:
+    options = {"host_kv_dtype": "int8", "enable_prefix_caching": False, "budget": 12}
+    assert run(method, offload_layers=offload_layers, **options).streams_seen == {COMPUTE, PREFETCH, WRITE_BACK}
+
+
 def test_dense_steps_through_staging_buffers(run: Run) -> None:
     assert run("full", offload_layers=2).streams_seen == {COMPUTE, PREFETCH, WRITE_BACK}
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("full", {}), ("speculative", {"budget": 12, "slots": 14}), ("oracle", {"budget": 12})]
+    ("method", "options"),
+    [
+        ("full", {}),
+        ("speculative", {"budget": 12, "slots": 14}),
+        ("oracle", {"budget": 12}),
+        *(
+            (method, {"budget": 12, "host_kv_dtype": "fp8", "enable_prefix_caching": False})
+            for method in ("full", "speculative", "oracle")
+        ),
+    ],
 )
 def test_what_runs_beside_the_steps_changes_no_token(
     method: str,

@@ -38,10 +38,10 @@ def parts_for(
     requests: int,
     context: int,
     device: torch.device,
-    kv_cache_dtype: str = "auto",
+    **options: Any,
 ) -> Parts:
-    """An engine's parts with every request's KV and head keys filled with random numbers."""
-    config = middle_config(loaded, method, requests, context, kv_cache_dtype=kv_cache_dtype)
+    """An engine's parts with every request's KV and head keys filled with random numbers; `options` are other settings."""
+    config = middle_config(loaded, method, requests, context, **options)
     parts = build_parts(config, loaded, head, device)
     fill_seats(parts, requests, context)
     return parts

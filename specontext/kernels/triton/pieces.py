@@ -26,6 +26,7 @@ WRITERS = 16
 TILE_BYTES = 16384
 WARPS = 4
 STAGES = 4  # of the pipeline: shared memory for three tiles
+FP8, INT8 = tl.constexpr(1), tl.constexpr(2)  # what rows are made of; 0 for numbers
 
 
 def copy_pieces(
@@ -49,9 +50,10 @@ def copy_pieces(
     readers = len(parts) * requests
     if not readers * width:
         return
-    assert source.rows.dtype == target.rows.dtype and source.heads == target.heads
+    scaled = is_quantised(source.rows) and not is_quantised(target.rows)
+    assert source.heads == target.heads and (scaled or source.rows.dtype == target.rows.dtype)
     assert all(x.is_contiguous() for x in (source.rows, target.rows, source.table, target.table, parts.layers))
-    tile = row_tile(source.rows, tile_bytes)
+    tile = codes_tile(source.rows, tile_bytes) if scaled else row_tile(source.rows, tile_bytes)
     layers = parts.layers.shape[1]
     padded = triton.next_power_of_2(layers)
     pieces = max(1, tile.rows // padded)
@@ -94,6 +96,7 @@ def copy_pieces(
         WIDTH=tile.width,
         BLOCK=tile.block,
         REST=tile.rest,
+        KIND=kind_of(source.rows) if scaled else 0,
         PIECES=pieces,
         STAGES=stages,
         num_warps=warps,
@@ -159,6 +162,23 @@ def row_tile(rows: Tensor, tile_bytes: int) -> RowTile:
     return RowTile(width, block, rest, max(1, min(128, tile_bytes // (block * copied.itemsize))))
 
 
+def codes_tile(rows: Tensor, tile_bytes: int) -> RowTile:
+    """How rows in 8 bits are copied that become numbers on the way: their codes by words of 4 bytes, and the scales then.
+
+    Half as many rows as are copied as they are, because their numbers stand in registers.
+    """
+    codes = rows.shape[1] // 4 - 1
+    block = triton.next_power_of_2(codes)
+    return RowTile(codes + 1, block, 0, max(1, min(128, tile_bytes // (8 * block))))
+
+
+def kind_of(rows: Tensor) -> int:
+    """What rows of a pool are made of: 0 for numbers, `FP8` or `INT8`."""
+    if not is_quantised(rows):
+        return 0
+    return INT8.value if rows.dtype == torch.int8 else FP8.value
+
+
 def as_copied(rows: Tensor) -> Tensor:
     """Rows as they are copied: in 8 bits by words of 4 bytes, whatever the codes are."""
     return rows.view(torch.int32) if is_quantised(rows) else rows
@@ -178,6 +198,37 @@ def copy_rows(source, source_row, target, target_row, live, WIDTH: tl.constexpr,
     tl.store(target + (target_row * WIDTH)[:, None] + column, numbers, mask=mask)
 
 
+@triton.jit
+def number_of(code, KIND: tl.constexpr):
+    """Numbers float32 of codes, which are the low 8 bits of int32."""
+    if KIND == INT8:
+        number = ((code << 24) >> 24).to(tl.float32)
+    else:  # as float16 the same bits are the number over 256
+        bits = ((code & 0x7F) << 7) | ((code & 0x80) << 8)
+        number = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return number
+
+
+@triton.jit
+def copy_as_numbers(
+    source, source_row, target, target_row, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr
+):  # fmt: skip
+    """Copy the rows that are live, of WIDTH words of codes and scales, as the numbers that they stand for."""
+    WORDS: tl.constexpr = WIDTH - 1
+    column = tl.arange(0, BLOCK)[None, :]
+    begin = (source_row * WIDTH)[:, None]
+    codes = tl.load(source + begin + column, mask=live[:, None] & (column < WORDS), other=0)
+    both = tl.load(source + begin + WORDS, mask=live[:, None], other=0)
+    key_scale, value_scale = (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
+    even = tl.interleave(number_of(codes, KIND), number_of(codes >> 16, KIND))
+    odd = tl.interleave(number_of(codes >> 8, KIND), number_of(codes >> 24, KIND))
+    numbers = tl.interleave(even, odd)  # in the order of their codes
+    place = tl.arange(0, 4 * BLOCK)[None, :]
+    numbers = numbers * tl.where(place < 2 * WORDS, key_scale, value_scale)
+    first = target + (target_row * (4 * WORDS))[:, None]
+    tl.store(first + place, numbers.to(target.dtype.element_ty), mask=live[:, None] & (place < 4 * WORDS))
+
+
 @triton.jit(
     do_not_specialize=[
         "items", "splits", "part_count", "groups", "width", "source_seats", "source_pages", "target_seats", "target_pages"
@@ -190,7 +241,7 @@ def _copy_pieces(
     HEADS: tl.constexpr, SOURCE_PAGE: tl.constexpr, TARGET_PAGE: tl.constexpr,
     SOURCE_PLACES: tl.constexpr, TARGET_PLACES: tl.constexpr,
     LAYERS: tl.constexpr, LAYERS_PAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
-    PIECES: tl.constexpr, STAGES: tl.constexpr,
+    KIND: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, PIECES * LAYERS_PAD)
     of_piece = lane // LAYERS_PAD
@@ -221,7 +272,10 @@ def _copy_pieces(
             target_entry = tl.load(to_entries + piece, mask=live, other=0).to(tl.int64)
             source_row = piece_of(from_table, source_entry, head, live, SOURCE_PAGE, HEADS) * SOURCE_PLACES + from_place
             target_row = piece_of(to_table, target_entry, head, live, TARGET_PAGE, HEADS) * TARGET_PLACES + to_place
-            copy_rows(source, source_row, target, target_row, live, WIDTH, BLOCK, REST)
+            if KIND:
+                copy_as_numbers(source, source_row, target, target_row, live, WIDTH, BLOCK, KIND)
+            else:
+                copy_rows(source, source_row, target, target_row, live, WIDTH, BLOCK, REST)
 
 
 @triton.jit(do_not_specialize=["count", "page_width"])

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from specontext.kernels.quantised_rows import LEAST, SCALES, SCALES_TRIED
 from specontext.kernels.tables import NewTokens, Pages, Places, Tiers, holds_latents, is_quantised
-from specontext.kernels.triton.pieces import append_pieces, as_copied, copy_pieces, copy_rows, row_tile
+from specontext.kernels.triton.pieces import (
+    FP8,
+    INT8,
+    append_pieces,
+    as_copied,
+    copy_pieces,
+    copy_rows,
+    kind_of,
+    number_of,
+    row_tile,
+)
 from specontext.kernels.triton.slot_plan import piece_of
 
 __all__ = [
@@ -29,7 +39,6 @@ __all__ = [
 ]
 
 TILE_BYTES = 16384
-FP8, INT8 = tl.constexpr(1), tl.constexpr(2)  # what rows are made of; 0 for numbers
 LATENT = tl.constexpr(-1)  # numbers that are key and value at once: the key is written
 LEAST_MAGNITUDE, TRIED = tl.constexpr(LEAST), tl.constexpr(SCALES_TRIED)
 ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2^23: a small number that is added to it becomes an integer, ties to even
@@ -127,7 +136,7 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     tables = [pages.table_of(layer) for pages in (host, device, slots)]
     assert all(x.is_contiguous() for x in (host.rows, device.rows, *tables))
     block, rows = _append_tile(key)
-    (pool, pool_words, kind), (arena, arena_words, _) = _as_written(host.rows), _as_written(device.rows)
+    (pool, pool_words, kind), (arena, arena_words, arena_kind) = _as_written(host.rows), _as_written(device.rows)
     _append_to_tier[(triton.cdiv(tokens * heads, rows),)](
         pool,
         pool_words,
@@ -157,6 +166,7 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
         BLOCK=block,
         ROWS=rows,
         KIND=kind,
+        ARENA_KIND=arena_kind,
     )
 
 
@@ -211,7 +221,7 @@ def _as_written(rows: Tensor) -> tuple[Tensor, Tensor, int]:
     """Rows, the same memory by 4 bytes, and what they are made of: numbers, latents, or codes that are written as integers."""
     if not is_quantised(rows):
         return rows, rows, LATENT.value if holds_latents(rows) else 0
-    return rows.view(torch.int8), rows.view(torch.int32), INT8.value if rows.dtype == torch.int8 else FP8.value
+    return rows.view(torch.int8), rows.view(torch.int32), kind_of(rows)
 
 
 @triton.jit(do_not_specialize=["count"])  # one kernel, whatever there is to move
@@ -336,19 +346,22 @@ def _append_to_tier(
     count, host_width, token_width, slot_width, key_token, key_head, value_token, value_head, sink, recent, place,
     PAGE: tl.constexpr, PLACES: tl.constexpr, TO_HOST: tl.constexpr,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    KIND: tl.constexpr,
+    KIND: tl.constexpr, ARENA_KIND: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = at // HEADS, at % HEADS
     position = tl.load(positions + token, mask=at < count, other=-1).to(tl.int64)
     live = position >= 0
     seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
-    new_key = _read(key, token, head, key_token, key_head, live, DIM, BLOCK)
-    new_value = _read(value, token, head, value_token, value_head, live, DIM, BLOCK)
-    new_key, new_value, scales = _rows(new_key, new_value, KIND, DIM, BLOCK)
+    read_key = _read(key, token, head, key_token, key_head, live, DIM, BLOCK)
+    read_value = _read(value, token, head, value_token, value_head, live, DIM, BLOCK)
+    new_key, new_value, scales = _rows(read_key, read_value, KIND, DIM, BLOCK)
     if tl.load(resident) != 0:
         row = piece_of(token_pages + seat * token_width, position, head, live, PAGE, HEADS)
-        _write(arena, arena_words, row, new_key, new_value, scales, live, KIND, DIM, BLOCK)
+        if KIND == ARENA_KIND:
+            _write(arena, arena_words, row, new_key, new_value, scales, live, ARENA_KIND, DIM, BLOCK)
+        else:
+            _write(arena, arena_words, row, read_key, read_value, scales, live, ARENA_KIND, DIM, BLOCK)
     else:
         if TO_HOST:
             row = piece_of(host_pages + seat * host_width, position, head, live, PAGE, HEADS) * PLACES + place
@@ -357,7 +370,13 @@ def _append_to_tier(
         kept = live & ((position < sink) | (position >= length - recent))
         slot = tl.where(position < sink, position, sink + position % recent)
         row = piece_of(slot_pages + seat * slot_width, slot, head, kept, PAGE, HEADS)
-        _write(arena, arena_words, row, new_key, new_value, scales, kept, KIND, DIM, BLOCK)
+        if KIND == ARENA_KIND:
+            _write(arena, arena_words, row, new_key, new_value, scales, kept, ARENA_KIND, DIM, BLOCK)
+        else:
+            key_scale, value_scale = (scales << 16).to(tl.float32, bitcast=True), (scales & -65536).to(tl.float32, bitcast=True)
+            as_key = number_of(new_key.to(tl.int32), KIND) * key_scale[:, None]
+            as_value = number_of(new_value.to(tl.int32), KIND) * value_scale[:, None]
+            _write(arena, arena_words, row, as_key, as_value, scales, kept, ARENA_KIND, DIM, BLOCK)
 
 
 @triton.jit
