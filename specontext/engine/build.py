@@ -36,8 +36,9 @@ from specontext.memory.throughput import ServiceLimits
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, TierSizes, free_memory, size_tiers
 from specontext.models.loading import LoadedModel
 from specontext.models.rope import fix_rope
+from specontext.models.sharding import outputs_read
 from specontext.retrieval.head import RetrievalHead, facts_of_head
-from specontext.retrieval.methods import make_selectors, selector_class, token_sets
+from specontext.retrieval.methods import context_of, make_selectors, selector_class, token_sets
 from specontext.retrieval.methods.speculative import KeyCache
 from specontext.retrieval.registry import base_of, variant_of
 from specontext.retrieval.selector import Budget, LayerSelector, MethodContext, Selector, reads_everything
@@ -124,8 +125,14 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         head,
     )
     kinds = [selector_class(name) for name in names]
-    tables = shape.layers if any(issubclass(kind, LayerSelector) for kind in kinds) else 1
-    groups = max(token_sets(name, context) for name in names)
+    in_layer = [name for name, kind in zip(names, kinds, strict=True) if issubclass(kind, LayerSelector)]
+    if ranks is not None and in_layer and ranks.share.size > whole.kv_heads:
+        raise ConfigError(
+            f"method {in_layer[0]} chooses by all query heads of a KV head, and with tensor_parallel_size {ranks.share.size} "
+            f"for {whole.kv_heads} KV heads no rank has them all: lower it to {whole.kv_heads}, or take another method"
+        )
+    tables = shape.layers if in_layer else 1
+    groups = max(token_sets(name, context_of(name, context, shape)) for name in names)
     tokens = config.step_tokens(device.type)
     run = RunSettings(
         config.max_num_seqs,
@@ -165,7 +172,9 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         runtime=runtime,
         graphs=graphs,
         spare_layers=1 if adaptive and slots else 0,
-        states=sum(kind.state_bytes(context) for kind in dict.fromkeys(kinds)),
+        states=sum(
+            selector_class(name).state_bytes(context_of(name, context, shape)) for name in {base_of(name) for name in names}
+        ),
     )
     on_device = device_memory(config, plan, device)
     on_host = pinnable((config.host_memory or host_default(config)) // config.tensor_parallel_size, machine, plan)
@@ -326,7 +335,8 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
     table = model.get_input_embeddings().weight
     assert isinstance(table, Tensor)
     output = model.get_output_embeddings()
-    lookup = 0 if output is not None and output.weight is table else table.numel()
+    tied = output is not None and output.weight is table
+    lookup = table.numel() - (outputs_read(output) if tied else 0)
     intermediate = getattr(model.config, "intermediate_size", None) or 4 * loaded.shape.hidden_size
     if loaded.ranks is not None:
         intermediate //= loaded.ranks.share.size
@@ -368,5 +378,5 @@ def make_methods(names: Sequence[str], context: MethodContext, loaded: LoadedMod
         cache = partial(KeyCache, keys, arena.pages, seats=context.seats, max_tokens=context.max_tokens)
         context = replace(context, embedding=loaded.model.get_input_embeddings(), key_cache=cache)
     heads = slice(None) if loaded.ranks is None else loaded.ranks.share.kv_heads(context.shape)
-    selectors = make_selectors(names, context)
+    selectors = make_selectors(names, context, loaded.shape)
     return Methods(names[0], context.budget, selectors, layout=arena.layout, device=context.device, heads=heads)

@@ -24,7 +24,8 @@ class Methods:
         budget: the engine's; no request may have a larger one.
         selectors: by name of the method, made for this budget.
         layout: of the KV that they choose from.
-        heads: the KV heads that are here, where other ranks have the others.
+        heads: the KV heads that are here, where other ranks have the others. A method that chooses in the layer knows of no
+            others.
 
     Attributes:
         shared: the method whose state every request has, so that what is known of a prefix serves all; None without a head.
@@ -49,7 +50,9 @@ class Methods:
         self.shared = selectors[headed[0]] if headed else None
         self._headed = headed
         self.readers = {
-            name: Reader.of_map(layout, one.head_map[:, heads], device, in_layer=isinstance(one, LayerSelector))
+            name: Reader.of_map(layout, one.head_map, device, in_layer=True)
+            if isinstance(one, LayerSelector)
+            else Reader.of_map(layout, one.head_map[:, heads], device, in_layer=False)
             for name, one in selectors.items()
         }
         self.own_way = self.selector, self.readers[own]

@@ -20,9 +20,7 @@ class Share:
     size: int
 
     def check(self, shape: ModelShape) -> None:
-        """Raises ConfigError for heads that cannot be shared so, and layers with a window."""
-        if shape.windowed:
-            raise ConfigError("layers that attend to a window do not work with tensor_parallel_size: leave it out")
+        """Raises ConfigError for heads that cannot be shared so."""
         heads, size = shape.kv_heads, self.size
         if shape.query_heads % size or (heads % size and size % heads):
             raise ConfigError(
@@ -41,8 +39,15 @@ class Share:
         first = self.rank * shape.kv_heads // self.size
         return slice(first, first + count)
 
+    def outputs(self, width: int) -> slice:
+        """Which of the output layer's `width` outputs it has: as many as the others, the last ones perhaps fewer."""
+        each = -(-width // self.size)
+        return slice(min(self.rank * each, width), min((self.rank + 1) * each, width))
+
     def facts(self, facts: ModelFacts) -> ModelFacts:
-        """Sizes of its part, where feed-forward layers are gated ones; embeddings, norms and retrieval head are whole.
+        """Sizes of its part: of all layers but their norms, and of the output layer; embeddings and retrieval head are whole.
+
+        Routers, and norms beyond two a layer, are counted as if they were split: some thousandths of a model.
 
         Raises:
             ConfigError: heads that cannot be shared so, or quantised weights.
@@ -52,11 +57,21 @@ class Share:
         if facts.stored_bytes is not None:
             raise ConfigError("quantised weights do not work with tensor_parallel_size: leave one of them out")
         whole, part = facts.shape, self.shape(facts.shape)
-        width = facts.intermediate_size // self.size
-        left_out = _layer_numbers(whole, facts.intermediate_size) - _layer_numbers(part, width)
-        return replace(facts, shape=part, parameters=facts.parameters - whole.layers * left_out, intermediate_size=width)
+        tied, table = not facts.lookup_parameters, whole.vocab_size * whole.hidden_size
+        own = self.outputs(whole.vocab_size)
+        elsewhere = table - (own.stop - own.start) * whole.hidden_size  # of the output layer
+        attention, norms = whole.depth * _attention(whole), (2 * whole.depth + 1) * whole.hidden_size
+        rest = facts.parameters - table * (1 if tied else 2) - norms - attention
+        left_out = attention - whole.depth * _attention(part) + rest - rest // self.size
+        return replace(
+            facts,
+            shape=part,
+            parameters=facts.parameters - left_out - (0 if tied else elsewhere),
+            lookup_parameters=elsewhere if tied else facts.lookup_parameters,
+            intermediate_size=facts.intermediate_size // self.size,
+        )
 
 
-def _layer_numbers(shape: ModelShape, intermediate_size: int) -> int:
-    """Weights of a layer's attention and of its feed-forward."""
-    return shape.hidden_size * (2 * shape.head_dim * (shape.query_heads + shape.kv_heads) + 3 * intermediate_size)
+def _attention(shape: ModelShape) -> int:
+    """Weights of a layer's projections."""
+    return shape.hidden_size * 2 * shape.head_dim * (shape.query_heads + shape.kv_heads)

@@ -6,13 +6,16 @@ Groups are made here and belong to one engine; PyTorch's default group, of which
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions
+from torch.nn.functional import pad
 
 from specontext.memory.sharing import Share
 
@@ -36,6 +39,7 @@ class Ranks:
         self.port = int(self._store.port)
         self._host: Any = None
         self._device: Any = None
+        self._apart = False
 
     def connect(self, device: torch.device) -> None:
         """Find the others; all of them have to call it.
@@ -58,7 +62,35 @@ class Ranks:
     @torch.compiler.disable
     def sum_(self, tensor: Tensor) -> None:
         """Add up the ranks' tensors, in place. On a GPU the host does not wait."""
-        self._device.allreduce([tensor]).wait()
+        if not self._apart:
+            _wait(self._device.allreduce([tensor], _on_this_stream(dist.AllreduceOptions())))
+
+    @torch.compiler.disable
+    def gather(self, part: Tensor, width: int) -> Tensor:
+        """The ranks' parts behind each other, [..., width], the same on all. On a GPU the host does not wait.
+
+        Args:
+            part: [..., n] with n the same on all ranks, but for the last ones, which may have fewer.
+        """
+        size = self.share.size
+        each = -(-width // size)
+        padded = pad(part, (0, each - part.shape[-1])).reshape(-1, each).contiguous()
+        if self._apart:
+            parts = padded.repeat(size, 1)
+        else:
+            parts = padded.new_empty((size * len(padded), each))
+            _wait(self._device._allgather_base(parts, padded, _on_this_stream(AllgatherOptions())))
+        joined = parts.view(size, -1, each).movedim(0, 1).reshape(-1, size * each)
+        return joined[:, :width].reshape(*part.shape[:-1], width)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Inside, this rank computes with its own part, as if that were a model: nothing is added up."""
+        self._apart = True
+        try:
+            yield
+        finally:
+            self._apart = False
 
     def share_(self, tensor: Tensor) -> None:
         """Put rank 0's numbers into every rank's tensor. On a GPU the host does not wait."""
@@ -97,6 +129,18 @@ class Ranks:
 
     @staticmethod
     def _broadcast(group: Any, tensor: Tensor) -> None:
-        options = dist.BroadcastOptions()
+        options = _on_this_stream(dist.BroadcastOptions())
         options.rootRank = options.rootTensor = 0
-        group.broadcast([tensor], options).wait()
+        _wait(group.broadcast([tensor], options))
+
+
+def _on_this_stream(options: Any) -> Any:
+    """Has a GPU do it on the stream that computes, rather than on another one that has to wait for it and is waited for."""
+    options.asyncOp = False
+    return options
+
+
+def _wait(work: Any) -> None:
+    """NCCL gives nothing to wait for where the stream does."""
+    if work is not None:
+        work.wait()
