@@ -108,6 +108,13 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         head.set_rope(theta=config.head_rope_theta, yarn_factor=head.config.yarn_factor(max_tokens) if factor is None else factor)
         logger.info("%s", describe_head(head, max_tokens))
     facts = facts_of_loaded(loaded, head)
+    if ranks is not None:  # the last rank may have fewer outputs, and all decide by the same numbers
+        facts = replace(
+            facts,
+            parameters=ranks.most(facts.parameters),
+            lookup_parameters=ranks.most(facts.lookup_parameters),
+            stored_bytes=ranks.most(facts.weight_bytes),
+        )
     names = config.all_methods
     check_variants(names, method)
     assert method.budget is not None and method.slots is not None

@@ -123,5 +123,5 @@ def make_pools(
     """
     arena = PagePool(layout, layout.by_layer, device_pages, "device tier of KV", device)
     host_bytes = host_pages * layout.page_bytes * layout.layer_blocks.places
-    memory = HostMemory(host_bytes, pinned=device.type == "cuda", directory=directory)
+    memory = HostMemory(host_bytes, pinned=device.type == "cuda", directory=directory, near=device)
     return arena, PagePool(layout, layout.layer_blocks, host_pages, "host tier of KV", device, memory)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +34,19 @@ class SummedLinear(nn.Module):
         result: Tensor = self.part(x)
         self.ranks.sum_(result)
         return result if self.bias is None else result + self.bias
+
+
+class SummedExperts(nn.Module):
+    """Experts of each of which a rank has some columns: the ranks' results are added up."""
+
+    def __init__(self, part: nn.Module, ranks: Ranks) -> None:
+        super().__init__()
+        self.part, self.ranks = part, ranks
+
+    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+        result: Tensor = self.part(*arguments, **options)
+        self.ranks.sum_(result)
+        return result
 
 
 class GatheredLinear(nn.Module):
@@ -111,8 +123,9 @@ def _shard_layer(splits: LayerSplits, prefix: str, shape: ModelShape, ranks: Ran
         setattr(home, name, _part(split, f"{prefix}.{split.path}", shape, ranks, placed))
         if hasattr(home, "num_key_value_groups"):
             home.num_key_value_groups = part.query_heads // part.kv_heads  # type: ignore[assignment]
-    for module in splits.experts:
-        module.register_forward_hook(partial(_add_up, ranks))
+    for path in splits.experts:
+        parent, _, name = path.rpartition(".")
+        setattr(splits.layer.get_submodule(parent), name, SummedExperts(splits.layer.get_submodule(path), ranks))
 
 
 def _part(split: Split, path: str, shape: ModelShape, ranks: Ranks, placed: Placing) -> nn.Module | nn.Parameter:
@@ -130,10 +143,6 @@ def _part(split: Split, path: str, shape: ModelShape, ranks: Ranks, placed: Plac
     if bias is not None:
         part.bias = placed(path, split.cut.piece(bias[:, None], own)[:, 0], copy=True)
     return part
-
-
-def _add_up(ranks: Ranks, _: nn.Module, __: object, result: Tensor) -> None:
-    ranks.sum_(result)
 
 
 def _place(model: PreTrainedModel, placed: Placing) -> None:

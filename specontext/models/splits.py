@@ -101,12 +101,12 @@ class LayerSplits:
     """What ranks share of a layer.
 
     Attributes:
-        experts: modules whose results they add up.
+        experts: paths of modules whose results they add up.
     """
 
     layer: nn.Module
     splits: tuple[Split, ...]
-    experts: tuple[nn.Module, ...]
+    experts: tuple[str, ...]
 
 
 def splits_of(model: PreTrainedModel, shape: ModelShape, share: Share) -> list[LayerSplits]:
@@ -130,11 +130,11 @@ def _splits_of_layer(model: PreTrainedModel, layer: nn.Module, number: int, styl
     if missing := [name for name in ATTENTION if name not in there]:
         raise ModelError(f"{who}: layer {number} has no {missing[0]} of its own that could be split by heads; {ADVICE}")
     splits: list[Split] = []
-    experts: list[nn.Module] = []
+    experts: list[str] = []
     for path, module in layer.named_modules():
         style = _style(path, styles)
         if style == EXPERTS:
-            experts.append(module)
+            experts.append(path)
         for name, table in module.named_parameters(recurse=False):
             linear = isinstance(module, nn.Linear)
             where = path if linear else f"{path}.{name}"

@@ -155,6 +155,19 @@ def test_a_lost_rank_ends_the_engine_and_what_runs() -> None:
 
 
 @pytest.mark.slow
+def test_a_rank_that_hangs_is_lost_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM("nano", config=SpeContextConfig(method="full"), tensor_parallel_size=2, **SHARED)
+    stream = llm.stream([5] * 60, GREEDY)
+    next(stream)
+    monkeypatch.setattr(llm.engine._processes, "patience", 1.0)  # type: ignore[attr-defined]
+    os.kill(llm.engine._processes.pids[0], signal.SIGSTOP)  # type: ignore[attr-defined]
+    with pytest.raises(RankError, match="a rank hangs: all have been at one step for more than 1 s"):
+        for _ in stream:
+            pass
+    llm.engine.close()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(
     "options",
@@ -245,6 +258,7 @@ def test_experts_and_fused_projections(kind: type[PreTrainedConfig], tmp_path: P
         llm.engine.close()
 
 
+@pytest.mark.slow
 def test_a_method_that_would_see_some_query_heads_of_a_kv_head_is_refused(checkpoint: Callable[[str], Path]) -> None:
     with pytest.raises(ConfigError, match=r"method quest chooses by all query heads .* tensor_parallel_size 2 for 1 KV heads"):
         LLM(checkpoint("mistral"), methods=("quest",), tensor_parallel_size=2, **SHARED | {"max_model_len": 256})
