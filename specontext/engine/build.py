@@ -38,9 +38,10 @@ from specontext.models.loading import LoadedModel
 from specontext.models.rope import fix_rope
 from specontext.models.sharding import outputs_read
 from specontext.retrieval.head import RetrievalHead, facts_of_head
+from specontext.retrieval.head_part import head_part
 from specontext.retrieval.methods import context_of, make_selectors, selector_class, token_sets
 from specontext.retrieval.methods.speculative import KeyCache
-from specontext.retrieval.registry import base_of, variant_of
+from specontext.retrieval.registry import base_of, needs_head, variant_of
 from specontext.retrieval.selector import Budget, LayerSelector, MethodContext, Selector, reads_everything
 
 logger = logging.getLogger("specontext")
@@ -107,7 +108,12 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         factor = config.head_yarn_factor
         head.set_rope(theta=config.head_rope_theta, yarn_factor=head.config.yarn_factor(max_tokens) if factor is None else factor)
         logger.info("%s", describe_head(head, max_tokens))
+    names, whole_head = config.all_methods, head
+    if ranks is not None and head is not None and method.granularity == "head" and not any(map(reads_all_groups, names)):
+        head = head_part(head, whole, ranks.share)
     facts = facts_of_loaded(loaded, head)
+    if whole_head is not None:  # ranks have the same layers side by side
+        facts = replace(facts, head=replace(facts.head, head_map=whole_head.config.head_map))
     if ranks is not None:  # the last rank may have fewer outputs, and all decide by the same numbers
         facts = replace(
             facts,
@@ -115,7 +121,6 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
             lookup_parameters=ranks.most(facts.lookup_parameters),
             stored_bytes=ranks.most(facts.weight_bytes),
         )
-    names = config.all_methods
     check_variants(names, method)
     assert method.budget is not None and method.slots is not None
     selecting = [name for name in names if not reads_everything(selector_class(name))]
@@ -130,6 +135,8 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         max_tokens,
         device,
         head,
+        part=None if ranks is None else shape,
+        head_is_part=head is not whole_head,
     )
     kinds = [selector_class(name) for name in names]
     in_layer = [name for name, kind in zip(names, kinds, strict=True) if issubclass(kind, LayerSelector)]
@@ -139,7 +146,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
             f"for {whole.kv_heads} KV heads no rank has them all: lower it to {whole.kv_heads}, or take another method"
         )
     tables = shape.layers if in_layer else 1
-    groups = max(token_sets(name, context_of(name, context, shape)) for name in names)
+    groups = max(token_sets(name, context_of(name, context)) for name in names)
     tokens = config.step_tokens(device.type)
     run = RunSettings(
         config.max_num_seqs,
@@ -179,9 +186,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         runtime=runtime,
         graphs=graphs,
         spare_layers=1 if adaptive and slots else 0,
-        states=sum(
-            selector_class(name).state_bytes(context_of(name, context, shape)) for name in {base_of(name) for name in names}
-        ),
+        states=sum(selector_class(name).state_bytes(context_of(name, context)) for name in {base_of(name) for name in names}),
     )
     on_device = device_memory(config, plan, device)
     on_host = pinnable((config.host_memory or host_default(config)) // config.tensor_parallel_size, machine, plan)
@@ -351,6 +356,11 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
     return ModelFacts(loaded.name, loaded.shape, loaded.parameters, lookup, intermediate, sizes, stored_bytes=loaded.weight_bytes)
 
 
+def reads_all_groups(name: str) -> bool:
+    """Whether a variant of a method with a retrieval head needs more groups than a rank's KV heads read."""
+    return needs_head(name) and variant_of(name) is not None
+
+
 def check_variants(names: Sequence[str], method: SpeContextConfig) -> None:
     """Raises ConfigError for a variant that requests may name and that cannot work in this engine."""
     for name in names:
@@ -385,5 +395,5 @@ def make_methods(names: Sequence[str], context: MethodContext, loaded: LoadedMod
         cache = partial(KeyCache, keys, arena.pages, seats=context.seats, max_tokens=context.max_tokens)
         context = replace(context, embedding=loaded.model.get_input_embeddings(), key_cache=cache)
     heads = slice(None) if loaded.ranks is None else loaded.ranks.share.kv_heads(context.shape)
-    selectors = make_selectors(names, context, loaded.shape)
+    selectors = make_selectors(names, context)
     return Methods(names[0], context.budget, selectors, layout=arena.layout, device=context.device, heads=heads)

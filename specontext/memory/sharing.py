@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from specontext.core import ModelShape
 from specontext.errors import ConfigError
-from specontext.memory.facts import ModelFacts
+from specontext.memory.facts import HeadFacts, ModelFacts
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,10 @@ class Share:
         return slice(min(self.rank * each, width), min((self.rank + 1) * each, width))
 
     def facts(self, facts: ModelFacts) -> ModelFacts:
-        """Sizes of its part: of all layers but their norms, and of the output layer; embeddings and retrieval head are whole.
+        """Sizes of its part: of all layers but their norms, of the output layer, and of the retrieval head's groups and keys.
 
-        Routers, and norms beyond two a layer, are counted as if they were split: some thousandths of a model.
+        Embeddings are whole. So are the head's weights here, which are too many then; routers, and norms beyond two a layer, are
+        counted as if they were split. Both are some thousandths of a model.
 
         Raises:
             ConfigError: heads that cannot be shared so, or quantised weights.
@@ -66,10 +68,24 @@ class Share:
         return replace(
             facts,
             shape=part,
+            head=self._head(facts),
             parameters=facts.parameters - left_out - (0 if tied else elsewhere),
             lookup_parameters=elsewhere if tied else facts.lookup_parameters,
             intermediate_size=facts.intermediate_size // self.size,
         )
+
+    def _head(self, facts: ModelFacts) -> HeadFacts:
+        head = facts.head
+        if not head.kv_heads or head.key_heads not in (1, head.kv_heads):  # none, or one that ranks have whole
+            return head
+        most = max(map(len, self.groups_read(facts.shape, facts.head_map)))
+        keys = most if head.key_heads == head.kv_heads else 1
+        return replace(head, heads=head.heads // head.kv_heads * most, kv_heads=most, key_heads=keys)
+
+    def groups_read(self, shape: ModelShape, head_map: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The groups of a retrieval head that each rank's KV heads read, ascending."""
+        own = [Share(rank, self.size).kv_heads(shape) for rank in range(self.size)]
+        return [sorted({group for row in head_map for group in row[heads]}) for heads in own]
 
 
 def _attention(shape: ModelShape) -> int:

@@ -199,6 +199,7 @@ def _part(
             model = merged(model, adapter)
     with one_sentence(f"cannot load the model {source}"):
         shard(model, ModelShape.from_config(config, running or model.dtype), ranks, device, running)
+        model.config.dtype = running or model.dtype
     return model
 
 

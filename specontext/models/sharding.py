@@ -75,7 +75,7 @@ class Placing:
     """Puts numbers of a model where they are computed with, in the format in which it runs.
 
     Args:
-        dtype: None leaves formats as they are. What the library keeps in float32 beside a format stays as it is.
+        dtype: None leaves formats as they are. What the library keeps in float32 beside a format is in float32.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -91,7 +91,9 @@ class Placing:
         Args:
             copy: own memory in any case, so that nothing else of what it is a view of stays.
         """
-        dtype = numbers.dtype if self.dtype is None or self._kept.search(name) else self.dtype
+        dtype = self.dtype or numbers.dtype
+        if self.dtype is not None and self._kept.search(name):
+            dtype = torch.float32
         placed = numbers.detach().to(self.device, dtype, copy=copy, memory_format=torch.contiguous_format)
         return nn.Parameter(placed, requires_grad=False)
 

@@ -115,8 +115,7 @@ def test_batch_granularity_gives_one_set_for_all_heads(method: type, granularity
 
 @pytest.mark.parametrize("method", ["random", "oracle", "streaming"])
 def test_a_request_s_set_does_not_depend_on_its_company(method: str) -> None:
-    whole = context(Budget(8, 1, 2))
-    selector = make_selectors([method], whole, whole.shape)[method]
+    selector = make_selectors([method], context(Budget(8, 1, 2)))[method]
     together = choose(selector, [20, 35])
     assert torch.equal(together[:1], choose(selector, [20]))
 
