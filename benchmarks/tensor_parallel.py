@@ -7,7 +7,7 @@ Weights are random, in the exact shape of public models (nano: the bundled check
 warmed up; what is timed is `LLMEngine.step` of requests that decode, method speculative. Every part is a process of its own with
 a time limit, so one that fails or hangs costs its own numbers only; what does not fit into --minutes is listed as skipped.
 
-Parts, the most important first:
+Parts that need fewer cards than there are run side by side, each on its own. Parts:
   sums      the floor of communication: the sums of all layers and the gathered logits of a step, in one captured graph
   resident  KV on the devices, for each number of ranks
   large     --large (llama-3.1-70b) on the most ranks, KV on the devices
@@ -28,7 +28,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -70,7 +71,7 @@ class Part:
 
 
 def parts_of(arguments: argparse.Namespace) -> list[Part]:
-    """All that is asked for, the most important first."""
+    """All that is asked for, in the order in which it is begun as cards are free."""
     cases = tuple(tuple(map(int, case.split("x"))) for case in arguments.cases.split(",")) if arguments.cases else None
     dtype = "bfloat16" if arguments.device == "cuda" else "float32"
     host = int(arguments.host_memory * GIB) if arguments.host_memory else None
@@ -80,26 +81,28 @@ def parts_of(arguments: argparse.Namespace) -> list[Part]:
         own = tuple(wanted)
         return Part(kind, model, ranks, own, arguments.device, arguments.budget, arguments.steps, host, dtype)
 
-    own = cases or CASES[arguments.device]
+    own, large = cases or CASES[arguments.device], LARGE_CASES[arguments.device]
     several = [count for count in counts if count > 1]
-    found = [part("sums", arguments.model, count, own) for count in several]
-    order = sorted(counts, key=lambda count: (count != 1, -count))  # one and the most of them, then what lies between
-    found += [part("resident", arguments.model, count, own) for count in order]
+    few = [part(kind, arguments.model, count, own) for kind, count in (("resident", 1), ("resident", 2)) if count in counts]
+    few += [part("host", arguments.model, 1, own[:2])] if 1 in counts else []
+    found = few + [part("sums", arguments.model, count, own) for count in reversed(several)]
+    found += [part("resident", arguments.model, count, own) for count in several if count > 2]
     if several:
-        found += [part(kind, arguments.large, max(several), LARGE_CASES[arguments.device]) for kind in ("sums", "large")]
-    found += [part("host", arguments.model, count, own[:2]) for count in order]
+        found += [part(kind, arguments.large, max(several), large) for kind in ("sums", "large")]
+    found += [part("host", arguments.model, count, own[:2]) for count in reversed(several)]
     wanted = arguments.only.split(",")
     return [one for one in found if one.kind in wanted and (one.model == arguments.model or "large" in wanted)]
 
 
-def measured(part: Part, seconds: float) -> list[dict[str, Any]]:
-    """The rows of a part, in a process of its own; one with the reason where it failed."""
+def measured(part: Part, seconds: float, cards: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a part, in a process of its own on some cards; one with the reason where it failed."""
     command = [sys.executable, __file__, "--part", json.dumps(asdict(part))]
-    began, rows = time.monotonic(), []
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(cards)} if part.device == "cuda" else {})
+    began = time.monotonic()
     with TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("w") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
             try:
                 code: int | None = process.wait(seconds)
             except subprocess.TimeoutExpired:
@@ -113,9 +116,41 @@ def measured(part: Part, seconds: float) -> list[dict[str, Any]]:
     if code != 0:
         why = f"took more than {seconds:.0f} s" if code is None else f"ended with {code}"
         rows.append({"part": part.name, "failed": why, "log": [line for line in lines if not line.startswith(MARK)][-12:]})
-    for row in rows:
-        row["part_s"] = round(time.monotonic() - began, 1)
-    return rows
+    return [row | {"part_s": round(time.monotonic() - began, 1)} for row in rows]
+
+
+def all_measured(parts: Sequence[Part], cards: Sequence[str], seconds: float) -> Iterator[tuple[Part, list[dict[str, Any]]]]:
+    """The rows of all parts as they end; one after the other where a part needs all cards."""
+    ends, waiting, free = time.monotonic() + seconds, list(parts), list(cards)
+    running: dict[Future[list[dict[str, Any]]], tuple[Part, list[str]]] = {}
+    with ThreadPoolExecutor(max(1, len(cards))) as pool:
+        while waiting or running:
+            while waiting and (_cards(waiting[0], cards) <= len(free) or not running):
+                part, left = waiting.pop(0), ends - time.monotonic()
+                if part.ranks > len(cards):
+                    yield part, [{"part": part.name, "failed": f"skipped: there are {len(cards)} cards"}]
+                elif left < 20:
+                    yield part, [{"part": part.name, "failed": "skipped: no time"}]
+                else:
+                    own, free = free[: _cards(part, cards)], free[_cards(part, cards) :]
+                    running[pool.submit(measured, part, min(LIMITS[part.kind], left), own)] = part, own
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                part, own = running.pop(future)
+                free += own
+                yield part, future.result()
+
+
+def _cards(part: Part, cards: Sequence[str]) -> int:
+    """How many cards a part needs; on a CPU all, so that nothing runs beside it."""
+    return part.ranks if part.device == "cuda" else len(cards)
+
+
+def cards_of(device: str, most: int) -> list[str]:
+    """Names of the cards; on a CPU as many as a part has ranks."""
+    if device == "cpu":
+        return ["cpu"] * most
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> Table:
@@ -203,10 +238,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if unknown := set(arguments.only.split(",")) - set(PARTS):
         parser.error(f"unknown part {sorted(unknown)[0]}: choose among {', '.join(PARTS)}")
-    console, ends, rows = Console(width=200), time.monotonic() + 60 * arguments.minutes, []
-    for part in parts_of(arguments):
-        left = ends - time.monotonic()
-        found = measured(part, min(LIMITS[part.kind], left)) if left > 20 else [{"part": part.name, "failed": "skipped: no time"}]
+    console, rows, parts = Console(width=200), [], parts_of(arguments)
+    cards = cards_of(arguments.device, max((part.ranks for part in parts), default=1))
+    for part, found in all_measured(parts, cards, 60 * arguments.minutes):
         rows += found
         for row in found:
             console.print(json.dumps(row) if "failed" in row else f"{part.name}: {row}", soft_wrap=True, highlight=False)

@@ -76,8 +76,9 @@ class ParallelEngine(LLMEngine):
                 processes.begin(replace(config, device=device.type, dtype=dtype), ranks.port)
             processes.wait_ready()
             processes.on_loss.append(ranks.abort)
-            ranks.connect(device)
-            super().__init__(config, loaded)
+            with processes.due(START):
+                ranks.connect(device)
+                super().__init__(config, loaded)
         except BaseException as error:
             why = error if isinstance(error, SpeContextError | KeyboardInterrupt) else processes.loss(error)
             processes.end()

@@ -50,6 +50,21 @@ def test_numbers_are_held_against_their_targets(script: ModuleType) -> None:
     assert len(script.table_of(rows).rows) == 5
 
 
+def test_parts_run_side_by_side_where_there_are_cards(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def measured(part: Any, seconds: float, cards: list[str]) -> list[dict[str, Any]]:
+        begun.append((part.kind, part.ranks, list(cards)))
+        return [{"part": part.name}]
+
+    monkeypatch.setattr(script, "measured", measured)
+    asked = [("resident", 1), ("host", 2), ("large", 3), ("sums", 9)]
+    parts = [script.Part(kind, "m", ranks, (), "cuda", 1, 1, None, "float32") for kind, ranks in asked]
+    ended = [(part.kind, rows) for part, rows in script.all_measured(parts, ["4", "5", "6"], 60)]
+    assert begun[:2] == [("resident", 1, ["4"]), ("host", 2, ["5", "6"])] and set(begun[2][2]) == {"4", "5", "6"}
+    assert dict(ended)["sums"][0]["failed"] == "skipped: there are 3 cards" and len(ended) == 4
+
+
 @pytest.mark.slow
 def test_parts_run_one_after_the_other_and_one_without_time_is_skipped(
     script: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -57,11 +72,8 @@ def test_parts_run_one_after_the_other_and_one_without_time_is_skipped(
     options = ["--device", "cpu", "--model", "nano", "--large", "nano", "--ranks", "1,2", "--cases", "1x128", "--budget", "64"]
     script.main([*options, "--steps", "4", "--only", "sums,resident", "--json", "--out", str(tmp_path / "rows")])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [(found.get("kv", "sums"), found["ranks"]) for found in report["rows"]] == [
-        ("sums", 2),
-        ("resident", 1),
-        ("resident", 2),
-    ]
+    measured = [(found.get("kv", "sums"), found["ranks"]) for found in report["rows"]]
+    assert measured == [("resident", 1), ("resident", 2), ("sums", 2)]
     assert len((tmp_path / "rows").read_text().splitlines()) == 3
     script.main([*options, "--minutes", "0", "--json"])
     assert all(found["failed"] == "skipped: no time" for found in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"])
