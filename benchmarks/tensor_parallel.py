@@ -82,16 +82,15 @@ def parts_of(arguments: argparse.Namespace) -> list[Part]:
         return Part(kind, model, ranks, own, arguments.device, arguments.budget, arguments.steps, host, dtype)
 
     own, large = cases or CASES[arguments.device], LARGE_CASES[arguments.device]
-    several = [count for count in counts if count > 1]
+    several, wanted = [count for count in counts if count > 1], arguments.only.split(",")
     few = [part(kind, arguments.model, count, own) for kind, count in (("resident", 1), ("resident", 2)) if count in counts]
     few += [part("host", arguments.model, 1, own[:2])] if 1 in counts else []
     found = few + [part("sums", arguments.model, count, own) for count in reversed(several)]
     found += [part("resident", arguments.model, count, own) for count in several if count > 2]
-    if several:
+    if several and "large" in wanted:
         found += [part(kind, arguments.large, max(several), large) for kind in ("sums", "large")]
     found += [part("host", arguments.model, count, own[:2]) for count in reversed(several)]
-    wanted = arguments.only.split(",")
-    return [one for one in found if one.kind in wanted and (one.model == arguments.model or "large" in wanted)]
+    return [one for one in found if one.kind in wanted]
 
 
 def measured(part: Part, seconds: float, cards: Sequence[str]) -> list[dict[str, Any]]:

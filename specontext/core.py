@@ -62,6 +62,30 @@ class Window:
 
 
 @dataclass(frozen=True)
+class LatentSizes:
+    """What keys and values are made of where attention is multi-head latent attention.
+
+    All that is stored of a token in a layer is one row: the latent, of which keys and values of all heads are linear maps, and
+    the numbers of the keys that RoPE turns, which all heads share.
+
+    Attributes:
+        rank: numbers of the latent (kv_lora_rank).
+        rotated: numbers that RoPE turns (qk_rope_head_dim).
+        key, value: of a head's key, those that RoPE turns among them, and of its value, once they are made.
+    """
+
+    rank: int
+    rotated: int
+    key: int
+    value: int
+
+    @property
+    def row(self) -> int:
+        """Numbers of a row."""
+        return self.rank + self.rotated
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """What KV storage, planner and selectors must know of a model.
 
@@ -79,6 +103,8 @@ class ModelShape:
         windows: of every layer of the decoder its window, None for one that attends to the whole context; empty where none has
             a window.
         kv_dtype: of the codes of KV in 8 bits, each key and value with a scale; None for numbers of `dtype`.
+        latent: where what is stored are latents. Attention is then to one KV head, a row of which is both key and value, and D
+            the numbers of a row. None for keys and values.
     """
 
     layers: int
@@ -93,6 +119,7 @@ class ModelShape:
     windows: tuple[Window | None, ...] = ()
     longer: int = 0
     kv_dtype: torch.dtype | None = None
+    latent: LatentSizes | None = None
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> ModelShape:
@@ -105,7 +132,7 @@ class ModelShape:
             AttributeError: an entry that is missing.
         """
         max_position, limited_by, longer = _longest_context(config)
-        windows = _windows(config, max(max_position, longer))
+        windows, latent = _windows(config, max(max_position, longer)), _latent(config)
         if dtype is None:
             import torch
 
@@ -114,18 +141,21 @@ class ModelShape:
             layers=sum(window is None for window in windows) if windows else config.num_hidden_layers,
             hidden_size=config.hidden_size,
             query_heads=config.num_attention_heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            kv_heads=1 if latent else getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=latent.row if latent else _head_dim(config),
             vocab_size=config.vocab_size,
             max_position=max_position,
             dtype=dtype,
             limited_by=limited_by,
             windows=windows,
             longer=longer,
+            latent=latent,
         )
 
     def check_kv_format(self, name: str) -> None:
         """Raises ConfigError where rows of these heads cannot be codes with scales."""
+        if self.latent is not None:
+            raise ConfigError(f"kv_cache_dtype {name} does not work with multi-head latent attention: set it to auto")
         if self.head_dim % 2:
             raise ConfigError(f"kv_cache_dtype {name} needs heads of an even width, not of {self.head_dim}: set it to auto")
 
@@ -157,11 +187,26 @@ class ModelShape:
         return f"{self.max_position} tokens" + (f" ({why})" if why else "")
 
     @property
+    def row_numbers(self) -> int:
+        """Numbers of K and V of one token of one KV head of one layer: of a latent, which is both, they count once."""
+        return self.head_dim if self.latent is not None else 2 * self.head_dim
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of K and V of one token of one KV head of one layer, with their scales."""
         if self.kv_dtype is not None:
             return 2 * (self.head_dim * self.kv_dtype.itemsize + SCALE_BYTES)
-        return self.window_row_bytes
+        return self.row_numbers * self.dtype.itemsize
+
+    @property
+    def key_dim(self) -> int:
+        """Numbers of a head's key as the model makes it: D but for latents."""
+        return self.latent.key if self.latent is not None else self.head_dim
+
+    @property
+    def made_dim(self) -> int:
+        """Numbers of a head's key and value on average, as the model makes them: D but for latents."""
+        return (self.latent.key + self.latent.value) // 2 if self.latent is not None else self.head_dim
 
     @property
     def window_row_bytes(self) -> int:
@@ -257,6 +302,19 @@ def _windows(config: PreTrainedConfig, longest: int) -> tuple[Window | None, ...
         size = sizes.get(kind)
         found.append(Window(size, kind == "chunked_attention") if size is not None and size < longest else None)
     return tuple(found) if any(found) else ()
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _latent(config: PreTrainedConfig) -> LatentSizes | None:
+    """Sizes of multi-head latent attention; None for any other."""
+    rank = getattr(config, "kv_lora_rank", None)
+    if not rank:
+        return None
+    rotated = config.qk_rope_head_dim
+    return LatentSizes(rank, rotated, config.qk_nope_head_dim + rotated, config.v_head_dim)
 
 
 def _tokens(config: PreTrainedConfig, name: str) -> int | None:

@@ -21,7 +21,9 @@ class Share:
     size: int
 
     def check(self, shape: ModelShape) -> None:
-        """Raises ConfigError for heads that cannot be shared so."""
+        """Raises ConfigError for heads that cannot be shared so, and one latent for all heads."""
+        if shape.latent is not None:
+            raise ConfigError("multi-head latent attention does not work with tensor_parallel_size: leave it out")
         heads, size = shape.kv_heads, self.size
         if shape.query_heads % size or (heads % size and size % heads):
             raise ConfigError(

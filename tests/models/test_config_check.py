@@ -13,7 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BloomConfig,
-    DeepseekV3Config,
+    DeepseekV32Config,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -62,7 +62,7 @@ def rope(kind: str, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "feature"),
     [
-        (DeepseekV3Config(), "uses multi-head latent attention .kv_lora_rank 512"),
+        (DeepseekV32Config(), "uses layers of type indexed_attention"),
         (T5Config(), "is an encoder-decoder"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, PreTrainedConfig) else "",
