@@ -47,9 +47,10 @@ from specontext.core import Batch
 from specontext.distill.new_head import HeadShape, new_head
 from specontext.engine.build import Parts
 from specontext.engine.runner import ModelRunner
+from specontext.evaluation.paper.hugging_face import random_kv
 from specontext.evaluation.paper.replay import Replay, overlapping, with_own_method
 from specontext.evaluation.paper.shapes import DTYPES, random_model
-from specontext.evaluation.paper.states import fill, parts_for
+from specontext.evaluation.paper.states import parts_for
 from specontext.models.attention import ATTENTION_NAME
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.selector import Budget, LaneTokens
@@ -87,9 +88,7 @@ def hugging_face(loaded: LoadedModel, requests: int, context: int, device: torch
     shape, model = loaded.shape, loaded.model
     cache = DynamicCache(config=model.config)
     for layer in range(shape.layers):
-        kv = torch.empty((2, requests, shape.kv_heads, context - 1, shape.head_dim), dtype=shape.dtype, device=device)
-        fill(kv)
-        cache.update(kv[0], kv[1], layer)
+        cache.update(*random_kv(shape, requests, context - 1, device), layer)
     ids = torch.full((requests, 1), 7, device=device)
 
     def step() -> Tensor:

@@ -55,28 +55,31 @@ def paged(case: Case) -> list[Operation]:
 
 
 def _by_page(case: Case) -> Tensor:
-    """[pages, page_size, Hkv, 2, D]."""
-    return case.context_rows.view(-1, PAGE_SIZE, case.shape.kv_heads, 2, case.shape.head_dim)
+    """[pages, page_size, Hkv, *row]."""
+    return case.context_rows.view(-1, PAGE_SIZE, case.shape.kv_heads, *case.row)
 
 
 def _context(case: Case, i: int, r: int) -> Tensor:
-    """Rows [Hkv, S, 2, D] of a request's context, copied."""
+    """Rows [Hkv, S, *row] of a request's context, copied."""
     return _by_page(case)[case.context_pages[i, r]].flatten(0, 1)[: case.context].transpose(0, 1)
 
 
 def prefill(case: Case) -> list[Operation]:
-    """A chunk of request 0 whose earlier tokens are read from pages of the device, tile by tile, as the engine does."""
+    """A chunk of request 0 whose earlier tokens are read from pages of the device, tile by tile, as the engine does.
+
+    To latents it attends in latent space, as short chunks do.
+    """
     shape, chunk, count = case.shape, case.chunk, len(case.context_pages)
     gpu = case.device.type == "cuda"
     past, tile = case.context - chunk, prompt_tile(shape.kv_heads * shape.row_bytes) if gpu else 1024
     query = case.random(count, chunk, shape.query_heads, shape.head_dim)
-    new = case.random(2, count, chunk, shape.kv_heads, shape.head_dim)
+    new = case.random(case.row[0], count, chunk, shape.kv_heads, shape.head_dim)
     buffer = tile_buffer(_by_page(case), min(tile, past))
     layers = places_of(one_by_one(count), case.device)
-    pages = Pages(case.context_rows.view(-1, 2, shape.head_dim), case.context_pages, PAGE_SIZE, shape.kv_heads, layers)
+    pages = Pages(case.context_rows.view(-1, *case.row), case.context_pages, PAGE_SIZE, shape.kv_heads, layers)
 
     def call(i: int) -> Tensor:
-        attention = chunk_attention(query[i], new[0, i], new[1, i], case.scale)
+        attention = chunk_attention(query[i], new[0, i], new[-1, i], case.scale)
         for start in range(0, past, tile):
             end = min(start + tile, past)
             if gpu:
@@ -88,7 +91,7 @@ def prefill(case: Case) -> list[Operation]:
         return attention.result()
 
     found = call(1)
-    stored, own = _context(case, 1, 0)[:, :past], torch.stack((new[0, 1], new[1, 1]), 2).transpose(0, 1)  # [Hkv, T, 2, D]
+    stored, own = _context(case, 1, 0)[:, :past], new[:, 1].permute(2, 1, 0, 3)  # [Hkv, T, *row]
     some = sorted({0, chunk // 2, chunk - 1})
     right = [exact_attention(query[1, n], torch.cat((stored, own[:, : n + 1]), 1), case.scale) for n in some]
     error = require("prefill attention", relative_error(found[some], torch.stack(right)), ROUNDED[shape.dtype])

@@ -61,6 +61,11 @@ class Case:
         self.order = torch.Generator().manual_seed(1)
 
     @property
+    def row(self) -> tuple[int, int]:
+        """What a row is made of: [2, D], or [1, D] where it is a latent, key and value at once."""
+        return self.shape.row_numbers // self.shape.head_dim, self.shape.head_dim
+
+    @property
     def scale(self) -> float:
         return self.shape.head_dim**-0.5
 
@@ -75,7 +80,7 @@ class Case:
             vocab_size=shape.vocab_size,
             heads=shape.query_heads * self.bands,
             kv_heads=self.groups,
-            head_dim=self.key_dim or shape.head_dim,
+            head_dim=self.key_dim or shape.key_dim,
             feature_layers=tuple(range(FEATURE_LAYERS)),
             key_heads=self.key_heads,
             key_inputs="before" if self.key_heads is None else "around",
@@ -116,8 +121,8 @@ class Case:
 
     @cached_property
     def arena(self) -> Tensor:
-        """Slots of all layers and requests: [N, 2, D]."""
-        return self.random((self.arena_pages.numel() + 1) * PAGE_SIZE * self.shape.kv_heads, 2, self.shape.head_dim)
+        """Slots of all layers and requests: [N, *row]."""
+        return self.random((self.arena_pages.numel() + 1) * PAGE_SIZE * self.shape.kv_heads, *self.row)
 
     @cached_property
     def arena_pages(self) -> Tensor:
@@ -127,7 +132,7 @@ class Case:
 
     @cached_property
     def host(self) -> Tensor:
-        """The host pool [N, 2, D], on CUDA pinned."""
+        """The host pool [N, *row], on CUDA pinned."""
         page_bytes = PAGE_SIZE * self.shape.kv_heads * self.shape.row_bytes
         needed = 2 * self.shape.layers * self.requests * self.token_pages + 8  # blocks may have places to spare
         pages = needed if self.pool_bytes is None else self.pool_bytes // page_bytes
@@ -135,7 +140,7 @@ class Case:
             raise ValueError(f"the host pool holds fewer than {self.requests} x {self.context} tokens of one layer: enlarge it")
         memory = self.stack.enter_context(host_memory(pages * page_bytes, pinned=self.device.type == "cuda"))
         # The CPU writes it: a copy engine refuses a range that was pinned in several parts.
-        return fill(memory.view(self.shape.dtype), self.order).view(-1, 2, self.shape.head_dim)
+        return fill(memory.view(self.shape.dtype), self.order).view(-1, *self.row)
 
     @cached_property
     def host_pages(self) -> Tensor:
@@ -160,8 +165,8 @@ class Case:
 
     @cached_property
     def context_rows(self) -> Tensor:
-        """Rows [N, 2, D] of these pages."""
-        return self.random((self.context_pages.numel() + 1) * PAGE_SIZE * self.shape.kv_heads, 2, self.shape.head_dim)
+        """Rows [N, *row] of these pages."""
+        return self.random((self.context_pages.numel() + 1) * PAGE_SIZE * self.shape.kv_heads, *self.row)
 
     @cached_property
     def selections(self) -> list[Tensor]:

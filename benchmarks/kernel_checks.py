@@ -63,8 +63,8 @@ def require_equal(name: str, found: Tensor, right: Tensor) -> float:
 
 
 def exact_attention(query: Tensor, rows: Tensor, scale: float) -> Tensor:
-    """Attention in float64: query [Hq, D] over rows [Hkv, T, 2, D] gives [Hq, D]."""
-    keys, values = rows.double().unbind(2)
+    """Attention in float64: query [Hq, D] over rows [Hkv, T, 2 or 1, D] gives [Hq, D]."""
+    keys, values = rows.double().select(2, 0), rows.double().select(2, -1)
     grouped = query.double().view(len(rows), -1, query.shape[-1])
     return (torch.softmax(grouped @ keys.mT * scale, -1) @ values).view(query.shape)
 

@@ -49,7 +49,7 @@ def rows(case: Case) -> list[Operation]:
 
 def append(case: Case) -> list[Operation]:
     shape, count = case.shape, 8
-    new = case.random(2, count, case.requests, shape.kv_heads, shape.head_dim)
+    new = case.random(case.row[0], count, case.requests, shape.kv_heads, shape.head_dim)
     lengths = torch.full((case.requests,), case.context, device=case.device)
     host_pages, slot_pages, context_pages = case.host_pages, case.arena_pages, case.context_pages
     positions = [lengths - 1 - i for i in range(count)]
@@ -58,7 +58,7 @@ def append(case: Case) -> list[Operation]:
     offloaded_layer = torch.zeros(1, dtype=torch.bool, device=case.device)
     tiers = Tiers(slots, slots, host, offloaded_layer)  # the pages of a resident layer are not read here
     context = _pages(case, case.context_rows, context_pages)
-    tokens = [NewTokens(case.seats, positions[i], lengths, new[0, i], new[1, i]) for i in range(count)]
+    tokens = [NewTokens(case.seats, positions[i], lengths, new[0, i], new[-1, i]) for i in range(count)]
 
     def offloaded(i: int) -> None:
         moves.append_layer(tiers, 0, tokens[i])
@@ -71,7 +71,7 @@ def append(case: Case) -> list[Operation]:
         resident(i)
     _synchronize(case.device)
     for i in range(count):
-        right = torch.stack((new[0, i], new[1, i]), 2)  # [R, Hkv, 2, D]
+        right = new[:, i].permute(1, 2, 0, 3)  # [R, Hkv, *row]
         ring = SINK + positions[i] % RECENT
         for pool, pages, entry in (
             (case.host, host_pages, positions[i]),

@@ -257,14 +257,14 @@ def _require_written(case: Case, name: str, source: Pages, target: Pages, copies
 def chunk(case: Case) -> list[Operation]:
     shape, device, blocks = case.shape, case.device, blocks_of(case)
     count, heads, places = case.chunk, shape.kv_heads, blocks.places
-    new = case.random(count, heads, places, 2, shape.head_dim)
+    new = case.random(count, heads, places, *case.row)
     seats, positions = torch.zeros(count, dtype=torch.int64, device=device), torch.arange(count, device=device)
     wanted = torch.arange(places, device=device) < blocks.sizes[0]
     width = -(-count // PAGE_SIZE)
     in_blocks = on_host(case, blocks, _for_writing(case, blocks, width))
     single = one_by_one(shape.layers)
     in_layers = on_host(case, single, _for_writing(case, single, width))
-    key_value = [new[:, :, place].unbind(2) for place in range(blocks.sizes[0])]
+    key_value = [(new[:, :, place, 0], new[:, :, place, -1]) for place in range(blocks.sizes[0])]
 
     def as_pieces(_: int) -> None:
         kernels.append_pieces(in_blocks, 0, seats, positions, new, wanted)

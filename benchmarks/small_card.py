@@ -27,6 +27,7 @@ from specontext.cli.options import parse_size
 from specontext.config import QUANTIZATIONS, EngineConfig, SpeContextConfig
 from specontext.core import SamplingParams
 from specontext.engine.llm_engine import LLMEngine
+from specontext.evaluation.paper.hugging_face import random_kv
 from specontext.evaluation.paper.shapes import random_model, word_tokenizer
 from specontext.models.attention import attention_of
 from specontext.models.loading import LoadedModel
@@ -74,8 +75,7 @@ def hugging_face(loaded: LoadedModel, arguments: argparse.Namespace) -> float:
     model, shape = loaded.model, loaded.shape
     cache = DynamicCache(config=model.config, offloading=True)
     for layer in range(shape.layers):
-        kv = torch.randn((2, 1, shape.kv_heads, arguments.context, shape.head_dim), dtype=shape.dtype, device=model.device)
-        cache.update(kv[0], kv[1], layer)
+        cache.update(*random_kv(shape, 1, arguments.context, model.device), layer)
     ids = torch.full((1, 1), 7, device=model.device)
     with attention_of(model, "sdpa"):
         for step in range(arguments.hf_tokens + 2):

@@ -29,6 +29,8 @@ NEEDS_CODE = (
     "(generate, serve, eval) or trust_remote_code=True (in Python)"
 )
 WEIGHT_FILES = ("model*.safetensors", "*.index.json")  # in the Hub's repositories of quantised weights
+KNOWN_AS = {"kimi_k2": "deepseek_v3"}  # types of models that are others by another name
+CODE = ("model_type", "auto_map")  # what names a type, and code of its own
 NANO = Path(__file__).parent / "models" / "nano"
 # Retrieval heads that come with this package for models that do not, by the model's name.
 HEADS = {"smollm2": Path(__file__).parent / "models" / "smollm2" / "retrieval_head"}
@@ -118,12 +120,18 @@ def read_config(source: Path | str, *, trust_remote_code: bool = False, revision
     Raises:
         ModelError: it is not there, broken, or of a kind that transformers does not know.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     if isinstance(source, Path):
         _config_values(source, source)
     with one_sentence(f"cannot read the config of the model {source}"):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
+        values, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+        kind, config = KNOWN_AS.get(values.get("model_type", "")), None
+        if kind is None:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
+        else:
+            config = AutoConfig.for_model(kind, **{name: value for name, value in values.items() if name not in CODE})
+            config.name_or_path = str(source)
     return language_model_of(config)
 
 

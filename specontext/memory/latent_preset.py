@@ -90,7 +90,6 @@ class LatentPreset(Preset):
             "intermediate_size": self.intermediate_size,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.query_heads,
-            "num_key_value_heads": self.query_heads,
             "max_position_embeddings": self.max_position,
             "tie_word_embeddings": self.tied,
             "kv_lora_rank": sizes.rank,
@@ -109,5 +108,7 @@ class LatentPreset(Preset):
         }
         if self.family != "glm4_moe_lite":  # whose first layer is always the dense one
             values["first_k_dense_replace"] = experts.dense_layers
-        config: PreTrainedConfig = kinds[self.family](**(values | changes))
+        values |= {name: value for name, value in changes.items() if name not in ("num_key_value_heads", "head_dim")}
+        values["num_key_value_heads"] = values["num_attention_heads"]  # of what is made of latents
+        config: PreTrainedConfig = kinds[self.family](**values)
         return config

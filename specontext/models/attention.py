@@ -168,7 +168,7 @@ def attention_forward(
     if getattr(module, "attn_temperature_tuning", False):
         query = at_positions(module, query, running.listener.positions)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if key is value:
+    if EXPAND in vars(module):
         output = running.listener.attend_latents(layer, latents_of(module), q, k, scale, softmax)
     elif window is None:
         output = running.listener.attend(layer, q, k, v, scale, softmax)

@@ -159,7 +159,7 @@ class HeadConfig:
         if need_map and self.head_map is None and self.kv_heads != target.kv_heads:
             raise HeadError(
                 f"this retrieval head has {self.kv_heads} groups and the model {target.kv_heads} KV heads, so it needs a "
-                "head map: make one with `specontext head calibrate`"
+                "head map: make one with `specontext head calibrate`, or have all groups choose one set with granularity 'batch'"
             )
 
     def yarn_factor(self, max_tokens: int) -> float:

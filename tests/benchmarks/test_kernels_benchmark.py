@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specontext.core import ModelShape
+from specontext.core import LatentSizes, ModelShape
 from specontext.kernels.dispatch import VARIABLE
 from specontext.retrieval.selector import Budget
 
@@ -71,9 +71,16 @@ def tiny(module: ModuleType, **changes: Any) -> Any:
     return module.Case(**settings | changes)
 
 
-@pytest.mark.parametrize("head", [{}, {"bands": 3, "key_heads": 1, "key_dim": 24, "query_rank": 8}], ids=["own", "wide"])
+LATENTS = ModelShape(3, 48, 4, 1, 24, 100, 4096, torch.float32, latent=LatentSizes(16, 8, key=20, value=12))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [{}, {"bands": 3, "key_heads": 1, "key_dim": 24, "query_rank": 8}, {"shape": LATENTS}],
+    ids=["own", "wide", "latents"],
+)
 def test_report(
-    head: dict[str, int], script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    head: dict[str, Any], script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(script, "case_of", lambda arguments, device: tiny(script, **head))
     monkeypatch.setattr(sys, "argv", ["kernels.py", "--quick", "--json"])

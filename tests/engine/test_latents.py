@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from specontext import LLM, SamplingParams
-from specontext.errors import ConfigError
+from specontext import LLM, SamplingParams, SpeContextConfig
+from specontext.errors import ConfigError, HeadError
 from specontext.kernels import dispatch
+from specontext.locations import shape_of
+from specontext.retrieval.checkpoint import save_head
+from specontext.retrieval.head import RetrievalHead
+from specontext.retrieval.head_config import HeadConfig
 from tests.engine.test_equality import check_idle, tokens_of
 from tests.engine.test_graph_safety import SeveralStreams
 from tests.engine.test_prefix import ask, cached
@@ -20,7 +25,7 @@ ONE = "latents"
 OTHERS = ("streaming", "oracle", "random", "quest", "shadowkv", "clusterkv", "snapkv", "h2o")
 EVERY_METHOD = [
     "speculative",
-    *(name if name in ("quest", "snapkv") else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS),
+    *(name if name == "quest" else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS),
 ]
 Prompts = list[list[int]]
 MakeLLM = Callable[..., LLM]
@@ -90,6 +95,7 @@ def test_tiers_slots_chunks_and_company_change_nothing(
     check_idle(llm)
 
 
+@pytest.mark.slow
 def test_methods_that_foresee_and_requests_that_choose(
     make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected, alone: Any
 ) -> None:
@@ -136,6 +142,36 @@ def test_a_prompt_that_goes_on_from_an_earlier_one_finds_its_latents(
         found.append(cached(job))
     assert found == [0, 176, 80, 176]
     check_idle(llm)
+
+
+def test_chunks_make_keys_and_values_of_some_rows_at_a_time(
+    make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int, int]] = []
+
+    def seven(*sizes: int) -> int:
+        asked.append(sizes)  # type: ignore[arg-type]
+        return 7
+
+    monkeypatch.setattr("specontext.engine.prefill.made_tile", seven)
+    llm = make_llm(ONE, "full", offload_layers=2, max_num_batched_tokens=40)
+    assert tokens_of(llm, prompts, greedy()) == expected(ONE)
+    assert set(asked) == {(4, 24, 4)}
+
+
+def test_all_groups_of_a_head_choose_for_the_only_kv_head(
+    checkpoint: Callable[[str], Path], tmp_path: Path, prompts: Prompts, greedy: Greedy
+) -> None:
+    """As a draft whose layer has four KV heads is pruned."""
+    folder = checkpoint(ONE)
+    sizes = {"hidden_size": 64, "target_hidden_size": 64, "vocab_size": shape_of(folder).vocab_size, "head_dim": 16}
+    head = RetrievalHead(HeadConfig("features", heads=8, kv_heads=4, feature_layers=(1, 2), **sizes))
+    save_head(head, tmp_path)
+    one_set = SpeContextConfig(budget=12, sink=2, recent=4, granularity="batch", offload_layers=2)
+    llm = LLM(folder, retrieval_head=tmp_path, config=one_set, device="cpu")
+    assert llm.generate(prompts[2:3], greedy(4))[0].stats["tokens_read_per_step"] == 12
+    with pytest.raises(HeadError, match=r"4 groups and the model 1 KV heads, .*granularity 'batch'"):
+        LLM(folder, retrieval_head=tmp_path, config=SpeContextConfig(budget=12, sink=2, recent=4), device="cpu")
 
 
 @pytest.mark.parametrize("codes", ["fp8", "int8"])

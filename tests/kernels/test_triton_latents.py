@@ -40,7 +40,7 @@ def right(query: Tensor, arena: Tensor, rows: Tensor, scale: float, cap: float |
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
-@pytest.mark.parametrize(("splits", "cap"), [(None, None), (1, 2.0), (3, None)])
+@pytest.mark.parametrize(("splits", "cap"), [(None, 2.0), *(pytest.param(n, None, marks=pytest.mark.slow) for n in (1, 3))])
 @pytest.mark.parametrize(("requests", "heads", "width", "dim"), SHAPES)
 def test_sparse_attention(
     requests: int, heads: int, width: int, dim: int, splits: int | None, cap: float | None, dtype: torch.dtype
@@ -57,7 +57,9 @@ def test_sparse_attention(
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
-@pytest.mark.parametrize(("splits", "page_size"), [(None, 16), (1, 7), (3, 1)])
+@pytest.mark.parametrize(
+    ("splits", "page_size"), [(3, 7), *(pytest.param(*n, marks=pytest.mark.slow) for n in ((None, 16), (1, 1)))]
+)
 @pytest.mark.parametrize(("requests", "heads", "width", "dim"), SHAPES[:3])
 def test_paged_attention(
     requests: int, heads: int, width: int, dim: int, splits: int | None, page_size: int, dtype: torch.dtype

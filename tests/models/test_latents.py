@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, LongcatFlashConfig, PreTrainedModel
 
 from specontext import LLM, SpeContextConfig
 from specontext.errors import ModelError
@@ -19,6 +19,9 @@ from specontext.models.attention import forget_running
 from specontext.models.latents import EXPAND, latent_modules
 from specontext.models.loading import load_model
 from specontext.quantization.linear import QuantizedLinear
+from specontext.retrieval.checkpoint import save_head
+from specontext.retrieval.random_head import random_head
+from tests.conftest import LATENT, need_latents, randomise
 from tests.models.quantised_files import write_quantised
 from tests.models.test_quantised_weights import FORMATS
 
@@ -71,6 +74,50 @@ def test_layers_that_predict_further_tokens_are_left_out(
     save_file(tensors | beside, tmp_path / "model.safetensors", metadata={"format": "pt"})
     llm = LLM(tmp_path, config=SpeContextConfig(method="full"), device="cpu")
     assert llm.generate(prompts[1:2], greedy())[0].token_ids == expected("latents")[1]
+
+
+def test_kimi_k2_is_a_deepseek_v3(checkpoint: Checkpoint, tmp_path: Path, prompts: Any, greedy: Any, expected: Any) -> None:
+    """Its config says so under another name, and names code of its own, which is not needed."""
+    for file in checkpoint("latents").iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    code = {
+        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "kimi_k2", "auto_map": code}))
+    for trusted in (False, True):
+        llm = LLM(tmp_path, config=SpeContextConfig(method="full"), device="cpu", trust_remote_code=trusted)
+        assert llm.generate(prompts[1:2], greedy())[0].token_ids == expected("latents")[1]
+
+
+def test_longcat_s_two_attentions_a_layer_run_without_a_head(tmp_path: Path, tokenizer: Any, prompts: Any, greedy: Any) -> None:
+    """Its decoder layers have two attentions each, so that features between layers are not where a head looks for them."""
+    need_latents()
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "expert_ffn_hidden_size": 32,
+        "num_layers": 2,
+    }
+    experts = {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "max_position_embeddings": 512, "head_dim": 8}
+    heads = {name: one for name, one in LATENT.items() if name != "rope_parameters"} | {"num_attention_heads": 4}
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = LongcatFlashConfig(**sizes, **experts, **heads, **ends)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    randomise(model, seed=1)
+    model.eval().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    llm = LLM(tmp_path, config=SpeContextConfig(method="full", offload_layers=1), device="cpu")
+    assert llm.engine.loaded.shape.layers == 4
+    (output,) = llm.generate(prompts[1:2], greedy(8))
+    right = model.generate(torch.tensor(prompts[1:2]), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=1)
+    assert output.token_ids == right[0, len(prompts[1]) :].tolist()
+    save_head(random_head(llm.engine.loaded.shape), tmp_path / "retrieval_head")
+    with pytest.raises(ModelError, match="its 4 layers do not stand in one list"):
+        LLM(tmp_path, config=SpeContextConfig(budget=64), device="cpu")
 
 
 def test_a_model_is_as_it_was_outside_of_passes_of_an_engine(reference: Callable[[str], PreTrainedModel]) -> None:

@@ -17,6 +17,7 @@ from specontext.core import ModelShape, Window
 from specontext.errors import ModelError
 from specontext.locations import read_config
 from specontext.models.config_check import check_supported
+from tests.conftest import need_latents
 
 CONFIGS: dict[str, Any] = json.loads((Path(__file__).parent / "public_configs.json").read_text())
 # Layers that attend to the whole context, all layers, the window of the others, and the longest context that may be asked for.
@@ -46,6 +47,8 @@ SHAPES: dict[str, tuple[int, int, Window | None, int]] = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_public_configs(name: str, tmp_path: Path) -> None:
+    if "kv_lora_rank" in CONFIGS[name]:
+        need_latents()
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
     config = read_config(tmp_path)
     check_supported(config)

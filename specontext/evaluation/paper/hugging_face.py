@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
+from specontext.core import ModelShape
 from specontext.evaluation.paper.loop import TOKEN, free, now
 from specontext.evaluation.paper.states import fill
 from specontext.models.loading import LoadedModel
@@ -104,11 +106,17 @@ def _cache(loaded: LoadedModel, way: Theirs, requests: int, length: int, longest
     else:
         cache = DynamicCache(config=model.config, offloading=way.cache == "offloaded")
     for layer in range(shape.depth):
-        kv = torch.empty((2, requests, shape.kv_heads, stored, shape.head_dim), dtype=shape.dtype, device=device)
-        fill(kv)
-        cache.update(kv[0], kv[1], layer)
-        del kv
+        cache.update(*random_kv(shape, requests, stored, device), layer)
     return cache
+
+
+def random_kv(shape: ModelShape, requests: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random numbers as the library caches them of a layer: [R, Hkv, S, D] twice; of latents these, and what RoPE turns."""
+    widths = (shape.head_dim,) * 2 if shape.latent is None else (shape.latent.rank, shape.latent.rotated)
+    key, value = (torch.empty((requests, shape.kv_heads, tokens, one), dtype=shape.dtype, device=device) for one in widths)
+    fill(key)
+    fill(value)
+    return key, value
 
 
 @torch.inference_mode()
