@@ -19,7 +19,10 @@ QUANTIZATIONS = ("fp8", "int4")
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 DEFAULT_BUDGET = 2048
 STEP_TOKENS = {"cuda": 8192, "cpu": 1024}  # chunks of prompts that use a device well; larger ones gain nothing
-SHARED_METHODS = ("full", "speculative", "streaming")  # that run where several processes share the model
+# That do not run where several processes share the model: one looks at all heads beforehand, and one pools over them, unless each
+# KV head has sets of its own.
+WHOLE_METHODS = ("shared-oracle",)
+POOLING_METHODS = ("oracle",)
 MIXED_TOKENS = 1024  # some 30 ms of an 8B model on an H100, for which requests that decode wait
 T = TypeVar("T")
 
@@ -312,7 +315,8 @@ class EngineConfig:
             "max_wait_s": self.max_wait_s,
             "offload_dir": self.offload_dir,
         }
-        refused |= {f"method {name}": base_of(name) not in SHARED_METHODS for name in self.all_methods}
+        whole = WHOLE_METHODS + (POOLING_METHODS if self.method.granularity != "head" else ())
+        refused |= {f"method {name}": base_of(name) in whole for name in self.all_methods}
         for name, value in refused.items():
             if value is not None and value is not False:
                 raise ConfigError(

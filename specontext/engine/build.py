@@ -38,10 +38,12 @@ from specontext.memory.throughput import ServiceLimits
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, TierSizes, free_memory, size_tiers
 from specontext.models.loading import LoadedModel
 from specontext.models.rope import fix_rope
+from specontext.models.sharding import outputs_read
 from specontext.retrieval.head import RetrievalHead, facts_of_head
-from specontext.retrieval.methods import make_selectors, selector_class, token_sets
+from specontext.retrieval.head_part import head_part
+from specontext.retrieval.methods import context_of, make_selectors, selector_class, token_sets
 from specontext.retrieval.methods.speculative import KeyCache
-from specontext.retrieval.registry import base_of, variant_of
+from specontext.retrieval.registry import base_of, needs_head, variant_of
 from specontext.retrieval.selector import Budget, LayerSelector, MethodContext, Selector, reads_everything
 
 logger = logging.getLogger("specontext")
@@ -111,8 +113,19 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         head.set_rope(theta=config.head_rope_theta, yarn_factor=head.config.yarn_factor(max_tokens) if factor is None else factor)
         logger.info("%s", describe_head(head, max_tokens))
     check_host_format(config, method, shape.layers)
+    names, whole_head = config.all_methods, head
+    if ranks is not None and head is not None and method.granularity == "head" and not any(map(reads_all_groups, names)):
+        head = head_part(head, whole, ranks.share)
     facts = facts_of_loaded(loaded, head)
-    names = config.all_methods
+    if whole_head is not None:  # ranks have the same layers side by side
+        facts = replace(facts, head=replace(facts.head, head_map=whole_head.config.head_map))
+    if ranks is not None:  # the last rank may have fewer outputs, and all decide by the same numbers
+        facts = replace(
+            facts,
+            parameters=ranks.most(facts.parameters),
+            lookup_parameters=ranks.most(facts.lookup_parameters),
+            stored_bytes=ranks.most(facts.weight_bytes),
+        )
     check_variants(names, method)
     assert method.budget is not None and method.slots is not None
     selecting = [name for name in names if not reads_everything(selector_class(name))]
@@ -127,10 +140,18 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         max_tokens,
         device,
         head,
+        part=None if ranks is None else shape,
+        head_is_part=head is not whole_head,
     )
     kinds = [selector_class(name) for name in names]
-    tables = shape.layers if any(issubclass(kind, LayerSelector) for kind in kinds) else 1
-    groups = max(token_sets(name, context) for name in names)
+    in_layer = [name for name, kind in zip(names, kinds, strict=True) if issubclass(kind, LayerSelector)]
+    if ranks is not None and in_layer and ranks.share.size > whole.kv_heads:
+        raise ConfigError(
+            f"method {in_layer[0]} chooses by all query heads of a KV head, and with tensor_parallel_size {ranks.share.size} "
+            f"for {whole.kv_heads} KV heads no rank has them all: lower it to {whole.kv_heads}, or take another method"
+        )
+    tables = shape.layers if in_layer else 1
+    groups = max(token_sets(name, context_of(name, context)) for name in names)
     tokens = config.step_tokens(device.type)
     run = RunSettings(
         config.max_num_seqs,
@@ -170,7 +191,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         runtime=runtime,
         graphs=graphs,
         spare_layers=1 if adaptive and slots else 0,
-        states=sum(kind.state_bytes(context) for kind in dict.fromkeys(kinds)),
+        states=sum(selector_class(name).state_bytes(context_of(name, context)) for name in {base_of(name) for name in names}),
     )
     on_device = device_memory(config, plan, device)
     on_host = pinnable((config.host_memory or host_default(config)) // config.tensor_parallel_size, machine, plan)
@@ -353,12 +374,18 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
     table = model.get_input_embeddings().weight
     assert isinstance(table, Tensor)
     output = model.get_output_embeddings()
-    lookup = 0 if output is not None and output.weight is table else table.numel()
+    tied = output is not None and output.weight is table
+    lookup = table.numel() - (outputs_read(output) if tied else 0)
     intermediate = getattr(model.config, "intermediate_size", None) or 4 * loaded.shape.hidden_size
     if loaded.ranks is not None:
         intermediate //= loaded.ranks.share.size
     sizes = NO_HEAD if head is None else facts_of_head(head.config)
     return ModelFacts(loaded.name, loaded.shape, loaded.parameters, lookup, intermediate, sizes, stored_bytes=loaded.weight_bytes)
+
+
+def reads_all_groups(name: str) -> bool:
+    """Whether a variant of a method with a retrieval head needs more groups than a rank's KV heads read."""
+    return needs_head(name) and variant_of(name) is not None
 
 
 def check_variants(names: Sequence[str], method: SpeContextConfig) -> None:

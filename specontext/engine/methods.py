@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from specontext.core import Choice, shown
 from specontext.errors import RequestError
@@ -24,7 +25,7 @@ class Methods:
         budget: the engine's; no request may have a larger one.
         selectors: by name of the method, made for this budget.
         layout: of the KV that they choose from.
-        heads: the KV heads that are here, where other ranks have the others.
+        heads: the KV heads that are here, where other ranks have the others; some methods know of no others.
 
     Attributes:
         shared: the method whose state every request has, so that what is known of a prefix serves all; None without a head.
@@ -49,7 +50,7 @@ class Methods:
         self.shared = selectors[headed[0]] if headed else None
         self._headed = headed
         self.readers = {
-            name: Reader.of_map(layout, one.head_map[:, heads], device, in_layer=isinstance(one, LayerSelector))
+            name: Reader.of_map(layout, _own_map(one, layout, heads), device, in_layer=isinstance(one, LayerSelector))
             for name, one in selectors.items()
         }
         self.own_way = self.selector, self.readers[own]
@@ -157,3 +158,8 @@ class Methods:
     def held_pages(self) -> list[list[int]]:
         """Pages of the device's arena that states lie in."""
         return [pages for one in self._with_state for pages in one.held_pages]
+
+
+def _own_map(selector: Selector, layout: Layout, heads: slice) -> Tensor:
+    """The head map [L, Hkv] of the KV heads that are here, of a method that knows all of them or only these."""
+    return selector.head_map if selector.head_map.shape[1] == layout.heads else selector.head_map[:, heads]

@@ -23,7 +23,7 @@ from torch import Tensor
 from specontext.config import EngineConfig
 from specontext.core import SamplingParams
 from specontext.engine.llm_engine import Generation, LLMEngine, load_configured, pick_device
-from specontext.engine.rank_processes import Command, RankProcesses
+from specontext.engine.rank_processes import PATIENCE, START, Command, RankProcesses
 from specontext.engine.rank_state import state_of
 from specontext.engine.rank_worker import CLOSE
 from specontext.errors import ConfigError, DeviceMemoryError, NamedRequestsError, SpeContextError, described
@@ -59,21 +59,26 @@ class ParallelEngine(LLMEngine):
             device = torch.device("cuda:0")
             torch.cuda.set_device(device)
         threads = None
-        if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # the ranks share the cores
+        if "OMP_NUM_THREADS" not in os.environ:  # the ranks share the cores
             threads = max(1, torch.get_num_threads() // size)
             torch.set_num_threads(threads)
         self._within = False
         ranks = Ranks(Share(0, size))
-        self._processes = processes = RankProcesses(size, threads=threads)
+        self._processes = processes = RankProcesses(size, threads=threads, patience=PATIENCE[device.type])
         weakref.finalize(self, processes.end)
         try:
-            loaded = load_configured(config, device, ranks)
-            dtype = str(loaded.shape.dtype).removeprefix("torch.")  # it may depend on what is free
-            processes.begin(replace(config, device=device.type, dtype=dtype), ranks.port)
+            if device.type == "cuda":  # all load at the same time
+                processes.begin(replace(config, device=device.type), ranks.port)
+                loaded = load_configured(config, device, ranks)
+            else:
+                loaded = load_configured(config, device, ranks)
+                dtype = str(loaded.shape.dtype).removeprefix("torch.")  # it may depend on what is free
+                processes.begin(replace(config, device=device.type, dtype=dtype), ranks.port)
             processes.wait_ready()
             processes.on_loss.append(ranks.abort)
-            ranks.connect(device)
-            super().__init__(config, loaded)
+            with processes.due(START):
+                ranks.connect(device)
+                super().__init__(config, loaded)
         except BaseException as error:
             why = error if isinstance(error, SpeContextError | KeyboardInterrupt) else processes.loss(error)
             processes.end()
@@ -94,7 +99,9 @@ class ParallelEngine(LLMEngine):
         self._processes.tell(Command(name, arguments, state=state_of(self)))
         self._within = True
         try:
-            yield
+            with self._processes.due(START if name == "warm_up" else self._processes.patience):
+                yield
+            self._processes.raise_if_lost()  # what a GPU computed meanwhile is not to be trusted
         except BaseException as error:
             if isinstance(error, NamedRequestsError) and not isinstance(error, DeviceMemoryError):
                 raise

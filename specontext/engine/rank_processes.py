@@ -6,12 +6,15 @@ Each has a connection of its own. Commands go one way; the other way comes that 
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -21,6 +24,9 @@ from specontext.errors import RankError, SpeContextError
 from specontext.memory.sharing import Share
 
 READY = "ready"
+PATIENCE = {"cpu": 600.0, "cuda": 120.0}  # seconds for one step; no step takes so long
+START = 1800.0  # seconds for compiling, capturing and pinning
+LOOK = 1.0  # seconds between two looks at the clock
 GRACE = 5.0  # seconds that a rank has to end, and rank 0 to hear why one has ended
 
 
@@ -51,11 +57,14 @@ class RankProcesses:
     """Ranks 1 and up.
 
     Attributes:
+        patience: seconds that a command may take; a rank that hangs without dying is lost then.
         on_loss: called by another thread, once, when a rank is lost.
     """
 
-    def __init__(self, size: int, *, threads: int | None) -> None:
+    def __init__(self, size: int, *, threads: int | None, patience: float) -> None:
+        self.patience = patience
         self.on_loss: list[Callable[[], None]] = []
+        self._due = math.inf
         self._lost: SpeContextError | None = None
         self._ready: set[int] = set()
         self._ending = False
@@ -112,6 +121,15 @@ class RankProcesses:
     def lost(self) -> bool:
         return self._lost is not None
 
+    @contextmanager
+    def due(self, seconds: float) -> Iterator[None]:
+        """Inside is what all ranks do together: if it takes longer, one is lost."""
+        self._due = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._due = math.inf
+
     def raise_if_lost(self) -> None:
         """Raises RankError for a rank that is lost."""
         if self._lost is not None:
@@ -126,7 +144,7 @@ class RankProcesses:
     def _watch(self) -> None:
         open_ = dict(zip(self._connections, range(1, len(self._connections) + 1), strict=True))
         while open_:
-            for found in wait(list(open_)):
+            for found in wait(list(open_), timeout=LOOK):
                 connection = found
                 assert isinstance(connection, Connection)
                 rank = open_[connection]
@@ -141,16 +159,19 @@ class RankProcesses:
                     continue
                 del open_[connection]
                 if not self._ending and self._lost is None:
-                    self._lose(rank, said)
+                    self._lose(f"rank {rank} of {len(self._connections) + 1} is lost ({said or self._end_of(rank)})")
+            if time.monotonic() > self._due and not self._ending and self._lost is None:
+                self._lose(f"a rank hangs: all have been at one step for more than {self.patience:g} s")
 
-    def _lose(self, rank: int, said: object) -> None:
-        """A rank has said why it cannot go on, or is gone: the others cannot go on either."""
+    def _end_of(self, rank: int) -> str:
         process = self._processes[rank - 1]
-        if said is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
-            said = f"its process has ended with code {process.returncode}"
-        why = f"rank {rank} of {len(self._connections) + 1} is lost ({said}): start the engine again"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        return f"its process has ended with code {process.returncode}"
+
+    def _lose(self, what: str) -> None:
+        """A rank has said why it cannot go on, is gone, or hangs: the others cannot go on either."""
+        why = f"{what}: start the engine again"
         with self._changed:
             self._lost = RankError(why)
             self._changed.notify_all()

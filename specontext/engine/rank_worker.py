@@ -19,6 +19,7 @@ from specontext.engine.llm_engine import LLMEngine, load_configured
 from specontext.engine.rank_processes import READY, Command, Setup
 from specontext.engine.rank_state import state_of
 from specontext.errors import DeviceMemoryError, NamedRequestsError, RankError, SpeContextError, described
+from specontext.kv.nearby import stay_near
 from specontext.models.ranks import Ranks
 
 CLOSE = Command("close")
@@ -36,6 +37,7 @@ def work(connection: Connection) -> None:
     device = torch.device("cpu" if setup.config.device == "cpu" else f"cuda:{rank}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        stay_near(device)
     ranks = Ranks(setup.share, setup.port)
     loaded = load_configured(setup.config, device, ranks)
     connection.send(READY)

@@ -23,6 +23,7 @@ from specontext.models.compiled import CompiledModules
 from specontext.models.decoder import decoder_layers, decoder_of, output_layer
 from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
+from specontext.models.sharding import gathers
 from specontext.retrieval.head import CALLED
 from specontext.retrieval.selector import AheadSelector, ForeseeingSelector, Selector
 
@@ -68,6 +69,7 @@ class ModelRunner:
                 compiling += [(parts.head, name) for name in CALLED]
             self._compiled = CompiledModules(compiling)
         self._output_layer = output_layer(loaded.model)
+        self._ranks = loaded.ranks if not gathers(loaded.model) else None  # that may round logits otherwise than rank 0
         self._graphs: DecodeGraphs | None = None
         if graphs and kv.device.type == "cuda" and not (measure_recall or kv.transfers.verify):
             self._graphs = DecodeGraphs(seats=kv.num_seats, device=kv.device)
@@ -232,9 +234,9 @@ class ModelRunner:
         if batch.prefills:
             parts.prefix.observe(batch, features)
         logits: Tensor = output.logits[0]
-        if self.loaded.ranks is not None:  # so that all choose the same tokens, whatever their products round to
+        if self._ranks is not None:  # all choose the same tokens
             logits = logits.contiguous()
-            self.loaded.ranks.share_(logits)
+            self._ranks.share_(logits)
         return logits
 
     def close(self) -> None:

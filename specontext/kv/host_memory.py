@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from specontext.errors import HostMemoryError
+from specontext.kv.nearby import stay_near
 
 CHUNK = 1 << 25  # bytes that are pinned at once
 AHEAD = 16  # chunks that are pinned beyond what is in use
@@ -35,20 +36,21 @@ class HostMemory:
     Args:
         num_bytes: length of the range; what is reached of it counts, not its length.
         pinned: the memory of a GPU's host tier, which its kernels read in place.
+        near: the GPU on whose node pinned memory should lie.
         directory: where a file takes the place of memory; it has no name there and goes with this object.
 
     Raises:
         HostMemoryError: the range, or its first chunk, cannot be had.
     """
 
-    def __init__(self, num_bytes: int, *, pinned: bool, directory: Path | None = None) -> None:
+    def __init__(self, num_bytes: int, *, pinned: bool, directory: Path | None = None, near: torch.device | None = None) -> None:
         assert not (pinned and directory), "a GPU's kernels cannot read pages of a file"
         self.num_bytes, self.pinned = num_bytes, pinned
         region = _memory(num_bytes + HUGE_PAGE) if directory is None else _file(num_bytes + HUGE_PAGE, directory)
         whole = torch.frombuffer(region, dtype=torch.uint8)
         start = -whole.data_ptr() % HUGE_PAGE
         self.bytes: Tensor = whole[start : start + num_bytes]
-        self._pins = _Pins(self.bytes.data_ptr(), num_bytes) if pinned else None
+        self._pins = _Pins(self.bytes.data_ptr(), num_bytes, near) if pinned else None
         if self._pins is not None:
             weakref.finalize(self, self._pins.release)
             self.reach(min(1, num_bytes))
@@ -106,8 +108,8 @@ def _file(num_bytes: int, directory: Path) -> mmap.mmap:
 class _Pins:
     """Pins chunks in order, on a thread of its own that ends when it has nothing to do."""
 
-    def __init__(self, address: int, num_bytes: int) -> None:
-        self.address, self.num_bytes = address, num_bytes
+    def __init__(self, address: int, num_bytes: int, near: torch.device | None) -> None:
+        self.address, self.num_bytes, self.near = address, num_bytes, near
         self.ready, self.needed, self.wanted = 0, 0, 0  # needed: somebody waits
         self.error: str | None = None
         self._changed = threading.Condition()
@@ -136,6 +138,8 @@ class _Pins:
                 )
 
     def _work(self) -> None:
+        if self.near is not None:  # pinning touches the memory first
+            stay_near(self.near)
         pause = 0.0
         while True:
             with self._changed:

@@ -157,5 +157,5 @@ def make_pools(
     arena = PagePool(layout, layout.by_layer, device_pages, "device tier of KV", device)
     on_host = on_host or layout
     host_bytes = host_pages * on_host.page_bytes * on_host.layer_blocks.places
-    memory = HostMemory(host_bytes, pinned=device.type == "cuda", directory=directory)
+    memory = HostMemory(host_bytes, pinned=device.type == "cuda", directory=directory, near=device)
     return arena, PagePool(on_host, on_host.layer_blocks, host_pages, "host tier of KV", device, memory)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from specontext.core import ModelShape
 from specontext.errors import ConfigError
-from specontext.memory.facts import ModelFacts
+from specontext.memory.facts import HeadFacts, ModelFacts
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,9 @@ class Share:
     size: int
 
     def check(self, shape: ModelShape) -> None:
-        """Raises ConfigError for heads that cannot be shared so, and layers with a window or without attention."""
+        """Raises ConfigError for heads that cannot be shared so, one latent for all heads, and layers without attention."""
         if shape.inattentive or shape.states:
             raise ConfigError("layers with a state instead of KV do not work with tensor_parallel_size: leave it out")
-        if shape.windowed:
-            raise ConfigError("layers that attend to a window do not work with tensor_parallel_size: leave it out")
         if shape.latent is not None:
             raise ConfigError("multi-head latent attention does not work with tensor_parallel_size: leave it out")
         heads, size = shape.kv_heads, self.size
@@ -45,8 +44,16 @@ class Share:
         first = self.rank * shape.kv_heads // self.size
         return slice(first, first + count)
 
+    def outputs(self, width: int) -> slice:
+        """Which of the output layer's `width` outputs it has: as many as the others, the last ones perhaps fewer."""
+        each = -(-width // self.size)
+        return slice(min(self.rank * each, width), min((self.rank + 1) * each, width))
+
     def facts(self, facts: ModelFacts) -> ModelFacts:
-        """Sizes of its part, where feed-forward layers are gated ones; embeddings, norms and retrieval head are whole.
+        """Sizes of its part: of all layers but their norms, of the output layer, and of the retrieval head's groups and keys.
+
+        Embeddings are whole. So are the head's weights here, which are too many then; routers, and norms beyond two a layer, are
+        counted as if they were split. Both are some thousandths of a model.
 
         Raises:
             ConfigError: heads that cannot be shared so, or quantised weights.
@@ -56,11 +63,35 @@ class Share:
         if facts.stored_bytes is not None:
             raise ConfigError("quantised weights do not work with tensor_parallel_size: leave one of them out")
         whole, part = facts.shape, self.shape(facts.shape)
-        width = facts.intermediate_size // self.size
-        left_out = _layer_numbers(whole, facts.intermediate_size) - _layer_numbers(part, width)
-        return replace(facts, shape=part, parameters=facts.parameters - whole.layers * left_out, intermediate_size=width)
+        tied, table = not facts.lookup_parameters, whole.vocab_size * whole.hidden_size
+        own = self.outputs(whole.vocab_size)
+        elsewhere = table - (own.stop - own.start) * whole.hidden_size  # of the output layer
+        attention, norms = whole.depth * _attention(whole), (2 * whole.depth + 1) * whole.hidden_size
+        rest = facts.parameters - table * (1 if tied else 2) - norms - attention
+        left_out = attention - whole.depth * _attention(part) + rest - rest // self.size
+        return replace(
+            facts,
+            shape=part,
+            head=self._head(facts),
+            parameters=facts.parameters - left_out - (0 if tied else elsewhere),
+            lookup_parameters=elsewhere if tied else facts.lookup_parameters,
+            intermediate_size=facts.intermediate_size // self.size,
+        )
+
+    def _head(self, facts: ModelFacts) -> HeadFacts:
+        head = facts.head
+        if not head.kv_heads or head.key_heads not in (1, head.kv_heads):  # none, or one that ranks have whole
+            return head
+        most = max(map(len, self.groups_read(facts.shape, facts.head_map)))
+        keys = most if head.key_heads == head.kv_heads else 1
+        return replace(head, heads=head.heads // head.kv_heads * most, kv_heads=most, key_heads=keys)
+
+    def groups_read(self, shape: ModelShape, head_map: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The groups of a retrieval head that each rank's KV heads read, ascending."""
+        own = [Share(rank, self.size).kv_heads(shape) for rank in range(self.size)]
+        return [sorted({group for row in head_map for group in row[heads]}) for heads in own]
 
 
-def _layer_numbers(shape: ModelShape, intermediate_size: int) -> int:
-    """Weights of a layer's attention and of its feed-forward."""
-    return shape.hidden_size * (2 * shape.head_dim * (shape.query_heads + shape.kv_heads) + 3 * intermediate_size)
+def _attention(shape: ModelShape) -> int:
+    """Weights of a layer's projections."""
+    return shape.hidden_size * 2 * shape.head_dim * (shape.query_heads + shape.kv_heads)

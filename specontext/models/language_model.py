@@ -84,6 +84,7 @@ def _with_output_layer(kind: type[PreTrainedConfig]) -> type[PreTrainedModel]:
         config_class = kind
         base_model_prefix = "model"
         _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  (not the instance's, for the library)
+        _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)

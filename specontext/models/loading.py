@@ -13,11 +13,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from specontext.checkpoints.adapters import Adapter
 from specontext.checkpoints.quantization import dequantised
 from specontext.core import ModelShape
 from specontext.errors import ModelError, RequestError
 from specontext.gguf.source import weights_note
-from specontext.locations import adapter_of, one_sentence, quantization_of_source, read_config, resolve_model_path
+from specontext.locations import (
+    adapter_of,
+    folder_of,
+    one_sentence,
+    quantization_of_source,
+    read_config,
+    resolve_model_path,
+)
 from specontext.memory.states import measured_states, mixers_of
 from specontext.models.adapters import check_can_merge, merged
 from specontext.models.attention import ATTENTION_NAME, attention_of, register_attention
@@ -28,9 +36,9 @@ from specontext.models.number_format import running_format
 from specontext.models.quantized import Asked, load_quantised
 from specontext.models.ranks import Ranks
 from specontext.models.rope import fix_rope
-from specontext.models.sharding import shard
+from specontext.models.sharding import random_part, shard
 from specontext.models.tokenizer_files import load_tokenizer
-from specontext.models.weights import random_model, stored_model
+from specontext.models.weights import random_model, stored_format, stored_model
 from specontext.quantization.linear import QuantizedLinear
 from specontext.quantization.schemes import scheme_of
 from specontext.retrieval.checkpoint import OWN_HEAD
@@ -115,7 +123,7 @@ def load_model(
         load_format: "dummy" makes random weights, the same ones every time, quantised as the config says; only config and
             tokenizer are read.
         quantization: 'fp8' or 'int4' rounds 16-bit weights of linear layers while they are loaded.
-        ranks: of the layers only this rank's part is kept, once all is read; they need not be connected yet.
+        ranks: of layers and output layer only this rank's part is read and kept; they need not be connected yet.
 
     Raises:
         ConfigError: heads that so many ranks cannot share.
@@ -144,18 +152,17 @@ def load_model(
     model: Any
     if asked.is_quantised:
         model, note = load_quantised(asked, config, dtype, device)
+    elif ranks is not None:
+        model = _part(source, config, dtype, device, options, ranks, dummy=dummy, adapter=None if dummy else adapter)
     elif dummy:
         model = random_model(config, dtype, device, options)
     else:
         model = stored_model(source, config, dtype, options)
-    if adapter is not None and not dummy:
+    if adapter is not None and not dummy and ranks is None:
         model = merged(model, adapter)
     with one_sentence(f"cannot load the model {source}"):
-        model = (model if ranks is not None else model.to(device)).eval().requires_grad_(False)
-        shape = checked_shape(model, config)
-        if ranks is not None:  # a part may fit where the whole does not
-            shard(model, shape, ranks)
-            model = model.to(device)
+        model = model.to(device).eval().requires_grad_(False)
+        shape = checked_shape(model, config, ranks)
     fix_rope(model, shape.max_position)
     ends = end_tokens(source, tokenizer, revision=revision)
     path = source if isinstance(source, Path) else None
@@ -165,11 +172,49 @@ def load_model(
     return LoadedModel(str(name), path, model, tokenizer, shape, ends, str(adapter.base), note, ranks)
 
 
-def checked_shape(model: PreTrainedModel, config: PreTrainedConfig) -> ModelShape:
-    """The shape of a decoder that is loaded, once it has been found to compute here what it computes in the library."""
+def checked_shape(model: PreTrainedModel, config: PreTrainedConfig, ranks: Ranks | None = None) -> ModelShape:
+    """The shape of a loaded decoder, once it, or a rank's part, has been found to compute what it computes in the library."""
     shape = ModelShape.from_config(config, model.dtype)
-    check_attention(model, shape)
+    if ranks is None:
+        check_attention(model, shape)
+    else:
+        with ranks.apart():
+            check_attention(model, ranks.share.shape(shape))
     return replace(shape, states=measured_states(model)) if shape.inattentive or mixers_of(model) else shape
+
+
+def _part(
+    source: Path | str,
+    config: PreTrainedConfig,
+    dtype: str,
+    device: torch.device,
+    options: dict[str, Any],
+    ranks: Ranks,
+    *,
+    dummy: bool,
+    adapter: Adapter | None,
+) -> PreTrainedModel:
+    """One rank's part of a model, on its device.
+
+    Weights are mapped from their files in the format that these have, so that what is not a rank's own is neither read nor
+    copied. An adapter is merged with all of them first.
+    """
+    if dummy and device.type == "cuda":  # where the whole may not fit
+        return random_part(config, dtype, device, options, ranks)
+    running = None if dtype == "auto" else getattr(torch, dtype)
+    if dummy:
+        model = random_model(config, dtype, device, options)
+    else:
+        folder = folder_of(source, revision=options["revision"], weights=True)
+        stored = stored_format(folder, config) if adapter is None else None
+        running = running or (config.dtype if isinstance(config.dtype, torch.dtype) else None)
+        model = stored_model(folder, config, stored or dtype, options)
+        if adapter is not None:
+            model = merged(model, adapter)
+    with one_sentence(f"cannot load the model {source}"):
+        shard(model, ModelShape.from_config(config, running or model.dtype), ranks, device, running)
+        model.config.dtype = running or model.dtype
+    return model
 
 
 def adopt_model(model: PreTrainedModel) -> LoadedModel:

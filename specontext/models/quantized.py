@@ -8,8 +8,7 @@ its shape without memory: so names and shapes of all tensors are checked as thos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from specontext.models.decoder import decoder_layers
 from specontext.models.language_model import made_model
 from specontext.models.reports import check_report, no_report
 from specontext.models.weight_sources import Source, random_source, rounded_source, stored_source
-from specontext.models.weights import check_numbers, decoder_headers, tie_as_stored
+from specontext.models.weights import check_numbers, decoder_headers, seeded, tie_as_stored
 from specontext.quantization.linear import QuantizedLinear
 from specontext.quantization.schemes import Scheme
 
@@ -130,14 +129,6 @@ def _drop_empty_biases(state: dict[str, Tensor], modules: tuple[str, ...], skele
     for name in (f"{module}.bias" for module in modules):
         if name in state and name not in own and not bool(state[name].any()):
             del state[name]
-
-
-@contextmanager
-def seeded(device: torch.device) -> Iterator[None]:
-    """Inside, random numbers are the same every time, and nobody else's change."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        yield
 
 
 @dataclass(frozen=True)

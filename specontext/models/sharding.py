@@ -1,35 +1,34 @@
-"""One rank's part of a decoder: rows or columns of its linear layers, by the modelling code's own plan for tensor parallelism.
+"""One rank's part of a decoder: some rows or columns of its layers' tables, as `splits.py` says, and of the output layer's.
 
-What is split by columns of the output ('colwise') computes some heads, or some of the feed-forward's numbers; what takes these in
-('rowwise') gives a part of the sum, and the ranks' parts are added up. Everything else is whole on every rank.
+Nothing but that part is copied: tables that are mapped from a file are read where they are a rank's own.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.nn.functional import linear
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from specontext.core import ModelShape
-from specontext.errors import ModelError
-from specontext.memory.sharing import Share
-from specontext.models.decoder import decoder_layers
+from specontext.locations import one_sentence
 from specontext.models.ranks import Ranks
+from specontext.models.splits import ROWS, LayerSplits, Split, splits_of
+from specontext.models.weights import random_model, seeded
 
-COLUMNS, ROWS, WHOLE = "colwise", "rowwise", "replicated_with_grad_allreduce"
-ADVICE = "leave tensor_parallel_size out"
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # whose split goes by heads
+GATHERED = ("colwise_gather_output", "colwise_rep")  # of an output layer, old and new
 
 
 class SummedLinear(nn.Module):
     """A linear layer of which each rank has some columns: the ranks' results are added up."""
 
-    def __init__(self, part: nn.Linear, bias: Tensor | None, ranks: Ranks) -> None:
+    def __init__(self, part: nn.Linear, bias: nn.Parameter | None, ranks: Ranks) -> None:
         super().__init__()
-        self.part, self.ranks = part, ranks
-        self.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
+        self.part, self.ranks, self.bias = part, ranks, bias
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.part(x)
@@ -37,76 +36,195 @@ class SummedLinear(nn.Module):
         return result if self.bias is None else result + self.bias
 
 
-def check_can_share(model: PreTrainedModel, shape: ModelShape, share: Share) -> None:
-    """Raises ConfigError or ModelError, which name it, for what cannot be shared among so many ranks."""
-    share.check(shape)
-    for layer, named in enumerate(_plans(model)):
-        if missing := [name for name in ATTENTION if not any(path.endswith(name) for path in named)]:
-            raise ModelError(
-                f"{_who(model)}: layer {layer} has no {missing[0]} of its own that could be split by heads; {ADVICE}"
-            )
-        for path, (module, style) in named.items():
-            if style not in (COLUMNS, ROWS) or not isinstance(module, nn.Linear):
-                raise ModelError(f"{_who(model)}: nothing says how its {path} is split ({style or 'not in its plan'}); {ADVICE}")
-            width = module.out_features if style == COLUMNS else module.in_features
-            if not path.endswith(ATTENTION) and width % share.size:
-                raise ModelError(f"{_who(model)}: the {width} numbers of {path} do not divide by {share.size}; {ADVICE}")
+class SummedExperts(nn.Module):
+    """Experts of each of which a rank has some columns: the ranks' results are added up."""
+
+    def __init__(self, part: nn.Module, ranks: Ranks) -> None:
+        super().__init__()
+        self.part, self.ranks = part, ranks
+
+    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+        result: Tensor = self.part(*arguments, **options)
+        self.ranks.sum_(result)
+        return result
 
 
-def shard(model: PreTrainedModel, shape: ModelShape, ranks: Ranks) -> None:
-    """Leave of a whole model what one rank has, in place.
+class GatheredLinear(nn.Module):
+    """An output layer of which each rank computes some rows, and gets those of all.
+
+    Args:
+        weight: a rank's rows, or the whole table where it is the embeddings' too.
+        own: which of the outputs are this rank's.
+        width: outputs of all ranks.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, own: slice, width: int, ranks: Ranks) -> None:
+        super().__init__()
+        self.weight, self.bias, self.own, self.width, self.ranks = weight, bias, own, width, ranks
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows that are this rank's."""
+        return self.weight[self.own] if len(self.weight) == self.width else self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ranks.gather(linear(x, self.rows, self.bias), self.width)
+
+
+class Placing:
+    """Puts numbers of a model where they are computed with, in the format in which it runs.
+
+    Args:
+        dtype: None leaves formats as they are. What the library keeps in float32 beside a format is in float32.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> None:
+        self.device, self.dtype = device, dtype
+        kept = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())} if dtype != torch.float32 else set()
+        if dtype == torch.float16:
+            kept |= {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+        self._kept = re.compile("|".join(rf"(^|\.){re.escape(name)}(\.|$)" for name in kept) or r"(?!)")
+
+    def __call__(self, name: str, numbers: Tensor, *, copy: bool = False) -> nn.Parameter:
+        """A parameter, by its name in the model.
+
+        Args:
+            copy: own memory in any case, so that nothing else of what it is a view of stays.
+        """
+        dtype = self.dtype or numbers.dtype
+        if self.dtype is not None and self._kept.search(name):
+            dtype = torch.float32
+        placed = numbers.detach().to(self.device, dtype, copy=copy, memory_format=torch.contiguous_format)
+        return nn.Parameter(placed, requires_grad=False)
+
+
+def shard(
+    model: PreTrainedModel, shape: ModelShape, ranks: Ranks, device: torch.device, dtype: torch.dtype | None = None
+) -> None:
+    """Leave of a whole model what one rank has, in place, on a device.
+
+    Args:
+        dtype: the format in which it runs; None for the one that it has.
 
     Raises:
-        SpeContextError: as of `check_can_share`.
+        SpeContextError: as of `splits_of`.
     """
-    check_can_share(model, shape, ranks.share)
-    for layer, named in zip(decoder_layers(model), _plans(model), strict=True):
-        for path, (module, style) in named.items():
-            assert isinstance(module, nn.Linear)
-            own = _own(path, module.out_features if style == COLUMNS else module.in_features, shape, ranks.share)
-            parent, _, name = path.rpartition(".")
-            setattr(layer.get_submodule(parent), name, _part(module, style or "", own, ranks))
+    layers, placed = splits_of(model, shape, ranks.share), Placing(model, device, dtype)
+    names = {id(module): name for name, module in model.named_modules()}
+    for splits in layers:
+        _shard_layer(splits, names[id(splits.layer)], shape, ranks, placed)
+    _place(model, placed)
+    _share_output(model, ranks, placed)
 
 
-def _own(path: str, width: int, shape: ModelShape, share: Share) -> slice:
-    """Which outputs, or inputs, of a layer are this rank's."""
-    if path.endswith(("k_proj", "v_proj")):
-        heads, each = share.kv_heads(shape), width // shape.kv_heads
-        return slice(heads.start * each, heads.stop * each)
-    each = width // share.size
-    return slice(share.rank * each, (share.rank + 1) * each)
+def _shard_layer(splits: LayerSplits, prefix: str, shape: ModelShape, ranks: Ranks, placed: Placing) -> None:
+    part = ranks.share.shape(shape)
+    for split in splits.splits:
+        parent, _, name = split.path.rpartition(".")
+        home = splits.layer.get_submodule(parent)
+        setattr(home, name, _part(split, f"{prefix}.{split.path}", shape, ranks, placed))
+        if hasattr(home, "num_key_value_groups"):
+            home.num_key_value_groups = part.query_heads // part.kv_heads  # type: ignore[assignment]
+    for path in splits.experts:
+        parent, _, name = path.rpartition(".")
+        setattr(splits.layer.get_submodule(parent), name, SummedExperts(splits.layer.get_submodule(path), ranks))
 
 
-def _part(module: nn.Linear, style: str, own: slice, ranks: Ranks) -> nn.Module:
-    weight = module.weight[own] if style == COLUMNS else module.weight[:, own]
+def _part(split: Split, path: str, shape: ModelShape, ranks: Ranks, placed: Placing) -> nn.Module | nn.Parameter:
+    if split.cut is None:
+        whole = placed(path, split.table)
+        return whole if ranks.share.rank == 0 else nn.Parameter(torch.zeros_like(whole), requires_grad=False)
+    own = split.own(shape, ranks.share)
+    weight = placed(path, split.cut.piece(split.table, own), copy=True)
+    if not isinstance(split.owner, nn.Linear):
+        return weight
     part = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    part.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format), requires_grad=False)
-    if style == ROWS:
-        return SummedLinear(part, None if module.bias is None else module.bias.detach(), ranks)
-    if module.bias is not None:
-        part.bias = nn.Parameter(module.bias.detach()[own].clone(), requires_grad=False)
+    part.weight, bias = weight, split.owner.bias
+    if split.cut == ROWS:
+        return SummedLinear(part, None if bias is None else placed(path, bias), ranks)
+    if bias is not None:
+        part.bias = placed(path, split.cut.piece(bias[:, None], own)[:, 0], copy=True)
     return part
 
 
-def _plans(model: PreTrainedModel) -> list[dict[str, tuple[nn.Module, str | None]]]:
-    """Of every layer the modules with tables of weights, by path: each with its style, None where the plan has none."""
-    config = model.config.get_text_config()
-    plan = getattr(config, "base_model_tp_plan", None) or {}
-    styles = {re.sub(r"^layers\.\*\.", "", name): style for name, style in plan.items()}
-    found = []
-    for layer in decoder_layers(model):
-        named: dict[str, tuple[nn.Module, str | None]] = {}
-        for path, module in layer.named_modules():
-            style = styles.get(path)
-            if style == WHOLE:
-                continue
-            tables = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-            if tables or style is not None:
-                named[path] = (module, style)
-        named |= {path: (layer, styles[path]) for path, _ in layer.named_parameters() if path in styles}  # such as sinks of heads
-        found.append(named)
-    return found
+def _place(model: PreTrainedModel, placed: Placing) -> None:
+    """Put what is whole on every rank in its place; tables that are one stay one."""
+    done: dict[Tensor, nn.Parameter] = {}
+    table, output = model.get_input_embeddings().weight, model.get_output_embeddings() if has_split_output(model) else None
+    for path, module in model.named_modules():
+        for name, own in list(module.named_parameters(recurse=False)):
+            if module is output and own is not table:
+                continue  # a rank has a part of it
+            if own not in done:
+                done[own] = placed(f"{path}.{name}", own)
+            setattr(module, name, done[own])
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(placed.device)
 
 
-def _who(model: PreTrainedModel) -> str:
-    return f"a {type(model).__name__} cannot be shared among ranks"
+def has_split_output(model: PreTrainedModel) -> bool:
+    """Whether the library's plan has the output layer split by its outputs, which are then gathered."""
+    output = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is output), None)
+    plan: Any = getattr(type(model), "_tp_plan", None) or {}
+    return isinstance(output, nn.Linear) and plan.get(name) in GATHERED
+
+
+def _share_output(model: PreTrainedModel, ranks: Ranks, placed: Placing) -> None:
+    if not has_split_output(model):
+        return
+    output: Any = model.get_output_embeddings()
+    own = ranks.share.outputs(output.out_features)
+    path = next(name for name, module in model.named_modules() if module is output)
+    tied = output.weight is model.get_input_embeddings().weight
+    weight = output.weight if tied else placed(path, output.weight[own], copy=True)
+    bias = None if output.bias is None else placed(path, output.bias[own], copy=True)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, GatheredLinear(weight, bias, own, output.out_features, ranks))
+
+
+def gathers(model: PreTrainedModel) -> bool:
+    """Whether ranks have parts of the output layer, so that all have the same logits."""
+    return isinstance(model.get_output_embeddings(), GatheredLinear)
+
+
+def outputs_read(output: nn.Module) -> int:
+    """Numbers of an output layer's table that a step reads here."""
+    table: Any = output.rows if isinstance(output, GatheredLinear) else output.weight
+    return int(table.numel())
+
+
+def random_part(
+    config: PreTrainedConfig, dtype: str, device: torch.device, options: Mapping[str, Any], ranks: Ranks
+) -> PreTrainedModel:
+    """A rank's part with random weights: what all ranks have is the same on all, and the whole is nowhere.
+
+    Its parts are not those of the model that one process makes.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    model = random_model(config, dtype, torch.device("meta"), options)
+    shard(model, ModelShape.from_config(config, model.dtype), ranks, torch.device("meta"))
+    with one_sentence(f"cannot build the model of {config.name_or_path or 'this config'}"), seeded(device):
+        model.to_empty(device=device)
+        model.initialize_weights()
+        _initialize(model)
+    return model
+
+
+@torch.no_grad()
+def _initialize(model: PreTrainedModel) -> None:
+    """Random numbers for the layers of ranks, which the library does not know."""
+    for module in model.modules():
+        if isinstance(module, SummedLinear) and module.bias is not None:
+            module.bias.zero_()
+    output: Any = model.get_output_embeddings()
+    table: Any = model.get_input_embeddings().weight
+    if isinstance(output, GatheredLinear):
+        if output.weight.shape == table.shape:
+            output.weight = table
+        else:
+            output.weight.normal_(std=float(table.std()))
+        if output.bias is not None:
+            output.bias.zero_()

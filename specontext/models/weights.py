@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from specontext.checkpoints.adapters import CONFIG as ADAPTER
 from specontext.checkpoints.quantization import ADVICE, dequantised
-from specontext.checkpoints.weights import odd_experts, quantised_numbers, read_headers, weight_files
+from specontext.checkpoints.weights import PLAIN, odd_experts, quantised_numbers, read_headers, weight_files
 from specontext.checkpoints.wording import first_few
 from specontext.errors import ModelError
 from specontext.locations import folder_of, one_sentence, part_of
@@ -92,6 +94,14 @@ def _without_adapter(source: Path | str) -> Iterator[Path | str]:
         yield Path(folder)
 
 
+@contextmanager
+def seeded(device: torch.device) -> Iterator[None]:
+    """Inside, random numbers are the same every time, and nobody else's change."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
 def random_model(config: PreTrainedConfig, dtype: str, device: torch.device, options: Mapping[str, Any]) -> PreTrainedModel:
     """The decoder with random weights, the same every time.
 
@@ -100,11 +110,24 @@ def random_model(config: PreTrainedConfig, dtype: str, device: torch.device, opt
     """
     own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     failed = f"cannot build the model of {config.name_or_path or 'this config'}"
-    devices = [device] if device.type == "cuda" else []
-    with one_sentence(failed), torch.random.fork_rng(devices), torch.device(device):
-        torch.manual_seed(0)
+    with one_sentence(failed), seeded(device), torch.device(device):
         wanted = own if dtype == "auto" else getattr(torch, dtype)
         return made_model(config, options, dtype=wanted, attn_implementation=ATTENTION_NAME)
+
+
+def stored_format(folder: Path, config: PreTrainedConfig) -> str | None:
+    """The number format of most of a checkpoint's weights; None where they are made of others when they are read.
+
+    Raises:
+        ModelError: files that are missing or broken.
+    """
+    if dequantised(config.to_dict()):
+        return None
+    sizes: Counter[str] = Counter()
+    for tensor in weight_headers(folder, config).values():
+        sizes[tensor.dtype] += math.prod(tensor.shape)
+    most = max(PLAIN, key=sizes.__getitem__)
+    return most if sizes[most] else None
 
 
 def weight_headers(folder: Path, config: PreTrainedConfig) -> Tensors:

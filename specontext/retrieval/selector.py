@@ -110,6 +110,8 @@ class MethodContext:
         seats, max_tokens: requests at the same time and their longest context, for state that is kept for each.
         head, embedding, key_cache: for methods with a retrieval head: it, the model's table of embeddings, and what makes a place
             for keys of the head; memory is measured before there are the last two.
+        part: what one of several ranks has of the shape; None where it has all.
+        head_is_part: the head has the groups that the part reads, and no others.
     """
 
     shape: ModelShape
@@ -121,6 +123,8 @@ class MethodContext:
     head: RetrievalHead | None = None
     embedding: nn.Module | None = None
     key_cache: Callable[[], KeyCache] | None = None
+    part: ModelShape | None = None
+    head_is_part: bool = False
 
 
 @dataclass(frozen=True)

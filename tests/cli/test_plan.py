@@ -297,7 +297,7 @@ def test_quantization_that_is_not_known(fails: Fails) -> None:
 def test_ranks_share_a_model(run: Any, fails: Fails) -> None:
     whole, part = (run("plan", *LLAMA, "--tensor-parallel-size", size, "--json").json for size in (1, 4))
     layers = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
-    assert whole["bytes"]["weights"] - part["bytes"]["weights"] == 2 * layers * 3 // 4
+    assert whole["bytes"]["weights"] - part["bytes"]["weights"] == 2 * (layers + 128256 * 4096) * 3 // 4
     assert part["inputs"]["kv_heads"] == 2 and part["inputs"]["kv_bytes_per_token"] * 4 == whole["inputs"]["kv_bytes_per_token"]
     assert part["max_len_resident"] > whole["max_len_resident"]
     assert "each of 4 ranks of" in run("plan", *LLAMA, "-tp", 4).stdout

@@ -11,14 +11,24 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, Phi3Config, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4Config,
+    MixtralConfig,
+    OlmoeConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from specontext import LLM, ConfigError, SamplingParams
 from specontext.config import EngineConfig, SpeContextConfig
-from specontext.core import ModelShape, RequestOutput, StructuredOutputsParams, Window
+from specontext.core import ModelShape, RequestOutput, StructuredOutputsParams
 from specontext.errors import ModelError, RankError, RequestFailedError
 from specontext.memory.sharing import Share
-from specontext.models.sharding import check_can_share
+from specontext.models.splits import splits_of
+from tests.conftest import write_checkpoint
 
 SHARED: dict[str, Any] = {
     "device": "cpu",
@@ -27,6 +37,8 @@ SHARED: dict[str, Any] = {
     "max_num_seqs": 4,
     "max_num_batched_tokens": 128,
 }
+IN_LAYER = ("quest", "shadowkv", "clusterkv", "snapkv", "h2o", "oracle")
+METHODS = ("full", "streaming", "random", *IN_LAYER)
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 LONG = replace(GREEDY, max_tokens=80)
 KV_OF_A_TOKEN = 4 * 2 * 2 * 32 * 4  # bytes in nano, which has 4 layers with 2 KV heads
@@ -55,14 +67,14 @@ def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def one() -> LLM:
-    return LLM("nano", config=SpeContextConfig(budget=64), **SHARED)
+    return LLM("nano", config=SpeContextConfig(budget=64), methods=METHODS, **SHARED)
 
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[LLM]:
     """Two ranks with so little memory each that layers move, and requests wait for others."""
     memory = {"gpu_memory": 350 * KV_OF_A_TOKEN // 2, "host_memory": 560 * KV_OF_A_TOKEN}
-    llm = LLM("nano", config=SpeContextConfig(budget=64), tensor_parallel_size=2, **memory, **SHARED)
+    llm = LLM("nano", config=SpeContextConfig(budget=64), methods=METHODS, tensor_parallel_size=2, **memory, **SHARED)
     yield llm
     llm.engine.close()
 
@@ -78,6 +90,23 @@ def test_requests_that_differ(one: LLM, two: LLM) -> None:
     expected, found = one.generate(prompts(), mixed()), two.generate(prompts(), mixed())
     assert tokens(found) == tokens(expected)
     assert found[3].text in ("yes and no", "no and yes") and found[2].outputs[0].logprobs is not None
+
+
+def test_methods_that_choose_by_the_heads_of_a_rank(one: LLM, two: LLM) -> None:
+    params = [replace(GREEDY, max_tokens=16, method=name, budget=40) for name in ("random", *IN_LAYER)]
+    prompt = [prompts()[0]] * len(params)
+    assert tokens(two.generate(prompt, params)) == tokens(one.generate(prompt, params))
+    two.engine.check_integrity()
+
+
+def test_log_probabilities_of_a_split_output_layer(one: LLM, two: LLM) -> None:
+    """1,839 tokens, of which one rank has one more than the other."""
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=8, logprobs=3, prompt_logprobs=2)
+    [expected], [found] = (llm.generate(prompts()[1], params) for llm in (one, two))
+    assert found.token_ids == expected.token_ids and one.engine.loaded.shape.vocab_size % 2
+    for mine, theirs in zip(found.prompt_logprobs or (), expected.prompt_logprobs or (), strict=True):
+        assert (mine is None) == (theirs is None) and list(mine or ()) == list(theirs or ())
+        assert list((mine or {}).values()) == pytest.approx(list((theirs or {}).values()), abs=1e-3)
 
 
 def test_what_breaks_at_rank_0_alone_ends_there_and_elsewhere(two: LLM) -> None:
@@ -126,6 +155,19 @@ def test_a_lost_rank_ends_the_engine_and_what_runs() -> None:
 
 
 @pytest.mark.slow
+def test_a_rank_that_hangs_is_lost_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM("nano", config=SpeContextConfig(method="full"), tensor_parallel_size=2, **SHARED)
+    stream = llm.stream([5] * 60, GREEDY)
+    next(stream)
+    monkeypatch.setattr(llm.engine._processes, "patience", 1.0)  # type: ignore[attr-defined]
+    os.kill(llm.engine._processes.pids[0], signal.SIGSTOP)  # type: ignore[attr-defined]
+    with pytest.raises(RankError, match="a rank hangs: all have been at one step for more than 1 s"):
+        for _ in stream:
+            pass
+    llm.engine.close()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(
     "options",
@@ -148,16 +190,29 @@ def test_tokens_of_more_ranks(size: int, options: dict[str, Any]) -> None:
         llm.engine.close()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family, size", [("llama", 4), ("qwen2", 4), ("qwen3", 2), ("mistral", 2), ("bands", 3)])
+def slow(*arguments: object) -> Any:
+    return pytest.param(*arguments, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "family, size",
+    [
+        ("chunks", 2),
+        *(slow("llama", 4), slow("qwen2", 4), slow("qwen3", 2), slow("mistral", 2), slow("bands", 3)),
+        *(slow("windows", 2), slow("windows", 4), slow("sinks", 2), slow("sinks", 4)),
+    ],
+)
 def test_heads_and_head_maps_of_other_models(make_llm: Callable[..., LLM], family: str, size: int) -> None:
-    """More ranks than KV heads, head maps that cross ranks, a head without features, bands of layers."""
-    options = {"budget": 12, "offload_layers": 2, "dtype": "float32", "max_model_len": 256}
+    """Windows, experts with a shared one, sinks, more ranks than KV heads, head maps that cross ranks, a head without features,
+    bands of layers."""
+    methods = ("full", "quest") if size == 2 and family in ("chunks", "windows") else ("full",)
+    options = {"budget": 12, "offload_layers": 2, "dtype": "float32", "max_model_len": 256, "methods": methods}
     prompt = [[*range(4, 90)], [*range(200, 220)]]
-    expected = make_llm(family, **options).generate(prompt, GREEDY)
-    llm = make_llm(family, tensor_parallel_size=size, **options)
+    params = [replace(GREEDY, max_tokens=24, method=name) for name in ("speculative", *methods)]
+    one, llm = make_llm(family, **options), make_llm(family, tensor_parallel_size=size, **options)
     try:
-        assert tokens(llm.generate(prompt, GREEDY)) == tokens(expected)
+        for sampling in params:
+            assert tokens(llm.generate(prompt, sampling)) == tokens(one.generate(prompt, sampling))
         llm.engine.check_integrity()
     finally:
         llm.engine.close()
@@ -179,6 +234,36 @@ def test_a_model_with_biases_and_norms_of_heads(write_family: Callable[..., Path
             llm.engine.close()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig, Glm4Config])
+def test_experts_and_fused_projections(kind: type[PreTrainedConfig], tmp_path: Path, tokenizer: Any) -> None:
+    """Experts of which each rank has some columns, with shared ones, beside layers without; gate and up in one matrix, and one
+    table for embeddings and output."""
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "hidden_size": 64}
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 32,
+        "mlp_only_layers": [1],
+    }
+    sizes |= {"intermediate_size": 96, "vocab_size": len(tokenizer) + 1, "max_position_embeddings": 512, "pad_token_id": 1}
+    model = write_checkpoint(tmp_path, kind(**sizes, **experts, tie_word_embeddings=kind is Glm4Config), None, tokenizer)
+    options = SHARED | {"max_model_len": 256, "config": SpeContextConfig(method="full", offload_layers=1)}
+    expected = LLM(model, **options).generate([[*range(1, 90)]], GREEDY)
+    llm = LLM(model, tensor_parallel_size=2, **options)
+    try:
+        assert tokens(llm.generate([[*range(1, 90)]], GREEDY)) == tokens(expected)
+    finally:
+        llm.engine.close()
+
+
+@pytest.mark.slow
+def test_a_method_that_would_see_some_query_heads_of_a_kv_head_is_refused(checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError, match=r"method quest chooses by all query heads .* tensor_parallel_size 2 for 1 KV heads"):
+        LLM(checkpoint("mistral"), methods=("quest",), tensor_parallel_size=2, **SHARED | {"max_model_len": 256})
+
+
 @pytest.mark.parametrize(
     "size, rank, query, kv, own", [(2, 1, 16, 4, slice(2, 4)), (4, 3, 4, 1, slice(3, 4)), (8, 5, 2, 1, slice(2, 3))]
 )
@@ -189,8 +274,6 @@ def test_heads_of_a_rank(size: int, rank: int, query: int, kv: int, own: slice) 
     assert (part.query_heads, part.kv_heads, share.kv_heads(shape)) == (shape.query_heads // size, kv if size != 2 else 2, own)
     with pytest.raises(ConfigError, match="tensor_parallel_size 3 does not fit"):
         Share(0, 3).check(shape)
-    with pytest.raises(ConfigError, match="a window do not work with tensor_parallel_size"):
-        Share(0, 2).check(replace(shape, layers=1, windows=(Window(8), None)))
 
 
 @pytest.mark.parametrize(
@@ -200,8 +283,8 @@ def test_heads_of_a_rank(size: int, rank: int, query: int, kv: int, own: slice) 
         ({"measure_recall": True}, "measure_recall"),
         ({"max_wait_s": 1.0}, "max_wait_s"),
         ({"offload_dir": Path("/tmp")}, "offload_dir"),
-        ({"method": SpeContextConfig(method="quest")}, "method quest"),
-        ({"methods": ("h2o",)}, "method h2o"),
+        ({"method": SpeContextConfig(granularity="union"), "methods": ("oracle",)}, "method oracle"),
+        ({"methods": ("shared-oracle",)}, "method shared-oracle"),
         ({"device": "cuda:1"}, "cuda:1"),
     ],
 )
@@ -210,13 +293,13 @@ def test_what_does_not_work_with_it(options: dict[str, Any], named: str) -> None
         EngineConfig("nano", tensor_parallel_size=2, **options)
 
 
-@pytest.mark.parametrize("config, named", [(Phi3Config, "no q_proj"), (MixtralConfig, "mlp.gate")])
+@pytest.mark.parametrize("config, named", [(Phi3Config, "no q_proj"), (OlmoeConfig, "q_proj")])
 def test_layers_that_nothing_says_how_to_split(config: type[PreTrainedConfig], named: str) -> None:
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "vocab_size": 64}
     tiny = config(**sizes, intermediate_size=64, pad_token_id=0)
     model = AutoModelForCausalLM.from_config(tiny)
     with pytest.raises(ModelError, match=f"cannot be shared among ranks: .*{named}.*leave tensor_parallel_size out"):
-        check_can_share(model, ModelShape.from_config(tiny), Share(0, 2))
+        splits_of(model, ModelShape.from_config(tiny), Share(0, 2))
 
 
 def test_heads_that_do_not_divide_are_refused_before_anything_is_started() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from specontext import LLM, SamplingParams
 from specontext.config import SpeContextConfig
-from tests.server.serving import PATIENCE, process, wait_for
+from tests.server.serving import PATIENCE, Process, process, wait_for
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
 
@@ -38,6 +40,72 @@ def test_two_ranks_answer_as_one_and_a_lost_one_ends_the_server(tmp_path: Path) 
                 os.kill(rank, signal.SIGKILL)
                 assert any("rank 1 of 2 is lost" in line for line in lines)
         assert server.wait() == 1
+
+
+ASK = [{"role": "user", "content": "What is the weather in Oslo and in Rome?"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]},
+    },
+}
+FORM = {
+    "type": "json_schema",
+    "json_schema": {"name": "f", "schema": {"type": "object", "properties": {"a": {"type": "boolean"}}}},
+}
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+REQUESTS: list[tuple[str, dict[str, Any]]] = [
+    (CHAT, {"messages": ASK, "max_tokens": 20, "n": 2, "temperature": 1.0, "seed": 5, "logprobs": True, "top_logprobs": 2}),
+    (CHAT, {"messages": ASK, "max_tokens": 120, "tools": [WEATHER], "tool_choice": "required", "temperature": 1.0, "seed": 3}),
+    (CHAT, {"messages": ASK, "max_tokens": 60, "response_format": FORM, "temperature": 1.0, "seed": 4}),
+    (TEXT, {"prompt": "the sun " * 40, "max_tokens": 12, "echo": True, "logprobs": 2, "temperature": 0}),
+    (TEXT, {"prompt": "the sun", "max_tokens": 12, "temperature": 0.8, "top_k": 20, "seed": 1, "presence_penalty": 0.5}),
+    (TEXT, {"prompt": "the sun", "max_tokens": 12, "temperature": 0, "logit_bias": {"40": -5.0}, "stop": ["e"]}),
+    (TEXT, {"prompt": "the sun", "max_tokens": 9999}),
+    (TEXT, {"prompt": [99999999], "max_tokens": 4}),
+]
+
+
+def said(server: Process) -> list[Any]:
+    """Answers to all of them, without what differs between any two: numbers that are rounded, times, and names of answers."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(one) for key, one in value.items() if key not in ("id", "created", "call_id", "specontext")}
+        if isinstance(value, list):
+            return [plain(one) for one in value]
+        return round(value, 2) if isinstance(value, float) else value
+
+    with httpx.Client(base_url=server.url, timeout=PATIENCE) as client:
+        answers = [client.post(path, json=body) for path, body in REQUESTS]
+    return [(answer.status_code, plain(answer.json())) for answer in answers]
+
+
+@pytest.mark.slow
+def test_the_whole_api_answers_as_one_process_does(tmp_path: Path) -> None:
+    """Then a client leaves in the midst of its stream, and the server is told to end in the midst of another one's."""
+    flags = "--budget 64 --max-model-len 1024 --dtype float32 --chat-template hermes".split()
+    with process(tmp_path / "one", *flags) as server:
+        expected = said(server)
+    assert [status for status, _ in expected] == [200] * 6 + [400] * 2, [status for status, _ in expected]
+    with process(tmp_path / "two", *flags, "--tensor-parallel-size", "2") as server:
+        for request, mine, other in zip(REQUESTS, said(server), expected, strict=True):
+            assert mine == other, request
+        body = {"prompt": "the sun", "max_tokens": 600, "ignore_eos": True, "temperature": 0, "stream": True}
+        with httpx.Client(base_url=server.url, timeout=PATIENCE) as client:
+            with client.stream("POST", TEXT, json=body) as answer:
+                next(answer.iter_lines())
+            idle = re.compile(r"num_requests_running(\{.*\})? 0(\.0)?$", re.MULTILINE)
+            wait_for(lambda: idle.search(client.get("/metrics").text), "an idle engine")
+            with client.stream("POST", TEXT, json=body | {"max_tokens": 60}) as answer:
+                lines = answer.iter_lines()
+                first = next(lines)
+                server.terminate()
+                rest = [line for line in lines if line]
+            assert first.startswith("data: ") and rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in "".join(rest)
+        assert server.wait() == 0
 
 
 @pytest.mark.slow
