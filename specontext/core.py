@@ -30,6 +30,7 @@ MOST_CHOICES = 4096
 MOST_BIASED = 1024  # tokens with a bias, as many as OpenAI allows at least
 MOST_BAD_WORDS = 1024
 SCALE_BYTES = 2  # of a key or value in 8 bits
+NOBODY_S_NUMBERS = 8  # of a key that no layer stores, see `ModelShape`: rows of whole words, which kernels copy
 LONGEST_SHOWN = 80  # characters of a value that an error quotes
 
 
@@ -66,7 +67,8 @@ class ModelShape:
     """What KV storage, planner and selectors must know of a model.
 
     Layers are those that attend to the whole context, numbered among themselves: their KV grows, is selected from, and moves.
-    Layers with a window keep the tokens of their window, and take no part in any of that.
+    Layers with a window keep the tokens of their window, and take no part in any of that. Where all layers have one, a layer is
+    counted that nobody attends to, with rows of a few bytes: its pages are what an engine knows a context's length by.
 
     Attributes:
         dtype: number format of weights, and of KV unless `kv_dtype` names another.
@@ -111,7 +113,7 @@ class ModelShape:
 
             dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         return cls(
-            layers=sum(window is None for window in windows) if windows else config.num_hidden_layers,
+            layers=max(1, windows.count(None)) if windows else config.num_hidden_layers,
             hidden_size=config.hidden_size,
             query_heads=config.num_attention_heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
@@ -128,6 +130,11 @@ class ModelShape:
         """Raises ConfigError where rows of these heads cannot be codes with scales."""
         if self.head_dim % 2:
             raise ConfigError(f"kv_cache_dtype {name} needs heads of an even width, not of {self.head_dim}: set it to auto")
+
+    @property
+    def only_windows(self) -> bool:
+        """Whether all layers have a window, so that nothing grows with a context and there is nothing to select from."""
+        return bool(self.windows) and None not in self.windows
 
     @property
     def reach(self) -> int:
@@ -157,11 +164,16 @@ class ModelShape:
         return f"{self.max_position} tokens" + (f" ({why})" if why else "")
 
     @property
+    def row_numbers(self) -> int:
+        """Numbers of a key in pages."""
+        return NOBODY_S_NUMBERS if self.only_windows else self.head_dim
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of K and V of one token of one KV head of one layer, with their scales."""
         if self.kv_dtype is not None:
-            return 2 * (self.head_dim * self.kv_dtype.itemsize + SCALE_BYTES)
-        return self.window_row_bytes
+            return 2 * (self.row_numbers * self.kv_dtype.itemsize + SCALE_BYTES)
+        return 2 * self.row_numbers * self.dtype.itemsize
 
     @property
     def window_row_bytes(self) -> int:
@@ -170,8 +182,8 @@ class ModelShape:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of K and V of one token, all layers and KV heads."""
-        return self.layers * self.kv_heads * self.row_bytes
+        """Bytes of K and V of one token, all layers and KV heads; 0 where all layers have a window."""
+        return 0 if self.only_windows else self.layers * self.kv_heads * self.row_bytes
 
 
 # Entries of configs that name the longest context in tokens, besides max_position_embeddings.
@@ -188,13 +200,16 @@ LENGTHS = (
 )
 
 
+WINDOWS = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}  # entries, and layers with them
+
+
 def _longest_context(config: PreTrainedConfig) -> tuple[int, str, int]:
     """`max_position`, `limited_by` and `longer` of a decoder.
 
     Linear and YaRN scaling serve the original length times their factor, also where max_position_embeddings is still the original
-    length. A window serves contexts of its own size, in which it leaves nothing out. RoPE of type longrope serves its original
-    length, in which the library has one set of angles for all contexts, and dynamic RoPE max_position_embeddings; where more is
-    asked for, all requests have the angles of that length.
+    length. A window that the config's class does not know serves contexts of its own size, in which it leaves nothing out.
+    RoPE of type longrope serves its original length, in which the library has one set of angles for all contexts, and dynamic
+    RoPE max_position_embeddings; where more is asked for, all requests have the angles of that length.
     """
     stated = _tokens(config, "max_position_embeddings")
     named = {name: tokens for name in LENGTHS if (tokens := _tokens(config, name)) is not None}
@@ -218,13 +233,11 @@ def _longest_context(config: PreTrainedConfig) -> tuple[int, str, int]:
             turning[f"original_max_position_embeddings {tokens}, beyond which RoPE of type longrope has other angles"] = tokens
         if part.get("rope_type") == "dynamic" and isinstance(part.get("factor"), int | float):
             longer = max(longer, int(base * part["factor"]))
-    kinds = _layer_types(config)
-    window, chunk = _tokens(config, "sliding_window"), _tokens(config, "attention_chunk_size")
-    used = getattr(config, "use_sliding_window", True) is not False and (not kinds or "sliding_attention" in kinds)
-    if window is not None and used and not _some_are_full(kinds):
-        limits[f"sliding_window {window} in its config, in all layers, which leaves nothing to select from"] = window
-    if chunk is not None and (not kinds or "chunked_attention" in kinds) and not _some_are_full(kinds):
-        limits[f"attention_chunk_size {chunk} in its config, in all layers, which leaves nothing to select from"] = chunk
+    for entry, kind in WINDOWS.items():
+        tokens, kinds = _tokens(config, entry), _layer_types(config)
+        used = getattr(config, "use_sliding_window", True) is not False or kind != "sliding_attention"
+        if tokens is not None and used and not kinds and not (_declares(config, entry) and kind == "sliding_attention"):
+            limits[f"{entry} {tokens} in its config, which its class does not compute"] = tokens
     dual = getattr(config, "dual_chunk_attention_config", None)
     if isinstance(dual, dict) and isinstance(dual.get("chunk_size"), int):
         tokens = dual["chunk_size"] - (dual.get("local_size") or 0)
@@ -238,20 +251,21 @@ def _longest_context(config: PreTrainedConfig) -> tuple[int, str, int]:
 
 def _layer_types(config: PreTrainedConfig) -> list[str] | None:
     """What kind of attention each layer has, where the config's class knows of such kinds."""
-    own = not is_dataclass(config) or "layer_types" in {entry.name for entry in fields(config)}  # else the class ignores them
-    return getattr(config, "layer_types", None) if own else None
+    return getattr(config, "layer_types", None) if _declares(config, "layer_types") else None
 
 
-def _some_are_full(kinds: list[str] | None) -> bool:
-    return kinds is not None and "full_attention" in kinds
+def _declares(config: PreTrainedConfig, entry: str) -> bool:
+    """Whether a config's class knows an entry; others are stored and ignored."""
+    return not is_dataclass(config) or entry in {known.name for known in fields(config)}
 
 
 def _windows(config: PreTrainedConfig, longest: int) -> tuple[Window | None, ...]:
-    """Windows of all layers of a decoder of which some attend to the whole context; those as long as the context are none."""
+    """Windows of all layers of a decoder; those as long as the context are none."""
     kinds = _layer_types(config)
-    if kinds is None or not _some_are_full(kinds):
-        return ()
-    sizes = {"sliding_attention": _tokens(config, "sliding_window"), "chunked_attention": _tokens(config, "attention_chunk_size")}
+    if not kinds:
+        windowed = _declares(config, "sliding_window") and getattr(config, "use_sliding_window", True) is not False
+        kinds = ["sliding_attention"] * config.num_hidden_layers if windowed else []
+    sizes = {kind: _tokens(config, entry) for entry, kind in WINDOWS.items()}
     found: list[Window | None] = []
     for kind in kinds[: config.num_hidden_layers]:
         size = sizes.get(kind)

@@ -85,7 +85,7 @@ def find_facts(
         alike = did_you_mean(name) or ", and no such preset (--list-presets)"
         raise ModelError(f"{error}{alike}") from error
     quiet_libraries()
-    from specontext.memory.facts import check_heads, facts_of_config
+    from specontext.memory.facts import NO_HEAD, check_heads, facts_of_config
     from specontext.models.config_check import check_supported
     from specontext.models.quantized import Asked
     from specontext.models.quantized_size import quantised_bytes
@@ -112,6 +112,8 @@ def find_facts(
     if named is not None:
         check_heads(shape, getattr(config, "num_key_value_heads", None))
         head = _head(named, shape, "the model's own" if retrieval_head is None else named)
+    elif shape.only_windows:
+        head = replace(NO_HEAD, source="none: nothing is selected where all layers have a window")
     facts = replace(facts_of_config(name, config, dtype=format_, head=head), weights_note=weights_note(source))
     if scheme is None and quantization is None:
         return facts
@@ -319,7 +321,7 @@ def as_object(planned: Planned) -> dict[str, Any]:
             "model_parameters": facts.parameters,
             "retrieval_head_parameters": facts.head.parameters,
             "retrieval_head": facts.head.source,
-            "layers": facts.shape.layers,
+            "layers": len(facts.shape.full),
             "layers_with_window": len(facts.shape.windowed),
             "query_heads": facts.shape.query_heads,
             "kv_heads": facts.shape.kv_heads,

@@ -95,6 +95,8 @@ class Session:
         shape = loaded.shape
         if self.length > shape.reach:
             raise ConfigError(f"length {self.length} exceeds the model's maximum of {shape.longest}")
+        if shape.only_windows:
+            raise ConfigError("all layers of the target have a window: no head can be of use to it, and none needs to be trained")
         fix_rope(loaded.model, max(self.length, shape.max_position))
         source = self._source(loaded)
         student = self._student(loaded.model, shape, source)

@@ -17,6 +17,7 @@ from specontext.config import EngineConfig, SpeContextConfig, StepTokens
 from specontext.core import ModelShape
 from specontext.engine.graphs import graph_bytes, span_buckets
 from specontext.engine.methods import Methods
+from specontext.engine.only_windows import methods_run, without_what_has_no_meaning
 from specontext.engine.prefix import PrefixCache, block_state
 from specontext.engine.profile import measure_runtime
 from specontext.engine.residency import Residency
@@ -99,7 +100,8 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     loaded = replace(loaded, shape=shape)
     recommended = head.config.recommended_budget if head is not None else None
     machine = machine_speed(device) if ranks is None else ranks.decide(partial(machine_speed, device))
-    method = with_kv_where_it_can_be(config.method.resolve(recommended_budget=recommended, num_layers=shape.layers), machine)
+    asked = without_what_has_no_meaning(config, shape) if shape.only_windows else config.method
+    method = with_kv_where_it_can_be(asked.resolve(recommended_budget=recommended, num_layers=shape.layers), machine)
     max_tokens = longest_context(config, shape)
     fix_rope(loaded.model, max_tokens)
     if head is not None:
@@ -107,7 +109,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         head.set_rope(theta=config.head_rope_theta, yarn_factor=head.config.yarn_factor(max_tokens) if factor is None else factor)
         logger.info("%s", describe_head(head, max_tokens))
     facts = facts_of_loaded(loaded, head)
-    names = config.all_methods
+    names = methods_run(config, shape)
     check_variants(names, method)
     assert method.budget is not None and method.slots is not None
     selecting = [name for name in names if not reads_everything(selector_class(name))]
@@ -197,7 +199,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     rings = None
     if shape.windowed:
         rings = Rings(shape, seats=config.max_num_seqs, page_size=config.page_size, max_tokens=max_tokens, device=device)
-    methods = make_methods(names, context, loaded, arena)
+    methods = make_methods(names, config.all_methods, context, loaded, arena)
     kv = KVCache(
         arena,
         host,
@@ -361,12 +363,20 @@ def longest_context(config: EngineConfig, shape: ModelShape) -> int:
     return config.max_model_len or shape.max_position
 
 
-def make_methods(names: Sequence[str], context: MethodContext, loaded: LoadedModel, arena: PagePool) -> Methods:
-    """The selectors of all methods, the keys of a retrieval head in pages of the arena."""
+def make_methods(
+    names: Sequence[str], asked: Sequence[str], context: MethodContext, loaded: LoadedModel, arena: PagePool
+) -> Methods:
+    """The selectors of all methods, the keys of a retrieval head in pages of the arena.
+
+    Args:
+        names: methods that are made.
+        asked: those that requests may name: the same, or others that all mean the only one that is made.
+    """
     if context.head is not None:
         keys = arena.as_keys(context.head.config.key_count, context.head.config.head_dim)
         cache = partial(KeyCache, keys, arena.pages, seats=context.seats, max_tokens=context.max_tokens)
         context = replace(context, embedding=loaded.model.get_input_embeddings(), key_cache=cache)
     heads = slice(None) if loaded.ranks is None else loaded.ranks.share.kv_heads(context.shape)
     selectors = make_selectors(names, context)
-    return Methods(names[0], context.budget, selectors, layout=arena.layout, device=context.device, heads=heads)
+    selectors |= {name: selectors[names[0]] for name in asked if name not in selectors}
+    return Methods(asked[0], context.budget, selectors, layout=arena.layout, device=context.device, heads=heads)

@@ -45,7 +45,9 @@ class Methods:
         self.selectors, self.budget = dict(selectors), budget
         self.own = Choice(own, 0 if reads_everything(selectors[own]) else budget.total)
         self.selector = selectors[own]
-        headed = [name for name in selectors if base_of(name) == name and needs_head(name)]
+        headed = [
+            name for name, one in selectors.items() if base_of(name) == name and needs_head(name) and not reads_everything(one)
+        ]
         self.shared = selectors[headed[0]] if headed else None
         self._headed = headed
         self.readers = {
@@ -54,7 +56,7 @@ class Methods:
         }
         self.own_way = self.selector, self.readers[own]
         # Variants share their method's state.
-        self._with_state = [one for name, one in selectors.items() if base_of(name) == name]
+        self._with_state = list(dict.fromkeys(one for name, one in selectors.items() if base_of(name) == name))
         self.observers = [one for one in self._with_state if type(one).observe is not Selector.observe]
         self._made: dict[Choice, Selector] = {self.own: self.selector}
         self._states: dict[int, list[Selector]] = {}  # those with state of an open seat, the one it chose last

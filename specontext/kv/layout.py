@@ -78,7 +78,7 @@ class Layout:
     def of_shape(cls, shape: ModelShape, page_size: int, layer_blocks: LayerBlocks | None = None) -> Layout:
         """Keys and values of every token in every layer; by default in blocks of layers that all read alike."""
         numbers = shape.dtype if shape.kv_dtype is None else shape.kv_dtype
-        kv: tuple[Part, ...] = (Part("key", shape.head_dim, numbers), Part("value", shape.head_dim, numbers))
+        kv: tuple[Part, ...] = (Part("key", shape.row_numbers, numbers), Part("value", shape.row_numbers, numbers))
         if shape.kv_dtype is not None:
             kv += (Part("scales", 2, torch.bfloat16),)
         if layer_blocks is None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
-from specontext.core import ModelShape, Window
+from specontext.core import WINDOWS, ModelShape, Window
 from specontext.errors import ModelError
 from specontext.kernels.dense_attention import causal_attention, chunk_attention
 from specontext.kernels.softmax import PLAIN, Softmax
@@ -34,6 +35,7 @@ from specontext.models.decoder import decoder_of
 
 LIBRARY_NAME = "specontext_library"  # the library's own attention, seen while it runs
 CHUNKS = (6, 3)
+NEAR = 4  # tokens of all windows while a model is looked at: real ones leave nothing out of so few tokens
 # Largest relative difference, of what attention gets and of what it gives: in float32, and in 16 bits, where results of one
 # product may differ in the last bit and attention rounds its weights.
 TOLERANCE = {4: (1e-3, 1e-2), 2: (2e-2, 6e-2)}
@@ -88,7 +90,8 @@ class _Witness:
         past, new = self._stored.get(layer), torch.stack((key, value), dim=2)
         self._stored[layer] = stored = new if past is None else torch.cat((past, new))
         if window is not None:
-            output = window_attention(query, stored[:, :, 0], stored[:, :, 1], scale, window, self._begin, softmax)
+            near = replace(window, size=min(window.size, NEAR))
+            output = window_attention(query, stored[:, :, 0], stored[:, :, 1], scale, near, self._begin, softmax)
         elif past is None:
             output = causal_attention(query, key, value, scale, softmax)
         else:
@@ -219,10 +222,25 @@ def _check(model: PreTrainedModel, shape: ModelShape) -> None:
                 numbers = ", ".join(map(str, layers))
                 raise ModelError(f"of its {shape.depth} layers these have ordinary attention: {numbers}")
     comparison, cache = _Comparison(witness.calls), Cache(layers=[_LaterLayer(begin) for _ in range(shape.depth)])
-    with listening(model, comparison), attention_of(model, LIBRARY_NAME):
+    with listening(model, comparison), attention_of(model, LIBRARY_NAME), _near_windows(model, shape):
         for tokens, places in parts:
             model(input_ids=tokens, position_ids=places, use_cache=True, logits_to_keep=1, **{_cache_name(model): cache})
     comparison.end()
+
+
+@contextmanager
+def _near_windows(model: PreTrainedModel, shape: ModelShape) -> Iterator[None]:
+    """Inside, the library makes masks for windows of few tokens, in the layers for which it makes any."""
+    found = [(config, entry, getattr(config, entry, None)) for config in running_of(model).configs for entry in WINDOWS]
+    sizes = {window.size for window in shape.windowed}
+    before = [(config, entry, size) for config, entry, size in found if size in sizes]
+    try:
+        for config, entry, size in before:
+            setattr(config, entry, min(size, NEAR))
+        yield
+    finally:
+        for config, entry, size in before:
+            setattr(config, entry, size)
 
 
 def _cache_name(model: PreTrainedModel) -> str:
