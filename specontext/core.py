@@ -104,7 +104,7 @@ class ModelShape:
             dtype: by default the config's own, float32 where it names none.
 
         Raises:
-            AttributeError: an entry that is missing.
+            AttributeError: an entry that is missing, or heads that differ from layer to layer.
         """
         max_position, limited_by, longer = _longest_context(config)
         windows = _windows(config, max(max_position, longer))
@@ -116,8 +116,8 @@ class ModelShape:
             layers=max(1, windows.count(None)) if windows else config.num_hidden_layers,
             hidden_size=config.hidden_size,
             query_heads=config.num_attention_heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            kv_heads=_alike(config, "num_key_value_heads") or config.num_attention_heads,
+            head_dim=_alike(config, "head_dim") or config.hidden_size // config.num_attention_heads,
             vocab_size=config.vocab_size,
             max_position=max_position,
             dtype=dtype,
@@ -271,6 +271,14 @@ def _windows(config: PreTrainedConfig, longest: int) -> tuple[Window | None, ...
         size = sizes.get(kind)
         found.append(Window(size, kind == "chunked_attention") if size is not None and size < longest else None)
     return tuple(found) if any(found) else ()
+
+
+def _alike(config: PreTrainedConfig, entry: str) -> Any:
+    """An entry's value where it is the same in all layers; raises AttributeError where it is not."""
+    if entry not in (getattr(config, "per_layer_attributes", None) or ()):
+        return getattr(config, entry, None)
+    found = sorted({getattr(config.per_layer_config[layer], entry) for layer in range(config.num_hidden_layers)})
+    raise AttributeError(f"its layers differ in {entry} ({', '.join(map(str, found))}), and KV here has rows of one width")
 
 
 def _tokens(config: PreTrainedConfig, name: str) -> int | None:

@@ -223,7 +223,7 @@ def test_where_all_layers_have_a_window_nothing_grows(run: Any, tiny: Path, tmp_
     said = run("plan", tmp_path, "--gpu-memory", "1GiB", "--budget", 64).stdout
     assert "layers, all with a window" in said and "nothing grows with it" in said and "none: nothing is selected" in said
     found = json.loads(run("plan", tmp_path, "--gpu-memory", "1GiB", "--budget", 64, "--json").stdout)
-    assert found["settings"]["layers"] == 0 and found["settings"]["kv_bytes_per_token"] == 0
+    assert found["inputs"]["layers"] == 0 and found["inputs"]["kv_bytes_per_token"] == 0
 
 
 def test_models_that_cannot_be_planned(fails: Fails, tmp_path: Path) -> None:
