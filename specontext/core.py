@@ -80,6 +80,7 @@ class ModelShape:
             contexts of all lengths. 0 where it is not.
         windows: of every layer of the decoder its window, None for one that attends to the whole context; empty where none has
             a window.
+        window_heads: KV heads of the layers with a window, and the width of all heads there; None where they are as elsewhere.
         kv_dtype: of the codes of KV in 8 bits, each key and value with a scale; None for numbers of `dtype`.
     """
 
@@ -93,6 +94,7 @@ class ModelShape:
     dtype: torch.dtype
     limited_by: str = ""
     windows: tuple[Window | None, ...] = ()
+    window_heads: tuple[int, int] | None = None
     longer: int = 0
     kv_dtype: torch.dtype | None = None
 
@@ -112,17 +114,22 @@ class ModelShape:
             import torch
 
             dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        layers = range(config.num_hidden_layers)
+        near = [layer for layer in layers if windows and windows[layer] is not None]
+        kv_heads, head_dim = heads = _heads(config, [layer for layer in layers if layer not in near] or near)
+        near_heads = _heads(config, near) if near else heads
         return cls(
             layers=max(1, windows.count(None)) if windows else config.num_hidden_layers,
             hidden_size=config.hidden_size,
             query_heads=config.num_attention_heads,
-            kv_heads=_alike(config, "num_key_value_heads") or config.num_attention_heads,
-            head_dim=_alike(config, "head_dim") or config.hidden_size // config.num_attention_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
             vocab_size=config.vocab_size,
             max_position=max_position,
             dtype=dtype,
             limited_by=limited_by,
             windows=windows,
+            window_heads=near_heads if near_heads != heads else None,
             longer=longer,
         )
 
@@ -176,9 +183,10 @@ class ModelShape:
         return 2 * self.row_numbers * self.dtype.itemsize
 
     @property
-    def window_row_bytes(self) -> int:
-        """The same of a layer with a window, whose KV is never in 8 bits."""
-        return 2 * self.head_dim * self.dtype.itemsize
+    def window_token_bytes(self) -> int:
+        """Bytes of K and V of one token in one layer with a window, whose KV is never in 8 bits."""
+        kv_heads, head_dim = self.window_heads or (self.kv_heads, self.head_dim)
+        return 2 * kv_heads * head_dim * self.dtype.itemsize
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -273,12 +281,21 @@ def _windows(config: PreTrainedConfig, longest: int) -> tuple[Window | None, ...
     return tuple(found) if any(found) else ()
 
 
-def _alike(config: PreTrainedConfig, entry: str) -> Any:
-    """An entry's value where it is the same in all layers; raises AttributeError where it is not."""
+def _heads(config: PreTrainedConfig, layers: Sequence[int]) -> tuple[int, int]:
+    """KV heads of some layers, and the width of all their heads; raises AttributeError where these layers differ."""
+    queries = of_layers(config, "num_attention_heads", range(config.num_hidden_layers))
+    kv_heads = of_layers(config, "num_key_value_heads", layers) or queries
+    return kv_heads, of_layers(config, "head_dim", layers) or config.hidden_size // queries
+
+
+def of_layers(config: PreTrainedConfig, entry: str, layers: Sequence[int]) -> Any:
+    """An entry's value where it is the same in these layers; None where there is none."""
     if entry not in (getattr(config, "per_layer_attributes", None) or ()):
-        return getattr(config, entry, None)
-    found = sorted({getattr(config.per_layer_config[layer], entry) for layer in range(config.num_hidden_layers)})
-    raise AttributeError(f"its layers differ in {entry} ({', '.join(map(str, found))}), and KV here has rows of one width")
+        return getattr(config, entry) if entry == "num_attention_heads" else getattr(config, entry, None)
+    found = sorted({getattr(config.per_layer_config[layer], entry) for layer in layers})
+    if len(found) > 1:
+        raise AttributeError(f"its layers differ in {entry} ({', '.join(map(str, found))}), and KV here has rows of one width")
+    return found[0]
 
 
 def _tokens(config: PreTrainedConfig, name: str) -> int | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from specontext.cli.plan_throughput import Throughput, throughput_of
 from specontext.cli.terminal import quiet_libraries
 from specontext.config import DEFAULT_BUDGET, SpeContextConfig
-from specontext.core import ModelShape
+from specontext.core import ModelShape, of_layers
 from specontext.errors import ConfigError, ModelError
 from specontext.gguf.source import weights_note
 from specontext.locations import adapter_of, quantization_of_source, read_config, resolve_model_path
@@ -110,7 +110,7 @@ def find_facts(
     if named is None and (bundled := bundled_head(name, Path(source), shape)) is not None and bundled.is_dir():
         named = str(bundled)
     if named is not None:
-        check_heads(shape, getattr(config, "num_key_value_heads", None))
+        check_heads(shape, of_layers(config, "num_key_value_heads", shape.full or range(shape.depth)))
         head = _head(named, shape, "the model's own" if retrieval_head is None else named)
     elif shape.only_windows:
         head = replace(NO_HEAD, source="none: nothing is selected where all layers have a window")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from specontext.core import ModelShape
+from specontext.core import ModelShape, of_layers
 from specontext.errors import ConfigError, ModelError
 from specontext.locations import one_sentence, part_of
 from specontext.memory.layer_blocks import LayerBlocks, divide_layers
@@ -188,7 +188,7 @@ def facts_of_config(
     except (AttributeError, TypeError, ZeroDivisionError) as error:
         kind = type(config).__name__
         raise ModelError(f"{kind} does not describe a decoder with KV heads, so there is no KV to plan: {error}") from error
-    check_heads(shape, getattr(config, "num_key_value_heads", None))
+    check_heads(shape, of_layers(config, "num_key_value_heads", shape.full or range(shape.depth)))
     parameters, lookup = count_parameters(config)
     intermediate = getattr(config, "intermediate_size", None) or 4 * shape.hidden_size
     return ModelFacts(name, shape, parameters, lookup, int(intermediate), head or eagle3_head(shape))

@@ -62,7 +62,7 @@ def decode_floor(
     selected = requests * min(budget, length) * shape.kv_heads * shape.row_bytes  # one layer
     loaded = round(selected * offloaded * (1 - overlap)) if length > budget else 0
     keys = requests * length * facts.key_bytes_per_token
-    near = requests * sum(min(window.size, length) for window in shape.windowed) * shape.kv_heads * shape.window_row_bytes
+    near = requests * sum(min(window.size, length) for window in shape.windowed) * shape.window_token_bytes
     device = facts.step_bytes + keys + selected * shape.layers + near + loaded
     compute, loads = floor_seconds(device, speed.device), floor_seconds(loaded, speed.host)
     return StepFloor(device, loaded, max(compute, loads), loads > compute)

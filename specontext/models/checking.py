@@ -68,7 +68,8 @@ class _Witness:
         self.positions: Tensor | None = None
         windowed = [layer for layer in range(shape.depth) if layer not in shape.full]
         self._full, self._windowed, self._begin = shape.full, windowed, begin
-        self._promised = ((shape.query_heads, shape.head_dim), *[(shape.kv_heads, shape.head_dim)] * 2)
+        self._queries, self._kv = shape.query_heads, (shape.kv_heads, shape.head_dim)
+        self._windows_kv = shape.window_heads or self._kv
         self._stored: dict[int, Tensor] = {}  # of each layer [tokens, Hkv, 2, D]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
@@ -83,7 +84,8 @@ class _Witness:
         self, layer: int, window: Window | None, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax
     ) -> Tensor:
         brought = tuple((int(x.shape[1]), int(x.shape[2])) for x in (query, key, value))
-        for name, found, promised in zip(("queries", "keys", "values"), brought, self._promised, strict=True):
+        kv = self._kv if window is None else self._windows_kv
+        for name, found, promised in zip(("queries", "keys", "values"), brought, ((self._queries, kv[1]), kv, kv), strict=True):
             if found != promised:
                 has, says = (f"{heads} heads with {dim} dimensions" for heads, dim in (found, promised))
                 raise ModelError(f"layer {layer} has {name} of {has}, the config says {says}")

@@ -25,6 +25,11 @@ RUN: dict[str, dict[str, Any]] = {
     "Glm4": {"head_dim": 16},
     "GPT2": OLD,
     "GPTJ": OLD | {"rotary_dim": 8},
+    "Gemma4Text": {
+        **{"head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
+        **{"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, **WINDOW},
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],  # the last one always is
+    },
     "GptOss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **ALTERNATING},
     "GPTNeoX": {"num_key_value_heads": 4},
     "Granite": {"attention_multiplier": 0.3},
@@ -46,7 +51,6 @@ RUN: dict[str, dict[str, Any]] = {
     "Qwen3Moe": {"num_experts": 4, "head_dim": 24, **EXPERTS},
     "SmolLM3": {},
     "StableLm": {},
-    "Starcoder2": WINDOW,
     # Near relatives of these, which only the long tests run.
     "Apertus": {},
     "Arcee": {},
@@ -73,6 +77,7 @@ RUN: dict[str, dict[str, Any]] = {
     "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "Phimoe": {"num_local_experts": 4},
     "SeedOss": {"head_dim": 16},
+    "Starcoder2": {"sliding_window": None},
     "SolarOpen": {"head_dim": 16, **ROUTED},
     "VaultGemma": {"head_dim": 16, **ALTERNATING},
 }
@@ -118,6 +123,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "Gemma": ("google/gemma-7b-it",),
     "Gemma2": ("google/gemma-2-9b-it",),
     "Gemma3Text": ("google/gemma-3-1b-it", "google/gemma-3-270m-it"),
+    "Gemma4Text": ("google/gemma-4-31B-it (its text part)",),
     "VaultGemma": ("google/vaultgemma-1b",),
     "GptOss": ("openai/gpt-oss-20b",),
     "Cohere": ("CohereLabs/c4ai-command-r-v01",),
