@@ -29,7 +29,7 @@ from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout
 from specontext.kv.pool import PagePool, make_pools
 from specontext.kv.rings import Rings
-from specontext.memory.facts import NO_HEAD, ModelFacts
+from specontext.memory.facts import NO_HEAD, ModelFacts, feed_forward_width
 from specontext.memory.model import MemoryModel, RunSettings, fitting_step, measured_model, staged_bytes
 from specontext.memory.probe import LEAST_PINNED, machine_speed, why_kv_stays
 from specontext.memory.step_time import MachineSpeed, StepClock
@@ -329,7 +329,7 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
     assert isinstance(table, Tensor)
     output = model.get_output_embeddings()
     lookup = 0 if output is not None and output.weight is table else table.numel()
-    intermediate = getattr(model.config, "intermediate_size", None) or 4 * loaded.shape.hidden_size
+    intermediate = feed_forward_width(model.config, loaded.shape)
     if loaded.ranks is not None:
         intermediate //= loaded.ranks.share.size
     sizes = NO_HEAD if head is None else facts_of_head(head.config)

@@ -190,8 +190,13 @@ def facts_of_config(
         raise ModelError(f"{kind} does not describe a decoder with KV heads, so there is no KV to plan: {error}") from error
     check_heads(shape, of_layers(config, "num_key_value_heads", shape.full or range(shape.depth)))
     parameters, lookup = count_parameters(config)
-    intermediate = getattr(config, "intermediate_size", None) or 4 * shape.hidden_size
-    return ModelFacts(name, shape, parameters, lookup, int(intermediate), head or eagle3_head(shape))
+    return ModelFacts(name, shape, parameters, lookup, feed_forward_width(config, shape), head or eagle3_head(shape))
+
+
+def feed_forward_width(config: PreTrainedConfig, shape: ModelShape) -> int:
+    """Numbers between the two products of a feed-forward layer, the most of all layers."""
+    stated = getattr(config, "intermediate_size", None) or 4 * shape.hidden_size
+    return int(max(stated) if isinstance(stated, list | tuple) else stated)
 
 
 def check_heads(shape: ModelShape, kv_heads: int | None = None) -> None:

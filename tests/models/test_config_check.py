@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     DeepseekV3Config,
+    Gemma3nTextConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -62,6 +63,7 @@ def rope(kind: str, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "feature"),
     [
+        (Gemma3nTextConfig(), "has layers that use the keys and values of layers before them .num_kv_shared_layers 15"),
         (DeepseekV3Config(), "uses multi-head latent attention .kv_lora_rank 512"),
         (T5Config(), "is an encoder-decoder"),
     ],
