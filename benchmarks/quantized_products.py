@@ -130,7 +130,7 @@ def main() -> None:
     device, preset = torch.device(arguments.device), PRESETS[arguments.model]
     results: list[dict[str, Any]] = []
     for rows in map(int, arguments.rows.split(",")):
-        known = {shape: times(*shape, rows, device) for shape in dict.fromkeys(preset.matrices)}
+        known = {shape: times(*shape, rows, device) for shape in dict.fromkeys(preset.matrices_of(0))}
         table = Table(title=f"{arguments.model}, {rows} rows: microseconds")
         for column in ("matrix", *next(iter(known.values()))):
             table.add_column(column, justify="right")
@@ -140,14 +140,14 @@ def main() -> None:
         layer = {
             name: None
             if any(one[name] is None for one in known.values())
-            else sum(known[s][name] or 0.0 for s in preset.matrices)
+            else sum(known[s][name] or 0.0 for s in preset.matrices_of(0))
             for name in next(iter(known.values()))
         }
         for words, count in (("a layer", 1), ("all layers", preset.layers)):
             table.add_row(words, *("–" if value is None else f"{1e6 * count * value:.0f}" for value in layer.values()))
         Console().print(table)
     if arguments.sweep:
-        for kind, shape in itertools.product((FP8, INT4), dict.fromkeys(preset.matrices)):
+        for kind, shape in itertools.product((FP8, INT4), dict.fromkeys(preset.matrices_of(0))):
             best = list(sweep(kind, *shape, device).items())
             print(kind, shape, "; ".join(f"{name}: {1e6 * value:.1f} us" for name, value in (*best[:5], best[-1])))
     if arguments.json:

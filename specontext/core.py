@@ -63,6 +63,30 @@ class Window:
 
 
 @dataclass(frozen=True)
+class LatentSizes:
+    """What keys and values are made of where attention is multi-head latent attention.
+
+    All that is stored of a token in a layer is one row: the latent, of which keys and values of all heads are linear maps, and
+    the numbers of the keys that RoPE turns, which all heads share.
+
+    Attributes:
+        rank: numbers of the latent (kv_lora_rank).
+        rotated: numbers that RoPE turns (qk_rope_head_dim).
+        key, value: of a head's key, those that RoPE turns among them, and of its value, once they are made.
+    """
+
+    rank: int
+    rotated: int
+    key: int
+    value: int
+
+    @property
+    def row(self) -> int:
+        """Numbers of a row."""
+        return self.rank + self.rotated
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """What KV storage, planner and selectors must know of a model.
 
@@ -82,6 +106,8 @@ class ModelShape:
             a window.
         window_heads: KV heads of the layers with a window, and the width of all heads there; None where they are as elsewhere.
         kv_dtype: of the codes of KV in 8 bits, each key and value with a scale; None for numbers of `dtype`.
+        latent: where what is stored are latents. Attention is then to one KV head, a row of which is both key and value, and D
+            the numbers of a row. None for keys and values.
     """
 
     layers: int
@@ -97,6 +123,7 @@ class ModelShape:
     window_heads: tuple[int, int] | None = None
     longer: int = 0
     kv_dtype: torch.dtype | None = None
+    latent: LatentSizes | None = None
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> ModelShape:
@@ -109,7 +136,7 @@ class ModelShape:
             AttributeError: an entry that is missing, or heads that differ from layer to layer.
         """
         max_position, limited_by, longer = _longest_context(config)
-        windows = _windows(config, max(max_position, longer))
+        windows, latent = _windows(config, max(max_position, longer)), _latent(config)
         if dtype is None:
             import torch
 
@@ -122,8 +149,8 @@ class ModelShape:
             layers=max(1, windows.count(None)) if windows else config.num_hidden_layers,
             hidden_size=config.hidden_size,
             query_heads=config.num_attention_heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
+            kv_heads=1 if latent else kv_heads,
+            head_dim=latent.row if latent else head_dim,
             vocab_size=config.vocab_size,
             max_position=max_position,
             dtype=dtype,
@@ -131,10 +158,13 @@ class ModelShape:
             windows=windows,
             window_heads=near_heads if near_heads != heads else None,
             longer=longer,
+            latent=latent,
         )
 
     def check_kv_format(self, name: str) -> None:
         """Raises ConfigError where rows of these heads cannot be codes with scales."""
+        if self.latent is not None:
+            raise ConfigError(f"kv_cache_dtype {name} does not work with multi-head latent attention: set it to auto")
         if self.head_dim % 2:
             raise ConfigError(f"kv_cache_dtype {name} needs heads of an even width, not of {self.head_dim}: set it to auto")
 
@@ -172,15 +202,30 @@ class ModelShape:
 
     @property
     def row_numbers(self) -> int:
-        """Numbers of a key in pages."""
+        """Numbers of K and V of one token of one KV head of one layer: of a latent, which is both, they count once."""
+        return self.part_numbers if self.latent is not None else 2 * self.part_numbers
+
+    @property
+    def part_numbers(self) -> int:
+        """Numbers of a key, a value or a latent in pages."""
         return NOBODY_S_NUMBERS if self.only_windows else self.head_dim
 
     @property
     def row_bytes(self) -> int:
         """Bytes of K and V of one token of one KV head of one layer, with their scales."""
         if self.kv_dtype is not None:
-            return 2 * (self.row_numbers * self.kv_dtype.itemsize + SCALE_BYTES)
-        return 2 * self.row_numbers * self.dtype.itemsize
+            return 2 * (self.part_numbers * self.kv_dtype.itemsize + SCALE_BYTES)
+        return self.row_numbers * self.dtype.itemsize
+
+    @property
+    def key_dim(self) -> int:
+        """Numbers of a head's key as the model makes it: D but for latents."""
+        return self.latent.key if self.latent is not None else self.head_dim
+
+    @property
+    def made_dim(self) -> int:
+        """Numbers of a head's key and value on average, as the model makes them: D but for latents."""
+        return (self.latent.key + self.latent.value) // 2 if self.latent is not None else self.head_dim
 
     @property
     def window_token_bytes(self) -> int:
@@ -296,6 +341,15 @@ def of_layers(config: PreTrainedConfig, entry: str, layers: Sequence[int]) -> An
     if len(found) > 1:
         raise AttributeError(f"its layers differ in {entry} ({', '.join(map(str, found))}), and KV here has rows of one width")
     return found[0]
+
+
+def _latent(config: PreTrainedConfig) -> LatentSizes | None:
+    """Sizes of multi-head latent attention; None for any other."""
+    rank = getattr(config, "kv_lora_rank", None)
+    if not rank:
+        return None
+    rotated = config.qk_rope_head_dim
+    return LatentSizes(rank, rotated, config.qk_nope_head_dim + rotated, config.v_head_dim)
 
 
 def _tokens(config: PreTrainedConfig, name: str) -> int | None:

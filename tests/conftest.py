@@ -24,6 +24,7 @@ if not torch.cuda.is_available():  # kernels run in Triton's interpreter; to be 
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DeepseekV3Config,
     Gemma2Config,
     GptOssConfig,
     Llama4TextConfig,
@@ -57,6 +58,17 @@ def pytest_xdist_auto_num_workers() -> int | None:
 NANO = Path(specontext.models.__file__).parent / "nano"
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")  # architectures; 'bands' is one more checkpoint
 MAX_POSITION = 512
+LATENT: dict[str, Any] = {
+    **{"kv_lora_rank": 32, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12},
+    "rope_parameters": {
+        **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128},
+        **{"mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 32, "beta_slow": 1},
+    },
+}
+ROUTED = {
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32},
+    "first_k_dense_replace": 1,
+}
 
 Prompts = list[list[int]]
 MakeLLM = Callable[..., LLM]
@@ -71,7 +83,8 @@ def family_config(family: str, vocab_size: int, **changes: Any) -> PreTrainedCon
     """A tiny config; head dims differ from hidden / heads, and GQA ratios are 2, 1, 3, 4 and 2.
 
     A token of 'bands', a Llama with three KV heads, takes as many bytes as one of 'llama'. Of the five layers of 'windows' (a
-    Gemma 2, with a soft cap), 'sinks' (a gpt-oss) and 'chunks' (a Llama 4) three attend to the whole context.
+    Gemma 2, with a soft cap), 'sinks' (a gpt-oss) and 'chunks' (a Llama 4) three attend to the whole context. 'latents' is a
+    DeepSeek-V3 with a dense layer, then experts in two groups, and YaRN that changes the scale.
     """
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -106,6 +119,8 @@ def family_config(family: str, vocab_size: int, **changes: Any) -> PreTrainedCon
             sizes |= {"no_rope_layers": [1, 0, 1, 0, 0], "floor_scale": 20}
         far = "full_attention"
         own = own[0], own[1] | sizes | {"layer_types": [near, far, near, far, far]}
+    elif family == "latents":
+        own = DeepseekV3Config, {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, **LATENT, **ROUTED}
     else:
         own = MistralConfig, {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32, "sliding_window": None}
     return own[0](**(common | own[1] | changes))
@@ -127,6 +142,8 @@ def family_head(family: str, vocab_size: int) -> HeadConfig:
     if family in ("sinks", "chunks"):
         groups = {"sinks": 1, "chunks": 2}[family]
         return HeadConfig("features", heads=2 * groups, kv_heads=groups, feature_layers=(2, 4), **common)
+    if family == "latents":
+        return HeadConfig("features", heads=8, kv_heads=2, head_map=((0,), (0,), (1,), (1,)), feature_layers=(1, 4), **common)
     if family == "qwen2":
         return HeadConfig("features", heads=8, kv_heads=4, feature_layers=(3, 1), **common)
     if family == "qwen3":

@@ -14,6 +14,7 @@ from rich.table import Table
 from specontext.cli.planned import Planned, row_at, shown_lengths
 from specontext.cli.terminal import human_bytes
 from specontext.memory.planner import MemoryPlan
+from specontext.memory.preset import NUMBER_FORMATS
 from specontext.memory.presets import PRESETS
 from specontext.memory.throughput import Operation
 
@@ -58,8 +59,12 @@ def heading(planned: Planned) -> list[str]:
     """The model, the memory and what is asked of them."""
     plan, facts, run, shape = planned.plan, planned.facts, planned.run, planned.facts.shape
     near = f" ({len(shape.windowed)} more with a window)" if shape.windowed else ""
+    if shape.latent is not None:
+        kept = f"latents of {shape.latent.rank} + {shape.latent.rotated} numbers"
+    else:
+        kept = f"{shape.kv_heads} KV heads x {shape.head_dim}"
     layers = f"{shape.depth} layers, all with a window" if shape.only_windows else f"{shape.layers} layers{near}"
-    heads = f"{layers}, {shape.kv_heads} KV heads x {shape.head_dim}"
+    heads = f"{layers}, {kept}"
     dtype = str(shape.dtype).removeprefix("torch.")
     kv = "" if shape.kv_dtype is None else f", {str(shape.kv_dtype).removeprefix('torch.')} with scales"
     host = "host memory without limit" if plan.host_memory is None else f"{human_bytes(plan.host_memory)} of host memory"
@@ -249,7 +254,7 @@ def print_presets(*, as_json: bool) -> None:
     for name in ("params", "layers", "KV heads", "KV/token", "context"):
         table.add_column(name, justify="right", no_wrap=True)
     for preset in PRESETS.values():
-        kv = human_bytes(4 * preset.full_layers * preset.kv_heads * preset.head_dim)
+        kv = human_bytes(preset.shape(NUMBER_FORMATS["bfloat16"]).kv_bytes_per_token)
         count, heads = _count(preset.parameters), f"{preset.kv_heads} x {preset.head_dim}"
         table.add_row(preset.name, preset.source, count, str(preset.layers), heads, kv, f"{preset.max_position >> 10}K")
     console(120).print(table)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from specontext.memory.facts import HeadFacts, ModelFacts
     from specontext.memory.model import RunSettings
     from specontext.memory.planner import MemoryPlan
-    from specontext.memory.presets import Preset
+    from specontext.memory.preset import Preset
     from specontext.memory.speed import Bandwidths
     from specontext.memory.step_time import MachineSpeed
     from specontext.memory.throughput import ServiceLimits
@@ -67,7 +67,8 @@ def find_facts(
         ModelError: there is none, or it has no KV heads or attention that the engine does not compute.
         HeadError: the named head is none, or was made for another model.
     """
-    from specontext.memory.presets import NUMBER_FORMATS, did_you_mean, find_preset
+    from specontext.memory.preset import NUMBER_FORMATS
+    from specontext.memory.presets import did_you_mean, find_preset
 
     preset = find_preset(name) if not Path(name).is_dir() else None
     if preset is not None:
@@ -130,15 +131,16 @@ def _rounded(preset: Preset, facts: ModelFacts, quantization: str | None) -> Mod
         return facts
     from specontext.quantization.made import FORMS
 
-    form, layers = FORMS[quantization], preset.layers
-    plain = facts.parameters - layers * sum(n * k for n, k in preset.matrices)
-    size = plain * facts.shape.dtype.itemsize + layers * sum(form.nbytes(n, k) for n, k in preset.matrices)
+    form = FORMS[quantization]
+    rounded = [shape for layer in range(preset.layers) for shape in preset.matrices_of(layer)]
+    plain = facts.parameters - sum(n * k for n, k in rounded)
+    size = plain * facts.shape.dtype.itemsize + sum(form.nbytes(n, k) for n, k in rounded)
     return replace(facts, stored_bytes=size, weights_note=f"rounded to {quantization}")
 
 
 def with_kv_format(facts: ModelFacts, kv_cache_dtype: str) -> ModelFacts:
     """The same model with its KV in another number format."""
-    from specontext.memory.presets import KV_FORMATS
+    from specontext.memory.preset import KV_FORMATS
 
     if kv_cache_dtype == "auto":
         return facts

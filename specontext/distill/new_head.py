@@ -24,7 +24,7 @@ class HeadShape:
 
     Attributes:
         heads: query heads; None takes as many for each group as the target has for each KV head.
-        head_dim: None takes the target's.
+        head_dim: None takes that of the target's keys.
         feature_layers: None takes `standard_feature_layers`.
         bands: of neighbouring layers, each with groups of its own.
         key_heads, key_inputs, query_rank: as of `HeadConfig`.
@@ -93,7 +93,7 @@ def new_head(shape: HeadShape, target: ModelShape, *, trained_length: int, sourc
         vocab_size=target.vocab_size,
         heads=heads,
         kv_heads=groups,
-        head_dim=shape.head_dim or target.head_dim,
+        head_dim=shape.head_dim or target.key_dim,
         feature_layers=features,
         head_map=head_map if shape.bands > 1 else None,
         rope_theta=shape.rope_theta,

@@ -24,6 +24,7 @@ from specontext.kernels.window_attention import window_attention
 from specontext.models.attention import RUNNING, attention_of, listening, running_of, understood
 from specontext.models.decoder import decoder_of, output_layer
 from specontext.models.features import FeatureTaps
+from specontext.models.latents import latents_of
 from specontext.models.temperature import at_positions
 from specontext.retrieval.head import RetrievalHead
 
@@ -195,7 +196,12 @@ def teaching_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if taught.positions is not None:
         query = at_positions(module, query, taught.positions[:, None])
-    if window is None:
+    if key is value:  # rows of latents, which are one KV head
+        rows = latents_of(module)
+        query = rows.absorbed(query.transpose(1, 2)).transpose(1, 2)
+        out = taught.attend(layer, query, key, value, scale, softmax)
+        out = rows.lifted(out.transpose(1, 2)).transpose(1, 2)
+    elif window is None:
         out = taught.attend(layer, query, key, value, scale, softmax)
     else:
         out = taught.attend_window(layer, window, query, key, value, scale, softmax)

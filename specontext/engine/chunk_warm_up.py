@@ -15,7 +15,7 @@ from specontext.core import Batch, Segment
 from specontext.engine.build import Parts
 from specontext.kernels.dense_attention import chunk_attention
 from specontext.kernels.gpu_chunk import KEYS, QUERIES, regular_kernel, serves
-from specontext.memory.model import prompt_tile
+from specontext.memory.model import made_tile, prompt_tile
 
 
 def padded_chunk(tokens: int, start: int, seat: int, device: torch.device) -> Batch:
@@ -50,13 +50,15 @@ def warm_up_chunks(run: Callable[[Batch], Tensor], parts: Parts) -> None:
 def _plan_attention(parts: Parts, tokens: int) -> None:
     """Attend with all regular numbers of queries and keys, where their kernel prepares a plan for each pair."""
     shape, device = parts.meter.shape, parts.kv.device
-    tile = prompt_tile(parts.kv.layout.layers[0].entry_bytes)
-    query = torch.zeros((tokens, shape.query_heads, shape.head_dim), dtype=shape.dtype, device=device)
-    stored = query.new_zeros((max(tokens, min(tile, parts.max_tokens)), shape.kv_heads, 2, shape.head_dim))
+    tile, kv_heads = prompt_tile(parts.kv.layout.layers[0].entry_bytes), shape.kv_heads
+    if shape.latent is not None:  # chunks of this size make keys and values of all heads
+        tile, kv_heads = made_tile(shape.query_heads, shape.key_dim, shape.dtype.itemsize), shape.query_heads
+    query = torch.zeros((tokens, shape.query_heads, shape.key_dim), dtype=shape.dtype, device=device)
+    stored = query.new_zeros((max(tokens, min(tile, parts.max_tokens)), kv_heads, 2, shape.key_dim))
     if not serves(query) or regular_kernel(query, stored[:, :, 0]) is None:
         return
     for count in range(QUERIES, tokens + 1, QUERIES):
-        attention = chunk_attention(query[:count], stored[:count, :, 0], stored[:count, :, 1], shape.head_dim**-0.5)
+        attention = chunk_attention(query[:count], stored[:count, :, 0], stored[:count, :, 1], shape.key_dim**-0.5)
         for keys in (tile >> bit for bit in range(tile.bit_length())):
             if KEYS <= keys <= len(stored):
                 attention.add(stored[:keys])

@@ -17,6 +17,7 @@ from specontext.engine.prefill import Chunks
 from specontext.engine.statistics import Meter
 from specontext.engine.true_attention import AttentionObserver, View, covered, true_logits
 from specontext.engine.windows import WindowedStep
+from specontext.kernels.latents import Latents
 from specontext.kernels.paged_attention import paged_attention
 from specontext.kernels.softmax import PLAIN, Softmax, with_sinks
 from specontext.kernels.sparse_attention import merge_partials, sparse_attention
@@ -192,15 +193,44 @@ class Step:
             self.transfers.append(layer, NewTokens(batch.seats, batch.positions, batch.lengths, key, value))
             if len(self.lanes) == 1:
                 return self._decode(self.lanes[0], layer, query, key, value, scale, softmax)
+            return self._decode_lanes(layer, query, key, value, scale, softmax)
         output = torch.empty_like(query)
-        if self.chunks is not None and decodes:
-            place = (batch.seats[:decodes], batch.positions[:decodes], batch.lengths[:decodes])
-            self.transfers.append(layer, NewTokens(*place, key[:decodes], value[:decodes]))
+        if decodes:
+            q, k, v = (x[:decodes] for x in (query, key, value))
+            output[:decodes] = self._decode_beside_chunks(layer, q, k, v, scale, softmax)
+        self.chunks.attend(layer, query, key, value, scale, output, self.staging, softmax)
+        return output
+
+    def attend_latents(
+        self, layer: int, latents: Latents, query: Tensor, row: Tensor, scale: float, softmax: Softmax = PLAIN
+    ) -> Tensor:
+        """See `LayerAttention.attend_latents`."""
+        decodes = self.batch.num_decodes
+        if self.chunks is None:
+            return latents.attention(query, lambda absorbed: self.attend(layer, absorbed, row, row, scale, softmax))
+        output = query.new_empty((*query.shape[:2], latents.value.shape[1]))
+        if decodes:
+            own = row[:decodes]
+            output[:decodes] = latents.attention(
+                query[:decodes], lambda absorbed: self._decode_beside_chunks(layer, absorbed, own, own, scale, softmax)
+            )
+        self.chunks.attend_latents(layer, latents, query, row, scale, output, self.staging, softmax)
+        return output
+
+    def _decode_beside_chunks(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax
+    ) -> Tensor:
+        """Attention of the decode tokens, which come first in a batch, and store what is theirs."""
+        batch, decodes = self.batch, self.batch.num_decodes
+        place = (batch.seats[:decodes], batch.positions[:decodes], batch.lengths[:decodes])
+        self.transfers.append(layer, NewTokens(*place, key, value))
+        return self._decode_lanes(layer, query, key, value, scale, softmax)
+
+    def _decode_lanes(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax) -> Tensor:
+        output = torch.empty_like(query)
         for lane in self.lanes:
             q, k, v = (x[lane.part] for x in (query, key, value))
             output[lane.part] = self._decode(lane, layer, q, k, v, scale, softmax)
-        if self.chunks is not None:
-            self.chunks.attend(layer, query, key, value, scale, output, self.staging, softmax)
         return output
 
     def _decode(
@@ -241,7 +271,7 @@ class Step:
         selection = selector.select_in_layer(layer, lane.decode, view)
         lane.seconds += self._now() - began
         if not transfers.resident[layer] and view.tokens_read is not None:  # the keys it looked at were streamed in
-            self.meter.streamed(seats, view.tokens_read * (self.kv.layout.layers[layer].entry_bytes // 2))
+            self.meter.streamed(seats, view.tokens_read * self.kv.layout.layers[layer].key_bytes)
         lane.reading = self.kv.read(seats, selection, layer, lane.reader)
         self.meter.sparse(lane.reading, transfers.tiers.resident, layer)
 
@@ -255,7 +285,8 @@ class Step:
             pages, lengths = home.table_of(layer).index_select(0, seats), lane.decode.lengths
             return paged_attention(query, home.by_page(layer), pages, lengths, scale, cap, tile=self.tile)
         # The token itself is on its way to the host, and stands beside the tiles.
-        own = torch.stack(transfers.as_stored(key, value), dim=2).view(-1, 2, key.shape[2])
+        parts_of_row = transfers.as_stored(key, value)[: transfers.tiers.tokens.rows.shape[1]]  # of a latent one, which is both
+        own = torch.stack(parts_of_row, dim=2).flatten(0, 1)
         place = torch.arange(len(own), device=own.device).view(*key.shape[:2], 1)
         parts = [sparse_attention(query, own, place, scale, cap)]
         assert self.staging is not None and lane.read is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -16,11 +16,13 @@ from specontext.engine.true_attention import keys_up_to
 from specontext.kernels.dense_attention import causal_attention, chunk_attention
 from specontext.kernels.dispatch import upload
 from specontext.kernels.gpu_chunk import QUERIES, packed_attention, serves
+from specontext.kernels.latents import Latents
 from specontext.kernels.softmax import PLAIN, Softmax
 from specontext.kernels.tables import NewTokens
 from specontext.kv.dense import stored_tiles
 from specontext.kv.staging import DenseRead, Staging
 from specontext.kv.transfers import Transfers
+from specontext.memory.model import made_tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +94,82 @@ class Chunks:
                 keys = partial(keys_up_to, self._transfers, layer, segment, key[part])
                 watcher.observe_chunk(layer, segment, query[part], scale, keys)
 
+    def attend_latents(
+        self,
+        layer: int,
+        latents: Latents,
+        query: Tensor,
+        row: Tensor,
+        scale: float,
+        output: Tensor,
+        staging: Staging | None,
+        softmax: Softmax = PLAIN,
+    ) -> None:
+        """The same of rows of latents [T, 1, rank + rotated], queries [T, Hq, nope + rotated] and outputs [T, Hq, V].
+
+        A long chunk makes keys and values of stored rows, as many at a time as `made_tile` says; a short one attends to rows.
+        """
+        batch, chunks = self._batch, slice(self._batch.num_decodes, None)
+        new = NewTokens(batch.seats[chunks], batch.positions[chunks], batch.lengths[chunks], row[chunks], row[chunks])
+        self._transfers.append_chunk(layer, new)
+        for segment, read in zip(batch.prefills, self.reads, strict=True):
+            part = slice(segment.offset, segment.offset + segment.length)
+            own, rows = query[part], row[part]
+            makes = not read.stop or latents.making_pays(segment.length, row.shape[2])
+            absorb = partial(self._attend_to_rows, layer, segment, read, rows, scale, staging, softmax)
+            if makes:
+                output[part] = self._attend_to_made(layer, segment, read, latents, own, rows, scale, staging, softmax)
+            else:
+                output[part] = latents.attention(own, absorb)
+            if (watcher := self._methods.watcher(segment.seat)) is not None:
+                keys = partial(keys_up_to, self._transfers, layer, segment, rows)
+                watcher.observe_chunk(layer, segment, latents.absorbed(own), scale, keys)
+
+    def _attend_to_rows(
+        self,
+        layer: int,
+        segment: Segment,
+        read: DenseRead,
+        rows: Tensor,
+        scale: float,
+        staging: Staging | None,
+        softmax: Softmax,
+        query: Tensor,
+    ) -> Tensor:
+        attention = chunk_attention(query, rows, rows, scale, softmax)
+        for tile in self._tiles(layer, segment, read, staging):
+            attention.add(tile)
+        return attention.result()
+
+    def _attend_to_made(
+        self,
+        layer: int,
+        segment: Segment,
+        read: DenseRead,
+        latents: Latents,
+        query: Tensor,
+        rows: Tensor,
+        scale: float,
+        staging: Staging | None,
+        softmax: Softmax,
+    ) -> Tensor:
+        key, value = latents.made(rows).unbind(2)
+        attention = chunk_attention(query, key, value, scale, softmax)
+        most = made_tile(query.shape[1], query.shape[2], query.dtype.itemsize)
+        for tile in self._tiles(layer, segment, read, staging):
+            for some in tile.split(most):
+                attention.add(latents.made(some))
+        return attention.result()[..., : latents.value.shape[1]]
+
+    def _tiles(self, layer: int, segment: Segment, read: DenseRead, staging: Staging | None) -> Iterator[Tensor]:
+        """The rows [T, Hkv, *row] of the tokens before a chunk."""
+        if self._transfers.in_reach(layer):
+            yield from stored_tiles(self._transfers, layer, segment.seat, read.stop, read.tile)
+        elif read.stop:
+            assert staging is not None
+            for staged in staging.tiles(layer, read):
+                yield staged.tokens[0]
+
     def _write(
         self,
         layer: int,
@@ -116,13 +194,8 @@ class Chunks:
             output[part] = causal_attention(*numbers, scale, softmax)
         else:
             attention = chunk_attention(*numbers, scale, softmax)
-            if self._transfers.in_reach(layer):
-                for tile in stored_tiles(self._transfers, layer, segment.seat, read.stop, read.tile):
-                    attention.add(tile)
-            else:
-                assert staging is not None
-                for staged in staging.tiles(layer, read):
-                    attention.add(staged.tokens[0])
+            for tile in self._tiles(layer, segment, read, staging):
+                attention.add(tile)
             output[part] = attention.result()
         return part.stop
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from specontext.core import Window
 from specontext.kernels.dense_attention import causal_attention
+from specontext.kernels.latents import Latents, made_attention
 from specontext.kernels.softmax import PLAIN, Softmax
 from specontext.kernels.window_attention import window_attention
 from specontext.memory.facts import ModelFacts
@@ -28,6 +29,11 @@ class _ChunkOnly:
         self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
     ) -> Tensor:
         return window_attention(query, key, value, scale, window, softmax=softmax)
+
+    def attend_latents(
+        self, layer: int, latents: Latents, query: Tensor, row: Tensor, scale: float, softmax: Softmax = PLAIN
+    ) -> Tensor:
+        return made_attention(latents, query, row, scale, softmax)
 
 
 @torch.inference_mode()
@@ -54,6 +60,6 @@ def measure_runtime(loaded: LoadedModel, facts: ModelFacts, run: RunSettings, *,
             taps.remove()
         torch.cuda.empty_cache()
     # Attention to stored tokens is added up in float32, beside one part's and the sum in 16 bits.
-    merged = 8 * tokens * shape.query_heads * shape.head_dim
+    merged = 8 * tokens * shape.query_heads * shape.key_dim
     sampling = (8 + HISTORY) * run.requests * shape.vocab_size + min(SAMPLER, 24 * run.requests * shape.vocab_size)
     return peak + merged + buffer_bytes(facts, run) + sampling

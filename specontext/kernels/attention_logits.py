@@ -15,7 +15,8 @@ def attention_logits(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -
 
     Args:
         query: [R, Hq, D].
-        arena: [N, 2, D], K and V of each row; in 8 bits [N, 2 * D + 4], see `quantised_rows.py`.
+        arena: [N, 2, D], K and V of each row, or [N, 1, D], where a row is both; in 8 bits [N, 2 * D + 4], see
+            `quantised_rows.py`.
         rows: int64 or int32 [R, Hkv, T], -1 is skipped.
 
     Returns:

@@ -68,7 +68,8 @@ class ChunkAttention:
         tile = as_multiplied(tile, self._dtype)
         if tile.dtype == torch.float32:
             self._folded = self._folded.float()
-        keys, values = tile.permute(2, 1, 0, 3)[:, :, None].unbind(0)  # each [Hkv, 1, T, D]
+        heads = tile.transpose(0, 1)[:, None]  # [Hkv, 1, T, K|V, D]
+        keys, values = heads.select(3, 0), heads.select(3, -1)
         part, lse = attention_with_lse(self._folded, keys, values, self._scale, cap=self._softmax.cap)
         self._output.lerp_(part.float(), torch.sigmoid(lse - self._lse)[..., None])
         self._lse = torch.logaddexp(self._lse, lse)

@@ -73,7 +73,8 @@ def paged_attention_reference(
             for part in parts_of(chosen, max(1, TILE_BYTES // (width * row_bytes))):
                 tokens = _tile_of_requests(rows, pages[part], counts[part], start, width)
                 tokens = as_multiplied(tokens, query.dtype)
-                keys, values = tokens.permute(3, 0, 2, 1, 4).unbind(0)  # each [N, Hkv, T, D]
+                tokens = tokens.transpose(1, 2)
+                keys, values = tokens.select(3, 0), tokens.select(3, -1)  # each [N, Hkv, T, D]
                 bias = bias_beyond(counts[part], width)
                 mine = queries[part].float() if tokens.dtype == torch.float32 else queries[part]
                 new, new_lse = attention_with_lse(mine, keys, values, scale, bias=bias, cap=cap)

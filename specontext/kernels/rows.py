@@ -119,7 +119,7 @@ def _numbers(
 @operation(decided_by="new.key")
 def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
     """Write K and V of new tokens into the pages of one layer, quantised where those are."""
-    _append(pages, layer, new.seats, new.positions, torch.stack((new.key, new.value), dim=2))
+    _append(pages, layer, new.seats, new.positions, torch.stack((new.key, new.value)[: pages.rows.shape[1]], dim=2))
 
 
 @operation(decided_by="new.key")
@@ -133,7 +133,7 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     Args:
         to_host: False writes the slots of an offloaded layer only: the host's rows follow for all layers at once.
     """
-    numbers = torch.stack((new.key, new.value), dim=2)
+    numbers = torch.stack((new.key, new.value)[: tiers.tokens.rows.shape[1]], dim=2)  # of a latent one part, which is both
     if bool(tiers.resident[layer]):
         return _append(tiers.tokens, layer, new.seats, new.positions, numbers)
     if to_host:
@@ -184,8 +184,10 @@ def append_keys(keys: Tensor, table: Tensor, seats: Tensor, positions: Tensor, n
 
 
 def row_of(key: Tensor, value: Tensor, pool: Tensor) -> Tensor:
-    """K and V [T, Hkv, D] as rows of a pool: [T, Hkv, 2, D], or quantised [T, Hkv, 2 * D + 4]."""
-    return quantise_tokens(key, value, pool.dtype) if is_quantised(pool) else torch.stack((key, value), dim=-2).to(pool.dtype)
+    """K and V [T, Hkv, D] as rows of a pool: [T, Hkv, 2, D], latents [T, Hkv, 1, D], or quantised [T, Hkv, 2 * D + 4]."""
+    if is_quantised(pool):
+        return quantise_tokens(key, value, pool.dtype)
+    return torch.stack((key, value)[: pool.shape[1]], dim=-2).to(pool.dtype)
 
 
 def as_stored(key: Tensor, value: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,7 +217,7 @@ def fixed_slots(positions: Tensor, sink: int, recent: int) -> Tensor:
 
 
 def _append(pages: Pages, layer: int, seats: Tensor, entries: Tensor, numbers: Tensor) -> None:
-    """Write numbers [T, Hkv, 2, D] to entries [T], -1 for none. Heads of a token that are neighbours are written as one."""
+    """Write numbers [T, Hkv, 2 or 1, D] to entries [T], -1 for none. Heads of a token that are neighbours are written as one."""
     chosen = (entries >= 0).nonzero().squeeze(1)
     if len(chosen) < len(entries):
         seats, entries, numbers = seats[chosen], entries[chosen], numbers[chosen]

@@ -24,7 +24,8 @@ def sparse_attention(query: Tensor, arena: Tensor, rows: Tensor, scale: float, c
 
     Args:
         query: [R, Hq, D].
-        arena: [N, 2, D], K and V of each row; in 8 bits [N, 2 * D + 4], see `quantised_rows.py`.
+        arena: [N, 2, D], K and V of each row, or [N, 1, D], where a row is both; in 8 bits [N, 2 * D + 4], see
+            `quantised_rows.py`.
         rows: int64 or int32 [R, Hkv, B] row indices, -1 is skipped. Query heads h * Hq / Hkv and up read the rows of KV head h.
         scale: factor of the logits.
         cap: soft cap on them, see `Softmax`.
@@ -44,8 +45,9 @@ def sparse_attention(query: Tensor, arena: Tensor, rows: Tensor, scale: float, c
             index = wanted[part, :most].flatten()
             buffer = scratch("attention.gathered", (len(index), flat.shape[1]), arena.dtype, arena.device)
             gathered = torch.index_select(flat, 0, index, out=buffer).view(-1, *arena.shape[1:])
-            tokens = as_multiplied(gathered, query.dtype).view(-1, 1, most, 2, head_dim)
-            keys, values = tokens.unbind(3)
+            tokens = as_multiplied(gathered, query.dtype)
+            tokens = tokens.view(-1, 1, most, *tokens.shape[-2:])
+            keys, values = tokens.select(3, 0), tokens.select(3, -1)
             queries = grouped[part].float() if tokens.dtype == torch.float32 else grouped[part]
             out, lse[part] = attention_with_lse(queries, keys, values, scale, bias=bias_beyond(counts[part], most), cap=cap)
             output[part] = out.to(output.dtype)

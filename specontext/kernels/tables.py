@@ -19,6 +19,11 @@ def is_quantised(rows: Tensor) -> bool:
     return rows.dtype in CODES
 
 
+def holds_latents(rows: Tensor) -> bool:
+    """Whether a row of a pool is one vector, which is key and value at once."""
+    return rows.dim() == 3 and rows.shape[1] == 1
+
+
 def word_of(rows: Tensor) -> torch.dtype:
     """The widest number format that divides a row of a pool [N, ...]."""
     row_bytes = rows[:1].nbytes
@@ -51,7 +56,7 @@ class Pages:
         in a layer                    ->  row piece * count + place
 
     Attributes:
-        rows: [N, 2, D], K and V; in 8 bits [N, 2 * D + 4], see `quantised_rows.py`.
+        rows: [N, 2, D], K and V, or latents [N, 1, D], which are both; in 8 bits [N, 2 * D + 4], see `quantised_rows.py`.
         table: int64 [lines, seats, P]; page 0 stands where there is none. On the device, wherever the rows are.
         size: entries of a page.
         heads: KV heads.
@@ -135,7 +140,7 @@ class NewTokens:
     Attributes:
         seats, positions: int64 [T], distinct; a negative position is padding.
         lengths: int64 [T], tokens in context of the token's request once this step is stored.
-        key, value: [T, Hkv, D], the key after RoPE.
+        key, value: [T, Hkv, D], the key after RoPE; of latents both are the same, and it is stored once.
     """
 
     seats: Tensor

@@ -43,7 +43,7 @@ def stored_tiles(transfers: Transfers, layer: int, seat: int, stop: int, tile: i
 
 
 def read_tile(transfers: Transfers, layer: int, seats: Tensor, start: int, stop: int, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """A buffer [N, 2, D] that attention can read, and rows [R, Hkv, T] in it of the tokens start .. stop - 1 of some requests.
+    """A buffer [N, *row] that attention can read, and rows [R, Hkv, T] in it of the tokens start .. stop - 1 of some requests.
 
     Args:
         ends: int64 [R], tokens of the requests; -1 stands beyond them.

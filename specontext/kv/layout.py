@@ -1,6 +1,7 @@
 """How KV lies in pages: what a row is made of, which layers keep what, and where the rows of both tiers are.
 
-    row     one token (or slot) of one KV head of one layer: its parts one after the other, [K|V, D] or codes and scales of both
+    row     one token (or slot) of one KV head of one layer: its parts one after the other, [K|V, D], or codes and scales of both,
+            or one latent [1, D], which is key and value at once
     entry   the rows of all KV heads of a token (or slot)
     page    `page_size` entries: of one layer on the device, of a block of neighbouring layers on the host
     piece   the rows of one token and KV head in the layers of a block, side by side
@@ -56,6 +57,11 @@ class LayerLayout:
     def entry_bytes(self) -> int:
         return self.heads * self.row_bytes
 
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of the keys of an entry; a latent is read whole."""
+        return self.entry_bytes // min(len(self.parts), 2)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -78,7 +84,8 @@ class Layout:
     def of_shape(cls, shape: ModelShape, page_size: int, layer_blocks: LayerBlocks | None = None) -> Layout:
         """Keys and values of every token in every layer; by default in blocks of layers that all read alike."""
         numbers = shape.dtype if shape.kv_dtype is None else shape.kv_dtype
-        kv: tuple[Part, ...] = (Part("key", shape.row_numbers, numbers), Part("value", shape.row_numbers, numbers))
+        names = ("latent",) if shape.latent is not None else ("key", "value")
+        kv = tuple(Part(name, shape.part_numbers, numbers) for name in names)
         if shape.kv_dtype is not None:
             kv += (Part("scales", 2, torch.bfloat16),)
         if layer_blocks is None:
@@ -105,7 +112,7 @@ class Layout:
         return self.pages_of(tokens if most is None else min(tokens, most))
 
     def row_size(self) -> tuple[int, ...]:
-        """What kernels read of a row: [K|V, D], or its bytes where scales follow the codes."""
+        """What kernels read of a row: [K|V, D], a latent [1, D], or its bytes where scales follow the codes."""
         rows = {layer.parts for layer in self.layers}
         assert len(rows) == 1, "rows of several kinds, which no kernel reads"
         (parts,) = rows

@@ -139,11 +139,11 @@ def eagle3_head(shape: ModelShape) -> HeadFacts:
     """
     width, heads = shape.hidden_size, shape.query_heads + shape.kv_heads
     return HeadFacts(
-        parameters=2 * width * heads * shape.head_dim + 2 * width + 3 * width * width,
+        parameters=2 * width * heads * shape.key_dim + 2 * width + 3 * width * width,
         heads=shape.query_heads,
         kv_heads=shape.kv_heads,
         key_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
+        head_dim=shape.key_dim,
         feature_width=3 * width,
         state_width=width,
         source="size of a head pruned from an EAGLE-3 draft of this model",

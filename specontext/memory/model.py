@@ -159,7 +159,7 @@ def paper_model(facts: ModelFacts, *, budget: int) -> MemoryModel:
     shape = facts.shape
     model, head = FLOAT16 * facts.parameters, FLOAT16 * facts.head.parameters
     buffers = -(-3 * (model + head) // 10)
-    entry = 4 * shape.kv_heads * shape.head_dim  # bytes: K and V of a token in one layer
+    entry = FLOAT16 * shape.kv_heads * shape.row_numbers  # bytes: K and V of a token in one layer
     kv = KVCost(
         layers=shape.layers,
         resident_token=entry,
@@ -289,13 +289,9 @@ def estimate_runtime(facts: ModelFacts, run: RunSettings) -> int:
     matrix products. The CUDA context is no part of it.
     """
     shape, size = facts.shape, facts.shape.dtype.itemsize
-    heads = shape.query_heads * shape.head_dim
-    token = size * (
-        4 * shape.hidden_size
-        + 2 * facts.head.feature_width
-        + 2 * (heads + 2 * shape.kv_heads * shape.head_dim)
-        + 3 * facts.intermediate_size
-    )
+    heads = shape.query_heads * shape.key_dim
+    stored = heads if shape.latent is not None else shape.kv_heads * shape.head_dim  # numbers of keys, and as many of values
+    token = size * (4 * shape.hidden_size + 2 * facts.head.feature_width + 2 * (heads + 2 * stored) + 3 * facts.intermediate_size)
     token += 2 * 4 * heads
     tiles = buffer_bytes(facts, run)
     logits = run.requests * shape.vocab_size * (size + 4 + HISTORY)
@@ -330,6 +326,23 @@ def prompt_tile(entry_bytes: int) -> int:
     return 1 << max(PROMPT_TILE // entry_bytes, 1).bit_length() - 1
 
 
+def made_tile(query_heads: int, key: int, itemsize: int) -> int:
+    """Stored latents of which a prompt chunk makes keys and values at once: the power of two whose are not more than a buffer's.
+
+    Args:
+        key: numbers of a head's key, and of its value with what makes it as wide.
+    """
+    return 1 << max(PROMPT_TILE // (2 * query_heads * key * itemsize), 1).bit_length() - 1
+
+
+def made_bytes(shape: ModelShape, run: RunSettings) -> int:
+    """Bytes of keys and values that are made of stored latents, with those of one kind before they are put in place."""
+    if shape.latent is None:
+        return 0
+    tokens = min(made_tile(shape.query_heads, shape.latent.key, shape.dtype.itemsize), run.max_tokens)
+    return 3 * tokens * shape.query_heads * shape.latent.key * shape.dtype.itemsize
+
+
 def buffer_bytes(facts: ModelFacts, run: RunSettings) -> int:
     """Bytes of the buffers through which stored tokens are read: one of a resident layer, and two of offloaded ones."""
     shape = facts.shape
@@ -337,7 +350,8 @@ def buffer_bytes(facts: ModelFacts, run: RunSettings) -> int:
     tile = entry * min(prompt_tile(entry), run.max_tokens)
     decoding = entry * min(max(DECODE_TILE, LEAST_TILE * run.requests), run.requests * run.max_tokens)
     steps = min(run.max_batched_tokens, run.requests * run.max_tokens)
-    return tile + 2 * max(tile, decoding) + dequantised_bytes(shape, min(prompt_tile(entry), run.max_tokens), steps)
+    other = dequantised_bytes(shape, min(prompt_tile(entry), run.max_tokens), steps) + made_bytes(shape, run)
+    return tile + 2 * max(tile, decoding) + other
 
 
 def staged_bytes(facts: ModelFacts, run: RunSettings) -> int:

@@ -3,167 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from specontext.core import ModelShape, Window
-from specontext.memory.facts import HeadFacts, ModelFacts, eagle3_head
-
-if TYPE_CHECKING:  # takes seconds to import, and only annotations here need them
-    import torch
-    from transformers import PreTrainedConfig
-
-
-@dataclass(frozen=True)
-class NumberFormat:
-    """What a plan must know of a number format, where PyTorch, which takes seconds to import, is needed for nothing else.
-
-    Attributes:
-        itemsize: bytes of a number.
-    """
-
-    name: str
-    itemsize: int
-
-    def __str__(self) -> str:
-        return f"torch.{self.name}"  # as PyTorch writes its own
-
-
-KV_FORMATS = {name: NumberFormat(name, 1) for name in ("fp8", "int8")}  # of codes
-NUMBER_FORMATS = {name: NumberFormat(name, size) for name, size in (("float32", 4), ("bfloat16", 2), ("float16", 2))}
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A decoder of the Llama family as its public config has it, in bfloat16.
-
-    Attributes:
-        source: the checkpoint on the Hub that has this config.
-        family: `llama`, `mistral`, `qwen2` (biases on q, k and v), `qwen3` (norms of each head's queries and keys) or `gemma3`
-            (these, four norms a layer, and windows).
-        tied: whether embedding and output share one table.
-        rope_factor: Llama 3's extension from 8,192 positions, None for plain RoPE; of Gemma 3 the factor of its layers without a
-            window.
-        window: tokens that a layer attends to, all layers but every sixth one; 0 where there are no windows.
-        yarn_position: the longest context that its makers give it with YaRN, by an entry in its config that is not there at
-            first; None for none.
-    """
-
-    name: str
-    source: str
-    family: str
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position: int
-    tied: bool
-    rope_theta: float
-    rope_factor: float | None = None
-    window: int = 0
-    yarn_position: int | None = None
-
-    @property
-    def windows(self) -> tuple[Window | None, ...]:
-        """See `ModelShape`."""
-        near = Window(self.window)
-        return tuple(near if (layer + 1) % FULL_EVERY else None for layer in range(self.layers)) if self.window else ()
-
-    @property
-    def full_layers(self) -> int:
-        """Layers that attend to the whole context."""
-        return self.windows.count(None) if self.window else self.layers
-
-    @property
-    def matrices(self) -> tuple[tuple[int, int], ...]:
-        """Outputs and inputs of the linear layers of a decoder layer."""
-        width, heads, groups = self.hidden_size, self.query_heads * self.head_dim, self.kv_heads * self.head_dim
-        wide = self.intermediate_size
-        return ((heads, width), (groups, width), (groups, width), (width, heads), (wide, width), (wide, width), (width, wide))
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters, a shared table counted once."""
-        width, dim = self.hidden_size, self.head_dim
-        heads, groups = self.query_heads * dim, self.kv_heads * dim
-        layer = sum(n * k for n, k in self.matrices) + 2 * width
-        if self.family == "qwen2":
-            layer += heads + 2 * groups
-        if self.family in ("qwen3", "gemma3"):
-            layer += 2 * dim
-        if self.family == "gemma3":
-            layer += 2 * width
-        return self.vocab_size * width * (1 if self.tied else 2) + self.layers * layer + width
-
-    def needs_yarn(self, length: int | None) -> bool:
-        """Whether a context of this length needs an entry for YaRN in the config, and its makers allow one."""
-        return length is not None and self.max_position < length <= (self.yarn_position or 0)
-
-    def shape(self, dtype: torch.dtype | NumberFormat | None = None) -> ModelShape:
-        """The shape; None is PyTorch's bfloat16, which has to be imported."""
-        if dtype is None:
-            import torch
-
-            dtype = torch.bfloat16
-        return ModelShape(
-            layers=self.full_layers,
-            hidden_size=self.hidden_size,
-            query_heads=self.query_heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            vocab_size=self.vocab_size,
-            max_position=self.max_position,
-            dtype=dtype,  # type: ignore[arg-type]  # a plan asks for its size only
-            windows=self.windows,
-        )
-
-    def facts(self, dtype: torch.dtype | NumberFormat | None = None, head: HeadFacts | None = None) -> ModelFacts:
-        """What a plan needs; with the head of an EAGLE-3 draft where none is given."""
-        shape = self.shape(dtype)
-        lookup = 0 if self.tied else self.vocab_size * self.hidden_size
-        return ModelFacts(self.name, shape, self.parameters, lookup, self.intermediate_size, head or eagle3_head(shape))
-
-    def config(self, **changes: Any) -> PreTrainedConfig:
-        """A Hugging Face config of this shape, to make a model of random weights, for example; `changes` are its entries."""
-        from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-
-        kinds: dict[str, type] = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-        kinds["gemma3"] = Gemma3TextConfig
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
-        if self.family == "gemma3":
-            far = {"rope_type": "linear", "factor": self.rope_factor} if self.rope_factor else {}
-            near = {"rope_type": "default", "rope_theta": 10000.0}
-            rope = {"full_attention": rope | far, "sliding_attention": near}
-        elif self.rope_factor is not None:
-            rope |= {"rope_type": "llama3", "factor": self.rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-            rope["original_max_position_embeddings"] = 8192
-        values: dict[str, Any] = {
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.query_heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "max_position_embeddings": self.max_position,
-            "tie_word_embeddings": self.tied,
-            "rms_norm_eps": 1e-5 if self.family in ("llama", "mistral") else 1e-6,
-            "rope_parameters": rope,
-            "dtype": "bfloat16",
-        }
-        if self.family == "mistral":
-            values["sliding_window"] = None
-        if self.window:
-            values |= {"sliding_window": self.window, "query_pre_attn_scalar": self.head_dim}
-            values["layer_types"] = ["sliding_attention" if window else "full_attention" for window in self.windows]
-        config: PreTrainedConfig = kinds[self.family](**(values | changes))
-        return config
-
-
-FULL_EVERY = 6  # layers of Gemma 3
+from specontext.core import LatentSizes
+from specontext.memory.latent_preset import Experts, LatentPreset
+from specontext.memory.preset import Preset
 
 
 def _preset(
@@ -214,7 +58,35 @@ _ALL = (
     _preset("r1-distill-qwen-14b", f"{_R1}Qwen-14B", "qwen2", _Q14B, 152064, 131072, **_QWEN),
     _preset("r1-distill-qwen-32b", f"{_R1}Qwen-32B", "qwen2", _Q32B, 152064, 131072, **_QWEN),
 )
-PRESETS = {preset.name: preset for preset in _ALL}
+_YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
+_YARN |= {"beta_fast": 32, "beta_slow": 1}
+
+
+def _latent(
+    name: str, source: str, family: str, sizes: tuple[int, int, int, int], *vocabulary_and_context: int, **others: Any
+) -> LatentPreset:
+    """A preset; `sizes` are hidden and intermediate size, layers and query heads."""
+    vocab, context = vocabulary_and_context
+    row = others["latent"].row
+    plain: dict[str, Any] = {"tied": False, "rope_theta": 10000.0, "rope": {"rope_type": "default"}, "query_rank": 0}
+    return LatentPreset(name, source, family, *sizes, 1, row, vocab, context, **(plain | others))
+
+
+_128, _256 = (LatentSizes(512, 64, key=key, value=value) for key, value in ((192, 128), (256, 256)))
+_V2: dict[str, Any] = {"latent": _128, "rope": _YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}}
+_V2["experts"] = Experts(64, chosen=6, shared=2, width=1408, dense_layers=1)
+_V3: dict[str, Any] = {"latent": _128, "rope": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, "query_rank": 1536}
+_V3["experts"] = Experts(256, chosen=8, shared=1, width=2048, dense_layers=3, groups=8, chosen_groups=4)
+_GLM: dict[str, Any] = {"latent": _256, "rope_theta": 1e6, "query_rank": 768}
+_GLM["experts"] = Experts(64, chosen=4, shared=1, width=1536, dense_layers=1)
+_DEEPSEEK = "deepseek-ai/DeepSeek-"
+_LATENT = (
+    _latent("deepseek-v2-lite", f"{_DEEPSEEK}V2-Lite-Chat", "deepseek_v2", (2048, 10944, 27, 16), 102400, 163840, **_V2),
+    _latent("deepseek-v3", f"{_DEEPSEEK}V3", "deepseek_v3", (7168, 18432, 61, 128), 129280, 163840, **_V3),
+    _latent("deepseek-r1", f"{_DEEPSEEK}R1", "deepseek_v3", (7168, 18432, 61, 128), 129280, 163840, **_V3),
+    _latent("glm-4.7-flash", "zai-org/GLM-4.7-Flash", "glm4_moe_lite", (2048, 10240, 47, 20), 154880, 202752, **_GLM),
+)
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in (*_ALL, *_LATENT)}
 
 
 def find_preset(name: str) -> Preset | None:

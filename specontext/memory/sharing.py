@@ -23,6 +23,8 @@ class Share:
         """Raises ConfigError for heads that cannot be shared so, and layers with a window."""
         if shape.windowed:
             raise ConfigError("layers that attend to a window do not work with tensor_parallel_size: leave it out")
+        if shape.latent is not None:
+            raise ConfigError("multi-head latent attention does not work with tensor_parallel_size: leave it out")
         heads, size = shape.kv_heads, self.size
         if shape.query_heads % size or (heads % size and size % heads):
             raise ConfigError(

@@ -76,7 +76,7 @@ def prefill_operations(facts: ModelFacts, length: int) -> int:
     """
     shape = facts.shape
     pairs = shape.layers * length * length + 2 * length * sum(min(window.size, length) for window in shape.windowed)
-    attention = 2 * shape.query_heads * shape.head_dim * pairs
+    attention = 2 * shape.query_heads * shape.made_dim * pairs
     return 2 * (facts.parameters - facts.lookup_parameters) * length + attention
 
 

@@ -140,7 +140,7 @@ class StepClock:
         weights, and causal attention."""
         shape = self.facts.shape
         linear = 2 * (self.facts.parameters - self.facts.lookup_parameters) * tokens
-        attention = 4 * shape.layers * shape.query_heads * shape.head_dim * tokens * (before + tokens / 2)
+        attention = 4 * shape.layers * shape.query_heads * shape.made_dim * tokens * (before + tokens / 2)
         return (linear + attention) / (PRODUCTS * self.machine.products)
 
     def prefill_s(self, length: int, chunk: int) -> float:

@@ -15,7 +15,9 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from specontext.core import ModelShape, Window
 from specontext.errors import ModelError
+from specontext.kernels.latents import Latents
 from specontext.kernels.softmax import PLAIN, Softmax
+from specontext.models.latents import EXPAND, latent_modules, latents_of, rows_of_latents
 from specontext.models.temperature import at_positions
 
 ATTENTION_NAME = "specontext"
@@ -54,6 +56,13 @@ class LayerAttention(Protocol):
         """The same in a layer that has a window."""
         ...
 
+    def attend_latents(
+        self, layer: int, latents: Latents, query: Tensor, row: Tensor, scale: float, softmax: Softmax = PLAIN
+    ) -> Tensor:
+        """Store the rows of latents [T, 1, rank + rotated] and return the attention output [T, Hq, V] for q
+        [T, Hq, nope + rotated]."""
+        ...
+
 
 class Running:
     """What the modules of a model share while a forward pass runs.
@@ -63,6 +72,7 @@ class Running:
         longest: the longest context that may be asked for; None before the config has been read.
         places: of decoder layers, by number: their number among those of their kind, and their window.
         configs: those that say which attention function the modules call.
+        latent: attributes of the modules that have multi-head latent attention.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -71,6 +81,7 @@ class Running:
         self.places: dict[int, tuple[int, Window | None]] = {}
         configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
         self.configs = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
+        self.latent = [vars(module) for module in latent_modules(model)]
 
     def know(self, shape: ModelShape) -> None:
         """Hear which layers have a window."""
@@ -98,14 +109,23 @@ def forget_running(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def listening(model: PreTrainedModel, listener: object) -> Iterator[None]:
-    """Inside, the model's layers hand their attention to `listener`."""
+def listening(model: PreTrainedModel, listener: object, *, expanded: bool = False) -> Iterator[None]:
+    """Inside, the model's layers hand their attention to `listener`.
+
+    Args:
+        expanded: of latents the keys and values that the library makes of them, and not the rows that are stored.
+    """
     running = getattr(model, RUNNING, None) or running_of(model)
     before, running.listener = running.listener, listener
+    exchanged = [] if expanded else [module for module in running.latent if EXPAND not in module]
+    for module in exchanged:
+        module[EXPAND] = rows_of_latents
     try:
         yield
     finally:
         running.listener = before
+        for module in exchanged:
+            del module[EXPAND]
 
 
 @contextmanager
@@ -148,7 +168,9 @@ def attention_forward(
     if getattr(module, "attn_temperature_tuning", False):
         query = at_positions(module, query, running.listener.positions)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if window is None:
+    if key is value:
+        output = running.listener.attend_latents(layer, latents_of(module), q, k, scale, softmax)
+    elif window is None:
         output = running.listener.attend(layer, q, k, v, scale, softmax)
     else:
         output = running.listener.attend_window(layer, window, q, k, v, scale, softmax)

@@ -28,6 +28,7 @@ from transformers.masking_utils import eager_mask
 from specontext.core import WINDOWS, ModelShape, Window
 from specontext.errors import ModelError
 from specontext.kernels.dense_attention import causal_attention, chunk_attention
+from specontext.kernels.latents import Latents
 from specontext.kernels.softmax import PLAIN, Softmax
 from specontext.kernels.window_attention import window_attention
 from specontext.models.attention import RUNNING, NoStepError, attention_of, listening, running_of
@@ -79,6 +80,17 @@ class _Witness:
         self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
     ) -> Tensor:
         return self._attend(self._windowed[layer], window, query, key, value, scale, softmax)
+
+    def attend_latents(
+        self, layer: int, latents: Latents, query: Tensor, row: Tensor, scale: float, softmax: Softmax = PLAIN
+    ) -> Tensor:
+        output = latents.attention(
+            query, lambda absorbed: self._attend(self._full[layer], None, absorbed, row, row, scale, softmax)
+        )
+        key, value = latents.made(row).unbind(2)
+        value = value[..., : output.shape[-1]]
+        self.calls[-1] = replace(self.calls[-1], query=query, key=key, value=value, output=output)  # what the library has of it
+        return output
 
     def _attend(
         self, layer: int, window: Window | None, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax
@@ -168,7 +180,8 @@ def library_attention(
     output: Tensor = own(module, query, key, value, attention_mask, **options)[0]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     listener = getattr(module, RUNNING).listener
-    return listener.see(module.layer_idx, q, k, v, output[0].view(q.shape[0], q.shape[1], -1))[None], None
+    mine = listener.see(module.layer_idx, q, k, v, output[0].view(q.shape[0], q.shape[1], -1))
+    return mine[None], None
 
 
 class _LaterLayer(DynamicLayer):
@@ -224,7 +237,7 @@ def _check(model: PreTrainedModel, shape: ModelShape) -> None:
                 numbers = ", ".join(map(str, layers))
                 raise ModelError(f"of its {shape.depth} layers these have ordinary attention: {numbers}")
     comparison, cache = _Comparison(witness.calls), Cache(layers=[_LaterLayer(begin) for _ in range(shape.depth)])
-    with listening(model, comparison), attention_of(model, LIBRARY_NAME), _near_windows(model, shape):
+    with listening(model, comparison, expanded=True), attention_of(model, LIBRARY_NAME), _near_windows(model, shape):
         for tokens, places in parts:
             model(input_ids=tokens, position_ids=places, use_cache=True, logits_to_keep=1, **{_cache_name(model): cache})
     comparison.end()

@@ -15,10 +15,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import __version__ as transformers_version
 
 from specontext.core import LENGTHS, ModelShape
 from specontext.errors import ModelError
 from specontext.locations import parts_of
+from specontext.models.latents import EXPAND
 
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
@@ -39,7 +41,7 @@ SPEAKS = re.compile(
 # ... and yet says how it is computed or trained, or is told by the shapes of the weights.
 HARMLESS = re.compile(
     r"drop|flash|sdpa|implementation|backend|kernel|fuse|(sequence|tensor|context)_parallel|(attention|attn|qkv|proj)_(\w+_)?bias$"
-    r"|_in_fp32|upcast|initiali[sz]|_token(_ids?|_index)?$|_ids?$|loss|train|(?<!qk_)layer_?norm|(num|n)_\w*heads?|head_(dim|size|type)"
+    r"|_in_fp32|seq_aux|upcast|initiali[sz]|_token(_ids?|_index)?$|_ids?$|loss|train|(?<!qk_)layer_?norm|(num|n)_\w*heads?|head_(dim|size|type)"
     r"|_dtype|max_window_layers|original_max_position|(^|_)new_"
 )
 ON = {
@@ -93,7 +95,7 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
     if getattr(config, "num_attention_heads", None) is None:
         yield "it has no attention heads (num_attention_heads)"
     if getattr(config, "kv_lora_rank", None):
-        yield f"it uses multi-head latent attention (kv_lora_rank {config.kv_lora_rank})"
+        yield from _latent_obstacles(config)
     if shared := getattr(config, "num_kv_shared_layers", None):
         yield f"it has layers that use the keys and values of layers before them (num_kv_shared_layers {shared})"
     cap = getattr(config, "attn_logit_softcapping", None)
@@ -120,6 +122,22 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
         yield f"{error}"
     else:
         yield from _vendor_obstacles(config, longest)
+
+
+def _latent_obstacles(config: PreTrainedConfig) -> Iterator[str]:
+    """Of a config with multi-head latent attention."""
+    what = f"it uses multi-head latent attention (kv_lora_rank {config.kv_lora_rank})"
+    if not _mentioned(config, "kv_lora_rank"):
+        yield f"{what}, which its class does not compute"
+        return
+    if getattr(config, "index_topk", None):
+        yield f"it chooses tokens by an indexer of its own (index_topk {config.index_topk})"
+    if config.v_head_dim > config.qk_nope_head_dim + config.qk_rope_head_dim:
+        yield f"its values are wider than its keys (v_head_dim {config.v_head_dim})"
+    if set(getattr(config, "layer_types", None) or ()) & {"sliding_attention", "chunked_attention"}:
+        yield f"{what} in layers with a window (layer_types)"
+    if not _mentioned(config, EXPAND):
+        yield f"{what}, whose latents its class in transformers {transformers_version} does not hand out: install 5.17 or newer"
 
 
 def _value(part: Any, name: str) -> Any:

@@ -31,7 +31,8 @@ from specontext.models.weights import check_numbers, weight_headers
 from specontext.quantization.linear import QuantizedLinear
 from specontext.quantization.schemes import Scheme
 
-ROUTERS = ("gate", "router", "shared_expert_gate")  # which expert a token goes to is not left to rounding
+# Which expert a token goes to is not left to rounding, and attention to latents reads the matrix itself.
+WHOLE = ("gate", "router", "shared_expert_gate", "kv_b_proj")
 
 
 def keeps_codes(device: torch.device) -> bool:
@@ -54,13 +55,13 @@ def skeleton_of(config: PreTrainedConfig, options: Mapping[str, Any]) -> PreTrai
 
 
 def linear_layers(skeleton: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The linear layers that may keep codes, by their names: those inside of the decoder's layers, without routers."""
+    """The linear layers that may keep codes, by their names: those inside of the decoder's layers but for `WHOLE`."""
     names = {id(module): name for name, module in skeleton.named_modules()}
     found = {}
     for layer in decoder_layers(skeleton):
         for module in layer.modules():
             name = names[id(module)]
-            if type(module) is nn.Linear and name.rpartition(".")[2] not in ROUTERS:
+            if type(module) is nn.Linear and name.rpartition(".")[2] not in WHOLE:
                 found[name] = module
     return found
 

@@ -18,7 +18,7 @@ def random_head(target: ModelShape) -> RetrievalHead:
         vocab_size=target.vocab_size,
         heads=target.query_heads,
         kv_heads=target.kv_heads,
-        head_dim=target.head_dim,
+        head_dim=target.key_dim,
         feature_layers=tuple(sorted({min(2, target.depth - 1), target.depth // 2, max(0, target.depth - 3)})),
         trained_length=target.max_position,
         source="random",

@@ -18,7 +18,7 @@ from specontext.distill.replay import Replay, divergence, log_odds, sampled
 from specontext.distill.target import Target
 from specontext.kernels.top_k import top_k_positions
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "windows", "sinks", "chunks")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "windows", "sinks", "chunks", "latents")
 LENGTH = 24
 MaskedForward = Callable[..., Any]
 

@@ -119,7 +119,14 @@ def next_numbers(llm: LLM, size: int) -> Tensor:
 
 @pytest.mark.parametrize("offload_layers", [2, None, *(pytest.param(end, marks=pytest.mark.slow) for end in (0, -1))])
 @pytest.mark.parametrize(
-    ("family", "method"), [("llama", "speculative"), ("bands", "speculative"), ("llama", "streaming"), ("windows", "speculative")]
+    ("family", "method"),
+    [
+        ("llama", "speculative"),
+        ("bands", "speculative"),
+        ("llama", "streaming"),
+        ("windows", "speculative"),
+        ("latents", "speculative"),
+    ],
 )  # random's scores are float64, which Triton's top-k is not for
 def test_a_padded_decode_step_never_waits_and_computes_the_same(
     family: str,

@@ -33,6 +33,10 @@ PUBLISHED = {  # parameters of the public checkpoints, a shared table counted on
     "gemma-3-4b": 3_880_263_168,  # of its text part
     "gemma-3-12b": 11_766_034_176,
     "gemma-3-27b": 27_009_346_304,
+    "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-v3": 671_026_404_352,
+    "deepseek-r1": 671_026_404_352,
+    "glm-4.7-flash": 29_943_390_976,  # without the layer that predicts a further token
     "mistral-7b-v0.3": 7_248_023_552,
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen2.5-7b": 7_615_616_512,

@@ -7,6 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    **{"kv_lora_rank": 32, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12},
+}
+ROUTED = {
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32},
+    "first_k_dense_replace": 1,
+}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 OLD = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "num_key_value_heads": 4}  # names of GPT-2's time
 WINDOW = {"sliding_window": 24}  # shorter than the prompts
@@ -14,15 +22,19 @@ ROUTED = EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, 
 ALTERNATING = WINDOW | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 # By the name of their configuration class: what a tiny config needs beside the common entries.
 RUN: dict[str, dict[str, Any]] = {
+    "AXK1": LATENT | ROUTED,
     "BioGpt": {"num_key_value_heads": 4},
     "CodeGen": OLD | {"rotary_dim": 8},
     "Cohere": {},
     "Cohere2": ALTERNATING,
+    "DeepseekV2": LATENT | ROUTED | {"q_lora_rank": None, "topk_method": "group_limited_greedy"},
+    "DeepseekV3": LATENT | ROUTED | {"rope_interleave": False},
     "Exaone4": ALTERNATING,
     "Gemma": {"head_dim": 16},
     "Gemma2": {"head_dim": 16, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0, **ALTERNATING},
     "Gemma3Text": {"head_dim": 16, "query_pre_attn_scalar": 24, **ALTERNATING},
     "Glm4": {"head_dim": 16},
+    "Glm4MoeLite": LATENT | ROUTED | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "GPT2": OLD,
     "GPTJ": OLD | {"rotary_dim": 8},
     "Gemma4Text": {
@@ -38,6 +50,7 @@ RUN: dict[str, dict[str, Any]] = {
         **{"layer_types": ["chunked_attention", "full_attention", "chunked_attention"], "no_rope_layers": [1, 0, 1]},
         "floor_scale": 20,  # so that the temperature changes within the prompts
     },
+    "MiniCPM3": LATENT,
     "Ministral": {"head_dim": 16, **ALTERNATING},
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "Nemotron": {},
@@ -51,6 +64,7 @@ RUN: dict[str, dict[str, Any]] = {
     "Qwen3Moe": {"num_experts": 4, "head_dim": 24, **EXPERTS},
     "SmolLM3": {},
     "StableLm": {},
+    "Youtu": LATENT,
     # Near relatives of these, which only the long tests run.
     "Apertus": {},
     "Arcee": {},
@@ -92,6 +106,9 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "Qwen2Moe": ("Qwen/Qwen1.5-MoE-A2.7B",),
     "Llama4Text": ("meta-llama/Llama-4-Scout-17B-16E-Instruct (its text part)",),
     "Mixtral": ("mistralai/Mixtral-8x7B-Instruct-v0.1",),
+    "DeepseekV3": ("deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-R1", "moonshotai/Moonlight-16B-A3B-Instruct"),
+    "DeepseekV2": ("deepseek-ai/DeepSeek-V2-Lite-Chat",),
+    "Glm4MoeLite": ("zai-org/GLM-4.7-Flash",),
     "Glm4Moe": ("zai-org/GLM-4.6", "zai-org/GLM-4.5-Air"),
     "MiniMaxM2": ("MiniMaxAI/MiniMax-M2",),
     "Phi3": ("microsoft/phi-4",),
@@ -131,6 +148,9 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "Exaone4": ("LGAI-EXAONE/EXAONE-4.0-32B",),
     "ExaoneMoe": ("LGAI-EXAONE/K-EXAONE-236B-A23B",),
     "Ministral": ("mistralai/Ministral-8B-Instruct-2410",),
+    "MiniCPM3": ("openbmb/MiniCPM3-4B",),
+    "Youtu": ("tencent/Youtu-LLM-2B",),
+    "AXK1": ("skt/A.X-K1",),
     "GPTNeoX": ("EleutherAI/pythia-6.9b",),
     "StableLm": ("stabilityai/stablelm-2-12b-chat",),
     "Nemotron": ("nvidia/Minitron-8B-Base",),

@@ -13,7 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BloomConfig,
-    DeepseekV3Config,
+    DeepseekV32Config,
     Gemma3nTextConfig,
     LlamaConfig,
     MistralConfig,
@@ -64,7 +64,7 @@ def rope(kind: str, **more: Any) -> dict[str, Any]:
     ("config", "feature"),
     [
         (Gemma3nTextConfig(), "has layers that use the keys and values of layers before them .num_kv_shared_layers 15"),
-        (DeepseekV3Config(), "uses multi-head latent attention .kv_lora_rank 512"),
+        (DeepseekV32Config(), "uses layers of type indexed_attention"),
         (T5Config(), "is an encoder-decoder"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, PreTrainedConfig) else "",

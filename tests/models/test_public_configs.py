@@ -36,6 +36,11 @@ SHAPES: dict[str, tuple[int, int, Window | None, int]] = {
     "microsoft/Phi-3-mini-4k-instruct": (0, 32, Window(2047), 4096),
     "mistralai/Mistral-7B-Instruct-v0.1": (0, 32, Window(4096), 32768),
     "mistralai/Ministral-8B-Instruct-2410": (36, 36, None, 32768),
+    "deepseek-ai/DeepSeek-V2-Lite-Chat": (27, 27, None, 163840),
+    "deepseek-ai/DeepSeek-V3": (61, 61, None, 163840),
+    "moonshotai/Moonlight-16B-A3B-Instruct": (27, 27, None, 8192),
+    "openbmb/MiniCPM3-4B": (62, 62, None, 32768),
+    "zai-org/GLM-4.7-Flash": (47, 47, None, 202752),
 }
 
 
@@ -47,6 +52,8 @@ def test_public_configs(name: str, tmp_path: Path) -> None:
     shape, (layers, depth, window, reach) = ModelShape.from_config(config), SHAPES[name]
     assert (len(shape.full), shape.depth, shape.reach) == (layers, depth, reach)
     assert set(shape.windowed) == ({window} if window else set())
+    if (rank := CONFIGS[name].get("kv_lora_rank")) is not None:
+        assert shape.kv_heads == 1 and shape.head_dim == rank + CONFIGS[name]["qk_rope_head_dim"]
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specontext.kernels.tables import holds_latents
+from specontext.kernels.triton import latent_attention
 from specontext.kernels.triton.sparse_attention import scales_of, tile_shape, words_of
 
 
@@ -77,6 +79,9 @@ def attention_logits(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -
     query = query if query.stride(-1) == 1 else query.contiguous()
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     logits = torch.empty((requests, query_heads, width), dtype=torch.float32, device=query.device)
+    if holds_latents(arena):
+        latent_attention.attention_logits(query, arena, rows, scale, logits)
+        return logits
     shape = tile_shape(query, arena, query_heads // kv_heads)
     _logits[(triton.cdiv(width, shape["BLOCK"]), kv_heads, requests)](
         query,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specontext.kernels.tables import Copies, Pages, Parts, is_quantised
+from specontext.kernels.tables import Copies, Pages, Parts, holds_latents, is_quantised
 from specontext.kernels.triton.slot_plan import piece_of
 
 PROGRAMS = (8, 32)  # with few requests layers hide what is loaded, and want the device; with many the bus is waited for
@@ -153,7 +153,7 @@ def row_tile(rows: Tensor, tile_bytes: int) -> RowTile:
     copied = as_copied(rows)
     width = copied[:1].numel()
     block, rest = triton.next_power_of_2(width), 0
-    if copied is not rows and block > width:
+    if (copied is not rows or holds_latents(rows)) and block > width:
         block //= 2
         rest = triton.next_power_of_2(width - block)
     return RowTile(width, block, rest, max(1, min(128, tile_bytes // (block * copied.itemsize))))

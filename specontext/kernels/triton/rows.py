@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specontext.kernels.quantised_rows import LEAST, SCALES, SCALES_TRIED
-from specontext.kernels.tables import NewTokens, Pages, Places, Tiers, is_quantised
+from specontext.kernels.tables import NewTokens, Pages, Places, Tiers, holds_latents, is_quantised
 from specontext.kernels.triton.pieces import append_pieces, as_copied, copy_pieces, copy_rows, row_tile
 from specontext.kernels.triton.slot_plan import piece_of
 
@@ -30,6 +30,7 @@ __all__ = [
 
 TILE_BYTES = 16384
 FP8, INT8 = tl.constexpr(1), tl.constexpr(2)  # what rows are made of; 0 for numbers
+LATENT = tl.constexpr(-1)  # numbers that are key and value at once: the key is written
 LEAST_MAGNITUDE, TRIED = tl.constexpr(LEAST), tl.constexpr(SCALES_TRIED)
 ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2^23: a small number that is added to it becomes an integer, ties to even
 ROUNDS_BITS = tl.constexpr(0x4B400000)
@@ -207,9 +208,9 @@ def _append_tile(key: Tensor) -> tuple[int, int]:
 
 
 def _as_written(rows: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Rows, the same memory by 4 bytes, and what they are made of: 0, or codes that are written as integers."""
+    """Rows, the same memory by 4 bytes, and what they are made of: numbers, latents, or codes that are written as integers."""
     if not is_quantised(rows):
-        return rows, rows, 0
+        return rows, rows, LATENT.value if holds_latents(rows) else 0
     return rows.view(torch.int8), rows.view(torch.int32), INT8.value if rows.dtype == torch.int8 else FP8.value
 
 
@@ -241,13 +242,14 @@ def _gather_tokens(
 def _write(pool, words, row, key, value, scales, live, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)[None, :]
     mask = live[:, None] & (column < DIM)
-    start = row * (2 * DIM + (4 if KIND else 0))
-    if KIND:  # Triton 3.6 takes rows that follow each other for aligned like the first of them
+    start = row * (DIM if KIND == LATENT else 2 * DIM + (4 if KIND > 0 else 0))
+    if KIND > 0:  # Triton 3.6 takes rows that follow each other for aligned like the first of them
         start = tl.multiple_of(start, 4)
     first = pool + start[:, None] + column
     tl.store(first, key.to(pool.dtype.element_ty), mask=mask)
-    tl.store(first + DIM, value.to(pool.dtype.element_ty), mask=mask)
-    if KIND:
+    if KIND != LATENT:
+        tl.store(first + DIM, value.to(pool.dtype.element_ty), mask=mask)
+    if KIND > 0:
         tl.store(words + row * (DIM // 2 + 1) + DIM // 2, scales, mask=live)
 
 
@@ -295,7 +297,7 @@ def _codes(numbers, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
 def _rows(key, value, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """K and V as they are written, and both scales as the last word of a row, which numbers do not have."""
     scales = 0
-    if KIND:
+    if KIND > 0:
         key, key_scale = _codes(key, KIND, DIM, BLOCK)
         value, value_scale = _codes(value, KIND, DIM, BLOCK)
         scales = value_scale | ((key_scale >> 16) & 0xFFFF)

@@ -22,13 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specontext.kernels.tables import is_quantised
+from specontext.kernels.tables import holds_latents, is_quantised
+from specontext.kernels.triton import latent_attention
+from specontext.kernels.triton.online_softmax import LN2, capped
 
 PROCESSORS = 132  # of an H100 or H200; stands in for devices that are none
 WAVES = 2  # programs a processor, about as many as it can hold at once
 LEAST_ROWS = 32  # entries of the smallest split
-LN2 = tl.constexpr(0.6931471805599453)
-TWO_LOG2E = tl.constexpr(2.8853900817779268)  # 2 / ln 2
 
 
 @triton.jit
@@ -111,9 +111,8 @@ def _attend(
             logits = tl.dot(query, tl.trans(key), input_precision="ieee") * factor  # [GROUP_PAD, BLOCK]
         else:
             logits = tl.sum(query[:, None, :].to(tl.float32) * key[None, :, :].to(tl.float32), 2) * factor
-        if CAPPED:  # cap * tanh(x / cap), of which exp2 gives no overflow: 1 - 2 / (e^2y + 1)
-            doubled = tl.exp2(logits / cap_log2 * TWO_LOG2E)
-            logits = cap_log2 * (1.0 - 2.0 / (doubled + 1.0))
+        if CAPPED:
+            logits = capped(logits, cap_log2)
         logits = tl.where(present[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing was present yet: no -inf - -inf
@@ -214,40 +213,49 @@ def launch(
     query = query if query.stride(-1) == 1 else query.contiguous()
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty((requests, query_heads), dtype=torch.float32, device=query.device)
+    latents, group = holds_latents(arena), query_heads // kv_heads
     if splits is None:
-        splits = choose_splits(requests * kv_heads, width, query.device)
-    group = query_heads // kv_heads
+        pairs = requests * (latent_attention.tiles(query) if latents else kv_heads)
+        splits = choose_splits(pairs, width, query.device)
     partial, partial_lse = output, lse
     if splits > 1:
         count = requests * query_heads * splits
         scratch = torch.empty(count * (head_dim + 1), dtype=torch.float32, device=query.device)
         partial, partial_lse = scratch[: count * head_dim], scratch[count * head_dim :]
-    shape = tile_shape(query, arena, group)
-    if width <= splits * LEAST_ROWS:
-        shape["BLOCK"] = min(shape["BLOCK"], LEAST_ROWS)
-    _attend[(kv_heads, splits, requests)](
-        query,
-        arena,
-        words_of(arena),
-        index,
-        index if lengths is None else lengths,
-        partial,
-        partial_lse,
-        scale / 0.6931471805599453,
-        0.0 if cap is None else cap / 0.6931471805599453,
-        width,
-        splits,
-        kv_heads,
-        query.stride(0),
-        query.stride(1),
-        *index_strides,
-        PAGE_SIZE=page_size,
-        FINAL=splits == 1,
-        CAPPED=cap is not None,
-        num_warps=4,
-        num_stages=5,  # so that the index and two blocks of rows are under way while a third is computed
-        **shape,
-    )
+    if latents:
+        assert kv_heads == 1, "latents are rows of one KV head"
+        latent_attention.attend(
+            *(query, arena, index, index_strides[0], lengths, partial, partial_lse, width, scale, cap),
+            page_size=page_size,
+            splits=splits,
+        )
+    else:
+        shape = tile_shape(query, arena, group)
+        if width <= splits * LEAST_ROWS:
+            shape["BLOCK"] = min(shape["BLOCK"], LEAST_ROWS)
+        _attend[(kv_heads, splits, requests)](
+            query,
+            arena,
+            words_of(arena),
+            index,
+            index if lengths is None else lengths,
+            partial,
+            partial_lse,
+            scale / LN2.value,
+            0.0 if cap is None else cap / LN2.value,
+            width,
+            splits,
+            kv_heads,
+            query.stride(0),
+            query.stride(1),
+            *index_strides,
+            PAGE_SIZE=page_size,
+            FINAL=splits == 1,
+            CAPPED=cap is not None,
+            num_warps=4,
+            num_stages=5,  # so that the index and two blocks of rows are under way while a third is computed
+            **shape,
+        )
     if splits > 1:
         _merge[(requests * query_heads,)](
             partial,
@@ -257,8 +265,8 @@ def launch(
             splits,
             SPLITS_PAD=triton.next_power_of_2(splits),
             DIM=head_dim,
-            DIM_PAD=shape["DIM_PAD"],
-            BLOCK=min(16, triton.next_power_of_2(splits)),
+            DIM_PAD=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK=min(4 if latents else 16, triton.next_power_of_2(splits)),  # wide rows fill as many registers
             num_warps=4,
         )
     return output, lse
