@@ -253,6 +253,7 @@ LENGTHS = (
 )
 
 
+FAR = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}  # of layers without a window
 WINDOWS = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}  # entries, and layers with them
 
 
@@ -336,6 +337,11 @@ def _heads(config: PreTrainedConfig, layers: Sequence[int]) -> tuple[int, int]:
 def of_layers(config: PreTrainedConfig, entry: str, layers: Sequence[int]) -> Any:
     """An entry's value where it is the same in these layers; None where there is none."""
     if entry not in (getattr(config, "per_layer_attributes", None) or ()):
+        kinds = _layer_types(config) or []
+        if layers and {kind for layer, kind in enumerate(kinds) if layer in layers} == {"full_attention"}:
+            other = getattr(config, FAR.get(entry, entry), None)  # of Gemma 4 in older versions of the library
+            if other and (entry == "head_dim" or getattr(config, "attention_k_eq_v", False)):
+                return other
         return getattr(config, entry) if entry == "num_attention_heads" else getattr(config, entry, None)
     found = sorted({getattr(config.per_layer_config[layer], entry) for layer in layers})
     if len(found) > 1:
