@@ -9,7 +9,7 @@ import torch
 from specontext.core import Choice, shown
 from specontext.errors import RequestError
 from specontext.kv.layout import Layout, Reader
-from specontext.retrieval.registry import base_of, needs_head
+from specontext.retrieval.registry import FULL, base_of, needs_head
 from specontext.retrieval.selector import Budget, LayerSelector, PromptWatcher, Selector, reads_everything
 
 
@@ -72,7 +72,8 @@ class Methods:
             known = ", ".join(sorted(self.selectors))
             raise RequestError(f"method {shown(name)} is none that this engine runs ({known}): start it with it among --methods")
         if reads_everything(self.selectors[name]):
-            if budget is not None:
+            means_full = name != FULL and self.selectors[name] is self.selectors.get(FULL)  # where nothing can be chosen
+            if budget is not None and not means_full:
                 raise RequestError(f"budget {budget} was given and method '{name}' reads everything: leave it out")
             choice = Choice(name, 0)
         else:

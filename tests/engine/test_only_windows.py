@@ -72,6 +72,7 @@ def test_tokens_are_hugging_face_s_whatever_the_method(
     for method in (None, "full", "quest", "streaming"):
         outputs = llm.generate(asked, greedy(method=method))
         assert [output.token_ids for output in outputs] == right, method
+    assert llm.generate(asked[:1], greedy(method="quest", budget=32))[0].token_ids == right[0]
     assert [output.stats["cached_tokens"] for output in outputs] == [(len(prompt) - 1) // 16 * 16 for prompt in asked]
     assert outputs[2].stats["offloaded_layers"] == 0 and outputs[2].stats["bytes_full_per_step"] == 0
     if architecture != "Llama4Text":  # of a chunk a token reads those before it
