@@ -632,6 +632,8 @@ class Request:
         waiting_since: `time.perf_counter()` when it came, or when it had to wait again.
         waited_for: why it had to wait, what holds it last.
         urgent: it has waited as long as users allow, so layers leave for it.
+        set_back: how many requests had ended when it was made to wait for the sake of tokens a second; None where it was not.
+        let_in: the same of when layers began to leave for it.
         held: its next token is not known yet, since it is chosen elsewhere: no step takes it, and it is the first to make room.
         prompt_logprobs: for each prompt token the log-probabilities by token id, None for the first one; it grows while the
             prompt is computed and is complete before the first token is sampled.
@@ -664,6 +666,8 @@ class Request:
     waiting_since: float = 0.0
     waited_for: list[str] = field(default_factory=list)
     urgent: bool = False
+    set_back: int | None = None
+    let_in: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.prompt_length <= len(self.token_ids):

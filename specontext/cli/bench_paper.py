@@ -40,6 +40,10 @@ def bench_paper(
         Path | None,
         typer.Option("--out", metavar="DIR", help="Keep the results of parts there, and run only those that are missing."),
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", help="Begin no part that would end later than this; the same command goes on another time."),
+    ] = None,
     host_memory: Annotated[
         str | None, typer.Option("--host-memory", metavar="SIZE", help="Host memory for KV. Default: 0.6 of what is free.")
     ] = None,
@@ -54,6 +58,8 @@ def bench_paper(
     Whole runs count, prefill included. Weights are random, in the exact shapes of the models.
     """
     _check(table, scale, overlap, plot)
+    if minutes is not None and not minutes > 0:
+        raise UsageError(f"--minutes must be above 0, got {minutes:g}")
     quiet_libraries()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|torch|specontext)")
     from specontext.evaluation.paper.columns import SCALES, TABLES
@@ -65,7 +71,9 @@ def bench_paper(
     if list_parts:
         _list(table, device, scale, chosen, out, as_json)
         return
-    results = run_parts(
+    if minutes is not None and out is None:
+        raise UsageError("--minutes leaves parts for another time, so their results have to be kept: give --out DIR")
+    results, left = run_parts(
         plan,
         size,
         chosen,
@@ -73,8 +81,9 @@ def bench_paper(
         folder=out,
         host_memory=None if host_memory is None else parse_size(host_memory),
         overlap=overlap,
+        minutes=minutes,
     )
-    report = report_of(plan, results)
+    report = report_of(plan, results) | {"left": [part.name for part in left]}
     if plot is not None:
         from specontext.cli.paper_report import draw
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from specontext.cli.plan_throughput import GIVEN
 from specontext.cli.planned import Planned, row_at, shown_lengths
 from specontext.cli.terminal import human_bytes
 from specontext.memory.planner import MemoryPlan
@@ -139,7 +140,7 @@ def against_length(planned: Planned) -> Table:
     for name in ("tokens", "layers"):
         table.add_column(name, justify="right")
     table.add_column("")
-    for name in ("GPU", "host", *(("step at least", "tokens/s at most") if planned.speed is not None else ())):
+    for name in ("GPU", "host", "step at least", "tokens/s at most"):
         table.add_column(name, justify="right")
     for length in shown_lengths(plan):
         row = row_at(planned, length)
@@ -152,11 +153,9 @@ def against_length(planned: Planned) -> Table:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    cells = [human_bytes(row["device_bytes"]), human_bytes(row["host_bytes"])]
-    if row["step_s"] is not None:
-        mark = " (loads)" if row["step_limited_by"] == "host_bandwidth" else ""
-        cells += [f"{1000 * row['step_s']:.2f} ms{mark}", f"{row['tokens_per_s']:,.0f}"]
-    return cells
+    mark = " (loads)" if row["step_limited_by"] == "host_bandwidth" else ""
+    sizes = [human_bytes(row["device_bytes"]), human_bytes(row["host_bytes"])]
+    return [*sizes, f"{1000 * row['step_s']:.2f} ms{mark}", f"{row['tokens_per_s']:,.0f}"]
 
 
 def _bar(count: int, of: int) -> str:
@@ -213,9 +212,8 @@ def notes(planned: Planned) -> list[str]:
         f"pieces from the host ({machine.name}), without prefill; {1 - planned.overlap:.0%} of the selected rows of offloaded "
         "layers are loaded in each step."
     )
-    if speed is None:
-        lines.append("Other machines: give --bandwidth 3.3TB/s --host-bandwidth 50GB/s, or --bandwidth measure; floors come too.")
-        return lines
+    if machine.name != GIVEN:
+        lines.append("Other machines: give --bandwidth 3.3TB/s --host-bandwidth 50GB/s, or --bandwidth measure.")
     lines.append(
         f"Step times are estimates, and floors: max(bytes moved on the GPU / {_rate(speed.device)}, bytes loaded / "
         f"{_rate(speed.host)}). The GPU reads the weights, the head's keys and the selected rows of all layers once; "

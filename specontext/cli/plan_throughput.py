@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from specontext.memory.step_time import MachineSpeed
     from specontext.memory.throughput import Operation, ServiceLimits
 
+GIVEN = "given"  # where others name a machine
 MOST_CHOSEN = 256  # requests that a choice is made among where nothing was said
 
 
@@ -83,5 +84,5 @@ def machine_of(speed: Bandwidths | None) -> MachineSpeed:
     from specontext.memory.step_time import H100
 
     if speed is not None:
-        return replace(H100, name="given", device=speed.device, host=speed.host)
+        return replace(H100, name=GIVEN, device=speed.device, host=speed.host)
     return next(iter(kept_speeds()), H100)

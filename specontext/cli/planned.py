@@ -34,7 +34,7 @@ class Planned:
 
     Attributes:
         runtime_source: where the bytes of run-time buffers come from, in words.
-        speed: bandwidths for the floor of a step, None for none.
+        speed: bandwidths for the floor of a step.
         overlap: share of the selected entries that the step before selected too.
         throughput: tokens a second against requests and length, and the choice.
         ranks: that share the model; everything is of one of them.
@@ -44,7 +44,7 @@ class Planned:
     run: RunSettings
     runtime_source: str
     graphs: int
-    speed: Bandwidths | None
+    speed: Bandwidths
     overlap: float
     throughput: Throughput
     ranks: int = 1
@@ -190,6 +190,7 @@ def make_plan(
     Args:
         facts: of the whole model.
         host_memory: of the machine, which ranks share.
+        speed: for the floor of a step; those of the machine where None.
 
     Raises:
         ConfigError: settings that contradict each other or the model.
@@ -198,6 +199,7 @@ def make_plan(
     from specontext.memory.model import RunSettings, estimate_runtime, fitting_step, measured_model, paper_model
     from specontext.memory.planner import MemoryPlan
     from specontext.memory.sharing import Share
+    from specontext.memory.speed import Bandwidths
 
     facts = Share(0, tensor_parallel_size).facts(facts)
     host_memory = None if host_memory is None else host_memory // tensor_parallel_size
@@ -239,6 +241,7 @@ def make_plan(
     plan.check_weights()
     source = "30 % of model and head" if mode == "paper" else "estimate by formula" if runtime is None else "given"
     throughput = throughput_of(plan_of, facts, machine, limits, lengths=shown_lengths(plan), budget=chosen, overlap=overlap)
+    speed = speed or Bandwidths(machine.device, machine.host)
     return Planned(plan, run, source, graphs, speed, overlap, throughput, tensor_parallel_size)
 
 
@@ -261,20 +264,19 @@ def row_at(planned: Planned, length: int) -> dict[str, Any]:
     row |= {"resident_layers": plan.layers - offloaded, "offloaded_layers": offloaded}
     row["device_bytes"] = plan.model.device(length, plan.requests, offloaded)
     row["host_bytes"] = plan.model.host(length, plan.requests, offloaded)
-    if planned.speed is not None:
-        from specontext.memory.speed import decode_floor
+    from specontext.memory.speed import decode_floor
 
-        floor = decode_floor(
-            planned.facts,
-            planned.speed,
-            length=length,
-            requests=plan.requests,
-            offloaded=offloaded,
-            budget=planned.run.budget,
-            overlap=planned.overlap,
-        )
-        row |= {"step_s": floor.seconds, "tokens_per_s": plan.requests / floor.seconds}
-        row["step_limited_by"] = "host_bandwidth" if floor.loads_limit else "bandwidth"
+    floor = decode_floor(
+        planned.facts,
+        planned.speed,
+        length=length,
+        requests=plan.requests,
+        offloaded=offloaded,
+        budget=planned.run.budget,
+        overlap=planned.overlap,
+    )
+    row |= {"step_s": floor.seconds, "tokens_per_s": plan.requests / floor.seconds}
+    row["step_limited_by"] = "host_bandwidth" if floor.loads_limit else "bandwidth"
     return row
 
 
@@ -317,8 +319,9 @@ def as_object(planned: Planned) -> dict[str, Any]:
             "kv_cache_dtype": "auto" if facts.shape.kv_dtype is None else str(facts.shape.kv_dtype).removeprefix("torch."),
             "runtime": planned.runtime_source,
             "graphs": planned.graphs,
-            "bandwidth": None if speed is None else speed.device,
-            "host_bandwidth": None if speed is None else speed.host,
+            "bandwidth": speed.device,
+            "host_bandwidth": speed.host,
+            "bandwidths_of": planned.throughput.machine.name,
             "overlap": planned.overlap,
             "model_parameters": facts.parameters,
             "retrieval_head_parameters": facts.head.parameters,

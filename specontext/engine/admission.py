@@ -6,7 +6,9 @@ enough, the request that came last waits at the front of the queue, and its KV, 
 the host has no room for them they are computed again.
 
 Nobody is overtaken: whoever has a seat came before all who wait, except for those that are held. So a request waits at most until
-all that came before it have ended, or `max_wait_s`, if memory has room for it then.
+all that came before it have ended, or `max_wait_s`, if memory has room for it then. Nobody comes and goes: whatever the clock has
+learned meanwhile, one that was made to wait for the sake of tokens a second stays away until a request has ended, and one for
+which layers have begun to leave comes in.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from specontext.memory.tiers import Tier
 
 # What a request waits for, in the words of the statistics.
 SEATS, MEMORY, PREFIX = "max_num_seqs", "memory", "a prefix that another request computes"
+LEAVING = "layers that leave the device"
 SPEED, THROUGHPUT = "max_tpot_ms", "throughput"
 TURN = "those before it"
 WATERMARK = 64  # tokens that every running request must have room to grow by before another is admitted
@@ -47,13 +50,15 @@ class Admission:
         waiting: in order; preempted requests at the front.
         running: in order of admission.
         preemptions: requests that had to wait again, so far.
+        ends: requests that have ended.
     """
 
     def __init__(self, parts: Parts, *, seats: int, max_batched_tokens: int) -> None:
         self.parts, self.max_batched_tokens = parts, max_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.preemptions = 0
+        self.preemptions = self.ends = 0
+        self._outpaced = False  # the last one that lacked room was to make it by waiting, for the sake of tokens a second
         self.worth = Worth(parts.residency, parts.clock, parts.limits)
         self._answers: dict[str, tuple[object, bool]] = {}
         self._seats = list(range(seats - 1, -1, -1))
@@ -70,6 +75,7 @@ class Admission:
 
     def finish(self, request: Request) -> None:
         """Take a request out, running or waiting, and free what it holds."""
+        self.ends += 1
         if request.seat < 0:
             self.waiting.remove(request)
             parked = self._parked.pop(request.request_id, None)
@@ -81,8 +87,13 @@ class Admission:
 
     # Room -------------------------------------------------------------------------------------------------------------
 
-    def grow(self, request: Request, tokens: int, *, preempt: bool) -> bool:
-        """Make room for some more tokens of a running request; False when there is none (it may have been preempted itself)."""
+    def grow(self, request: Request, tokens: int, *, preempt: bool, patient: bool = False) -> bool:
+        """Make room for some more tokens of a running request; False when there is none (it may have been preempted itself).
+
+        Args:
+            preempt: those that came last make room for it.
+            patient: rather than have a layer leave at once it waits while one does in portions.
+        """
         length = request.computed + tokens
         if length <= request.room:
             return True
@@ -91,7 +102,7 @@ class Admission:
             short = self.parts.kv.grow(request.seat, length)
             return short or (None if self.parts.methods.grow(request.seat, length) else Tier.DEVICE)
 
-        while not self._take(take):
+        while not self._take(take, patient=patient):
             if not preempt or not self.preempt(but=None) or request.seat < 0:
                 return False
         self._note_room(request)
@@ -100,16 +111,21 @@ class Admission:
     def _note_room(self, request: Request) -> None:
         request.room = min(self.parts.kv.seats[request.seat].room, self.parts.methods.room(request.seat))
 
-    def _take(self, take: Callable[[], Tier | None]) -> bool:
+    def _take(self, take: Callable[[], Tier | None], *, patient: bool) -> bool:
         """Try to take pages, with layers leaving the tier that is full as long as that helps, and pays.
 
         Args:
             take: returns the tier that has too few pages, None where it has taken them.
+            patient: False, too, where a layer leaves in portions, and pages can be taken later.
         """
         full: set[Tier] = set()
+        self._outpaced = False
         while (short := take()) is not None:
             full.add(short)
-            if len(full) > 1 or (short is Tier.DEVICE and not self.leaving_pays()):
+            self._outpaced = short is Tier.DEVICE and not self.leaving_pays()
+            if len(full) > 1 or self._outpaced:
+                return False
+            if patient and short is Tier.DEVICE and self.parts.residency.give_way():
                 return False
             if not self.parts.residency.make_room(self.stored, short):
                 return False
@@ -171,8 +187,12 @@ class Admission:
             return PREFIX
         if self.running and (why := self._unwanted(request, running, held)) is not None:
             return why
-        if not self._seat(request, parked):
-            return MEMORY
+        decoding, residency = any(other.decoding and not other.held for other in self.running), self.parts.residency
+        if decoding and not residency.fits_now(wanted, but=held) and residency.give_way():
+            request.let_in = self.ends
+            return LEAVING
+        if not self._seat(request, parked, patient=decoding):
+            return LEAVING if decoding and residency.awaited else MEMORY
         self.waiting.remove(request)
         self.running.append(request)
         return None
@@ -187,6 +207,8 @@ class Admission:
             return SPEED
         if not self.parts.residency.adaptive:
             return None
+        if self.ends in (request.set_back, request.let_in):  # what was said holds until somebody has ended
+            return THROUGHPUT if request.set_back == self.ends else None
         behind = [self._soon(one) for one in islice((r for r in self.waiting if not r.held), len(self._seats))]
         others = (id(request), len(behind), sum(behind))
         pays = self._ask("joining", running, others, lambda: self.worth.joining_pays(running, behind, but=held))
@@ -196,8 +218,12 @@ class Admission:
         """Tokens that a request is to have room for before another may join."""
         return min(max(len(request.token_ids), request.computed) + WATERMARK, self.most(request))
 
-    def _seat(self, request: Request, parked: Parked | None) -> bool:
-        """Give a waiting request a seat, and back what it had before it was preempted, or what is known of its prompt."""
+    def _seat(self, request: Request, parked: Parked | None, *, patient: bool) -> bool:
+        """Give a waiting request a seat, and back what it had before it was preempted, or what is known of its prompt.
+
+        Args:
+            patient: it waits while a layer leaves in portions, as others decode.
+        """
         parts, seat = self.parts, self._seats[-1]
 
         def take() -> Tier | None:
@@ -217,7 +243,7 @@ class Admission:
                     parts.prefix.fill(request, seat, chain)
                 return short
 
-        if not self._take(take):
+        if not self._take(take, patient=patient):
             return False
         parts.meter.reset(seat)
         if parked is not None:
@@ -240,6 +266,8 @@ class Admission:
         if victim is None:
             return False
         self.put_back(victim)
+        if self._outpaced:
+            victim.set_back = self.ends
         self.preemptions += 1
         victim.preemptions += 1
         return True

@@ -30,6 +30,7 @@ from specontext.kv.layout import Layout
 from specontext.kv.pool import PagePool, make_pools
 from specontext.kv.rings import Rings
 from specontext.memory.facts import NO_HEAD, ModelFacts, feed_forward_width
+from specontext.memory.learning import LearnedClock
 from specontext.memory.model import MemoryModel, RunSettings, fitting_step, measured_model, staged_bytes
 from specontext.memory.probe import LEAST_PINNED, machine_speed, why_kv_stays
 from specontext.memory.step_time import MachineSpeed, StepClock
@@ -45,9 +46,11 @@ from specontext.retrieval.selector import Budget, LayerSelector, MethodContext, 
 
 logger = logging.getLogger("specontext")
 SHARE_OF_GPU = 0.9  # that the engine may use where nothing was said
-# Between two steps a moving layer copies weights / this bytes: a fraction of what a step reads in any case. On a GPU the bus is
-# some sixty times slower than its memory, and the copy runs beside the step.
+# Between two steps a moving layer copies weights / this bytes at most: a fraction of what a step reads in any case. On a GPU the
+# bus is some sixty times slower than its memory, and the copy runs beside the step.
 CHUNK_SHARE_OF_WEIGHTS = {"cpu": 4, "cuda": 64}
+# Where no request waits for it, it is so many tokens: their pages take the host a millisecond, and the bus of a large GPU, too.
+MOVED_TOKENS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Parts:
         methods: it and those that requests may name.
         prefix: what requests know of each other's prompts.
         plan: bytes of everything.
-        clock: how long steps are expected to take.
+        clock: how long steps are expected to take, as the engine's own have taken.
         limits: what users set for how many requests run at once.
         max_tokens: longest context of one request.
         step_tokens: of one step.
@@ -74,7 +77,7 @@ class Parts:
     residency: Residency
     plan: MemoryModel
     sizes: TierSizes
-    clock: StepClock
+    clock: LearnedClock
     limits: ServiceLimits
     max_tokens: int
     step_tokens: StepTokens
@@ -228,11 +231,14 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     share = CHUNK_SHARE_OF_WEIGHTS[device.type]
     # A page holds the keys of a whole number of tokens, and may have a rest.
     keys = -(-arena.page_bytes // methods.shared.page_tokens) * methods.num_headed if methods.shared is not None else 0
-    chunk = max(1, facts.weight_bytes // share)
-    residency = Residency(kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=chunk)
+    most = max(1, facts.weight_bytes // share)
+    # More than a step of prompts brings, or a move would never arrive.
+    chunk = min(most, max(MOVED_TOKENS, 2 * tokens.alone) * plan.kv.resident_token)
+    residency = Residency(kv, replace(plan.kv, common_token=keys), adaptive=adaptive, chunk_bytes=chunk, most_bytes=most)
     prefix = PrefixCache(kv, methods, enabled=config.enable_prefix_caching)
     limits = ServiceLimits(config.max_num_seqs, config.min_num_seqs, config.max_tpot_ms, config.max_wait_s)
-    clock = StepClock(facts, machine, None if reads_everything(methods.selector) else method.budget)
+    expected = StepClock(facts, machine, None if reads_everything(methods.selector) else method.budget)
+    clock = LearnedClock(expected, learns=ranks is None, learns_bus=device.type == "cuda")
     return Parts(method, methods, kv, prefix, meter, residency, plan, sizes, clock, limits, max_tokens, tokens, head)
 
 

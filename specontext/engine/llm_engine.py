@@ -31,6 +31,7 @@ from specontext.errors import ConfigError, DeviceError, DeviceMemoryError, Engin
 from specontext.grammars.compiler import GrammarCompiler
 from specontext.kernels.dispatch import upload
 from specontext.kv.host_memory import settle
+from specontext.memory.learning import Seen
 from specontext.models.compiled import keep_compiled
 from specontext.models.loading import LoadedModel, load_model
 from specontext.models.ranks import Ranks
@@ -407,6 +408,8 @@ class LLMEngine:
             ready = [(row, request) for row, request in ready if request.request_id not in failures.found]
             chosen = next_tokens(logits, ready, failures, end_token_ids=self.loaded.end_token_ids)
         now = time.perf_counter()
+        if self.parts.residency.steps >= self.parts.clock.due:
+            self._look(now)
         touched = []
         for row, request, token, logprobs in chosen:
             generation = self._generations[request.request_id]
@@ -421,6 +424,15 @@ class LLMEngine:
             if request.finish_reason is not None:
                 self._drop(request)
         return touched
+
+    def _look(self, now: float) -> None:
+        """Let the clock learn from the steps since it looked last."""
+        parts, running = self.parts, self.scheduler.running
+        alike = all(r.decoding and r.choice is None for r in running) and not self.config.measure_recall
+        requests = tuple(map(id, running)) if alike else ()
+        moves, lengths = parts.residency.num_moves + (parts.kv.move is not None), tuple(r.computed for r in running)
+        seen = Seen(now, parts.residency.steps, requests, lengths, len(parts.kv.offloaded), moves)
+        parts.clock.look(seen, parts.meter.traffic)
 
     def _receive(self, generation: Generation, token: int, logprobs: dict[int, float] | None, now: float) -> None:
         request, params = generation.request, generation.request.params
@@ -478,6 +490,8 @@ class LLMEngine:
             queue_s=request.admitted_at - request.arrived if request.admitted_at is not None else None,
             ttft_s=generation.first_token_at - request.arrived,
             tpot_s=(generation.last_token_at - generation.first_token_at) / (made - 1) if made > 1 else None,
+            step_s=self.parts.clock.step_s,
+            expected_step_s=self.parts.clock.expected_s,
             waited_for=", ".join(request.waited_for) or None,
         )
 

@@ -38,6 +38,7 @@ def _moves(values: Values) -> tuple[Move, ...]:
 SAME = _rule(lambda values: values[0][0])  # all outputs of a request have the same
 SUM = _rule(lambda values: sum(value for value, _ in values))
 EARLIEST = _rule(lambda values: min(value for value, _ in values))  # the first output that got so far
+LAST = _rule(lambda values: values[-1][0])
 MOST = _rule(lambda values: max(value for value, _ in values))
 MEAN = _rule(_mean)  # over the decode steps of all outputs
 MEANS = _rule(_means)  # the same, number by number
@@ -95,6 +96,8 @@ class OutputStatistics:
     queue_s: float | None = field(metadata=EARLIEST)
     ttft_s: float = field(metadata=EARLIEST)
     tpot_s: float | None = field(metadata=MEAN)
+    step_s: float | None = field(metadata=LAST)
+    expected_step_s: float | None = field(metadata=LAST)
     waited_for: str | None = field(default=None, metadata=WORDS)
 
     def as_dict(self) -> dict[str, object]:

@@ -22,7 +22,7 @@ WAYS = (
 
 def rehearse(engine: LLMEngine) -> None:
     """Run small requests that begin one after the other, so that there are steps of chunks, of decode tokens and of both, and one
-    whose prompt begins as another's: what is known of it is brought, and its chunk reads stored tokens.
+    whose prompt begins as another's: what is known of it is brought, and its chunk reads stored tokens. Layers move meanwhile.
 
     What they leave is forgotten: nothing is known of their prompts, and no statistics count them. Where not even such a request
     has room there is nothing to rehearse.
@@ -37,6 +37,7 @@ def rehearse(engine: LLMEngine) -> None:
             begun.append(engine.add_request(name, prompt, params, checked=True))
             engine.step()
             engine.step()
+            engine.parts.residency.rehearse(engine.scheduler.admission.stored)
             _ = begun[0].detokenizer.text
         while not all(generation.finished for generation in begun):
             engine.step()

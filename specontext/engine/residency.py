@@ -1,7 +1,8 @@
 """How many layers keep their KV on the device: they leave before memory runs out, last layer first, and return when they can.
 
-Algorithm 2 of the paper, counted in pages and for requests of any lengths. One layer moves at a time, in chunks between steps,
-and starts early enough to arrive before its pages are needed; only when requests grow faster than that does a step wait for it.
+Algorithm 2 of the paper, counted in pages and for requests of any lengths. One layer moves at a time, in portions between steps,
+and starts early enough to arrive before its pages are needed; only when tokens that are decoded outrun that does a step wait for
+it. Who comes, and prompts that grow, wait while others decode: then a layer leaves in larger portions.
 """
 
 from __future__ import annotations
@@ -48,22 +49,25 @@ class Residency:
     Args:
         adaptive: layers may move; else only the counting below is used.
         chunk_bytes: rows that are copied between two steps.
+        most_bytes: the same where a request waits for them.
 
     Attributes:
         steps: that the engine has begun.
         moves: the last of them, `KEPT_MOVES` at most; a server may live long.
         num_moves: all there ever were.
         stalled: seconds that steps have waited for moves, in all.
+        awaited: a request waits for the move that is under way.
     """
 
-    def __init__(self, kv: KVCache, cost: KVCost, *, adaptive: bool, chunk_bytes: int) -> None:
-        self.kv, self.adaptive, self.chunk_bytes = kv, adaptive, chunk_bytes
+    def __init__(self, kv: KVCache, cost: KVCost, *, adaptive: bool, chunk_bytes: int, most_bytes: int) -> None:
+        self.kv, self.adaptive, self.chunk_bytes, self.most_bytes = kv, adaptive, chunk_bytes, most_bytes
         self.cost = cost
         self.steps = 0
         self.moves: deque[Move] = deque(maxlen=KEPT_MOVES)
         self.num_moves = 0
         self.stalled = 0.0
         self._copied = False  # all its rows are on their way
+        self.awaited = False
         self._stall = 0.0
 
     def forget(self) -> None:
@@ -105,6 +109,11 @@ class Residency:
         policy = self.policy(len(lengths), but=but)
         tokens = policy.tokens_after(lengths, 0)
         return any(policy.fits(number, tokens, len(lengths)) for number in self._numbers)
+
+    def fits_now(self, lengths: Sequence[int], *, but: ParkedKV | None = None) -> bool:
+        """Whether requests of these lengths fit with the layers where they are."""
+        policy = self.policy(len(lengths), but=but)
+        return policy.fits(len(self.kv.offloaded), policy.tokens_after(lengths, 0), len(lengths))
 
     def fewest_away(self, lengths: Sequence[int], *, but: ParkedKV | None = None) -> int | None:
         """The fewest layers that must be offloaded for requests of these lengths; None where they do not fit."""
@@ -161,8 +170,8 @@ class Residency:
         # The last rows have had the time of a step to arrive, and none waits for them.
         arrived = self._copied and self.kv.room_after_move >= 0
         if not arrived:
-            self.kv.advance_move(stored, self.chunk_bytes)
-            self._copied = not self.kv.remaining_bytes(stored)
+            self.kv.advance_move(stored, self.most_bytes if self.awaited else self.chunk_bytes, patient=True)
+            self._copied = self.kv.move_is_copied(stored)
         self._stall += time.perf_counter() - began
         if arrived:
             self._finish(stored)
@@ -205,6 +214,36 @@ class Residency:
                 self.kv.begin_move(self.kv.next_to_leave, to_host=True)
         elif target < now:
             self.kv.begin_move(min(self.kv.offloaded), to_host=False)
+
+    def rehearse(self, stored: Mapping[int, int]) -> None:
+        """Have the last layer leave and come back at once, as far as there is room, so that what runs then is compiled."""
+        layer = self.kv.next_to_leave
+        if not self.adaptive or self.kv.move is not None or layer is None:
+            return
+        for to_host in (True, False):
+            if not self.kv.begin_move(layer, to_host=to_host):
+                return
+            if not self.kv.finish_move(stored):
+                self.kv.cancel_move()
+                return
+
+    def give_way(self) -> bool:
+        """Have a layer leave the device in portions, since a request that need not run now waits for it; False where none can,
+        or where that frees nothing."""
+        kv = self.kv
+        if not self.adaptive:
+            return False
+        if kv.move is not None and not kv.move.to_host:
+            self._drop_move()
+        begun = kv.move is not None
+        if not begun and (kv.next_to_leave is None or not kv.begin_move(kv.next_to_leave, to_host=True)):
+            return False
+        if kv.room_after_move <= kv.arena.pages.num_free:
+            if not begun:
+                self._drop_move()
+            return False
+        self.awaited = True
+        return True
 
     def make_room(self, stored: Mapping[int, int], tier: Tier) -> bool:
         """Take one layer off the device at once, or the layers of a block off the host, because a step needs their pages; False
@@ -249,14 +288,14 @@ class Residency:
     def _drop_move(self) -> None:
         self.kv.cancel_move()
         self.stalled += self._stall
-        self._copied, self._stall = False, 0.0
+        self._copied, self.awaited, self._stall = False, False, 0.0
 
     def _finish(self, stored: Mapping[int, int]) -> None:
         began, move = time.perf_counter(), self.kv.move
         assert move is not None
         arrived = self.kv.finish_move(stored)
         assert arrived, "a layer arrives where there is room for what it needs"
-        self._copied = False
+        self._copied = self.awaited = False
         stall = self._stall + time.perf_counter() - began
         self.num_moves += 1
         self.moves.append(Move(self.steps + 1, move.layer, move.to_host, move.bytes, stall))

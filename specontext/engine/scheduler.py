@@ -55,7 +55,7 @@ class Scheduler:
     def forget(self) -> None:
         """Begin to count anew, and know of no prompt, while no request runs."""
         assert not self.running and not self.waiting
-        for part in (self.parts.prefix, self.parts.meter, self.parts.residency):
+        for part in (self.parts.prefix, self.parts.meter, self.parts.residency, self.parts.clock):
             part.forget()
         self.admission.preemptions = 0
 
@@ -179,7 +179,9 @@ class Scheduler:
         room = max(most - len(decodes), 1)
         for request in self.running:
             length = min(request.prefill_length - request.computed, room)
-            if not (request.decoding or request.held) and length > 0 and self.admission.grow(request, length, preempt=False):
+            if request.decoding or request.held or length <= 0:
+                continue
+            if self.admission.grow(request, length, preempt=False, patient=bool(decodes)):
                 chunks.append((request, length))
                 room -= length
         return decodes, chunks

@@ -12,6 +12,7 @@ from torch import Tensor
 from specontext.core import ModelShape, Selection
 from specontext.engine.output_statistics import DecodeStatistics
 from specontext.kv.layout import PlacedSelection
+from specontext.memory.learning import Traffic
 
 NOTHING = torch.iinfo(torch.int32).max
 
@@ -196,6 +197,11 @@ class Meter:
         totals = torch.nn.functional.pad(self.left + counts.sum(0), (0, self.shape.layers))
         *rows, total = torch.cat((torch.cat((counts, self.recalls[:-1]), dim=1), totals[None])).tolist()
         return [self._means(rows[seat]) for seat in seats], total[: len(Count)]
+
+    def traffic(self) -> Traffic:
+        """What was counted of selections, of all requests that there ever were."""
+        totals = (self.left + self.counts[:-1].sum(0)).tolist()
+        return Traffic(*(totals[count] for count in (Count.SELECTED, Count.HITS, Count.OVERLAP, Count.OVERLAP_STEPS)))
 
     def _means(self, row: list[float]) -> DecodeStatistics:
         """A report, from a row of counters and the recall of each layer."""

@@ -40,6 +40,9 @@ class EngineStatus:
         prefix_queries, prefix_hits: prompt tokens that could have been known already, and that were, since the start.
         loaded_bytes: bytes of KV moved from host to device since the start.
         overlap: mean over the decode steps of the live requests, or of the last one that ended.
+        step_s, expected_step_s: seconds that a step took in the last stretch of undisturbed decoding, and was expected to take;
+            None before there was one.
+        expected_overlap: share of what requests read that is expected to be on the device already, as the engine has learned it.
         prompt_tokens, generation_tokens: totals since the start.
         taken_at: `time.perf_counter()`.
     """
@@ -62,6 +65,9 @@ class EngineStatus:
     loaded_bytes: float = 0.0
     stall_s: float = 0.0
     overlap: float | None = None
+    step_s: float | None = None
+    expected_step_s: float | None = None
+    expected_overlap: float | None = None
     requests: tuple[LiveRequest, ...] = ()
 
 
@@ -107,6 +113,9 @@ class StatusMeter:
             loaded_bytes=totals[Count.LOADED_BYTES],
             stall_s=parts.residency.stalled,
             overlap=sum(overlaps) / len(overlaps) if overlaps else self.last_overlap,
+            step_s=parts.clock.step_s,
+            expected_step_s=parts.clock.expected_s,
+            expected_overlap=parts.clock.now.overlap if parts.clock.now.budget is not None else None,
             requests=(
                 *(_live(request, "running", now, of_seat.get(request.seat), parts.methods.own) for request in running),
                 *(_live(request, "waiting", now, None, parts.methods.own, why(request)) for request in waiting),

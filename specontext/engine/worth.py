@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from specontext.engine.residency import Residency
 from specontext.kv.seats import ParkedKV
-from specontext.memory.step_time import StepClock
+from specontext.memory.learning import LearnedClock
 from specontext.memory.throughput import ServiceLimits
 
 GAIN = 1.05  # by which fewer requests must be faster before one that runs is made to wait
@@ -19,11 +19,11 @@ class Worth:
     """Expected tokens a second of requests of any lengths, with the fewest layers away that they need.
 
     A request joins where layers need not leave for it, or where they make more tokens a second than without it. One that runs is
-    made to wait only where the others are faster by `GAIN`. Between the two nothing changes, and while nobody comes or ends
-    lengths only grow: who was made to wait for that reason does not come back before somebody has ended.
+    made to wait only where the others are faster by `GAIN`. Between the two nothing changes. The clock learns, and may change its
+    mind: so admission has nobody who was made to wait for that reason come back before somebody has ended.
     """
 
-    def __init__(self, residency: Residency, clock: StepClock, limits: ServiceLimits) -> None:
+    def __init__(self, residency: Residency, clock: LearnedClock, limits: ServiceLimits) -> None:
         self.residency, self.clock, self.limits = residency, clock, limits
 
     def tokens_per_s(self, lengths: Sequence[int], *, but: ParkedKV | None = None) -> float:

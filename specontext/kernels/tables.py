@@ -89,6 +89,20 @@ class Pages:
         within = entries % self.size * self.heads
         return page.mul_(self.size * self.heads).add_(within if chosen is None else within.index_select(0, chosen))
 
+    def rows_at(self, layer: int, seats: Tensor, entries: Tensor) -> Tensor:
+        """Rows of single entries in one layer, of all KV heads.
+
+        Args:
+            seats, entries: int64 [N].
+
+        Returns:
+            int64 [N, Hkv].
+        """
+        table, (_, place) = self.table_of(layer), self.layers.homes[layer]
+        page = table.view(-1).index_select(0, seats * table.shape[1] + entries // self.size)
+        rows = self.pieces(page, entries)[:, None] + torch.arange(self.heads, device=page.device)
+        return rows.mul_(self.layers.count).add_(place) if self.layers.count > 1 else rows
+
     def rows_of(self, layer: int, seats: Tensor, entries: Tensor) -> Tensor:
         """Rows of entries in one layer.
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from specontext.core import Selection
+from specontext.kernels.dispatch import upload
 from specontext.kernels.tables import Tiers
 from specontext.kv.block_state import State
 from specontext.kv.blocks import Blocks
@@ -31,6 +32,8 @@ from specontext.kv.seats import LayerMove, ParkedKV, Seat
 from specontext.kv.streams import PREFETCH, WRITE_BACK, streams_of
 from specontext.kv.transfers import Transfers
 from specontext.memory.tiers import Tier
+
+UNBOUNDED = 1 << 62  # bytes
 
 
 class KVCache:
@@ -163,6 +166,7 @@ class KVCache:
 
     def close(self, seat: int) -> None:
         """Give back everything a seat holds."""
+        self._held.unclaim(seat)
         for pages in (self._held.tokens, self._held.slots, self._held.on_host):
             pages.release_all(seat)
         self.transfers.join_copies()
@@ -197,12 +201,13 @@ class KVCache:
         if not self.can_park(seat, tokens):
             return None
         on_host, whole = self._held.on_host, self._held.host_pages(self._held.layers, tokens)
-        rings = self.host.allocate(self._ring_pages(tokens))
-        try:
-            on_host.extend(whole, seat)
-        except BaseException:  # the host's memory was refused
-            self.host.pages.free(rings)
-            raise
+        with self._held.free_of_claims(seat):
+            rings = self.host.allocate(self._ring_pages(tokens))
+            try:
+                on_host.extend(whole, seat)
+            except BaseException:  # the host's memory was refused
+                self.host.pages.free(rings)
+                raise
         self._copy_ring(seat, tokens, rings, to_host=True)
         self._copy_seat(seat, tokens, to_host=True)
         held = [on_host.detach(block, seat) for block in whole]
@@ -216,7 +221,8 @@ class KVCache:
     def can_park(self, seat: int, tokens: int) -> bool:
         """Whether the host has room for all KV of a seat."""
         on_host, whole = self._held.on_host, self._held.host_pages(self._held.layers, tokens)
-        return on_host.lacking(whole, seat) + self._ring_pages(tokens) <= self.host.pages.num_free
+        free = self.host.pages.num_free + self._held.claimed_on_host(seat)
+        return on_host.lacking(whole, seat) + self._ring_pages(tokens) <= free
 
     def unpark(self, seat: int, parked: ParkedKV) -> Tier | None:
         """Give parked KV a seat: resident layers get their pages back, and the slots of offloaded ones start empty."""
@@ -274,31 +280,22 @@ class KVCache:
             return
         for reader in {id(self.seats[seat].reader): self.seats[seat].reader for seat in stored}.values():
             alike = {seat: tokens for seat, tokens in stored.items() if self.seats[seat].reader is reader}
-            seats, lengths = (torch.tensor(list(numbers), device=self.device) for numbers in (alike, alike.values()))
+            seats, lengths = upload([list(alike), list(alike.values())], torch.int64, self.device)
             tokens = self.hot.tokens_of(reader.table(layer), seats, lengths)
             fill_slots(self.transfers, layer, seats, tokens, reader, from_host=from_host)
 
     # Moving -----------------------------------------------------------------------------------------------------------
 
-    # A layer moves in chunks between steps, while decoding goes on. Rows are copied in the order of their tokens. New tokens go
-    # where the layer lives until its flag is turned, so what came meanwhile is copied last. Nothing that attention reads moves.
+    # A layer moves in portions between steps, while decoding goes on. Pages are claimed at first, and taken with the rows that
+    # need them, in the order of the tokens. New tokens go where the layer lives until its flag is turned, so what came meanwhile
+    # is copied last. Nothing that attention reads moves. So what one step pays for a move does not grow with what is moved: a
+    # portion's pages and rows, a fixed number of operations on the device, and a little for each seat.
 
     def begin_move(self, layer: int, *, to_host: bool) -> bool:
-        """Take pages in the other tier for all that is stored; False where it has too few, and nothing has changed."""
-        held = self._held
-        assert held.move is None and held.resident[layer] == to_host
-        pages, pages_of = (held.on_host, held.host_pages) if to_host else (held.tokens, held.pages)
-        wanted = {seat: pages_of([layer], one.room) for seat, one in self.seats.items()}
-        if sum(pages.lacking(count, seat) for seat, count in wanted.items()) > pages.pool.pages.num_free:
+        """Claim pages in the other tier for all that is stored; False where it has too few, and nothing has changed."""
+        if not self._held.begin(layer, to_host=to_host):
             return False
-        try:
-            for seat, count in wanted.items():
-                pages.extend(count, seat)
-        except BaseException:  # the host's memory was refused
-            held.leave(layer, Tier.HOST if to_host else Tier.DEVICE)
-            raise
-        held.move = LayerMove(layer, to_host)
-        held.assert_pages(*self.seats)
+        self._held.assert_pages(*self.seats, layers=[layer])
         return True
 
     def remaining_bytes(self, stored: Mapping[int, int]) -> int:
@@ -310,20 +307,50 @@ class KVCache:
         move = self._moving
         return sum(tokens - move.copied.get(seat, 0) for seat, tokens in stored.items()) * self._entry_bytes(move.layer)
 
-    def advance_move(self, stored: Mapping[int, int], max_bytes: int) -> int:
-        """Copy up to `max_bytes` (and at least a token) more; the bytes copied, 0 when all is there."""
-        move = self._moving
+    def move_is_copied(self, stored: Mapping[int, int]) -> bool:
+        """Whether the moving layer has all its pages, and all its rows are on their way."""
+        return not self._moving.claimed and not self.remaining_bytes(stored)
+
+    def advance_move(self, stored: Mapping[int, int], max_bytes: int, *, patient: bool = False) -> int:
+        """Copy up to `max_bytes` (and at least a token) more, and take the pages for them; the bytes copied, 0 when all is there.
+
+        Args:
+            patient: no more than can be had without waiting for the host's memory, which is made ready meanwhile.
+
+        Raises:
+            HostMemoryError: the host's memory is refused; nothing has changed.
+        """
+        move, held = self._moving, self._held
         entry = self._entry_bytes(move.layer)
-        left, before = max(1, max_bytes // entry), move.bytes
+        left = max(1, max_bytes // entry)
+        spare = sum(move.claimed.values())  # pages that may be taken
+        spare = min(spare, held.target_pages(left) + len(self.seats))
+        spare = held.target[0].pool.at_once(spare) if patient else spare
+        parts, new = [], {}
         for seat in self.seats:
             start = move.copied.get(seat, 0)
-            stop = min(stored[seat], start + left)
+            stop, claimed = min(stored[seat], start + left), move.claimed.get(seat, 0)
+            if stop <= start and not claimed:
+                continue
+            there = held.target_pages(self.seats[seat].room) - claimed
+            # Room for tokens that are still to come, too, once those that there are have theirs.
+            wanted = held.target_pages(self.seats[seat].room if stop == stored[seat] else stop)
+            count = max(0, min(wanted - there, claimed, spare))
+            stop = min(stop, (there + count) * self.page_size)
+            spare -= count
+            if count:
+                new[seat] = count
             if stop > start:
-                copy_tokens(self.transfers, move.layer, seat, start, stop, to_host=move.to_host)
-                move.copied[seat] = stop
-                move.bytes += (stop - start) * entry
+                parts.append((seat, start, stop))
                 left -= stop - start
-        return move.bytes - before
+        held.take_claimed(new)
+        if parts:
+            copy_tokens(self.transfers, move.layer, parts, to_host=move.to_host)
+            for seat, _, stop in parts:
+                move.copied[seat] = stop
+        copied = sum(stop - start for _, start, stop in parts) * entry
+        move.bytes += copied
+        return copied
 
     @property
     def room_after_move(self) -> int:
@@ -342,24 +369,22 @@ class KVCache:
         """
         if self.room_after_move < 0:
             return False
-        while self.advance_move(stored, 1 << 62):
-            pass
+        self.advance_move(stored, UNBOUNDED)
         move = self._moving
         self.transfers.join(move.side)
         self.transfers.join_copies()  # they read the pages that are given back
         if move.to_host:
             self._fill_slots(move.layer, {seat: stored[seat] for seat in self.seats}, from_host=False)
         self._held.turn(move.layer)
-        self._held.assert_pages(*self.seats)
+        self._held.assert_pages(*self.seats, layers=range(max(0, move.layer - 1), min(move.layer + 2, len(self.resident))))
         return True
 
     def cancel_move(self) -> None:
         """The layer stays where it was."""
         move = self._moving
         self.transfers.join(move.side)
-        self._held.move = None
-        self._held.leave(move.layer, Tier.HOST if move.to_host else Tier.DEVICE)
-        self._held.assert_pages(*self.seats)
+        self._held.stay()
+        self._held.assert_pages(*self.seats, layers=[move.layer])
 
     @property
     def _moving(self) -> LayerMove:

@@ -3,6 +3,8 @@ comes back. Tables are read here and never written."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from specontext.kernels.rows import copy_pieces, gather_rows
 from specontext.kernels.slot_plan import listed
 from specontext.kernels.tables import Copies, Pages
 from specontext.kv.layout import Reader
+from specontext.kv.seats import entries_of
 from specontext.kv.streams import PREFETCH, WRITE_BACK
 from specontext.kv.transfers import Transfers
 
@@ -42,13 +45,16 @@ def _by_page(pages: Pages, layer: int) -> Tensor:
     return pages.words.view(shape)[:, :, :, pages.layers.homes[layer][1]]
 
 
-def copy_tokens(transfers: Transfers, layer: int, seat: int, start: int, stop: int, *, to_host: bool) -> None:
-    """Copy the rows of the tokens start .. stop - 1 of a seat in one layer to the other tier, beside what is computed."""
-    tiers, device = transfers.tiers, transfers.tiers.resident.device
-    tokens = torch.arange(start, stop, device=device)[None, None]
-    seats = torch.full((1,), seat, device=device)
+def copy_tokens(transfers: Transfers, layer: int, parts: Sequence[tuple[int, int, int]], *, to_host: bool) -> None:
+    """Copy the rows of some seats' tokens in one layer to the other tier, beside what is computed.
+
+    Args:
+        parts: seat, first token and the one behind the last, at least one.
+    """
+    tiers = transfers.tiers
+    seats, tokens = entries_of(parts, tiers.resident.device)
     # Token by token, in the order in which rows lie in both tiers.
-    here, there = (pages.rows_of(layer, seats, tokens).transpose(1, 2) for pages in (tiers.tokens, tiers.host))
+    here, there = (pages.rows_at(layer, seats, tokens) for pages in (tiers.tokens, tiers.host))
     with transfers.beside(WRITE_BACK if to_host else PREFETCH, here, there):
         if to_host:
             gather_rows(tiers.tokens.rows, here, tiers.host.rows, there)

@@ -11,11 +11,15 @@ Pages of a seat:
 
 On the host neighbouring layers lie side by side (`Layout.layer_blocks`): a seat has pages of a block as soon as one of its
 layers is there or on its way, and they have room for all of them.
+
+What fills up is claimed when a layer begins to move and taken little by little, with the rows that are copied: each seat holds as
+many pages as its tokens need, less those that are claimed for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -79,6 +83,10 @@ class Holdings:
         moving = self.move.layer if self.move is not None else None
         return [layer for layer in self.layers if self.resident[layer] == (tier is Tier.DEVICE) or layer == moving]
 
+    def _living_in(self, tier: Tier) -> list[int]:
+        """Layers that live in a tier."""
+        return [layer for layer in self.layers if self.resident[layer] == (tier is Tier.DEVICE)]
+
     def slotted(self) -> dict[int, int]:
         """Pages of slots by layer: of the offloaded ones, and of the next to leave where layers may move."""
         last = self.next_to_leave if self.adaptive else None
@@ -103,53 +111,145 @@ class Holdings:
         Raises:
             HostMemoryError: the host's memory is refused; nothing is taken.
         """
-        device = self.pages(self.layers_in(Tier.DEVICE), tokens)
-        host = self.host_pages(self.layers_in(Tier.HOST), tokens)
+        device = self.pages(self._living_in(Tier.DEVICE), tokens)
+        host = self.host_pages(self._living_in(Tier.HOST), tokens)
         of_slots = self.slotted() if slots else {}
-        if self.tokens.lacking(device, seat) + self.slots.lacking(of_slots, seat) > self.arena.num_free:
+        more = self._unclaimed(seat, tokens)
+        for_move = {Tier.HOST: 0, Tier.DEVICE: 0} | ({} if self.move is None else {self.move.tier: more})
+        lacking = self.tokens.lacking(device, seat) + self.slots.lacking(of_slots, seat)
+        if lacking + for_move[Tier.DEVICE] > self.arena.num_free:
             return Tier.DEVICE
-        if self.on_host.lacking(host, seat) > self.host.num_free:
+        if self.on_host.lacking(host, seat) + for_move[Tier.HOST] > self.host.num_free:
             return Tier.HOST
         self.on_host.extend(host, seat)  # first: its memory may be refused
         self.slots.extend(of_slots, seat)
         self.tokens.extend(device, seat)
+        self.claim(seat, more)
         return None
+
+    # Moving: pages are claimed, taken little by little, and given back as whole lists.
+
+    def begin(self, layer: int, *, to_host: bool) -> bool:
+        """Claim pages in the other tier for all that seats have room for; False where it has too few, and nothing has changed."""
+        assert self.move is None and self.resident[layer] == to_host
+        self.move = LayerMove(layer, to_host)
+        wanted = {seat: self._unclaimed(seat, one.room) for seat, one in self.seats.items()}
+        if sum(wanted.values()) > self.target[0].pool.pages.num_free:
+            self.move = None
+            return False
+        for seat, count in wanted.items():
+            self.claim(seat, count)
+        return True
+
+    @property
+    def target(self) -> tuple[SeatPages, int]:
+        """Pages and line that the moving layer is going to."""
+        assert self.move is not None, "no layer is moving"
+        layer = self.move.layer
+        return (self.on_host, self.layout.layer_blocks.home[layer][0]) if self.move.to_host else (self.tokens, layer)
+
+    def target_pages(self, tokens: int) -> int:
+        """Pages of so many tokens there."""
+        assert self.move is not None
+        return self.layout.pages_of(tokens) if self.move.to_host else self.layout.pages_for(self.move.layer, tokens)
+
+    def _unclaimed(self, seat: int, tokens: int) -> int:
+        """Pages that a seat of so many tokens needs where the moving layer is going, and neither has nor has claimed; none where
+        they are those of other layers, too."""
+        if self.move is None:
+            return 0
+        pages, line = self.target
+        if self.move.to_host and line in self.layout.layer_blocks.of(self.offloaded):
+            return 0
+        return max(0, self.target_pages(tokens) - len(pages.of(line, seat)) - self.move.claimed.get(seat, 0))
+
+    def claim(self, seat: int, count: int) -> None:
+        """Promise the moving layer so many pages more for a seat."""
+        if count:
+            assert self.move is not None
+            self.target[0].pool.pages.claimed += count
+            self.move.claimed[seat] = self.move.claimed.get(seat, 0) + count
+
+    def claimed_on_host(self, seat: int) -> int:
+        """Pages of the host that are promised to a seat."""
+        return self.move.claimed.get(seat, 0) if self.move is not None and self.move.to_host else 0
+
+    def unclaim(self, seat: int) -> int:
+        """Promise a seat nothing any more; how many pages that were."""
+        count = self.move.claimed.pop(seat, 0) if self.move is not None else 0
+        if count:
+            self.target[0].pool.pages.claimed -= count
+        return count
+
+    @contextmanager
+    def free_of_claims(self, seat: int) -> Iterator[None]:
+        """What is done inside may take what was promised to a seat, which is closed behind it, or nothing has changed."""
+        count = self.unclaim(seat)
+        try:
+            yield
+        except BaseException:
+            self.claim(seat, count)
+            raise
+
+    def take_claimed(self, new: dict[int, int]) -> None:
+        """Pages for the moving layer, by seat, of those that are claimed."""
+        pages, line = self.target
+        assert self.move is not None
+        pages.extend_line(line, new, claimed=True)
+        for seat, count in new.items():
+            self.move.claimed[seat] -= count
+            if not self.move.claimed[seat]:
+                del self.move.claimed[seat]
+
+    def stay(self) -> None:
+        """The moving layer stays where it is."""
+        for seat in self.seats:
+            self.unclaim(seat)
+        move, self.move = self.move, None
+        assert move is not None
+        self._leave(move.layer, move.tier)
 
     def turn(self, layer: int) -> None:
         """A layer has moved: it lives in the other tier, gives back what it had in this one, and slots are where they belong."""
-        here = self.resident[layer]
+        here, slotted = self.resident[layer], set(self.slotted())
+        assert self.move is not None and not self.move.claimed
         self.resident[layer] = not here
-        self.flags[layer] = not here
+        self.flags[layer].fill_(not here)
         self.move = None
-        self.leave(layer, Tier.DEVICE if here else Tier.HOST)
-        slotted = self.slotted()
-        for seat in self.seats:
-            self.slots.extend(slotted, seat)
-            self.slots.release(set(self.layers) - set(slotted), seat)
+        self._leave(layer, Tier.DEVICE if here else Tier.HOST)
+        now = set(self.slotted())
+        for other in slotted - now:
+            self.slots.release_line(other)
+        for other in now - slotted:
+            self.slots.extend_line(other, dict.fromkeys(self.seats, self.slot_pages))
 
-    def leave(self, layer: int, tier: Tier) -> None:
+    def _leave(self, layer: int, tier: Tier) -> None:
         """A layer that is in a tier no more gives back what seats had there for it alone."""
-        for seat in self.seats:
-            if tier is Tier.DEVICE:
-                self.tokens.release([layer], seat)
-            else:
-                self.leave_host(seat)
+        if tier is Tier.DEVICE:
+            self.tokens.release_line(layer)
+        elif (block := self.layout.layer_blocks.home[layer][0]) not in self.layout.layer_blocks.of(self.layers_in(Tier.HOST)):
+            self.on_host.release_line(block)
 
     def leave_host(self, seat: int) -> None:
         """Give back the host pages of a seat in blocks of which no layer is there."""
         away = self.layout.layer_blocks.of(self.layers_in(Tier.HOST))
         self.on_host.release([block for block in range(len(self.layout.layer_blocks.sizes)) if block not in away], seat)
 
-    def assert_pages(self, *seats: int) -> None:
-        """What seats hold in each layer is what the table at the top of this file says."""
+    def assert_pages(self, *seats: int, layers: Iterable[int] | None = None) -> None:
+        """What seats hold in each layer, or in some, is what the table at the top of this file says."""
         slotted, device, host = self.slotted(), self.layers_in(Tier.DEVICE), self.layers_in(Tier.HOST)
+        layers = list(self.layers if layers is None else layers)
+        device = [layer for layer in layers if layer in device]
+        blocks = self.layout.layer_blocks.of(layers)
         for seat in seats:
-            room = self.seats[seat].room
+            room, claimed = self.seats[seat].room, 0 if self.move is None else self.move.claimed.get(seat, 0)
             tokens, on_host = self.pages(device, room), self.host_pages(host, room)
-            for layer in self.layers:
+            if claimed and self.move is not None:
+                (on_host if self.move.to_host else tokens)[self.target[1]] -= claimed
+            for layer in layers:
                 assert len(self.tokens.of(layer, seat)) == tokens.get(layer, 0), f"token pages of layer {layer}"
                 assert len(self.slots.of(layer, seat)) == slotted.get(layer, 0), f"slot pages of layer {layer}"
-            for block in range(len(self.layout.layer_blocks.sizes)):
+            for block in blocks:
                 assert len(self.on_host.of(block, seat)) == on_host.get(block, 0), f"host pages of block {block}"
 
     def check_integrity(self, in_arena: Iterable[list[int]], on_host: Iterable[list[int]]) -> None:
@@ -164,3 +264,7 @@ class Holdings:
         for pages in (self.tokens, self.slots, self.on_host):
             pages.check_integrity()
         assert self.flags.tolist() == self.resident
+        claimed = {pool: 0 for pool in (self.arena, self.host)}
+        if self.move is not None:
+            claimed[self.target[0].pool.pages] = sum(self.move.claimed.values())
+        assert all(pool.claimed == count for pool, count in claimed.items()), "claimed pages and their claims differ"

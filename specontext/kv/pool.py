@@ -54,8 +54,32 @@ class PagePool:
         """The same of slots."""
         return Slots(self.rows, table, self.layout.page_size, self.layout.heads, self.places, sink, recent)
 
-    def allocate(self, count: int) -> list[int]:
-        """`count` pages whose memory is there; raises OutOfPagesError (nothing is taken) or HostMemoryError."""
+    def allocate(self, count: int, *, claimed: bool = False) -> list[int]:
+        """`count` pages whose memory is there; raises OutOfPagesError or HostMemoryError, and nothing is taken.
+
+        Args:
+            claimed: they are of those that were claimed.
+        """
+        if claimed:
+            self.pages.claimed -= count
+        try:
+            return self._allocate(count)
+        except BaseException:
+            if claimed:
+                self.pages.claimed += count
+            raise
+
+    def at_once(self, count: int) -> int:
+        """How many of so many claimed pages can be had without waiting for their memory; it is made ready meanwhile."""
+        if self.memory is None or self.memory.ready_bytes >= self.num_bytes:
+            return count
+        here = self.pages.num_ready + self.pages.claimed
+        here += self.pages.cache.num_spare if self.pages.cache is not None else 0
+        if here < count:
+            self.prepare(count)
+        return max(0, min(count, here))
+
+    def _allocate(self, count: int) -> list[int]:
         pages = self.pages.allocate(count)
         if self.memory is not None and pages:
             end = max(pages) + 1

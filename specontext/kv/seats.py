@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
@@ -11,6 +12,7 @@ from specontext.kernels.dispatch import upload
 from specontext.kv.layout import Reader
 from specontext.kv.pool import PagePool
 from specontext.kv.streams import PREFETCH, WRITE_BACK
+from specontext.memory.tiers import Tier
 
 
 @dataclass(eq=False)
@@ -58,17 +60,24 @@ class LayerMove:
 
     Attributes:
         copied: tokens that are in both tiers, or on their way there, by open seat.
+        claimed: pages of the other tier that are promised to it and not taken yet, by open seat.
         bytes: rows copied so far.
     """
 
     layer: int
     to_host: bool
     copied: dict[int, int] = field(default_factory=dict)
+    claimed: dict[int, int] = field(default_factory=dict)
     bytes: int = 0
 
     @property
     def side(self) -> str:
         return WRITE_BACK if self.to_host else PREFETCH
+
+    @property
+    def tier(self) -> Tier:
+        """Where it goes."""
+        return Tier.HOST if self.to_host else Tier.DEVICE
 
 
 class SeatPages:
@@ -114,6 +123,36 @@ class SeatPages:
             rows = upload(part, torch.int64, self.table.device).view(len(members), new)
             self.table[_as_index(members), seat, held:count] = rows
 
+    def extend_line(self, line: int, new: Mapping[int, int], *, claimed: bool = False) -> None:
+        """Give some seats so many pages more in one line, by seat, with one list of numbers for the device.
+
+        Args:
+            claimed: the pages are of those that were claimed.
+
+        Raises:
+            OutOfPagesError, HostMemoryError: they cannot be had; nothing is taken.
+        """
+        pages = self.pool.allocate(sum(new.values()), claimed=claimed)
+        if not pages:
+            return
+        parts, taken = [], 0
+        for seat, count in new.items():
+            held = self._held[line][seat]
+            parts.append((seat, len(held), len(held) + count))
+            held += pages[taken : taken + count]
+            taken += count
+        seats, places = entries_of(parts, self.table.device)
+        rows = upload(pages, torch.int64, self.table.device)
+        self.table[line].view(-1).index_copy_(0, seats * self.table.shape[2] + places, rows)
+
+    def release_line(self, line: int) -> None:
+        """Give back all pages of all seats in a line, in the same time however many they are."""
+        held, self._held[line] = self._held[line], [[] for _ in self._held[line]]
+        for pages in held:
+            self.pool.pages.give_back(pages)
+        if any(held):
+            self.table[line].zero_()
+
     def release(self, layers: Iterable[int], seat: int) -> None:
         """Give back all pages of a seat in these layers."""
         members = [layer for layer in layers if self._held[layer][seat]]
@@ -150,6 +189,20 @@ class SeatPages:
             for seat, pages in enumerate(seats):
                 assert table[seat] == pages + [0] * (len(table[seat]) - len(pages)), f"page table of layer {layer}, seat {seat}"
             assert not any(table[-1]), "padding has a page"
+
+
+def entries_of(parts: Sequence[tuple[int, int, int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Seats and numbers, int64 [N], of the entries start .. stop - 1 of some seats: one copy to the device, and nothing waits.
+
+    Args:
+        parts: seat, start and stop, at least one.
+    """
+    ends = list(accumulate(stop - start for _, start, stop in parts))
+    rows = [(seat, stop - end, end) for (seat, _, stop), end in zip(parts, ends, strict=True)]
+    seats, shifts, bounds = upload(list(zip(*rows, strict=True)), torch.int64, device)
+    number = torch.arange(ends[-1], device=device)
+    part = torch.searchsorted(bounds, number, right=True)
+    return seats.index_select(0, part), number + shifts.index_select(0, part)
 
 
 def _as_index(layers: list[int]) -> slice | list[int]:

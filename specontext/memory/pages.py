@@ -41,30 +41,40 @@ class PageAllocator:
 
     Attributes:
         cache: who holds pages that count as free. It gives them up before pages are taken whose memory is not ready.
+        claimed: pages that are promised to who takes them later, little by little, and that nobody else can have.
     """
 
     def __init__(self, num_pages: int, name: str, ready: Callable[[], int] | None = None) -> None:
         self.num_pages, self.name = num_pages, name
         self.cache: PageCache | None = None
+        self.claimed = 0
         self._ready = ready
         # A stack. Pages that are not ready have never been handed out, and lie at the bottom.
         self._free = list(range(num_pages - 1, 0, -1))
         self._held: set[int] = set()
+        # What was given back as whole lists, and not counted yet: its pages stand in `_held` until they are taken again.
+        self._returned: list[list[int]] = []
+        self._num_returned = 0
 
     @property
     def num_free(self) -> int:
         """Pages that can be had, those of the cache among them."""
-        return len(self._free) + (self.cache.num_spare if self.cache is not None else 0)
+        return self._nobodys + (self.cache.num_spare if self.cache is not None else 0) - self.claimed
 
     @property
     def num_held(self) -> int:
         """Pages that are in use; those of the cache are not."""
-        return len(self._held) - (self.cache.num_pages if self.cache is not None else 0)
+        return len(self._held) - self._num_returned - (self.cache.num_pages if self.cache is not None else 0)
 
     @property
     def num_ready(self) -> int:
-        """Pages that nobody holds, the cache neither, and whose memory is there."""
-        return len(self._free) - (self.num_pages - self._ready() if self._ready is not None else 0)
+        """Pages that nobody holds or has claimed, the cache neither, and whose memory is there; below 0 where too few are."""
+        unready = self.num_pages - self._ready() if self._ready is not None else 0
+        return self._nobodys - unready - self.claimed
+
+    @property
+    def _nobodys(self) -> int:
+        return len(self._free) + self._num_returned
 
     def allocate(self, count: int) -> list[int]:
         """`count` distinct pages, the most recently freed ones first.
@@ -73,8 +83,24 @@ class PageAllocator:
             OutOfPagesError: fewer are free; nothing is taken.
         """
         self.require(count)
-        pages = [self._free.pop() for _ in range(count)]
-        self._held.update(pages)
+        pages = self._take_returned(count)
+        if rest := count - len(pages):
+            new = self._free[-rest:][::-1]
+            del self._free[-rest:]
+            self._held.update(new)
+            pages += new
+        return pages
+
+    def _take_returned(self, count: int) -> list[int]:
+        """As many pages as were given back, up to `count`."""
+        pages: list[int] = []
+        while self._returned and len(pages) < count:
+            last, rest = self._returned[-1], count - len(pages)
+            pages += last[-rest:]
+            del last[-rest:]
+            if not last:
+                self._returned.pop()
+        self._num_returned -= len(pages)
         return pages
 
     def require(self, count: int) -> None:
@@ -91,10 +117,18 @@ class PageAllocator:
             self._held.remove(page)
             self._free.append(page)
 
+    def give_back(self, pages: list[int]) -> None:
+        """Give back a list of pages, however long, in no time; it is the allocator's from now on."""
+        if pages:
+            self._returned.append(pages)
+            self._num_returned += len(pages)
+
     def check_integrity(self, holders: list[list[int]]) -> None:
         """Raises AssertionError unless `holders` and the cache hold exactly the pages that are not free, each once."""
         cached = self.cache.held_pages() if self.cache is not None else []
         held = [page for pages in (*holders, *cached) for page in pages]
+        held += (page for pages in self._returned for page in pages)
+        assert self._num_returned == sum(map(len, self._returned)) and self.claimed >= 0 <= self.num_free
         assert len(held) == len(set(held)), f"{self.name}: a page has two holders"
         assert set(held) == self._held, f"{self.name}: held pages and their holders differ"
         assert sorted([*self._free, *held]) == list(range(1, self.num_pages)), f"{self.name}: pages were lost"

@@ -19,6 +19,7 @@ OVERLAP = 0.85  # share of the selected entries that the last step selected too,
 ONE_TOKEN, SEVERAL_TOKENS, ALL_ROWS, ROWS = 1.0, 0.9, 0.92, 0.7
 # Of the bandwidth from the host: the layers before read and write the device's memory beside the loads.
 LOADS = 0.72
+MOST_EXTRA_S, MOST_BUS = 10.0, 50.0  # that are believed
 PRODUCTS = 0.6  # of the rate of large products, that a prompt's chunk reaches
 
 
@@ -69,11 +70,13 @@ class StepTime:
         seconds: all of it.
         compute_s: reading the device's memory, computing and launching.
         loads_s: from the moment at which rows are chosen until those of the last block of layers have come.
+        bus_s: of these what the bus takes.
     """
 
     seconds: float
     compute_s: float
     loads_s: float
+    bus_s: float = 0.0
 
     @property
     def loads_limit(self) -> bool:
@@ -88,12 +91,16 @@ class StepClock:
     Attributes:
         budget: entries that a KV head reads; None where it reads all.
         overlap: share of them that the step before has read too.
+        extra_s: seconds of a step that were found beyond what launches are expected to take; may be negative.
+        bus: how many times as long as expected loads were found to take.
     """
 
     facts: ModelFacts
     machine: MachineSpeed
     budget: int | None
     overlap: float = OVERLAP
+    extra_s: float = 0.0
+    bus: float = 1.0
 
     @cached_property
     def weights(self) -> int:
@@ -126,14 +133,28 @@ class StepClock:
         share = ALL_ROWS if self.budget is None else ROWS
         rows = (keys + chosen * self._row * layers + loaded) / machine.device / share
         launches = layers * machine.layer_s + offloaded * machine.offloaded_s + machine.step_s
-        compute = max(read, products) + rows + launches
+        compute = max(read, products) + rows + max(0.0, launches + self.extra_s)
         if not loaded:
             return StepTime(compute, compute, 0.0)
         # Loads begin when the rows are chosen, and the layers of the last block are computed when theirs have come.
         choosing = keys / machine.device / share + machine.step_s
         last = min(self.facts.layer_blocks.places, offloaded) / layers * compute
-        loads = choosing + loaded / machine.host / LOADS + last
-        return StepTime(max(compute, loads), compute, loads)
+        bus = self.bus * loaded / machine.host / LOADS
+        loads = choosing + bus + last
+        return StepTime(max(compute, loads), compute, loads, bus)
+
+    def fitted(self, lengths: Sequence[int], offloaded: int, seconds: float) -> StepClock:
+        """The clock that expects a step to take what it took: what limits it takes as long, and nothing longer."""
+        clock, step = self, self.decode(lengths, offloaded)
+        limited = step.loads_limit
+        if not limited or step.compute_s > seconds:
+            extra = min(MOST_EXTRA_S, max(-MOST_EXTRA_S, self.extra_s + seconds - step.compute_s))
+            clock = replace(clock, extra_s=extra)
+            step = clock.decode(lengths, offloaded)
+        if step.bus_s and (limited or step.loads_s > seconds):
+            bus = clock.bus * (1 + (seconds - step.loads_s) / step.bus_s)
+            clock = replace(clock, bus=min(MOST_BUS, max(1 / MOST_BUS, bus)))
+        return clock
 
     def chunk_s(self, tokens: int, before: int = 0) -> float:
         """Seconds that a chunk of a prompt adds to a step, behind `before` tokens of it that are computed: products of all

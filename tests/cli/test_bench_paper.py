@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from specontext.cli.paper_report import part_table
+from specontext.evaluation.paper.bench import Bench
 
 Fails = Callable[..., str]
 TINY = ["bench", "paper", "--device", "cpu", "--scale", "tiny"]
@@ -27,8 +28,8 @@ def test_a_column_with_hugging_face_and_ours(run: Any) -> None:
     assert found["table"] == "cloud" and found["scale"] == "tiny" and len(found["parts"]) == 2
     rows = found["rows"]
     systems = [row["system"] for row in rows]
-    assert systems[:6] == ["hf-sdpa", "full", "hf-eager, 4 requests", "hf-eager", "hf-static", "hf-offloaded"]
-    assert systems[6:] == ["hf-sdpa", "full", "ours"]
+    assert systems[:3] == ["hf-sdpa", "full", "ours"]
+    assert systems[3:] == ["hf-sdpa", "full", "hf-eager, 4 requests", "hf-eager", "hf-static", "hf-offloaded"]
     assert all(set(row) >= ROW for row in rows)
     for row in rows:
         if "error" in row:
@@ -37,7 +38,7 @@ def test_a_column_with_hugging_face_and_ours(run: Any) -> None:
         assert set(row) >= MEASURED and row["sampled"] and row["decode_over_floor"] > 1
         assert row["tokens_per_s"] == pytest.approx(row["requests"] * row["output"] / (row["prefill_s"] + row["decode_s"]))
         assert [int(length) for length in row["step_s"]] == [32, 32 + 256]
-    ours, full = rows[-1], rows[-2]
+    ours, full = rows[2], rows[1]
     assert ours["over_full"] == pytest.approx(ours["tokens_per_s"] / full["tokens_per_s"])
     assert str(ours["requests"]) in ours["searched"] and 0 < ours["choice_over_best"] <= 1
     eager = next(row for row in rows if row["system"] == "hf-eager, 4 requests")
@@ -95,6 +96,62 @@ def test_parts_are_kept_and_not_run_again(run: Any, tmp_path: Path, monkeypatch:
         run(*words)
 
 
+def test_a_part_that_was_broken_off_goes_on_where_it_was(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured before a kill, and what was searched for, is not measured again; other settings begin anew."""
+    words = [*TINY, "--table", "cloud", "--parts", "qwen3-8b/2k-16k/ours", "--out", tmp_path, "--json"]
+    asked: list[str] = []
+
+    def watch(name: str, dies: bool) -> None:
+        act = getattr(Bench, name)
+
+        def watched(self: Bench, way: Any, *rest: Any) -> Any:
+            asked.append(f"{name} {way.name}")
+            if dies and way.name == "ours":
+                raise KeyboardInterrupt
+            return act(self, way, *rest)
+
+        monkeypatch.setattr(Bench, name, watched)
+
+    with monkeypatch.context() as monkeypatch:
+        for name in ("ours", "theirs", "most_of_theirs"):
+            watch(name, dies=True)
+        run(*words)
+    assert asked == ["most_of_theirs hf-sdpa", "theirs hf-sdpa", "ours full", "ours ours"]
+    assert [file.name for file in tmp_path.iterdir()] == ["qwen3-8b_2k-16k_ours.progress"]
+    asked.clear()
+    with monkeypatch.context() as monkeypatch:
+        for name in ("ours", "theirs", "most_of_theirs"):
+            watch(name, dies=False)
+        found = run(*words)
+    assert asked == ["ours ours"] and "2 numbers are there" in found.stderr
+    assert [row["system"] for row in found.json["rows"]] == ["hf-sdpa", "full", "ours"]
+    assert all(row["tokens_per_s"] and row["over_full"] for row in found.json["rows"])
+    kept = json.loads((tmp_path / "qwen3-8b_2k-16k_ours.json").read_text())
+    assert kept["resumed"] == 2 and kept["seconds"] > 0
+    assert [file.name for file in tmp_path.iterdir()] == ["qwen3-8b_2k-16k_ours.json"]
+    asked.clear()
+    with monkeypatch.context() as monkeypatch:
+        watch("most_of_theirs", dies=False)
+        run(*[word if word != "qwen3-8b/2k-16k/ours" else "qwen3-8b/2k-16k/methods" for word in words])
+    assert asked == [], "another part of the column knows what was searched for"
+
+
+def test_parts_that_there_is_no_time_for_are_left(run: Any, tmp_path: Path) -> None:
+    words = [*TINY, "--table", "single", "--parts", "llama-3.1-8b/2k,llama-3.1-8b/4k", "--out", tmp_path, "--minutes", 1e-6]
+    first = run(*words, "--json")
+    assert first.json["parts"] == ["llama-3.1-8b/2k"] and first.json["left"] == ["llama-3.1-8b/4k"]
+    assert "left for another time: 1 part" in first.stderr
+    again = run(*words, "--json")
+    assert again.json["parts"] == ["llama-3.1-8b/2k", "llama-3.1-8b/4k"] and again.json["left"] == []
+
+
+def test_what_matters_most_comes_first(run: Any) -> None:
+    listed = [one["part"] for one in run("bench", "paper", "--table", "cloud", "--list-parts", "--json").json]
+    ends = [part.rsplit("/", 1)[1] for part in listed]
+    assert listed[:2] == ["r1-distill-llama-8b/2k-16k/ours", "r1-distill-llama-8b/2k-16k/hugging-face"]
+    assert set(ends[:16]) == {"ours", "hugging-face"} and ends[16:18] == ["whole-run"] * 2
+
+
 def test_for_people_and_as_a_picture(run: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     ran = run(*TINY, "--table", "single", "--parts", "llama-3.1-8b/2k,llama-3.1-8b/4k", "--plot", tmp_path / "a.png")
@@ -118,6 +175,8 @@ def test_parts_are_listed_with_their_commands(run: Any) -> None:
         (["--table", "clouds"], "cloud, single", 2),
         (["--table", "cloud", "--scale", "small"], "full, tiny", 2),
         (["--table", "cloud", "--overlap", "2"], "--overlap", 2),
+        (["--table", "cloud", "--minutes", "5"], "--out", 2),
+        (["--table", "cloud", "--minutes", "0", "--out", "somewhere"], "above 0", 2),
         (["--table", "cloud", "--plot", "a.gif"], ".png", 2),
         (["--table", "cloud", "--parts", "nothing"], "--list-parts", 1),
         (["--table", "edge", "--model", "qwen3-8b"], "llama-3.2-1b", 1),

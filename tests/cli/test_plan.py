@@ -97,7 +97,9 @@ def test_the_choice_has_the_most_tokens_a_second(run: Any) -> None:
     assert choice["tokens_per_s"] == max(one["tokens_per_s"] for one in curve) > 2 * curve[0]["tokens_per_s"]
     assert choice["requests"] < curve[-1]["requests"] and {one["length"] for one in curve} == {32768}
     assert [one["length"] for one in found["choices"]] == [row["length"] for row in found["lengths"]]
-    assert found["machine"]["name"] == "NVIDIA H100"
+    assert found["machine"]["name"] == found["inputs"]["bandwidths_of"] == "NVIDIA H100"
+    for row in found["lengths"]:
+        assert row["step_s"] > 0 and row["step_limited_by"] in ("bandwidth", "host_bandwidth"), "floors at the same bandwidths"
     more = run(*words, "--min-num-seqs", 32).json["choice"]
     assert more["requests"] >= 32 and more["tokens_per_s"] < choice["tokens_per_s"]
     assert run(*words, "--max-num-seqs", 8).json["choice"]["requests"] == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -36,6 +37,7 @@ def engine(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
     def make(machine: MachineSpeed = SLOW, **options: Any) -> LLM:
         monkeypatch.setattr("specontext.engine.build.machine_speed", lambda _: machine)
+        monkeypatch.setattr("specontext.memory.learning.PERIOD", 1 << 30)  # this machine is none that could be measured
         return make_llm("llama", budget=12, **{"host_memory": 400 * PAGE, "max_num_seqs": 4} | options)
 
     return make
@@ -129,7 +131,8 @@ def test_who_has_waited_long_enough_joins_and_is_not_made_to_wait_again(
     core.step()
     assert list(core.scheduler.waiting) == waiting
     now[0] = 110.1
-    core.step()
+    for _ in range(12):  # layers leave for them while others decode
+        core.step()
     assert not core.scheduler.waiting, "all of them had waited for ten seconds"
     while core.has_work:
         core.step()
@@ -203,6 +206,91 @@ def check_any(
     for job, prompt, (_, tokens) in zip(jobs, wanted, lengths, strict=True):
         [one] = alone.generate([prompt], greedy(tokens))
         assert job.request.output_token_ids == one.token_ids
+
+
+@pytest.mark.parametrize("prompt", [60, 200])
+def test_no_step_of_those_who_decode_pays_for_a_whole_layer_when_others_come(
+    prompt: int, engine: Callable[..., LLM], prompts: Prompts, greedy: Greedy
+) -> None:
+    """Who comes, and a prompt that grows, waits while layers leave in portions, and says so; at last it runs as if alone."""
+    llm = engine(CPU, gpu_memory=50 * PAGE, max_num_batched_tokens=64, max_num_mixed_tokens=16, enable_prefix_caching=False)
+    core, residency, kv = llm.engine, llm.engine.parts.residency, llm.engine.parts.kv
+    residency.chunk_bytes = residency.most_bytes = 4 * kv.layout.layers[0].entry_bytes
+    asked = [(prompts[3], 120), ([7 + i % 900 for i in range(prompt)], 8), (prompts[0], 8)]
+    jobs, copied = [], 0
+    for number in range(600):
+        if number in (0, 10, 14):
+            jobs.append(core.add_request(f"r{len(jobs)}", asked[len(jobs)][0], greedy(asked[len(jobs)][1])))
+        elif not core.has_work:
+            break
+        decoding, forced = any(r.decoding for r in core.scheduler.running), residency.num_moves
+        before = kv.move.bytes if kv.move is not None else 0
+        core.step()
+        core.check_integrity()
+        ended = residency.moves_since(forced)
+        now = kv.move.bytes if kv.move is not None else 0
+        copied += now > before
+        if decoding:
+            assert len(ended) <= 1 and (ended[0].bytes if ended else now) - before <= residency.most_bytes
+    assert moves(llm) > 0 and copied > 10 and all(job.finished for job in jobs)
+    assert "layers that leave the device" in {why for job in jobs for why in job.request.waited_for} or prompt == 200
+    alone = engine(CPU, gpu_memory=400 * PAGE, max_num_seqs=1)
+    for job, (tokens, made) in zip(jobs, asked, strict=True):
+        assert job.request.output_token_ids == alone.generate([tokens], greedy(made))[0].token_ids
+
+
+@pytest.mark.parametrize("seed", [2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (3, 4, 6))])
+def test_nobody_comes_and_goes_whatever_the_clock_learns(
+    seed: int, engine: Callable[..., LLM], prompts: Prompts, greedy: Greedy
+) -> None:
+    """The worst that a clock can say: that all should join, and that one of them should wait. Who was made to wait stays away
+    until a request has ended; all end, with their tokens."""
+    llm = engine(gpu_memory=48 * PAGE)
+    admission, rng = llm.engine.scheduler.admission, random.Random(seed)
+    asked = [([i + 4, *(prompts[2] + prompts[1])][: rng.randint(30, 60)], rng.randint(66, 90)) for i in range(3)]
+    set_back: dict[str, int] = {}
+    seat, put_back = admission._seat, admission.put_back
+
+    def seating(request: Request, parked: Any, *, patient: bool) -> bool:
+        assert set_back.get(request.request_id) != admission.ends or not admission.running, "it came back too soon"
+        return seat(request, parked, patient=patient)
+
+    def leaving(request: Request, **options: Any) -> None:
+        if admission._outpaced:
+            set_back[request.request_id] = admission.ends
+        put_back(request, **options)
+
+    admission._seat, admission.put_back = seating, leaving  # type: ignore[method-assign, assignment]
+    likely = {"joining": 0.9, "leaving": 0.002}
+    admission._ask = lambda question, *_: rng.random() < likely[question]  # type: ignore[method-assign]
+    jobs, _ = run(llm, [prompt for prompt, _ in asked], [made for _, made in asked], greedy)
+    assert set_back, "somebody was made to wait"
+    assert all(job.request.preemptions <= admission.ends for job in jobs) and jobs[0].request.preemptions == 0
+    alone = engine(CPU, gpu_memory=400 * PAGE, max_num_seqs=1)
+    for job, (prompt, made) in zip(jobs, asked, strict=True):
+        assert job.request.output_token_ids == alone.generate([prompt], greedy(made))[0].token_ids
+
+
+def test_for_whom_layers_have_begun_to_leave_comes_in(engine: Callable[..., LLM], prompts: Prompts, greedy: Greedy) -> None:
+    """Whatever is said of it meanwhile: else layers would leave and come back with every word."""
+    llm = engine(CPU, gpu_memory=40 * PAGE, max_num_batched_tokens=64)
+    core, admission = llm.engine, llm.engine.scheduler.admission
+    core.parts.residency.most_bytes = 8 * core.parts.kv.layout.layers[0].entry_bytes
+    core.add_request("r0", prompts[3], greedy(120))
+    for _ in range(4):
+        core.step()
+    core.add_request("r1", [7 + i for i in range(60)], greedy(8))
+    for _ in range(100):
+        core.step()
+        if core.parts.residency.awaited:
+            break
+    admission._ask = lambda *_: False  # type: ignore[method-assign]
+    came = False
+    for _ in range(100):
+        core.step()
+        came = came or len(core.scheduler.running) == 2
+        assert came or not [move for move in core.parts.residency.moves if not move.to_host]
+    assert came
 
 
 # The rule itself ------------------------------------------------------------------------------------------------------

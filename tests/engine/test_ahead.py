@@ -37,7 +37,7 @@ def ahead(llm: LLM) -> list[tuple[int, int]]:
 
 
 def said(output: Any) -> dict[str, Any]:
-    timed = ("queue_s", "ttft_s", "tpot_s", "selection_s_per_step")
+    timed = ("queue_s", "ttft_s", "tpot_s", "step_s", "expected_step_s", "selection_s_per_step")
     return {name: value for name, value in output.stats.items() if name not in timed}
 
 

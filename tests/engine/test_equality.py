@@ -332,7 +332,7 @@ def test_streaming_equals_generate(make_llm: MakeLLM, prompts: Prompts, greedy: 
     assert [len(part.token_ids) for part in parts] == list(range(1, 25))
     assert (parts[-1].token_ids, parts[-1].text, parts[-1].finish_reason) == (whole.token_ids, whole.text, "length")
     assert all(whole.text.startswith(part.text) for part in parts)
-    timing = {"queue_s", "ttft_s", "tpot_s", "selection_s_per_step"}
+    timing = {"queue_s", "ttft_s", "tpot_s", "step_s", "expected_step_s", "selection_s_per_step"}
     assert {k: v for k, v in parts[-1].stats.items() if k not in timing} == {
         k: v for k, v in whole.stats.items() if k not in timing
     }

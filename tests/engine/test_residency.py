@@ -385,6 +385,72 @@ def test_aborts_while_a_layer_is_on_its_way(steps: int, make_llm: MakeLLM, promp
         assert job.request.output_token_ids == alone("speculative", prompts[i], greedy(60))
 
 
+@pytest.mark.parametrize("seed", [3, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (4, 5, 6, 8))])
+def test_storms(seed: int, make_llm: MakeLLM, greedy: Greedy, alone: Any) -> None:
+    """One that outgrows the device among many small ones, which come while layers move and are aborted wherever they are: all
+    that are left end in order, within a bound of steps, with the tokens of a request alone."""
+    rng = random.Random(seed)
+    llm = make_llm("llama", budget=12, gpu_memory=20 * PAGE, host_memory=80 * PAGE, max_num_seqs=4, max_num_batched_tokens=40)
+    engine, kv = llm.engine, llm.engine.parts.kv
+    engine.parts.residency.chunk_bytes, engine.parts.residency.most_bytes = rng.choice([(800, 1600), (3000, 9000)])
+    asked: Prompts = [[4 + rng.randrange(900) for _ in range(rng.choice([5, 12, 25]))] for _ in range(9)]
+    asked[rng.randrange(2, 5)] = [4 + 7 * i % 900 for i in range(150)]
+    jobs: list[Generation] = []
+    came_while_moving = aborted = steps = 0
+    while len(jobs) < len(asked) or engine.has_work:
+        wanted = kv.move is not None or not engine.has_work or rng.random() < 0.1
+        if len(jobs) < len(asked) and wanted:
+            came_while_moving += kv.move is not None
+            jobs.append(engine.add_request(f"r{len(jobs)}", asked[len(jobs)], greedy(rng.randint(2, 24))))
+        if jobs and rng.random() < 0.04:
+            job = rng.choice(jobs)
+            aborted += not job.finished
+            engine.abort(job.request.request_id)
+        engine.step()
+        engine.check_integrity()
+        check_bounds(llm)
+        order = [int(request.request_id[1:]) for request in (*engine.scheduler.running, *engine.scheduler.waiting)]
+        assert order == sorted(order), "nobody is overtaken"
+        steps += 1
+        assert steps < 900, "somebody starves"
+    check_idle(llm)
+    assert came_while_moving and engine.parts.residency.num_moves
+    for job, prompt in zip(jobs, asked, strict=True):
+        made, request = job.request.output_token_ids, job.request
+        assert request.finish_reason == "abort" or len(made) == request.params.max_tokens
+        if request.prefill_length == request.prompt_length:
+            assert made == alone("speculative", prompt, greedy(24))[: len(made)]
+
+
+@pytest.mark.parametrize("ends", ["one after the other", "all at once"])
+def test_an_abort_of_who_layers_left_for(ends: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any) -> None:
+    """One waits while layers leave for it, and goes; the others go on, and who comes next finds room."""
+    llm = make_llm("llama", budget=12, gpu_memory=24 * PAGE, host_memory=90 * PAGE, max_num_seqs=3, max_num_batched_tokens=64)
+    engine, residency = llm.engine, llm.engine.parts.residency
+    residency.chunk_bytes = residency.most_bytes = 800
+    first = engine.add_request("r0", prompts[3], greedy(40))
+    while not first.request.decoding:
+        engine.step()
+    gone = [engine.add_request(f"r{number}", [4 + 7 * i % 900 for i in range(150)], greedy(4)) for number in (1, 2)]
+    for _ in range(200):
+        if residency.awaited:
+            break
+        engine.step()
+    assert residency.awaited and gone[0].request.seat < 0
+    for job in gone:
+        engine.abort(job.request.request_id)
+        engine.check_integrity()
+        if ends == "one after the other":
+            engine.step()
+    last = engine.add_request("r3", prompts[0], greedy(8))
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+    check_idle(llm)
+    assert first.request.output_token_ids == alone("speculative", prompts[3], greedy(40))
+    assert last.request.output_token_ids == alone("speculative", prompts[0], greedy(8))
+
+
 # Sizes ----------------------------------------------------------------------------------------------------------------
 
 

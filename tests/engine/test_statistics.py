@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specontext import LLM, SamplingParams
+from specontext.engine.status import StatusMeter
 
 MakeLLM = Callable[..., LLM]
 Greedy = Callable[..., SamplingParams]
@@ -106,7 +108,8 @@ def test_statistics_do_not_depend_on_chunks_or_company(
         stats = outputs[0].stats
         assert stats.pop("moves") == []
         stats |= {f"recall of layer {n}": share for n, share in enumerate(stats.pop("attention_recall_by_layer"))}
-        found.append({k: v for k, v in stats.items() if k not in ("queue_s", "ttft_s", "tpot_s", "selection_s_per_step")})
+        timed = ("queue_s", "ttft_s", "tpot_s", "step_s", "expected_step_s", "selection_s_per_step")
+        found.append({k: v for k, v in stats.items() if k not in timed})
     assert found[1] == pytest.approx(found[0]) and found[2] == pytest.approx(found[0])
 
 
@@ -191,3 +194,25 @@ def test_the_oracle_recalls_more_than_others(make_llm: MakeLLM, greedy: Greedy, 
         return llm.generate([prompts[2]], greedy(6))[0].stats["attention_recall"]
 
     assert recall("oracle") > max(recall("random"), recall("streaming"))
+
+
+@pytest.mark.parametrize(("method", "budget"), [("speculative", 12), ("quest", 24), ("full", 12)])
+def test_an_engine_learns_what_its_steps_take(
+    method: str, budget: int, make_llm: Callable[..., LLM], prompts: Any, greedy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expected beside measured, of an output and of the engine now; and the same tokens as where nothing is learned."""
+    settled = make_llm("llama", method, budget=budget).generate(prompts[:2], greedy(60))
+    monkeypatch.setattr("specontext.memory.learning.PERIOD", 8)
+    llm, ticks = make_llm("llama", method, budget=budget), itertools.count()
+    monkeypatch.setattr("specontext.engine.llm_engine.time.perf_counter", lambda: 0.025 * next(ticks))  # as often in each step
+    clock = llm.engine.parts.clock
+    before = clock.decode([60, 60], 0).seconds
+    outputs = llm.generate(prompts[:2], greedy(60))
+    assert clock.step_s is not None and clock.step_s > 0.04 > 4 * before
+    assert clock.decode([60, 60], 0).seconds == pytest.approx(clock.step_s, rel=0.1)
+    stats = outputs[0].stats
+    assert stats["step_s"] == clock.step_s and stats["expected_step_s"] == pytest.approx(clock.step_s, rel=0.1)
+    status = StatusMeter().take(llm.engine)
+    assert (status.step_s, status.expected_step_s) == (clock.step_s, clock.expected_s)
+    assert (status.expected_overlap is None) == (method == "full")
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in settled]

@@ -15,6 +15,7 @@ from specontext.engine.chunk_warm_up import padded_chunk
 from specontext.engine.graphs import sizes
 from specontext.engine.rehearsal import rehearse
 from specontext.gguf import cache
+from specontext.kv.cache import KVCache
 from specontext.models.compiled import keep_compiled
 from specontext.retrieval.registry import CHOICES
 
@@ -61,6 +62,27 @@ def test_a_rehearsal_is_forgotten(method: str, options: dict[str, Any], make_llm
     sampled = SamplingParams(temperature=1.0, max_tokens=6, ignore_eos=True)
     found = [[one.token_ids for one in llm.generate(prompts[:2], [greedy(6), sampled])] for llm in (plain, rehearsed)]
     assert found[0] == found[1], "seeds of requests that name none go on from where they began"
+
+
+@pytest.mark.parametrize("method", ["speculative", "full"])
+def test_layers_move_in_a_rehearsal_and_come_back(method: str, make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the first real move finds its kernels compiled, whatever runs; where layers stay none moves."""
+    llm, fixed = make_llm("llama", method, budget=24), make_llm("llama", method, budget=24, offload_layers=1)
+    seen: list[tuple[int, bool]] = []
+    finish = KVCache.finish_move
+
+    def finishing(self: KVCache, stored: Any) -> bool:
+        assert self.move is not None
+        seen.append((len(stored), self.move.to_host))
+        return finish(self, stored)
+
+    monkeypatch.setattr(KVCache, "finish_move", finishing)
+    rehearse(fixed.engine)
+    assert not seen and len(fixed.engine.parts.kv.offloaded) == 1
+    rehearse(llm.engine)
+    assert [to_host for _, to_host in seen] == [True, False] * 3 and {1, 2} <= {count for count, _ in seen}
+    assert llm.engine.parts.kv.offloaded == [] and not llm.engine.parts.residency.num_moves
+    llm.engine.check_integrity()
 
 
 def test_a_model_whose_logits_are_broken_is_found_by_those_who_ask(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from specontext.evaluation.paper.bench import Bench, does_not_fit, open_bench
+from specontext.evaluation.paper.bench import Bench, measured, open_bench
 from specontext.evaluation.paper.columns import SCALES, TABLES, Column
 from specontext.evaluation.paper.loop import ABLATION, FULL, OURS, Way, looping, wait_for_loads
 from specontext.evaluation.paper.parts import parts_of
@@ -66,9 +66,9 @@ def test_as_many_requests_as_make_the_most_tokens_a_second(bench: Bench) -> None
 
 
 def test_what_does_not_fit_is_a_row_that_says_so(bench: Bench) -> None:
-    row = does_not_fit(bench, "full", "", COLUMN, 99, lambda: replace(bench, memory=1000).ours(FULL, COLUMN, 99))
+    row = measured(bench, "full", "", COLUMN, 99, lambda: replace(bench, memory=1000).ours(FULL, COLUMN, 99))
     assert "99 requests" in row["error"] and row["tokens_per_s"] is None
-    assert "not even one" in does_not_fit(bench, "full", "", COLUMN, None, dict)["error"]
+    assert "not even one" in measured(bench, "full", "", COLUMN, None, dict)["error"]
 
 
 def loaded_rows(bench: Bench, way: Way, overlap: float = 0.85) -> float:

@@ -546,8 +546,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.kv.check_integrity()
         held = [self.pages_of(count) for count in self.pages.values()]
         parked = sum(self.whole(tokens) for _, tokens, _ in self.waiting) * len(self.blocks.sizes)
-        assert self.kv.arena.pages.num_held == sum(device for device, _ in held)
-        assert self.kv.host.pages.num_held == sum(host for _, host in held) + parked
+        arena, host = self.kv.arena.pages, self.kv.host.pages
+        assert arena.num_held + arena.claimed == sum(device for device, _ in held)
+        assert host.num_held + host.claimed == sum(host for _, host in held) + parked
         assert self.kv.resident == tuple(self.resident)
 
     def teardown(self) -> None:

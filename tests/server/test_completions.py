@@ -53,7 +53,7 @@ def test_a_completion(server: Server, llm: LLM) -> None:
     assert usage["prompt_tokens"] == len(output.prompt_token_ids)
     assert usage["completion_tokens"] == len(output.token_ids)
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-    times = ("queue_s", "ttft_s", "tpot_s", "selection_s_per_step")
+    times = ("queue_s", "ttft_s", "tpot_s", "step_s", "expected_step_s", "selection_s_per_step")
     timeless = {name: value for name, value in usage["specontext"].items() if name not in times}
     assert timeless.items() <= output.stats.items()
     assert usage["specontext"]["offload_layers"] == 2 and usage["specontext"]["bytes_loaded_per_step"] is not None

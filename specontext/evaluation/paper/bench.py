@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from specontext.evaluation.paper import hugging_face
 from specontext.evaluation.paper.columns import Column, Scale
 from specontext.evaluation.paper.hugging_face import Theirs
 from specontext.evaluation.paper.loop import FULL, Way, free, looping, mean_step, now
+from specontext.evaluation.paper.progress import Progress
 from specontext.evaluation.paper.setup import Setup
 from specontext.evaluation.paper.shapes import DTYPES, TINY, random_model, word_tokenizer
 from specontext.memory.facts import NO_HEAD
@@ -36,7 +37,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Bench(Setup):
-    """Measures on a setup."""
+    """Measures on a setup.
+
+    Attributes:
+        progress: what was measured of the part that runs.
+    """
+
+    progress: Progress = field(default_factory=Progress)
 
     # What they take ---------------------------------------------------------------------------------------------------
 
@@ -225,8 +232,13 @@ def open_bench(
     return Bench(loaded, facts, speed, scale, limit, host_memory or int(SHARE_OF_HOST * free_host_memory()), overlap)
 
 
-def does_not_fit(bench: Bench, name: str, words: str, column: Column, requests: int | None, measure: Callable[[], Row]) -> Row:
-    """A row, or what is to be said where its requests do not fit."""
+def measured(bench: Bench, name: str, words: str, column: Column, requests: int | None, measure: Callable[[], Row]) -> Row:
+    """A row, as it was measured before the part was broken off or as it is measured now; or why there is none."""
+    key = f"{name}, {column.name} of {column.prompt}, {requests} requests, overlap {bench.overlap:g}"
+    return dict(bench.progress.once(key, lambda: _measured(bench, name, words, column, requests, measure)))
+
+
+def _measured(bench: Bench, name: str, words: str, column: Column, requests: int | None, measure: Callable[[], Row]) -> Row:
     broken: Row = {}
     try:
         if requests is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from specontext.evaluation.paper.bench import Bench, Row, does_not_fit
+from specontext.evaluation.paper.bench import Bench, Row, measured
 from specontext.evaluation.paper.columns import PAPER_EAGER_REQUESTS, Column, Scale, TablePlan
 from specontext.evaluation.paper.hugging_face import EAGER, OFFLOADED, SDPA, STATIC, Theirs
 from specontext.evaluation.paper.loop import ABLATION, FULL, OURS, OURS_EAGER, QUEST, SHADOWKV, Way, free, now
@@ -24,12 +24,14 @@ class Part:
     Attributes:
         name: model/column/systems.
         minutes: that it takes on one H100, about; estimated.
+        rank: those of a lower one matter more, and run first.
     """
 
     name: str
     model: str
     minutes: float
     rows: Rows
+    rank: int = 0
 
     @property
     def file_name(self) -> str:
@@ -37,24 +39,25 @@ class Part:
 
 
 def parts_of(table: TablePlan, scale: Scale) -> list[Part]:
-    """The parts of a table, in the order in which they are run."""
+    """The parts of a table, in the order in which they are run: those that matter most come first."""
     makers = {"cloud": _cloud, "single": _single, "edge": _edge, "ablation": _ablation, "concurrency": _concurrency}
-    return [part for model in table.models for part in makers[table.name](table, scale, model)]
+    found = [part for model in table.models for part in makers[table.name](table, scale, model)]
+    return sorted(found, key=lambda part: part.rank)
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
 def _cloud(table: TablePlan, scale: Scale, model: str) -> list[Part]:
-    systems = (("hugging-face", 3.0, hugging_face), ("ours", 2.5, ours), ("methods", 3.0, methods))
+    systems = (("ours", 2.5, ours, 0), ("hugging-face", 3.0, hugging_face, 0), ("methods", 3.0, methods, 2))
     parts = [
-        Part(f"{model}/{column.slug}/{name}", model, minutes, partial(rows, column=column))
+        Part(f"{model}/{column.slug}/{name}", model, minutes, partial(rows, column=column), rank)
         for column in scale.columns
-        for name, minutes, rows in systems
+        for name, minutes, rows, rank in systems
     ]
     longest, shortest = scale.columns[1], min(scale.columns, key=lambda column: column.output)
-    parts.append(Part(f"{model}/{longest.slug}/overlap", model, 2.0, partial(overlaps, column=longest)))
-    return [*parts, Part(f"{model}/{shortest.slug}/whole-run", model, 2.0, partial(whole_run, column=shortest))]
+    parts.append(Part(f"{model}/{longest.slug}/overlap", model, 2.0, partial(overlaps, column=longest), 2))
+    return [*parts, Part(f"{model}/{shortest.slug}/whole-run", model, 2.0, partial(whole_run, column=shortest), 1)]
 
 
 def _single(table: TablePlan, scale: Scale, model: str) -> list[Part]:
@@ -85,19 +88,19 @@ def _concurrency(table: TablePlan, scale: Scale, model: str) -> list[Part]:
 
 def row(bench: Bench, way: Way, column: Column, requests: int | None) -> Row:
     """One of our systems with so many requests."""
-    return does_not_fit(bench, way.name, way.words, column, requests, lambda: bench.ours(way, column, requests or 1))
+    return measured(bench, way.name, way.words, column, requests, lambda: bench.ours(way, column, requests or 1))
 
 
 def their_row(bench: Bench, way: Theirs, column: Column, requests: int | None) -> Row:
     """One of Hugging Face's systems with so many requests."""
     if way.cache == "offloaded" and bench.device.type != "cuda":
-        return does_not_fit(bench, way.name, way.words, column, None, dict) | {"error": "its offloaded cache needs a GPU"}
-    return does_not_fit(bench, way.name, way.words, column, requests, lambda: bench.theirs(way, column, requests or 1))
+        return measured(bench, way.name, way.words, column, None, dict) | {"error": "its offloaded cache needs a GPU"}
+    return measured(bench, way.name, way.words, column, requests, lambda: bench.theirs(way, column, requests or 1))
 
 
 def references(bench: Bench, column: Column, requests: int | None = None) -> list[Row]:
     """Hugging Face's SDPA and our full attention, with as many requests as serve them best: in every part, on the same card."""
-    theirs = requests or bench.most_of_theirs(SDPA, column)
+    theirs = requests or most_of_theirs(bench, SDPA, column)
     full = requests or bench.requests_for(FULL, column)
     return [their_row(bench, SDPA, column, theirs), row(bench, FULL, column, full)]
 
@@ -119,8 +122,14 @@ def hugging_face(bench: Bench, column: Column) -> list[Row]:
     found = [*references(bench, column), paper | {"system": "hf-eager, 4 requests"}]
     for way in (EAGER, STATIC, OFFLOADED):
         offloaded = way.cache == "offloaded" and bench.device.type != "cuda"
-        found.append(their_row(bench, way, column, None if offloaded else bench.most_of_theirs(way, column)))
+        found.append(their_row(bench, way, column, None if offloaded else most_of_theirs(bench, way, column)))
     return found
+
+
+def most_of_theirs(bench: Bench, way: Theirs, column: Column) -> int | None:
+    """With how many requests Hugging Face is fastest; it is searched for once for all parts of a column."""
+    name = f"requests of {way.name} at {column.name} of {column.prompt}, {bench.loaded.name}"
+    return bench.progress.search(name, lambda: bench.most_of_theirs(way, column))
 
 
 def ours(bench: Bench, column: Column) -> list[Row]:
@@ -133,11 +142,16 @@ def ours(bench: Bench, column: Column) -> list[Row]:
     tried = {}
     for requests in sorted({count, *(max(1, round(count * share)) for share in NEIGHBOURS)}):
         if requests <= bench.scale.most_requests and bench.away(OURS, requests, column.longest, column.longest) is not None:
-            [(seconds, _)] = bench.steps(OURS, column, requests, [mean]).values()
-            tried[requests] = requests / seconds
+            step = partial(_one_step, bench, column, requests, mean)
+            tried[requests] = requests / bench.progress.once(f"a step of {requests} requests", step)
     best = max(tried, key=lambda requests: tried[requests])
     searched = {str(requests): rate for requests, rate in tried.items()}
     return [*rows, found | {"searched": searched, "best_requests": best, "choice_over_best": tried[count] / tried[best]}]
+
+
+def _one_step(bench: Bench, column: Column, requests: int, length: int) -> float:
+    [(seconds, _)] = bench.steps(OURS, column, requests, [length]).values()
+    return seconds
 
 
 def methods(bench: Bench, column: Column) -> list[Row]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -13,19 +15,15 @@ from typing import Any
 import torch
 
 from specontext import __version__
-from specontext.errors import SpeContextError
 from specontext.evaluation.paper.bench import Bench, Row, open_bench
 from specontext.evaluation.paper.columns import Scale, TablePlan
 from specontext.evaluation.paper.loop import free
 from specontext.evaluation.paper.parts import Part, parts_of
+from specontext.evaluation.paper.progress import PaperError, Progress, write_json
 
 VERSION = 1  # of what a part's file holds
 OVER = {"hf-eager, 4 requests": "over_hf_eager_4", "hf-eager": "over_hf_eager", "hf-sdpa": "over_hf_sdpa", "full": "over_full"}
 OVER |= {"hf-static": "over_hf_static", "hf-offloaded": "over_hf_offloaded"}
-
-
-class PaperError(SpeContextError):
-    """A part that is not there, or results that cannot be kept."""
 
 
 def chosen_parts(table: TablePlan, scale: Scale, models: Sequence[str], names: Sequence[str]) -> list[Part]:
@@ -52,8 +50,15 @@ def run_parts(
     folder: Path | None,
     host_memory: int | None,
     overlap: float,
-) -> list[dict[str, Any]]:
+    minutes: float | None = None,
+) -> tuple[list[dict[str, Any]], list[Part]]:
     """Results of parts: those that the folder has already, on such a device and with such settings, are not run again.
+
+    Args:
+        minutes: no part is begun that is not expected to end by then; the first that is missing is begun in any case.
+
+    Returns:
+        The results, and the parts that there was no time for.
 
     Raises:
         PaperError: the folder cannot be written.
@@ -68,25 +73,69 @@ def run_parts(
         "torch": torch.__version__,
     }
     bench: Bench | None = None
-    found = []
+    found, left = [], []
+    kept = {part.name: None if folder is None else read_part(folder / part.file_name, about) for part in parts}
+    progress, began, clock = Progress(folder, about), time.perf_counter(), _Minutes(parts, kept)
     with capped(table.memory, device):
         for part in parts:
-            kept = None if folder is None else read_part(folder / part.file_name, about)
-            if kept is None:
-                takes = "" if scale.tiny else f" (about {part.minutes:g} minutes on a GPU)"
-                print(f"measuring {part.name}{takes}", file=sys.stderr, flush=True)
+            result = kept[part.name]
+            if result is not None:
+                _say(f"kept: {part.name}")
+            elif minutes is not None and clock.measured and clock.of(part) > minutes - (time.perf_counter() - began) / 60:
+                left.append(part)
+                continue
+            else:
+                there = progress.begin(part.file_name)
+                takes = [] if scale.tiny else [f"about {clock.of(part):.1f} minutes on a GPU"]
+                takes += [f"{there} numbers are there"] if there else []
+                _say(f"measuring {part.name}" + (f" ({', '.join(takes)})" if takes else ""))
+                start = time.perf_counter()
                 if bench is None or bench.loaded.name != part.model:
                     bench = None
                     free(device)
                     bench = open_bench(part.model, scale, device, memory=table.memory, host_memory=host_memory, overlap=overlap)
+                    bench = replace(bench, progress=progress)
                 rows = with_ratios(part.rows(bench))
-                kept = about | {"part": part.name, "date": date.today().isoformat(), "rows": rows}
+                seconds = time.perf_counter() - start
+                clock.took(part, seconds)
+                result = about | {"part": part.name, "date": date.today().isoformat(), "seconds": seconds, "rows": rows}
+                if there:
+                    result["resumed"] = there
                 if folder is not None and not any(row.get("failed") for row in rows):
-                    write_part(folder / part.file_name, kept)
-            else:
-                print(f"kept: {part.name}", file=sys.stderr, flush=True)
-            found.append(kept)
-    return found
+                    write_json(folder / part.file_name, result | {"searched": progress.own})
+                    progress.end()
+            found.append(result)
+    if left:
+        count = "1 part" if len(left) == 1 else f"{len(left)} parts"
+        rest = "" if scale.tiny else f", about {sum(map(clock.of, left)):.0f} minutes on a GPU"
+        _say(f"left for another time: {count}{rest}; the same command goes on")
+    return found, left
+
+
+def _say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
+class _Minutes:
+    """How long parts take: as was estimated, and as others of this machine have taken."""
+
+    def __init__(self, parts: Sequence[Part], kept: Mapping[str, dict[str, Any] | None]) -> None:
+        self.measured = False  # something, by this process
+        self._taken = self._estimated = 0.0
+        for part in parts:
+            if (result := kept[part.name]) is not None and "seconds" in result and "resumed" not in result:
+                self._count(part, result["seconds"])
+
+    def of(self, part: Part) -> float:
+        return part.minutes * (self._taken / self._estimated if self._estimated else 1.0)
+
+    def took(self, part: Part, seconds: float) -> None:
+        self.measured = True
+        self._count(part, seconds)
+
+    def _count(self, part: Part, seconds: float) -> None:
+        self._taken += seconds / 60
+        self._estimated += part.minutes
 
 
 def device_name(device: torch.device) -> str:
@@ -115,16 +164,6 @@ def read_part(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:
         return found if all(found.get(name) == value for name, value in about.items()) and found["rows"] else None
     except (OSError, ValueError, KeyError, AttributeError):
         return None
-
-
-def write_part(file: Path, result: dict[str, Any]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(".part")
-        draft.write_text(json.dumps(result, indent=1))
-        draft.replace(file)
-    except OSError as error:
-        raise PaperError(f"the results cannot be kept in {file.parent}: {error.strerror or error}") from error
 
 
 def with_ratios(rows: list[Row]) -> list[Row]:

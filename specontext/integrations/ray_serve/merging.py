@@ -12,7 +12,7 @@ _SUMS = (
     *("running", "waiting", "prompt_tokens", "generation_tokens", "preemptions", "loaded_bytes", "stall_s", "requests_hidden"),
     *("device_kv_bytes", "host_kv_bytes", "prefix_bytes", "prefix_queries", "prefix_hits"),
 )
-_MEANS = ("device_kv_used", "host_kv_used", "overlap")
+_MEANS = ("device_kv_used", "host_kv_used", "overlap", "step_s", "expected_step_s", "expected_overlap")
 _MOST = ("offloaded_layers", "uptime_s")
 
 
