@@ -30,6 +30,7 @@ MOST_CHOICES = 4096
 MOST_BIASED = 1024  # tokens with a bias, as many as OpenAI allows at least
 MOST_BAD_WORDS = 1024
 SCALE_BYTES = 2  # of a key or value in 8 bits
+NOBODY_S_NUMBERS = 8  # of a key that no layer stores, see `ModelShape`: rows of whole words, which kernels copy
 LONGEST_SHOWN = 80  # characters of a value that an error quotes
 
 
@@ -114,7 +115,8 @@ class ModelShape:
 
     Layers are those that attend to the whole context, numbered among themselves: their KV grows, is selected from, and moves.
     Layers with a window keep the tokens of their window, and those without attention a state of fixed size; both take no part in
-    any of that.
+    any of that. Where all layers with attention have a window, a layer is counted that nobody attends to, with rows of a few
+    bytes: its pages are what an engine knows a context's length by.
 
     Attributes:
         dtype: number format of weights, and of KV unless `kv_dtype` names another.
@@ -126,6 +128,7 @@ class ModelShape:
             contexts of all lengths. 0 where it is not.
         windows: of every layer of the decoder with attention its window, None for one that attends to the whole context; empty
             where none has a window.
+        window_heads: KV heads of the layers with a window, and the width of all heads there; None where they are as elsewhere.
         kv_dtype: of the codes of KV in 8 bits, each key and value with a scale; None for numbers of `dtype`.
         inattentive: numbers in the decoder of the layers that have no attention, ascending.
         states: what layers keep of each request in a fixed size, once that has been measured (`memory.states`).
@@ -144,6 +147,7 @@ class ModelShape:
     dtype: torch.dtype
     limited_by: str = ""
     windows: tuple[Window | None, ...] = ()
+    window_heads: tuple[int, int] | None = None
     longer: int = 0
     kv_dtype: torch.dtype | None = None
     inattentive: tuple[int, ...] = ()
@@ -159,27 +163,31 @@ class ModelShape:
             dtype: by default the config's own, float32 where it names none.
 
         Raises:
-            AttributeError: an entry that is missing.
+            AttributeError: an entry that is missing, or heads that differ from layer to layer.
         """
         max_position, limited_by, longer = _longest_context(config)
         windows, inattentive = _windows(config, max(max_position, longer)), _inattentive(config)
-        attentive = config.num_hidden_layers - len(inattentive)
+        attentive = [layer for layer in range(config.num_hidden_layers) if layer not in inattentive]
         latent = _latent(config)
         if dtype is None:
             import torch
 
             dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        near = [layer for layer, window in zip(attentive, windows, strict=False) if window is not None]
+        kv_heads, head_dim = heads = _heads(config, [layer for layer in attentive if layer not in near] or near)
+        near_heads = _heads(config, near) if near else heads
         return cls(
-            layers=sum(window is None for window in windows) if windows else attentive,
+            layers=max(1, windows.count(None)) if windows else len(attentive),
             hidden_size=config.hidden_size,
             query_heads=config.num_attention_heads,
-            kv_heads=1 if latent else getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_dim=latent.row if latent else _head_dim(config),
+            kv_heads=1 if latent else kv_heads,
+            head_dim=latent.row if latent else head_dim,
             vocab_size=config.vocab_size,
             max_position=max_position,
             dtype=dtype,
             limited_by=limited_by,
             windows=windows,
+            window_heads=near_heads if near_heads != heads else None,
             longer=longer,
             inattentive=inattentive,
             latent=latent,
@@ -191,6 +199,11 @@ class ModelShape:
             raise ConfigError(f"{setting} does not work with multi-head latent attention: set it to auto")
         if self.head_dim % 2:
             raise ConfigError(f"{setting} needs heads of an even width, not of {self.head_dim}: set it to auto")
+
+    @property
+    def only_windows(self) -> bool:
+        """Whether all layers have a window, so that nothing grows with a context and there is nothing to select from."""
+        return bool(self.windows) and None not in self.windows
 
     @property
     def reach(self) -> int:
@@ -233,13 +246,18 @@ class ModelShape:
     @property
     def row_numbers(self) -> int:
         """Numbers of K and V of one token of one KV head of one layer: of a latent, which is both, they count once."""
-        return self.head_dim if self.latent is not None else 2 * self.head_dim
+        return self.part_numbers if self.latent is not None else 2 * self.part_numbers
+
+    @property
+    def part_numbers(self) -> int:
+        """Numbers of a key, a value or a latent in pages."""
+        return NOBODY_S_NUMBERS if self.only_windows else self.head_dim
 
     @property
     def row_bytes(self) -> int:
         """Bytes of K and V of one token of one KV head of one layer, with their scales."""
         if self.kv_dtype is not None:
-            return 2 * (self.head_dim * self.kv_dtype.itemsize + SCALE_BYTES)
+            return 2 * (self.part_numbers * self.kv_dtype.itemsize + SCALE_BYTES)
         return self.row_numbers * self.dtype.itemsize
 
     @property
@@ -258,14 +276,15 @@ class ModelShape:
         return self if self.host_kv_dtype is None else replace(self, kv_dtype=self.host_kv_dtype, host_kv_dtype=None)
 
     @property
-    def window_row_bytes(self) -> int:
-        """The same of a layer with a window, whose KV is never in 8 bits."""
-        return 2 * self.head_dim * self.dtype.itemsize
+    def window_token_bytes(self) -> int:
+        """Bytes of K and V of one token in one layer with a window, whose KV is never in 8 bits."""
+        kv_heads, head_dim = self.window_heads or (self.kv_heads, self.head_dim)
+        return 2 * kv_heads * head_dim * self.dtype.itemsize
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of K and V of one token, all layers and KV heads."""
-        return self.layers * self.kv_heads * self.row_bytes
+        """Bytes of K and V of one token, all layers and KV heads; 0 where all layers have a window."""
+        return 0 if self.only_windows else self.layers * self.kv_heads * self.row_bytes
 
 
 # Entries of configs that name the longest context in tokens, besides max_position_embeddings.
@@ -282,13 +301,17 @@ LENGTHS = (
 )
 
 
+FAR = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}  # of layers without a window
+WINDOWS = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}  # entries, and layers with them
+
+
 def _longest_context(config: PreTrainedConfig) -> tuple[int, str, int]:
     """`max_position`, `limited_by` and `longer` of a decoder.
 
     Linear and YaRN scaling serve the original length times their factor, also where max_position_embeddings is still the original
-    length. A window serves contexts of its own size, in which it leaves nothing out. RoPE of type longrope serves its original
-    length, in which the library has one set of angles for all contexts, and dynamic RoPE max_position_embeddings; where more is
-    asked for, all requests have the angles of that length.
+    length. A window that the config's class does not know serves contexts of its own size, in which it leaves nothing out.
+    RoPE of type longrope serves its original length, in which the library has one set of angles for all contexts, and dynamic
+    RoPE max_position_embeddings; where more is asked for, all requests have the angles of that length.
     """
     stated = _tokens(config, "max_position_embeddings")
     named = {name: tokens for name in LENGTHS if (tokens := _tokens(config, name)) is not None}
@@ -312,13 +335,11 @@ def _longest_context(config: PreTrainedConfig) -> tuple[int, str, int]:
             turning[f"original_max_position_embeddings {tokens}, beyond which RoPE of type longrope has other angles"] = tokens
         if part.get("rope_type") == "dynamic" and isinstance(part.get("factor"), int | float):
             longer = max(longer, int(base * part["factor"]))
-    kinds = layer_kinds(config)
-    window, chunk = _tokens(config, "sliding_window"), _tokens(config, "attention_chunk_size")
-    used = getattr(config, "use_sliding_window", True) is not False and (not kinds or "sliding_attention" in kinds)
-    if window is not None and used and not _some_are_full(kinds):
-        limits[f"sliding_window {window} in its config, in all layers, which leaves nothing to select from"] = window
-    if chunk is not None and (not kinds or "chunked_attention" in kinds) and not _some_are_full(kinds):
-        limits[f"attention_chunk_size {chunk} in its config, in all layers, which leaves nothing to select from"] = chunk
+    for entry, kind in WINDOWS.items():
+        tokens, kinds = _tokens(config, entry), layer_kinds(config)
+        used = getattr(config, "use_sliding_window", True) is not False or kind != "sliding_attention"
+        if tokens is not None and used and not kinds and not (_declares(config, entry) and kind == "sliding_attention"):
+            limits[f"{entry} {tokens} in its config, which its class does not compute"] = tokens
     dual = getattr(config, "dual_chunk_attention_config", None)
     if isinstance(dual, dict) and isinstance(dual.get("chunk_size"), int):
         tokens = dual["chunk_size"] - (dual.get("local_size") or 0)
@@ -332,14 +353,14 @@ def _longest_context(config: PreTrainedConfig) -> tuple[int, str, int]:
 
 def layer_kinds(config: PreTrainedConfig) -> list[str] | None:
     """What kind of attention each layer has, where the config's class knows of such kinds."""
-    named = {entry.name for entry in fields(config)} if is_dataclass(config) else {"layer_types"}
-    own = "layer_types" in named or "layer_types" in config.attribute_map or hasattr(type(config), "layer_types")
+    own = _declares(config, "layer_types") or "layer_types" in config.attribute_map or hasattr(type(config), "layer_types")
     kinds = getattr(config, "layer_types", None) if own else None  # else the class ignores them
     return None if kinds is None else [FORMER_NAMES.get(kind, kind) for kind in kinds]
 
 
-def _some_are_full(kinds: list[str] | None) -> bool:
-    return kinds is not None and not {"full_attention", "hybrid"}.isdisjoint(kinds)
+def _declares(config: PreTrainedConfig, entry: str) -> bool:
+    """Whether a config's class knows an entry; others are stored and ignored."""
+    return not is_dataclass(config) or entry in {known.name for known in fields(config)}
 
 
 FORMER_NAMES = {"attention": "full_attention", "mamba": "linear_attention"}
@@ -355,11 +376,12 @@ def _inattentive(config: PreTrainedConfig) -> tuple[int, ...]:
 
 
 def _windows(config: PreTrainedConfig, longest: int) -> tuple[Window | None, ...]:
-    """Windows of all layers with attention, where some attend to the whole context; those as long as the context are none."""
+    """Windows of all layers of a decoder with attention; those as long as the context are none."""
     kinds = layer_kinds(config)
-    if kinds is None or not _some_are_full(kinds):
-        return ()
-    sizes = {"sliding_attention": _tokens(config, "sliding_window"), "chunked_attention": _tokens(config, "attention_chunk_size")}
+    if not kinds:
+        windowed = _declares(config, "sliding_window") and getattr(config, "use_sliding_window", True) is not False
+        kinds = ["sliding_attention"] * config.num_hidden_layers if windowed else []
+    sizes = {kind: _tokens(config, entry) for entry, kind in WINDOWS.items()}
     found: list[Window | None] = []
     for kind in kinds[: config.num_hidden_layers]:
         if kind in INATTENTIVE:
@@ -369,8 +391,26 @@ def _windows(config: PreTrainedConfig, longest: int) -> tuple[Window | None, ...
     return tuple(found) if any(found) else ()
 
 
-def _head_dim(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _heads(config: PreTrainedConfig, layers: Sequence[int]) -> tuple[int, int]:
+    """KV heads of some layers, and the width of all their heads; raises AttributeError where these layers differ."""
+    queries = of_layers(config, "num_attention_heads", range(config.num_hidden_layers))
+    kv_heads = of_layers(config, "num_key_value_heads", layers) or queries
+    return kv_heads, of_layers(config, "head_dim", layers) or config.hidden_size // queries
+
+
+def of_layers(config: PreTrainedConfig, entry: str, layers: Sequence[int]) -> Any:
+    """An entry's value where it is the same in these layers; None where there is none."""
+    if entry not in (getattr(config, "per_layer_attributes", None) or ()):
+        kinds = layer_kinds(config) or []
+        if layers and {kind for layer, kind in enumerate(kinds) if layer in layers} == {"full_attention"}:
+            other = getattr(config, FAR.get(entry, entry), None)  # of Gemma 4 in older versions of the library
+            if other and (entry == "head_dim" or getattr(config, "attention_k_eq_v", False)):
+                return other
+        return getattr(config, entry) if entry == "num_attention_heads" else getattr(config, entry, None)
+    found = sorted({getattr(config.per_layer_config[layer], entry) for layer in layers})
+    if len(found) > 1:
+        raise AttributeError(f"its layers differ in {entry} ({', '.join(map(str, found))}), and KV here has rows of one width")
+    return found[0]
 
 
 def _latent(config: PreTrainedConfig) -> LatentSizes | None:

@@ -66,7 +66,9 @@ def heading(planned: Planned) -> list[str]:
         kept = f"latents of {shape.latent.rank} + {shape.latent.rotated} numbers"
     else:
         kept = f"{shape.kv_heads} KV heads x {shape.head_dim}"
-    heads = f"{shape.layers} layers{f' ({more})' if more else ''}, {kept}"
+    more = f"{shape.layers} layers{f' ({more})' if more else ''}"
+    layers = f"{shape.depth} layers, all with a window" if shape.only_windows else more
+    heads = f"{layers}, {kept}"
     dtype = str(shape.dtype).removeprefix("torch.")
     kv = "" if shape.kv_dtype is None else f", {str(shape.kv_dtype).removeprefix('torch.')} with scales"
     if shape.host_kv_dtype is not None:
@@ -108,6 +110,8 @@ def _beyond(plan: MemoryPlan, tokens: int) -> str:
         return f"{human_bytes(-plan.available)} too little" if plan.available < 0 else "too little memory"
     if tokens <= plan.max_model_len:
         return ""
+    if plan.facts.shape.only_windows:
+        return "the most that is asked for; nothing grows with it"
     return f"the most that is asked for; memory would hold {tokens:,}"
 
 
@@ -120,7 +124,8 @@ def parts(planned: Planned) -> Table:
     for length in lengths:
         offloaded = plan.offloaded_at(length)
         resident = 0 if offloaded is None else plan.layers - offloaded
-        table.add_column(f"{length:,} tokens\n{resident} of {plan.layers} layers on the GPU", justify="right")
+        where = "" if plan.facts.shape.only_windows else f"\n{resident} of {plan.layers} layers on the GPU"
+        table.add_column(f"{length:,} tokens{where}", justify="right")
     counts = [plan.bytes_at(length) for length in lengths]
     for part in counts[0]:
         if part == "kv_host" or not any(count[part] for count in counts):

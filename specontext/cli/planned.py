@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from specontext.cli.plan_throughput import Throughput, throughput_of
 from specontext.cli.terminal import quiet_libraries
 from specontext.config import DEFAULT_BUDGET, SpeContextConfig
-from specontext.core import ModelShape
+from specontext.core import ModelShape, of_layers
 from specontext.errors import ConfigError, ModelError
 from specontext.gguf.source import weights_note
 from specontext.locations import adapter_of, quantization_of_source, read_config, resolve_model_path
@@ -86,7 +86,7 @@ def find_facts(
         alike = did_you_mean(name) or ", and no such preset (--list-presets)"
         raise ModelError(f"{error}{alike}") from error
     quiet_libraries()
-    from specontext.memory.facts import check_heads, facts_of_config
+    from specontext.memory.facts import NO_HEAD, check_heads, facts_of_config
     from specontext.models.config_check import check_supported
     from specontext.models.quantized import Asked
     from specontext.models.quantized_size import quantised_bytes
@@ -111,8 +111,10 @@ def find_facts(
     if named is None and (bundled := bundled_head(name, Path(source), shape)) is not None and bundled.is_dir():
         named = str(bundled)
     if named is not None:
-        check_heads(shape, getattr(config, "num_key_value_heads", None))
+        check_heads(shape, of_layers(config, "num_key_value_heads", shape.full or range(shape.depth)))
         head = _head(named, shape, "the model's own" if retrieval_head is None else named)
+    elif shape.only_windows:
+        head = replace(NO_HEAD, source="none: nothing is selected where all layers have a window")
     facts = replace(facts_of_config(name, config, dtype=format_, head=head), weights_note=weights_note(source))
     if scheme is None and quantization is None:
         return facts
@@ -332,7 +334,7 @@ def as_object(planned: Planned) -> dict[str, Any]:
             "model_parameters": facts.parameters,
             "retrieval_head_parameters": facts.head.parameters,
             "retrieval_head": facts.head.source,
-            "layers": facts.shape.layers,
+            "layers": len(facts.shape.full),
             "layers_with_window": len(facts.shape.windowed),
             "layers_without_attention": len(facts.shape.inattentive),
             "state_bytes": facts.shape.state_bytes,

@@ -26,6 +26,7 @@ from specontext.distill.trainer import CHECKPOINT, size_of, train
 from specontext.engine.llm import LLM
 from specontext.engine.llm_engine import pick_device
 from specontext.errors import ConfigError
+from specontext.memory.facts import feed_forward_width
 from specontext.models.loading import LoadedModel, load_model
 from specontext.models.rope import fix_rope
 from specontext.retrieval.checkpoint import load_head, save_head
@@ -95,6 +96,8 @@ class Session:
         shape = loaded.shape
         if self.length > shape.reach:
             raise ConfigError(f"length {self.length} exceeds the model's maximum of {shape.longest}")
+        if shape.only_windows:
+            raise ConfigError("all layers of the target have a window: no head can be of use to it, and none needs to be trained")
         fix_rope(loaded.model, max(self.length, shape.max_position))
         source = self._source(loaded)
         student = self._student(loaded.model, shape, source)
@@ -170,8 +173,8 @@ class Session:
         if self.draft_vocabulary is not None and self.draft_vocabulary < shape.vocab_size:
             vocabulary = frequent_tokens(self._token_counts(source, shape.vocab_size), self.draft_vocabulary)
         matrix = model.get_output_embeddings().weight if head.config.hidden_size == shape.hidden_size else None
-        intermediate = getattr(model.config, "intermediate_size", None) or 4 * shape.hidden_size
-        return Student(head, Draft(head, intermediate_size=intermediate, vocabulary=vocabulary, lm_head=matrix))
+        width = feed_forward_width(model.config, shape)
+        return Student(head, Draft(head, intermediate_size=width, vocabulary=vocabulary, lm_head=matrix))
 
     def _token_counts(self, source: Source, size: int) -> Tensor:
         """How often each token stands in some fifty batches."""

@@ -17,6 +17,7 @@ from specontext.config import EngineConfig, SpeContextConfig, StepTokens
 from specontext.core import ModelShape
 from specontext.engine.graphs import graph_bytes, span_buckets
 from specontext.engine.methods import Methods
+from specontext.engine.only_windows import methods_run, without_what_has_no_meaning
 from specontext.engine.prefix import PrefixCache, block_state
 from specontext.engine.profile import measure_runtime
 from specontext.engine.residency import Residency
@@ -29,7 +30,7 @@ from specontext.kv.layout import Layout
 from specontext.kv.pool import PagePool, make_pools
 from specontext.kv.rings import Rings
 from specontext.kv.states import SeatStates
-from specontext.memory.facts import NO_HEAD, ModelFacts
+from specontext.memory.facts import NO_HEAD, ModelFacts, feed_forward_width
 from specontext.memory.learning import LearnedClock
 from specontext.memory.model import MemoryModel, RunSettings, fitting_step, measured_model, staged_bytes
 from specontext.memory.probe import LEAST_PINNED, machine_speed, why_kv_stays
@@ -105,7 +106,8 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     loaded = replace(loaded, shape=shape)
     recommended = head.config.recommended_budget if head is not None else None
     machine = machine_speed(device) if ranks is None else ranks.decide(partial(machine_speed, device))
-    method = with_kv_where_it_can_be(config.method.resolve(recommended_budget=recommended, num_layers=shape.layers), machine)
+    asked = without_what_has_no_meaning(config, shape) if shape.only_windows else config.method
+    method = with_kv_where_it_can_be(asked.resolve(recommended_budget=recommended, num_layers=shape.layers), machine)
     max_tokens = longest_context(config, shape)
     fix_rope(loaded.model, max_tokens)
     if head is not None:
@@ -113,7 +115,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         head.set_rope(theta=config.head_rope_theta, yarn_factor=head.config.yarn_factor(max_tokens) if factor is None else factor)
         logger.info("%s", describe_head(head, max_tokens))
     check_host_format(config, method, shape.layers)
-    names, whole_head = config.all_methods, head
+    names, whole_head = methods_run(config, shape), head
     if ranks is not None and head is not None and method.granularity == "head" and not any(map(reads_all_groups, names)):
         head = head_part(head, whole, ranks.share)
     facts = facts_of_loaded(loaded, head)
@@ -225,7 +227,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     if shape.windowed:
         rings = Rings(shape, seats=config.max_num_seqs, page_size=config.page_size, max_tokens=max_tokens, device=device)
     states = SeatStates(shape.states, seats=config.max_num_seqs, device=device) if shape.states else None
-    methods = make_methods(names, context, loaded, arena)
+    methods = make_methods(names, config.all_methods, context, loaded, arena)
     kv = KVCache(
         arena,
         host,
@@ -376,7 +378,7 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is table
     lookup = table.numel() - (outputs_read(output) if tied else 0)
-    intermediate = getattr(model.config, "intermediate_size", None) or 4 * loaded.shape.hidden_size
+    intermediate = feed_forward_width(model.config, loaded.shape)
     if loaded.ranks is not None:
         intermediate //= loaded.ranks.share.size
     sizes = NO_HEAD if head is None else facts_of_head(head.config)
@@ -415,12 +417,20 @@ def longest_context(config: EngineConfig, shape: ModelShape) -> int:
     return config.max_model_len or shape.max_position
 
 
-def make_methods(names: Sequence[str], context: MethodContext, loaded: LoadedModel, arena: PagePool) -> Methods:
-    """The selectors of all methods, the keys of a retrieval head in pages of the arena."""
+def make_methods(
+    names: Sequence[str], asked: Sequence[str], context: MethodContext, loaded: LoadedModel, arena: PagePool
+) -> Methods:
+    """The selectors of all methods, the keys of a retrieval head in pages of the arena.
+
+    Args:
+        names: methods that are made.
+        asked: those that requests may name: the same, or others that all mean the only one that is made.
+    """
     if context.head is not None:
         keys = arena.as_keys(context.head.config.key_count, context.head.config.head_dim)
         cache = partial(KeyCache, keys, arena.pages, seats=context.seats, max_tokens=context.max_tokens)
         context = replace(context, embedding=loaded.model.get_input_embeddings(), key_cache=cache)
     heads = slice(None) if loaded.ranks is None else loaded.ranks.share.kv_heads(context.shape)
     selectors = make_selectors(names, context)
-    return Methods(names[0], context.budget, selectors, layout=arena.layout, device=context.device, heads=heads)
+    selectors |= {name: selectors[names[0]] for name in asked if name not in selectors}
+    return Methods(asked[0], context.budget, selectors, layout=arena.layout, device=context.device, heads=heads)

@@ -20,6 +20,7 @@ from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.failures import NOBODYS, Failures
 from specontext.engine.launched import Launched
 from specontext.engine.masks import Masks
+from specontext.engine.only_windows import methods_run
 from specontext.engine.output_statistics import OutputStatistics
 from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
 from specontext.engine.rehearsal import rehearse
@@ -100,7 +101,7 @@ class LLMEngine:
             keep_compiled()
         self.loaded = loaded or load_configured(config, self.device)
         head = None
-        headed = any(needs_head(name) and base_of(name) == name for name in config.all_methods)
+        headed = any(needs_head(name) and base_of(name) == name for name in methods_run(config, self.loaded.shape))
         if headed and config.load_format == "dummy" and config.retrieval_head == "auto":
             head = random_head(self.loaded.shape).to(device=self.device, dtype=self.loaded.shape.dtype)
         elif headed:

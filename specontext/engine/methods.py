@@ -10,7 +10,7 @@ from torch import Tensor
 from specontext.core import Choice, shown
 from specontext.errors import RequestError
 from specontext.kv.layout import Layout, Reader
-from specontext.retrieval.registry import base_of, needs_head
+from specontext.retrieval.registry import FULL, base_of, needs_head
 from specontext.retrieval.selector import Budget, LayerSelector, PromptWatcher, Selector, reads_everything
 
 
@@ -46,7 +46,9 @@ class Methods:
         self.selectors, self.budget = dict(selectors), budget
         self.own = Choice(own, 0 if reads_everything(selectors[own]) else budget.total)
         self.selector = selectors[own]
-        headed = [name for name in selectors if base_of(name) == name and needs_head(name)]
+        headed = [
+            name for name, one in selectors.items() if base_of(name) == name and needs_head(name) and not reads_everything(one)
+        ]
         self.shared = selectors[headed[0]] if headed else None
         self._headed = headed
         self.readers = {
@@ -55,7 +57,7 @@ class Methods:
         }
         self.own_way = self.selector, self.readers[own]
         # Variants share their method's state.
-        self._with_state = [one for name, one in selectors.items() if base_of(name) == name]
+        self._with_state = list(dict.fromkeys(one for name, one in selectors.items() if base_of(name) == name))
         self.observers = [one for one in self._with_state if type(one).observe is not Selector.observe]
         self._made: dict[Choice, Selector] = {self.own: self.selector}
         self._states: dict[int, list[Selector]] = {}  # those with state of an open seat, the one it chose last
@@ -71,7 +73,8 @@ class Methods:
             known = ", ".join(sorted(self.selectors))
             raise RequestError(f"method {shown(name)} is none that this engine runs ({known}): start it with it among --methods")
         if reads_everything(self.selectors[name]):
-            if budget is not None:
+            means_full = name != FULL and self.selectors[name] is self.selectors.get(FULL)  # where nothing can be chosen
+            if budget is not None and not means_full:
                 raise RequestError(f"budget {budget} was given and method '{name}' reads everything: leave it out")
             choice = Choice(name, 0)
         else:

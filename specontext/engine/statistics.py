@@ -68,6 +68,7 @@ class Meter:
         self.shape, self.tables, self.sink = shape, tables, sink
         self.pairs = shape.layers * shape.kv_heads
         self._token_bytes, self._row_bytes = shape.kv_bytes_per_token, shape.on_host.row_bytes  # a row that is loaded
+        self._windows = shape.windowed if shape.only_windows else ()  # of the layers, where no other are counted
         # One row more than seats: the padding of a batch is counted there.
         self.counts = torch.zeros((seats + 1, len(Count)), dtype=torch.float64, device=device)
         self.left = torch.zeros_like(self.counts[0])  # what was counted for those who had the seats before
@@ -122,6 +123,9 @@ class Meter:
     def dense(self, seats: Tensor, lengths: Tensor, *, resident: int) -> None:
         """Count a step in which all layers read all entries, streamed in from the host for all but `resident` layers."""
         rows = lengths * self.shape.kv_heads
+        if self._windows:  # the mean over all of them, as if it were that of the one layer that is counted
+            firsts = [window.first(lengths - 1).clamp(min=0) for window in self._windows]
+            rows = (lengths - torch.stack(firsts).double().mean(0)) * self.shape.kv_heads
         self._add(Count.READ, seats, rows * self.shape.layers)
         self._add(Count.SELECTED, seats, rows * self.shape.layers)
         self._add(Count.HITS, seats, rows * resident)

@@ -8,40 +8,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from specontext.errors import GGUFError
+from specontext.gguf.families import FAMILIES, TENSORS, Family
 from specontext.gguf.reading import GGUFFile
 
-# llama.cpp keeps Mistral's dense models under "llama": without a sliding window they compute the same.
-ARCHITECTURES = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-}
-# Query and key rows of these lie in llama.cpp's order, in which a pair that RoPE turns is adjacent.
-INTERLEAVED = {"llama"}
-TENSORS = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 ROPE_FACTORS = "rope_freqs.weight"
 SIZES = {
     "embedding_length": "hidden_size",
@@ -74,6 +50,7 @@ KNOWN = {
 # Llama 3.1 and its kin: their factors come as a tensor, from which the settings that made it are found again.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 SPECIAL_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+PATTERN = "attention.sliding_window_pattern"
 
 
 def config_of(file: GGUFFile) -> dict[str, Any]:
@@ -82,14 +59,8 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     Raises:
         GGUFError: an architecture or a setting that is not supported.
     """
-    if file.architecture not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise GGUFError(
-            f"{file.path} holds a model of the architecture '{file.architecture}': of GGUF files, {known} can be loaded; "
-            "take the model's safetensors checkpoint"
-        )
-    _check(file)
-    model_type, name = ARCHITECTURES[file.architecture]
+    family = family_of(file)
+    _check(file, family)
     heads, width = int(file.need("attention.head_count")), int(file.need("embedding_length"))
     head_dim = int(file.own("attention.key_length") or width // heads)
     names = {tensor.name: tensor for tensor in file.tensors}
@@ -97,35 +68,93 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         raise GGUFError(f"{file.path} is incomplete: it has no token_embd.weight")
     ids = {key: file.metadata.get(f"tokenizer.ggml.{said}_token_id") for key, said in SPECIAL_IDS.items()}
     config = {
-        "architectures": [name],
-        "model_type": model_type,
-        **{theirs: int(file.need(ours)) for ours, theirs in SIZES.items()},
+        "architectures": [family.name],
+        "model_type": family.model_type,
+        **{theirs: int(file.need(ours)) for ours, theirs in {**SIZES, **family.sizes}.items()},
         "num_key_value_heads": int(file.own("attention.head_count_kv") or heads),
         "head_dim": head_dim,
-        "rms_norm_eps": float(str(np.float32(file.need("attention.layer_norm_rms_epsilon")))),
+        "rms_norm_eps": _number(file.need("attention.layer_norm_rms_epsilon")),
         "rope_parameters": _rope(file, head_dim),
         "vocab_size": names["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in names,
-        "hidden_act": "silu",
+        **family.config,
         **{key: int(value) for key, value in ids.items() if value is not None},
     }
-    if model_type != "qwen2":
+    for ours, (theirs, usual) in family.caps.items():
+        value = file.own(ours, usual)
+        config[theirs] = _number(value) if value else None
+    if family.by_share is not None:
+        config["query_pre_attn_scalar"] = width // heads if config["num_hidden_layers"] in family.by_share else head_dim
+    if family.windows is not None:
+        config |= _windows(file, family, config)
+    if ends := _ends(file, family, config.get("eos_token_id")):
+        config["eos_token_id"] = ends
+    if family.biased:
         config["attention_bias"] = "blk.0.attn_q.bias" in names
     return config
 
 
-def _check(file: GGUFFile) -> None:
+def family_of(file: GGUFFile) -> Family:
+    """What is particular to the architecture of a file; raises GGUFError for one that is not known."""
+    if file.architecture not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise GGUFError(
+            f"{file.path} holds a model of the architecture '{file.architecture}': of GGUF files, {known} can be loaded; "
+            "take the model's safetensors checkpoint"
+        )
+    return FAMILIES[file.architecture]
+
+
+def _number(value: Any) -> float:
+    """A number that a file holds in 32 bits, as its makers wrote it."""
+    return float(str(np.float32(value)))
+
+
+def _windows(file: GGUFFile, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Which layers have a window, and the RoPE of each kind of layers."""
+    usual, depth = family.windows, int(config["num_hidden_layers"])
+    assert usual is not None
+    size, pattern = file.own("attention.sliding_window", usual.size), file.own(PATTERN, usual.every)
+    if isinstance(pattern, list):
+        near = [bool(value) for value in pattern]
+    else:
+        near = [bool((layer + 1) % int(pattern)) if pattern else False for layer in range(depth)]
+    if len(near) != depth:
+        raise GGUFError(f"{file.path} is broken: its {PATTERN} speaks of {len(near)} layers, and it has {depth}")
+    near = [bool(flag and size) for flag in near]
+    kinds = ["sliding_attention" if flag else "full_attention" for flag in near]
+    values: dict[str, Any] = {"layer_types": kinds, "sliding_window": int(size) if size else None}
+    theta = file.own("rope.freq_base_swa", usual.theta)
+    if usual.theta is not None:
+        near_rope = {"rope_theta": float(theta), "rope_type": "default"}
+        values["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": near_rope}
+    elif theta is not None and float(theta) != config["rope_parameters"]["rope_theta"]:
+        raise GGUFError(f"{file.path} is not supported: it has two bases of RoPE (rope.freq_base_swa {theta})")
+    return values
+
+
+def _ends(file: GGUFFile, family: Family, eos: int | None) -> list[int] | None:
+    """Tokens that end an output, where that is not only the file's end token."""
+    found = [] if eos is None else [eos]
+    if (turn := file.metadata.get("tokenizer.ggml.eot_token_id")) is not None:
+        found.append(int(turn))
+    tokens = file.metadata.get("tokenizer.ggml.tokens") or []
+    found += [tokens.index(end) for end in family.ends if end in tokens]
+    return sorted(set(found)) if set(found) - {eos} else None
+
+
+def _check(file: GGUFFile, family: Family) -> None:
     """Raises GGUFError for settings that the config cannot say."""
     section = f"{file.architecture}."
     own = {key.removeprefix(section): value for key, value in file.metadata.items() if key.startswith(section)}
     refused = None
-    if unknown := sorted(set(own) - KNOWN):
+    if unknown := sorted(set(own) - KNOWN - family.settings):
         refused = f"the setting {section}{unknown[0]}"
-    elif listed := sorted(key for key, value in own.items() if isinstance(value, list)):
+    elif listed := sorted(key for key, value in own.items() if isinstance(value, list) and key != PATTERN):
         refused = f"{section}{listed[0]} that differs from layer to layer"
-    elif own.get("expert_count"):
+    elif own.get("expert_count") and "expert_count" not in family.sizes:
         refused = "a mixture of experts"
-    elif own.get("attention.sliding_window"):
+    elif own.get("attention.sliding_window") and family.windows is None:
         refused = f"a sliding window of {own['attention.sliding_window']} tokens"
     elif own.get("attention.causal") is False:
         refused = "attention in both directions"
@@ -168,24 +197,29 @@ def _llama3(file: GGUFFile, factors: NDArray[np.float32], theta: float, head_dim
     return rope
 
 
-def parameter_name(tensor: str) -> str | None:
-    """The name in transformers of a GGUF tensor; None for one that is no parameter there.
+def parameter_name(family: Family, tensor: str) -> str | None:
+    """The name in transformers of a GGUF tensor; None for one that is no parameter there. Gates of experts and what they gate are
+    one parameter.
 
     Raises:
-        KeyError: a tensor that no supported model has.
+        KeyError: a tensor that no model of the family has.
     """
     if tensor == ROPE_FACTORS:
         return None
     stem, kind = tensor.rsplit(".", 1)
     if layer := re.fullmatch(r"blk\.(\d+)\.(.+)", stem):
-        return f"model.layers.{layer[1]}.{LAYER_TENSORS[layer[2]]}.{kind}"
+        name = f"model.layers.{layer[1]}.{family.layer[layer[2]]}"
+        return name if layer[2].endswith("_exps") else f"{name}.{kind}"
     return f"{TENSORS[stem]}.{kind}"
 
 
-def in_order(file: GGUFFile, tensor: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The rows of a tensor as transformers has them."""
+def as_transformers_has_it(file: GGUFFile, tensor: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The numbers of a tensor, its rows in the order and its norms with the origin that they have in transformers."""
+    family = family_of(file)
+    if family.norm_offset and tensor.endswith("norm.weight"):
+        return values - np.float32(family.norm_offset)
     part = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(?:weight|bias)", tensor)
-    if file.architecture not in INTERLEAVED or part is None:
+    if not family.interleaved or part is None:
         return values
     heads = int(file.need("attention.head_count"))
     if part[1] == "k":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specontext.errors import GGUFError
-from specontext.gguf.architecture import config_of, in_order, parameter_name
+from specontext.gguf.architecture import as_transformers_has_it, config_of, family_of, parameter_name
 from specontext.gguf.reading import GGUFFile, StoredTensor, read_file
 from specontext.gguf.source import SOURCE, VERSION
 from specontext.gguf.tokenizer import tokenizer_of
@@ -21,6 +22,14 @@ from specontext.gguf.tokenizer import tokenizer_of
 SHARD = 4 * 2**30  # bytes of weights that are held in memory and lie in one file
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STORED = torch.bfloat16  # of dequantised numbers
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of the model, and the stored tensors that are its parts along the last dimension but one."""
+
+    shape: tuple[int, ...]
+    tensors: tuple[StoredTensor, ...]
 
 
 def convert(path: Path, folder: Path) -> None:
@@ -46,33 +55,42 @@ def convert(path: Path, folder: Path) -> None:
     _write(folder / SOURCE, _source(file))
 
 
-def _names(file: GGUFFile, config: dict[str, Any]) -> dict[str, StoredTensor]:
-    """The stored tensors by the model's own names; raises GGUFError unless they are exactly the model's."""
+def _names(file: GGUFFile, config: dict[str, Any]) -> dict[str, Parameter]:
+    """What the model's parameters are made of, by their own names; raises GGUFError unless they are exactly the model's."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = dict(config)
+    values, family = dict(config), family_of(file)
     made = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(made)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    names: dict[str, StoredTensor] = {}
-    for tensor in file.tensors:
+    stored: dict[str, list[StoredTensor]] = {}
+    for tensor in sorted(file.tensors, key=lambda tensor: tensor.name):  # a gate before what it gates
         try:
-            name = parameter_name(tensor.name)
+            name = parameter_name(family, tensor.name)
         except (KeyError, ValueError):
             name = tensor.name
-        if name is None:
-            continue
-        if shapes.get(name) != tensor.shape:
+        if name is not None:
+            stored.setdefault(name, []).append(tensor)
+    for name, tensors in stored.items():
+        found = _joined_shape(tensors)
+        if shapes.get(name) not in (found, (1, *found)):
             wanted = f"not {list(shapes[name])}" if name in shapes else "which the model does not have"
-            raise GGUFError(f"{file.path} is not supported: it has a tensor {tensor.name} {list(tensor.shape)}, {wanted}")
-        names[name] = tensor
-    if missing := sorted(set(shapes) - set(names)):
+            said = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in tensors)
+            raise GGUFError(f"{file.path} is not supported: it has a tensor {said}, {wanted}")
+    if missing := sorted(set(shapes) - set(stored)):
         raise GGUFError(f"{file.path} is incomplete: it has nothing for {missing[0]}" + " and others" * (len(missing) > 1))
-    return names
+    return {name: Parameter(shape, tuple(stored[name])) for name, shape in shapes.items()}
 
 
-def _write_weights(file: GGUFFile, names: dict[str, StoredTensor], dtype: torch.dtype, folder: Path) -> None:
+def _joined_shape(tensors: Sequence[StoredTensor]) -> tuple[int, ...]:
+    shape = tensors[0].shape
+    if len(tensors) == 1 or len(shape) < 2:
+        return shape
+    return (*shape[:-2], sum(tensor.shape[-2] for tensor in tensors), shape[-1])
+
+
+def _write_weights(file: GGUFFile, names: Mapping[str, Parameter], dtype: torch.dtype, folder: Path) -> None:
     shards = list(_shards(names, dtype))
     places: dict[str, str] = {}
     for i, some in enumerate(shards):
@@ -80,15 +98,15 @@ def _write_weights(file: GGUFFile, names: dict[str, StoredTensor], dtype: torch.
         save_file({own: _values(file, names[own], dtype) for own in some}, folder / name, metadata={"format": "pt"})
         places |= dict.fromkeys(some, name)
     if len(shards) > 1:
-        total = sum(math.prod(tensor.shape) for tensor in names.values()) * dtype.itemsize
+        total = sum(math.prod(parameter.shape) for parameter in names.values()) * dtype.itemsize
         _write(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def _shards(names: dict[str, StoredTensor], dtype: torch.dtype) -> Iterator[list[str]]:
+def _shards(names: Mapping[str, Parameter], dtype: torch.dtype) -> Iterator[list[str]]:
     some: list[str] = []
     size = 0
-    for name, tensor in names.items():
-        bytes_ = math.prod(tensor.shape) * dtype.itemsize
+    for name, parameter in names.items():
+        bytes_ = math.prod(parameter.shape) * dtype.itemsize
         if some and size + bytes_ > SHARD:
             yield some
             some, size = [], 0
@@ -97,11 +115,14 @@ def _shards(names: dict[str, StoredTensor], dtype: torch.dtype) -> Iterator[list
     yield some
 
 
-def _values(file: GGUFFile, tensor: StoredTensor, dtype: torch.dtype) -> Tensor:
-    values = torch.tensor(in_order(file, tensor.name, tensor.values())).to(dtype)
-    if not torch.isfinite(values).all():
-        raise GGUFError(f"{tensor.name} in {file.path} holds values that are not finite numbers")
-    return values
+def _values(file: GGUFFile, parameter: Parameter, dtype: torch.dtype) -> Tensor:
+    parts = []
+    for tensor in parameter.tensors:
+        part = torch.tensor(as_transformers_has_it(file, tensor.name, tensor.values())).to(dtype)
+        if not torch.isfinite(part).all():
+            raise GGUFError(f"{tensor.name} in {file.path} holds values that are not finite numbers")
+        parts.append(part)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)).reshape(parameter.shape)
 
 
 def _source(file: GGUFFile) -> dict[str, Any]:

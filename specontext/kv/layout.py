@@ -86,7 +86,7 @@ class Layout:
         alike."""
         numbers = shape.dtype if shape.kv_dtype is None else shape.kv_dtype
         names = ("latent",) if shape.latent is not None else ("key", "value")
-        kv = tuple(Part(name, shape.head_dim, numbers) for name in names)
+        kv = tuple(Part(name, shape.part_numbers, numbers) for name in names)
         if shape.kv_dtype is not None:
             kv += (Part("scales", 2, torch.bfloat16),)
         if layer_blocks is None:

@@ -52,11 +52,9 @@ class Rings:
     def __init__(self, shape: ModelShape, *, seats: int, page_size: int, max_tokens: int, device: torch.device) -> None:
         self.windows, self.page_size = shape.windowed, page_size
         self.entries = ring_entries(shape, max_tokens=max_tokens, page_size=page_size)
-        self.heads, self._seats = (
-            shape.kv_heads,
-            seats + 1,
-        )  # the last row belongs to no seat: the padding of a batch points at it
-        size = (len(self.windows), self._seats, self.entries, shape.kv_heads, 2, shape.head_dim)
+        self.heads, width = shape.window_heads or (shape.kv_heads, shape.head_dim)
+        self._seats = seats + 1  # the last row belongs to no seat: the padding of a batch points at it
+        size = (len(self.windows), self._seats, self.entries, self.heads, 2, width)
         self.followed: set[int] = set()
         self.kept: dict[int, Kept] = {}
         self._most_kept = kept_tokens(shape)

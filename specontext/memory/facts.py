@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from specontext.core import ModelShape
+from specontext.core import ModelShape, of_layers
 from specontext.errors import ConfigError, ModelError
 from specontext.locations import one_sentence, part_of
 from specontext.memory.layer_blocks import LayerBlocks, divide_layers
@@ -202,15 +202,20 @@ def facts_of_config(
     except (AttributeError, TypeError, ZeroDivisionError) as error:
         kind = type(config).__name__
         raise ModelError(f"{kind} does not describe a decoder with KV heads, so there is no KV to plan: {error}") from error
-    check_heads(shape, getattr(config, "num_key_value_heads", None))
+    check_heads(shape, of_layers(config, "num_key_value_heads", shape.full or range(shape.depth)))
     from specontext.memory.states import measured_states
 
     model = bare_model(config, shape.dtype)
     with one_sentence("cannot tell how large the states of its layers are"):
         shape = replace(shape, states=measured_states(model))
     parameters, lookup = count_parameters(config, model)
-    intermediate = getattr(config, "intermediate_size", None) or 4 * shape.hidden_size
-    return ModelFacts(name, shape, parameters, lookup, int(intermediate), head or eagle3_head(shape))
+    return ModelFacts(name, shape, parameters, lookup, feed_forward_width(config, shape), head or eagle3_head(shape))
+
+
+def feed_forward_width(config: PreTrainedConfig, shape: ModelShape) -> int:
+    """Numbers between the two products of a feed-forward layer, the most of all layers."""
+    stated = getattr(config, "intermediate_size", None) or 4 * shape.hidden_size
+    return int(max(stated) if isinstance(stated, list | tuple) else stated)
 
 
 def check_heads(shape: ModelShape, kv_heads: int | None = None) -> None:

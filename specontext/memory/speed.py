@@ -63,7 +63,7 @@ def decode_floor(
     selected, missing = rows * shape.row_bytes, rows * offloaded * (1 - overlap) if length > budget else 0
     loaded = round(missing * shape.on_host.row_bytes)
     keys = requests * length * facts.key_bytes_per_token
-    near = requests * sum(min(window.size, length) for window in shape.windowed) * shape.kv_heads * shape.window_row_bytes
+    near = requests * sum(min(window.size, length) for window in shape.windowed) * shape.window_token_bytes
     near += 2 * requests * shape.state_bytes  # read, and written
     device = facts.step_bytes + keys + selected * shape.layers + near + round(missing * shape.row_bytes)
     compute, loads = floor_seconds(device, speed.device), floor_seconds(loaded, speed.host)

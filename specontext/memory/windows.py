@@ -17,17 +17,17 @@ KEPT_BYTES = 256 << 20  # in which a step keeps tokens of chunks until known pag
 
 def kept_tokens(shape: ModelShape) -> int:
     """Tokens of a step's chunks that are kept until they have been copied."""
-    return KEPT_BYTES // (len(shape.windowed) * shape.kv_heads * shape.window_row_bytes)
+    return KEPT_BYTES // (len(shape.windowed) * shape.window_token_bytes)
 
 
 def kept_bytes(shape: ModelShape, *, tokens: int) -> int:
     """Bytes that a step with so many tokens keeps."""
     if not shape.windowed:
         return 0
-    return min(tokens, kept_tokens(shape)) * len(shape.windowed) * shape.kv_heads * shape.window_row_bytes
+    return min(tokens, kept_tokens(shape)) * len(shape.windowed) * shape.window_token_bytes
 
 
 def ring_bytes(shape: ModelShape, *, seats: int, max_tokens: int, page_size: int) -> int:
     """Bytes of the rings of so many seats in all layers with a window."""
     entries = ring_entries(shape, max_tokens=max_tokens, page_size=page_size)
-    return len(shape.windowed) * seats * entries * shape.kv_heads * shape.window_row_bytes
+    return len(shape.windowed) * seats * entries * shape.window_token_bytes

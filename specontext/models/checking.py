@@ -14,7 +14,8 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttenti
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
-from specontext.core import ModelShape, Window
+from specontext.core import WINDOWS, ModelShape, Window
 from specontext.errors import ModelError
 from specontext.kernels.dense_attention import causal_attention, chunk_attention
 from specontext.kernels.latents import Latents
@@ -41,6 +42,7 @@ from specontext.models.tolerance import differ, of_outputs, of_states
 logger = logging.getLogger("specontext")
 LIBRARY_NAME = "specontext_library"  # the library's own attention, seen while it runs
 CHUNKS = (6, 3)
+NEAR = 4  # tokens of all windows while a model is looked at: real ones leave nothing out of so few tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +73,8 @@ class _Witness:
         self.positions: Tensor | None = None
         windowed = [layer for layer in shape.attentive if layer not in shape.full]
         self._full, self._windowed, self._begin = shape.full, windowed, begin
-        self._promised = ((shape.query_heads, shape.head_dim), *[(shape.kv_heads, shape.head_dim)] * 2)
+        self._queries, self._kv = shape.query_heads, (shape.kv_heads, shape.head_dim)
+        self._windows_kv = shape.window_heads or self._kv
         self._stored: dict[int, Tensor] = {}  # of each layer [tokens, Hkv, 2, D]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
@@ -97,14 +100,16 @@ class _Witness:
         self, layer: int, window: Window | None, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax
     ) -> Tensor:
         brought = tuple((int(x.shape[1]), int(x.shape[2])) for x in (query, key, value))
-        for name, found, promised in zip(("queries", "keys", "values"), brought, self._promised, strict=True):
+        kv = self._kv if window is None else self._windows_kv
+        for name, found, promised in zip(("queries", "keys", "values"), brought, ((self._queries, kv[1]), kv, kv), strict=True):
             if found != promised:
                 has, says = (f"{heads} heads with {dim} dimensions" for heads, dim in (found, promised))
                 raise ModelError(f"layer {layer} has {name} of {has}, the config says {says}")
         past, new = self._stored.get(layer), torch.stack((key, value), dim=2)
         self._stored[layer] = stored = new if past is None else torch.cat((past, new))
         if window is not None:
-            output = window_attention(query, stored[:, :, 0], stored[:, :, 1], scale, window, self._begin, softmax)
+            near = replace(window, size=min(window.size, NEAR))
+            output = window_attention(query, stored[:, :, 0], stored[:, :, 1], scale, near, self._begin, softmax)
         elif past is None:
             output = causal_attention(query, key, value, scale, softmax)
         else:
@@ -259,10 +264,25 @@ def _check(model: PreTrainedModel, shape: ModelShape) -> None:
     comparison = _Comparison(witness.calls, witness.mixers)
     mixing = {int(mixer.layer_idx) for mixer in mixers_of(model)}  # type: ignore[arg-type]
     cache = Cache(layers=[_later_layer(layer, mixing, shape, begin) for layer in range(shape.depth)])
-    with listening(model, comparison, expanded=True), attention_of(model, LIBRARY_NAME):
+    with listening(model, comparison, expanded=True), attention_of(model, LIBRARY_NAME), _near_windows(model, shape):
         for tokens, places in parts:
             model(input_ids=tokens, position_ids=places, use_cache=True, logits_to_keep=1, **{_cache_name(model): cache})
     comparison.end()
+
+
+@contextmanager
+def _near_windows(model: PreTrainedModel, shape: ModelShape) -> Iterator[None]:
+    """Inside, the library makes masks for windows of few tokens, in the layers for which it makes any."""
+    found = [(config, entry, getattr(config, entry, None)) for config in running_of(model).configs for entry in WINDOWS]
+    sizes = {window.size for window in shape.windowed}
+    before = [(config, entry, size) for config, entry, size in found if size in sizes]
+    try:
+        for config, entry, size in before:
+            setattr(config, entry, min(size, NEAR))
+        yield
+    finally:
+        for config, entry, size in before:
+            setattr(config, entry, size)
 
 
 def _cache_name(model: PreTrainedModel) -> str:

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers import __version__ as transformers_version
 from transformers.activations import ACT2FN
 
-from specontext.core import INATTENTIVE, LENGTHS, ModelShape, layer_kinds
+from specontext.core import INATTENTIVE, LENGTHS, WINDOWS, ModelShape, layer_kinds
 from specontext.errors import ModelError
 from specontext.locations import one_sentence, parts_of
 from specontext.models.latents import EXPAND
@@ -102,10 +102,19 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
         yield f"it uses layers of type {', '.join(sorted(map(str, kinds)))} (layer_types)"
     if known and not set(known) - set(INATTENTIVE):
         yield "none of its layers has attention (layer_types), so there is nothing to select from"
+    if (
+        known
+        and set(known) - set(INATTENTIVE)
+        and set(known) & set(INATTENTIVE)
+        and set(known) <= {*INATTENTIVE, *WINDOWS.values()}
+    ):
+        yield "all of its layers with attention have a window, beside layers with a state (layer_types)"
     if getattr(config, "num_attention_heads", None) is None:
         yield "it has no attention heads (num_attention_heads)"
     if getattr(config, "kv_lora_rank", None):
         yield from _latent_obstacles(config)
+    if shared := getattr(config, "num_kv_shared_layers", None):
+        yield f"it has layers that use the keys and values of layers before them (num_kv_shared_layers {shared})"
     cap = getattr(config, "attn_logit_softcapping", None)
     if cap and not _mentioned(config, "attn_logit_softcapping"):
         yield f"its config has a soft cap on attention logits (attn_logit_softcapping {cap}), which its class does not compute"

@@ -61,6 +61,7 @@ class _Output(MoeModelOutputWithPast):
     """Has the fields of all decoders' outputs."""
 
     cross_attentions: None = None
+    shared_kv_states: None = None
 
 
 class _Given(nn.Module):

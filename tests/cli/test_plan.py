@@ -232,6 +232,16 @@ def test_what_limits_the_context_is_said(run: Any, tiny: Path, tmp_path: Path) -
     assert "contexts of up to 128 tokens (sliding_window 128 in its config" in said
 
 
+def test_where_all_layers_have_a_window_nothing_grows(run: Any, tiny: Path, tmp_path: Path) -> None:
+    values = json.loads((tiny / "config.json").read_text()) | {"sliding_window": 128}
+    values |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    said = run("plan", tmp_path, "--gpu-memory", "1GiB", "--budget", 64).stdout
+    assert "layers, all with a window" in said and "nothing grows with it" in said and "none: nothing is selected" in said
+    found = json.loads(run("plan", tmp_path, "--gpu-memory", "1GiB", "--budget", 64, "--json").stdout)
+    assert found["inputs"]["layers"] == 0 and found["inputs"]["kv_bytes_per_token"] == 0
+
+
 def test_models_that_cannot_be_planned(fails: Fails, tmp_path: Path) -> None:
     memory = ["--gpu-memory", "24GiB"]
     assert "did you mean llama-3.1-8b" in fails(["plan", "lama-3.1-8b", *memory], status=1)

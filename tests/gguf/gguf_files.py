@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,43 @@ NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+}
+GEMMA = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, architecture: str = "llama") -> str:
     stem, kind = name.rsplit(".", 1)
+    names = NAMES | (GEMMA if architecture in ("gemma2", "gemma3") else {})
     if layer := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem):
-        return f"blk.{layer[1]}.{NAMES[layer[2]]}.{kind}"
-    return f"{NAMES[stem]}.{kind}"
+        return f"blk.{layer[1]}.{names[layer[2]]}.{kind}"
+    return f"{names[stem]}.{kind}"
+
+
+def gguf_tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The tensors of a model as llama.cpp's converter names and changes them."""
+    config = model.config
+    for name, parameter in model.named_parameters():
+        numbers = parameter.detach().float().numpy()
+        if experts := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj", name):
+            parts = ("gate", "up") if experts[2] == "gate_up" else ("down",)
+            for part, rows in zip(reversed(parts), reversed(np.split(numbers, len(parts), axis=1)), strict=True):
+                yield f"blk.{experts[1]}.ffn_{part}_exps.weight", rows
+            continue
+        own = gguf_name(name, architecture)
+        if architecture == "llama" and re.search(r"attn_[qk]\.", own):
+            numbers = interleaved(numbers, config.num_attention_heads if "attn_q" in own else config.num_key_value_heads)
+        if architecture.startswith("gemma") and own.endswith("norm.weight"):
+            numbers = numbers + np.float32(1)
+        yield own, numbers[0] if own.endswith("inp_shexp.weight") else numbers
 
 
 def interleaved(values: NDArray[Any], heads: int) -> NDArray[Any]:
@@ -70,6 +100,7 @@ def write_gguf(
     model = checkpoint if isinstance(checkpoint, PreTrainedModel) else AutoModelForCausalLM.from_pretrained(checkpoint)
     config = model.config
     kv_heads, head_dim = config.num_key_value_heads, model.model.layers[0].self_attn.head_dim
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     values = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -80,7 +111,7 @@ def write_gguf(
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "rope.freq_base": float(rope["rope_theta"]),
         "rope.dimension_count": head_dim,
     } | (settings or {})
     writer = gguf.GGUFWriter(path, architecture)
@@ -90,13 +121,10 @@ def write_gguf(
     writer.add_uint16("split.count", parts)
     for key, value in tokenizer.items():
         _add(writer, f"tokenizer.{key}", value)
-    for name, parameter in model.named_parameters():
-        own, numbers = gguf_name(name), parameter.detach().float().numpy()
+    for own, numbers in gguf_tensors(model, architecture):
         if without in own:
             continue
-        if architecture == "llama" and re.search(r"attn_[qk]\.", own):
-            numbers = interleaved(numbers, config.num_attention_heads if "attn_q" in own else kv_heads)
-        kind = format if numbers.ndim == 2 else Format.F32
+        kind = format if numbers.ndim > 1 else Format.F32
         stored = np.ascontiguousarray(numbers) if kind == Format.F32 else gguf.quantize(np.ascontiguousarray(numbers), kind)
         writer.add_tensor(own, stored, raw_dtype=kind)
     for name, numbers in (tensors or {}).items():

@@ -134,7 +134,7 @@ def test_a_directory_with_one_file_is_its_model(write: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"architecture": "gemma3"}, "architecture 'gemma3'"),
+        ({"architecture": "bloom"}, "architecture 'bloom'"),
         ({"settings": {"expert_count": 8}}, "a mixture of experts"),
         ({"settings": {"attention.sliding_window": 4096}}, "a sliding window of 4096"),
         ({"settings": {"attention.head_count_kv": [1, 2, 2]}}, "differs from layer to layer"),

@@ -126,6 +126,18 @@ def test_sentencepiece() -> None:
     assert made.encode("hello world 12 lower", add_special_tokens=False).ids == original("hello world 12 lower").input_ids
 
 
+def test_sentencepiece_without_a_space_first_and_with_tokens_for_runs_of_them() -> None:
+    metadata = sentencepiece() | {"ggml.add_space_prefix": False, "ggml.add_bos_token": False}  # as Gemma's
+    for token in ("  ", "   ", "\n\n"):  # of the user's own, written with spaces
+        metadata |= {"ggml.tokens": [*metadata["ggml.tokens"], token], "ggml.token_type": [*metadata["ggml.token_type"], 4]}
+        metadata["ggml.scores"] = [*metadata["ggml.scores"], 0.0]
+    made = of_file(metadata)
+    text = "hello  world    1\n\n  2 hello"
+    pieces = ["he", "llo", "  ", "wor", "ld", "   ", "▁", "1", "\n\n", "  ", "2", "▁hello"]
+    assert made.encode(text).tokens == pieces
+    assert made.decode(made.encode(text).ids, skip_special_tokens=False) == text
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -18,6 +18,7 @@ ROUTED = {
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 OLD = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "num_key_value_heads": 4}  # names of GPT-2's time
 WINDOW = {"sliding_window": 24}  # shorter than the prompts
+ROUTED = EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 ALTERNATING = WINDOW | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 KEEPING = {"num_hidden_layers": 4}  # states: every other layer has attention
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
@@ -45,6 +46,11 @@ RUN: dict[str, dict[str, Any]] = {
     "Glm4MoeLite": LATENT | ROUTED | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "GPT2": OLD,
     "GPTJ": OLD | {"rotary_dim": 8},
+    "Gemma4Text": {
+        **{"head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
+        **{"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, **WINDOW},
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],  # the last one always is
+    },
     "GptOss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **ALTERNATING},
     "GPTNeoX": {"num_key_value_heads": 4},
     "Granite": {"attention_multiplier": 0.3},
@@ -92,7 +98,39 @@ RUN: dict[str, dict[str, Any]] = {
     "SmolLM3": {},
     "StableLm": {},
     "Youtu": LATENT,
+    # Near relatives of these, which only the long tests run.
+    "Apertus": {},
+    "Arcee": {},
+    "Cwm": {"head_dim": 16, **ALTERNATING},
+    "Dots1": {"first_k_dense_replace": 1, **ROUTED},
+    "Ernie4_5": {"head_dim": 16},
+    "Ernie4_5_Moe": {
+        **{"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
+        **{"moe_num_shared_experts": 1, "moe_layer_start_index": 1},
+    },
+    "ExaoneMoe": {"num_experts": 4, "num_shared_experts": 1, "n_group": 1, "topk_group": 1, **EXPERTS, **ALTERNATING},
+    "FlexOlmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "Glm": {"head_dim": 16},
+    "Glm4Moe": {"head_dim": 16, "first_k_dense_replace": 1, **ROUTED},
+    "GPTBigCode": OLD | {"num_key_value_heads": 1},
+    "GraniteMoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "GraniteMoeShared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 32},
+    "Helium": {"head_dim": 16},
+    "HunYuanDenseV1": {"head_dim": 16},
+    "HunYuanMoEV1": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "Jais2": {},
+    "MiniMaxM2": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Olmo": {},
+    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "Phimoe": {"num_local_experts": 4},
+    "SeedOss": {"head_dim": 16},
+    "Starcoder2": {"sliding_window": None},
+    "SolarOpen": {"head_dim": 16, **ROUTED},
+    "VaultGemma": {"head_dim": 16, **ALTERNATING},
 }
+# Near relatives of others, which only the long tests run.
+_STATES = ("Bamba", "BailingHybrid", "GraniteMoeHybrid", "Lfm2Moe", "NemotronH", "OlmoHybrid", "Qwen3_5MoeText", "Qwen3_5Text")
+SELDOM = {*_STATES, *list(RUN)[list(RUN).index("Apertus") :]}
 # Public checkpoints, in the table's order: of what stands in `RUN`, and of the families that all other tests use (conftest.py).
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "Llama": ("meta-llama/Llama-3.1-8B-Instruct", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"),
@@ -119,19 +157,44 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "DeepseekV3": ("deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-R1", "moonshotai/Moonlight-16B-A3B-Instruct"),
     "DeepseekV2": ("deepseek-ai/DeepSeek-V2-Lite-Chat",),
     "Glm4MoeLite": ("zai-org/GLM-4.7-Flash",),
+    "Glm4Moe": ("zai-org/GLM-4.6", "zai-org/GLM-4.5-Air"),
+    "MiniMaxM2": ("MiniMaxAI/MiniMax-M2",),
     "Phi3": ("microsoft/phi-4",),
+    "Phimoe": ("microsoft/Phi-3.5-MoE-instruct",),
+    "SeedOss": ("ByteDance-Seed/Seed-OSS-36B-Instruct",),
+    "Ernie4_5": ("baidu/ERNIE-4.5-0.3B-PT",),
+    "Ernie4_5_Moe": ("baidu/ERNIE-4.5-21B-A3B-PT",),
+    "HunYuanDenseV1": ("tencent/Hunyuan-7B-Instruct",),
+    "HunYuanMoEV1": ("tencent/Hunyuan-A13B-Instruct",),
+    "Starcoder2": ("bigcode/starcoder2-15b",),
+    "Olmo": ("allenai/OLMo-7B-0724-hf",),
+    "Olmoe": ("allenai/OLMoE-1B-7B-0924-Instruct",),
+    "FlexOlmo": ("allenai/FlexOlmo-7x7B-1T",),
     "Olmo2": ("allenai/OLMo-2-1124-7B-Instruct",),
     "Olmo3": ("allenai/Olmo-3-7B-Instruct",),
     "Granite": ("ibm-granite/granite-3.3-8b-instruct",),
+    "GraniteMoe": ("ibm-granite/granite-3.1-3b-a800m-instruct",),
+    "GraniteMoeShared": ("ibm-research/moe-7b-1b-active-shared-experts",),
+    "Apertus": ("swiss-ai/Apertus-8B-Instruct-2509",),
+    "Arcee": ("arcee-ai/AFM-4.5B",),
+    "Cwm": ("facebook/cwm",),
+    "Dots1": ("rednote-hilab/dots.llm1.inst",),
+    "SolarOpen": ("upstage/Solar-Open-100B",),
+    "Helium": ("kyutai/helium-1-2b",),
+    "Jais2": ("inceptionai/Jais-2-8B-Chat",),
     "SmolLM3": ("HuggingFaceTB/SmolLM3-3B",),
+    "Glm": ("zai-org/glm-4-9b-chat-hf",),
     "Glm4": ("zai-org/GLM-4-9B-0414",),
     "Gemma": ("google/gemma-7b-it",),
     "Gemma2": ("google/gemma-2-9b-it",),
     "Gemma3Text": ("google/gemma-3-1b-it", "google/gemma-3-270m-it"),
+    "Gemma4Text": ("google/gemma-4-31B-it (its text part)",),
+    "VaultGemma": ("google/vaultgemma-1b",),
     "GptOss": ("openai/gpt-oss-20b",),
     "Cohere": ("CohereLabs/c4ai-command-r-v01",),
     "Cohere2": ("CohereLabs/c4ai-command-r7b-12-2024",),
     "Exaone4": ("LGAI-EXAONE/EXAONE-4.0-32B",),
+    "ExaoneMoe": ("LGAI-EXAONE/K-EXAONE-236B-A23B",),
     "Ministral": ("mistralai/Ministral-8B-Instruct-2410",),
     "MiniCPM3": ("openbmb/MiniCPM3-4B",),
     "Youtu": ("tencent/Youtu-LLM-2B",),
@@ -143,6 +206,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "Persimmon": ("adept/persimmon-8b-chat",),
     "OPT": ("facebook/opt-6.7b",),
     "GPT2": ("openai-community/gpt2",),
+    "GPTBigCode": ("bigcode/starcoder",),
     "GPTJ": ("EleutherAI/gpt-j-6b",),
     "CodeGen": ("Salesforce/codegen-2B-mono",),
     "BioGpt": ("microsoft/biogpt",),

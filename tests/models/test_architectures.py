@@ -23,8 +23,9 @@ from specontext.models.loading import load_model
 from specontext.retrieval.checkpoint import save_head
 from specontext.retrieval.random_head import random_head
 from tests.conftest import need_latents, randomise
-from tests.models.architectures import RUN
+from tests.models.architectures import RUN, SELDOM
 
+ALL = [pytest.param(name, marks=pytest.mark.slow) if name in SELDOM else name for name in RUN]
 SOME = [
     name if name in ("DeepseekV2", "GPT2", "Lfm2", "OPT", "Qwen3Moe", "StableLm") else pytest.param(name, marks=pytest.mark.slow)
     for name in RUN
@@ -35,18 +36,7 @@ BOTH: dict[str, dict[str, Any]] = {
     "Lfm3": {"layer_types": ["conv", "full_attention", "sliding_attention"], "sliding_window": 24}
     | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_dense_layers": 1},
 }
-SELDOM = (
-    "Bamba",
-    "BailingHybrid",
-    "GraniteMoeHybrid",
-    "Lfm2Moe",
-    "NemotronH",
-    "OlmoHybrid",
-    "Qwen3_5MoeText",
-    "Qwen3_5Text",
-    *BOTH,
-)
-TOKENS = [pytest.param(name, marks=pytest.mark.slow) if name in SELDOM else name for name in (*RUN, *BOTH)]
+TOKENS = [*ALL, *(pytest.param(name, marks=pytest.mark.slow) for name in BOTH)]
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "Bloom": ({}, "BloomForCausalLM is not supported: its layers have attention of their own"),
     "Doge": ({}, "DogeForCausalLM is not supported: it hands its attention a mask of its own"),
@@ -95,7 +85,7 @@ def write(tmp_path: Path, tokenizer: Any) -> Write:
             "tie_word_embeddings": False,
         }
         if not hasattr(transformers, f"{architecture}Config"):
-            pytest.skip("this version of transformers has no such models")
+            pytest.skip("this version of transformers does not have these models")
         config = getattr(transformers, f"{architecture}Config")(**common | changes)
         if architecture in RUN and not hasattr(code_of(config), "ALL_ATTENTION_FUNCTIONS"):
             pytest.skip("this version of transformers has the attention of these models built in")

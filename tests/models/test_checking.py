@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
 
 from specontext.core import ModelShape
 from specontext.errors import ModelError
@@ -115,6 +116,15 @@ def test_another_formula_in_the_library_is_noticed(eager: Callable[[Eager], None
         eager(function)
         with pytest.raises(ModelError, match="own attention of layer 0 gives other results than causal softmax attention"):
             check(make(LlamaConfig(**SIZES)))
+
+
+def test_a_window_that_the_library_does_not_compute_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = transformers.MistralConfig(**SIZES, max_position_embeddings=512, sliding_window=64)
+    check(make(config))
+    monkeypatch.setattr(modeling_mistral, "create_sliding_window_causal_mask", modeling_mistral.create_causal_mask)
+    with pytest.raises(ModelError, match=r"attention of layer 0 gives other results than causal .* attention over its window"):
+        check(make(config))
+    assert config.sliding_window == 64, "whatever happens, the config is as it was"
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ SHAPES: dict[str, tuple[int, int, Window | None, int]] = {
     "Qwen/Qwen2.5-VL-7B-Instruct": (28, 28, None, 128000),
     "Qwen/Qwen3-VL-8B-Instruct": (36, 36, None, 262144),
     "microsoft/Phi-3-mini-128k-instruct": (32, 32, None, 131072),
-    "microsoft/Phi-3-mini-4k-instruct": (32, 32, None, 2047),
-    "mistralai/Mistral-7B-Instruct-v0.1": (32, 32, None, 4096),
+    "microsoft/Phi-3-mini-4k-instruct": (0, 32, Window(2047), 4096),
+    "mistralai/Mistral-7B-Instruct-v0.1": (0, 32, Window(4096), 32768),
     "mistralai/Ministral-8B-Instruct-2410": (36, 36, None, 32768),
     "deepseek-ai/DeepSeek-V2-Lite-Chat": (27, 27, None, 163840),
     "deepseek-ai/DeepSeek-V3": (61, 61, None, 163840),
@@ -53,7 +53,7 @@ def test_public_configs(name: str, tmp_path: Path) -> None:
     config = read_config(tmp_path)
     check_supported(config)
     shape, (layers, depth, window, reach) = ModelShape.from_config(config), SHAPES[name]
-    assert (shape.layers, shape.depth, shape.reach) == (layers, depth, reach)
+    assert (len(shape.full), shape.depth, shape.reach) == (layers, depth, reach)
     assert set(shape.windowed) == ({window} if window else set())
     if (rank := CONFIGS[name].get("kv_lora_rank")) is not None:
         assert shape.kv_heads == 1 and shape.head_dim == rank + CONFIGS[name]["qk_rope_head_dim"]
