@@ -100,14 +100,10 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
     kinds = set(known or getattr(config, "layer_types", None) or ()) - LAYERS - (MIXED if known else set())
     if kinds:
         yield f"it uses layers of type {', '.join(sorted(map(str, kinds)))} (layer_types)"
-    if known and not set(known) - set(INATTENTIVE):
+    attentive = set(known or ()) - set(INATTENTIVE)
+    if known and not attentive:
         yield "none of its layers has attention (layer_types), so there is nothing to select from"
-    if (
-        known
-        and set(known) - set(INATTENTIVE)
-        and set(known) & set(INATTENTIVE)
-        and set(known) <= {*INATTENTIVE, *WINDOWS.values()}
-    ):
+    elif attentive < set(known or ()) and attentive <= set(WINDOWS.values()):
         yield "all of its layers with attention have a window, beside layers with a state (layer_types)"
     if getattr(config, "num_attention_heads", None) is None:
         yield "it has no attention heads (num_attention_heads)"

@@ -57,6 +57,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"layers_block_type": ["mamba", "hybrid", "hybrid"], "n_mamba_heads": 8, "mamba_headdim": 16, "num_mem_blocks": 1},
         "several of its layers share one attention",
     ),
+    "Lfm3": (
+        {"layer_types": ["conv", "sliding_attention", "conv"], "sliding_window": 24},
+        "all of its layers with attention have a window",
+    ),
     "GPTNeoX": (
         {"num_key_value_heads": 2},
         "layer 0 has keys of 4 heads with 16 dimensions, the config says 2 heads with 16 dimensions",
