@@ -92,8 +92,6 @@ def shards_of(index: Path, failure: Failure) -> list[str]:
     table = values.get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise failure(f"{index} is broken: its weight_map does not say which file holds which tensor; download it again")
-    if not isinstance(values.get("metadata"), dict):  # transformers asks for it, and for nothing in it
-        raise failure(f'{index} has no metadata: download it again, or put "metadata": {{}} beside its weight_map')
     return sorted(set(table.values()))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from specontext.checkpoints.files import Failure, check_file, missing_shards, shards_of
+from specontext.checkpoints.files import Failure, check_file, missing_shards, read_json, shards_of
 from specontext.checkpoints.wording import first_few, in_one_sentence
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -81,7 +81,10 @@ def weight_files(folder: Path, failure: Failure, *, named: str | None = None) ->
             continue
         if not name.endswith(".index.json"):
             return [path]
-        if missing := missing_shards(path, failure):
+        missing = missing_shards(path, failure)
+        if not isinstance(read_json(path, failure).get("metadata"), dict):  # transformers asks for it, and for nothing in it
+            raise failure(f'{path} has no metadata: download it again, or put "metadata": {{}} beside its weight_map')
+        if missing:
             raise failure(f"the weights in {folder} are incomplete: download {first_few(missing)}, which {path.name} names")
         return [folder / shard for shard in shards_of(path, failure)]
     instead = what_is_there(folder) or "; download it too, or run with random weights (--load-format dummy)"

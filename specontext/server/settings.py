@@ -116,7 +116,8 @@ class ServerConfig:
         from specontext.models.chat_template import flaw  # brings transformers, which takes seconds
 
         if why := flaw(template):
-            raise ConfigError(f"the chat template {shown(self.chat_template)} cannot be used: {why}")
+            name = shown(template) if template == self.chat_template else self.chat_template
+            raise ConfigError(f"the chat template {name} cannot be used: {why}")
         return template
 
 

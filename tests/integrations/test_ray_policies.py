@@ -152,12 +152,14 @@ def test_the_status_of_all_replicas_adds_up() -> None:
         latency = {"first_token": (1.5, running), "token": (0.5, 3)}
         return counts | {
             **{"running": running, "device_kv_used": kv, "host_kv_used": 0.0, "overlap": None, "offloaded_layers": running},
+            **{"step_s": 0.1 * running, "expected_step_s": None, "expected_overlap": kv},
             **{"prefix_hits": 0, "latency": latency, "requests": [{"request_id": str(running)}], "uptime_s": 5.0 * running},
             **{"dead": dead, "error": "it broke" if dead else None, "model": "nano", "now": 77.0},
         }
 
     whole = merged_status({"a": status(2, 0.5, dead=True), "b": status(4, 1.0)}, now=3.0)
     assert (whole["running"], whole["waiting"], whole["device_kv_used"], whole["overlap"]) == (6, 2, 0.75, None)
+    assert (whole["step_s"], whole["expected_step_s"], whole["expected_overlap"]) == (pytest.approx(0.3), None, 0.75)
     assert whole["latency"] == {"first_token": [3.0, 6], "token": [1.0, 6]}
     assert [request["request_id"] for request in whole["requests"]] == ["2", "4"]
     assert (whole["dead"], whole["error"], whole["now"], whole["offloaded_layers"]) == (False, None, 3.0, 4)
