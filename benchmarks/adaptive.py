@@ -47,7 +47,7 @@ from adaptive_report import Round, crossings_of, points_of, show, summary_of
 from measure import clock, fill, machine, versions
 
 from specontext.config import EngineConfig, SpeContextConfig
-from specontext.core import Request, SamplingParams, Selection
+from specontext.core import Request, Selection
 from specontext.distill.new_head import HeadShape, new_head
 from specontext.engine import build
 from specontext.engine.admission import WATERMARK
@@ -63,6 +63,7 @@ from specontext.models.loading import LoadedModel, load_model
 from specontext.retrieval.catalog import find_head
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.selector import Budget, LaneTokens
+from specontext.sampling_params import SamplingParams
 
 SETTLING = 3  # steps after a jump until slots hold what the new selections repeat
 SELECTIONS = 16  # of a replayed sequence

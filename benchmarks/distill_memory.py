@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specontext.core import ModelShape
 from specontext.distill.draft import Draft
 from specontext.distill.new_head import HeadShape, new_head, standard_shape
 from specontext.distill.settings import DistillConfig
 from specontext.distill.student import Student, weighted
 from specontext.distill.target import Target
+from specontext.model_shape import ModelShape
 
 GIB = 1024**3
 

@@ -14,12 +14,12 @@ from measure import clock
 from transformers import DynamicCache
 
 from specontext.config import EngineConfig, SpeContextConfig
-from specontext.core import SamplingParams
 from specontext.engine.llm_engine import Generation, LLMEngine
 from specontext.evaluation.paper.shapes import DTYPES, random_model, word_tokenizer
 from specontext.memory.presets import PRESETS
 from specontext.models.attention import attention_of
 from specontext.models.loading import LoadedModel, load_model
+from specontext.sampling_params import SamplingParams
 
 SYSTEMS = ("full", "speculative", "host")  # the last one is speculative with the KV of all layers on the host
 

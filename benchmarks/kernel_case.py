@@ -10,9 +10,9 @@ import torch
 from measure import fill, host_memory
 from torch import Tensor
 
-from specontext.core import ModelShape
 from specontext.kernels.dispatch import reference_of
 from specontext.kernels.slot_plan import plan_slots
+from specontext.model_shape import ModelShape
 from specontext.retrieval.head_config import HeadConfig
 from specontext.retrieval.head_map import band_map
 from specontext.retrieval.selector import Budget

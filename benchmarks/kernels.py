@@ -61,7 +61,7 @@ from measure import (
 from rich.console import Console
 from rich.table import Table
 
-from specontext.core import ModelShape
+from specontext.model_shape import ModelShape
 from specontext.retrieval.selector import Budget
 
 # transformers looks for Hugging Face's package of this file's name. What it finds must not import transformers in turn, hence

@@ -25,12 +25,12 @@ from transformers import DynamicCache
 
 from specontext.cli.options import parse_size
 from specontext.config import QUANTIZATIONS, EngineConfig, SpeContextConfig
-from specontext.core import SamplingParams
 from specontext.engine.llm_engine import LLMEngine
 from specontext.evaluation.paper.hugging_face import random_kv
 from specontext.evaluation.paper.shapes import random_model, word_tokenizer
 from specontext.models.attention import attention_of
 from specontext.models.loading import LoadedModel
+from specontext.sampling_params import SamplingParams
 
 
 def ours(loaded: LoadedModel, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from specontext.config import EngineConfig, SpeContextConfig
-from specontext.core import CompletionOutput, RequestOutput, SamplingParams, StructuredOutputsParams
+from specontext.core import CompletionOutput, RequestOutput
 from specontext.errors import ConfigError, SpeContextError
+from specontext.sampling_params import SamplingParams, StructuredOutputsParams
 
 if TYPE_CHECKING:
     from specontext.engine.llm import LLM

@@ -7,6 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+LONGEST_SHOWN = 80  # characters of a value that an error quotes
+
+
+def shown(value: object) -> str:
+    """A value as errors quote it: whatever was given, in a few words."""
+    if isinstance(value, int) and value.bit_length() > 4 * LONGEST_SHOWN:  # Python refuses to write very large ones out
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str | bytes | list | tuple) and len(value) > LONGEST_SHOWN:
+        head = repr(value[: LONGEST_SHOWN // 2]) if isinstance(value, str | bytes) else type(value).__name__
+        return f"{head} ({len(value)} {'characters' if isinstance(value, str) else 'items'} in all)"
+    text = repr(value)
+    return text if len(text) <= 2 * LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]} ..."
+
 
 class SpeContextError(Exception):
     """Base of every error that a user's input can cause; its message says what to do."""

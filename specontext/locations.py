@@ -16,10 +16,10 @@ from specontext.checkpoints.files import read_json
 from specontext.checkpoints.quantization import FILES as QUANTIZATION_FILES
 from specontext.checkpoints.quantization import Entry, dequantised, quantization_entry
 from specontext.checkpoints.wording import in_one_sentence
-from specontext.core import ModelShape
 from specontext.errors import GGUFError, ModelError, SpeContextError
 from specontext.gguf.cache import converted
 from specontext.gguf.files import PACKAGED, is_file, only_file, packaged_file
+from specontext.model_shape import ModelShape
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need it
     from transformers import PreTrainedConfig

@@ -19,7 +19,9 @@ PACKAGE = Path(specontext.config.__file__).parent
 # A module may import from its own room and from rooms on lower floors.
 FLOORS = [
     {"errors"},
-    {"core", "installing"},
+    {"installing", "layer_sizes", "sampling_params"},
+    {"config_entries", "core"},
+    {"model_shape"},
     {"checkpoints", "gguf", "retrieval.registry"},
     {"config", "grammars", "hub", "locations", "tasks"},
     {"kernels"},

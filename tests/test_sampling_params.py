@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from specontext.core import SamplingParams
 from specontext.errors import RequestError
+from specontext.sampling_params import SamplingParams
 
 
 def test_defaults_are_valid() -> None:

@@ -17,7 +17,8 @@ from rich.table import Table
 
 from specontext.cli.terminal import human_bytes, quiet_libraries, shorten
 from specontext.config import SpeContextConfig
-from specontext.core import RequestOutput, SamplingParams
+from specontext.core import RequestOutput
+from specontext.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from specontext import LLM

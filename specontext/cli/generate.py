@@ -12,7 +12,8 @@ from rich.markup import escape
 
 from specontext.cli.options import Settings, with_settings
 from specontext.cli.terminal import MODEL_HELP, UsageError, error_console, human_bytes, quiet_libraries
-from specontext.core import RequestOutput, SamplingParams
+from specontext.core import RequestOutput
+from specontext.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from specontext import LLM

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from specontext.cli.plan_throughput import Throughput, throughput_of
 from specontext.cli.terminal import quiet_libraries
 from specontext.config import DEFAULT_BUDGET, SpeContextConfig
-from specontext.core import ModelShape, of_layers
+from specontext.config_entries import of_layers
 from specontext.errors import ConfigError, ModelError
 from specontext.gguf.source import weights_note
 from specontext.locations import adapter_of, quantization_of_source, read_config, resolve_model_path
+from specontext.model_shape import ModelShape
 
 if TYPE_CHECKING:
     import torch

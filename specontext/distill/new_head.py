@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from specontext.core import ModelShape
 from specontext.errors import ConfigError
+from specontext.model_shape import ModelShape
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig
 from specontext.retrieval.head_map import band_map

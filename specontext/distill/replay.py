@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from specontext.core import Window
 from specontext.distill.target import IMPLEMENTATION, Observation, Target, TaughtPass, wide
 from specontext.kernels.softmax import PLAIN, Softmax, capped
+from specontext.layer_sizes import Window
 from specontext.models.attention import attention_of, listening
 from specontext.models.decoder import decoder_layers, decoder_of
 from specontext.models.mixers import MixerCall

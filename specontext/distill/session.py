@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specontext.config import SpeContextConfig
-from specontext.core import ModelShape
 from specontext.distill.data import Mixed, OnPolicy, Source, open_sources
 from specontext.distill.data.mixing import sizes_of_share
 from specontext.distill.draft import Draft, frequent_tokens
@@ -27,6 +26,7 @@ from specontext.engine.llm import LLM
 from specontext.engine.llm_engine import pick_device
 from specontext.errors import ConfigError
 from specontext.memory.facts import feed_forward_width
+from specontext.model_shape import ModelShape
 from specontext.models.loading import LoadedModel, load_model
 from specontext.models.rope import fix_rope
 from specontext.retrieval.checkpoint import load_head, save_head

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from specontext.core import ModelShape, Window
 from specontext.kernels.dense_attention import causal_attention
 from specontext.kernels.softmax import PLAIN, Softmax, capped
 from specontext.kernels.window_attention import window_attention
+from specontext.layer_sizes import Window
+from specontext.model_shape import ModelShape
 from specontext.models.attention import attention_of, listening, running_of, understood
 from specontext.models.decoder import decoder_of, output_layer
 from specontext.models.features import FeatureTaps

@@ -13,13 +13,13 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
-from specontext.core import SamplingParams
 from specontext.engine.engine_loop import EngineLoop
 from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.orders import Observer, Order
 from specontext.engine.request_stream import Delta, RequestStream
 from specontext.engine.status import EngineStatus
 from specontext.errors import EngineDeadError, QueueFullError, RequestError, RequestFailedError, SpeContextError
+from specontext.sampling_params import SamplingParams
 
 __all__ = ["AsyncEngine", "EngineDeadError", "Observer", "QueueFullError", "RequestFailedError"]
 

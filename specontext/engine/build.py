@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from specontext.config import EngineConfig, SpeContextConfig, StepTokens
-from specontext.core import ModelShape
 from specontext.engine.graphs import graph_bytes, span_buckets
 from specontext.engine.methods import Methods
 from specontext.engine.only_windows import methods_run, without_what_has_no_meaning
@@ -37,6 +36,7 @@ from specontext.memory.probe import LEAST_PINNED, machine_speed, why_kv_stays
 from specontext.memory.step_time import MachineSpeed, StepClock
 from specontext.memory.throughput import ServiceLimits
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY, TierSizes, free_memory, size_tiers
+from specontext.model_shape import ModelShape
 from specontext.models.loading import LoadedModel
 from specontext.models.rope import fix_rope
 from specontext.models.sharding import outputs_read

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from specontext.core import Thinking
 from specontext.engine.detokenizer import Detokenizer
 from specontext.errors import ConstraintError
 from specontext.grammars.grammar import Grammar
+from specontext.sampling_params import Thinking
 
 
 class Constraint:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from specontext.core import Batch, Lane, Window
+from specontext.core import Batch, Lane
 from specontext.engine.methods import Methods
 from specontext.engine.prefill import Chunks
 from specontext.engine.states import StatefulStep
@@ -27,6 +27,7 @@ from specontext.kv.cache import KVCache
 from specontext.kv.layout import PlacedSelection, Reader
 from specontext.kv.staging import DenseRead, Staging
 from specontext.kv.streams import STATISTICS, Mark
+from specontext.layer_sizes import Window
 from specontext.memory.model import DECODE_TILE, LEAST_TILE, prompt_tile
 from specontext.models.mixers import MixerCall
 from specontext.retrieval.selector import AheadSelector, ForeseeingSelector, LaneTokens, LayerSelector, Selector

@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from specontext.core import SamplingParams
 from specontext.engine.stop_strings import StopStrings
 from specontext.engine.thinking import ThinkingReader
+from specontext.sampling_params import SamplingParams
 
 _REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no character, or none yet
 _CONTEXT = 6  # tokens of the prompt that are decoded in front of the first output token

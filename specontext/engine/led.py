@@ -11,13 +11,14 @@ from dataclasses import replace
 from torch import Tensor
 
 from specontext.config import EngineConfig
-from specontext.core import Request, SamplingParams
+from specontext.core import Request
 from specontext.engine.failures import Failures
 from specontext.engine.launched import Launched
 from specontext.engine.llm_engine import Generation, LLMEngine
 from specontext.engine.output_statistics import OutputStatistics
 from specontext.errors import LogitsError, RequestError
 from specontext.models.loading import LoadedModel
+from specontext.sampling_params import SamplingParams
 
 
 class LedEngine(LLMEngine):

@@ -13,11 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from specontext.config import EngineConfig, SpeContextConfig
-from specontext.core import CompletionOutput, ModelShape, RequestOutput, SamplingParams, shown
+from specontext.core import CompletionOutput, RequestOutput
 from specontext.engine.llm_engine import Generation, LLMEngine
 from specontext.engine.parallel_engine import make_engine
-from specontext.errors import ConfigError, EngineClosedError, RequestError
+from specontext.errors import ConfigError, EngineClosedError, RequestError, shown
+from specontext.model_shape import ModelShape
 from specontext.models.loading import LoadedModel
+from specontext.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
 

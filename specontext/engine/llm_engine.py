@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specontext.config import EngineConfig
-from specontext.core import Request, SamplingParams, StructuredOutputsParams, shown
+from specontext.core import Request
 from specontext.engine.build import build_parts
 from specontext.engine.constraint import Constraint
 from specontext.engine.detokenizer import Detokenizer
@@ -28,7 +28,7 @@ from specontext.engine.restrictions import banned_sequences
 from specontext.engine.runner import ModelRunner, working_device
 from specontext.engine.sampler import Drawn, next_tokens
 from specontext.engine.scheduler import Schedule, Scheduler
-from specontext.errors import ConfigError, DeviceError, DeviceMemoryError, EngineClosedError, RequestError
+from specontext.errors import ConfigError, DeviceError, DeviceMemoryError, EngineClosedError, RequestError, shown
 from specontext.grammars.compiler import GrammarCompiler
 from specontext.kernels.dispatch import upload
 from specontext.kv.host_memory import settle
@@ -41,6 +41,7 @@ from specontext.models.token_ids import unknown_token
 from specontext.retrieval.catalog import find_head
 from specontext.retrieval.random_head import random_head
 from specontext.retrieval.registry import base_of, needs_head
+from specontext.sampling_params import SamplingParams, StructuredOutputsParams
 
 RESERVED_BYTES = 8 << 30  # of host memory that are ready before the first request, at most
 RESERVED_STEPS = 64  # steps of prompts whose KV has room in it

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from specontext.core import Choice, shown
-from specontext.errors import RequestError
+from specontext.core import Choice
+from specontext.errors import RequestError, shown
 from specontext.kv.layout import Layout, Reader
 from specontext.retrieval.registry import FULL, base_of, needs_head
 from specontext.retrieval.selector import Budget, LayerSelector, PromptWatcher, Selector, reads_everything

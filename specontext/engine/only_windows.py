@@ -10,8 +10,8 @@ import logging
 from dataclasses import replace
 
 from specontext.config import EngineConfig, SpeContextConfig
-from specontext.core import ModelShape
 from specontext.errors import ConfigError
+from specontext.model_shape import ModelShape
 from specontext.retrieval.registry import FULL
 
 logger = logging.getLogger("specontext")

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from specontext.config import EngineConfig
-from specontext.core import SamplingParams
 from specontext.engine.llm_engine import Generation, LLMEngine, load_configured, pick_device
 from specontext.engine.rank_processes import PATIENCE, START, Command, RankProcesses
 from specontext.engine.rank_state import state_of
@@ -30,6 +29,7 @@ from specontext.errors import ConfigError, DeviceMemoryError, NamedRequestsError
 from specontext.memory.sharing import Share
 from specontext.models.loading import LoadedModel
 from specontext.models.ranks import Ranks
+from specontext.sampling_params import SamplingParams
 
 
 def make_engine(config: EngineConfig, loaded: LoadedModel | None = None) -> LLMEngine:

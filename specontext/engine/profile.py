@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.core import Window
 from specontext.kernels.dense_attention import causal_attention
 from specontext.kernels.latents import Latents, made_attention
 from specontext.kernels.softmax import PLAIN, Softmax
 from specontext.kernels.window_attention import window_attention
+from specontext.layer_sizes import Window
 from specontext.memory.facts import ModelFacts
 from specontext.memory.model import HISTORY, SAMPLER, RunSettings, buffer_bytes
 from specontext.models.attention import listening

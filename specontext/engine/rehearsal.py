@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from specontext.core import SamplingParams
 from specontext.errors import LogitsError, RequestError, RequestFailedError
+from specontext.sampling_params import SamplingParams
 
 if TYPE_CHECKING:  # it calls this
     from specontext.engine.llm_engine import LLMEngine

@@ -11,8 +11,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from specontext.core import SamplingParams
 from specontext.engine.output_statistics import OutputStatistics
+from specontext.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

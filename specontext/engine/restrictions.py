@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specontext.core import AllowedTokens, Request, SamplingParams
+from specontext.core import AllowedTokens, Request
 from specontext.engine.penalties import penalise, penalised
 from specontext.kernels.dispatch import upload
 from specontext.kernels.token_masks import mask_tokens
+from specontext.sampling_params import SamplingParams
 
 
 def restricted(raw: Tensor, requests: Sequence[Request], end_token_ids: Collection[int]) -> Tensor:

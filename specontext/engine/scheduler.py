@@ -13,11 +13,12 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from specontext.core import Batch, Lane, Request, SamplingParams, Segment
+from specontext.core import Batch, Lane, Request, Segment
 from specontext.engine.admission import Admission
 from specontext.engine.build import Parts
 from specontext.errors import OutOfPagesError, RequestError
 from specontext.kernels.dispatch import upload
+from specontext.sampling_params import SamplingParams
 
 STUCK = "no room for the only request: this is an error of the engine, please report it"
 

@@ -9,10 +9,11 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from specontext.core import ModelShape, Selection
+from specontext.core import Selection
 from specontext.engine.output_statistics import DecodeStatistics
 from specontext.kv.layout import PlacedSelection
 from specontext.memory.learning import Traffic
+from specontext.model_shape import ModelShape
 
 NOTHING = torch.iinfo(torch.int32).max
 

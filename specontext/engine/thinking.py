@@ -5,7 +5,7 @@ Models that reason write `<think> ... </think>` before the answer; the chat temp
 
 from __future__ import annotations
 
-from specontext.core import Thinking
+from specontext.sampling_params import Thinking
 
 
 class ThinkingReader:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.core import Batch, Window
+from specontext.core import Batch
 from specontext.kernels.softmax import Softmax, with_sinks
 from specontext.kernels.sparse_attention import sparse_attention
 from specontext.kernels.tables import NewTokens
 from specontext.kernels.window_attention import window_attention
 from specontext.kv.rings import Rings
+from specontext.layer_sizes import Window
 
 
 class WindowedStep:

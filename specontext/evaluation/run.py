@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from specontext.core import RequestOutput, SamplingParams
+from specontext.core import RequestOutput
 from specontext.engine.llm import LLM
 from specontext.engine.llm_engine import pick_device
 from specontext.evaluation.budgets import entries
@@ -26,6 +26,7 @@ from specontext.evaluation.settings import EvaluationSettings
 from specontext.evaluation.text_tools import text_tools
 from specontext.evaluation.windows import Text
 from specontext.models.loading import LoadedModel, load_model
+from specontext.sampling_params import SamplingParams
 
 Advance = Callable[[int], None]
 Begin = Callable[[str, int], Advance]  # a phase and its number of parts; the result is called with parts that are done

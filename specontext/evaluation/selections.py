@@ -29,12 +29,13 @@ from typing import Any
 
 from torch import Tensor
 
-from specontext.core import Choice, RequestOutput, SamplingParams
+from specontext.core import Choice, RequestOutput
 from specontext.engine.llm import LLM
 from specontext.errors import SpeContextError
 from specontext.evaluation.analysis.settings import shown
 from specontext.retrieval.registry import needs_head
 from specontext.retrieval.selector import LaneTokens, LayerSelector, reads_everything
+from specontext.sampling_params import SamplingParams
 
 FORMAT = 1
 FILE = "selections.json"

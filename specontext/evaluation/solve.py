@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from specontext.core import RequestOutput, SamplingParams
+from specontext.core import RequestOutput
+from specontext.sampling_params import SamplingParams
 from specontext.tasks import Problem, correct_steps
 
 SPARE_TOKENS = 16

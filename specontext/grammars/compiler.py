@@ -13,9 +13,9 @@ from typing import Any
 import numpy
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
-from specontext.core import StructuredOutputsParams
 from specontext.errors import RequestError
 from specontext.grammars.grammar import Grammar
+from specontext.sampling_params import StructuredOutputsParams
 
 LARK_HEADER = "%llguidance"  # begins grammars that are Lark and nothing else
 _KEPT = 64  # compiled grammars

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from specontext.config import SpeContextConfig
-from specontext.core import ModelShape
 from specontext.errors import ConfigError, SpeContextError
 from specontext.kernels.retrieval_scores import paged_retrieval_scores
 from specontext.kernels.top_k import choose
+from specontext.model_shape import ModelShape
 from specontext.models.decoder import decoder_layers, decoder_of
 from specontext.models.features import FeatureTaps
 from specontext.retrieval.catalog import find_head

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 from specontext.config import EngineConfig, SpeContextConfig
-from specontext.core import RequestOutput, SamplingParams
+from specontext.core import RequestOutput
 from specontext.engine.llm import LLM
 from specontext.errors import ConfigError, RequestError, SpeContextError
 from specontext.installing import install_command
 from specontext.models.chat_template import ChatTemplate
 from specontext.retrieval.registry import FULL, base_of
+from specontext.sampling_params import SamplingParams
 
 try:
     from lm_eval.api.instance import Instance

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from specontext.core import Window
 from specontext.kernels.dense_attention import causal_attention
 from specontext.kernels.fused_attention import weighted_sum
 from specontext.kernels.softmax import PLAIN, Softmax, capped, with_sinks
+from specontext.layer_sizes import Window
 
 BLOCK = 512  # queries
 MOST_LOGITS = 1 << 24  # of a block, where they are written out

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specontext.core import ModelShape, Selection, SlotPlan
+from specontext.core import Selection, SlotPlan
 from specontext.kernels.tables import Parts, Places
 from specontext.memory.layer_blocks import Groups, LayerBlocks, divide_layers, one_by_one
+from specontext.model_shape import ModelShape
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specontext.core import ModelShape, Segment, Window
+from specontext.core import Segment
 from specontext.kernels.tables import NewTokens
 from specontext.kv.host_bytes import load_bytes, store_bytes
 from specontext.kv.transfers import Transfers
+from specontext.layer_sizes import Window
 from specontext.memory.windows import kept_tokens, ring_entries
+from specontext.model_shape import ModelShape
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from specontext.core import StateTensor
 from specontext.kv.host_bytes import load_bytes, store_bytes
 from specontext.kv.transfers import Transfers
+from specontext.layer_sizes import StateTensor
 
 
 class SeatStates:

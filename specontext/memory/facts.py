@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from specontext.core import ModelShape, of_layers
+from specontext.config_entries import of_layers
 from specontext.errors import ConfigError, ModelError
 from specontext.locations import one_sentence, part_of
 from specontext.memory.layer_blocks import LayerBlocks, divide_layers
+from specontext.model_shape import ModelShape
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need them
     import torch

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from specontext.core import LatentSizes, ModelShape
+from specontext.layer_sizes import LatentSizes
 from specontext.memory.preset import NumberFormat, Preset
+from specontext.model_shape import ModelShape
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need them
     import torch

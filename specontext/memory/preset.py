@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from specontext.core import ModelShape, Window
+from specontext.layer_sizes import Window
 from specontext.memory.facts import HeadFacts, ModelFacts, eagle3_head
+from specontext.model_shape import ModelShape
 
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need them
     import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from specontext.core import LatentSizes
+from specontext.layer_sizes import LatentSizes
 from specontext.memory.latent_preset import Experts, LatentPreset
 from specontext.memory.preset import Preset
 

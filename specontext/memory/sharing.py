@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from specontext.core import ModelShape
 from specontext.errors import ConfigError
 from specontext.memory.facts import HeadFacts, ModelFacts
+from specontext.model_shape import ModelShape
 
 
 @dataclass(frozen=True)

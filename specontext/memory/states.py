@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
-from specontext.core import StateTensor
+from specontext.layer_sizes import StateTensor
 
 WRITES = {"update_conv_state", "update_recurrent_state"}  # methods of a cache that only mixers call
 CACHES = ("cache", "cache_params", "past_key_values")  # names that a cache has among their arguments

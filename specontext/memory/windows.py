@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specontext.core import ModelShape
+from specontext.model_shape import ModelShape
 
 
 def ring_entries(shape: ModelShape, *, max_tokens: int, page_size: int) -> int:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from specontext.core import ModelShape, Window
 from specontext.errors import ModelError
 from specontext.kernels.latents import Latents
 from specontext.kernels.softmax import PLAIN, Softmax
+from specontext.layer_sizes import Window
+from specontext.model_shape import ModelShape
 from specontext.models.latents import EXPAND, latent_modules, latents_of, rows_of_latents
 from specontext.models.mixers import RUNNING, MixerCall, leave_mixers, listen_to_mixers
 from specontext.models.temperature import at_positions

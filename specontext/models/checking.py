@@ -26,13 +26,15 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttenti
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
-from specontext.core import WINDOWS, ModelShape, Window
+from specontext.config_entries import WINDOWS
 from specontext.errors import ModelError
 from specontext.kernels.dense_attention import causal_attention, chunk_attention
 from specontext.kernels.latents import Latents
 from specontext.kernels.softmax import PLAIN, Softmax
 from specontext.kernels.window_attention import window_attention
+from specontext.layer_sizes import Window
 from specontext.memory.states import mixers_of
+from specontext.model_shape import ModelShape
 from specontext.models.attention import NoStepError, attention_of, listening, running_of
 from specontext.models.decoder import decoder_of
 from specontext.models.mixer_check import MixersSeen

@@ -18,9 +18,10 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers import __version__ as transformers_version
 from transformers.activations import ACT2FN
 
-from specontext.core import INATTENTIVE, LENGTHS, WINDOWS, ModelShape, layer_kinds
+from specontext.config_entries import INATTENTIVE, LENGTHS, WINDOWS, layer_kinds
 from specontext.errors import ModelError
 from specontext.locations import one_sentence, parts_of
+from specontext.model_shape import ModelShape
 from specontext.models.latents import EXPAND
 
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}

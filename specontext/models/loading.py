@@ -15,7 +15,6 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from specontext.checkpoints.adapters import Adapter
 from specontext.checkpoints.quantization import dequantised
-from specontext.core import ModelShape
 from specontext.errors import ModelError, RequestError
 from specontext.gguf.source import weights_note
 from specontext.locations import (
@@ -27,6 +26,7 @@ from specontext.locations import (
     resolve_model_path,
 )
 from specontext.memory.states import measured_states, mixers_of
+from specontext.model_shape import ModelShape
 from specontext.models.adapters import check_can_merge, merged
 from specontext.models.attention import ATTENTION_NAME, attention_of, register_attention
 from specontext.models.checking import check_attention

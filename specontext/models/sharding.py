@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from specontext.core import ModelShape
 from specontext.locations import one_sentence
+from specontext.model_shape import ModelShape
 from specontext.models.ranks import Ranks
 from specontext.models.splits import ROWS, LayerSplits, Split, splits_of
 from specontext.models.weights import random_model, seeded

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specontext.core import ModelShape
 from specontext.errors import ModelError
 from specontext.memory.sharing import Share
+from specontext.model_shape import ModelShape
 from specontext.models.decoder import decoder_layers
 
 WHOLE = "replicated_with_grad_allreduce"

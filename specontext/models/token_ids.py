@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from specontext.core import shown
+from specontext.errors import shown
 
 _MOST = 1 << 31  # larger ids do not fit what tokenizers count with
 

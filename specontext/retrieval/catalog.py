@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from specontext.core import ModelShape
 from specontext.errors import HeadError
 from specontext.gguf.source import source_of
 from specontext.locations import HEADS
+from specontext.model_shape import ModelShape
 from specontext.retrieval.checkpoint import CONFIG, OWN_HEAD, load_head, read_config
 from specontext.retrieval.head import RetrievalHead
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from specontext.checkpoints.weights import what_is_there
 from specontext.checkpoints.wording import first_few, in_one_sentence
-from specontext.core import ModelShape
 from specontext.errors import HeadError
 from specontext.locations import HEADS, NANO, OWN_HEAD, shape_of
+from specontext.model_shape import ModelShape
 from specontext.retrieval.draft import EMBEDDING, config_values, read_draft, read_weights
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig

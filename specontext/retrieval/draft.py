@@ -25,8 +25,8 @@ from specontext.checkpoints.files import check_file, missing_shards, read_json
 from specontext.checkpoints.quantization import ADVICE, quantization_of
 from specontext.checkpoints.weights import SHARDED, SINGLE, what_is_there
 from specontext.checkpoints.wording import first_few, in_one_sentence
-from specontext.core import ModelShape
 from specontext.errors import HeadError
+from specontext.model_shape import ModelShape
 from specontext.retrieval.head_config import HeadConfig
 
 LAYER = "midlayer."

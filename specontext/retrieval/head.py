@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specontext.core import ModelShape
 from specontext.errors import HeadError
 from specontext.memory.facts import HeadFacts
+from specontext.model_shape import ModelShape
 from specontext.retrieval.head_config import HeadConfig, is_positive
 from specontext.retrieval.rope import rope_frequencies
 

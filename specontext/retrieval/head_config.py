@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from specontext.core import ModelShape
 from specontext.errors import HeadError
+from specontext.model_shape import ModelShape
 
 VARIANTS = ("features", "embedding")
 FEATURE_NORMS = ("none", "joint", "each")

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from specontext.core import ModelShape
 from specontext.memory.sharing import Share
+from specontext.model_shape import ModelShape
 from specontext.retrieval.head import RetrievalHead
 
 

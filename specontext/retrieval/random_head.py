@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from specontext.core import ModelShape
+from specontext.model_shape import ModelShape
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from specontext.core import Batch, ModelShape, Segment, Selection
+from specontext.core import Batch, Segment, Selection
 from specontext.kernels.top_k import groups_of
+from specontext.model_shape import ModelShape
 from specontext.retrieval.head import RetrievalHead
 
 if TYPE_CHECKING:  # it makes them

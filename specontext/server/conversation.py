@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from fastapi import Request
 
-from specontext.core import SamplingParams, Thinking
 from specontext.engine.request_stream import Delta, RequestStream
+from specontext.sampling_params import SamplingParams, Thinking
 from specontext.server.answers import Answer, Growth
 from specontext.server.context import note
 from specontext.server.prompts import ChatPrompt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from specontext.core import Thinking
+from specontext.sampling_params import Thinking
 from specontext.server.tools import harmony
 
 BEGIN, END = Thinking.begin, Thinking.end

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from specontext.core import SamplingParams, Thinking, shown
+from specontext.errors import shown
 from specontext.models.loading import LoadedModel
+from specontext.sampling_params import SamplingParams, Thinking
 from specontext.server.errors import ApiError
 from specontext.server.prompts import over_length
 from specontext.server.protocol.chat import ChatRequest

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specontext.config import option
-from specontext.core import shown
-from specontext.errors import ConfigError
+from specontext.errors import ConfigError, shown
 from specontext.server.tools.formats import FORMATS
 
 REASONING_PARSERS = ("deepseek_r1", "qwen3")

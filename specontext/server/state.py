@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from specontext.core import SamplingParams, StructuredOutputsParams, shown
 from specontext.engine.async_engine import AsyncEngine
 from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.request_stream import RequestStream
-from specontext.errors import ConfigError, RequestError
+from specontext.errors import ConfigError, RequestError, shown
+from specontext.sampling_params import SamplingParams, StructuredOutputsParams
 from specontext.server.errors import ApiError, DrainingError
 from specontext.server.metrics import Metrics
 from specontext.server.prompts import PromptEncoder

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from specontext.core import StructuredOutputsParams
 from specontext.grammars.compiler import GrammarCompiler
+from specontext.sampling_params import StructuredOutputsParams
 from specontext.server.errors import ApiError
 from specontext.server.protocol.chat import ChatRequest
 from specontext.server.protocol.tools import AllowedChoice, FunctionTool, NamedChoice

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from specontext.core import LatentSizes, ModelShape
 from specontext.kernels.dispatch import VARIABLE
+from specontext.layer_sizes import LatentSizes
+from specontext.model_shape import ModelShape
 from specontext.retrieval.selector import Budget
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specontext.core import ModelShape
 from specontext.distill.draft import Draft, frequent_tokens
 from specontext.distill.draft_files import NAMES, save_draft
 from specontext.errors import HeadError, SpeContextError
+from specontext.model_shape import ModelShape
 from specontext.retrieval.checkpoint import load_head, save_head
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig

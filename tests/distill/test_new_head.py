@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specontext.core import ModelShape
 from specontext.distill.new_head import HeadShape, new_head, standard_shape
 from specontext.errors import ConfigError
+from specontext.model_shape import ModelShape
 from specontext.retrieval.head import head_parameters
 
 

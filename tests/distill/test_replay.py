@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from specontext.core import ModelShape, Window
 from specontext.distill.effects import grouped, selection_loss, straight_through, token_effects
 from specontext.distill.queries import candidates
 from specontext.distill.replay import Replay, divergence, log_odds, sampled
 from specontext.distill.target import Target
 from specontext.kernels.top_k import top_k_positions
+from specontext.layer_sizes import Window
+from specontext.model_shape import ModelShape
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "windows", "sinks", "chunks", "delta", "conv", "latents")
 LENGTH = 24

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import specontext.models
-from specontext.core import SamplingParams
 from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.stop_strings import StopStrings
+from specontext.sampling_params import SamplingParams
 
 NANO: Any = AutoTokenizer.from_pretrained(Path(specontext.models.__file__).parent / "nano")
 PROMPT = NANO.encode("Find the word. Answer:")

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from specontext.core import Request, SamplingParams
+from specontext.core import Request
 from specontext.engine import sampler
 from specontext.engine.restrictions import restricted
 from specontext.engine.sampler import sample
 from specontext.errors import LogitsError, SpeContextError
+from specontext.sampling_params import SamplingParams
 
 VOCAB = 37
 

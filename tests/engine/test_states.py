@@ -10,9 +10,9 @@ import torch
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from specontext import LLM, SamplingParams
-from specontext.core import StateTensor
 from specontext.errors import ConfigError, DeviceMemoryError, ModelError
 from specontext.kv.states import SeatStates
+from specontext.layer_sizes import StateTensor
 from specontext.memory.facts import facts_of_config
 from specontext.memory.sharing import Share
 from specontext.models.attention import running_of

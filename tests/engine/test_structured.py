@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from specontext import LLM, SamplingParams, SpeContextConfig, StructuredOutputsParams
-from specontext.core import MOST_CHOICES, Thinking
 from specontext.errors import DeviceMemoryError, RequestError, SpeContextError
+from specontext.sampling_params import MOST_CHOICES, Thinking
 from tests.server.speaking import save_speaking
 
 SCHEMA: dict[str, Any] = {

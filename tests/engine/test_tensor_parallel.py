@@ -24,10 +24,12 @@ from transformers import (
 
 from specontext import LLM, ConfigError, SamplingParams
 from specontext.config import EngineConfig, SpeContextConfig
-from specontext.core import ModelShape, RequestOutput, StructuredOutputsParams
+from specontext.core import RequestOutput
 from specontext.errors import ModelError, RankError, RequestFailedError
 from specontext.memory.sharing import Share
+from specontext.model_shape import ModelShape
 from specontext.models.splits import splits_of
+from specontext.sampling_params import StructuredOutputsParams
 from tests.conftest import write_checkpoint
 
 SHARED: dict[str, Any] = {

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import specontext.models
-from specontext.core import SamplingParams, Thinking
 from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.thinking import ThinkingReader
+from specontext.sampling_params import SamplingParams, Thinking
 
 
 def split(text: str, *, inside: bool, cuts: tuple[int, ...] = ()) -> tuple[str, str]:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from specontext import LLM, SamplingParams
-from specontext.core import Window
 from specontext.kernels.window_attention import window_attention
+from specontext.layer_sizes import Window
 from tests.engine.test_equality import check_idle, tokens_of
 from tests.engine.test_prefix import ask, cached
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from specontext.core import CompletionOutput, RequestOutput, SamplingParams
+from specontext.core import CompletionOutput, RequestOutput
 from specontext.evaluation.solve import AVERAGED, solve, summarize
 from specontext.evaluation.token_counter import token_counter
+from specontext.sampling_params import SamplingParams
 from specontext.tasks import Problem, sample_problems
 
 

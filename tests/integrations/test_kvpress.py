@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from specontext import LLM, SpeContextConfig
-from specontext.core import SamplingParams
 from specontext.errors import ConfigError, SpeContextError
 from specontext.integrations.kvpress import SpeContextPress, main
 from specontext.locations import NANO
+from specontext.sampling_params import SamplingParams
 
 
 @pytest.fixture(scope="module")

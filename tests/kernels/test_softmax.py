@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from specontext.core import Window
 from specontext.kernels.dense_attention import ChunkAttention, causal_attention
 from specontext.kernels.dispatch import reference_of
 from specontext.kernels.paged_attention import paged_attention_reference
 from specontext.kernels.softmax import Softmax, with_sinks
 from specontext.kernels.sparse_attention import sparse_attention
 from specontext.kernels.window_attention import window_attention
+from specontext.layer_sizes import Window
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 FORMATS = list(TOLERANCE)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from specontext.core import ModelShape
 from specontext.kernels import rows, slot_plan
 from specontext.kernels.dispatch import reference_of
 from specontext.kernels.tables import Pages, Slots, Tiers
@@ -22,6 +21,7 @@ from specontext.kernels.triton import slot_plan as triton_slot_plan
 from specontext.kv.layout import Layout, places_of
 from specontext.kv.pool import make_pools
 from specontext.memory.layer_blocks import one_by_one
+from specontext.model_shape import ModelShape
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 QUICK = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

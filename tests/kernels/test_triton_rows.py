@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from specontext.core import ModelShape, Selection
+from specontext.core import Selection
 from specontext.kernels import dispatch, rows
 from specontext.kernels.tables import NewTokens, Pages, Slots, Tiers
 from specontext.kernels.triton import rows as triton_rows
@@ -21,6 +21,7 @@ from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout, Reader, places_of
 from specontext.kv.pool import make_pools
 from specontext.memory.layer_blocks import LayerBlocks, one_by_one
+from specontext.model_shape import ModelShape
 from specontext.retrieval.selector import Budget
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

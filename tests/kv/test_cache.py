@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from torch import Tensor
 
-from specontext.core import ModelShape, Selection, SlotPlan
+from specontext.core import Selection, SlotPlan
 from specontext.errors import LoadError
 from specontext.kernels.rows import copy_pieces
 from specontext.kernels.tables import NewTokens, Pages, Parts, Slots
@@ -33,6 +33,7 @@ from specontext.kv.pool import make_pools
 from specontext.kv.seats import LayerMove, ParkedKV
 from specontext.memory.layer_blocks import LayerBlocks
 from specontext.memory.tiers import Tier
+from specontext.model_shape import ModelShape
 from specontext.retrieval.selector import Budget
 
 LAYERS, SEATS, DIM = 4, 3, 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specontext.core import ModelShape
 from specontext.kernels.tables import NewTokens
 from specontext.kv.cache import KVCache
 from specontext.kv.dense import stored_tiles
@@ -14,6 +13,7 @@ from specontext.kv.layout import Layout, Reader
 from specontext.kv.pool import make_pools
 from specontext.kv.staging import DenseRead, Staging
 from specontext.kv.streams import PREFETCH
+from specontext.model_shape import ModelShape
 from tests.kv.test_streams import RecordingStreams, watch
 
 HEADS, DIM, TOKENS = 2, 4, 29

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from specontext.core import ModelShape
 from specontext.errors import HostMemoryError, MemoryPlanError
 from specontext.kv import host_memory
 from specontext.kv.cache import KVCache
@@ -18,6 +17,7 @@ from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout, Reader
 from specontext.kv.pool import PagePool, make_pools
 from specontext.memory.layer_blocks import one_by_one
+from specontext.model_shape import ModelShape
 
 CHUNK, AHEAD = 1 << 20, 2
 

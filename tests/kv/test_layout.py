@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specontext.core import ModelShape
 from specontext.kv.layout import LayerLayout, Layout, Part
 from specontext.memory.layer_blocks import divide_layers
+from specontext.model_shape import ModelShape
 
 SHAPE = ModelShape(3, 8, 4, 2, 16, 10, 64, torch.bfloat16)
 

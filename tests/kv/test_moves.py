@@ -14,7 +14,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from specontext.core import ModelShape
 from specontext.errors import HostMemoryError
 from specontext.kernels import dispatch
 from specontext.kv import cache, copying, seats
@@ -24,6 +23,7 @@ from specontext.kv.layout import Layout, Reader
 from specontext.kv.pool import make_pools
 from specontext.memory.layer_blocks import LayerBlocks
 from specontext.memory.pages import PageAllocator
+from specontext.model_shape import ModelShape
 from tests.engine.test_graph_safety import Guard, SeveralStreams, guarded
 
 LAYERS, SEATS, PAGE, PORTION, SLOTS = 6, 3, 4, 64, 24

@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specontext.core import ModelShape
 from specontext.errors import OutOfPagesError
 from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Slots
 from specontext.kv import block_state, copying
@@ -28,6 +27,7 @@ from specontext.kv.streams import PREFETCH, WRITE_BACK
 from specontext.kv.transfers import Transfers
 from specontext.memory.layer_blocks import LayerBlocks
 from specontext.memory.pages import PageAllocator
+from specontext.model_shape import ModelShape
 from tests.kv.test_host_memory import AHEAD, CHUNK, Driver, driver, host_memory_pool, settled
 from tests.kv.test_streams import RaceError, RecordingStreams, watch
 

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specontext.core import ModelShape
 from specontext.errors import ConfigError
 from specontext.memory.facts import HeadFacts, ModelFacts, eagle3_head, weight_bytes
 from specontext.memory.model import (
@@ -31,6 +30,7 @@ from specontext.memory.speed import (
     measure_products,
     prefill_operations,
 )
+from specontext.model_shape import ModelShape
 
 SHAPE = ModelShape(
     layers=4, hidden_size=64, query_heads=8, kv_heads=2, head_dim=16, vocab_size=90, max_position=512, dtype=torch.float16

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from specontext.core import ModelShape
 from specontext.errors import ModelError
 from specontext.memory.facts import count_parameters, facts_of_config
 from specontext.memory.presets import PRESETS, did_you_mean, find_preset
+from specontext.model_shape import ModelShape
 from specontext.models.loading import check_supported
 from specontext.retrieval.head import head_parameters
 from specontext.retrieval.head_config import HeadConfig

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 
-from specontext.core import ModelShape
 from specontext.errors import ModelError
+from specontext.model_shape import ModelShape
 from specontext.models import attention
 from specontext.models.attention import ATTENTION_NAME, register_attention, understood
 from specontext.models.checking import check_attention

@@ -26,9 +26,9 @@ from transformers import (
 import specontext
 from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.cli.planned import find_facts
-from specontext.core import ModelShape
 from specontext.errors import ConfigError, ModelError, RequestError
 from specontext.locations import shape_of
+from specontext.model_shape import ModelShape
 from specontext.models.config_check import check_supported
 
 NEWER = ("DeepseekV32Config",)  # which the oldest supported version of transformers does not have

@@ -12,9 +12,9 @@ import torch
 from transformers import Qwen2Config, Qwen3Config
 
 from specontext import LLM, SpeContextConfig
-from specontext.core import ModelShape
 from specontext.errors import MemoryPlanError, ModelError
 from specontext.locations import resolve_model_path
+from specontext.model_shape import ModelShape
 
 FULL = SpeContextConfig(method="full")
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from specontext import LLM, SamplingParams, SpeContextConfig
-from specontext.core import ModelShape, Window
 from specontext.errors import ModelError
+from specontext.layer_sizes import Window
 from specontext.locations import read_config
+from specontext.model_shape import ModelShape
 from specontext.models.config_check import check_supported
 from tests.conftest import need_latents
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specontext.core import ModelShape, Segment, Selection
+from specontext.core import Segment, Selection
+from specontext.model_shape import ModelShape
 from specontext.retrieval.selector import Budget, LaneTokens, MethodContext, PromptWatcher, Selector
 
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 8

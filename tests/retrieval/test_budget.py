@@ -7,8 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from specontext.core import ModelShape
 from specontext.kernels.top_k import top_k_positions
+from specontext.model_shape import ModelShape
 from specontext.retrieval.methods import make_selectors
 from specontext.retrieval.methods.oracle import OracleSelector
 from specontext.retrieval.methods.random import RandomSelector

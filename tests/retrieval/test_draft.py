@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from specontext.core import ModelShape
 from specontext.errors import HeadError
 from specontext.kernels.retrieval_scores import paged_retrieval_scores
 from specontext.kernels.top_k import top_k_positions
+from specontext.model_shape import ModelShape
 from specontext.retrieval.checkpoint import load_head
 from specontext.retrieval.draft import count_parameters, dialect_of
 from specontext.retrieval.head import RetrievalHead, head_parameters

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from specontext.core import ModelShape
 from specontext.errors import HeadError
+from specontext.model_shape import ModelShape
 from specontext.retrieval.head import RetrievalHead, rotate
 from specontext.retrieval.head_config import HeadConfig
 

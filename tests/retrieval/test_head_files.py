@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from specontext import LLM, SpeContextConfig
-from specontext.core import ModelShape
 from specontext.errors import HeadError, ModelError
+from specontext.model_shape import ModelShape
 from specontext.retrieval.catalog import KNOWN_DRAFTS, find_head
 from specontext.retrieval.checkpoint import load_head, read_config, save_head, stored_size
 from specontext.retrieval.head import RetrievalHead, head_parameters

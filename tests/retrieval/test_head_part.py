@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from specontext.core import ModelShape
 from specontext.memory.facts import ModelFacts
 from specontext.memory.sharing import Share
+from specontext.model_shape import ModelShape
 from specontext.retrieval.head import RetrievalHead, facts_of_head
 from specontext.retrieval.head_config import HeadConfig
 from specontext.retrieval.head_part import head_part

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specontext import LLM, SamplingParams
-from specontext.core import ModelShape, Selection
+from specontext.core import Selection
+from specontext.model_shape import ModelShape
 from specontext.retrieval.checkpoint import load_head
 from specontext.retrieval.head import RetrievalHead
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from specontext import LLM, RetrievalHead, SamplingParams, SpeContextConfig
 from specontext.cli.planned import find_facts
-from specontext.core import ModelShape
 from specontext.distill.attention import head_log_weights
 from specontext.distill.draft import Draft
 from specontext.distill.draft_files import save_draft
@@ -25,6 +24,7 @@ from specontext.engine.build import facts_of_loaded
 from specontext.errors import HeadError
 from specontext.locations import shape_of
 from specontext.memory.speed import Bandwidths, decode_floor
+from specontext.model_shape import ModelShape
 from specontext.retrieval.checkpoint import load_head, read_config, save_head
 from specontext.retrieval.head import head_parameters
 

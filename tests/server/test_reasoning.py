@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from specontext import LLM, SamplingParams, SpeContextConfig
-from specontext.core import Thinking
+from specontext.sampling_params import Thinking
 from specontext.server.reasoning import starts_inside
 from tests.server.serving import Server, make_engine, running
 from tests.server.speaking import save_speaking

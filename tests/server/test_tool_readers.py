@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from specontext.core import StructuredOutputsParams
 from specontext.grammars.compiler import GrammarCompiler
+from specontext.sampling_params import StructuredOutputsParams
 from specontext.server.tools.choice import ToolUse
 from specontext.server.tools.formats import FORMATS, MAYBE_SPACE, detect
 from specontext.server.tools.pieces import CallArguments, CallBegin, Text, Thought, Tool, joined

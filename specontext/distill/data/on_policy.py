@@ -7,10 +7,12 @@ from collections import OrderedDict, deque
 from typing import Any, NamedTuple, Protocol
 
 from specontext.config import SpeContextConfig
-from specontext.core import ModelShape, RequestOutput, SamplingParams
+from specontext.core import RequestOutput
 from specontext.distill.data.encoder import Encoder
 from specontext.distill.data.mixing import Sizes
 from specontext.distill.data.source import DataError, Row, Sequences, Source, check_size, collate
+from specontext.model_shape import ModelShape
+from specontext.sampling_params import SamplingParams
 
 PROMPT_STEPS = 1 << 40  # prompts come from steps of their source that ordinary training never reaches
 LONGEST_BLOCK = 16  # steps

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specontext.core import Batch, SamplingParams, Selection
+from specontext.core import Batch, Selection
 from specontext.distill.attention import head_log_weights
 from specontext.distill.data import Source
 from specontext.distill.data.on_policy import prompt_length
@@ -27,6 +27,7 @@ from specontext.engine.llm import LLM
 from specontext.evaluation.analysis.rows import Row, row
 from specontext.evaluation.analysis.settings import AnalysisError
 from specontext.retrieval.selector import AheadSelector, LaneTokens
+from specontext.sampling_params import SamplingParams
 
 BIN = 32  # generated tokens of one point
 PROMPTS = 4

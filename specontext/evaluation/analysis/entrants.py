@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from specontext.core import ModelShape
 from specontext.distill.attention import HeadMap
 from specontext.distill.calibration import calibrate
 from specontext.distill.target import Target
 from specontext.evaluation.analysis.selection import Entrant, identity_map
 from specontext.evaluation.analysis.settings import AnalysisError, Settings
 from specontext.evaluation.analysis.texts import Sample
+from specontext.model_shape import ModelShape
 from specontext.retrieval.checkpoint import load_head
 from specontext.retrieval.head import RetrievalHead
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from specontext.core import RequestOutput, SamplingParams
+from specontext.core import RequestOutput
 from specontext.engine.llm import LLM
 from specontext.evaluation.competitors import Competitor
 from specontext.evaluation.continuation.measures import common_ngrams, distinct, first_difference, repetition, similarity
@@ -23,6 +23,7 @@ from specontext.evaluation.settings import EvaluationSettings
 from specontext.evaluation.windows import ShortTextError, Window, reservations
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.registry import FULL
+from specontext.sampling_params import SamplingParams
 
 LENGTH = 4096  # of prompt and continuation, where none was asked for
 SHORTEST = 16

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specontext.core import SamplingParams
 from specontext.distill.fidelity import measures
 from specontext.engine.llm import LLM
 from specontext.engine.llm_engine import Generation
 from specontext.evaluation.windows import Window
+from specontext.sampling_params import SamplingParams
 
 LOGITS_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # of full attention that are kept
 ROWS = 32  # that are compared at a time, in float64

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from specontext.config import EngineConfig
-from specontext.core import SamplingParams
 from specontext.engine.build import facts_of_loaded
 from specontext.engine.llm_engine import LLMEngine
 from specontext.errors import DeviceMemoryError, HostMemoryError, MemoryPlanError
@@ -28,6 +27,7 @@ from specontext.memory.speed import Bandwidths, decode_floor, measure_bandwidths
 from specontext.models.attention import ATTENTION_NAME
 from specontext.models.compiled import keep_compiled
 from specontext.retrieval.random_head import random_head
+from specontext.sampling_params import SamplingParams
 
 SHARE_OF_GPU, SHARE_OF_HOST = 0.9, 0.6
 STATIC_SHARE = 0.8  # of the memory that a static cache may take beside the weights

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
-from specontext.core import ModelShape
 from specontext.evaluation.paper.loop import TOKEN, free, now
 from specontext.evaluation.paper.states import fill
+from specontext.model_shape import ModelShape
 from specontext.models.loading import LoadedModel
 
 

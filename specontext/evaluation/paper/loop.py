@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from specontext.config import SpeContextConfig
-from specontext.core import Request, SamplingParams
+from specontext.core import Request
 from specontext.engine.build import Parts
 from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.runner import ModelRunner
@@ -23,6 +23,7 @@ from specontext.kv.streams import PREFETCH
 from specontext.models.attention import ATTENTION_NAME
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.selector import AheadSelector, Budget
+from specontext.sampling_params import SamplingParams
 
 SELECTIONS = 16  # steps after which a replayed sequence begins again
 TOKEN = 7

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from specontext.core import ModelShape
 from specontext.memory.presets import PRESETS
+from specontext.model_shape import ModelShape
 from specontext.models.attention import ATTENTION_NAME, register_attention
 from specontext.models.loading import LoadedModel
 from specontext.models.quantized import Asked, load_quantised

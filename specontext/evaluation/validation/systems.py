@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from specontext.config import SpeContextConfig
-from specontext.core import SamplingParams
 from specontext.engine.llm import LLM
 from specontext.engine.llm_engine import Generation
 from specontext.errors import SpeContextError
@@ -21,6 +20,7 @@ from specontext.evaluation.run import Advance
 from specontext.evaluation.suites import EvalTask, Example
 from specontext.evaluation.text_tools import prompt_ids
 from specontext.models.loading import LoadedModel
+from specontext.sampling_params import SamplingParams
 
 FULL, RESIDENT, OFFLOADED = "full", "speculative", "speculative, offloaded"
 SYSTEMS = {FULL: ("full", 0), RESIDENT: ("speculative", 0), OFFLOADED: ("speculative", -1)}  # method, offloaded layers

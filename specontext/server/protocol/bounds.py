@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from specontext.core import MOST_BIASED
+from specontext.sampling_params import MOST_BIASED
 
 MOST_OUTPUTS = 128  # of one prompt, as OpenAI has it
 MOST_PROMPTS = 512

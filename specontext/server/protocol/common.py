@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from specontext.core import MOST_BAD_WORDS, MOST_STOP_TOKENS, MOST_STOPS
+from specontext.sampling_params import MOST_BAD_WORDS, MOST_STOP_TOKENS, MOST_STOPS
 from specontext.server.protocol.bounds import MOST_OUTPUTS, Biases, Name
 
 MOST_ALLOWED = 1 << 18  # token ids

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from specontext.core import LONGEST_STOP, MOST_STOPS
+from specontext.sampling_params import LONGEST_STOP, MOST_STOPS
 from specontext.server.protocol.bounds import MOST_MESSAGES, MOST_PARTS, MOST_TOOLS, Name, Schema, Variables, check_messages
 from specontext.server.protocol.common import Body, content_kind, unsupported
 from specontext.server.protocol.structured import type_tag

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from specontext.core import MOST_STOPS
+from specontext.sampling_params import MOST_STOPS
 from specontext.server.protocol.bounds import (
     MOST_MESSAGES,
     MOST_OUTPUTS_OF_TOOLS,

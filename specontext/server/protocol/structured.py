@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
 
-from specontext.core import LONGEST_GRAMMAR, MOST_CHOICES, StructuredOutputsParams
+from specontext.sampling_params import LONGEST_GRAMMAR, MOST_CHOICES, StructuredOutputsParams
 from specontext.server.protocol.bounds import Name, Schema
 from specontext.server.protocol.common import Body, unsupported
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from specontext.core import StructuredOutputsParams
+from specontext.sampling_params import StructuredOutputsParams
 from specontext.server.tools.formats import Format, read_forced
 from specontext.server.tools.grammar import TokenOf, allowed_calls, calls_or_json, forced_calls, in_channels
 from specontext.server.tools.pieces import Reader, Tool

@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from specontext.core import StructuredOutputsParams
 from specontext.errors import RequestError
 from specontext.grammars.compiler import LARK_HEADER, choices_regex, schema_in_grammar, schema_on_one_line
+from specontext.sampling_params import StructuredOutputsParams
 from specontext.server.tools.formats import FORCED, MAYBE_SPACE, Format, Spelling
 from specontext.server.tools.harmony import CHANNEL, CONSTRAIN, END, MESSAGE, START, THOUGHT
 from specontext.server.tools.pieces import Tool
