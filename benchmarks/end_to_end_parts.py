@@ -12,7 +12,7 @@ from typing import Any
 
 from engine_runs import SYSTEMS, Driver, HuggingFace, Setup, StepTime
 
-from specontext.engine.llm_engine import Generation
+from specontext.engine.generation import Generation
 
 ON_DEVICE = ("full", "speculative")
 NEW_QUESTION = 32  # tokens of a further question on a known prompt

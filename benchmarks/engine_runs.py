@@ -14,7 +14,8 @@ from measure import clock
 from transformers import DynamicCache
 
 from specontext.config import EngineConfig, SpeContextConfig
-from specontext.engine.llm_engine import Generation, LLMEngine
+from specontext.engine.generation import Generation
+from specontext.engine.llm_engine import LLMEngine
 from specontext.evaluation.paper.shapes import DTYPES, random_model, word_tokenizer
 from specontext.memory.presets import PRESETS
 from specontext.models.attention import attention_of

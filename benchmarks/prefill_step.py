@@ -22,7 +22,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from specontext.config import EngineConfig
-from specontext.engine.llm_engine import Generation
+from specontext.engine.generation import Generation
 from specontext.errors import SpeContextError
 from specontext.evaluation.paper.shapes import DTYPES
 

@@ -184,7 +184,7 @@ def measure(device: str, dtype: str) -> dict[str, Any]:
     """The machine in words, and what it does a second."""
     import torch
 
-    from specontext.engine.llm_engine import pick_device
+    from specontext.engine.start import pick_device
     from specontext.evaluation.results import environment
     from specontext.evaluation.validation.machine import machine
     from specontext.memory.speed import measure_bandwidths, measure_products

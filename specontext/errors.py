@@ -21,6 +21,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 2 * LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]} ..."
 
 
+def which_prompt(number: int, count: int) -> str:
+    """How an error begins that is about one of several prompts; nothing where there is only one."""
+    return f"prompt {number} of {count}, counted from 0: " if count > 1 else ""
+
+
 class SpeContextError(Exception):
     """Base of every error that a user's input can cause; its message says what to do."""
 

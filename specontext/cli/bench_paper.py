@@ -112,7 +112,7 @@ def _check(table: str, scale: str, overlap: float, plot: Path | None) -> None:
 
 
 def _device(name: str) -> torch.device:
-    from specontext.engine.llm_engine import pick_device
+    from specontext.engine.start import pick_device
 
     return pick_device(name)
 

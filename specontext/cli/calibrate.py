@@ -53,7 +53,7 @@ def calibrate(
     from specontext.distill.data import open_sources
     from specontext.distill.session import sequences_of
     from specontext.distill.target import Target
-    from specontext.engine.llm_engine import pick_device
+    from specontext.engine.start import pick_device
     from specontext.errors import SpeContextError
     from specontext.models.loading import load_model
     from specontext.retrieval.checkpoint import load_head, save_head

@@ -23,7 +23,7 @@ from specontext.distill.student import Student
 from specontext.distill.target import Target
 from specontext.distill.trainer import CHECKPOINT, size_of, train
 from specontext.engine.llm import LLM
-from specontext.engine.llm_engine import pick_device
+from specontext.engine.start import pick_device
 from specontext.errors import ConfigError
 from specontext.memory.facts import feed_forward_width
 from specontext.model_shape import ModelShape

@@ -11,7 +11,8 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from specontext.engine.llm_engine import Generation, LLMEngine
+from specontext.engine.generation import Generation
+from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.orders import Life, Observer, Order
 from specontext.engine.request_stream import Progress, RequestStream
 from specontext.engine.status import StatusMeter

@@ -13,8 +13,9 @@ from torch import Tensor
 from specontext.config import EngineConfig
 from specontext.core import Request
 from specontext.engine.failures import Failures
+from specontext.engine.generation import Generation
 from specontext.engine.launched import Launched
-from specontext.engine.llm_engine import Generation, LLMEngine
+from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.output_statistics import OutputStatistics
 from specontext.errors import LogitsError, RequestError
 from specontext.models.loading import LoadedModel

@@ -14,7 +14,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.core import CompletionOutput, RequestOutput
-from specontext.engine.llm_engine import Generation, LLMEngine
+from specontext.engine.generation import Generation
+from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.parallel_engine import make_engine
 from specontext.errors import ConfigError, EngineClosedError, RequestError, shown
 from specontext.model_shape import ModelShape

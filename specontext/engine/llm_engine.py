@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +18,9 @@ from specontext.engine.build import build_parts
 from specontext.engine.constraint import Constraint
 from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.failures import NOBODYS, Failures
+from specontext.engine.generation import Generation
 from specontext.engine.launched import Launched
 from specontext.engine.masks import Masks
-from specontext.engine.only_windows import methods_run
 from specontext.engine.output_statistics import OutputStatistics
 from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
 from specontext.engine.rehearsal import rehearse
@@ -28,52 +28,21 @@ from specontext.engine.restrictions import banned_sequences
 from specontext.engine.runner import ModelRunner, working_device
 from specontext.engine.sampler import Drawn, next_tokens
 from specontext.engine.scheduler import Schedule, Scheduler
-from specontext.errors import ConfigError, DeviceError, DeviceMemoryError, EngineClosedError, RequestError, shown
+from specontext.engine.start import head_of, load_configured, pick_device
+from specontext.errors import ConfigError, DeviceError, DeviceMemoryError, EngineClosedError, RequestError, shown, which_prompt
 from specontext.grammars.compiler import GrammarCompiler
 from specontext.kernels.dispatch import upload
 from specontext.kv.host_memory import settle
 from specontext.locations import one_sentence
 from specontext.memory.learning import Seen
 from specontext.models.compiled import keep_compiled
-from specontext.models.loading import LoadedModel, load_model
-from specontext.models.ranks import Ranks
+from specontext.models.loading import LoadedModel
 from specontext.models.token_ids import unknown_token
-from specontext.retrieval.catalog import find_head
-from specontext.retrieval.random_head import random_head
-from specontext.retrieval.registry import base_of, needs_head
 from specontext.sampling_params import SamplingParams, StructuredOutputsParams
 
 RESERVED_BYTES = 8 << 30  # of host memory that are ready before the first request, at most
 RESERVED_STEPS = 64  # steps of prompts whose KV has room in it
 UNTIL_CLOSED = ("loaded", "parts", "runner", "scheduler")
-
-
-@dataclass(eq=False)
-class Generation:
-    """A request and what users see of it.
-
-    Attributes:
-        forced: the output's first tokens, instead of sampled ones.
-        on_logits: sees the logits [V] before each token of the output; they are valid until the next step.
-        end_token_ids: tokens that end the output.
-        constraint: the grammar that the output follows.
-        stats: filled when the request ends.
-    """
-
-    request: Request
-    detokenizer: Detokenizer
-    forced: Sequence[int] = ()
-    on_logits: Callable[[Tensor], None] | None = None
-    end_token_ids: frozenset[int] = frozenset()
-    constraint: Constraint | None = None
-    first_token_at: float | None = None
-    last_token_at: float | None = None
-    stats: OutputStatistics | None = None
-    moves_before: int = 0
-
-    @property
-    def finished(self) -> bool:
-        return self.request.finish_reason is not None
 
 
 class LLMEngine:
@@ -101,19 +70,7 @@ class LLMEngine:
         if self.device.type == "cuda":
             keep_compiled()
         self.loaded = loaded or load_configured(config, self.device)
-        head = None
-        headed = any(needs_head(name) and base_of(name) == name for name in methods_run(config, self.loaded.shape))
-        if headed and config.load_format == "dummy" and config.retrieval_head == "auto":
-            head = random_head(self.loaded.shape).to(device=self.device, dtype=self.loaded.shape.dtype)
-        elif headed:
-            head = find_head(
-                config.retrieval_head,
-                model_name=self.loaded.head_name,
-                model_path=self.loaded.path,
-                target=self.loaded.shape,
-                need_map=config.method.granularity == "head",
-            )
-            head = head.to(device=self.device, dtype=self.loaded.shape.dtype)
+        head = head_of(config, self.loaded)
         self.parts = build_parts(config, self.loaded, head, self.device)
         self.runner = ModelRunner(
             self.loaded,
@@ -562,45 +519,3 @@ class LLMEngine:
             if name in UNTIL_CLOSED:
                 raise EngineClosedError("the engine was closed: make a new one")
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-
-
-def load_configured(config: EngineConfig, device: torch.device, ranks: Ranks | None = None) -> LoadedModel:
-    """The model that an engine's settings name; of its layers a rank's part, where there are ranks.
-
-    Raises:
-        SpeContextError: as of `load_model`.
-    """
-    return load_model(
-        config.model,
-        dtype=config.dtype,
-        device=device,
-        load_format=config.load_format,
-        quantization=config.quantization,
-        trust_remote_code=config.trust_remote_code,
-        revision=config.revision,
-        ranks=ranks,
-    )
-
-
-def which_prompt(number: int, count: int) -> str:
-    """How an error begins that is about one of several prompts; nothing where there is only one."""
-    return f"prompt {number} of {count}, counted from 0: " if count > 1 else ""
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; 'auto' is a GPU if there is one.
-
-    Raises:
-        ConfigError: it does not exist here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device '{name}': use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device '{name}' is not supported: use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"device '{name}' is not there: {torch.cuda.device_count()} CUDA devices are visible")
-    return device

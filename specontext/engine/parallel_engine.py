@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from specontext.config import EngineConfig
-from specontext.engine.llm_engine import Generation, LLMEngine, load_configured, pick_device
+from specontext.engine.generation import Generation
+from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.rank_processes import PATIENCE, START, Command, RankProcesses
 from specontext.engine.rank_state import state_of
 from specontext.engine.rank_worker import CLOSE
+from specontext.engine.start import load_configured, pick_device
 from specontext.errors import ConfigError, DeviceMemoryError, NamedRequestsError, SpeContextError, described
 from specontext.memory.sharing import Share
 from specontext.models.loading import LoadedModel

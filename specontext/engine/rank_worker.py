@@ -15,9 +15,10 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from specontext.engine.llm_engine import LLMEngine, load_configured
+from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.rank_processes import READY, Command, Setup
 from specontext.engine.rank_state import state_of
+from specontext.engine.start import load_configured
 from specontext.errors import DeviceMemoryError, NamedRequestsError, RankError, SpeContextError, described
 from specontext.kv.nearby import stay_near
 from specontext.models.ranks import Ranks

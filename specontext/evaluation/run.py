@@ -14,7 +14,7 @@ from typing import Any
 
 from specontext.core import RequestOutput
 from specontext.engine.llm import LLM
-from specontext.engine.llm_engine import pick_device
+from specontext.engine.start import pick_device
 from specontext.evaluation.budgets import entries
 from specontext.evaluation.cells import EvalCell, Note, Problem, choose_tasks, draw_cells
 from specontext.evaluation.competitors import Competitor, parse_competitors

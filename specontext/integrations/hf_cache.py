@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from specontext.engine.generation import Generation
 from specontext.engine.led import LedEngine
-from specontext.engine.llm_engine import Generation
 from specontext.engine.output_statistics import OutputStatistics
 from specontext.errors import RequestError
 

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-from specontext.engine.llm_engine import which_prompt
-from specontext.errors import ChatTemplateError
+from specontext.errors import ChatTemplateError, which_prompt
 from specontext.models.chat_template import ChatTemplate
 from specontext.models.token_ids import unknown_token
 from specontext.server.errors import ApiError

@@ -16,7 +16,7 @@ from specontext import LLM, ConfigError, SamplingParams
 from specontext.config import EngineConfig
 from specontext.core import Request
 from specontext.engine.admission import MEMORY, SEATS, SPEED, THROUGHPUT, TURN
-from specontext.engine.llm_engine import Generation
+from specontext.engine.generation import Generation
 from specontext.engine.worth import Worth
 from specontext.memory.model import KVCost
 from specontext.memory.planner import ResidencyPolicy

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from specontext import LLM, SamplingParams
 from specontext.core import Batch
-from specontext.engine.llm_engine import Generation
+from specontext.engine.generation import Generation
 from specontext.errors import RequestError
 
 MakeLLM = Callable[..., LLM]

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel
 
 from specontext import LLM, SamplingParams, SpeContextConfig
-from specontext.engine.llm_engine import Generation
+from specontext.engine.generation import Generation
 from specontext.engine.scheduler import Schedule
 from specontext.errors import RequestError
 from tests.conftest import FAMILIES, MakeLLM, Prompts, family_config, write_checkpoint

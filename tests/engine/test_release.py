@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from specontext import LLM, ConfigError, SamplingParams, SpeContextConfig
-from specontext.engine import llm_engine
+from specontext.engine import llm_engine, start
 from specontext.engine.async_engine import AsyncEngine
 from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.runner import ModelRunner
@@ -203,9 +203,9 @@ def test_of_an_engine_that_was_reconfigured(loaded: LoadedModel) -> None:
 @pytest.mark.parametrize("options", [{"gpu_memory": 1}, {"host_memory": 1}, {"offload_dir": Path("/no/such/place")}])
 def test_of_an_engine_that_could_not_be_made(options: dict[str, Any], loaded: LoadedModel) -> None:
     before, models = hooks(loaded), []
-    load = llm_engine.load_model
+    load = start.load_model
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llm_engine, "load_model", lambda *a, **o: models.append(weakref.ref((one := load(*a, **o)).model)) or one)
+        patch.setattr(start, "load_model", lambda *a, **o: models.append(weakref.ref((one := load(*a, **o)).model)) or one)
         for model in ("nano", loaded):
             with pytest.raises(SpeContextError):
                 make(model=model, **options)  # type: ignore[arg-type]

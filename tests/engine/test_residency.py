@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.config import EngineConfig
 from specontext.engine import build
-from specontext.engine.llm_engine import Generation
+from specontext.engine.generation import Generation
 from specontext.errors import MemoryPlanError, RequestError
 from specontext.memory.model import KVCost, MemoryModel
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY

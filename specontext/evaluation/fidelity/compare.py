@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from specontext.distill.fidelity import measures
+from specontext.engine.generation import Generation
 from specontext.engine.llm import LLM
-from specontext.engine.llm_engine import Generation
 from specontext.evaluation.windows import Window
 from specontext.sampling_params import SamplingParams
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from specontext.engine.llm_engine import pick_device
+from specontext.engine.start import pick_device
 from specontext.errors import SpeContextError
 from specontext.evaluation.fidelity.run import run_fidelity
 from specontext.evaluation.report import write_report

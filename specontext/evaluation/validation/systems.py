@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from specontext.config import SpeContextConfig
+from specontext.engine.generation import Generation
 from specontext.engine.llm import LLM
-from specontext.engine.llm_engine import Generation
 from specontext.errors import SpeContextError
 from specontext.evaluation.run import Advance
 from specontext.evaluation.suites import EvalTask, Example

@@ -10,9 +10,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from specontext.engine.llm_engine import which_prompt
 from specontext.engine.output_statistics import OutputStatistics
 from specontext.engine.request_stream import Delta, RequestStream
+from specontext.errors import which_prompt
 from specontext.sampling_params import SamplingParams
 from specontext.server.bounded_body import BoundedRoute
 from specontext.server.context import note, state_of
