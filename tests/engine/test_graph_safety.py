@@ -165,9 +165,10 @@ def test_a_padded_decode_step_never_waits_and_computes_the_same(
     [
         *(
             (method, layers, "kv_cache_dtype", kind)
-            for method, layers in (("speculative", None), ("full", 0), ("quest", 0))
+            for method, layers in (("speculative", None), ("full", 0))
             for kind in ("fp8", "int8")
         ),
+        *(pytest.param("quest", 0, "kv_cache_dtype", kind, marks=pytest.mark.slow) for kind in ("fp8", "int8")),
         ("speculative", 2, "host_kv_dtype", "int8"),
         pytest.param("speculative", -1, "host_kv_dtype", "fp8", marks=pytest.mark.slow),
     ],
