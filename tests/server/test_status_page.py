@@ -12,7 +12,8 @@ from tests.server.browser import Page, browsing, find_browser
 from tests.server.serving import Server, make_engine, running
 from tests.server.test_robustness import ENDLESS, open_stream
 
-NARROW = "document.documentElement.scrollWidth <= 390 && (box => box.scrollWidth <= box.clientWidth)(document.querySelector('.scroll'))"
+FITS = "(box => box.scrollWidth <= box.clientWidth)(document.querySelector('.scroll'))"
+NARROW = f"document.documentElement.scrollWidth <= 390 && {FITS}"
 
 
 @pytest.fixture(scope="module")
