@@ -23,6 +23,7 @@ def restricted(raw: Tensor, requests: Sequence[Request], end_token_ids: Collecti
     forbidden = [
         (row, token)
         for row, request in enumerate(requests)
+        if request.params.min_tokens or request.banned
         for token in _forbidden(request, end_token_ids)
         if token < raw.shape[1]
     ]

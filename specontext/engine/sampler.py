@@ -86,10 +86,10 @@ class Drawn:
         free = all(request.params.unrestricted for request in requests)
         adjusted = raw if free else restricted(raw, requests, end_token_ids)
         self.token_ids = adjusted.argmax(dim=1)  # the lowest id among equals
+        stuck = ~adjusted.gather(1, self.token_ids.unsqueeze(1)).squeeze(1).isfinite()
+        broken = ~raw.amax(dim=1).isfinite() if adjusted is not raw else stuck
         if not all(request.params.plain for request in requests):
             _sample_random_rows(adjusted, requests, self.token_ids)
-        broken = ~raw.amax(dim=1).isfinite()
-        stuck = broken if adjusted is raw else ~adjusted.amax(dim=1).isfinite()
         found = torch.stack((self.token_ids, broken.long(), stuck.long()))
         self._found = _on_its_way(found) if found.is_cuda else found
         self._ranked = [] if free else _ranked_tokens(raw, self.token_ids, requests)
