@@ -12,7 +12,7 @@ from torch import Tensor
 from specontext.core import AllowedTokens, Request
 from specontext.engine.penalties import penalise, penalised
 from specontext.kernels.dispatch import upload
-from specontext.kernels.token_masks import mask_tokens
+from specontext.kernels.token_masks import add_masks, mask_tokens
 from specontext.sampling_params import SamplingParams
 
 
@@ -33,7 +33,8 @@ def restricted(raw: Tensor, requests: Sequence[Request], end_token_ids: Collecti
         return raw
     adjusted = raw.clone()
     if masked:
-        mask_tokens(adjusted, _masks([requests[row].allowed for row in masked]), masked)
+        masks = _masks([requests[row].allowed for row in masked])
+        (add_masks if masks.is_floating_point() else mask_tokens)(adjusted, masks, masked)
     for row in listed:
         allowed = upload(requests[row].params.allowed_token_ids or (), torch.int64, raw.device)
         kept = adjusted[row, allowed]
@@ -52,7 +53,7 @@ def restricted(raw: Tensor, requests: Sequence[Request], end_token_ids: Collecti
 
 
 def _masks(allowed: Sequence[AllowedTokens | None]) -> Tensor:
-    """Masks int32 [M, words] of what grammars allow; all of a step stand in one tensor."""
+    """Masks [M, ..] of what grammars allow; all of a step stand in one tensor."""
     rows = [each.row for each in allowed if each is not None]
     assert allowed[0] is not None
     masks = allowed[0].masks
