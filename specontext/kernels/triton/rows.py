@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from specontext.kernels.quantised_rows import LEAST, SCALES, SCALES_TRIED
-from specontext.kernels.tables import NewTokens, Pages, Places, Tiers, holds_latents, is_quantised
+from specontext.kernels.spans import is_quantised, span_of
+from specontext.kernels.tables import NewTokens, Pages, Places, Tiers, holds_latents
 from specontext.kernels.triton.pieces import (
     FP8,
     INT8,
@@ -24,6 +25,7 @@ from specontext.kernels.triton.pieces import (
     kind_of,
     number_of,
     row_tile,
+    scales_at,
 )
 from specontext.kernels.triton.slot_plan import piece_of
 
@@ -60,6 +62,8 @@ def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows
             WIDTH=tile.width,
             BLOCK=tile.block,
             REST=tile.rest,
+            SOURCE_SPAN=span_of(source),
+            TARGET_SPAN=span_of(target),
             ROWS=tile.rows,
         )
 
@@ -86,6 +90,7 @@ def gather_tokens(pages: Pages, layer: int, seat: int, start: int, target: Tenso
         WIDTH=tile.width,
         BLOCK=tile.block,
         REST=tile.rest,
+        SPAN=span_of(pages.rows),
         ROWS=tile.rows,
     )
 
@@ -122,6 +127,7 @@ def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
         BLOCK=block,
         ROWS=rows,
         KIND=kind,
+        SPAN=span_of(pages.rows),
     )
 
 
@@ -166,7 +172,9 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
         BLOCK=block,
         ROWS=rows,
         KIND=kind,
+        SPAN=span_of(host.rows),
         ARENA_KIND=arena_kind,
+        ARENA_SPAN=span_of(device.rows),
     )
 
 
@@ -227,40 +235,45 @@ def _as_written(rows: Tensor) -> tuple[Tensor, Tensor, int]:
 @triton.jit(do_not_specialize=["count"])  # one kernel, whatever there is to move
 def _gather(
     source, source_rows, target, target_rows, count,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+    SOURCE_SPAN: tl.constexpr, TARGET_SPAN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     source_row = tl.load(source_rows + at, mask=at < count, other=-1).to(tl.int64)
     live = source_row >= 0
     target_row = tl.load(target_rows + at, mask=live, other=0).to(tl.int64)
-    copy_rows(source, source_row, target, target_row, live, WIDTH, BLOCK, REST)
+    copy_rows(source, source_row, target, target_row, live, WIDTH, BLOCK, REST, SOURCE_SPAN, TARGET_SPAN)
 
 
 @triton.jit(do_not_specialize=["count", "start", "place"])
 def _gather_tokens(
     pool, pages, target, count, start, place,
     PAGE: tl.constexpr, PLACES: tl.constexpr, HEADS: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = at < count
     row = piece_of(pages, start + at // HEADS, at % HEADS, live, PAGE, HEADS) * PLACES + place
-    copy_rows(pool, row, target, at, live, WIDTH, BLOCK, REST)
+    copy_rows(pool, row, target, at, live, WIDTH, BLOCK, REST, SPAN, 1 if SPAN else 0)
 
 
 @triton.jit
-def _write(pool, words, row, key, value, scales, live, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _write(
+    pool, words, row, key, value, scales, live, KIND: tl.constexpr, SPAN: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     column = tl.arange(0, BLOCK)[None, :]
     mask = live[:, None] & (column < DIM)
-    start = row * (DIM if KIND == LATENT else 2 * DIM + (4 if KIND > 0 else 0))
-    if KIND > 0:  # Triton 3.6 takes rows that follow each other for aligned like the first of them
-        start = tl.multiple_of(start, 4)
+    start = row * (DIM if KIND == LATENT else 2 * DIM)
+    if KIND > 0:
+        start += row // SPAN * (4 * SPAN)
+        if SPAN == 1:  # Triton 3.6 takes rows that follow each other for aligned like the first of them
+            start = tl.multiple_of(start, 4)
     first = pool + start[:, None] + column
     tl.store(first, key.to(pool.dtype.element_ty), mask=mask)
     if KIND != LATENT:
         tl.store(first + DIM, value.to(pool.dtype.element_ty), mask=mask)
     if KIND > 0:
-        tl.store(words + row * (DIM // 2 + 1) + DIM // 2, scales, mask=live)
+        tl.store(words + scales_at(row, DIM // 2, SPAN), scales, mask=live)
 
 
 @triton.jit
@@ -326,7 +339,7 @@ def _append_to_pages(
     pool, words, pages, seats, positions, key, value,
     count, page_width, key_token, key_head, value_token, value_head, place,
     PAGE: tl.constexpr, PLACES: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    KIND: tl.constexpr,
+    KIND: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = at // HEADS, at % HEADS
@@ -337,7 +350,7 @@ def _append_to_pages(
     new_value = _read(value, token, head, value_token, value_head, live, DIM, BLOCK)
     new_key, new_value, scales = _rows(new_key, new_value, KIND, DIM, BLOCK)
     row = piece_of(pages + seat * page_width, position, head, live, PAGE, HEADS) * PLACES + place
-    _write(pool, words, row, new_key, new_value, scales, live, KIND, DIM, BLOCK)
+    _write(pool, words, row, new_key, new_value, scales, live, KIND, SPAN, DIM, BLOCK)
 
 
 @triton.jit(do_not_specialize=["count", "host_width", "token_width", "slot_width", "sink", "recent", "place"])
@@ -346,7 +359,7 @@ def _append_to_tier(
     count, host_width, token_width, slot_width, key_token, key_head, value_token, value_head, sink, recent, place,
     PAGE: tl.constexpr, PLACES: tl.constexpr, TO_HOST: tl.constexpr,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    KIND: tl.constexpr, ARENA_KIND: tl.constexpr,
+    KIND: tl.constexpr, SPAN: tl.constexpr, ARENA_KIND: tl.constexpr, ARENA_SPAN: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = at // HEADS, at % HEADS
@@ -359,24 +372,24 @@ def _append_to_tier(
     if tl.load(resident) != 0:
         row = piece_of(token_pages + seat * token_width, position, head, live, PAGE, HEADS)
         if KIND == ARENA_KIND:
-            _write(arena, arena_words, row, new_key, new_value, scales, live, ARENA_KIND, DIM, BLOCK)
+            _write(arena, arena_words, row, new_key, new_value, scales, live, ARENA_KIND, ARENA_SPAN, DIM, BLOCK)
         else:
-            _write(arena, arena_words, row, read_key, read_value, scales, live, ARENA_KIND, DIM, BLOCK)
+            _write(arena, arena_words, row, read_key, read_value, scales, live, ARENA_KIND, ARENA_SPAN, DIM, BLOCK)
     else:
         if TO_HOST:
             row = piece_of(host_pages + seat * host_width, position, head, live, PAGE, HEADS) * PLACES + place
-            _write(host, host_words, row, new_key, new_value, scales, live, KIND, DIM, BLOCK)
+            _write(host, host_words, row, new_key, new_value, scales, live, KIND, SPAN, DIM, BLOCK)
         length = tl.load(lengths + token, mask=live, other=0).to(tl.int64)
         kept = live & ((position < sink) | (position >= length - recent))
         slot = tl.where(position < sink, position, sink + position % recent)
         row = piece_of(slot_pages + seat * slot_width, slot, head, kept, PAGE, HEADS)
         if KIND == ARENA_KIND:
-            _write(arena, arena_words, row, new_key, new_value, scales, kept, ARENA_KIND, DIM, BLOCK)
+            _write(arena, arena_words, row, new_key, new_value, scales, kept, ARENA_KIND, ARENA_SPAN, DIM, BLOCK)
         else:
             key_scale, value_scale = (scales << 16).to(tl.float32, bitcast=True), (scales & -65536).to(tl.float32, bitcast=True)
             as_key = number_of(new_key.to(tl.int32), KIND) * key_scale[:, None]
             as_value = number_of(new_value.to(tl.int32), KIND) * value_scale[:, None]
-            _write(arena, arena_words, row, as_key, as_value, scales, kept, ARENA_KIND, DIM, BLOCK)
+            _write(arena, arena_words, row, as_key, as_value, scales, kept, ARENA_KIND, ARENA_SPAN, DIM, BLOCK)
 
 
 @triton.jit
