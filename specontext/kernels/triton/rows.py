@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 TILE_BYTES = 16384
+FEW_ROWS, QUANTISED_ROWS = 4096, 4  # up to so many new rows, which are quantised, a program writes a few
 LATENT = tl.constexpr(-1)  # numbers that are key and value at once: the key is written
 LEAST_MAGNITUDE, TRIED = tl.constexpr(LEAST), tl.constexpr(SCALES_TRIED)
 ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2^23: a small number that is added to it becomes an integer, ties to even
@@ -103,7 +104,7 @@ def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
         return
     table, (_, place) = pages.table_of(layer), pages.layers.homes[layer]
     assert table.is_contiguous() and pages.rows.is_contiguous()
-    block, rows = _append_tile(key)
+    block, rows = _append_tile(key, quantised=is_quantised(pages.rows))
     pool, words, kind = _as_written(pages.rows)
     _append_to_pages[(triton.cdiv(tokens * heads, rows),)](
         pool,
@@ -141,7 +142,7 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     assert slots is not None
     tables = [pages.table_of(layer) for pages in (host, device, slots)]
     assert all(x.is_contiguous() for x in (host.rows, device.rows, *tables))
-    block, rows = _append_tile(key)
+    block, rows = _append_tile(key, quantised=is_quantised(host.rows))
     (pool, pool_words, kind), (arena, arena_words, arena_kind) = _as_written(host.rows), _as_written(device.rows)
     _append_to_tier[(triton.cdiv(tokens * heads, rows),)](
         pool,
@@ -219,10 +220,12 @@ def _dense_last(new: Tensor) -> Tensor:
     return new if new.stride(-1) == 1 else new.contiguous()
 
 
-def _append_tile(key: Tensor) -> tuple[int, int]:
-    """Block of a head's numbers, and how many heads of tokens a program writes."""
+def _append_tile(key: Tensor, *, quantised: bool) -> tuple[int, int]:
+    """Block of a head's numbers, and how many heads of tokens a program writes: a few of a decode step's where a scale has to be
+    found for each, so that the whole device works at it."""
     block = triton.next_power_of_2(key.shape[2])
-    return block, max(1, min(128, TILE_BYTES // (2 * block * key.itemsize)))
+    rows = max(1, min(128, TILE_BYTES // (2 * block * key.itemsize)))
+    return block, min(rows, QUANTISED_ROWS) if quantised and key.shape[0] * key.shape[1] <= FEW_ROWS else rows
 
 
 def _as_written(rows: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -284,6 +287,14 @@ def _bfloat16(numbers):
 
 
 @triton.jit
+def _scaled(numbers, scale, most):
+    """Numbers [ROWS, BLOCK] over scales [ROWS], as a product with the reciprocal. FP8 needs no bound: with one the compiler cannot
+    make a single operation, which rounds once, of the product and a sum."""
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    return tl.minimum(tl.maximum(numbers * inverse[:, None], -most), most)
+
+
+@triton.jit
 def _codes(numbers, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Codes int8 and scales, float32 as int32, of numbers [ROWS, BLOCK]: as `quantised_rows.quantise` makes them, to the bit."""
     numbers = tl.where(tl.arange(0, BLOCK)[None, :] < DIM, numbers.to(tl.float32), 0.0)
@@ -296,15 +307,14 @@ def _codes(numbers, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
         least = tl.full(most.shape, float("inf"), tl.float32)
         for i in tl.static_range(TRIED):
             tried = _bfloat16(most * (2.0 ** (i / TRIED) / 448))
-            scaled = tl.div_rn(numbers, tl.broadcast_to(tried[:, None], numbers.shape))
+            scaled = _scaled(numbers, tried, 512.0)
             bits = scaled.to(tl.int32, bitcast=True)
             rounded = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
             error = tl.max(tl.abs(rounded - scaled), 1) * tried
             scale = tl.where(error < least, tried, scale)
             least = tl.minimum(error, least)
-    scaled = tl.div_rn(numbers, tl.broadcast_to(scale[:, None], numbers.shape))
+    scaled = _scaled(numbers, scale, 127.0 if KIND == INT8 else 512.0)
     if KIND == INT8:
-        scaled = tl.minimum(tl.maximum(scaled, -127.0), 127.0)
         codes = (scaled + ROUNDS).to(tl.int32, bitcast=True) - ROUNDS_BITS
     else:
         bits = scaled.to(tl.int32, bitcast=True)
