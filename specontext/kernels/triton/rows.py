@@ -288,8 +288,8 @@ def _bfloat16(numbers):
 
 @triton.jit
 def _scaled(numbers, scale, most):
-    """Numbers [ROWS, BLOCK] over scales [ROWS], as a product with the reciprocal. FP8 needs no bound: with one the compiler cannot
-    make a single operation, which rounds once, of the product and a sum."""
+    """Numbers [ROWS, BLOCK] over scales [ROWS], as a product with the reciprocal. FP8 needs no bound: with one the compiler
+    cannot make a single operation, which rounds once, of the product and a sum."""
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     return tl.minimum(tl.maximum(numbers * inverse[:, None], -most), most)
 
