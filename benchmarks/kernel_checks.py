@@ -12,7 +12,8 @@ from measure import Call
 from torch import Tensor
 
 from specontext.kernels.quantised_rows import dequantised
-from specontext.kernels.spans import CODES, is_quantised, read_rows
+from specontext.kernels.spans import CODES, read_rows
+from specontext.kernels.tables import is_quantised
 
 ROUNDED = {torch.bfloat16: 1e-2, torch.float16: 3e-3, torch.float32: 1e-4}  # tolerated relative error of attention
 

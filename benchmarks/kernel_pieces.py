@@ -25,8 +25,8 @@ from specontext.kernels.dispatch import reference_of, use_triton
 from specontext.kernels.quantised_rows import quantise
 from specontext.kernels.rows import append_tokens, gather_rows
 from specontext.kernels.slot_plan import listed
-from specontext.kernels.spans import is_quantised, read_rows, rows_like
-from specontext.kernels.tables import Copies, NewTokens, Pages, Parts
+from specontext.kernels.spans import read_rows, rows_like
+from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, is_quantised
 from specontext.kv.layout import BlockParts, places_of
 from specontext.memory.layer_blocks import LayerBlocks, divide_layers, one_by_one
 

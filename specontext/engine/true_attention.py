@@ -11,7 +11,8 @@ from specontext.core import Segment
 from specontext.kernels.attention_logits import attention_logits
 from specontext.kernels.quantised_rows import keys_of
 from specontext.kernels.softmax import capped
-from specontext.kernels.spans import is_quantised, read_rows
+from specontext.kernels.spans import read_rows
+from specontext.kernels.tables import is_quantised
 from specontext.kv.dense import read_tile, read_tokens, tiles_of
 from specontext.kv.transfers import Transfers
 from specontext.retrieval.selector import LaneTokens

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from specontext.kernels.dispatch import use_triton
 from specontext.kernels.quantised_rows import keys_of
-from specontext.kernels.spans import is_quantised, read_rows
+from specontext.kernels.spans import read_rows
+from specontext.kernels.tables import is_quantised
 
 
 def attention_logits(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -> Tensor:

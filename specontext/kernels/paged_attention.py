@@ -7,8 +7,9 @@ from torch import Tensor
 
 from specontext.kernels.dispatch import scratch, use_triton
 from specontext.kernels.fused_attention import as_multiplied, attention_with_lse
-from specontext.kernels.spans import CodedPages, is_quantised
+from specontext.kernels.spans import CodedPages
 from specontext.kernels.sparse_attention import TILE_BYTES, bias_beyond, of_like_width, parts_of
+from specontext.kernels.tables import is_quantised
 
 
 def paged_attention(
@@ -98,7 +99,10 @@ def _tile_of_requests(rows: Tensor | CodedPages, pages: Tensor, counts: Tensor, 
         return tokens_of_pages(rows, pages[0], start, start + width, buffer=buffer)[None]
     places = torch.arange(first, end, device=pages.device).clamp(max=pages.shape[1] - 1)
     wanted = pages.index_select(1, places)
-    gathered = _whole_pages(rows, wanted.flatten(), buffer)
+    if isinstance(rows, CodedPages):
+        gathered = rows.read(wanted.flatten(), buffer)
+    else:
+        gathered = torch.index_select(rows, 0, wanted.flatten(), out=buffer)
     tokens = gathered.view(len(pages), -1, *shape[2:])  # [N, tokens of whole pages, Hkv, *row]
     before = start - first * page_size
     if not whole:  # what lies there may not be a number
@@ -129,16 +133,13 @@ def tokens_of_pages(rows: Tensor | CodedPages, pages: Tensor, start: int, stop: 
     if not isinstance(rows, CodedPages) and not rows.is_cuda and rows.is_contiguous() and bool((wanted.diff() == 1).all()):
         page = int(wanted[0])
         tokens = rows[page : page + end - first]
+    elif isinstance(rows, CodedPages):
+        tokens = rows.read(wanted, None if buffer is None else buffer[: end - first])
+    elif buffer is None:
+        tokens = rows.index_select(0, wanted)
     else:
-        tokens = _whole_pages(rows, wanted, None if buffer is None else buffer[: end - first])
+        tokens = torch.index_select(rows, 0, wanted, out=buffer[: end - first])
     return tokens.flatten(0, 1)[start - first * page_size : stop - first * page_size]
-
-
-def _whole_pages(rows: Tensor | CodedPages, pages: Tensor, buffer: Tensor | None) -> Tensor:
-    """Some pages, copied into a buffer where there is one: [pages, page_size, Hkv, *row]."""
-    if isinstance(rows, CodedPages):
-        return rows.read(pages, buffer)
-    return rows.index_select(0, pages) if buffer is None else torch.index_select(rows, 0, pages, out=buffer)
 
 
 def tile_buffer(rows: Tensor | CodedPages, tokens: int) -> Tensor:

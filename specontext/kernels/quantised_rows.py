@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.kernels.spans import CODES, is_quantised
+from specontext.kernels.spans import CODES
+from specontext.kernels.tables import is_quantised
 from specontext.layer_sizes import SCALE_BYTES
 
 FORMATS = dict(zip(("fp8", "int8"), CODES, strict=True))  # as settings call them

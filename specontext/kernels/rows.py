@@ -13,8 +13,8 @@ from torch import Tensor
 
 from specontext.kernels.dispatch import operation, scratch
 from specontext.kernels.quantised_rows import dequantise, dequantised, quantise
-from specontext.kernels.spans import is_quantised, read_rows, row_size, write_rows
-from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers, word_of
+from specontext.kernels.spans import CODES, read_rows, row_size, write_rows
+from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers, is_quantised, word_of
 
 CACHED_BYTES = 1 << 22  # that a CPU reads and then writes: they stay in its cache, and its threads have enough to share
 
@@ -243,7 +243,7 @@ def _append(pages: Pages, layer: int, seats: Tensor, entries: Tensor, numbers: T
     table = pages.table[line]
     page = table.view(-1).index_select(0, (seats * table.shape[1]).add_(entries // pages.size))
     piece = pages.pieces(page, entries)
-    if coded := is_quantised(pages.rows):
+    if coded := pages.rows.dtype in CODES:
         new = (numbers if is_quantised(numbers) else quantise(numbers, pages.rows.dtype)).to(pages.rows.device)
     else:
         words = pages.words
@@ -262,8 +262,10 @@ def _append(pages: Pages, layer: int, seats: Tensor, entries: Tensor, numbers: T
 def _copy_codes(source: Pages, source_rows: Tensor, target: Pages, target_rows: Tensor) -> None:
     """target[target_rows] = source[source_rows], for int64 [T], of rows in 8 bits, and to rows of numbers dequantised."""
     at_once = CACHED_BYTES // row_size(source.rows)[0]
+    size, device = row_size(source.rows), source.rows.device
     for here, there in zip(source_rows.split(at_once), target_rows.to(target.rows.device).split(at_once), strict=True):
-        rows = read_rows(source.rows, here.to(source.rows.device))
+        buffer = scratch("rows.copied", (len(here), *size), source.rows.dtype, device)
+        rows = read_rows(source.rows, here.to(device), buffer)
         if is_quantised(target.rows):
             write_rows(target.rows, there, rows.to(target.rows.device))
         else:

@@ -21,21 +21,16 @@ CODES = (torch.float8_e4m3fn, torch.int8)  # number formats of rows in 8 bits
 SCALE_WORDS = 1  # of 4 bytes, both scales of a row
 
 
-def is_quantised(rows: Tensor) -> bool:
-    """Whether rows are codes and scales; see `quantised_rows.py`."""
-    return rows.dtype in CODES
-
-
 def span_of(pool: Tensor) -> int:
     """Rows of a span of a pool in 8 bits, [spans, S, row] or [N, row]; 0 for a pool of numbers."""
-    if not is_quantised(pool):
+    if pool.dtype not in CODES:
         return 0
     return pool.shape[1] if pool.dim() == 3 else 1
 
 
 def row_size(pool: Tensor) -> tuple[int, ...]:
     """Size of a row of a pool."""
-    return tuple(pool.shape[2:] if is_quantised(pool) and pool.dim() == 3 else pool.shape[1:])
+    return tuple(pool.shape[2:] if pool.dtype in CODES and pool.dim() == 3 else pool.shape[1:])
 
 
 def row_bytes(pool: Tensor) -> int:
@@ -56,13 +51,21 @@ def parts_of(pool: Tensor) -> tuple[Tensor, Tensor]:
     return words[:, :codes].unflatten(1, (span, -1)), words[:, codes:].unflatten(1, (span, -1))
 
 
-def read_rows(pool: Tensor, numbers: Tensor) -> Tensor:
-    """Rows of a pool, each by itself: [*numbers, *row] for integers of any shape on the pool's device."""
-    if not is_quantised(pool) or pool.dim() == 2:
-        return pool.index_select(0, numbers.flatten()).view(*numbers.shape, *pool.shape[1:])
+def read_rows(pool: Tensor, numbers: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """Rows of a pool, each by itself: [*numbers, *row] for integers of any shape on the pool's device.
+
+    Args:
+        buffer: where they are put, contiguous; new memory, which costs a CPU more than the copy, when None.
+    """
+    shape = (*numbers.shape, *row_size(pool))
+    rows = pool.new_empty(shape) if buffer is None else buffer
+    if pool.dtype not in CODES or pool.dim() == 2:
+        torch.index_select(pool, 0, numbers.flatten(), out=rows.view(-1, *row_size(pool)))
+        return rows
     codes, scales = parts_of(pool)
-    at = numbers // pool.shape[1], numbers % pool.shape[1]
-    return torch.cat((codes[at], scales[at]), dim=-1).view(pool.dtype)
+    at, words = (numbers // pool.shape[1], numbers % pool.shape[1]), rows.view(torch.int32)
+    words[..., :-SCALE_WORDS], words[..., -SCALE_WORDS:] = codes[at], scales[at]
+    return rows
 
 
 def write_rows(pool: Tensor, numbers: Tensor, rows: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specontext.kernels.dispatch import operation, scratch
 from specontext.kernels.fused_attention import as_multiplied, attention_with_lse
-from specontext.kernels.spans import is_quantised, read_rows
+from specontext.kernels.spans import CODES, read_rows
 
 TILE_BYTES = 4 << 20  # of float32 K and V that are attended to at a time; stays in a cache
 LEAST_WIDTH = 16
@@ -39,15 +39,16 @@ def sparse_attention(query: Tensor, arena: Tensor, rows: Tensor, scale: float, c
     grouped = query.reshape(requests * kv_heads, 1, query_heads // kv_heads, head_dim)
     wanted, counts = _packed(rows.reshape(-1, width))
     output, lse = torch.empty_like(grouped), torch.empty(grouped.shape[:3], device=query.device)
-    flat = arena.flatten(1) if not is_quantised(arena) else arena
+    flat = arena.flatten(1)
+    width_of_row = arena.shape[-1] if arena.dtype in CODES else flat.shape[1]
     for pairs, most in of_like_width(counts, width):
         together = max(torch.get_num_threads(), TILE_BYTES // (2 * most * head_dim * 4))
         for part in parts_of(pairs, together):
             index = wanted[part, :most].flatten()
-            if is_quantised(arena):
-                gathered = read_rows(arena, index)
+            buffer = scratch("attention.gathered", (len(index), width_of_row), arena.dtype, arena.device)
+            if arena.dtype in CODES:
+                gathered = read_rows(arena, index, buffer)
             else:
-                buffer = scratch("attention.gathered", (len(index), flat.shape[1]), arena.dtype, arena.device)
                 gathered = torch.index_select(flat, 0, index, out=buffer).view(-1, *arena.shape[1:])
             tokens = as_multiplied(gathered, query.dtype)
             tokens = tokens.view(-1, 1, most, *tokens.shape[-2:])

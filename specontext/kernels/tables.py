@@ -11,7 +11,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from specontext.kernels.spans import CodedPages, is_quantised, parts_of
+from specontext.kernels.spans import CODES, CodedPages, parts_of
+
+
+def is_quantised(rows: Tensor) -> bool:
+    """Whether rows are codes and scales; see `quantised_rows.py` and `spans.py`."""
+    return rows.dtype in CODES
 
 
 def holds_latents(rows: Tensor) -> bool:
@@ -78,7 +83,7 @@ class Pages:
     def by_page(self, layer: int) -> Tensor | CodedPages:
         """The rows of a layer in every page: [pages, size, Hkv, *row], of any strides but the last."""
         shape, place = (-1, self.size, self.heads, self.layers.count), self.layers.homes[layer][1]
-        if is_quantised(self.rows):
+        if self.rows.dtype in CODES:
             codes, scales = (part.view(*shape, part.shape[2])[:, :, :, place] for part in parts_of(self.rows))
             return CodedPages(self.rows, codes, scales)
         return self.rows.view(*shape, *self.rows.shape[1:])[:, :, :, place]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from specontext.kernels.rows import copy_pieces, gather_rows
 from specontext.kernels.slot_plan import listed
-from specontext.kernels.spans import CodedPages, is_quantised
-from specontext.kernels.tables import Copies, Pages
+from specontext.kernels.spans import CodedPages
+from specontext.kernels.tables import Copies, Pages, is_quantised
 from specontext.kv.layout import Reader
 from specontext.kv.seats import entries_of
 from specontext.kv.streams import PREFETCH, WRITE_BACK

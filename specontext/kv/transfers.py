@@ -16,8 +16,8 @@ from specontext.errors import LoadError
 from specontext.kernels.quantised_rows import dequantised
 from specontext.kernels.rows import append_layer, append_pieces, append_tokens, as_stored, copy_pieces, fixed_slots, row_of
 from specontext.kernels.slot_plan import listed, selected_rows
-from specontext.kernels.spans import is_quantised, read_rows, row_size
-from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers
+from specontext.kernels.spans import read_rows, row_size
+from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers, is_quantised
 from specontext.kv.layout import BlockParts, PlacedSelection
 from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK, Mark, Streams
 from specontext.memory.layer_blocks import LayerBlocks, one_by_one

@@ -10,7 +10,8 @@ from torch import Tensor
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.engine.build import Parts, build_parts
 from specontext.kernels.quantised_rows import head_dim_of, quantise
-from specontext.kernels.spans import is_quantised, parts_of, row_bytes, span_of
+from specontext.kernels.spans import parts_of, row_bytes, span_of
+from specontext.kernels.tables import is_quantised
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.methods.speculative import KeyCache

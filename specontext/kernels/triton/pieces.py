@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specontext.kernels.spans import is_quantised, row_size, span_of
-from specontext.kernels.tables import Copies, Pages, Parts, holds_latents
+from specontext.kernels.spans import row_size, span_of
+from specontext.kernels.tables import Copies, Pages, Parts, holds_latents, is_quantised
 from specontext.kernels.triton.slot_plan import piece_of
 
 PROGRAMS = (8, 32)  # with few requests layers hide what is loaded, and want the device; with many the bus is waited for

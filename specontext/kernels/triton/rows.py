@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from specontext.kernels.quantised_rows import LEAST, SCALES, SCALES_TRIED
-from specontext.kernels.spans import is_quantised, span_of
-from specontext.kernels.tables import NewTokens, Pages, Places, Tiers, holds_latents
+from specontext.kernels.spans import span_of
+from specontext.kernels.tables import NewTokens, Pages, Places, Tiers, holds_latents, is_quantised
 from specontext.kernels.triton.pieces import (
     FP8,
     INT8,

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specontext.kernels.spans import is_quantised, span_of
-from specontext.kernels.tables import holds_latents
+from specontext.kernels.spans import span_of
+from specontext.kernels.tables import holds_latents, is_quantised
 from specontext.kernels.triton import latent_attention
 from specontext.kernels.triton.online_softmax import LN2, capped
 from specontext.kernels.triton.pieces import scales_at
