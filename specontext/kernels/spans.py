@@ -43,6 +43,13 @@ def rows_like(pool: Tensor, count: int, device: torch.device | None = None) -> T
     return pool.new_empty((count, *row_size(pool)), device=pool.device if device is None else device)
 
 
+def room_for(pool: Tensor, count: int, span: int, device: torch.device) -> Tensor:
+    """Another pool for so many rows, in 8 bits in spans of `span` rows: what is read from a pool into it stays wide."""
+    if pool.dtype not in CODES:
+        return rows_like(pool, count, device)
+    return rows_like(pool, -(-count // span) * span, device).view(-1, span, *row_size(pool))
+
+
 def parts_of(pool: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of a pool in 8 bits where they lie, by words of 4 bytes: int32 [spans, S, D / 2] and [spans, S, 1]."""
     span, (row,) = span_of(pool), row_size(pool)
