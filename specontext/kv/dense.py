@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specontext.kernels.paged_attention import tile_buffer, tokens_of_pages
 from specontext.kernels.rows import gather_rows, gather_tokens
+from specontext.kernels.spans import row_size, rows_like
 from specontext.kv.transfers import Transfers
 
 
@@ -30,7 +31,7 @@ def stored_tiles(transfers: Transfers, layer: int, seat: int, stop: int, tile: i
     assert transfers.in_reach(layer)
     home = transfers.home(layer)
     if transfers.asynchronous:
-        whole = home.rows.new_empty((min(tile, stop), home.heads, *home.rows.shape[1:]))
+        whole = home.rows.new_empty((min(tile, stop), home.heads, *row_size(home.rows)))
         for first, end in tiles_of(stop, tile):
             part = whole[: end - first]
             gather_tokens(home, layer, seat, first, part)
@@ -58,7 +59,7 @@ def read_tokens(transfers: Transfers, layer: int, seats: Tensor, tokens: Tensor)
     rows = home.rows_of(layer, seats, tokens)
     if transfers.in_reach(layer):
         return home.rows, rows
-    staging = home.rows.new_empty((rows.numel(), *home.rows.shape[1:]), device=rows.device)
+    staging = rows_like(home.rows, rows.numel(), rows.device)
     place = torch.arange(rows.numel(), device=rows.device).view_as(rows)
     gather_rows(home.rows, rows, staging, place)
     return staging, torch.where(rows >= 0, place, -1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.rows import copy_pieces
+from specontext.kernels.spans import rows_like
 from specontext.kernels.tables import Copies, Pages, Places
 from specontext.kv.dense import tiles_of
 from specontext.kv.streams import PREFETCH, Mark
@@ -98,8 +99,8 @@ class Staging:
         self._place = {(layer, id(read), bounds): at for at, (layer, read, bounds) in enumerate(self._order)}
         host, device = transfers.tiers.host, transfers.tiers.resident.device
         most = max((read.tokens_at_once for read in reads), default=0) * host.heads
-        size = (most, *host.rows.shape[1:])  # as they lie on the host: who reads them dequantises
-        self._buffers = [host.rows.new_empty(size, device=device) for _ in range(2)] if self._order else []
+        # Of the host's numbers or codes: who reads them dequantises.
+        self._buffers = [rows_like(host.rows, most, device) for _ in range(2)] if self._order else []
         self._copied: dict[tuple[int, tuple[int, int]], _Copied] = {}
         # Every layer lies in a buffer by itself.
         nought = torch.zeros_like(host.layers.lines)
