@@ -329,6 +329,7 @@ def test_a_step_without_memory_ends_its_requests_and_no_others(
     engine.add_request("big", [7] * (400 if graphs else 16000), params)
     if graphs:
         engine.runner._graphs.close()  # as if none had been captured yet
+        engine.runs_ahead = False  # the next step would be captured within this one
         engine.step()  # the prompt
     little_memory(0 if graphs else 16 << 20)  # a chunk of 16,000 tokens takes more
     with pytest.raises(DeviceMemoryError, match="ran out of memory") as caught:
@@ -349,6 +350,7 @@ def test_memory_that_ends_inside_a_capture_ends_the_requests_of_the_step(
     llm = LLM(loaded["cuda"], config=SpeContextConfig(budget=256, offload_layers=0), max_num_seqs=2)
     runner = llm.engine.runner
     runner._graphs.close()  # as if none had been captured yet
+    llm.engine.runs_ahead = False  # the first step would be captured within that of the prompt
     run = runner._fused
 
     def fails(batch: Batch) -> Tensor:
