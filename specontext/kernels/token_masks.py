@@ -25,16 +25,15 @@ def mask_tokens(logits: Tensor, masks: Tensor, rows: Sequence[int]) -> None:
         masks: int32 [M, words], bit t % 32 of word t // 32 says whether token t is allowed; at least V bits a row.
         rows: row of the logits that each mask is for, ascending, each once.
     """
-    add_masks(logits, expanded(masks), rows)
+    logits.copy_(with_masks(logits, expanded(masks), rows))
 
 
-def add_masks(logits: Tensor, added: Tensor, rows: Sequence[int]) -> None:
-    """`mask_tokens` with masks that are expanded already, float32 [M, at least V]."""
+def with_masks(logits: Tensor, added: Tensor, rows: Sequence[int]) -> Tensor:
+    """What `mask_tokens` makes of logits, in memory of its own, from masks that are expanded: float32 [M, at least V]."""
     added = added[:, : logits.shape[1]]
     if len(rows) == len(logits):
-        logits.add_(added)
-    else:
-        logits.index_add_(0, upload(rows, torch.int64, logits.device), added.to(logits.dtype))
+        return logits + added
+    return logits.index_add(0, upload(rows, torch.int64, logits.device), added.to(logits.dtype))
 
 
 def expanded(masks: Tensor, out: Tensor | None = None) -> Tensor:
