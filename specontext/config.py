@@ -181,8 +181,8 @@ class EngineConfig:
     )
     host_memory: int | None = option(
         None,
-        "Bytes of the host tier of KV. Default: what the requests need, and as much again for known prompts where they are kept, up "
-        "to a share of the free memory.",
+        "Bytes of the host tier of KV. Default: what the requests need, and as much again for known prompts where they are kept, "
+        "up to a share of the free memory.",
     )
     offload_dir: Path | None = option(  # noqa: RUF009
         None, "Directory for a file that the host tier of KV is mapped to, instead of memory; on a CPU only."
