@@ -31,7 +31,7 @@ from specontext.kernels.triton.pieces import first_of, scales_at
 PROCESSORS = 132  # of an H100 or H200; stands in for devices that are none
 WAVES = 2  # programs a processor, about as many as it can hold at once
 LEAST_ROWS = 32  # entries of the smallest split
-FLOAT16 = tl.constexpr(tl.float16)
+FLOAT16, BFLOAT16 = tl.constexpr(tl.float16), tl.constexpr(tl.bfloat16)
 
 
 @triton.jit
@@ -45,6 +45,14 @@ def scales_of(words, row, present, DIM: tl.constexpr, SPAN: tl.constexpr):
     """Scales of K and V of rows in 8 bits, float32: four bytes are both, in bfloat16."""
     both = tl.load(words + scales_at(row, DIM // 2, SPAN), mask=present, other=0)
     return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def settled(numbers):
+    """Numbers in bfloat16, which are made of codes before they are laid out for a product, and not after it: a matrix of numbers
+    is laid out by instructions of its own, one of codes byte by byte. The interpreter does not multiply bfloat16 and never comes
+    here."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], dtype=tl.bfloat16, is_pure=False, pack=2)
 
 
 @triton.jit(do_not_specialize=["width", "splits"])
@@ -115,6 +123,8 @@ def _attend(
         if SPAN:
             key_scale, value_scale = scales_of(words_ptr, row, present, DIM, SPAN)
             factor = key_scale[None, :] * scale_log2
+            if DOT and FORMAT == BFLOAT16:
+                value = settled(value)
             if FORMAT == FLOAT16:  # which has no room for weights times scales
                 value = value * value_scale.to(FORMAT)[:, None]
         if DOT:
