@@ -170,6 +170,7 @@ def test_a_padded_decode_step_never_waits_and_computes_the_same(
         ),
         *(pytest.param("quest", 0, "kv_cache_dtype", kind, marks=pytest.mark.slow) for kind in ("fp8", "int8")),
         ("speculative", 2, "host_kv_dtype", "int8"),
+        *(pytest.param("speculative", -1, "kv_cache_dtype", kind, marks=pytest.mark.slow) for kind in ("fp8", "int8")),
         pytest.param("speculative", -1, "host_kv_dtype", "fp8", marks=pytest.mark.slow),
     ],
 )

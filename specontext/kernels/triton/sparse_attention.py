@@ -4,7 +4,7 @@ A program takes one split of the entries of one (request, KV head) and all query
 however many heads share it. A second kernel merges the splits by their log-sum-exp; nothing is added atomically, so
 results are reproducible.
 
-Rows in 8 bits are dequantised as they are read: keys by a factor of their logits, values number by number.
+Rows in 8 bits are dequantised as they are read: keys by a factor of their logits, values by one of their weights.
 
 Bytes: 2 * D * itemsize a row, or 2 * D + 4 in 8 bits; the index (8 or 4, once a row; a page table is read once a page), and for
 every split 4 * (D + 1) written and read again for each query head.
@@ -31,6 +31,7 @@ from specontext.kernels.triton.pieces import first_of, scales_at
 PROCESSORS = 132  # of an H100 or H200; stands in for devices that are none
 WAVES = 2  # programs a processor, about as many as it can hold at once
 LEAST_ROWS = 32  # entries of the smallest split
+FLOAT16, BFLOAT16 = tl.constexpr(tl.float16), tl.constexpr(tl.bfloat16)
 
 
 @triton.jit
@@ -44,6 +45,14 @@ def scales_of(words, row, present, DIM: tl.constexpr, SPAN: tl.constexpr):
     """Scales of K and V of rows in 8 bits, float32: four bytes are both, in bfloat16."""
     both = tl.load(words + scales_at(row, DIM // 2, SPAN), mask=present, other=0)
     return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def settled(numbers):
+    """Numbers in bfloat16, which are made of codes before they are laid out for a product, and not after it: a matrix of numbers
+    is laid out by instructions of its own, one of codes byte by byte. The interpreter does not multiply bfloat16 and never comes
+    here."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], dtype=tl.bfloat16, is_pure=False, pack=2)
 
 
 @triton.jit(do_not_specialize=["width", "splits"])
@@ -114,7 +123,10 @@ def _attend(
         if SPAN:
             key_scale, value_scale = scales_of(words_ptr, row, present, DIM, SPAN)
             factor = key_scale[None, :] * scale_log2
-            value = value * value_scale.to(FORMAT)[:, None]
+            if DOT and FORMAT == BFLOAT16:
+                value = settled(value)
+            if FORMAT == FLOAT16:  # which has no room for weights times scales
+                value = value * value_scale.to(FORMAT)[:, None]
         if DOT:
             logits = tl.dot(query, tl.trans(key), input_precision="ieee") * factor  # [GROUP_PAD, BLOCK]
         else:
@@ -127,6 +139,8 @@ def _attend(
         weights = tl.exp2(logits - base[:, None])
         keep = tl.exp2(top - base)
         total = total * keep + tl.sum(weights, 1)
+        if SPAN and FORMAT != FLOAT16:
+            weights *= value_scale[None, :]
         if DOT:
             acc = acc * keep[:, None] + tl.dot(weights.to(FORMAT), value, input_precision="ieee")
         else:
