@@ -243,6 +243,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         state=block_state(methods, config.page_size),
         rings=rings,
         states=states,
+        read_order=shape.read_order or None,
     )
     meter = Meter(
         shape,

@@ -74,23 +74,27 @@ class Chunks:
         output: Tensor,
         staging: Staging | None,
         softmax: Softmax = PLAIN,
+        *,
+        stored: bool = False,
     ) -> None:
-        """Store k and v of all chunks in a layer, and write their attention into the packed output [T, Hq, D].
+        """Store k and v of all chunks in a layer, unless they are `stored` already, and write their attention into the packed
+        output [T, Hq, D].
 
         Args:
             query, key, value: of the whole batch.
             staging: earlier tokens of layers that are out of reach.
         """
         batch, chunks = self._batch, slice(self._batch.num_decodes, None)
-        new = NewTokens(batch.seats[chunks], batch.positions[chunks], batch.lengths[chunks], key[chunks], value[chunks])
-        self._transfers.append_chunk(layer, new)
+        if not stored:
+            new = NewTokens(batch.seats[chunks], batch.positions[chunks], batch.lengths[chunks], key[chunks], value[chunks])
+            self._transfers.append_chunk(layer, new)
         key, value = self._transfers.as_stored(layer, key, value)
         done = 0
         for segment, read in zip(batch.prefills, self.reads, strict=True):
             part = slice(segment.offset, segment.offset + segment.length)
             if segment.offset >= done:
                 done = self._write(layer, segment, read, query, key, value, scale, output, staging, softmax)
-            if (watcher := self._methods.watcher(segment.seat)) is not None:
+            if not stored and (watcher := self._methods.watcher(segment.seat)) is not None:
                 keys = partial(keys_up_to, self._transfers, layer, segment, key[part])
                 watcher.observe_chunk(layer, segment, query[part], scale, keys)
 

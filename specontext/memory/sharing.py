@@ -21,11 +21,13 @@ class Share:
     size: int
 
     def check(self, shape: ModelShape) -> None:
-        """Raises ConfigError for heads that cannot be shared so, one latent for all heads, and layers without attention."""
+        """Raises ConfigError for heads that cannot be shared so, one latent for all heads, and layers without KV of their own."""
         if shape.inattentive or shape.states:
             raise ConfigError("layers with a state instead of KV do not work with tensor_parallel_size: leave it out")
         if shape.latent is not None:
             raise ConfigError("multi-head latent attention does not work with tensor_parallel_size: leave it out")
+        if shape.readers:
+            raise ConfigError("layers that use the KV of earlier ones do not work with tensor_parallel_size: leave it out")
         heads, size = shape.kv_heads, self.size
         if shape.query_heads % size or (heads % size and size % heads):
             raise ConfigError(

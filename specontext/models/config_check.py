@@ -110,8 +110,6 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
         yield "it has no attention heads (num_attention_heads)"
     if getattr(config, "kv_lora_rank", None):
         yield from _latent_obstacles(config)
-    if shared := getattr(config, "num_kv_shared_layers", None):
-        yield f"it has layers that use the keys and values of layers before them (num_kv_shared_layers {shared})"
     cap = getattr(config, "attn_logit_softcapping", None)
     if cap and not _mentioned(config, "attn_logit_softcapping"):
         yield f"its config has a soft cap on attention logits (attn_logit_softcapping {cap}), which its class does not compute"
