@@ -37,8 +37,8 @@ class WindowedStep:
             return self._decode(layer, window, query, key, value, scale, softmax, stored)
         output = torch.empty_like(query)
         if decodes:
-            own = (x[:decodes] for x in (query, key, value))
-            output[:decodes] = self._decode(layer, window, *own, scale, softmax, stored)
+            q, k, v = (x[:decodes] for x in (query, key, value))
+            output[:decodes] = self._decode(layer, window, q, k, v, scale, softmax, stored)
         for segment in batch.prefills:
             part = slice(segment.offset, segment.offset + segment.length)
             if stored:  # the ring has lost what was before the chunk
