@@ -220,6 +220,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
 # The language models of checkpoints that read images too: what tests/models/test_multimodal.py loads.
 MULTIMODAL: dict[str, tuple[str, ...]] = {
     "Gemma3": ("google/gemma-3-4b-it", "google/gemma-3-27b-it"),
+    "Gemma4": ("google/gemma-4-E2B-it", "google/gemma-4-E4B-it"),
     "Qwen2_5_VL": ("Qwen/Qwen2.5-VL-7B-Instruct",),
     "Qwen3_5": ("Qwen/Qwen3.5-9B",),
     "Qwen3_5Moe": ("Qwen/Qwen3.5-35B-A3B",),
