@@ -20,7 +20,10 @@ OLD = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "num_key_val
 WINDOW = {"sliding_window": 24}  # shorter than the prompts
 ROUTED = EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 ALTERNATING = WINDOW | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-SHARED = WINDOW | {"num_hidden_layers": 5, "num_kv_shared_layers": 2}  # the last ones read KV of one with a window, and of another
+SHARED = WINDOW | {
+    "num_hidden_layers": 5,
+    "num_kv_shared_layers": 2,
+}  # the last ones read KV of one with a window, and of another
 SHARED |= {"layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]}
 KEEPING = {"num_hidden_layers": 4}  # states: every other layer has attention
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
