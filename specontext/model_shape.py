@@ -172,6 +172,16 @@ class ModelShape:
         return tuple(place.layer for place in self.places.values() if place.window is not None)
 
     @property
+    def reads(self) -> int:
+        """How often a step reads the KV of a layer that grows."""
+        return len(self.read_order) or self.layers
+
+    @property
+    def windows_read(self) -> tuple[Window, ...]:
+        """The windows that a step reads, those of layers without KV of their own among them."""
+        return tuple(place.window for place in self.places.values() if place.window is not None)
+
+    @property
     def longest(self) -> str:
         """`max_position` in words, with what limits it."""
         asked = f"{self.longer} where max_model_len asks for them" if self.longer else ""

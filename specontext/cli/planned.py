@@ -337,6 +337,7 @@ def as_object(planned: Planned) -> dict[str, Any]:
             "retrieval_head": facts.head.source,
             "layers": len(facts.shape.full),
             "layers_with_window": len(facts.shape.windowed),
+            "layers_without_kv_of_their_own": len(facts.shape.readers),
             "layers_without_attention": len(facts.shape.inattentive),
             "state_bytes": facts.shape.state_bytes,
             "query_heads": facts.shape.query_heads,

@@ -29,7 +29,7 @@ from specontext.kv.layout import Layout
 from specontext.kv.pool import PagePool, make_pools
 from specontext.kv.rings import Rings
 from specontext.kv.states import SeatStates
-from specontext.memory.facts import NO_HEAD, ModelFacts, feed_forward_width
+from specontext.memory.facts import NO_HEAD, ModelFacts, feed_forward_width, other_tables
 from specontext.memory.learning import LearnedClock
 from specontext.memory.model import MemoryModel, RunSettings, fitting_step, measured_model, staged_bytes
 from specontext.memory.probe import LEAST_PINNED, machine_speed, why_kv_stays
@@ -378,7 +378,7 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
     assert isinstance(table, Tensor)
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is table
-    lookup = table.numel() - (outputs_read(output) if tied else 0)
+    lookup = table.numel() - (outputs_read(output) if tied else 0) + other_tables(model)
     intermediate = feed_forward_width(model.config, loaded.shape)
     if loaded.ranks is not None:
         intermediate //= loaded.ranks.share.size

@@ -65,7 +65,8 @@ class Share:
         if facts.stored_bytes is not None:
             raise ConfigError("quantised weights do not work with tensor_parallel_size: leave one of them out")
         whole, part = facts.shape, self.shape(facts.shape)
-        tied, table = not facts.lookup_parameters, whole.vocab_size * whole.hidden_size
+        table = whole.vocab_size * whole.hidden_size
+        tied = facts.lookup_parameters < table
         own = self.outputs(whole.vocab_size)
         elsewhere = table - (own.stop - own.start) * whole.hidden_size  # of the output layer
         attention, norms = whole.depth * _attention(whole), (2 * whole.depth + 1) * whole.hidden_size
@@ -76,7 +77,7 @@ class Share:
             shape=part,
             head=self._head(facts),
             parameters=facts.parameters - left_out - (0 if tied else elsewhere),
-            lookup_parameters=elsewhere if tied else facts.lookup_parameters,
+            lookup_parameters=facts.lookup_parameters + (elsewhere if tied else 0),
             intermediate_size=facts.intermediate_size // self.size,
         )
 

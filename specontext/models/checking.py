@@ -139,11 +139,11 @@ class _Witness:
                 has, says = (f"{heads} heads with {dim} dimensions" for heads, dim in (found, promised))
                 raise ModelError(f"layer {layer} has {name} of {has}, the config says {says}")
         past, new = self._stored.get(layer), torch.stack((key, value), dim=2)
-        if written:  # by another layer, and a module's word for what that was is not taken
-            if past is None:
-                raise ModelError(f"layers that use the keys and values of layer {layer} come before it")
-            past, new = past[: -len(key)], past[-len(key) :]
-            past, (key, value) = (past if len(past) else None), new.unbind(2)
+        if written:
+            before = 0 if past is None else len(past) - len(key)
+            if past is None or not torch.equal(past[before:], new):
+                raise ModelError(f"a layer that should use the keys and values of layer {layer}, by its config, has others")
+            past = past[:before] if before else None
         self._stored[layer] = stored = new if past is None else torch.cat((past, new))
         if window is not None:
             near = replace(window, size=min(window.size, NEAR))
