@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from specontext import LLM, SamplingParams
+from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.distill.target import Target
 from specontext.errors import ConfigError, ModelError
 from specontext.kernels import dispatch
@@ -167,6 +167,18 @@ def test_tiles_come_in_the_order_in_which_layers_read(make_llm: MakeLLM) -> None
         assert [(tile.start, tile.stop) for tile in staging.tiles(layer, read)] == [(0, 16), (16, 32), (32, 40)]
     assert fetched == list(range(1, 13)), "the first was on its way from the beginning"
     kv.close(0)
+
+
+def test_ids_that_a_table_of_layers_lacks_read_its_first_row(
+    write_family: Callable[..., Path], prompts: Prompts, greedy: Greedy
+) -> None:
+    folder = write_family(ONE, vocab_size_per_layer_input=1000)
+    llm = LLM(folder, config=SpeContextConfig(method="full"), device="cpu")
+    decoder = llm.engine.loaded.model.get_decoder()
+    ids = torch.tensor([[5, 1200, 999, 1838]])
+    found = decoder.embed_tokens_per_layer(ids)
+    torch.testing.assert_close(found, decoder.embed_tokens_per_layer(torch.tensor([[5, 0, 999, 0]])), atol=0, rtol=0)
+    assert len(llm.generate([[7, 1500, 1838]], greedy(4))[0].token_ids) == 4
 
 
 def test_ranks_are_refused_by_name(make_llm: MakeLLM) -> None:

@@ -48,7 +48,7 @@ RUN: dict[str, dict[str, Any]] = {
     "Gemma2": {"head_dim": 16, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0, **ALTERNATING},
     "Gemma3Text": {"head_dim": 16, "query_pre_attn_scalar": 24, **ALTERNATING},
     "Gemma3nText": SHARED
-    | {"head_dim": 16, "vocab_size_per_layer_input": 1000, "hidden_size_per_layer_input": 8, "laurel_rank": 8}
+    | {"head_dim": 16, "vocab_size_per_layer_input": 1900, "hidden_size_per_layer_input": 8, "laurel_rank": 8}
     | {"activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0], "altup_active_idx": 1, "altup_num_inputs": 3},
     "Glm4": {"head_dim": 16},
     "Glm4MoeLite": LATENT | ROUTED | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
