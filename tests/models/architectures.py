@@ -56,7 +56,7 @@ RUN: dict[str, dict[str, Any]] = {
     "GPTJ": OLD | {"rotary_dim": 8},
     "Gemma4Text": {
         **{"head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
-        **{"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, **WINDOW},
+        **{"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, **WINDOW, "use_bidirectional_attention": "vision"},
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],  # the last one always is
     },
     "GptOss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **ALTERNATING},

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     Gemma3nTextConfig,
+    Gemma4TextConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -116,6 +117,13 @@ def test_entries_of_another_kind_are_one_sentence(tmp_path: Path, entries: dict[
 def test_an_activation_that_nobody_knows(read: Callable[..., PreTrainedConfig]) -> None:
     with pytest.raises(ModelError, match="hidden_act nope"):
         check_supported(read("llama", hidden_act="nope"))
+
+
+def test_attention_both_ways_is_refused_unless_it_is_that_of_images() -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    check_supported(Gemma4TextConfig(num_hidden_layers=2, layer_types=kinds, use_bidirectional_attention="vision"))
+    with pytest.raises(ModelError, match="its attention is not causal .use_bidirectional_attention all"):
+        check_supported(Gemma4TextConfig(num_hidden_layers=2, layer_types=kinds, use_bidirectional_attention="all"))
 
 
 def test_layers_that_would_use_the_kv_of_none_or_of_whom_their_class_does_not_know(read: Callable[..., PreTrainedConfig]) -> None:
