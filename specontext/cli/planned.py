@@ -133,7 +133,7 @@ def _rounded(preset: Preset, facts: ModelFacts, quantization: str | None) -> Mod
     from specontext.quantization.made import FORMS
 
     form = FORMS[quantization]
-    rounded = [shape for layer in range(preset.layers) for shape in preset.matrices_of(layer)]
+    rounded = preset.linear_layers
     plain = facts.parameters - sum(n * k for n, k in rounded)
     size = plain * facts.shape.dtype.itemsize + sum(form.nbytes(n, k) for n, k in rounded)
     return replace(facts, stored_bytes=size, weights_note=f"rounded to {quantization}")
