@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specontext.config import EngineConfig, SpeContextConfig, StepTokens
+from specontext.engine.chunk_graphs import in_pieces, piece_bytes
 from specontext.engine.graphs import graph_bytes, span_buckets
 from specontext.engine.methods import Methods
 from specontext.engine.only_windows import methods_run, without_what_has_no_meaning
@@ -183,10 +184,13 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
             graphs = graph_bytes(
                 config.max_num_seqs,
                 spans,
-                layers=shape.layers,
+                layers=shape.depth,
                 vocab_size=shape.vocab_size,
                 itemsize=shape.dtype.itemsize,
             )
+            if in_pieces(shape) and ranks is None:
+                longest = min(tokens.alone, max_tokens)
+                graphs += piece_bytes(longest, layers=shape.depth, runtime=runtime, step_tokens=tokens.alone)
     plan = measured_model(
         facts,
         run,
@@ -206,6 +210,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         max_tokens=max_tokens,
         device_memory=on_device,
         host_memory=on_host,
+        beside_known=beside_known(shape, plan, head) if config.enable_prefix_caching else None,
     )
     if config.offload_dir is not None and device.type == "cuda":
         raise ConfigError(
@@ -280,6 +285,14 @@ def with_kv_where_it_can_be(method: SpeContextConfig, machine: MachineSpeed) -> 
         return method
     logger.warning("%s: the KV of all layers stays on the device, and requests wait where it is full", why)
     return replace(method, offload_layers=0)
+
+
+def beside_known(shape: ModelShape, plan: MemoryModel, head: RetrievalHead | None) -> int:
+    """Bytes that are kept of a page of a known prompt besides the KV that grows: the head's keys, what it has seen of the last
+    token, and the rows of layers with a window."""
+    windowed = sum(window is not None for window in shape.windows) if shape.windowed else 0
+    seen = 0 if head is None else head.config.hidden_size * shape.dtype.itemsize
+    return plan.kv.page_size * (plan.kv.common_token + windowed * plan.kv.resident_token) + seen
 
 
 def pinnable(host_memory: int, machine: MachineSpeed, plan: MemoryModel) -> int:

@@ -66,7 +66,8 @@ class RunningLane:
 
 
 class Step:
-    """Attention of one packed batch; it lives as long as one forward pass.
+    """Attention of one packed batch. It lives as long as one forward pass, and whoever makes it empties it then, with
+    `vars(step).clear()`: what has seen it, such as a compiler, may keep it for a while, and not the engine too.
 
     Decode tokens read what their methods choose (everything, for a dense method); prompt chunks always attend densely.
 
@@ -178,10 +179,6 @@ class Step:
                 self.meter.decoded(lane.decode.seats, lane.decode.lengths, lane.selector.selection_bytes(lane.decode))
             if self._timed:
                 self.meter.chosen(lane.decode.seats, lane.seconds / len(lane.decode.seats))
-
-    def close(self) -> None:
-        """Let go of everything: what has seen the step, such as a compiler, may keep it for a while, and not the engine too."""
-        vars(self).clear()
 
     @property
     def positions(self) -> Tensor:

@@ -23,6 +23,7 @@ def restricted(raw: Tensor, requests: Sequence[Request], end_token_ids: Collecti
     forbidden = [
         (row, token)
         for row, request in enumerate(requests)
+        if request.params.min_tokens or request.banned
         for token in _forbidden(request, end_token_ids)
         if token < raw.shape[1]
     ]
@@ -34,17 +35,17 @@ def restricted(raw: Tensor, requests: Sequence[Request], end_token_ids: Collecti
     if masked:
         mask_tokens(adjusted, _masks([requests[row].allowed for row in masked]), masked)
     for row in listed:
-        allowed = torch.tensor(requests[row].params.allowed_token_ids, device=raw.device)
+        allowed = upload(requests[row].params.allowed_token_ids or (), torch.int64, raw.device)
         kept = adjusted[row, allowed]
         adjusted[row] = -math.inf
         adjusted[row, allowed] = kept
     if forbidden:
-        rows, tokens = torch.tensor(forbidden, device=raw.device).unbind(dim=1)
+        rows, tokens = upload(forbidden, torch.int64, raw.device).unbind(dim=1)
         adjusted[rows, tokens] = -math.inf
     for row in biased:
         ids, values = zip(*(requests[row].params.logit_bias or ()), strict=True)
-        bias = torch.tensor(values, device=raw.device, dtype=adjusted.dtype)
-        adjusted[row].index_add_(0, torch.tensor(ids, device=raw.device), bias)
+        bias = upload(values, adjusted.dtype, raw.device)
+        adjusted[row].index_add_(0, upload(ids, torch.int64, raw.device), bias)
     for row in with_penalties:
         penalise(adjusted[row], requests[row])
     return adjusted

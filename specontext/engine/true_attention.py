@@ -11,6 +11,7 @@ from specontext.core import Segment
 from specontext.kernels.attention_logits import attention_logits
 from specontext.kernels.quantised_rows import keys_of
 from specontext.kernels.softmax import capped
+from specontext.kernels.spans import read_rows
 from specontext.kernels.tables import is_quantised
 from specontext.kv.dense import read_tile, read_tokens, tiles_of
 from specontext.kv.transfers import Transfers
@@ -52,7 +53,7 @@ def stored_keys(transfers: Transfers, layer: int, seat: Tensor, start: int, stop
         dtype: number format of keys that are stored in 8 bits.
     """
     buffer, rows = read_tile(transfers, layer, seat, start, stop, torch.full_like(seat, stop))
-    return keys_of(buffer[rows[0].T], dtype) if is_quantised(buffer) else buffer[rows[0].T, 0]
+    return keys_of(read_rows(buffer, rows[0].T), dtype) if is_quantised(buffer) else buffer[rows[0].T, 0]
 
 
 def keys_up_to(transfers: Transfers, layer: int, segment: Segment, new: Tensor) -> Tensor:

@@ -63,4 +63,4 @@ class DenseTwin:
                 decoder.forward(input_ids=twin.token_ids[None], position_ids=twin.positions[None], use_cache=False)
             step.end()
         finally:
-            step.close()
+            vars(step).clear()

@@ -14,7 +14,7 @@ from torch import Tensor
 from specontext.kernels.dispatch import scratch
 from specontext.kernels.quantised_rows import dequantise, head_dim_of
 from specontext.kernels.softmax import capped
-from specontext.kernels.tables import CODES
+from specontext.kernels.spans import CODES
 
 _aten = torch.ops.aten
 FLASH_ON_CPU = hasattr(_aten, "_scaled_dot_product_flash_attention_for_cpu")

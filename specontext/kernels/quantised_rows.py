@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.kernels.tables import CODES, is_quantised
+from specontext.kernels.spans import CODES
+from specontext.kernels.tables import is_quantised
 from specontext.layer_sizes import SCALE_BYTES
 
 FORMATS = dict(zip(("fp8", "int8"), CODES, strict=True))  # as settings call them
@@ -35,7 +36,7 @@ def quantise(numbers: Tensor, codes: torch.dtype) -> Tensor:
     most = numbers.abs().amax(-1, keepdim=True)
     finite, most = most.isfinite(), most.clamp(min=LEAST)
     scales = (most * (1 / 127)).bfloat16().float() if codes == torch.int8 else _scales_of_fp8(numbers, most)
-    scaled = numbers / scales
+    scaled = numbers * (1 / scales)
     if codes == torch.int8:
         scaled = scaled.round_().clamp_(-127, 127)
     scales = scales.masked_fill_(~finite, torch.nan).squeeze(-1).to(torch.bfloat16)
@@ -48,7 +49,7 @@ def _scales_of_fp8(numbers: Tensor, most: Tensor) -> Tensor:
     least = torch.full_like(most, torch.inf)
     for i in range(SCALES_TRIED):
         scales = (most * (2.0 ** (i / SCALES_TRIED) / 448)).bfloat16().float()
-        scaled = numbers / scales
+        scaled = numbers * (1 / scales)
         bits = scaled.view(
             torch.int32
         )  # to three bits of a mantissa, ties to even; smaller numbers than normal ones do not matter

@@ -22,9 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specontext.kernels.spans import span_of
 from specontext.kernels.tables import holds_latents, is_quantised
 from specontext.kernels.triton import latent_attention
 from specontext.kernels.triton.online_softmax import LN2, capped
+from specontext.kernels.triton.pieces import scales_at
 
 PROCESSORS = 132  # of an H100 or H200; stands in for devices that are none
 WAVES = 2  # programs a processor, about as many as it can hold at once
@@ -32,16 +34,27 @@ LEAST_ROWS = 32  # entries of the smallest split
 
 
 @triton.jit
-def scales_of(words, row, present, DIM: tl.constexpr):
-    """Scales of K and V of rows in 8 bits, float32: the last four bytes of a row are both, in bfloat16."""
-    both = tl.load(words + row * (DIM // 2 + 1) + DIM // 2, mask=present, other=0)
+def first_code(row, DIM: tl.constexpr, SPAN: tl.constexpr):
+    """Where a row begins: its numbers, or where SPAN is not 0 its codes; see `specontext.kernels.spans`."""
+    first = row * (2 * DIM)
+    if SPAN:
+        first += row // SPAN * (4 * SPAN)
+    if SPAN == 1:  # Triton 3.6 takes rows that follow each other for aligned like the first of them
+        first = tl.multiple_of(first, 4)
+    return first
+
+
+@triton.jit
+def scales_of(words, row, present, DIM: tl.constexpr, SPAN: tl.constexpr):
+    """Scales of K and V of rows in 8 bits, float32: four bytes are both, in bfloat16."""
+    both = tl.load(words + scales_at(row, DIM // 2, SPAN), mask=present, other=0)
     return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["width", "splits"])
 def _attend(
     query_ptr,  # [R, Hq, D]
-    arena_ptr,  # [N, 2, D], or codes [N, 2 * D + 4]
+    arena_ptr,  # [N, 2, D], or codes and scales in spans
     words_ptr,  # int32, the same memory where rows are codes
     index_ptr,  # rows [R, Hkv, B], or pages [R, P]
     lengths_ptr,  # [R], pages only
@@ -64,7 +77,7 @@ def _attend(
     PAGE_SIZE: tl.constexpr,  # 0 for rows
     FORMAT: tl.constexpr,  # of the factors of the products; sums are float32
     DOT: tl.constexpr,
-    SCALED: tl.constexpr,  # rows are codes
+    SPAN: tl.constexpr,  # rows whose codes lie together, before their scales; 0 for numbers
     FINAL: tl.constexpr,  # one split: the result itself
     CAPPED: tl.constexpr,
 ):
@@ -99,12 +112,12 @@ def _attend(
             row = tl.load(index_ptr + entry, mask=present, other=-1).to(tl.int64)
             present = row >= 0
         read = present[:, None] & in_dim[None, :]
-        place = arena_ptr + (row * (2 * DIM + 4 * SCALED))[:, None] + dim[None, :]
+        place = arena_ptr + first_code(row, DIM, SPAN)[:, None] + dim[None, :]
         key = tl.load(place, mask=read, other=0.0).to(FORMAT)  # [BLOCK, DIM_PAD]
         value = tl.load(place + DIM, mask=read, other=0.0).to(FORMAT)
         factor = scale_log2
-        if SCALED:
-            key_scale, value_scale = scales_of(words_ptr, row, present, DIM)
+        if SPAN:
+            key_scale, value_scale = scales_of(words_ptr, row, present, DIM, SPAN)
             factor = key_scale[None, :] * scale_log2
             value = value * value_scale.to(FORMAT)[:, None]
         if DOT:
@@ -298,7 +311,7 @@ def tile_shape(query: Tensor, arena: Tensor, group: int) -> dict[str, Any]:
         "BLOCK": block,
         "FORMAT": kind,
         "DOT": dot,
-        "SCALED": scaled,
+        "SPAN": span_of(arena),
     }
 
 
