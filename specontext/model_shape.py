@@ -106,8 +106,8 @@ class ModelShape:
 
     def check_kv_format(self, setting: str) -> None:
         """Raises ConfigError, which names a setting and its value, where rows of these heads cannot be codes with scales."""
-        if self.latent is not None:
-            raise ConfigError(f"{setting} does not work with multi-head latent attention: set it to auto")
+        if self.latent is not None and self.head_dim % 4:
+            raise ConfigError(f"{setting} needs latents of a multiple of 4 numbers, not of {self.head_dim}: set it to auto")
         if self.head_dim % 2:
             raise ConfigError(f"{setting} needs heads of an even width, not of {self.head_dim}: set it to auto")
 
@@ -202,7 +202,8 @@ class ModelShape:
     def row_bytes(self) -> int:
         """Bytes of K and V of one token of one KV head of one layer, with their scales."""
         if self.kv_dtype is not None:
-            return 2 * (self.part_numbers * self.kv_dtype.itemsize + SCALE_BYTES)
+            parts = 1 if self.latent is not None else 2
+            return parts * self.part_numbers * self.kv_dtype.itemsize + 2 * SCALE_BYTES
         return self.row_numbers * self.dtype.itemsize
 
     @property

@@ -21,6 +21,7 @@ from specontext.engine.windows import WindowedStep
 from specontext.kernels.latents import Latents
 from specontext.kernels.paged_attention import paged_attention
 from specontext.kernels.softmax import PLAIN, Softmax, with_sinks
+from specontext.kernels.spans import vectors_in
 from specontext.kernels.sparse_attention import merge_partials, sparse_attention
 from specontext.kernels.tables import NewTokens
 from specontext.kv.cache import KVCache
@@ -331,7 +332,8 @@ class Step:
             return paged_attention(query, home.by_page(layer), pages, lengths, scale, cap, tile=self.tile)
         # The token itself is on its way to the host, and stands beside the tiles.
         stored = transfers.as_stored(layer, key, value)
-        own = torch.stack(stored[: transfers.tiers.tokens.rows.shape[1]], dim=2).flatten(0, 1)  # of a latent one, which is both
+        vectors = vectors_in(transfers.tiers.tokens.rows, key.shape[-1])  # of a latent one, which is both
+        own = torch.stack(stored[:vectors], dim=2).flatten(0, 1)
         place = torch.arange(len(own), device=own.device).view(*key.shape[:2], 1)
         parts = [sparse_attention(query, own, place, scale, cap)]
         assert self.staging is not None and lane.read is not None

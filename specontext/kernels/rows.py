@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specontext.kernels.dispatch import operation, scratch
 from specontext.kernels.quantised_rows import dequantise, dequantised, quantise
-from specontext.kernels.spans import CODES, read_rows, row_size, write_rows
+from specontext.kernels.spans import CODES, read_rows, row_size, vectors_in, write_rows
 from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers, is_quantised, word_of
 
 CACHED_BYTES = 1 << 22  # that a CPU reads and then writes: they stay in its cache, and its threads have enough to share
@@ -126,7 +126,7 @@ def _numbers(
 @operation(decided_by="new.key")
 def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
     """Write K and V of new tokens into the pages of one layer, quantised where those are."""
-    _append(pages, layer, new.seats, new.positions, torch.stack((new.key, new.value)[: pages.rows.shape[1]], dim=2))
+    _append(pages, layer, new.seats, new.positions, _vectors(pages.rows, new))
 
 
 @operation(decided_by="new.key")
@@ -140,7 +140,7 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     Args:
         to_host: False writes the slots of an offloaded layer only: the host's rows follow for all layers at once.
     """
-    numbers = torch.stack((new.key, new.value)[: tiers.tokens.rows.shape[1]], dim=2)  # of a latent one part, which is both
+    numbers = _vectors(tiers.tokens.rows, new)
     if bool(tiers.resident[layer]):
         return _append(tiers.tokens, layer, new.seats, new.positions, numbers)
     if is_quantised(tiers.host.rows):
@@ -201,9 +201,11 @@ def append_keys(keys: Tensor, table: Tensor, seats: Tensor, positions: Tensor, n
 
 
 def row_of(key: Tensor, value: Tensor, pool: Tensor) -> Tensor:
-    """K and V [T, Hkv, D] as rows of a pool: [T, Hkv, 2, D], latents [T, Hkv, 1, D], or quantised [T, Hkv, 2 * D + 4]."""
+    """K and V [T, Hkv, D] as rows of a pool: [T, Hkv, 2, D], latents [T, Hkv, 1, D], or quantised [T, Hkv, 2 * D + 4] or
+    [T, Hkv, D + 4]."""
     if is_quantised(pool):
-        return quantise_tokens(key, value, pool.dtype)
+        rows, dim = quantise_tokens(key, value, pool.dtype), key.shape[-1]
+        return rows if vectors_in(pool, dim) == 2 else torch.cat((rows[..., :dim], rows[..., 2 * dim :]), dim=-1)
     return torch.stack((key, value)[: pool.shape[1]], dim=-2).to(pool.dtype)
 
 
@@ -231,6 +233,11 @@ def ring_slots(positions: Tensor, lengths: Tensor, sink: int, recent: int) -> Te
 def fixed_slots(positions: Tensor, sink: int, recent: int) -> Tensor:
     """The slot that a position has as a sink or in the ring; negative positions stay as they are."""
     return torch.where(positions < sink, positions, sink + positions % recent)
+
+
+def _vectors(pool: Tensor, new: NewTokens) -> Tensor:
+    """K and V of new tokens [T, Hkv, 2, D] for rows of a pool; of a latent one alone, which is both."""
+    return torch.stack((new.key, new.value)[: vectors_in(pool, new.key.shape[-1])], dim=2)
 
 
 def _append(pages: Pages, layer: int, seats: Tensor, entries: Tensor, numbers: Tensor) -> None:
