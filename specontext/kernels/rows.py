@@ -126,7 +126,9 @@ def _numbers(
 @operation(decided_by="new.key")
 def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
     """Write K and V of new tokens into the pages of one layer, quantised where those are."""
-    _append(pages, layer, new.seats, new.positions, _vectors(pages.rows, new))
+    rows = pages.rows
+    vectors = vectors_in(rows, new.key.shape[-1]) if rows.dtype in CODES else rows.shape[1]  # of a latent one, which is both
+    _append(pages, layer, new.seats, new.positions, torch.stack((new.key, new.value)[:vectors], dim=2))
 
 
 @operation(decided_by="new.key")
@@ -140,7 +142,9 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     Args:
         to_host: False writes the slots of an offloaded layer only: the host's rows follow for all layers at once.
     """
-    numbers = _vectors(tiers.tokens.rows, new)
+    rows = tiers.tokens.rows
+    vectors = vectors_in(rows, new.key.shape[-1]) if rows.dtype in CODES else rows.shape[1]  # of a latent one, which is both
+    numbers = torch.stack((new.key, new.value)[:vectors], dim=2)
     if bool(tiers.resident[layer]):
         return _append(tiers.tokens, layer, new.seats, new.positions, numbers)
     if is_quantised(tiers.host.rows):
@@ -233,11 +237,6 @@ def ring_slots(positions: Tensor, lengths: Tensor, sink: int, recent: int) -> Te
 def fixed_slots(positions: Tensor, sink: int, recent: int) -> Tensor:
     """The slot that a position has as a sink or in the ring; negative positions stay as they are."""
     return torch.where(positions < sink, positions, sink + positions % recent)
-
-
-def _vectors(pool: Tensor, new: NewTokens) -> Tensor:
-    """K and V of new tokens [T, Hkv, 2, D] for rows of a pool; of a latent one alone, which is both."""
-    return torch.stack((new.key, new.value)[: vectors_in(pool, new.key.shape[-1])], dim=2)
 
 
 def _append(pages: Pages, layer: int, seats: Tensor, entries: Tensor, numbers: Tensor) -> None:
