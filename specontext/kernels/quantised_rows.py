@@ -1,11 +1,11 @@
 """Rows of KV in 8 bits: how numbers become codes with a scale, and codes numbers.
 
-A row of a pool is [2, D] numbers in the model's format; or 2 * D + 4 bytes, and the pool's number format is that of the codes:
+A row is [2, D] numbers in the model's format; or 2 * D + 4 bytes, and the number format is that of the codes:
 
     codes of K, D | codes of V, D | scale of K, bfloat16 | scale of V, bfloat16            260 bytes at D = 128
     codes of a latent, D | its scale | its scale                                           580 bytes at D = 576
 
-The scales are in the row, because another random read costs as much as the row. A number is its code times the scale. Of int8 the
+In a pool the codes of a page lie before its scales (`spans.py`). A number is its code times the scale. Of int8 the
 scale is the greatest magnitude over 127. float8_e4m3 has a mantissa of three bits wherever the scale puts a number, and a key
 loses mostly what its few greatest numbers lose; so of `SCALES_TRIED` scales that divide an octave the one is taken whose greatest
 error is least. Of a key or value that is not finite the scale is no number, and so is all that is read.

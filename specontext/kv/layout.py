@@ -1,7 +1,7 @@
 """How KV lies in pages: what a row is made of, which layers keep what, and where the rows of both tiers are.
 
     row     one token (or slot) of one KV head of one layer: its parts one after the other, [K|V, D], or codes and scales of both,
-            or one latent [1, D], which is key and value at once
+            or one latent [1, D], which is key and value at once; of rows in 8 bits a page has all codes, and then all scales
     entry   the rows of all KV heads of a token (or slot)
     page    `page_size` entries: of one layer on the device, of a block of neighbouring layers on the host
     piece   the rows of one token and KV head in the layers of a block, side by side

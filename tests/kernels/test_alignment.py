@@ -63,6 +63,15 @@ for name, span in (("to slots", PAGE * HEADS), ("to a buffer", 1)):
 for kind in (1, 2):
     found[f"loads as numbers {kind}"] = copies(pieces.codes_tile(held, pieces.TILE_BYTES), {"target": "*bf16"}, kind, 0)
 
+# Rows that follow each other: of new tokens as a chunk has them, and of a tile, each by itself.
+words = {"pool": "*i32", "new": "*i32", "target": "*i32", "wanted": "*u8", "seats": "*i64", "positions": "*i64"}
+for dim in (DIM, 18):
+    tile = pieces.row_tile(torch.empty(1, 1, 2 * dim + 4, dtype=torch.int8), pieces.TILE_BYTES)
+    shape = {"PAGE": PAGE, "HEADS": HEADS, "WIDTH": tile.width, "BLOCK": tile.block, "REST": tile.rest}
+    found[f"chunk {dim}"] = widths(pieces._append_pieces, words, PLACES=8, PLACES_PAD=8, PIECES=tile.rows // 8,
+        SPAN=PAGE * HEADS * 8, STAGES=pieces.STAGES, **shape)
+    found[f"tile {dim}"] = widths(rows._gather_tokens, words, PLACES=1, ROWS=16, SPAN=PAGE * HEADS, **shape)[0]
+
 read = {"query_ptr": "*bf16", "arena_ptr": "*fp8e4nv", "words_ptr": "*i32", "index_ptr": "*i32", "lengths_ptr": "*i64"}
 read |= {"output_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32", "cap_log2": "fp32"}
 for name, span in (("read", PAGE * HEADS), ("read by themselves", 1)):
@@ -93,7 +102,12 @@ def test_codes_in_spans_cross_a_bus_and_come_to_attention_by_16_bytes(found: dic
     assert load == 16 and "v4.b32" in stores
     assert found["to a buffer"][1] == 16 and found["loads as numbers 1"][1] == found["loads as numbers 2"][1] == 16
     assert found["read"] == 16
-    assert "v4.b32" in found["append"][1] and "v4.b32" in found["append to pages"][1] and "v4.b32" in found["to numbers"]
+    assert (
+        "v4.b32" in found["chunk 128"][0]
+        and "v4.b32" in found["append"][1]
+        and "v4.b32" in found["append to pages"][1]
+        and "v4.b32" in found["to numbers"]
+    )
     assert all("v4.b32" in stores for stores in found["append latents"])
 
 
@@ -101,3 +115,6 @@ def test_codes_of_rows_by_themselves_are_touched_by_4_bytes_at_most(found: dict[
     for stores in (found["append to pages"][0], found["to a buffer"][0]):
         assert stores and set(stores) <= {"b32", "b16", "b8"}
     assert found["read by themselves"] <= 4
+    assert found["chunk 128"][1] <= 8, "of their seats and positions"
+    for stores in (found["chunk 18"][0], found["tile 128"], found["tile 18"]):
+        assert stores and set(stores) <= {"b32", "b16", "b8"}

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from specontext.kernels.spans import span_of
 from specontext.kernels.triton.online_softmax import LN2, capped
-from specontext.kernels.triton.pieces import as_copied, scales_at
+from specontext.kernels.triton.pieces import as_copied, first_of, scales_at
 
 MOST_HEADS = 32  # of a tile: their sums stay in registers
 LEAST = 16  # what tensor cores want of every side
@@ -42,12 +42,7 @@ def _split(first, HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, MA
 @triton.jit
 def _first(row, DIM: tl.constexpr, SPAN: tl.constexpr):
     """Where a row begins: its numbers, or where SPAN is not 0 its codes."""
-    first = row * DIM
-    if SPAN:
-        first += row // SPAN * (4 * SPAN)
-    if SPAN == 1:  # Triton 3.6 takes rows that follow each other for aligned like the first of them
-        first = tl.multiple_of(first, 4)
-    return first
+    return 4 * first_of(row, DIM // 4, SPAN) if SPAN else row * DIM
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from specontext.kernels.triton.pieces import (
     as_copied,
     copy_pieces,
     copy_rows,
+    first_of,
     kind_of,
     number_of,
     row_tile,
@@ -270,9 +271,7 @@ def _write(
     mask = live[:, None] & (column < DIM)
     start = row * (PARTS * DIM)
     if KIND > 0:
-        start += row // SPAN * (4 * SPAN)
-        if SPAN == 1:  # Triton 3.6 takes rows that follow each other for aligned like the first of them
-            start = tl.multiple_of(start, 4)
+        start = 4 * first_of(row, PARTS * DIM // 4, SPAN)
     first = pool + start[:, None] + column
     tl.store(first, key.to(pool.dtype.element_ty), mask=mask)
     if PARTS == 2:  # a latent is both

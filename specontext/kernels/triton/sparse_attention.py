@@ -26,7 +26,7 @@ from specontext.kernels.spans import span_of, vectors_in
 from specontext.kernels.tables import is_quantised
 from specontext.kernels.triton import latent_attention
 from specontext.kernels.triton.online_softmax import LN2, capped
-from specontext.kernels.triton.pieces import scales_at
+from specontext.kernels.triton.pieces import first_of, scales_at
 
 PROCESSORS = 132  # of an H100 or H200; stands in for devices that are none
 WAVES = 2  # programs a processor, about as many as it can hold at once
@@ -36,12 +36,7 @@ LEAST_ROWS = 32  # entries of the smallest split
 @triton.jit
 def first_code(row, DIM: tl.constexpr, SPAN: tl.constexpr):
     """Where a row begins: its numbers, or where SPAN is not 0 its codes; see `specontext.kernels.spans`."""
-    first = row * (2 * DIM)
-    if SPAN:
-        first += row // SPAN * (4 * SPAN)
-    if SPAN == 1:  # Triton 3.6 takes rows that follow each other for aligned like the first of them
-        first = tl.multiple_of(first, 4)
-    return first
+    return 4 * first_of(row, DIM // 2, SPAN) if SPAN else row * (2 * DIM)
 
 
 @triton.jit
