@@ -36,10 +36,11 @@ def widths(kernel, kinds=KINDS, **constants):
     )
     code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3}).asm["ptx"]
     loads = re.findall(r"cp[.]async[.]c[ag][.]shared[.]global[^;]*?, (0x[0-9a-f]+),", code)
-    return sorted(set(re.findall(r"st[.]global[.]([a-z0-9.]+)", code))), max(int(x, 16) for x in loads) if loads else 0
+    by_byte = len(re.findall(r"ld[.]shared[.][bsu]8", code))
+    return sorted(set(re.findall(r"st[.]global[.]([a-z0-9.]+)", code))), max(int(x, 16) for x in loads) if loads else 0, by_byte
 
 PAGE, HEADS, DIM = 16, 8, 128
-sizes = {"PAGE": PAGE, "PLACES": 8, "HEADS": HEADS, "DIM": DIM, "BLOCK": DIM, "ROWS": 16, "KIND": 1}
+sizes = {"PAGE": PAGE, "PLACES": 8, "HEADS": HEADS, "DIM": DIM, "BLOCK": DIM, "ROWS": 16, "KIND": 1, "PARTS": 2}
 tier, found = {"TO_HOST": 1, **sizes}, {}
 found["append"] = [widths(rows._append_to_tier, ARENA_KIND=1, SPAN=n * 8, ARENA_SPAN=n, **tier)[0] for n in (1, PAGE * HEADS)]
 found["append to pages"] = [widths(rows._append_to_pages, SPAN=n, **sizes)[0] for n in (1, PAGE * HEADS * 8)]
@@ -63,11 +64,27 @@ for name, span in (("to slots", PAGE * HEADS), ("to a buffer", 1)):
 for kind in (1, 2):
     found[f"loads as numbers {kind}"] = copies(pieces.codes_tile(held, pieces.TILE_BYTES), {"target": "*bf16"}, kind, 0)
 
+# Rows that follow each other: of new tokens as a chunk has them, and of a tile, each by itself.
+words = {"pool": "*i32", "new": "*i32", "target": "*i32", "wanted": "*u8", "seats": "*i64", "positions": "*i64"}
+for dim in (DIM, 18):
+    tile = pieces.row_tile(torch.empty(1, 1, 2 * dim + 4, dtype=torch.int8), pieces.TILE_BYTES)
+    shape = {"PAGE": PAGE, "HEADS": HEADS, "WIDTH": tile.width, "BLOCK": tile.block, "REST": tile.rest}
+    found[f"chunk {dim}"] = widths(pieces._append_pieces, words, PLACES=8, PLACES_PAD=8, PIECES=tile.rows // 8,
+        SPAN=PAGE * HEADS * 8, STAGES=pieces.STAGES, **shape)
+    found[f"tile {dim}"] = widths(rows._gather_tokens, words, PLACES=1, ROWS=16, SPAN=PAGE * HEADS, **shape)[0]
+
 read = {"query_ptr": "*bf16", "arena_ptr": "*fp8e4nv", "words_ptr": "*i32", "index_ptr": "*i32", "lengths_ptr": "*i64"}
 read |= {"output_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32", "cap_log2": "fp32"}
 for name, span in (("read", PAGE * HEADS), ("read by themselves", 1)):
     found[name] = widths(sparse_attention._attend, read, GROUP=4, GROUP_PAD=16, DIM=DIM, DIM_PAD=DIM, BLOCK=64, PAGE_SIZE=0,
-        FORMAT=triton.language.bfloat16, DOT=True, SPAN=span, FINAL=False, CAPPED=False)[1]
+        FORMAT=triton.language.bfloat16, DOT=True, SPAN=span, FINAL=False, CAPPED=False)[1:]
+
+latent = {"HEADS": 1, "DIM": 576, "BLOCK": 1024, "ROWS": 4, "PARTS": 1}  # of DeepSeek's models
+found["append latents"] = [
+    widths(rows._append_to_tier, ARENA_KIND=1, SPAN=PAGE * 8, ARENA_SPAN=PAGE, **tier | latent)[0],
+    widths(rows._append_to_tier, to_numbers, ARENA_KIND=0, SPAN=PAGE * 8, ARENA_SPAN=0, **tier | latent)[0],
+    widths(rows._append_to_pages, SPAN=PAGE, **sizes | latent)[0],
+]
 print(json.dumps(found))
 """
 
@@ -82,14 +99,23 @@ def found() -> dict[str, Any]:
 
 
 def test_codes_in_spans_cross_a_bus_and_come_to_attention_by_16_bytes(found: dict[str, Any]) -> None:
-    stores, load = found["to slots"]
+    stores, load, _ = found["to slots"]
     assert load == 16 and "v4.b32" in stores
     assert found["to a buffer"][1] == 16 and found["loads as numbers 1"][1] == found["loads as numbers 2"][1] == 16
-    assert found["read"] == 16
-    assert "v4.b32" in found["append"][1] and "v4.b32" in found["append to pages"][1] and "v4.b32" in found["to numbers"]
+    assert found["read"] == [16, 0], "and values are laid out for products as numbers, not byte by byte"
+    assert (
+        "v4.b32" in found["chunk 128"][0]
+        and "v4.b32" in found["append"][1]
+        and "v4.b32" in found["append to pages"][1]
+        and "v4.b32" in found["to numbers"]
+    )
+    assert all("v4.b32" in stores for stores in found["append latents"])
 
 
 def test_codes_of_rows_by_themselves_are_touched_by_4_bytes_at_most(found: dict[str, Any]) -> None:
     for stores in (found["append to pages"][0], found["to a buffer"][0]):
         assert stores and set(stores) <= {"b32", "b16", "b8"}
-    assert found["read by themselves"] <= 4
+    assert found["read by themselves"][0] <= 4
+    assert found["chunk 128"][1] <= 8, "of their seats and positions"
+    for stores in (found["chunk 18"][0], found["tile 128"], found["tile 18"]):
+        assert stores and set(stores) <= {"b32", "b16", "b8"}

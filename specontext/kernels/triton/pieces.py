@@ -194,8 +194,8 @@ def as_copied(rows: Tensor) -> Tensor:
 def first_of(row, WIDTH: tl.constexpr, SPAN: tl.constexpr):
     """Where a row begins: its numbers, or where SPAN is not 0 its codes (WIDTH words); see `specontext.kernels.spans`."""
     first = row * WIDTH
-    if SPAN:
-        first += row // SPAN * SPAN
+    if SPAN:  # Triton 3.6 takes rows that follow each other for aligned like the first of them, if it is not told
+        first = tl.multiple_of(first + row // SPAN * SPAN, 4 if WIDTH % 4 == 0 and SPAN % 4 == 0 else 1)
     return first
 
 

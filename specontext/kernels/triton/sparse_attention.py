@@ -4,7 +4,7 @@ A program takes one split of the entries of one (request, KV head) and all query
 however many heads share it. A second kernel merges the splits by their log-sum-exp; nothing is added atomically, so
 results are reproducible.
 
-Rows in 8 bits are dequantised as they are read: keys by a factor of their logits, values number by number.
+Rows in 8 bits are dequantised as they are read: keys by a factor of their logits, values by one of their weights.
 
 Bytes: 2 * D * itemsize a row, or 2 * D + 4 in 8 bits; the index (8 or 4, once a row; a page table is read once a page), and for
 every split 4 * (D + 1) written and read again for each query head.
@@ -22,26 +22,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specontext.kernels.spans import span_of
-from specontext.kernels.tables import holds_latents, is_quantised
+from specontext.kernels.spans import span_of, vectors_in
+from specontext.kernels.tables import is_quantised
 from specontext.kernels.triton import latent_attention
 from specontext.kernels.triton.online_softmax import LN2, capped
-from specontext.kernels.triton.pieces import scales_at
+from specontext.kernels.triton.pieces import first_of, scales_at
 
 PROCESSORS = 132  # of an H100 or H200; stands in for devices that are none
 WAVES = 2  # programs a processor, about as many as it can hold at once
 LEAST_ROWS = 32  # entries of the smallest split
+FLOAT16, BFLOAT16 = tl.constexpr(tl.float16), tl.constexpr(tl.bfloat16)
 
 
 @triton.jit
 def first_code(row, DIM: tl.constexpr, SPAN: tl.constexpr):
     """Where a row begins: its numbers, or where SPAN is not 0 its codes; see `specontext.kernels.spans`."""
-    first = row * (2 * DIM)
-    if SPAN:
-        first += row // SPAN * (4 * SPAN)
-    if SPAN == 1:  # Triton 3.6 takes rows that follow each other for aligned like the first of them
-        first = tl.multiple_of(first, 4)
-    return first
+    return 4 * first_of(row, DIM // 2, SPAN) if SPAN else row * (2 * DIM)
 
 
 @triton.jit
@@ -49,6 +45,14 @@ def scales_of(words, row, present, DIM: tl.constexpr, SPAN: tl.constexpr):
     """Scales of K and V of rows in 8 bits, float32: four bytes are both, in bfloat16."""
     both = tl.load(words + scales_at(row, DIM // 2, SPAN), mask=present, other=0)
     return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def settled(numbers):
+    """Numbers in bfloat16, which are made of codes before they are laid out for a product, and not after it: a matrix of numbers
+    is laid out by instructions of its own, one of codes byte by byte. The interpreter does not multiply bfloat16 and never comes
+    here."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], dtype=tl.bfloat16, is_pure=False, pack=2)
 
 
 @triton.jit(do_not_specialize=["width", "splits"])
@@ -119,7 +123,10 @@ def _attend(
         if SPAN:
             key_scale, value_scale = scales_of(words_ptr, row, present, DIM, SPAN)
             factor = key_scale[None, :] * scale_log2
-            value = value * value_scale.to(FORMAT)[:, None]
+            if DOT and FORMAT == BFLOAT16:
+                value = settled(value)
+            if FORMAT == FLOAT16:  # which has no room for weights times scales
+                value = value * value_scale.to(FORMAT)[:, None]
         if DOT:
             logits = tl.dot(query, tl.trans(key), input_precision="ieee") * factor  # [GROUP_PAD, BLOCK]
         else:
@@ -132,6 +139,8 @@ def _attend(
         weights = tl.exp2(logits - base[:, None])
         keep = tl.exp2(top - base)
         total = total * keep + tl.sum(weights, 1)
+        if SPAN and FORMAT != FLOAT16:
+            weights *= value_scale[None, :]
         if DOT:
             acc = acc * keep[:, None] + tl.dot(weights.to(FORMAT), value, input_precision="ieee")
         else:
@@ -226,7 +235,7 @@ def launch(
     query = query if query.stride(-1) == 1 else query.contiguous()
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty((requests, query_heads), dtype=torch.float32, device=query.device)
-    latents, group = holds_latents(arena), query_heads // kv_heads
+    latents, group = vectors_in(arena, head_dim) == 1, query_heads // kv_heads
     if splits is None:
         pairs = requests * (latent_attention.tiles(query) if latents else kv_heads)
         splits = choose_splits(pairs, width, query.device)
