@@ -16,6 +16,7 @@ from torch import Tensor
 from specontext.core import AllowedTokens, Request
 from specontext.engine.constraint import Constraint
 from specontext.engine.failures import Failures
+from specontext.kernels.token_masks import expanded
 
 _MOST_THREADS = 8
 _ALONE = 1 << 16  # words of masks that one thread writes: 16 requests with a vocabulary of 131,072
@@ -33,18 +34,25 @@ class Masks:
         self._threads: LLExecutor | None = None  # made when one is too slow
         self._beside: _Beside | None = None
         self._begun: list[tuple[Request, Constraint]] = []  # whose masks are being written beside the step
+        # What was begun before: most steps have the same.
+        self._last: tuple[list[tuple[Request, Constraint]], _Order] | None = None
         self._host = torch.empty((0, 0), dtype=torch.int32)
+        self._added: Tensor | None = None  # the same for logits on a CPU, float32 [rows, 32 * words]
 
     def begin(self, pairs: Iterable[tuple[Request, Constraint | None]]) -> None:
         """Have the masks of these requests written from now on, if it is the host that computes the step."""
         if self.device.type != "cpu":
             return
         self._settle()  # a step that failed may have left some
-        if following := _following(pairs):
-            self._beside = self._beside or _Beside()
-            self._beside.start(self._order([constraint for _, constraint in following]))
-            self._begun = following
+        self._begun = following = _following(pairs)
+        if not following:
+            self._last = None
+            return
+        self._beside = self._beside or _Beside()
+        if self._last is None or self._last[0] != following or self._last[1].marks:
+            self._last = following, self._order([constraint for _, constraint in following])
             self._allow(following)
+        self._beside.start(self._last[1])
 
     def fill(self, pairs: Iterable[tuple[Request, Constraint | None]], failures: Failures) -> None:
         """Have `Request.allowed` of every request say what may be its next token; those whose grammar fails are among the
@@ -52,6 +60,7 @@ class Masks:
         if following := self._begun:
             failed = self._settle()
         elif following := _following(pairs):
+            self._last = None
             failed = self._write([constraint for _, constraint in following])
             self._allow(following)
         else:
@@ -62,7 +71,8 @@ class Masks:
 
     def _allow(self, following: Sequence[tuple[Request, Constraint]]) -> None:
         # The end of the step awaits its sampling, and with it this copy, before these bits are written again.
-        masks = self._host[: len(following)].to(self.device, non_blocking=True)
+        count = len(following)
+        masks = self._host[:count].to(self.device, non_blocking=True) if self._added is None else self._added[:count]
         for row, (request, _) in enumerate(following):
             request.allowed = AllowedTokens(masks, row)
 
@@ -90,9 +100,10 @@ class Masks:
         count, words = len(following), following[0].mask_words
         if len(self._host) < count or self._host.shape[1] != words:
             self._host = torch.empty((count, words), dtype=torch.int32, pin_memory=self.device.type == "cuda")
+            self._added = torch.empty((count, 32 * words)) if self.device.type == "cpu" else None
         matchers = [(constraint.matcher, row) for row, constraint in enumerate(following)]
         marks = [(row, constraint.may_think) for row, constraint in enumerate(following) if constraint.may_think is not None]
-        return _Order(matchers, marks, self._host)
+        return _Order(matchers, marks, self._host[:count], self._added[:count] if self._added is not None else None)
 
 
 def _following(pairs: Iterable[tuple[Request, Constraint | None]]) -> list[tuple[Request, Constraint]]:
@@ -112,11 +123,14 @@ class _Order:
     Args:
         matchers: the library's, with the rows of their masks.
         marks: (row, token) of tokens that are allowed besides.
-        host: int32 [at least rows, words].
+        host: int32 [matchers, words].
+        added: float32 [matchers, 32 * words], to be written too; None for a GPU, which is given the bits.
     """
 
-    def __init__(self, matchers: list[tuple[LLMatcher, int]], marks: list[tuple[int, int]], host: Tensor) -> None:
-        self.matchers, self._marks, self._host = matchers, marks, host
+    def __init__(
+        self, matchers: list[tuple[LLMatcher, int]], marks: list[tuple[int, int]], host: Tensor, added: Tensor | None
+    ) -> None:
+        self.matchers, self.marks, self._host, self._added = matchers, marks, host, added
         self.address, self.num_bytes = host.data_ptr(), host.shape[1] * host.element_size()
 
     def compute(self, threads: LLExecutor) -> None:
@@ -125,9 +139,12 @@ class _Order:
 
     def finish(self) -> list[int]:
         """The rest, once they are computed; the rows of grammars that failed."""
-        bits = self._host.numpy().view(numpy.uint32) if self._marks else None
-        for row, token in self._marks:
-            bits[row, token // 32] |= numpy.uint32(1 << token % 32)
+        if self.marks:
+            bits = self._host.numpy().view(numpy.uint32)
+            for row, token in self.marks:
+                bits[row, token // 32] |= numpy.uint32(1 << token % 32)
+        if self._added is not None:
+            expanded(self._host, self._added)
         return [row for matcher, row in self.matchers if matcher.is_error()]
 
 

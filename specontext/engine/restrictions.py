@@ -12,7 +12,7 @@ from torch import Tensor
 from specontext.core import AllowedTokens, Request
 from specontext.engine.penalties import penalise, penalised
 from specontext.kernels.dispatch import upload
-from specontext.kernels.token_masks import mask_tokens
+from specontext.kernels.token_masks import mask_tokens, with_masks
 from specontext.sampling_params import SamplingParams
 
 
@@ -31,9 +31,13 @@ def restricted(raw: Tensor, requests: Sequence[Request], end_token_ids: Collecti
     with_penalties = [row for row, request in enumerate(requests) if penalised(request)]
     if not (masked or listed or forbidden or biased or with_penalties):
         return raw
-    adjusted = raw.clone()
-    if masked:
-        mask_tokens(adjusted, _masks([requests[row].allowed for row in masked]), masked)
+    masks = _masks([requests[row].allowed for row in masked]) if masked else None
+    if masks is not None and masks.is_floating_point():
+        adjusted = with_masks(raw, masks, masked)
+    else:
+        adjusted = raw.clone()
+        if masks is not None:
+            mask_tokens(adjusted, masks, masked)
     for row in listed:
         allowed = upload(requests[row].params.allowed_token_ids or (), torch.int64, raw.device)
         kept = adjusted[row, allowed]
@@ -52,7 +56,7 @@ def restricted(raw: Tensor, requests: Sequence[Request], end_token_ids: Collecti
 
 
 def _masks(allowed: Sequence[AllowedTokens | None]) -> Tensor:
-    """Masks int32 [M, words] of what grammars allow; all of a step stand in one tensor."""
+    """Masks [M, ..] of what grammars allow; all of a step stand in one tensor."""
     rows = [each.row for each in allowed if each is not None]
     assert allowed[0] is not None
     masks = allowed[0].masks

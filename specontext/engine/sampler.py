@@ -86,11 +86,11 @@ class Drawn:
         free = all(request.params.unrestricted for request in requests)
         adjusted = raw if free else restricted(raw, requests, end_token_ids)
         self.token_ids = adjusted.argmax(dim=1)  # the lowest id among equals
-        stuck = ~adjusted.gather(1, self.token_ids.unsqueeze(1)).squeeze(1).isfinite()
-        broken = ~raw.amax(dim=1).isfinite() if adjusted is not raw else stuck
+        best = adjusted.gather(1, self.token_ids.unsqueeze(1)).squeeze(1)
+        nothing, broken = best == -math.inf, ~(best < math.inf)  # what is no number is taken for the largest
         if not all(request.params.plain for request in requests):
             _sample_random_rows(adjusted, requests, self.token_ids)
-        found = torch.stack((self.token_ids, broken.long(), stuck.long()))
+        found = torch.stack((self.token_ids, broken.long(), nothing.long()))
         self._found = _on_its_way(found) if found.is_cuda else found
         self._ranked = [] if free else _ranked_tokens(raw, self.token_ids, requests)
         self._copied = torch.cuda.current_stream(found.device).record_event() if found.is_cuda else None
@@ -105,13 +105,16 @@ class Drawn:
         broken: list[str] = []
         stuck: list[str] = []
         for place, numbers in enumerate(zip(self.ready, *self._found.tolist(), strict=True)):
-            (row, request), token, is_broken, is_stuck = numbers
+            (row, request), token, is_broken, nothing = numbers
             if request.finish_reason is not None:
                 continue
-            if is_broken or is_stuck:
-                (broken if is_broken else stuck).append(request.request_id)
+            table = tables.get(place)
+            if is_broken or (table is not None and math.isnan(table[token])):
+                broken.append(request.request_id)
+            elif nothing:
+                (broken if request.params.unrestricted else stuck).append(request.request_id)
             else:
-                found.append(NextToken(row, request, token, tables.get(place)))
+                found.append(NextToken(row, request, token, table))
         for error, names in ((LogitsError, broken), (NoTokenLeftError, stuck)):
             if names:
                 failures.add(error(names), *names)
