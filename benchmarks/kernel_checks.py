@@ -11,7 +11,7 @@ from kernel_case import PAGE_SIZE
 from measure import Call
 from torch import Tensor
 
-from specontext.kernels.quantised_rows import dequantised
+from specontext.kernels.quantised_rows import SCALES, dequantised
 from specontext.kernels.spans import CODES, read_rows
 from specontext.kernels.tables import is_quantised
 
@@ -78,7 +78,7 @@ def exact_attention(query: Tensor, rows: Tensor, scale: float) -> Tensor:
 def numbers_at(pool: Tensor, rows: Tensor) -> Tensor:
     """K and V [.., 2 or 1, D] of rows of a pool, dequantised where they are in 8 bits."""
     taken = read_rows(pool, rows)
-    return dequantised(taken, torch.empty(0)) if is_quantised(taken) else taken
+    return dequantised(taken, torch.empty(0, 2, (taken.shape[-1] - SCALES) // 2)) if is_quantised(taken) else taken
 
 
 def row_numbers(pages: Tensor, entries: Tensor, kv_heads: int) -> Tensor:

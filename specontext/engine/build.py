@@ -37,7 +37,7 @@ from specontext.kv.layout import Layout
 from specontext.kv.pool import PagePool, make_pools
 from specontext.kv.rings import Rings
 from specontext.kv.states import SeatStates
-from specontext.memory.facts import NO_HEAD, ModelFacts, feed_forward_width
+from specontext.memory.facts import NO_HEAD, ModelFacts, feed_forward_width, other_tables
 from specontext.memory.learning import LearnedClock
 from specontext.memory.model import MemoryModel, RunSettings, fitting_step, measured_model, staged_bytes
 from specontext.memory.probe import machine_speed
@@ -190,13 +190,13 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
             graphs = graph_bytes(
                 config.max_num_seqs,
                 spans,
-                layers=shape.layers,
+                layers=shape.depth,
                 vocab_size=shape.vocab_size,
                 itemsize=shape.dtype.itemsize,
             )
             if in_pieces(shape) and ranks is None:
                 longest = min(tokens.alone, max_tokens)
-                graphs += piece_bytes(longest, layers=shape.layers, runtime=runtime, step_tokens=tokens.alone)
+                graphs += piece_bytes(longest, layers=shape.depth, runtime=runtime, step_tokens=tokens.alone)
     plan = measured_model(
         facts,
         run,
@@ -254,6 +254,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         state=block_state(methods, config.page_size),
         rings=rings,
         states=states,
+        read_order=shape.read_order or None,
     )
     meter = Meter(
         shape,
@@ -286,7 +287,7 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
     assert isinstance(table, Tensor)
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is table
-    lookup = table.numel() - (outputs_read(output) if tied else 0)
+    lookup = table.numel() - (outputs_read(output) if tied else 0) + other_tables(model)
     intermediate = feed_forward_width(model.config, loaded.shape)
     if loaded.ranks is not None:
         intermediate //= loaded.ranks.share.size

@@ -117,15 +117,38 @@ class Cutter:
     def __init__(self, positions: Tensor, places: Places, cut: Callable[[Attention, tuple[Tensor, ...]], None]) -> None:
         self.positions, self._places, self._cut = positions, places, cut
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softmax: Softmax = PLAIN,
+        *,
+        stored: bool = False,
+    ) -> Tensor:
         """See `LayerAttention.attend`."""
-        return self._end(lambda step, q, k, v: step.attend(layer, q, k, v, scale, softmax), query, key, value)
+        return self._end(lambda step, q, k, v: step.attend(layer, q, k, v, scale, softmax, stored=stored), query, key, value)
 
     def attend_window(
-        self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
+        self,
+        layer: int,
+        window: Window,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softmax: Softmax = PLAIN,
+        *,
+        stored: bool = False,
     ) -> Tensor:
         """See `LayerAttention.attend_window`."""
-        return self._end(lambda step, q, k, v: step.attend_window(layer, window, q, k, v, scale, softmax), query, key, value)
+
+        def attention(step: LayerAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return step.attend_window(layer, window, q, k, v, scale, softmax, stored=stored)
+
+        return self._end(attention, query, key, value)
 
     def _end(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         of = self._places.of

@@ -36,7 +36,7 @@ def attention_logits_reference(query: Tensor, arena: Tensor, rows: Tensor, scale
     kv_heads, width = rows.shape[1:]
     read = arena if is_quantised(arena) else arena[:, :1]
     read = read_rows(read, rows.clamp(min=0).flatten())
-    keys = keys_of(read, torch.float32).view(requests, kv_heads, width, head_dim)
+    keys = keys_of(read, head_dim, torch.float32).view(requests, kv_heads, width, head_dim)
     grouped = query.float().reshape(requests, kv_heads, query_heads // kv_heads, head_dim) * scale
     logits = grouped @ keys.float().mT
     return logits.masked_fill_((rows < 0)[:, :, None], -torch.inf).view(requests, query_heads, width)

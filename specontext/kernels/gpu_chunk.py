@@ -166,7 +166,7 @@ class GpuChunk:
 
     def add(self, tile: Tensor) -> None:
         """Attend to the rows [T, Hkv, *row] of T tokens, at least one, before the chunk; T of any strides."""
-        keys, values = map(_by_head, as_multiplied(tile, self._dtype).unbind(2))
+        keys, values = map(_by_head, as_multiplied(tile, self._parts[0].query.shape[-1], self._dtype).unbind(2))
         for part in self._parts:
             for start, stop in cuts(len(tile)) if part.regular else [(0, len(tile))]:
                 regular = self._regular if part.regular and stop - start >= KEYS else None

@@ -73,7 +73,7 @@ def paged_attention_reference(
                 chosen = chosen[counts[chosen] > 0]
             for part in parts_of(chosen, max(1, TILE_BYTES // (width * row_bytes))):
                 tokens = _tile_of_requests(rows, pages[part], counts[part], start, width)
-                tokens = as_multiplied(tokens, query.dtype)
+                tokens = as_multiplied(tokens, head_dim, query.dtype)
                 tokens = tokens.transpose(1, 2)
                 keys, values = tokens.select(3, 0), tokens.select(3, -1)  # each [N, Hkv, T, D]
                 bias = bias_beyond(counts[part], width)

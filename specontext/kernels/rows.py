@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specontext.kernels.dispatch import operation, scratch
 from specontext.kernels.quantised_rows import dequantise, dequantised, quantise
-from specontext.kernels.spans import CODES, read_rows, row_size, write_rows
+from specontext.kernels.spans import CODES, read_rows, row_size, vectors_in, write_rows
 from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers, is_quantised, word_of
 
 CACHED_BYTES = 1 << 22  # that a CPU reads and then writes: they stay in its cache, and its threads have enough to share
@@ -126,7 +126,9 @@ def _numbers(
 @operation(decided_by="new.key")
 def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
     """Write K and V of new tokens into the pages of one layer, quantised where those are."""
-    _append(pages, layer, new.seats, new.positions, torch.stack((new.key, new.value)[: pages.rows.shape[1]], dim=2))
+    rows = pages.rows
+    vectors = vectors_in(rows, new.key.shape[-1]) if rows.dtype in CODES else rows.shape[1]  # of a latent one, which is both
+    _append(pages, layer, new.seats, new.positions, torch.stack((new.key, new.value)[:vectors], dim=2))
 
 
 @operation(decided_by="new.key")
@@ -140,7 +142,9 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     Args:
         to_host: False writes the slots of an offloaded layer only: the host's rows follow for all layers at once.
     """
-    numbers = torch.stack((new.key, new.value)[: tiers.tokens.rows.shape[1]], dim=2)  # of a latent one part, which is both
+    rows = tiers.tokens.rows
+    vectors = vectors_in(rows, new.key.shape[-1]) if rows.dtype in CODES else rows.shape[1]  # of a latent one, which is both
+    numbers = torch.stack((new.key, new.value)[:vectors], dim=2)
     if bool(tiers.resident[layer]):
         return _append(tiers.tokens, layer, new.seats, new.positions, numbers)
     if is_quantised(tiers.host.rows):
@@ -201,9 +205,11 @@ def append_keys(keys: Tensor, table: Tensor, seats: Tensor, positions: Tensor, n
 
 
 def row_of(key: Tensor, value: Tensor, pool: Tensor) -> Tensor:
-    """K and V [T, Hkv, D] as rows of a pool: [T, Hkv, 2, D], latents [T, Hkv, 1, D], or quantised [T, Hkv, 2 * D + 4]."""
+    """K and V [T, Hkv, D] as rows of a pool: [T, Hkv, 2, D], latents [T, Hkv, 1, D], or quantised [T, Hkv, 2 * D + 4] or
+    [T, Hkv, D + 4]."""
     if is_quantised(pool):
-        return quantise_tokens(key, value, pool.dtype)
+        rows, dim = quantise_tokens(key, value, pool.dtype), key.shape[-1]
+        return rows if vectors_in(pool, dim) == 2 else torch.cat((rows[..., :dim], rows[..., 2 * dim :]), dim=-1)
     return torch.stack((key, value)[: pool.shape[1]], dim=-2).to(pool.dtype)
 
 

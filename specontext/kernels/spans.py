@@ -6,7 +6,8 @@ A pool's spans are its pages. Rows of 2 * D + 4 bytes one after the other would 
 and cross a bus in small requests. So the codes of a piece are read by 16 bytes, in whole lines of 128, and its scales in one more
 request. Rows that stand for themselves, [..., 2 * D + 4], are spans of one row: buffers have them, and `read_rows` makes them.
 
-A pool of numbers [N, *row] has no spans; what is said of one of 8 bits holds for it with the rows as they are.
+A row of latents, each of which is key and value at once, has D + 4 bytes: one vector, and its scale twice. `vectors_in` tells
+which rows are. A pool of numbers [N, *row] has no spans; what is said of one of 8 bits holds for it with the rows as they are.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ def span_of(pool: Tensor) -> int:
     if pool.dtype not in CODES:
         return 0
     return pool.shape[1] if pool.dim() == 3 else 1
+
+
+def vectors_in(rows: Tensor, dim: int) -> int:
+    """Vectors of `dim` numbers in a row of a pool, or in rows [..., *row]: 2, a key and a value, or a latent alone."""
+    return (rows.shape[-1] - 4 * SCALE_WORDS) // dim if rows.dtype in CODES else rows.shape[-2]
 
 
 def row_size(pool: Tensor) -> tuple[int, ...]:

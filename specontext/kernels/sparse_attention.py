@@ -50,7 +50,7 @@ def sparse_attention(query: Tensor, arena: Tensor, rows: Tensor, scale: float, c
                 gathered = read_rows(arena, index, buffer)
             else:
                 gathered = torch.index_select(flat, 0, index, out=buffer).view(-1, *arena.shape[1:])
-            tokens = as_multiplied(gathered, query.dtype)
+            tokens = as_multiplied(gathered, head_dim, query.dtype)
             tokens = tokens.view(-1, 1, most, *tokens.shape[-2:])
             keys, values = tokens.select(3, 0), tokens.select(3, -1)
             queries = grouped[part].float() if tokens.dtype == torch.float32 else grouped[part]

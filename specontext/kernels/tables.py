@@ -5,6 +5,7 @@ Row numbers of KV are made here, by `Pages`, and in `triton/slot_plan.py` by `pi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,13 +21,13 @@ def is_quantised(rows: Tensor) -> bool:
 
 
 def holds_latents(rows: Tensor) -> bool:
-    """Whether a row of a pool is one vector, which is key and value at once."""
+    """Whether a row of a pool of numbers is one vector, which is key and value at once; of codes `spans.vectors_in` says it."""
     return rows.dim() == 3 and rows.shape[1] == 1 and not is_quantised(rows)
 
 
 def word_of(rows: Tensor) -> torch.dtype:
     """The widest number format that divides a row of a pool [N, ...]."""
-    row_bytes = rows[:1].nbytes
+    row_bytes = math.prod(rows.shape[1:]) * rows.itemsize  # also where there are none
     return next((w for w in (torch.complex128, torch.int64, torch.int32) if row_bytes % w.itemsize == 0), rows.dtype)
 
 

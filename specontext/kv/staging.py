@@ -94,13 +94,17 @@ class Staging:
 
     Args:
         reads: in the order in which every layer reads them.
+        read_order: the layers one after another; by default each once.
     """
 
-    def __init__(self, transfers: Transfers, reads: Sequence[DenseRead]) -> None:
+    def __init__(self, transfers: Transfers, reads: Sequence[DenseRead], read_order: Sequence[int] | None = None) -> None:
         self._transfers = transfers
-        layers = [layer for layer in range(len(transfers.resident)) if not transfers.in_reach(layer)]
+        order = range(len(transfers.resident)) if read_order is None else read_order
+        layers = [layer for layer in order if not transfers.in_reach(layer)]
         self._order = [(layer, read, bounds) for layer in layers for read in reads for bounds in read.tiles]
-        self._place = {(layer, id(read), bounds): at for at, (layer, read, bounds) in enumerate(self._order)}
+        self._places: dict[tuple[int, int, tuple[int, int]], list[int]] = {}
+        for at, (layer, read, bounds) in enumerate(self._order):
+            self._places.setdefault((layer, id(read), bounds), []).append(at)
         host, device = transfers.tiers.host, transfers.tiers.resident.device
         most = max((read.tokens_at_once for read in reads), default=0) * host.heads
         # Of the host's numbers or codes: who reads them dequantises.
@@ -108,7 +112,7 @@ class Staging:
         self._copied: dict[tuple[int, tuple[int, int]], _Copied] = {}
         # Every layer lies in a buffer by itself.
         nought = torch.zeros_like(host.layers.lines)
-        self._places = Places(((0, 0),) * len(transfers.resident), nought, nought, 1)
+        self._alone = Places(((0, 0),) * len(transfers.resident), nought, nought, 1)
         self._turn = 0
         self._coming: tuple[int, Tensor, Mark] | None = None  # place, buffer, and when it is filled
         self._fetch(0)
@@ -117,10 +121,13 @@ class Staging:
         """The tiles of a read in an offloaded layer, each valid until the next one is asked for."""
         heads, requests = self._transfers.tiers.host.heads, len(read.seats)
         for start, stop in read.tiles:
-            buffer = self._take(self._place[layer, id(read), (start, stop)])
+            buffer = self._take(self._places[layer, id(read), (start, stop)])
             yield StagedTile(start, stop, buffer, (requests, stop - start, heads))
 
-    def _take(self, at: int) -> Tensor:
+    def _take(self, places: Sequence[int]) -> Tensor:
+        """The buffer of a tile that stands at these places of the order: the next of them, where there is one."""
+        coming = self._coming[0] if self._coming is not None else len(self._order)
+        at = next((place for place in places if place >= coming), places[-1])
         if self._coming is None or self._coming[0] != at:
             self._fetch(at)
         assert self._coming is not None
@@ -136,7 +143,7 @@ class Staging:
         layer, read, bounds = self._order[at]
         tile, buffer, transfers = self._tile(read, *bounds), self._buffers[self._turn], self._transfers
         host = replace(transfers.tiers.host, table=tile.table)
-        here = Pages(buffer, torch.zeros_like(tile.table[:1, :, :1]), ONE_PAGE, host.heads, self._places)
+        here = Pages(buffer, torch.zeros_like(tile.table[:1, :, :1]), ONE_PAGE, host.heads, self._alone)
         parts, resident = transfers.by_layer.of(layer), transfers.tiers.resident
         # Compute has been given all that reads this buffer's last tile.
         with transfers.beside(PREFETCH, buffer, here.table, host.table, *tile.copies.tensors):

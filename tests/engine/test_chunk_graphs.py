@@ -28,7 +28,7 @@ def pieces_of(llm: LLM) -> ChunksAsIfCaptured:
 
 
 @pytest.mark.parametrize("offload_layers", [0, 2, -1])
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "bands", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "bands", "windows", "sinks", "shared"])
 def test_tokens_are_those_of_whole_passes(
     kind: str, offload_layers: int, make_llm: MakeLLM, prompts: Any, greedy: Greedy, as_if_captured: Change
 ) -> None:

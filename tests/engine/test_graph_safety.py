@@ -123,7 +123,7 @@ def next_numbers(llm: LLM, size: int) -> Tensor:
     [
         *((family, "speculative") for family in ("llama", "bands", "windows", "conv", "latents")),
         ("llama", "streaming"),
-        pytest.param("delta", "speculative", marks=pytest.mark.slow),
+        *(pytest.param(family, "speculative", marks=pytest.mark.slow) for family in ("delta", "shared")),
     ],
 )  # random's scores are float64, which Triton's top-k is not for
 def test_a_padded_decode_step_never_waits_and_computes_the_same(

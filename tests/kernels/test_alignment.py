@@ -40,7 +40,7 @@ def widths(kernel, kinds=KINDS, **constants):
     return sorted(set(re.findall(r"st[.]global[.]([a-z0-9.]+)", code))), max(int(x, 16) for x in loads) if loads else 0, by_byte
 
 PAGE, HEADS, DIM = 16, 8, 128
-sizes = {"PAGE": PAGE, "PLACES": 8, "HEADS": HEADS, "DIM": DIM, "BLOCK": DIM, "ROWS": 16, "KIND": 1}
+sizes = {"PAGE": PAGE, "PLACES": 8, "HEADS": HEADS, "DIM": DIM, "BLOCK": DIM, "ROWS": 16, "KIND": 1, "PARTS": 2}
 tier, found = {"TO_HOST": 1, **sizes}, {}
 found["append"] = [widths(rows._append_to_tier, ARENA_KIND=1, SPAN=n * 8, ARENA_SPAN=n, **tier)[0] for n in (1, PAGE * HEADS)]
 found["append to pages"] = [widths(rows._append_to_pages, SPAN=n, **sizes)[0] for n in (1, PAGE * HEADS * 8)]
@@ -78,6 +78,13 @@ read |= {"output_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32", "cap_l
 for name, span in (("read", PAGE * HEADS), ("read by themselves", 1)):
     found[name] = widths(sparse_attention._attend, read, GROUP=4, GROUP_PAD=16, DIM=DIM, DIM_PAD=DIM, BLOCK=64, PAGE_SIZE=0,
         FORMAT=triton.language.bfloat16, DOT=True, SPAN=span, FINAL=False, CAPPED=False)[1:]
+
+latent = {"HEADS": 1, "DIM": 576, "BLOCK": 1024, "ROWS": 4, "PARTS": 1}  # of DeepSeek's models
+found["append latents"] = [
+    widths(rows._append_to_tier, ARENA_KIND=1, SPAN=PAGE * 8, ARENA_SPAN=PAGE, **tier | latent)[0],
+    widths(rows._append_to_tier, to_numbers, ARENA_KIND=0, SPAN=PAGE * 8, ARENA_SPAN=0, **tier | latent)[0],
+    widths(rows._append_to_pages, SPAN=PAGE, **sizes | latent)[0],
+]
 print(json.dumps(found))
 """
 
@@ -102,6 +109,7 @@ def test_codes_in_spans_cross_a_bus_and_come_to_attention_by_16_bytes(found: dic
         and "v4.b32" in found["append to pages"][1]
         and "v4.b32" in found["to numbers"]
     )
+    assert all("v4.b32" in stores for stores in found["append latents"])
 
 
 def test_codes_of_rows_by_themselves_are_touched_by_4_bytes_at_most(found: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ def test_a_row_keeps_its_numbers_to_the_precision_of_its_codes(dim: int, codes: 
     most = numbers.abs().amax(-1, keepdim=True)
     bound = most / 127 * 0.51 if codes == torch.int8 else numbers.abs() / 16 + most * 2.0**-17
     assert ((read - numbers).abs() <= bound).all()
-    assert torch.equal(keys_of(rows, torch.float32), read[:, 0])
+    assert torch.equal(keys_of(rows, dim, torch.float32), read[:, 0])
 
 
 @codes_of_all

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.engine.build import Parts, build_parts
-from specontext.kernels.quantised_rows import head_dim_of, quantise
+from specontext.kernels.quantised_rows import SCALES, quantise
 from specontext.kernels.spans import parts_of, row_bytes, span_of
 from specontext.kernels.tables import is_quantised
 from specontext.models.loading import LoadedModel
@@ -75,7 +75,8 @@ def fill(tensor: Tensor, block: int = 1 << 24) -> None:
     if is_quantised(tensor):
         parts = parts_of(tensor)
         count = max(1, min(len(parts[0]), block // (span_of(tensor) * row_bytes(tensor))))
-        rows = quantise(torch.randn(count, span_of(tensor), 2, head_dim_of(tensor)), tensor.dtype).to(tensor.device)
+        numbers = torch.randn(count, span_of(tensor), 1, row_bytes(tensor) - SCALES)  # whatever the vectors of a row are
+        rows = quantise(numbers, tensor.dtype).to(tensor.device)
         for part, some in zip(parts, rows.view(torch.int32).split([part.shape[2] for part in parts], dim=-1), strict=True):
             for start in range(0, len(part), count):
                 part[start : start + count] = some[: len(part) - start]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specontext.kernels.tables import holds_latents
+from specontext.kernels.spans import vectors_in
 from specontext.kernels.triton import latent_attention
 from specontext.kernels.triton.sparse_attention import first_code, scales_of, tile_shape, words_of
 
@@ -79,7 +79,7 @@ def attention_logits(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -
     query = query if query.stride(-1) == 1 else query.contiguous()
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     logits = torch.empty((requests, query_heads, width), dtype=torch.float32, device=query.device)
-    if holds_latents(arena):
+    if vectors_in(arena, query.shape[2]) == 1:
         latent_attention.attention_logits(query, arena, rows, scale, logits)
         return logits
     shape = tile_shape(query, arena, query_heads // kv_heads)

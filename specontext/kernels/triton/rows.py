@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from specontext.kernels.quantised_rows import LEAST, SCALES, SCALES_TRIED
-from specontext.kernels.spans import span_of
-from specontext.kernels.tables import NewTokens, Pages, Places, Tiers, holds_latents, is_quantised
+from specontext.kernels.spans import span_of, vectors_in
+from specontext.kernels.tables import NewTokens, Pages, Places, Tiers, is_quantised
 from specontext.kernels.triton.pieces import (
     FP8,
     INT8,
@@ -43,7 +43,6 @@ __all__ = [
 
 TILE_BYTES = 16384
 FEW_ROWS, QUANTISED_ROWS = 4096, 4  # up to so many new rows, which are quantised, a program writes a few
-LATENT = tl.constexpr(-1)  # numbers that are key and value at once: the key is written
 LEAST_MAGNITUDE, TRIED = tl.constexpr(LEAST), tl.constexpr(SCALES_TRIED)
 ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2^23: a small number that is added to it becomes an integer, ties to even
 ROUNDS_BITS = tl.constexpr(0x4B400000)
@@ -130,6 +129,7 @@ def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
         ROWS=rows,
         KIND=kind,
         SPAN=span_of(pages.rows),
+        PARTS=vectors_in(pages.rows, head_dim),
     )
 
 
@@ -177,6 +177,7 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
         SPAN=span_of(host.rows),
         ARENA_KIND=arena_kind,
         ARENA_SPAN=span_of(device.rows),
+        PARTS=vectors_in(host.rows, head_dim),
     )
 
 
@@ -230,9 +231,9 @@ def _append_tile(key: Tensor, *, quantised: bool) -> tuple[int, int]:
 
 
 def _as_written(rows: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Rows, the same memory by 4 bytes, and what they are made of: numbers, latents, or codes that are written as integers."""
+    """Rows, the same memory by 4 bytes, and what they are made of: numbers, or codes that are written as integers."""
     if not is_quantised(rows):
-        return rows, rows, LATENT.value if holds_latents(rows) else 0
+        return rows, rows, 0
     return rows.view(torch.int8), rows.view(torch.int32), kind_of(rows)
 
 
@@ -263,19 +264,20 @@ def _gather_tokens(
 
 @triton.jit
 def _write(
-    pool, words, row, key, value, scales, live, KIND: tl.constexpr, SPAN: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr
+    pool, words, row, key, value, scales, live,
+    KIND: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)[None, :]
     mask = live[:, None] & (column < DIM)
-    start = row * (DIM if KIND == LATENT else 2 * DIM)
+    start = row * (PARTS * DIM)
     if KIND > 0:
-        start = 4 * first_of(row, DIM // 2, SPAN)
+        start = 4 * first_of(row, PARTS * DIM // 4, SPAN)
     first = pool + start[:, None] + column
     tl.store(first, key.to(pool.dtype.element_ty), mask=mask)
-    if KIND != LATENT:
+    if PARTS == 2:  # a latent is both
         tl.store(first + DIM, value.to(pool.dtype.element_ty), mask=mask)
     if KIND > 0:
-        tl.store(words + scales_at(row, DIM // 2, SPAN), scales, mask=live)
+        tl.store(words + scales_at(row, PARTS * DIM // 4, SPAN), scales, mask=live)
 
 
 @triton.jit
@@ -326,12 +328,14 @@ def _codes(numbers, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rows(key, value, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _rows(key, value, KIND: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """K and V as they are written, and both scales as the last word of a row, which numbers do not have."""
     scales = 0
     if KIND > 0:
         key, key_scale = _codes(key, KIND, DIM, BLOCK)
-        value, value_scale = _codes(value, KIND, DIM, BLOCK)
+        value_scale = key_scale
+        if PARTS == 2:
+            value, value_scale = _codes(value, KIND, DIM, BLOCK)
         scales = value_scale | ((key_scale >> 16) & 0xFFFF)
     return key, value, scales
 
@@ -348,7 +352,7 @@ def _append_to_pages(
     pool, words, pages, seats, positions, key, value,
     count, page_width, key_token, key_head, value_token, value_head, place,
     PAGE: tl.constexpr, PLACES: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    KIND: tl.constexpr, SPAN: tl.constexpr,
+    KIND: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = at // HEADS, at % HEADS
@@ -357,9 +361,9 @@ def _append_to_pages(
     seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
     new_key = _read(key, token, head, key_token, key_head, live, DIM, BLOCK)
     new_value = _read(value, token, head, value_token, value_head, live, DIM, BLOCK)
-    new_key, new_value, scales = _rows(new_key, new_value, KIND, DIM, BLOCK)
+    new_key, new_value, scales = _rows(new_key, new_value, KIND, PARTS, DIM, BLOCK)
     row = piece_of(pages + seat * page_width, position, head, live, PAGE, HEADS) * PLACES + place
-    _write(pool, words, row, new_key, new_value, scales, live, KIND, SPAN, DIM, BLOCK)
+    _write(pool, words, row, new_key, new_value, scales, live, KIND, SPAN, PARTS, DIM, BLOCK)
 
 
 @triton.jit(do_not_specialize=["count", "host_width", "token_width", "slot_width", "sink", "recent", "place"])
@@ -369,6 +373,7 @@ def _append_to_tier(
     PAGE: tl.constexpr, PLACES: tl.constexpr, TO_HOST: tl.constexpr,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     KIND: tl.constexpr, SPAN: tl.constexpr, ARENA_KIND: tl.constexpr, ARENA_SPAN: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = at // HEADS, at % HEADS
@@ -377,28 +382,28 @@ def _append_to_tier(
     seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
     read_key = _read(key, token, head, key_token, key_head, live, DIM, BLOCK)
     read_value = _read(value, token, head, value_token, value_head, live, DIM, BLOCK)
-    new_key, new_value, scales = _rows(read_key, read_value, KIND, DIM, BLOCK)
+    new_key, new_value, scales = _rows(read_key, read_value, KIND, PARTS, DIM, BLOCK)
     if tl.load(resident) != 0:
         row = piece_of(token_pages + seat * token_width, position, head, live, PAGE, HEADS)
         if KIND == ARENA_KIND:
-            _write(arena, arena_words, row, new_key, new_value, scales, live, ARENA_KIND, ARENA_SPAN, DIM, BLOCK)
+            _write(arena, arena_words, row, new_key, new_value, scales, live, ARENA_KIND, ARENA_SPAN, PARTS, DIM, BLOCK)
         else:
-            _write(arena, arena_words, row, read_key, read_value, scales, live, ARENA_KIND, ARENA_SPAN, DIM, BLOCK)
+            _write(arena, arena_words, row, read_key, read_value, scales, live, ARENA_KIND, ARENA_SPAN, PARTS, DIM, BLOCK)
     else:
         if TO_HOST:
             row = piece_of(host_pages + seat * host_width, position, head, live, PAGE, HEADS) * PLACES + place
-            _write(host, host_words, row, new_key, new_value, scales, live, KIND, SPAN, DIM, BLOCK)
+            _write(host, host_words, row, new_key, new_value, scales, live, KIND, SPAN, PARTS, DIM, BLOCK)
         length = tl.load(lengths + token, mask=live, other=0).to(tl.int64)
         kept = live & ((position < sink) | (position >= length - recent))
         slot = tl.where(position < sink, position, sink + position % recent)
         row = piece_of(slot_pages + seat * slot_width, slot, head, kept, PAGE, HEADS)
         if KIND == ARENA_KIND:
-            _write(arena, arena_words, row, new_key, new_value, scales, kept, ARENA_KIND, ARENA_SPAN, DIM, BLOCK)
+            _write(arena, arena_words, row, new_key, new_value, scales, kept, ARENA_KIND, ARENA_SPAN, PARTS, DIM, BLOCK)
         else:
             key_scale, value_scale = (scales << 16).to(tl.float32, bitcast=True), (scales & -65536).to(tl.float32, bitcast=True)
             as_key = number_of(new_key.to(tl.int32), KIND) * key_scale[:, None]
             as_value = number_of(new_value.to(tl.int32), KIND) * value_scale[:, None]
-            _write(arena, arena_words, row, as_key, as_value, scales, kept, ARENA_KIND, ARENA_SPAN, DIM, BLOCK)
+            _write(arena, arena_words, row, as_key, as_value, scales, kept, ARENA_KIND, ARENA_SPAN, PARTS, DIM, BLOCK)
 
 
 @triton.jit

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specontext.kernels.spans import span_of
-from specontext.kernels.tables import holds_latents, is_quantised
+from specontext.kernels.spans import span_of, vectors_in
+from specontext.kernels.tables import is_quantised
 from specontext.kernels.triton import latent_attention
 from specontext.kernels.triton.online_softmax import LN2, capped
 from specontext.kernels.triton.pieces import first_of, scales_at
@@ -235,7 +235,7 @@ def launch(
     query = query if query.stride(-1) == 1 else query.contiguous()
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty((requests, query_heads), dtype=torch.float32, device=query.device)
-    latents, group = holds_latents(arena), query_heads // kv_heads
+    latents, group = vectors_in(arena, head_dim) == 1, query_heads // kv_heads
     if splits is None:
         pairs = requests * (latent_attention.tiles(query) if latents else kv_heads)
         splits = choose_splits(pairs, width, query.device)
