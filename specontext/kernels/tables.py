@@ -25,8 +25,8 @@ def holds_latents(rows: Tensor) -> bool:
 
 
 def word_of(rows: Tensor) -> torch.dtype:
-    """The widest number format that divides a row of a pool [N, ...]."""
-    row_bytes = rows[:1].nbytes
+    """The widest number format that divides a row of a pool [N, ...], of which there may be none."""
+    row_bytes = rows.shape[1:].numel() * rows.dtype.itemsize
     return next((w for w in (torch.complex128, torch.int64, torch.int32) if row_bytes % w.itemsize == 0), rows.dtype)
 
 
