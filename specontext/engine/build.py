@@ -45,7 +45,7 @@ from specontext.retrieval.head_part import head_part
 from specontext.retrieval.methods import context_of, make_selectors, selector_class, token_sets
 from specontext.retrieval.methods.speculative import KeyCache
 from specontext.retrieval.registry import base_of, needs_head, variant_of
-from specontext.retrieval.selector import Budget, LayerSelector, MethodContext, Selector, reads_everything
+from specontext.retrieval.selector import Budget, ForeseeingSelector, LayerSelector, MethodContext, Selector, reads_everything
 
 logger = logging.getLogger("specontext")
 SHARE_OF_GPU = 0.9  # that the engine may use where nothing was said
@@ -239,6 +239,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         adaptive=adaptive,
         verify_loads=config.verify_loads,
         write_through=config.measure_recall
+        or any(issubclass(kind, ForeseeingSelector) for kind in kinds)  # all keys are looked at before the step
         or (device.type == "cpu" and any(map(reads_everything, kinds))),  # it reads them in place
         state=block_state(methods, config.page_size),
         rings=rings,
