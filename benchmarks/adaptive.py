@@ -52,8 +52,9 @@ from specontext.distill.new_head import HeadShape, new_head
 from specontext.engine import build
 from specontext.engine.admission import WATERMARK
 from specontext.engine.build import Parts, build_parts
+from specontext.engine.failures import Failures
 from specontext.engine.runner import ModelRunner
-from specontext.engine.sampler import sample
+from specontext.engine.sampler import next_tokens
 from specontext.engine.scheduler import Scheduler
 from specontext.evaluation.paper.replay import Replay, overlapping, with_own_method
 from specontext.evaluation.paper.shapes import DTYPES, random_model
@@ -187,10 +188,10 @@ class Engine:
         schedule = self.scheduler.schedule()
         assert schedule is not None and len(schedule.requests) == len(self.requests), f"{self.name}: a request had to wait"
         logits = self.runner.run(schedule.batch)
-        ready = [request for _, request in self.scheduler.advance(schedule)]
+        ready = self.scheduler.advance(schedule)
         self.scheduler.prepare()
-        for request, token in zip(ready, sample(logits, ready, end_token_ids=frozenset()).token_ids, strict=True):
-            request.token_ids.append(token)
+        for chosen in next_tokens(logits, ready, Failures(), end_token_ids=frozenset()):
+            chosen.request.token_ids.append(chosen.token)
         return self._now() - began
 
     def _now(self) -> float:

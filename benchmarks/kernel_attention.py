@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from kernel_case import PAGE_SIZE, Case
-from kernel_checks import ROUNDED, Operation, calls_of, exact_attention, relative_error, require, row_numbers
+from kernel_checks import ROUNDED, Operation, calls_of, exact_attention, numbers_at, relative_error, require, row_numbers
 from torch import Tensor
 
 from specontext.kernels.dense_attention import chunk_attention
@@ -31,7 +31,9 @@ def sparse(case: Case) -> list[Operation]:
         return sparse_attention(queries[i], case.arena, rows[i], case.scale)
 
     found = call(1)[0]
-    right = torch.stack([exact_attention(queries[1, r], case.arena[rows[1][r]], case.scale) for r in range(case.requests)])
+    right = torch.stack(
+        [exact_attention(queries[1, r], numbers_at(case.arena, rows[1][r]), case.scale) for r in range(case.requests)]
+    )
     error = require("sparse attention", relative_error(found, right), ROUNDED[shape.dtype])
     words = f"{case.requests} x {shape.query_heads} / {shape.kv_heads} heads, {width} rows of {shape.row_bytes} B"
     moved = case.requests * shape.kv_heads * width * (shape.row_bytes + rows[0].itemsize)
@@ -41,9 +43,10 @@ def sparse(case: Case) -> list[Operation]:
 def paged(case: Case) -> list[Operation]:
     shape, count = case.shape, len(case.context_pages)
     queries, lengths = case.queries(count), torch.full((case.requests,), case.context, device=case.device)
+    by_page = _pages(case).by_page(0)
 
     def call(i: int) -> tuple[Tensor, Tensor]:
-        return paged_attention(queries[i], _by_page(case), case.context_pages[i], lengths, case.scale)
+        return paged_attention(queries[i], by_page, case.context_pages[i], lengths, case.scale)
 
     found, right = call(1)[0], []
     for r in range(case.requests):
@@ -54,14 +57,16 @@ def paged(case: Case) -> list[Operation]:
     return [Operation("paged_attention", words, calls_of(call, count), error, moved)]
 
 
-def _by_page(case: Case) -> Tensor:
-    """[pages, page_size, Hkv, *row]."""
-    return case.context_rows.view(-1, PAGE_SIZE, case.shape.kv_heads, *case.row)
+def _pages(case: Case) -> Pages:
+    """The sets of contexts as layers."""
+    layers = places_of(one_by_one(len(case.context_pages)), case.device)
+    return Pages(case.context_rows, case.context_pages, PAGE_SIZE, case.shape.kv_heads, layers)
 
 
 def _context(case: Case, i: int, r: int) -> Tensor:
-    """Rows [Hkv, S, *row] of a request's context, copied."""
-    return _by_page(case)[case.context_pages[i, r]].flatten(0, 1)[: case.context].transpose(0, 1)
+    """K and V [Hkv, S, 2 or 1, D] of a request's context, copied."""
+    tokens = torch.arange(case.context, device=case.device)[None, None]
+    return numbers_at(case.context_rows, _pages(case).rows_of(i, case.seats[r : r + 1], tokens)[0])
 
 
 def prefill(case: Case) -> list[Operation]:
@@ -74,9 +79,9 @@ def prefill(case: Case) -> list[Operation]:
     past, tile = case.context - chunk, prompt_tile(shape.kv_heads * shape.row_bytes) if gpu else 1024
     query = case.random(count, chunk, shape.query_heads, shape.head_dim)
     new = case.random(case.row[0], count, chunk, shape.kv_heads, shape.head_dim)
-    buffer = tile_buffer(_by_page(case), min(tile, past))
-    layers = places_of(one_by_one(count), case.device)
-    pages = Pages(case.context_rows.view(-1, *case.row), case.context_pages, PAGE_SIZE, shape.kv_heads, layers)
+    pages = _pages(case)
+    by_page = pages.by_page(0)
+    buffer = tile_buffer(by_page, min(tile, past))
 
     def call(i: int) -> Tensor:
         attention = chunk_attention(query[i], new[0, i], new[-1, i], case.scale)
@@ -86,7 +91,7 @@ def prefill(case: Case) -> list[Operation]:
                 part = buffer.flatten(0, 1)[: end - start]
                 gather_tokens(pages, i, 0, start, part)
             else:
-                part = tokens_of_pages(_by_page(case), case.context_pages[i, 0], start, end, buffer=buffer)
+                part = tokens_of_pages(by_page, case.context_pages[i, 0], start, end, buffer=buffer)
             attention.add(part)
         return attention.result()
 

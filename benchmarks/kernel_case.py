@@ -62,8 +62,23 @@ class Case:
 
     @property
     def row(self) -> tuple[int, int]:
-        """What a row is made of: [2, D], or [1, D] where it is a latent, key and value at once."""
+        """What a token and KV head bring: [2, D], or [1, D] where it is a latent, key and value at once."""
         return self.shape.row_numbers // self.shape.head_dim, self.shape.head_dim
+
+    def pool_size(self, pages: int) -> tuple[int, ...]:
+        """Of a pool of so many pages of a layer: [N, *row], or in 8 bits [pages, rows of a page, bytes of a row]."""
+        rows = PAGE_SIZE * self.shape.kv_heads
+        return (pages * rows, *self.row) if self.shape.kv_dtype is None else (pages, rows, self.shape.row_bytes)
+
+    def pool(self, pages: int) -> Tensor:
+        """A pool on the device with random rows."""
+        if self.shape.kv_dtype is None:
+            return self.random(*self.pool_size(pages))
+        from specontext.evaluation.paper.states import fill as fill_pool  # which imports transformers: see kernels.py
+
+        rows = torch.empty(self.pool_size(pages), dtype=self.shape.kv_dtype, device=self.device)
+        fill_pool(rows)
+        return rows
 
     @property
     def scale(self) -> float:
@@ -121,8 +136,8 @@ class Case:
 
     @cached_property
     def arena(self) -> Tensor:
-        """Slots of all layers and requests: [N, *row]."""
-        return self.random((self.arena_pages.numel() + 1) * PAGE_SIZE * self.shape.kv_heads, *self.row)
+        """Slots of all layers and requests."""
+        return self.pool(self.arena_pages.numel() + 1)
 
     @cached_property
     def arena_pages(self) -> Tensor:
@@ -132,7 +147,7 @@ class Case:
 
     @cached_property
     def host(self) -> Tensor:
-        """The host pool [N, *row], on CUDA pinned."""
+        """The host pool, on CUDA pinned; in 8 bits as one of single layers."""
         page_bytes = PAGE_SIZE * self.shape.kv_heads * self.shape.row_bytes
         needed = 2 * self.shape.layers * self.requests * self.token_pages + 8  # blocks may have places to spare
         pages = needed if self.pool_bytes is None else self.pool_bytes // page_bytes
@@ -140,7 +155,13 @@ class Case:
             raise ValueError(f"the host pool holds fewer than {self.requests} x {self.context} tokens of one layer: enlarge it")
         memory = self.stack.enter_context(host_memory(pages * page_bytes, pinned=self.device.type == "cuda"))
         # The CPU writes it: a copy engine refuses a range that was pinned in several parts.
-        return fill(memory.view(self.shape.dtype), self.order).view(-1, *self.row)
+        if self.shape.kv_dtype is None:
+            return fill(memory.view(self.shape.dtype), self.order).view(self.pool_size(pages))
+        # Blocks of layers put codes and scales elsewhere: bytes that are good numbers as either, again and again.
+        some = torch.randint(0x38, 0x40, ((1 << 24) - 8,), dtype=torch.uint8, generator=self.order)
+        for part in memory.split(len(some)):
+            part.copy_(some[: len(part)])
+        return memory.view(self.shape.kv_dtype).view(self.pool_size(pages))
 
     @cached_property
     def host_pages(self) -> Tensor:
@@ -165,8 +186,8 @@ class Case:
 
     @cached_property
     def context_rows(self) -> Tensor:
-        """Rows [N, *row] of these pages."""
-        return self.random((self.context_pages.numel() + 1) * PAGE_SIZE * self.shape.kv_heads, *self.row)
+        """The pool that has these pages."""
+        return self.pool(self.context_pages.numel() + 1)
 
     @cached_property
     def selections(self) -> list[Tensor]:

@@ -11,6 +11,10 @@ from kernel_case import PAGE_SIZE
 from measure import Call
 from torch import Tensor
 
+from specontext.kernels.quantised_rows import SCALES, dequantised
+from specontext.kernels.spans import CODES, read_rows
+from specontext.kernels.tables import is_quantised
+
 ROUNDED = {torch.bfloat16: 1e-2, torch.float16: 3e-3, torch.float32: 1e-4}  # tolerated relative error of attention
 
 
@@ -57,6 +61,8 @@ def require(name: str, error: float, most: float) -> float:
 
 
 def require_equal(name: str, found: Tensor, right: Tensor) -> float:
+    if found.dtype in CODES:  # as bytes, since they need not be numbers
+        found, right = found.view(torch.uint8), right.view(torch.uint8)
     if found.shape != right.shape or not torch.equal(found.to(right), right):
         raise WrongResult(f"{name}: differs from the reference")
     return 0.0
@@ -67,6 +73,12 @@ def exact_attention(query: Tensor, rows: Tensor, scale: float) -> Tensor:
     keys, values = rows.double().select(2, 0), rows.double().select(2, -1)
     grouped = query.double().view(len(rows), -1, query.shape[-1])
     return (torch.softmax(grouped @ keys.mT * scale, -1) @ values).view(query.shape)
+
+
+def numbers_at(pool: Tensor, rows: Tensor) -> Tensor:
+    """K and V [.., 2 or 1, D] of rows of a pool, dequantised where they are in 8 bits."""
+    taken = read_rows(pool, rows)
+    return dequantised(taken, torch.empty(0, 2, (taken.shape[-1] - SCALES) // 2)) if is_quantised(taken) else taken
 
 
 def row_numbers(pages: Tensor, entries: Tensor, kv_heads: int) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor
 from specontext.kernels import rows as moves
 from specontext.kernels import slot_plan
 from specontext.kernels.dispatch import reference_of
+from specontext.kernels.quantised_rows import quantise
+from specontext.kernels.spans import read_rows
 from specontext.kernels.tables import NewTokens, Pages, Slots, Tiers
 from specontext.kv.layout import places_of
 from specontext.memory.layer_blocks import one_by_one
@@ -79,7 +81,8 @@ def append(case: Case) -> list[Operation]:
             (case.context_rows, context_pages, positions[i]),
         ):
             rows = row_numbers(pages[0], entry[:, None, None].expand(-1, shape.kv_heads, 1), shape.kv_heads)[..., 0]
-            require_equal("append", pool[rows.to(pool.device)], right.to(pool.device))
+            expected = right if shape.kv_dtype is None else quantise(right, shape.kv_dtype)
+            require_equal("append", read_rows(pool, rows.to(pool.device)), expected.to(pool.device))
     size = case.requests * shape.kv_heads * shape.row_bytes
     words = f"{case.requests} tokens x {shape.kv_heads} heads, one layer"
     both = Operation("append_tiers", words, calls_of(offloaded, count), 0.0, 3 * size)

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from specontext.kernels import rows as kernels
 from specontext.kernels.dispatch import reference_of, use_triton
+from specontext.kernels.quantised_rows import quantise
 from specontext.kernels.rows import append_tokens, gather_rows
 from specontext.kernels.slot_plan import listed
-from specontext.kernels.tables import Copies, NewTokens, Pages, Parts
+from specontext.kernels.spans import read_rows, rows_like
+from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, is_quantised
 from specontext.kv.layout import BlockParts, places_of
 from specontext.memory.layer_blocks import LayerBlocks, divide_layers, one_by_one
 
@@ -44,8 +46,11 @@ def blocks_of(case: Case, rows: int | None = None) -> LayerBlocks:
 
 
 def on_host(case: Case, blocks: LayerBlocks, table: Tensor) -> Pages:
-    page = PAGE_SIZE * case.shape.kv_heads * blocks.places
-    rows = case.host[: len(case.host) // page * page]
+    host, page = case.host, PAGE_SIZE * case.shape.kv_heads * blocks.places
+    if is_quantised(host):  # a page is a span
+        rows = host[: len(host) // blocks.places * blocks.places].view(-1, page, host.shape[2])
+    else:
+        rows = host[: len(host) // page * page]
     return Pages(rows, table.contiguous().to(case.device), PAGE_SIZE, case.shape.kv_heads, places_of(blocks, case.device))
 
 
@@ -56,7 +61,7 @@ def in_slots(case: Case) -> Pages:
 
 def pool_pages(case: Case, blocks: LayerBlocks) -> int:
     """Pages of the host pool, without the one that nobody holds."""
-    return len(case.host) // (PAGE_SIZE * case.shape.kv_heads * blocks.places) - 1
+    return case.host.nbytes // (PAGE_SIZE * case.shape.kv_heads * blocks.places * case.shape.row_bytes) - 1
 
 
 def anywhere(case: Case, blocks: LayerBlocks) -> Tensor:
@@ -195,7 +200,7 @@ def dense_read(case: Case) -> list[Operation]:
     """As dense attention streams them: token by token, or each head's tokens one after the other."""
     heads = case.shape.kv_heads
     tokens = torch.arange(min(DENSE_TOKENS, case.context), device=case.device)
-    staging = torch.empty((len(tokens) * heads, *case.host.shape[1:]), dtype=case.host.dtype, device=case.device)
+    staging = rows_like(case.host, len(tokens) * heads, case.device)
     place = torch.arange(len(staging), device=case.device)
     found = []
     for name, blocks in (("dense_read_alone", one_by_one(case.shape.layers)), ("dense_read", blocks_of(case))):
@@ -206,11 +211,11 @@ def dense_read(case: Case) -> list[Operation]:
                 found_rows = source.rows_of(layer, case.seats[:1], tokens[None, None])[0]  # [Hkv, T]
                 rows.append((found_rows.T if order == "tokens" else found_rows).reshape(-1))
 
-            def call(i: int, rows: list[Tensor] = rows) -> None:
-                gather_rows(case.host, rows[i], staging, place)
+            def call(i: int, rows: list[Tensor] = rows, pool: Tensor = source.rows) -> None:
+                gather_rows(pool, rows[i], staging, place)
 
             right = torch.empty_like(staging)
-            reference_of(gather_rows)(case.host, rows[-1], right, place)
+            reference_of(gather_rows)(source.rows, rows[-1], right, place)
             call(len(rows) - 1)
             error = require_equal(name, staging, right)
             words = f"{len(tokens)} tokens x {heads} heads, 1 row in {source.layers.count}"
@@ -250,21 +255,22 @@ def _require_written(case: Case, name: str, source: Pages, target: Pages, copies
         rows = []
         for pages, entries in ((source, copies.source), (target, copies.target)):
             numbers = pages.rows_of(layer, copies.seats, entries.long())
-            rows.append(pages.rows[numbers.to(pages.rows.device)])
+            rows.append(read_rows(pages.rows, numbers.to(pages.rows.device)))
         require_equal(name, rows[1].to(case.device), rows[0])
 
 
 def chunk(case: Case) -> list[Operation]:
     shape, device, blocks = case.shape, case.device, blocks_of(case)
     count, heads, places = case.chunk, shape.kv_heads, blocks.places
-    new = case.random(count, heads, places, *case.row)
+    numbers = case.random(count, heads, places, *case.row)
+    new = numbers if shape.kv_dtype is None else quantise(numbers, shape.kv_dtype)
     seats, positions = torch.zeros(count, dtype=torch.int64, device=device), torch.arange(count, device=device)
     wanted = torch.arange(places, device=device) < blocks.sizes[0]
     width = -(-count // PAGE_SIZE)
     in_blocks = on_host(case, blocks, _for_writing(case, blocks, width))
     single = one_by_one(shape.layers)
     in_layers = on_host(case, single, _for_writing(case, single, width))
-    key_value = [(new[:, :, place, 0], new[:, :, place, -1]) for place in range(blocks.sizes[0])]
+    key_value = [(numbers[:, :, place, 0], numbers[:, :, place, -1]) for place in range(blocks.sizes[0])]
 
     def as_pieces(_: int) -> None:
         kernels.append_pieces(in_blocks, 0, seats, positions, new, wanted)
@@ -278,8 +284,8 @@ def chunk(case: Case) -> list[Operation]:
         call(0)
         _synchronize(device)
         for layer in range(blocks.sizes[0]):
-            numbers = pages.rows_of(layer, case.seats[:1], positions[None, None])[0].T  # [T, Hkv]
-            require_equal(name, pages.rows[numbers.to(pages.rows.device)].to(device), new[:, :, layer])
+            rows = pages.rows_of(layer, case.seats[:1], positions[None, None])[0].T  # [T, Hkv]
+            require_equal(name, read_rows(pages.rows, rows.to(pages.rows.device)).to(device), new[:, :, layer].contiguous())
         words = f"{count} tokens x {blocks.sizes[0]} layers x {heads} heads"
         size = count * blocks.sizes[0] * heads * shape.row_bytes
         found.append(_operation(case, name, words, calls_of(call, 1), 0.0, size))

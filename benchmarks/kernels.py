@@ -2,6 +2,7 @@
 
 Usage: python benchmarks/kernels.py [--device cuda] [--model llama-3.1-8b] [--context 131072] [--budget 2048] [--json]
        python benchmarks/kernels.py --only top_k,gather --quick
+       python benchmarks/kernels.py --only gather,dense_read,write_back,chunk,append,sparse,paged --kv-cache-dtype fp8
        python benchmarks/kernels.py --only scores,top_k,head --bands 3 --key-heads 1 --key-dim 1024 --query-rank 1024
 
 Operations (names for --only):
@@ -35,6 +36,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -61,6 +63,8 @@ from measure import (
 from rich.console import Console
 from rich.table import Table
 
+from specontext.config import KV_CACHE_DTYPES
+from specontext.kernels.quantised_rows import FORMATS
 from specontext.model_shape import ModelShape
 from specontext.retrieval.selector import Budget
 
@@ -190,6 +194,7 @@ def parse(values: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", help="llama-3.1-8b (default on CUDA), qwen3-0.6b (default on a CPU) or llama-3.2-1b")
     parser.add_argument("--dtype", choices=sorted(str(dtype).removeprefix("torch.") for dtype in ROUNDED), default="bfloat16")
+    parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of rows of KV, with their scales")
     parser.add_argument("--context", type=int, help="default: 131072 on CUDA, 32768 on a CPU")
     parser.add_argument("--budget", type=int, help="default: 2048 on CUDA, 1024 on a CPU")
     parser.add_argument("--slots", type=int, help="device slots of a KV head; default: the budget and a quarter")
@@ -249,7 +254,10 @@ def case_of(arguments: argparse.Namespace, device: torch.device) -> Case:
     from specontext.evaluation.paper.shapes import config_of
 
     return Case(
-        shape=ModelShape.from_config(config_of(arguments.model), getattr(torch, arguments.dtype)),
+        shape=replace(
+            ModelShape.from_config(config_of(arguments.model), getattr(torch, arguments.dtype)),
+            kv_dtype=FORMATS.get(arguments.kv_cache_dtype),
+        ),
         context=arguments.context,
         budget=Budget(arguments.budget, SINK, RECENT),
         slots=arguments.slots,
@@ -267,7 +275,7 @@ def case_of(arguments: argparse.Namespace, device: torch.device) -> Case:
 
 def make_report(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     settings = ("model", "dtype", "device", "context", "budget", "slots", "requests", "overlap", "chunk", "pool_gib", "rounds")
-    settings += ("bands", "key_heads", "key_dim", "query_rank")
+    settings += ("kv_cache_dtype", "bands", "key_heads", "key_dim", "query_rank")
     return {
         "benchmark": "kernels",
         "date": date.today().isoformat(),

@@ -180,7 +180,9 @@ class EngineConfig:
         None, "Share of the GPU's memory that the engine may use, where gpu_memory names no bytes. Default: 0.9."
     )
     host_memory: int | None = option(
-        None, "Bytes of the host tier of KV. Default: what the requests need, up to a share of the free memory."
+        None,
+        "Bytes of the host tier of KV. Default: what the requests need, and as much again for known prompts where they are kept, "
+        "up to a share of the free memory.",
     )
     offload_dir: Path | None = option(  # noqa: RUF009
         None, "Directory for a file that the host tier of KV is mapped to, instead of memory; on a CPU only."

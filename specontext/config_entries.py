@@ -98,16 +98,44 @@ def inattentive_layers(config: PreTrainedConfig) -> tuple[int, ...]:
     return tuple(layer for layer, kind in enumerate(kinds[: config.num_hidden_layers]) if kind in INATTENTIVE)
 
 
+def readers_of(config: PreTrainedConfig) -> tuple[tuple[int, int], ...]:
+    """Layers of a decoder that keep no KV, and the layer before them whose KV each reads.
+
+    These are the last ones (num_kv_shared_layers, of Gemma 3n and 4), and the other is the last of its kind that keeps KV.
+
+    Raises:
+        AttributeError: no layer of its kind does.
+    """
+    count = getattr(config, "num_kv_shared_layers", None) or 0
+    if not count or not _declares(config, "num_kv_shared_layers"):
+        return ()
+    first = config.num_hidden_layers - count
+    kinds = layer_kinds(config) or ["full_attention"] * config.num_hidden_layers
+    owners = {kind: layer for layer, kind in enumerate(kinds[: max(first, 0)])}  # the last of each kind
+    found = []
+    for layer in range(max(first, 0), config.num_hidden_layers):
+        if kinds[layer] in INATTENTIVE:
+            continue
+        if kinds[layer] not in owners:
+            raise AttributeError(
+                f"layer {layer} uses the keys and values of a {kinds[layer]} layer before layer {first}, and there is none "
+                f"(num_kv_shared_layers {count})"
+            )
+        found.append((layer, owners[kinds[layer]]))
+    return tuple(found)
+
+
 def windows_of(config: PreTrainedConfig, longest: int) -> tuple[Window | None, ...]:
-    """Windows of all layers of a decoder with attention; those as long as the context are none."""
+    """Windows of all layers of a decoder that keep KV; those as long as the context are none."""
     kinds = layer_kinds(config)
     if not kinds:
         windowed = _declares(config, "sliding_window") and getattr(config, "use_sliding_window", True) is not False
         kinds = ["sliding_attention"] * config.num_hidden_layers if windowed else []
     sizes = {kind: _tokens(config, entry) for entry, kind in WINDOWS.items()}
     found: list[Window | None] = []
-    for kind in kinds[: config.num_hidden_layers]:
-        if kind in INATTENTIVE:
+    readers = dict(readers_of(config))
+    for layer, kind in enumerate(kinds[: config.num_hidden_layers]):
+        if kind in INATTENTIVE or layer in readers:
             continue
         size = sizes.get(kind)
         found.append(Window(size, kind == "chunked_attention") if size is not None and size < longest else None)

@@ -25,9 +25,10 @@ class Choice:
 
 
 class AllowedTokens(NamedTuple):
-    """What a grammar allows next: row `row` of the masks of a step, int32 [outputs that follow a grammar, words] on the device.
+    """What a grammar allows next: row `row` of the masks of a step, [outputs that follow a grammar, ..] on the device.
 
-    Bit t % 32 of word t // 32 says whether token t may come.
+    Those for a GPU are int32 words: bit t % 32 of word t // 32 says whether token t may come. A CPU's are float32, what is added
+    to logits: 0 for allowed tokens and minus infinity for others.
     """
 
     masks: Tensor

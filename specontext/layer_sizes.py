@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # torch takes seconds to import, and only annotations here need it
     import torch
@@ -29,6 +31,25 @@ class Window:
     def first(self, position: Any) -> Any:
         """The first token that the one at `position` reads, perhaps below 0; both numbers, or tensors of them."""
         return position // self.size * self.size if self.chunked else position - (self.size - 1)
+
+
+class Place(NamedTuple):
+    """Where the attention of a layer finds its KV.
+
+    Attributes:
+        layer: among the layers that keep KV and have a window as this one has, or have none.
+        window: of the layer; None where it attends to the whole context.
+        stored: the layer keeps no KV of its own: it reads what an earlier one has stored, which is number `layer`.
+    """
+
+    layer: int
+    window: Window | None
+    stored: bool = False
+
+
+def repeated(layers: Sequence[int]) -> frozenset[int]:
+    """Those that come more than once."""
+    return frozenset(layer for layer, times in Counter(layers).items() if times > 1)
 
 
 @dataclass(frozen=True)

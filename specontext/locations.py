@@ -33,7 +33,15 @@ KNOWN_AS = {"kimi_k2": "deepseek_v3"}  # types of models that are others by anot
 CODE = ("model_type", "auto_map")  # what names a type, and code of its own
 NANO = Path(__file__).parent / "models" / "nano"
 OWN_HEAD = "retrieval_head"  # a model's own head lies in this directory of its checkpoint
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "intermediate_size",
+)
 # Retrieval heads that come with this package for models that do not, by the model's name.
 HEADS = {"smollm2": Path(__file__).parent / "models" / "smollm2" / "retrieval_head"}
 
@@ -200,8 +208,8 @@ def _check_entries(values: Mapping[str, Any], folder: Path) -> None:
             )
     for name in SIZES:
         value = values.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            raise ModelError(f"{folder / 'config.json'} is broken: {name} is {value}; download it again")
+        if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and value < 1):
+            raise ModelError(f"{folder / 'config.json'} is broken: {name} is {shown(value)}; download it again")
 
 
 def _config_values(source: Path | str, folder: Path) -> dict[str, Any]:

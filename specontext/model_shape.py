@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from specontext.config_entries import heads_of, inattentive_layers, latent_sizes, longest_context, windows_of
+from specontext.config_entries import heads_of, inattentive_layers, latent_sizes, longest_context, readers_of, windows_of
 from specontext.errors import ConfigError
-from specontext.layer_sizes import NOBODY_S_NUMBERS, SCALE_BYTES, LatentSizes, StateTensor, Window
+from specontext.layer_sizes import NOBODY_S_NUMBERS, SCALE_BYTES, LatentSizes, Place, StateTensor, Window
 
 if TYPE_CHECKING:  # torch takes seconds to import, and only annotations here need it
     import torch
@@ -20,8 +20,9 @@ class ModelShape:
 
     Layers are those that attend to the whole context, numbered among themselves: their KV grows, is selected from, and moves.
     Layers with a window keep the tokens of their window, and those without attention a state of fixed size; both take no part in
-    any of that. Where all layers with attention have a window, a layer is counted that nobody attends to, with rows of a few
-    bytes: its pages are what an engine knows a context's length by.
+    any of that. Nor do layers that keep no KV of their own and read that of an earlier one. Where all layers with attention
+    have a window, a layer is counted that nobody attends to, with rows of a few bytes: its pages are what an engine knows a
+    context's length by.
 
     Attributes:
         dtype: number format of weights, and of KV unless `kv_dtype` names another.
@@ -31,11 +32,12 @@ class ModelShape:
             none.
         longer: the longest context that may be asked for, where it is more than `max_position`: RoPE has other angles then, for
             contexts of all lengths. 0 where it is not.
-        windows: of every layer of the decoder with attention its window, None for one that attends to the whole context; empty
+        windows: of every layer of the decoder that keeps KV its window, None for one that attends to the whole context; empty
             where none has a window.
         window_heads: KV heads of the layers with a window, and the width of all heads there; None where they are as elsewhere.
         kv_dtype: of the codes of KV in 8 bits, each key and value with a scale; None for numbers of `dtype`.
         inattentive: numbers in the decoder of the layers that have no attention, ascending.
+        readers: layers that keep no KV of their own, and the earlier one whose KV each reads: their numbers in the decoder.
         states: what layers keep of each request in a fixed size, once that has been measured (`memory.states`).
         host_kv_dtype: the same of the host's rows, where they alone are in 8 bits; None for rows like those of the device.
         latent: where what is stored are latents. Attention is then to one KV head, a row of which is both key and value, and D
@@ -56,6 +58,7 @@ class ModelShape:
     longer: int = 0
     kv_dtype: torch.dtype | None = None
     inattentive: tuple[int, ...] = ()
+    readers: tuple[tuple[int, int], ...] = ()
     states: tuple[StateTensor, ...] = ()
     host_kv_dtype: torch.dtype | None = None
     latent: LatentSizes | None = None
@@ -72,17 +75,19 @@ class ModelShape:
         """
         max_position, limited_by, longer = longest_context(config)
         windows, inattentive = windows_of(config, max(max_position, longer)), inattentive_layers(config)
-        attentive = [layer for layer in range(config.num_hidden_layers) if layer not in inattentive]
+        readers = readers_of(config)
+        without = {*inattentive, *dict(readers)}
+        owners = [layer for layer in range(config.num_hidden_layers) if layer not in without]
         latent = latent_sizes(config)
         if dtype is None:
             import torch
 
             dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-        near = [layer for layer, window in zip(attentive, windows, strict=False) if window is not None]
-        kv_heads, head_dim = heads = heads_of(config, [layer for layer in attentive if layer not in near] or near)
+        near = [layer for layer, window in zip(owners, windows, strict=False) if window is not None]
+        kv_heads, head_dim = heads = heads_of(config, [layer for layer in owners if layer not in near] or near)
         near_heads = heads_of(config, near) if near else heads
         return cls(
-            layers=max(1, windows.count(None)) if windows else len(attentive),
+            layers=max(1, windows.count(None)) if windows else len(owners),
             hidden_size=config.hidden_size,
             query_heads=config.num_attention_heads,
             kv_heads=1 if latent else kv_heads,
@@ -95,13 +100,14 @@ class ModelShape:
             window_heads=near_heads if near_heads != heads else None,
             longer=longer,
             inattentive=inattentive,
+            readers=readers,
             latent=latent,
         )
 
     def check_kv_format(self, setting: str) -> None:
         """Raises ConfigError, which names a setting and its value, where rows of these heads cannot be codes with scales."""
-        if self.latent is not None:
-            raise ConfigError(f"{setting} does not work with multi-head latent attention: set it to auto")
+        if self.latent is not None and self.head_dim % 4:
+            raise ConfigError(f"{setting} needs latents of a multiple of 4 numbers, not of {self.head_dim}: set it to auto")
         if self.head_dim % 2:
             raise ConfigError(f"{setting} needs heads of an even width, not of {self.head_dim}: set it to auto")
 
@@ -118,7 +124,7 @@ class ModelShape:
     @property
     def depth(self) -> int:
         """Layers of the decoder, whatever they attend to."""
-        return (len(self.windows) or self.layers) + len(self.inattentive)
+        return (len(self.windows) or self.layers) + len(self.inattentive) + len(self.readers)
 
     @property
     def attentive(self) -> tuple[int, ...]:
@@ -136,10 +142,44 @@ class ModelShape:
         return tuple(window for window in self.windows if window is not None)
 
     @property
+    def places(self) -> dict[int, Place]:
+        """Of the layers with attention, by their numbers in the decoder, where they find their KV."""
+        readers, windows = dict(self.readers), iter(self.windows or (None,) * self.layers)
+        found: dict[int, Place] = {}
+        counts = {False: 0, True: 0}
+        for layer in self.attentive:
+            if layer in readers:
+                found[layer] = found[readers[layer]]._replace(stored=True)
+                continue
+            window = next(windows)
+            found[layer] = Place(counts[window is not None], window)
+            counts[window is not None] += 1
+        return found
+
+    @property
     def full(self) -> tuple[int, ...]:
-        """Numbers in the decoder of the layers that attend to the whole context."""
-        windows = self.windows or (None,) * self.layers
-        return tuple(layer for layer, window in zip(self.attentive, windows, strict=True) if window is None)
+        """Numbers in the decoder of the layers whose KV grows."""
+        return tuple(layer for layer, place in self.places.items() if place.window is None and not place.stored)
+
+    @property
+    def read_order(self) -> tuple[int, ...]:
+        """Layers whose KV grows, in the order in which a step reads them: some more than once."""
+        return tuple(place.layer for place in self.places.values() if place.window is None)
+
+    @property
+    def window_read_order(self) -> tuple[int, ...]:
+        """The same of layers with a window."""
+        return tuple(place.layer for place in self.places.values() if place.window is not None)
+
+    @property
+    def reads(self) -> int:
+        """How often a step reads the KV of a layer that grows."""
+        return len(self.read_order) or self.layers
+
+    @property
+    def windows_read(self) -> tuple[Window, ...]:
+        """The windows that a step reads, those of layers without KV of their own among them."""
+        return tuple(place.window for place in self.places.values() if place.window is not None)
 
     @property
     def longest(self) -> str:
@@ -162,7 +202,8 @@ class ModelShape:
     def row_bytes(self) -> int:
         """Bytes of K and V of one token of one KV head of one layer, with their scales."""
         if self.kv_dtype is not None:
-            return 2 * (self.part_numbers * self.kv_dtype.itemsize + SCALE_BYTES)
+            parts = 1 if self.latent is not None else 2
+            return parts * self.part_numbers * self.kv_dtype.itemsize + 2 * SCALE_BYTES
         return self.row_numbers * self.dtype.itemsize
 
     @property

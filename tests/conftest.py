@@ -26,6 +26,7 @@ from transformers import (
     AutoTokenizer,
     DeepseekV3Config,
     Gemma2Config,
+    Gemma4TextConfig,
     GptOssConfig,
     Lfm2Config,
     Llama4TextConfig,
@@ -95,7 +96,8 @@ def family_config(family: str, vocab_size: int, **changes: Any) -> PreTrainedCon
     A token of 'bands', a Llama with three KV heads, takes as many bytes as one of 'llama'. Of the five layers of 'windows' (a
     Gemma 2, with a soft cap), 'sinks' (a gpt-oss) and 'chunks' (a Llama 4) three attend to the whole context, and
     so do those of 'delta' (a Qwen3-Next) and 'conv' (an LFM2); the others keep a state. 'latents' is a
-    DeepSeek-V3 with a dense layer, then experts in two groups, and YaRN that changes the scale.
+    DeepSeek-V3 with a dense layer, then experts in two groups, and YaRN that changes the scale. Of the eight layers of 'shared'
+    (a Gemma 4) the last three read the KV of layers 3, 4 and 4; of the others two have a window.
     """
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -141,6 +143,12 @@ def family_config(family: str, vocab_size: int, **changes: Any) -> PreTrainedCon
             own = Qwen3NextConfig, sizes | heads | experts | shared
         else:
             own = Lfm2Config, sizes | {"block_multiple_of": 8}
+    elif family == "shared":
+        near, far = "sliding_attention", "full_attention"
+        kinds = [near, far, far, near, far, near, far, far]
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32, "sliding_window": 10}
+        inputs = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": vocab_size, "use_double_wide_mlp": True}
+        own = Gemma4TextConfig, {"num_hidden_layers": 8, "layer_types": kinds, "num_kv_shared_layers": 3, **heads, **inputs}
     elif family == "latents":
         need_latents()
         own = DeepseekV3Config, {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, **LATENT, **ROUTED}
@@ -159,6 +167,9 @@ def family_head(family: str, vocab_size: int) -> HeadConfig:
         wide: dict[str, Any] = {"key_heads": 1, "key_inputs": "around", "query_rank": 20, "head_map": band_map(3, 3, 3)}
         sizes = {"hidden_size": 96, "target_hidden_size": 96, "head_dim": 40}
         return HeadConfig("features", heads=18, kv_heads=9, feature_layers=(1, 2), **common | sizes | wide)
+    if family == "shared":
+        bands = {"heads": 4, "kv_heads": 4, "head_map": ((0, 1), (2, 3), (2, 3))}
+        return HeadConfig("features", feature_layers=(1, 6), **common | bands)
     if family == "windows":
         bands: dict[str, Any] = {"heads": 4, "kv_heads": 4, "head_map": ((0, 1), (2, 3), (2, 3))}
         return HeadConfig("features", feature_layers=(1, 5), **common | bands)

@@ -60,7 +60,8 @@ def print_plan(planned: Planned) -> None:
 def heading(planned: Planned) -> list[str]:
     """The model, the memory and what is asked of them."""
     plan, facts, run, shape = planned.plan, planned.facts, planned.run, planned.facts.shape
-    others = {"with a window": len(shape.windowed), "without attention": len(shape.inattentive)}
+    others = {"with a window": len(shape.windowed), "without KV of their own": len(shape.readers)}
+    others |= {"without attention": len(shape.inattentive)}
     more = ", ".join(f"{count} more {which}" for which, count in others.items() if count)
     if shape.latent is not None:
         kept = f"latents of {shape.latent.rank} + {shape.latent.rotated} numbers"

@@ -133,7 +133,7 @@ def _rounded(preset: Preset, facts: ModelFacts, quantization: str | None) -> Mod
     from specontext.quantization.made import FORMS
 
     form = FORMS[quantization]
-    rounded = [shape for layer in range(preset.layers) for shape in preset.matrices_of(layer)]
+    rounded = preset.linear_layers
     plain = facts.parameters - sum(n * k for n, k in rounded)
     size = plain * facts.shape.dtype.itemsize + sum(form.nbytes(n, k) for n, k in rounded)
     return replace(facts, stored_bytes=size, weights_note=f"rounded to {quantization}")
@@ -337,6 +337,7 @@ def as_object(planned: Planned) -> dict[str, Any]:
             "retrieval_head": facts.head.source,
             "layers": len(facts.shape.full),
             "layers_with_window": len(facts.shape.windowed),
+            "layers_without_kv_of_their_own": len(facts.shape.readers),
             "layers_without_attention": len(facts.shape.inattentive),
             "state_bytes": facts.shape.state_bytes,
             "query_heads": facts.shape.query_heads,

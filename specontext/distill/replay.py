@@ -96,14 +96,33 @@ class _Replayed:
     def positions(self) -> Tensor:
         return self.rows
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softmax: Softmax = PLAIN,
+        *,
+        stored: bool = False,
+    ) -> Tensor:
         """See `TaughtPass.attend`; the queries are those of the rows."""
         gates = None if self.gates is None else self.gates(layer)
         linked = self.linked[None]
         return self._attend(self.seen.stored[layer], query, key, value, scale, softmax, self.visible, linked, gates)
 
     def attend_window(
-        self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
+        self,
+        layer: int,
+        window: Window,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softmax: Softmax = PLAIN,
+        *,
+        stored: bool = False,
     ) -> Tensor:
         """See `TaughtPass.attend_window`: nothing is selected there, so there are no gates."""
         first, token = window.first(self.rows)[..., None], torch.arange(self.visible.shape[-1], device=self.rows.device)

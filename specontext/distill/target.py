@@ -8,7 +8,8 @@ will be run again (`specontext.distill.replay`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -71,12 +72,35 @@ class TaughtPass(Protocol):
     @property
     def positions(self) -> Tensor | None: ...
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
-        """The attention output [N, Hq, S, D] of q [N, Hq, S, D], k and v [N, Hkv, S, D]; all after RoPE."""
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softmax: Softmax = PLAIN,
+        *,
+        stored: bool = False,
+    ) -> Tensor:
+        """The attention output [N, Hq, S, D] of q [N, Hq, S, D], k and v [N, Hkv, S, D]; all after RoPE.
+
+        Args:
+            stored: k and v are those of an earlier layer, which came with the same number.
+        """
         ...
 
     def attend_window(
-        self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
+        self,
+        layer: int,
+        window: Window,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softmax: Softmax = PLAIN,
+        *,
+        stored: bool = False,
     ) -> Tensor:
         """The same in a layer with a window."""
         ...
@@ -92,36 +116,69 @@ class _Dense:
 
     Attributes:
         rows: int64 [N, Q], query positions whose attention is shown to the listeners.
+        readers: how many layers read the KV of each; they are shown together, once the last of them has come.
         stored, windowed: take keys and values of every layer where they are kept.
         mixed: takes the inputs of mixers, likewise.
+        shown: weights of layers whose other readers are still to come.
     """
 
     rows: Tensor | None
     listeners: tuple[LayerListener, ...]
     keep: bool
+    readers: Mapping[int, int]
     stored: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     windowed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     mixed: list[Tensor] = field(default_factory=list)
+    shown: dict[int, list[Tensor]] = field(default_factory=dict)
     positions = None
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softmax: Softmax = PLAIN,
+        *,
+        stored: bool = False,
+    ) -> Tensor:
         if self.rows is not None and self.listeners:
             index = self.rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
             logits = capped(wide(grouped_scores(query.gather(2, index), key)) * scale, softmax.cap)
             future = torch.arange(key.shape[2], device=key.device) > self.rows[..., None]  # [N, Q, S]
             weights = probabilities(logits.masked_fill_(future[:, None], -math.inf), softmax)
-            for listener in self.listeners:
-                listener(layer, weights)
-        if self.keep:
+            self._show(layer, weights, key.shape[1])
+        if self.keep and not stored:
             self.stored.append((key, value))
         if softmax.plain:
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
         return each_sequence(lambda q, k, v: causal_attention(q, k, v, scale, softmax), query, key, value)
 
+    def _show(self, layer: int, weights: Tensor, groups: int) -> None:
+        """Show the attention [N, Hq, Q, S] of a layer, with that of the others that read the same KV."""
+        if self.readers[layer] > 1:
+            so_far = self.shown.setdefault(layer, [])
+            so_far.append(weights.unflatten(1, (groups, -1)))
+            if len(so_far) < self.readers[layer]:
+                return
+            weights = torch.cat(self.shown.pop(layer), dim=2).flatten(1, 2)
+        for listener in self.listeners:
+            listener(layer, weights)
+
     def attend_window(
-        self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
+        self,
+        layer: int,
+        window: Window,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softmax: Softmax = PLAIN,
+        *,
+        stored: bool = False,
     ) -> Tensor:
-        if self.keep:
+        if self.keep and not stored:
             self.windowed.append((key, value))
         return each_sequence(lambda q, k, v: window_attention(q, k, v, scale, window, softmax=softmax), query, key, value)
 
@@ -136,7 +193,7 @@ class Target:
     """A Hugging Face decoder that a retrieval head learns from; it is never trained itself.
 
     Attributes:
-        layers, groups, query_heads: L, Hkv and Hq of its attention to the whole context.
+        layers, groups, query_heads: L, Hkv and Hq of its attention to the whole context; layers are those that keep KV.
     """
 
     def __init__(self, model: PreTrainedModel, feature_layers: tuple[int, ...]) -> None:
@@ -145,6 +202,7 @@ class Target:
         shape = ModelShape.from_config(model.config)
         running_of(model).know(shape)
         self.layers, self.groups, self.query_heads = shape.layers, shape.kv_heads, shape.query_heads
+        self._readers = Counter(shape.read_order)
         self._output_layer = output_layer(model)
 
     @property
@@ -167,13 +225,14 @@ class Target:
         Args:
             ids: int64 [N, S], padded at the end only.
             rows: int64 [N, Q], query positions whose attention is shown.
-            listeners: called for every layer with its index and the probabilities float32 [N, Hq, Q, S] of these rows.
+            listeners: called for every layer with its index and the probabilities float32 [N, Hq, Q, S] of these rows; where
+                several layers read the same KV once for all of them, with the query heads of all beside each other, by KV head.
             keep: keep the keys and values of all layers, for `Replay`.
 
         Raises:
             ModelError: the model's attention is not plain causal softmax attention.
         """
-        dense = _Dense(rows, listeners, keep)
+        dense = _Dense(rows, listeners, keep, self._readers)
         taps = FeatureTaps(self.model, self.feature_layers) if self.feature_layers else None
         try:
             with attention_of(self.model, IMPLEMENTATION), listening(self.model, dense):
@@ -205,7 +264,7 @@ def teaching_attention(
         ModelError: a feature that plain causal attention lacks.
     """
     running = getattr(module, RUNNING)
-    layer, window = running.places[module.layer_idx]
+    layer, window, stored = running.places[module.layer_idx]
     softmax = understood(attention_mask, options, running.longest, window)
     taught: TaughtPass = running.listener
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -217,9 +276,9 @@ def teaching_attention(
         out = taught.attend(layer, query, key, value, scale, softmax)
         out = rows.lifted(out.transpose(1, 2)).transpose(1, 2)
     elif window is None:
-        out = taught.attend(layer, query, key, value, scale, softmax)
+        out = taught.attend(layer, query, key, value, scale, softmax, stored=stored)
     else:
-        out = taught.attend_window(layer, window, query, key, value, scale, softmax)
+        out = taught.attend_window(layer, window, query, key, value, scale, softmax, stored=stored)
     return out.transpose(1, 2), None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -21,6 +21,7 @@ from specontext.engine.windows import WindowedStep
 from specontext.kernels.latents import Latents
 from specontext.kernels.paged_attention import paged_attention
 from specontext.kernels.softmax import PLAIN, Softmax, with_sinks
+from specontext.kernels.spans import vectors_in
 from specontext.kernels.sparse_attention import merge_partials, sparse_attention
 from specontext.kernels.tables import NewTokens
 from specontext.kv.cache import KVCache
@@ -49,6 +50,7 @@ class RunningLane:
         reading: what they read, of the last selection.
         rows: arena rows of `reading` for every layer, integers [L, R, Hkv, B], where they are made for all layers at once.
         seconds: that choosing took, all layers.
+        chosen: what a layer has chosen whose KV others read too.
     """
 
     selector: Selector
@@ -61,10 +63,12 @@ class RunningLane:
     reading: PlacedSelection | None = None
     rows: Tensor | None = None
     seconds: float = 0.0
+    chosen: dict[int, PlacedSelection] = field(default_factory=dict)
 
 
 class Step:
-    """Attention of one packed batch; it lives as long as one forward pass.
+    """Attention of one packed batch. It lives as long as one forward pass, and whoever makes it empties it then, with
+    `vars(step).clear()`: what has seen it, such as a compiler, may keep it for a while, and not the engine too.
 
     Decode tokens read what their methods choose (everything, for a dense method); prompt chunks always attend densely.
 
@@ -140,7 +144,7 @@ class Step:
             self.chunks.reads if self.chunks is not None else []
         )
         if reads and self.transfers.asynchronous:
-            self.staging = Staging(self.transfers, reads)
+            self.staging = Staging(self.transfers, reads, self.kv.read_order)
 
     def _foresee(self, look_ahead: LookAhead) -> None:
         lanes = [lane for lane in self.lanes if isinstance(lane.selector, ForeseeingSelector)]
@@ -177,39 +181,55 @@ class Step:
             if self._timed:
                 self.meter.chosen(lane.decode.seats, lane.seconds / len(lane.decode.seats))
 
-    def close(self) -> None:
-        """Let go of everything: what has seen the step, such as a compiler, may keep it for a while, and not the engine too."""
-        vars(self).clear()
-
     @property
     def positions(self) -> Tensor:
         return self.batch.positions
 
     def attend_window(
-        self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
+        self,
+        layer: int,
+        window: Window,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softmax: Softmax = PLAIN,
+        *,
+        stored: bool = False,
     ) -> Tensor:
         """See `LayerAttention.attend_window`."""
         assert self.windowed is not None
-        return self.windowed.attend(layer, window, query, key, value, scale, softmax)
+        return self.windowed.attend(layer, window, query, key, value, scale, softmax, stored)
 
     def mix(self, mixer: int, hidden: Tensor, call: MixerCall) -> Tensor:
         """See `LayerAttention.mix`."""
         assert self.stateful is not None
         return self.stateful.mix(mixer, hidden, call)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softmax: Softmax = PLAIN,
+        *,
+        stored: bool = False,
+    ) -> Tensor:
         """See `LayerAttention.attend`."""
         batch, decodes = self.batch, self.batch.num_decodes
         if self.chunks is None:
-            self.transfers.append(layer, NewTokens(batch.seats, batch.positions, batch.lengths, key, value))
+            if not stored:
+                self.transfers.append(layer, NewTokens(batch.seats, batch.positions, batch.lengths, key, value))
             if len(self.lanes) == 1:
-                return self._decode(self.lanes[0], layer, query, key, value, scale, softmax)
-            return self._decode_lanes(layer, query, key, value, scale, softmax)
+                return self._decode(self.lanes[0], layer, query, key, value, scale, softmax, stored)
+            return self._decode_lanes(layer, query, key, value, scale, softmax, stored)
         output = torch.empty_like(query)
         if decodes:
             q, k, v = (x[:decodes] for x in (query, key, value))
-            output[:decodes] = self._decode_beside_chunks(layer, q, k, v, scale, softmax)
-        self.chunks.attend(layer, query, key, value, scale, output, self.staging, softmax)
+            output[:decodes] = self._decode_beside_chunks(layer, q, k, v, scale, softmax, stored)
+        self.chunks.attend(layer, query, key, value, scale, output, self.staging, softmax, stored=stored)
         return output
 
     def attend_latents(
@@ -229,25 +249,38 @@ class Step:
         return output
 
     def _decode_beside_chunks(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax, stored: bool = False
     ) -> Tensor:
         """Attention of the decode tokens, which come first in a batch, and store what is theirs."""
         batch, decodes = self.batch, self.batch.num_decodes
-        place = (batch.seats[:decodes], batch.positions[:decodes], batch.lengths[:decodes])
-        self.transfers.append(layer, NewTokens(*place, key, value))
-        return self._decode_lanes(layer, query, key, value, scale, softmax)
+        if not stored:
+            place = (batch.seats[:decodes], batch.positions[:decodes], batch.lengths[:decodes])
+            self.transfers.append(layer, NewTokens(*place, key, value))
+        return self._decode_lanes(layer, query, key, value, scale, softmax, stored)
 
-    def _decode_lanes(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax) -> Tensor:
+    def _decode_lanes(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax, stored: bool
+    ) -> Tensor:
         output = torch.empty_like(query)
         for lane in self.lanes:
             q, k, v = (x[lane.part] for x in (query, key, value))
-            output[lane.part] = self._decode(lane, layer, q, k, v, scale, softmax)
+            output[lane.part] = self._decode(lane, layer, q, k, v, scale, softmax, stored)
         return output
 
     def _decode(
-        self, lane: RunningLane, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax
+        self,
+        lane: RunningLane,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softmax: Softmax,
+        stored: bool,
     ) -> Tensor:
-        if lane.in_layer is not None:
+        if lane.in_layer is not None and stored:  # its slots hold what the layer has chosen that stored them
+            lane.reading = lane.chosen[layer]
+        elif lane.in_layer is not None:
             seen, _ = self.transfers.as_stored(layer, key, value)
             self._select_in_layer(lane, lane.in_layer, layer, query, seen, scale, softmax.cap)
         if self.measure_recall:
@@ -284,6 +317,8 @@ class Step:
         if not transfers.resident[layer] and view.tokens_read is not None:  # the keys it looked at were streamed in
             self.meter.streamed(seats, view.tokens_read * self.kv.host.layout.layers[layer].key_bytes)
         lane.reading = self.kv.read(seats, selection, layer, lane.reader)
+        if layer in self.kv.read_again:
+            lane.chosen[layer] = lane.reading
         self.meter.sparse(lane.reading, transfers.tiers.resident, layer)
 
     def _decode_dense(
@@ -297,7 +332,8 @@ class Step:
             return paged_attention(query, home.by_page(layer), pages, lengths, scale, cap, tile=self.tile)
         # The token itself is on its way to the host, and stands beside the tiles.
         stored = transfers.as_stored(layer, key, value)
-        own = torch.stack(stored[: transfers.tiers.tokens.rows.shape[1]], dim=2).flatten(0, 1)  # of a latent one, which is both
+        vectors = vectors_in(transfers.tiers.tokens.rows, key.shape[-1])  # of a latent one, which is both
+        own = torch.stack(stored[:vectors], dim=2).flatten(0, 1)
         place = torch.arange(len(own), device=own.device).view(*key.shape[:2], 1)
         parts = [sparse_attention(query, own, place, scale, cap)]
         assert self.staging is not None and lane.read is not None

@@ -14,9 +14,9 @@ from specontext.config import EngineConfig
 from specontext.core import Request
 from specontext.engine.failures import Failures
 from specontext.engine.generation import Generation
-from specontext.engine.launched import Launched
 from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.output_statistics import OutputStatistics
+from specontext.engine.sampler import Drawn
 from specontext.errors import LogitsError, RequestError
 from specontext.models.loading import LoadedModel
 from specontext.sampling_params import SamplingParams
@@ -89,10 +89,9 @@ class LedEngine(LLMEngine):
         return led.stats
 
     def _sample(
-        self, logits: Tensor | None, ready: list[tuple[int, Request]], failures: Failures, launched: Launched | None
+        self, logits: Tensor, ready: list[tuple[int, Request]], failures: Failures, drawn: Drawn | None
     ) -> list[Generation]:
         """Instead of choosing tokens keep the logits they are to be chosen from, and hold the requests."""
-        assert logits is not None
         finite = logits.amax(dim=1).isfinite().tolist()
         if broken := [request.request_id for row, request in ready if not finite[row]]:
             failures.add(LogitsError(broken), *broken)

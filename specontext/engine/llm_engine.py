@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from specontext.config import EngineConfig
@@ -31,7 +30,6 @@ from specontext.engine.scheduler import Schedule, Scheduler
 from specontext.engine.start import head_of, load_configured, pick_device
 from specontext.errors import ConfigError, DeviceError, DeviceMemoryError, EngineClosedError, RequestError, shown, which_prompt
 from specontext.grammars.compiler import GrammarCompiler
-from specontext.kernels.dispatch import upload
 from specontext.kv.host_memory import settle
 from specontext.locations import one_sentence
 from specontext.memory.learning import Seen
@@ -267,7 +265,7 @@ class LLMEngine:
     def _carry_out(self, schedule: Schedule, launched: Launched | None, meanwhile: Callable[[], None] | None) -> list[Generation]:
         """Run a step, or go on with one that was launched before, and receive its tokens; where it is known what the next one
         does, launch that meanwhile."""
-        failures, logits, ready = Failures(), None, []
+        failures, drawn = Failures(), None
         if launched is None:
             captured = self.runner.captured_rows(schedule.batch) if self.runner.captures else ()
             if constrained := [r for r in schedule.requests if r.params.structured_outputs is not None]:
@@ -276,54 +274,54 @@ class LLMEngine:
             for row in captured:
                 schedule.requests[row].captured_steps += 1
             ready = [(row, r) for row, r in self.scheduler.advance(schedule) if r.request_id not in failures.found]
-            if self.runs_ahead and (drawn := self._drawn(logits, ready)) is not None:
-                launched = Launched(schedule, [request for _, request in ready], drawn)
         else:
             for request in launched.captured:
                 request.captured_steps += request.finish_reason is None
-            if launched.drawn is None:
-                logits, ready, launched = launched.logits, launched.alive, None
-        if launched is not None and self.runs_ahead:
-            self._ahead = self._launch(launched)
+            logits, ready, drawn = launched.logits, launched.alive, launched.drawn
+        if drawn is None:
+            if constrained := [r for _, r in ready if r.params.structured_outputs is not None]:
+                self._masks.fill(((r, self._generations[r.request_id].constraint) for r in constrained), failures)
+            if self.runs_ahead and not failures.found:
+                drawn = self._drawn(logits, ready)
+        if drawn is not None and self.runs_ahead:
+            self._ahead = self._launch(drawn)
         self.scheduler.prepare()
-        if constrained := [r for _, r in ready if r.params.structured_outputs is not None]:
-            self._masks.fill(((r, self._generations[r.request_id].constraint) for r in constrained), failures)
         if meanwhile is not None:
             meanwhile()
-        touched = self._sample(logits, ready, failures, launched)
+        touched = self._sample(logits, ready, failures, drawn)
         for request_id in failures.found:
             self.abort(request_id)
         if failures.found:
             raise failures.take()
         return touched
 
-    def _unrestricted(self, request: Request) -> bool:
-        """Whether the host has no part in the request's next step."""
+    def _takes_the_device_s(self, request: Request) -> bool:
+        """Whether the request's next step takes the token that the device has chosen, and nobody looks into the step."""
         generation = self._generations[request.request_id]
-        alone = not generation.forced and generation.on_logits is None and request.prompt_logprobs is None
-        return alone and request.params.unrestricted
+        seen = generation.on_logits is not None or (request.prompt_logprobs is not None and not request.decoding)
+        return not generation.forced and not seen
 
-    def _drawn(self, logits: Tensor, ready: list[tuple[int, Request]]) -> Drawn | None:
-        """Tokens that the device chooses for (row of the logits, request) pairs; None where the host has to."""
-        requests = [request for _, request in ready]
-        if not requests or not all(map(self._unrestricted, requests)):
+    def _drawn(self, logits: Tensor, ready: Sequence[tuple[int, Request]]) -> Drawn | None:
+        """Tokens that the device chooses for (row of the logits, request) pairs; None where the host is to wait for each."""
+        if not ready or not all(self._takes_the_device_s(request) for _, request in ready):
             return None
         try:
-            if len(requests) < len(logits):
-                logits = logits[upload([row for row, _ in ready], torch.int64, logits.device)]
-            drawn = Drawn(logits, requests)
+            drawn = Drawn(logits, ready, self.loaded.end_token_ids)
         except NOBODYS:
             raise
-        except Exception:  # choosing on the host finds out whose trouble it is
+        except Exception:  # choosing once more, and waiting for it, finds out whose trouble it is
             return None
-        for request in requests:
+        for _, request in ready:
             request.unread += 1
         return drawn
 
-    def _launch(self, before: Launched) -> Launched | None:
-        """Run the step after one whose tokens only the device knows; None where what comes next depends on them."""
-        assert before.drawn is not None
-        schedule = self.scheduler.schedule_ahead(before.ready, before.drawn.token_ids, self._unrestricted)
+    def _launch(self, before: Drawn) -> Launched | None:
+        """Run the step after one whose tokens only the device knows; None where what comes next depends on them.
+
+        The tokens of this step are chosen at once where the logits alone decide. What else there is (grammars, penalties ...)
+        depends on the tokens before it, which the host will know while the device computes.
+        """
+        schedule = self.scheduler.schedule_ahead(before.ready, before.token_ids, self._takes_the_device_s)
         if schedule is None:
             return None
         counts = self.parts.meter.counts.clone()
@@ -340,11 +338,9 @@ class LLMEngine:
         ready = self.scheduler.advance(schedule)
         if not ready:
             return None
-        drawn, rest = self._drawn(logits, ready), None
-        if drawn is None:
-            rest = logits[[row for row, _ in ready]]
-        requests = [request for _, request in ready]
-        return Launched(schedule, requests, drawn, rest, [schedule.requests[row] for row in captured], counts)
+        free = all(request.params.unrestricted for _, request in ready)
+        drawn = self._drawn(logits, ready) if free else None
+        return Launched(schedule, logits, ready, drawn, [schedule.requests[row] for row in captured], counts)
 
     def catch_up(self) -> list[Generation]:
         """Receive the tokens of a step that was launched ahead, and launch none; the generations that got one."""
@@ -365,13 +361,14 @@ class LLMEngine:
         return logits
 
     def _sample(
-        self, logits: Tensor | None, ready: list[tuple[int, Request]], failures: Failures, launched: Launched | None
+        self, logits: Tensor, ready: list[tuple[int, Request]], failures: Failures, drawn: Drawn | None
     ) -> list[Generation]:
         """Choose the next tokens of (row of the logits, request) pairs, or wait for those that the device has chosen."""
-        if launched is not None:
-            chosen = launched.receive(failures)
+        if drawn is not None:
+            for _, request in ready:
+                request.unread -= 1
+            chosen = drawn.read(failures)
         else:
-            assert logits is not None
             ready = [(row, request) for row, request in ready if request.request_id not in failures.found]
             chosen = next_tokens(logits, ready, failures, end_token_ids=self.loaded.end_token_ids)
         now = time.perf_counter()
@@ -381,7 +378,7 @@ class LLMEngine:
         for row, request, token, logprobs in chosen:
             generation = self._generations[request.request_id]
             with failures.of(request.request_id):
-                if generation.on_logits is not None and logits is not None:
+                if generation.on_logits is not None:
                     generation.on_logits(logits[row])
                 made = len(request.token_ids) - request.prompt_length
                 self._receive(generation, generation.forced[made] if made < len(generation.forced) else token, logprobs, now)

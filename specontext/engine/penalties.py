@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from specontext.core import Request
+from specontext.kernels.dispatch import upload
 
 
 def penalised(request: Request) -> bool:
@@ -55,7 +56,7 @@ class _History:
         if start == self._read:
             return
         device = (self.seen if self.seen is not None else self.counts).device  # type: ignore[union-attr]
-        new = torch.tensor(request.token_ids[start:], device=device)
+        new = upload(request.token_ids[start:], torch.int64, device)
         if self.seen is not None:
             self.seen[new] = True
         if self.counts is not None:

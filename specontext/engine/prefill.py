@@ -17,8 +17,9 @@ from specontext.kernels.dense_attention import causal_attention, chunk_attention
 from specontext.kernels.dispatch import upload
 from specontext.kernels.gpu_chunk import QUERIES, packed_attention, serves
 from specontext.kernels.latents import Latents
+from specontext.kernels.quantised_rows import dequantised
 from specontext.kernels.softmax import PLAIN, Softmax
-from specontext.kernels.tables import NewTokens
+from specontext.kernels.tables import NewTokens, is_quantised
 from specontext.kv.dense import stored_tiles
 from specontext.kv.staging import DenseRead, Staging
 from specontext.kv.transfers import Transfers
@@ -74,23 +75,27 @@ class Chunks:
         output: Tensor,
         staging: Staging | None,
         softmax: Softmax = PLAIN,
+        *,
+        stored: bool = False,
     ) -> None:
-        """Store k and v of all chunks in a layer, and write their attention into the packed output [T, Hq, D].
+        """Store k and v of all chunks in a layer, unless they are `stored` already, and write their attention into the packed
+        output [T, Hq, D].
 
         Args:
             query, key, value: of the whole batch.
             staging: earlier tokens of layers that are out of reach.
         """
         batch, chunks = self._batch, slice(self._batch.num_decodes, None)
-        new = NewTokens(batch.seats[chunks], batch.positions[chunks], batch.lengths[chunks], key[chunks], value[chunks])
-        self._transfers.append_chunk(layer, new)
+        if not stored:
+            new = NewTokens(batch.seats[chunks], batch.positions[chunks], batch.lengths[chunks], key[chunks], value[chunks])
+            self._transfers.append_chunk(layer, new)
         key, value = self._transfers.as_stored(layer, key, value)
         done = 0
         for segment, read in zip(batch.prefills, self.reads, strict=True):
             part = slice(segment.offset, segment.offset + segment.length)
             if segment.offset >= done:
                 done = self._write(layer, segment, read, query, key, value, scale, output, staging, softmax)
-            if (watcher := self._methods.watcher(segment.seat)) is not None:
+            if not stored and (watcher := self._methods.watcher(segment.seat)) is not None:
                 keys = partial(keys_up_to, self._transfers, layer, segment, key[part])
                 watcher.observe_chunk(layer, segment, query[part], scale, keys)
 
@@ -112,6 +117,7 @@ class Chunks:
         batch, chunks = self._batch, slice(self._batch.num_decodes, None)
         new = NewTokens(batch.seats[chunks], batch.positions[chunks], batch.lengths[chunks], row[chunks], row[chunks])
         self._transfers.append_chunk(layer, new)
+        row, _ = self._transfers.as_stored(layer, row, row)
         for segment, read in zip(batch.prefills, self.reads, strict=True):
             part = slice(segment.offset, segment.offset + segment.length)
             own, rows = query[part], row[part]
@@ -138,7 +144,7 @@ class Chunks:
     ) -> Tensor:
         attention = chunk_attention(query, rows, rows, scale, softmax)
         for tile in self._tiles(layer, segment, read, staging):
-            attention.add(tile)
+            attention.add(_latents(tile, rows))
         return attention.result()
 
     def _attend_to_made(
@@ -158,7 +164,7 @@ class Chunks:
         most = made_tile(query.shape[1], query.shape[2], query.dtype.itemsize)
         for tile in self._tiles(layer, segment, read, staging):
             for some in tile.split(most):
-                attention.add(latents.made(some))
+                attention.add(latents.made(_latents(some, rows)))
         return attention.result()[..., : latents.value.shape[1]]
 
     def _tiles(self, layer: int, segment: Segment, read: DenseRead, staging: Staging | None) -> Iterator[Tensor]:
@@ -198,6 +204,11 @@ class Chunks:
                 attention.add(tile)
             output[part] = attention.result()
         return part.stop
+
+
+def _latents(tile: Tensor, like: Tensor) -> Tensor:
+    """Stored latents [T, 1, 1, D], dequantised to the number format of others where they are in 8 bits."""
+    return dequantised(tile, like[:, :, None]) if is_quantised(tile) else tile
 
 
 def _short_beginning(segment: Segment) -> bool:

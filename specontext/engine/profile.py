@@ -23,11 +23,30 @@ class _ChunkOnly:
 
     positions = None
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softmax: Softmax = PLAIN,
+        *,
+        stored: bool = False,
+    ) -> Tensor:
         return causal_attention(query, key, value, scale, softmax)
 
     def attend_window(
-        self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
+        self,
+        layer: int,
+        window: Window,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softmax: Softmax = PLAIN,
+        *,
+        stored: bool = False,
     ) -> Tensor:
         return window_attention(query, key, value, scale, window, softmax=softmax)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from specontext.core import AllowedTokens, Request
 from specontext.engine.penalties import penalise, penalised
 from specontext.kernels.dispatch import upload
-from specontext.kernels.token_masks import mask_tokens
+from specontext.kernels.token_masks import mask_tokens, with_masks
 from specontext.sampling_params import SamplingParams
 
 
@@ -23,6 +23,7 @@ def restricted(raw: Tensor, requests: Sequence[Request], end_token_ids: Collecti
     forbidden = [
         (row, token)
         for row, request in enumerate(requests)
+        if request.params.min_tokens or request.banned
         for token in _forbidden(request, end_token_ids)
         if token < raw.shape[1]
     ]
@@ -30,28 +31,32 @@ def restricted(raw: Tensor, requests: Sequence[Request], end_token_ids: Collecti
     with_penalties = [row for row, request in enumerate(requests) if penalised(request)]
     if not (masked or listed or forbidden or biased or with_penalties):
         return raw
-    adjusted = raw.clone()
-    if masked:
-        mask_tokens(adjusted, _masks([requests[row].allowed for row in masked]), masked)
+    masks = _masks([requests[row].allowed for row in masked]) if masked else None
+    if masks is not None and masks.is_floating_point():
+        adjusted = with_masks(raw, masks, masked)
+    else:
+        adjusted = raw.clone()
+        if masks is not None:
+            mask_tokens(adjusted, masks, masked)
     for row in listed:
-        allowed = torch.tensor(requests[row].params.allowed_token_ids, device=raw.device)
+        allowed = upload(requests[row].params.allowed_token_ids or (), torch.int64, raw.device)
         kept = adjusted[row, allowed]
         adjusted[row] = -math.inf
         adjusted[row, allowed] = kept
     if forbidden:
-        rows, tokens = torch.tensor(forbidden, device=raw.device).unbind(dim=1)
+        rows, tokens = upload(forbidden, torch.int64, raw.device).unbind(dim=1)
         adjusted[rows, tokens] = -math.inf
     for row in biased:
         ids, values = zip(*(requests[row].params.logit_bias or ()), strict=True)
-        bias = torch.tensor(values, device=raw.device, dtype=adjusted.dtype)
-        adjusted[row].index_add_(0, torch.tensor(ids, device=raw.device), bias)
+        bias = upload(values, adjusted.dtype, raw.device)
+        adjusted[row].index_add_(0, upload(ids, torch.int64, raw.device), bias)
     for row in with_penalties:
         penalise(adjusted[row], requests[row])
     return adjusted
 
 
 def _masks(allowed: Sequence[AllowedTokens | None]) -> Tensor:
-    """Masks int32 [M, words] of what grammars allow; all of a step stand in one tensor."""
+    """Masks [M, ..] of what grammars allow; all of a step stand in one tensor."""
     rows = [each.row for each in allowed if each is not None]
     assert allowed[0] is not None
     masks = allowed[0].masks

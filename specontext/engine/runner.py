@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from specontext.core import Batch, Choice, Lane
 from specontext.engine.batch_parts import Part, joined, lane_part, rest_part
 from specontext.engine.build import Parts
+from specontext.engine.chunk_graphs import ChunkGraphs, in_pieces
 from specontext.engine.chunk_warm_up import warm_up_chunks
 from specontext.engine.decode import Step
 from specontext.engine.graphs import DecodeGraphs, span_buckets
@@ -27,6 +29,7 @@ from specontext.models.sharding import gathers
 from specontext.retrieval.head import CALLED
 from specontext.retrieval.selector import AheadSelector, ForeseeingSelector, Selector
 
+logger = logging.getLogger("specontext")
 MOST_CAPTURED = 8  # lanes of a step that run as captured steps one after the other: each reads the weights again
 
 
@@ -74,6 +77,9 @@ class ModelRunner:
         if graphs and kv.device.type == "cuda" and not (measure_recall or kv.transfers.verify):
             self._graphs = DecodeGraphs(seats=kv.num_seats, device=kv.device)
         self.captures = self._graphs is not None
+        self._chunks: ChunkGraphs | None = None
+        if self._graphs is not None and in_pieces(loaded.shape) and loaded.ranks is None:
+            self._chunks = ChunkGraphs(min(parts.step_tokens.alone, parts.max_tokens), kv.device)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
@@ -161,7 +167,7 @@ class ModelRunner:
         kept: list[Tensor] = []
         handle = decoder_of(self.loaded.model).register_forward_hook(lambda _, __, output: kept.append(output[0][0, positions]))
         try:
-            return self._uncaptured(batch), kept[0]
+            return self._launched(batch), kept[0]  # hooks do not see what is captured
         finally:
             handle.remove()
 
@@ -188,14 +194,41 @@ class ModelRunner:
         if self._graphs is None:
             return
         with working_device(min(self.parts.step_tokens.alone, self.parts.max_tokens)):
-            warm_up_chunks(self._uncaptured, self.parts)  # first: what several tokens run is compiled with many in mind
+            warm_up_chunks(self._launched, self.parts)  # first: what several tokens run is compiled with many in mind
             if not self._waits(self.parts.selector):
                 self._graphs.warm_up(self._spans(None), self._fused)
-                # Captures give memory back that is free: the one that chunks need stays now.
-                warm_up_chunks(self._uncaptured, self.parts)
+            if self._chunks is not None:
+                self._recorded(self._chunks.sizes)
+            # Captures give memory back that is free: the one that chunks need stays now.
+            warm_up_chunks(self._launched, self.parts)
+
+    def _recorded(self, sizes: Iterable[int]) -> bool:
+        """Have short chunks of these sizes captured. False where a model asks the device for a number between calls of attention:
+        its chunks are launched, now and later."""
+        if self._chunks is None:
+            return False
+        try:
+            self._chunks.record(sizes, self._fused_pass)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            why = str(error).splitlines()[0]
+            logger.warning("short chunks of prompts are launched kernel by kernel, since they cannot be captured: %s", why)
+            self._chunks.close()
+            self._chunks = None
+        return self._chunks is not None
 
     def _uncaptured(self, batch: Batch) -> Tensor:
-        """A pass outside of graphs, compiled where prompts are computed and steps may be captured."""
+        """A step that is not captured as a whole: short chunks are, in pieces, where no method watches them that may keep what it
+        sees."""
+        size = self._chunks.size_of(batch) if self._chunks is not None else None
+        watched = any(self.parts.methods.watcher(segment.seat) is not None for segment in batch.prefills)
+        if size is None or watched or not self._recorded([size]):
+            return self._launched(batch)
+        return self._forward(batch, self._chunks)
+
+    def _launched(self, batch: Batch) -> Tensor:
+        """A step that is launched kernel by kernel, compiled where prompts are computed and steps may be captured."""
         return self._fused(batch) if batch.prefills and self._graphs is not None else self._forward(batch)
 
     def _fused(self, batch: Batch) -> Tensor:
@@ -205,7 +238,8 @@ class ModelRunner:
         with fused:
             return self._forward(batch)
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _forward(self, batch: Batch, captured: ChunkGraphs | None = None) -> Tensor:
+        """Logits of a batch; its attention runs here, and all else in `captured` pieces where there are any."""
         parts = self.parts
         step = Step(
             batch,
@@ -218,26 +252,35 @@ class ModelRunner:
         )
         try:
             step.begin()
-            with listening(self.loaded.model, step):
-                output = self.loaded.model(
-                    input_ids=batch.token_ids[None],
-                    position_ids=batch.positions[None],
-                    use_cache=False,
-                    logits_to_keep=batch.last_tokens,
-                )
+            if captured is not None:
+                logits, features = captured.run(batch, step)
+            else:
+                logits, features = self._pass(step, batch.token_ids, batch.positions, batch.last_tokens)
             step.end()
         finally:
-            step.close()
-        features = self.taps.take()[0] if self.taps is not None else None
+            vars(step).clear()
         for selector in parts.methods.observers:
             selector.observe(batch, features)
         if batch.prefills:
             parts.prefix.observe(batch, features)
-        logits: Tensor = output.logits[0]
         if self._ranks is not None:  # all choose the same tokens
             logits = logits.contiguous()
             self._ranks.share_(logits)
         return logits
+
+    def _pass(self, listener: object, token_ids: Tensor, positions: Tensor, last_tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run the model: logits [E, V] of packed tokens int64 [E], and the features [T, F * H] of all, where a head sees any."""
+        with listening(self.loaded.model, listener):
+            output = self.loaded.model(
+                input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=last_tokens
+            )
+        logits: Tensor = output.logits[0]
+        return logits, self.taps.take()[0] if self.taps is not None else None
+
+    def _fused_pass(self, listener: object, *numbers: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same with compiled layers."""
+        with self._compiled.use(len(numbers[0])) if self._compiled is not None else nullcontext():
+            return self._pass(listener, *numbers)
 
     def close(self) -> None:
         """Take the feature taps off the model and give back the memory of captured and compiled steps."""
@@ -245,6 +288,8 @@ class ModelRunner:
             self.taps.remove()
         if self._graphs is not None:
             self._graphs.close()
+        if self._chunks is not None:
+            self._chunks.close()
         self._compiled = None
 
 

@@ -9,8 +9,7 @@ Shapes use R requests, V vocabulary size, C candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,14 +27,6 @@ _CHUNK = 1 << 22  # float64 scores worked on at once, so that a full batch with 
 _LOW_32_BITS = (1 << 32) - 1
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """One token for each request; log-probabilities for those that asked for them."""
-
-    token_ids: list[int]
-    logprobs: list[dict[int, float] | None]
-
-
 class NextToken(NamedTuple):
     """A request's next token; `row` is that of its logits."""
 
@@ -46,19 +37,18 @@ class NextToken(NamedTuple):
 
 
 def next_tokens(
-    logits: Tensor, ready: list[tuple[int, Request]], failures: Failures, *, end_token_ids: Collection[int]
+    logits: Tensor, ready: Sequence[tuple[int, Request]], failures: Failures, *, end_token_ids: Collection[int]
 ) -> list[NextToken]:
-    """Sample for (row of the logits, request) pairs; those for which no token can be chosen are among the failures.
+    """Choose tokens for (row of the logits, request) pairs and wait for them; those for which none can be chosen are among the
+    failures.
 
     Args:
         logits: [requests, V]; rows of requests that are not ready are ignored.
     """
+    if not ready:
+        return []
     try:
-        return _draw(logits, ready, end_token_ids)
-    except LogitsError as error:
-        failures.add(error, *error.request_ids)
-        left = [(row, request) for row, request in ready if request.request_id not in failures.found]
-        return next_tokens(logits, left, failures, end_token_ids=end_token_ids)
+        return Drawn(logits, ready, end_token_ids).read(failures)
     except NOBODYS:
         raise
     except Exception:
@@ -66,78 +56,74 @@ def next_tokens(
         found: list[NextToken] = []
         for pair in ready:
             with failures.of(pair[1].request_id):
-                found += _draw(logits, [pair], end_token_ids)
+                found += Drawn(logits, [pair], end_token_ids).read(failures)
         if not found and len(ready) > 1:
             raise
         return found
 
 
-def _draw(logits: Tensor, ready: list[tuple[int, Request]], end_token_ids: Collection[int]) -> list[NextToken]:
-    if not ready:
-        return []
-    if len(ready) < len(logits):
-        logits = logits[upload([row for row, _ in ready], torch.int64, logits.device)]
-    sampled = sample(logits, [request for _, request in ready], end_token_ids=end_token_ids)
-    made = zip(sampled.token_ids, sampled.logprobs, strict=True)
-    return [NextToken(*pair, *token) for pair, token in zip(ready, made, strict=True)]
+class Drawn:
+    """Tokens that a device chooses, on their way to the host; nothing here waits for it before `read`.
 
-
-@torch.no_grad()
-def sample(logits: Tensor, requests: Sequence[Request], *, end_token_ids: Collection[int]) -> Sampled:
-    """Chooses the next token of every request; meanings and order of the parameters are vLLM's.
+    Meanings and order of the sampling parameters are vLLM's.
 
     Args:
-        logits: floating [R, V], row r belongs to requests[r]; not changed.
+        logits: floating [requests, V]; not changed, and they may be overwritten afterwards.
+        ready: (row of the logits, request) pairs. The host knows all of their tokens, where more than the logits decides.
         end_token_ids: the model's end tokens, which `min_tokens` forbids.
 
-    Raises:
-        LogitsError: a row holds NaN or infinity, or nothing but minus infinity.
-        NoTokenLeftError: a request allows no token.
-    """
-    if logits.dim() != 2 or len(logits) != len(requests):
-        raise ValueError(f"logits must be [{len(requests)}, V], got {list(logits.shape)}")
-    if not requests:
-        return Sampled([], [])
-    raw = logits.float()
-    plain = all(request.params.plain for request in requests)
-    adjusted = raw if plain else restricted(raw, requests, end_token_ids)
-    chosen = adjusted.argmax(dim=1)  # [R], the lowest id among equals
-    if not plain:
-        _sample_random_rows(adjusted, requests, chosen)
-    broken = ~raw.amax(dim=1).isfinite()
-    stuck = ~adjusted.amax(dim=1).isfinite() if adjusted is not raw else broken
-    token_ids, flags, ends = torch.stack((chosen, broken.long(), stuck.long())).tolist()
-    if any(flags):
-        raise LogitsError([request.request_id for request, flag in zip(requests, flags, strict=True) if flag])
-    if any(ends):
-        raise NoTokenLeftError([request.request_id for request, end in zip(requests, ends, strict=True) if end])
-    return Sampled(token_ids, [None] * len(requests) if plain else _logprobs(raw, chosen, requests))
-
-
-class Drawn:
-    """Tokens of unrestricted requests that a device has chosen, on their way to the host.
-
-    Args:
-        logits: floating [R, V], row r belongs to requests[r]; they may be overwritten afterwards.
-
     Attributes:
-        token_ids: int64 [R] on the device; anything where logits are broken.
+        token_ids: int64 [ready requests] on the device; anything where logits are broken.
     """
 
-    def __init__(self, logits: Tensor, requests: Sequence[Request]) -> None:
+    @torch.no_grad()
+    def __init__(self, logits: Tensor, ready: Sequence[tuple[int, Request]], end_token_ids: Collection[int]) -> None:
+        self.ready = ready
+        requests = [request for _, request in ready]
+        if len(ready) < len(logits):
+            logits = logits[upload([row for row, _ in ready], torch.int64, logits.device)]
         raw = logits.float()
-        self.token_ids = raw.argmax(dim=1)
-        _sample_random_rows(raw, requests, self.token_ids)
-        found = torch.stack((self.token_ids, (~raw.amax(dim=1).isfinite()).long()))
-        self._found = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda).copy_(found, non_blocking=True)
+        free = all(request.params.unrestricted for request in requests)
+        adjusted = raw if free else restricted(raw, requests, end_token_ids)
+        self.token_ids = adjusted.argmax(dim=1)  # the lowest id among equals
+        best = adjusted.gather(1, self.token_ids.unsqueeze(1)).squeeze(1)
+        nothing, broken = best == -math.inf, ~(best < math.inf)  # what is no number is taken for the largest
+        if not all(request.params.plain for request in requests):
+            _sample_random_rows(adjusted, requests, self.token_ids)
+        found = torch.stack((self.token_ids, broken.long(), nothing.long()))
+        self._found = _on_its_way(found) if found.is_cuda else found
+        self._ranked = [] if free else _ranked_tokens(raw, self.token_ids, requests)
         self._copied = torch.cuda.current_stream(found.device).record_event() if found.is_cuda else None
 
-    def read(self) -> tuple[list[int], list[bool]]:
-        """The tokens, once the device has chosen them, and whose logits are broken."""
+    def read(self, failures: Failures) -> list[NextToken]:
+        """The tokens of those that have not ended meanwhile, once the device has chosen them; those whose logits are broken, or
+        that allow no token, are among the failures."""
         if self._copied is not None:
             self._copied.synchronize()
-        token_ids, broken = self._found.tolist()
-        return token_ids, [bool(flag) for flag in broken]
+        tables = {place: table for ranked in self._ranked for place, table in ranked.read()}
+        found: list[NextToken] = []
+        broken: list[str] = []
+        stuck: list[str] = []
+        for place, numbers in enumerate(zip(self.ready, *self._found.tolist(), strict=True)):
+            (row, request), token, is_broken, nothing = numbers
+            if request.finish_reason is not None:
+                continue
+            table = tables.get(place)
+            if is_broken or (table is not None and math.isnan(table[token])):
+                broken.append(request.request_id)
+            elif nothing:
+                (broken if request.params.unrestricted else stuck).append(request.request_id)
+            else:
+                found.append(NextToken(row, request, token, table))
+        for error, names in ((LogitsError, broken), (NoTokenLeftError, stuck)):
+            if names:
+                failures.add(error(names), *names)
+        return found
+
+
+def _on_its_way(numbers: Tensor) -> Tensor:
+    """A copy in the host's memory that is there once the device has come so far."""
+    return torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda).copy_(numbers, non_blocking=True)
 
 
 def _sample_random_rows(adjusted: Tensor, requests: Sequence[Request], chosen: Tensor) -> None:
@@ -239,16 +225,31 @@ def logprob_table(ids: Sequence[int], values: Sequence[float], top: int) -> dict
     return table
 
 
-def _logprobs(raw: Tensor, chosen: Tensor, requests: Sequence[Request]) -> list[dict[int, float] | None]:
-    """Log-probabilities of the chosen and the most likely tokens under the model itself: no temperature, no penalties."""
-    found: list[dict[int, float] | None] = [None] * len(requests)
+class _Ranked(NamedTuple):
+    """What `ranked_logprobs` found for some rows, on its way to the host: [rows, 1 + width] each.
+
+    Attributes:
+        wanted: of the most likely tokens, by place among the ready requests.
+    """
+
+    ids: Tensor
+    values: Tensor
+    wanted: dict[int, int]
+
+    def read(self) -> Iterator[tuple[int, dict[int, float]]]:
+        """The tables of these rows with their places."""
+        for (place, top), ids, values in zip(self.wanted.items(), self.ids.tolist(), self.values.tolist(), strict=True):
+            yield place, logprob_table(ids, values, top)
+
+
+def _ranked_tokens(raw: Tensor, chosen: Tensor, requests: Sequence[Request]) -> list[_Ranked]:
+    """The chosen and the most likely tokens of those who ask, under the model itself: no temperature, no penalties."""
     vocab_size = raw.shape[1]
     wanted = {row: min(r.params.logprobs, vocab_size) for row, r in enumerate(requests) if r.params.logprobs is not None}
-    members = list(wanted)
+    members, found = list(wanted), []
     for start in range(0, len(members), step := rows_at_once(vocab_size)):
-        part = members[start : start + step]
-        rows = torch.tensor(part, device=raw.device)
-        ids, values = ranked_logprobs(raw[rows], chosen[rows], max(wanted[row] for row in part))
-        for row, row_ids, row_values in zip(part, ids.tolist(), values.tolist(), strict=True):
-            found[row] = logprob_table(row_ids, row_values, wanted[row])
+        part = {row: wanted[row] for row in members[start : start + step]}
+        rows = upload([*part], torch.int64, raw.device)
+        ids, values = ranked_logprobs(raw[rows], chosen[rows], max(part.values()))
+        found.append(_Ranked(_on_its_way(ids), _on_its_way(values), part))
     return found

@@ -120,16 +120,18 @@ class Scheduler:
         batch = pack(decodes, chunks, self.parts.kv.device)
         return Schedule((*decodes, *(request for request, _ in chunks)), batch)
 
-    def schedule_ahead(self, ready: Sequence[Request], tokens: Tensor, free: Callable[[Request], bool]) -> Schedule | None:
+    def schedule_ahead(
+        self, ready: Sequence[tuple[int, Request]], tokens: Tensor, free: Callable[[Request], bool]
+    ) -> Schedule | None:
         """The step after one that the device computes now, before the host knows its tokens.
 
         Requests that end with their token by their length are not in it; one that ends otherwise has a token too many computed.
         None where a request needs the host, or where others would have to make room.
 
         Args:
-            ready: whose tokens the device chooses now; some may have ended meanwhile.
+            ready: whose tokens the device chooses now, behind the rows of their logits; some may have ended meanwhile.
             tokens: int64 [ready requests] on the device.
-            free: whether a request's tokens are chosen on the device.
+            free: whether a request's next step takes the token of the device.
         """
         if self.waiting:
             self.admission.admit()
@@ -139,7 +141,7 @@ class Scheduler:
         if not decodes and not chunks:
             return None
         self.parts.residency.steps += 1
-        rows = {request: row for row, request in enumerate(ready)}
+        rows = {request: place for place, (_, request) in enumerate(ready)}
         unread = [rows[request] if request.unread else -1 for request in decodes]
         batch = pack(decodes, chunks, self.parts.kv.device, tokens=tokens, unread=unread)
         return Schedule((*decodes, *(request for request, _ in chunks)), batch)

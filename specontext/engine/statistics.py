@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -69,6 +70,7 @@ class Meter:
         self.shape, self.tables, self.sink = shape, tables, sink
         self.pairs = shape.layers * shape.kv_heads
         self._token_bytes, self._row_bytes = shape.kv_bytes_per_token, shape.on_host.row_bytes  # a row that is loaded
+        self._layers_reading = Counter(shape.read_order)  # how many layers read the KV of each
         self._windows = shape.windowed if shape.only_windows else ()  # of the layers, where no other are counted
         # One row more than seats: the padding of a batch is counted there.
         self.counts = torch.zeros((seats + 1, len(Count)), dtype=torch.float64, device=device)
@@ -185,8 +187,8 @@ class Meter:
         self.before[table].index_copy_(0, seats, whole)
 
     def recall(self, layer: int, seats: Tensor, share: Tensor) -> None:
-        """Count a layer's share [R] of true attention mass that its selection covers."""
-        self.recalls[:, layer].index_add_(0, seats, share.double())
+        """Count a layer's share [R] of true attention mass that its selection covers: of those that read one KV the mean."""
+        self.recalls[:, layer].index_add_(0, seats, share.double() / max(1, self._layers_reading[layer]))
 
     def report(self, seat: int) -> DecodeStatistics:
         """Means over the decode steps of a request."""

@@ -11,6 +11,7 @@ from specontext.core import Segment
 from specontext.kernels.attention_logits import attention_logits
 from specontext.kernels.quantised_rows import keys_of
 from specontext.kernels.softmax import capped
+from specontext.kernels.spans import read_rows
 from specontext.kernels.tables import is_quantised
 from specontext.kv.dense import read_tile, read_tokens, tiles_of
 from specontext.kv.transfers import Transfers
@@ -44,15 +45,15 @@ def covered(weights: Tensor, tokens: Tensor) -> Tensor:
     return torch.where(tokens >= 0, weights.gather(-1, tokens.clamp(min=0)), 0.0).sum(-1).mean(-1)
 
 
-def stored_keys(transfers: Transfers, layer: int, seat: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+def stored_keys(transfers: Transfers, layer: int, seat: Tensor, start: int, stop: int, like: Tensor) -> Tensor:
     """Keys of the tokens start .. stop - 1 of one request: [stop - start, Hkv, D].
 
     Args:
         seat: int64 [1].
-        dtype: number format of keys that are stored in 8 bits.
+        like: keys [.., D], in whose number format are those that are stored in 8 bits.
     """
     buffer, rows = read_tile(transfers, layer, seat, start, stop, torch.full_like(seat, stop))
-    return keys_of(buffer[rows[0].T], dtype) if is_quantised(buffer) else buffer[rows[0].T, 0]
+    return keys_of(read_rows(buffer, rows[0].T), like.shape[-1], like.dtype) if is_quantised(buffer) else buffer[rows[0].T, 0]
 
 
 def keys_up_to(transfers: Transfers, layer: int, segment: Segment, new: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ def keys_up_to(transfers: Transfers, layer: int, segment: Segment, new: Tensor) 
     if not segment.start:
         return new
     seat = torch.tensor([segment.seat], device=new.device)
-    return torch.cat((stored_keys(transfers, layer, seat, 0, segment.start, new.dtype), new))
+    return torch.cat((stored_keys(transfers, layer, seat, 0, segment.start, new), new))
 
 
 class View:
@@ -98,7 +99,7 @@ class View:
         counts = torch.zeros_like(self._decode.positions)
         counts[row] = stop - start
         self._read(counts)
-        return stored_keys(self._transfers, self._layer, self._decode.seats[row : row + 1], start, stop, self.key.dtype)
+        return stored_keys(self._transfers, self._layer, self._decode.seats[row : row + 1], start, stop, self.key)
 
     def _read(self, counts: Tensor) -> None:
         self.tokens_read = counts if self.tokens_read is None else self.tokens_read + counts

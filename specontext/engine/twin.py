@@ -41,6 +41,9 @@ class DenseTwin:
         """Show every layer's attention of the decode tokens of these ways to their selectors."""
         device = batch.token_ids.device
         index = torch.cat([torch.arange(lane.part.start, lane.part.stop, device=device) for lane in lanes])
+        for lane in lanes:
+            assert isinstance(lane.selector, ForeseeingSelector)
+            lane.selector.look_anew()
         sizes = [lane.part.stop - lane.part.start for lane in lanes]
 
         def show(layer: int, _: LaneTokens, weights: Tensor, __: Tensor | None) -> None:
@@ -60,4 +63,4 @@ class DenseTwin:
                 decoder.forward(input_ids=twin.token_ids[None], position_ids=twin.positions[None], use_cache=False)
             step.end()
         finally:
-            step.close()
+            vars(step).clear()

@@ -141,8 +141,9 @@ class _Reading:
         ]
         # Layers with a window keep the mask that the model gives them: the engine reads their whole window, too.
         layers = list(decoder_layers(model))
-        for place, number in enumerate(self.shape.full):
-            self.handles.append(layers[number].register_forward_pre_hook(self._masking(place), with_kwargs=True))
+        for number, place in self.shape.places.items():
+            if place.window is None:
+                self.handles.append(layers[number].register_forward_pre_hook(self._masking(place.layer), with_kwargs=True))
 
     def remove(self) -> None:
         for handle in self.handles:

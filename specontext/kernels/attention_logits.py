@@ -7,6 +7,7 @@ from torch import Tensor
 
 from specontext.kernels.dispatch import use_triton
 from specontext.kernels.quantised_rows import keys_of
+from specontext.kernels.spans import read_rows
 from specontext.kernels.tables import is_quantised
 
 
@@ -15,8 +16,8 @@ def attention_logits(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -
 
     Args:
         query: [R, Hq, D].
-        arena: [N, 2, D], K and V of each row, or [N, 1, D], where a row is both; in 8 bits [N, 2 * D + 4], see
-            `quantised_rows.py`.
+        arena: [N, 2, D], K and V of each row, or [N, 1, D], where a row is both; in 8 bits [N, 2 * D + 4] or
+            [spans, S, 2 * D + 4], see `spans.py`.
         rows: int64 or int32 [R, Hkv, T], -1 is skipped.
 
     Returns:
@@ -34,8 +35,8 @@ def attention_logits_reference(query: Tensor, arena: Tensor, rows: Tensor, scale
     requests, query_heads, head_dim = query.shape
     kv_heads, width = rows.shape[1:]
     read = arena if is_quantised(arena) else arena[:, :1]
-    read = read.index_select(0, rows.clamp(min=0).flatten())
-    keys = keys_of(read, torch.float32).view(requests, kv_heads, width, head_dim)
+    read = read_rows(read, rows.clamp(min=0).flatten())
+    keys = keys_of(read, head_dim, torch.float32).view(requests, kv_heads, width, head_dim)
     grouped = query.float().reshape(requests, kv_heads, query_heads // kv_heads, head_dim) * scale
     logits = grouped @ keys.float().mT
     return logits.masked_fill_((rows < 0)[:, :, None], -torch.inf).view(requests, query_heads, width)

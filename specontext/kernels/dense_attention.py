@@ -65,7 +65,7 @@ class ChunkAttention:
 
     def add(self, tile: Tensor) -> None:
         """Attend to the rows [T, Hkv, *row] of T tokens, at least one, before the chunk."""
-        tile = as_multiplied(tile, self._dtype)
+        tile = as_multiplied(tile, self._folded.shape[-1], self._dtype)
         if tile.dtype == torch.float32:
             self._folded = self._folded.float()
         heads = tile.transpose(0, 1)[:, None]  # [Hkv, 1, T, K|V, D]

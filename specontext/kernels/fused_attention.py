@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.dispatch import scratch
-from specontext.kernels.quantised_rows import dequantise, head_dim_of
+from specontext.kernels.quantised_rows import dequantise
 from specontext.kernels.softmax import capped
-from specontext.kernels.tables import CODES
+from specontext.kernels.spans import CODES, vectors_in
 
 _aten = torch.ops.aten
 FLASH_ON_CPU = hasattr(_aten, "_scaled_dot_product_flash_attention_for_cpu")
@@ -64,13 +64,14 @@ def _float32_is_faster(dtype: torch.dtype) -> bool:
     return dtype != torch.bfloat16 or not multiplies_bfloat16()
 
 
-def as_multiplied(tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows as K and V [..., 2, D] in the number format in which their device attends fastest to queries of a format: themselves,
-    or a copy in scratch memory, which the next call of this thread overwrites. Rows in 8 bits are always dequantised."""
+def as_multiplied(tokens: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Rows as K and V [..., 2, D], or latents [..., 1, D], in the number format in which their device attends fastest to queries
+    of a format: themselves, or a copy in scratch memory, which the next call of this thread overwrites. Rows in 8 bits are always
+    dequantised."""
     if tokens.dtype in CODES:
         if tokens.device.type == "cpu" and dtype in HALVES and _float32_is_faster(dtype):
             dtype = torch.float32
-        shape = (*tokens.shape[:-1], 2, head_dim_of(tokens))
+        shape = (*tokens.shape[:-1], vectors_in(tokens, dim), dim)
         return dequantise(tokens, scratch("attention.dequantised", shape, dtype, tokens.device))
     if tokens.device.type != "cpu" or tokens.dtype not in HALVES or not _float32_is_faster(tokens.dtype):
         return tokens

@@ -32,7 +32,12 @@ Attend = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
 def serves(query: Tensor) -> bool:
     """Whether these kernels attend for such queries [.., D]."""
     fits = query.is_cuda and query.dtype in HALVES and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
-    return fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return fits and _capable(query.device)
+
+
+@cache
+def _capable(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -161,7 +166,7 @@ class GpuChunk:
 
     def add(self, tile: Tensor) -> None:
         """Attend to the rows [T, Hkv, *row] of T tokens, at least one, before the chunk; T of any strides."""
-        keys, values = map(_by_head, as_multiplied(tile, self._dtype).unbind(2))
+        keys, values = map(_by_head, as_multiplied(tile, self._parts[0].query.shape[-1], self._dtype).unbind(2))
         for part in self._parts:
             for start, stop in cuts(len(tile)) if part.regular else [(0, len(tile))]:
                 regular = self._regular if part.regular and stop - start >= KEYS else None

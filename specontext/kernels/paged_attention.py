@@ -7,13 +7,14 @@ from torch import Tensor
 
 from specontext.kernels.dispatch import scratch, use_triton
 from specontext.kernels.fused_attention import as_multiplied, attention_with_lse
+from specontext.kernels.spans import CodedPages
 from specontext.kernels.sparse_attention import TILE_BYTES, bias_beyond, of_like_width, parts_of
 from specontext.kernels.tables import is_quantised
 
 
 def paged_attention(
     query: Tensor,
-    rows: Tensor,
+    rows: Tensor | CodedPages,
     pages: Tensor,
     lengths: Tensor,
     scale: float,
@@ -39,14 +40,14 @@ def paged_attention(
         from specontext.kernels.triton.paged_attention import paged_attention as on_gpu
 
         size, heads = rows.shape[1:3]
-        arena = rows.view(-1, *rows.shape[3:])
+        arena = rows.pool if isinstance(rows, CodedPages) else rows.view(-1, *rows.shape[3:])
         return on_gpu(query, arena, pages, lengths, scale, cap, page_size=size, kv_heads=heads)
     return paged_attention_reference(query, rows, pages, lengths, scale, cap, tile=tile)
 
 
 def paged_attention_reference(
     query: Tensor,
-    rows: Tensor,
+    rows: Tensor | CodedPages,
     pages: Tensor,
     lengths: Tensor,
     scale: float,
@@ -72,7 +73,7 @@ def paged_attention_reference(
                 chosen = chosen[counts[chosen] > 0]
             for part in parts_of(chosen, max(1, TILE_BYTES // (width * row_bytes))):
                 tokens = _tile_of_requests(rows, pages[part], counts[part], start, width)
-                tokens = as_multiplied(tokens, query.dtype)
+                tokens = as_multiplied(tokens, head_dim, query.dtype)
                 tokens = tokens.transpose(1, 2)
                 keys, values = tokens.select(3, 0), tokens.select(3, -1)  # each [N, Hkv, T, D]
                 bias = bias_beyond(counts[part], width)
@@ -84,7 +85,7 @@ def paged_attention_reference(
     return output.view(query.shape).to(query.dtype), lse.view(requests, query_heads)
 
 
-def _tile_of_requests(rows: Tensor, pages: Tensor, counts: Tensor, start: int, width: int) -> Tensor:
+def _tile_of_requests(rows: Tensor | CodedPages, pages: Tensor, counts: Tensor, start: int, width: int) -> Tensor:
     """K and V of the tokens start .. start + width - 1 of some requests, zeros beyond counts[n] tokens: [N, width, Hkv, *row].
 
     One request whose pages follow one another is read in place; others are copied into scratch memory.
@@ -98,7 +99,10 @@ def _tile_of_requests(rows: Tensor, pages: Tensor, counts: Tensor, start: int, w
         return tokens_of_pages(rows, pages[0], start, start + width, buffer=buffer)[None]
     places = torch.arange(first, end, device=pages.device).clamp(max=pages.shape[1] - 1)
     wanted = pages.index_select(1, places)
-    gathered = torch.index_select(rows, 0, wanted.flatten(), out=buffer)
+    if isinstance(rows, CodedPages):
+        gathered = rows.read(wanted.flatten(), buffer)
+    else:
+        gathered = torch.index_select(rows, 0, wanted.flatten(), out=buffer)
     tokens = gathered.view(len(pages), -1, *shape[2:])  # [N, tokens of whole pages, Hkv, *row]
     before = start - first * page_size
     if not whole:  # what lies there may not be a number
@@ -108,7 +112,7 @@ def _tile_of_requests(rows: Tensor, pages: Tensor, counts: Tensor, start: int, w
     return tokens[:, before : before + width]
 
 
-def tokens_of_pages(rows: Tensor, pages: Tensor, start: int, stop: int, *, buffer: Tensor | None = None) -> Tensor:
+def tokens_of_pages(rows: Tensor | CodedPages, pages: Tensor, start: int, stop: int, *, buffer: Tensor | None = None) -> Tensor:
     """K and V of the tokens start .. stop - 1 of one request.
 
     On a CPU pages that follow one another, and have nothing else between, are read in place; others are copied whole. On a GPU
@@ -126,9 +130,11 @@ def tokens_of_pages(rows: Tensor, pages: Tensor, start: int, stop: int, *, buffe
     page_size = rows.shape[1]
     first, end = start // page_size, -(-stop // page_size)
     wanted = pages[first:end]
-    if not rows.is_cuda and rows.is_contiguous() and bool((wanted.diff() == 1).all()):
+    if not isinstance(rows, CodedPages) and not rows.is_cuda and rows.is_contiguous() and bool((wanted.diff() == 1).all()):
         page = int(wanted[0])
         tokens = rows[page : page + end - first]
+    elif isinstance(rows, CodedPages):
+        tokens = rows.read(wanted, None if buffer is None else buffer[: end - first])
     elif buffer is None:
         tokens = rows.index_select(0, wanted)
     else:
@@ -136,7 +142,7 @@ def tokens_of_pages(rows: Tensor, pages: Tensor, start: int, stop: int, *, buffe
     return tokens.flatten(0, 1)[start - first * page_size : stop - first * page_size]
 
 
-def tile_buffer(rows: Tensor, tokens: int) -> Tensor:
+def tile_buffer(rows: Tensor | CodedPages, tokens: int) -> Tensor:
     """Room for the pages of any `tokens` consecutive tokens: [pages, page_size, Hkv, *row]."""
     most = -(-tokens // rows.shape[1]) + 1
-    return rows.new_empty((most, *rows.shape[1:]))
+    return torch.empty((most, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)

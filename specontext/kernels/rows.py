@@ -13,7 +13,8 @@ from torch import Tensor
 
 from specontext.kernels.dispatch import operation, scratch
 from specontext.kernels.quantised_rows import dequantise, dequantised, quantise
-from specontext.kernels.tables import CODES, Copies, NewTokens, Pages, Parts, Tiers, is_quantised, word_of
+from specontext.kernels.spans import CODES, read_rows, row_size, vectors_in, write_rows
+from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Tiers, is_quantised, word_of
 
 CACHED_BYTES = 1 << 22  # that a CPU reads and then writes: they stay in its cache, and its threads have enough to share
 
@@ -25,7 +26,7 @@ def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows
     Args:
         source: [N, *row].
         source_rows, target_rows: int64, equal shapes. Target rows are distinct where they are not skipped.
-        target: [M, *row], the source's dtype, changed in place.
+        target: [M, *row], the source's dtype, changed in place. Rows in 8 bits of either may lie in spans (`spans.py`).
     """
     wanted = source_rows >= 0
     _copy_rows(source, source_rows.masked_select(wanted), target, target_rows.masked_select(wanted))
@@ -40,7 +41,7 @@ def gather_tokens(pages: Pages, layer: int, seat: int, start: int, target: Tenso
     """
     device = pages.table.device
     tokens = torch.arange(start, start + len(target), device=device)[None, None]
-    target.copy_(pages.rows[pages.rows_of(layer, torch.full((1,), seat, device=device), tokens)[0].T])
+    target.copy_(read_rows(pages.rows, pages.rows_of(layer, torch.full((1,), seat, device=device), tokens)[0].T))
 
 
 @operation(decided_by="skipped")
@@ -64,7 +65,9 @@ def copy_pieces(
     wanted = (parts.layers >= 0) & ~skipped[parts.layers.clamp(min=0)]
     requests, groups, most = copies.source.shape
     whole, device = wanted.all(1), wanted.device
-    for some, pieces in ((whole, True), (~whole & wanted.any(1), False)):
+    coded = is_quantised(source.rows)
+    kinds = ((wanted.any(1), False),) if coded else ((whole, True), (~whole & wanted.any(1), False))
+    for some, pieces in kinds:
         chosen = some.nonzero().squeeze(1)
         if not len(chosen):
             continue
@@ -82,6 +85,9 @@ def copy_pieces(
         if not pieces:  # rows [T, W] on both sides
             present = wanted[chosen].repeat_interleave(requests, 0).index_select(0, reader)
             taken, places = taken.masked_select(present), places.masked_select(present)
+        if coded:
+            _copy_codes(source, taken.reshape(-1), target, places.reshape(-1))
+            continue
         from_rows, to_rows = (pool.words.view(-1, rows * pool.words.shape[1]) for pool, rows in ((source, take), (target, put)))
         taken, places = taken.reshape(-1).to(from_rows.device), places.reshape(-1).to(to_rows.device)
         at_once = max(1, CACHED_BYTES // (from_rows.shape[1] * from_rows.itemsize)) * put  # whole pieces on both sides
@@ -89,8 +95,6 @@ def copy_pieces(
         for start in range(0, len(taken), at_once):
             here = taken[start : start + at_once]
             rows = torch.index_select(from_rows, 0, here, out=buffer[: len(here)])
-            if is_quantised(source.rows) and not is_quantised(target.rows):
-                rows = _as_numbers(rows, source.rows, target)
             there = places[start * take // put : (start + len(here)) * take // put]
             to_rows.index_copy_(0, there, rows.view(-1, to_rows.shape[1]).to(to_rows.device))
 
@@ -122,7 +126,9 @@ def _numbers(
 @operation(decided_by="new.key")
 def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
     """Write K and V of new tokens into the pages of one layer, quantised where those are."""
-    _append(pages, layer, new.seats, new.positions, torch.stack((new.key, new.value)[: pages.rows.shape[1]], dim=2))
+    rows = pages.rows
+    vectors = vectors_in(rows, new.key.shape[-1]) if rows.dtype in CODES else rows.shape[1]  # of a latent one, which is both
+    _append(pages, layer, new.seats, new.positions, torch.stack((new.key, new.value)[:vectors], dim=2))
 
 
 @operation(decided_by="new.key")
@@ -136,7 +142,9 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     Args:
         to_host: False writes the slots of an offloaded layer only: the host's rows follow for all layers at once.
     """
-    numbers = torch.stack((new.key, new.value)[: tiers.tokens.rows.shape[1]], dim=2)  # of a latent one part, which is both
+    rows = tiers.tokens.rows
+    vectors = vectors_in(rows, new.key.shape[-1]) if rows.dtype in CODES else rows.shape[1]  # of a latent one, which is both
+    numbers = torch.stack((new.key, new.value)[:vectors], dim=2)
     if bool(tiers.resident[layer]):
         return _append(tiers.tokens, layer, new.seats, new.positions, numbers)
     if is_quantised(tiers.host.rows):
@@ -162,8 +170,14 @@ def append_pieces(pages: Pages, line: int, seats: Tensor, positions: Tensor, new
         wanted: bool [count], places that are written; the others of a piece stay as they are.
     """
     token = (positions >= 0).nonzero().squeeze(1)
-    at, words = positions[token], pages.words
-    first = pages.pieces(pages.table[line, seats[token], at // pages.size], at) // pages.heads
+    at = positions[token]
+    piece = pages.pieces(pages.table[line, seats[token], at // pages.size], at)
+    if is_quantised(pages.rows):
+        row = (piece[:, None] + torch.arange(pages.heads, device=piece.device)).mul_(pages.layers.count)
+        row = row[..., None] + wanted.nonzero().squeeze(1)  # [T, Hkv, places]
+        some = new.index_select(0, token)[:, :, wanted].flatten(0, 2)
+        return write_rows(pages.rows, row.flatten().to(pages.rows.device), some.to(pages.rows.device))
+    first, words = piece // pages.heads, pages.words
     shape = (-1, pages.heads, pages.layers.count, words.shape[1])
     rows, new = words.view(shape), new.flatten(3).view(words.dtype).index_select(0, token).to(words.device)
     place = wanted.nonzero().squeeze(1).to(words.device)
@@ -191,9 +205,11 @@ def append_keys(keys: Tensor, table: Tensor, seats: Tensor, positions: Tensor, n
 
 
 def row_of(key: Tensor, value: Tensor, pool: Tensor) -> Tensor:
-    """K and V [T, Hkv, D] as rows of a pool: [T, Hkv, 2, D], latents [T, Hkv, 1, D], or quantised [T, Hkv, 2 * D + 4]."""
+    """K and V [T, Hkv, D] as rows of a pool: [T, Hkv, 2, D], latents [T, Hkv, 1, D], or quantised [T, Hkv, 2 * D + 4] or
+    [T, Hkv, D + 4]."""
     if is_quantised(pool):
-        return quantise_tokens(key, value, pool.dtype)
+        rows, dim = quantise_tokens(key, value, pool.dtype), key.shape[-1]
+        return rows if vectors_in(pool, dim) == 2 else torch.cat((rows[..., :dim], rows[..., 2 * dim :]), dim=-1)
     return torch.stack((key, value)[: pool.shape[1]], dim=-2).to(pool.dtype)
 
 
@@ -230,26 +246,44 @@ def _append(pages: Pages, layer: int, seats: Tensor, entries: Tensor, numbers: T
     if len(chosen) < len(entries):
         seats, entries, numbers = seats[chosen], entries[chosen], numbers[chosen]
     line, place = pages.layers.homes[layer]
-    table, words = pages.table[line], pages.words
+    table = pages.table[line]
     page = table.view(-1).index_select(0, (seats * table.shape[1]).add_(entries // pages.size))
     piece = pages.pieces(page, entries)
-    rows = quantise(numbers, pages.rows.dtype) if pages.rows.dtype in CODES and not is_quantised(numbers) else numbers
-    new = rows.to(pages.rows).flatten(2).view(words.dtype)  # [T, Hkv, words]
-    if pages.layers.count == 1:
+    if coded := pages.rows.dtype in CODES:
+        new = (numbers if is_quantised(numbers) else quantise(numbers, pages.rows.dtype)).to(pages.rows.device)
+    else:
+        words = pages.words
+        new = numbers.to(pages.rows).flatten(2).view(words.dtype)  # [T, Hkv, words]
+    if pages.layers.count == 1 and not coded:
         words.view(-1, new.shape[1] * new.shape[2]).index_copy_(0, (piece // pages.heads).to(words.device), new.flatten(1))
     else:
         row = (piece[:, None] + torch.arange(pages.heads, device=piece.device)).mul_(pages.layers.count).add_(place)
-        words.index_copy_(0, row.flatten().to(words.device), new.flatten(0, 1))
+        row = row.flatten().to(pages.rows.device)
+        if coded:
+            write_rows(pages.rows, row, new.flatten(0, 1))
+        else:
+            words.index_copy_(0, row, new.flatten(0, 1))
 
 
-def _as_numbers(words: Tensor, codes: Tensor, target: Pages) -> Tensor:
-    """Rows of codes, any number of them side by side as words [n, W], as words of the numbers in another pool."""
-    rows = words.view(codes.dtype).view(-1, codes.shape[-1])
-    return dequantised(rows, target.rows).flatten(1).view(target.words.dtype)
+def _copy_codes(source: Pages, source_rows: Tensor, target: Pages, target_rows: Tensor) -> None:
+    """target[target_rows] = source[source_rows], for int64 [T], of rows in 8 bits, and to rows of numbers dequantised."""
+    at_once = CACHED_BYTES // row_size(source.rows)[0]
+    size, device = row_size(source.rows), source.rows.device
+    for here, there in zip(source_rows.split(at_once), target_rows.to(target.rows.device).split(at_once), strict=True):
+        buffer = scratch("rows.copied", (len(here), *size), source.rows.dtype, device)
+        rows = read_rows(source.rows, here.to(device), buffer)
+        if is_quantised(target.rows):
+            write_rows(target.rows, there, rows.to(target.rows.device))
+        else:
+            numbers = dequantised(rows, target.rows).flatten(1).view(target.words.dtype)
+            target.words.index_copy_(0, there, numbers.to(target.rows.device))
 
 
 def _copy_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: Tensor) -> None:
     """target[target_rows] = source[source_rows], for int64 [T] without negative rows, between any two devices."""
+    if is_quantised(source):
+        rows = read_rows(source, source_rows.to(source.device)).to(target.device)
+        return write_rows(target, target_rows.to(target.device), rows)
     source, target = (rows.flatten(1).view(word_of(rows)) for rows in (source, target))
     taken = source.index_select(0, source_rows.to(source.device))
     target.index_copy_(0, target_rows.to(target.device), taken.to(target.device))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specontext.kernels.dispatch import operation, scratch
 from specontext.kernels.fused_attention import as_multiplied, attention_with_lse
+from specontext.kernels.spans import CODES, read_rows
 
 TILE_BYTES = 4 << 20  # of float32 K and V that are attended to at a time; stays in a cache
 LEAST_WIDTH = 16
@@ -24,8 +25,8 @@ def sparse_attention(query: Tensor, arena: Tensor, rows: Tensor, scale: float, c
 
     Args:
         query: [R, Hq, D].
-        arena: [N, 2, D], K and V of each row, or [N, 1, D], where a row is both; in 8 bits [N, 2 * D + 4], see
-            `quantised_rows.py`.
+        arena: [N, 2, D], K and V of each row, or [N, 1, D], where a row is both; in 8 bits [N, 2 * D + 4] or
+            [spans, S, 2 * D + 4], see `spans.py`.
         rows: int64 or int32 [R, Hkv, B] row indices, -1 is skipped. Query heads h * Hq / Hkv and up read the rows of KV head h.
         scale: factor of the logits.
         cap: soft cap on them, see `Softmax`.
@@ -39,13 +40,17 @@ def sparse_attention(query: Tensor, arena: Tensor, rows: Tensor, scale: float, c
     wanted, counts = _packed(rows.reshape(-1, width))
     output, lse = torch.empty_like(grouped), torch.empty(grouped.shape[:3], device=query.device)
     flat = arena.flatten(1)
+    width_of_row = arena.shape[-1] if arena.dtype in CODES else flat.shape[1]
     for pairs, most in of_like_width(counts, width):
         together = max(torch.get_num_threads(), TILE_BYTES // (2 * most * head_dim * 4))
         for part in parts_of(pairs, together):
             index = wanted[part, :most].flatten()
-            buffer = scratch("attention.gathered", (len(index), flat.shape[1]), arena.dtype, arena.device)
-            gathered = torch.index_select(flat, 0, index, out=buffer).view(-1, *arena.shape[1:])
-            tokens = as_multiplied(gathered, query.dtype)
+            buffer = scratch("attention.gathered", (len(index), width_of_row), arena.dtype, arena.device)
+            if arena.dtype in CODES:
+                gathered = read_rows(arena, index, buffer)
+            else:
+                gathered = torch.index_select(flat, 0, index, out=buffer).view(-1, *arena.shape[1:])
+            tokens = as_multiplied(gathered, head_dim, query.dtype)
             tokens = tokens.view(-1, 1, most, *tokens.shape[-2:])
             keys, values = tokens.select(3, 0), tokens.select(3, -1)
             queries = grouped[part].float() if tokens.dtype == torch.float32 else grouped[part]

@@ -5,28 +5,29 @@ Row numbers of KV are made here, by `Pages`, and in `triton/slot_plan.py` by `pi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-CODES = (torch.float8_e4m3fn, torch.int8)  # number formats of rows in 8 bits, whose scales follow the codes
+from specontext.kernels.spans import CODES, CodedPages, parts_of
 
 
 def is_quantised(rows: Tensor) -> bool:
-    """Whether rows of a pool are codes and scales; see `quantised_rows.py`."""
+    """Whether rows are codes and scales; see `quantised_rows.py` and `spans.py`."""
     return rows.dtype in CODES
 
 
 def holds_latents(rows: Tensor) -> bool:
-    """Whether a row of a pool is one vector, which is key and value at once."""
-    return rows.dim() == 3 and rows.shape[1] == 1
+    """Whether a row of a pool of numbers is one vector, which is key and value at once; of codes `spans.vectors_in` says it."""
+    return rows.dim() == 3 and rows.shape[1] == 1 and not is_quantised(rows)
 
 
 def word_of(rows: Tensor) -> torch.dtype:
-    """The widest number format that divides a row of a pool [N, ...], of which there may be none."""
-    row_bytes = rows.shape[1:].numel() * rows.dtype.itemsize
+    """The widest number format that divides a row of a pool [N, ...]."""
+    row_bytes = math.prod(rows.shape[1:]) * rows.itemsize  # also where there are none
     return next((w for w in (torch.complex128, torch.int64, torch.int32) if row_bytes % w.itemsize == 0), rows.dtype)
 
 
@@ -56,7 +57,8 @@ class Pages:
         in a layer                    ->  row piece * count + place
 
     Attributes:
-        rows: [N, 2, D], K and V, or latents [N, 1, D], which are both; in 8 bits [N, 2 * D + 4], see `quantised_rows.py`.
+        rows: [N, 2, D], K and V, or latents [N, 1, D], which are both; in 8 bits [spans, S, 2 * D + 4] or [N, 2 * D + 4],
+            see `spans.py`.
         table: int64 [lines, seats, P]; page 0 stands where there is none. On the device, wherever the rows are.
         size: entries of a page.
         heads: KV heads.
@@ -71,7 +73,7 @@ class Pages:
 
     @cached_property
     def words(self) -> Tensor:
-        """The rows as [N, words]: a CPU copies bits word by word."""
+        """Rows of numbers as [N, words]: a CPU copies bits word by word."""
         with torch.inference_mode(False):  # or they could not be written outside of inference mode
             return self.rows.flatten(1).view(word_of(self.rows))
 
@@ -79,10 +81,13 @@ class Pages:
         """Pages int64 [seats, P] of a layer."""
         return self.table[self.layers.homes[layer][0]]
 
-    def by_page(self, layer: int) -> Tensor:
+    def by_page(self, layer: int) -> Tensor | CodedPages:
         """The rows of a layer in every page: [pages, size, Hkv, *row], of any strides but the last."""
-        pieces = self.rows.view(-1, self.size, self.heads, self.layers.count, *self.rows.shape[1:])
-        return pieces[:, :, :, self.layers.homes[layer][1]]
+        shape, place = (-1, self.size, self.heads, self.layers.count), self.layers.homes[layer][1]
+        if self.rows.dtype in CODES:
+            codes, scales = (part.view(*shape, part.shape[2])[:, :, :, place] for part in parts_of(self.rows))
+            return CodedPages(self.rows, codes, scales)
+        return self.rows.view(*shape, *self.rows.shape[1:])[:, :, :, place]
 
     def pieces(self, page: Tensor, entries: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Pieces of the first KV heads of entries, or of the chosen ones, in these pages, which are worked on in place."""

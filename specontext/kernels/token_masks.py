@@ -25,17 +25,28 @@ def mask_tokens(logits: Tensor, masks: Tensor, rows: Sequence[int]) -> None:
         masks: int32 [M, words], bit t % 32 of word t // 32 says whether token t is allowed; at least V bits a row.
         rows: row of the logits that each mask is for, ascending, each once.
     """
-    added = _added(masks)[:, : logits.shape[1]]
+    logits.copy_(with_masks(logits, expanded(masks), rows))
+
+
+def with_masks(logits: Tensor, added: Tensor, rows: Sequence[int]) -> Tensor:
+    """What `mask_tokens` makes of logits, in memory of its own, from masks that are expanded: float32 [M, at least V]."""
+    added = added[:, : logits.shape[1]]
     if len(rows) == len(logits):
-        logits.add_(added)
-    else:
-        logits.index_add_(0, upload(rows, torch.int64, logits.device), added.to(logits.dtype))
+        return logits + added
+    return logits.index_add(0, upload(rows, torch.int64, logits.device), added.to(logits.dtype))
 
 
-def _added(masks: Tensor) -> Tensor:
-    """0 for allowed tokens and minus infinity for others, float32 [M, 32 * words]."""
+def expanded(masks: Tensor, out: Tensor | None = None) -> Tensor:
+    """0 for allowed tokens and minus infinity for others, float32 [M, 32 * words].
+
+    Args:
+        out: of that shape, on a CPU: it is written instead of new memory.
+    """
     if masks.device.type == "cpu":
-        return torch.from_numpy(_ADDED.take(masks.numpy().view(numpy.uint8), axis=0)).flatten(1)
+        found = torch.empty((len(masks), 32 * masks.shape[1])) if out is None else out
+        octets = masks.numpy().view(numpy.uint8)
+        _ADDED.take(octets, axis=0, out=found.numpy().reshape(*octets.shape, 8), mode="clip")
+        return found
     places = torch.arange(32, dtype=torch.int32, device=masks.device)
     allowed = ((masks.unsqueeze(2) >> places) & 1).flatten(1).bool()
     return torch.zeros(allowed.shape, device=masks.device).masked_fill_(~allowed, -math.inf)

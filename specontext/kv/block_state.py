@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.rows import gather_rows
+from specontext.kernels.spans import row_bytes, row_size, rows_like
 from specontext.kv.streams import PREFETCH, WRITE_BACK
 from specontext.kv.transfers import Transfers
 
@@ -40,7 +41,7 @@ class BlockState:
 
     def __init__(self, transfers: Transfers, before: int, page_rows: int, dtype: torch.dtype, *, each: int, last: int) -> None:
         self._transfers, self._sizes, self._before, self._page_rows = transfers, (each, last), before, page_rows
-        self._dtype, self._width = dtype, transfers.tiers.host.rows[:1].nbytes // dtype.itemsize
+        self._dtype, self._width = dtype, row_bytes(transfers.tiers.host.rows) // dtype.itemsize
         self._each_rows, self._last_rows = -(-each // self._width), -(-last // self._width)
         self.pages = -(-(self._each_rows + self._last_rows) // self._page_rows)
 
@@ -57,7 +58,7 @@ class BlockState:
         numbers = torch.zeros((pages.shape[1], rows_of_all * self._width), dtype=self._dtype, device=pages.device)
         numbers[:, : self._sizes[0]] = state.each
         numbers[:, self._each_rows * self._width :][:, : self._sizes[1]] = state.last
-        rows = numbers.view(host.dtype).view(-1, *host.shape[1:])
+        rows = numbers.view(host.dtype).view(-1, *row_size(host))
         here, there = torch.arange(len(rows), device=pages.device), self._rows(pages, 0, rows_of_all)
         with self._transfers.beside(WRITE_BACK, rows, here, there):
             gather_rows(rows, here, host, there)
@@ -69,7 +70,7 @@ class BlockState:
         of_last = self._rows(pages[:, -1:], self._each_rows, self._each_rows + self._last_rows)
         there = torch.cat((of_each, of_last))
         here = torch.arange(len(there), device=pages.device)
-        rows = torch.empty((len(there), *host.shape[1:]), dtype=host.dtype, device=pages.device)
+        rows = rows_like(host, len(there), pages.device)
         with self._transfers.beside(PREFETCH, there, here, rows):
             gather_rows(host, there, rows, here)
         each, last = rows.flatten(1).view(self._dtype).split([len(of_each), len(of_last)])

@@ -32,6 +32,7 @@ from specontext.kv.seats import LayerMove, ParkedKV, Seat
 from specontext.kv.states import SeatStates
 from specontext.kv.streams import PREFETCH, WRITE_BACK, streams_of
 from specontext.kv.transfers import Transfers
+from specontext.layer_sizes import repeated
 from specontext.memory.tiers import Tier
 
 UNBOUNDED = 1 << 62  # bytes
@@ -52,6 +53,7 @@ class KVCache:
         state: numbers that are kept of each page of known prompts, and of its last token.
         rings: KV of layers with a window, which take no part in anything else here; None where there are none.
         states: what layers keep instead of KV, likewise.
+        read_order: the layers as a step reads them one after another, some perhaps more than once; by default each once.
 
     Attributes:
         resident: for every layer whether its KV is on the device.
@@ -60,6 +62,7 @@ class KVCache:
         seats: those that are open.
         move: the layer that is on its way.
         parked: requests without a seat.
+        read_again: layers that are read more than once.
         blocks: pages of prompts that are known.
     """
 
@@ -79,12 +82,15 @@ class KVCache:
         state: tuple[int, int] = (0, 0),
         rings: Rings | None = None,
         states: SeatStates | None = None,
+        read_order: Sequence[int] | None = None,
     ) -> None:
         layout, device = arena.layout, arena.rows.device
         assert len(layout.full) == len(layout.layers) == len(resident), "layers with a window lie in rings"
         self.layout, self.page_size, self.device = layout, layout.page_size, device
         self.arena, self.host, self.reader, self.adaptive = arena, host, reader, adaptive
         self.num_seats, self.rings, self.states = seats, rings, states
+        self.read_order = tuple(range(len(resident)) if read_order is None else read_order)
+        self.read_again = repeated(self.read_order)
         slot_pages = layout.pages_of(slots.count) if slots is not None else 0
         sizes = {"slot_pages": slot_pages, "seats": seats, "width": layout.pages_of(max_tokens)}
         self._held = held = Holdings(arena, host, resident, **sizes, adaptive=adaptive)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from specontext.kernels.rows import copy_pieces, gather_rows
 from specontext.kernels.slot_plan import listed
-from specontext.kernels.tables import Copies, Pages
+from specontext.kernels.spans import CodedPages
+from specontext.kernels.tables import Copies, Pages, is_quantised
 from specontext.kv.layout import Reader
 from specontext.kv.seats import entries_of
 from specontext.kv.streams import PREFETCH, WRITE_BACK
@@ -29,8 +30,9 @@ def copy_pages(transfers: Transfers, source: Pages, target: Pages, tokens: int, 
     if not transfers.asynchronous:  # whole pages, as they lie: what is behind the tokens means nothing
         for layer, passed in enumerate(skipped.tolist()):
             if not passed:
-                taken = _by_page(source, layer).index_select(0, source.table_of(layer)[0])
-                _by_page(target, layer).index_copy_(0, target.table_of(layer)[0], taken)
+                for here, there in zip(_by_page(source, layer), _by_page(target, layer), strict=True):
+                    taken = here.index_select(0, source.table_of(layer)[0])
+                    there.index_copy_(0, target.table_of(layer)[0], taken)
         return
     device = skipped.device
     index = torch.arange(tokens, dtype=torch.int32, device=device)[None, None]
@@ -39,10 +41,14 @@ def copy_pages(transfers: Transfers, source: Pages, target: Pages, tokens: int, 
         copy_pieces(source, target, transfers.every, skipped, copies, programs=transfers.programs)
 
 
-def _by_page(pages: Pages, layer: int) -> Tensor:
-    """The rows of a layer in every page, word by word: [pages, size, Hkv, words]."""
+def _by_page(pages: Pages, layer: int) -> tuple[Tensor, ...]:
+    """The rows of a layer in every page, word by word: [pages, size, Hkv, words], or codes and scales apart."""
+    if is_quantised(pages.rows):
+        rows = pages.by_page(layer)
+        assert isinstance(rows, CodedPages)
+        return rows.codes, rows.scales
     shape = (-1, pages.size, pages.heads, pages.layers.count, pages.words.shape[1])
-    return pages.words.view(shape)[:, :, :, pages.layers.homes[layer][1]]
+    return (pages.words.view(shape)[:, :, :, pages.layers.homes[layer][1]],)
 
 
 def copy_tokens(transfers: Transfers, layer: int, parts: Sequence[tuple[int, int, int]], *, to_host: bool) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specontext.kernels.paged_attention import tile_buffer, tokens_of_pages
 from specontext.kernels.rows import gather_rows, gather_tokens
+from specontext.kernels.spans import room_for, row_size
 from specontext.kv.transfers import Transfers
 
 
@@ -30,7 +31,7 @@ def stored_tiles(transfers: Transfers, layer: int, seat: int, stop: int, tile: i
     assert transfers.in_reach(layer)
     home = transfers.home(layer)
     if transfers.asynchronous:
-        whole = home.rows.new_empty((min(tile, stop), home.heads, *home.rows.shape[1:]))
+        whole = home.rows.new_empty((min(tile, stop), home.heads, *row_size(home.rows)))
         for first, end in tiles_of(stop, tile):
             part = whole[: end - first]
             gather_tokens(home, layer, seat, first, part)
@@ -43,7 +44,7 @@ def stored_tiles(transfers: Transfers, layer: int, seat: int, stop: int, tile: i
 
 
 def read_tile(transfers: Transfers, layer: int, seats: Tensor, start: int, stop: int, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """A buffer [N, *row] that attention can read, and rows [R, Hkv, T] in it of the tokens start .. stop - 1 of some requests.
+    """A pool that attention can read, and rows [R, Hkv, T] in it of the tokens start .. stop - 1 of some requests.
 
     Args:
         ends: int64 [R], tokens of the requests; -1 stands beyond them.
@@ -58,7 +59,7 @@ def read_tokens(transfers: Transfers, layer: int, seats: Tensor, tokens: Tensor)
     rows = home.rows_of(layer, seats, tokens)
     if transfers.in_reach(layer):
         return home.rows, rows
-    staging = home.rows.new_empty((rows.numel(), *home.rows.shape[1:]), device=rows.device)
+    staging = room_for(home.rows, rows.numel(), home.size * home.heads, rows.device)
     place = torch.arange(rows.numel(), device=rows.device).view_as(rows)
     gather_rows(home.rows, rows, staging, place)
     return staging, torch.where(rows >= 0, place, -1)

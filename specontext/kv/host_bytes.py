@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.rows import gather_rows
+from specontext.kernels.spans import row_bytes, row_size, rows_like
 from specontext.kv.streams import PREFETCH, WRITE_BACK
 from specontext.kv.transfers import Transfers
 
@@ -18,7 +19,7 @@ def store_bytes(transfers: Transfers, each: Tensor, pages: Tensor) -> None:
         pages: int64 [pages of as many bytes, places], pages of the host.
     """
     host = transfers.tiers.host.rows
-    rows = torch.nn.functional.pad(each, (0, -each.shape[1] % host[:1].nbytes)).view(host.dtype).view(-1, *host.shape[1:])
+    rows = torch.nn.functional.pad(each, (0, -each.shape[1] % row_bytes(host))).view(host.dtype).view(-1, *row_size(host))
     here, there = torch.arange(len(rows), device=rows.device), _rows_of(transfers, each.shape[1], pages)
     with transfers.beside(WRITE_BACK, rows, here, there):
         gather_rows(rows, here, host, there)
@@ -29,7 +30,7 @@ def load_bytes(transfers: Transfers, count: int, pages: Tensor) -> Tensor:
     host = transfers.tiers.host.rows
     there = _rows_of(transfers, count, pages)
     here = torch.arange(len(there), device=there.device)
-    rows = torch.empty((len(there), *host.shape[1:]), dtype=host.dtype, device=there.device)
+    rows = rows_like(host, len(there), there.device)
     with transfers.beside(PREFETCH, rows, here, there):
         gather_rows(host, there, rows, here)
     transfers.join(PREFETCH)
@@ -40,5 +41,5 @@ def _rows_of(transfers: Transfers, count: int, pages: Tensor) -> Tensor:
     """Rows of the host that hold so many bytes in each place's pages, place after place: int64 [places * rows]."""
     host = transfers.tiers.host
     page_rows = host.size * host.heads * host.layers.count
-    at = torch.arange(-(-count // host.rows[:1].nbytes), device=pages.device)
+    at = torch.arange(-(-count // row_bytes(host.rows)), device=pages.device)
     return (pages[at // page_rows] * page_rows + at[:, None] % page_rows).T.reshape(-1)

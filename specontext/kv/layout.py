@@ -1,7 +1,7 @@
 """How KV lies in pages: what a row is made of, which layers keep what, and where the rows of both tiers are.
 
     row     one token (or slot) of one KV head of one layer: its parts one after the other, [K|V, D], or codes and scales of both,
-            or one latent [1, D], which is key and value at once
+            or one latent [1, D], which is key and value at once; of rows in 8 bits a page has all codes, and then all scales
     entry   the rows of all KV heads of a token (or slot)
     page    `page_size` entries: of one layer on the device, of a block of neighbouring layers on the host
     piece   the rows of one token and KV head in the layers of a block, side by side
@@ -21,6 +21,8 @@ from specontext.core import Selection, SlotPlan
 from specontext.kernels.tables import Parts, Places
 from specontext.memory.layer_blocks import Groups, LayerBlocks, divide_layers, one_by_one
 from specontext.model_shape import ModelShape
+
+LATENT, SCALES = "latent", "scales"  # parts of rows
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class LayerLayout:
     @property
     def key_bytes(self) -> int:
         """Bytes of the keys of an entry; a latent is read whole."""
-        return self.entry_bytes // min(len(self.parts), 2)
+        return self.entry_bytes if self.parts[0].name == LATENT else self.entry_bytes // 2
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,10 @@ class Layout:
         """Keys and values of every token in every layer, as the device has them; by default in blocks of layers that all read
         alike."""
         numbers = shape.dtype if shape.kv_dtype is None else shape.kv_dtype
-        names = ("latent",) if shape.latent is not None else ("key", "value")
+        names = (LATENT,) if shape.latent is not None else ("key", "value")
         kv = tuple(Part(name, shape.part_numbers, numbers) for name in names)
         if shape.kv_dtype is not None:
-            kv += (Part("scales", 2, torch.bfloat16),)
+            kv += (Part(SCALES, 2, torch.bfloat16),)
         if layer_blocks is None:
             layer_blocks = divide_layers(((0,),) * shape.layers, shape.on_host.row_bytes)
         return cls((LayerLayout(kv, shape.kv_heads),) * shape.layers, page_size, layer_blocks, shape.dtype)
@@ -120,7 +122,7 @@ class Layout:
         (parts,) = rows
         if len({(part.numbers, part.dtype) for part in parts}) == 1:
             return len(parts), parts[0].numbers
-        assert len(parts) == 3 and parts[0].dtype.itemsize == 1, "rows of a kind that no kernel reads"
+        assert parts[-1].name == SCALES and parts[0].dtype.itemsize == 1, "rows of a kind that no kernel reads"
         return (self.layers[0].row_bytes,)
 
     @property
@@ -132,7 +134,7 @@ class Layout:
     @property
     def dtype(self) -> torch.dtype:
         """Number format of keys and values, or of their codes."""
-        (dtype,) = {part.dtype for layer in self.layers for part in layer.parts[:2]}
+        (dtype,) = {layer.parts[0].dtype for layer in self.layers}
         return dtype
 
     @property

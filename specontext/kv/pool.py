@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specontext.errors import MemoryPlanError
+from specontext.kernels.spans import CODES
 from specontext.kernels.tables import Pages, Slots
 from specontext.kv.host_memory import HostMemory
 from specontext.kv.layout import Layout, places_of
@@ -25,7 +26,7 @@ class PagePool:
         device: where page tables are.
 
     Attributes:
-        rows: [pages * page_size * Hkv * places of a block, *row], a row being [2, D] or the bytes of one that is quantised.
+        rows: [pages * page_size * Hkv * places of a block, *row], a row being [2, D]; in 8 bits [pages, rows of a page, row].
         memory: where the rows lie, for the host tier; None for the device's.
     """
 
@@ -35,7 +36,9 @@ class PagePool:
         self.layout, self.blocks, self.places = layout, blocks, places_of(blocks, device)
         self.page_rows = layout.page_size * layout.heads * blocks.places
         self.page_bytes = layout.page_bytes * blocks.places
-        size = (num_pages * self.page_rows, *layout.row_size())
+        row = layout.row_size()
+        # Rows in 8 bits lie in spans, codes and scales apart: each page is one.
+        size = (num_pages, self.page_rows, *row) if layout.dtype in CODES else (num_pages * self.page_rows, *row)
         self.memory = home
         ready = None if self.memory is None else partial(_ready_pages, self.memory, num_pages, self.page_bytes)
         self.pages = PageAllocator(num_pages, name, ready)
@@ -44,7 +47,7 @@ class PagePool:
             home.reach(self.page_bytes)
         else:
             self.rows = _empty(size, layout.dtype, device, name)
-        self.rows[: self.page_rows] = 0
+        self.rows[: 1 if layout.dtype in CODES else self.page_rows] = 0
 
     def paged(self, table: Tensor) -> Pages:
         """The rows with a page table int64 [blocks, seats, P], as kernels are handed them."""

@@ -19,7 +19,7 @@ from specontext.core import Segment
 from specontext.kernels.tables import NewTokens
 from specontext.kv.host_bytes import load_bytes, store_bytes
 from specontext.kv.transfers import Transfers
-from specontext.layer_sizes import Window
+from specontext.layer_sizes import Window, repeated
 from specontext.memory.windows import kept_tokens, ring_entries
 from specontext.model_shape import ModelShape
 
@@ -46,6 +46,7 @@ class Rings:
 
     Attributes:
         windows: of the layers, numbered among themselves.
+        read_again: layers whose KV others read too.
         entries: tokens that a ring holds, whole pages.
         followed: seats of prompts whose pages are to be known.
         kept: what the last step's chunks of these have left, by seat.
@@ -53,6 +54,7 @@ class Rings:
 
     def __init__(self, shape: ModelShape, *, seats: int, page_size: int, max_tokens: int, device: torch.device) -> None:
         self.windows, self.page_size = shape.windowed, page_size
+        self.read_again = repeated(shape.window_read_order)
         self.entries = ring_entries(shape, max_tokens=max_tokens, page_size=page_size)
         self.heads, width = shape.window_heads or (shape.kv_heads, shape.head_dim)
         self._seats = seats + 1  # the last row belongs to no seat: the padding of a batch points at it

@@ -8,6 +8,7 @@ at the bus's full speed, although its rows lie in pieces with those of its neigh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from specontext.kernels.rows import copy_pieces
-from specontext.kernels.tables import Copies, Pages, Places
+from specontext.kernels.spans import read_rows, room_for
+from specontext.kernels.tables import Copies, Pages, Places, is_quantised
 from specontext.kv.dense import tiles_of
 from specontext.kv.streams import PREFETCH, Mark
 from specontext.kv.transfers import Transfers
@@ -50,26 +52,29 @@ class DenseRead:
 
 @dataclass(frozen=True, eq=False)
 class StagedTile:
-    """Some tokens of a read in one layer, which stand in a buffer as [R, T, Hkv].
+    """Some tokens of a read in one layer, which are the first rows of a buffer, as [R, T, Hkv].
 
     Attributes:
         start, stop: these tokens of each request.
-        tokens: rows [R, T, Hkv, *row], contiguous. What is behind the end of a request is not there.
+        buffer: a pool. What is behind the end of a request is not there.
+        shape: R, T and Hkv.
     """
 
     start: int
     stop: int
-    tokens: Tensor
+    buffer: Tensor
+    shape: tuple[int, int, int]
 
     @property
-    def buffer(self) -> Tensor:
-        """The rows [N, *row]."""
-        return self.tokens.flatten(0, 2)
+    def tokens(self) -> Tensor:
+        """The rows [R, T, Hkv, *row]; in 8 bits a copy, each by itself."""
+        if is_quantised(self.buffer):
+            return read_rows(self.buffer, self.rows().transpose(1, 2))
+        return self.buffer[: math.prod(self.shape)].view(*self.shape, *self.buffer.shape[1:])
 
     def rows(self) -> Tensor:
         """Their numbers in `buffer`: int64 [R, Hkv, T]."""
-        shape = self.tokens.shape[:3]
-        return torch.arange(shape.numel(), device=self.tokens.device).view(shape).transpose(1, 2)
+        return torch.arange(math.prod(self.shape), device=self.buffer.device).view(self.shape).transpose(1, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,21 +94,25 @@ class Staging:
 
     Args:
         reads: in the order in which every layer reads them.
+        read_order: the layers one after another; by default each once.
     """
 
-    def __init__(self, transfers: Transfers, reads: Sequence[DenseRead]) -> None:
+    def __init__(self, transfers: Transfers, reads: Sequence[DenseRead], read_order: Sequence[int] | None = None) -> None:
         self._transfers = transfers
-        layers = [layer for layer in range(len(transfers.resident)) if not transfers.in_reach(layer)]
+        order = range(len(transfers.resident)) if read_order is None else read_order
+        layers = [layer for layer in order if not transfers.in_reach(layer)]
         self._order = [(layer, read, bounds) for layer in layers for read in reads for bounds in read.tiles]
-        self._place = {(layer, id(read), bounds): at for at, (layer, read, bounds) in enumerate(self._order)}
+        self._places: dict[tuple[int, int, tuple[int, int]], list[int]] = {}
+        for at, (layer, read, bounds) in enumerate(self._order):
+            self._places.setdefault((layer, id(read), bounds), []).append(at)
         host, device = transfers.tiers.host, transfers.tiers.resident.device
         most = max((read.tokens_at_once for read in reads), default=0) * host.heads
-        size = (most, *host.rows.shape[1:])  # as they lie on the host: who reads them dequantises
-        self._buffers = [host.rows.new_empty(size, device=device) for _ in range(2)] if self._order else []
+        # Of the host's numbers or codes: who reads them dequantises.
+        self._buffers = [room_for(host.rows, most, host.size * host.heads, device) for _ in range(2)] if self._order else []
         self._copied: dict[tuple[int, tuple[int, int]], _Copied] = {}
         # Every layer lies in a buffer by itself.
         nought = torch.zeros_like(host.layers.lines)
-        self._places = Places(((0, 0),) * len(transfers.resident), nought, nought, 1)
+        self._alone = Places(((0, 0),) * len(transfers.resident), nought, nought, 1)
         self._turn = 0
         self._coming: tuple[int, Tensor, Mark] | None = None  # place, buffer, and when it is filled
         self._fetch(0)
@@ -112,10 +121,13 @@ class Staging:
         """The tiles of a read in an offloaded layer, each valid until the next one is asked for."""
         heads, requests = self._transfers.tiers.host.heads, len(read.seats)
         for start, stop in read.tiles:
-            rows = self._take(self._place[layer, id(read), (start, stop)])[: requests * (stop - start) * heads]
-            yield StagedTile(start, stop, rows.view(requests, stop - start, heads, *rows.shape[1:]))
+            buffer = self._take(self._places[layer, id(read), (start, stop)])
+            yield StagedTile(start, stop, buffer, (requests, stop - start, heads))
 
-    def _take(self, at: int) -> Tensor:
+    def _take(self, places: Sequence[int]) -> Tensor:
+        """The buffer of a tile that stands at these places of the order: the next of them, where there is one."""
+        coming = self._coming[0] if self._coming is not None else len(self._order)
+        at = next((place for place in places if place >= coming), places[-1])
         if self._coming is None or self._coming[0] != at:
             self._fetch(at)
         assert self._coming is not None
@@ -131,7 +143,7 @@ class Staging:
         layer, read, bounds = self._order[at]
         tile, buffer, transfers = self._tile(read, *bounds), self._buffers[self._turn], self._transfers
         host = replace(transfers.tiers.host, table=tile.table)
-        here = Pages(buffer, torch.zeros_like(tile.table[:1, :, :1]), ONE_PAGE, host.heads, self._places)
+        here = Pages(buffer, torch.zeros_like(tile.table[:1, :, :1]), ONE_PAGE, host.heads, self._alone)
         parts, resident = transfers.by_layer.of(layer), transfers.tiers.resident
         # Compute has been given all that reads this buffer's last tile.
         with transfers.beside(PREFETCH, buffer, here.table, host.table, *tile.copies.tensors):

@@ -16,6 +16,7 @@ from specontext.errors import LoadError
 from specontext.kernels.quantised_rows import dequantised
 from specontext.kernels.rows import append_layer, append_pieces, append_tokens, as_stored, copy_pieces, fixed_slots, row_of
 from specontext.kernels.slot_plan import listed, selected_rows
+from specontext.kernels.spans import read_rows, row_size
 from specontext.kernels.tables import Copies, NewTokens, Pages, Tiers, is_quantised
 from specontext.kv.layout import BlockParts, PlacedSelection
 from specontext.kv.streams import COMPUTE, PREFETCH, WRITE_BACK, Mark, Streams
@@ -162,10 +163,10 @@ class Transfers:
         host, tokens = self.tiers.host, reading.selection.tokens[:, reading.reader.head_map[layer]]
         truth = host.rows_of(layer, reading.seats, tokens)
         read = truth >= 0
-        there, stored = self.tiers.tokens.rows[rows[read].long()].cpu(), host.rows.view(torch.uint8)[truth[read].cpu()]
+        there, stored = read_rows(self.tiers.tokens.rows, rows[read].long()).cpu(), read_rows(host.rows, truth[read].cpu())
         if self.converts:
-            stored = dequantised(stored.view(host.rows.dtype), there).view(torch.uint8)
-        if not torch.equal(there.view(torch.uint8), stored):
+            stored = dequantised(stored, there)
+        if not torch.equal(there.view(torch.uint8), stored.view(torch.uint8)):
             raise LoadError(f"layer {layer}: a slot holds a row that differs from the host's copy")
 
     def as_stored(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +214,7 @@ class Transfers:
         host, (block, place) = self.tiers.host, self.layer_blocks.home[layer]
         away = [one for one in self.layer_blocks.members[block] if not self.resident[one]]
         if layer == away[0]:
-            shape = (*new.key.shape[:2], host.layers.count, *host.rows.shape[1:])
+            shape = (*new.key.shape[:2], host.layers.count, *row_size(host.rows))
             self._staged[kind] = torch.empty(shape, dtype=host.rows.dtype, device=new.key.device)
         rows = self._staged[kind]
         rows[:, :, place] = row_of(new.key, new.value, host.rows)

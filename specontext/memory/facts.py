@@ -57,8 +57,8 @@ class ModelFacts:
 
     Attributes:
         parameters: all of them, a table that embedding and output share counted once.
-        lookup_parameters: those of them that a decode step does not read: an embedding table of its own, of which it reads a
-            row for each request.
+        lookup_parameters: those of them that a decode step does not read: tables of embeddings that are nothing else, of which
+            it reads a row for each request.
         intermediate_size: width of the feed-forward layers.
         weights_note: what was done to the weights, such as 'dequantised from Q4_1'; None where they are the checkpoint's own.
         stored_bytes: bytes of the weights where some are quantised; None where all are in the shape's number format.
@@ -180,10 +180,19 @@ def count_parameters(config: PreTrainedConfig, model: PreTrainedModel | None = N
     table, output = bare.get_input_embeddings(), bare.get_output_embeddings()
     if output is None:
         own = 0 if config.tie_word_embeddings else table.weight.numel()  # of the output layer
-        return sum(p.numel() for p in bare.parameters()) + own, own
+        return sum(p.numel() for p in bare.parameters()) + own, own + other_tables(bare)
     bare.tie_weights()
     tied = output.weight is table.weight
-    return sum(p.numel() for p in bare.parameters()), 0 if tied else table.weight.numel()
+    return sum(p.numel() for p in bare.parameters()), (0 if tied else table.weight.numel()) + other_tables(bare)
+
+
+def other_tables(model: PreTrainedModel) -> int:
+    """Numbers of a decoder's tables of embeddings beside that of its tokens: of positions, of what single layers get."""
+    from torch import nn
+
+    tokens = model.get_input_embeddings()
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens)
+    return sum(table.weight.numel() for table in tables)
 
 
 def facts_of_config(

@@ -87,6 +87,11 @@ class Preset:
         return ((heads, width), (groups, width), (groups, width), (width, heads), (wide, width), (wide, width), (width, wide))
 
     @property
+    def linear_layers(self) -> tuple[tuple[int, int], ...]:
+        """Outputs and inputs of all linear layers that can be quantised."""
+        return tuple(shape for layer in range(self.layers) for shape in self.matrices_of(layer))
+
+    @property
     def parameters(self) -> int:
         """Number of parameters, a shared table counted once."""
         width, dim = self.hidden_size, self.head_dim

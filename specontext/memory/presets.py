@@ -7,6 +7,7 @@ from typing import Any
 
 from specontext.layer_sizes import LatentSizes
 from specontext.memory.latent_preset import Experts, LatentPreset
+from specontext.memory.listed_presets import LISTED
 from specontext.memory.preset import Preset
 
 
@@ -86,7 +87,7 @@ _LATENT = (
     _latent("deepseek-r1", f"{_DEEPSEEK}R1", "deepseek_v3", (7168, 18432, 61, 128), 129280, 163840, **_V3),
     _latent("glm-4.7-flash", "zai-org/GLM-4.7-Flash", "glm4_moe_lite", (2048, 10240, 47, 20), 154880, 202752, **_GLM),
 )
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in (*_ALL, *_LATENT)}
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in (*_ALL, *_LATENT, *LISTED)}
 
 
 def find_preset(name: str) -> Preset | None:

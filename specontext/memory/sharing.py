@@ -21,11 +21,13 @@ class Share:
     size: int
 
     def check(self, shape: ModelShape) -> None:
-        """Raises ConfigError for heads that cannot be shared so, one latent for all heads, and layers without attention."""
+        """Raises ConfigError for heads that cannot be shared so, one latent for all heads, and layers without KV of their own."""
         if shape.inattentive or shape.states:
             raise ConfigError("layers with a state instead of KV do not work with tensor_parallel_size: leave it out")
         if shape.latent is not None:
             raise ConfigError("multi-head latent attention does not work with tensor_parallel_size: leave it out")
+        if shape.readers:
+            raise ConfigError("layers that use the KV of earlier ones do not work with tensor_parallel_size: leave it out")
         heads, size = shape.kv_heads, self.size
         if shape.query_heads % size or (heads % size and size % heads):
             raise ConfigError(
@@ -63,7 +65,8 @@ class Share:
         if facts.stored_bytes is not None:
             raise ConfigError("quantised weights do not work with tensor_parallel_size: leave one of them out")
         whole, part = facts.shape, self.shape(facts.shape)
-        tied, table = not facts.lookup_parameters, whole.vocab_size * whole.hidden_size
+        table = whole.vocab_size * whole.hidden_size
+        tied = facts.lookup_parameters < table
         own = self.outputs(whole.vocab_size)
         elsewhere = table - (own.stop - own.start) * whole.hidden_size  # of the output layer
         attention, norms = whole.depth * _attention(whole), (2 * whole.depth + 1) * whole.hidden_size
@@ -74,7 +77,7 @@ class Share:
             shape=part,
             head=self._head(facts),
             parameters=facts.parameters - left_out - (0 if tied else elsewhere),
-            lookup_parameters=elsewhere if tied else facts.lookup_parameters,
+            lookup_parameters=facts.lookup_parameters + (elsewhere if tied else 0),
             intermediate_size=facts.intermediate_size // self.size,
         )
 

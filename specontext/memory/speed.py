@@ -63,9 +63,9 @@ def decode_floor(
     selected, missing = rows * shape.row_bytes, rows * offloaded * (1 - overlap) if length > budget else 0
     loaded = round(missing * shape.on_host.row_bytes)
     keys = requests * length * facts.key_bytes_per_token
-    near = requests * sum(min(window.size, length) for window in shape.windowed) * shape.window_token_bytes
+    near = requests * sum(min(window.size, length) for window in shape.windows_read) * shape.window_token_bytes
     near += 2 * requests * shape.state_bytes  # read, and written
-    device = facts.step_bytes + keys + selected * shape.layers + near + round(missing * shape.row_bytes)
+    device = facts.step_bytes + keys + selected * shape.reads + near + round(missing * shape.row_bytes)
     compute, loads = floor_seconds(device, speed.device), floor_seconds(loaded, speed.host)
     return StepFloor(device, loaded, max(compute, loads), loads > compute)
 
@@ -77,7 +77,7 @@ def prefill_operations(facts: ModelFacts, length: int) -> int:
     values, of half of all pairs.
     """
     shape = facts.shape
-    pairs = shape.layers * length * length + 2 * length * sum(min(window.size, length) for window in shape.windowed)
+    pairs = shape.reads * length * length + 2 * length * sum(min(window.size, length) for window in shape.windows_read)
     attention = 2 * shape.query_heads * shape.made_dim * pairs
     return 2 * (facts.parameters - facts.lookup_parameters) * length + attention
 

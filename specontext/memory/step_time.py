@@ -132,7 +132,7 @@ class StepClock:
         products = 2 * parameters * requests / machine.products
         read = self.weights / machine.device / (ONE_TOKEN if requests == 1 else SEVERAL_TOKENS)
         share = ALL_ROWS if self.budget is None else ROWS
-        rows = (keys + (chosen * layers + missing) * self._row) / machine.device / share
+        rows = (keys + (chosen * shape.reads + missing) * self._row) / machine.device / share
         launches = layers * machine.layer_s + offloaded * machine.offloaded_s + machine.step_s
         compute = max(read, products) + rows + max(0.0, launches + self.extra_s)
         if not missing:
@@ -163,7 +163,7 @@ class StepClock:
         weights, and causal attention."""
         shape = self.facts.shape
         linear = 2 * (self.facts.parameters - self.facts.lookup_parameters) * tokens
-        attention = 4 * shape.layers * shape.query_heads * shape.made_dim * tokens * (before + tokens / 2)
+        attention = 4 * shape.reads * shape.query_heads * shape.made_dim * tokens * (before + tokens / 2)
         return (linear + attention) / (PRODUCTS * self.machine.products)
 
     def prefill_s(self, length: int, chunk: int) -> float:

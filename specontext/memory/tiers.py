@@ -44,17 +44,26 @@ def free_memory(device: torch.device) -> int:
 
 
 def size_tiers(
-    kv: KVCost, *, offloaded: int | None, seats: int, max_tokens: int, device_memory: int, host_memory: int
+    kv: KVCost,
+    *,
+    offloaded: int | None,
+    seats: int,
+    max_tokens: int,
+    device_memory: int,
+    host_memory: int,
+    beside_known: int | None = None,
 ) -> TierSizes:
     """Pools for `seats` requests of `max_tokens` tokens, or for as much of that as the memory allows.
 
     KV pages, slots and the head's keys share the device's pool, so memory goes to whichever needs it. The host's has room for all
-    layers, whichever live there: requests that have to wait keep their KV in it. Only what is reached of it is committed.
+    layers, whichever live there: requests that have to wait keep their KV in it; and beside them for their prompts, where these
+    are kept for others. Only what is reached of it is committed.
 
     Args:
         kv: bytes of a token and of a request's slots.
         offloaded: layers that live on the host; None where that changes while the engine runs.
         device_memory, host_memory: bytes of each tier.
+        beside_known: bytes that are kept of each page of a known prompt besides the KV that grows; None where none is kept.
 
     Raises:
         MemoryPlanError: not even one page of one request fits.
@@ -83,7 +92,9 @@ def size_tiers(
             "raise --host-memory by that"
         )
     device_pages = min(_with_null(kv, tokens, seats, offloaded or 0), device_memory) // page
-    host_pages = min(host_page + tokens * len(blocks.sizes) * blocks.places * kv.host_token, host_memory) // host_page
+    lines = len(blocks.sizes)
+    of_known = 0 if beside_known is None else lines + -(-beside_known // host_page)
+    host_pages = min(1 + tokens // kv.page_size * (lines + of_known), host_memory // host_page)
     return TierSizes(device_pages, host_pages, device_pages * page, host_pages * host_page)
 
 

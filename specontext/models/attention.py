@@ -16,7 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from specontext.errors import ModelError
 from specontext.kernels.latents import Latents
 from specontext.kernels.softmax import PLAIN, Softmax
-from specontext.layer_sizes import Window
+from specontext.layer_sizes import Place, Window
 from specontext.model_shape import ModelShape
 from specontext.models.latents import EXPAND, latent_modules, latents_of, rows_of_latents
 from specontext.models.mixers import RUNNING, MixerCall, leave_mixers, listen_to_mixers
@@ -38,7 +38,8 @@ class NoStepError(RuntimeError):
 class LayerAttention(Protocol):
     """What a step does when a layer calls attention.
 
-    Layers that attend to the whole context are numbered among themselves, and so are those that have a window.
+    Layers that keep KV are numbered among themselves: those that attend to the whole context, and those that have a window. A
+    layer without KV of its own comes with the number of the one whose KV it reads, and with that one's keys and values.
 
     Attributes:
         positions: int64 [T], of the tokens of the pass; None where they are 0 .. T - 1.
@@ -47,12 +48,32 @@ class LayerAttention(Protocol):
     @property
     def positions(self) -> Tensor | None: ...
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
-        """Store k and v [T, Hkv, D] and return the attention output [T, Hq, D] for q [T, Hq, D]; all after RoPE."""
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softmax: Softmax = PLAIN,
+        *,
+        stored: bool = False,
+    ) -> Tensor:
+        """Store k and v [T, Hkv, D], unless they are `stored` already, and return the attention output [T, Hq, D] for q
+        [T, Hq, D]; all after RoPE."""
         ...
 
     def attend_window(
-        self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
+        self,
+        layer: int,
+        window: Window,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softmax: Softmax = PLAIN,
+        *,
+        stored: bool = False,
     ) -> Tensor:
         """The same in a layer that has a window."""
         ...
@@ -75,7 +96,7 @@ class Running:
     Attributes:
         listener: whoever gets the layers' attention; None between two passes.
         longest: the longest context that may be asked for; None before the config has been read.
-        places: of decoder layers, by number: their number among those of their kind, and their window.
+        places: of decoder layers, by number, where they find their KV.
         configs: those that say which attention function the modules call.
         serial: mixers whose code goes on with a state for one token at a time only.
         latent: attributes of the modules that have multi-head latent attention.
@@ -85,17 +106,14 @@ class Running:
         self.listener: Any = None
         self.longest: int | None = None
         self.serial: set[int] = set()
-        self.places: dict[int, tuple[int, Window | None]] = {}
+        self.places: dict[int, Place] = {}
         configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
         self.configs = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
         self.latent = [vars(module) for module in latent_modules(model)]
 
     def know(self, shape: ModelShape) -> None:
-        """Hear which layers have attention, and a window."""
-        self.longest, counts = shape.reach, {False: 0, True: 0}
-        for layer, window in zip(shape.attentive, shape.windows or (None,) * shape.layers, strict=True):
-            self.places[layer] = counts[window is not None], window
-            counts[window is not None] += 1
+        """Hear which layers have attention, and where they find their KV."""
+        self.longest, self.places = shape.reach, shape.places
 
 
 def running_of(model: PreTrainedModel) -> Running:
@@ -172,7 +190,7 @@ def attention_forward(
     number: Any = module.layer_idx
     if number is None:
         raise ModelError("several of its layers share one attention, which does not say whose KV it brings")
-    layer, window = running.places.get(number, (number, None))
+    layer, window, stored = running.places.get(number, (number, None, False))
     softmax = understood(attention_mask, options, running.longest, window)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if getattr(module, "attn_temperature_tuning", False):
@@ -181,9 +199,9 @@ def attention_forward(
     if EXPAND in vars(module):
         output = running.listener.attend_latents(layer, latents_of(module), q, k, scale, softmax)
     elif window is None:
-        output = running.listener.attend(layer, q, k, v, scale, softmax)
+        output = running.listener.attend(layer, q, k, v, scale, softmax, stored=stored)
     else:
-        output = running.listener.attend_window(layer, window, q, k, v, scale, softmax)
+        output = running.listener.attend_window(layer, window, q, k, v, scale, softmax, stored=stored)
     return output[None], None
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,7 +49,11 @@ NEAR = 4  # tokens of all windows while a model is looked at: real ones leave no
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One call of attention: q, k and v [T, heads, D] of the chunk's own tokens, and the output [T, Hq, D]."""
+    """One call of attention: q, k and v [T, heads, D] of the chunk's own tokens, and the output [T, Hq, D].
+
+    Attributes:
+        layer: in the decoder; of a layer without KV of its own the one whose KV it reads.
+    """
 
     layer: int
     query: Tensor
@@ -73,19 +77,38 @@ class _Witness:
         self.calls: list[_Call] = []
         self.mixers = MixersSeen()
         self.positions: Tensor | None = None
-        windowed = [layer for layer in shape.attentive if layer not in shape.full]
+        windowed = [layer for layer, place in shape.places.items() if place.window is not None and not place.stored]
         self._full, self._windowed, self._begin = shape.full, windowed, begin
         self._queries, self._kv = shape.query_heads, (shape.kv_heads, shape.head_dim)
         self._windows_kv = shape.window_heads or self._kv
         self._stored: dict[int, Tensor] = {}  # of each layer [tokens, Hkv, 2, D]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN) -> Tensor:
-        return self._attend(self._full[layer], None, query, key, value, scale, softmax)
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softmax: Softmax = PLAIN,
+        *,
+        stored: bool = False,
+    ) -> Tensor:
+        return self._attend(self._full[layer], None, query, key, value, scale, softmax, stored)
 
     def attend_window(
-        self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax = PLAIN
+        self,
+        layer: int,
+        window: Window,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softmax: Softmax = PLAIN,
+        *,
+        stored: bool = False,
     ) -> Tensor:
-        return self._attend(self._windowed[layer], window, query, key, value, scale, softmax)
+        return self._attend(self._windowed[layer], window, query, key, value, scale, softmax, stored)
 
     def attend_latents(
         self, layer: int, latents: Latents, query: Tensor, row: Tensor, scale: float, softmax: Softmax = PLAIN
@@ -99,7 +122,15 @@ class _Witness:
         return output
 
     def _attend(
-        self, layer: int, window: Window | None, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax
+        self,
+        layer: int,
+        window: Window | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softmax: Softmax,
+        written: bool = False,
     ) -> Tensor:
         brought = tuple((int(x.shape[1]), int(x.shape[2])) for x in (query, key, value))
         kv = self._kv if window is None else self._windows_kv
@@ -108,6 +139,11 @@ class _Witness:
                 has, says = (f"{heads} heads with {dim} dimensions" for heads, dim in (found, promised))
                 raise ModelError(f"layer {layer} has {name} of {has}, the config says {says}")
         past, new = self._stored.get(layer), torch.stack((key, value), dim=2)
+        if written:
+            before = 0 if past is None else len(past) - len(key)
+            if past is None or not torch.equal(past[before:], new):
+                raise ModelError(f"a layer that should use the keys and values of layer {layer}, by its config, has others")
+            past = past[:before] if before else None
         self._stored[layer] = stored = new if past is None else torch.cat((past, new))
         if window is not None:
             near = replace(window, size=min(window.size, NEAR))
@@ -128,8 +164,8 @@ class _Witness:
 class _Comparison:
     """Listens to the library's attention and holds it against what a witness saw."""
 
-    def __init__(self, calls: Sequence[_Call], mixers: MixersSeen) -> None:
-        self._calls, self._mixers = iter(calls), mixers
+    def __init__(self, calls: Sequence[_Call], mixers: MixersSeen, readers: Mapping[int, int]) -> None:
+        self._calls, self._mixers, self._readers = iter(calls), mixers, readers
 
     def see(self, layer: int, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> Tensor:
         """What the layer shall go on with: the witness's output.
@@ -141,7 +177,7 @@ class _Comparison:
             ModelError: something differs.
         """
         ours = next(self._calls, None)
-        if ours is None or ours.layer != layer:
+        if ours is None or ours.layer != self._readers.get(layer, layer):
             raise ModelError("its layers come to attention in another order when it has a cache")
         tokens = len(query)
         pairs = (
@@ -244,16 +280,17 @@ def _check(model: PreTrainedModel, shape: ModelShape) -> None:
     ids = (torch.arange(sum(sizes), device=model.device) * 7919 + 17) % shape.vocab_size
     positions = torch.arange(begin, shape.max_position, device=model.device)
     parts = list(zip(ids[None].split(sizes, dim=1), positions[None].split(sizes, dim=1), strict=True))
-    witness = _Witness(shape, begin)
+    witness, readers = _Witness(shape, begin), dict(shape.readers)
+    last = torch.tensor([-1], device=model.device)  # not 1, for which the library leaves tokens out of its last layers
     with listening(model, witness):
         for tokens, places in parts:
             before, witness.positions = len(witness.calls), places[0]
-            model(input_ids=tokens, position_ids=places, use_cache=False, logits_to_keep=1)
+            model(input_ids=tokens, position_ids=places, use_cache=False, logits_to_keep=last)
             layers = [call.layer for call in witness.calls[before:]]
-            if layers != list(shape.attentive):
+            if layers != [readers.get(layer, layer) for layer in shape.attentive]:
                 if not layers:
                     raise ModelError("its layers have attention of their own, which cannot be exchanged for the engine's")
-                if len(set(layers)) < len(layers):
+                if len(set(layers)) < len(layers) and not readers:
                     raise ModelError("several of its layers share one attention, which does not say whose KV it brings")
                 numbers = ", ".join(map(str, layers))
                 raise ModelError(f"of its {shape.depth} layers these have ordinary attention: {numbers}")
@@ -263,12 +300,12 @@ def _check(model: PreTrainedModel, shape: ModelShape) -> None:
             "%s goes on with a state for one token at a time only: prompts longer than max_num_batched_tokens will be slow",
             type(model).__name__,
         )
-    comparison = _Comparison(witness.calls, witness.mixers)
+    comparison = _Comparison(witness.calls, witness.mixers, readers)
     mixing = {int(mixer.layer_idx) for mixer in mixers_of(model)}  # type: ignore[arg-type]
     cache = Cache(layers=[_later_layer(layer, mixing, shape, begin) for layer in range(shape.depth)])
     with listening(model, comparison, expanded=True), attention_of(model, LIBRARY_NAME), _near_windows(model, shape):
         for tokens, places in parts:
-            model(input_ids=tokens, position_ids=places, use_cache=True, logits_to_keep=1, **{_cache_name(model): cache})
+            model(input_ids=tokens, position_ids=places, use_cache=True, logits_to_keep=last, **{_cache_name(model): cache})
     comparison.end()
 
 

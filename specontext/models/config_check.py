@@ -110,8 +110,6 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
         yield "it has no attention heads (num_attention_heads)"
     if getattr(config, "kv_lora_rank", None):
         yield from _latent_obstacles(config)
-    if shared := getattr(config, "num_kv_shared_layers", None):
-        yield f"it has layers that use the keys and values of layers before them (num_kv_shared_layers {shared})"
     cap = getattr(config, "attn_logit_softcapping", None)
     if cap and not _mentioned(config, "attn_logit_softcapping"):
         yield f"its config has a soft cap on attention logits (attn_logit_softcapping {cap}), which its class does not compute"
@@ -121,6 +119,8 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
         yield "it attends to another model (add_cross_attention)"
     for entry, causal in (("use_bidirectional_attention", False), ("is_causal", True), ("causal", True)):
         value = getattr(config, entry, None)
+        if value == "vision":  # among the parts of an image, of which there are none here
+            continue
         if value is not None and bool(value) != causal:
             yield f"its attention is not causal ({entry} {value})"
     window = getattr(config, "sliding_window", None)

@@ -16,7 +16,8 @@ class FeatureTaps:
     """Forward hooks that keep hidden states between decoder layers during one forward pass.
 
     Feature layer l is Hugging Face's `hidden_states[l]`: the input of layer l. l = L is the output of the last layer, before
-    the final norm.
+    the final norm. Where a model carries several states of a token between its layers (Gemma 3n), it is the one that layers
+    attend with.
 
     Attributes:
         watching: else hidden states pass by; for a model that runs outside of engines too.
@@ -26,6 +27,7 @@ class FeatureTaps:
         self.layers = tuple(layers)
         self.watching = True
         self._taken: dict[int, Tensor] = {}
+        self._active = getattr(model.config, "altup_active_idx", 0)
         modules = decoder_layers(model)
         last = len(modules)
         self._handles = [
@@ -50,7 +52,8 @@ class FeatureTaps:
 
     def take(self) -> Tensor:
         """Features of the last forward pass, [N, T, len(layers) * hidden], in the order the layers were named."""
-        features = torch.cat([self._taken[layer] for layer in self.layers], dim=-1)
+        taken = [self._taken[layer] for layer in self.layers]
+        features = torch.cat([states[self._active] if states.dim() == 4 else states for states in taken], dim=-1)
         self._taken.clear()
         return features
 

@@ -32,6 +32,7 @@ from specontext.models.attention import ATTENTION_NAME, attention_of, register_a
 from specontext.models.checking import check_attention
 from specontext.models.config_check import check_supported
 from specontext.models.end_tokens import end_tokens
+from specontext.models.layer_inputs import read_short_tables
 from specontext.models.number_format import running_format
 from specontext.models.quantized import Asked, load_quantised
 from specontext.models.ranks import Ranks
@@ -160,6 +161,7 @@ def load_model(
         model = stored_model(source, config, dtype, options)
     if adapter is not None and not dummy and ranks is None:
         model = merged(model, adapter)
+    read_short_tables(model)
     with one_sentence(f"cannot load the model {source}"):
         model = model.to(device).eval().requires_grad_(False)
         shape = checked_shape(model, config, ranks)

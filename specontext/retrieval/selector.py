@@ -299,10 +299,15 @@ class ForeseeingSelector(AheadSelector):
     """Has to know the true attention of a token in all layers before it selects for it."""
 
     @abstractmethod
+    def look_anew(self) -> None:
+        """Forget what has been seen: `foresee` follows for all layers."""
+
+    @abstractmethod
     def foresee(self, layer: int, weights: Tensor) -> None:
         """See what full attention would weigh in a layer, layer after layer, right before `select`.
 
         Args:
+            layer: whose KV is read; as often as layers read it.
             weights: float32 [R, Hq, S] of the tokens of the step.
         """
 

@@ -63,7 +63,11 @@ _LONGEST_REASON = 160  # characters of a message in the log
 
 
 class ApiError(HTTPException):
-    """An error with everything its response says."""
+    """An error with everything its response says.
+
+    Args:
+        quotes: the message may have words of the conversation behind its first colon.
+    """
 
     def __init__(
         self,
@@ -73,9 +77,10 @@ class ApiError(HTTPException):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        quotes: bool = False,
     ) -> None:
         super().__init__(status, message, headers=headers)
-        self.param, self.code = param, code
+        self.param, self.code, self.quotes = param, code, quotes
 
 
 class DrainingError(SpeContextError):
@@ -107,9 +112,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 def note_error(scope: Scope, error: ApiError) -> None:
     """Have a request's line in the log say why it was refused, without words of the conversation."""
-    reason = error.detail
-    if error.param is not None and error.param.startswith("messages"):  # templates quote what they do not like
-        reason = reason.partition(": ")[0]
+    reason = error.detail.partition(": ")[0] if error.quotes else error.detail
     facts = {"reason": reason[:_LONGEST_REASON], "param": error.param, "code": error.code}
     scope.setdefault(FACTS, {}).update({name: value for name, value in facts.items() if value is not None})
 

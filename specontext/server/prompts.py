@@ -135,7 +135,7 @@ class PromptEncoder:
             )
         except ChatTemplateError as error:
             place = "tools" if error.tools else "messages" if error.message is None else f"messages.{error.message}"
-            raise ApiError(400, str(error), param=place) from error
+            raise ApiError(400, str(error), param=place, quotes=True) from error  # templates quote what they do not like
 
     async def _encode(self, text: str, add_special_tokens: bool, keep: int | None) -> list[int]:
         if not text.isascii():

@@ -72,13 +72,14 @@ def tiny(module: ModuleType, **changes: Any) -> Any:
     return module.Case(**settings | changes)
 
 
+INT8, FP8 = (ModelShape(3, 32, 4, 2, 16, 50, 256, torch.float32, kv_dtype=codes) for codes in (torch.int8, torch.float8_e4m3fn))
 LATENTS = ModelShape(3, 48, 4, 1, 24, 100, 4096, torch.float32, latent=LatentSizes(16, 8, key=20, value=12))
 
 
 @pytest.mark.parametrize(
     "head",
-    [{}, {"bands": 3, "key_heads": 1, "key_dim": 24, "query_rank": 8}, {"shape": LATENTS}],
-    ids=["own", "wide", "latents"],
+    [{}, {"bands": 3, "key_heads": 1, "key_dim": 24, "query_rank": 8}, {"shape": LATENTS}, {"shape": INT8}, {"shape": FP8}],
+    ids=["own", "wide", "latents", "int8", "fp8"],
 )
 def test_report(
     head: dict[str, Any], script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

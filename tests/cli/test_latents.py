@@ -24,6 +24,9 @@ def test_text_with_latents_on_the_host(run: Run, latents: Path) -> None:
     ran = run("generate", latents, *words)
     assert ran.status == 0, ran.stderr
     assert ran.json["stats"]["tokens_read_per_step"] == 32 and ran.json["stats"]["bytes_loaded_per_step"] > 0
+    codes = run("generate", latents, *words, "--kv-cache-dtype", "int8")
+    assert codes.status == 0, codes.stderr
+    assert codes.json["stats"]["bytes_full_per_step"] * 40 * 4 == ran.json["stats"]["bytes_full_per_step"] * 44
 
 
 def test_a_plan_counts_latents(run: Run, latents: Path) -> None:
@@ -32,8 +35,8 @@ def test_a_plan_counts_latents(run: Run, latents: Path) -> None:
     assert ran.json["inputs"]["kv_bytes_per_token"] == 4 * 4 * 40
     preset = run("plan", "deepseek-v2-lite", "--gpu-memory", "80GiB")
     assert preset.status == 0 and "27 layers, latents of 512 + 64 numbers, bfloat16; 30.4 KiB of KV a token" in preset.stdout
-    refused = run("plan", "deepseek-v2-lite", "--gpu-memory", "80GiB", "--kv-cache-dtype", "fp8")
-    assert refused.status and "does not work with multi-head latent attention" in refused.stderr
+    codes = run("plan", "deepseek-v2-lite", "--gpu-memory", "80GiB", "--kv-cache-dtype", "fp8")
+    assert codes.status == 0 and "bfloat16; 15.3 KiB of KV a token, fp8 with scales" in codes.stdout
 
 
 @pytest.mark.slow

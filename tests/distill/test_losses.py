@@ -36,7 +36,17 @@ def target_and_head(llm: LLM, folder: Path) -> tuple[Target, RetrievalHead]:
 
 @pytest.mark.parametrize(
     ("family", "compared"),
-    [("mistral", 12), ("llama", 1), ("qwen2", 1), ("qwen3", 1), ("windows", 1), ("sinks", 1), ("delta", 1), ("latents", 1)],
+    [
+        ("mistral", 12),
+        ("llama", 1),
+        ("qwen2", 1),
+        ("qwen3", 1),
+        ("windows", 1),
+        ("shared", 1),
+        ("sinks", 1),
+        ("delta", 1),
+        ("latents", 1),
+    ],
 )
 def test_losses_are_those_of_the_evaluation_suite(
     make_llm: Callable[..., LLM], checkpoint: Callable[[str], Path], prompts: list[list[int]], family: str, compared: int

@@ -19,7 +19,7 @@ from specontext.kernels.top_k import top_k_positions
 from specontext.layer_sizes import Window
 from specontext.model_shape import ModelShape
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "windows", "sinks", "chunks", "delta", "conv", "latents")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "windows", "sinks", "chunks", "shared", "delta", "conv", "latents")
 LENGTH = 24
 MaskedForward = Callable[..., Any]
 
@@ -45,7 +45,7 @@ def random_gates(layers: int, heads: int, rows: Tensor, seed: int = 0) -> list[T
 
 def windows_of(shape: ModelShape) -> tuple[Window | None, ...]:
     """Of all layers of the decoder."""
-    return shape.windows or (None,) * shape.depth
+    return tuple(shape.places[layer].window if layer in shape.places else None for layer in range(shape.depth))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,7 +74,10 @@ def test_replayed_rows_are_the_models_own_under_a_mask(
     together = [list(range(6))] if chained else [[number] for number in range(6)]
     for numbers in together:
         masks = [mask.clone() for mask in own]
-        for layer, gate in zip(shape.full, gates, strict=True):
+        for layer, place in shape.places.items():
+            if place.window is not None:
+                continue
+            gate = gates[place.layer]
             for number in numbers:
                 row = int(rows[0, number])
                 masks[layer][:, row] &= gate[0, :, number].repeat_interleave(target.query_heads // target.groups, 0)

@@ -93,32 +93,6 @@ def test_ends_that_only_the_host_knows(make_llm: MakeLLM, prompts: Prompts, gree
     same(plain.generate(again, greedy(5)), hasty.generate(again, greedy(5)))
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        {"logprobs": 1},
-        {"repetition_penalty": 1.2},
-        {"frequency_penalty": 0.5},
-        {"min_tokens": 4},
-        {"bad_words": ["x"]},
-        {"logit_bias": {7: 1.0}},
-        {"allowed_token_ids": [*range(4, 90)]},
-        {"structured_outputs": {"regex": "[a-z ]{1,40}"}},
-    ],
-    ids=lambda way: next(iter(way)),
-)
-def test_requests_whose_tokens_the_host_has_a_part_in_wait_for_it(
-    way: dict[str, Any], make_llm: MakeLLM, prompts: Prompts, greedy: Greedy
-) -> None:
-    plain, hasty = (make_llm("llama", budget=14) for _ in range(2))
-    launched = ahead(hasty)
-    params = [greedy(10, **way), greedy(10)]
-    expected, found = (llm.generate(prompts[:2], params) for llm in (plain, hasty))
-    same(expected, found)
-    assert [one.outputs[0].logprobs for one in found] == [one.outputs[0].logprobs for one in expected]
-    assert {*launched} <= {(1, 0)}, "only once the first has ended"
-
-
 def test_requests_that_come_while_a_step_is_under_way(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> None:
     plain, hasty = (make_llm("llama", budget=14, offload_layers=1, max_num_batched_tokens=30) for _ in range(2))
     launched = ahead(hasty)

@@ -261,6 +261,33 @@ def test_steps_that_are_launched_ahead_change_nothing(offload_layers: int, loade
             assert other.stats[name] == one.stats[name], name
 
 
+@pytest.mark.parametrize("offload_layers", [0, -1])
+def test_steps_ahead_of_what_the_host_has_a_part_in_change_nothing(offload_layers: int, loaded: dict[str, LoadedModel]) -> None:
+    """Grammars of which some end by themselves, penalties and log-probabilities, beside a free request; on a CPU the same."""
+    ask = [[7 + i] * 300 + [*range(20, 320)] for i in range(4)]
+    config = SpeContextConfig(budget=128, offload_layers=offload_layers)
+    common: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "logprobs": 2}
+    params = [
+        SamplingParams(temperature=0, structured_outputs={"regex": "[a-z ]{600}"}, **common),
+        SamplingParams(temperature=1, seed=3, structured_outputs={"regex": "[0-9]{9} [a-z]{9}"}, **common),
+        SamplingParams(temperature=1, seed=4, repetition_penalty=1.2, bad_words=["the"], min_tokens=20, **common),
+        SamplingParams(temperature=1, top_p=0.9, seed=5, max_tokens=40, ignore_eos=True),
+    ]
+    found = []
+    for device, ahead in (("cpu", False), ("cuda", False), ("cuda", True)):
+        llm = LLM(loaded[device], config=config, max_model_len=2048)
+        assert llm.engine.runs_ahead == (device == "cuda")
+        llm.engine.runs_ahead = ahead
+        found.append(llm.generate(ask, params))
+        llm.engine.check_integrity()
+        assert llm.engine._ahead is None
+    for cpu, one, other in zip(*found, strict=True):
+        assert other.token_ids == one.token_ids == cpu.token_ids and other.finish_reason == one.finish_reason
+        assert other.stats["captured_steps"] == one.stats["captured_steps"]
+        for before, after in zip(one.outputs[0].logprobs or (), other.outputs[0].logprobs or (), strict=True):
+            assert after == pytest.approx(before, abs=1e-3)
+
+
 def test_clients_that_name_many_budgets_fill_no_memory_with_graphs(loaded: dict[str, LoadedModel]) -> None:
     llm = LLM(loaded["cuda"], config=SpeContextConfig(budget=128), max_model_len=2048)
     for budget in range(40, 80):
@@ -302,6 +329,7 @@ def test_a_step_without_memory_ends_its_requests_and_no_others(
     engine.add_request("big", [7] * (400 if graphs else 16000), params)
     if graphs:
         engine.runner._graphs.close()  # as if none had been captured yet
+        engine.runs_ahead = False  # the next step would be captured within this one
         engine.step()  # the prompt
     little_memory(0 if graphs else 16 << 20)  # a chunk of 16,000 tokens takes more
     with pytest.raises(DeviceMemoryError, match="ran out of memory") as caught:
@@ -322,6 +350,7 @@ def test_memory_that_ends_inside_a_capture_ends_the_requests_of_the_step(
     llm = LLM(loaded["cuda"], config=SpeContextConfig(budget=256, offload_layers=0), max_num_seqs=2)
     runner = llm.engine.runner
     runner._graphs.close()  # as if none had been captured yet
+    llm.engine.runs_ahead = False  # the first step would be captured within that of the prompt
     run = runner._fused
 
     def fails(batch: Batch) -> Tensor:

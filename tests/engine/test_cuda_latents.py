@@ -39,8 +39,9 @@ def tokens(folder: Path, device: str, method: str, offload_layers: int | None, *
 @pytest.mark.parametrize("method", ["speculative", "full", "oracle"])
 def test_the_cpu_s_tokens(method: str, offload_layers: int, wide: Path) -> None:
     expected, _ = tokens(wide, "cpu", method, 0, dtype="float32")
-    found, llm = tokens(wide, "cuda", method, offload_layers, dtype="float32", verify_loads=True)
-    assert found == expected
+    verified, _ = tokens(wide, "cuda", method, offload_layers, dtype="float32", verify_loads=True)
+    captured, llm = tokens(wide, "cuda", method, offload_layers, dtype="float32")
+    assert verified == captured == expected
     if method == "speculative":
         assert llm.engine.runner._graphs is not None and llm.engine.runner._graphs._captured
 

@@ -123,7 +123,7 @@ def next_numbers(llm: LLM, size: int) -> Tensor:
     [
         *((family, "speculative") for family in ("llama", "bands", "windows", "conv", "latents")),
         ("llama", "streaming"),
-        pytest.param("delta", "speculative", marks=pytest.mark.slow),
+        *(pytest.param(family, "speculative", marks=pytest.mark.slow) for family in ("delta", "shared")),
     ],
 )  # random's scores are float64, which Triton's top-k is not for
 def test_a_padded_decode_step_never_waits_and_computes_the_same(
@@ -170,6 +170,7 @@ def test_a_padded_decode_step_never_waits_and_computes_the_same(
         ),
         *(pytest.param("quest", 0, "kv_cache_dtype", kind, marks=pytest.mark.slow) for kind in ("fp8", "int8")),
         ("speculative", 2, "host_kv_dtype", "int8"),
+        *(pytest.param("speculative", -1, "kv_cache_dtype", kind, marks=pytest.mark.slow) for kind in ("fp8", "int8")),
         pytest.param("speculative", -1, "host_kv_dtype", "fp8", marks=pytest.mark.slow),
     ],
 )
@@ -197,7 +198,7 @@ def test_a_step_with_kv_in_8_bits_never_waits(
     assert (logits[:2] - expected).abs().max() < 0.05 * expected.abs().max()
     captured.engine.check_integrity()
     kv = captured.engine.parts.kv
-    assert not kv.arena.rows[: kv.arena.page_rows].view(torch.uint8).any(), "padding wrote to the page of nobody"
+    assert not kv.arena.rows.view(-1).view(torch.uint8)[: kv.arena.page_bytes].any(), "padding wrote to the page of nobody"
 
 
 @pytest.mark.parametrize("offload_layers", [0, 2, None])

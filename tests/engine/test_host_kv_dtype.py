@@ -41,7 +41,14 @@ def agreement(some: Prompts, others: Prompts) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("family", "method"),
-    [("llama", "full"), ("llama", "speculative"), ("bands", "speculative"), ("windows", "speculative"), ("llama", "oracle")]
+    [
+        ("llama", "full"),
+        ("llama", "speculative"),
+        ("bands", "speculative"),
+        ("windows", "speculative"),
+        ("shared", "speculative"),
+        ("llama", "oracle"),
+    ]
     + [pytest.param("llama", method, marks=pytest.mark.slow) for method in ("quest", "snapkv", "streaming")],
 )
 def test_with_all_layers_there_it_reads_what_8_bits_in_both_tiers_do(

@@ -13,9 +13,11 @@ from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.errors import ConfigError, HeadError
 from specontext.kernels import dispatch
 from specontext.locations import shape_of
+from specontext.model_shape import ModelShape
 from specontext.retrieval.checkpoint import save_head
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig
+from tests.conftest import family_config
 from tests.engine.test_equality import check_idle, tokens_of
 from tests.engine.test_graph_safety import SeveralStreams
 from tests.engine.test_prefix import ask, cached
@@ -175,9 +177,35 @@ def test_all_groups_of_a_head_choose_for_the_only_kv_head(
 
 
 @pytest.mark.parametrize("codes", ["fp8", "int8"])
-def test_latents_in_8_bits_are_refused_by_name(codes: str, make_llm: MakeLLM) -> None:
-    with pytest.raises(ConfigError, match=f"kv_cache_dtype {codes} does not work with multi-head latent attention"):
-        make_llm(ONE, budget=12, kv_cache_dtype=codes)
+def test_latents_in_8_bits_are_the_same_wherever_they_are(
+    codes: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected
+) -> None:
+    """A row is 40 codes and a scale; tiers, chunks, company and known prompts change nothing."""
+    plain = make_llm(ONE, "full", offload_layers=0, kv_cache_dtype=codes, enable_prefix_caching=False)
+    assert plain.engine.parts.kv.arena.rows.shape[2] == 44 and plain.engine.parts.kv.layout.layers[0].key_bytes == 44
+    assert plain.engine.parts.plan.kv.resident_token == 44
+    right = [plain.generate([prompt], greedy())[0].token_ids for prompt in prompts]
+    assert right != expected(ONE), "else the test says nothing"
+    options = {"kv_cache_dtype": codes, "verify_loads": True, "max_num_batched_tokens": 23, "max_num_seqs": 3}
+    for method in ("full", "speculative", "oracle"):
+        llm = make_llm(ONE, method, budget=110, offload_layers=2, **options)
+        assert tokens_of(llm, prompts, greedy()) == right
+        assert tokens_of(llm, prompts, greedy()) == right, "with known prompts"
+
+
+@pytest.mark.parametrize("method", ["full", "speculative"])
+def test_the_host_alone_may_have_8_bits(method: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> None:
+    options = {"offload_layers": -1, "enable_prefix_caching": False}
+    both = make_llm(ONE, method, budget=110, kv_cache_dtype="int8", **options)
+    host = make_llm(ONE, method, budget=110, host_kv_dtype="int8", verify_loads=True, max_num_batched_tokens=23, **options)
+    assert host.engine.parts.kv.host.rows.shape[2] == 44 and host.engine.parts.kv.arena.rows.shape[1:] == (1, 40)
+    assert tokens_of(host, prompts, greedy()) == tokens_of(both, prompts, greedy())
+
+
+def test_latents_that_do_not_fill_words_are_refused_in_8_bits() -> None:
+    shape = ModelShape.from_config(family_config(ONE, 900, kv_lora_rank=30))
+    with pytest.raises(ConfigError, match="kv_cache_dtype int8 needs latents of a multiple of 4 numbers, not of 38"):
+        shape.check_kv_format("kv_cache_dtype int8")
 
 
 def test_ranks_are_refused_by_name(make_llm: MakeLLM) -> None:
@@ -186,19 +214,30 @@ def test_ranks_are_refused_by_name(make_llm: MakeLLM) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "speculative", "oracle"])
+@pytest.mark.parametrize(
+    ("method", "codes"),
+    [*((method, "auto") for method in ("full", "speculative", "oracle")), ("speculative", "int8"), ("full", "fp8")],
+)
 def test_kernels_and_streams_of_a_gpu_change_nothing(
-    method: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    codes: str,
+    make_llm: MakeLLM,
+    prompts: Prompts,
+    greedy: Greedy,
+    expected: Expected,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the interpreter: rows that are out of reach come through staging, and chunks make keys and values of them, or do not."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here")
-    llm = make_llm(ONE, method, budget=110, offload_layers=2, max_num_batched_tokens=24)
+    llm = make_llm(ONE, method, budget=110, offload_layers=2, max_num_batched_tokens=24, kv_cache_dtype=codes)
+    plain = make_llm(ONE, "full", offload_layers=0, kv_cache_dtype=codes, enable_prefix_caching=False)
+    asked = [prompts[3], prompts[1][:28]]
+    right = [plain.generate([prompt], greedy(3))[0].token_ids for prompt in asked]
     llm.engine.parts.kv.transfers.run_on(SeveralStreams())
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
-    outputs = llm.generate([prompts[3], prompts[1][:28]], greedy(3))
+    outputs = llm.generate(asked, greedy(3))
     monkeypatch.delenv(dispatch.VARIABLE)
-    assert outputs[0].token_ids == expected(ONE)[3][:3]
-    plain = make_llm(ONE, "full", offload_layers=0)
-    assert outputs[1].token_ids == plain.generate([prompts[1][:28]], greedy(3))[0].token_ids
+    assert [output.token_ids for output in outputs] == right
+    assert codes != "auto" or right[0] == expected(ONE)[3][:3]

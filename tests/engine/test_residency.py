@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.config import EngineConfig
-from specontext.engine import build
+from specontext.engine import tier_memory
 from specontext.engine.generation import Generation
 from specontext.errors import MemoryPlanError, RequestError
 from specontext.memory.model import KVCost, MemoryModel
@@ -456,7 +456,7 @@ def test_an_abort_of_who_layers_left_for(ends: str, make_llm: MakeLLM, prompts: 
 
 def test_memory_that_is_not_named_is_a_share_of_what_is_free(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     free = 100 * PAGE
-    monkeypatch.setattr(build, "free_memory", lambda device: free)
+    monkeypatch.setattr(tier_memory, "free_memory", lambda device: free)
     sizes = make_llm("llama", "streaming", budget=12, max_num_seqs=50).engine.parts.sizes
     for used in (sizes.device_bytes, sizes.host_bytes):
         assert 0.5 * SHARE_OF_FREE_MEMORY * free < used <= SHARE_OF_FREE_MEMORY * free
@@ -481,10 +481,10 @@ def test_what_a_gpu_has_for_kv(
     plan = MemoryModel("measured", {"weights": 9, "retrieval_head": 1, "runtime": 20}, KVCost(1, 1, 0, 0))
     config, device = EngineConfig("nano", gpu_memory=limit), torch.device("cuda")
     if isinstance(expected, int):
-        assert build.device_memory(config, plan, device) == expected
+        assert tier_memory.device_memory(config, plan, device) == expected
     else:
         with pytest.raises(MemoryPlanError, match=expected):
-            build.device_memory(config, plan, device)
+            tier_memory.device_memory(config, plan, device)
 
 
 def test_a_tier_without_room_for_one_request_says_what_it_needs(make_llm: MakeLLM) -> None:

@@ -2,16 +2,18 @@
 
 import math
 from collections import Counter
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from specontext.core import Request
+from specontext.core import AllowedTokens, Request
 from specontext.engine import sampler
+from specontext.engine.failures import Failures
 from specontext.engine.restrictions import restricted
-from specontext.engine.sampler import sample
+from specontext.engine.sampler import Drawn
 from specontext.errors import LogitsError, SpeContextError
 from specontext.sampling_params import SamplingParams
 
@@ -37,6 +39,21 @@ def request(
 
 def random_logits(rows: int, vocab: int = VOCAB, scale: float = 3.0) -> Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(5)) * scale
+
+
+class Sampled(NamedTuple):
+    token_ids: list[int]
+    logprobs: list[dict[int, float] | None]
+
+
+def sample(logits: Tensor, requests: Sequence[Request], *, end_token_ids: Collection[int]) -> Sampled:
+    """One token for each row; raises what is wrong with some."""
+    failures = Failures()
+    found = Drawn(logits, [*enumerate(requests)], end_token_ids).read(failures)
+    if failures.found:
+        raise failures.take()
+    assert [each.request for each in found] == list(requests)
+    return Sampled([each.token for each in found], [each.logprobs for each in found])
 
 
 def draws(row: Tensor, count: int, **params: Any) -> list[int]:
@@ -325,10 +342,16 @@ def test_extreme_temperatures_stay_numbers() -> None:
     assert len(set(draws(row, 300, temperature=1e18))) > 30
 
 
-def test_no_requests_no_tokens() -> None:
-    assert sample(torch.empty(0, 5), [], end_token_ids=()).token_ids == []
-    with pytest.raises(ValueError, match="logits must be"):
-        sample(torch.zeros(2, 5), [request()], end_token_ids=())
+def test_who_has_ended_meanwhile_gets_no_token_and_no_error() -> None:
+    logits = random_logits(3)
+    logits[1] = math.nan
+    requests = [request(name=name, temperature=0.0, logprobs=row) for row, name in enumerate(("a", "b", "c"))]
+    drawn, failures = Drawn(logits, [*enumerate(requests)], ()), Failures()
+    logits.fill_(math.nan)
+    requests[0].finish_reason = requests[1].finish_reason = "stop"
+    [found] = drawn.read(failures)
+    assert (found.row, found.request, found.token) == (2, requests[2], int(random_logits(3)[2].argmax()))
+    assert found.logprobs is not None and len(found.logprobs) == 2 and not failures.found
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -336,3 +359,19 @@ def test_the_device_does_not_change_a_token() -> None:
     logits = random_logits(45, 3000, scale=1.0)
     here = sample(logits, mixed_requests(), end_token_ids=(9,)).token_ids
     assert sample(logits.cuda(), mixed_requests(), end_token_ids=(9,)).token_ids == here  # a request remembers on its device
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_waits_for_the_device_before_tokens_are_read() -> None:
+    requests, logits = mixed_requests(), random_logits(45, 3000, scale=1.0).cuda()
+    requests[1].allowed = AllowedTokens(torch.full((1, 94), -1, dtype=torch.int32, device="cuda"), 0)
+    changes = ({"allowed_token_ids": [5, 6, 7]}, {"logit_bias": {3: 1.0}})
+    requests[2:4] = [request(name=str(n), **change) for n, change in enumerate(changes)]
+    ready = [*enumerate(requests)]
+    expected = [each.token for each in Drawn(logits, ready, (9,)).read(Failures())]  # kernels are loaded
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        drawn = Drawn(logits, ready, (9,))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [each.token for each in drawn.read(Failures())] == expected

@@ -15,7 +15,7 @@ from specontext.layer_sizes import Window
 from tests.engine.test_equality import check_idle, tokens_of
 from tests.engine.test_prefix import ask, cached
 
-FAMILIES = ("windows", "sinks", "chunks")
+FAMILIES = ("windows", "sinks", "chunks", "shared")
 ONE = "windows"
 Prompts = list[list[int]]
 MakeLLM = Callable[..., LLM]
@@ -74,7 +74,11 @@ def test_a_tight_budget_reads_as_many_entries_as_it_says_in_layers_without_a_win
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [*((family, "speculative") for family in FAMILIES), (ONE, "quest"), (ONE, "snapkv"), (ONE, "h2o")]
+    ("family", "method"),
+    [
+        *((family, "speculative") for family in FAMILIES),
+        *((family, method) for family in (ONE, "shared") for method in ("quest", "snapkv", "h2o")),
+    ],
 )
 def test_tiers_slots_chunks_and_company_change_nothing(
     family: str, method: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any
@@ -147,7 +151,7 @@ def text(seed: int, length: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("family", "offload_layers"), [("windows", 0), ("chunks", 2), pytest.param("sinks", 2, marks=pytest.mark.slow)]
+    ("family", "offload_layers"), [("windows", 0), ("chunks", 2), ("shared", 2), pytest.param("sinks", 2, marks=pytest.mark.slow)]
 )
 def test_a_prompt_that_goes_on_from_an_earlier_one_finds_its_windows(
     family: str, offload_layers: int, make_llm: MakeLLM, greedy: Greedy

@@ -76,7 +76,7 @@ def test_a_token_reads_what_the_engine_lets_it_read(ids: list[int], implementati
     assert (torch.stack(found) - torch.stack(dense)).abs().max() > 0.1  # the budget leaves something out
 
 
-@pytest.mark.parametrize("family", ["windows", "sinks", "delta", "latents"])
+@pytest.mark.parametrize("family", ["windows", "sinks", "shared", "delta", "latents"])
 def test_layers_with_a_window_read_all_of_it_and_the_map_is_of_the_others(
     ids: list[int], checkpoint: Callable[[str], Path], family: str
 ) -> None:

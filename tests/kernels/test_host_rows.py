@@ -11,9 +11,11 @@ from torch import Tensor
 
 from specontext.kernels.dispatch import reference_of
 from specontext.kernels.quantised_rows import FORMATS, dequantised, quantise
+from specontext.kernels.spans import read_rows
 from specontext.kernels.tables import Copies, NewTokens, Pages, Slots, Tiers
 from specontext.kv.layout import BlockParts, places_of
 from specontext.memory.layer_blocks import LayerBlocks, one_by_one
+from tests.kernels.test_quantised_rows import in_spans
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUMBERS = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,6 +45,7 @@ def tiers_of(codes: torch.dtype, dtype: torch.dtype, dim: int, heads: int, page_
     generator = torch.Generator().manual_seed(9)
     arena = numbers_of(60 * page_size * heads, 2, dim, seed=5, dtype=dtype).to(DEVICE)
     host = quantise(numbers_of(30 * page_size * heads * 4, 2, dim, seed=6), codes).to(DEVICE)
+    host = in_spans(host, page_size * heads * 4)
     pages = 1 + torch.randperm(54, generator=generator).to(DEVICE)
     at_host = 1 + torch.randperm(12, generator=generator)[:9].view(1, SEATS, 3).to(DEVICE)
     alone = places_of(one_by_one(LAYERS), DEVICE)
@@ -80,7 +83,7 @@ def test_loads_bring_the_numbers_of_codes(
     written = torch.zeros(len(before), dtype=torch.bool, device=DEVICE)
     for layer in (0, 2):
         there, here = tiers.host.rows_of(layer, seats, source), tiers.slots.rows_of(layer, seats, target)
-        assert_same(tiers.slots.rows[here], dequantised(tiers.host.rows[there], before), kind)
+        assert_same(tiers.slots.rows[here], dequantised(read_rows(tiers.host.rows, there), before), kind)
         written[here] = True
     assert torch.equal(tiers.slots.rows[~written], before[~written])
 
@@ -98,7 +101,7 @@ def test_new_tokens_are_quantised_once(
     tokens = [(2, p, 9) for p in range(9)] + [(1, -1, 0), (0, 0, 1)]
     seats, positions, lengths = (torch.tensor(x, device=DEVICE) for x in zip(*tokens, strict=True))
     key, value = numbers_of(2, len(tokens), heads, dim, seed=7, dtype=dtype).to(DEVICE)
-    numbers, before = torch.stack((key, value), dim=2), tiers.host.rows.view(torch.uint8).clone()
+    numbers, before = torch.stack((key, value), dim=2), tiers.host.rows.clone()
     expected = quantise(numbers, codes)
     for layer in (0, 1):
         function_of("append_layer", kind)(tiers, layer, NewTokens(seats, positions, lengths, key, value), to_host=to_host)
@@ -108,8 +111,8 @@ def test_new_tokens_are_quantised_once(
         here = tiers.tokens.rows_of(1, seats[mine[:1]], positions[mine][None, None])[0]  # [Hkv, T]
         assert torch.equal(tiers.tokens.rows[here.T], numbers[mine])
         there = tiers.host.rows_of(0, seats[mine[:1]], positions[mine][None, None])[0]
-        stored = tiers.host.rows[there.T].view(torch.uint8)
-        assert torch.equal(stored, expected[mine].view(torch.uint8) if to_host else before[there.T])
+        stored = read_rows(tiers.host.rows, there.T).view(torch.uint8)
+        assert torch.equal(stored, (expected[mine] if to_host else read_rows(before, there.T)).view(torch.uint8))
     ring = tiers.slots.rows_of(0, seats[:1], torch.tensor([[[0, 1, 2, 3, 4]]], device=DEVICE))[0]  # tokens 0, 1, 6, 7, 8
     kept = expected[torch.tensor([0, 1, 6, 7, 8], device=DEVICE)]
     assert_same(tiers.slots.rows[ring.T], dequantised(kept, tiers.slots.rows), kind)

@@ -16,6 +16,7 @@ from specontext.kernels.dispatch import reference_of
 from specontext.kernels.paged_attention import paged_attention_reference
 from specontext.kernels.quantised_rows import FORMATS, dequantise, keys_of, quantise
 from specontext.kernels.rows import as_stored
+from specontext.kernels.spans import read_rows, rows_like, write_rows
 from specontext.kernels.sparse_attention import sparse_attention
 from specontext.kernels.tables import Copies, NewTokens, Pages, Parts, Slots, Tiers
 from specontext.kv.layout import places_of
@@ -50,6 +51,20 @@ def pool(rows: int, dim: int, codes: torch.dtype, seed: int = 1) -> tuple[Tensor
     return kept.to(DEVICE), dequantise(kept, torch.empty(rows, 2, dim)).to(DEVICE)
 
 
+def in_spans(rows: Tensor, span: int) -> Tensor:
+    """A pool of the same rows [N, row], `span` of them in a span, and further ones that hold anything in the last."""
+    spans = -(-len(rows) // span)
+    filled = torch.cat((rows.view(torch.int8), rows.view(torch.int8)[: spans * span - len(rows)])).view(rows.dtype)
+    held = rows_like(filled, spans * span).view(spans, span, -1)
+    write_rows(held, torch.arange(spans * span, device=rows.device), filled)
+    return held
+
+
+def bytes_at(pool: Tensor, numbers: Tensor) -> Tensor:
+    """Rows with these numbers, as bytes."""
+    return read_rows(pool, numbers).view(torch.uint8)
+
+
 # What is lost ---------------------------------------------------------------------------------------------------------
 
 
@@ -63,7 +78,7 @@ def test_a_row_keeps_its_numbers_to_the_precision_of_its_codes(dim: int, codes: 
     most = numbers.abs().amax(-1, keepdim=True)
     bound = most / 127 * 0.51 if codes == torch.int8 else numbers.abs() / 16 + most * 2.0**-17
     assert ((read - numbers).abs() <= bound).all()
-    assert torch.equal(keys_of(rows, torch.float32), read[:, 0])
+    assert torch.equal(keys_of(rows, dim, torch.float32), read[:, 0])
 
 
 @codes_of_all
@@ -85,7 +100,7 @@ def test_what_is_no_number_stays_none(codes: torch.dtype, kind: str) -> None:
     new = NewTokens(seats, positions, positions + 1, *numbers.unbind(2))
     function_of("append_layer", kind)(tiers, 1, new)
     rows = tiers.tokens.rows_of(1, seats[:1], positions[None, None])[0, 0]
-    read = dequantise(tiers.tokens.rows[rows], torch.empty(3, 2, 4, device=DEVICE))
+    read = dequantise(read_rows(tiers.tokens.rows, rows), torch.empty(3, 2, 4, device=DEVICE))
     broken = torch.tensor([[True, False], [False, True], [True, False]], device=DEVICE)
     assert read[broken].isnan().all() and ((read[~broken] - 1).abs() < 0.01).all()
 
@@ -128,9 +143,12 @@ def close(output: Tensor, expected: Tensor, dtype: torch.dtype, most: Tensor) ->
 @both
 @codes_of_all
 @pytest.mark.parametrize("dtype", NUMBERS, ids=str)
-@pytest.mark.parametrize(("kv_heads", "ratio", "width", "dim"), [(2, 3, 17, 80), (1, 8, 130, 128), (2, 1, 40, 64), (3, 2, 5, 18)])
+@pytest.mark.parametrize(
+    ("kv_heads", "ratio", "width", "dim", "span"),
+    [(2, 3, 17, 80, 1), (1, 8, 130, 128, 16), (2, 1, 40, 64, 24), (3, 2, 5, 18, 5)],
+)
 def test_attention_and_logits_over_rows(
-    kv_heads: int, ratio: int, width: int, dim: int, dtype: torch.dtype, codes: torch.dtype, kind: str
+    kv_heads: int, ratio: int, width: int, dim: int, span: int, dtype: torch.dtype, codes: torch.dtype, kind: str
 ) -> None:
     arena, numbers = pool(3 * width, dim, codes)
     query = torch.randn(2, kv_heads * ratio, dim, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
@@ -140,6 +158,7 @@ def test_attention_and_logits_over_rows(
     rows[-1, -1] = -1
     rows = rows.to(DEVICE)
     logits, expected = exact(query, numbers, rows, 0.1)
+    arena = in_spans(arena, span) if span > 1 else arena
     output, lse = function_of("sparse_attention", kind, "sparse_attention")(query, arena, rows, 0.1)
     assert output.dtype == dtype
     close(output, expected, dtype, numbers)
@@ -167,9 +186,11 @@ def test_attention_over_pages(page_size: int, codes: torch.dtype, kind: str) -> 
     query = torch.randn(3, kv_heads * 2, dim, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     if kind == "triton":
         sizes = {"page_size": page_size, "kv_heads": kv_heads}
-        output, _ = function_of("paged_attention", kind, "paged_attention")(query, arena, pages, lengths, 0.2, **sizes)
+        held = in_spans(arena, page_size * kv_heads)
+        output, _ = function_of("paged_attention", kind, "paged_attention")(query, held, pages, lengths, 0.2, **sizes)
     else:
-        by_page = arena.view(-1, page_size, kv_heads, arena.shape[1])
+        held = in_spans(arena, page_size * kv_heads)
+        by_page = Pages(held, pages[None], page_size, kv_heads, places_of(one_by_one(1), DEVICE)).by_page(0)
         output, _ = paged_attention_reference(query, by_page, pages, lengths, 0.2, tile=16)
     close(output, exact(query, numbers, rows, 0.2)[1], torch.float32, numbers)
 
@@ -197,8 +218,8 @@ def tiers_of(codes: torch.dtype, dim: int, heads: int, page_size: int, *, reside
     block = LayerBlocks((3,), 4, (0, 1, 2))
     alone, together = places_of(one_by_one(3), DEVICE), places_of(block, DEVICE)
     generator = torch.Generator().manual_seed(9)
-    arena, _ = pool(60 * page_size * heads, dim, codes, seed=5)
-    host, _ = pool(30 * page_size * heads * 4, dim, codes, seed=6)
+    arena = in_spans(pool(60 * page_size * heads, dim, codes, seed=5)[0], page_size * heads)
+    host = in_spans(pool(30 * page_size * heads * 4, dim, codes, seed=6)[0], page_size * heads * 4)
     pages = 1 + torch.randperm(54, generator=generator).to(DEVICE)
     tokens, slots = pages[:27].view(3, 3, 3).contiguous(), pages[27:45].view(3, 3, 2).contiguous()
     at_host = 1 + torch.randperm(12, generator=generator)[:9].view(1, 3, 3).to(DEVICE)
@@ -232,14 +253,14 @@ def test_new_tokens_are_quantised_to_the_bit_alike(
     for seat in (0, 2):
         mine = (seats == seat).nonzero().squeeze(1)
         rows = home.rows_of(1, seats[mine[:1]], positions[mine][None, None])[0]  # [Hkv, T]
-        assert torch.equal(home.rows[rows.T].view(torch.uint8), expected[mine].view(torch.uint8))
+        assert torch.equal(bytes_at(home.rows, rows.T), expected[mine].view(torch.uint8))
     if resident:
         assert torch.equal(tiers.host.rows.view(torch.uint8), before.view(torch.uint8))
         return
     assert tiers.slots is not None
     ring = tiers.slots.rows_of(1, seats[:1], torch.tensor([[[0, 1, 2, 3, 4]]], device=DEVICE))[0]  # tokens 0, 1, 6, 7, 8
     kept = expected[torch.tensor([0, 1, 6, 7, 8], device=DEVICE)]
-    assert torch.equal(tiers.slots.rows[ring.T].view(torch.uint8), kept.view(torch.uint8))
+    assert torch.equal(bytes_at(tiers.slots.rows, ring.T), kept.view(torch.uint8))
 
 
 @both
@@ -256,20 +277,26 @@ def test_copies_are_exact(dim: int, heads: int, page_size: int, codes: torch.dty
     function_of("copy_pieces", kind)(tiers.host, tiers.slots, parts, tiers.resident, Copies.of_all(seats, source, target))
     for layer in (0, 2):
         there, here = tiers.host.rows_of(layer, seats, source), tiers.slots.rows_of(layer, seats, target)
-        assert torch.equal(tiers.slots.rows[here].view(torch.uint8), tiers.host.rows[there].view(torch.uint8))
+        assert torch.equal(bytes_at(tiers.slots.rows, here), bytes_at(tiers.host.rows, there))
     rows, _ = pool(2 * heads * 4, dim, codes, seed=8)
     new, wanted = rows.view(2, heads, 4, -1), torch.tensor([True, False, True, False], device=DEVICE)
     positions, before = torch.tensor([6, 1], device=DEVICE), tiers.host.rows.clone()
     function_of("append_pieces", kind)(tiers.host, 0, seats, positions, new, wanted)
     for layer in range(3):
         there = tiers.host.rows_of(layer, seats, positions[:, None, None])[..., 0]
-        right = before[there] if layer == 1 else new[:, :, layer]
-        assert torch.equal(tiers.host.rows[there].view(torch.uint8), right.contiguous().view(torch.uint8))
+        right = read_rows(before, there) if layer == 1 else new[:, :, layer]
+        assert torch.equal(bytes_at(tiers.host.rows, there), right.contiguous().view(torch.uint8))
     some, places = torch.tensor([3, -1, 0], device=DEVICE), torch.tensor([5, 6, 7], device=DEVICE)
-    untouched = tiers.tokens.rows[6].clone()
+    untouched = read_rows(tiers.tokens.rows, places[1:2])
     function_of("gather_rows", kind)(rows, some, tiers.tokens.rows, places)
-    assert torch.equal(tiers.tokens.rows[[5, 7]].view(torch.uint8), rows[[3, 0]].view(torch.uint8))
-    assert torch.equal(tiers.tokens.rows[6].view(torch.uint8), untouched.view(torch.uint8))
+    assert torch.equal(bytes_at(tiers.tokens.rows, places[[0, 2]]), rows[[3, 0]].view(torch.uint8))
+    assert torch.equal(bytes_at(tiers.tokens.rows, places[1:2]), untouched.view(torch.uint8))
+    layer, seat, start = 2, 1, 3
+    tokens = rows.new_empty((5, heads, rows.shape[1]))
+    function_of("gather_tokens", kind)(tiers.tokens, layer, seat, start, tokens)
+    along = torch.arange(start, start + 5, device=DEVICE)[None, None]
+    there = tiers.tokens.rows_of(layer, torch.tensor([seat], device=DEVICE), along)[0]
+    assert torch.equal(tokens.view(torch.uint8), bytes_at(tiers.tokens.rows, there.T))
 
 
 def test_the_operations_choose_triton_where_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,11 +121,16 @@ from specontext.kernels.triton import latent_attention
 KINDS = {"index_ptr": "*i64", "lengths_ptr": "*i64", "rows_ptr": "*i64", "output_ptr": "*fp32", "lse_ptr": "*fp32"}
 KINDS |= {"logits_ptr": "*fp32", "scale_log2": "fp32", "cap_log2": "fp32", "scale": "fp32"}
 
-def shared(kernel, dtype, **constants):
+NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8"}
+NAMES |= {torch.float8_e4m3fn: "*fp8e4nv"}
+
+def shared(kernel, dtype, codes=None, **constants):
     numbers = torch.empty(1, 128, 576, dtype=dtype)
-    sizes, warps = latent_attention.tile_sizes(numbers, numbers, on_gpu=True)
-    names, name = kernel.arg_names, {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
-    kinds = KINDS | {"query_ptr": name, "arena_ptr": name}
+    arena = numbers if codes is None else torch.empty(1, 16, 580, dtype=codes)
+    sizes, warps = latent_attention.tile_sizes(numbers, arena, on_gpu=True)
+    names = kernel.arg_names
+    kinds = KINDS | {"query_ptr": NAMES[dtype], "arena_ptr": NAMES[arena.dtype]}
+    kinds["words_ptr"] = kinds["arena_ptr"] if codes is None else "*i32"
     constants |= sizes
     signature = {one: "constexpr" if one in constants else kinds.get(one, "i32") for one in names}
     aligned = [i for i, one in enumerate(names) if signature[one].startswith("*") or one in ("query_r", "query_h")]
@@ -143,6 +148,10 @@ for dtype in (torch.bfloat16, torch.float32):
     for page in (0, 16):
         found.append(shared(latent_attention._attend, dtype, PAGE_SIZE=page, FINAL=False, CAPPED=page == 0))
     found.append(shared(latent_attention._logits, dtype))
+for codes in (torch.float8_e4m3fn, torch.int8):
+    for page in (0, 16):
+        found.append(shared(latent_attention._attend, torch.bfloat16, codes, PAGE_SIZE=page, FINAL=False, CAPPED=False))
+    found.append(shared(latent_attention._logits, torch.bfloat16, codes))
 print(json.dumps(found))
 """
 

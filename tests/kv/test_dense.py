@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from specontext.kernels.paged_attention import tokens_of_pages
+from specontext.kernels.rows import row_of
+from specontext.kernels.spans import read_rows
 from specontext.kernels.tables import NewTokens
 from specontext.kv.cache import KVCache
 from specontext.kv.dense import stored_tiles
@@ -19,10 +22,11 @@ from tests.kv.test_streams import RecordingStreams, watch
 HEADS, DIM, TOKENS = 2, 4, 29
 
 
-@pytest.fixture
-def kv() -> KVCache:
+@pytest.fixture(params=[None, torch.int8], ids=["numbers", "int8"])
+def kv(request: pytest.FixtureRequest) -> KVCache:
     """Layer 0 resident, layer 1 offloaded; three seats of which the middle one was given back and taken again."""
-    layout, cpu = Layout.of_shape(ModelShape(2, 8, HEADS, HEADS, DIM, 10, 64, torch.float32), 4), torch.device("cpu")
+    shape = ModelShape(2, 8, HEADS, HEADS, DIM, 10, 64, torch.float32, kv_dtype=request.param)
+    layout, cpu = Layout.of_shape(shape, 4), torch.device("cpu")
     kv = KVCache(
         *make_pools(layout, device_pages=60, host_pages=60, device=cpu),
         resident=(True, False),
@@ -39,13 +43,13 @@ def kv() -> KVCache:
 
 
 def store(kv: KVCache, layer: int, seat: int, number: int | None = None) -> torch.Tensor:
-    """Write random tokens; returns them as [TOKENS, Hkv, 2, D]."""
+    """Write random tokens; returns their rows, [TOKENS, Hkv, *row]."""
     tokens = torch.randn(TOKENS, HEADS, 2, DIM, generator=torch.Generator().manual_seed(seat if number is None else number))
     positions = torch.arange(TOKENS)
     key, value = tokens.unbind(2)
     seats, lengths = torch.full_like(positions, seat), torch.full_like(positions, TOKENS)
     kv.transfers.append_chunk(layer, NewTokens(seats, positions, lengths, key, value))
-    return tokens
+    return row_of(key, value, kv.arena.rows)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -68,9 +72,10 @@ def test_page_tables_lead_to_the_stored_tokens(layer: int, kv: KVCache) -> None:
     for seat in (2, 1):
         for token in (0, 3, 17, TOKENS - 1):
             page = int(home.table_of(layer)[seat, token // 4])
-            assert torch.equal(home.by_page(layer)[page, token % 4], stored[seat][token])
+            found = tokens_of_pages(home.by_page(layer), torch.tensor([page]), token % 4, token % 4 + 1)
+            assert torch.equal(found[0], stored[seat][token])
             rows = home.rows_of(layer, torch.tensor([seat]), torch.tensor([[[token]]]))[0, :, 0]
-            assert torch.equal(home.rows[rows], stored[seat][token])
+            assert torch.equal(read_rows(home.rows, rows), stored[seat][token])
 
 
 def test_staged_tiles_are_right_in_whatever_order_they_are_asked_for(kv: KVCache) -> None:
@@ -91,7 +96,7 @@ def test_staged_tiles_are_right_in_whatever_order_they_are_asked_for(kv: KVCache
                 end = min(tile.stop, 13 if seat == 0 else 9 if seat == 1 else 21)
                 length = max(0, end - tile.start)
                 assert torch.equal(found[:length], stored[seat][tile.start : end])
-                assert torch.equal(tile.buffer[rows[:, :length].T], found[:length])
+                assert torch.equal(read_rows(tile.buffer, rows[:, :length].T), found[:length])
         return count
 
     for order, fetched in ((reads, 6), (reads[::-1], 8)):
@@ -102,9 +107,11 @@ def test_staged_tiles_are_right_in_whatever_order_they_are_asked_for(kv: KVCache
         assert (streams.clocks[PREFETCH][PREFETCH] - before) // 2 == fetched, "a read and a write for each tile"
 
 
-def test_a_layer_is_read_out_of_the_pieces_that_it_shares() -> None:
+@pytest.mark.parametrize("codes", [None, torch.float8_e4m3fn], ids=["numbers", "fp8"])
+def test_a_layer_is_read_out_of_the_pieces_that_it_shares(codes: torch.dtype | None) -> None:
     """Three layers side by side on the host, of which one has moved to the device: each layer's own tokens, from any seat."""
-    layout, cpu = Layout.of_shape(ModelShape(3, 8, HEADS, HEADS, DIM, 10, 64, torch.float32), 4), torch.device("cpu")
+    shape = ModelShape(3, 8, HEADS, HEADS, DIM, 10, 64, torch.float32, kv_dtype=codes)
+    layout, cpu = Layout.of_shape(shape, 4), torch.device("cpu")
     assert layout.layer_blocks.sizes == (3,)
     cache = KVCache(
         *make_pools(layout, device_pages=60, host_pages=60, device=cpu),
@@ -122,4 +129,4 @@ def test_a_layer_is_read_out_of_the_pieces_that_it_shares() -> None:
     staging = Staging(cache.transfers, reads)
     for layer, seat in tokens:
         found = torch.cat([tile.tokens[0].clone() for tile in staging.tiles(layer, reads[seat])])
-        assert torch.equal(found, tokens[layer, seat])
+        assert torch.equal(found.view(torch.uint8), tokens[layer, seat].view(torch.uint8))

@@ -218,8 +218,10 @@ def run(
 ) -> Run:
     """Requests that join, decode, wait and leave, with recording streams; returns the streams."""
 
-    def running(method: str = "speculative", *, deaf: tuple[tuple[str, str], ...] = (), **options: Any) -> RecordingStreams:
-        llm = make_llm("llama", method, **({"max_num_batched_tokens": 20, "max_model_len": 128} | options))
+    def running(
+        method: str = "speculative", *, family: str = "llama", deaf: tuple[tuple[str, str], ...] = (), **options: Any
+    ) -> RecordingStreams:
+        llm = make_llm(family, method, **({"max_num_batched_tokens": 20, "max_model_len": 128} | options))
         streams = RecordingStreams(deaf)
         llm.engine.parts.kv.transfers.run_on(streams)
         with monkeypatch.context() as patch:
@@ -246,6 +248,12 @@ def test_a_host_in_8_bits(method: str, offload_layers: int, run: Run) -> None:
 
 def test_dense_steps_through_staging_buffers(run: Run) -> None:
     assert run("full", offload_layers=2).streams_seen == {COMPUTE, PREFETCH, WRITE_BACK}
+
+
+@pytest.mark.parametrize(("method", "options"), [("full", {}), ("oracle", {"budget": 12}), ("speculative", {"budget": 12})])
+def test_layers_that_read_what_others_have_stored(method: str, options: dict[str, Any], run: Run) -> None:
+    """The slots, tiles and rows of a layer are read again after its own attention, while new rows go to the host."""
+    assert {COMPUTE, PREFETCH, WRITE_BACK} <= run(method, family="shared", offload_layers=2, **options).streams_seen
 
 
 @pytest.mark.parametrize(

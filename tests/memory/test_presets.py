@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from specontext.errors import ModelError
-from specontext.memory.facts import count_parameters, facts_of_config
+from specontext.memory.facts import facts_of_config
+from specontext.memory.listed_preset import ListedPreset
+from specontext.memory.listed_presets import LISTED
 from specontext.memory.presets import PRESETS, did_you_mean, find_preset
-from specontext.model_shape import ModelShape
+from specontext.models.attention import register_attention
 from specontext.models.loading import check_supported
+from specontext.models.quantized import linear_layers, skeleton_of
 from specontext.retrieval.head import head_parameters
 from specontext.retrieval.head_config import HeadConfig
 
@@ -37,6 +42,17 @@ PUBLISHED = {  # parameters of the public checkpoints, a shared table counted on
     "deepseek-v3": 671_026_404_352,
     "deepseek-r1": 671_026_404_352,
     "glm-4.7-flash": 29_943_390_976,  # without the layer that predicts a further token
+    "gemma-3n-e2b": 4_435_182_688,  # of the text part of this and the next ones
+    "gemma-3n-e4b": 6_835_235_568,
+    "gemma-4-e2b": 4_628_569_344,
+    "gemma-4-e4b": 7_463_013_376,
+    "gemma-4-26b-a4b": 25_233_141_760,
+    "gemma-4-31b": 30_697_345_280,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
+    "qwen3-next-80b-a3b": 79_674_391_296,  # without the layer that predicts a further token
+    "granite-4.0-h-tiny": 6_939_037_248,
+    "granite-4.0-h-small": 32_207_337_984,
     "mistral-7b-v0.3": 7_248_023_552,
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen2.5-7b": 7_615_616_512,
@@ -53,9 +69,18 @@ def test_parameters(name: str) -> None:
     preset = PRESETS[name]
     assert preset.parameters == PUBLISHED[name]
     config = preset.config()
-    assert count_parameters(config) == (preset.parameters, preset.facts().lookup_parameters)
-    assert ModelShape.from_config(config) == preset.shape()
+    counted = facts_of_config(name, config)
+    assert counted == preset.facts()
     check_supported(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", LISTED, ids=lambda preset: preset.name)
+def test_linear_layers_of_models_whose_layers_differ(preset: ListedPreset) -> None:
+    register_attention()
+    linear = linear_layers(skeleton_of(preset.config(), {"trust_remote_code": False})).values()
+    found = Counter((one.out_features, one.in_features) for one in linear if one.in_features % 32 == 0)
+    assert found == preset.matrices == Counter(preset.linear_layers)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -87,7 +112,7 @@ def test_names() -> None:
     assert did_you_mean("llama-3.1-8").startswith(": did you mean llama-3.1-8b or ")
     assert "mistral-7b-v0.3" in did_you_mean("mistralai/Mistral-7B-Instruct-v0.3")
     assert "qwen3-0.6b" in did_you_mean("Qwen/Qwen3-0.6B")
-    assert did_you_mean("gpt-oss-120b") == ""
+    assert did_you_mean("falcon-180b") == ""
 
 
 def test_number_format_and_config_entries_can_be_chosen() -> None:

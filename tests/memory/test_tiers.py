@@ -64,6 +64,14 @@ def test_layers_that_may_move_have_room_in_both_tiers_and_slots_for_the_next_to_
     assert (found.device_pages, found.host_pages) == (1 + 2 * (4 * 7 + 3), 1 + 2 * 4 * 7)
 
 
+def test_the_host_has_room_for_known_prompts_beside_the_requests() -> None:
+    pages = 2 * 7  # of both requests' tokens; each page of a known prompt is four of KV and one or two of what lies beside it
+    assert sizes(beside_known=0).host_pages == 1 + pages * (4 + 4)
+    assert sizes(beside_known=1).host_pages == 1 + pages * (4 + 5)
+    assert sizes(beside_known=16 * TOKEN + 1).host_pages == 1 + pages * (4 + 6)
+    assert sizes(beside_known=1, host_memory=100 * 16 * TOKEN).host_pages == 100
+
+
 @pytest.mark.parametrize(("together", "blocks", "places"), [(2, 2, 2), (3, 1, 4), (4, 1, 4)])
 def test_pages_of_the_host_have_the_rows_of_a_block(together: int, blocks: int, places: int) -> None:
     alone, found = sizes(offloaded=None), sizes(offloaded=None, together=together)
@@ -83,6 +91,7 @@ def test_pages_of_the_host_have_the_rows_of_a_block(together: int, blocks: int, 
     together=st.integers(1, 4),
     device_memory=st.integers(1, 2_000_000),
     host_memory=st.integers(1, 1_000_000),
+    beside_known=st.one_of(st.none(), st.integers(0, 100_000)),
 )
 def test_no_tier_exceeds_its_memory_and_errors_say_what_would_do(**values: Any) -> None:
     try:

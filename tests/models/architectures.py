@@ -20,6 +20,11 @@ OLD = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "num_key_val
 WINDOW = {"sliding_window": 24}  # shorter than the prompts
 ROUTED = EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 ALTERNATING = WINDOW | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+SHARED = WINDOW | {
+    "num_hidden_layers": 5,
+    "num_kv_shared_layers": 2,
+}  # the last ones read KV of one with a window, and of another
+SHARED |= {"layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]}
 KEEPING = {"num_hidden_layers": 4}  # states: every other layer has attention
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 DELTA |= KEEPING | {"layer_types": ["linear_attention", "full_attention"] * 2}
@@ -42,13 +47,16 @@ RUN: dict[str, dict[str, Any]] = {
     "Gemma": {"head_dim": 16},
     "Gemma2": {"head_dim": 16, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0, **ALTERNATING},
     "Gemma3Text": {"head_dim": 16, "query_pre_attn_scalar": 24, **ALTERNATING},
+    "Gemma3nText": SHARED
+    | {"head_dim": 16, "vocab_size_per_layer_input": 1900, "hidden_size_per_layer_input": 8, "laurel_rank": 8}
+    | {"activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0], "altup_active_idx": 1, "altup_num_inputs": 3},
     "Glm4": {"head_dim": 16},
     "Glm4MoeLite": LATENT | ROUTED | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "GPT2": OLD,
     "GPTJ": OLD | {"rotary_dim": 8},
     "Gemma4Text": {
         **{"head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
-        **{"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, **WINDOW},
+        **{"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, **WINDOW, "use_bidirectional_attention": "vision"},
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],  # the last one always is
     },
     "GptOss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **ALTERNATING},
@@ -188,6 +196,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "Gemma": ("google/gemma-7b-it",),
     "Gemma2": ("google/gemma-2-9b-it",),
     "Gemma3Text": ("google/gemma-3-1b-it", "google/gemma-3-270m-it"),
+    "Gemma3nText": ("google/gemma-3n-E2B-it (its text part)",),
     "Gemma4Text": ("google/gemma-4-31B-it (its text part)",),
     "VaultGemma": ("google/vaultgemma-1b",),
     "GptOss": ("openai/gpt-oss-20b",),
@@ -214,6 +223,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
 # The language models of checkpoints that read images too: what tests/models/test_multimodal.py loads.
 MULTIMODAL: dict[str, tuple[str, ...]] = {
     "Gemma3": ("google/gemma-3-4b-it", "google/gemma-3-27b-it"),
+    "Gemma4": ("google/gemma-4-E2B-it", "google/gemma-4-E4B-it"),
     "Qwen2_5_VL": ("Qwen/Qwen2.5-VL-7B-Instruct",),
     "Qwen3_5": ("Qwen/Qwen3.5-9B",),
     "Qwen3_5Moe": ("Qwen/Qwen3.5-35B-A3B",),

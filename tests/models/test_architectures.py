@@ -18,7 +18,7 @@ from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.distill.target import Target
 from specontext.errors import ModelError
 from specontext.locations import shape_of
-from specontext.models.decoder import decoder_layers
+from specontext.models.decoder import decoder_layers, decoder_of
 from specontext.models.loading import load_model
 from specontext.retrieval.checkpoint import save_head
 from specontext.retrieval.random_head import random_head
@@ -176,17 +176,23 @@ def test_a_teacher_shows_hugging_face_s_states(architecture: str, write: Write, 
     depth = loaded.shape.depth
     seen = Target(loaded.model, (1, 2, depth)).observe(ids)
     right = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    active = getattr(model.config, "altup_active_idx", 0)  # of several states of a token
+
+    def state(found: torch.Tensor) -> torch.Tensor:
+        return (found[active] if found.dim() == 4 else found)[0]
+
+    final = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state
     for layer, found in enumerate(seen.features.unflatten(-1, (3, -1))[0].unbind(1)[:2], start=1):
-        torch.testing.assert_close(found, right[layer][0], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(seen.hidden, right[depth], atol=1e-4, rtol=1e-4)  # after the final norm
+        torch.testing.assert_close(found, state(right[layer]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(seen.hidden, final, atol=1e-4, rtol=1e-4)  # after the final norm
     last = seen.features[0, :, 2 * 64 :]  # before it
-    assert not torch.allclose(last, right[depth][0], atol=1e-2)
+    assert not torch.allclose(last, final[0], atol=1e-2)
     caught: list[torch.Tensor] = []
     decoder_layers(model)[-1].register_forward_hook(
         lambda *call: caught.append(call[2][0] if isinstance(call[2], tuple) else call[2])
     )
     model(ids)
-    torch.testing.assert_close(last, caught[0][0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(last, state(caught[0]), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", REFUSED)

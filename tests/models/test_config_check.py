@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     Gemma3nTextConfig,
+    Gemma4TextConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -64,7 +65,6 @@ def rope(kind: str, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "feature"),
     [
-        (Gemma3nTextConfig(), "has layers that use the keys and values of layers before them .num_kv_shared_layers 15"),
         *[
             (getattr(transformers, name)(), "uses layers of type indexed_attention")
             for name in NEWER
@@ -131,6 +131,23 @@ def test_weights_in_64_bits_are_not_quantised_and_run_in_32(tmp_path: Path) -> N
 def test_an_activation_that_nobody_knows(read: Callable[..., PreTrainedConfig]) -> None:
     with pytest.raises(ModelError, match="hidden_act nope"):
         check_supported(read("llama", hidden_act="nope"))
+
+
+def test_attention_both_ways_is_refused_unless_it_is_that_of_images() -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    check_supported(Gemma4TextConfig(num_hidden_layers=2, layer_types=kinds, use_bidirectional_attention="vision"))
+    with pytest.raises(ModelError, match="its attention is not causal"):
+        check_supported(Gemma4TextConfig(num_hidden_layers=2, layer_types=kinds, use_bidirectional_attention="all"))
+
+
+def test_layers_that_would_use_the_kv_of_none_or_of_whom_their_class_does_not_know(read: Callable[..., PreTrainedConfig]) -> None:
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]
+    why = r"layer 2 uses the keys and values of a full_attention layer before layer 2, and there is none \(num_kv_shared_layers 2"
+    with pytest.raises(ModelError, match=why):
+        check_supported(Gemma3nTextConfig(num_hidden_layers=4, layer_types=kinds, num_kv_shared_layers=2))
+    with pytest.raises(ModelError, match="its config has num_kv_shared_layers 2, which changes attention"):
+        check_supported(read("llama", num_kv_shared_layers=2))
+    check_supported(Gemma3nTextConfig())
 
 
 def test_a_text_model_with_a_config_of_text_in_it(read: Callable[..., PreTrainedConfig], tmp_path: Path) -> None:

@@ -42,6 +42,13 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 # By the name of their configuration class: entries of the text's config and of the vision's, and what the class itself needs.
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "Gemma3": ({"head_dim": 16, **ALTERNATING}, VISION, {"mm_tokens_per_image": 1}),
+    "Gemma4": (
+        {"head_dim": 16, "global_head_dim": 32, "num_hidden_layers": 5, "num_kv_shared_layers": 2, "sliding_window": 12}
+        | {"layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]}
+        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 1900, "use_double_wide_mlp": True},
+        SMALL | {"head_dim": 16},
+        {"audio_config": None},
+    ),
     "Llama4": (
         {
             **{"head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 96, "attention_chunk_size": 12},

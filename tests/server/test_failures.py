@@ -14,7 +14,7 @@ from specontext.engine import llm_engine, sampler
 from specontext.engine.async_engine import AsyncEngine
 from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.llm_engine import LLMEngine
-from specontext.errors import EngineDeadError, LogitsError, RequestFailedError
+from specontext.errors import EngineDeadError, RequestFailedError
 from tests.server.serving import make_engine, running
 from tests.server.test_async_engine import PROMPT, collect, params, run, started, texts
 
@@ -71,25 +71,22 @@ def in_statistics(patch: pytest.MonkeyPatch, error: Exception) -> None:
 
 
 def in_sampler(patch: pytest.MonkeyPatch, error: Exception) -> None:
-    sample = sampler.sample
+    class Broken(sampler.Drawn):
+        def __init__(self, logits: Any, ready: Any, ends: Any) -> None:
+            if any(marked(request) for _, request in ready):
+                raise error
+            super().__init__(logits, ready, ends)
 
-    def broken(logits: Any, requests: Any, **options: Any) -> Any:
-        if any(map(marked, requests)):
-            raise error
-        return sample(logits, requests, **options)
-
-    patch.setattr(sampler, "sample", broken)
+    patch.setattr(sampler, "Drawn", Broken)
 
 
 def in_logits(patch: pytest.MonkeyPatch, error: Exception) -> None:
-    sample = sampler.sample
+    class Broken(sampler.Drawn):
+        def __init__(self, logits: Any, ready: Any, ends: Any) -> None:
+            rows = [row for row, request in ready if marked(request)]
+            super().__init__(logits.index_fill(0, torch.tensor(rows, dtype=torch.int64), torch.nan), ready, ends)
 
-    def broken(logits: Any, requests: Any, **options: Any) -> Any:
-        if names := [request.request_id for request in requests if marked(request)]:
-            raise LogitsError(names)
-        return sample(logits, requests, **options)
-
-    patch.setattr(sampler, "sample", broken)
+    patch.setattr(sampler, "Drawn", Broken)
 
 
 def in_prompt_logprobs(patch: pytest.MonkeyPatch, error: Exception) -> None:

@@ -12,7 +12,8 @@ from tests.server.browser import Page, browsing, find_browser
 from tests.server.serving import Server, make_engine, running
 from tests.server.test_robustness import ENDLESS, open_stream
 
-NARROW = "document.documentElement.scrollWidth <= 390"
+FITS = "(box => box.scrollWidth <= box.clientWidth)(document.querySelector('.scroll'))"
+NARROW = f"document.documentElement.scrollWidth <= 390 && {FITS}"
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,7 @@ def test_it_shows_what_the_engine_does(server: Server, page: Page, tmp_path: Pat
         assert stream.recv(100)
     page.wait("document.querySelectorAll('#requests tr').length === 3 && +document.getElementById('generated').innerText > 0")
     page.wait("document.getElementById('loaded').innerText.endsWith('iB')")
+    assert page.evaluate(NARROW)
     picture = page.screenshot()
     shown = {name: page.text(name) for name in ("model", "state", "running", "waiting", "overlap", "host-text", "layers-text")}
     rows = page.text("requests").splitlines()
@@ -46,7 +48,6 @@ def test_it_shows_what_the_engine_does(server: Server, page: Page, tmp_path: Pat
     assert page.evaluate("document.querySelectorAll('#layers .host').length") == 2
     assert all("running" in row and "100" in row for row in rows)
     assert "budget 64" in page.text("settings")
-    assert page.evaluate(NARROW)
     assert picture.startswith(b"\x89PNG") and (tmp_path / "status.png").write_bytes(picture) > 20_000
     server.check_idle()
     page.wait_for_text("requests", "none")

@@ -106,7 +106,7 @@ def _cache(loaded: LoadedModel, way: Theirs, requests: int, length: int, longest
         cache, stored = StaticCache(config=model.config, max_cache_len=longest), longest
     else:
         cache = DynamicCache(config=model.config, offloading=way.cache == "offloaded")
-    for layer in shape.attentive:
+    for layer in (layer for layer, place in shape.places.items() if not place.stored):
         cache.update(*random_kv(shape, requests, stored, device), layer)
     return cache
 

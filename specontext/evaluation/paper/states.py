@@ -9,7 +9,8 @@ from torch import Tensor
 
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.engine.build import Parts, build_parts
-from specontext.kernels.quantised_rows import head_dim_of, quantise
+from specontext.kernels.quantised_rows import SCALES, quantise
+from specontext.kernels.spans import parts_of, row_bytes, span_of
 from specontext.kernels.tables import is_quantised
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.head import RetrievalHead
@@ -59,7 +60,7 @@ def fill_seats(parts: Parts, requests: int, context: int) -> None:
     fill(parts.kv.arena.rows)
     if parts.kv.offloaded:  # else nothing there is read, and memory that is written is taken
         host = parts.kv.host
-        fill(host.rows[: (host.pages.num_held + 1) * host.page_rows])
+        fill(host.rows[: (host.pages.num_held + 1) * (1 if is_quantised(host.rows) else host.page_rows)])
     selector: Any = getattr(parts.selector, "inner", parts.selector)  # of a replay
     if hasattr(selector, "last_fused"):  # its keys lie in the arena
         selector.last_fused.normal_()
@@ -72,10 +73,15 @@ def fill_seats(parts: Parts, requests: int, context: int) -> None:
 def fill(tensor: Tensor, block: int = 1 << 24) -> None:
     """Random numbers, the same block again and again; where rows are in 8 bits, quantised ones."""
     if is_quantised(tensor):
-        numbers = torch.randn(min(block // tensor.shape[1], max(1, len(tensor))), 2, head_dim_of(tensor))
-        flat, some = tensor.view(torch.int8).view(-1), quantise(numbers, tensor.dtype).view(torch.int8).view(-1).to(tensor.device)
-    else:
-        flat = tensor.view(-1)
-        some = torch.randn(min(block, max(1, flat.numel())), dtype=torch.float32).to(flat)
+        parts = parts_of(tensor)
+        count = max(1, min(len(parts[0]), block // (span_of(tensor) * row_bytes(tensor))))
+        numbers = torch.randn(count, span_of(tensor), 1, row_bytes(tensor) - SCALES)  # whatever the vectors of a row are
+        rows = quantise(numbers, tensor.dtype).to(tensor.device)
+        for part, some in zip(parts, rows.view(torch.int32).split([part.shape[2] for part in parts], dim=-1), strict=True):
+            for start in range(0, len(part), count):
+                part[start : start + count] = some[: len(part) - start]
+        return
+    flat = tensor.view(-1)
+    some = torch.randn(min(block, max(1, flat.numel())), dtype=torch.float32).to(flat)
     for start in range(0, flat.numel(), len(some)):
         flat[start : start + len(some)] = some[: flat.numel() - start]

@@ -13,15 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specontext.kernels.tables import holds_latents
+from specontext.kernels.spans import vectors_in
 from specontext.kernels.triton import latent_attention
-from specontext.kernels.triton.sparse_attention import scales_of, tile_shape, words_of
+from specontext.kernels.triton.sparse_attention import first_code, scales_of, tile_shape, words_of
 
 
 @triton.jit(do_not_specialize=["width", "rows_r", "rows_h"])
 def _logits(
     query_ptr,  # [R, Hq, D]
-    arena_ptr,  # [N, 2, D], or codes [N, 2 * D + 4]
+    arena_ptr,  # [N, 2, D], or codes and scales in spans
     words_ptr,  # int32, the same memory where rows are codes
     rows_ptr,  # [R, Hkv, T]
     logits_ptr,  # [R, Hq, T]
@@ -39,7 +39,7 @@ def _logits(
     BLOCK: tl.constexpr,
     FORMAT: tl.constexpr,
     DOT: tl.constexpr,
-    SCALED: tl.constexpr,  # rows are codes
+    SPAN: tl.constexpr,  # rows whose codes lie together, before their scales; 0 for numbers
 ):
     block, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     member = tl.arange(0, GROUP_PAD)
@@ -56,11 +56,11 @@ def _logits(
     row = tl.load(rows_ptr + request * rows_r + head.to(tl.int64) * rows_h + entry, mask=inside, other=-1)
     present = row >= 0
     row = row.to(tl.int64)
-    place = arena_ptr + (row * (2 * DIM + 4 * SCALED))[:, None] + dim[None, :]
+    place = arena_ptr + first_code(row, DIM, SPAN)[:, None] + dim[None, :]
     key = tl.load(place, mask=present[:, None] & in_dim[None, :], other=0.0).to(FORMAT)  # [BLOCK, DIM_PAD]
     factor = scale
-    if SCALED:
-        key_scale, _ = scales_of(words_ptr, row, present, DIM)
+    if SPAN:
+        key_scale, _ = scales_of(words_ptr, row, present, DIM, SPAN)
         factor = key_scale[None, :] * scale
     if DOT:
         logits = tl.dot(query, tl.trans(key), input_precision="ieee")
@@ -79,7 +79,7 @@ def attention_logits(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -
     query = query if query.stride(-1) == 1 else query.contiguous()
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     logits = torch.empty((requests, query_heads, width), dtype=torch.float32, device=query.device)
-    if holds_latents(arena):
+    if vectors_in(arena, query.shape[2]) == 1:
         latent_attention.attention_logits(query, arena, rows, scale, logits)
         return logits
     shape = tile_shape(query, arena, query_heads // kv_heads)

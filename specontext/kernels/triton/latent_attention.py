@@ -5,7 +5,10 @@ as many heads; the tiles of a request read the same rows at about the same time,
 numbers in DeepSeek's models) and their width is no power of two: a tile of them is two, the largest power of two below the width
 and what is left.
 
-Bytes: D * itemsize a row and tile of heads, of which all but the first come from the cache; the index as everywhere.
+Rows in 8 bits are dequantised as they are read: their scale multiplies logits, and weights before the second product.
+
+Bytes: D * itemsize a row, or D + 4 in 8 bits, and tile of heads, of which all but the first come from the cache; the index as
+everywhere.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -19,7 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specontext.kernels.spans import span_of
 from specontext.kernels.triton.online_softmax import LN2, capped
+from specontext.kernels.triton.pieces import as_copied, first_of, scales_at
 
 MOST_HEADS = 32  # of a tile: their sums stay in registers
 LEAST = 16  # what tensor cores want of every side
@@ -34,10 +39,24 @@ def _split(first, HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, MA
     return head, head < HEADS, column, column < DIM, behind, behind < DIM
 
 
+@triton.jit
+def _first(row, DIM: tl.constexpr, SPAN: tl.constexpr):
+    """Where a row begins: its numbers, or where SPAN is not 0 its codes."""
+    return 4 * first_of(row, DIM // 4, SPAN) if SPAN else row * DIM
+
+
+@triton.jit
+def _scale_of(words, row, present, DIM: tl.constexpr, SPAN: tl.constexpr):
+    """The scale of rows in 8 bits, float32: each half of a word."""
+    both = tl.load(words + scales_at(row, DIM // 4, SPAN), mask=present, other=0)
+    return (both << 16).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["width", "splits"])
 def _attend(
     query_ptr,  # [R, Hq, D]
-    arena_ptr,  # [N, 1, D]
+    arena_ptr,  # [N, 1, D], or codes and scales in spans
+    words_ptr,  # int32, the same memory where rows are codes
     index_ptr,  # rows [R, 1, B], or pages [R, P]
     lengths_ptr,  # [R], pages only
     output_ptr,  # [R, Hq, splits, D]
@@ -57,6 +76,7 @@ def _attend(
     BLOCK: tl.constexpr,
     PAGE_SIZE: tl.constexpr,  # 0 for rows
     FORMAT: tl.constexpr,  # of the factors of the products; sums are float32
+    SPAN: tl.constexpr,  # rows whose codes lie together, before their scales; 0 for numbers
     FINAL: tl.constexpr,  # one split: the result itself
     CAPPED: tl.constexpr,
 ):
@@ -86,12 +106,15 @@ def _attend(
         else:
             row = tl.load(index_ptr + entry, mask=present, other=-1).to(tl.int64)
             present = row >= 0
-        here = arena_ptr + (row * DIM)[:, None]
+        here = arena_ptr + _first(row, DIM, SPAN)[:, None]
         main = tl.load(here + column[None, :], mask=present[:, None] & in_main[None, :], other=0.0).to(FORMAT)
         rest = tl.load(here + behind[None, :], mask=present[:, None] & in_rest[None, :], other=0.0).to(FORMAT)
         logits = tl.dot(query, tl.trans(main), input_precision="ieee")  # [TILE, BLOCK]
         logits += tl.dot(query_rest, tl.trans(rest), input_precision="ieee")
         logits *= scale_log2
+        if SPAN:
+            of_row = _scale_of(words_ptr, row, present, DIM, SPAN)
+            logits *= of_row[None, :]
         if CAPPED:
             logits = capped(logits, cap_log2)
         logits = tl.where(present[None, :], logits, float("-inf"))
@@ -100,6 +123,8 @@ def _attend(
         weights = tl.exp2(logits - base[:, None])
         keep = tl.exp2(top - base)
         total = total * keep + tl.sum(weights, 1)
+        if SPAN:
+            weights *= of_row[None, :]
         acc = acc * keep[:, None] + tl.dot(weights.to(FORMAT), main, input_precision="ieee")
         acc_rest = acc_rest * keep[:, None] + tl.dot(weights.to(FORMAT), rest, input_precision="ieee")
         top = new_top
@@ -120,7 +145,8 @@ def _attend(
 @triton.jit(do_not_specialize=["width", "rows_r"])
 def _logits(
     query_ptr,  # [R, Hq, D]
-    arena_ptr,  # [N, 1, D]
+    arena_ptr,  # [N, 1, D], or codes and scales in spans
+    words_ptr,  # int32, the same memory where rows are codes
     rows_ptr,  # [R, 1, T]
     logits_ptr,  # [R, Hq, T]
     scale,
@@ -135,6 +161,7 @@ def _logits(
     REST: tl.constexpr,
     BLOCK: tl.constexpr,
     FORMAT: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     block, request = tl.program_id(1), tl.program_id(2).to(tl.int64)
     head, live, column, in_main, behind, in_rest = _split(tl.program_id(0), HEADS, TILE, DIM, MAIN, REST)
@@ -145,11 +172,13 @@ def _logits(
     inside = entry < width
     row = tl.load(rows_ptr + request * rows_r + entry, mask=inside, other=-1).to(tl.int64)
     present = row >= 0
-    place = arena_ptr + (row * DIM)[:, None]
+    place = arena_ptr + _first(row, DIM, SPAN)[:, None]
     main = tl.load(place + column[None, :], mask=present[:, None] & in_main[None, :], other=0.0).to(FORMAT)
     rest = tl.load(place + behind[None, :], mask=present[:, None] & in_rest[None, :], other=0.0).to(FORMAT)
     logits = tl.dot(query, tl.trans(main), input_precision="ieee")
     logits += tl.dot(query_rest, tl.trans(rest), input_precision="ieee")
+    if SPAN:
+        logits *= _scale_of(words_ptr, row, present, DIM, SPAN)[None, :]
     logits = tl.where(present[None, :], logits * scale, float("-inf"))
     place = logits_ptr + (request * HEADS + head)[:, None] * width + entry[None, :]
     tl.store(place, logits, mask=live[:, None] & inside[None, :])
@@ -186,6 +215,7 @@ def attend(
     _attend[(triton.cdiv(heads, sizes["TILE"]), splits, requests)](
         query,
         arena,
+        as_copied(arena),
         index,
         index if lengths is None else lengths,
         partial,
@@ -213,6 +243,7 @@ def attention_logits(query: Tensor, arena: Tensor, rows: Tensor, scale: float, l
     _logits[(triton.cdiv(heads, sizes["TILE"]), triton.cdiv(width, sizes["BLOCK"]), requests)](
         query,
         arena,
+        as_copied(arena),
         rows,
         logits,
         scale,
@@ -232,7 +263,7 @@ def tile_sizes(query: Tensor, arena: Tensor, *, on_gpu: bool | None = None) -> t
         on_gpu: whether kernels are compiled; by default where the queries are on a GPU.
     """
     heads, dim = query.shape[1:]
-    exact = query.dtype != arena.dtype or query.dtype == torch.float32
+    exact = (query.dtype != arena.dtype and not span_of(arena)) or query.dtype == torch.float32
     kind = tl.float32 if exact else tl.float16 if query.dtype == torch.float16 else tl.bfloat16
     if kind == tl.bfloat16 and not (
         query.is_cuda if on_gpu is None else on_gpu
@@ -248,5 +279,6 @@ def tile_sizes(query: Tensor, arena: Tensor, *, on_gpu: bool | None = None) -> t
         "REST": max(LEAST, triton.next_power_of_2(max(1, dim - main))),
         "BLOCK": LEAST if exact else 32,
         "FORMAT": kind,
+        "SPAN": span_of(arena),
     }
     return sizes, 4 if tile == LEAST else 8

@@ -5,8 +5,8 @@ A bus with a round trip of two microseconds and 50 GB/s wants 100 KB under way a
 works on several tiles of pieces at once, in a pipeline through shared memory (asynchronous copies): it looks up the entries of
 one tile, their pages of the next, has the rows of one or two under way, and stores those that have come.
 
-A tile is [rows, numbers of a row], 16 bytes a thread and copy; rows of a piece are neighbours in it as they are in memory. Rows
-in 8 bits begin at multiples of 4 bytes and are copied by as many: the largest power of two of them, and then the rest of a row.
+A tile is [rows, numbers of a row], 16 bytes a thread and copy; rows of a piece are neighbours in it as they are in memory. Codes
+of rows in 8 bits are copied by words of 4 bytes, four at once where they lie in spans, and their scales beside them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specontext.kernels.spans import row_size, span_of
 from specontext.kernels.tables import Copies, Pages, Parts, holds_latents, is_quantised
 from specontext.kernels.triton.slot_plan import piece_of
 
@@ -96,6 +97,8 @@ def copy_pieces(
         WIDTH=tile.width,
         BLOCK=tile.block,
         REST=tile.rest,
+        SOURCE_SPAN=span_of(source.rows),
+        TARGET_SPAN=span_of(target.rows),
         KIND=kind_of(source.rows) if scaled else 0,
         PIECES=pieces,
         STAGES=stages,
@@ -129,6 +132,7 @@ def append_pieces(pages: Pages, line: int, seats: Tensor, positions: Tensor, new
         WIDTH=tile.width,
         BLOCK=tile.block,
         REST=tile.rest,
+        SPAN=span_of(pages.rows),
         PIECES=pieces,
         STAGES=STAGES,
         num_warps=WARPS,
@@ -139,7 +143,7 @@ class RowTile(NamedTuple):
     """How a program copies rows.
 
     Attributes:
-        width: numbers, or words of 4 bytes, of a row.
+        width: numbers of a row, or words of 4 bytes of its codes.
         block: of them that are copied at once, masked where a row has fewer.
         rest: room for those that are copied then; 0 where there are none.
         rows: that a program moves at once.
@@ -152,24 +156,26 @@ class RowTile(NamedTuple):
 
 
 def row_tile(rows: Tensor, tile_bytes: int) -> RowTile:
-    """How rows [N, *row] of a pool are copied."""
-    copied = as_copied(rows)
-    width = copied[:1].numel()
+    """How rows of a pool are copied, as they are."""
+    if is_quantised(rows):
+        width, size = row_size(rows)[0] // 4 - 1, 4
+    else:
+        width, size = rows[:1].numel(), rows.itemsize
     block, rest = triton.next_power_of_2(width), 0
-    if (copied is not rows or holds_latents(rows)) and block > width:
+    if holds_latents(rows) and block > width:
         block //= 2
         rest = triton.next_power_of_2(width - block)
-    return RowTile(width, block, rest, max(1, min(128, tile_bytes // (block * copied.itemsize))))
+    return RowTile(width, block, rest, max(1, min(128, tile_bytes // (block * size))))
 
 
 def codes_tile(rows: Tensor, tile_bytes: int) -> RowTile:
-    """How rows in 8 bits are copied that become numbers on the way: their codes by words of 4 bytes, and the scales then.
+    """How rows in 8 bits are copied that become numbers on the way.
 
     Half as many rows as are copied as they are, because their numbers stand in registers.
     """
-    codes = rows.shape[1] // 4 - 1
+    codes = row_size(rows)[0] // 4 - 1
     block = triton.next_power_of_2(codes)
-    return RowTile(codes + 1, block, 0, max(1, min(128, tile_bytes // (8 * block))))
+    return RowTile(codes, block, 0, max(1, min(128, tile_bytes // (8 * block))))
 
 
 def kind_of(rows: Tensor) -> int:
@@ -185,17 +191,40 @@ def as_copied(rows: Tensor) -> Tensor:
 
 
 @triton.jit
-def copy_rows(source, source_row, target, target_row, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr):
-    """Copy the rows that are live, of WIDTH numbers."""
+def first_of(row, WIDTH: tl.constexpr, SPAN: tl.constexpr):
+    """Where a row begins: its numbers, or where SPAN is not 0 its codes (WIDTH words); see `specontext.kernels.spans`."""
+    first = row * WIDTH
+    if SPAN:  # Triton 3.6 takes rows that follow each other for aligned like the first of them, if it is not told
+        first = tl.multiple_of(first + row // SPAN * SPAN, 4 if WIDTH % 4 == 0 and SPAN % 4 == 0 else 1)
+    return first
+
+
+@triton.jit
+def scales_at(row, WIDTH: tl.constexpr, SPAN: tl.constexpr):
+    """Where the scales of a row are, which are one word."""
+    return row // SPAN * (SPAN * (WIDTH + 1)) + SPAN * WIDTH + row % SPAN
+
+
+@triton.jit
+def copy_rows(
+    source, source_row, target, target_row, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+    SOURCE_SPAN: tl.constexpr, TARGET_SPAN: tl.constexpr,
+):  # fmt: skip
+    """Copy the rows that are live, of WIDTH numbers, or words of codes and their scales."""
     column = tl.arange(0, BLOCK)[None, :]
     mask = live[:, None] & (column < WIDTH)
-    numbers = tl.load(source + (source_row * WIDTH)[:, None] + column, mask=mask)
+    source_first = first_of(source_row, WIDTH, SOURCE_SPAN)[:, None]
+    target_first = first_of(target_row, WIDTH, TARGET_SPAN)[:, None]
+    numbers = tl.load(source + source_first + column, mask=mask)
+    if SOURCE_SPAN:
+        scales = tl.load(source + scales_at(source_row, WIDTH, SOURCE_SPAN), mask=live)
+        tl.store(target + scales_at(target_row, WIDTH, TARGET_SPAN), scales, mask=live)
     if REST:
         behind = BLOCK + tl.arange(0, REST)[None, :]
         present = live[:, None] & (behind < WIDTH)
-        others = tl.load(source + (source_row * WIDTH)[:, None] + behind, mask=present)
-        tl.store(target + (target_row * WIDTH)[:, None] + behind, others, mask=present)
-    tl.store(target + (target_row * WIDTH)[:, None] + column, numbers, mask=mask)
+        others = tl.load(source + source_first + behind, mask=present)
+        tl.store(target + target_first + behind, others, mask=present)
+    tl.store(target + target_first + column, numbers, mask=mask)
 
 
 @triton.jit
@@ -211,22 +240,21 @@ def number_of(code, KIND: tl.constexpr):
 
 @triton.jit
 def copy_as_numbers(
-    source, source_row, target, target_row, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr
+    source, source_row, target, target_row, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, KIND: tl.constexpr
 ):  # fmt: skip
-    """Copy the rows that are live, of WIDTH words of codes and scales, as the numbers that they stand for."""
-    WORDS: tl.constexpr = WIDTH - 1
+    """Copy the rows that are live, of WIDTH words of codes and their scales, as the numbers that they stand for."""
     column = tl.arange(0, BLOCK)[None, :]
-    begin = (source_row * WIDTH)[:, None]
-    codes = tl.load(source + begin + column, mask=live[:, None] & (column < WORDS), other=0)
-    both = tl.load(source + begin + WORDS, mask=live[:, None], other=0)
+    begin = first_of(source_row, WIDTH, SPAN)[:, None]
+    codes = tl.load(source + begin + column, mask=live[:, None] & (column < WIDTH), other=0)
+    both = tl.load(source + scales_at(source_row, WIDTH, SPAN), mask=live, other=0)[:, None]
     key_scale, value_scale = (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
     even = tl.interleave(number_of(codes, KIND), number_of(codes >> 16, KIND))
     odd = tl.interleave(number_of(codes >> 8, KIND), number_of(codes >> 24, KIND))
     numbers = tl.interleave(even, odd)  # in the order of their codes
     place = tl.arange(0, 4 * BLOCK)[None, :]
-    numbers = numbers * tl.where(place < 2 * WORDS, key_scale, value_scale)
-    first = target + (target_row * (4 * WORDS))[:, None]
-    tl.store(first + place, numbers.to(target.dtype.element_ty), mask=live[:, None] & (place < 4 * WORDS))
+    numbers = numbers * tl.where(place < 2 * WIDTH, key_scale, value_scale)
+    first = target + (target_row * (4 * WIDTH))[:, None]
+    tl.store(first + place, numbers.to(target.dtype.element_ty), mask=live[:, None] & (place < 4 * WIDTH))
 
 
 @triton.jit(
@@ -241,7 +269,7 @@ def _copy_pieces(
     HEADS: tl.constexpr, SOURCE_PAGE: tl.constexpr, TARGET_PAGE: tl.constexpr,
     SOURCE_PLACES: tl.constexpr, TARGET_PLACES: tl.constexpr,
     LAYERS: tl.constexpr, LAYERS_PAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
-    KIND: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
+    SOURCE_SPAN: tl.constexpr, TARGET_SPAN: tl.constexpr, KIND: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, PIECES * LAYERS_PAD)
     of_piece = lane // LAYERS_PAD
@@ -273,16 +301,17 @@ def _copy_pieces(
             source_row = piece_of(from_table, source_entry, head, live, SOURCE_PAGE, HEADS) * SOURCE_PLACES + from_place
             target_row = piece_of(to_table, target_entry, head, live, TARGET_PAGE, HEADS) * TARGET_PLACES + to_place
             if KIND:
-                copy_as_numbers(source, source_row, target, target_row, live, WIDTH, BLOCK, KIND)
+                copy_as_numbers(source, source_row, target, target_row, live, WIDTH, BLOCK, SOURCE_SPAN, KIND)
             else:
-                copy_rows(source, source_row, target, target_row, live, WIDTH, BLOCK, REST)
+                copy_rows(source, source_row, target, target_row, live, WIDTH, BLOCK, REST, SOURCE_SPAN, TARGET_SPAN)
 
 
 @triton.jit(do_not_specialize=["count", "page_width"])
 def _append_pieces(
     pool, pages, seats, positions, new, wanted, count, page_width,
     PAGE: tl.constexpr, HEADS: tl.constexpr, PLACES: tl.constexpr, PLACES_PAD: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, SPAN: tl.constexpr,
+    PIECES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, PIECES * PLACES_PAD)
     place = lane % PLACES_PAD
@@ -295,4 +324,4 @@ def _append_pieces(
         live = (position >= 0) & present
         seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
         row = piece_of(pages + seat * page_width, position, head, live, PAGE, HEADS) * PLACES + place
-        copy_rows(new, piece * PLACES + place, pool, row, live, WIDTH, BLOCK, REST)
+        copy_rows(new, piece * PLACES + place, pool, row, live, WIDTH, BLOCK, REST, 1 if SPAN else 0, SPAN)

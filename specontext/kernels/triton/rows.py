@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from specontext.kernels.quantised_rows import LEAST, SCALES, SCALES_TRIED
-from specontext.kernels.tables import NewTokens, Pages, Places, Tiers, holds_latents, is_quantised
+from specontext.kernels.spans import span_of, vectors_in
+from specontext.kernels.tables import NewTokens, Pages, Places, Tiers, is_quantised
 from specontext.kernels.triton.pieces import (
     FP8,
     INT8,
@@ -21,9 +22,11 @@ from specontext.kernels.triton.pieces import (
     as_copied,
     copy_pieces,
     copy_rows,
+    first_of,
     kind_of,
     number_of,
     row_tile,
+    scales_at,
 )
 from specontext.kernels.triton.slot_plan import piece_of
 
@@ -39,7 +42,7 @@ __all__ = [
 ]
 
 TILE_BYTES = 16384
-LATENT = tl.constexpr(-1)  # numbers that are key and value at once: the key is written
+FEW_ROWS, QUANTISED_ROWS = 4096, 4  # up to so many new rows, which are quantised, a program writes a few
 LEAST_MAGNITUDE, TRIED = tl.constexpr(LEAST), tl.constexpr(SCALES_TRIED)
 ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2^23: a small number that is added to it becomes an integer, ties to even
 ROUNDS_BITS = tl.constexpr(0x4B400000)
@@ -60,6 +63,8 @@ def gather_rows(source: Tensor, source_rows: Tensor, target: Tensor, target_rows
             WIDTH=tile.width,
             BLOCK=tile.block,
             REST=tile.rest,
+            SOURCE_SPAN=span_of(source),
+            TARGET_SPAN=span_of(target),
             ROWS=tile.rows,
         )
 
@@ -86,6 +91,7 @@ def gather_tokens(pages: Pages, layer: int, seat: int, start: int, target: Tenso
         WIDTH=tile.width,
         BLOCK=tile.block,
         REST=tile.rest,
+        SPAN=span_of(pages.rows),
         ROWS=tile.rows,
     )
 
@@ -98,7 +104,7 @@ def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
         return
     table, (_, place) = pages.table_of(layer), pages.layers.homes[layer]
     assert table.is_contiguous() and pages.rows.is_contiguous()
-    block, rows = _append_tile(key)
+    block, rows = _append_tile(key, quantised=is_quantised(pages.rows))
     pool, words, kind = _as_written(pages.rows)
     _append_to_pages[(triton.cdiv(tokens * heads, rows),)](
         pool,
@@ -122,6 +128,8 @@ def append_tokens(pages: Pages, layer: int, new: NewTokens) -> None:
         BLOCK=block,
         ROWS=rows,
         KIND=kind,
+        SPAN=span_of(pages.rows),
+        PARTS=vectors_in(pages.rows, head_dim),
     )
 
 
@@ -135,7 +143,7 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
     assert slots is not None
     tables = [pages.table_of(layer) for pages in (host, device, slots)]
     assert all(x.is_contiguous() for x in (host.rows, device.rows, *tables))
-    block, rows = _append_tile(key)
+    block, rows = _append_tile(key, quantised=is_quantised(host.rows))
     (pool, pool_words, kind), (arena, arena_words, arena_kind) = _as_written(host.rows), _as_written(device.rows)
     _append_to_tier[(triton.cdiv(tokens * heads, rows),)](
         pool,
@@ -166,7 +174,10 @@ def append_layer(tiers: Tiers, layer: int, new: NewTokens, *, to_host: bool = Tr
         BLOCK=block,
         ROWS=rows,
         KIND=kind,
+        SPAN=span_of(host.rows),
         ARENA_KIND=arena_kind,
+        ARENA_SPAN=span_of(device.rows),
+        PARTS=vectors_in(host.rows, head_dim),
     )
 
 
@@ -211,56 +222,62 @@ def _dense_last(new: Tensor) -> Tensor:
     return new if new.stride(-1) == 1 else new.contiguous()
 
 
-def _append_tile(key: Tensor) -> tuple[int, int]:
-    """Block of a head's numbers, and how many heads of tokens a program writes."""
+def _append_tile(key: Tensor, *, quantised: bool) -> tuple[int, int]:
+    """Block of a head's numbers, and how many heads of tokens a program writes: a few of a decode step's where a scale has to be
+    found for each, so that the whole device works at it."""
     block = triton.next_power_of_2(key.shape[2])
-    return block, max(1, min(128, TILE_BYTES // (2 * block * key.itemsize)))
+    rows = max(1, min(128, TILE_BYTES // (2 * block * key.itemsize)))
+    return block, min(rows, QUANTISED_ROWS) if quantised and key.shape[0] * key.shape[1] <= FEW_ROWS else rows
 
 
 def _as_written(rows: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Rows, the same memory by 4 bytes, and what they are made of: numbers, latents, or codes that are written as integers."""
+    """Rows, the same memory by 4 bytes, and what they are made of: numbers, or codes that are written as integers."""
     if not is_quantised(rows):
-        return rows, rows, LATENT.value if holds_latents(rows) else 0
+        return rows, rows, 0
     return rows.view(torch.int8), rows.view(torch.int32), kind_of(rows)
 
 
 @triton.jit(do_not_specialize=["count"])  # one kernel, whatever there is to move
 def _gather(
     source, source_rows, target, target_rows, count,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+    SOURCE_SPAN: tl.constexpr, TARGET_SPAN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     source_row = tl.load(source_rows + at, mask=at < count, other=-1).to(tl.int64)
     live = source_row >= 0
     target_row = tl.load(target_rows + at, mask=live, other=0).to(tl.int64)
-    copy_rows(source, source_row, target, target_row, live, WIDTH, BLOCK, REST)
+    copy_rows(source, source_row, target, target_row, live, WIDTH, BLOCK, REST, SOURCE_SPAN, TARGET_SPAN)
 
 
 @triton.jit(do_not_specialize=["count", "start", "place"])
 def _gather_tokens(
     pool, pages, target, count, start, place,
     PAGE: tl.constexpr, PLACES: tl.constexpr, HEADS: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = at < count
     row = piece_of(pages, start + at // HEADS, at % HEADS, live, PAGE, HEADS) * PLACES + place
-    copy_rows(pool, row, target, at, live, WIDTH, BLOCK, REST)
+    copy_rows(pool, row, target, at, live, WIDTH, BLOCK, REST, SPAN, 1 if SPAN else 0)
 
 
 @triton.jit
-def _write(pool, words, row, key, value, scales, live, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _write(
+    pool, words, row, key, value, scales, live,
+    KIND: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     column = tl.arange(0, BLOCK)[None, :]
     mask = live[:, None] & (column < DIM)
-    start = row * (DIM if KIND == LATENT else 2 * DIM + (4 if KIND > 0 else 0))
-    if KIND > 0:  # Triton 3.6 takes rows that follow each other for aligned like the first of them
-        start = tl.multiple_of(start, 4)
+    start = row * (PARTS * DIM)
+    if KIND > 0:
+        start = 4 * first_of(row, PARTS * DIM // 4, SPAN)
     first = pool + start[:, None] + column
     tl.store(first, key.to(pool.dtype.element_ty), mask=mask)
-    if KIND != LATENT:
+    if PARTS == 2:  # a latent is both
         tl.store(first + DIM, value.to(pool.dtype.element_ty), mask=mask)
     if KIND > 0:
-        tl.store(words + row * (DIM // 2 + 1) + DIM // 2, scales, mask=live)
+        tl.store(words + scales_at(row, PARTS * DIM // 4, SPAN), scales, mask=live)
 
 
 @triton.jit
@@ -268,6 +285,14 @@ def _bfloat16(numbers):
     """Positive float32 numbers, rounded to what bfloat16 has."""
     bits = numbers.to(tl.int32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scaled(numbers, scale, most):
+    """Numbers [ROWS, BLOCK] over scales [ROWS], as a product with the reciprocal. FP8 needs no bound: with one the compiler
+    cannot make a single operation, which rounds once, of the product and a sum."""
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    return tl.minimum(tl.maximum(numbers * inverse[:, None], -most), most)
 
 
 @triton.jit
@@ -283,15 +308,14 @@ def _codes(numbers, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
         least = tl.full(most.shape, float("inf"), tl.float32)
         for i in tl.static_range(TRIED):
             tried = _bfloat16(most * (2.0 ** (i / TRIED) / 448))
-            scaled = tl.div_rn(numbers, tl.broadcast_to(tried[:, None], numbers.shape))
+            scaled = _scaled(numbers, tried, 512.0)
             bits = scaled.to(tl.int32, bitcast=True)
             rounded = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
             error = tl.max(tl.abs(rounded - scaled), 1) * tried
             scale = tl.where(error < least, tried, scale)
             least = tl.minimum(error, least)
-    scaled = tl.div_rn(numbers, tl.broadcast_to(scale[:, None], numbers.shape))
+    scaled = _scaled(numbers, scale, 127.0 if KIND == INT8 else 512.0)
     if KIND == INT8:
-        scaled = tl.minimum(tl.maximum(scaled, -127.0), 127.0)
         codes = (scaled + ROUNDS).to(tl.int32, bitcast=True) - ROUNDS_BITS
     else:
         bits = scaled.to(tl.int32, bitcast=True)
@@ -304,12 +328,14 @@ def _codes(numbers, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rows(key, value, KIND: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _rows(key, value, KIND: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """K and V as they are written, and both scales as the last word of a row, which numbers do not have."""
     scales = 0
     if KIND > 0:
         key, key_scale = _codes(key, KIND, DIM, BLOCK)
-        value, value_scale = _codes(value, KIND, DIM, BLOCK)
+        value_scale = key_scale
+        if PARTS == 2:
+            value, value_scale = _codes(value, KIND, DIM, BLOCK)
         scales = value_scale | ((key_scale >> 16) & 0xFFFF)
     return key, value, scales
 
@@ -326,7 +352,7 @@ def _append_to_pages(
     pool, words, pages, seats, positions, key, value,
     count, page_width, key_token, key_head, value_token, value_head, place,
     PAGE: tl.constexpr, PLACES: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    KIND: tl.constexpr,
+    KIND: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = at // HEADS, at % HEADS
@@ -335,9 +361,9 @@ def _append_to_pages(
     seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
     new_key = _read(key, token, head, key_token, key_head, live, DIM, BLOCK)
     new_value = _read(value, token, head, value_token, value_head, live, DIM, BLOCK)
-    new_key, new_value, scales = _rows(new_key, new_value, KIND, DIM, BLOCK)
+    new_key, new_value, scales = _rows(new_key, new_value, KIND, PARTS, DIM, BLOCK)
     row = piece_of(pages + seat * page_width, position, head, live, PAGE, HEADS) * PLACES + place
-    _write(pool, words, row, new_key, new_value, scales, live, KIND, DIM, BLOCK)
+    _write(pool, words, row, new_key, new_value, scales, live, KIND, SPAN, PARTS, DIM, BLOCK)
 
 
 @triton.jit(do_not_specialize=["count", "host_width", "token_width", "slot_width", "sink", "recent", "place"])
@@ -346,7 +372,8 @@ def _append_to_tier(
     count, host_width, token_width, slot_width, key_token, key_head, value_token, value_head, sink, recent, place,
     PAGE: tl.constexpr, PLACES: tl.constexpr, TO_HOST: tl.constexpr,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    KIND: tl.constexpr, ARENA_KIND: tl.constexpr,
+    KIND: tl.constexpr, SPAN: tl.constexpr, ARENA_KIND: tl.constexpr, ARENA_SPAN: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = at // HEADS, at % HEADS
@@ -355,28 +382,28 @@ def _append_to_tier(
     seat = tl.load(seats + token, mask=live, other=0).to(tl.int64)
     read_key = _read(key, token, head, key_token, key_head, live, DIM, BLOCK)
     read_value = _read(value, token, head, value_token, value_head, live, DIM, BLOCK)
-    new_key, new_value, scales = _rows(read_key, read_value, KIND, DIM, BLOCK)
+    new_key, new_value, scales = _rows(read_key, read_value, KIND, PARTS, DIM, BLOCK)
     if tl.load(resident) != 0:
         row = piece_of(token_pages + seat * token_width, position, head, live, PAGE, HEADS)
         if KIND == ARENA_KIND:
-            _write(arena, arena_words, row, new_key, new_value, scales, live, ARENA_KIND, DIM, BLOCK)
+            _write(arena, arena_words, row, new_key, new_value, scales, live, ARENA_KIND, ARENA_SPAN, PARTS, DIM, BLOCK)
         else:
-            _write(arena, arena_words, row, read_key, read_value, scales, live, ARENA_KIND, DIM, BLOCK)
+            _write(arena, arena_words, row, read_key, read_value, scales, live, ARENA_KIND, ARENA_SPAN, PARTS, DIM, BLOCK)
     else:
         if TO_HOST:
             row = piece_of(host_pages + seat * host_width, position, head, live, PAGE, HEADS) * PLACES + place
-            _write(host, host_words, row, new_key, new_value, scales, live, KIND, DIM, BLOCK)
+            _write(host, host_words, row, new_key, new_value, scales, live, KIND, SPAN, PARTS, DIM, BLOCK)
         length = tl.load(lengths + token, mask=live, other=0).to(tl.int64)
         kept = live & ((position < sink) | (position >= length - recent))
         slot = tl.where(position < sink, position, sink + position % recent)
         row = piece_of(slot_pages + seat * slot_width, slot, head, kept, PAGE, HEADS)
         if KIND == ARENA_KIND:
-            _write(arena, arena_words, row, new_key, new_value, scales, kept, ARENA_KIND, DIM, BLOCK)
+            _write(arena, arena_words, row, new_key, new_value, scales, kept, ARENA_KIND, ARENA_SPAN, PARTS, DIM, BLOCK)
         else:
             key_scale, value_scale = (scales << 16).to(tl.float32, bitcast=True), (scales & -65536).to(tl.float32, bitcast=True)
             as_key = number_of(new_key.to(tl.int32), KIND) * key_scale[:, None]
             as_value = number_of(new_value.to(tl.int32), KIND) * value_scale[:, None]
-            _write(arena, arena_words, row, as_key, as_value, scales, kept, ARENA_KIND, DIM, BLOCK)
+            _write(arena, arena_words, row, as_key, as_value, scales, kept, ARENA_KIND, ARENA_SPAN, PARTS, DIM, BLOCK)
 
 
 @triton.jit

@@ -50,10 +50,11 @@ class SharedOracleSelector(ForeseeingSelector):
         other._set_bands(_bands(name))
         return other
 
+    def look_anew(self) -> None:
+        self._sums = []
+
     def foresee(self, layer: int, weights: Tensor) -> None:
         band, best = self.band_of[layer], weights.unflatten(1, (self.shape.kv_heads, -1)).amax(2)  # [R, Hkv, S]
-        if layer == 0:
-            self._sums = []
         if band == len(self._sums):
             self._sums.append(best)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 from specontext.server.protocol.bounds import MOST_MESSAGES, MOST_TOOLS, Metadata, Name, Variables, check_messages
 from specontext.server.protocol.common import Answered, Body, SamplingBody, Usage, content_kind, unsupported
@@ -25,7 +25,23 @@ class TextPart(Body):
     text: str
 
 
+# What `Message` checks of a message's role, for its description.
+_TEXT: dict[str, JsonValue] = {"not": {"type": "null"}}
+_NO_ID: dict[str, JsonValue] = {"type": "null"}
+_NO_CALLS: dict[str, JsonValue] = {"anyOf": [{"type": "null"}, {"type": "array", "maxItems": 0}]}
+_ASSISTANT: dict[str, JsonValue] = {"role": {"const": "assistant"}, "tool_call_id": _NO_ID}
+_TOOL: dict[str, JsonValue] = {"role": {"const": "tool"}, "content": _TEXT, "tool_calls": _NO_CALLS}
+_OTHERS: dict[str, JsonValue] = _TOOL | {"role": {"enum": ["system", "developer", "user"]}, "tool_call_id": _NO_ID}
+_BY_ROLE: list[JsonValue] = [
+    {"properties": _ASSISTANT},
+    {"properties": _TOOL, "required": ["content"]},
+    {"properties": _OTHERS, "required": ["content"]},
+]
+
+
 class Message(Body):
+    model_config = ConfigDict(json_schema_extra={"anyOf": _BY_ROLE})
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: Name | None = Field(None, description="Given to the chat template, which may have no place for it.")

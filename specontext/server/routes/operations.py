@@ -22,7 +22,7 @@ _PAGE = (Path(__file__).parent.parent / "status.html").read_bytes()
 _MOST_SHOWN = 100  # requests on the status page
 
 
-@router.get("/health", response_class=PlainTextResponse, responses={503: {"description": "The engine is dead."}})
+@router.get("/health", response_class=Response, responses={503: {"description": "The engine is dead."}})
 async def health(request: Request) -> Response:
     """200 while the engine lives."""
     return Response(status_code=503 if state_of(request).engine.is_dead else 200)
