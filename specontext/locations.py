@@ -16,7 +16,7 @@ from specontext.checkpoints.files import read_json
 from specontext.checkpoints.quantization import FILES as QUANTIZATION_FILES
 from specontext.checkpoints.quantization import Entry, dequantised, quantization_entry
 from specontext.checkpoints.wording import in_one_sentence
-from specontext.errors import GGUFError, ModelError, SpeContextError
+from specontext.errors import GGUFError, ModelError, SpeContextError, shown
 from specontext.gguf.cache import converted
 from specontext.gguf.files import PACKAGED, is_file, only_file, packaged_file
 from specontext.model_shape import ModelShape
@@ -33,7 +33,15 @@ KNOWN_AS = {"kimi_k2": "deepseek_v3"}  # types of models that are others by anot
 CODE = ("model_type", "auto_map")  # what names a type, and code of its own
 NANO = Path(__file__).parent / "models" / "nano"
 OWN_HEAD = "retrieval_head"  # a model's own head lies in this directory of its checkpoint
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "intermediate_size",
+)
 # Retrieval heads that come with this package for models that do not, by the model's name.
 HEADS = {"smollm2": Path(__file__).parent / "models" / "smollm2" / "retrieval_head"}
 
@@ -123,10 +131,11 @@ def read_config(source: Path | str, *, trust_remote_code: bool = False, revision
     Raises:
         ModelError: it is not there, broken, or of a kind that transformers does not know.
     """
+    import torch
     from transformers import AutoConfig, PreTrainedConfig
 
     if isinstance(source, Path):
-        _check_sizes(_config_values(source, source), source)
+        _check_entries(_config_values(source, source), source)
     with one_sentence(f"cannot read the config of the model {source}"):
         values, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
         kind, config = KNOWN_AS.get(values.get("model_type", "")), None
@@ -135,7 +144,10 @@ def read_config(source: Path | str, *, trust_remote_code: bool = False, revision
         else:
             config = AutoConfig.for_model(kind, **{name: value for name, value in values.items() if name not in CODE})
             config.name_or_path = str(source)
-    return language_model_of(config)
+    config = language_model_of(config)
+    if config.dtype == torch.float64:  # nothing here is computed in more than 32 bits
+        config.dtype = torch.float32
+    return config
 
 
 def folder_of(source: Path | str, *, revision: str | None = None, weights: bool = False) -> Path:
@@ -183,11 +195,21 @@ def quantization_of_source(source: Path | str, *, revision: str | None = None) -
     return None if dequantised(values) else quantization_entry(values, folder, ModelError)
 
 
-def _check_sizes(values: Mapping[str, Any], folder: Path) -> None:
+def _check_entries(values: Mapping[str, Any], folder: Path) -> None:
+    """Raises ModelError for sizes that are none, and for names of number formats that are none."""
+    import torch
+
+    for name in ("dtype", "torch_dtype"):
+        value = values.get(name)
+        if value is not None and not (isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)):
+            raise ModelError(
+                f"{folder / 'config.json'} is broken: {name} is {shown(value)}, which names no number format; set it to that of "
+                "the weights, such as bfloat16"
+            )
     for name in SIZES:
         value = values.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            raise ModelError(f"{folder / 'config.json'} is broken: {name} is {value}; download it again")
+        if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and value < 1):
+            raise ModelError(f"{folder / 'config.json'} is broken: {name} is {shown(value)}; download it again")
 
 
 def _config_values(source: Path | str, folder: Path) -> dict[str, Any]:

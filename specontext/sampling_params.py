@@ -205,8 +205,9 @@ class SamplingParams:
             raise RequestError("stop_token_ids must be token ids, integers from 0 up")
         if any(not isinstance(text, str) or not text.strip() for text in self.bad_words):
             raise RequestError("bad_words must be texts that are not blank")
-        if any(map(_is_half, self.bad_words)):
-            raise RequestError("bad_words must be Unicode: one of them has half a character")
+        for name in ("stop", "bad_words"):
+            if any(map(_is_half, getattr(self, name))):
+                raise RequestError(f"{name} must be Unicode: one of them has half a character")
         self._kinds()
         self._token_rules()
         if isinstance(self.structured_outputs, Mapping):

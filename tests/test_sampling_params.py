@@ -31,7 +31,7 @@ def test_defaults_are_valid() -> None:
         *(("repetition_penalty", value) for value in (0.0, -1.0, math.nan, math.inf)),
         *(("logprobs", value) for value in (-1, 1.0, True)),
         *(("seed", value) for value in (-(2**63) - 1, 2**63, 1.0, True)),
-        *(("stop", value) for value in ("", [""], ["a", ""], [1], [None], 3, ["a"] * 65, cycle("a"))),
+        *(("stop", value) for value in ("", [""], ["a", ""], ["a\ud800"], [1], [None], 3, ["a"] * 65, cycle("a"))),
         *(("stop_token_ids", value) for value in ([-1], [1.0], [True], ["1"], "1", 3, [5] * 1025, count())),
         *(("logit_bias", value) for value in (5, "ab", [5], [(5,)], [(5, "a")], {"5": 1}, {5: math.nan}, {5: 101})),
         *(("allowed_token_ids", value) for value in (5, "5", [], [-1], [1.0])),

@@ -30,7 +30,7 @@ METHODS = (
     "kv_cache_quant_algo",
 )
 BITS = ("bits", "w_bit", "weight_bits", "num_bits", "nbits")
-SMALL_NUMBERS = ("float8", "float6", "float4", "fp8", "fp4", "nf4", "int", "uint", "qint", "quint")
+SMALL_NUMBERS = ("float8_", "float6_", "float4_", "fp8", "fp4", "nf4", "int", "uint", "qint", "quint")
 ADVICE = "take the checkpoint that it was quantised from, with weights in float32, bfloat16 or float16"
 
 

@@ -6,9 +6,13 @@ What verbs do lives in the engine and in evaluation; only parsing and printing l
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import os
 import sys
 from collections.abc import Sequence
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,17 +24,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from specontext.cli.app import app
     from specontext.errors import SpeContextError
 
+    _open_what_is_closed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # text that the terminal cannot show must not end the program
     try:
-        app(args=arguments, prog_name="specontext")
+        try:
+            app(args=arguments, prog_name="specontext")
+        finally:
+            sys.stdout.flush()  # what cannot be written is an error, and not one of the interpreter's end
     except SpeContextError as error:
-        with contextlib.suppress(BrokenPipeError):
-            print(f"error: {error}", file=sys.stderr)
+        _say(str(error))
         return 2 if isinstance(error, ValueError) else 1
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # whoever read it has had enough
+            return 1
+        if error.errno not in _NO_ROOM:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        _say(f"cannot write{where or ' all of the output'}: {error.strerror}; make room, or write to another place")
+        return 1
     except SystemExit as exit:
         return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _say(error: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"error: {error}", file=sys.stderr)
+
+
+def _open_what_is_closed() -> None:
+    """Standard streams that the caller has closed read nothing and write nowhere, and no file is opened in their places."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115

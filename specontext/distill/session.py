@@ -21,7 +21,7 @@ from specontext.distill.new_head import HeadShape, new_head, standard_shape
 from specontext.distill.settings import DistillConfig
 from specontext.distill.student import Student
 from specontext.distill.target import Target
-from specontext.distill.trainer import CHECKPOINT, size_of, train
+from specontext.distill.trainer import CHECKPOINT, size_of, train, written
 from specontext.engine.llm import LLM
 from specontext.engine.start import pick_device
 from specontext.errors import ConfigError
@@ -91,6 +91,8 @@ class Session:
             SpeContextError: settings, data or checkpoints that do not fit.
         """
         self._check(resume)
+        with written(self.out):  # which is to be known before anything large is loaded
+            self.out.mkdir(parents=True, exist_ok=True)
         device = pick_device(self.device)
         loaded = load_model(self.target, dtype=self.dtype, device=device)
         shape = loaded.shape
@@ -104,8 +106,8 @@ class Session:
         student.to(device)
         target = Target(loaded.model, student.head.config.feature_layers)
         held_out = HeldOut(target, self._open(loaded, held_out=True), self.length, self.config.sink, self.config.recent)
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / SETTINGS).write_text(json.dumps(self.describe(), indent=1) + "\n")
+        with written(self.out):
+            (self.out / SETTINGS).write_text(json.dumps(self.describe(), indent=1) + "\n")
         best = train(
             student,
             target,

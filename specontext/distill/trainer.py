@@ -11,7 +11,8 @@ import math
 import pickle
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -111,9 +112,10 @@ def train(
         what was kept, None for the last state.
 
     Raises:
-        SpeContextError: the checkpoint is of another training, or the loss is not a number any more.
+        SpeContextError: the checkpoint is of another training or cannot be written, or the loss is not a number any more.
     """
-    run.mkdir(parents=True, exist_ok=True)
+    with written(run):
+        run.mkdir(parents=True, exist_ok=True)
     parameters = [p for p in student.requires_grad_(True).parameters()]
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, (0.9, 0.98), weight_decay=config.weight_decay)
     progress = load_checkpoint(run / CHECKPOINT, student, optimizer, config)
@@ -146,7 +148,7 @@ def train(
             row |= measured
             if config.attends:
                 progress.see(student, measured.get(CRITERION))
-        with (run / LOG).open("a") as log:
+        with written(run / LOG), (run / LOG).open("a") as log:
             print(json.dumps(row), file=log)
         if report is not None:
             report(row)
@@ -170,8 +172,26 @@ def save_checkpoint(
     }
     if progress.best is not None:
         state["best"] = vars(progress.best)
-    torch.save(state, path.with_suffix(".new"))
-    path.with_suffix(".new").replace(path)
+    draft = path.with_suffix(".new")
+    with written(path):
+        try:
+            torch.save(state, draft)
+            draft.replace(path)
+        except RuntimeError as error:  # in which torch wraps what the system said, as far as it knows
+            raise OSError(f"torch says '{in_one_sentence(error)}'") from error
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Raises SpeContextError, which says what to do, where a file or directory of a training cannot be written inside."""
+    try:
+        yield
+    except OSError as error:
+        raise SpeContextError(
+            f"{path} cannot be written: {error.strerror or error}; make room and resume, or choose another directory"
+        ) from error
 
 
 def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimizer, config: DistillConfig) -> Progress:

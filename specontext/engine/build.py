@@ -53,7 +53,7 @@ from specontext.retrieval.head_part import head_part
 from specontext.retrieval.methods import context_of, make_selectors, selector_class, token_sets
 from specontext.retrieval.methods.speculative import KeyCache
 from specontext.retrieval.registry import base_of, needs_head, variant_of
-from specontext.retrieval.selector import Budget, LayerSelector, MethodContext, Selector, reads_everything
+from specontext.retrieval.selector import Budget, ForeseeingSelector, LayerSelector, MethodContext, Selector, reads_everything
 
 logger = logging.getLogger("specontext")
 # Between two steps a moving layer copies weights / this bytes at most: a fraction of what a step reads in any case. On a GPU the
@@ -250,6 +250,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         adaptive=adaptive,
         verify_loads=config.verify_loads,
         write_through=config.measure_recall
+        or any(issubclass(kind, ForeseeingSelector) for kind in kinds)  # all keys are looked at before the step
         or (device.type == "cpu" and any(map(reads_everything, kinds))),  # it reads them in place
         state=block_state(methods, config.page_size),
         rings=rings,

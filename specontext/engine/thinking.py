@@ -5,6 +5,7 @@ Models that reason write `<think> ... </think>` before the answer; the chat temp
 
 from __future__ import annotations
 
+from specontext.engine.held_text import HeldText, without_start_of
 from specontext.sampling_params import Thinking
 
 
@@ -25,6 +26,7 @@ class ThinkingReader:
         self._marks, self._inside = thinking, thinking.inside
         self._can_begin = True  # an opening mark is one only in front of everything else
         self._held = ""
+        self._waiting = HeldText()  # between two pieces, what is held
         self._strip = True  # white space at the beginning of a part is no part of it
         self._seen = 0
 
@@ -51,22 +53,29 @@ class ThinkingReader:
     def take(self, token: int) -> bool:
         """Whether a token that was awaited is a mark."""
         if self._inside and token == self._marks.end_id:
-            self._close(self._held)
+            self._close(str(self._waiting))
             self._held = ""
+            self._waiting.keep("")
             return True
-        if self._can_begin and token == self._marks.begin_id and not self._held.strip():
+        if self._can_begin and token == self._marks.begin_id and not str(self._waiting).strip():
             self._begin("")
+            self._waiting.keep("")
             return True
         return False
 
     def feed(self, text: str, *, last: bool = False) -> str:
         """Take more text, of which what belongs to the answer is returned; `last` releases what is held."""
-        self._held += text
+        held = self._waiting.more(text)
+        if held is None and not last:
+            return ""
+        self._held = str(self._waiting) if held is None else held
         if self._can_begin:
             self._open(last)
         if not self._can_begin and self._inside:
             self._think(last)
-        return self._answer() if self.over else ""
+        answer = self._answer() if self.over else ""
+        self._waiting.keep(self._held)
+        return answer
 
     def _open(self, last: bool) -> None:
         """Decide whether the text begins with the opening mark."""
@@ -108,11 +117,3 @@ class ThinkingReader:
             self._strip = not self._held
         answer, self._held = self._held, ""
         return answer
-
-
-def without_start_of(mark: str, text: str) -> str:
-    """`text` without an end that could be the beginning of `mark`."""
-    for length in range(min(len(mark) - 1, len(text)), 0, -1):
-        if mark.startswith(text[-length:]):
-            return text[:-length]
-    return text

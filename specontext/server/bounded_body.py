@@ -46,6 +46,9 @@ class BoundedRoute(APIRoute):
 
 class _BoundedRequest(Request):
     async def json(self) -> Any:
+        encoding = self.headers.get("content-encoding", "identity")
+        if encoding.strip().lower() not in ("", "identity"):
+            raise ApiError(415, f"bodies in Content-Encoding '{encoding[:50]}' are not read: send the JSON as it is")
         check_structure(await self.body())
         try:
             return await super().json()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+from specontext.cli import main
 
 Fails = Callable[..., str]
 
@@ -54,6 +57,23 @@ def test_unusable_prompts(fails: Fails, tiny: Path, tmp_path: Path) -> None:
     assert "UTF-8" in fails(["generate", tiny, "-"], stdin=b"\xff")
     assert "cannot read" in fails(["generate", tiny, "--prompt-file", tmp_path])
     assert "missing.txt" in fails(["generate", tiny, "--prompt-file", tmp_path / "missing.txt"])
+
+
+def test_standard_streams_that_are_closed_or_full(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as closed:
+        closed.setattr("sys.stdin", None)
+        assert main(["generate", "nano", "-"]) == 2
+        assert "the prompt is empty" in capsys.readouterr().err
+        closed.setattr("sys.stdout", None)
+        assert main(["plan", "--list-presets"]) == 0
+    stream = open("/dev/full", "w")  # noqa: SIM115
+    try:
+        monkeypatch.setattr("sys.stdout", stream)
+        assert main(["plan", "--list-presets"]) == 1
+        assert capsys.readouterr().err.startswith("error: cannot write all of the output: No space left on device; make room")
+    finally:
+        with suppress(OSError):  # what it still holds fails once more
+            stream.close()
 
 
 def test_prompt_over_the_maximum(fails: Fails, tiny: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,21 @@ def test_a_checkpoint_of_other_settings_or_a_broken_one_is_refused(target: Targe
     (tmp_path / "checkpoint.pt").write_bytes((tmp_path / "checkpoint.pt").read_bytes()[:200])
     with pytest.raises(SpeContextError, match="cannot resume from"):
         train(student_of("attention"), target, Fixed(), config, tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(target: Target, tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=1, queries=4)
+    (tmp_path / "file").touch()
+    with pytest.raises(SpeContextError, match="file cannot be written"):
+        train(student_of("attention"), target, Fixed(), config, tmp_path / "file")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # as if the disk were full
+    try:
+        with pytest.raises(SpeContextError, match=r"checkpoint\.pt cannot be written: .*; make room and resume"):
+            train(student_of("attention"), target, Fixed(), config, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [file.name for file in tmp_path.iterdir() if "checkpoint" in file.name] == []
 
 
 @pytest.mark.parametrize(

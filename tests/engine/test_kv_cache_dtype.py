@@ -171,6 +171,14 @@ def test_known_prompts(kind: str, family: str, make_llm: MakeLLM, prompts: Promp
         check_idle(llm)
 
 
+def test_known_prompts_without_a_head(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> None:
+    """Nothing is kept beside KV, whose rows of bytes no wide word divides."""
+    llm = make_llm("llama", "full", retrieval_head=None, kv_cache_dtype="int8")
+    first, second = (llm.generate([prompts[2]], greedy(8))[0] for _ in range(2))
+    assert second.stats["cached_tokens"] == 80
+    assert agreement([second.token_ids], [first.token_ids]) > 0.6
+
+
 def test_models_in_16_bits(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> None:
     for dtype in ("bfloat16", "float16"):
         found = {}

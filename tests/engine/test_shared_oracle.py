@@ -99,3 +99,14 @@ def test_what_others_ask_for_beside_it_is_theirs(make_llm: MakeLLM, greedy: Gree
     for found, expected in zip(together[1].prompt_logprobs or [], alone[1].prompt_logprobs or [], strict=True):
         assert (found is None) == (expected is None)
         assert found is None or found == pytest.approx(expected, abs=1e-5)
+
+
+def test_without_others_in_its_engine_it_chooses_alike_wherever_layers_are(
+    make_llm: MakeLLM, greedy: Greedy, prompts: list[list[int]]
+) -> None:
+    """The dense pass reads the row of its own token on the host, which then must be there within the step."""
+    found = []
+    for offload_layers in (0, -1):
+        llm = make_llm("llama", "shared-oracle", budget=BUDGET, methods=("shared-oracle",), offload_layers=offload_layers)
+        found.append([output.token_ids for output in llm.generate(prompts, greedy(20))])
+    assert found[0] == found[1]

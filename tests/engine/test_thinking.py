@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,16 @@ def read(special: bool | None, text: str | Sequence[int], inside: bool = False, 
         results.append((detokenizer.thinking.text, answer, detokenizer.stop is not None))
     assert results[0] == results[1]
     return results[0][0], results[0][1], detokenizer.thinking.tokens, results[0][2]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_blanks_cost_no_more_than_their_length(inside: bool) -> None:
+    reader, began = ThinkingReader(Thinking(inside)), time.process_time()
+    blanks = " \n" * 40_000
+    assert not any(reader.feed(blank) for blank in ("Hm." if inside else "") + blanks)
+    assert reader.feed("." if inside else "So.", last=True) == ("" if inside else blanks + "So.")
+    assert reader.text == (f"Hm.{blanks}." if inside else "")
+    assert time.process_time() - began < 0.7
 
 
 @pytest.mark.parametrize("skip", [True, False])

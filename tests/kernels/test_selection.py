@@ -122,6 +122,8 @@ def test_gather_of_nothing_changes_nothing() -> None:
     target = torch.ones(2, 2, 3)
     gather_rows(torch.zeros(4, 2, 3), torch.tensor([-1, -1]), target, torch.tensor([0, 1]))
     assert torch.equal(target, torch.ones(2, 2, 3))
+    empty = torch.empty(0, dtype=torch.int64)
+    gather_rows(torch.zeros(4, 1, 36, dtype=torch.int8), empty, torch.empty(0, 1, 36, dtype=torch.int8), empty)
 
 
 # Slots ----------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import specontext
 from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.cli.planned import find_facts
 from specontext.errors import ConfigError, ModelError, RequestError
-from specontext.locations import shape_of
+from specontext.locations import quantization_of_source, read_config, shape_of
 from specontext.model_shape import ModelShape
 from specontext.models.config_check import check_supported
 
@@ -112,6 +112,20 @@ def test_entries_of_another_kind_are_one_sentence(tmp_path: Path, entries: dict[
     with pytest.raises(ModelError) as refused:
         LLM(tmp_path, config=FULL, load_format="dummy")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", [{}, [], 5, True, "", "x", "torch.bfloat16", "Tensor"])
+def test_a_number_format_that_is_none(tmp_path: Path, name: str, value: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | {"model_type": "llama", name: value}))
+    with pytest.raises(ModelError, match=f"{name} is .*, which names no number format"):
+        read_config(tmp_path)
+
+
+def test_weights_in_64_bits_are_not_quantised_and_run_in_32(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | {"model_type": "llama", "dtype": "float64"}))
+    assert quantization_of_source(tmp_path) is None
+    assert read_config(tmp_path).dtype == torch.float32
 
 
 def test_an_activation_that_nobody_knows(read: Callable[..., PreTrainedConfig]) -> None:

@@ -74,9 +74,10 @@ def test_a_hub_id_is_left_to_the_hub_and_nano_is_bundled() -> None:
 @pytest.mark.parametrize("name", ["num_key_value_heads", "num_attention_heads", "head_dim", "vocab_size", "num_hidden_layers"])
 def test_sizes_that_are_none(copy: Path, name: str) -> None:
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {name: 0}))
-    with pytest.raises(ModelError, match=f"config.json is broken: {name} is 0; download it again"):
-        LLM(copy, config=FULL)
+    for value in (0, "x"):
+        (copy / "config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(ModelError, match=f"config.json is broken: {name} is {value!r}; download it again"):
+            LLM(copy, config=FULL)
 
 
 def test_a_context_whose_tables_no_memory_holds(copy: Path) -> None:

@@ -115,3 +115,12 @@ def test_long_heads(server: Server) -> None:
             except ConnectionError:
                 pass  # closed before all of it was sent
     assert server.get("/health", headers={"x-long": "x" * 30_000}).status_code == 200
+
+
+def test_offers_of_another_protocol_are_passed_over(server: Server) -> None:
+    """Java's HTTP client offers HTTP/2 with the first request of each connection, body and all."""
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "HTTP2-Settings": "AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA"}
+    body = {"prompt": "a\r\nUpgrade: h2c\r\n", "max_tokens": 1, "echo": True}
+    for name in ("Upgrade", "upgrade"):
+        answer = server.http.post("/v1/completions", json=body, headers=offer | {name: "h2c"})
+        assert answer.status_code == 200 and answer.json()["choices"][0]["text"].startswith(body["prompt"])

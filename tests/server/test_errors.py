@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -86,6 +87,7 @@ def test_a_body_that_is_not_sent_as_json(server: Server) -> None:
         ("priority", 1),
         ("use_beam_search", True),
         ("best_of", 2),
+        ("best_of", 0),
         ("stream_options", {"include_usage": True}),
         ("response_format", {"type": "xml"}),
         ("response_format", {"type": "json_schema"}),
@@ -171,6 +173,14 @@ def test_errors_say_where_they_are(server: Server, path: str, field: str, value:
     assert error["param"] == param and says in error["message"]
 
 
+def test_a_body_that_is_compressed(server: Server) -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = server.http.post(TEXT, content=gzip.compress(json.dumps(GOOD[TEXT]).encode()), headers=headers)
+    assert "'gzip'" in error_of(answer, 415)["message"]
+    answer = server.http.post(TEXT, json=GOOD[TEXT], headers={"content-encoding": "identity"})
+    assert answer.status_code == 200
+
+
 def test_what_asks_for_nothing_is_let_through(server: Server) -> None:
     neutral = {
         "tools": [],
@@ -186,6 +196,7 @@ def test_what_asks_for_nothing_is_let_through(server: Server) -> None:
         == 200
     )
     assert server.post(TEXT, GOOD[TEXT] | {"best_of": 1, "suffix": "", "logit_bias": None, "n": None}).status_code == 200
+    assert server.post(TEXT, GOOD[TEXT] | {"best_of": 2, "n": 2}).status_code == 200
 
 
 @pytest.mark.parametrize(

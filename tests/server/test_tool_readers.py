@@ -189,6 +189,16 @@ def test_tags_that_never_close_cost_no_more_than_their_length(text: str) -> None
     assert time.monotonic() - began < 2
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_blanks_cost_no_more_than_their_length_and_are_read_alike_however_they_are_cut(form: str) -> None:
+    mark, many = FORMATS[form].mark, " \n" * 40_000
+    for text in ("so" + many, many + mark + many[:99] + "<", f"<|start|>{many[:99]}<|channel|>final<|message|>{many[:99]}x"):
+        began = time.process_time()
+        cut = read(form, text, list(range(1, len(text))))
+        assert time.process_time() - began < 1
+        assert cut == read(form, text, [])
+
+
 def test_templates_tell_their_form() -> None:
     templates = {
         "hermes": "{% if tools %}<tool_call>{% endif %}",

@@ -11,7 +11,9 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     WithJsonSchema,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -115,7 +117,14 @@ class SamplingBody(Body):
     use_beam_search: unsupported("beam search is not implemented", False) = None  # type: ignore[valid-type]
     length_penalty: unsupported("beam search is not implemented", 1.0, 1) = None  # type: ignore[valid-type]
     early_stopping: unsupported("beam search is not implemented", False) = None  # type: ignore[valid-type]
-    best_of: unsupported("only the outputs that are returned are made", 1) = None  # type: ignore[valid-type]
+    best_of: int | None = Field(None, description="Not supported beyond n: only the outputs that are returned are made.")
+
+    @field_validator("best_of")
+    @classmethod
+    def _as_many_as_are_returned(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value not in (None, 1, info.data.get("n")):
+            raise ValueError("only the outputs that are returned are made; leave it out")
+        return value
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> SamplingBody:

@@ -87,13 +87,14 @@ class _MistralBlock:
     """What follows the mark decides between its two forms."""
 
     def __init__(self, tools: Tools, opened: str) -> None:
-        self._tools, self._opened, self._blanks = tools, opened, ""
+        self._tools, self._opened = tools, opened
+        self._blanks: list[str] = []
         self._block: Block | None = None
 
     def feed(self, text: str) -> Any:
         if self._block is None:
-            self._blanks += text
-            ahead = self._blanks.lstrip()
+            self._blanks.append(text)
+            ahead = text.lstrip()
             if not ahead:
                 return [], None
             listed = ahead[0] in "[{"
@@ -101,11 +102,11 @@ class _MistralBlock:
             self._block = (
                 JsonBlock(self._tools, opened=self._opened) if listed else NamedBlock(self._tools, between, opened=self._opened)
             )
-            text = self._blanks
+            text = "".join(self._blanks)
         return self._block.feed(text)
 
     def finish(self) -> Any:
-        return self._block.finish() if self._block is not None else [Text(self._opened + self._blanks)]
+        return self._block.finish() if self._block is not None else [Text("".join((self._opened, *self._blanks)))]
 
 
 def _glm4(tools: Tools) -> Reader:

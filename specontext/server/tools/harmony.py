@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from specontext.engine.thinking import without_start_of
+from specontext.engine.held_text import HeldText, without_start_of
 from specontext.server.tools.pieces import CallArguments, CallBegin, Piece, Text, Thought, joined
 
 START, CHANNEL, MESSAGE, END, CALL, RETURN = "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>"
@@ -32,27 +32,33 @@ class HarmonyReader:
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = names
-        self._held = ""
+        self._held, self._looked = "", 0  # a header without its end has been looked through so far
+        self._waiting = HeldText()  # between two pieces, what is held
         self._in_header, self._begun, self._said = True, False, False
         self._kind: type[Text] | type[Thought] | type[CallArguments] = Text
         self._empty = True  # nothing of the message has come yet
 
     def feed(self, text: str) -> list[Piece]:
-        self._held += text
+        held = self._waiting.more(text)
+        if held is None:
+            return []
+        self._held = held
         pieces: list[Piece] = []
         while self._held and (self._header(pieces) if self._in_header else self._body(pieces)):
             pass
+        self._waiting.keep(self._held)
         return joined(pieces)
 
     def finish(self) -> list[Piece]:
         """What is left; a header without a message says nothing."""
         pieces: list[Piece] = []
+        self._held = str(self._waiting)
         if not self._in_header:
             self._say(self._held, pieces)
             self._end(pieces)
         elif not self._held.startswith("<|") and self._begun is False:
             pieces.append(Text(self._held))
-        self._held = ""
+        self._waiting.keep("")
         return joined(pieces)
 
     def _header(self, pieces: list[Piece]) -> bool:
@@ -60,7 +66,8 @@ class HarmonyReader:
         if not self._begun and not self._could_be_header():
             self._open(Text)
             return True
-        place = self._held.find(MESSAGE)
+        place = self._held.find(MESSAGE, self._looked)
+        self._looked = max(0, len(self._held) - len(MESSAGE))
         if place < 0:
             return False
         header, self._held = self._held[:place], self._held[place + len(MESSAGE) :]
@@ -90,6 +97,7 @@ class HarmonyReader:
             self._end(pieces)
             kept = mark in (START, CHANNEL)
             self._held, self._in_header, self._begun = self._held[place + (0 if kept else len(mark)) :], True, True
+            self._looked = 0
             return True
         sure = min((without_start_of(mark, self._held) for mark in _AFTER_BODY), key=len)
         self._say(sure, pieces)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from specontext.engine.thinking import without_start_of
+from specontext.engine.held_text import HeldText, without_start_of
 from specontext.server.tools.blocks import Block
 from specontext.server.tools.pieces import CallBegin, Piece, Text, joined
 
@@ -27,11 +27,15 @@ class BlockReader:
         self._skipped = skipped
         self._block: Block | None = None
         self._held = ""
+        self._waiting = HeldText()  # between two pieces, what is held
         self._begun = False  # something but blanks was there
         self._called = False  # blanks behind a call are dropped
 
     def feed(self, text: str) -> list[Piece]:
-        self._held += text
+        held = self._waiting.more(text)
+        if held is None:
+            return []
+        self._held = held
         pieces: list[Piece] = []
         while self._held:
             if self._block is not None:
@@ -43,16 +47,18 @@ class BlockReader:
                 self._block, self._held = None, rest
             elif not self._outside(pieces):
                 break
+        self._waiting.keep(self._held)
         return joined(pieces)
 
     def finish(self) -> list[Piece]:
         pieces: list[Piece] = []
         if self._block is not None:
             pieces += self._noted(self._block.finish())
-        rest = self._held
+        rest = str(self._waiting)
         if rest and not (self._called and not rest.strip()):
             pieces.append(Text(rest))
-        self._block, self._held = None, ""
+        self._block = None
+        self._waiting.keep("")
         return joined(pieces)
 
     def _outside(self, pieces: list[Piece]) -> bool:
