@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from specontext.core import Batch, Choice, Lane
 from specontext.engine.batch_parts import Part, joined, lane_part, rest_part
 from specontext.engine.build import Parts
+from specontext.engine.capturable import why_not_captured
 from specontext.engine.chunk_graphs import ChunkGraphs, in_pieces
 from specontext.engine.chunk_warm_up import warm_up_chunks
 from specontext.engine.decode import Step
@@ -38,7 +39,7 @@ class ModelRunner:
 
     Args:
         feature_layers: hidden states that the selector wants to observe, empty for none.
-        graphs: decode steps are captured as CUDA graphs, on a GPU.
+        graphs: decode steps are captured as CUDA graphs, on a GPU, unless the model's code waits for the device.
         compiled: layers and head of captured steps and of chunks of prompts go through torch.compile. Not in float32, where
             tokens are promised to be those of eager steps.
 
@@ -75,7 +76,13 @@ class ModelRunner:
         self._ranks = loaded.ranks if not gathers(loaded.model) else None  # that may round logits otherwise than rank 0
         self._graphs: DecodeGraphs | None = None
         if graphs and kv.device.type == "cuda" and not (measure_recall or kv.transfers.verify):
-            self._graphs = DecodeGraphs(seats=kv.num_seats, device=kv.device)
+            why = why_not_captured(loaded)
+            if why is None:
+                self._graphs = DecodeGraphs(seats=kv.num_seats, device=kv.device)
+            else:
+                logger.warning(
+                    "steps are launched kernel by kernel and not captured, because the model waits for the GPU: %s", why
+                )
         self.captures = self._graphs is not None
         self._chunks: ChunkGraphs | None = None
         if self._graphs is not None and in_pieces(loaded.shape) and loaded.ranks is None:
@@ -198,33 +205,18 @@ class ModelRunner:
             if not self._waits(self.parts.selector):
                 self._graphs.warm_up(self._spans(None), self._fused)
             if self._chunks is not None:
-                self._recorded(self._chunks.sizes)
+                self._chunks.record(self._chunks.sizes, self._fused_pass)
             # Captures give memory back that is free: the one that chunks need stays now.
             warm_up_chunks(self._launched, self.parts)
-
-    def _recorded(self, sizes: Iterable[int]) -> bool:
-        """Have short chunks of these sizes captured. False where a model asks the device for a number between calls of attention:
-        its chunks are launched, now and later."""
-        if self._chunks is None:
-            return False
-        try:
-            self._chunks.record(sizes, self._fused_pass)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            why = str(error).splitlines()[0]
-            logger.warning("short chunks of prompts are launched kernel by kernel, since they cannot be captured: %s", why)
-            self._chunks.close()
-            self._chunks = None
-        return self._chunks is not None
 
     def _uncaptured(self, batch: Batch) -> Tensor:
         """A step that is not captured as a whole: short chunks are, in pieces, where no method watches them that may keep what it
         sees."""
         size = self._chunks.size_of(batch) if self._chunks is not None else None
         watched = any(self.parts.methods.watcher(segment.seat) is not None for segment in batch.prefills)
-        if size is None or watched or not self._recorded([size]):
+        if self._chunks is None or size is None or watched:
             return self._launched(batch)
+        self._chunks.record([size], self._fused_pass)
         return self._forward(batch, self._chunks)
 
     def _launched(self, batch: Batch) -> Tensor:

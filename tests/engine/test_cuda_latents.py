@@ -21,8 +21,18 @@ PROMPTS = [[random.Random(seed).randrange(4, 900) for _ in range(length)] for se
 
 
 @pytest.fixture
+def dense(write_family: Callable[..., Path]) -> Path:
+    """Without experts, whose products in float32 wait for the GPU."""
+    return written(write_family, first_k_dense_replace=99)
+
+
+@pytest.fixture
 def wide(write_family: Callable[..., Path]) -> Path:
-    folder = write_family("latents", **WIDE, num_attention_heads=20, num_key_value_heads=20)
+    return written(write_family)
+
+
+def written(write_family: Callable[..., Path], **entries: Any) -> Path:
+    folder = write_family("latents", **WIDE, num_attention_heads=20, num_key_value_heads=20, **entries)
     save_head(random_head(shape_of(folder)), folder / "retrieval_head")
     return folder
 
@@ -37,10 +47,10 @@ def tokens(folder: Path, device: str, method: str, offload_layers: int | None, *
 
 @pytest.mark.parametrize("offload_layers", [0, 2, -1])
 @pytest.mark.parametrize("method", ["speculative", "full", "oracle"])
-def test_the_cpu_s_tokens(method: str, offload_layers: int, wide: Path) -> None:
-    expected, _ = tokens(wide, "cpu", method, 0, dtype="float32")
-    verified, _ = tokens(wide, "cuda", method, offload_layers, dtype="float32", verify_loads=True)
-    captured, llm = tokens(wide, "cuda", method, offload_layers, dtype="float32")
+def test_the_cpu_s_tokens(method: str, offload_layers: int, dense: Path) -> None:
+    expected, _ = tokens(dense, "cpu", method, 0, dtype="float32")
+    verified, _ = tokens(dense, "cuda", method, offload_layers, dtype="float32", verify_loads=True)
+    captured, llm = tokens(dense, "cuda", method, offload_layers, dtype="float32")
     assert verified == captured == expected
     if method == "speculative":
         assert llm.engine.runner._graphs is not None and llm.engine.runner._graphs._captured
@@ -52,3 +62,9 @@ def test_bfloat16(method: str, offload_layers: int, wide: Path) -> None:
     found, _ = tokens(wide, "cuda", method, offload_layers, dtype="bfloat16")
     eager, _ = tokens(wide, "cuda", method, offload_layers, dtype="bfloat16", enforce_eager=True)
     assert all(len(one) == 40 for one in found + eager)
+
+
+def test_experts_that_wait_for_the_gpu_are_launched(wide: Path) -> None:
+    expected, _ = tokens(wide, "cpu", "speculative", 0, dtype="float32")
+    found, llm = tokens(wide, "cuda", "speculative", 0, dtype="float32")
+    assert found == expected and not llm.engine.runner.captures
