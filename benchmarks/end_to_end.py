@@ -55,7 +55,7 @@ PARTS = ("ttft", "prefill", *SERVING, "first")
 RATIOS = ("ttft_over_hf", "prefill_over_hf", "mixed_over_parts", "loop_over_step", "worst_step_after_ready_over_median")
 SIZES = {
     "cuda": Sizes(
-        lengths=(8192, 32768, 131072 - 1024),
+        lengths=(128, 1024, 8192, 32768, 131072 - 1024),
         prompts=32,
         prompt=8192,
         requests=32,
