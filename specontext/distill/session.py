@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -91,8 +92,10 @@ class Session:
             SpeContextError: settings, data or checkpoints that do not fit.
         """
         self._check(resume)
-        with written(self.out):  # which is to be known before anything large is loaded
-            self.out.mkdir(parents=True, exist_ok=True)
+        with _folder_for(self.out):  # whether there is one is to be known before anything large is loaded
+            return self._run(report)
+
+    def _run(self, report: Callable[[dict[str, float]], None] | None) -> dict[str, float]:
         device = pick_device(self.device)
         loaded = load_model(self.target, dtype=self.dtype, device=device)
         shape = loaded.shape
@@ -205,3 +208,18 @@ def parse_layers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise ConfigError(f"feature layers are whole numbers with commas, such as 2,16,29; got '{text}'") from error
+
+
+@contextmanager
+def _folder_for(results: Path) -> Iterator[None]:
+    """Make a folder; if it is still empty when something fails inside, it goes again."""
+    made = not results.exists()
+    with written(results):
+        results.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                results.rmdir()
+        raise

@@ -121,9 +121,9 @@ def next_numbers(llm: LLM, size: int) -> Tensor:
 @pytest.mark.parametrize(
     ("family", "method"),
     [
-        *((family, "speculative") for family in ("llama", "bands", "windows", "conv", "latents")),
+        *((family, "speculative") for family in ("llama", "windows", "latents")),
         ("llama", "streaming"),
-        *(pytest.param(family, "speculative", marks=pytest.mark.slow) for family in ("delta", "shared")),
+        *(pytest.param(family, "speculative", marks=pytest.mark.slow) for family in ("bands", "conv", "delta", "shared")),
     ],
 )  # random's scores are float64, which Triton's top-k is not for
 def test_a_padded_decode_step_never_waits_and_computes_the_same(
@@ -163,11 +163,9 @@ def test_a_padded_decode_step_never_waits_and_computes_the_same(
 @pytest.mark.parametrize(
     ("method", "offload_layers", "tiers", "kind"),
     [
-        *(
-            (method, layers, "kv_cache_dtype", kind)
-            for method, layers in (("speculative", None), ("full", 0))
-            for kind in ("fp8", "int8")
-        ),
+        *(("speculative", None, "kv_cache_dtype", kind) for kind in ("fp8", "int8")),
+        ("full", 0, "kv_cache_dtype", "fp8"),
+        pytest.param("full", 0, "kv_cache_dtype", "int8", marks=pytest.mark.slow),
         *(pytest.param("quest", 0, "kv_cache_dtype", kind, marks=pytest.mark.slow) for kind in ("fp8", "int8")),
         ("speculative", 2, "host_kv_dtype", "int8"),
         *(pytest.param("speculative", -1, "kv_cache_dtype", kind, marks=pytest.mark.slow) for kind in ("fp8", "int8")),
@@ -221,7 +219,9 @@ def test_a_chunk_of_padding_stores_nothing(
     llm.engine.check_integrity()
 
 
-@pytest.mark.parametrize("method", ["full", "oracle", "quest", "shadowkv", "h2o"])
+@pytest.mark.parametrize(
+    "method", ["full", "oracle", *(pytest.param(name, marks=pytest.mark.slow) for name in ("quest", "shadowkv", "h2o"))]
+)
 def test_methods_that_look_at_each_layer_never_wait_on_the_device(
     method: str,
     make_llm: Callable[..., LLM],

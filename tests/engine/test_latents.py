@@ -176,7 +176,7 @@ def test_all_groups_of_a_head_choose_for_the_only_kv_head(
         LLM(folder, retrieval_head=tmp_path, config=SpeContextConfig(budget=12, sink=2, recent=4), device="cpu")
 
 
-@pytest.mark.parametrize("codes", ["fp8", "int8"])
+@pytest.mark.parametrize("codes", ["fp8", pytest.param("int8", marks=pytest.mark.slow)])
 def test_latents_in_8_bits_are_the_same_wherever_they_are(
     codes: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected
 ) -> None:

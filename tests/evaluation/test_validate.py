@@ -87,6 +87,7 @@ def test_systems_are_measured_as_they_are(content: dict[str, Any]) -> None:
     assert offloaded["device_kv_bytes"] < resident["device_kv_bytes"]
 
 
+@pytest.mark.slow
 def test_a_part_that_breaks_is_named_and_the_others_run(
     settings: ValidationSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,7 +133,7 @@ ALL = {PREFETCH, WRITE_BACK, STATISTICS}
         ("speculative", {"budget": 12, "slots": 14, "offload_layers": 2}, ALL),
         ("speculative", {"budget": 12, "slots": 14, "gpu_memory": 60_000, "host_memory": 400_000}, ALL),
         ("full", {"offload_layers": 2}, {PREFETCH, WRITE_BACK}),
-        ("quest", {"budget": 24, "offload_layers": 2}, {WRITE_BACK}),
+        pytest.param("quest", {"budget": 24, "offload_layers": 2}, {WRITE_BACK}, marks=pytest.mark.slow),
     ],
 )
 def test_memory_outlives_its_uses(method: str, options: dict[str, Any], sides: set[str], run: Run) -> None:
