@@ -98,7 +98,7 @@ def test_blanks_cost_no_more_than_their_length(inside: bool) -> None:
     assert not any(reader.feed(blank) for blank in ("Hm." if inside else "") + blanks)
     assert reader.feed("." if inside else "So.", last=True) == ("" if inside else blanks + "So.")
     assert reader.text == (f"Hm.{blanks}." if inside else "")
-    assert time.process_time() - began < 0.7
+    assert time.process_time() - began < 3
 
 
 @pytest.mark.parametrize("skip", [True, False])

@@ -22,7 +22,7 @@ def test_a_life(tmp_path: Path) -> None:
     config = tmp_path / "serve.yaml"
     config.write_text(yaml.safe_dump(options | {"shutdown_timeout": 60, "max-model-len": 1024}))
     with process(tmp_path / "log", "--config", str(config), "--max-model-len", "2048") as server:
-        assert server.seconds < 15
+        assert server.seconds < 60
         started = server.log.read_text()
         assert "max_model_len=2048" in started and "api_key=***" in started and "hush" not in started
         headers = {"Authorization": "Bearer hush"}

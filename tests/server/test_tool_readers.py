@@ -186,7 +186,7 @@ def test_tags_that_never_close_cost_no_more_than_their_length(text: str) -> None
     began = time.monotonic()
     for form in ("glm45", "qwen3_coder"):
         read(form, text, list(range(0, len(text), 1000)))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -195,7 +195,7 @@ def test_blanks_cost_no_more_than_their_length_and_are_read_alike_however_they_a
     for text in ("so" + many, many + mark + many[:99] + "<", f"<|start|>{many[:99]}<|channel|>final<|message|>{many[:99]}x"):
         began = time.process_time()
         cut = read(form, text, list(range(1, len(text))))
-        assert time.process_time() - began < 1
+        assert time.process_time() - began < 5  # what goes through all of it for every blank takes ten
         assert cut == read(form, text, [])
 
 
