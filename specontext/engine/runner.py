@@ -81,7 +81,9 @@ class ModelRunner:
                 self._graphs = DecodeGraphs(seats=kv.num_seats, device=kv.device)
             else:
                 logger.warning(
-                    "steps are launched kernel by kernel and not captured, because the model waits for the GPU: %s", why
+                    "steps are launched kernel by kernel, slower than captured ones, because the model waits for the GPU (%s): "
+                    "mixtures of experts do in float32, and not with --dtype bfloat16",
+                    why,
                 )
         self.captures = self._graphs is not None
         self._chunks: ChunkGraphs | None = None
