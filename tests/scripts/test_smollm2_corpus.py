@@ -53,6 +53,29 @@ def test_a_page_loses_its_navigation_and_keeps_its_code() -> None:
         ("play", "**HAMLET**  \nTo be\n", "HAMLET: To be"),
         ("wesnoth", '[message]\nspeaker=Konrad\nmessage= _ "We ""must"" go"\n[/message]', 'Konrad: We "must" go'),
         ("mail", "From: a@b\nX-Y: z\nSubject: s\n\nhello", "From: a@b\nSubject: s\n\nhello"),
+        (
+            "script",
+            'Npc:says(_"No \\"way\\" out.", 1)\nplay("a.ogg", [[The ship\n  goes down here.]])',
+            'Npc: No "way" out.\n\nThe ship\ngoes down here.',
+        ),
+        (
+            "crossfire",
+            "arch sign\nmsg\n@match gold\nThe gold is under the old bridge.\nendmsg\n",
+            "> gold\nThe gold is under the old bridge.",
+        ),
+        (
+            "gearhead",
+            "name <Mek>\nMsg1 <Welcome to the old harbour, pilot.>\nMsg2 <a b c d>",
+            "Welcome to the old harbour, pilot.",
+        ),
+        ("flare", "name=Ort\n[dialog]\nhim=Who goes there?\nyou=A friend.\n", "Ort: Who goes there?\n\nHero: A friend."),
+        ("fortunes", "Less is more.\n%\nOff with his head!\n\t\t-- Lewis Carroll\n%\nHold on.\n", "Less is more.\n\nHold on."),
+        (
+            "aiml",
+            "<category><pattern>WHO ARE YOU</pattern><template>I am a <b>small</b> old robot.</template></category>"
+            "<category><pattern>HEY *</pattern><template><srai>HI</srai></template></category>",
+            "> Who are you\nI am a small old robot.",
+        ),
         ("chatterbot", "conversations:\n- - Hi\n  - Hello\n- - Hi\n  - Hello\n", "A: Hi\nB: Hello"),
     ],
 )
@@ -112,17 +135,32 @@ def test_a_package_that_is_another_than_the_pinned_one_is_refused(tmp_path: Path
 
 
 def test_every_package_is_pinned_and_no_two_splits_share_files() -> None:
+    from smollm2_corpus import MORE_TO_TRAIN
     from smollm2_packages import _pinned
     from smollm2_readers import READERS
     from smollm2_sources import PACKAGES
 
     digests = _pinned()
-    assert {f"{p.registry}:{p.name}=={p.version}" for p in PACKAGES} == set(digests)
-    for package in PACKAGES:
+    packages = (*PACKAGES, *MORE_TO_TRAIN)
+    assert sorted(f"{p.registry}:{p.name}=={p.version}" for p in packages) == sorted(digests)
+    for package in packages:
         assert package.licence and package.parts
         assert all(part.reader in READERS for part in package.parts)
         patterns = [(part.split, pattern, part.without) for part in package.parts for pattern in part.files]
         assert len(patterns) == len(set(patterns))
+
+
+def test_packages_added_to_train_take_nothing_from_judged_text() -> None:
+    from smollm2_corpus import MORE_TO_TRAIN, in_order
+    from smollm2_sources import PACKAGES
+
+    assert {part.split for package in MORE_TO_TRAIN for part in package.parts} == {"train"}
+    judging = {re.sub(r"\W|doc|\d", "", p.name) for p in PACKAGES for part in p.parts if part.split != "train"}
+    assert not judging & {re.sub(r"\W|doc|\d", "", p.name) for p in MORE_TO_TRAIN}
+    packages = [(package, Path(package.name)) for package in (*MORE_TO_TRAIN, *PACKAGES)]
+    read = [(package in MORE_TO_TRAIN, part.split) for package, _, part in in_order(packages)]
+    assert len(read) == sum(len(package.parts) for package, _ in packages)
+    assert max(i for i, (_, split) in enumerate(read) if split != "train") < min(i for i, (late, _) in enumerate(read) if late)
 
 
 def test_lookups_fill_a_window_and_follow_from_the_seed() -> None:
