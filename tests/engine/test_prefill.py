@@ -12,8 +12,8 @@ from torch import Tensor
 from specontext import LLM, SamplingParams
 from specontext.engine import prefill
 from specontext.engine.chunk_warm_up import warm_up_chunks
-from specontext.kernels.dense_attention import causal_attention
 from specontext.errors import ConfigError
+from specontext.kernels.dense_attention import causal_attention
 from tests.kv.test_streams import RecordingStreams
 
 
@@ -71,7 +71,7 @@ def test_chunks_of_padding_store_nothing(
 def test_more_tokens_beside_requests_that_decode_than_without_are_refused(
     options: dict[str, int], make_llm: Callable[..., LLM]
 ) -> None:
-    with pytest.raises(ConfigError, match="max_num_mixed_tokens .* raise max_num_batched_tokens"):
+    with pytest.raises(ConfigError, match=r"max_num_mixed_tokens .* raise max_num_batched_tokens"):
         make_llm("llama", **options)
 
 
