@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specontext.kernels.spans import vectors_in
+from specontext.kernels.spans import span_of, vectors_in
 from specontext.kernels.triton import latent_attention
-from specontext.kernels.triton.sparse_attention import first_code, scales_of, tile_shape, words_of
+from specontext.kernels.triton.coded_rows import first_code, scales_of, span_and_place
+from specontext.kernels.triton.pieces import as_copied
+from specontext.kernels.triton.sparse_attention import tile_shape
 
 
 @triton.jit(do_not_specialize=["width", "rows_r", "rows_h"])
@@ -55,12 +57,15 @@ def _logits(
     inside = entry < width
     row = tl.load(rows_ptr + request * rows_r + head.to(tl.int64) * rows_h + entry, mask=inside, other=-1)
     present = row >= 0
-    row = row.to(tl.int64)
-    place = arena_ptr + first_code(row, DIM, SPAN)[:, None] + dim[None, :]
-    key = tl.load(place, mask=present[:, None] & in_dim[None, :], other=0.0).to(FORMAT)  # [BLOCK, DIM_PAD]
+    first = row.to(tl.int64) * (2 * DIM)
+    if SPAN:
+        span, place = span_and_place(row, SPAN)
+        first = first_code(span, place, DIM, SPAN)
+    numbers = arena_ptr + first[:, None] + dim[None, :]
+    key = tl.load(numbers, mask=present[:, None] & in_dim[None, :], other=0.0).to(FORMAT)  # [BLOCK, DIM_PAD]
     factor = scale
     if SPAN:
-        key_scale, _ = scales_of(words_ptr, row, present, DIM, SPAN)
+        key_scale, _ = scales_of(words_ptr, span, place, present, DIM, SPAN)
         factor = key_scale[None, :] * scale
     if DOT:
         logits = tl.dot(query, tl.trans(key), input_precision="ieee")
@@ -86,7 +91,7 @@ def attention_logits(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -
     _logits[(triton.cdiv(width, shape["BLOCK"]), kv_heads, requests)](
         query,
         arena,
-        words_of(arena),
+        as_copied(arena),
         rows,
         logits,
         scale,
@@ -96,6 +101,7 @@ def attention_logits(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -
         query.stride(1),
         rows.stride(0),
         rows.stride(1),
+        SPAN=span_of(arena),
         num_warps=4,
         **shape,
     )
