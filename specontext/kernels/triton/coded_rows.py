@@ -39,12 +39,20 @@ def scales_of(words, span, place, present, DIM: tl.constexpr, SPAN: tl.constexpr
 
 
 @triton.jit
+def stretch_of(most, scale):
+    """Powers of two by which queries of these greatest magnitudes, float32 [M], fit float16, and factors of their logits beside
+    `scale`."""
+    bits = tl.maximum(most, LEAST_QUERY).to(tl.int32, bitcast=True) & 0x7F800000
+    power = bits.to(tl.float32, bitcast=True)  # the greatest power of two below, 2 ** e
+    stretch = (0x43000000 - bits + 0x43000000).to(tl.float32, bitcast=True)  # 2 ** (14 - e)
+    return stretch, power * (scale / REACH)
+
+
+@triton.jit
 def fitted(query, scale):
-    """Queries [M, D], float32, times powers of two that fit them into float16, and factors [M] of their logits beside `scale`."""
-    most = tl.maximum(tl.max(tl.abs(query), 1), LEAST_QUERY)
-    power = most.to(tl.int32, bitcast=True) & 0x7F800000  # the greatest power of two below, 2 ** e, as the bits of a number
-    stretch = (0x43000000 - power + 0x43000000).to(tl.float32, bitcast=True)  # 2 ** (14 - e)
-    return query * stretch[:, None], power.to(tl.float32, bitcast=True) * (scale / REACH)
+    """Queries [M, D], float32, stretched to fit float16, and factors [M] of their logits."""
+    stretch, factor = stretch_of(tl.max(tl.abs(query), 1), scale)
+    return query * stretch[:, None], factor
 
 
 @triton.jit

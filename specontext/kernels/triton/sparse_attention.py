@@ -284,7 +284,7 @@ def tile_shape(query: Tensor, arena: Tensor, group: int) -> dict[str, Any]:
         block = max(16, min(64, (2048 if exact else 8192) // dim_pad))
     else:
         block = max(8, min(64, 4096 // (dim_pad * group_pad)))
-    kind = tl.float32 if exact else tl.float16 if query.dtype == torch.float16 else tl.bfloat16
+    kind = tl.float32 if exact else tl.float16 if scaled or query.dtype == torch.float16 else tl.bfloat16
     if kind == tl.bfloat16 and not query.is_cuda:  # the interpreter multiplies bfloat16 as if it were integers
         kind = tl.float32
     return {
