@@ -7,7 +7,7 @@ would then be waited for. So
 - rows are the long side of both products, [rows, D] x [D, heads] and [D, rows] x [rows, heads]: a group of up to 8 query heads
   fills 8 columns. The other way about it would fill 16 rows, at twice the products and the logits, and queries would be laid out
   again for every block;
-- a key's scale multiplies its logits. A value's multiplies its weights, in units of the greatest scale of the block: so they are
+- a key's scale multiplies its logits. A value's multiplies its weights, in units of the greatest scale so far: so they are
   numbers of float16, whatever the size of values, and lose nothing beside the 8 bits;
 - pages are looked up without masks: entries beyond the last stand for it, and have no weight.
 
@@ -28,11 +28,10 @@ import triton.language as tl
 from torch import Tensor
 
 from specontext.kernels.spans import span_of
-from specontext.kernels.triton.coded_rows import REACH, as_float16, first_code, fitted, scales_of, span_and_place
+from specontext.kernels.triton.coded_rows import LEAST_UNIT, REACH, as_float16, first_code, fitted, scales_of, span_and_place
 from specontext.kernels.triton.online_softmax import LN2, capped
 from specontext.kernels.triton.pieces import as_copied
 
-LEAST_SCALE = tl.constexpr(2.0**-110)  # less than any scale of a row
 LEAST = 8  # columns of the narrowest product
 
 
@@ -119,7 +118,8 @@ def _attend(
 
     top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK, GROUP_PAD], tl.float32)  # added up at the end, once
-    acc = tl.zeros([DIM_PAD, GROUP_PAD], tl.float32)
+    unit = tl.full([GROUP_PAD], LEAST_UNIT, tl.float32)
+    acc = tl.zeros([DIM_PAD, GROUP_PAD], tl.float32)  # in this unit
     for start in range(begin, end, BLOCK):
         entry = start + tl.arange(0, BLOCK)
         present = entry < end
@@ -155,20 +155,19 @@ def _attend(
             logits = capped(logits, cap_log2)
         logits = tl.where(present[:, None], logits, float("-inf"))
         scales = tl.broadcast_to(value_scale[:, None], [BLOCK, GROUP_PAD])
-        new_top, unit = _greatest_of_both(logits, scales, COMPILED)
+        new_top, new_unit = _greatest_of_both(logits, scales, COMPILED)
         new_top = tl.maximum(top, new_top)
-        unit = tl.maximum(unit, LEAST_SCALE) / REACH
+        new_unit = tl.maximum(unit, new_unit / REACH)
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing was present yet: no -inf - -inf
         weights = tl.exp2(logits - base[None, :])
         keep = tl.exp2(top - base)
         total = total * keep[None, :] + weights
-        weights *= scales * (1.0 / unit)[None, :]
+        weights *= scales * (1.0 / new_unit)[None, :]
         rounded = weights.to(tl.float16)
-        sums = tl.dot(tl.trans(values), rounded)  # [DIM_PAD, GROUP_PAD]
+        acc = acc * (keep * (unit / new_unit))[None, :] + tl.dot(tl.trans(values), rounded)
         if TWICE:
-            sums += tl.dot(tl.trans(values), (weights - rounded.to(tl.float32)).to(tl.float16))
-        acc = acc * keep[None, :] + sums * unit[None, :]
-        top = new_top
+            acc += tl.dot(tl.trans(values), (weights - rounded.to(tl.float32)).to(tl.float16))
+        top, unit = new_top, new_unit
 
     total_of_all = tl.sum(total, 0)
     empty = total_of_all == 0.0
@@ -178,7 +177,7 @@ def _attend(
         lse *= LN2
     where = (request * kv_heads * GROUP + query_head) * splits + split
     tl.store(lse_ptr + where, lse, mask=in_group)
-    result = tl.trans((acc / total_of_all[None, :]).to(output_ptr.dtype.element_ty))
+    result = tl.trans((acc * (unit / total_of_all)[None, :]).to(output_ptr.dtype.element_ty))
     tl.store(output_ptr + where[:, None] * DIM + dim[None, :], result, mask=in_group[:, None] & in_dim[None, :])
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 REACH = tl.constexpr(2.0**14)  # the greatest factors are so large, or twice; four times as much float16 has no number for
+LEAST_UNIT = tl.constexpr(2.0**-124)  # less than any scale of a row over REACH
 LEAST_QUERY = tl.constexpr(2.0**-100)  # magnitude that a query is taken to have; one of zeros has one, too
 
 
