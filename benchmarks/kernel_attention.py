@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from kernel_case import PAGE_SIZE, Case
 from kernel_checks import ROUNDED, Operation, calls_of, exact_attention, numbers_at, relative_error, require, row_numbers
@@ -16,9 +20,25 @@ from specontext.kv.layout import places_of
 from specontext.memory.layer_blocks import one_by_one
 from specontext.memory.model import prompt_tile
 
+SPLITS = (1, 2, 4, 8)
+TILES = ((32, 4, 5), (64, 4, 4), (64, 4, 5), (64, 8, 5), (128, 4, 4), (128, 4, 5), (128, 8, 5))  # rows, warps, stages
+
 
 def sparse(case: Case) -> list[Operation]:
     """One call a layer, as in a decode step: every layer has rows of its own."""
+    return _sparse(case, {"sparse_attention": sparse_attention})
+
+
+def sparse_tiles(case: Case) -> list[Operation]:
+    """The same by programs made in other ways."""
+    if case.device.type != "cuda":
+        return []
+    from specontext.kernels.triton.sparse_attention import sparse_attention as on_gpu
+
+    return _sparse(case, {f"sparse_{name}": partial(on_gpu, **made) for name, made in _programs(case).items()})
+
+
+def _sparse(case: Case, ways: dict[str, Callable[..., tuple[Tensor, Tensor]]]) -> list[Operation]:
     shape, width = case.shape, case.budget.total
     count = min(shape.layers, 32)
     queries, rows = case.queries(count), []
@@ -26,35 +46,72 @@ def sparse(case: Case) -> list[Operation]:
         order = [torch.randperm(case.slots, generator=case.order)[:width] for _ in range(case.requests * shape.kv_heads)]
         entries = torch.stack(order).view(case.requests, shape.kv_heads, width).to(case.device)
         rows.append(row_numbers(case.arena_pages[layer], entries, shape.kv_heads))
-
-    def call(i: int) -> tuple[Tensor, Tensor]:
-        return sparse_attention(queries[i], case.arena, rows[i], case.scale)
-
-    found = call(1)[0]
     right = torch.stack(
         [exact_attention(queries[1, r], numbers_at(case.arena, rows[1][r]), case.scale) for r in range(case.requests)]
     )
-    error = require("sparse attention", relative_error(found, right), ROUNDED[shape.dtype])
     words = f"{case.requests} x {shape.query_heads} / {shape.kv_heads} heads, {width} rows of {shape.row_bytes} B"
     moved = case.requests * shape.kv_heads * width * (shape.row_bytes + rows[0].itemsize)
-    return [Operation("sparse_attention", words, calls_of(call, count), error, moved)]
+
+    def operation(name: str, attend: Callable[..., tuple[Tensor, Tensor]]) -> Operation:
+        def call(i: int) -> tuple[Tensor, Tensor]:
+            return attend(queries[i], case.arena, rows[i], case.scale)
+
+        error = require(name.replace("_", " "), relative_error(call(1)[0], right), ROUNDED[shape.dtype])
+        return Operation(name, words, calls_of(call, count), error, moved)
+
+    return [operation(name, attend) for name, attend in ways.items()]
 
 
 def paged(case: Case) -> list[Operation]:
-    shape, count = case.shape, len(case.context_pages)
-    queries, lengths = case.queries(count), torch.full((case.requests,), case.context, device=case.device)
     by_page = _pages(case).by_page(0)
 
-    def call(i: int) -> tuple[Tensor, Tensor]:
-        return paged_attention(queries[i], by_page, case.context_pages[i], lengths, case.scale)
+    def attend(query: Tensor, pages: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return paged_attention(query, by_page, pages, lengths, case.scale)
 
-    found, right = call(1)[0], []
-    for r in range(case.requests):
-        right.append(exact_attention(queries[1, r], _context(case, 1, r), case.scale))
-    error = require("paged attention", relative_error(found, torch.stack(right)), ROUNDED[shape.dtype])
+    return _paged(case, {"paged_attention": attend})
+
+
+def paged_tiles(case: Case) -> list[Operation]:
+    """The same by programs made in other ways."""
+    if case.device.type != "cuda":
+        return []
+    from specontext.kernels.triton.paged_attention import paged_attention as on_gpu
+
+    def by(made: dict[str, Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+        sizes = {"page_size": PAGE_SIZE, "kv_heads": case.shape.kv_heads}
+        return lambda query, pages, lengths: on_gpu(query, case.context_rows, pages, lengths, case.scale, **sizes, **made)
+
+    return _paged(case, {f"paged_{name}": by(made) for name, made in _programs(case).items()})
+
+
+def _paged(case: Case, ways: dict[str, Callable[..., tuple[Tensor, Tensor]]]) -> list[Operation]:
+    shape, count = case.shape, len(case.context_pages)
+    queries, lengths = case.queries(count), torch.full((case.requests,), case.context, device=case.device)
+    right = torch.stack([exact_attention(queries[1, r], _context(case, 1, r), case.scale) for r in range(case.requests)])
     words = f"{case.requests} x {shape.query_heads} / {shape.kv_heads} heads, {case.context} tokens"
     moved = case.requests * case.context * shape.kv_heads * shape.row_bytes
-    return [Operation("paged_attention", words, calls_of(call, count), error, moved)]
+
+    def operation(name: str, attend: Callable[..., tuple[Tensor, Tensor]]) -> Operation:
+        def call(i: int) -> tuple[Tensor, Tensor]:
+            return attend(queries[i], case.context_pages[i], lengths)
+
+        error = require(name.replace("_", " "), relative_error(call(1)[0], right), ROUNDED[shape.dtype])
+        return Operation(name, words, calls_of(call, count), error, moved)
+
+    return [operation(name, attend) for name, attend in ways.items()]
+
+
+def _programs(case: Case) -> dict[str, dict[str, Any]]:
+    """Numbers of splits, and of rows in 8 bits tiles, by names."""
+    if case.shape.kv_dtype is None:
+        return {f"{splits}_splits": {"splits": splits} for splits in SPLITS}
+    from specontext.kernels.triton.coded_attention import Tile
+
+    return {
+        f"{rows}_rows_{warps}_warps_{stages}_stages_{splits}_splits": {"splits": splits, "tile": Tile(rows, warps, stages)}
+        for rows, warps, stages in TILES
+        for splits in SPLITS
+    }
 
 
 def _pages(case: Case) -> Pages:

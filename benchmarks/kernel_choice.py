@@ -12,13 +12,14 @@ from torch import Tensor
 from specontext.kernels.retrieval_scores import paged_retrieval_scores
 from specontext.kernels.slot_plan import plan_slots
 from specontext.kernels.top_k import top_k_positions
-from specontext.retrieval.head import RetrievalHead
+from specontext.models.compiled import CompiledModules
+from specontext.retrieval.head import CALLED, RetrievalHead
 
 LONG_ROWS_TARGET = 25e-6
 
 
 def head(case: Case) -> list[Operation]:
-    """What a step computes of the head, before and after the model has run.
+    """What a step computes of the head, before and after the model has run; compiled where an engine compiles it.
 
     Rotates among copies of the head: between two steps the model's weights drive it out of the caches.
     """
@@ -34,8 +35,12 @@ def head(case: Case) -> list[Operation]:
         queries = module.queries(embedding, previous, positions)
         return queries, module.keys(embedding, module.fuse(feature), previous, positions)
 
+    compiling = case.device.type == "cuda" and shape.dtype != torch.float32
+    compiled = CompiledModules([(module, name) for module in heads for name in CALLED] if compiling else [])
+
     def call(i: int) -> tuple[Tensor, Tensor]:
-        return run(heads[i], embeddings[i], before[i], features[i])
+        with compiled.use(case.requests):
+            return run(heads[i], embeddings[i], before[i], features[i])
 
     exact = run(copy.deepcopy(first).double(), *(x[1].double() for x in (embeddings, before, features)))
     error = max(relative_error(found, right) for found, right in zip(call(1), exact, strict=True))

@@ -2,6 +2,7 @@
 
 Usage: python benchmarks/kernels.py [--device cuda] [--model llama-3.1-8b] [--context 131072] [--budget 2048] [--json]
        python benchmarks/kernels.py --only top_k,gather --quick
+       python benchmarks/kernels.py --only paged,sparse,paged_tiles --context 10240 --requests 32 --kv-cache-dtype fp8
        python benchmarks/kernels.py --only gather,dense_read,write_back,chunk,append,sparse,paged --kv-cache-dtype fp8
        python benchmarks/kernels.py --only scores,top_k,head --bands 3 --key-heads 1 --key-dim 1024 --query-rank 1024
 
@@ -16,7 +17,8 @@ Operations (names for --only):
   rows       numbers of the arena rows that a selection stands for, all layers at once
   append     new rows of one layer: of a resident one, and of an offloaded one to both tiers
   sparse     decode attention over the budget's rows, one call a layer
-  paged      decode attention over the whole context in pages
+  paged      decode attention over the whole context in pages; paged_tiles, sparse_tiles: by other numbers of splits, and of KV in
+             8 bits by other tiles
   prefill    causal attention of a chunk at the end of the context
   head       forward pass of the retrieval head for one token of each request
 
@@ -43,7 +45,7 @@ from typing import Any
 import specontext  # noqa: F401  # isort: skip  # before torch: it says how torch's threads wait
 
 import torch
-from kernel_attention import paged, prefill, sparse
+from kernel_attention import paged, paged_tiles, prefill, sparse, sparse_tiles
 from kernel_case import RECENT, SINK, Case
 from kernel_checks import ROUNDED, Operation, WrongResult
 from kernel_choice import head, scores, slot_plan, top_k, top_k_64k
@@ -86,7 +88,9 @@ OPERATIONS: dict[str, Callable[[Case], list[Operation]]] = {
     "rows": rows,
     "append": append,
     "sparse": sparse,
+    "sparse_tiles": sparse_tiles,
     "paged": paged,
+    "paged_tiles": paged_tiles,
     "prefill": prefill,
     "head": head,
 }

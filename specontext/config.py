@@ -330,8 +330,17 @@ class EngineConfig:
             )
 
     def step_tokens(self, device_type: str) -> StepTokens:
-        """How many tokens steps have on a kind of device."""
+        """How many tokens steps have on a kind of device.
+
+        Raises:
+            ConfigError: more are asked for beside requests that decode than without any.
+        """
         most = self.max_num_batched_tokens or STEP_TOKENS[device_type]
+        if self.max_num_mixed_tokens is not None and self.max_num_mixed_tokens > most:
+            raise ConfigError(
+                f"max_num_mixed_tokens {self.max_num_mixed_tokens} exceeds max_num_batched_tokens, which is {most}: lower it, or "
+                "raise max_num_batched_tokens"
+            )
         return StepTokens(most, min(self.max_num_mixed_tokens or MIXED_TOKENS, most))
 
     @property

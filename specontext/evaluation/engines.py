@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from specontext.config import STEP_TOKENS, SpeContextConfig
 from specontext.engine.llm import LLM
@@ -69,8 +70,11 @@ class Engines:
             offload_layers=settings.offload_layers,
         )
         head = group.head if group.head is not None else settings.retrieval_head
-        options = GPU_OPTIONS if self.loaded.model.device.type == "cuda" else {}
-        llm = LLM(self.loaded, head, config, methods=methods, **options | settings.engine)
+        said = settings.engine
+        options: dict[str, Any] = {}
+        if self.loaded.model.device.type == "cuda":
+            options = GPU_OPTIONS | {"max_num_mixed_tokens": said.get("max_num_batched_tokens") or STEP_TOKENS["cuda"]}
+        llm = LLM(self.loaded, head, config, methods=methods, **options | said)
         self.budget, self._open = llm.config.budget, (group, llm)
         return llm
 

@@ -26,9 +26,10 @@ def fix_rope(model: PreTrainedModel, longest: int) -> None:
     for module in moving_rope(model):
         kind = module.__dict__.setdefault(OWN, module.__dict__["rope_type"])
         module.__dict__["rope_type"] = kind
-        last = torch.tensor([[longest - 1]], device=model.device)
         for layers in kind if isinstance(kind, dict) else [None]:
-            module(torch.zeros(1, device=model.device), last, *([] if layers is None else [layers]))
+            for last in (0, longest - 1):  # a single token first: angles that a longer batch has left are forgotten
+                position = torch.tensor([[last]], device=model.device)
+                module(torch.zeros(1, device=model.device), position, *([] if layers is None else [layers]))
         module.__dict__["rope_type"] = _fixed(kind)
 
 

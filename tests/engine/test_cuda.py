@@ -63,10 +63,24 @@ def tokens(loaded: dict[str, LoadedModel], prompts: list[str]) -> Callable[..., 
     return run
 
 
+@pytest.fixture(scope="module")
+def expected_of(tokens: Callable[..., tuple[list[list[int]], LLM]]) -> Callable[..., list[list[int]]]:
+    """The CPU's tokens, which several tests ask for: computed once."""
+    known: dict[str, list[list[int]]] = {}
+
+    def of(method: str, **options: Any) -> list[list[int]]:
+        asked = f"{method} {sorted(options.items())}"
+        if asked not in known:
+            known[asked], _ = tokens("cpu", method, **options)
+        return known[asked]
+
+    return of
+
+
 @pytest.mark.parametrize("offload_layers", [0, 2, -1])
 @pytest.mark.parametrize("method", ["speculative", "full"])
-def test_captured_steps_give_the_cpu_s_tokens(method: str, offload_layers: int, tokens: Any) -> None:
-    expected, _ = tokens("cpu", method)
+def test_captured_steps_give_the_cpu_s_tokens(method: str, offload_layers: int, tokens: Any, expected_of: Any) -> None:
+    expected = expected_of(method)
     found, llm = tokens("cuda", method, offload_layers=offload_layers)
     assert found == expected
     assert bool(llm.engine.runner._graphs._captured) == (method == "speculative" or offload_layers == 0)
@@ -74,9 +88,9 @@ def test_captured_steps_give_the_cpu_s_tokens(method: str, offload_layers: int, 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
 @pytest.mark.parametrize(("method", "offload_layers"), [("speculative", 0), ("speculative", -1), ("full", 2)])
-def test_kv_in_8_bits_gives_the_cpu_s_tokens(method: str, offload_layers: int, kind: str, tokens: Any) -> None:
+def test_kv_in_8_bits_gives_the_cpu_s_tokens(method: str, offload_layers: int, kind: str, tokens: Any, expected_of: Any) -> None:
     """Of most problems: a sum that a GPU rounds otherwise may turn a code into its neighbour."""
-    expected, _ = tokens("cpu", method, kv_cache_dtype=kind)
+    expected = expected_of(method, kv_cache_dtype=kind)
     found, llm = tokens("cuda", method, offload_layers=offload_layers, kv_cache_dtype=kind)
     assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 3
     assert bool(llm.engine.runner._graphs._captured) == (method == "speculative" or offload_layers == 0)
@@ -85,9 +99,11 @@ def test_kv_in_8_bits_gives_the_cpu_s_tokens(method: str, offload_layers: int, k
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
 @pytest.mark.parametrize(("method", "offload_layers"), [("speculative", -1), ("speculative", 2), ("full", 2)])
-def test_a_host_in_8_bits_gives_the_cpu_s_tokens(method: str, offload_layers: int, kind: str, tokens: Any) -> None:
+def test_a_host_in_8_bits_gives_the_cpu_s_tokens(
+    method: str, offload_layers: int, kind: str, tokens: Any, expected_of: Any
+) -> None:
     options = {"offload_layers": offload_layers, "host_kv_dtype": kind, "enable_prefix_caching": False}
-    expected, _ = tokens("cpu", method, **options)
+    expected = expected_of(method, **options)
     found, llm = tokens("cuda", method, **options)
     assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 3
     assert llm.engine.parts.kv.transfers.converts
@@ -98,15 +114,17 @@ def test_a_host_in_8_bits_gives_the_cpu_s_tokens(method: str, offload_layers: in
 
 
 @pytest.mark.parametrize("method", ["speculative", "oracle"])
-def test_eager_steps_with_every_load_verified(method: str, tokens: Any) -> None:
-    expected, _ = tokens("cpu", method)
+def test_eager_steps_with_every_load_verified(method: str, tokens: Any, expected_of: Any) -> None:
+    expected = expected_of(method)
     assert tokens("cuda", method, offload_layers=-1, enforce_eager=True, verify_loads=True)[0] == expected
 
 
 @pytest.mark.parametrize("megabytes", [6, 12])
 @pytest.mark.parametrize("method", ["speculative", "full"])
-def test_layers_move_under_captured_steps(method: str, megabytes: int, tokens: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, _ = tokens("cpu", method)
+def test_layers_move_under_captured_steps(
+    method: str, megabytes: int, tokens: Any, expected_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = expected_of(method)
     monkeypatch.setattr(build, "device_memory", lambda *_: megabytes * 1_000_000)
     found, llm = tokens("cuda", method, offload_layers=None)
     assert found == expected
@@ -155,9 +173,15 @@ def test_engines_that_come_and_go_leave_nothing(dtype: str, close: bool) -> None
     ("method", "offload_layers", "kilobytes"), [("speculative", 0, 3000), ("speculative", 2, 2400), ("full", 0, 3000)]
 )
 def test_requests_that_wait_on_the_host_go_on_as_on_the_cpu(
-    method: str, offload_layers: int, kilobytes: int, tokens: Any, programs: list[str], monkeypatch: pytest.MonkeyPatch
+    method: str,
+    offload_layers: int,
+    kilobytes: int,
+    tokens: Any,
+    expected_of: Any,
+    programs: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected, _ = tokens("cpu", method, ask=programs)
+    expected = expected_of(method, ask=programs)
     monkeypatch.setattr(build, "device_memory", lambda *_: kilobytes * 1000)
     found, llm = tokens("cuda", method, offload_layers=offload_layers, ask=programs)
     assert found == expected

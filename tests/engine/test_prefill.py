@@ -12,6 +12,7 @@ from torch import Tensor
 from specontext import LLM, SamplingParams
 from specontext.engine import prefill
 from specontext.engine.chunk_warm_up import warm_up_chunks
+from specontext.errors import ConfigError
 from specontext.kernels.dense_attention import causal_attention
 from tests.kv.test_streams import RecordingStreams
 
@@ -62,6 +63,16 @@ def test_chunks_of_padding_store_nothing(
     assert all(map(torch.equal, before, bits))
     engine.parts.prefix.reset()
     assert [output.token_ids for output in llm.generate(prompts, greedy(3))] == expected
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_num_batched_tokens": 40, "max_num_mixed_tokens": 41}, {"max_num_mixed_tokens": 1 << 20}]
+)
+def test_more_tokens_beside_requests_that_decode_than_without_are_refused(
+    options: dict[str, int], make_llm: Callable[..., LLM]
+) -> None:
+    with pytest.raises(ConfigError, match=r"max_num_mixed_tokens .* raise max_num_batched_tokens"):
+        make_llm("llama", **options)
 
 
 def test_chunks_are_large_where_nobody_decodes(

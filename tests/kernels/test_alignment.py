@@ -18,7 +18,7 @@ import json, re, torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from specontext.kernels.triton import pieces, rows, sparse_attention
+from specontext.kernels.triton import coded_attention, pieces, rows
 
 KINDS = {"host": "*i8", "arena": "*i8", "pool": "*i8", "host_words": "*i32", "arena_words": "*i32", "words": "*i32"}
 KINDS |= {"resident": "*u8", "key": "*bf16", "value": "*bf16", "seats": "*i64", "positions": "*i64", "lengths": "*i64"}
@@ -75,9 +75,17 @@ for dim in (DIM, 18):
 
 read = {"query_ptr": "*bf16", "arena_ptr": "*fp8e4nv", "words_ptr": "*i32", "index_ptr": "*i32", "lengths_ptr": "*i64"}
 read |= {"output_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32", "cap_log2": "fp32"}
-for name, span in (("read", PAGE * HEADS), ("read by themselves", 1)):
-    found[name] = widths(sparse_attention._attend, read, GROUP=4, GROUP_PAD=16, DIM=DIM, DIM_PAD=DIM, BLOCK=64, PAGE_SIZE=0,
-        FORMAT=triton.language.bfloat16, DOT=True, SPAN=span, FINAL=False, CAPPED=False)[1:]
+shape = {"DIM": DIM, "DIM_PAD": DIM, "BLOCK": 64, "FINAL": False, "CAPPED": False, "COMPILED": True}
+
+def reads(span, group, codes="*fp8e4nv", query="*bf16", page=0):
+    names = read | {"arena_ptr": codes, "query_ptr": query}
+    return widths(coded_attention._attend, names, GROUP=group, GROUP_PAD=max(8, group), PAGE_SIZE=page, SPAN=span,
+        BY_PAGE=page > 0, TWICE=query == "*fp32", **shape)[1:]
+
+for codes in ("*fp8e4nv", "*i8"):
+    for group, query in ((4, "*bf16"), (16, "*fp16"), (1, "*fp32")):
+        found[f"read {codes} {group}"] = [reads(PAGE * HEADS, group, codes, query, page) for page in (0, PAGE)]
+found["read by themselves"] = reads(1, 4)
 
 latent = {"HEADS": 1, "DIM": 576, "BLOCK": 1024, "ROWS": 4, "PARTS": 1}  # of DeepSeek's models
 found["append latents"] = [
@@ -102,7 +110,8 @@ def test_codes_in_spans_cross_a_bus_and_come_to_attention_by_16_bytes(found: dic
     stores, load, _ = found["to slots"]
     assert load == 16 and "v4.b32" in stores
     assert found["to a buffer"][1] == 16 and found["loads as numbers 1"][1] == found["loads as numbers 2"][1] == 16
-    assert found["read"] == [16, 0], "and values are laid out for products as numbers, not byte by byte"
+    reads = [widths for name, both in found.items() if name.startswith("read *") for widths in both]
+    assert len(reads) == 12 and all(x == [16, 0] for x in reads), "and values are laid out as numbers, not byte by byte"
     assert (
         "v4.b32" in found["chunk 128"][0]
         and "v4.b32" in found["append"][1]

@@ -50,7 +50,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "MiniMaxForCausalLM is not supported: .* cache of its own",
     ),
     "Zamba": (
-        {"attn_layer_period": 2, "attn_layer_offset": 1, "attention_head_dim": 32, "mamba_dt_rank": 8, "n_mamba_heads": 2},
+        {
+            **{"attn_layer_period": 2, "attn_layer_offset": 1, "attention_head_dim": 32, "mamba_dt_rank": 8, "n_mamba_heads": 2},
+            "use_mamba_kernels": False,
+        },
         "several of its layers share one attention",
     ),
     "Zamba2": (

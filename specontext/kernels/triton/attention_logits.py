@@ -13,9 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specontext.kernels.spans import vectors_in
+from specontext.kernels.spans import span_of, vectors_in
 from specontext.kernels.triton import latent_attention
-from specontext.kernels.triton.sparse_attention import first_code, scales_of, tile_shape, words_of
+from specontext.kernels.triton.coded_rows import as_float16, first_code, fitted, scales_of, span_and_place
+from specontext.kernels.triton.pieces import as_copied
+from specontext.kernels.triton.sparse_attention import tile_shape
+
+FLOAT16 = tl.constexpr(tl.float16)
 
 
 @triton.jit(do_not_specialize=["width", "rows_r", "rows_h"])
@@ -40,6 +44,7 @@ def _logits(
     FORMAT: tl.constexpr,
     DOT: tl.constexpr,
     SPAN: tl.constexpr,  # rows whose codes lie together, before their scales; 0 for numbers
+    COMPILED: tl.constexpr,  # for a GPU, not for the interpreter
 ):
     block, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     member = tl.arange(0, GROUP_PAD)
@@ -50,23 +55,36 @@ def _logits(
         query_ptr + request * query_r + query_head[:, None] * query_h + dim[None, :],
         mask=in_group[:, None] & in_dim[None, :],
         other=0.0,
-    ).to(FORMAT)
+    )
+    if SPAN and FORMAT == FLOAT16:
+        query, factor = fitted(query.to(tl.float32), scale)
+    query = query.to(FORMAT)
     entry = block * BLOCK + tl.arange(0, BLOCK)
     inside = entry < width
     row = tl.load(rows_ptr + request * rows_r + head.to(tl.int64) * rows_h + entry, mask=inside, other=-1)
     present = row >= 0
-    row = row.to(tl.int64)
-    place = arena_ptr + first_code(row, DIM, SPAN)[:, None] + dim[None, :]
-    key = tl.load(place, mask=present[:, None] & in_dim[None, :], other=0.0).to(FORMAT)  # [BLOCK, DIM_PAD]
-    factor = scale
+    first = row.to(tl.int64) * (2 * DIM)
     if SPAN:
-        key_scale, _ = scales_of(words_ptr, row, present, DIM, SPAN)
-        factor = key_scale[None, :] * scale
+        span, place = span_and_place(row, SPAN)
+        first = first_code(span, place, DIM, SPAN)
+    numbers = arena_ptr + first[:, None] + dim[None, :]
+    key = tl.load(numbers, mask=present[:, None] & in_dim[None, :], other=0.0)  # [BLOCK, DIM_PAD]
+    if SPAN and FORMAT == FLOAT16:
+        key = as_float16(key, False, COMPILED)
+    key = key.to(FORMAT)
+    if SPAN:
+        key_scale, _ = scales_of(words_ptr, span, place, present, DIM, SPAN)
     if DOT:
         logits = tl.dot(query, tl.trans(key), input_precision="ieee")
     else:
         logits = tl.sum(query[:, None, :].to(tl.float32) * key[None, :, :].to(tl.float32), 2)
-    logits = tl.where(present[None, :], logits * factor, float("-inf"))
+    if SPAN and FORMAT == FLOAT16:
+        logits *= factor[:, None] * key_scale[None, :]
+    elif SPAN:
+        logits *= key_scale[None, :] * scale
+    else:
+        logits *= scale
+    logits = tl.where(present[None, :], logits, float("-inf"))
     place = (request * kv_heads * GROUP + query_head)[:, None] * width + entry[None, :]
     tl.store(logits_ptr + place, logits, mask=in_group[:, None] & inside[None, :])
 
@@ -86,7 +104,7 @@ def attention_logits(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -
     _logits[(triton.cdiv(width, shape["BLOCK"]), kv_heads, requests)](
         query,
         arena,
-        words_of(arena),
+        as_copied(arena),
         rows,
         logits,
         scale,
@@ -96,6 +114,8 @@ def attention_logits(query: Tensor, arena: Tensor, rows: Tensor, scale: float) -
         query.stride(1),
         rows.stride(0),
         rows.stride(1),
+        SPAN=span_of(arena),
+        COMPILED=query.is_cuda,
         num_warps=4,
         **shape,
     )

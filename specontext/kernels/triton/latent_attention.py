@@ -23,10 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from specontext.kernels.spans import span_of
+from specontext.kernels.triton.coded_rows import LEAST_UNIT, REACH, as_float16, stretch_of
 from specontext.kernels.triton.online_softmax import LN2, capped
 from specontext.kernels.triton.pieces import as_copied, first_of, scales_at
 
 MOST_HEADS = 32  # of a tile: their sums stay in registers
+FLOAT16 = tl.constexpr(tl.float16)
 LEAST = 16  # what tensor cores want of every side
 
 
@@ -50,6 +52,18 @@ def _scale_of(words, row, present, DIM: tl.constexpr, SPAN: tl.constexpr):
     """The scale of rows in 8 bits, float32: each half of a word."""
     both = tl.load(words + scales_at(row, DIM // 4, SPAN), mask=present, other=0)
     return (both << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _factors(query, rest, scale, FORMAT: tl.constexpr, SPAN: tl.constexpr):
+    """Both parts of queries as factors of products, and factors [TILE] of their logits."""
+    if SPAN and FORMAT == FLOAT16:
+        query, rest = query.to(tl.float32), rest.to(tl.float32)
+        stretch, factor = stretch_of(tl.maximum(tl.max(tl.abs(query), 1), tl.max(tl.abs(rest), 1)), scale)
+        query, rest = query * stretch[:, None], rest * stretch[:, None]
+    else:
+        factor = tl.full([query.shape[0]], 1.0, tl.float32) * scale
+    return query.to(FORMAT), rest.to(FORMAT), factor
 
 
 @triton.jit(do_not_specialize=["width", "splits"])
@@ -77,14 +91,16 @@ def _attend(
     PAGE_SIZE: tl.constexpr,  # 0 for rows
     FORMAT: tl.constexpr,  # of the factors of the products; sums are float32
     SPAN: tl.constexpr,  # rows whose codes lie together, before their scales; 0 for numbers
+    COMPILED: tl.constexpr,  # for a GPU, not for the interpreter
     FINAL: tl.constexpr,  # one split: the result itself
     CAPPED: tl.constexpr,
 ):
     split, request = tl.program_id(1), tl.program_id(2).to(tl.int64)
     head, live, column, in_main, behind, in_rest = _split(tl.program_id(0), HEADS, TILE, DIM, MAIN, REST)
     place = query_ptr + request * query_r + head[:, None] * query_h
-    query = tl.load(place + column[None, :], mask=live[:, None] & in_main[None, :], other=0.0).to(FORMAT)
-    query_rest = tl.load(place + behind[None, :], mask=live[:, None] & in_rest[None, :], other=0.0).to(FORMAT)
+    query = tl.load(place + column[None, :], mask=live[:, None] & in_main[None, :], other=0.0)
+    query_rest = tl.load(place + behind[None, :], mask=live[:, None] & in_rest[None, :], other=0.0)
+    query, query_rest, factor = _factors(query, query_rest, scale_log2, FORMAT, SPAN)
     length = width
     if PAGE_SIZE:
         length = tl.load(lengths_ptr + request).to(tl.int32)
@@ -97,6 +113,7 @@ def _attend(
     total = tl.zeros([TILE], tl.float32)
     acc = tl.zeros([TILE, MAIN], tl.float32)
     acc_rest = tl.zeros([TILE, REST], tl.float32)
+    unit = tl.full([TILE], LEAST_UNIT if SPAN and FORMAT == FLOAT16 else 1.0, tl.float32)  # of both
     for start in range(begin, end, BLOCK):
         entry = start + tl.arange(0, BLOCK)
         present = entry < end
@@ -107,11 +124,14 @@ def _attend(
             row = tl.load(index_ptr + entry, mask=present, other=-1).to(tl.int64)
             present = row >= 0
         here = arena_ptr + _first(row, DIM, SPAN)[:, None]
-        main = tl.load(here + column[None, :], mask=present[:, None] & in_main[None, :], other=0.0).to(FORMAT)
-        rest = tl.load(here + behind[None, :], mask=present[:, None] & in_rest[None, :], other=0.0).to(FORMAT)
+        main = tl.load(here + column[None, :], mask=present[:, None] & in_main[None, :], other=0.0)
+        rest = tl.load(here + behind[None, :], mask=present[:, None] & in_rest[None, :], other=0.0)
+        if SPAN and FORMAT == FLOAT16:
+            main, rest = as_float16(main, False, COMPILED), as_float16(rest, False, COMPILED)
+        main, rest = main.to(FORMAT), rest.to(FORMAT)
         logits = tl.dot(query, tl.trans(main), input_precision="ieee")  # [TILE, BLOCK]
         logits += tl.dot(query_rest, tl.trans(rest), input_precision="ieee")
-        logits *= scale_log2
+        logits *= factor[:, None]
         if SPAN:
             of_row = _scale_of(words_ptr, row, present, DIM, SPAN)
             logits *= of_row[None, :]
@@ -123,7 +143,12 @@ def _attend(
         weights = tl.exp2(logits - base[:, None])
         keep = tl.exp2(top - base)
         total = total * keep + tl.sum(weights, 1)
-        if SPAN:
+        if SPAN and FORMAT == FLOAT16:  # in units of the greatest scale so far, as in `coded_attention.py`
+            new_unit = tl.maximum(unit, tl.max(of_row, 0) / REACH)
+            weights *= of_row[None, :] * (1.0 / new_unit)[:, None]
+            keep *= unit / new_unit
+            unit = new_unit
+        elif SPAN:
             weights *= of_row[None, :]
         acc = acc * keep[:, None] + tl.dot(weights.to(FORMAT), main, input_precision="ieee")
         acc_rest = acc_rest * keep[:, None] + tl.dot(weights.to(FORMAT), rest, input_precision="ieee")
@@ -138,8 +163,8 @@ def _attend(
     tl.store(lse_ptr + place, lse, mask=live)
     place = output_ptr + place[:, None] * DIM
     kind = output_ptr.dtype.element_ty
-    tl.store(place + column[None, :], (acc / total[:, None]).to(kind), mask=live[:, None] & in_main[None, :])
-    tl.store(place + behind[None, :], (acc_rest / total[:, None]).to(kind), mask=live[:, None] & in_rest[None, :])
+    tl.store(place + column[None, :], (acc * (unit / total)[:, None]).to(kind), mask=live[:, None] & in_main[None, :])
+    tl.store(place + behind[None, :], (acc_rest * (unit / total)[:, None]).to(kind), mask=live[:, None] & in_rest[None, :])
 
 
 @triton.jit(do_not_specialize=["width", "rows_r"])
@@ -162,24 +187,29 @@ def _logits(
     BLOCK: tl.constexpr,
     FORMAT: tl.constexpr,
     SPAN: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):
     block, request = tl.program_id(1), tl.program_id(2).to(tl.int64)
     head, live, column, in_main, behind, in_rest = _split(tl.program_id(0), HEADS, TILE, DIM, MAIN, REST)
     place = query_ptr + request * query_r + head[:, None] * query_h
-    query = tl.load(place + column[None, :], mask=live[:, None] & in_main[None, :], other=0.0).to(FORMAT)
-    query_rest = tl.load(place + behind[None, :], mask=live[:, None] & in_rest[None, :], other=0.0).to(FORMAT)
+    query = tl.load(place + column[None, :], mask=live[:, None] & in_main[None, :], other=0.0)
+    query_rest = tl.load(place + behind[None, :], mask=live[:, None] & in_rest[None, :], other=0.0)
+    query, query_rest, factor = _factors(query, query_rest, scale, FORMAT, SPAN)
     entry = block * BLOCK + tl.arange(0, BLOCK)
     inside = entry < width
     row = tl.load(rows_ptr + request * rows_r + entry, mask=inside, other=-1).to(tl.int64)
     present = row >= 0
     place = arena_ptr + _first(row, DIM, SPAN)[:, None]
-    main = tl.load(place + column[None, :], mask=present[:, None] & in_main[None, :], other=0.0).to(FORMAT)
-    rest = tl.load(place + behind[None, :], mask=present[:, None] & in_rest[None, :], other=0.0).to(FORMAT)
+    main = tl.load(place + column[None, :], mask=present[:, None] & in_main[None, :], other=0.0)
+    rest = tl.load(place + behind[None, :], mask=present[:, None] & in_rest[None, :], other=0.0)
+    if SPAN and FORMAT == FLOAT16:
+        main, rest = as_float16(main, False, COMPILED), as_float16(rest, False, COMPILED)
+    main, rest = main.to(FORMAT), rest.to(FORMAT)
     logits = tl.dot(query, tl.trans(main), input_precision="ieee")
     logits += tl.dot(query_rest, tl.trans(rest), input_precision="ieee")
     if SPAN:
         logits *= _scale_of(words_ptr, row, present, DIM, SPAN)[None, :]
-    logits = tl.where(present[None, :], logits * scale, float("-inf"))
+    logits = tl.where(present[None, :], logits * factor[:, None], float("-inf"))
     place = logits_ptr + (request * HEADS + head)[:, None] * width + entry[None, :]
     tl.store(place, logits, mask=live[:, None] & inside[None, :])
 
@@ -264,10 +294,9 @@ def tile_sizes(query: Tensor, arena: Tensor, *, on_gpu: bool | None = None) -> t
     """
     heads, dim = query.shape[1:]
     exact = (query.dtype != arena.dtype and not span_of(arena)) or query.dtype == torch.float32
-    kind = tl.float32 if exact else tl.float16 if query.dtype == torch.float16 else tl.bfloat16
-    if kind == tl.bfloat16 and not (
-        query.is_cuda if on_gpu is None else on_gpu
-    ):  # the interpreter multiplies bfloat16 as if it were integers
+    coded, on_gpu = span_of(arena) > 0, query.is_cuda if on_gpu is None else on_gpu
+    kind = tl.float32 if exact else tl.float16 if coded or query.dtype == torch.float16 else tl.bfloat16
+    if kind == tl.bfloat16 and not on_gpu:  # the interpreter multiplies bfloat16 as if it were integers
         kind = tl.float32
     main = max(LEAST, triton.next_power_of_2(dim) // 2)
     tile = _tile(heads)
@@ -280,5 +309,6 @@ def tile_sizes(query: Tensor, arena: Tensor, *, on_gpu: bool | None = None) -> t
         "BLOCK": LEAST if exact else 32,
         "FORMAT": kind,
         "SPAN": span_of(arena),
+        "COMPILED": on_gpu,
     }
     return sizes, 4 if tile == LEAST else 8

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from specontext.kernels.triton.coded_attention import Tile
 from specontext.kernels.triton.sparse_attention import launch
 
 
@@ -21,12 +22,14 @@ def paged_attention(
     page_size: int,
     kv_heads: int,
     splits: int | None = None,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.paged_attention`.
 
     Args:
         splits: programs that share the tokens of a (request, KV head); chosen by `choose_splits` when None.
+        tile: of a program for rows in 8 bits; see `coded_attention.attend`.
     """
     pages = pages if pages.stride(-1) == 1 else pages.contiguous()
     width = pages.shape[1] * page_size
-    return launch(query, arena, pages, (pages.stride(0), 0), lengths, width, kv_heads, scale, page_size, splits, cap)
+    return launch(query, arena, pages, (pages.stride(0), 0), lengths, width, kv_heads, scale, page_size, splits, cap, tile)

@@ -4,9 +4,9 @@ A program takes one split of the entries of one (request, KV head) and all query
 however many heads share it. A second kernel merges the splits by their log-sum-exp; nothing is added atomically, so
 results are reproducible.
 
-Rows in 8 bits are dequantised as they are read: keys by a factor of their logits, values by one of their weights.
+Rows in 8 bits have a kernel of their own, `coded_attention.py`, and latents `latent_attention.py`; all share the merge.
 
-Bytes: 2 * D * itemsize a row, or 2 * D + 4 in 8 bits; the index (8 or 4, once a row; a page table is read once a page), and for
+Bytes: 2 * D * itemsize a row; the index (8 or 4, once a row; a page table is read once a page), and for
 every split 4 * (D + 1) written and read again for each query head.
 """
 
@@ -22,44 +22,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specontext.kernels.spans import span_of, vectors_in
+from specontext.kernels.spans import vectors_in
 from specontext.kernels.tables import is_quantised
-from specontext.kernels.triton import latent_attention
+from specontext.kernels.triton import coded_attention, latent_attention
+from specontext.kernels.triton.coded_attention import Tile
 from specontext.kernels.triton.online_softmax import LN2, capped
-from specontext.kernels.triton.pieces import first_of, scales_at
 
 PROCESSORS = 132  # of an H100 or H200; stands in for devices that are none
 WAVES = 2  # programs a processor, about as many as it can hold at once
 LEAST_ROWS = 32  # entries of the smallest split
-FLOAT16, BFLOAT16 = tl.constexpr(tl.float16), tl.constexpr(tl.bfloat16)
-
-
-@triton.jit
-def first_code(row, DIM: tl.constexpr, SPAN: tl.constexpr):
-    """Where a row begins: its numbers, or where SPAN is not 0 its codes; see `specontext.kernels.spans`."""
-    return 4 * first_of(row, DIM // 2, SPAN) if SPAN else row * (2 * DIM)
-
-
-@triton.jit
-def scales_of(words, row, present, DIM: tl.constexpr, SPAN: tl.constexpr):
-    """Scales of K and V of rows in 8 bits, float32: four bytes are both, in bfloat16."""
-    both = tl.load(words + scales_at(row, DIM // 2, SPAN), mask=present, other=0)
-    return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def settled(numbers):
-    """Numbers in bfloat16, which are made of codes before they are laid out for a product, and not after it: a matrix of numbers
-    is laid out by instructions of its own, one of codes byte by byte. The interpreter does not multiply bfloat16 and never comes
-    here."""
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], dtype=tl.bfloat16, is_pure=False, pack=2)
 
 
 @triton.jit(do_not_specialize=["width", "splits"])
 def _attend(
     query_ptr,  # [R, Hq, D]
-    arena_ptr,  # [N, 2, D], or codes and scales in spans
-    words_ptr,  # int32, the same memory where rows are codes
+    arena_ptr,  # [N, 2, D]
     index_ptr,  # rows [R, Hkv, B], or pages [R, P]
     lengths_ptr,  # [R], pages only
     output_ptr,  # [R, Hq, splits, D]
@@ -81,7 +58,6 @@ def _attend(
     PAGE_SIZE: tl.constexpr,  # 0 for rows
     FORMAT: tl.constexpr,  # of the factors of the products; sums are float32
     DOT: tl.constexpr,
-    SPAN: tl.constexpr,  # rows whose codes lie together, before their scales; 0 for numbers
     FINAL: tl.constexpr,  # one split: the result itself
     CAPPED: tl.constexpr,
 ):
@@ -116,21 +92,13 @@ def _attend(
             row = tl.load(index_ptr + entry, mask=present, other=-1).to(tl.int64)
             present = row >= 0
         read = present[:, None] & in_dim[None, :]
-        place = arena_ptr + first_code(row, DIM, SPAN)[:, None] + dim[None, :]
+        place = arena_ptr + (row * (2 * DIM))[:, None] + dim[None, :]
         key = tl.load(place, mask=read, other=0.0).to(FORMAT)  # [BLOCK, DIM_PAD]
         value = tl.load(place + DIM, mask=read, other=0.0).to(FORMAT)
-        factor = scale_log2
-        if SPAN:
-            key_scale, value_scale = scales_of(words_ptr, row, present, DIM, SPAN)
-            factor = key_scale[None, :] * scale_log2
-            if DOT and FORMAT == BFLOAT16:
-                value = settled(value)
-            if FORMAT == FLOAT16:  # which has no room for weights times scales
-                value = value * value_scale.to(FORMAT)[:, None]
         if DOT:
-            logits = tl.dot(query, tl.trans(key), input_precision="ieee") * factor  # [GROUP_PAD, BLOCK]
+            logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2  # [GROUP_PAD, BLOCK]
         else:
-            logits = tl.sum(query[:, None, :].to(tl.float32) * key[None, :, :].to(tl.float32), 2) * factor
+            logits = tl.sum(query[:, None, :].to(tl.float32) * key[None, :, :].to(tl.float32), 2) * scale_log2
         if CAPPED:
             logits = capped(logits, cap_log2)
         logits = tl.where(present[None, :], logits, float("-inf"))
@@ -139,8 +107,6 @@ def _attend(
         weights = tl.exp2(logits - base[:, None])
         keep = tl.exp2(top - base)
         total = total * keep + tl.sum(weights, 1)
-        if SPAN and FORMAT != FLOAT16:
-            weights *= value_scale[None, :]
         if DOT:
             acc = acc * keep[:, None] + tl.dot(weights.to(FORMAT), value, input_precision="ieee")
         else:
@@ -199,15 +165,17 @@ def sparse_attention(
     cap: float | None = None,
     *,
     splits: int | None = None,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.sparse_attention`.
 
     Args:
         splits: programs that share the entries of a (request, KV head); chosen by `choose_splits` when None.
+        tile: of a program for rows in 8 bits; see `coded_attention.attend`.
     """
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     strides = (rows.stride(0), rows.stride(1))
-    return launch(query, arena, rows, strides, None, rows.shape[2], rows.shape[1], scale, 0, splits, cap)
+    return launch(query, arena, rows, strides, None, rows.shape[2], rows.shape[1], scale, 0, splits, cap, tile)
 
 
 def launch(
@@ -222,6 +190,7 @@ def launch(
     page_size: int,
     splits: int | None,
     cap: float | None = None,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run both kernels over at most `width` entries of every (request, KV head).
 
@@ -251,6 +220,13 @@ def launch(
             page_size=page_size,
             splits=splits,
         )
+    elif is_quantised(arena):
+        coded_attention.attend(
+            *(query, arena, index, index_strides, lengths, partial, partial_lse, width, kv_heads, scale, cap),
+            page_size=page_size,
+            splits=splits,
+            tile=tile,
+        )
     else:
         shape = tile_shape(query, arena, group)
         if width <= splits * LEAST_ROWS:
@@ -258,7 +234,6 @@ def launch(
         _attend[(kv_heads, splits, requests)](
             query,
             arena,
-            words_of(arena),
             index,
             index if lengths is None else lengths,
             partial,
@@ -309,7 +284,7 @@ def tile_shape(query: Tensor, arena: Tensor, group: int) -> dict[str, Any]:
         block = max(16, min(64, (2048 if exact else 8192) // dim_pad))
     else:
         block = max(8, min(64, 4096 // (dim_pad * group_pad)))
-    kind = tl.float32 if exact else tl.float16 if query.dtype == torch.float16 else tl.bfloat16
+    kind = tl.float32 if exact else tl.float16 if scaled or query.dtype == torch.float16 else tl.bfloat16
     if kind == tl.bfloat16 and not query.is_cuda:  # the interpreter multiplies bfloat16 as if it were integers
         kind = tl.float32
     return {
@@ -320,13 +295,7 @@ def tile_shape(query: Tensor, arena: Tensor, group: int) -> dict[str, Any]:
         "BLOCK": block,
         "FORMAT": kind,
         "DOT": dot,
-        "SPAN": span_of(arena),
     }
-
-
-def words_of(arena: Tensor) -> Tensor:
-    """The same memory by 4 bytes where rows are in 8 bits; else itself, and nothing is read of it."""
-    return arena.view(torch.int32) if is_quantised(arena) else arena
 
 
 def choose_splits(pairs: int, width: int, device: torch.device) -> int:
