@@ -26,11 +26,23 @@ def fix_rope(model: PreTrainedModel, longest: int) -> None:
     for module in moving_rope(model):
         kind = module.__dict__.setdefault(OWN, module.__dict__["rope_type"])
         module.__dict__["rope_type"] = kind
+        _forget(module)
+        last = torch.tensor([[longest - 1]], device=model.device)
         for layers in kind if isinstance(kind, dict) else [None]:
-            for last in (0, longest - 1):  # a single token first: angles that a longer batch has left are forgotten
-                position = torch.tensor([[last]], device=model.device)
-                module(torch.zeros(1, device=model.device), position, *([] if layers is None else [layers]))
+            module(torch.zeros(1, device=model.device), last, *([] if layers is None else [layers]))
         module.__dict__["rope_type"] = _fixed(kind)
+
+
+def _forget(module: nn.Module) -> None:
+    """Undo what a longer batch has made of a module's angles: the library does so itself in some versions only."""
+    for name in [name for name in module._buffers if name.endswith("inv_freq")]:
+        prefix = name.removesuffix("inv_freq").removesuffix("original_")
+        original = getattr(module, f"{prefix}original_inv_freq", None)
+        here = module._buffers[name]
+        if original is not None and here is not None:
+            module._buffers[name] = original.to(here.device)
+    for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+        vars(module)[name] = vars(module).get("original_max_seq_len", vars(module)[name])
 
 
 def moving_rope(model: PreTrainedModel) -> list[nn.Module]:
