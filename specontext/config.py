@@ -277,7 +277,7 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("model", "retrieval_head", "offload_dir"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str | os.PathLike):
+            if value == "" or (value is not None and not isinstance(value, str | os.PathLike)):
                 raise ConfigError(f"{name} must be a name or a path, got {value!r}")
         if self.offload_dir is not None:
             object.__setattr__(self, "offload_dir", Path(self.offload_dir))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from specontext.checkpoints.files import Failure, read_json
+from specontext.checkpoints.files import Failure, read_json, user_path
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -37,6 +37,7 @@ def adapter_in(folder: Path | str, failure: Failure) -> Adapter | None:
     Raises:
         failure: it is one of another kind than LoRA, is incomplete, or does not name its model.
     """
+    user_path(folder, failure)
     folder = Path(folder)
     if not (folder / CONFIG).is_file() or (folder / "config.json").exists():
         return None

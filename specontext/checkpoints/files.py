@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from specontext.errors import SpeContextError
+from specontext.errors import SpeContextError, shown
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
 WEB_PAGES = (b"<!doctype html", b"<html")
@@ -22,6 +22,21 @@ CONTENT = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer
 MAY_BE_EMPTY = ("chat_template.jinja",)
 
 Failure = type[SpeContextError]
+
+
+def user_path(text: str | Path, failure: Failure) -> Path:
+    """The path that somebody wrote, with the home directory for a `~` at its beginning.
+
+    Raises:
+        failure: no file can be there: the name is too long, its directory may not be looked at, or nobody has that home.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise failure(f"cannot look at the path {shown(str(text))}: {reason}; name another one") from error
+    return path
 
 
 def check_file(path: Path, failure: Failure, *, may_be_empty: bool = False) -> None:

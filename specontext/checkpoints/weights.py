@@ -161,7 +161,7 @@ def _safetensors(file: Path, failure: Failure) -> dict[str, StoredTensor]:
             pass
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise failure(f"{file} is broken or truncated: {in_one_sentence(error)}; download it again") from error
     header.pop("__metadata__", None)
     found = {}

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words after the program's name, by default those of the process.
     """
     from specontext.cli.app import app
-    from specontext.errors import SpeContextError
+    from specontext.errors import SpeContextError, shown
 
     _open_what_is_closed()
     for stream in (sys.stdout, sys.stderr):
@@ -39,8 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # whoever read it has had enough
             return 1
-        if error.errno not in _NO_ROOM:
+        if error.errno not in _NO_ROOM and error.filename is None:
             raise
+        if error.errno not in _NO_ROOM:
+            _say(f"cannot use {shown(os.fspath(error.filename))}: {error.strerror}; name another path, or mend this one")
+            return 1
         where = f" {error.filename}" if error.filename else ""
         _say(f"cannot write{where or ' all of the output'}: {error.strerror}; make room, or write to another place")
         return 1

@@ -12,16 +12,24 @@ from specontext.cli.terminal import UsageError
 
 
 def read_options(file: str) -> dict[str, Any]:
-    """What a YAML file says.
+    """What a YAML file says: texts as they would stand on the command line, lists of them, and None for nulls.
+
+    What YAML would make of a text that is not between quotes does not count: a revision `1.10` is not the number 1.1, a key `007`
+    not 7, and a method `no` not false.
 
     Raises:
         UsageError: an unreadable file, or one that holds no options.
     """
     import yaml
 
+    class AsWritten(yaml.SafeLoader):
+        """Reads texts where YAML knows numbers, truth values and times."""
+
+    for kind in ("int", "float", "bool", "timestamp"):
+        AsWritten.add_constructor(f"tag:yaml.org,2002:{kind}", yaml.SafeLoader.construct_scalar)
     try:
         text = Path(file).read_text(encoding="utf-8")
-        found, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+        found, tree = yaml.load(text, AsWritten), yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the options in {file}: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
@@ -50,6 +58,11 @@ def as_defaults(found: Mapping[Any, Any], parameters: Iterable[Any], source: str
     if unknown := sorted(options.keys() - known.keys()):
         raise UsageError(f"{source} sets {', '.join(unknown)}, which the command does not have")
     for name, value in options.items():
+        if isinstance(value, bool) and not getattr(known[name], "is_flag", False):
+            raise UsageError(f"{source}: {name} must be a text or a number, not {str(value).lower()}: put a text between quotes")
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and "\0" in text for text in texts):  # which no word of a command line can hold
+            raise UsageError(f"{source}: {name} must not have a character NUL")
         plain = isinstance(value, str | int | float) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
         if value is not None and not plain:
             raise UsageError(f"{source}: {name} must be a text, a number, true, false, or a list of texts")

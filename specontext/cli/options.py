@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -13,6 +14,7 @@ import typer
 
 from specontext.cli.terminal import UsageError
 from specontext.config import EngineConfig, SpeContextConfig
+from specontext.errors import shown
 
 ENGINE_OPTIONS = (
     "dtype",
@@ -44,6 +46,7 @@ SIZES = ("gpu_memory", "host_memory", "max_body_size")
 SECRETS = ("api_key",)
 SHORT = {"tensor_parallel_size": ("-tp",)}
 UNITS = {"": 1, "B": 1, **{f"{letter}iB": 1024**i for i, letter in enumerate("KMGT", start=1)}}
+MOST = (1 << 63) - 1  # bytes that a machine can count
 UNITS |= {f"{letter}B": 1000**i for i, letter in enumerate("KMGT", start=1)}
 
 
@@ -76,7 +79,9 @@ def parse_size(text: str) -> int:
     """
     size = _units(text)
     if size is None:
-        raise UsageError(f"'{text}' is not a size: write {_meant(text) or 'for example 24GiB, 4096MiB or a number of bytes'}")
+        raise UsageError(
+            f"{shown(text)} is not a size: write {_meant(text) or 'for example 24GiB, 4096MiB or a number of bytes'}"
+        )
     if size < 1:
         raise UsageError(f"the size '{text}' must be at least one byte")
     return size
@@ -91,26 +96,27 @@ def parse_bandwidth(text: str) -> int:
     amount, slash, second = text.partition("/")
     speed = _units(amount) if slash and second.strip() == "s" else None
     if speed is None:
-        raise UsageError(f"'{text}' is not a bandwidth: write for example 3.3TB/s or 50GB/s")
+        raise UsageError(f"{shown(text)} is not a bandwidth: write for example 3.3TB/s or 50GB/s")
     if speed < 1:
         raise UsageError(f"the bandwidth '{text}' must be at least one byte a second")
     return speed
 
 
 def _units(text: str) -> int | None:
-    """A number with a unit of bytes, rounded down; None for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    """A number with a unit of bytes, rounded down; None for anything else, also what no machine counts."""
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)\s*", text)
     units = {unit.lower(): factor for unit, factor in UNITS.items()}
     if match is None or match[2].lower() not in units:
         return None
-    factor = units[match[2].lower()]
-    return int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
+    size = int(Fraction(match[1]) * units[match[2].lower()])
+    return size if size <= MOST else None
 
 
 def _meant(text: str) -> str | None:
     """What a number with a misspelt unit was probably meant to be: `24G` is 24GiB."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTkmgt])\D*", text)
-    return f"{match[1]}{match[2].upper()}iB" if match else None
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([KMGTkmgt])\D*", text)
+    meant = f"{match[1]}{match[2].upper()}iB" if match else None
+    return meant if meant and _units(meant) else None
 
 
 def with_settings(

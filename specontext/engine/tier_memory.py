@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from specontext.checkpoints.files import user_path
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.errors import ConfigError, MemoryPlanError
 from specontext.kernels.quantised_rows import FORMATS
@@ -81,6 +82,7 @@ def check_host_format(config: EngineConfig, method: SpeContextConfig, layers: in
 
 def check_offload_dir(directory: Path) -> None:
     """Raises ConfigError, which names the directory, where no file can be made in it."""
+    user_path(directory, ConfigError)
     if not directory.is_dir():
         raise ConfigError(f"offload_dir {directory} is not a directory: make it, or name another")
     if not os.access(directory, os.W_OK | os.X_OK):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ from specontext.models.attention import ATTENTION_NAME, attention_of, register_a
 from specontext.models.checking import check_attention
 from specontext.models.config_check import check_supported
 from specontext.models.end_tokens import end_tokens
+from specontext.models.generation_entries import generation_entries
 from specontext.models.layer_inputs import read_short_tables
 from specontext.models.number_format import running_format
 from specontext.models.quantized import Asked, load_quantised
@@ -68,6 +70,7 @@ class LoadedModel:
         base: the model that an adapter was merged into, as its name says; None for any other.
         quantization: how its weights were quantised, and what became of that, in words; None for plain ones.
         ranks: the processes that have the other parts of its layers; None where they are whole.
+        generation: what its files say of how outputs are made, see `generation_entries`.
     """
 
     name: str
@@ -79,6 +82,7 @@ class LoadedModel:
     base: str | None = None
     quantization: str | None = None
     ranks: Ranks | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def head_name(self) -> str:
@@ -166,12 +170,13 @@ def load_model(
         model = model.to(device).eval().requires_grad_(False)
         shape = checked_shape(model, config, ranks)
     fix_rope(model, shape.max_position)
-    ends = end_tokens(source, tokenizer, revision=revision)
+    generation = generation_entries(source, revision=revision)
+    ends = end_tokens(generation, tokenizer, source)
     path = source if isinstance(source, Path) else None
     if adapter is None:
-        return LoadedModel(str(name), path, model, tokenizer, shape, ends, quantization=note, ranks=ranks)
+        return LoadedModel(str(name), path, model, tokenizer, shape, ends, quantization=note, ranks=ranks, generation=generation)
     path = adapter.folder if adapter.beside(OWN_HEAD) else path
-    return LoadedModel(str(name), path, model, tokenizer, shape, ends, str(adapter.base), note, ranks)
+    return LoadedModel(str(name), path, model, tokenizer, shape, ends, str(adapter.base), note, ranks, generation)
 
 
 def checked_shape(model: PreTrainedModel, config: PreTrainedConfig, ranks: Ranks | None = None) -> ModelShape:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specontext.checkpoints.files import user_path
 from specontext.checkpoints.weights import what_is_there
 from specontext.checkpoints.wording import first_few, in_one_sentence
 from specontext.errors import HeadError
@@ -174,6 +175,7 @@ def head_folder(source: str | Path) -> Path:
     Raises:
         HeadError: a Hub id that cannot be had, or a model for which no head comes with this package.
     """
+    user_path(source, HeadError)
     folder = NANO if str(source) == "nano" else HEADS.get(str(source), Path(source))
     if (folder / OWN_HEAD / CONFIG).is_file():
         return folder / OWN_HEAD

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
 from specontext.errors import shown
+from specontext.models.generation_entries import FOLLOWED, GENERATION, not_followed, recommended_sampling
 from specontext.models.loading import LoadedModel
 from specontext.sampling_params import SamplingParams, Thinking
 from specontext.server.errors import ApiError
@@ -14,9 +16,10 @@ from specontext.server.protocol.chat import ChatRequest
 from specontext.server.protocol.common import SamplingBody
 from specontext.server.protocol.completion import CompletionRequest
 
-_FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+logger = logging.getLogger("specontext.server")
+
 _NULLABLE = (
-    *(*_FROM_MODEL, "n", "seed", "presence_penalty", "frequency_penalty", "stop", "stop_token_ids", "method", "budget"),
+    *(*FOLLOWED, "n", "seed", "presence_penalty", "frequency_penalty", "stop", "stop_token_ids", "method", "budget"),
     *("allowed_token_ids", "bad_words"),
 )
 _PLAIN = ("ignore_eos", "min_tokens", "skip_special_tokens", "include_stop_str_in_output")
@@ -24,10 +27,18 @@ COMPLETION_TOKENS = 16  # max_tokens of text completions, as OpenAI has it
 
 
 def sampling_defaults(loaded: LoadedModel) -> dict[str, Any]:
-    """What the model's own generation config recommends, where it says something."""
-    own = loaded.model.generation_config
-    found = {name: getattr(own, name, None) for name in _FROM_MODEL}
-    return {name: value for name, value in found.items() if value is not None and (value or name != "temperature")}
+    """What the model's own generation config recommends, where it says something; the log names what is not followed.
+
+    Raises:
+        ModelError: a value that no request may have.
+    """
+    if passed := not_followed(loaded.generation):
+        logger.warning(
+            "%s of %s asks for %s, which is not followed: requests that need it must ask themselves (logit_bias, bad_words, "
+            "min_tokens, stop)",
+            *(GENERATION, loaded.name, ", ".join(passed)),
+        )
+    return recommended_sampling(loaded.generation, loaded.name)
 
 
 def chat_params(
@@ -81,6 +92,7 @@ def completion_params(
 def _params(
     body: SamplingBody, limit: int, prompt_tokens: int, max_len: int, logprobs: int | None, defaults: dict[str, Any]
 ) -> SamplingParams:
+    limit = min(limit, defaults.get("max_tokens", limit))
     if prompt_tokens + max(limit, 1) > max_len:
         raise over_length(
             f"you requested {prompt_tokens + max(limit, 1)} tokens ({prompt_tokens} in the prompt, {limit} in the completion): "
@@ -89,7 +101,7 @@ def _params(
         )
     given = {name: getattr(body, name) for name in _NULLABLE if getattr(body, name) is not None}
     plain = {name: getattr(body, name) for name in _PLAIN}
-    params = SamplingParams(**(defaults | given | plain), max_tokens=limit, logprobs=logprobs)
+    params = SamplingParams(**(defaults | given | plain | {"max_tokens": limit}), logprobs=logprobs)
     return replace(params, logit_bias=_biases(body.logit_bias)) if body.logit_bias else params
 
 

@@ -125,7 +125,7 @@ def _listed(name: str, values: tuple[str, ...]) -> tuple[str, ...]:
     if len(values) == 1 and values[0].lstrip().startswith("["):
         try:
             items = json.loads(values[0])
-        except ValueError:
+        except (ValueError, RecursionError):
             items = None
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
             raise ConfigError(f"{name} is not a JSON list of texts: {values[0]}")

@@ -34,6 +34,9 @@ Fails = Callable[..., str]
         (["--retrieval-head", "/no/such/head"], "/no/such/head"),
         (["--no-such-option"], "--no-such-option"),
         (["--budget", "many"], "--budget"),
+        (["--retrieval-head", "x" * 5000], "too long"),
+        (["--retrieval-head", "~nobody-has-this-name/head"], "home"),
+        (["--offload-dir", "x" * 300], "too long"),
     ],
 )
 def test_bad_options(fails: Fails, tiny: Path, options: list[str], says: str) -> None:
@@ -125,3 +128,23 @@ def test_the_process_itself_shows_no_traceback() -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("error: unknown task 'crossword'")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["generate", "x" * 300, "--prompt", "a"], 1),
+        (["generate", "/" + "x" * 300, "--prompt", "a"], 1),
+        (["head", "info", "x" * 300], 2),
+        (["report", "x" * 300], 1),
+        (["eval", "nano", "--suite", "longbench", "--data", "x" * 300, "-o", "out"], 2),
+        (["distill", "nano", "--data", "~nobody-has-this-name/a.txt", "-o", "out"], 2),
+        (["chat", "--prompt", "a", "--base-url", "x" * 100], 1),
+    ],
+)
+def test_paths_and_addresses_that_can_be_none(
+    fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], status: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = fails(words, status=status)
+    assert any(word in message for word in ("too long", "home")) and len(message) < 400

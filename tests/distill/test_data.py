@@ -366,6 +366,7 @@ def test_long_rows_give_windows_with_something_to_say(write_rows: Write, words: 
         ({"prompt": "alone"}, r"has 'prompt'; understood"),
         ([1, 2], r"line 2 of .* is list, not an object"),
         ("{nonsense", r"line 2 of .* is no JSON"),
+        ('{"text": ' + "[" * 100_000, r"line 2 of .* is no JSON"),
         ({"text": 5}, r"'text' of line 2 .* must be a string, got int"),
         ({"prompt": "a", "completion": ""}, "empty completion"),
         ({"input_ids": [1, -1]}, r"'input_ids' of line 2 of .*: -1 is not a token id"),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from specontext.evaluation.suites import SUITES, EvalTask, TextTools
-from specontext.evaluation.suites.data_files import DataFileError
+from specontext.evaluation.suites.data_files import DataFileError, data_files
 from specontext.evaluation.suites.longbench_metrics import METRICS
 from specontext.evaluation.suites.longbench_tasks import EVEN_TASKS, TASKS
 from specontext.evaluation.text_tools import text_tools
@@ -209,6 +209,8 @@ def test_chinese_answers_are_scored_by_words(jieba: None) -> None:
     ("line", "message"),
     [
         ("{", r"line 2 of .*qasper.jsonl is no JSON"),
+        ('{"a": ' + "[" * 100_000, r"line 2 of .* is no JSON: .*recursion"),
+        ('{"a": ' + "9" * 5000 + "}", r"line 2 of .* is no JSON"),
         ("[1]", r"line 2 of .* must be a JSON object, not \[1\]"),
         ({"answers": []}, r"line 2 of .*: field 'answers' must be a list of texts"),
         ({"answers": [3]}, r"field 'answers' must hold texts only, not 3"),
@@ -317,3 +319,16 @@ def test_the_hub_is_asked_for_the_task_s_own_subset(text: TextTools, monkeypatch
         task = next(task for task in SUITES[suite]("some-one/LongBench") if task.name == name)
         assert len(task.examples(length=None, n=5, seed=0, text=text)) == 2
     assert asked == [("some-one/LongBench", "lcc", "test"), ("some-one/LongBench", "lcc_e", "test")]
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_broken_archives_are_named(tmp_path: Path, method: int) -> None:
+    path = tmp_path / "data.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("qasper.jsonl", json.dumps(record("qasper")) * 20)
+    content = bytearray(path.read_bytes())
+    for place in range(46, 80):
+        content[place] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(DataFileError, match=r"cannot read .*data\.zip"):
+        [file.rows() for file in data_files(path)]

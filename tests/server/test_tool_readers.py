@@ -181,6 +181,30 @@ def test_broken_calls_are_read_alike_however_they_are_cut_and_lose_no_text(form:
             assert "".join(piece.text for piece in whole).strip() == text.strip()
 
 
+ODD = ["NaN", "1e999", "[1e999]", "{'a': {1, 2}}", "b'x'", "1j", "...", "{(1, 2): 3}", "{[1]: 2}", "[" * 5000 + "]" * 5000]
+TAGGED = {
+    "pythonic": "[weather(other=%s)]",
+    "glm45": "<tool_call>weather\n<arg_key>other</arg_key>\n<arg_value>%s</arg_value>\n</tool_call>",
+    "qwen3_coder": "<tool_call>\n<function=weather>\n<parameter=other>\n%s\n</parameter>\n</function>\n</tool_call>",
+}
+
+
+@pytest.mark.parametrize("form", TAGGED)
+@pytest.mark.parametrize("value", ODD)
+def test_values_that_json_does_not_have_are_texts(form: str, value: str) -> None:
+    said, calls = read(form, TAGGED[form] % value, [])
+    assert (said, calls) == (("", [("weather", {"other": value})]) if form != "pythonic" else (TAGGED[form] % value, []))
+
+
+@pytest.mark.parametrize("form", TAGGED)
+def test_half_characters_of_arguments_are_sent_as_escapes(form: str) -> None:
+    reader = ToolUse(TOOLS, "auto", form=FORMATS[form]).reader()
+    pieces = [*reader.feed(TAGGED[form] % r'"a\ud83d"'), *reader.finish()]
+    arguments = "".join(piece.text for piece in pieces if isinstance(piece, CallArguments))
+    assert arguments.isascii()
+    assert json.loads(arguments) == {"other": "a\ud83d"}
+
+
 @pytest.mark.parametrize("text", ["<tool_call>weather" + "<arg_key>a" * 20_000, "<tool_call><function=" + "<function=" * 20_000])
 def test_tags_that_never_close_cost_no_more_than_their_length(text: str) -> None:
     began = time.monotonic()

@@ -53,6 +53,6 @@ class JsonLines:
                 row = json.loads(file.readline().decode("utf-8-sig"))
         except OSError as error:
             raise DataError(f"cannot read {self.path}: {error.strerror or error}") from error
-        except ValueError as error:  # of JSON and of UTF-8
+        except (ValueError, RecursionError) as error:  # of JSON and of UTF-8, and of what is nested too deeply
             raise DataError(f"{where} is no JSON: {error}") from error
         return document(row, self.encoder, where)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from specontext.checkpoints.files import user_path
 from specontext.distill.data.documents import Documents, Joined, TextFiles
 from specontext.distill.data.encoder import Encoder
 from specontext.distill.data.hub import hub_rows, parquet_rows
@@ -67,7 +68,7 @@ def with_weight(spec: str) -> tuple[str, float]:
         DataError: a weight that is no number above 0.
     """
     name, sign, written = spec.rpartition("=")
-    if not sign or (not spec.startswith(("tasks", "hf:")) and Path(spec).expanduser().exists()):
+    if not sign or (not spec.startswith(("tasks", "hf:")) and user_path(spec, DataError).exists()):
         return spec, 1.0
     try:
         weight = float(written)
@@ -91,7 +92,7 @@ def open_documents(spec: str, encoder: Encoder) -> Documents:
     Raises:
         DataError: data that cannot be found or is none.
     """
-    return hub_rows(spec, encoder) if spec.startswith("hf:") else _local(Path(spec).expanduser(), encoder)
+    return hub_rows(spec, encoder) if spec.startswith("hf:") else _local(user_path(spec, DataError), encoder)
 
 
 def _local(path: Path, encoder: Encoder) -> Documents:

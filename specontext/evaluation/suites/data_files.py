@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from specontext.checkpoints.files import user_path
 from specontext.errors import HubError, SpeContextError
 from specontext.hub import fetch_file, load_split
 from specontext.installing import install_command
@@ -144,8 +145,8 @@ class DataFile:
                 return self.path.read_bytes()
             with zipfile.ZipFile(self.path) as archive:
                 return archive.read(self.member)
-        except (OSError, zipfile.BadZipFile, RuntimeError) as error:
-            raise DataFileError(f"cannot read {self}: {error}") from error
+        except Exception as error:  # each method of compression has errors of its own
+            raise DataFileError(f"cannot read {self}: {error or type(error).__name__}") from error
 
     def _json_lines(self) -> Iterator[Row]:
         for number, line in enumerate(self._content().split(b"\n"), 1):
@@ -154,7 +155,7 @@ class DataFile:
             where = f"line {number} of {self}"
             try:
                 fields = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # of JSON and of UTF-8
+            except (ValueError, RecursionError) as error:  # of JSON and of UTF-8, and of what is nested too deeply
                 raise DataFileError(f"{where} is no JSON: {error}") from error
             if not isinstance(fields, dict):
                 raise DataFileError(f"{where} must be a JSON object, not {_shown(fields)}")
@@ -250,7 +251,7 @@ def locate(data: str) -> Path | HubName:
     Raises:
         DataFileError: neither.
     """
-    path = Path(data).expanduser()
+    path = user_path(data, DataFileError)
     if path.exists():
         return path
     match = _HUB_NAME.fullmatch(data)

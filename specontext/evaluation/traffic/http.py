@@ -75,8 +75,9 @@ class Exchange:
         secure = ssl.create_default_context() if self.address.secure else None
         try:
             self._reader, self._writer = await asyncio.open_connection(self.address.host, self.address.port, ssl=secure)
-        except OSError as error:
-            raise HttpError(f"cannot reach {self.address.host}:{self.address.port}: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:  # ValueError: a name that no host can have
+            reason = getattr(error, "strerror", None) or error
+            raise HttpError(f"cannot reach {self.address.host}:{self.address.port}: {reason}") from error
         try:
             self._writer.write(self._request)
             await self._read_head()

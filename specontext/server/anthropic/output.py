@@ -101,6 +101,6 @@ def _as_object(text: str) -> Any:
     """Arguments as an object; what the model left unfinished is shown as it is."""
     try:
         found = json.loads(text, strict=False)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     return found if isinstance(found, dict) else {"unfinished": text} if text else {}

@@ -149,6 +149,6 @@ class JsonCall:
 def _as_text(text: str) -> str | None:
     try:
         value = json.loads(text, strict=False)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, str) else None

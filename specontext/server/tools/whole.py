@@ -10,6 +10,7 @@ from typing import Any
 
 from specontext.server.tools.pieces import Tool
 
+_HALF = re.compile("[\ud800-\udfff]")
 _LITERALS = {"true": True, "false": False, "null": None, "none": None}
 _FUNCTION = re.compile(r"<function=([^<>\s]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^<>\s]+)>(.*?)(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL)
@@ -29,8 +30,8 @@ def python_calls(text: str, tools: Mapping[str, Tool]) -> list[tuple[str, str]] 
             if name not in tools:
                 return None
             arguments = {keyword.arg: _literal(keyword.value) for keyword in node.keywords if keyword.arg is not None}
-            found.append((name, json.dumps(arguments, ensure_ascii=False)))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+            found.append((name, _as_json(arguments)))
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):  # no Python, or values that JSON does not have
         return None
     return found
 
@@ -68,13 +69,25 @@ def _typed(pairs: list[tuple[str, str]], tool: Tool) -> str:
     """Arguments as JSON: texts where the schema wants texts, else what the value says."""
     properties = tool.parameters.get("properties")
     known = properties if isinstance(properties, Mapping) else {}
-    return json.dumps({key: _value(value, known.get(key)) for key, value in pairs}, ensure_ascii=False)
+    return _as_json({key: _value(value, known.get(key)) for key, value in pairs})
 
 
 def _value(text: str, schema: Any) -> Any:
     if isinstance(schema, Mapping) and schema.get("type") == "string":
         return text
     try:
-        return json.loads(text)
-    except ValueError:
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)
+        return value
+    except (ValueError, RecursionError):
         return _LITERALS.get(text.strip().lower(), text)
+
+
+def _as_json(value: Any) -> str:
+    """JSON of it, half characters written as escapes, since UTF-8 has none.
+
+    Raises:
+        TypeError, ValueError: JSON has no such value; NaN and infinity are none either.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return text if text.isascii() or not _HALF.search(text) else json.dumps(value)
