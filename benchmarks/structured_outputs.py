@@ -100,7 +100,7 @@ def main(words: Sequence[str] | None = None) -> None:
     ]
     wanted = StructuredOutputsParams(json=SCHEMA)
     began = time.perf_counter()
-    llms[-1].engine.grammars.compile(wanted)
+    llms[-1].engine.intake.grammars.compile(wanted)
     first = time.perf_counter() - began
     rounds = []
     for number in range(-1, options.rounds):

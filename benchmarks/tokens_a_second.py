@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Sequence
 from datetime import date
@@ -26,7 +27,9 @@ from measure import clock, machine, versions
 from specontext.memory.presets import PRESETS
 
 TURNS = ("full", "speculative", "speculative", "full")
+STEPS = 32  # of a kind, that a median is of at least
 Case = tuple[int, int]  # requests, context
+Run = dict[str, Any]
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -35,10 +38,10 @@ def main(words: Sequence[str] | None = None) -> None:
     loaded, dummy = load(options.model, options.dtype, device)
     setup = Setup(loaded, dummy, options.budget, None, None, torch.Generator().manual_seed(0))
     cases = [(requests, context) for context in options.contexts for requests in options.requests]
-    runs: dict[Case, dict[str, list[dict[str, float]]]] = {case: {"full": [], "speculative": []} for case in cases}
+    runs: dict[Case, dict[str, list[Run]]] = {case: {"full": [], "speculative": []} for case in cases}
     began = time.perf_counter()
     for turn, system in enumerate(TURNS):
-        if turn >= 2 and time.perf_counter() - began > options.seconds:
+        if turn == 2 and time.perf_counter() - began > options.seconds:
             break
         longest = max(options.contexts) + options.output + 1
         with setup.engine(system, seats=max(options.requests), longest=longest, spill=True) as driver:
@@ -79,27 +82,28 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(","))
 
 
-def run(setup: Setup, driver: Driver, requests: int, context: int, output: int) -> dict[str, float]:
-    """One batch from its arrival to its last token: seconds in all, seconds of steps in which all requests decode and nothing
-    else happens (their median), and layers that were on the host at the end."""
+def run(setup: Setup, driver: Driver, requests: int, context: int, output: int) -> Run:
+    """One batch from its arrival to its last token: seconds in all, the median of steps in which all requests decode and nothing
+    else happens (None where there are few: the first requests may end before the last prompt is computed), and layers that were
+    on the host at the end."""
     prompts = [setup.prompt(context) for _ in range(requests)]
     began = clock(setup.device)
     added = driver.add(prompts, output)
     steps = driver.run(added)
     seconds = clock(setup.device) - began
-    alone = sorted(step.seconds for step in steps if step.decodes == requests and not step.prompt_tokens)
-    step = alone[len(alone) // 2] if alone else float("nan")
+    alone = [step.seconds for step in steps if step.decodes == requests and not step.prompt_tokens]
+    step = statistics.median(alone) if len(alone) >= min(STEPS, output - 1) else None
     return {"seconds": seconds, "step_s": step, "offloaded_layers": len(driver.engine.parts.kv.offloaded)}
 
 
-def row(case: Case, found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+def row(case: Case, found: dict[str, list[Run]]) -> dict[str, Any]:
     best = {system: min(one["seconds"] for one in runs) for system, runs in found.items()}
-    step = {system: min(one["step_s"] for one in runs) for system, runs in found.items()}
+    step = {system: min((one["step_s"] for one in runs if one["step_s"]), default=None) for system, runs in found.items()}
     return {
         "requests": case[0],
         "context": case[1],
         "speculative_over_full": best["full"] / best["speculative"],
-        "step_full_over_speculative": step["full"] / step["speculative"],
+        "step_full_over_speculative": step["full"] / step["speculative"] if step["full"] and step["speculative"] else None,
         "runs": found,
     }
 
@@ -113,7 +117,8 @@ def show(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
         speeds = [tokens / min(run["seconds"] for run in one["runs"][system]) for system in ("full", "speculative")]
         marks = ["*" if any(run["offloaded_layers"] for run in one["runs"][system]) else "" for system in ("full", "speculative")]
         cells = [f"{speed:,.1f}{mark}" for speed, mark in zip(speeds, marks, strict=True)]
-        ratios = f"{one['speculative_over_full']:.3f} | {one['step_full_over_speculative']:.3f}"
+        step = one["step_full_over_speculative"]
+        ratios = f"{one['speculative_over_full']:.3f} | {'-' if step is None else f'{step:.3f}'}"
         print(f"| {one['context']:,} | {one['requests']} | {cells[0]} | {cells[1]} | {ratios} |")
     if any(run["offloaded_layers"] for one in rows for runs in one["runs"].values() for run in runs):
         print("* layers were on the host")

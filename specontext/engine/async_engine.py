@@ -128,7 +128,7 @@ class AsyncEngine:
 
     async def generate(self, request_id: str, prompt: str | Sequence[int], params: SamplingParams) -> AsyncIterator[list[Delta]]:
         """The deltas of one prompt's outputs; leaving the iteration early ends the request. Raises as `submit`."""
-        stream = await self.submit(request_id, [self.engine.encode(prompt)], params)
+        stream = await self.submit(request_id, [self.engine.intake.encode(prompt)], params)
         try:
             async for deltas in stream:
                 yield deltas

@@ -119,7 +119,7 @@ class EngineLoop:
             SpeContextError: the engine cannot serve it.
         """
         try:
-            prompts = self.engine.check_requests(stream.prompts, [stream.params] * len(stream.prompts))
+            prompts = self.engine.intake.check_all(stream.prompts, [stream.params] * len(stream.prompts))
             for index in range(stream.count):
                 prompt, which = divmod(index, stream.params.n)
                 name = stream.output_id(index)

@@ -38,7 +38,7 @@ class LedEngine(LLMEngine):
             max_tokens: of each output, at most.
 
         Raises:
-            RequestError: as of `check_requests`; more prompts than may run at the same time.
+            RequestError: as of `Intake.check_all`; more prompts than may run at the same time.
         """
         if len(prompts) > self.config.max_num_seqs:
             raise RequestError(
@@ -46,7 +46,7 @@ class LedEngine(LLMEngine):
                 "raise max_num_seqs, or give smaller batches"
             )
         params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max(1, max_tokens))
-        checked = self.check_requests(prompts, [params] * len(prompts))
+        checked = self.intake.check_all(prompts, [params] * len(prompts))
         return [self.add_request(f"led-{next(self._ids)}", prompt, params, checked=True) for prompt in checked]
 
     def next_logits(self, led: Sequence[Generation]) -> list[Tensor]:
@@ -69,7 +69,7 @@ class LedEngine(LLMEngine):
         """
         request = led.request
         assert request.held
-        if (wrong := self._unknown([token])) is not None:
+        if (wrong := self.intake.unknown([token])) is not None:
             raise RequestError(wrong)
         if len(request.token_ids) >= self.parts.max_tokens:
             raise RequestError(f"the context is full: the engine's maximum is {self.parts.max_tokens} tokens (max_model_len)")

@@ -86,7 +86,7 @@ class LLM:
             raise ConfigError("finish or drop the running streams before changing the configuration")
         if self.engine.config.tensor_parallel_size > 1:
             raise ConfigError("ranks are started for one configuration: make a new LLM, or leave tensor_parallel_size out")
-        before, loaded, seeds = self.engine.config, self.engine.loaded, self.engine.seeds
+        before, loaded, seeds = self.engine.config, self.engine.loaded, self.engine.intake.seeds
         settings = replace(before, method=config, retrieval_head=retrieval_head)
         self.engine.close()
         try:
@@ -96,7 +96,7 @@ class LLM:
             self.engine.close()
             traceback.clear_frames(error.__traceback__)  # they hold what was made of the new engine
             self.engine = LLMEngine(before, loaded)
-            self.engine.seeds = seeds
+            self.engine.intake.seeds = seeds
             raise
 
     def generate(
@@ -120,7 +120,7 @@ class LLM:
         """
         batch = _as_prompts(prompts)
         each = _one_each(params, len(batch))
-        checked = self.engine.check_requests(batch, each)
+        checked = self.engine.intake.check_all(batch, each)
         jobs: list[list[Generation]] = []
         try:
             for token_ids, sampling in zip(checked, each, strict=True):
@@ -138,7 +138,7 @@ class LLM:
         given, [sampling] = _as_prompts(prompt), _one_each(params, 1)
         if len(given) > 1:
             raise RequestError(f"stream takes one prompt, got {len(given)}: give one, or use generate")
-        [token_ids] = self.engine.check_requests(given, [sampling])
+        [token_ids] = self.engine.intake.check_all(given, [sampling])
         stream = self._stream(self._submit(token_ids, sampling))
         next(stream)  # enters the generator, so that closing or dropping it ends the request in any case
         return stream

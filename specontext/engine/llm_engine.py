@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,33 +12,29 @@ from torch import Tensor
 from specontext.config import EngineConfig
 from specontext.core import Request
 from specontext.engine.build import build_parts
-from specontext.engine.constraint import Constraint
-from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.failures import NOBODYS, Failures
 from specontext.engine.generation import Generation
+from specontext.engine.intake import Intake
 from specontext.engine.launched import Launched
 from specontext.engine.masks import Masks
 from specontext.engine.output_statistics import OutputStatistics
 from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
 from specontext.engine.rehearsal import rehearse
-from specontext.engine.restrictions import banned_sequences
+from specontext.engine.request_statistics import statistics_of
 from specontext.engine.runner import ModelRunner, working_device
 from specontext.engine.sampler import Drawn, next_tokens
 from specontext.engine.scheduler import Schedule, Scheduler
 from specontext.engine.start import head_of, load_configured, pick_device
-from specontext.errors import ConfigError, DeviceError, DeviceMemoryError, EngineClosedError, RequestError, shown, which_prompt
-from specontext.grammars.compiler import GrammarCompiler
+from specontext.errors import ConfigError, DeviceError, DeviceMemoryError, EngineClosedError, RequestError
 from specontext.kv.host_memory import settle
-from specontext.locations import one_sentence
 from specontext.memory.learning import Seen
 from specontext.models.compiled import keep_compiled
 from specontext.models.loading import LoadedModel
-from specontext.models.token_ids import unknown_token
-from specontext.sampling_params import SamplingParams, StructuredOutputsParams
+from specontext.sampling_params import SamplingParams
 
 RESERVED_BYTES = 8 << 30  # of host memory that are ready before the first request, at most
 RESERVED_STEPS = 64  # steps of prompts whose KV has room in it
-UNTIL_CLOSED = ("loaded", "parts", "runner", "scheduler")
+UNTIL_CLOSED = ("loaded", "parts", "runner", "scheduler", "intake")
 
 
 class LLMEngine:
@@ -51,10 +45,9 @@ class LLMEngine:
 
     Attributes:
         loaded, parts, runner, scheduler: what it works with, until it is closed.
-        seeds: of sampled requests that name none.
+        intake: checks prompts and parameters, and makes requests of them; until then, too.
         step_tokens: tokens of prompts and outputs that the last call of `step` had computed.
         runs_ahead: where it is known what the next step does, it is launched before the tokens of this one are on the host.
-        grammars: compiles what structured outputs must look like; other threads may do so before they make a request.
 
     Raises:
         SpeContextError: anything in the settings or the checkpoints that does not fit.
@@ -80,14 +73,12 @@ class LLMEngine:
         )
         self.scheduler = Scheduler(self.parts, seats=config.max_num_seqs)
         self.tokenizer = self.loaded.tokenizer
-        vocab_size, ends = self.loaded.shape.vocab_size, self.loaded.end_token_ids
-        self.grammars = GrammarCompiler(self.tokenizer, vocab_size=vocab_size, end_token_ids=ends)
+        self.intake = Intake(config, self.loaded, self.parts, self.scheduler.check)
         self.step_tokens = 0
         self._masks = Masks(self.device)
         self._generations: dict[str, Generation] = {}
         self.runs_ahead = self.runner.captures
         self._ahead: Launched | None = None
-        self.seeds = random.Random(config.seed)
 
     def warm_up(self) -> None:
         """Compile, capture and load now whatever requests can need on a GPU, before the first one comes; nothing is to be done on
@@ -120,115 +111,20 @@ class LLMEngine:
 
         Args:
             index: which of the prompt's outputs it is; equal seeds give different outputs for different indices.
-            checked: the prompt is what `check_request` returned for these parameters.
+            checked: the prompt is what the intake's `check` returned for these parameters.
             forced, on_logits: see `Generation`.
 
         Raises:
-            RequestError: as of `check_request`; an id in use, forced tokens that are none, log-probabilities of forced tokens.
+            RequestError: as of `Intake.check` and `Intake.generation`; an id in use.
         """
         assert not (checked and isinstance(prompt, str))
-        token_ids: list[int] = [*prompt] if checked else self.check_request(prompt, params)
-        if forced:
-            forced = self.encode(forced)
-            if params.logprobs is not None:
-                raise RequestError("log-probabilities are of sampled tokens: leave logprobs out, on_logits sees the logits")
-            if params.structured_outputs is not None:
-                raise RequestError("structured_outputs are for sampled tokens: leave them out where tokens are forced")
+        token_ids: list[int] = [*prompt] if checked else self.intake.check(prompt, params)
         if request_id in self._generations:
             raise RequestError(f"request id '{request_id}' is in use")
-        request = Request(
-            request_id,
-            token_ids,
-            len(token_ids),
-            params,
-            seed=self._seed(params),
-            choice=self.parts.methods.choose(params.method, params.budget),
-            index=index,
-            logprobs=[] if params.logprobs is not None else None,
-            prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
-            arrived=time.perf_counter(),
-            banned=banned_sequences(params, self.tokenizer) if params.bad_words else (),
-        )
-        moves_before = self.parts.residency.num_moves
-        generation = Generation(
-            request,
-            Detokenizer(self.tokenizer, params, token_ids),
-            forced,
-            on_logits,
-            end_token_ids=frozenset(params.stop_token_ids).union(() if params.ignore_eos else self.loaded.end_token_ids),
-            constraint=self._constraint(params),
-            moves_before=moves_before,
-        )
-        self.scheduler.add(request)
+        generation = self.intake.generation(request_id, token_ids, params, index=index, forced=forced, on_logits=on_logits)
+        self.scheduler.add(generation.request)
         self._generations[request_id] = generation
         return generation
-
-    def check_requests(self, prompts: Sequence[str | Sequence[int]], params: Sequence[SamplingParams]) -> list[list[int]]:
-        """`check_request` of several prompts; the error of a bad one says which it is."""
-        checked = []
-        for number, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
-            try:
-                checked.append(self.check_request(prompt, sampling))
-            except RequestError as error:
-                raise RequestError(f"{which_prompt(number, len(prompts))}{error}") from error
-        return checked
-
-    def check_request(self, prompt: str | Sequence[int], params: SamplingParams) -> list[int]:
-        """The tokens of a prompt that can be served with these parameters; nothing is changed.
-
-        Raises:
-            RequestError: an empty or over-long prompt, tokens that the model cannot read, a method that does not run here, more
-                than the memory could ever hold.
-        """
-        token_ids = self.encode(prompt)
-        named = {
-            "stop_token_ids": params.stop_token_ids,
-            "allowed_token_ids": params.allowed_token_ids or (),
-            "logit_bias": [token for token, _ in params.logit_bias or ()],  # type: ignore[misc]
-        }
-        for name, ids in named.items():
-            if (wrong := self._unknown(ids)) is not None:
-                raise RequestError(f"{name}: {wrong}")
-        self._constraint(params)
-        self.parts.methods.choose(params.method, params.budget)
-        self.scheduler.check(len(token_ids), params)
-        return token_ids
-
-    def _constraint(self, params: SamplingParams) -> Constraint | None:
-        wanted = params.structured_outputs
-        if wanted is None:
-            return None
-        assert isinstance(wanted, StructuredOutputsParams)
-        return Constraint(self.grammars.compile(wanted), params.thinking)
-
-    def _seed(self, params: SamplingParams) -> int:
-        """What a request names; else another one for each that is sampled, and the engine's for greedy ones, which repeat."""
-        if params.seed is not None:
-            return params.seed
-        return self.seeds.randrange(2**63) if params.temperature > 0 else self.config.seed
-
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """The tokens of a prompt; raises RequestError for an empty one, and for tokens that the model cannot read."""
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-            raise RequestError(f"a prompt must be a text or a list of token ids, got {shown(prompt)}")
-        ids = self._tokens_of(prompt) if isinstance(prompt, str) else list(prompt)
-        if not ids:
-            raise RequestError("the prompt is empty: give some text or token ids")
-        if (wrong := self._unknown(ids)) is not None:
-            raise RequestError(wrong)
-        return ids
-
-    def _tokens_of(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"the text is not Unicode: half a character at {error.start}") from error
-        with one_sentence("the tokenizer cannot encode this prompt"):
-            return list(self.tokenizer(text)["input_ids"]) if text else []
-
-    def _unknown(self, ids: Sequence[int]) -> str | None:
-        """What is wrong with token ids that the model cannot read."""
-        return unknown_token(ids, self.loaded.shape.vocab_size, self.tokenizer)
 
     @property
     def has_work(self) -> bool:
@@ -425,39 +321,7 @@ class LLMEngine:
             generation.stats = self._statistics(generation)
 
     def _statistics(self, generation: Generation) -> OutputStatistics:
-        request, method, head = generation.request, self.parts.method, self.parts.head
-        choice = request.choice or self.parts.methods.own
-        made = len(request.token_ids) - request.prompt_length
-        assert generation.first_token_at is not None and generation.last_token_at is not None
-        report = self.parts.meter.report(request.seat)
-        if not self.config.measure_recall:
-            report = replace(report, attention_recall=None, attention_recall_by_layer=None)
-        return OutputStatistics(
-            weights=self.loaded.weights_note,
-            method=choice.method,
-            budget=choice.budget or None,
-            sink=method.sink,
-            recent=method.recent,
-            slots=method.slots if self.parts.kv.hot is not None else None,
-            offload_layers=method.offload_layers,
-            offloaded_layers=len(self.parts.kv.offloaded),
-            moves=tuple(self.parts.residency.moves_since(generation.moves_before)),
-            preemptions=request.preemptions,
-            granularity=method.granularity,
-            head_rope_theta=head.rope_theta if head is not None else None,
-            head_yarn_factor=head.yarn_factor if head is not None else None,
-            prompt_tokens=request.prompt_length,
-            cached_tokens=request.cached_tokens or 0,
-            completion_tokens=made,
-            **asdict(report),
-            captured_steps=request.captured_steps,
-            queue_s=request.admitted_at - request.arrived if request.admitted_at is not None else None,
-            ttft_s=generation.first_token_at - request.arrived,
-            tpot_s=(generation.last_token_at - generation.first_token_at) / (made - 1) if made > 1 else None,
-            step_s=self.parts.clock.step_s,
-            expected_step_s=self.parts.clock.expected_s,
-            waited_for=", ".join(request.waited_for) or None,
-        )
+        return statistics_of(generation, self.parts, weights=self.loaded.weights_note, recall=self.config.measure_recall)
 
     def abort(self, request_id: str) -> None:
         """End a request at once and free what it holds; unknown ids are ignored, since it may just have ended."""

@@ -127,10 +127,10 @@ def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device)
             f"--gpu-memory allows {limit} bytes and {others} are needed beside KV ({parts}): raise it by more than "
             f"{others - limit}"
         )
-    if free < limit:  # raising the limit would change nothing
+    if limit > total:
+        logger.warning("--gpu-memory names %d bytes and the GPU has %d: what is free of them is used", limit, total)
+    elif free < limit:  # raising the limit would change nothing
         logger.warning("the engine may use %d bytes of the GPU and %d of them are free: end what else uses it", limit, free)
-        if free < others:
-            raise MemoryPlanError(
-                f"the GPU has {free} bytes free and {others} are needed beside KV ({parts}): end what else uses it"
-            )
+    if free < others:
+        raise MemoryPlanError(f"the GPU has {free} bytes free and {others} are needed beside KV ({parts}): end what else uses it")
     return min(limit, free) - others

@@ -45,8 +45,8 @@ class ServerState:
             max_model_len=self.max_model_len,
             vocab_size=engine.loaded.shape.vocab_size,
         )
-        self.grammars = engine.grammars
-        self.tools = ToolSupport(config.tool_call_parser, self.encoder.tokenizer, engine.grammars)
+        self.grammars = engine.intake.grammars
+        self.tools = ToolSupport(config.tool_call_parser, self.encoder.tokenizer, engine.intake.grammars)
         self.reasoning = self._reasoning(config.reasoning_parser)
         self.texts = TokenTexts(self.encoder.tokenizer)
         self.defaults: dict[str, Any] = sampling_defaults(engine.loaded) if config.generation_config == "auto" else {}

@@ -62,7 +62,7 @@ def test_any_engine(seed: int, make_llm: Callable[..., LLM], tokenizer: Any) -> 
         if waiting and (rng.random() < 0.4 or not engine.has_work):
             prompt, params = waiting.pop()
             try:
-                engine.check_request(prompt, params)
+                engine.intake.check(prompt, params)
             except RequestError:  # memory is too small for it
                 continue
             known.append((engine.add_request(f"r{len(known)}", prompt, params), prompt, params))

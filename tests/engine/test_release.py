@@ -15,6 +15,7 @@ import torch
 from specontext import LLM, ConfigError, SamplingParams, SpeContextConfig
 from specontext.engine import llm_engine, start
 from specontext.engine.async_engine import AsyncEngine
+from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.runner import ModelRunner
 from specontext.errors import DeviceMemoryError, EngineClosedError, RequestError, RequestFailedError, SpeContextError
@@ -137,7 +138,7 @@ def test_after_an_error_in_generate(error: BaseException, place: str, monkeypatc
 
     with monkeypatch.context() as patch:
         if place == "detokenizer":
-            patch.setattr(llm_engine.Detokenizer, "append", fails(llm_engine.Detokenizer.append))
+            patch.setattr(Detokenizer, "append", fails(Detokenizer.append))
         elif place == "llm_engine.next_tokens":
             patch.setattr(llm_engine, "next_tokens", fails(llm_engine.next_tokens))
         else:
@@ -233,14 +234,14 @@ def test_closing_ends_what_runs_and_what_comes_later_is_refused() -> None:
 def test_of_an_engine_behind_asyncio(monkeypatch: pytest.MonkeyPatch) -> None:
     refs: Refs = {}
 
-    append, broken = llm_engine.Detokenizer.append, SamplingParams(seed=12345)
+    append, broken = Detokenizer.append, SamplingParams(seed=12345)
 
     def fails(self: Any, tokens: Any) -> bool:
         if self._params.seed == broken.seed:
             raise RuntimeError("a bug")
         return append(self, tokens)
 
-    monkeypatch.setattr(llm_engine.Detokenizer, "append", fails)
+    monkeypatch.setattr(Detokenizer, "append", fails)
 
     async def live(fail: bool) -> None:
         engine = make_engine()

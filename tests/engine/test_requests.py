@@ -54,7 +54,7 @@ def test_one_bad_prompt_stops_the_whole_call_before_anything_runs(llm: LLM) -> N
 
 def test_a_bad_prompt_among_others_is_named_and_nothing_of_them_is_left(llm: LLM) -> None:
     """Not even a random number: sampled requests that name no seed draw one."""
-    before = llm.engine.seeds.getstate()
+    before = llm.engine.intake.seeds.getstate()
     for bad, why in (
         ([5, 10**6], "not a token id"),
         ([], "empty"),
@@ -68,7 +68,7 @@ def test_a_bad_prompt_among_others_is_named_and_nothing_of_them_is_left(llm: LLM
     with pytest.raises(RequestError, match=r"^prompt 1 of 2, counted from 0: stop_token_ids: 1000000 is not"):
         llm.generate([[5], [6]], [SamplingParams(), SamplingParams(stop_token_ids=[10**6])])
     assert not llm.engine.has_work and llm.engine.parts.kv.arena.pages.num_held == 0
-    assert llm.engine.seeds.getstate() == before
+    assert llm.engine.intake.seeds.getstate() == before
 
 
 @pytest.mark.parametrize("given", [5, None, {5}, iter([5]), [5, "text"], b"text"])

@@ -463,17 +463,26 @@ def test_memory_that_is_not_named_is_a_share_of_what_is_free(make_llm: MakeLLM, 
 
 
 @pytest.mark.parametrize(
-    ("free", "reserved", "allocated", "limit", "expected"),
+    ("free", "reserved", "allocated", "limit", "expected", "warns"),
     [
-        (70, 20, 20, None, 72 - 30),  # weights of 10 are there; the rest that is in use is somebody else's
-        (70, 20, 10, 60, 60 - 30),
-        (40, 15, 10, 60, 40 + 5 + 10 - 30),  # less is free than allowed
-        (10, 15, 10, None, "the GPU has 25 bytes free and 30 are needed beside KV"),
-        (70, 10, 10, 29, "--gpu-memory allows 29 bytes and 30 are needed beside KV .*: raise it by more than 1"),
+        (70, 20, 20, None, 72 - 30, ""),  # weights of 10 are there; the rest that is in use is somebody else's
+        (70, 20, 10, 60, 60 - 30, ""),
+        (40, 15, 10, 60, 40 + 5 + 10 - 30, "may use 60 bytes of the GPU and 55 of them are free: end what else uses it"),
+        (70, 10, 10, 900, 80 - 30, "--gpu-memory names 900 bytes and the GPU has 80"),
+        (10, 15, 10, 900, "the GPU has 25 bytes free and 30 are needed beside KV", "--gpu-memory names 900 bytes"),
+        (10, 15, 10, None, "the GPU has 25 bytes free and 30 are needed beside KV", "are free: end what else uses it"),
+        (70, 10, 10, 29, "--gpu-memory allows 29 bytes and 30 are needed beside KV .*: raise it by more than 1", ""),
     ],
 )
 def test_what_a_gpu_has_for_kv(
-    free: int, reserved: int, allocated: int, limit: int | None, expected: int | str, monkeypatch: pytest.MonkeyPatch
+    free: int,
+    reserved: int,
+    allocated: int,
+    limit: int | None,
+    expected: int | str,
+    warns: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
@@ -485,6 +494,7 @@ def test_what_a_gpu_has_for_kv(
     else:
         with pytest.raises(MemoryPlanError, match=expected):
             tier_memory.device_memory(config, plan, device)
+    assert warns in caplog.text and bool(warns) == bool(caplog.text)
 
 
 def test_a_tier_without_room_for_one_request_says_what_it_needs(make_llm: MakeLLM) -> None:
