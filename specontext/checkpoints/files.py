@@ -86,6 +86,11 @@ def check_side_files(folder: Path, failure: Failure) -> None:
     for name in CONTENT + MAY_BE_EMPTY:
         if _lies(folder / name):
             check_file(folder / name, failure, may_be_empty=name in MAY_BE_EMPTY)
+    for path in (folder / name for name in MAY_BE_EMPTY if _lies(folder / name)):
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise failure(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded; convert it to UTF-8") from error
 
 
 def missing_shards(index: Path, failure: Failure) -> list[str]:

@@ -90,6 +90,17 @@ class ChatTemplate:
                 "text into another one, or use a chat template that has a place for it",
                 number,
             )
+        if isinstance(errors[0], TemplateSyntaxError):
+            raise ChatTemplateError(
+                f"the chat template is broken, line {errors[0].lineno}: {errors[0].message}; mend it"
+            ) from errors[0]
+        template = self._tokenizer.chat_template
+        if isinstance(template, dict) and "default" not in template:
+            named = ", ".join(sorted(template))
+            raise ChatTemplateError(
+                f"the model has several chat templates ({named}) and none that is called default: save the one to use as "
+                "chat_template.jinja beside its weights, or give it to the server (specontext serve --chat-template FILE)"
+            ) from errors[0]
         # What a template raises itself explains more than what it stumbles over.
         worst = next((each for each in errors if type(each) is TemplateError), errors[0])
         reason = str(worst) or type(worst).__name__

@@ -11,10 +11,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from specontext.checkpoints.files import check_side_files, read_json
 from specontext.checkpoints.wording import first_few
-from specontext.errors import ModelError
+from specontext.errors import ModelError, shown
 from specontext.locations import folder_of, one_sentence, tokenizer_source
 
 WHOLE = "tokenizer.json"
+TEMPLATE = "chat_template.json"
 PAIR = ("vocab.json", "merges.txt")  # what byte-pair tokenizers have in its place, both or neither
 VOCABULARIES = (
     "*.model",
@@ -45,7 +46,18 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False, revisio
     _check_vocabulary(tokenizer, folder_of(source, revision=revision))
     with one_sentence(f"the tokenizer of {source} cannot encode a text"):  # some settings are not looked at before
         tokenizer("a")
+    _take_template(tokenizer, folder_of(source, revision=revision))
     return tokenizer
+
+
+def _take_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The template of `chat_template.json`, where makers of models that read images put it, and which only processors read."""
+    if tokenizer.chat_template is None and (folder / TEMPLATE).is_file():
+        tokenizer.chat_template = read_json(folder / TEMPLATE, ModelError).get("chat_template")
+    template: Any = tokenizer.chat_template
+    texts = template.values() if isinstance(template, dict) else [] if template is None else [template]
+    if odd := [text for text in texts if not isinstance(text, str)]:
+        raise ModelError(f"the chat template of {folder} should be a text, got {shown(odd[0])}: download it again, or mend it")
 
 
 def _check_whole(folder: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_template_s_own_errors_are_shown(form: Any) -> None:
         "{% if %}",
         "{{ messages[5].content.x.y }}",
     ):
-        with pytest.raises(ChatTemplateError, match="refuses"):
+        with pytest.raises(ChatTemplateError, match="refuses|is broken"):
             render(broken, ("user", "a"))
     with pytest.raises(ChatTemplateError) as long:
         render("{{ raise_exception('x' * 100000) }}", ("user", "a"))
@@ -164,3 +164,17 @@ def test_endings() -> None:
         assert render(template, *talk, add_generation_prompt=False) == "[user]a[assistant]the answer "
         assert render(template, *talk, continue_final_message=True) == "[user]a[assistant]the answer "
     assert render("{{ x }}" + STRINGS, ("user", "a"), x=5) == "5[user]a>"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ messages }}\n{% if %}", "is broken, line 2"),
+        ({"rag": STRINGS, "tool_use": STRINGS}, r"several chat templates \(rag, tool_use\) and none that is called default"),
+    ],
+)
+def test_a_template_that_takes_no_messages_at_all_is_blamed_itself(template: Any, said: str) -> None:
+    tokenizer = copy.copy(NANO)
+    tokenizer.chat_template = template
+    with pytest.raises(ChatTemplateError, match=said):
+        ChatTemplate(tokenizer).render([{"role": "user", "content": "apple"}])

@@ -116,3 +116,33 @@ def test_a_setting_that_only_encoding_looks_at(folder: Path) -> None:
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": []}))
     assert "cannot encode a text" in refusal(folder)
+
+
+@pytest.mark.parametrize("beside", [{"chat_template.json": '{"chat_template": "%s"}'}, {"chat_template.jinja": "%s"}])
+def test_a_template_is_found_where_makers_put_it(folder: Path, beside: dict[str, str]) -> None:
+    without_template(folder)
+    assert load_tokenizer(folder).chat_template is None
+    for name, text in beside.items():
+        (folder / name).write_text(text % "{{ messages }}")
+    assert load_tokenizer(folder).chat_template == "{{ messages }}"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("chat_template.jinja", "{{ messages }}".encode("utf-16"), "is not UTF-8 text"),
+        ("chat_template.json", b'{"chat_template": 5}', "should be a text, got 5"),
+        ("chat_template.json", b"[]", "not an object"),
+    ],
+)
+def test_a_template_that_is_no_text_is_named(folder: Path, name: str, content: bytes, said: str) -> None:
+    without_template(folder)
+    (folder / name).write_bytes(content)
+    assert said in refusal(folder)
+
+
+def without_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
