@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from specontext import LLM, SamplingParams
+from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.errors import LoadError
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "bands")
@@ -305,10 +306,11 @@ def test_stop_string_is_cut_off_unless_it_is_asked_for(
 
 
 def test_the_model_s_end_token_stops_unless_ignored(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> None:
-    llm = make_llm("llama", budget=110)
-    tokens = llm.generate([prompts[3]], greedy())[0].token_ids
-    llm.engine.loaded = type(llm.engine.loaded)(**{**llm.engine.loaded.__dict__, "end_token_ids": frozenset({tokens[4]})})
+    plain = make_llm("llama", budget=110)
+    tokens = plain.generate([prompts[3]], greedy())[0].token_ids
     end = tokens.index(tokens[4])
+    ending = replace(plain.engine.loaded, end_token_ids=frozenset({tokens[4]}))
+    llm = LLM(ending, config=SpeContextConfig(budget=110, sink=2, recent=4))
     stopped = llm.generate([prompts[3]], greedy(ignore_eos=False))[0]
     assert (stopped.token_ids, stopped.finish_reason) == (tokens[: end + 1], "stop")
     assert llm.generate([prompts[3]], greedy())[0].token_ids == tokens
