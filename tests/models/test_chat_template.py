@@ -127,7 +127,7 @@ def test_a_template_s_own_errors_are_shown(form: Any) -> None:
         "{% if %}",
         "{{ messages[5].content.x.y }}",
     ):
-        with pytest.raises(ChatTemplateError, match="refuses|is broken"):
+        with pytest.raises(ChatTemplateError, match=r"refuses|is broken"):
             render(broken, ("user", "a"))
     with pytest.raises(ChatTemplateError) as long:
         render("{{ raise_exception('x' * 100000) }}", ("user", "a"))
