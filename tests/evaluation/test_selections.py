@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from specontext import LLM, SamplingParams
+from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.evaluation.report import write_report
 from specontext.evaluation.selections import TOP, UNITS, SelectionError, record_selections, token_texts, write_selections
 
@@ -136,13 +136,13 @@ def test_what_cannot_be_recorded_is_refused(llm: LLM, prompt: list[int], make_ll
         record_selections(make_llm("llama", "full"), prompt)
 
 
-def test_an_output_that_ends_at_once_has_nothing_to_show(llm: LLM, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_that_ends_at_once_has_nothing_to_show(llm: LLM, prompt: list[int]) -> None:
     [output] = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=1))
     ending = replace(llm.engine.loaded, end_token_ids=frozenset(output.token_ids))
-    monkeypatch.setattr(llm.engine, "loaded", ending)
+    ended = LLM(ending, config=SpeContextConfig(budget=BUDGET, sink=2, recent=4), measure_recall=True)
     with pytest.raises(SelectionError, match="ended after 1 token"):
-        record_selections(llm, prompt, tokens=STEPS)
-    assert len(record(llm, prompt)["steps"]) == STEPS
+        record_selections(ended, prompt, tokens=STEPS)
+    assert len(record(ended, prompt)["steps"]) == STEPS
 
 
 def test_large_models_keep_some_of_their_layers(llm: LLM, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

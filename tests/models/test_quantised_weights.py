@@ -289,6 +289,7 @@ def test_a_hub_id_s_weights_are_downloaded_before_they_are_read(write: Any, monk
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("specontext.models.loading.read_config", lambda *_, **__: AutoConfig.from_pretrained(folder))
     monkeypatch.setattr("specontext.models.loading.load_tokenizer", lambda *_, **__: None)
+    monkeypatch.setattr("specontext.models.loading.generation_entries", lambda *_, **__: {})
     monkeypatch.setattr("specontext.models.loading.end_tokens", lambda *_, **__: frozenset())
     loaded = load("maker/model")  # type: ignore[arg-type]
     torch.testing.assert_close(loaded.model.get_parameter(f"{DOWN}.weight"), dense[f"{DOWN}.weight"])
