@@ -46,8 +46,8 @@ SIZES = ("gpu_memory", "host_memory", "max_body_size")
 SECRETS = ("api_key",)
 SHORT = {"tensor_parallel_size": ("-tp",)}
 UNITS = {"": 1, "B": 1, **{f"{letter}iB": 1024**i for i, letter in enumerate("KMGT", start=1)}}
-MOST = (1 << 63) - 1  # bytes that a machine can count
 UNITS |= {f"{letter}B": 1000**i for i, letter in enumerate("KMGT", start=1)}
+MOST = (1 << 63) - 1  # bytes that a machine can count
 
 
 @dataclass(frozen=True)
