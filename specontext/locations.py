@@ -6,17 +6,19 @@ asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specontext.checkpoints.adapters import TOKENIZER, Adapter, adapter_in
+from specontext.checkpoints.config_values import check_entries
 from specontext.checkpoints.files import read_json
+from specontext.checkpoints.own_code import NEEDS_CODE, check_decoder_code
 from specontext.checkpoints.quantization import FILES as QUANTIZATION_FILES
 from specontext.checkpoints.quantization import Entry, dequantised, quantization_entry
 from specontext.checkpoints.wording import in_one_sentence
-from specontext.errors import GGUFError, ModelError, SpeContextError, shown
+from specontext.errors import GGUFError, ModelError, SpeContextError
 from specontext.gguf.cache import converted
 from specontext.gguf.files import PACKAGED, is_file, only_file, packaged_file
 from specontext.model_shape import ModelShape
@@ -24,24 +26,11 @@ from specontext.model_shape import ModelShape
 if TYPE_CHECKING:  # takes seconds to import, and only annotations here need it
     from transformers import PreTrainedConfig
 
-NEEDS_CODE = (
-    "it comes with code of its own, which runs only where that is allowed, once you have read it: with --trust-remote-code "
-    "(generate, serve, eval) or trust_remote_code=True (in Python)"
-)
 WEIGHT_FILES = ("model*.safetensors", "*.index.json")  # in the Hub's repositories of quantised weights
 KNOWN_AS = {"kimi_k2": "deepseek_v3"}  # types of models that are others by another name
 CODE = ("model_type", "auto_map")  # what names a type, and code of its own
 NANO = Path(__file__).parent / "models" / "nano"
 OWN_HEAD = "retrieval_head"  # a model's own head lies in this directory of its checkpoint
-SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "intermediate_size",
-)
 # Retrieval heads that come with this package for models that do not, by the model's name.
 HEADS = {"smollm2": Path(__file__).parent / "models" / "smollm2" / "retrieval_head"}
 
@@ -135,7 +124,7 @@ def read_config(source: Path | str, *, trust_remote_code: bool = False, revision
     from transformers import AutoConfig, PreTrainedConfig
 
     if isinstance(source, Path):
-        _check_entries(_config_values(source, source), source)
+        check_entries(_config_values(source, source), source / "config.json", ModelError)
     with one_sentence(f"cannot read the config of the model {source}"):
         values, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
         kind, config = KNOWN_AS.get(values.get("model_type", "")), None
@@ -144,6 +133,7 @@ def read_config(source: Path | str, *, trust_remote_code: bool = False, revision
         else:
             config = AutoConfig.for_model(kind, **{name: value for name, value in values.items() if name not in CODE})
             config.name_or_path = str(source)
+    check_decoder_code(config, source, allowed=trust_remote_code)
     config = language_model_of(config)
     if config.dtype == torch.float64:  # nothing here is computed in more than 32 bits
         config.dtype = torch.float32
@@ -193,23 +183,6 @@ def quantization_of_source(source: Path | str, *, revision: str | None = None) -
     folder = folder_of(source, revision=revision)
     values = _config_values(source, folder)
     return None if dequantised(values) else quantization_entry(values, folder, ModelError)
-
-
-def _check_entries(values: Mapping[str, Any], folder: Path) -> None:
-    """Raises ModelError for sizes that are none, and for names of number formats that are none."""
-    import torch
-
-    for name in ("dtype", "torch_dtype"):
-        value = values.get(name)
-        if value is not None and not (isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)):
-            raise ModelError(
-                f"{folder / 'config.json'} is broken: {name} is {shown(value)}, which names no number format; set it to that of "
-                "the weights, such as bfloat16"
-            )
-    for name in SIZES:
-        value = values.get(name)
-        if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and value < 1):
-            raise ModelError(f"{folder / 'config.json'} is broken: {name} is {shown(value)}; download it again")
 
 
 def _config_values(source: Path | str, folder: Path) -> dict[str, Any]:
@@ -271,4 +244,6 @@ def parts_of(config: Any) -> str:
     if not hasattr(config, "get_text_config") or config.get_text_config(decoder=True) is config:
         return ""
     names = ", ".join(sorted(config.sub_configs))
+    if not names:
+        return "has a config of text in it (text_config), which its class does not look at"
     return f"is made of several models ({names}), and only decoders of text alone are loaded"

@@ -43,6 +43,8 @@ def adapter_in(folder: Path | str, failure: Failure) -> Adapter | None:
         return None
     values = read_json(folder / CONFIG, failure)
     kind, base = values.get("peft_type"), values.get("base_model_name_or_path")
+    if kind is None:
+        raise failure(f"{folder} has an {CONFIG} that is not peft's, as it names no peft_type: convert the adapter, or merge it")
     if kind != LORA:
         raise failure(f"{folder} is an adapter of type {kind}, and only LoRA adapters are merged: name a whole checkpoint")
     if not isinstance(base, str) or not base:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,11 @@ def read_json(path: Path, failure: Failure) -> dict[str, Any]:
         failure: the file is not there, or holds something else.
     """
     check_file(path, failure)
+    content = path.read_bytes()
+    if content.startswith((BOM_UTF8, BOM_UTF16_LE, BOM_UTF16_BE)):
+        raise failure(f"{path} begins with a byte order mark, which JSON may not have: save it as UTF-8 without one")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise failure(f"{path} is broken or truncated: it is not JSON ({error}); download it again") from error
     if not isinstance(values, dict):

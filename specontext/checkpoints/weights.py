@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from specontext.checkpoints.files import Failure, check_file, missing_shards, read_json, shards_of
 from specontext.checkpoints.wording import first_few, in_one_sentence
+from specontext.errors import shown
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -29,6 +30,9 @@ FOREIGN = {
     ".msgpack": "Flax files",
     ".h5": "TensorFlow files",
     ".onnx": "ONNX files",
+    ".xml": "OpenVINO files",
+    ".engine": "TensorRT files",
+    ".distcp": "PyTorch's distributed checkpoints",
     ".safetensors": "safetensors files under other names",
     ".bin": "PyTorch files under other names",
 }
@@ -75,6 +79,8 @@ def weight_files(folder: Path, failure: Failure, *, named: str | None = None) ->
             f"{folder} has a LoRA adapter beside its weights ({adapters[0].name}), which would be left out: move it into a "
             "directory of its own and name that, so that it is merged, or elsewhere if they are meant without it"
         )
+    if named is not None and not isinstance(named, str):
+        raise failure(f"{folder / 'config.json'} is broken: transformers_weights should name a file, got {shown(named)}")
     for name in (named,) if named else LOOKED_FOR:
         path = folder / name
         if not (path.exists() or path.is_symlink()):
@@ -93,29 +99,58 @@ def weight_files(folder: Path, failure: Failure, *, named: str | None = None) ->
 
 def what_is_there(folder: Path) -> str:
     """What a directory without the weights that are looked for holds in their place, as the rest of a sentence; may be empty."""
-    files = sorted(file for file in folder.iterdir() if file.suffix in FOREIGN)
+    files = _foreign(folder)
     if shard := next(filter(None, (SHARD.match(file.name) for file in files)), None):
         index = f"{shard[1]}.{shard[3]}.index.json"
         return f", and {index}, which says what lies in {shard[0]} and its like, is missing: download it"
     if files:
-        named = first_few([file.name for file in files])
+        named = first_few([str(file.relative_to(folder)) for file in files])
         if files[0].suffix == ".gguf":
             return f"; to run a GGUF file ({named}), name the file itself"
         return f"; {FOREIGN[files[0].suffix]} ({named}) are not read: take the checkpoint in Hugging Face's format (safetensors)"
     return ""
 
 
+def _foreign(folder: Path) -> list[Path]:
+    """Files that may be weights in another format, the plainest names first; where there are none, of folders inside."""
+    kinds = list(FOREIGN)
+    found = [file for file in folder.iterdir() if file.suffix in FOREIGN] or [
+        file for file in folder.glob("*/*") if file.suffix in FOREIGN and file.suffix not in (".safetensors", ".bin")
+    ]
+    return sorted(found, key=lambda file: (kinds.index(file.suffix), file))
+
+
 def read_headers(files: Sequence[Path], failure: Failure) -> dict[str, StoredTensor]:
     """What the files hold, by the names of the tensors.
 
     Raises:
-        failure: a file that is broken, or holds anything but tensors; the message names it.
+        failure: a file that is broken, or holds anything but tensors, or two that hold different tensors of one name; the
+            message names it.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         check_file(file, failure)
-        tensors |= _safetensors(file, failure) if file.suffix == ".safetensors" else _pickle(file, failure)
+        found = _safetensors(file, failure) if file.suffix == ".safetensors" else _pickle(file, failure)
+        for name in sorted(tensors.keys() & found.keys()):
+            if not _equal(tensors[name], found[name], name):
+                raise failure(
+                    f"{name} is in {tensors[name].file.name} and in {file.name} of {file.parent}, with different numbers: "
+                    "one of the files belongs to another checkpoint, so download both again"
+                )
+        tensors |= found
     return tensors
+
+
+def _equal(one: StoredTensor, other: StoredTensor, name: str) -> bool:
+    """Whether two files hold the same numbers by a name."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    import torch
+
+    from specontext.checkpoints.reading import tensor_reader
+
+    first, second = (tensor_reader({name: tensor})(name).contiguous().view(-1) for tensor in (one, other))
+    return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
 
 
 def quantised_numbers(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:

@@ -102,7 +102,7 @@ def _read_text(file: str) -> str:
     name = "standard input" if file == "-" else file
     try:
         raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")  # a byte order mark is not part of the text
     except OSError as error:
         raise UsageError(f"cannot read the prompt from {name}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from specontext.checkpoints.adapters import Adapter
-from specontext.checkpoints.files import check_file
+from specontext.checkpoints.adapters import CONFIG, Adapter
+from specontext.checkpoints.files import check_file, read_json
 from specontext.checkpoints.wording import first_few
 from specontext.errors import ModelError
 from specontext.locations import one_sentence
@@ -39,8 +39,15 @@ def merged(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
 
     with warnings.catch_warnings(), one_sentence(f"cannot merge the LoRA adapter {adapter.folder} into {adapter.base}"):
         warnings.simplefilter("ignore", FutureWarning)  # what peft asks of transformers is their affair
+        warnings.filterwarnings("ignore", "Unexpected keyword arguments")  # which are refused here
         config = PeftConfig.from_pretrained(str(adapter.folder))
+        further = read_json(adapter.folder / CONFIG, ModelError)
+        if ignored := [name for name, value in further.items() if value and not hasattr(config, name)]:
+            raise ModelError(
+                f"the LoRA adapter {adapter.folder} asks for {first_few(ignored)}, which this peft does not know: update it"
+            )
         config.inference_mode = True
+        config.base_model_name_or_path = model.name_or_path  # else peft warns of another name for it
         wrapped: Any = get_peft_model(model, config, autocast_adapter_dtype=False)
         report = set_peft_model_state_dict(wrapped, load_peft_weights(str(adapter.folder), device="cpu"))
         missing = sorted(name for name in report.missing_keys if any(part in name for part in OWN))

@@ -9,6 +9,7 @@ no obstacle up to their own size: see `ModelShape.from_config`.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,15 @@ SCALING_KEYS = {
     *("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "finetuned"),
     *("low_freq_factor", "high_freq_factor", "short_factor", "long_factor"),
 }
+ROPE_NUMBERS = {  # the least, and what a value should be
+    "rope_theta": (0, "a number above 0"),
+    "factor": (1, "a number of at least 1"),
+    "original_max_position_embeddings": (1, "a number of tokens"),
+    **dict.fromkeys(
+        ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"), (0, "a number above 0")
+    ),
+}
+ROPE_LISTS = ("short_factor", "long_factor")
 ONES = {"factor", "attn_factor", "extrapolation_factor", "attention_factor"}  # nothing as long as they are 1
 
 # Vendor entries by name. What speaks of attention, positions or length ...
@@ -41,11 +51,13 @@ SPEAKS = re.compile(
     LENGTH.pattern + r"|att(n|ention)|rope|rotary|position|alibi|ntk|logn|yarn|sinks?(_|$)|causal|bidirection|softcap|soft_cap"
     r"|query_pre|clip_qkv|qk_|_qk|cache_(bits|quant|scheme)|block_?sparse|cross_layer|kv_shar|(^|_)mla(_|$)"
 )
+# ... or scales what is computed between them,
+SCALES = re.compile(r"multiplier|logits?_scal|scale_(emb|depth)|embed\w*_scale|dim_model_base|(^|_)mup(_|$)")
 # ... and yet says how it is computed or trained, or is told by the shapes of the weights.
 HARMLESS = re.compile(
     r"drop|flash|sdpa|implementation|backend|kernel|fuse|(sequence|tensor|context)_parallel|(attention|attn|qkv|proj)_(\w+_)?bias$"
     r"|_in_fp32|seq_aux|upcast|initiali[sz]|_token(_ids?|_index)?$|_ids?$|loss|train|(?<!qk_)layer_?norm|(num|n)_\w*heads?|head_(dim|size|type)"
-    r"|_dtype|max_window_layers|original_max_position|(^|_)new_"
+    r"|(ffn|mlp|intermediate|hidden|lr)_\w*multiplier|_dtype|max_window_layers|original_max_position|(^|_)new_"
 )
 ON = {
     "rotary",
@@ -164,6 +176,9 @@ def _rope_obstacles(config: PreTrainedConfig) -> Iterator[str]:
     ignored = set(getattr(config, "ignore_keys_at_rope_validation", None) or ())
     for label, part in parts.items():
         where = "rope_parameters" + (f" of {label}" if label else "")
+        if label and not _mentioned(config, re.escape(label)):
+            yield f"its rope_parameters speak of {label}, which its class does not know"
+        yield from _odd_rope_numbers(config, part, where)
         kind = part.get("rope_type") or part.get("type") or "default"
         if kind not in ROPES:
             yield f"it uses RoPE of type {kind} ({where})"
@@ -181,12 +196,32 @@ def _rope_obstacles(config: PreTrainedConfig) -> Iterator[str]:
             yield f"it turns a share of each head (partial_rotary_factor {share}), which its class does not compute"
 
 
+def _odd_rope_numbers(config: PreTrainedConfig, part: Mapping[str, Any], where: str) -> Iterator[str]:
+    """Numbers with which angles cannot be computed, or would be other than anybody trained."""
+    for key, value in part.items():
+        wanted = ROPE_NUMBERS.get(key)
+        if key in ROPE_LISTS and value is not None:
+            size = (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) // 2
+            turned = int(size * (part.get("partial_rotary_factor") or 1))
+            if not (isinstance(value, list) and len(value) == turned and all(_is_number(each) and each > 0 for each in value)):
+                yield f"its {key} is {_shown(value)} and should be {turned} numbers above 0 ({where})"
+        elif wanted is None or (value is None and key != "rope_theta"):
+            continue
+        elif not (_is_number(value) and wanted[0] <= value < math.inf and value != 0):
+            yield f"its {key} is {_shown(value)} and should be {wanted[1]} ({where})"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _vendor_obstacles(config: PreTrainedConfig, longest: int) -> Iterator[str]:
     """Entries that the config's class does not know; windows and lengths of at least `longest` tokens leave nothing out."""
     known = declared(config)
     rope = getattr(config, "rope_parameters", None) or {}
     equal = {  # spellings of what other entries say
         **dict.fromkeys(("rotary_pct", "rope_pct", "rope_percent", "rotary_percent"), rope.get("partial_rotary_factor") or 1),
+        "dim_model_base": config.hidden_size,  # by whose share outputs are divided
         "sliding_window_size": getattr(config, "sliding_window", None),
         "initial_context_length": rope.get("original_max_position_embeddings"),
         "position_embedding_type": "rope_gptj" if config.model_type.startswith("cohere") else None,  # as its class turns heads
@@ -196,17 +231,27 @@ def _vendor_obstacles(config: PreTrainedConfig, longest: int) -> Iterator[str]:
         if name.startswith("_") or name in known or name in JUDGED or hasattr(type(config), name):
             continue
         wanted = name in ON
-        if not (wanted or SPEAKS.search(name.lower())) or (HARMLESS.search(name.lower()) and not wanted):
+        scales = SCALES.search(name.lower())
+        if scales and value == 1:
+            continue
+        if not (wanted or scales or SPEAKS.search(name.lower())) or (HARMLESS.search(name.lower()) and not wanted):
             continue
         off = value is None or (not wanted and (value is False or value == 0 or value in ("", [], {})))
-        if off or (wanted and value is True) or (name in equal and value == equal[name]) or _is_ordinary(value, config):
+        if (
+            off
+            or (wanted and value is True)
+            or (name in equal and value == equal[name])
+            or (scales and value == 1)
+            or _is_ordinary(value, config)
+        ):
             continue
         if LENGTH.search(name.lower()) and isinstance(value, int) and not isinstance(value, bool) and value >= longest:
             continue
         if "qk" in name and _mentioned(config, r"(q|k|query|key)_(layer)?norm"):
             continue
         if not _mentioned(config, re.escape(name)):
-            yield f"its config has {name} {_shown(value)}, which changes attention, positions or length and is not computed here"
+            changed = "what its layers add up" if scales else "attention, positions or length"
+            yield f"its config has {name} {_shown(value)}, which changes {changed} and is not computed here"
 
 
 def _is_ordinary(value: Any, config: PreTrainedConfig) -> bool:

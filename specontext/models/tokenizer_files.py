@@ -10,11 +10,13 @@ from transformers import AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from specontext.checkpoints.files import check_side_files, read_json
+from specontext.checkpoints.own_code import NEEDS_CODE, own_class
 from specontext.checkpoints.wording import first_few
 from specontext.errors import ModelError, shown
 from specontext.locations import folder_of, one_sentence, tokenizer_source
 
 WHOLE = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
 TEMPLATE = "chat_template.json"
 PAIR = ("vocab.json", "merges.txt")  # what byte-pair tokenizers have in its place, both or neither
 VOCABULARIES = (
@@ -44,10 +46,28 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False, revisio
         _check_whole(folder_of(source, revision=revision))  # what the library says of such files does not name them
         raise
     _check_vocabulary(tokenizer, folder_of(source, revision=revision))
+    if not trust_remote_code:
+        _check_code(tokenizer, folder_of(source, revision=revision))
     with one_sentence(f"the tokenizer of {source} cannot encode a text"):  # some settings are not looked at before
-        tokenizer("a")
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise ModelError(f"the tokenizer of {source} has no tokens for a text such as 'a': download its files again, whole")
+    tokenizer.clean_up_tokenization_spaces = False  # else the text of an output differs from that of its tokens one by one
     _take_template(tokenizer, folder_of(source, revision=revision))
     return tokenizer
+
+
+def _check_code(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raises ModelError where a tokenizer of the checkpoint's own was left aside for one that need not split texts as it does."""
+    if not (folder / SETTINGS).is_file():
+        return
+    settings = read_json(folder / SETTINGS, ModelError)
+    if own := own_class(
+        settings.get("auto_map"), "AutoTokenizer", [type(tokenizer).__name__, str(settings.get("tokenizer_class"))]
+    ):
+        raise ModelError(
+            f"cannot load the tokenizer of {folder}: {own} (auto_map in {SETTINGS}) may split texts otherwise than transformers' "
+            f"{type(tokenizer).__name__}, and {NEEDS_CODE}; to take transformers', remove auto_map"
+        )
 
 
 def _take_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -42,6 +42,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
+LINEAR = {"type": "linear", "factor": 2.0}
 FULL = SpeContextConfig(method="full")
 
 
@@ -152,8 +153,30 @@ def test_layers_that_would_use_the_kv_of_none_or_of_whom_their_class_does_not_kn
 
 def test_a_text_model_with_a_config_of_text_in_it(read: Callable[..., PreTrainedConfig], tmp_path: Path) -> None:
     read("llama", text_config={"a": 1})
-    with pytest.raises(ModelError, match="it is made of several models"):
+    with pytest.raises(ModelError, match=r"it has a config of text in it \(text_config\)"):
         LLM(tmp_path, config=FULL)
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "said"),
+    [
+        ({"rope_theta": 5e5, "rope_type": "default"}, {"rope_theta": 1e4}, "rope_theta 500000.0, .* 10000.0"),
+        ({"rope_theta": 5e5, "rope_type": "default"}, {"rope_scaling": {"type": "linear", "factor": 4.0}}, "factor None, .* 4.0"),
+        ({"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}, {"rope_scaling": {"factor": 4.0}}, "factor 2.0, .* 4.0"),
+        ({"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}, {"rope_scaling": LINEAR}, "rope_theta 500000.0, .* None"),
+        ({"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}, {"rope_theta": 5e5, "rope_scaling": LINEAR}, None),
+        ({"rope_theta": 5e5, "rope_type": "default"}, {"rope_theta": 5e5, "rope_scaling": None}, None),
+        ({"rope_type": "default"}, {"rope_theta": 5e5}, None),
+    ],
+    ids=["base", "type", "factor", "base lost", "same", "same base", "base of old"],
+)
+def test_positions_that_are_said_twice(new: Any, old: Any, said: str | None, read: Callable[..., Any], tmp_path: Path) -> None:
+    read("llama", rope_parameters=new, **old)
+    if said is None:
+        assert read_config(tmp_path).rope_parameters["rope_theta"] == 5e5
+        return
+    with pytest.raises(ModelError, match=f"config.json contradicts itself: .*{said}"):
+        read_config(tmp_path)
 
 
 # Vendor entries -------------------------------------------------------------------------------------------------------
@@ -183,6 +206,13 @@ REFUSED: list[dict[str, Any]] = [
     {"cross_attention_layers": [1]},
     {"rope_interleaved": True},
     {"rope_ratio": 4},
+    {"embedding_multiplier": 12.0},
+    {"residual_multiplier": 0.22},
+    {"logits_scaling": 8.0},
+    {"logit_scale": 0.0625},
+    {"scale_emb": 12},
+    {"scale_depth": 1.4},
+    {"dim_model_base": 32},
     {"rotary_pct": 0.25},
     {"rotary_emb_base": 1e6},
     {"partial_rotary_factor": 0.5},
@@ -204,6 +234,14 @@ REFUSED: list[dict[str, Any]] = [
     {"rope_scaling": {"name": "yarn", "factor": 2.0}},
     {"rope_scaling": {"type": "yarn", "factor": 2.0, "attn_factor": 2.0}},
     {"rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 1000}},
+    {"rope_scaling": {"type": "linear", "factor": "2"}},
+    {"rope_scaling": {"type": "linear", "factor": 0.5}},
+    {"rope_scaling": {"type": "yarn", "factor": -2.0}},
+    {"rope_scaling": {"type": "longrope", "factor": 2.0, "short_factor": [1.0] * 3, "long_factor": [1.0] * 8}},
+    {"rope_scaling": {"type": "longrope", "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": ["a"] * 8}},
+    {"rope_theta": 0},
+    {"rope_theta": "1e6"},
+    {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
 ]
 
 
@@ -228,6 +266,8 @@ HARMLESS: list[tuple[str, dict[str, Any]]] = [
         "llama",
         {"use_logn_attn": False, "use_dynamic_ntk": False, "attention_sinks": 0, "use_mrope": False, "rope_interleaved": False},
     ),
+    ("llama", {"residual_multiplier": 1.0, "logits_scaling": 1, "dim_model_base": 64, "ffn_dim_multiplier": 1.3}),
+    ("granite", {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0, "attention_multiplier": 0.5}),
     ("llama", {"rope_theta": 1e6, "rotary_emb_base": 1e6, "rotary_pct": 1.0, "position_embedding_type": "rope"}),
     ("llama", {"attention_window": 512, "train_seq_len": 64, "attention_type": "gqa", "attention_bias": True}),
     ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0, "attn_factor": 1.0, "finetuned": True}}),

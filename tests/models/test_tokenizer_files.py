@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from specontext import SamplingParams
 from specontext.cli import main
+from specontext.engine.detokenizer import Detokenizer
 from specontext.errors import ModelError
 from specontext.locations import NANO
 from specontext.models.tokenizer_files import load_tokenizer
@@ -57,6 +59,37 @@ def test_a_tokenizer_without_its_vocabulary(folder: Path, name: str, file: str) 
     assert "its vocabulary is missing" in said and f"{file} is in the directory, so download it too" in said
 
 
+def change_settings(folder: Path, **changes: object) -> None:
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | changes
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def test_code_beside_a_tokenizer_is_not_left_aside(folder: Path) -> None:
+    change_settings(folder, auto_map={"AutoTokenizer": ["own.OwnTokenizer", None]})
+    said = refusal(folder)
+    assert "OwnTokenizer (auto_map in tokenizer_config.json)" in said and "--trust-remote-code" in said
+    change_settings(folder, tokenizer_class="LlamaTokenizer", auto_map={"AutoTokenizer": [None, "own.LlamaTokenizerFast"]})
+    load_tokenizer(folder)
+
+
+def test_a_vocabulary_of_nothing(folder: Path) -> None:
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["model"] |= {"vocab": {}, "merges": []}
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    assert "has no tokens for a text such as 'a'" in refusal(folder)
+
+
+def test_texts_of_outputs_are_those_of_their_tokens(folder: Path) -> None:
+    change_settings(folder, clean_up_tokenization_spaces=True)
+    tokenizer = load_tokenizer(folder)
+    prompt, output = (tokenizer.encode(text, add_special_tokens=False) for text in ("Who is it", " ? I do n't know , he said ."))
+    detokenizer = Detokenizer(tokenizer, SamplingParams(), prompt)
+    for token in output:
+        detokenizer.append([token])
+        assert tokenizer.decode(output).startswith(detokenizer.text)
+    assert detokenizer.finish() == tokenizer.decode(output) == " ? I do n't know , he said ."
+
+
 @pytest.mark.parametrize(("there", "lacking"), [("vocab.json", "merges.txt"), ("merges.txt", "vocab.json")])
 def test_half_a_vocabulary(folder: Path, there: str, lacking: str) -> None:
     of_class(folder, "Qwen2Tokenizer")
@@ -97,9 +130,11 @@ def test_a_vocabulary_that_needs_a_package(
         (b"{", "is not JSON"),
         (b"{}", "holds no tokenizer"),
         (b"[]", "not an object"),
-        (b"\xff\xfe", "is not JSON"),
+        (b"\xff\xff", "is not JSON"),
+        (b"\xff\xfe{\0}\0", "byte order mark"),
+        (b"\xef\xbb\xbf{}", "byte order mark"),
     ],
-    ids=["pointer", "empty", "page", "cut", "no model", "list", "bytes"],
+    ids=["pointer", "empty", "page", "cut", "no model", "list", "bytes", "UTF-16", "UTF-8 with a mark"],
 )
 def test_a_broken_vocabulary_is_named(folder: Path, content: bytes, said: str) -> None:
     (folder / "tokenizer.json").write_bytes(content)

@@ -251,11 +251,15 @@ def test_a_truncated_pickle(copy: Path) -> None:
         (None, "model.safetensors or pytorch_model.bin is not there; download it too"),
         ("model-Q4_K_M.gguf", "to run a GGUF file (model-Q4_K_M.gguf), name the file itself"),
         ("consolidated.00.pth", "(consolidated.00.pth) are not read"),
+        ("onnx/model.onnx", "ONNX files (onnx/model.onnx) are not read"),
+        ("openvino_model.xml", "OpenVINO files (openvino_model.xml) are not read"),
+        ("pytorch_model_fsdp_0/__0_0.distcp", "distributed checkpoints (pytorch_model_fsdp_0/__0_0.distcp) are not read"),
     ],
 )
 def test_no_weights(copy: Path, file: str | None, said: str) -> None:
     (copy / "model.safetensors").unlink()
     if file is not None:
+        (copy / file).parent.mkdir(exist_ok=True)
         (copy / file).write_bytes(b"anything")
     assert said in refusal(copy)
 
@@ -266,7 +270,7 @@ def test_an_adapter_is_not_left_out_silently(copy: Path) -> None:
     shutil.copy(copy / "model.safetensors", copy / "adapter_model.safetensors")
     assert "move it into a directory of its own" in refusal(copy)
     (copy / "config.json").unlink()
-    assert "adapter of type None" in refusal(copy)
+    assert "names no peft_type" in refusal(copy)
 
 
 def test_directories_that_are_near_a_checkpoint(copy: Path) -> None:
@@ -287,6 +291,59 @@ CODE = {
     "def (\n": "SyntaxError",
     "from transformers import LlamaConfig\nclass Own(LlamaConfig):\n    model_type = 'own'\n": "has no attribute 'Model'",
 }
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_tensor_in_two_files(copy: Path, pickled: bool) -> None:
+    tensors = stored(copy)
+    first, second = shard(copy, pickled=pickled)
+    name = sorted(tensors)[0]
+    assert name not in _tensors_of(second)
+    for value in (tensors[name], torch.zeros_like(tensors[name])):
+        content = _tensors_of(second) | {name: value}
+        if pickled:
+            torch.save(content, second)
+        else:
+            save_file(content, second, metadata={"format": "pt"})
+        if value is tensors[name]:
+            assert torch.equal(load(copy).model.state_dict()[name], value)
+        else:
+            assert f"{name} is in {first.name} and in {second.name}" in refusal(copy)
+
+
+def _tensors_of(file: Path) -> Tensors:
+    return dict(load_file(file) if file.suffix == ".safetensors" else torch.load(file))
+
+
+@pytest.mark.parametrize("value", [3, ["model.safetensors"], True], ids=str)
+def test_a_config_that_names_weights_by_no_text(copy: Path, value: Any) -> None:
+    change_config(copy, transformers_weights=value)
+    assert "transformers_weights should name a file" in refusal(copy)
+
+
+OWN_DECODER = """from transformers import LlamaForCausalLM
+class Own(LlamaForCausalLM):
+    def forward(self, *args, **options):
+        output = super().forward(*args, **options)
+        output.logits = -output.logits
+        return output
+"""
+
+
+def test_code_beside_a_type_that_the_library_knows_is_run_or_refused(copy: Path) -> None:
+    (copy / "own.py").write_text(OWN_DECODER)
+    allowed = {"dtype": "auto", "device": torch.device("cpu"), "trust_remote_code": True}
+    change_config(copy, auto_map={"AutoModelForCausalLM": "own.Own"})
+    said = refusal(copy)
+    assert "Own (auto_map in config.json)" in said and "--trust-remote-code" in said and "remove auto_map" in said
+    assert type(load_model(copy, **allowed).model).__name__ == "Own"
+    change_config(copy, auto_map={"AutoModel": "own.Own"})  # of which the library takes nothing
+    assert "Own (auto_map in config.json)" in refusal(copy)
+    with pytest.raises(ModelError, match="it names no AutoModelForCausalLM"):
+        load_model(copy, **allowed)
+    # What the library has learned since.
+    change_config(copy, auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.LlamaForCausalLM"})
+    assert type(load(copy).model).__name__ == "LlamaForCausalLM"
 
 
 def test_code_of_a_checkpoint_runs_only_where_it_is_allowed(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
