@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specontext.checkpoints.wording import in_one_sentence
 from specontext.errors import GGUFError
 from specontext.gguf.architecture import as_transformers_has_it, config_of, family_of, parameter_name
 from specontext.gguf.reading import GGUFFile, StoredTensor, read_file
@@ -41,10 +44,11 @@ def convert(path: Path, folder: Path) -> None:
         SafetensorError: the same, while weights are written.
     """
     file = read_file(path)
-    config = config_of(file)
-    tokenizer, tokenizer_config = tokenizer_of(file)
-    dtype = PLAIN.get(file.format, STORED)
-    names = _names(file, config)
+    with _blamed_on(file):
+        config = config_of(file)
+        tokenizer, tokenizer_config = tokenizer_of(file)
+        dtype = PLAIN.get(file.format, STORED)
+        names = _names(file, config)
     config["dtype"] = str(dtype).removeprefix("torch.")
     _write(folder / "config.json", config)
     ends: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
@@ -55,10 +59,28 @@ def convert(path: Path, folder: Path) -> None:
     _write(folder / SOURCE, _source(file))
 
 
+@contextmanager
+def _blamed_on(file: GGUFFile) -> Iterator[None]:
+    """Turns what metadata of another kind than they should be raise anywhere into a GGUFError."""
+    try:
+        yield
+    except GGUFError:
+        raise
+    except Exception as error:  # numbers that are texts, lists of another length, sizes that no library takes
+        raise GGUFError(
+            f"{file.path} is broken: its metadata cannot be understood ({in_one_sentence(error)}); download it again, "
+            "or take another conversion of the model"
+        ) from error
+
+
 def _names(file: GGUFFile, config: dict[str, Any]) -> dict[str, Parameter]:
     """What the model's parameters are made of, by their own names; raises GGUFError unless they are exactly the model's."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    layers = {found[1] for tensor in file.tensors if (found := re.match(r"blk\.(\d+)\.", tensor.name))}
+    depth = config["num_hidden_layers"]
+    if depth > len(layers):  # a model of that many would be made for nothing, if it can be
+        raise GGUFError(f"{file.path} is incomplete: it says {depth} layers and has tensors of {len(layers)}")
     values, family = dict(config), family_of(file)
     made = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device("meta"):

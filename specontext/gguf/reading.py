@@ -77,12 +77,11 @@ def read_file(path: Path) -> GGUFFile:
     try:
         reader = gguf.GGUFReader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
+        parts = int(metadata.get("split.count") or 1)
     except (OSError, ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
         raise GGUFError(f"{path} is not a GGUF file, or it is broken or truncated: {error}") from error
-    if int(metadata.get("split.count") or 1) > 1:
-        raise GGUFError(
-            f"{path} is one of {metadata['split.count']} parts: join them with llama.cpp's `llama-gguf-split --merge`"
-        )
+    if parts > 1:
+        raise GGUFError(f"{path} is one of {parts} parts: join them with llama.cpp's `llama-gguf-split --merge`")
     if not reader.tensors:
         raise GGUFError(f"{path} has no weights")
     return GGUFFile(path, metadata, tuple(_tensor(path, stored) for stored in reader.tensors))

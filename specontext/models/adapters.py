@@ -44,7 +44,8 @@ def merged(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
         further = read_json(adapter.folder / CONFIG, ModelError)
         if ignored := [name for name, value in further.items() if value and not hasattr(config, name)]:
             raise ModelError(
-                f"the LoRA adapter {adapter.folder} asks for {first_few(ignored)}, which this peft does not know: update it"
+                f"the LoRA adapter {adapter.folder} asks for {first_few(ignored)}, which this version of peft does not know: "
+                "install a newer one"
             )
         config.inference_mode = True
         config.base_model_name_or_path = model.name_or_path  # else peft warns of another name for it

@@ -60,8 +60,8 @@ def test_prompt_sources_agree(run: Any, tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     given = ["generate", tiny, "--method", "full", "--max-tokens", 4, "--json"]
     expected = run(*given, "--prompt", TEXT).json
-    for ending in ("", "\n", "\r\n"):
-        file.write_bytes((TEXT + ending).encode())
+    for mark, ending in (("", ""), ("", "\n"), ("", "\r\n"), ("\ufeff", "")):
+        file.write_bytes((mark + TEXT + ending).encode())
         for ran in (run(*given, "--prompt-file", file), run(*given, "-", stdin=file.read_bytes())):
             assert ran.json["token_ids"] == expected["token_ids"]
             assert ran.json["prompt_tokens"] == expected["prompt_tokens"]

@@ -22,6 +22,7 @@ from specontext.distill.data import DataError, Mixed, OnPolicy, Sequences, Sourc
 from specontext.distill.data.encoder import Encoder, chunks
 from specontext.distill.data.held_out import Split
 from specontext.distill.data.hub import parse
+from specontext.distill.data.specs import open_documents
 from specontext.tasks.training import KINDS, sequence
 from specontext.tasks.words import NOUNS, count_words
 
@@ -381,6 +382,23 @@ def test_rows_that_are_not_understood(row: Any, message: str, write_rows: Write,
     rows = write_rows({"text": ""}, row, {"text": "held out"})
     with pytest.raises(DataError, match=message):
         open_sources([rows], tokenizer=words, seed=0)
+
+
+@pytest.mark.parametrize("name", ["rows.JSONL", "rows.ndjson"])
+def test_rows_under_other_endings(name: str, tmp_path: Path, words: Any) -> None:
+    rows = "\n".join(json.dumps({"text": wordy(number, 40)}) for number in range(12))
+    (tmp_path / name).write_text(rows)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    read, plain = (open_documents(str(tmp_path / each), Encoder(words)) for each in (name, "rows.jsonl"))
+    assert len(read) == 12 and all(torch.equal(read[number].ids, plain[number].ids) for number in range(12))
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.csv", "rows.TSV"])
+def test_tables_are_not_read_as_one_text(name: str, tmp_path: Path, words: Any) -> None:
+    (tmp_path / name).write_text(json.dumps([{"text": wordy(0, 40)}]))
+    with pytest.raises(DataError, match=f"{name} would be read as one text: give its rows as a .jsonl"):
+        open_sources([str(tmp_path / name)], tokenizer=words, seed=0)
+    open_sources([str(tmp_path)], tokenizer=words, seed=0)  # as a file among code
 
 
 def test_blank_lines_are_no_rows_and_lines_keep_their_numbers(write_rows: Write, words: Any) -> None:

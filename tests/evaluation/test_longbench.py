@@ -321,6 +321,13 @@ def test_the_hub_is_asked_for_the_task_s_own_subset(text: TextTools, monkeypatch
     assert asked == [("some-one/LongBench", "lcc", "test"), ("some-one/LongBench", "lcc_e", "test")]
 
 
+@pytest.mark.parametrize("name", ["rows.JSONL", "rows.ndjson"])
+def test_rows_under_other_endings(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"a": 1}\n{"a": 2}\n')
+    for path in (tmp_path / name, tmp_path):
+        assert [row.number("a") for file in data_files(path) for row in file.rows()] == [1, 2]
+
+
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
 def test_broken_archives_are_named(tmp_path: Path, method: int) -> None:
     path = tmp_path / "data.zip"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,16 @@ def test_adapters_that_do_not_fit_are_refused_by_tensor(adapter: Path) -> None:
             LLM(adapter, config=SpeContextConfig(method="full"), device="cpu")
     file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 1\n")
     assert "Git LFS" in refusal(adapter)
+
+
+def test_settings_that_peft_does_not_know_are_refused_unless_they_say_nothing(adapter: Path) -> None:
+    pytest.importorskip("peft", reason="adapters are merged by peft")
+    change(adapter, from_the_future=None, also_from_there=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        LLM(adapter, config=SpeContextConfig(method="full"), device="cpu")
+        change(adapter, from_the_future=True)
+        assert "asks for from_the_future, which this version of peft does not know" in refusal(adapter)
 
 
 def test_a_change_of_one_of_two_tables_that_are_one_is_refused(

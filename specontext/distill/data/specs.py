@@ -23,7 +23,8 @@ FORMS = (
     "'tasks', 'tasks:KIND,KIND', a text file, a .jsonl or .parquet file, a directory of these, or "
     "hf:ORGANISATION/NAME[/SUBSET][:SPLIT[:FIELD]]"
 )
-_ROWS: dict[str, Callable[[Path, Encoder], Documents]] = {".jsonl": JsonLines, ".parquet": parquet_rows}
+_ROWS: dict[str, Callable[[Path, Encoder], Documents]] = {".jsonl": JsonLines, ".ndjson": JsonLines, ".parquet": parquet_rows}
+TABLES = (".json", ".csv", ".tsv")  # which hold rows too; in directories, such as of code, they are texts like any other
 PROBED = 4096  # bytes of a file in a directory that are looked at to tell text from other data
 
 
@@ -100,7 +101,12 @@ def _local(path: Path, encoder: Encoder) -> Documents:
         return _directory(path, encoder)
     if not path.is_file():
         raise DataError(f"there is no file or directory {path}: give {FORMS}")
-    return _ROWS[path.suffix](path, encoder) if path.suffix in _ROWS else TextFiles([path], encoder)
+    if path.suffix.lower() in TABLES:
+        raise DataError(
+            f"{path} would be read as one text: give its rows as a .jsonl or .parquet file, or the text as a .txt file"
+        )
+    rows = _ROWS.get(path.suffix.lower())
+    return rows(path, encoder) if rows is not None else TextFiles([path], encoder)
 
 
 def _directory(folder: Path, encoder: Encoder) -> Documents:
@@ -111,8 +117,8 @@ def _directory(folder: Path, encoder: Encoder) -> Documents:
     """
     visible = [path for path in sorted(folder.rglob("*")) if not any(part[0] == "." for part in path.relative_to(folder).parts)]
     files = [path for path in visible if path.is_file()]
-    texts = [path for path in files if path.suffix not in _ROWS and is_text(path)]
-    parts: list[Documents] = [_ROWS[path.suffix](path, encoder) for path in files if path.suffix in _ROWS]
+    texts = [path for path in files if path.suffix.lower() not in _ROWS and is_text(path)]
+    parts: list[Documents] = [rows(path, encoder) for path in files if (rows := _ROWS.get(path.suffix.lower())) is not None]
     if texts:
         parts.insert(0, TextFiles(texts, encoder))
     if not parts:

@@ -21,7 +21,7 @@ from specontext.errors import HubError, SpeContextError
 from specontext.hub import fetch_file, load_split
 from specontext.installing import install_command
 
-SUFFIXES = (".jsonl", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 INSTALL = install_command("eval")
 _HUB_NAME = re.compile(r"(?:hf:)?(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<subset>[\w.-]+))?(?::(?P<split>[^/]+))?")
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair; JSON can write one, UTF-8 cannot
@@ -134,7 +134,7 @@ class DataFile:
         Raises:
             DataFileError: the file cannot be read, a line is no JSON object, or there are no rows.
         """
-        rows = list(self._parquet() if self.place.suffix == ".parquet" else self._json_lines())
+        rows = list(self._parquet() if self.place.suffix.lower() == ".parquet" else self._json_lines())
         if not rows:
             raise DataFileError(f"{self} has no rows")
         return rows
@@ -255,7 +255,7 @@ def locate(data: str) -> Path | HubName:
     if path.exists():
         return path
     match = _HUB_NAME.fullmatch(data)
-    if not match or data.startswith(".") or path.suffix in (*SUFFIXES, ".zip"):
+    if not match or data.startswith(".") or path.suffix.lower() in (*SUFFIXES, ".zip"):
         raise DataFileError(f"no file or directory at {data}; data of the Hub is written organisation/name[/subset][:split]")
     return HubName(match["name"], match["subset"], match["split"])
 
@@ -267,14 +267,14 @@ def data_files(path: Path) -> list[DataFile]:
         DataFileError: there are none, or an archive cannot be read.
     """
     if path.is_dir():
-        paths = sorted(found for found in path.rglob("*") if found.is_file() and found.suffix in (*SUFFIXES, ".zip"))
-    elif path.suffix in (*SUFFIXES, ".zip"):
+        paths = sorted(found for found in path.rglob("*") if found.is_file() and found.suffix.lower() in (*SUFFIXES, ".zip"))
+    elif path.suffix.lower() in (*SUFFIXES, ".zip"):
         paths = [path]
     else:
         raise DataFileError(f"{path} is no data file: expected one that ends in {', '.join(SUFFIXES)} or .zip, or a directory")
     files: list[DataFile] = []
     for found in paths:
-        files += _members(found) if found.suffix == ".zip" else [DataFile(found)]
+        files += _members(found) if found.suffix.lower() == ".zip" else [DataFile(found)]
     if not files and (path / f"{path.name}.py").is_file():
         raise DataFileError(
             f"{path} is kept as a loading script ({path.name}.py), which is not run: give rows as {' or '.join(SUFFIXES)} files"
@@ -290,7 +290,7 @@ def _members(path: Path) -> list[DataFile]:
             names = sorted(archive.namelist())
     except (OSError, zipfile.BadZipFile) as error:
         raise DataFileError(f"cannot read {path}: {error}") from error
-    return [DataFile(path, name) for name in names if Path(name).suffix in SUFFIXES and "__MACOSX" not in name]
+    return [DataFile(path, name) for name in names if Path(name).suffix.lower() in SUFFIXES and "__MACOSX" not in name]
 
 
 def draw(rows: Sequence[Row], n: int, seed: int) -> list[tuple[int, Row]]:

@@ -172,7 +172,7 @@ def _hub(hub: HubName, names: list[str]) -> dict[str, tuple[RowSource, ...]]:
 def _name(file: DataFile) -> str:
     """The task of a file: its own name, or that of its folder for Parquet files called after their split or in a folder of it."""
     place: Path = file.place
-    if place.suffix != ".parquet":
+    if place.suffix.lower() != ".parquet":
         return place.stem
     if place.parent.name == "test":
         return place.parent.parent.name
