@@ -54,6 +54,11 @@ torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
 
 
+def path_with(root: Path) -> dict[str, str]:
+    """For the environment of a process that is to import what lies in `root`, and the rest from where these tests do."""
+    return {"PYTHONPATH": os.pathsep.join((str(root), *filter(None, [os.environ.get("PYTHONPATH")])))}
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int | None:
     """One process where a GPU is shared by all; elsewhere one for each core, as is the default (None)."""

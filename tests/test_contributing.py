@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import specontext
+from tests.conftest import path_with
 
 PACKAGE = Path(specontext.__file__).parent
 PAGE = PACKAGE.parent / "CONTRIBUTING.md"
@@ -54,7 +55,7 @@ def with_new_method(target: Path, code: str, line: str) -> None:
 
 def test_a_method_is_one_file_and_one_line(tmp_path: Path) -> None:
     with_new_method(tmp_path, *method_of(PAGE.read_text()))
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | path_with(tmp_path) | {"OMP_NUM_THREADS": "1"}
     ran = subprocess.run([sys.executable, "-c", RUN], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     stats = json.loads(ran.stdout)["stats"]

@@ -95,7 +95,7 @@ def check_form(config: HeadConfig) -> None:
     if wrong := [reason for reason, holds in reasons.items() if holds]:
         raise HeadError(
             f"EAGLE-3's dialect {ARCHITECTURE} cannot express this draft, its head has {'; '.join(wrong)}: "
-            "train a head without, or write the head alone with save_head"
+            "train one without, or the head alone (objective attention; save_head)"
         )
 
 

@@ -16,7 +16,7 @@ from specontext.config import SpeContextConfig
 from specontext.distill.data import Mixed, OnPolicy, Source, open_sources
 from specontext.distill.data.mixing import sizes_of_share
 from specontext.distill.draft import Draft, frequent_tokens
-from specontext.distill.draft_files import save_draft
+from specontext.distill.draft_files import check_form, save_draft
 from specontext.distill.held_out import HeldOut
 from specontext.distill.new_head import HeadShape, new_head, standard_shape
 from specontext.distill.settings import DistillConfig
@@ -174,6 +174,7 @@ class Session:
             head.config = replace(head.config, recommended_budget=self.recommended_budget)
         if not self.config.speaks:
             return Student(head)
+        check_form(head.config)  # it is trained in vain if it cannot be written
         vocabulary = None
         if self.draft_vocabulary is not None and self.draft_vocabulary < shape.vocab_size:
             vocabulary = frequent_tokens(self._token_counts(source, shape.vocab_size), self.draft_vocabulary)

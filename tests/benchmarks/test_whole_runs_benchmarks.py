@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import path_with
+
 ROOT = Path(__file__).parents[2]
 
 
 def report(script: str, *words: str) -> dict[str, Any]:
     """What a benchmark of nano on a CPU reports."""
     command = [sys.executable, str(ROOT / "benchmarks" / script), "--model", "nano", "--device", "cpu", "--dtype", "float32"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | path_with(ROOT)
     done = subprocess.run([*command, *words, "--json"], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -63,6 +63,15 @@ def test_output_distillation_writes_a_whole_draft_that_prunes_to_the_head(run: R
     assert info["parameters"] == own["parameters"] and info["pruned_share"] > 0 and own["pruned_share"] is None
 
 
+def test_a_draft_that_could_not_be_written_is_refused_before_it_is_trained(
+    fails: Callable[..., str], tiny: Path, tmp_path: Path
+) -> None:
+    words = ("distill", tiny, "-o", tmp_path / "head", "--data", "tasks", "--objective", "output", "--steps", 2, *SMALL)
+    assert "has a head_map" in fails((*words, "--bands", 2, "--feature-layers", "1,2,3"))
+    assert "feature layers [1, 3]" in fails((*words, "--feature-layers", "1,3"))
+    assert not (tmp_path / "head").exists()
+
+
 def test_a_started_training_needs_resume_and_nothing_else_may_change(
     run: Run, fails: Callable[..., str], tiny: Path, tmp_path: Path
 ) -> None:

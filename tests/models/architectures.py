@@ -11,14 +11,11 @@ LATENT: dict[str, Any] = {
     "num_key_value_heads": 4,
     **{"kv_lora_rank": 32, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12},
 }
-ROUTED = {
-    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32},
-    "first_k_dense_replace": 1,
-}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 OLD = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512, "num_key_value_heads": 4}  # names of GPT-2's time
 WINDOW = {"sliding_window": 24}  # shorter than the prompts
 ROUTED = EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+GROUPED = ROUTED | {"n_group": 2, "first_k_dense_replace": 1}
 ALTERNATING = WINDOW | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 SHARED = WINDOW | {
     "num_hidden_layers": 5,
@@ -33,15 +30,15 @@ MAMBA = KEEPING | {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, 
 KDA = EXPERTS | KEEPING | {"layer_types": DELTA["layer_types"], "head_dim": 16, "num_local_experts": 4}  # beside latents
 # By the name of their configuration class: what a tiny config needs beside the common entries.
 RUN: dict[str, dict[str, Any]] = {
-    "AXK1": LATENT | ROUTED,
+    "AXK1": LATENT | GROUPED,
     "Bamba": MAMBA | {"attn_layer_indices": [1, 3]},
     "BailingHybrid": LATENT | KDA | {"n_group": 2, "topk_group": 1, "num_local_experts": 8, "first_k_dense_replace": 1},
     "BioGpt": {"num_key_value_heads": 4},
     "CodeGen": OLD | {"rotary_dim": 8},
     "Cohere": {},
     "Cohere2": ALTERNATING,
-    "DeepseekV2": LATENT | ROUTED | {"q_lora_rank": None, "topk_method": "group_limited_greedy"},
-    "DeepseekV3": LATENT | ROUTED | {"rope_interleave": False},
+    "DeepseekV2": LATENT | GROUPED | {"q_lora_rank": None, "topk_method": "group_limited_greedy"},
+    "DeepseekV3": LATENT | GROUPED | {"rope_interleave": False},
     "Exaone4": ALTERNATING,
     "FalconH1": MAMBA | {"mamba_d_ssm": 128, "num_hidden_layers": 3, "head_dim": 16},
     "Gemma": {"head_dim": 16},
@@ -51,7 +48,7 @@ RUN: dict[str, dict[str, Any]] = {
     | {"head_dim": 16, "vocab_size_per_layer_input": 1900, "hidden_size_per_layer_input": 8, "laurel_rank": 8}
     | {"activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0], "altup_active_idx": 1, "altup_num_inputs": 3},
     "Glm4": {"head_dim": 16},
-    "Glm4MoeLite": LATENT | ROUTED | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "Glm4MoeLite": LATENT | GROUPED | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "GPT2": OLD,
     "GPTJ": OLD | {"rotary_dim": 8},
     "Gemma4Text": {

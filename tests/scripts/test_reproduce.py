@@ -16,6 +16,7 @@ import pytest
 from specontext.distill.data import open_sources
 from specontext.locations import NANO
 from specontext.models.tokenizer_files import load_tokenizer
+from tests.conftest import path_with
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -223,7 +224,7 @@ def test_the_script_with_nano(tmp_path: Path) -> None:
     (tmp_path / "qasper.jsonl").write_text(json.dumps(bench | {"_id": "1", "all_classes": None, "language": "en"}) + "\n")
     words = [SCRIPTS / "reproduce_8b.sh", "nano", "--quick", "--device", "cpu", "-o", tmp_path / "out"]
     words += ["--parts", "head,ruler,longbench", "--longbench-data", tmp_path / "qasper.jsonl"]
-    environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    environment = path_with(ROOT) | {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
     ran = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr + ran.stdout
     text = (tmp_path / "out" / "report.md").read_text()
