@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from specontext.checkpoints.wording import in_one_sentence
 from specontext.errors import GGUFError
 from specontext.gguf.architecture import as_transformers_has_it, config_of, family_of, parameter_name
 from specontext.gguf.reading import GGUFFile, StoredTensor, read_file
@@ -67,8 +66,9 @@ def _blamed_on(file: GGUFFile) -> Iterator[None]:
     except GGUFError:
         raise
     except Exception as error:  # numbers that are texts, lists of another length, sizes that no library takes
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise GGUFError(
-            f"{file.path} is broken: its metadata cannot be understood ({in_one_sentence(error)}); download it again, "
+            f"{file.path} is broken: its metadata cannot be understood ({reason}); download it again, "
             "or take another conversion of the model"
         ) from error
 
@@ -77,7 +77,7 @@ def _names(file: GGUFFile, config: dict[str, Any]) -> dict[str, Parameter]:
     """What the model's parameters are made of, by their own names; raises GGUFError unless they are exactly the model's."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    layers = {found[1] for tensor in file.tensors if (found := re.match(r"blk\.(\d+)\.", tensor.name))}
+    layers = {match[1] for tensor in file.tensors if (match := re.match(r"blk\.(\d+)\.", tensor.name))}
     depth = config["num_hidden_layers"]
     if depth > len(layers):  # a model of that many would be made for nothing, if it can be
         raise GGUFError(f"{file.path} is incomplete: it says {depth} layers and has tensors of {len(layers)}")
