@@ -56,13 +56,14 @@ def calibrate(
     from specontext.engine.start import pick_device
     from specontext.errors import SpeContextError
     from specontext.models.loading import load_model
-    from specontext.retrieval.checkpoint import load_head, save_head
+    from specontext.retrieval.checkpoint import check_place, load_head, save_head
 
     place = out if out is not None else Path(head)
     if out is None and not (place / "config.json").is_file():
         raise UsageError(f"{head} is not a head directory: name where to write the calibrated head with -o DIR")
     if not text:
         raise UsageError("give text to measure on with --text, for example --text corpus.txt or --text tasks")
+    check_place(place)
     where = pick_device(device)
     loaded = load_model(target, dtype=dtype, device=where)
     found = load_head(head, target=loaded.shape, need_map=False).to(where)

@@ -30,7 +30,7 @@ from specontext.memory.facts import feed_forward_width
 from specontext.model_shape import ModelShape
 from specontext.models.loading import LoadedModel, load_model
 from specontext.models.rope import fix_rope
-from specontext.retrieval.checkpoint import load_head, save_head
+from specontext.retrieval.checkpoint import check_place, load_head, save_head
 
 SETTINGS = "training.json"
 SHARES = (0.5, 0.25, 0.15, 0.1)  # of the longest sequences, of half as long ones, ...
@@ -133,6 +133,7 @@ class Session:
     def _check(self, resume: bool) -> None:
         if self.save_dtype not in FORMATS:
             raise ConfigError(f"unknown number format '{self.save_dtype}' of the head: choose one of {', '.join(FORMATS)}")
+        check_place(self.out)
         started = (self.out / CHECKPOINT).exists()
         if started and not resume:
             raise ConfigError(f"{self.out} holds a started training: add --resume to go on with it, or choose another directory")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -74,8 +75,7 @@ def save_head(head: RetrievalHead, folder: str | Path, dtype: torch.dtype | None
     }
     if odd := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise HeadError(f"the head was not written to {folder}: {', '.join(odd)} holds values that are not finite numbers")
-    if (folder / CONFIG).exists() and "variant" not in config_values(folder):
-        raise HeadError(f"{folder} holds a model that is not a retrieval head: name another directory for the head")
+    check_place(folder)
     made = uuid.uuid4().hex
     draft = folder / f".{made}" if folder.exists() else folder.with_name(f".{folder.name}.{made}")
     try:
@@ -87,9 +87,21 @@ def save_head(head: RetrievalHead, folder: str | Path, dtype: torch.dtype | None
         else:
             draft.rename(folder)
     except (OSError, SafetensorError) as error:
-        raise HeadError(f"the head cannot be written to {folder}: {error}") from error
+        raise HeadError(f"the head cannot be written to {folder}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def check_place(folder: str | Path) -> None:
+    """Raises HeadError where a head cannot be written to `folder`: to be known before one is made."""
+    folder = Path(folder).absolute()
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir():
+        raise HeadError(f"the head cannot be written to {folder}: {nearest} is a file; name a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise HeadError(f"the head cannot be written to {folder}: {nearest} is not yours to write to; name another directory")
+    if (folder / CONFIG).exists() and "variant" not in config_values(folder):
+        raise HeadError(f"{folder} holds a model that is not a retrieval head: name another directory for the head")
 
 
 def _replace(folder: Path, draft: Path) -> None:

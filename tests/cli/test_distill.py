@@ -72,6 +72,21 @@ def test_a_draft_that_could_not_be_written_is_refused_before_it_is_trained(
     assert not (tmp_path / "head").exists()
 
 
+@pytest.mark.parametrize("command", ["distill", "calibrate"])
+def test_where_no_head_can_be_written_is_known_before_one_is_made(
+    command: str, fails: Callable[..., str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for where in ("models.loading", "distill.session"):
+        monkeypatch.setattr(f"specontext.{where}.load_model", lambda *_, **__: pytest.fail("loaded"))
+    words = ("distill", tiny, "--data", "tasks", "--steps", 2, *SMALL)
+    if command == "calibrate":
+        words = ("head", "calibrate", tiny / "retrieval_head", "--target", tiny, "--text", "tasks")
+    assert f"{tmp_path / 'file'} is a file; name a directory" in fails((*words, "-o", tmp_path / "file" / "head"))
+    assert "holds a model that is not a retrieval head" in fails((*words, "-o", tiny))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_started_training_needs_resume_and_nothing_else_may_change(
     run: Run, fails: Callable[..., str], tiny: Path, tmp_path: Path
 ) -> None:

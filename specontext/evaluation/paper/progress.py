@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,18 +88,34 @@ class Progress:
             write_json(self._file, self._about | {"found": self._found, "searched": self.own})
 
 
+def check_folder(folder: Path) -> None:
+    """Make the folder of the results; raises PaperError where it takes none, which is to be known before they are measured."""
+    with _kept_in(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextmanager
+def _kept_in(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PaperError(f"the results cannot be kept in {folder}: {error.strerror or error}") from error
+
+
 def write_json(file: Path, value: object) -> None:
     """Write an object, whole or not at all, whoever else writes; raises PaperError where the folder takes none."""
     draft = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".part", delete=False) as stream:
-            draft = Path(stream.name)
-            json.dump(value, stream, indent=1)
-        draft.chmod(0o644)
-        draft.replace(file)
-    except OSError as error:
-        if draft is not None:
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
-        raise PaperError(f"the results cannot be kept in {file.parent}: {error.strerror or error}") from error
+    with _kept_in(file.parent):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".part", delete=False) as stream:
+                draft = Path(stream.name)
+                json.dump(value, stream, indent=1)
+            draft.chmod(0o644)
+            draft.replace(file)
+        except OSError:
+            if draft is not None:
+                with suppress(OSError):
+                    draft.unlink(missing_ok=True)
+            raise

@@ -19,7 +19,7 @@ from specontext.evaluation.paper.bench import Bench, Row, open_bench
 from specontext.evaluation.paper.columns import Scale, TablePlan
 from specontext.evaluation.paper.loop import free
 from specontext.evaluation.paper.parts import Part, parts_of
-from specontext.evaluation.paper.progress import PaperError, Progress, write_json
+from specontext.evaluation.paper.progress import PaperError, Progress, check_folder, write_json
 
 VERSION = 1  # of what a part's file holds
 OVER = {"hf-eager, 4 requests": "over_hf_eager_4", "hf-eager": "over_hf_eager", "hf-sdpa": "over_hf_sdpa", "full": "over_full"}
@@ -72,6 +72,8 @@ def run_parts(
         "specontext": __version__,
         "torch": torch.__version__,
     }
+    if folder is not None:
+        check_folder(folder)
     bench: Bench | None = None
     found, left = [], []
     kept = {part.name: None if folder is None else read_part(folder / part.file_name, about) for part in parts}
