@@ -249,7 +249,7 @@ def test_places_without_data_are_refused(tmp_path: Path, text: TextTools, monkey
     (tmp_path / "broken.zip").write_text("no archive")
     (tmp_path / "notes.txt").write_text("")
     for place, message in (
-        ("empty", "there is no .jsonl or .parquet file in"),
+        ("empty", "there is no .jsonl, .ndjson or .parquet file in"),
         ("other", "has no file of longbench: its files are called narrativeqa.jsonl"),
         ("twice", "has 'lcc' twice"),
         ("broken.zip", "cannot read .*broken.zip"),

@@ -22,6 +22,7 @@ from specontext.hub import fetch_file, load_split
 from specontext.installing import install_command
 
 SUFFIXES = (".jsonl", ".ndjson", ".parquet")
+LISTED = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"  # for messages
 INSTALL = install_command("eval")
 _HUB_NAME = re.compile(r"(?:hf:)?(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<subset>[\w.-]+))?(?::(?P<split>[^/]+))?")
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair; JSON can write one, UTF-8 cannot
@@ -276,11 +277,9 @@ def data_files(path: Path) -> list[DataFile]:
     for found in paths:
         files += _members(found) if found.suffix.lower() == ".zip" else [DataFile(found)]
     if not files and (path / f"{path.name}.py").is_file():
-        raise DataFileError(
-            f"{path} is kept as a loading script ({path.name}.py), which is not run: give rows as {' or '.join(SUFFIXES)} files"
-        )
+        raise DataFileError(f"{path} is kept as a loading script ({path.name}.py), which is not run: give rows as {LISTED} files")
     if not files:
-        raise DataFileError(f"there is no {' or '.join(SUFFIXES)} file in {path}")
+        raise DataFileError(f"there is no {LISTED} file in {path}")
     return files
 
 
