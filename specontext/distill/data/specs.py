@@ -39,9 +39,10 @@ def open_sources(
     """The source that draws from everything that `specs` name, evenly or by weights.
 
     `tasks` or `tasks:KIND,KIND` are generated problems. A `.jsonl` (`.ndjson`) or `.parquet` file has a document in every row
-    (see `rows.document` for the forms), any other file is a text, but for tables (`.json`, `.csv`, `.tsv`) that are named themselves. A directory is all of these below it, sorted by path; hidden
-    files and files that are not text are left out. `hf:org/name:split:field` is a data set of the Hub. Each of these may end with
-    `=WEIGHT`: sequences come from it as often as from one without, times WEIGHT.
+    (see `rows.document` for the forms), any other file is a text, but for tables (`.json`, `.csv`, `.tsv`) that are named
+    themselves. A directory is all of these below it, sorted by path; hidden files and files that are not text are left out.
+    `hf:org/name:split:field` is a data set of the Hub. Each of these may end with `=WEIGHT`: sequences come from it as often as
+    from one without, times WEIGHT.
 
     Args:
         held_out: open the part that is kept from training, disjoint from what is opened without it whatever the seeds: of ten
