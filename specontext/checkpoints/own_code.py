@@ -56,4 +56,5 @@ def check_decoder_code(config: PreTrainedConfig, source: object, *, allowed: boo
 
 
 def _plain(name: str) -> str:
-    return name.lower().removesuffix("fast")
+    """Without what the same class is spelled with by some: Ernie4_5_ForCausalLM, MPTForCausalLM."""
+    return name.lower().replace("_", "").removesuffix("fast")

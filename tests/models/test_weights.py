@@ -342,7 +342,7 @@ def test_code_beside_a_type_that_the_library_knows_is_run_or_refused(copy: Path)
     with pytest.raises(ModelError, match="it names no AutoModelForCausalLM"):
         load_model(copy, **allowed)
     # What the library has learned since.
-    change_config(copy, auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.LlamaForCausalLM"})
+    change_config(copy, auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Llama_ForCausalLM"})
     assert type(load(copy).model).__name__ == "LlamaForCausalLM"
 
 
