@@ -237,13 +237,7 @@ def _vendor_obstacles(config: PreTrainedConfig, longest: int) -> Iterator[str]:
         if not (wanted or scales or SPEAKS.search(name.lower())) or (HARMLESS.search(name.lower()) and not wanted):
             continue
         off = value is None or (not wanted and (value is False or value == 0 or value in ("", [], {})))
-        if (
-            off
-            or (wanted and value is True)
-            or (name in equal and value == equal[name])
-            or (scales and value == 1)
-            or _is_ordinary(value, config)
-        ):
+        if off or (wanted and value is True) or (name in equal and value == equal[name]) or _is_ordinary(value, config):
             continue
         if LENGTH.search(name.lower()) and isinstance(value, int) and not isinstance(value, bool) and value >= longest:
             continue

@@ -94,6 +94,7 @@ def save_head(head: RetrievalHead, folder: str | Path, dtype: torch.dtype | None
 
 def check_place(folder: str | Path) -> None:
     """Raises HeadError where a head cannot be written to `folder`: to be known before one is made."""
+    user_path(folder, HeadError)
     folder = Path(folder).absolute()
     nearest = next(place for place in (folder, *folder.parents) if place.exists())
     if not nearest.is_dir():

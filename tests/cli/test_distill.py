@@ -84,6 +84,7 @@ def test_where_no_head_can_be_written_is_known_before_one_is_made(
         words = ("head", "calibrate", tiny / "retrieval_head", "--target", tiny, "--text", "tasks")
     assert f"{tmp_path / 'file'} is a file; name a directory" in fails((*words, "-o", tmp_path / "file" / "head"))
     assert "holds a model that is not a retrieval head" in fails((*words, "-o", tiny))
+    assert "name another one" in fails((*words, "-o", tmp_path / ("long" * 100)))
     assert (tmp_path / "file").read_text() == "mine"
 
 
