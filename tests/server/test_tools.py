@@ -262,3 +262,19 @@ def test_an_answer_that_was_cut_in_a_call_can_be_gone_on_from(tooled: Server) ->
     result = {"type": "function_call_output", "call_id": cut["output"][-1]["call_id"], "output": "that was cut"}
     again = tooled.post("/v1/responses", {"input": [result], "previous_response_id": cut["id"], "max_output_tokens": 1})
     assert again.status_code == 200, again.text
+
+
+def test_a_stop_string_amid_a_call_leaves_no_call_to_make(tooled: Server) -> None:
+    said = {"tool_choice": "required", "tools": [WEATHER], "parallel_tool_calls": False}
+    cut = ask(tooled, **said, stop=['"city'])["choices"][0]
+    assert cut["finish_reason"] == "stop" and cut["message"]["tool_calls"]
+    assert [event["choices"][0]["finish_reason"] for event in events_of(tooled, **said, stop=['"city'])][-1] == "stop"
+    behind = ask(tooled, **said, stop=["</tool_call>"])["choices"][0]
+    assert behind["finish_reason"] == "tool_calls"
+    check_weather(behind["message"]["tool_calls"][0]["function"]["arguments"])
+    tool = {"name": "get_weather", "input_schema": WEATHER["function"]["parameters"]}  # type: ignore[index]
+    claude = {"messages": ASK, "tools": [tool], "tool_choice": {"type": "any"}, "max_tokens": 150, "temperature": 1, "seed": 3}
+    cut = tooled.post("/v1/messages", claude | {"stop_sequences": ['"city']}).json()
+    assert (cut["stop_reason"], cut["stop_sequence"]) == ("stop_sequence", '"city')
+    behind = tooled.post("/v1/messages", claude | {"stop_sequences": ["</tool_call>"]}).json()
+    assert behind["stop_reason"] == "tool_use"

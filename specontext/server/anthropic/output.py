@@ -56,7 +56,7 @@ class MessageWriter:
         usage = self.talk.usage()
         cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
         answer = self.talk.answers[0]
-        reason = "tool_use" if answer.calls and answer.finish_reason != "length" else _REASONS.get(answer.finish_reason or "")
+        reason = "tool_use" if answer.called else _REASONS.get(answer.finish_reason or "")
         return {
             "id": self.id,
             "type": "message",
