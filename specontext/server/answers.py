@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from dataclasses import dataclass, field
 
@@ -24,6 +25,15 @@ class Call:
     def text(self) -> str:
         return "".join(self.arguments)
 
+    @property
+    def whole(self) -> bool:
+        """Whether the arguments are JSON to their end."""
+        try:
+            json.loads(self.text, strict=False)
+        except (ValueError, RecursionError):
+            return False
+        return True
+
 
 @dataclass(frozen=True)
 class Growth:
@@ -40,6 +50,7 @@ class Answer:
 
     Attributes:
         finish_reason: as OpenAI names it, once the output has ended.
+        called: it has ended so that its calls are made; the length, or a stop string amid the last one, ended it otherwise.
     """
 
     def __init__(self, use: ToolUse) -> None:
@@ -50,6 +61,7 @@ class Answer:
         self.token_ids: list[int] = []
         self.tables: list[dict[int, float]] = []
         self.finish_reason: str | None = None
+        self.called = False
         self.stats: OutputStatistics | None = None
         self.reasoning_tokens = 0
         self._reader = use.reader()
@@ -70,7 +82,9 @@ class Answer:
         grown += [growth for piece in pieces if (growth := self._grow(piece)) is not None]
         if delta.finish_reason is not None:
             self.stats, self.finish_reason = delta.stats, delta.finish_reason
-            if self.calls and delta.finish_reason == "stop" and self.use.mode != "named":  # then OpenAI says stop
+            whole = bool(self.calls) and (delta.stop is None or self.calls[-1].whole)
+            self.called = whole and delta.finish_reason == "stop"
+            if self.called and self.use.mode != "named":  # then OpenAI says stop
                 self.finish_reason = "tool_calls"
         return grown
 

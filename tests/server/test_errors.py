@@ -12,6 +12,11 @@ import httpx
 import pytest
 
 from specontext.locations import NANO
+from specontext.server.protocol.chat import ChatRequest
+from specontext.server.protocol.common import Body
+from specontext.server.protocol.completion import CompletionRequest
+from specontext.server.protocol.messages import MessagesRequest
+from specontext.server.protocol.responses import ResponsesRequest
 from tests.server.serving import PATIENCE, Server, make_engine, running
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -197,6 +202,32 @@ def test_what_asks_for_nothing_is_let_through(server: Server) -> None:
     )
     assert server.post(TEXT, GOOD[TEXT] | {"best_of": 1, "suffix": "", "logit_bias": None, "n": None}).status_code == 200
     assert server.post(TEXT, GOOD[TEXT] | {"best_of": 2, "n": 2}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "needed", "length"),
+    [
+        (CHAT, ChatRequest, {"messages": USER}, "max_tokens"),
+        (TEXT, CompletionRequest, {"prompt": "the sun"}, "max_tokens"),
+        ("/v1/responses", ResponsesRequest, {"input": "the sun"}, "max_output_tokens"),
+        ("/v1/messages", MessagesRequest, {"messages": USER, "max_tokens": 1}, "max_tokens"),
+    ],
+)
+def test_null_is_the_default_of_every_field_that_has_one(
+    path: str, body: type[Body], needed: dict[str, Any], length: str, server: Server
+) -> None:
+    nulls = dict.fromkeys(field.alias or name for name, field in body.model_fields.items())
+    answer = server.post(path, nulls | needed | {length: 1})
+    assert answer.status_code == 200, answer.text
+    plain = server.post(path, needed | {length: 1})
+    counts = [[each for each in got.json()["usage"].values() if isinstance(each, int)] for got in (answer, plain)]
+    assert counts[0] == counts[1]
+    for name in needed:
+        refused = server.post(path, needed | {name: None})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == name
+    if path != "/v1/messages":
+        options = {"stream": True, "stream_options": {"include_obfuscation": None}}
+        assert server.post(path, needed | {length: 1} | options).status_code == 200
 
 
 @pytest.mark.parametrize(

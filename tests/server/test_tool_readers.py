@@ -73,6 +73,7 @@ CASES: list[tuple[str, str, str, list[Any]]] = [
     ("pythonic", '<|python_start|>[w(city="]", days=null)]<|python_end|>', "", [("w", {"city": "]", "days": None})]),
     ("pythonic", "[1, 2] are numbers", "[1, 2] are numbers", []),
     ("pythonic", "[other(a=1)]", "[other(a=1)]", []),
+    ("pythonic", '[w(**{"city": "Oslo"})]', '[w(**{"city": "Oslo"})]', []),
     ("mistral", f"[TOOL_CALLS] [{CALL}, {STOP}]", "", [WEATHER, STOPPED]),
     ("mistral", f"So: [TOOL_CALLS]weather[ARGS]{ARGUMENTS}[TOOL_CALLS]stop-it{{}}", "So:", [WEATHER, STOPPED]),
     ("mistral_args", f"[TOOL_CALLS]weather[CALL_ID]a1b2c3d4e[ARGS]{ARGUMENTS}", "", [WEATHER]),
@@ -181,7 +182,62 @@ def test_broken_calls_are_read_alike_however_they_are_cut_and_lose_no_text(form:
             assert "".join(piece.text for piece in whole).strip() == text.strip()
 
 
-ODD = ["NaN", "1e999", "[1e999]", "{'a': {1, 2}}", "b'x'", "1j", "...", "{(1, 2): 3}", "{[1]: 2}", "[" * 5000 + "]" * 5000]
+MAYBE_TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+TEXTS_OR_NUMBERS = {"type": ["string", "integer"]}
+DOUBLED = {str(i): {"anyOf": [{"$ref": f"#/$defs/{i + 1}"}] * 2} for i in range(60)}  # of which each way is no way to go
+DEFINED = {"$defs": {"Code": {"enum": ["1", "2"]}, "Self": {"$ref": "#/$defs/Self"}, "60": {"type": "string"}, **DOUBLED}}
+
+
+@pytest.mark.parametrize("form", ["glm45", "qwen3_coder"])
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"type": "string"}, "12345", "12345"),
+        ({"type": ["string", "null"]}, "12345", "12345"),
+        ({"type": ["string", "null"]}, "null", None),
+        (MAYBE_TEXT, "12345", "12345"),
+        (MAYBE_TEXT, "true", "true"),
+        (MAYBE_TEXT, "[1]", "[1]"),
+        (MAYBE_TEXT, '"so"', '"so"'),
+        (MAYBE_TEXT, "None", None),
+        (TEXTS_OR_NUMBERS, "12", 12),
+        (TEXTS_OR_NUMBERS, "1.5", "1.5"),
+        ({"type": ["string", "number"]}, "12", 12),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({"const": "1"}, "1", "1"),
+        ({"$ref": "#/$defs/Code"}, "1", "1"),
+        ({"allOf": [{"$ref": "#/$defs/Code"}], "default": "2"}, "1", "1"),
+        ({"anyOf": [{"$ref": "#/$defs/Code"}, {"type": "integer"}]}, "1", 1),
+        ({"anyOf": [{"type": "string"}, {}]}, "1", 1),
+        ({"$ref": "#/$defs/Self"}, "1", 1),
+        ({"$ref": "https://example.org/none"}, "1", 1),
+        ({"type": "integer"}, "many", "many"),
+        (MAYBE_TEXT, "9" * 400, "9" * 400),
+        ({"$ref": "#/$defs/0"}, "1", "1"),
+        ({"type": 5, "enum": "ab", "anyOf": {}, "$ref": 1}, "1", 1),
+    ],
+)
+def test_values_between_tags_have_the_types_of_their_schemas(form: str, schema: Any, text: str, value: Any) -> None:
+    tool = Tool("weather", {"type": "object", "properties": {"other": schema}, **DEFINED})
+    reader = ToolUse((tool,), "auto", form=FORMATS[form]).reader()
+    pieces = [*reader.feed(TAGGED[form] % text), *reader.finish()]
+    arguments = "".join(piece.text for piece in pieces if isinstance(piece, CallArguments))
+    assert arguments == json.dumps({"other": value})
+
+
+ODD = [
+    "NaN",
+    "1e999",
+    "[1e999]",
+    "{'a': {1, 2}}",
+    "b'x'",
+    "1j",
+    "...",
+    "{(1, 2): 3}",
+    "{[1]: 2}",
+    "{**w}",
+    "[" * 5000 + "]" * 5000,
+]
 TAGGED = {
     "pythonic": "[weather(other=%s)]",
     "glm45": "<tool_call>weather\n<arg_key>other</arg_key>\n<arg_value>%s</arg_value>\n</tool_call>",

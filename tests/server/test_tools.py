@@ -230,3 +230,51 @@ def test_context_errors_begin_as_openai_s(server: Server) -> None:
         error = server.post(path, prompt | {"max_tokens": 5000}).json()["error"]  # type: ignore[operator]
         assert error["code"] == "context_length_exceeded"
         assert error["message"].startswith("This model's maximum context length is 2048 tokens. However, you requested ")
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Os', "{city: Oslo}", "[1]", "Oslo", "nan"])
+def test_calls_without_json_go_back_to_the_model_in_every_protocol(arguments: str, tooled: Server) -> None:
+    """Agents send a call that they could not read back with an error, so that the model does better."""
+    function = {"name": "get_weather", "arguments": arguments}
+    messages = [
+        *ASK,
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "type": "function", "function": function}]},
+        {"role": "tool", "tool_call_id": "a", "content": "no JSON"},
+    ]
+    shown = tooled.post("/tokenize", {"messages": messages}).json()["tokens"]
+    text = tooled.post("/detokenize", {"tokens": shown}).json()["prompt"]
+    assert json.dumps({"unfinished": arguments}) in text and "no JSON" in text
+    chat = tooled.post(CHAT, {"messages": messages, "max_tokens": 1})
+    items = [*ASK, {"type": "function_call", "call_id": "a", **function}, {"type": "function_call_output", "call_id": "a"}]
+    items[-1]["output"] = "no JSON"
+    response = tooled.post("/v1/responses", {"input": items, "max_output_tokens": 1})
+    assert chat.json()["usage"]["prompt_tokens"] == response.json()["usage"]["input_tokens"] == len(shown)
+
+
+def test_an_answer_that_was_cut_in_a_call_can_be_gone_on_from(tooled: Server) -> None:
+    tool = {"type": "function", **WEATHER["function"]}  # type: ignore[dict-item]
+    body = {"input": "How is the weather?", "tools": [tool], "tool_choice": "required", "seed": 3, "ignore_eos": True}
+    lengths = range(8, 64, 8)  # tokens, one of which ends amid the arguments
+    tries = (tooled.post("/v1/responses", body | {"max_output_tokens": length}).json() for length in reversed(lengths))
+    cut = next(found for found in tries if found["status"] == "incomplete" and found["output"][-1].get("arguments"))
+    with pytest.raises(ValueError):
+        json.loads(cut["output"][-1]["arguments"])
+    result = {"type": "function_call_output", "call_id": cut["output"][-1]["call_id"], "output": "that was cut"}
+    again = tooled.post("/v1/responses", {"input": [result], "previous_response_id": cut["id"], "max_output_tokens": 1})
+    assert again.status_code == 200, again.text
+
+
+def test_a_stop_string_amid_a_call_leaves_no_call_to_make(tooled: Server) -> None:
+    said = {"tool_choice": "required", "tools": [WEATHER], "parallel_tool_calls": False}
+    cut = ask(tooled, **said, stop=['"city'])["choices"][0]
+    assert cut["finish_reason"] == "stop" and cut["message"]["tool_calls"]
+    assert [event["choices"][0]["finish_reason"] for event in events_of(tooled, **said, stop=['"city'])][-1] == "stop"
+    behind = ask(tooled, **said, stop=["</tool_call>"])["choices"][0]
+    assert behind["finish_reason"] == "tool_calls"
+    check_weather(behind["message"]["tool_calls"][0]["function"]["arguments"])
+    tool = {"name": "get_weather", "input_schema": WEATHER["function"]["parameters"]}  # type: ignore[index]
+    claude = {"messages": ASK, "tools": [tool], "tool_choice": {"type": "any"}, "max_tokens": 150, "temperature": 1, "seed": 3}
+    cut = tooled.post("/v1/messages", claude | {"stop_sequences": ['"city']}).json()
+    assert (cut["stop_reason"], cut["stop_sequence"]) == ("stop_sequence", '"city')
+    behind = tooled.post("/v1/messages", claude | {"stop_sequences": ["</tool_call>"]}).json()
+    assert behind["stop_reason"] == "tool_use"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from specontext.server.answers import Growth
 from specontext.server.conversation import Conversation
+from specontext.server.protocol.tools import arguments_object
 
 Event = dict[str, Any]
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -56,7 +56,7 @@ class MessageWriter:
         usage = self.talk.usage()
         cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
         answer = self.talk.answers[0]
-        reason = "tool_use" if answer.calls and answer.finish_reason != "length" else _REASONS.get(answer.finish_reason or "")
+        reason = "tool_use" if answer.called else _REASONS.get(answer.finish_reason or "")
         return {
             "id": self.id,
             "type": "message",
@@ -91,16 +91,7 @@ class MessageWriter:
         block, text = self.blocks[-1], "".join(self._pieces)
         self._pieces = []
         if block["type"] == "tool_use":
-            block["input"] = _as_object(text)
+            block["input"] = arguments_object(text)
         else:
             block[block["type"]] = text
         yield {"type": "content_block_stop", "index": len(self.blocks) - 1}
-
-
-def _as_object(text: str) -> Any:
-    """Arguments as an object; what the model left unfinished is shown as it is."""
-    try:
-        found = json.loads(text, strict=False)
-    except (ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else {"unfinished": text} if text else {}

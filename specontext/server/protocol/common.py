@@ -25,9 +25,18 @@ MOST_ALLOWED = 1 << 18  # token ids
 
 
 class Body(BaseModel):
-    """A request's body: types are not converted, unknown fields are errors."""
+    """A request's body: types are not converted, unknown fields are errors, and null is a field that was left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        """Clients send null for what they leave to its default; where a field is needed null is an error all the same."""
+        if not isinstance(value, dict) or not any(item is None for item in value.values()):
+            return value
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: item for name, item in value.items() if item is not None or name not in optional}
 
     @model_validator(mode="before")
     @classmethod

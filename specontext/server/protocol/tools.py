@@ -62,13 +62,19 @@ class AllowedChoice(Body):
 ToolChoice = Literal["none", "auto", "required"] | NamedChoice | AllowedChoice
 
 
+def arguments_object(text: str) -> dict[str, Any]:
+    """Arguments as an object; what is none, since the model left it unfinished or wrote no JSON, is shown as it is."""
+    try:
+        found = json.loads(text, strict=False) if text.strip() else {}
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {"unfinished": text}
+
+
 def _as_object(value: Any) -> Any:
-    """Arguments as chat templates write them out."""
+    """Arguments as chat templates write them out. Clients send back what a model wrote, for it to do better, whatever it was."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else {}
-        except (ValueError, RecursionError):
-            raise ValueError("the arguments of a call must be a JSON object, as a text") from None
+        return arguments_object(value)
     if value is not None and not isinstance(value, dict):
         raise ValueError("the arguments of a call must be a JSON object, as a text")
     return value or {}

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from specontext.server.tools.json_types import allowed_types, type_of
 from specontext.server.tools.pieces import Tool
 
 _HALF = re.compile("[\ud800-\udfff]")
@@ -24,12 +25,12 @@ def python_calls(text: str, tools: Mapping[str, Tool]) -> list[tuple[str, str]] 
         nodes = tree.elts if isinstance(tree, ast.List | ast.Tuple) else [tree]
         found = []
         for node in nodes:
-            if not isinstance(node, ast.Call) or node.args:
+            if not isinstance(node, ast.Call) or node.args or any(keyword.arg is None for keyword in node.keywords):
                 return None
             name = ast.unparse(node.func)
             if name not in tools:
                 return None
-            arguments = {keyword.arg: _literal(keyword.value) for keyword in node.keywords if keyword.arg is not None}
+            arguments = {str(keyword.arg): _literal(keyword.value) for keyword in node.keywords}
             found.append((name, _as_json(arguments)))
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):  # no Python, or values that JSON does not have
         return None
@@ -41,7 +42,7 @@ def _literal(node: ast.expr) -> Any:
         return _LITERALS[node.id.lower()]
     if isinstance(node, ast.List | ast.Tuple):
         return [_literal(item) for item in node.elts]
-    if isinstance(node, ast.Dict):
+    if isinstance(node, ast.Dict) and None not in node.keys:  # nor does JSON have **others
         return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values, strict=True) if key is not None}
     return ast.literal_eval(node)
 
@@ -66,21 +67,22 @@ def argument_tags(text: str, tools: Mapping[str, Tool]) -> list[tuple[str, str]]
 
 
 def _typed(pairs: list[tuple[str, str]], tool: Tool) -> str:
-    """Arguments as JSON: texts where the schema wants texts, else what the value says."""
+    """Arguments as JSON: texts where the schema lets them be nothing else, else what the value says."""
     properties = tool.parameters.get("properties")
     known = properties if isinstance(properties, Mapping) else {}
-    return _as_json({key: _value(value, known.get(key)) for key, value in pairs})
+    return _as_json({key: _value(value, allowed_types(known.get(key), tool.parameters)) for key, value in pairs})
 
 
-def _value(text: str, schema: Any) -> Any:
-    if isinstance(schema, Mapping) and schema.get("type") == "string":
-        return text
+def _value(text: str, types: frozenset[str] | None) -> Any:
+    """What a text says; the text itself where it may be one and says nothing else that it may be."""
     try:
         value = json.loads(text)
         json.dumps(value, allow_nan=False)
-        return value
     except (ValueError, RecursionError):
-        return _LITERALS.get(text.strip().lower(), text)
+        value = _LITERALS.get(text.strip().lower(), text)
+    if types is not None and "string" in types and (isinstance(value, str) or type_of(value) not in types):
+        return text
+    return value
 
 
 def _as_json(value: Any) -> str:
