@@ -35,10 +35,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from specontext.evaluation.load.http import Address
-from specontext.evaluation.load.measure import Target, measure
-from specontext.evaluation.load.report import summarise
-from specontext.evaluation.load.workload import Workload
+from specontext.evaluation.traffic.http import Address
+from specontext.evaluation.traffic.measure import Target, measure
+from specontext.evaluation.traffic.report import summarise
+from specontext.evaluation.traffic.workload import Workload
 from specontext.models.tokenizer_files import load_tokenizer
 
 COMMAND = [sys.executable, "-m", "specontext.cli"]
@@ -141,10 +141,10 @@ def load(side: Side, options: argparse.Namespace, tokenizer: Any, seed: int, str
     prompts = options.num_prompts if streams > 1 else max(1, options.num_prompts // 8)
     work = Workload(prompts, options.input_len, options.output_len, max_concurrency=streams, seed=100 * seed + streams)
     texts = work.prompts(tokenizer)
-    found = summarise(asyncio.run(measure(Target(Address.parse(side.url), options.model), work, texts)))
-    if found["failed"]:
-        raise SystemExit(f"{found['failed']} requests to {side.name} failed")
-    return found
+    run = asyncio.run(measure(Target(Address.parse(side.url), options.model), work, texts))
+    if errors := [record.error for record in run.records if record.error]:
+        raise SystemExit(f"{len(errors)} requests to {side.name} failed: {errors[0]}")
+    return summarise(run)
 
 
 @contextmanager
