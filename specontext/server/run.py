@@ -19,7 +19,7 @@ from specontext.engine.parallel_engine import make_engine
 from specontext.errors import ConfigError, SpeContextError
 from specontext.server.app import create_app
 from specontext.server.errors import DrainingError
-from specontext.server.http_head import BoundedHttp
+from specontext.server.http_protocol import http_protocol
 from specontext.server.logs import configure_logging, fields, log_load
 from specontext.server.settings import ServerConfig
 from specontext.server.state import ServerState
@@ -69,7 +69,11 @@ class Serving:
         self.server = _UvicornServer(
             uvicorn.Config(
                 create_app(self.state),
-                http=BoundedHttp,
+                http=http_protocol(
+                    config.receive_timeout, log=not config.disable_log_requests, refused=self.state.metrics.refused
+                ),
+                ws="none",
+                timeout_keep_alive=config.timeout_keep_alive,  # type: ignore[arg-type]  # of seconds, whole or not
                 log_config=None,
                 access_log=False,
                 lifespan="off",

@@ -47,7 +47,11 @@ def test_a_page_that_is_not_allowed(open_to_page: Server, server: Server) -> Non
     answer = open_to_page.get("/v1/models", headers=KEY | {"origin": "http://evil.example"})
     assert "access-control-allow-origin" not in answer.headers
     off = server.http.options(CHAT, headers=ASKS)
-    assert off.status_code == 405 and not any(name.startswith("access-control") for name in off.headers)
+    assert (
+        off.status_code == 405
+        and off.headers["allow"] == "POST"
+        and not any(name.startswith("access-control") for name in off.headers)
+    )
     assert not any(name.startswith("access-control") for name in server.get("/v1/models", headers={"origin": PAGE}).headers)
 
 
@@ -92,3 +96,35 @@ def test_head(open_to_page: Server) -> None:
     assert open_to_page.http.head("/v1/models").status_code == 401
     assert open_to_page.http.head("/nothing", headers=KEY).status_code == 404
     assert open_to_page.http.head(CHAT, headers=KEY).status_code == 405
+
+
+def test_options_needs_no_key(open_to_page: Server) -> None:
+    with running(make_engine(), api_key=("k",)) as without_origins:
+        for server in (open_to_page, without_origins):
+            for path in (CHAT, "/v1/models", "/status"):  # no preflight: one of its headers is missing, or both
+                for headers in ({}, {"origin": PAGE}):
+                    assert server.http.options(path, headers=headers).status_code == 405, (path, headers)
+            assert server.http.options("/nowhere").status_code == 404
+        assert without_origins.http.options(CHAT, headers=ASKS).status_code == 405
+        for method in ("GET", "HEAD", "POST", "PUT", "DELETE"):
+            assert without_origins.http.request(method, "/v1/models").status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "taken"),
+    [
+        ("POST", "/v1/models", "GET, HEAD"),
+        ("DELETE", "/v1/models/nano", "GET, HEAD"),
+        ("PUT", "/health", "GET, HEAD"),
+        ("POST", "/openapi.json", "GET, HEAD"),
+        ("POST", "/", "GET, HEAD"),
+        ("GET", CHAT, "POST"),
+        ("HEAD", CHAT, "POST"),
+    ],
+)
+def test_methods_that_a_path_takes(open_to_page: Server, method: str, path: str, taken: str) -> None:
+    answer = open_to_page.http.request(method, path, headers=KEY)
+    assert answer.status_code == 405 and answer.headers["allow"] == taken
+    assert method == "HEAD" or f"use {taken}" in answer.json()["error"]["message"]
+    for each in taken.split(", "):
+        assert open_to_page.http.request(each, path, headers=KEY).status_code != 405

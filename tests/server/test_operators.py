@@ -12,7 +12,10 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from specontext.cli.api_keys import key_to_send
+from specontext.errors import ConfigError
 from specontext.server.metrics import REFUSALS
+from specontext.server.settings import ServerConfig
 from tests.server.serving import Server, make_engine, process, running, wait_for
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -114,25 +117,44 @@ def test_a_second_signal_tells_those_who_wait(tmp_path: Path) -> None:
 
 def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
-    monkeypatch.setenv("SPECONTEXT_API_KEY", "one,two")
+    monkeypatch.setenv("SPECONTEXT_API_KEY", "one, two\n")
     monkeypatch.setattr("specontext.server.run.serve", lambda engine, config, **_: given.update(keys=config.api_key))
     from specontext.cli import main
 
     assert main(["serve", "nano"]) == 0 and given["keys"] == ("one", "two")
-    assert main(["serve", "nano", "--api-key", "three"]) == 0 and given["keys"] == ("three",)
+    assert main(["serve", "nano", "--api-key", " three "]) == 0 and given["keys"] == ("three",)
+    assert key_to_send(None) == "one" and key_to_send("mine") == "mine"
+    monkeypatch.setenv("SPECONTEXT_API_KEY", " ,")
+    assert main(["serve", "nano"]) != 0, "a server that nobody closed"
+    monkeypatch.setenv("SPECONTEXT_API_KEY", "")
+    assert main(["serve", "nano"]) == 0 and given["keys"] == () and key_to_send(None) is None
+
+
+@pytest.mark.parametrize("key", ["", "  ", "a\nb", "a\0"])
+def test_keys_that_cannot_be_sent(key: str) -> None:
+    with pytest.raises(ConfigError, match="api_key"):
+        ServerConfig(api_key=("good", key))
 
 
 def test_both_headers_carry_a_key() -> None:
-    with running(make_engine(), api_key=("secret",)) as server:
-        for headers in ({"Authorization": "Bearer secret"}, {"x-api-key": "secret"}):
-            assert server.get("/v1/models", headers=headers).status_code == 200
-        for headers in ({}, {"x-api-key": "wrong"}, {"Authorization": "Bearer wrong", "x-api-key": "secret"}):
+    with running(make_engine(), api_key=("secret", " two words ", "schlüssel")) as server:
+        for headers in (
+            *({"Authorization": f"{word}secret"} for word in ("Bearer ", "bearer ", "BEARER  ", "Bearer\t")),
+            *({"x-api-key": key} for key in ("secret", "two words")),
+            {"Authorization": "Bearer", "x-api-key": "secret"},
+            {"Authorization": "Bearer two words"},
+            {"Authorization": "Bearer schlüssel".encode()},
+        ):
+            assert server.get("/v1/models", headers=headers).status_code == 200, headers
+        for headers in (
+            *({}, {"x-api-key": "wrong"}, {"x-api-key": ""}, {"Authorization": "Bearer wrong", "x-api-key": "secret"}),
+            *({"Authorization": value} for value in ("secret", "Bearer", "Basic secret", "Bearer secret secret")),
+            *({"Authorization": value} for value in ("Bearersecret", 'Bearer "secret"', "Bearer SECRET", "Bearer secret,wrong")),
+        ):
             assert server.get("/v1/models", headers=headers).status_code == 401
 
 
 def test_the_files_of_deploy_fit_the_server() -> None:
-    from specontext.server.settings import ServerConfig
-
     options = {f"--{name.replace('_', '-')}" for name in ServerConfig.__dataclass_fields__} | {"--config"}
     for path in ("Dockerfile", "compose.yaml", "kubernetes/specontext.yaml", "specontext.service"):
         text = (DEPLOY / path).read_text()
