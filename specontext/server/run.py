@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,13 +49,28 @@ def serve(engine_config: EngineConfig, config: ServerConfig, *, announce: Callab
         configure_logging()
         began = time.perf_counter()
         logger.info("%s", fields("loading", {"model": engine_config.model}))
-        engine = make_engine(engine_config)
-        loaded = time.perf_counter()
-        logger.info("%s", fields("loaded", {"seconds": round(loaded - began, 1), "device": engine.device, "next": "warming up"}))
-        engine.warm_up()
-        logger.info("%s", fields("warm", {"seconds": round(time.perf_counter() - loaded, 1), "next": "listening"}))
+        with _ended_by_sigterm():
+            engine = make_engine(engine_config)
+            loaded = time.perf_counter()
+            loading = {"seconds": round(loaded - began, 1), "device": engine.device, "next": "warming up"}
+            logger.info("%s", fields("loaded", loading))
+            engine.warm_up()
+            logger.info("%s", fields("warm", {"seconds": round(time.perf_counter() - loaded, 1), "next": "listening"}))
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(Serving(engine, config, listener, announce).run())
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends the process, also the first one of a container, which the system itself would not end."""
+    if threading.current_thread() is not threading.main_thread():  # nobody else is told of signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 class Serving:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import signal
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from specontext.cli.api_keys import key_to_send
+from specontext.config import EngineConfig
 from specontext.errors import ConfigError
 from specontext.server.metrics import REFUSALS
+from specontext.server.run import serve
 from specontext.server.settings import ServerConfig
 from tests.server.serving import Server, make_engine, process, running, wait_for
 
@@ -154,14 +158,60 @@ def test_both_headers_carry_a_key() -> None:
             assert server.get("/v1/models", headers=headers).status_code == 401
 
 
-def test_the_files_of_deploy_fit_the_server() -> None:
-    options = {f"--{name.replace('_', '-')}" for name in ServerConfig.__dataclass_fields__} | {"--config"}
-    for path in ("Dockerfile", "compose.yaml", "kubernetes/specontext.yaml", "specontext.service"):
-        text = (DEPLOY / path).read_text()
-        commands = re.findall(r"--(?:host|port|shutdown-timeout|config|api-key)[\w-]*", text)
-        assert set(commands) <= options, path
+def commands() -> dict[str, tuple[list[str], float]]:
+    """The words behind `specontext` in each file of deploy/, and the seconds that the process has to end after SIGTERM."""
+    docker = (DEPLOY / "Dockerfile").read_text()
+    assert json.loads(re.findall(r"^ENTRYPOINT (.*)$", docker, re.MULTILINE)[0]) == ["specontext"]
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["specontext"]
+    unit = dict(re.findall(r"^(\w+)=(.*)$", (DEPLOY / "specontext.service").read_text(), re.MULTILINE))
+    pod = next(yaml.safe_load_all((DEPLOY / "kubernetes" / "specontext.yaml").read_text()))["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    pause = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    return {
+        "Dockerfile": (json.loads(re.findall(r"^CMD (\[.*)$", docker, re.MULTILINE)[0]), float("inf")),
+        "compose.yaml": (compose["command"], float(compose["stop_grace_period"].removesuffix("s"))),
+        "specontext.service": (unit["ExecStart"].split()[1:], float(unit["TimeoutStopSec"])),
+        "specontext.yaml": (container["args"], pod["terminationGracePeriodSeconds"] - pause),
+    }
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "compose.yaml", "specontext.service", "specontext.yaml"])
+def test_commands_of_deploy_are_taken(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from specontext.cli import main
+
+    given: dict[str, Any] = {}
+    monkeypatch.delenv("SPECONTEXT_API_KEY", raising=False)
+    monkeypatch.setattr(
+        "specontext.server.run.serve", lambda engine, config, **_: given.update(model=engine.model, config=config)
+    )
+    (config := tmp_path / "specontext.yaml").write_text("port: 8000\n")
+    words, grace = commands()[name]
+    words = [
+        str(config) if word == "/etc/specontext.yaml" else re.sub(r"^\$\{SPECONTEXT_MODEL.*\}$", "nano", word) for word in words
+    ]
+    assert main(words) == 0 and given["model"] == "nano"
+    assert given["config"].port == 8000 and given["config"].shutdown_timeout < grace
+    assert given["config"].host == ("127.0.0.1" if name == "specontext.service" else "0.0.0.0")
+
+
+def test_sigterm_while_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a handler: the first process of a container has no other way to be ended."""
+    monkeypatch.setattr("specontext.server.run.make_engine", lambda _: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("specontext.server.run.configure_logging", lambda: None)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        serve(EngineConfig("nano"), ServerConfig(port=0), announce=lambda *_: None)
+    assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_files_of_deploy_fit_together() -> None:
     kinds = [each["kind"] for each in yaml.safe_load_all((DEPLOY / "kubernetes" / "specontext.yaml").read_text())]
     assert kinds == ["Deployment", "Service"]
+    docker = (DEPLOY / "Dockerfile").read_text()
+    extras = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wanted = re.findall(r"'\.\[([\w,]+)\]'", docker + (DEPLOY / "ray.Dockerfile").read_text())
+    assert len(wanted) == 3 and {extra for line in wanted for extra in line.split(",")} <= set(extras)
+    assert "http://127.0.0.1:8000/health" in docker and "EXPOSE 8000" in docker
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     targets = re.findall(r"^FROM \S+ AS (\S+)", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
     assert compose["services"]["specontext"]["build"]["target"] in targets and "cuda" in targets
