@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from specontext.server.errors import ApiError, DrainingError, as_api_error, error_response
 from specontext.server.facts import FACTS
-from specontext.server.logs import fields
+from specontext.server.logs import fields, shortened
 
 logger = logging.getLogger("specontext.server")
 
@@ -157,7 +157,7 @@ class BoundedHttp(HttpToolsProtocol):
         self.transport.close()
         self.refused(error.code or "invalid_request")
         if self.log:
-            shown = {"client": self.client[0] if self.client else None, "path": scope["path"] or None}
+            shown = {"client": self.client[0] if self.client else None, "path": shortened(scope["path"]) or None}
             logger.info("%s", fields("request", shown | {"status": error.status_code, "outcome": "refused"} | scope[FACTS]))
 
 

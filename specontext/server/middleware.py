@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from specontext.server.errors import ApiError, error_response
 from specontext.server.facts import FACTS
-from specontext.server.logs import fields
+from specontext.server.logs import fields, shortened
 from specontext.server.streaming import ClientGone
 
 logger = logging.getLogger("specontext.server")
@@ -86,7 +86,12 @@ class RequestId:
                 self.refused(facts.get("code") or "invalid_request")
             if self.log and (scope["path"] not in QUIET_PATHS or status >= 500):
                 seconds = round(time.perf_counter() - began, 4)
-                shown = {"request_id": name, "method": scope["method"], "path": scope["path"], "status": status or None}
+                shown = {
+                    "request_id": name,
+                    "method": scope["method"],
+                    "path": shortened(scope["path"]),
+                    "status": status or None,
+                }
                 logger.info("%s", fields("request", shown | {"outcome": outcome, "seconds": seconds} | facts))
 
 

@@ -16,7 +16,8 @@ TOOL_CALL_PARSERS = ("auto", "none", *FORMATS)
 BUILT_IN_TEMPLATES = {"hermes": Path(__file__).parent / "tools" / "hermes.jinja"}
 _ALL = ("*",), ("*",)
 _LONGEST = 10**6  # seconds that something may be waited for
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+|null")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.\[\]:_~-]+|null")
+_OWN_PORT = re.compile(r"^(http://[^/]*(?=:80$)|https://[^/]*(?=:443$)):[0-9]+$")
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,8 @@ class ServerConfig:
                 raise ConfigError(f"{name} must not be empty")
         for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
             object.__setattr__(self, name, _listed(name, getattr(self, name)))
-        for origin in self.allowed_origins:
-            if origin != "*" and not _ORIGIN.fullmatch(origin):
-                raise ConfigError(
-                    f"'{origin}' in allowed_origins is not an origin: write *, or for example http://localhost:3000"
-                )
+        object.__setattr__(self, "allowed_origins", tuple(map(_origin, self.allowed_origins)))
+        object.__setattr__(self, "allowed_methods", tuple(method.upper() for method in self.allowed_methods))
         if not self.allowed_origins and (self.allow_credentials, self.allowed_methods, self.allowed_headers) != (False, *_ALL):
             raise ConfigError(
                 "allow_credentials, allowed_methods and allowed_headers say what allowed_origins may do: give these too"
@@ -129,6 +127,14 @@ class ServerConfig:
             name = shown(template) if template == self.chat_template else self.chat_template
             raise ConfigError(f"the chat template {name} cannot be used: {why}")
         return template
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers write it, which compare letter by letter: in small letters, without the scheme's own port."""
+    origin = _OWN_PORT.sub(r"\1", text.lower())
+    if origin != "*" and not _ORIGIN.fullmatch(origin):
+        raise ConfigError(f"'{text}' in allowed_origins is not an origin: write * for any, or for example http://localhost:3000")
+    return origin
 
 
 def _listed(name: str, values: tuple[str, ...]) -> tuple[str, ...]:

@@ -60,6 +60,9 @@ def test_a_page_that_is_not_allowed(open_to_page: Server, server: Server) -> Non
     [
         ({"allowed_origins": ("localhost:3000",)}, "http://localhost:3000"),
         ({"allowed_origins": ("http://localhost:3000/",)}, "not an origin"),
+        ({"allowed_origins": ("http://*.example.com",)}, "not an origin"),
+        ({"allowed_origins": ("http://user@example.com",)}, "not an origin"),
+        ({"allowed_origins": ("http://bücher.example",)}, "not an origin"),
         ({"allowed_origins": ("",)}, "empty"),
         ({"allowed_origins": ("[1]",)}, "JSON"),
         ({"allow_credentials": True}, "allowed_origins"),
@@ -76,6 +79,24 @@ def test_lists_as_vllm_has_them() -> None:
     config = ServerConfig(allowed_origins=('["http://a", "https://b:5"]',), allowed_methods=('["GET"]',))
     assert config.allowed_origins == ("http://a", "https://b:5") and config.allowed_methods == ("GET",)
     assert ServerConfig(allowed_origins=("*",)).allowed_headers == ("*",)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("HTTP://LocalHost:3000", "http://localhost:3000"),
+        ("http://localhost:80", "http://localhost"),
+        ("https://example.com:443", "https://example.com"),
+        ("https://example.com:80", "https://example.com:80"),
+        ("http://[::1]:80", "http://[::1]"),
+        ("http://[::1]:3000", "http://[::1]:3000"),
+        ("chrome-extension://abcdef", "chrome-extension://abcdef"),
+        ("null", "null"),
+    ],
+)
+def test_origins_are_written_as_browsers_do(written: str, meant: str) -> None:
+    config = ServerConfig(allowed_origins=(written,), allowed_methods=("get", "POST"))
+    assert config.allowed_origins == (meant,) and config.allowed_methods == ("GET", "POST")
 
 
 def test_slashes_at_the_end(open_to_page: Server) -> None:

@@ -48,15 +48,17 @@ def test_refusals_are_counted_and_logged(server: Server, caplog: pytest.LogCaptu
             server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 9999})
             server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": None}]})
             server.get("/nowhere")
-            wait_for(lambda: any("/nowhere" in record.getMessage() for record in caplog.records))
+            server.get("/long" * 5000)
+            wait_for(lambda: any("/long" in record.getMessage() for record in caplog.records))
     finally:
         logger.removeHandler(caplog.handler)
     lines = list(dict.fromkeys(record.message for record in caplog.records if record.message.startswith("request ")))
     assert "param=temperature" in lines[0] and "reason=" in lines[0] and "secret" not in lines[0]
     assert "code=unknown_parameter" in lines[1] and "code=context_length_exceeded" in lines[2] and "code=not_found" in lines[4]
     assert "messages.0: content is missing" in lines[3] and "param=messages.0" in lines[3]
+    assert "code=not_found" in lines[5] and len(lines[5]) < 1000
     after = samples(server)
-    for code, times in {"invalid_request": 2, "unknown_parameter": 1, "context_length_exceeded": 1, "not_found": 1}.items():
+    for code, times in {"invalid_request": 2, "unknown_parameter": 1, "context_length_exceeded": 1, "not_found": 2}.items():
         name = ("specontext:request_refused_total", code)
         assert after[name] == before[name] + times, code
 
