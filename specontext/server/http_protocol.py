@@ -55,6 +55,7 @@ class BoundedHttp(HttpToolsProtocol):
     _in_head = True
     _begun = False  # more than empty lines has come of the head
     _head_bytes = 0
+    _over = False  # nothing that comes is read any more
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -81,14 +82,15 @@ class BoundedHttp(HttpToolsProtocol):
             self._parse(data[room:])
 
     def _parse(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self._over or self.transport.is_closing():
             return
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError:
             self._refuse(ApiError(400, _what_came(data)))
-        except httptools.HttpParserUpgrade:  # CONNECT, or an offer that came in two pieces
-            self._refuse(ApiError(400, "this server is no proxy and speaks HTTP/1.1 only: send the request itself"))
+        except httptools.HttpParserUpgrade:  # an offer that came in two pieces, or behind another request
+            self._over = True
+            self.cycle.keep_alive = False  # the parser goes on no more: what has come is answered, and nothing after it
 
     def on_message_begin(self) -> None:
         self._watch()

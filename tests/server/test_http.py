@@ -205,6 +205,25 @@ def test_offers_of_other_protocols_are_passed_over(server: Server) -> None:
         assert wait_for(lambda: b"there is no such path" in connection.recv(1 << 16))
 
 
+def test_offers_that_are_seen_too_late_end_the_connection(server: Server) -> None:
+    """In two pieces, or behind another request; what came before them is answered."""
+    offer = b"GET /version HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    for pieces, answers in (((offer[:50], offer[50:], HEALTH), 1), ((HEALTH + offer + HEALTH,), 2)):
+        answer = exchange(server, *pieces, pause=0.02)
+        assert answer.count(b"HTTP/1.1 200") == answers and answer.endswith(b"}")
+
+
+def test_requests_in_pieces_and_on_one_connection(server: Server) -> None:
+    data = json.dumps(BODY).encode()
+    chunked = post(b"%x\r\n%s\r\n1\r\n%s\r\n0\r\n\r\n" % (len(data) - 1, data[:-1], data[-1:]), "Transfer-Encoding: chunked")
+    last = post(BODY | {"stream": True}, "Connection: close")
+    whole = HEALTH + post(BODY) + chunked + post(b"{}x") + last
+    for step in (7, 60, 211, len(whole)):
+        answer = exchange(server, *(whole[begin : begin + step] for begin in range(0, len(whole), step)))
+        assert answer.count(b"HTTP/1.1 200") == 4 and answer.count(b"HTTP/1.1 400") == 1
+        assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
 def test_who_asks_before_sending_too_much_need_not_send_it(strict: Server) -> None:
     status, error = error_of(exchange(strict, post(b"", "Expect: 100-continue", length=10**9)))
     assert status == 413 and error["code"] == "body_too_large"  # and no 100 before it
