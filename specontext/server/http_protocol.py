@@ -24,6 +24,7 @@ from specontext.server.logs import fields, shortened
 logger = logging.getLogger("specontext.server")
 
 LONGEST_HEAD = 1 << 16  # bytes of address and headers
+_LINGER = 2.0  # seconds in which a client that was refused may end its side
 _OFFER = re.compile(rb"(?i)\r\nupgrade(?=:)")
 _HTTP2 = re.compile(rb"PRI \* HTTP/2")
 _TLS = re.compile(rb"\x16\x03[\x00-\x04]")  # how a client begins that was told https
@@ -67,6 +68,8 @@ class BoundedHttp(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._over:
+            return
         self._unset_keepalive_if_required()
         self._watch()
         room = len(data)
@@ -110,7 +113,9 @@ class BoundedHttp(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """As uvicorn does; who has not sent a whole request is not waited for."""
-        if self._answering and self._silent and self.cycle.more_body:
+        if self._answering and self.cycle.disconnected:
+            self.transport.close()
+        elif self._answering and self._silent and self.cycle.more_body:
             self._refuse(as_api_error(DrainingError("the server is shutting down: try another one")))
         else:
             super().shutdown()
@@ -145,9 +150,20 @@ class BoundedHttp(HttpToolsProtocol):
         else:
             self.transport.close()
 
+    def _linger(self) -> None:
+        """Read on without listening: who is still sending would lose the answer with the connection."""
+        self._over = True
+        if self._answering:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.flow.resume_reading()
+        self.transport.write_eof()
+        self._unwatch()
+        self._timer = self.loop.call_later(_LINGER, self.transport.close)
+
     def _refuse(self, error: ApiError) -> None:
         """Answer what no application can, unless another answer is under way, and close the connection."""
-        if self.transport.is_closing():
+        if self._over or self.transport.is_closing():
             return
         scope: dict[str, Any] = {"path": "" if self._in_head else self.scope.get("path", "")}
         answer = error_response(error, scope)
@@ -156,7 +172,9 @@ class BoundedHttp(HttpToolsProtocol):
             lines = [b"HTTP/1.1 %d %s" % (error.status_code, _REASONS[error.status_code]), b"connection: close"]
             lines += [name + b": " + value for name, value in head if name != b"connection"]
             self.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + bytes(answer.body))
-        self.transport.close()
+            self._linger()
+        else:
+            self.transport.close()
         self.refused(error.code or "invalid_request")
         if self.log:
             shown = {"client": self.client[0] if self.client else None, "path": shortened(scope["path"]) or None}
