@@ -27,6 +27,7 @@ from specontext.server.state import ServerState
 
 logger = logging.getLogger("specontext.server")
 
+_OPEN_FILES = 65_535
 _LAST_WORDS = 1.0  # seconds in which open requests can be told that they have failed
 _DEATH_NOTICE = 1.0  # seconds in which /health can still say that the engine is dead
 
@@ -47,6 +48,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, *, announce: Callab
     config.read_chat_template()  # what can fail at once comes before the loading, which takes its time
     with listening_socket(config.host, config.port) as listener:
         configure_logging()
+        allow_open_files()
         began = time.perf_counter()
         logger.info("%s", fields("loading", {"model": engine_config.model}))
         with _ended_by_sigterm():
@@ -173,6 +175,19 @@ def listening_socket(host: str, port: int) -> Iterator[socket.socket]:
         except OSError as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port") from error
         yield listener
+
+
+def allow_open_files() -> None:
+    """Raise the limit of open files, of which each connection is one: many systems begin with 1,024, and refuse what is above."""
+    try:
+        import resource
+    except ImportError:  # it does not exist for every platform
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

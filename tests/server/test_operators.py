@@ -18,7 +18,7 @@ from specontext.cli.api_keys import key_to_send
 from specontext.config import EngineConfig
 from specontext.errors import ConfigError
 from specontext.server.metrics import REFUSALS
-from specontext.server.run import serve
+from specontext.server.run import allow_open_files, serve
 from specontext.server.settings import ServerConfig
 from tests.server.serving import Server, make_engine, process, running, wait_for
 
@@ -204,6 +204,18 @@ def test_sigterm_while_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(SystemExit) as ended:
         serve(EngineConfig("nano"), ServerConfig(port=0), announce=lambda *_: None)
     assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_many_connections_may_be_open() -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+        allow_open_files()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert hard == before[1] and soft in (hard, 65_535)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_the_files_of_deploy_fit_together() -> None:
