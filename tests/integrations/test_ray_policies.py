@@ -193,6 +193,7 @@ def test_settings_that_cannot_be_honoured(options: dict[str, Any], message: str)
 def test_the_manifest_of_kuberay_names_options_that_there_are() -> None:
     manifest = yaml.safe_load((DEPLOY / "kubernetes" / "ray.yaml").read_text())
     served = yaml.safe_load(manifest["spec"]["serveConfigV2"])
+    assert served["http_options"]["keep_alive_timeout_s"] == DeployConfig().timeout_keep_alive
     (found,) = served["applications"]
     module, _, function = found["import_path"].partition(":")
     assert callable(getattr(importlib.import_module(module), function))
