@@ -23,8 +23,6 @@ class Share:
 
     def check(self, shape: ModelShape) -> None:
         """Raises ConfigError for heads that cannot be shared so, and layers without KV of their own."""
-        if shape.inattentive or shape.states:
-            raise ConfigError("layers with a state instead of KV do not work with tensor_parallel_size: leave it out")
         if shape.readers:
             raise ConfigError("layers that use the KV of earlier ones do not work with tensor_parallel_size: leave it out")
         heads, size = shape.kv_heads, self.size
@@ -51,7 +49,8 @@ class Share:
         return slice(min(self.rank * each, width), min((self.rank + 1) * each, width))
 
     def facts(self, facts: ModelFacts) -> ModelFacts:
-        """Sizes of its part: of all layers but their norms, of the output layer, and of the retrieval head's groups and keys.
+        """Sizes of its part: of all layers but their norms and what keeps a state, of the output layer, and of the retrieval
+        head's groups and keys.
 
         Embeddings are whole. So are the head's weights here, which are too many then; routers, norms beyond two a layer, and what
         makes latents are counted as if they were split. All are some thousandths of a model. Of quantised weights all layers
@@ -68,15 +67,14 @@ class Share:
         own = self.outputs(whole.vocab_size)
         elsewhere = table - (own.stop - own.start) * whole.hidden_size  # of the output layer
         norms = (2 * whole.depth + 1) * whole.hidden_size
-        attention, own_attention = (whole.depth * _attention(heads) for heads in (whole, part))
-        rest = facts.parameters - table * (1 if tied else 2) - norms - attention
+        attention, own_attention = (len(whole.attentive) * _attention(heads) for heads in (whole, part))
+        rest = facts.parameters - table * (1 if tied else 2) - norms - attention - facts.mixer_parameters
         left_out = attention - own_attention + rest - rest // self.size
         stored = facts.stored_bytes
         if stored is not None:
-            plain = weight_bytes(facts.parameters - attention - rest, whole.dtype)
-            stored -= round((stored - plain) * left_out / (attention + rest)) + weight_bytes(
-                0 if tied else elsewhere, whole.dtype
-            )
+            layers = attention + rest + facts.mixer_parameters
+            plain = weight_bytes(facts.parameters - layers, whole.dtype)
+            stored -= round((stored - plain) * left_out / layers) + weight_bytes(0 if tied else elsewhere, whole.dtype)
         return replace(
             facts,
             shape=part,

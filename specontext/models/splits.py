@@ -2,12 +2,13 @@
 that says nothing of attention, feed-forward layers, shared experts or gpt-oss, by ours.
 
 What is split by columns of the output ('colwise') computes some heads, or some of the feed-forward's numbers; what takes these in
-('rowwise') gives a part of a sum. Routers, norms and embeddings are whole on every rank.
+('rowwise') gives a part of a sum. Routers, norms, embeddings and what keeps a state are whole on every rank.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from specontext.errors import ModelError
 from specontext.kernels.quantized_linear import QuantizedMatrix
 from specontext.memory.sharing import Share
+from specontext.memory.states import mixers_of
 from specontext.model_shape import ModelShape
 from specontext.models.decoder import decoder_layers
 from specontext.quantization.parts import some_columns, some_rows
@@ -29,6 +31,7 @@ ADVICE = "leave tensor_parallel_size out"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # whose split goes by heads
 LATENT_ATTENTION = ("kv_b_proj", "o_proj")  # the same where keys and values are made of latents, which every rank has
 PER_KV_HEAD = ("k_proj", "v_proj")
+OUTPUTS = {"out_proj": "o_proj"}  # another name
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,15 @@ RENAMED = {
     ("down_proj", "rowwise_split_input"): "rowwise",
     ("kv_a_proj_with_mqa", "mla_kv_a_proj"): WHOLE,
 }
-GATED = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+GATED = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise", "w1": "colwise", "w3": "colwise", "w2": "rowwise"}
 FEED_FORWARD = ("mlp", "feed_forward", "shared_mlp")  # names of modules with these
-OURS = {"o_proj": "rowwise", "sinks": "rowwise", "q_a_proj": WHOLE, "kv_a_proj_with_mqa": WHOLE} | dict.fromkeys(
-    ("q_proj", "q_b_proj", "k_proj", "v_proj", "kv_b_proj"), "colwise"
-)
+OURS = {
+    "o_proj": "rowwise",
+    "out_proj": "rowwise",
+    "sinks": "rowwise",
+    "q_a_proj": WHOLE,
+    "kv_a_proj_with_mqa": WHOLE,
+} | dict.fromkeys(("q_proj", "q_b_proj", "k_proj", "v_proj", "kv_b_proj"), "colwise")
 # Its experts have their matrices the other way round, and gate and up alternate.
 GPT_OSS = {
     "mlp.experts": EXPERTS,
@@ -139,20 +146,40 @@ def splits_of(model: PreTrainedModel, shape: ModelShape, share: Share) -> list[L
     styles = {re.sub(r"^layers\.\*\.", "", name): style for name, style in plan.items()}
     if config.model_type == "gpt_oss":
         styles |= GPT_OSS
-    layers, latent = enumerate(decoder_layers(model)), shape.latent is not None
-    return [_splits_of_layer(model, layer, number, styles, share, latent=latent) for number, layer in layers]
+    heads = ATTENTION if shape.latent is None else LATENT_ATTENTION
+    mixers = {id(module) for mixer in mixers_of(model) for module in mixer.modules()}
+    found = []
+    for number, layer in enumerate(decoder_layers(model)):
+        needed = () if number in shape.inattentive else heads
+        found.append(_splits_of_layer(model, layer, number, styles, share, needed, mixers))
+    return found
 
 
 def _splits_of_layer(
-    model: PreTrainedModel, layer: nn.Module, number: int, styles: dict[str, str], share: Share, *, latent: bool
+    model: PreTrainedModel,
+    layer: nn.Module,
+    number: int,
+    styles: dict[str, str],
+    share: Share,
+    needed: Sequence[str],
+    whole: Container[int],
 ) -> LayerSplits:
+    """How one layer is split.
+
+    Args:
+        needed: names of linear layers that attention must have.
+        whole: ids of modules that every rank has.
+    """
     who = f"a {type(model).__name__} cannot be shared among ranks"
     there = {path.rpartition(".")[2] for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    if missing := [name for name in (LATENT_ATTENTION if latent else ATTENTION) if name not in there]:
+    there |= {OUTPUTS[name] for name in there & OUTPUTS.keys()}
+    if missing := [name for name in needed if name not in there]:
         raise ModelError(f"{who}: layer {number} has no {missing[0]} of its own that could be split by heads; {ADVICE}")
     splits: list[Split] = []
     experts: list[str] = []
     for path, module in layer.named_modules():
+        if id(module) in whole:
+            continue
         style = _style(path, styles)
         if style == EXPERTS:
             experts.append(path)
