@@ -25,23 +25,33 @@ class Share:
         """Raises ConfigError for heads that cannot be shared so, and layers without KV of their own."""
         if shape.readers:
             raise ConfigError("layers that use the KV of earlier ones do not work with tensor_parallel_size: leave it out")
-        heads, size = shape.kv_heads, self.size
-        if shape.query_heads % size or (heads % size and size % heads):
-            raise ConfigError(
-                f"tensor_parallel_size {size} does not fit a model of {shape.query_heads} query heads and {heads} KV heads: "
-                f"choose a number that divides both, or a multiple of {heads} that divides {shape.query_heads}"
-            )
+        size = self.size
+        for heads in (shape.kv_heads, (shape.window_heads or (shape.kv_heads,))[0]):
+            if shape.query_heads % size or (heads % size and size % heads):
+                raise ConfigError(
+                    f"tensor_parallel_size {size} does not fit a model of {shape.query_heads} query heads and {heads} KV heads: "
+                    f"choose a number that divides both, or a multiple of {heads} that divides {shape.query_heads}"
+                )
 
     def shape(self, shape: ModelShape) -> ModelShape:
         """The shape with this rank's heads only."""
         self.check(shape)
-        return replace(shape, query_heads=shape.query_heads // self.size, kv_heads=max(1, shape.kv_heads // self.size))
+        near = shape.window_heads
+        return replace(
+            shape,
+            query_heads=shape.query_heads // self.size,
+            kv_heads=max(1, shape.kv_heads // self.size),
+            window_heads=near and (max(1, near[0] // self.size), near[1]),
+        )
 
     def kv_heads(self, shape: ModelShape) -> slice:
-        """Which of the model's KV heads it has."""
-        count = max(1, shape.kv_heads // self.size)
-        first = self.rank * shape.kv_heads // self.size
-        return slice(first, first + count)
+        """Which of the model's KV heads it has, in layers that attend to the whole context."""
+        return self.some_of(shape.kv_heads)
+
+    def some_of(self, kv_heads: int) -> slice:
+        """Which of a layer's KV heads it has."""
+        first = self.rank * kv_heads // self.size
+        return slice(first, first + max(1, kv_heads // self.size))
 
     def outputs(self, width: int) -> slice:
         """Which of the output layer's `width` outputs it has: as many as the others, the last ones perhaps fewer."""

@@ -121,7 +121,7 @@ def parts_of_codes(model: PreTrainedModel, shape: ModelShape, share: Share) -> d
     for layer in splits_of(model, shape, share):
         for split in layer.splits:
             if split.cut is not None and isinstance(split.owner, nn.Linear):
-                found[f"{names[id(layer.layer)]}.{split.path}"] = partial(split.cut.codes, own=split.own(shape, share))
+                found[f"{names[id(layer.layer)]}.{split.path}"] = partial(split.cut.codes, own=split.own(share))
     return found
 
 
@@ -157,7 +157,8 @@ def _shard_layer(splits: LayerSplits, prefix: str, shape: ModelShape, ranks: Ran
         home = splits.layer.get_submodule(parent)
         setattr(home, name, _part(split, f"{prefix}.{split.path}", shape, ranks, placed))
         if hasattr(home, "num_key_value_groups") and shape.latent is None:  # a head has keys and values of its own there
-            home.num_key_value_groups = part.query_heads // part.kv_heads  # type: ignore[assignment]
+            some = ranks.share.some_of(split.kv_heads)
+            home.num_key_value_groups = part.query_heads // (some.stop - some.start)
     for path in splits.experts:
         parent, _, name = path.rpartition(".")
         setattr(splits.layer.get_submodule(parent), name, SummedExperts(splits.layer.get_submodule(path), ranks))
@@ -167,7 +168,7 @@ def _part(split: Split, path: str, shape: ModelShape, ranks: Ranks, placed: Plac
     if split.cut is None:
         whole = placed(path, split.table)
         return whole if ranks.share.rank == 0 else nn.Parameter(torch.zeros_like(whole), requires_grad=False)
-    own = split.own(shape, ranks.share)
+    own = split.own(ranks.share)
     if not isinstance(split.owner, nn.Linear):
         return placed(path, split.cut.piece(split.table, own), copy=True)
     bias: nn.Parameter | None = split.owner.bias

@@ -95,11 +95,13 @@ class Split:
     Attributes:
         owner: the linear layer that it belongs to; for a parameter without one, the module that has it.
         cut: None for the whole, on one rank; zeros on the others.
+        kv_heads: of the layer.
     """
 
     path: str
     owner: nn.Module
     cut: Cut | None
+    kv_heads: int
 
     @property
     def name(self) -> str:
@@ -110,12 +112,12 @@ class Split:
         found: Any = self.owner.weight if isinstance(self.owner, nn.Linear) else getattr(self.owner, self.name)
         return found
 
-    def own(self, shape: ModelShape, share: Share) -> slice:
+    def own(self, share: Share) -> slice:
         """Which of a table's numbers along the axis that is cut are a rank's."""
         assert self.cut is not None
         width = self.table.shape[self.cut.axis] // self.cut.tables
         if self.name in PER_KV_HEAD:
-            heads, each = share.kv_heads(shape), width // shape.kv_heads
+            heads, each = share.some_of(self.kv_heads), width // self.kv_heads
             return slice(heads.start * each, heads.stop * each)
         each = width // share.size
         return slice(share.rank * each, (share.rank + 1) * each)
@@ -146,12 +148,13 @@ def splits_of(model: PreTrainedModel, shape: ModelShape, share: Share) -> list[L
     styles = {re.sub(r"^layers\.\*\.", "", name): style for name, style in plan.items()}
     if config.model_type == "gpt_oss":
         styles |= GPT_OSS
-    heads = ATTENTION if shape.latent is None else LATENT_ATTENTION
+    names, near = ATTENTION if shape.latent is None else LATENT_ATTENTION, dict(zip(shape.attentive, shape.windows, strict=False))
     mixers = {id(module) for mixer in mixers_of(model) for module in mixer.modules()}
     found = []
     for number, layer in enumerate(decoder_layers(model)):
-        needed = () if number in shape.inattentive else heads
-        found.append(_splits_of_layer(model, layer, number, styles, share, needed, mixers))
+        needed = [name for name in (names if number not in shape.inattentive else ()) if not _is_left_out(layer, name)]
+        heads = shape.window_heads[0] if shape.window_heads and near.get(number) is not None else shape.kv_heads
+        found.append(_splits_of_layer(model, layer, number, styles, share, needed, mixers, heads))
     return found
 
 
@@ -163,6 +166,7 @@ def _splits_of_layer(
     share: Share,
     needed: Sequence[str],
     whole: Container[int],
+    kv_heads: int,
 ) -> LayerSplits:
     """How one layer is split.
 
@@ -191,13 +195,18 @@ def _splits_of_layer(
             how = _style(where, styles)
             if how != ONCE and how not in STYLES:
                 raise ModelError(f"{who}: nothing says how its {where} is split ({how or 'not in its plan'}); {ADVICE}")
-            splits.append(Split(where, module, STYLES.get(how)))
+            splits.append(Split(where, module, STYLES.get(how), kv_heads))
     for split in splits:
         if split.cut is not None and split.name not in ATTENTION:
             width = split.table.shape[split.cut.axis] // split.cut.tables
             if width % share.size:
                 raise ModelError(f"{who}: the {width} numbers of {split.path} do not divide by {share.size}; {ADVICE}")
     return LayerSplits(layer, tuple(splits), tuple(experts))
+
+
+def _is_left_out(layer: nn.Module, name: str) -> bool:
+    """Whether a layer's attention says that it has no such projection, as where keys are values too."""
+    return any(getattr(module, name, layer) is None for module in layer.modules())
 
 
 def _style(path: str, styles: dict[str, str]) -> str | None:
