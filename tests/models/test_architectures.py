@@ -232,7 +232,7 @@ def test_models_of_one_process_do_not_disturb_each_other(write: Write, tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["DeepseekV2", "Gemma4Text", "HunYuanMoEV1", "Qwen3_5MoeText", "StableLm"])
 def test_two_ranks(architecture: str, write: Write, tmp_path: Path) -> None:
-    """Latents, other heads where there is a window, feed-forward layers that no plan names, states, code that counts all heads."""
+    """Latents, other heads where there is a window, feed-forward layers that no plan names, states, code that counts heads."""
     write(architecture, RUN[architecture])
     options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_model_len": 256}
     options["config"] = SpeContextConfig(budget=20, sink=2, recent=4, offload_layers=1)
