@@ -10,11 +10,13 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from specontext.cli.options import OWN_CODE, Settings, with_settings
 from specontext.cli.terminal import MODEL_HELP, UsageError, error_console, quiet_libraries
 
 BESIDE = ("of_shared", "kl_shared", "kl_window", "perplexity", "agreement_")  # in the log, and too much for a line
 
 
+@with_settings(method=(), engine=OWN_CODE)
 def distill(
     target: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
     *,
@@ -118,6 +120,7 @@ def distill(
     ] = 100,
     seed: Annotated[int, typer.Option("--seed", help="Seed of weights, data and query positions.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was measured on held-out text as one JSON object.")] = False,
+    settings: Settings,
 ) -> None:
     """Train a retrieval head on what a target model attends to, on what it says, or on both.
 
@@ -133,7 +136,7 @@ def distill(
 
     if not data:
         raise UsageError("give the training data with --data, for example --data corpus.jsonl or --data tasks")
-    target_shape = shape_of(target)
+    target_shape = shape_of(target, **settings.engine)
     longest = length if length is not None else min(4096, target_shape.max_position)
     layers = None if feature_layers is None else parse_layers(feature_layers)
     config = DistillConfig(
@@ -184,6 +187,7 @@ def distill(
         dtype=dtype,
         device=device,
         save_dtype=save_dtype,
+        **settings.engine,
     )
     console = error_console()
 

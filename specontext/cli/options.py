@@ -41,6 +41,7 @@ ENGINE_OPTIONS = (
     "trust_remote_code",
     "revision",
 )
+OWN_CODE = ("trust_remote_code",)  # of verbs that read a model and make no engine of it
 BATCH_OPTIONS = ("max_num_seqs", "min_num_seqs", "max_tpot_ms", "max_wait_s")  # of verbs that run several requests at once
 SIZES = ("gpu_memory", "host_memory", "max_body_size")
 SECRETS = ("api_key",)

@@ -60,6 +60,7 @@ class Session:
         yarn: whether contexts beyond the trained length will be served by YaRN.
         draft_vocabulary: tokens that the draft of the output objective can predict, None for all.
         save_dtype: number format of the matrices in the head's file.
+        trust_remote_code: let code that comes with the target run.
     """
 
     target: str
@@ -77,6 +78,7 @@ class Session:
     dtype: str = "auto"
     device: str = "auto"
     save_dtype: str = "float32"
+    trust_remote_code: bool = False
 
     def run(self, *, resume: bool = False, report: Callable[[dict[str, float]], None] | None = None) -> dict[str, float]:
         """Train and write the head to `out`; with an output objective also the whole draft, to `out/draft`.
@@ -97,7 +99,7 @@ class Session:
 
     def _run(self, report: Callable[[dict[str, float]], None] | None) -> dict[str, float]:
         device = pick_device(self.device)
-        loaded = load_model(self.target, dtype=self.dtype, device=device)
+        loaded = load_model(self.target, dtype=self.dtype, device=device, trust_remote_code=self.trust_remote_code)
         shape = loaded.shape
         if self.length > shape.reach:
             raise ConfigError(f"length {self.length} exceeds the model's maximum of {shape.longest}")

@@ -35,6 +35,7 @@ class Settings:
         calibration_sequences: to measure the calibrated head map on; 0 leaves that map out.
         drift_tokens: to generate with the head's selections; 0 leaves the drift of features out.
         seed: of texts, query positions and random selections.
+        trust_remote_code: let code that comes with the target run.
 
     Raises:
         AnalysisError: values out of range.
@@ -56,6 +57,7 @@ class Settings:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if not self.texts:
@@ -130,6 +132,7 @@ class Settings:
         ):
             if getattr(self, name) != getattr(type(self), name):
                 words += ["--" + name.replace("_", "-"), str(getattr(self, name))]
+        words += ["--trust-remote-code"] * self.trust_remote_code
         return " ".join([*words, "-o", "DIR"])
 
 
