@@ -52,6 +52,7 @@ def calibrate(
     quiet_libraries()
     from dataclasses import replace
 
+    from specontext.config import check_seed
     from specontext.distill.calibration import calibrate as measure
     from specontext.distill.data import open_sources
     from specontext.distill.session import sequences_of
@@ -66,11 +67,16 @@ def calibrate(
         raise UsageError(f"{head} is not a head directory: name where to write the calibrated head with -o DIR")
     if not text:
         raise UsageError("give text to measure on with --text, for example --text corpus.txt or --text tasks")
+    if sequences < 1:
+        raise UsageError(f"--sequences must be at least 1, got {sequences}")
+    check_seed(seed)
     check_place(place)
     where = pick_device(device)
     loaded = load_model(target, dtype=dtype, device=where, **settings.engine)
     found = load_head(head, target=loaded.shape, need_map=False).to(where)
     length = length if length is not None else min(4096, loaded.shape.max_position)
+    if length < 2:
+        raise UsageError(f"--length must be at least 2, got {length}")
     if length > loaded.shape.reach:
         raise UsageError(f"length {length} exceeds the model's maximum of {loaded.shape.longest}")
     thetas = parse_thetas(theta, found.config.rope_theta)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specontext.config import check_seed
 from specontext.evaluation.budgets import AskedBudget, check_budgets
 from specontext.evaluation.competitors import parse_competitors
 from specontext.evaluation.continuation.rows import SUITE as CONTINUATION
@@ -79,6 +80,7 @@ class EvaluationSettings:
             asked = f"the suite {named} needs texts" if named else f"only the suites {', '.join(READING)} take texts"
             raise EvaluationError(f"{asked}: --suite {named or FIDELITY} --text FILE")
         parse_competitors(self.methods)
+        check_seed(self.seed)
         if self.budgets is not None:
             if not self.budgets:
                 raise EvaluationError("no budget was named: give at least one, or leave the option out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from specontext.config import check_seed
 from specontext.errors import SpeContextError
 
 BUDGETS = (32, 64, 128, 256, 512, 1024, 2048)
@@ -62,8 +63,9 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.texts:
             raise AnalysisError("give text to measure on, for example --text corpus.txt or --text tasks")
-        for name, least in (("sink", 1), ("recent", 1), ("queries", 2), ("sequences", 1), ("seed", 0)):
+        for name, least in (("sink", 1), ("recent", 1), ("queries", 2), ("sequences", 1)):
             self._at_least(name, getattr(self, name), least)
+        check_seed(self.seed)
         self._at_least("calibration_sequences", self.calibration_sequences, 0)
         if self.drift_tokens != 0:
             self._at_least("drift_tokens", self.drift_tokens, 2)
