@@ -81,7 +81,8 @@ def refuse_unused(context: typer.Context, reasons: Mapping[str, str]) -> None:
     for name, when in reasons.items():
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
-            raise UsageError(f"--{name.replace('_', '-')} has no effect {when}: leave it out")
+            option = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
+            raise UsageError(f"{option} has no effect {when}: leave it out")
 
 
 def parse_size(text: str) -> int:
