@@ -44,6 +44,8 @@ def resolve_model_path(name: str | Path) -> Path | str:
     Raises:
         ModelError: a path that does not exist, a directory without a checkpoint, or a GGUF file that cannot be converted.
     """
+    if str(name) == "":  # which would be the current directory
+        raise ModelError(f"the name of the model is empty: give {named_models()}, a directory, a GGUF file or a Hub id")
     if str(name) == "nano":
         return NANO
     path = Path(name)

@@ -69,6 +69,7 @@ def save_head(head: RetrievalHead, folder: str | Path, dtype: torch.dtype | None
         HeadError: values that are not finite numbers, a folder that holds something else than a head, or one that cannot be
             written; what was there before is left as it was.
     """
+    check_place(folder)
     folder = Path(folder).absolute()
     tensors = {
         tensor_name(name): tensor.detach().to(dtype if tensor.dim() > 1 else None).contiguous().cpu()
@@ -76,7 +77,6 @@ def save_head(head: RetrievalHead, folder: str | Path, dtype: torch.dtype | None
     }
     if odd := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise HeadError(f"the head was not written to {folder}: {', '.join(odd)} holds values that are not finite numbers")
-    check_place(folder)
     made = uuid.uuid4().hex
     draft = folder / f".{made}" if folder.exists() else folder.with_name(f".{folder.name}.{made}")
     try:
