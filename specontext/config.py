@@ -313,7 +313,6 @@ class EngineConfig:
     def _check_shared(self) -> None:
         """Raises ConfigError for what does not work where several processes share the model."""
         refused = {
-            "quantization": self.quantization,
             "measure_recall": self.measure_recall,
             "max_wait_s": self.max_wait_s,
             "offload_dir": self.offload_dir,

@@ -15,6 +15,7 @@ import pytest
 import typer.main
 
 from specontext.cli.app import app
+from specontext.memory.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -52,6 +53,8 @@ def test_commands(kind: str, text: str) -> None:
         while hasattr(command, "commands") and words and not words[0].startswith("-"):
             assert words[0] in command.commands, f"no verb {words[0]}"
             command = command.commands[words.pop(0)]
+        if command.name == "plan" and words and "/" not in words[0] and words[0].islower() and not words[0].startswith("-"):
+            assert words[0] in {"nano", "smollm2", *PRESETS}
         known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help", "-h"}
         given = [word.split("=")[0] for word in words if re.match(r"--?[A-Za-z]", word)]
         assert [name for name in given if name not in known] == []

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+_COMPLETION = "_SPECONTEXT_COMPLETE"  # by which a shell asks for completions
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -21,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: words after the program's name, by default those of the process.
     """
+    if _COMPLETION in os.environ:
+        os.environ["COLUMNS"] = "10000"  # shells take a line for a completion: descriptions must not be wrapped
     from specontext.cli.app import app
     from specontext.errors import SpeContextError, shown
 

@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from specontext.cli.api_keys import KeyOfServer, key_to_send
 from specontext.cli.bench_paper import bench_paper
 from specontext.cli.generate import load_llm
 from specontext.cli.options import BATCH_OPTIONS, ENGINE_OPTIONS, OWN_CODE, Settings, with_settings
-from specontext.cli.terminal import API_KEY, MODEL_HELP, error_console, quiet_libraries
+from specontext.cli.terminal import MODEL_HELP, error_console, quiet_libraries
 from specontext.evaluation.traffic.http import Address, HttpError, fetch_json
 from specontext.evaluation.traffic.measure import Target, measure
 from specontext.evaluation.traffic.report import TIMES, summarise
@@ -39,7 +40,7 @@ NumWarmups = Annotated[int, typer.Option("--num-warmups", min=0, help="Further p
 @with_settings(method=(), engine=OWN_CODE)
 def bench_serve(
     base_url: Annotated[str, typer.Option("--base-url", help="Address of the server.")] = "http://127.0.0.1:8000",
-    api_key: Annotated[str | None, typer.Option("--api-key", envvar=API_KEY, help="Key of the server.")] = None,
+    api_key: KeyOfServer = None,
     model: Annotated[str | None, typer.Option("--model", help="Model to ask for. Default: the server's first.")] = None,
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="Model whose tokens are used. Default: what the server says it serves.")
@@ -65,7 +66,7 @@ def bench_serve(
 ) -> None:
     """Send random prompts to a running OpenAI-compatible server."""
     workload = Workload(num_prompts, input_len, output_len, request_rate, max_concurrency, seed)
-    address = Address.parse(base_url, api_key)
+    address = Address.parse(base_url, key_to_send(api_key))
     asked = (address, model, tokenizer, workload, stream, ignore_eos, temperature, num_warmups)
     result = asyncio.run(_measure_server(*asked, **settings.engine))
     own: dict[str, Any] = {

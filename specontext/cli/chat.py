@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from specontext.cli.terminal import API_KEY, UsageError, error_console
+from specontext.cli.api_keys import KeyOfServer, key_to_send
+from specontext.cli.terminal import UsageError, error_console
 from specontext.evaluation.traffic.http import Address, Exchange, HttpError, fetch_json
 
 Message = dict[str, str]
@@ -51,7 +52,7 @@ class Conversation:
 
 def chat(
     base_url: Annotated[str, typer.Option("--base-url", help="Address of the server.")] = "http://127.0.0.1:8000",
-    api_key: Annotated[str | None, typer.Option("--api-key", envvar=API_KEY, help="Key of the server.")] = None,
+    api_key: KeyOfServer = None,
     model: Annotated[str | None, typer.Option("--model", help="Model to talk to. Default: the server's first.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="Instructions that go before the conversation.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Say only this, print the answer and end.")] = None,
@@ -69,7 +70,7 @@ def chat(
     """
     given = {"max_tokens": max_tokens, "temperature": temperature}
     options = {name: value for name, value in given.items() if value is not None}
-    _talk(Address.parse(base_url, api_key), model, options, system, prompt)
+    _talk(Address.parse(base_url, key_to_send(api_key)), model, options, system, prompt)
 
 
 def _models(address: Address, *, needed: bool) -> Any:

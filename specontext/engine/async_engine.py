@@ -84,7 +84,7 @@ class AsyncEngine:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of all prompts that have been processed."""
+        """Tokens of all prompts that have been processed, once however many outputs they have."""
         return self._loop.meter.prompt_tokens
 
     @property

@@ -224,7 +224,9 @@ class EngineLoop:
         if made > output.made:
             now = generation.last_token_at or time.perf_counter()
             self.meter.generation_tokens += made - output.made
-            self.meter.prompt_tokens += 0 if output.made else request.prompt_length
+            if (prompt := output.index // stream.params.n) not in stream.begun:  # once, as in its usage
+                stream.begun.add(prompt)
+                self.meter.prompt_tokens += request.prompt_length
             if self._observer is not None:
                 self._observer.token(now - output.last_at, first=not output.made)
             output.last_at, output.made = now, made

@@ -46,7 +46,8 @@ class PrefixCache:
         enabled: else nothing is kept and nothing found.
 
     Attributes:
-        queries, hits: tokens of requests that could have been found, and tokens that were, since the start.
+        queries, hits: tokens of prompts that could have been found, and tokens that were, since the start; not of what is
+            computed again after a preemption, nor for further outputs of a prompt, which find their own.
     """
 
     def __init__(self, kv: KVCache, methods: Methods, *, enabled: bool) -> None:
@@ -143,9 +144,10 @@ class PrefixCache:
             if self.methods.shared is not None:
                 self.methods.shared.restore_pages(seat, self.tokens(chain), PageState(state.each, state.last))
         request.computed = self.tokens(chain)
-        if request.cached_tokens is None:
-            request.cached_tokens = request.computed
-        if self._usable(request):
+        if request.cached_tokens is not None:
+            return
+        request.cached_tokens = request.computed
+        if request.index == 0 and self._usable(request):
             self.queries += request.prefill_length
             self.hits += request.computed
 

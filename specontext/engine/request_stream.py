@@ -90,6 +90,7 @@ class RequestStream:
         self.count = len(prompts) * params.n
         self.progress: list[Progress | None] = [None] * self.count  # written by the engine's thread
         self.failure: Exception | None = None  # written by the engine's thread
+        self.begun: set[int] = set()  # prompts of which an output has a token; the engine's thread's
         self.ready = asyncio.Event()
         self._abort = abort
         self._shown: list[Progress | None] = [None] * self.count

@@ -110,7 +110,8 @@ class StatusMeter:
             preemptions=engine.scheduler.preemptions,
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generation_tokens,
-            loaded_bytes=totals[Count.LOADED_BYTES],
+            # Never less than before, though a step that ran ahead may be taken back.
+            loaded_bytes=max(self.latest.loaded_bytes, totals[Count.LOADED_BYTES]),
             stall_s=parts.residency.stalled,
             overlap=sum(overlaps) / len(overlaps) if overlaps else self.last_overlap,
             step_s=parts.clock.step_s,

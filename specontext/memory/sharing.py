@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from specontext.errors import ConfigError
-from specontext.memory.facts import HeadFacts, ModelFacts
+from specontext.memory.facts import HeadFacts, ModelFacts, weight_bytes
 from specontext.model_shape import ModelShape
 
 
@@ -55,15 +55,13 @@ class Share:
         """Sizes of its part: of all layers but their norms, of the output layer, and of the retrieval head's groups and keys.
 
         Embeddings are whole. So are the head's weights here, which are too many then; routers, and norms beyond two a layer, are
-        counted as if they were split. Both are some thousandths of a model.
+        counted as if they were split. Both are some thousandths of a model. Of quantised weights all layers count alike.
 
         Raises:
-            ConfigError: heads that cannot be shared so, or quantised weights.
+            ConfigError: heads that cannot be shared so.
         """
         if self.size == 1:
             return facts
-        if facts.stored_bytes is not None:
-            raise ConfigError("quantised weights do not work with tensor_parallel_size: leave one of them out")
         whole, part = facts.shape, self.shape(facts.shape)
         table = whole.vocab_size * whole.hidden_size
         tied = facts.lookup_parameters < table
@@ -72,9 +70,16 @@ class Share:
         attention, norms = whole.depth * _attention(whole), (2 * whole.depth + 1) * whole.hidden_size
         rest = facts.parameters - table * (1 if tied else 2) - norms - attention
         left_out = attention - whole.depth * _attention(part) + rest - rest // self.size
+        stored = facts.stored_bytes
+        if stored is not None:
+            plain = weight_bytes(facts.parameters - attention - rest, whole.dtype)
+            stored -= round((stored - plain) * left_out / (attention + rest)) + weight_bytes(
+                0 if tied else elsewhere, whole.dtype
+            )
         return replace(
             facts,
             shape=part,
+            stored_bytes=stored,
             head=self._head(facts),
             parameters=facts.parameters - left_out - (0 if tied else elsewhere),
             lookup_parameters=facts.lookup_parameters + (elsewhere if tied else 0),

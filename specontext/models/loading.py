@@ -146,25 +146,23 @@ def load_model(
     scheme, dummy = None if entry is None else scheme_of(entry, source), load_format == "dummy"
     asked = Asked(source, scheme, quantization, dummy, adapter is None or dummy, options)
     asked.check()
-    if ranks is not None and asked.is_quantised:
-        raise ModelError(f"the weights of {source} are quantised, which ranks cannot share: leave tensor_parallel_size out")
     config = read_config(source, **options)
     check_supported(config)
     format_ = dequantised(config.to_dict()) if not dummy else None
-    note = f"dequantised from {format_}" if format_ else None
+    note, to_merge = f"dequantised from {format_}" if format_ else None, None if dummy else adapter
     dtype = running_format(dtype, config, device)
     tokenizer = load_tokenizer(name, **options)  # before the weights, which take longer
     model: Any
     if asked.is_quantised:
-        model, note = load_quantised(asked, config, dtype, device)
+        model, note = load_quantised(asked, config, dtype, device, ranks, to_merge)
     elif ranks is not None:
-        model = _part(source, config, dtype, device, options, ranks, dummy=dummy, adapter=None if dummy else adapter)
+        model = _part(source, config, dtype, device, options, ranks, dummy=dummy, adapter=to_merge)
     elif dummy:
         model = random_model(config, dtype, device, options)
     else:
         model = stored_model(source, config, dtype, options)
-    if adapter is not None and not dummy and ranks is None:
-        model = merged(model, adapter)
+        if to_merge is not None:
+            model = merged(model, to_merge)
     read_short_tables(model)
     with one_sentence(f"cannot load the model {source}"):
         model = model.to(device).eval().requires_grad_(False)

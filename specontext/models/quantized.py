@@ -3,7 +3,8 @@
 Where Triton kernels run, the linear layers of the decoder's layers keep their codes (`QuantizedLinear`). Everywhere else, and in
 embeddings, output layers, experts and where codes are places in a table, the matrix is written out in the number format that the
 model runs in. transformers builds the decoder of both kinds from one state dict, in which a matrix that is kept has a stand-in of
-its shape without memory: so names and shapes of all tensors are checked as those of any other checkpoint.
+its shape without memory: so names and shapes of all tensors are checked as those of any other checkpoint. A rank has its own part
+of the codes alone.
 """
 
 from __future__ import annotations
@@ -18,14 +19,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from specontext.checkpoints.adapters import Adapter
 from specontext.errors import ModelError
 from specontext.kernels.dispatch import use_triton
 from specontext.kernels.quantized_linear import QuantizedMatrix, dequantized
 from specontext.locations import folder_of, one_sentence
+from specontext.model_shape import ModelShape
+from specontext.models.adapters import merged
 from specontext.models.attention import ATTENTION_NAME
 from specontext.models.decoder import decoder_layers
 from specontext.models.language_model import made_model
+from specontext.models.ranks import Ranks
 from specontext.models.reports import check_report, no_report
+from specontext.models.sharding import OfCodes, parts_of_codes, shard
 from specontext.models.weight_sources import Source, random_source, rounded_source, stored_source
 from specontext.models.weights import check_numbers, decoder_headers, seeded, tie_as_stored
 from specontext.quantization.linear import QuantizedLinear
@@ -70,12 +76,15 @@ def quantised_model(
     dtype: torch.dtype,
     *,
     keep_on: torch.device | None,
+    parts: Mapping[str, OfCodes],
     where: object,
-) -> PreTrainedModel:
-    """The decoder with these weights, on the CPU but for what keeps its codes.
+) -> tuple[PreTrainedModel, dict[str, QuantizedMatrix]]:
+    """The decoder with these weights, on the CPU; and the matrices that keep their codes, by the names of linear layers, whose
+    weights are stand-ins.
 
     Args:
         keep_on: the device on which linear layers keep codes; None writes all matrices out.
+        parts: what a rank has of a linear layer's codes; of matrices that are written out it gets the whole.
         where: the checkpoint, for messages.
 
     Raises:
@@ -85,8 +94,11 @@ def quantised_model(
     state, kept = dict(source.plain()), {}
     for name in source.modules:
         matrix = source.matrix(name)
+        part = None
         if isinstance(matrix, QuantizedMatrix) and keep_on is not None and name in linears and matrix.group:
-            kept[name] = matrix.to(keep_on)
+            part = parts[name](matrix) if name in parts else matrix
+        if part is not None and keep_on is not None:
+            kept[name] = part.to(keep_on)
             state[f"{name}.weight"] = torch.zeros((), dtype=dtype).expand(matrix.shape)
         else:
             dense = dequantized(matrix, dtype) if isinstance(matrix, QuantizedMatrix) else matrix.to(dtype)
@@ -107,12 +119,15 @@ def quantised_model(
     model, report = loaded
     report = report if source.whole else report | {"missing_keys": set()}
     check_report(where, model, report, source.tensors)
+    return model, kept
+
+
+def _keep_codes(model: PreTrainedModel, kept: Mapping[str, QuantizedMatrix]) -> None:
+    """Put matrices that keep their codes in the places of linear layers."""
     for name, matrix in kept.items():
         parent, _, last = name.rpartition(".")
-        bias = model.get_submodule(name).bias
+        bias: Any = model.get_submodule(name).bias
         setattr(model.get_submodule(parent), last, QuantizedLinear(matrix, None if bias is None else bias.detach()))
-    found: PreTrainedModel = model
-    return found
 
 
 def _is_transposed(skeleton: PreTrainedModel, name: str) -> bool:
@@ -163,46 +178,63 @@ class Asked:
         return self.scheme is not None or self.kind is not None
 
 
-def load_quantised(asked: Asked, config: PreTrainedConfig, dtype: str, device: torch.device) -> tuple[PreTrainedModel, str]:
-    """A decoder with quantised weights, and what was done to them, in words.
+def load_quantised(
+    asked: Asked,
+    config: PreTrainedConfig,
+    dtype: str,
+    device: torch.device,
+    ranks: Ranks | None = None,
+    adapter: Adapter | None = None,
+) -> tuple[PreTrainedModel, str]:
+    """A decoder with quantised weights, or one rank's part of it, and what was done to them, in words.
+
+    Only what keeps its codes is a rank's own part from the beginning: what is written out is in host memory whole first.
 
     Args:
         config: its own entry for quantisation is taken off it: transformers is to build the decoder without a quantiser.
+        adapter: to be merged with the weights.
 
     Raises:
         ModelError: weights that are broken, incomplete or in a format that is not read; the message names them.
+        ConfigError: heads that so many ranks cannot share.
     """
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     running = getattr(torch, dtype) if dtype != "auto" else config.dtype
     if running not in (torch.float32, torch.float16, torch.bfloat16):
         running = torch.bfloat16
-    path = config.name_or_path
+    path, shape = config.name_or_path, ModelShape.from_config(config, running)
     skeleton = skeleton_of(config, asked.options)
-    kind = asked.kind if asked.scheme is None else None
     keep_on = device if asked.keep and keeps_codes(device) else None
-    work_on = keep_on or torch.device("cpu")
+    parts = {} if ranks is None else parts_of_codes(skeleton, shape, ranks.share)
     with seeded(device):
-        if asked.dummy:
-            source = random_source(asked.scheme, kind, linear_layers(skeleton), running, work_on)
-        else:
-            folder = folder_of(asked.source, revision=asked.options["revision"], weights=True)
-            headers = decoder_headers(folder, config)
-            tie_as_stored(config, headers)
-            if asked.scheme is not None:
-                source = stored_source(headers, asked.scheme, asked.source, work_on)
-            else:
-                assert kind is not None
-                check_numbers(headers)
-                source = rounded_source(headers, kind, linear_layers(skeleton), work_on)
-        model = quantised_model(source, config, skeleton, running, keep_on=keep_on, where=asked.source)
+        source = _source(asked, config, skeleton, running, keep_on or torch.device("cpu"))
+        model, kept = quantised_model(source, config, skeleton, running, keep_on=keep_on, parts=parts, where=asked.source)
     model.config.name_or_path = path
-    kept = any(isinstance(module, QuantizedLinear) for module in model.modules())
-    if kind is not None:
-        return model, f"rounded to {kind} when they were loaded" + ("" if kept else ", and computed with in " + _name(running))
-    assert asked.scheme is not None
+    if adapter is not None:
+        model = merged(model, adapter)
+    _keep_codes(model, {name: matrix for name, matrix in kept.items() if name not in parts})
+    if ranks is not None:
+        with one_sentence(f"cannot load the model {asked.source}"):
+            shard(model, shape, ranks, device, kept=kept)
+    if asked.scheme is None:
+        written_out = "" if kept else f", and computed with in {str(running).removeprefix('torch.')}"
+        return model, f"rounded to {asked.kind} when they were loaded{written_out}"
     return model, asked.scheme.words if kept else f"dequantised from {asked.scheme.words}"
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _source(
+    asked: Asked, config: PreTrainedConfig, skeleton: PreTrainedModel, dtype: torch.dtype, device: torch.device
+) -> Source:
+    """Where the weights come from; codes are taken apart, or made, on a device."""
+    linears, kind = linear_layers(skeleton), asked.kind if asked.scheme is None else None
+    if asked.dummy:
+        return random_source(asked.scheme, kind, linears, dtype, device)
+    folder = folder_of(asked.source, revision=asked.options["revision"], weights=True)
+    headers = decoder_headers(folder, config)
+    tie_as_stored(config, headers)
+    if asked.scheme is not None:
+        return stored_source(headers, asked.scheme, asked.source, device)
+    assert kind is not None
+    check_numbers(headers)
+    return rounded_source(headers, kind, linears, device)

@@ -6,7 +6,8 @@ Nothing but that part is copied: tables that are mapped from a file are read whe
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,19 +15,23 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from specontext.kernels.quantized_linear import QuantizedMatrix
 from specontext.locations import one_sentence
+from specontext.memory.sharing import Share
 from specontext.model_shape import ModelShape
 from specontext.models.ranks import Ranks
 from specontext.models.splits import ROWS, LayerSplits, Split, splits_of
 from specontext.models.weights import random_model, seeded
+from specontext.quantization.linear import QuantizedLinear
 
+OfCodes = Callable[[QuantizedMatrix], QuantizedMatrix | None]  # a rank's part of a matrix; None where it is to be written out
 GATHERED = ("colwise_gather_output", "colwise_rep")  # of an output layer, old and new
 
 
 class SummedLinear(nn.Module):
     """A linear layer of which each rank has some columns: the ranks' results are added up."""
 
-    def __init__(self, part: nn.Linear, bias: nn.Parameter | None, ranks: Ranks) -> None:
+    def __init__(self, part: nn.Module, bias: nn.Parameter | None, ranks: Ranks) -> None:
         super().__init__()
         self.part, self.ranks, self.bias = part, ranks, bias
 
@@ -76,10 +81,17 @@ class Placing:
 
     Args:
         dtype: None leaves formats as they are. What the library keeps in float32 beside a format is in float32.
+        codes: of linear layers that keep their codes this rank's part, by their names.
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        codes: Mapping[str, QuantizedMatrix] | None = None,
+    ) -> None:
+        self.device, self.dtype, self.codes = device, dtype, codes or {}
         kept = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())} if dtype != torch.float32 else set()
         if dtype == torch.float16:
             kept |= {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
@@ -98,18 +110,39 @@ class Placing:
         return nn.Parameter(placed, requires_grad=False)
 
 
+def parts_of_codes(model: PreTrainedModel, shape: ModelShape, share: Share) -> dict[str, OfCodes]:
+    """What a rank has of the matrices of linear layers that keep their codes, by the layers' names.
+
+    Raises:
+        SpeContextError: as of `splits_of`.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[str, OfCodes] = {}
+    for layer in splits_of(model, shape, share):
+        for split in layer.splits:
+            if split.cut is not None and isinstance(split.owner, nn.Linear):
+                found[f"{names[id(layer.layer)]}.{split.path}"] = partial(split.cut.codes, own=split.own(shape, share))
+    return found
+
+
 def shard(
-    model: PreTrainedModel, shape: ModelShape, ranks: Ranks, device: torch.device, dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    shape: ModelShape,
+    ranks: Ranks,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    kept: Mapping[str, QuantizedMatrix] | None = None,
 ) -> None:
     """Leave of a whole model what one rank has, in place, on a device.
 
     Args:
         dtype: the format in which it runs; None for the one that it has.
+        kept: of linear layers that keep their codes this rank's part, by their names; the model has stand-ins for them.
 
     Raises:
         SpeContextError: as of `splits_of`.
     """
-    layers, placed = splits_of(model, shape, ranks.share), Placing(model, device, dtype)
+    layers, placed = splits_of(model, shape, ranks.share), Placing(model, device, dtype, kept)
     names = {id(module): name for name, module in model.named_modules()}
     for splits in layers:
         _shard_layer(splits, names[id(splits.layer)], shape, ranks, placed)
@@ -135,15 +168,24 @@ def _part(split: Split, path: str, shape: ModelShape, ranks: Ranks, placed: Plac
         whole = placed(path, split.table)
         return whole if ranks.share.rank == 0 else nn.Parameter(torch.zeros_like(whole), requires_grad=False)
     own = split.own(shape, ranks.share)
-    weight = placed(path, split.cut.piece(split.table, own), copy=True)
     if not isinstance(split.owner, nn.Linear):
-        return weight
-    part = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    part.weight, bias = weight, split.owner.bias
+        return placed(path, split.cut.piece(split.table, own), copy=True)
+    bias: nn.Parameter | None = split.owner.bias
     if split.cut == ROWS:
-        return SummedLinear(part, None if bias is None else placed(path, bias), ranks)
+        return SummedLinear(_linear(split, path, own, None, placed), None if bias is None else placed(path, bias), ranks)
     if bias is not None:
-        part.bias = placed(path, split.cut.piece(bias[:, None], own)[:, 0], copy=True)
+        bias = placed(path, split.cut.piece(bias[:, None], own)[:, 0], copy=True)
+    return _linear(split, path, own, bias, placed)
+
+
+def _linear(split: Split, path: str, own: slice, bias: nn.Parameter | None, placed: Placing) -> nn.Module:
+    """A rank's part of a linear layer."""
+    if path in placed.codes:
+        return QuantizedLinear(placed.codes[path], None if bias is None else bias.data)
+    assert split.cut is not None
+    weight = placed(path, split.cut.piece(split.table, own), copy=True)
+    part = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    part.weight, part.bias = weight, bias  # type: ignore[assignment]  # it has none, or this one
     return part
 
 

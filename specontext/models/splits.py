@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specontext.errors import ModelError
+from specontext.kernels.quantized_linear import QuantizedMatrix
 from specontext.memory.sharing import Share
 from specontext.model_shape import ModelShape
 from specontext.models.decoder import decoder_layers
+from specontext.quantization.parts import some_columns, some_rows
 
 WHOLE = "replicated_with_grad_allreduce"
 EXPERTS = "moe_tp_experts"  # a module whose result is a part of a sum
@@ -45,6 +47,13 @@ class Cut:
         each = table.shape[self.axis] // self.tables
         parts = [table.narrow(self.axis, number * each + own.start, own.stop - own.start) for number in range(self.tables)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.axis)
+
+    def codes(self, matrix: QuantizedMatrix, own: slice) -> QuantizedMatrix | None:
+        """The same of a matrix of codes; None where these are none that kernels take."""
+        if self.axis == ROWS.axis:
+            return some_columns(matrix, own) if self.tables == 1 else None
+        each = matrix.shape[0] // self.tables
+        return some_rows(matrix, [slice(n * each + own.start, n * each + own.stop) for n in range(self.tables)])
 
 
 COLUMNS, ROWS = Cut(-2), Cut(-1)  # of a weight [outputs, inputs]

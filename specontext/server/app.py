@@ -9,8 +9,9 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from specontext import __version__
+from specontext.server.body_limit import BodyLimit
 from specontext.server.errors import install_handlers
-from specontext.server.middleware import ApiKeys, BodyLimit, HeadAsGet, PlainPath, RequestId
+from specontext.server.middleware import ApiKeys, HeadAsGet, PlainPath, RequestId
 from specontext.server.routes import chat, completions, messages, models, operations, responses, tokens
 from specontext.server.settings import ServerConfig
 from specontext.server.state import ServerState
@@ -58,6 +59,6 @@ def guards(config: ServerConfig, *, log: bool, refused: Callable[[str], None]) -
         *(across if config.allowed_origins else ()),  # outside of the keys, which browsers do not send when they ask
         Middleware(RequestId, log=log, refused=refused),
         Middleware(ApiKeys, keys=config.api_key),
-        Middleware(BodyLimit, most=config.max_body_size),
+        Middleware(BodyLimit, most=config.max_body_size, seconds=config.receive_timeout),
         Middleware(HeadAsGet),
     ]

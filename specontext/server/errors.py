@@ -160,8 +160,10 @@ def _unknown_path(error: Exception, request: Request) -> Exception:
     served = request.app.openapi()["paths"]
     path = request.scope["path"]
     if error.status_code == 405:
-        methods = ", ".join(sorted(method.upper() for method in served.get(path, {}))) or "another method"
-        return ApiError(405, f"{path} does not take {request.method}: use {methods}", code="not_found", headers=error.headers)
+        taken = {method for method in (error.headers or {}).get("Allow", "").split(", ") if method}
+        methods = ", ".join(sorted(taken | ({"HEAD"} if "GET" in taken else set())))  # what GET answers, HEAD does too
+        said = f"{path} does not take {request.method}: use {methods}"
+        return ApiError(405, said, code="not_found", headers={"Allow": methods})
     part = next((part for part in path.split("/") if part in NOT_SERVED), None)
     if part is not None:
         return ApiError(404, NOT_SERVED[part], code="not_found")
@@ -172,7 +174,8 @@ def _invalid(error: RequestValidationError) -> ApiError:
     """The first of the things that are wrong with a body."""
     first = _telling(error.errors())
     if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+        place = f" at character {first['loc'][-1]}" if isinstance(first["loc"][-1], int) else ""
+        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}{place}")
     param = ".".join(str(part) for part in first["loc"][1:] if not _is_tag(part)) or None
     if param is not None and len(param) > _LONGEST_PARAM:
         param = f"{param[:_LONGEST_PARAM]}..."

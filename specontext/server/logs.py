@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from specontext.engine.async_engine import AsyncEngine
 from specontext.engine.status import EngineStatus
 
+_LONGEST_PATH = 200  # characters
+
 
 def configure_logging() -> None:
     """Send the package's and uvicorn's lines to standard error, with time and level."""
@@ -25,6 +27,11 @@ def configure_logging() -> None:
 def fields(event: str, values: Mapping[str, object]) -> str:
     """`event key=value key="two words"`; what is None is left out."""
     return " ".join([event, *(f"{name}={_shown(value)}" for name, value in values.items() if value is not None)])
+
+
+def shortened(path: str) -> str:
+    """A path as lines show it: clients may send very long ones."""
+    return path if len(path) <= _LONGEST_PATH else f"{path[:_LONGEST_PATH]}..."
 
 
 def _shown(value: object) -> str:

@@ -19,6 +19,7 @@ _REASONS = ("stop", "length", "abort", "error")
 # Why requests were refused, as `code` in their answers says; what has no code of its own is an invalid request.
 REFUSALS = (
     *("invalid_request", "unknown_parameter", "context_length_exceeded", "body_too_complex", "body_too_large"),
+    "request_timeout",
     *("invalid_api_key", "not_found", "model_not_found", "tools_not_supported", "previous_response_not_found", "item_not_found"),
     *("queue_full", "shutting_down", "engine_dead", "request_failed", "internal_error"),
 )

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from specontext.server.errors import ApiError, error_response
 from specontext.server.facts import FACTS
-from specontext.server.logs import fields
+from specontext.server.logs import fields, shortened
 from specontext.server.streaming import ClientGone
 
 logger = logging.getLogger("specontext.server")
@@ -86,22 +86,30 @@ class RequestId:
                 self.refused(facts.get("code") or "invalid_request")
             if self.log and (scope["path"] not in QUIET_PATHS or status >= 500):
                 seconds = round(time.perf_counter() - began, 4)
-                shown = {"request_id": name, "method": scope["method"], "path": scope["path"], "status": status or None}
+                shown = {
+                    "request_id": name,
+                    "method": scope["method"],
+                    "path": shortened(scope["path"]),
+                    "status": status or None,
+                }
                 logger.info("%s", fields("request", shown | {"outcome": outcome, "seconds": seconds} | facts))
 
 
 class ApiKeys:
-    """Lets only those in who present one of the keys; keys are compared in constant time."""
+    """Lets only those in who present one of the keys; keys are compared in constant time.
+
+    OPTIONS needs none: browsers ask with it before they send a key, and it tells nothing.
+    """
 
     def __init__(self, app: ASGIApp, *, keys: Iterable[str]) -> None:
         self.app = app
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._digests or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or not self._digests or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return await self.app(scope, receive, send)
         headers = Headers(scope=scope)
-        kind, _, key = headers.get("authorization", "").partition(" ")
+        kind, key = (*headers.get("authorization", "").split(None, 1), "", "")[:2]
         if not key and "x-api-key" in headers:  # as clients of Anthropic's protocol send it
             kind, key = "bearer", headers["x-api-key"]
         digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()  # equal lengths, whatever was sent
@@ -115,49 +123,3 @@ class ApiKeys:
             )
             return await error_response(error, scope)(scope, receive, send)
         await self.app(scope, receive, send)
-
-
-class BodyLimit:
-    """Refuses bodies that are too long, without keeping them."""
-
-    def __init__(self, app: ASGIApp, *, most: int) -> None:
-        self.app, self.most = app, most
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        announced = Headers(scope=scope).get("content-length", "")
-        if announced.isdecimal() and int(announced) > self.most:
-            await self._discard(receive)
-            return await error_response(self._too_long(), scope)(scope, receive, send)
-        read = 0
-
-        async def receive_limited() -> Message:
-            nonlocal read
-            message = await receive()
-            if message["type"] == "http.request":
-                read += len(message.get("body", b""))
-                if read > self.most:
-                    if message.get("more_body"):
-                        await self._discard(receive)
-                    raise self._too_long()
-            return message
-
-        await self.app(scope, receive_limited, send)
-
-    async def _discard(self, receive: Receive) -> None:
-        """Read on a little, since most clients look at the answer only when they have sent everything."""
-        left = 4 * self.most
-        while left > 0:
-            message = await receive()
-            if message["type"] != "http.request" or not message.get("more_body"):
-                return
-            left -= len(message.get("body", b""))
-
-    def _too_long(self) -> ApiError:
-        return ApiError(
-            413,
-            f"the body is longer than {self.most} bytes: shorten it, or raise --max-body-size",
-            code="body_too_large",
-            headers={"Connection": "close"},
-        )

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,13 +20,14 @@ from specontext.engine.parallel_engine import make_engine
 from specontext.errors import ConfigError, SpeContextError
 from specontext.server.app import create_app
 from specontext.server.errors import DrainingError
-from specontext.server.http_head import BoundedHttp
+from specontext.server.http_protocol import http_protocol
 from specontext.server.logs import configure_logging, fields, log_load
 from specontext.server.settings import ServerConfig
 from specontext.server.state import ServerState
 
 logger = logging.getLogger("specontext.server")
 
+_OPEN_FILES = 65_535
 _LAST_WORDS = 1.0  # seconds in which open requests can be told that they have failed
 _DEATH_NOTICE = 1.0  # seconds in which /health can still say that the engine is dead
 
@@ -46,15 +48,31 @@ def serve(engine_config: EngineConfig, config: ServerConfig, *, announce: Callab
     config.read_chat_template()  # what can fail at once comes before the loading, which takes its time
     with listening_socket(config.host, config.port) as listener:
         configure_logging()
+        allow_open_files()
         began = time.perf_counter()
         logger.info("%s", fields("loading", {"model": engine_config.model}))
-        engine = make_engine(engine_config)
-        loaded = time.perf_counter()
-        logger.info("%s", fields("loaded", {"seconds": round(loaded - began, 1), "device": engine.device, "next": "warming up"}))
-        engine.warm_up()
-        logger.info("%s", fields("warm", {"seconds": round(time.perf_counter() - loaded, 1), "next": "listening"}))
+        with _ended_by_sigterm():
+            engine = make_engine(engine_config)
+            loaded = time.perf_counter()
+            loading = {"seconds": round(loaded - began, 1), "device": engine.device, "next": "warming up"}
+            logger.info("%s", fields("loaded", loading))
+            engine.warm_up()
+            logger.info("%s", fields("warm", {"seconds": round(time.perf_counter() - loaded, 1), "next": "listening"}))
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(Serving(engine, config, listener, announce).run())
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends the process, also the first one of a container, which the system itself would not end."""
+    if threading.current_thread() is not threading.main_thread():  # nobody else is told of signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 class Serving:
@@ -69,7 +87,11 @@ class Serving:
         self.server = _UvicornServer(
             uvicorn.Config(
                 create_app(self.state),
-                http=BoundedHttp,
+                http=http_protocol(
+                    config.receive_timeout, log=not config.disable_log_requests, refused=self.state.metrics.refused
+                ),
+                ws="none",
+                timeout_keep_alive=config.timeout_keep_alive,  # type: ignore[arg-type]  # of seconds, whole or not
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -153,6 +175,19 @@ def listening_socket(host: str, port: int) -> Iterator[socket.socket]:
         except OSError as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port") from error
         yield listener
+
+
+def allow_open_files() -> None:
+    """Raise the limit of open files, of which each connection is one: many systems begin with 1,024, and refuse what is above."""
+    try:
+        import resource
+    except ImportError:  # it does not exist for every platform
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

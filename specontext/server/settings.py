@@ -15,7 +15,9 @@ REASONING_PARSERS = ("deepseek_r1", "qwen3")
 TOOL_CALL_PARSERS = ("auto", "none", *FORMATS)
 BUILT_IN_TEMPLATES = {"hermes": Path(__file__).parent / "tools" / "hermes.jinja"}
 _ALL = ("*",), ("*",)
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+|null")
+_LONGEST = 10**6  # seconds that something may be waited for
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.\[\]:_~-]+|null")
+_OWN_PORT = re.compile(r"^(http://[^/]*(?=:80$)|https://[^/]*(?=:443$)):[0-9]+$")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class ServerConfig:
     max_queued_requests: int = option(512, "Requests that may wait; more are refused with 429.")
     max_logprobs: int = option(20, "Most log-probabilities a token that a request may ask for.")
     max_body_size: int = option(32 * 2**20, "Longest request body.")
+    receive_timeout: float = option(
+        30.0, "Seconds in which a request must have come, and one more for every 4 KiB of its body; 0 is no limit."
+    )
+    timeout_keep_alive: float = option(75.0, "Seconds for which a connection without a request stays open.")
     shutdown_timeout: float = option(30.0, "Seconds that running requests may take to finish after SIGTERM.")
     log_interval: float = option(10.0, "Seconds between two lines about the engine's load; 0 is never.")
     disable_log_requests: bool = option(False, "Do not log a line for every request.")
@@ -69,8 +75,10 @@ class ServerConfig:
             ("max_queued_requests", 1, None),
             ("max_logprobs", 0, None),
             ("max_body_size", 1, None),
-            ("shutdown_timeout", 0, None),
-            ("log_interval", 0, None),
+            ("receive_timeout", 0, _LONGEST),
+            ("timeout_keep_alive", 0, _LONGEST),
+            ("shutdown_timeout", 0, _LONGEST),
+            ("log_interval", 0, _LONGEST),
         )
         for name, least, most in bounds:
             value = getattr(self, name)
@@ -83,16 +91,17 @@ class ServerConfig:
             raise ConfigError(f"unknown tool call parser '{self.tool_call_parser}': choose one of {', '.join(TOOL_CALL_PARSERS)}")
         if self.generation_config not in ("auto", "none"):
             raise ConfigError(f"unknown generation_config '{self.generation_config}': choose auto or none")
+        keys = tuple(key.strip() for key in self.api_key)  # as they arrive: headers have no spaces at their ends
+        if not all(key.isprintable() for key in keys):
+            raise ConfigError("api_key has a character that no header can carry: write keys of letters, digits and signs")
+        object.__setattr__(self, "api_key", keys)
         for name in ("api_key", "served_model_name"):
             if not all(getattr(self, name)):
                 raise ConfigError(f"{name} must not be empty")
         for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
             object.__setattr__(self, name, _listed(name, getattr(self, name)))
-        for origin in self.allowed_origins:
-            if origin != "*" and not _ORIGIN.fullmatch(origin):
-                raise ConfigError(
-                    f"'{origin}' in allowed_origins is not an origin: write *, or for example http://localhost:3000"
-                )
+        object.__setattr__(self, "allowed_origins", tuple(map(_origin, self.allowed_origins)))
+        object.__setattr__(self, "allowed_methods", tuple(method.upper() for method in self.allowed_methods))
         if not self.allowed_origins and (self.allow_credentials, self.allowed_methods, self.allowed_headers) != (False, *_ALL):
             raise ConfigError(
                 "allow_credentials, allowed_methods and allowed_headers say what allowed_origins may do: give these too"
@@ -118,6 +127,14 @@ class ServerConfig:
             name = shown(template) if template == self.chat_template else self.chat_template
             raise ConfigError(f"the chat template {name} cannot be used: {why}")
         return template
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers write it, which compare letter by letter: in small letters, without the scheme's own port."""
+    origin = _OWN_PORT.sub(r"\1", text.lower())
+    if origin != "*" and not _ORIGIN.fullmatch(origin):
+        raise ConfigError(f"'{text}' in allowed_origins is not an origin: write * for any, or for example http://localhost:3000")
+    return origin
 
 
 def _listed(name: str, values: tuple[str, ...]) -> tuple[str, ...]:

@@ -310,7 +310,9 @@ def test_ranks_share_a_model(run: Any, fails: Fails) -> None:
     assert whole["bytes"]["weights"] - part["bytes"]["weights"] == 2 * (layers + 128256 * 4096) * 3 // 4
     assert part["inputs"]["kv_heads"] == 2 and part["inputs"]["kv_bytes_per_token"] * 4 == whole["inputs"]["kv_bytes_per_token"]
     assert part["max_len_resident"] > whole["max_len_resident"]
+    rounded, quarter = (run("plan", *LLAMA, *more, "--quantization", "fp8", "--json").json for more in ((), ("-tp", 4)))
+    saved = rounded["bytes"]["weights"] - quarter["bytes"]["weights"]
+    assert saved == pytest.approx((layers + 2 * 128256 * 4096) * 3 / 4, rel=0.001)  # a byte each, two in the output layer
     assert "each of 4 ranks of" in run("plan", *LLAMA, "-tp", 4).stdout
     assert "tensor_parallel_size 3 does not fit" in fails(["plan", *LLAMA, "-tp", 3])
     assert "has no meaning in mode paper" in fails(["plan", *LLAMA, "-tp", 2, "--mode", "paper"])
-    assert "quantised weights" in fails(["plan", *LLAMA, "-tp", 2, "--quantization", "fp8"])

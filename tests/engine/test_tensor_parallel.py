@@ -281,7 +281,6 @@ def test_heads_of_a_rank(size: int, rank: int, query: int, kv: int, own: slice) 
 @pytest.mark.parametrize(
     "options, named",
     [
-        ({"quantization": "int4"}, "quantization"),
         ({"measure_recall": True}, "measure_recall"),
         ({"max_wait_s": 1.0}, "max_wait_s"),
         ({"offload_dir": Path("/tmp")}, "offload_dir"),

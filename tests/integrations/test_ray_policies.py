@@ -193,6 +193,7 @@ def test_settings_that_cannot_be_honoured(options: dict[str, Any], message: str)
 def test_the_manifest_of_kuberay_names_options_that_there_are() -> None:
     manifest = yaml.safe_load((DEPLOY / "kubernetes" / "ray.yaml").read_text())
     served = yaml.safe_load(manifest["spec"]["serveConfigV2"])
+    assert served["http_options"]["keep_alive_timeout_s"] == DeployConfig().timeout_keep_alive
     (found,) = served["applications"]
     module, _, function = found["import_path"].partition(":")
     assert callable(getattr(importlib.import_module(module), function))
@@ -219,8 +220,8 @@ def test_args_of_an_application_are_options_as_a_file_has_them(monkeypatch: pyte
         ({"model": "nano", "replicas": {"min": 2}}, "replicas must be a text, a number, true, false, or a list of texts"),
         ({"model": "nano", "host_memory": "2 barrels"}, "'2 barrels' is not a size"),
         (
-            {"model": "nano", "tensor_parallel_size": 2, "quantization": "fp8"},
-            "quantization does not work with tensor_parallel_size 2",
+            {"model": "nano", "tensor_parallel_size": 2, "max_wait_s": 3.0},
+            "max_wait_s does not work with tensor_parallel_size 2",
         ),
     ],
 )

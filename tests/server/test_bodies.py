@@ -56,10 +56,30 @@ def test_refused_at_its_place(server: Server, path: str, fields: dict[str, Any],
     assert found.status_code == 400 and said in found.json()["error"]["message"], found.text
 
 
-@pytest.mark.parametrize("body", [b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", b'{"prompt": ' + b"9" * 5000 + b"}"])
-def test_json_that_python_does_not_read(server: Server, body: bytes) -> None:
-    found = server.http.post(TEXT, content=body, headers={"Content-Type": "application/json"})
-    assert found.status_code == 400 and "nested too deeply" in found.json()["error"]["message"]
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "nested too deeply"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", "too many digits"),
+        (b'{"prompt": "a\xff"}', "not UTF-8: byte 13"),
+        ('{"prompt": "a"}'.encode("utf-16"), "not UTF-8"),
+        (b'{"prompt": "a", "max_tokens": 1, "max_tokens": 2}', "'max_tokens' comes twice"),
+        (b'{"prompt": "a", "metadata": {"k": "a", "k": "a"}}', "'k' comes twice"),
+        (b'{"prompt": "a", "guided_json": {"type": "number", "minimum": NaN}}', "NaN is no number"),
+        (b'{"prompt": "a", "metadata": {"k": -Infinity}}', "-Infinity is no number"),
+        (b'{"prompt": "a",}', "not JSON"),
+        (b'{"prompt": "a"', "at character 14"),
+    ],
+)
+def test_bodies_that_are_not_one_object_of_json(server: Server, body: bytes, said: str) -> None:
+    for path in (TEXT, CHAT, RESPONSES, MESSAGES):
+        found = server.http.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert found.status_code == 400 and said in found.json()["error"]["message"]
+
+
+def test_a_mark_of_byte_order_is_passed_over(server: Server) -> None:
+    body = b"\xef\xbb\xbf" + b'{"prompt": "a", "max_tokens": 1}'
+    assert server.http.post(TEXT, content=body, headers={"Content-Type": "application/json"}).status_code == 200
 
 
 @pytest.mark.parametrize(

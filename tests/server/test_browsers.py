@@ -47,7 +47,11 @@ def test_a_page_that_is_not_allowed(open_to_page: Server, server: Server) -> Non
     answer = open_to_page.get("/v1/models", headers=KEY | {"origin": "http://evil.example"})
     assert "access-control-allow-origin" not in answer.headers
     off = server.http.options(CHAT, headers=ASKS)
-    assert off.status_code == 405 and not any(name.startswith("access-control") for name in off.headers)
+    assert (
+        off.status_code == 405
+        and off.headers["allow"] == "POST"
+        and not any(name.startswith("access-control") for name in off.headers)
+    )
     assert not any(name.startswith("access-control") for name in server.get("/v1/models", headers={"origin": PAGE}).headers)
 
 
@@ -56,6 +60,9 @@ def test_a_page_that_is_not_allowed(open_to_page: Server, server: Server) -> Non
     [
         ({"allowed_origins": ("localhost:3000",)}, "http://localhost:3000"),
         ({"allowed_origins": ("http://localhost:3000/",)}, "not an origin"),
+        ({"allowed_origins": ("http://*.example.com",)}, "not an origin"),
+        ({"allowed_origins": ("http://user@example.com",)}, "not an origin"),
+        ({"allowed_origins": ("http://bücher.example",)}, "not an origin"),
         ({"allowed_origins": ("",)}, "empty"),
         ({"allowed_origins": ("[1]",)}, "JSON"),
         ({"allow_credentials": True}, "allowed_origins"),
@@ -72,6 +79,24 @@ def test_lists_as_vllm_has_them() -> None:
     config = ServerConfig(allowed_origins=('["http://a", "https://b:5"]',), allowed_methods=('["GET"]',))
     assert config.allowed_origins == ("http://a", "https://b:5") and config.allowed_methods == ("GET",)
     assert ServerConfig(allowed_origins=("*",)).allowed_headers == ("*",)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("HTTP://LocalHost:3000", "http://localhost:3000"),
+        ("http://localhost:80", "http://localhost"),
+        ("https://example.com:443", "https://example.com"),
+        ("https://example.com:80", "https://example.com:80"),
+        ("http://[::1]:80", "http://[::1]"),
+        ("http://[::1]:3000", "http://[::1]:3000"),
+        ("chrome-extension://abcdef", "chrome-extension://abcdef"),
+        ("null", "null"),
+    ],
+)
+def test_origins_are_written_as_browsers_do(written: str, meant: str) -> None:
+    config = ServerConfig(allowed_origins=(written,), allowed_methods=("get", "POST"))
+    assert config.allowed_origins == (meant,) and config.allowed_methods == ("GET", "POST")
 
 
 def test_slashes_at_the_end(open_to_page: Server) -> None:
@@ -92,3 +117,35 @@ def test_head(open_to_page: Server) -> None:
     assert open_to_page.http.head("/v1/models").status_code == 401
     assert open_to_page.http.head("/nothing", headers=KEY).status_code == 404
     assert open_to_page.http.head(CHAT, headers=KEY).status_code == 405
+
+
+def test_options_needs_no_key(open_to_page: Server) -> None:
+    with running(make_engine(), api_key=("k",)) as without_origins:
+        for server in (open_to_page, without_origins):
+            for path in (CHAT, "/v1/models", "/status"):  # no preflight: one of its headers is missing, or both
+                for headers in ({}, {"origin": PAGE}):
+                    assert server.http.options(path, headers=headers).status_code == 405, (path, headers)
+            assert server.http.options("/nowhere").status_code == 404
+        assert without_origins.http.options(CHAT, headers=ASKS).status_code == 405
+        for method in ("GET", "HEAD", "POST", "PUT", "DELETE"):
+            assert without_origins.http.request(method, "/v1/models").status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "taken"),
+    [
+        ("POST", "/v1/models", "GET, HEAD"),
+        ("DELETE", "/v1/models/nano", "GET, HEAD"),
+        ("PUT", "/health", "GET, HEAD"),
+        ("POST", "/openapi.json", "GET, HEAD"),
+        ("POST", "/", "GET, HEAD"),
+        ("GET", CHAT, "POST"),
+        ("HEAD", CHAT, "POST"),
+    ],
+)
+def test_methods_that_a_path_takes(open_to_page: Server, method: str, path: str, taken: str) -> None:
+    answer = open_to_page.http.request(method, path, headers=KEY)
+    assert answer.status_code == 405 and answer.headers["allow"] == taken
+    assert method == "HEAD" or f"use {taken}" in answer.json()["error"]["message"]
+    for each in taken.split(", "):
+        assert open_to_page.http.request(each, path, headers=KEY).status_code != 405

@@ -202,6 +202,17 @@ def test_what_asks_for_nothing_is_let_through(server: Server) -> None:
     )
     assert server.post(TEXT, GOOD[TEXT] | {"best_of": 1, "suffix": "", "logit_bias": None, "n": None}).status_code == 200
     assert server.post(TEXT, GOOD[TEXT] | {"best_of": 2, "n": 2}).status_code == 200
+    for path in (CHAT, TEXT, "/v1/responses"):
+        body = {"input": "the sun", "max_output_tokens": 2} if path == "/v1/responses" else GOOD[path]
+        callers = {
+            "user": "me",
+            "metadata": {"a": "b"},
+            "safety_identifier": "me",
+            "prompt_cache_key": "k",
+            "service_tier": "auto",
+        }
+        for fields in (callers, dict.fromkeys(callers), {"store": False}):
+            assert server.post(path, body | fields).status_code == 200, (path, fields)
 
 
 @pytest.mark.parametrize(

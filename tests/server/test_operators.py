@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import signal
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,12 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from specontext.cli.api_keys import key_to_send
+from specontext.config import EngineConfig
+from specontext.errors import ConfigError
 from specontext.server.metrics import REFUSALS
+from specontext.server.run import allow_open_files, serve
+from specontext.server.settings import ServerConfig
 from tests.server.serving import Server, make_engine, process, running, wait_for
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -41,15 +48,17 @@ def test_refusals_are_counted_and_logged(server: Server, caplog: pytest.LogCaptu
             server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 9999})
             server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": None}]})
             server.get("/nowhere")
-            wait_for(lambda: any("/nowhere" in record.getMessage() for record in caplog.records))
+            server.get("/long" * 5000)
+            wait_for(lambda: any("/long" in record.getMessage() for record in caplog.records))
     finally:
         logger.removeHandler(caplog.handler)
     lines = list(dict.fromkeys(record.message for record in caplog.records if record.message.startswith("request ")))
     assert "param=temperature" in lines[0] and "reason=" in lines[0] and "secret" not in lines[0]
     assert "code=unknown_parameter" in lines[1] and "code=context_length_exceeded" in lines[2] and "code=not_found" in lines[4]
     assert "messages.0: content is missing" in lines[3] and "param=messages.0" in lines[3]
+    assert "code=not_found" in lines[5] and len(lines[5]) < 1000
     after = samples(server)
-    for code, times in {"invalid_request": 2, "unknown_parameter": 1, "context_length_exceeded": 1, "not_found": 1}.items():
+    for code, times in {"invalid_request": 2, "unknown_parameter": 1, "context_length_exceeded": 1, "not_found": 2}.items():
         name = ("specontext:request_refused_total", code)
         assert after[name] == before[name] + times, code
 
@@ -114,32 +123,109 @@ def test_a_second_signal_tells_those_who_wait(tmp_path: Path) -> None:
 
 def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
-    monkeypatch.setenv("SPECONTEXT_API_KEY", "one,two")
+    monkeypatch.setenv("SPECONTEXT_API_KEY", "one, two\n")
     monkeypatch.setattr("specontext.server.run.serve", lambda engine, config, **_: given.update(keys=config.api_key))
     from specontext.cli import main
 
     assert main(["serve", "nano"]) == 0 and given["keys"] == ("one", "two")
-    assert main(["serve", "nano", "--api-key", "three"]) == 0 and given["keys"] == ("three",)
+    assert main(["serve", "nano", "--api-key", " three "]) == 0 and given["keys"] == ("three",)
+    assert key_to_send(None) == "one" and key_to_send("mine") == "mine"
+    monkeypatch.setenv("SPECONTEXT_API_KEY", " ,")
+    assert main(["serve", "nano"]) != 0, "a server that nobody closed"
+    monkeypatch.setenv("SPECONTEXT_API_KEY", "")
+    assert main(["serve", "nano"]) == 0 and given["keys"] == () and key_to_send(None) is None
+
+
+@pytest.mark.parametrize("key", ["", "  ", "a\nb", "a\0"])
+def test_keys_that_cannot_be_sent(key: str) -> None:
+    with pytest.raises(ConfigError, match="api_key"):
+        ServerConfig(api_key=("good", key))
 
 
 def test_both_headers_carry_a_key() -> None:
-    with running(make_engine(), api_key=("secret",)) as server:
-        for headers in ({"Authorization": "Bearer secret"}, {"x-api-key": "secret"}):
-            assert server.get("/v1/models", headers=headers).status_code == 200
-        for headers in ({}, {"x-api-key": "wrong"}, {"Authorization": "Bearer wrong", "x-api-key": "secret"}):
+    with running(make_engine(), api_key=("secret", " two words ", "schlüssel")) as server:
+        for headers in (
+            *({"Authorization": f"{word}secret"} for word in ("Bearer ", "bearer ", "BEARER  ", "Bearer\t")),
+            *({"x-api-key": key} for key in ("secret", "two words")),
+            {"Authorization": "Bearer", "x-api-key": "secret"},
+            {"Authorization": "Bearer two words"},
+            {"Authorization": "Bearer schlüssel".encode()},
+        ):
+            assert server.get("/v1/models", headers=headers).status_code == 200, headers
+        for headers in (
+            *({}, {"x-api-key": "wrong"}, {"x-api-key": ""}, {"Authorization": "Bearer wrong", "x-api-key": "secret"}),
+            *({"Authorization": value} for value in ("secret", "Bearer", "Basic secret", "Bearer secret secret")),
+            *({"Authorization": value} for value in ("Bearersecret", 'Bearer "secret"', "Bearer SECRET", "Bearer secret,wrong")),
+        ):
             assert server.get("/v1/models", headers=headers).status_code == 401
 
 
-def test_the_files_of_deploy_fit_the_server() -> None:
-    from specontext.server.settings import ServerConfig
+def commands() -> dict[str, tuple[list[str], float]]:
+    """The words behind `specontext` in each file of deploy/, and the seconds that the process has to end after SIGTERM."""
+    docker = (DEPLOY / "Dockerfile").read_text()
+    assert json.loads(re.findall(r"^ENTRYPOINT (.*)$", docker, re.MULTILINE)[0]) == ["specontext"]
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["specontext"]
+    unit = dict(re.findall(r"^(\w+)=(.*)$", (DEPLOY / "specontext.service").read_text(), re.MULTILINE))
+    pod = next(yaml.safe_load_all((DEPLOY / "kubernetes" / "specontext.yaml").read_text()))["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    pause = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    return {
+        "Dockerfile": (json.loads(re.findall(r"^CMD (\[.*)$", docker, re.MULTILINE)[0]), float("inf")),
+        "compose.yaml": (compose["command"], float(compose["stop_grace_period"].removesuffix("s"))),
+        "specontext.service": (unit["ExecStart"].split()[1:], float(unit["TimeoutStopSec"])),
+        "specontext.yaml": (container["args"], pod["terminationGracePeriodSeconds"] - pause),
+    }
 
-    options = {f"--{name.replace('_', '-')}" for name in ServerConfig.__dataclass_fields__} | {"--config"}
-    for path in ("Dockerfile", "compose.yaml", "kubernetes/specontext.yaml", "specontext.service"):
-        text = (DEPLOY / path).read_text()
-        commands = re.findall(r"--(?:host|port|shutdown-timeout|config|api-key)[\w-]*", text)
-        assert set(commands) <= options, path
+
+@pytest.mark.parametrize("name", ["Dockerfile", "compose.yaml", "specontext.service", "specontext.yaml"])
+def test_commands_of_deploy_are_taken(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from specontext.cli import main
+
+    given: dict[str, Any] = {}
+    monkeypatch.delenv("SPECONTEXT_API_KEY", raising=False)
+    monkeypatch.setattr(
+        "specontext.server.run.serve", lambda engine, config, **_: given.update(model=engine.model, config=config)
+    )
+    (config := tmp_path / "specontext.yaml").write_text("port: 8000\n")
+    words, grace = commands()[name]
+    words = [
+        str(config) if word == "/etc/specontext.yaml" else re.sub(r"^\$\{SPECONTEXT_MODEL.*\}$", "nano", word) for word in words
+    ]
+    assert main(words) == 0 and given["model"] == "nano"
+    assert given["config"].port == 8000 and given["config"].shutdown_timeout < grace
+    assert given["config"].host == ("127.0.0.1" if name == "specontext.service" else "0.0.0.0")
+
+
+def test_sigterm_while_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a handler: the first process of a container has no other way to be ended."""
+    monkeypatch.setattr("specontext.server.run.make_engine", lambda _: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("specontext.server.run.configure_logging", lambda: None)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        serve(EngineConfig("nano"), ServerConfig(port=0), announce=lambda *_: None)
+    assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_many_connections_may_be_open() -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+        allow_open_files()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert hard == before[1] and soft in (hard, 65_535)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_the_files_of_deploy_fit_together() -> None:
     kinds = [each["kind"] for each in yaml.safe_load_all((DEPLOY / "kubernetes" / "specontext.yaml").read_text())]
     assert kinds == ["Deployment", "Service"]
+    docker = (DEPLOY / "Dockerfile").read_text()
+    extras = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wanted = re.findall(r"'\.\[([\w,]+)\]'", docker + (DEPLOY / "ray.Dockerfile").read_text())
+    assert len(wanted) == 3 and {extra for line in wanted for extra in line.split(",")} <= set(extras)
+    assert "http://127.0.0.1:8000/health" in docker and "EXPOSE 8000" in docker
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     targets = re.findall(r"^FROM \S+ AS (\S+)", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
     assert compose["services"]["specontext"]["build"]["target"] in targets and "cuda" in targets

@@ -69,7 +69,7 @@ class Exchange:
         ]
         lines += ["Content-Type: application/json"] if data else []
         lines += [f"Authorization: Bearer {address.api_key}"] if address.api_key else []
-        self._request = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + data
+        self._request = "\r\n".join(lines).encode() + b"\r\n\r\n" + data
 
     async def __aenter__(self) -> Exchange:
         secure = ssl.create_default_context() if self.address.secure else None

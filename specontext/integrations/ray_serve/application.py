@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -108,7 +109,9 @@ def run(engine: EngineConfig, config: DeployConfig) -> str:
     """
     config.read_chat_template()  # what can fail at once comes first
     try:
-        serve.start(http_options={"host": config.host, "port": config.port}, proxy_location="EveryNode", logging_config=_LOGGING)
+        idle = math.ceil(config.timeout_keep_alive)  # Ray knows whole seconds
+        http = {"host": config.host, "port": config.port, "keep_alive_timeout_s": idle}
+        serve.start(http_options=http, proxy_location="EveryNode", logging_config=_LOGGING)
     except RuntimeError as error:
         raise DeployError(f"Ray Serve did not start: {_reason(str(error))}") from error
     now = _get_global_client().http_config

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
-from specontext.server.protocol.bounds import MOST_MESSAGES, MOST_TOOLS, Metadata, Name, Variables, check_messages
+from specontext.server.protocol.bounds import MOST_MESSAGES, MOST_TOOLS, Name, Variables, check_messages
 from specontext.server.protocol.common import Answered, Body, SamplingBody, Usage, content_kind, unsupported
 from specontext.server.protocol.structured import StructuredBody
 from specontext.server.protocol.tools import (
@@ -124,13 +124,8 @@ class ChatRequest(SamplingBody, StructuredBody, TemplateBody):
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**63)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, lt=2**63)
-    metadata: Metadata | None = Field(None, description="Accepted for compatibility; changes nothing.")
-    safety_identifier: Name | None = Field(None, description="Accepted for compatibility; changes nothing.")
-    prompt_cache_key: Name | None = Field(None, description="Accepted for compatibility; changes nothing.")
     tool_choice: ToolChoice | None = Field(None, description="Default: auto with tools.")
     parallel_tool_calls: bool | None = Field(None, description="False: at most one call. Without tools it changes nothing.")
-    service_tier: unsupported("there is one tier", "auto", "default") = None  # type: ignore[valid-type]
-    store: unsupported("nothing is stored", False) = None  # type: ignore[valid-type]
     functions: unsupported("give them as tools", []) = None  # type: ignore[valid-type]
     function_call: unsupported("give it as tool_choice", "none", "auto") = None  # type: ignore[valid-type]
     modalities: unsupported("only text is implemented", ["text"]) = None  # type: ignore[valid-type]

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from specontext.sampling_params import MOST_BAD_WORDS, MOST_STOP_TOKENS, MOST_STOPS
-from specontext.server.protocol.bounds import MOST_OUTPUTS, Biases, Name
+from specontext.server.protocol.bounds import MOST_OUTPUTS, Biases, Metadata, Name
 
 MOST_ALLOWED = 1 << 18  # token ids
 
@@ -115,6 +115,9 @@ class SamplingBody(Body):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: Name | None = Field(None, description="Accepted for compatibility; changes nothing.")
+    metadata: Metadata | None = Field(None, description="Accepted for compatibility; changes nothing.")
+    safety_identifier: Name | None = Field(None, description="Accepted for compatibility; changes nothing.")
+    prompt_cache_key: Name | None = Field(None, description="Accepted for compatibility; changes nothing.")
     logit_bias: Biases | None = None
     allowed_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=MOST_ALLOWED)] | None = None
     bad_words: Annotated[list[str], Field(fail_fast=True, max_length=MOST_BAD_WORDS)] | None = None
@@ -123,6 +126,8 @@ class SamplingBody(Body):
     )
     return_token_ids: bool | None = Field(False, description="Also give the token ids of prompt and outputs.")
     priority: unsupported("requests are served in the order in which they come", 0) = None  # type: ignore[valid-type]
+    service_tier: unsupported("there is one tier", "auto", "default") = None  # type: ignore[valid-type]
+    store: unsupported("nothing is stored", False) = None  # type: ignore[valid-type]
     use_beam_search: unsupported("beam search is not implemented", False) = None  # type: ignore[valid-type]
     length_penalty: unsupported("beam search is not implemented", 1.0, 1) = None  # type: ignore[valid-type]
     early_stopping: unsupported("beam search is not implemented", False) = None  # type: ignore[valid-type]
