@@ -62,6 +62,7 @@ class ModelFacts:
         intermediate_size: width of the feed-forward layers.
         weights_note: what was done to the weights, such as 'dequantised from Q4_1'; None where they are the checkpoint's own.
         stored_bytes: bytes of the weights where some are quantised; None where all are in the shape's number format.
+        mixer_parameters: those of modules that keep a state, of which every rank has the whole.
     """
 
     name: str
@@ -72,6 +73,7 @@ class ModelFacts:
     head: HeadFacts
     weights_note: str | None = None
     stored_bytes: int | None = None
+    mixer_parameters: int = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -219,13 +221,15 @@ def facts_of_config(
         kind = type(config).__name__
         raise ModelError(f"{kind} does not describe a decoder with KV heads, so there is no KV to plan: {error}") from error
     check_heads(shape, of_layers(config, "num_key_value_heads", shape.full or range(shape.depth)))
-    from specontext.memory.states import measured_states
+    from specontext.memory.states import measured_states, mixers_of
 
     model = bare_model(config, shape.dtype, trust_remote_code=trust_remote_code)
     with one_sentence("cannot tell how large the states of its layers are"):
         shape = replace(shape, states=measured_states(model))
     parameters, lookup = count_parameters(config, model)
-    return ModelFacts(name, shape, parameters, lookup, feed_forward_width(config, shape), head or eagle3_head(shape))
+    mixers = sum(table.numel() for mixer in mixers_of(model) for table in mixer.parameters())
+    width = feed_forward_width(config, shape)
+    return ModelFacts(name, shape, parameters, lookup, width, head or eagle3_head(shape), mixer_parameters=mixers)
 
 
 def feed_forward_width(config: PreTrainedConfig, shape: ModelShape) -> int:

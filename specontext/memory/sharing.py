@@ -14,18 +14,15 @@ from specontext.model_shape import ModelShape
 class Share:
     """One rank's part of a model's heads: as many query heads as the others, and the KV heads that these read.
 
-    Where there are more ranks than KV heads, several ranks have the same one.
+    Where there are more ranks than KV heads, several ranks have the same one, and all of them have the latents that are keys and
+    values of all heads.
     """
 
     rank: int
     size: int
 
     def check(self, shape: ModelShape) -> None:
-        """Raises ConfigError for heads that cannot be shared so, one latent for all heads, and layers without KV of their own."""
-        if shape.inattentive or shape.states:
-            raise ConfigError("layers with a state instead of KV do not work with tensor_parallel_size: leave it out")
-        if shape.latent is not None:
-            raise ConfigError("multi-head latent attention does not work with tensor_parallel_size: leave it out")
+        """Raises ConfigError for heads that cannot be shared so, and layers without KV of their own."""
         if shape.readers:
             raise ConfigError("layers that use the KV of earlier ones do not work with tensor_parallel_size: leave it out")
         heads, size = shape.kv_heads, self.size
@@ -52,10 +49,12 @@ class Share:
         return slice(min(self.rank * each, width), min((self.rank + 1) * each, width))
 
     def facts(self, facts: ModelFacts) -> ModelFacts:
-        """Sizes of its part: of all layers but their norms, of the output layer, and of the retrieval head's groups and keys.
+        """Sizes of its part: of all layers but their norms and what keeps a state, of the output layer, and of the retrieval
+        head's groups and keys.
 
-        Embeddings are whole. So are the head's weights here, which are too many then; routers, and norms beyond two a layer, are
-        counted as if they were split. Both are some thousandths of a model. Of quantised weights all layers count alike.
+        Embeddings are whole. So are the head's weights here, which are too many then; routers, norms beyond two a layer, and what
+        makes latents are counted as if they were split. All are some thousandths of a model. Of quantised weights all layers
+        count alike.
 
         Raises:
             ConfigError: heads that cannot be shared so.
@@ -67,15 +66,15 @@ class Share:
         tied = facts.lookup_parameters < table
         own = self.outputs(whole.vocab_size)
         elsewhere = table - (own.stop - own.start) * whole.hidden_size  # of the output layer
-        attention, norms = whole.depth * _attention(whole), (2 * whole.depth + 1) * whole.hidden_size
-        rest = facts.parameters - table * (1 if tied else 2) - norms - attention
-        left_out = attention - whole.depth * _attention(part) + rest - rest // self.size
+        norms = (2 * whole.depth + 1) * whole.hidden_size
+        attention, own_attention = (len(whole.attentive) * _attention(heads) for heads in (whole, part))
+        rest = facts.parameters - table * (1 if tied else 2) - norms - attention - facts.mixer_parameters
+        left_out = attention - own_attention + rest - rest // self.size
         stored = facts.stored_bytes
         if stored is not None:
-            plain = weight_bytes(facts.parameters - attention - rest, whole.dtype)
-            stored -= round((stored - plain) * left_out / (attention + rest)) + weight_bytes(
-                0 if tied else elsewhere, whole.dtype
-            )
+            layers = attention + rest + facts.mixer_parameters
+            plain = weight_bytes(facts.parameters - layers, whole.dtype)
+            stored -= round((stored - plain) * left_out / layers) + weight_bytes(0 if tied else elsewhere, whole.dtype)
         return replace(
             facts,
             shape=part,
@@ -101,5 +100,7 @@ class Share:
 
 
 def _attention(shape: ModelShape) -> int:
-    """Weights of a layer's projections."""
+    """Weights of a layer's projections, where they are of heads alone."""
+    if shape.latent is not None:
+        return 0
     return shape.hidden_size * 2 * shape.head_dim * (shape.query_heads + shape.kv_heads)

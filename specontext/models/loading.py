@@ -40,6 +40,7 @@ from specontext.models.quantized import Asked, load_quantised
 from specontext.models.ranks import Ranks
 from specontext.models.rope import fix_rope
 from specontext.models.sharding import random_part, shard
+from specontext.models.splits import ADVICE
 from specontext.models.tokenizer_files import load_tokenizer
 from specontext.models.weights import random_model, stored_format, stored_model
 from specontext.quantization.linear import QuantizedLinear
@@ -184,7 +185,10 @@ def checked_shape(model: PreTrainedModel, config: PreTrainedConfig, ranks: Ranks
         check_attention(model, shape)
     else:
         with ranks.apart():
-            check_attention(model, ranks.share.shape(shape))
+            try:
+                check_attention(model, ranks.share.shape(shape))
+            except ModelError as error:
+                raise ModelError(f"a {type(model).__name__} cannot be shared among ranks: {error}; {ADVICE}") from error
     return replace(shape, states=measured_states(model)) if shape.inattentive or mixers_of(model) else shape
 
 

@@ -156,7 +156,7 @@ def _shard_layer(splits: LayerSplits, prefix: str, shape: ModelShape, ranks: Ran
         parent, _, name = split.path.rpartition(".")
         home = splits.layer.get_submodule(parent)
         setattr(home, name, _part(split, f"{prefix}.{split.path}", shape, ranks, placed))
-        if hasattr(home, "num_key_value_groups"):
+        if hasattr(home, "num_key_value_groups") and shape.latent is None:  # a head has keys and values of its own there
             home.num_key_value_groups = part.query_heads // part.kv_heads  # type: ignore[assignment]
     for path in splits.experts:
         parent, _, name = path.rpartition(".")

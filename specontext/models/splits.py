@@ -1,13 +1,14 @@
 """How each table of a decoder's layers is split among ranks: by the modelling code's own plan for tensor parallelism, and where
-that says nothing of attention, shared experts or gpt-oss, by ours.
+that says nothing of attention, feed-forward layers, shared experts or gpt-oss, by ours.
 
 What is split by columns of the output ('colwise') computes some heads, or some of the feed-forward's numbers; what takes these in
-('rowwise') gives a part of a sum. Routers, norms and embeddings are whole on every rank.
+('rowwise') gives a part of a sum. Routers, norms, embeddings and what keeps a state are whole on every rank.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from specontext.errors import ModelError
 from specontext.kernels.quantized_linear import QuantizedMatrix
 from specontext.memory.sharing import Share
+from specontext.memory.states import mixers_of
 from specontext.model_shape import ModelShape
 from specontext.models.decoder import decoder_layers
 from specontext.quantization.parts import some_columns, some_rows
@@ -27,7 +29,9 @@ EXPERTS = "moe_tp_experts"  # a module whose result is a part of a sum
 ONCE = "once"  # what is added to a sum, and so is zero on all ranks but one
 ADVICE = "leave tensor_parallel_size out"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # whose split goes by heads
+LATENT_ATTENTION = ("kv_b_proj", "o_proj")  # the same where keys and values are made of latents, which every rank has
 PER_KV_HEAD = ("k_proj", "v_proj")
+OUTPUTS = {"out_proj": "o_proj"}  # another name
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,21 @@ class Cut:
 COLUMNS, ROWS = Cut(-2), Cut(-1)  # of a weight [outputs, inputs]
 STYLES = {"colwise": COLUMNS, "rowwise": ROWS, "packed_colwise": Cut(-2, 2), "packed_rowwise": Cut(-1, 2)}
 # Fused projections of gate and up, of which the library has the results gathered: each is split by itself, and nothing gathered.
-FUSED = {("gate_up_proj", "colwise_gather_output"): "packed_colwise", ("down_proj", "rowwise_split_input"): "rowwise"}
-SHARED_EXPERTS = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
-OURS = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise", "sinks": "rowwise"}
+# What makes latents is whole everywhere, and so are these.
+RENAMED = {
+    ("gate_up_proj", "colwise_gather_output"): "packed_colwise",
+    ("down_proj", "rowwise_split_input"): "rowwise",
+    ("kv_a_proj_with_mqa", "mla_kv_a_proj"): WHOLE,
+}
+GATED = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise", "w1": "colwise", "w3": "colwise", "w2": "rowwise"}
+FEED_FORWARD = ("mlp", "feed_forward", "shared_mlp")  # names of modules with these
+OURS = {
+    "o_proj": "rowwise",
+    "out_proj": "rowwise",
+    "sinks": "rowwise",
+    "q_a_proj": WHOLE,
+    "kv_a_proj_with_mqa": WHOLE,
+} | dict.fromkeys(("q_proj", "q_b_proj", "k_proj", "v_proj", "kv_b_proj"), "colwise")
 # Its experts have their matrices the other way round, and gate and up alternate.
 GPT_OSS = {
     "mlp.experts": EXPERTS,
@@ -130,17 +146,40 @@ def splits_of(model: PreTrainedModel, shape: ModelShape, share: Share) -> list[L
     styles = {re.sub(r"^layers\.\*\.", "", name): style for name, style in plan.items()}
     if config.model_type == "gpt_oss":
         styles |= GPT_OSS
-    return [_splits_of_layer(model, layer, number, styles, share) for number, layer in enumerate(decoder_layers(model))]
+    heads = ATTENTION if shape.latent is None else LATENT_ATTENTION
+    mixers = {id(module) for mixer in mixers_of(model) for module in mixer.modules()}
+    found = []
+    for number, layer in enumerate(decoder_layers(model)):
+        needed = () if number in shape.inattentive else heads
+        found.append(_splits_of_layer(model, layer, number, styles, share, needed, mixers))
+    return found
 
 
-def _splits_of_layer(model: PreTrainedModel, layer: nn.Module, number: int, styles: dict[str, str], share: Share) -> LayerSplits:
+def _splits_of_layer(
+    model: PreTrainedModel,
+    layer: nn.Module,
+    number: int,
+    styles: dict[str, str],
+    share: Share,
+    needed: Sequence[str],
+    whole: Container[int],
+) -> LayerSplits:
+    """How one layer is split.
+
+    Args:
+        needed: names of linear layers that attention must have.
+        whole: ids of modules that every rank has.
+    """
     who = f"a {type(model).__name__} cannot be shared among ranks"
     there = {path.rpartition(".")[2] for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    if missing := [name for name in ATTENTION if name not in there]:
+    there |= {OUTPUTS[name] for name in there & OUTPUTS.keys()}
+    if missing := [name for name in needed if name not in there]:
         raise ModelError(f"{who}: layer {number} has no {missing[0]} of its own that could be split by heads; {ADVICE}")
     splits: list[Split] = []
     experts: list[str] = []
     for path, module in layer.named_modules():
+        if id(module) in whole:
+            continue
         style = _style(path, styles)
         if style == EXPERTS:
             experts.append(path)
@@ -166,9 +205,9 @@ def _style(path: str, styles: dict[str, str]) -> str | None:
     *parents, name = path.split(".")
     style = styles.get(path)
     if style is not None:
-        return FUSED.get((name, style), style)
-    if parents and parents[-1].startswith("shared_expert"):
-        return SHARED_EXPERTS.get(name)
+        return RENAMED.get((name, style), style)
+    if parents and (parents[-1] in FEED_FORWARD or parents[-1].startswith("shared_expert")):
+        return GATED.get(name)
     return OURS.get(name) if parents and parents[-1].endswith(("attn", "attention")) else None
 
 

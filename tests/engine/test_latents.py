@@ -208,9 +208,26 @@ def test_latents_that_do_not_fill_words_are_refused_in_8_bits() -> None:
         shape.check_kv_format("kv_cache_dtype int8")
 
 
-def test_ranks_are_refused_by_name(make_llm: MakeLLM) -> None:
-    with pytest.raises(ConfigError, match="multi-head latent attention does not work with tensor_parallel_size"):
-        make_llm(ONE, budget=12, tensor_parallel_size=2)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    ("method", "offload_layers"), [("full", 2), ("speculative", 0), ("speculative", -1), ("streaming", None)]
+)
+def test_ranks_have_the_latents_and_some_of_the_heads_that_are_made_of_them(
+    size: int, method: str, layers: int | None, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Expected
+) -> None:
+    options = {"budget": 12, "offload_layers": layers, "methods": ("full", "streaming"), "dtype": "float32"}
+    llm = make_llm(ONE, method, tensor_parallel_size=size, max_num_batched_tokens=40, **options)
+    try:
+        assert tokens_of(llm, prompts, greedy()) == alone(method)
+        llm.engine.check_integrity()
+    finally:
+        llm.engine.close()
+
+
+def test_a_method_that_would_see_some_heads_of_a_latent_is_refused(make_llm: MakeLLM) -> None:
+    with pytest.raises(ConfigError, match=r"method quest chooses by all query heads .* tensor_parallel_size 2 for 1 KV heads"):
+        make_llm(ONE, "quest", budget=12, tensor_parallel_size=2)
 
 
 @pytest.mark.slow

@@ -10,11 +10,10 @@ import torch
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from specontext import LLM, SamplingParams
-from specontext.errors import ConfigError, DeviceMemoryError, ModelError
+from specontext.errors import DeviceMemoryError, ModelError
 from specontext.kv.states import SeatStates
 from specontext.layer_sizes import StateTensor
 from specontext.memory.facts import facts_of_config
-from specontext.memory.sharing import Share
 from specontext.models.attention import running_of
 from tests.engine.test_ahead import ahead, same
 from tests.engine.test_equality import check_idle, tokens_of
@@ -308,9 +307,17 @@ def test_a_config_alone_tells_how_large_states_are(make_llm: MakeLLM, checkpoint
     assert facts_of_config("it", read_config(checkpoint("delta")), dtype=torch.float32).shape.states == llm.shape.states
 
 
-def test_ranks_cannot_share_states(make_llm: MakeLLM) -> None:
-    with pytest.raises(ConfigError, match="layers with a state instead of KV do not work with tensor_parallel_size"):
-        Share(0, 2).check(make_llm(ONE, budget=12).shape)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_have_whole_states(family: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any) -> None:
+    options = {"budget": 12, "dtype": "float32", "max_num_batched_tokens": 23, "methods": ("full",)}
+    llm = make_llm(family, tensor_parallel_size=2, **options)
+    try:
+        assert tokens_of(llm, prompts, greedy()) == alone(family)
+        assert tokens_of(llm, prompts, greedy()) == alone(family)  # from known states
+        llm.engine.check_integrity()
+    finally:
+        llm.engine.close()
 
 
 def test_seats_have_states_of_their_own() -> None:

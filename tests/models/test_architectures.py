@@ -227,3 +227,23 @@ def test_models_of_one_process_do_not_disturb_each_other(write: Write, tmp_path:
     first, second = LLM(one, None, config), LLM(two, None, config)
     right = right_tokens(model, prompts[1:2])
     assert all(tokens_of(llm, prompts[1:2]) == right for llm in (first, second, first))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["DeepseekV2", "Glm4MoeLite", "HunYuanMoEV1", "MiniCPM3", "StableLm"])
+def test_two_ranks(architecture: str, write: Write, tmp_path: Path) -> None:
+    """Latents with and without experts, feed-forward layers that the library's plans leave out, code that counts all heads."""
+    write(architecture, RUN[architecture])
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_model_len": 256}
+    options["config"] = SpeContextConfig(budget=20, sink=2, recent=4, offload_layers=1)
+    prompt = [[*range(4, 80)]]
+    if architecture == "StableLm":
+        with pytest.raises(ModelError, match=r"a StableLmForCausalLM cannot be shared among ranks: .*; leave tensor_parallel"):
+            LLM(tmp_path, tensor_parallel_size=2, **options)
+        return
+    expected = tokens_of(LLM(tmp_path, **options), prompt)
+    llm = LLM(tmp_path, tensor_parallel_size=2, **options)
+    try:
+        assert tokens_of(llm, prompt) == expected
+    finally:
+        llm.engine.close()

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from specontext.engine.build import facts_of_loaded
 from specontext.errors import ModelError
 from specontext.locations import NANO, read_config
+from specontext.memory.facts import facts_of_config
 from specontext.memory.sharing import Share
 from specontext.models.loading import LoadedModel, load_model
 from specontext.models.ranks import Ranks
@@ -36,6 +37,13 @@ def test_a_part_is_as_large_as_planned(rank: int) -> None:
     found = facts_of_loaded(replace(part, shape=planned.shape), None)
     assert (found.parameters, found.lookup_parameters) == (planned.parameters, planned.lookup_parameters)
     assert found.weight_bytes == planned.weight_bytes < 0.7 * planned.shape.dtype.itemsize * whole.parameters
+
+
+def test_what_keeps_a_state_is_planned_whole(checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint("delta")
+    planned = Share(1, 2).facts(facts_of_config("it", read_config(folder), dtype=torch.float32))
+    found = part_of(folder, 1, 2, "float32")
+    assert planned.mixer_parameters and found.weight_bytes == pytest.approx(planned.weight_bytes, rel=0.02)
 
 
 def test_parts_of_an_output_layer_are_its_rows(checkpoint: Callable[[str], Path]) -> None:
