@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
-from specontext.errors import ConfigError
+from specontext.errors import ConfigError, shown
 from specontext.retrieval.registry import CHEAP_METHODS, CHOICES, DEFAULT, FULL, METHODS, base_of
 
 GRANULARITIES = ("head", "union", "batch")
@@ -24,6 +24,7 @@ STEP_TOKENS = {"cuda": 8192, "cpu": 1024}  # chunks of prompts that use a device
 WHOLE_METHODS = ("shared-oracle",)
 POOLING_METHODS = ("oracle",)
 MIXED_TOKENS = 1024  # some 30 ms of an 8B model on an H100, for which requests that decode wait
+MOST_SEED = 2**32 - 1
 T = TypeVar("T")
 
 
@@ -348,6 +349,12 @@ class EngineConfig:
         own = self.method.method
         others = self.methods if self.methods is not None else () if own == FULL else CHEAP_METHODS
         return tuple(dict.fromkeys((own, *others)))
+
+
+def check_seed(seed: int) -> None:
+    """Raises ConfigError for a seed of problems, data or weights that not all kinds of random numbers take."""
+    if not 0 <= seed <= MOST_SEED:
+        raise ConfigError(f"seed must be from 0 to {MOST_SEED}, got {shown(seed)}")
 
 
 def _require_int(name: str, value: object, least: int) -> None:

@@ -44,6 +44,8 @@ def resolve_model_path(name: str | Path) -> Path | str:
     Raises:
         ModelError: a path that does not exist, a directory without a checkpoint, or a GGUF file that cannot be converted.
     """
+    if str(name) == "":  # which would be the current directory
+        raise ModelError(f"the name of the model is empty: give {named_models()}, a directory, a GGUF file or a Hub id")
     if str(name) == "nano":
         return NANO
     path = Path(name)
@@ -192,11 +194,12 @@ def _config_values(source: Path | str, folder: Path) -> dict[str, Any]:
         raise ModelError(f"cannot read the config of the model {source}: {error}") from error
 
 
-def shape_of(model: ModelShape | PreTrainedConfig | str | Path) -> ModelShape:
+def shape_of(model: ModelShape | PreTrainedConfig | str | Path, *, trust_remote_code: bool = False) -> ModelShape:
     """The shape of a decoder, without loading its weights.
 
     Args:
         model: a shape (returned as it is), a config, or a name that `resolve_model_path` takes.
+        trust_remote_code: let code that comes with a name's checkpoint make its config.
 
     Raises:
         ModelError: no such model, a broken config, or one that is not a decoder's.
@@ -205,7 +208,7 @@ def shape_of(model: ModelShape | PreTrainedConfig | str | Path) -> ModelShape:
         return model
     config: Any = model
     if isinstance(model, str | Path):
-        config = read_config(resolve_model_path(model))
+        config = read_config(resolve_model_path(model), trust_remote_code=trust_remote_code)
     config = language_model_of(config)
     if parts := parts_of(config):
         raise ModelError(f"{type(config).__name__} is not supported: it {parts}")

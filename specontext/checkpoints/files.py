@@ -29,8 +29,10 @@ def user_path(text: str | Path, failure: Failure) -> Path:
     """The path that somebody wrote, with the home directory for a `~` at its beginning.
 
     Raises:
-        failure: no file can be there: the name is too long, its directory may not be looked at, or nobody has that home.
+        failure: no file can be there: the name is empty or too long, its directory may not be looked at, or nobody has that home.
     """
+    if str(text) == "":  # which would be the current directory
+        raise failure("the name of a file or directory is empty: name one, or '.' for the current directory")
     try:
         path = Path(text).expanduser()
         path.exists()

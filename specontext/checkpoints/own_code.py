@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # takes seconds to import
 
 NEEDS_CODE = (
     "it comes with code of its own, which runs only where that is allowed, once you have read it: with --trust-remote-code "
-    "(generate, serve, eval) or trust_remote_code=True (in Python)"
+    "(on the command line) or trust_remote_code=True (in Python)"
 )
 
 

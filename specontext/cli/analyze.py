@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
+from specontext.cli.options import OWN_CODE, Settings, with_settings
 from specontext.cli.terminal import UsageError, error_console, quiet_libraries
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 FILE_WIDTH = 110
 
 
+@with_settings(method=(), engine=OWN_CODE)
 def analyze(
     head: Annotated[str, typer.Argument(help="A head directory, an EAGLE-3 draft, or 'nano'.", show_default=False)],
     *,
@@ -67,6 +69,7 @@ def analyze(
     seed: Annotated[int, typer.Option("--seed", help="Seed of sequences, query positions and random selections.")] = 0,
     dtype: Annotated[str, typer.Option("--dtype", help="Number format of the target's weights.")] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    settings: Settings,
 ) -> None:
     """Measure a head's selections: attention recall, hit rate, what the model's output loses, overlap of steps, reach in length,
     drift of features.
@@ -78,9 +81,9 @@ def analyze(
     from specontext.evaluation.analysis.files import check_folder, write_analysis
     from specontext.evaluation.analysis.plots import check_matplotlib
     from specontext.evaluation.analysis.report import Analysis
-    from specontext.evaluation.analysis.settings import Settings
+    from specontext.evaluation.analysis.settings import Settings as Asked
 
-    settings = Settings(
+    asked = Asked(
         head=head,
         target=target,
         texts=tuple(text),
@@ -97,11 +100,12 @@ def analyze(
         seed=seed,
         device=device,
         dtype=dtype,
+        **settings.engine,
     )
     check_matplotlib()
     check_folder(out)
     with _progress() as begin:
-        report = Analysis(settings, begin).run()
+        report = Analysis(asked, begin).run()
     files = write_analysis(report, out)
     print_notes(report)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)

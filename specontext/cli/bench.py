@@ -19,7 +19,7 @@ from rich.table import Table
 from specontext.cli.api_keys import KeyOfServer, key_to_send
 from specontext.cli.bench_paper import bench_paper
 from specontext.cli.generate import load_llm
-from specontext.cli.options import BATCH_OPTIONS, ENGINE_OPTIONS, Settings, with_settings
+from specontext.cli.options import BATCH_OPTIONS, ENGINE_OPTIONS, OWN_CODE, Settings, with_settings
 from specontext.cli.terminal import MODEL_HELP, error_console, quiet_libraries
 from specontext.evaluation.traffic.http import Address, HttpError, fetch_json
 from specontext.evaluation.traffic.measure import Target, measure
@@ -37,6 +37,7 @@ NumWarmups = Annotated[int, typer.Option("--num-warmups", min=0, help="Further p
 
 
 @bench_app.command("serve")
+@with_settings(method=(), engine=OWN_CODE)
 def bench_serve(
     base_url: Annotated[str, typer.Option("--base-url", help="Address of the server.")] = "http://127.0.0.1:8000",
     api_key: KeyOfServer = None,
@@ -60,11 +61,14 @@ def bench_serve(
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
     num_warmups: NumWarmups = 1,
     seed: Annotated[int, typer.Option("--seed", help="Seed of prompts and arrivals.")] = 0,
+    *,
+    settings: Settings,
 ) -> None:
     """Send random prompts to a running OpenAI-compatible server."""
     workload = Workload(num_prompts, input_len, output_len, request_rate, max_concurrency, seed)
     address = Address.parse(base_url, key_to_send(api_key))
-    result = asyncio.run(_measure_server(address, model, tokenizer, workload, stream, ignore_eos, temperature, num_warmups))
+    asked = (address, model, tokenizer, workload, stream, ignore_eos, temperature, num_warmups)
+    result = asyncio.run(_measure_server(*asked, **settings.engine))
     own: dict[str, Any] = {
         "base_url": base_url,
         "num_prompts": num_prompts,
@@ -86,12 +90,14 @@ async def _measure_server(
     ignore_eos: bool,
     temperature: float,
     warmups: int,
+    *,
+    trust_remote_code: bool,
 ) -> dict[str, Any]:
     name, root, note = (model, tokenizer, None) if model and tokenizer else await _served(address, model, tokenizer)
     quiet_libraries()
     from specontext.models.tokenizer_files import load_tokenizer
 
-    prompts = workload.prompts(load_tokenizer(root), more=warmups)
+    prompts = workload.prompts(load_tokenizer(root, trust_remote_code=trust_remote_code), more=warmups)
     target = Target(address, name, stream, ignore_eos, temperature)
     if warmups:
         first = Workload(warmups, workload.input_len, workload.output_len)

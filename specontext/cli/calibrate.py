@@ -8,12 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+from specontext.cli.options import OWN_CODE, Settings, with_settings
 from specontext.cli.terminal import UsageError, quiet_libraries
 
 LEAST_BUDGET = 40  # of the default: half of it is chosen, and half are sinks and recent tokens
 AUTOMATIC_THETAS = (10000.0, 50000.0, 100000.0, 500000.0, 1000000.0)
 
 
+@with_settings(method=(), engine=OWN_CODE)
 def calibrate(
     head: Annotated[str, typer.Argument(help="Head directory, or an EAGLE-3 draft (then with -o).", show_default=False)],
     *,
@@ -41,6 +43,7 @@ def calibrate(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Seed of sequences and query positions.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    settings: Settings,
 ) -> None:
     """Measure the attention recall of every retrieval group for every KV head of the target, and write the best map.
 
@@ -49,6 +52,7 @@ def calibrate(
     quiet_libraries()
     from dataclasses import replace
 
+    from specontext.config import check_seed
     from specontext.distill.calibration import calibrate as measure
     from specontext.distill.data import open_sources
     from specontext.distill.session import sequences_of
@@ -63,11 +67,16 @@ def calibrate(
         raise UsageError(f"{head} is not a head directory: name where to write the calibrated head with -o DIR")
     if not text:
         raise UsageError("give text to measure on with --text, for example --text corpus.txt or --text tasks")
+    if sequences < 1:
+        raise UsageError(f"--sequences must be at least 1, got {sequences}")
+    check_seed(seed)
     check_place(place)
     where = pick_device(device)
-    loaded = load_model(target, dtype=dtype, device=where)
+    loaded = load_model(target, dtype=dtype, device=where, **settings.engine)
     found = load_head(head, target=loaded.shape, need_map=False).to(where)
     length = length if length is not None else min(4096, loaded.shape.max_position)
+    if length < 2:
+        raise UsageError(f"--length must be at least 2, got {length}")
     if length > loaded.shape.reach:
         raise UsageError(f"length {length} exceeds the model's maximum of {loaded.shape.longest}")
     thetas = parse_thetas(theta, found.config.rope_theta)

@@ -10,12 +10,22 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from specontext.cli.options import OWN_CODE, Settings, refuse_unused, with_settings
 from specontext.cli.terminal import MODEL_HELP, UsageError, error_console, quiet_libraries
 
+# Options that mean nothing to some trainings, by what would give them a meaning.
+OF_NEW_HEADS = ("variant", "bands", "heads", "key_heads", "head_dim", "key_inputs", "query_rank", "feature_layers", "rope_theta")
+OF_ATTENTION = (
+    *("queries", "teacher_layers", "attention_weight", "effect_weight", "replay_queries"),
+    *("loop_learning_rate", "loop_weight"),
+)
+OF_OUTPUT = ("unroll_steps", "draft_vocabulary")
 BESIDE = ("of_shared", "kl_shared", "kl_window", "perplexity", "agreement_")  # in the log, and too much for a line
 
 
+@with_settings(method=(), engine=OWN_CODE)
 def distill(
+    context: typer.Context,
     target: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
     *,
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the head and of the training's checkpoints.")],
@@ -118,6 +128,7 @@ def distill(
     ] = 100,
     seed: Annotated[int, typer.Option("--seed", help="Seed of weights, data and query positions.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was measured on held-out text as one JSON object.")] = False,
+    settings: Settings,
 ) -> None:
     """Train a retrieval head on what a target model attends to, on what it says, or on both.
 
@@ -133,7 +144,18 @@ def distill(
 
     if not data:
         raise UsageError("give the training data with --data, for example --data corpus.jsonl or --data tasks")
-    target_shape = shape_of(target)
+    without = {
+        **(dict.fromkeys(OF_NEW_HEADS, "with --start, whose head has its own form") if start is not None else {}),
+        **({} if objective != "output" else dict.fromkeys(OF_ATTENTION, "with --objective output")),
+        **({} if objective != "attention" else dict.fromkeys(OF_OUTPUT, "without --objective output or both")),
+        **({} if objective == "both" else {"output_weight": "without --objective both"}),
+        **({} if on_policy else {"temperature": "without --on-policy"}),
+        **({} if loop_steps else dict.fromkeys(("loop_learning_rate", "loop_weight"), "without --loop-steps")),
+    }
+    if variant == "embedding":
+        without |= {"feature_layers": "with --variant embedding, which reads no features"} | without
+    refuse_unused(context, without)
+    target_shape = shape_of(target, **settings.engine)
     longest = length if length is not None else min(4096, target_shape.max_position)
     layers = None if feature_layers is None else parse_layers(feature_layers)
     config = DistillConfig(
@@ -184,6 +206,7 @@ def distill(
         dtype=dtype,
         device=device,
         save_dtype=save_dtype,
+        **settings.engine,
     )
     console = error_console()
 

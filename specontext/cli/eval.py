@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from specontext.cli.analyze import whole_numbers
-from specontext.cli.options import BATCH_OPTIONS, ENGINE_OPTIONS, Settings, with_settings
+from specontext.cli.options import BATCH_OPTIONS, ENGINE_OPTIONS, Settings, refuse_unused, with_settings
 from specontext.cli.terminal import MODEL_HELP, UsageError, error_console, human_bytes, quiet_libraries
 from specontext.retrieval.registry import CHOICES
 
@@ -29,7 +29,8 @@ CONTINUATION_COLUMNS = (
     *("budget", "method", "rows read", "n", "parts after", "alike", "repeated 4-grams", "log-probability", "minus full's "),
     "tokens written",
 )
-EVAL_ENGINE_OPTIONS = (*(name for name in ENGINE_OPTIONS if name != "seed"), *BATCH_OPTIONS)
+# The seed is of problems, and one loaded model serves several engines, which ranks cannot share.
+EVAL_ENGINE_OPTIONS = (*(name for name in ENGINE_OPTIONS if name not in ("seed", "tensor_parallel_size")), *BATCH_OPTIONS)
 
 
 @with_settings(method=("sink", "recent"), engine=EVAL_ENGINE_OPTIONS)
@@ -106,7 +107,9 @@ def evaluate(
     """
     quiet_libraries()
     from specontext.evaluation.budgets import parse_budgets
+    from specontext.evaluation.continuation.rows import SUITE as CONTINUATION
     from specontext.evaluation.engines import GPU_OPTIONS
+    from specontext.evaluation.fidelity.rows import SUITE as FIDELITY
     from specontext.evaluation.report import write_report
     from specontext.evaluation.settings import EvaluationSettings
     from specontext.evaluation.start import evaluate as run
@@ -114,11 +117,19 @@ def evaluate(
 
     if (judge is None) != (judge_model is None):
         raise UsageError("--judge and --judge-model belong together: give both, or neither")
+    asked_suites = words(suite)
+    refuse_unused(
+        context,
+        {
+            **({} if CONTINUATION in asked_suites else {"new_tokens": f"without the suite {CONTINUATION}"}),
+            **({} if FIDELITY in asked_suites else {"compared": f"without the suite {FIDELITY}"}),
+        },
+    )
     sources = {name: context.get_parameter_source(name) for name in GPU_OPTIONS}
     unsaid = [name for name, source in sources.items() if source is not None and source.name == "DEFAULT"]
     asked = EvaluationSettings(
         model=model,
-        suites=words(suite),
+        suites=asked_suites,
         out=out,
         methods=words(methods),
         budgets=None if budgets is None else parse_budgets(budgets),

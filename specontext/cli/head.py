@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from specontext.cli.analyze import analyze
 from specontext.cli.calibrate import calibrate
+from specontext.cli.options import OWN_CODE, Settings, with_settings
 from specontext.cli.terminal import UsageError, error_console, human_bytes, quiet_libraries
 
 VARIANTS = ("features", "embedding")
@@ -26,6 +27,7 @@ head_app.command()(analyze)
 
 
 @head_app.command()
+@with_settings(method=(), engine=OWN_CODE)
 def prune(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="An EAGLE-3 draft, as directory or Hub id, or a head.", show_default=False)
@@ -46,6 +48,8 @@ def prune(
     rope_theta: Annotated[
         float | None, typer.Option("--rope-theta", help="RoPE base of the head. Default: what the draft was trained with.")
     ] = None,
+    *,
+    settings: Settings,
 ) -> None:
     """Prune a whole draft to the parts that select, and write them as a head directory."""
     if variant not in VARIANTS:
@@ -54,7 +58,7 @@ def prune(
     from specontext.locations import shape_of
     from specontext.retrieval.checkpoint import load_head, save_head
 
-    shape = shape_of(target)
+    shape = shape_of(target, **settings.engine)
     head = load_head(source, target=shape, dtype=None, need_map=False)
     if variant == "embedding":
         head = head.embedding_variant()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
@@ -41,6 +41,7 @@ ENGINE_OPTIONS = (
     "trust_remote_code",
     "revision",
 )
+OWN_CODE = ("trust_remote_code",)  # of verbs that read a model and make no engine of it
 BATCH_OPTIONS = ("max_num_seqs", "min_num_seqs", "max_tpot_ms", "max_wait_s")  # of verbs that run several requests at once
 SIZES = ("gpu_memory", "host_memory", "max_body_size")
 SECRETS = ("api_key",)
@@ -69,6 +70,19 @@ class Settings:
     def describe(self) -> str:
         """The changed options in one line, secrets hidden; empty where there are none."""
         return ", ".join(f"{name}={'***' if name in SECRETS else value}" for name, value in self.changed.items())
+
+
+def refuse_unused(context: typer.Context, reasons: Mapping[str, str]) -> None:
+    """Raises UsageError for an option that was given and that nothing would look at.
+
+    Args:
+        reasons: when it means nothing, by the name of its parameter.
+    """
+    for name, when in reasons.items():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            option = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
+            raise UsageError(f"{option} has no effect {when}: leave it out")
 
 
 def parse_size(text: str) -> int:

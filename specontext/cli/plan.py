@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from specontext.cli.options import parse_bandwidth, parse_size
+from specontext.cli.options import OWN_CODE, Settings, parse_bandwidth, parse_size, with_settings
 from specontext.cli.plan_throughput import MOST_CHOSEN, machine_of
 from specontext.cli.planned import as_object, find_facts, make_plan, with_kv_formats
 from specontext.cli.terminal import UsageError, human_bytes
@@ -23,6 +23,7 @@ LEAST_SIZE, MOST_SIZE = 1 << 20, 1 << 50
 MOST_REQUESTS = 1 << 16
 
 
+@with_settings(method=(), engine=OWN_CODE)
 def plan(
     model: Annotated[
         str | None,
@@ -124,6 +125,7 @@ def plan(
         typer.Option("--plot", metavar="F.png", help="Draw memory and resident layers against length, and tokens/s."),
     ] = None,
     list_presets: Annotated[bool, typer.Option("--list-presets", help="Print the presets and end.")] = False,
+    settings: Settings,
 ) -> None:
     """Plan memory: which contexts fit, with how many layers' KV on the GPU, and how many requests at once are fastest.
 
@@ -171,7 +173,7 @@ def plan(
     speed = _speed(bandwidth, host_bandwidth)
     if max_model_len is not None and max_model_len < 1:
         raise UsageError(f"--max-model-len must be at least 1, got {max_model_len}")
-    facts = find_facts(model, dtype, retrieval_head, quantization=quantization, max_model_len=max_model_len)
+    facts = find_facts(model, dtype, retrieval_head, quantization=quantization, max_model_len=max_model_len, **settings.engine)
     facts = with_kv_formats(facts, kv_cache_dtype, host_kv_dtype)
     planned = make_plan(
         facts,

@@ -56,13 +56,20 @@ class Planned:
 
 
 def find_facts(
-    name: str, dtype: str, retrieval_head: str | None, *, quantization: str | None = None, max_model_len: int | None = None
+    name: str,
+    dtype: str,
+    retrieval_head: str | None,
+    *,
+    quantization: str | None = None,
+    max_model_len: int | None = None,
+    trust_remote_code: bool = False,
 ) -> ModelFacts:
     """Sizes of a model and its head: from a preset where the name is one's and no directory's, else from its config.
 
     Args:
         quantization: what plain weights are rounded to when they are loaded; quantised ones have the size of their tensors.
         max_model_len: the longest context, for which a preset's checkpoint may need YaRN.
+        trust_remote_code: let code that comes with a checkpoint make its config and its decoder.
 
     Raises:
         ModelError: there is none, or it has no KV heads or attention that the engine does not compute.
@@ -97,7 +104,7 @@ def find_facts(
         entry = quantization_of_source(source)
         scheme = None if entry is None else scheme_of(entry, source)
         Asked(source, scheme, quantization, dummy=False, keep=True, options={}).check()
-        config = read_config(source)
+        config = read_config(source, trust_remote_code=trust_remote_code)
     except ModelError as error:
         raise ModelError(f"{str(error).rstrip('.')}{did_you_mean(name)}") from error
     check_supported(config)
@@ -116,12 +123,13 @@ def find_facts(
         head = _head(named, shape, "the model's own" if retrieval_head is None else named)
     elif shape.only_windows:
         head = replace(NO_HEAD, source="none: nothing is selected where all layers have a window")
-    facts = replace(facts_of_config(name, config, dtype=format_, head=head), weights_note=weights_note(source))
+    own_code = {"trust_remote_code": trust_remote_code}
+    facts = replace(facts_of_config(name, config, dtype=format_, head=head, **own_code), weights_note=weights_note(source))
     if scheme is None and quantization is None:
         return facts
     if adapter is not None:  # it is merged into weights that are written out
         return replace(facts, weights_note=f"dequantised from {scheme.words}" if scheme else f"rounded to {quantization}")
-    size = quantised_bytes(source, config, facts.parameters, shape.dtype.itemsize, scheme, quantization)
+    size = quantised_bytes(source, config, facts.parameters, shape.dtype.itemsize, scheme, quantization, **own_code)
     note = f"rounded to {quantization}" if scheme is None else scheme.words if scheme.form else f"dequantised from {scheme.words}"
     return replace(facts, stored_bytes=size, weights_note=", ".join(filter(None, (facts.weights_note, note))))
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from specontext.cli.options import OWN_CODE, Settings, with_settings
 from specontext.cli.terminal import UsageError, shorten
 from specontext.tasks import TASKS, Problem, sample_problems
 from specontext.tasks.problem import TokenCounter
@@ -25,6 +26,7 @@ def list_tasks(as_json: AsJson = False) -> None:
 
 
 @tasks_app.command()
+@with_settings(method=(), engine=OWN_CODE)
 def sample(
     task: Annotated[str, typer.Option("--task", help="Name of a task, see `specontext tasks list`.", show_default=False)],
     length: Annotated[int, typer.Option("--length", help="Tokens of prompt and answer together, at most.")] = 4096,
@@ -34,11 +36,14 @@ def sample(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON list of problems with prompt, answer, task and length.")
     ] = False,
+    *,
+    settings: Settings,
 ) -> None:
     """Draw fresh problems; an output is right when it contains the answer verbatim."""
     from specontext.evaluation.token_counter import token_counter
 
-    problems = draw_problems(task, length=length, seed=seed, n=n, count_tokens=token_counter(model))
+    count_tokens = token_counter(model, **settings.engine)
+    problems = draw_problems(task, length=length, seed=seed, n=n, count_tokens=count_tokens)
     if as_json:
         print(json.dumps([asdict(problem) for problem in problems]))
         return

@@ -63,9 +63,8 @@ def save_draft(
     if odd := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise HeadError(f"the draft was not written to {folder}: {', '.join(odd)} holds values that are not finite numbers")
     folder = Path(folder)
+    check_draft_place(folder)
     weights, config = folder / f"{WEIGHTS}.new", folder / "config.json.new"
-    if (folder / "config.json").exists() and config_values(folder).get("architectures") != [ARCHITECTURE]:
-        raise HeadError(f"{folder} holds something else than a draft of ours: name another directory for the draft")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, weights, metadata={"format": "pt"})
@@ -79,6 +78,14 @@ def save_draft(
         for file in (weights, config):
             with suppress(OSError):
                 file.unlink(missing_ok=True)
+
+
+def check_draft_place(folder: Path) -> None:
+    """Raises HeadError where a draft would be written over something else: to be known before one is trained."""
+    if folder.exists() and not folder.is_dir():
+        raise HeadError(f"the draft cannot be written to {folder}: it is a file; remove it, or name another directory")
+    if (folder / "config.json").exists() and config_values(folder).get("architectures") != [ARCHITECTURE]:
+        raise HeadError(f"{folder} holds something else than a draft of ours: name another directory for the draft")
 
 
 def check_form(config: HeadConfig) -> None:

@@ -41,7 +41,7 @@ def token_effects(replay: Replay, head_map: HeadMap, groups: int, real: Tensor, 
     """
     shape, device = (*replay.rows.shape, replay.seen.ids.shape[1]), replay.rows.device
     with torch.enable_grad():
-        gates = tuple(torch.ones(shape, device=device, requires_grad=True) for _ in range(groups))
+        gates = tuple(torch.ones(shape, dtype=torch.float32, device=device, requires_grad=True) for _ in range(groups))
         hidden = replay.hidden(grouped(gates, head_map))
         said = sampled(replay.target, hidden, chance)
         total = (log_odds(replay.target, hidden, said) * real).sum()

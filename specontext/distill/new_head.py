@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from specontext.errors import ConfigError
+from specontext.errors import ConfigError, HeadError
 from specontext.model_shape import ModelShape
-from specontext.retrieval.head import RetrievalHead
+from specontext.retrieval.head import RetrievalHead, head_parameters
 from specontext.retrieval.head_config import HeadConfig
 from specontext.retrieval.head_map import band_map
 
@@ -93,7 +93,7 @@ def new_head(shape: HeadShape, target: ModelShape, *, trained_length: int, sourc
         vocab_size=target.vocab_size,
         heads=heads,
         kv_heads=groups,
-        head_dim=shape.head_dim or target.key_dim,
+        head_dim=target.key_dim if shape.head_dim is None else shape.head_dim,
         feature_layers=features,
         head_map=head_map if shape.bands > 1 else None,
         rope_theta=shape.rope_theta,
@@ -105,4 +105,9 @@ def new_head(shape: HeadShape, target: ModelShape, *, trained_length: int, sourc
     )
     config.check_target(target)
     torch.manual_seed(seed)
-    return RetrievalHead(config)
+    try:
+        return RetrievalHead(config)
+    except RuntimeError as error:  # what torch raises where there is no memory
+        raise HeadError(
+            f"a head of this form has {head_parameters(config):,} numbers, too many for this machine: ask for less"
+        ) from error

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specontext.checkpoints.files import read_json
 from specontext.config import SpeContextConfig
 from specontext.distill.data import Mixed, OnPolicy, Source, open_sources
 from specontext.distill.data.mixing import sizes_of_share
 from specontext.distill.draft import Draft, frequent_tokens
-from specontext.distill.draft_files import check_form, save_draft
+from specontext.distill.draft_files import check_draft_place, check_form, save_draft
 from specontext.distill.held_out import HeldOut
 from specontext.distill.new_head import HeadShape, new_head, standard_shape
 from specontext.distill.settings import DistillConfig
@@ -25,14 +26,18 @@ from specontext.distill.target import Target
 from specontext.distill.trainer import CHECKPOINT, size_of, train, written
 from specontext.engine.llm import LLM
 from specontext.engine.start import pick_device
-from specontext.errors import ConfigError
+from specontext.errors import ConfigError, shown
 from specontext.memory.facts import feed_forward_width
 from specontext.model_shape import ModelShape
 from specontext.models.loading import LoadedModel, load_model
 from specontext.models.rope import fix_rope
 from specontext.retrieval.checkpoint import check_place, load_head, save_head
+from specontext.sampling_params import SamplingParams
 
 SETTINGS = "training.json"
+DRAFT = "draft"
+# What a training is a function of beside its `DistillConfig`, which its checkpoint holds.
+RESUMED = ("target", "data", "length", "shape", "start", "on_policy", "temperature", "draft_vocabulary", "dtype")
 SHARES = (0.5, 0.25, 0.15, 0.1)  # of the longest sequences, of half as long ones, ...
 SHORTEST = 256
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,6 +65,7 @@ class Session:
         yarn: whether contexts beyond the trained length will be served by YaRN.
         draft_vocabulary: tokens that the draft of the output objective can predict, None for all.
         save_dtype: number format of the matrices in the head's file.
+        trust_remote_code: let code that comes with the target run.
     """
 
     target: str
@@ -77,6 +83,7 @@ class Session:
     dtype: str = "auto"
     device: str = "auto"
     save_dtype: str = "float32"
+    trust_remote_code: bool = False
 
     def run(self, *, resume: bool = False, report: Callable[[dict[str, float]], None] | None = None) -> dict[str, float]:
         """Train and write the head to `out`; with an output objective also the whole draft, to `out/draft`.
@@ -97,7 +104,7 @@ class Session:
 
     def _run(self, report: Callable[[dict[str, float]], None] | None) -> dict[str, float]:
         device = pick_device(self.device)
-        loaded = load_model(self.target, dtype=self.dtype, device=device)
+        loaded = load_model(self.target, dtype=self.dtype, device=device, trust_remote_code=self.trust_remote_code)
         shape = loaded.shape
         if self.length > shape.reach:
             raise ConfigError(f"length {self.length} exceeds the model's maximum of {shape.longest}")
@@ -122,7 +129,7 @@ class Session:
         )
         save_head(student.head, self.out, FORMATS[self.save_dtype])
         if student.draft is not None:
-            save_draft(student.draft, self.out / "draft")
+            save_draft(student.draft, self.out / DRAFT)
         kept = self.config.total_steps if best is None else best.step
         return {"kept_step": kept} | held_out.judge(student.head, rounds=4)
 
@@ -139,10 +146,26 @@ class Session:
             raise ConfigError(f"{self.out} holds a started training: add --resume to go on with it, or choose another directory")
         if resume and not started:
             raise ConfigError(f"there is no training to resume in {self.out}: it has no {CHECKPOINT}")
+        if resume:
+            self._check_same()
         if not 0 <= self.on_policy <= 1:
             raise ConfigError(f"on_policy is a share from 0 to 1, got {self.on_policy}")
+        SamplingParams(temperature=self.temperature)  # says what is wrong with it before anything is generated
         if self.config.speaks and self.shape is not None and self.shape.variant != "features":
             raise ConfigError("the output objective trains an EAGLE-3 draft, which reads features: choose --variant features")
+        if self.config.speaks:
+            check_draft_place(self.out / DRAFT)
+
+    def _check_same(self) -> None:
+        """Raises ConfigError where the training that is resumed is another one than these settings make."""
+        before = read_json(self.out / SETTINGS, ConfigError)
+        now = json.loads(json.dumps(self.describe()))
+        if changed := [name for name in RESUMED if before.get(name) != now[name]]:
+            said = ", ".join(f"{name} {shown(before.get(name))} instead of {shown(now[name])}" for name in changed)
+            raise ConfigError(
+                f"{self.out} holds a training with other settings ({said}): resume it with the same ones, or choose "
+                "another directory"
+            )
 
     def _open(self, loaded: LoadedModel, *, held_out: bool) -> Source:
         return open_sources(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from specontext.config import check_seed
 from specontext.distill.attention import Pool
 from specontext.errors import ConfigError
 
@@ -97,11 +99,12 @@ class DistillConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "loop_learning_rate", "loop_temperature"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         for name in ("attention_weight", "effect_weight", "loop_weight", "output_weight", "loop_steps"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
+        check_seed(self.seed)
         if any(length <= self.sink + self.recent for length, _ in self.lengths):
             raise ConfigError(f"sequences must be longer than sink + recent = {self.sink + self.recent} tokens")
         if self.attends and not self.attention_weight + self.effect_weight:

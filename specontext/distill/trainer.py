@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -127,17 +126,21 @@ def train(
             group["lr"] = learning_rate(config, step)
         optimizer.zero_grad()
         sums: dict[str, float] = {}
-        for part in range(config.accumulate):
-            index = step * config.accumulate + part
-            batch = draw_batch(source, config, index)
-            with low:
-                found = student.losses(target, batch, config, index, loop=step >= config.steps)
-            (weighted(found, config) / config.accumulate).backward()
-            for name, value in found.items():
-                sums[name] = sums.get(name, 0.0) + value.item() / config.accumulate
+        with _kept_if_it_fails(lambda: save_checkpoint(run / CHECKPOINT, student, optimizer, config, progress)):
+            for part in range(config.accumulate):
+                index = step * config.accumulate + part
+                batch = draw_batch(source, config, index)
+                with low:
+                    found = student.losses(target, batch, config, index, loop=step >= config.steps)
+                (weighted(found, config) / config.accumulate).backward()
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0.0) + value.item() / config.accumulate
         norm = nn.utils.clip_grad_norm_(parameters, config.clip).item()
         if not math.isfinite(norm):
-            raise SpeContextError(f"the gradient is not a finite number at step {step}: lower learning_rate and resume")
+            raise SpeContextError(
+                f"the gradient is not a finite number at step {step}: begin again in another directory, with a lower "
+                "learning_rate"
+            )
         optimizer.step()
         progress.step = step = step + 1
         row: dict[str, float] = {"step": step, "length": batch[0].shape[1]}
@@ -184,6 +187,17 @@ def save_checkpoint(
 
 
 @contextmanager
+def _kept_if_it_fails(save: Callable[[], None]) -> Iterator[None]:
+    """Saves the steps so far where something a user can mend, such as a row of the data, ends the next one."""
+    try:
+        yield
+    except SpeContextError:
+        with suppress(SpeContextError):  # a full disk is not what ended it
+            save()
+        raise
+
+
+@contextmanager
 def written(path: Path) -> Iterator[None]:
     """Raises SpeContextError, which says what to do, where a file or directory of a training cannot be written inside."""
     try:
@@ -210,8 +224,17 @@ def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimiz
                 f"{path} is of a training with other settings ({', '.join(changed)}): resume it with the same ones, "
                 "or choose another directory"
             )
+        progress = Progress(int(saved["step"]))
+        if "best" in saved:
+            best = saved["best"]
+            progress.best = Best(int(best["step"]), float(best["value"]), float(best["lowest"]), best["state"])
+            student.load_state_dict(progress.best.state)  # that it fits is to be known before the last step
         student.load_state_dict(saved["student"])
         optimizer.load_state_dict(saved["optimizer"])
-        return Progress(int(saved["step"]), Best(**saved["best"]) if "best" in saved else None)
-    except (LookupError, RuntimeError, ValueError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        if not 0 <= progress.step <= config.total_steps:
+            raise ValueError(f"it is of step {progress.step}, and the training has {config.total_steps}")
+        return progress
+    except SpeContextError:
+        raise
+    except Exception as error:  # a broken pickle fails in any way
         raise SpeContextError(f"cannot resume from {path}: {in_one_sentence(error)}") from error

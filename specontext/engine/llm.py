@@ -17,6 +17,7 @@ from specontext.core import CompletionOutput, RequestOutput
 from specontext.engine.generation import Generation
 from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.parallel_engine import make_engine
+from specontext.engine.start import check_surroundings
 from specontext.errors import ConfigError, EngineClosedError, RequestError, shown
 from specontext.model_shape import ModelShape
 from specontext.models.loading import LoadedModel
@@ -51,6 +52,7 @@ class LLM:
         known = {f.name for f in fields(EngineConfig)} - {"model", "retrieval_head", "method", "dtype", "device"}
         if unknown := sorted(set(options) - known):
             raise ConfigError(f"unknown option {', '.join(unknown)}: LLM takes {', '.join(sorted(known))}")
+        check_surroundings()
         loaded = model if isinstance(model, LoadedModel) else None
         name = model.name if isinstance(model, LoadedModel) else model
         method = config or SpeContextConfig()
@@ -118,6 +120,7 @@ class LLM:
         Raises:
             RequestError: a prompt that cannot be served; then none is run. It says which one, where there are several.
         """
+        check_surroundings()
         batch = _as_prompts(prompts)
         each = _one_each(params, len(batch))
         checked = self.engine.intake.check_all(batch, each)
@@ -135,6 +138,7 @@ class LLM:
 
         Leaving the iterator early ends the request; closing the engine makes it raise EngineClosedError.
         """
+        check_surroundings()
         given, [sampling] = _as_prompts(prompt), _one_each(params, 1)
         if len(given) > 1:
             raise RequestError(f"stream takes one prompt, got {len(given)}: give one, or use generate")

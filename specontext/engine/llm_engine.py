@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from specontext.config import EngineConfig
@@ -53,6 +54,8 @@ class LLMEngine:
         SpeContextError: anything in the settings or the checkpoints that does not fit.
     """
 
+    @torch.inference_mode(False)  # what is made here is written to by steps, in whatever mode their callers are
+    @torch.no_grad()
     def __init__(self, config: EngineConfig, loaded: LoadedModel | None = None) -> None:
         if config.tensor_parallel_size > 1 and (loaded is None or loaded.ranks is None):
             raise ConfigError("this runs in one process: leave tensor_parallel_size out")
@@ -80,6 +83,8 @@ class LLMEngine:
         self.runs_ahead = self.runner.captures
         self._ahead: Launched | None = None
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def warm_up(self) -> None:
         """Compile, capture and load now whatever requests can need on a GPU, before the first one comes; nothing is to be done on
         a CPU.
@@ -130,6 +135,8 @@ class LLMEngine:
     def has_work(self) -> bool:
         return not self.closed and bool(self.scheduler.running or self.scheduler.waiting)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def step(self, meanwhile: Callable[[], None] | None = None) -> list[Generation]:
         """Run one step; the generations that got a token.
 

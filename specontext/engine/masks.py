@@ -100,7 +100,7 @@ class Masks:
         count, words = len(following), following[0].mask_words
         if len(self._host) < count or self._host.shape[1] != words:
             self._host = torch.empty((count, words), dtype=torch.int32, pin_memory=self.device.type == "cuda")
-            self._added = torch.empty((count, 32 * words)) if self.device.type == "cpu" else None
+            self._added = torch.empty((count, 32 * words), dtype=torch.float32) if self.device.type == "cpu" else None
         matchers = [(constraint.matcher, row) for row, constraint in enumerate(following)]
         marks = [(row, constraint.may_think) for row, constraint in enumerate(following) if constraint.may_think is not None]
         return _Order(matchers, marks, self._host[:count], self._added[:count] if self._added is not None else None)

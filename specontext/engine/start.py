@@ -6,13 +6,26 @@ import torch
 
 from specontext.config import EngineConfig
 from specontext.engine.only_windows import methods_run
-from specontext.errors import ConfigError
+from specontext.errors import ConfigError, RequestError
 from specontext.models.loading import LoadedModel, load_model
 from specontext.models.ranks import Ranks
 from specontext.retrieval.catalog import find_head
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.random_head import random_head
 from specontext.retrieval.registry import base_of, needs_head
+
+
+def check_surroundings() -> None:
+    """Raises RequestError where what PyTorch is set to around a call would change what is computed, or where it lies."""
+    if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+        raise RequestError(
+            "autocast changes number formats inside the model: leave it, and load the model in that format (dtype)"
+        )
+    if (default := torch.get_default_device()).type != "cpu":
+        raise RequestError(
+            f"PyTorch's default device is {default}, where what an engine keeps on the host would lie, too: leave it "
+            "(torch.set_default_device('cpu')), and name the engine's device"
+        )
 
 
 def pick_device(name: str) -> torch.device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,18 @@ import torch
 import transformers
 
 from specontext import __version__
+from specontext.errors import shown
 from specontext.evaluation.rows import Row
 from specontext.evaluation.samples import EvaluationError
 
 FILE = "results.json"
+# Entries of `meta` that a run which goes on takes over, and what they are.
+READ_AGAIN: dict[str, Callable[[Any], bool]] = {
+    "settings": lambda value: isinstance(value, dict),
+    "suite": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "notes": lambda value: isinstance(value, list) and all(isinstance(note, dict) and "why" in note for note in value),
+    "command": lambda value: value is None or isinstance(value, str),
+}
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
@@ -30,8 +38,12 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["meta"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        meta = json.loads(path.read_text(encoding="utf-8"))["meta"]
+        for name, fits in READ_AGAIN.items():
+            if name in meta and not fits(meta[name]):
+                raise ValueError(f"its {name} is {shown(meta[name])}")
+        return dict(meta)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise EvaluationError(f"{path} cannot be read ({error}): mend it or choose another directory") from error
 
 

@@ -19,22 +19,6 @@ from specontext.evaluation.suites.documents import SUITE as DOCUMENTS
 from specontext.evaluation.suites.documents import document_columns
 from specontext.retrieval.registry import FULL
 
-# Statistics of the engine that samples keep.
-MEASURES = (
-    "prompt_tokens",
-    "cached_tokens",
-    "decode_steps",
-    "tokens_read_per_step",
-    "selection_bytes_per_step",
-    "selection_s_per_step",
-    "bytes_loaded_per_step",
-    "bytes_full_per_step",
-    "overlap",
-    "hit_rate",
-    "attention_recall",
-    "ttft_s",
-    "tpot_s",
-)
 # What rows of suites say beside what all do.
 COLUMNS: dict[str, Callable[..., dict[str, Any]]] = {FIDELITY: fidelity_columns, CONTINUATION: continuation_columns}
 BESIDE_FULL: dict[str, Callable[..., dict[str, Any]]] = {DOCUMENTS: document_columns}  # told full attention's samples, too

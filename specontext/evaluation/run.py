@@ -20,8 +20,8 @@ from specontext.evaluation.cells import EvalCell, Note, Problem, choose_tasks, d
 from specontext.evaluation.competitors import Competitor, parse_competitors
 from specontext.evaluation.engines import Engines, Group
 from specontext.evaluation.results import environment, read_meta, write_results
-from specontext.evaluation.rows import MEASURES, Cell, Row, by_cell, cell_rows
-from specontext.evaluation.samples import FILE, EvaluationError, Sample, SampleFile, SampleId, fingerprint
+from specontext.evaluation.rows import Cell, Row, by_cell, cell_rows
+from specontext.evaluation.samples import FILE, MEASURES, EvaluationError, Sample, SampleFile, SampleId, fingerprint
 from specontext.evaluation.settings import EvaluationSettings
 from specontext.evaluation.text_tools import text_tools
 from specontext.evaluation.windows import Text
@@ -132,6 +132,10 @@ class Evaluation:
         self.vocab_size = loaded.shape.vocab_size
         self.samples = SampleFile(settings.out)
         self.meta = self._meta(llm, before)
+        for name in ("dtype", "weights"):
+            if before is not None and before.get(name, self.meta[name]) != self.meta[name]:
+                said = f"{name} {before[name]} instead of {self.meta[name]}, as they are on this machine"
+                raise EvaluationError(f"{settings.out} has results of another evaluation ({said}): choose another directory")
         self.earlier_notes: list[Note] = (before or {}).get("notes", [])
         asked = [competitor.label for competitor in competitors]
         self.methods = list(dict.fromkeys([*asked, *(sample.method for sample in self.samples.samples.values())]))
@@ -263,7 +267,11 @@ class Evaluation:
         self._write()
 
     def _count(self, name: Cell, samples: Sequence[Sample]) -> None:
-        self.rows[name] = cell_rows(samples, methods=self.methods, seed=self.settings.seed)
+        try:
+            self.rows[name] = cell_rows(samples, methods=self.methods, seed=self.settings.seed)
+        except KeyError as error:
+            what = f"samples of {'/'.join(map(str, name))} that have no score {error}"
+            raise EvaluationError(f"{self.settings.out} has {what}: mend them or choose another directory") from error
 
     def _write(self) -> dict[str, Any]:
         """Write `results.json` as far as it is known."""

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from specontext.errors import SpeContextError
+from specontext.errors import SpeContextError, shown
 
 FILE = "samples.jsonl"
+# Statistics of the engine that samples keep.
+MEASURES = (
+    "prompt_tokens",
+    "cached_tokens",
+    "decode_steps",
+    "tokens_read_per_step",
+    "selection_bytes_per_step",
+    "selection_s_per_step",
+    "bytes_loaded_per_step",
+    "bytes_full_per_step",
+    "overlap",
+    "hit_rate",
+    "attention_recall",
+    "ttft_s",
+    "tpot_s",
+)
 
 SampleId = tuple[str, str, int | None, str, str, int | None]
 
@@ -30,7 +47,7 @@ class Sample:
         method: as it was asked for, with the retrieval head where one was named.
         budget: None for a method that reads everything.
         scores: `score` and whatever else the task's scorer reports.
-        stats: of the engine, see `MEASURES` in `specontext.evaluation.rows`.
+        stats: of the engine, numbers, those of `MEASURES` among them, and lists of numbers.
         seconds: wall time of the batch that the problem was answered in, over the problems in it; its prompts were known before.
         asked: fingerprint of what the model was given; empty in samples of versions that did not record it.
     """
@@ -115,6 +132,33 @@ class SampleFile:
     def _sample(self, line: str, number: int) -> Sample:
         try:
             raw = json.loads(line)
-            return Sample(**{f.name: raw[f.name] for f in fields(Sample) if f.name != "asked"}, asked=raw.get("asked", ""))
-        except (ValueError, KeyError, TypeError) as error:
+            values = {f.name: raw[f.name] for f in fields(Sample) if f.name != "asked"} | {"asked": raw.get("asked") or ""}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise EvaluationError(f"line {number} of {self.path} is no sample: mend it or choose another directory") from error
+        if odd := next((name for name, value in values.items() if not _fits(name, value)), None):
+            raise EvaluationError(
+                f"line {number} of {self.path} is no sample, its {odd} is {shown(values[odd])}: mend it or choose "
+                "another directory"
+            )
+        return Sample(**values)
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a value read from a file is what `Sample` has by that name."""
+    if name in ("length", "budget", "output_tokens"):
+        return (value is None and name != "output_tokens") or (_is_number(value) and isinstance(value, int) and value >= 0)
+    if name in ("score", "seconds"):
+        return _is_number(value) and math.isfinite(value)
+    if name == "scores":
+        return isinstance(value, dict) and all(_is_number(each) for each in value.values())
+    if name == "stats":
+        return isinstance(value, dict) and all(
+            one is None or _is_number(one)
+            for measure, found in value.items()
+            for one in (found if measure not in MEASURES and isinstance(found, list) else [found])
+        )
+    return isinstance(value, str) or (name == "finish_reason" and value is None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specontext.config import check_seed
 from specontext.evaluation.budgets import AskedBudget, check_budgets
 from specontext.evaluation.competitors import parse_competitors
 from specontext.evaluation.continuation.rows import SUITE as CONTINUATION
@@ -16,6 +17,7 @@ from specontext.evaluation.suites.documents import SUITE as DOCUMENTS
 from specontext.evaluation.suites.longwriter_judge import Judge
 
 ALONE = (FIDELITY, CONTINUATION)  # suites that are compared with full attention rather than with answers
+KV_FORMATS = ("kv_cache_dtype", "host_kv_dtype")
 READING = (*ALONE, DOCUMENTS)  # suites of the user's own texts
 
 
@@ -74,11 +76,19 @@ class EvaluationSettings:
             raise EvaluationError(f"unknown suite '{unknown[0]}': choose among {', '.join((*SUITES, *ALONE))}")
         if len(self.suites) > 1 and (alone := [name for name in self.suites if name in ALONE]):
             raise EvaluationError(f"{alone[0]} runs by itself: run it into the same directory if you like")
+        for option in ("tasks", "data", "judge") if self.suites[0] in ALONE else ():
+            if getattr(self, option) is not None:
+                raise EvaluationError(
+                    f"the suite {self.suites[0]} has texts only, and nothing would look at {option}: leave it out"
+                )
+        if self.tasks == ():
+            raise EvaluationError("no task was named: give at least one, or leave the option out")
         if bool(self.texts) != any(name in READING for name in self.suites):
             named = next((name for name in self.suites if name in READING), None)
             asked = f"the suite {named} needs texts" if named else f"only the suites {', '.join(READING)} take texts"
             raise EvaluationError(f"{asked}: --suite {named or FIDELITY} --text FILE")
         parse_competitors(self.methods)
+        check_seed(self.seed)
         if self.budgets is not None:
             if not self.budgets:
                 raise EvaluationError("no budget was named: give at least one, or leave the option out")
@@ -109,4 +119,5 @@ class EvaluationSettings:
         same = ("dtype", "max_model_len", "head_rope_theta", "head_yarn_factor", "load_format", "quantization", "revision")
         own = {"model": self.model, "head": self.retrieval_head, "seed": self.seed, "sink": self.sink, "recent": self.recent}
         own |= {} if self.judge is None else {"judge": self.judge.model}
+        own |= {name: self.engine[name] for name in KV_FORMATS if self.engine.get(name, "auto") != "auto"}
         return own | {"offload_layers": self.offload_layers} | {name: self.engine[name] for name in same if name in self.engine}

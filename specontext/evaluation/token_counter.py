@@ -13,11 +13,12 @@ from specontext.locations import tokenizer_source
 from specontext.tasks.problem import TokenCounter
 
 
-def token_counter(model: str | Path) -> TokenCounter:
+def token_counter(model: str | Path, *, trust_remote_code: bool = False) -> TokenCounter:
     """Counts the tokens of a text, special tokens left out.
 
     Args:
         model: a name that `resolve_model_path` takes.
+        trust_remote_code: let a tokenizer's own code run, where it has no tokenizer.json.
 
     Raises:
         SpeContextError: there is no such model, or its tokenizer is broken.
@@ -25,7 +26,7 @@ def token_counter(model: str | Path) -> TokenCounter:
     folder = tokenizer_source(model)
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():
-        return _slow_counter(model)
+        return _slow_counter(model, trust_remote_code)
     check_file(file, SpeContextError)
     try:
         tokenizer = Tokenizer.from_file(str(file))
@@ -36,8 +37,8 @@ def token_counter(model: str | Path) -> TokenCounter:
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _slow_counter(model: str | Path) -> TokenCounter:
+def _slow_counter(model: str | Path, trust_remote_code: bool) -> TokenCounter:
     from specontext.models.tokenizer_files import load_tokenizer
 
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False))

@@ -10,12 +10,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.engine.led import LedEngine
+from specontext.engine.start import check_surroundings
 from specontext.errors import ModelError, RequestError, SpeContextError
 from specontext.integrations.hf_cache import EngineCache, check_arguments
 from specontext.models.attention import ATTENTION_NAME, attention_of, forget_running
@@ -39,6 +39,7 @@ class Enabled:
     def __init__(
         self, model: PreTrainedModel, retrieval_head: str | Path | None, config: SpeContextConfig, options: Mapping[str, Any]
     ) -> None:
+        check_surroundings()
         self.loaded = adopt_model(model)
         self.statistics: list[dict[str, object] | None] = []
         self._lock = threading.RLock()
@@ -113,8 +114,7 @@ class Enabled:
         if given[0] is None:
             raise RequestError("generate() was given embeddings, and a retrieval head reads tokens: give input_ids")
         check_arguments(arguments)
-        if torch.is_autocast_enabled(self.loaded.model.device.type):
-            raise RequestError("autocast changes number formats inside the model: load it in that format (dtype) instead")
+        check_surroundings()
         with self._lock, self._computing():
             logits = cache.advance(*given)
         output: dict[str, Any] = {"logits": logits[:, None], CACHE: cache}

@@ -125,7 +125,7 @@ def _capped(
         mask = bias
         if causal:
             ahead = torch.arange(seen, device=query.device) > torch.arange(start, stop, device=query.device)[:, None]
-            mask = torch.zeros(ahead.shape, device=query.device).masked_fill_(ahead, -torch.inf)[None, None]
+            mask = torch.zeros(ahead.shape, dtype=torch.float32, device=query.device).masked_fill_(ahead, -torch.inf)[None, None]
         part = _by_products(query[:, :, start:stop], key[:, :, :seen], value[:, :, :seen], scale, False, mask, cap)
         parts.append(part)
     outputs, lses = zip(*parts, strict=True)

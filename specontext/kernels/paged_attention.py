@@ -63,8 +63,8 @@ def paged_attention_reference(
     requests, query_heads, head_dim = query.shape
     kv_heads = rows.shape[2]
     queries = query.reshape(requests, kv_heads, -1, head_dim)
-    output = torch.zeros(queries.shape, device=query.device)
-    lse = torch.full(queries.shape[:3], -torch.inf, device=query.device)
+    output = torch.zeros(queries.shape, dtype=torch.float32, device=query.device)
+    lse = torch.full(queries.shape[:3], -torch.inf, dtype=torch.float32, device=query.device)
     row_bytes = kv_heads * 2 * head_dim * 4
     for start in range(0, int(lengths.max()) if requests else 0, tile):
         counts = (lengths - start).clamp(min=0, max=tile)

@@ -38,7 +38,7 @@ def sparse_attention(query: Tensor, arena: Tensor, rows: Tensor, scale: float, c
     kv_heads, width = rows.shape[1:]
     grouped = query.reshape(requests * kv_heads, 1, query_heads // kv_heads, head_dim)
     wanted, counts = _packed(rows.reshape(-1, width))
-    output, lse = torch.empty_like(grouped), torch.empty(grouped.shape[:3], device=query.device)
+    output, lse = torch.empty_like(grouped), torch.empty(grouped.shape[:3], dtype=torch.float32, device=query.device)
     flat = arena.flatten(1)
     width_of_row = arena.shape[-1] if arena.dtype in CODES else flat.shape[1]
     for pairs, most in of_like_width(counts, width):
@@ -102,7 +102,7 @@ def bias_beyond(counts: Tensor, width: int) -> Tensor | None:
     if counts.device.type == "cpu" and int(counts.min()) == width:
         return None
     beyond = torch.arange(width, device=counts.device) >= counts[:, None]
-    return torch.zeros(beyond.shape, device=counts.device).masked_fill_(beyond, -torch.inf)[:, None, None]
+    return torch.zeros(beyond.shape, dtype=torch.float32, device=counts.device).masked_fill_(beyond, -torch.inf)[:, None, None]
 
 
 def merge_partials(outputs: Tensor, lses: Tensor) -> Tensor:

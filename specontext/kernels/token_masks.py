@@ -43,10 +43,10 @@ def expanded(masks: Tensor, out: Tensor | None = None) -> Tensor:
         out: of that shape, on a CPU: it is written instead of new memory.
     """
     if masks.device.type == "cpu":
-        found = torch.empty((len(masks), 32 * masks.shape[1])) if out is None else out
+        found = torch.empty((len(masks), 32 * masks.shape[1]), dtype=torch.float32) if out is None else out
         octets = masks.numpy().view(numpy.uint8)
         _ADDED.take(octets, axis=0, out=found.numpy().reshape(*octets.shape, 8), mode="clip")
         return found
     places = torch.arange(32, dtype=torch.int32, device=masks.device)
     allowed = ((masks.unsqueeze(2) >> places) & 1).flatten(1).bool()
-    return torch.zeros(allowed.shape, device=masks.device).masked_fill_(~allowed, -math.inf)
+    return torch.zeros(allowed.shape, dtype=torch.float32, device=masks.device).masked_fill_(~allowed, -math.inf)

@@ -97,5 +97,5 @@ def top_k_by_rank(scores: Tensor, k: int) -> Tensor:
     order = chosen.gather(-1, best.argsort(dim=-1, descending=True, stable=True))
     value = torch.arange(k, 0, -1, device=scores.device, dtype=torch.float32).expand(order.shape)
     # What is not there goes to a column beyond the result.
-    ranks = torch.full((*scores.shape[:-1], span + 1), -1.0, device=scores.device)
+    ranks = torch.full((*scores.shape[:-1], span + 1), -1.0, dtype=torch.float32, device=scores.device)
     return ranks.scatter_(-1, torch.where(order >= 0, order, span), value)[..., :span]

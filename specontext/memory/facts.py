@@ -153,7 +153,7 @@ def eagle3_head(shape: ModelShape) -> HeadFacts:
     )
 
 
-def bare_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def bare_model(config: PreTrainedConfig, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """A decoder of modules without memory; of one taken out of several models the decoder alone, without its output layer.
 
     Raises:
@@ -162,7 +162,7 @@ def bare_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> Pr
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
-    options = {} if dtype is None else {"dtype": dtype}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({} if dtype is None else {"dtype": dtype})
     with one_sentence("cannot build a decoder from this config"), torch.device("meta"):
         alone = part_of(config) and type(config) not in AutoModelForCausalLM._model_mapping
         model: PreTrainedModel = (AutoModel if alone else AutoModelForCausalLM).from_config(config, **options)
@@ -198,13 +198,19 @@ def other_tables(model: PreTrainedModel) -> int:
 
 
 def facts_of_config(
-    name: str, config: PreTrainedConfig, *, dtype: torch.dtype | None = None, head: HeadFacts | None = None
+    name: str,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    head: HeadFacts | None = None,
+    trust_remote_code: bool = False,
 ) -> ModelFacts:
     """Facts of a model that has a Hugging Face config.
 
     Args:
         dtype: None takes the config's own.
         head: None supposes the head of an EAGLE-3 draft.
+        trust_remote_code: let code that comes with the config make the decoder.
 
     Raises:
         ModelError: not a decoder with KV heads.
@@ -217,7 +223,7 @@ def facts_of_config(
     check_heads(shape, of_layers(config, "num_key_value_heads", shape.full or range(shape.depth)))
     from specontext.memory.states import measured_states, mixers_of
 
-    model = bare_model(config, shape.dtype)
+    model = bare_model(config, shape.dtype, trust_remote_code=trust_remote_code)
     with one_sentence("cannot tell how large the states of its layers are"):
         shape = replace(shape, states=measured_states(model))
     parameters, lookup = count_parameters(config, model)

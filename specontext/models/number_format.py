@@ -8,6 +8,8 @@ import platform
 import torch
 from transformers import PreTrainedConfig
 
+from specontext.config import DTYPES
+from specontext.errors import ConfigError
 from specontext.memory.facts import count_parameters, weight_bytes
 from specontext.memory.tiers import free_memory
 
@@ -23,7 +25,12 @@ def running_format(asked: str, config: PreTrainedConfig, device: torch.device) -
 
     A 16-bit checkpoint runs in float32 on an x86 CPU that has no arithmetic of its format, if its weights then take at most half
     of the free memory. What was asked for is never changed.
+
+    Raises:
+        ConfigError: no such format.
     """
+    if asked not in DTYPES:
+        raise ConfigError(f"unknown dtype '{asked}': choose one of {', '.join(DTYPES)}")
     stored = config.dtype
     if asked != "auto" or device.type != "cpu" or stored not in NATIVE or _has_arithmetic(stored):
         return asked

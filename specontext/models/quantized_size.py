@@ -17,7 +17,14 @@ from specontext.quantization.stored import stored_bytes, stored_matrices
 
 
 def quantised_bytes(
-    source: Path | str, config: PreTrainedConfig, parameters: int, itemsize: int, scheme: Scheme | None, kind: str | None
+    source: Path | str,
+    config: PreTrainedConfig,
+    parameters: int,
+    itemsize: int,
+    scheme: Scheme | None,
+    kind: str | None,
+    *,
+    trust_remote_code: bool = False,
 ) -> int:
     """Bytes of a decoder's weights, as `load_quantised` has them where kernels run.
 
@@ -26,6 +33,7 @@ def quantised_bytes(
         parameters: of the decoder, all of them.
         itemsize: bytes of a number in the format that the model runs in.
         scheme, kind: what the checkpoint says of its quantisation, or what plain weights are rounded to.
+        trust_remote_code: let code that comes with the config make the decoder.
 
     Raises:
         ModelError: broken files, or tensors that do not fit the scheme.
@@ -33,7 +41,7 @@ def quantised_bytes(
     register_attention()
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    skeleton = skeleton_of(config, {"trust_remote_code": False})
+    skeleton = skeleton_of(config, {"trust_remote_code": trust_remote_code})
     shapes = {name: (module.out_features, module.in_features) for name, module in linear_layers(skeleton).items()}
     form = scheme.form if scheme is not None else FORMS[kind] if kind is not None else None
     if form is None:  # written out when it is loaded

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from specontext.errors import HeadError
 from specontext.gguf.source import source_of
 from specontext.locations import HEADS
 from specontext.model_shape import ModelShape
-from specontext.retrieval.checkpoint import CONFIG, OWN_HEAD, load_head, read_config
+from specontext.retrieval.checkpoint import CONFIG, OWN_HEAD, load_head, read_config, tensor_name
 from specontext.retrieval.head import RetrievalHead
 
 # Public EAGLE-3 drafts by the model that they were distilled from, those first that know the longest contexts; a head is pruned
@@ -98,16 +100,27 @@ def find_head(
             "the method 'speculative' needs a retrieval head: name one with retrieval_head (--retrieval-head), "
             "or choose another method, such as full or streaming"
         )
-    if str(choice) != "auto":
-        return load_head(choice, target=target, need_map=need_map)
+    source = choice if str(choice) != "auto" else _known_head(model_name, model_path, target)
+    head = load_head(source, target=target, need_map=need_map)
+    most = torch.finfo(target.dtype).max
+    if large := [name for name, tensor in head.state_dict().items() if tensor.abs().amax() > most]:
+        raise HeadError(
+            f"{tensor_name(large[0])} of the retrieval head in {source} holds values beyond {most:g}, the most that the model's "
+            f"number format has ({str(target.dtype).removeprefix('torch.')}): run the model in bfloat16 or float32"
+        )
+    return head
+
+
+def _known_head(model_name: str, model_path: Path | None, target: ModelShape) -> str | Path:
+    """Where the head of a model is that nobody named; raises HeadError where none is known."""
     if model_path is not None and (model_path / OWN_HEAD).is_dir():
-        return load_head(model_path / OWN_HEAD, target=target, need_map=need_map)
+        return model_path / OWN_HEAD
     if model_name in HEADS:
-        return load_head(model_name, target=target, need_map=need_map)
+        return model_name
     if (bundled := bundled_head(model_name, model_path, target)) is not None:
-        return load_head(bundled, target=target, need_map=need_map)
+        return bundled
     if model_name in KNOWN_DRAFTS:
-        return load_head(KNOWN_DRAFTS[model_name][0], target=target, need_map=need_map)
+        return KNOWN_DRAFTS[model_name][0]
     raise HeadError(
         f"no retrieval head is known for '{model_name}': put one into the checkpoint's {OWN_HEAD}/ directory, name an EAGLE-3 "
         "draft of this model or a head directory with retrieval_head (--retrieval-head), train one with `specontext distill`, "

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,7 @@ def save_head(head: RetrievalHead, folder: str | Path, dtype: torch.dtype | None
         HeadError: values that are not finite numbers, a folder that holds something else than a head, or one that cannot be
             written; what was there before is left as it was.
     """
+    check_place(folder)
     folder = Path(folder).absolute()
     tensors = {
         tensor_name(name): tensor.detach().to(dtype if tensor.dim() > 1 else None).contiguous().cpu()
@@ -75,7 +77,6 @@ def save_head(head: RetrievalHead, folder: str | Path, dtype: torch.dtype | None
     }
     if odd := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise HeadError(f"the head was not written to {folder}: {', '.join(odd)} holds values that are not finite numbers")
-    check_place(folder)
     made = uuid.uuid4().hex
     draft = folder / f".{made}" if folder.exists() else folder.with_name(f".{folder.name}.{made}")
     try:
@@ -173,10 +174,13 @@ def stored_size(source: str | Path) -> tuple[int, int]:
     """Number of parameters of a pruned head on disk, and their bytes.
 
     Raises:
-        HeadError: no weights there, or a broken file.
+        HeadError: no weights there, a broken file, or tensors that are not those of the head's config.
     """
-    file = _weights(head_folder(source))
+    folder, config = head_folder(source), read_config(source)
+    file = _weights(folder)
     _, shapes = read_weights([file], lambda name: False)
+    with torch.device("meta"):
+        _check_shapes(RetrievalHead(config), shapes, folder)
     with file.open("rb") as stream:
         header = int.from_bytes(stream.read(8), "little")
     return sum(math.prod(shape) for shape in shapes.values()), file.stat().st_size - 8 - header
@@ -217,20 +221,27 @@ def _fitting(head: RetrievalHead, stored: dict[str, Tensor], folder: Path) -> di
     Raises:
         HeadError: tensors that are missing or not taken, of another shape or number format, or not finite.
     """
+    names = _check_shapes(head, {name: tuple(tensor.shape) for name, tensor in stored.items()}, folder)
+    for stored_name in names:
+        tensor = stored[stored_name]
+        if tensor.dtype not in FORMATS:
+            raise HeadError(f"{stored_name} holds {tensor.dtype} numbers: a head needs float32, bfloat16 or float16")
+        if not torch.isfinite(tensor).all():
+            raise HeadError(f"{stored_name} holds values that are not finite numbers")
+    return {name: stored[stored_name] for stored_name, name in names.items()}
+
+
+def _check_shapes(head: RetrievalHead, stored: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, str]:
+    """The head's own names of its tensors by those in its file; raises HeadError for others than its config asks for."""
     wanted = {tensor_name(name): (name, parameter) for name, parameter in head.state_dict().items()}
     if extra := sorted(stored.keys() - wanted.keys()):
         raise HeadError(f"the retrieval head in {folder} holds {first_few(extra)}, which a head of its config does not take")
     if missing := [name for name in wanted if name not in stored]:
         raise HeadError(f"the retrieval head in {folder} lacks the tensor{'s' * (len(missing) > 1)} {', '.join(missing)}")
     for stored_name, (name, parameter) in wanted.items():
-        tensor = stored[stored_name]
-        if tensor.shape != parameter.shape:
+        if stored[stored_name] != tuple(parameter.shape):
             c = head.config
             width = f" ({len(c.feature_layers)} feature layers of width {c.target_hidden_size})" if name == "fc.weight" else ""
             asked = f"{list(parameter.shape)}{width}"
-            raise HeadError(f"{stored_name} has shape {list(tensor.shape)}, the head's config asks for {asked}")
-        if tensor.dtype not in FORMATS:
-            raise HeadError(f"{stored_name} holds {tensor.dtype} numbers: a head needs float32, bfloat16 or float16")
-        if not torch.isfinite(tensor).all():
-            raise HeadError(f"{stored_name} holds values that are not finite numbers")
-    return {name: stored[stored_name] for stored_name, (name, _) in wanted.items()}
+            raise HeadError(f"{stored_name} has shape {list(stored[stored_name])}, the head's config asks for {asked}")
+    return {stored_name: name for stored_name, (name, _) in wanted.items()}

@@ -21,13 +21,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from specontext.checkpoints.config_values import check_entries
 from specontext.checkpoints.files import check_file, missing_shards, read_json
 from specontext.checkpoints.quantization import ADVICE, quantization_of
 from specontext.checkpoints.weights import SHARDED, SINGLE, what_is_there
 from specontext.checkpoints.wording import first_few, in_one_sentence
 from specontext.errors import HeadError
 from specontext.model_shape import ModelShape
-from specontext.retrieval.head_config import HeadConfig
+from specontext.retrieval.head_config import HeadConfig, check_share
 
 LAYER = "midlayer."
 NEEDED = (
@@ -84,6 +85,7 @@ def read_draft(folder: Path, values: dict[str, Any], target: ModelShape, *, name
     """
     dialect = dialect_of(values)
     layer = _object(values, "transformer_layer_config") if dialect is SPECULATORS else values
+    check_entries(layer, folder / "config.json", HeadError)
     files = weight_files(folder)
     tensors, shapes = read_weights(files, lambda name: name in NEEDED + OPTIONAL or name.startswith("fc_norm."))
     if missing := [name for name in NEEDED if name not in tensors]:
@@ -195,6 +197,7 @@ def _rope(dialect: Dialect, layer: dict[str, Any]) -> tuple[float, dict[str, Any
     """RoPE base and scaling that the draft was trained with."""
     if not dialect.follows_scaling:
         return 10000.0, None
+    check_share(layer)
     rope = _object(layer, "rope_parameters") or _object(layer, "rope_scaling")
     theta = (rope.get("rope_theta") or layer.get("rope_theta") or 10000.0) if dialect.follows_theta else 10000.0
     rope = {name: value for name, value in rope.items() if name != SPECPV_MARK}
@@ -231,14 +234,22 @@ def read_weights(files: Sequence[Path], wanted: Callable[[str], bool]) -> tuple[
     """The wanted tensors, and the shapes of all of them, by EAGLE's names.
 
     Raises:
-        HeadError: a broken or truncated file, or one that holds anything but tensors.
+        HeadError: a broken or truncated file, one that holds anything but tensors, or two that differ in a tensor.
     """
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    places: dict[str, Path] = {}
     for file in files:
         check_file(file, HeadError)
         read = _read_safetensors if file.suffix == ".safetensors" else _read_pickle
         found, sizes = read(file, wanted)
+        for name in sorted(sizes.keys() & shapes.keys()):
+            if sizes[name] != shapes[name] or (name in found and not torch.equal(found[name], tensors[name])):
+                raise HeadError(
+                    f"{name} is in {places[name].name} and in {file.name} of {file.parent}, and differs: leave one of "
+                    "these files there, or download both again"
+                )
+        places |= dict.fromkeys(sizes, file)
         tensors |= found
         shapes |= sizes
     return tensors, shapes
@@ -247,7 +258,7 @@ def read_weights(files: Sequence[Path], wanted: Callable[[str], bool]) -> tuple[
 def _read_safetensors(file: Path, wanted: Callable[[str], bool]) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
     try:
         with safe_open(file, framework="pt") as stored:
-            names = {common_name(name): name for name in stored.keys()}  # noqa: SIM118  not a dict
+            names = _common_names(stored.keys(), file)
             tensors = {common: stored.get_tensor(name) for common, name in names.items() if wanted(common)}
             return tensors, {common: tuple(stored.get_slice(name).get_shape()) for common, name in names.items()}
     except (OSError, SafetensorError) as error:
@@ -263,9 +274,18 @@ def _read_pickle(file: Path, wanted: Callable[[str], bool]) -> tuple[dict[str, T
         raise HeadError(f"{file} holds more than tensors: a {type(stored).__name__} at its top")
     if odd := [str(name) for name, value in stored.items() if not isinstance(value, Tensor)]:
         raise HeadError(f"{file} holds more than tensors: {', '.join(odd[:3])}")
-    named = {common_name(str(name)): tensor for name, tensor in stored.items()}
+    named = {common: stored[name] for common, name in _common_names(stored, file).items()}
     tensors = {name: tensor for name, tensor in named.items() if wanted(name)}
     return tensors, {name: tuple(tensor.shape) for name, tensor in named.items()}
+
+
+def _common_names(names: Iterable[str], file: Path) -> dict[str, str]:
+    """Names of tensors in a file by those in EAGLE's dialect; raises HeadError for two of one tensor."""
+    found: dict[str, str] = {}
+    for name in names:
+        if (other := found.setdefault(common_name(str(name)), name)) != name:
+            raise HeadError(f"{file} holds {common_name(str(name))} twice, as {other} and as {name}: it is no draft of one layer")
+    return found
 
 
 def _hash(files: Sequence[Path]) -> str:

@@ -44,7 +44,7 @@ def chunk_weights(query: Tensor, keys: Tensor, start: int, scale: float, alive: 
     """
     heads, span = keys.shape[1], len(keys)
     keys = keys.float().permute(1, 2, 0)  # [Hkv, D, S]
-    total = torch.zeros((heads, span), device=keys.device)
+    total = torch.zeros((heads, span), dtype=torch.float32, device=keys.device)
     tile = max(1, TILE_BYTES[keys.device.type] // (4 * query.shape[1] * span))
     for first in range(0, len(query), tile):
         part = (query[first : first + tile].float() * scale).unflatten(1, (heads, -1)).permute(1, 2, 0, 3)  # [Hkv, group, t, D]

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from specontext.errors import HeadError
+from specontext.errors import HeadError, shown
 from specontext.model_shape import ModelShape
 
 VARIANTS = ("features", "embedding")
 FEATURE_NORMS = ("none", "joint", "each")
 KEY_INPUTS = ("before", "around")
 SCALED_ROPE = ("linear", "llama3", "yarn")  # frequencies that do not change while a request grows
+# What is understood of RoPE parameters, by their type; sections of images' positions are equal for text.
+OF_YARN = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
+ROPE_ENTRIES = {
+    "default": {"mrope_section", "mrope_interleaved"},
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor", *OF_YARN},
+}
+ROPE_ORIGIN = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+POSITIVE = {"factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow"}
+FORMAT = {"model_type": "specontext_retrieval_head", "format_version": 1}
+WIDEST, MOST = 1 << 20, 1 << 40  # width of anything in a head, and any other number: beyond are broken files
+WIDEST_KEY = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -85,11 +100,16 @@ class HeadConfig:
             raise HeadError(
                 f"key_inputs 'around' reads features, which a head of variant '{self.variant}' does not: use 'before'"
             )
+        most = {"head_dim": WIDEST_KEY, "trained_length": MOST, "vocab_size": MOST}
         for name in ("hidden_size", "target_hidden_size", "vocab_size", "heads", "kv_heads", "head_dim", "trained_length"):
-            _require(name, getattr(self, name), "a positive integer", _is_whole(getattr(self, name)))
+            _require(name, getattr(self, name), "a positive integer", _is_whole(getattr(self, name), most=most.get(name, WIDEST)))
+        most = {"key_heads": WIDEST, "query_rank": WIDEST}
         for name in ("recommended_budget", "draft_parameters", "draft_embedding_parameters", "key_heads", "query_rank"):
             value = getattr(self, name)
-            _require(name, value, "a positive integer or null", value is None or _is_whole(value))
+            fits = value is None or _is_whole(value, most=most.get(name, MOST))
+            _require(name, value, "a positive integer or null", fits)
+        for name in ("source", "source_hash"):
+            _require(name, getattr(self, name), "a text", isinstance(getattr(self, name), str))
         for name in ("rope_theta", "rms_norm_eps"):
             _require(name, getattr(self, name), "a number above 0", is_positive(getattr(self, name)))
         for name in ("yarn", "qk_norm", "own_embedding"):
@@ -118,10 +138,16 @@ class HeadConfig:
         """Read the content of a head's `config.json`.
 
         Raises:
-            HeadError: unknown or missing entries.
+            HeadError: unknown or missing entries, or a format that this version does not know.
         """
+        for name, own in FORMAT.items():
+            if values.get(name, own) != own:
+                raise HeadError(
+                    f"the head's config.json has {name} {shown(values[name])}, and this version of specontext reads {own} only: "
+                    "take the version that wrote it"
+                )
         known = {f.name for f in fields(cls)}
-        extra = set(values) - known - {"model_type", "format_version"}
+        extra = set(values) - known - FORMAT.keys()
         if extra:
             raise HeadError(f"unknown entries in the head's config.json: {', '.join(sorted(extra))}")
         values = {k: v for k, v in values.items() if k in known}
@@ -134,7 +160,7 @@ class HeadConfig:
             raise HeadError(f"the head's config.json is incomplete or wrong: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        return {"model_type": "specontext_retrieval_head", "format_version": 1} | asdict(self)
+        return FORMAT | asdict(self)
 
     def check_target(self, target: ModelShape, *, need_map: bool = True) -> None:
         """Raises HeadError, naming everything that does not fit, unless this head was made for a model of this shape.
@@ -190,17 +216,17 @@ class HeadConfig:
         return 1 - (parameters - (0 if with_embeddings else self.table_parameters)) / whole
 
 
-def _is_whole(value: object, least: float = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_whole(value: object, least: float = 1, most: int = MOST) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def _require(name: str, value: object, kind: str, fits: bool) -> None:
     if not fits:
-        raise HeadError(f"{name} of a retrieval head must be {kind}, got {value!r}")
+        raise HeadError(f"{name} of a retrieval head must be {kind}, got {shown(value)}")
 
 
 def checked_scaling(scaling: Any) -> dict[str, Any] | None:
@@ -211,16 +237,29 @@ def checked_scaling(scaling: Any) -> dict[str, Any] | None:
     """
     _require("rope_scaling", scaling, "an object", isinstance(scaling, dict))
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind not in SCALED_ROPE:
+    if kind not in ("default", *SCALED_ROPE):
         raise HeadError(
             f"RoPE of type {kind} is not supported for retrieval heads, which follow default, {', '.join(SCALED_ROPE)}: "
             "remove rope_scaling from the config and set rope_theta"
         )
-    if scaling.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise HeadError("partial_rotary_factor is not supported for retrieval heads: RoPE turns the whole head")
+    check_share(scaling)
+    if odd := [name for name in scaling.keys() - ROPE_ENTRIES[kind] - ROPE_ORIGIN if scaling[name] not in (None, False)]:
+        raise HeadError(
+            f"RoPE of type {kind} with {odd[0]} {shown(scaling[odd[0]])} is not supported for retrieval heads: remove that entry "
+            "if the head was trained without it"
+        )
+    if kind == "default":
+        return None
+    for name in sorted(POSITIVE & scaling.keys()):
+        if scaling[name] is not None:
+            _require(f"{name} in the {kind} scaling", scaling[name], "a number above 0", is_positive(scaling[name]))
     start = scaling.get("original_max_position_embeddings")
     if kind != "linear":
         _require(f"original_max_position_embeddings in the {kind} scaling", start, "a positive integer", _is_whole(start))
     return {"rope_type": kind} | {name: value for name, value in scaling.items() if name not in ("type", "rope_theta")}
+
+
+def check_share(values: Mapping[str, Any]) -> None:
+    """Raises HeadError where RoPE turns only a share of each head."""
+    if values.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise HeadError("partial_rotary_factor is not supported for retrieval heads: RoPE turns the whole head")

@@ -22,7 +22,10 @@ def rope_frequencies(config: HeadConfig, *, theta: float, yarn_factor: float) ->
         scaling = {"rope_type": "yarn", "factor": yarn_factor, "original_max_position_embeddings": config.trained_length}
     with torch.device("cpu"):
         if scaling is None:
-            return (theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)).float(), 1.0
+            plain = (theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)).float()
+            if not torch.isfinite(plain).all():
+                raise HeadError(f"rope_theta {theta:g} of the retrieval head gives frequencies that are not finite numbers")
+            return plain, 1.0
         from transformers import LlamaConfig
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from specontext.retrieval.checkpoint import read_config
 from tests.cli.conftest import Run
 
-SMALL = ("--length", 256, "--tokens-per-step", 512, "--queries", 16, "--measure-every", 1000)
+SHORT = ("--length", 256, "--tokens-per-step", 512, "--measure-every", 1000)
+SMALL = (*SHORT, "--queries", 16)
 
 
 def test_a_distilled_head_serves_its_target(run: Run, tiny: Path, tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_output_distillation_writes_a_whole_draft_that_prunes_to_the_head(run: R
 def test_a_draft_that_could_not_be_written_is_refused_before_it_is_trained(
     fails: Callable[..., str], tiny: Path, tmp_path: Path
 ) -> None:
-    words = ("distill", tiny, "-o", tmp_path / "head", "--data", "tasks", "--objective", "output", "--steps", 2, *SMALL)
+    words = ("distill", tiny, "-o", tmp_path / "head", "--data", "tasks", "--objective", "output", "--steps", 2, *SHORT)
     assert "has a head_map" in fails((*words, "--bands", 2, "--feature-layers", "1,2,3"))
     assert "feature layers [1, 3]" in fails((*words, "--feature-layers", "1,3"))
     assert not (tmp_path / "head").exists()
@@ -99,6 +100,63 @@ def test_a_started_training_needs_resume_and_nothing_else_may_change(
     assert run(*words, "--resume").status == 0
     changed = ("distill", tiny, "-o", out, "--data", "tasks", "--steps", 3, *SMALL, "--resume")
     assert "other settings (steps)" in fails(changed, status=1)
+    settings = (out / "training.json").read_bytes()
+    for other, says in (
+        (("--data", "tasks:program"), "data ['tasks'] instead of ['tasks', 'tasks:program']"),
+        (("--start", tiny / "retrieval_head"), "start None instead of"),
+        (("--on-policy", 0.5), "on_policy 0.0 instead of 0.5"),
+        (("--heads", 8), "shape {"),
+        (("--dtype", "bfloat16"), "dtype 'auto' instead of 'bfloat16'"),
+    ):
+        said = fails((*words, *other, "--resume"))
+        assert "holds a training with other settings" in said and says in said
+        assert (out / "training.json").read_bytes() == settings
+    assert run(*words, "--resume", "--save-dtype", "float16", "--device", "cpu").status == 0, "which change nothing"
+    (out / "training.json").write_text("{")
+    assert "training.json is broken" in fails((*words, "--resume"))
+
+
+def test_options_that_nothing_would_look_at_are_refused(fails: Callable[..., str], tiny: Path, tmp_path: Path) -> None:
+    words = ("distill", tiny, "-o", tmp_path / "head", "--data", "tasks", "--steps", 1, *SHORT)
+    for given, says in (
+        (("--start", tiny / "retrieval_head", "--bands", 2), "--bands has no effect with --start"),
+        (("--start", tiny / "retrieval_head", "--variant", "features"), "--variant has no effect with --start"),
+        (("--start", tiny / "retrieval_head", "--rope-theta", 10000), "--rope-theta has no effect with --start"),
+        (("--variant", "embedding", "--feature-layers", "1"), "--feature-layers has no effect with --variant embedding"),
+        (("--draft-vocabulary", 5), "--draft-vocabulary has no effect without --objective output or both"),
+        (("--unroll-steps", 3), "--unroll-steps has no effect without --objective output or both"),
+        (("--objective", "output", "--effect-weight", 2), "--effect-weight has no effect with --objective output"),
+        (("--output-weight", 2), "--output-weight has no effect without --objective both"),
+        (("--temperature", 1), "--temperature has no effect without --on-policy"),
+        (("--loop-learning-rate", 1), "--loop-learning-rate has no effect without --loop-steps"),
+    ):
+        assert says in fails((*words, *given))
+
+
+def test_what_ends_a_training_is_known_before_it_begins(
+    fails: Callable[..., str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specontext.distill.session.load_model", lambda *_, **__: pytest.fail("loaded"))
+    words = ("distill", tiny, "-o", tmp_path / "head", "--data", "tasks", "--steps", 1, *SHORT)
+    assert "temperature must" in fails((*words, "--on-policy", 0.5, "--temperature", -1))
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head" / "draft").write_text("mine")
+    assert "it is a file" in fails((*words, "--objective", "both"))
+    (tmp_path / "head" / "draft").unlink()
+    (tmp_path / "head" / "draft").mkdir()
+    (tmp_path / "head" / "draft" / "config.json").write_text("{}")
+    assert "holds something else than a draft" in fails((*words, "--objective", "both"))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30])
+def test_seeds_that_not_all_random_numbers_take_are_refused(
+    seed: int, fails: Callable[..., str], tiny: Path, tmp_path: Path
+) -> None:
+    given, says = ("-o", tmp_path / "out", "--seed", seed), "seed must be from 0 to 4294967295"
+    assert says in fails(("distill", tiny, "--data", "tasks", *given))
+    assert says in fails(("head", "calibrate", tiny, "--target", tiny, "--text", "tasks", *given))
+    assert says in fails(("head", "analyze", tiny, "--target", tiny, "--text", "tasks", *given))
+    assert says in fails(("eval", tiny, "--suite", "ruler", *given))
 
 
 def test_on_policy_sequences_leave_the_engine_and_the_teacher_apart(run: Run, tiny: Path, tmp_path: Path) -> None:
@@ -127,6 +185,11 @@ def test_on_policy_sequences_leave_the_engine_and_the_teacher_apart(run: Run, ti
         (("--attention-weight", 0, "--effect-weight", 0), "are both 0"),
         (("--loop-steps", 2, "--objective", "output"), "the loop teaches a head to select"),
         (("--bands", 9), "3 layers do not divide into 9 bands"),
+        (("--head-dim", 0), "head_dim of a retrieval head must be a positive integer, got 0"),
+        (("--head-dim", 65536, "--heads", 2**20), "too many for this machine"),
+        (("--learning-rate", "inf"), "learning_rate must be above 0 and finite"),
+        (("--dtype", "int4"), "unknown dtype 'int4': choose one of auto, float32"),
+        (("--data", ""), "is empty"),
         (("--heads", 1), "1 query heads are fewer than the 2 groups"),
         (("--key-heads", 5), "do not divide into 5 key heads"),
         (("--key-inputs", "after"), "unknown key_inputs 'after'"),
@@ -167,5 +230,10 @@ def test_calibrate_says_what_does_not_fit(fails: Callable[..., str], tiny: Path,
     )
     assert "a budget of 40 reads all of 32 tokens" in fails((*words, "--length", 32))
     assert "a budget of 16 has no room beside" in fails((*words, "--length", 128, "--budget", 16))
+    assert "--sequences must be at least 1" in fails((*words, "--sequences", 0))
+    assert "--length must be at least 2" in fails((*words, "--length", -5))
+    assert "unknown dtype 'int4'" in fails((*words, "--dtype", "int4"))
+    assert "name of a file or directory is empty" in fails((*words, "--text", ""))
+    assert "name of a file or directory is empty" in fails(("head", "calibrate", "", *words[3:]))
     assert "with -o DIR" in fails(("head", "calibrate", "some/draft", "--target", tiny, "--text", "tasks"))
     assert not (tmp_path / "x").exists()

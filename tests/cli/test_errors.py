@@ -43,6 +43,14 @@ def test_bad_options(fails: Fails, tiny: Path, options: list[str], says: str) ->
     assert says in fails(["generate", tiny, "--prompt", "the sun", *options])
 
 
+def test_an_empty_name_is_not_the_current_directory(fails: Fails, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny)
+    assert "name of the model is empty" in fails(["plan", "", "--gpu-memory", "1GiB"], status=1)
+    assert "name of the model is empty" in fails(["distill", "", "-o", "x", "--data", "tasks"], status=1)
+    assert "is empty" in fails(["head", "info", ""])
+    assert "is empty" in fails(["head", "prune", tiny, "--target", tiny, "-o", ""])
+
+
 def test_exactly_one_prompt(fails: Fails, tiny: Path) -> None:
     for prompts in ([], ["--prompt", "a", "-"], ["--prompt", "a", "--prompt-file", "b"], ["--prompt-file", "b", "-"]):
         assert "exactly one prompt" in fails(["generate", tiny, *prompts])

@@ -376,6 +376,9 @@ def test_long_rows_give_windows_with_something_to_say(write_rows: Write, words: 
         ({"messages": "hello"}, r"'messages' of line 2 .* must be a list"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no message of role 'assistant'"),
         ({"messages": CHAT}, "the tokenizer no chat template"),
+        ({"text": "a\ud800b"}, r"line 2 of .*: the text is not Unicode: half a character at 1"),
+        ({"prompt": "w1 \udfff", "completion": "w2"}, "line 2 of .*: the text is not Unicode"),
+        ({"prompt": "w1", "completion": "w2 \udfff"}, "line 2 of .*: the text is not Unicode"),
     ],
 )
 def test_rows_that_are_not_understood(row: Any, message: str, write_rows: Write, words: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specontext.distill.attention import Pool, Teacher, attention_loss, head_log_weights, map_of
-from specontext.distill.data.source import Sequences
+from specontext.distill.data.source import DataError, Sequences
 from specontext.distill.draft import Draft
 from specontext.distill.queries import candidates, sample_rows
 from specontext.distill.recall import keep, measure
@@ -248,9 +248,35 @@ def test_a_checkpoint_of_other_settings_or_a_broken_one_is_refused(target: Targe
     train(student_of("attention"), target, Fixed(), config, tmp_path)
     with pytest.raises(SpeContextError, match=r"other settings \(learning_rate\)"):
         train(student_of("attention"), target, Fixed(), replace(config, learning_rate=1e-3), tmp_path)
-    (tmp_path / "checkpoint.pt").write_bytes((tmp_path / "checkpoint.pt").read_bytes()[:200])
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    best = {"step": 1, "value": 0.5, "lowest": 0.5, "state": {}}
+    for broken in (saved | {"step": 7}, saved | {"config": None}, saved | {"best": best}, [saved], saved | {"student": 1}):
+        torch.save(broken, tmp_path / "checkpoint.pt")
+        with pytest.raises(SpeContextError, match="cannot resume from"):
+            train(student_of("attention"), target, Fixed(), config, tmp_path)
+    (tmp_path / "checkpoint.pt").write_bytes(whole[:200])
     with pytest.raises(SpeContextError, match="cannot resume from"):
         train(student_of("attention"), target, Fixed(), config, tmp_path)
+
+
+def test_a_row_that_cannot_be_read_loses_no_step(target: Target, tmp_path: Path) -> None:
+    """What was trained before it is kept, and goes on as if nothing had been once the row is mended."""
+
+    class Broken(Fixed):
+        def draw(self, step: int, length: int, rows: int) -> Sequences:
+            if step == 2:
+                raise DataError("line 7 is no JSON")
+            return super().draw(step, length, rows)
+
+    config = replace(CONFIG, steps=4, queries=4, save_every=100)
+    whole, parts, resumed = (student_of("attention") for _ in range(3))
+    train(whole, target, Fixed(), config, tmp_path / "whole")
+    with pytest.raises(DataError, match="line 7"):
+        train(parts, target, Broken(), config, tmp_path / "parts")
+    train(resumed, target, Fixed(), config, tmp_path / "parts")
+    assert len((tmp_path / "parts" / "log.jsonl").read_text().splitlines()) == 4
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(target: Target, tmp_path: Path) -> None:

@@ -155,6 +155,10 @@ def test_bad_rows_are_named(tmp_path: Path, text: TextTools, name: str, row: dic
     [
         (r"first \boxed{1}, then \boxed{\frac{1}{\sqrt{2}}}.", r"\frac{1}{\sqrt{2}}"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\boxed{5}}", "{5}"),
+        (r"\boxed{x = \fbox{3}}", "x = {3}"),
+        (r"\boxed{ \boxed{5}", "5"),
+        (r"\boxed{1}, \boxed{\fbox 2}", "1, 2"),
         (r"\boxed{5} and \boxed{6", "5"),
         (r"it is \boxed 7.", "7"),
         (r"\boxed{5}, that is \boxed{ }", "5"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specontext.evaluation.suites.math_answers import equivalent, exact_number
+from specontext.evaluation.suites.math_answers import equivalent, exact_number, final_answer
 from specontext.evaluation.suites.math_values import Unreadable, proportion, value
 from tests.evaluation.answer_pairs import DIFFERENT, SAME
 
@@ -72,7 +72,8 @@ def test_thousands_may_be_separated_in_any_way(number: int, separator: str) -> N
 
 @given(st.text(alphabet=r"0123456789.,/+-*^(){}[]\ xyie&_$%=<>|!:;~" + "π√±", max_size=40))
 def test_any_answer_can_be_compared(answer: str) -> None:
-    assert equivalent(answer, answer) or not answer.strip(" $%\\.{}[]()*,;:~_^&")
+    nothing = answer.replace(r"\>", "").strip(" $%\\.{}[]()*,;:~_^&") == ""  # a space of LaTeX's, as those of other signs
+    assert equivalent(answer, answer) or nothing
     equivalent(answer, r"\frac{1}{2}")
 
 
@@ -83,6 +84,19 @@ def test_any_answer_can_be_compared(answer: str) -> None:
 def test_formulas_without_a_value_are_refused(formula: str) -> None:
     with pytest.raises(Unreadable):
         value(formula)
+
+
+@pytest.mark.parametrize("large", ["1e999", "9" * 390, r"10^{400}", "i9^{323}9^{323}", r"\frac{1}{2}1e999\binom{5}{2}"])
+@pytest.mark.parametrize("other", ["x^2+1", r"\sqrt{2}", "x=2", "(1,i)", r"\pi", "3:4", "[0,1)", "i"])
+def test_numbers_that_no_machine_counts_are_answers_as_any_other(large: str, other: str) -> None:
+    assert not equivalent(large, other) and not equivalent(other, large)
+    assert not equivalent(f"x={large}", other) and not equivalent(other, f"({large},i)")
+
+
+def test_an_output_that_opens_boxes_to_its_end_is_read_at_once() -> None:
+    assert final_answer("\\boxed{" * 50_000) is None
+    assert final_answer("\\boxed{7}" + "\\boxed{" * 50_000) == "7"
+    assert final_answer("\\boxed{" * 50_000 + "7" + "}" * 50_000) is not None
 
 
 def test_proportions() -> None:

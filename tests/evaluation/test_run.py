@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from specontext import LLM, SamplingParams
-from specontext.evaluation.run import Advance, run_evaluation
-from specontext.evaluation.samples import FILE, EvaluationError
+from specontext.evaluation.run import Advance, open_folder, run_evaluation
+from specontext.evaluation.samples import FILE, EvaluationError, SampleFile
 from specontext.evaluation.settings import EvaluationSettings
+from specontext.evaluation.suites.longwriter_judge import Judge
 from specontext.locations import NANO
 from specontext.tasks import sample_problems
 
@@ -218,3 +219,71 @@ def test_methods_that_cannot_work_on_a_model(
 def test_nothing_to_run(settings: EvaluationSettings, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="nothing can be run: skipped"):
         run_evaluation(replace(settings, out=tmp_path, lengths=(99_999,)), silently)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"score": "1"}, "its score is '1'"),
+        ({"score": float("nan")}, "its score is nan"),
+        ({"scores": []}, r"its scores is \[\]"),
+        ({"scores": {"score": None}}, "its scores is"),
+        ({"length": [256]}, r"its length is \[256\]"),
+        ({"length": "256"}, "its length is '256'"),
+        ({"budget": "64"}, "its budget is '64'"),
+        ({"key": [1]}, r"its key is \[1\]"),
+        ({"method": None}, "its method is None"),
+        ({"stats": None}, "its stats is None"),
+        ({"stats": {"overlap": [1]}}, "its stats is"),
+        ({"seconds": "x"}, "its seconds is 'x'"),
+        ({"output": None}, "its output is None"),
+        ({"output_tokens": None}, "its output_tokens is None"),
+        ({"output_tokens": True}, "its output_tokens is True"),
+        ({"asked": 5}, "its asked is 5"),
+    ],
+)
+def test_a_sample_that_is_none_is_named_with_its_line(copied: EvaluationSettings, change: dict[str, Any], says: str) -> None:
+    found = lines(copied.out)
+    found[1] |= change
+    (copied.out / FILE).write_text("".join(json.dumps(one) + "\n" for one in found))
+    with pytest.raises(EvaluationError, match=rf"line 2 of .*samples\.jsonl is no sample, {says}"):
+        SampleFile(copied.out)
+
+
+@pytest.mark.parametrize("line", ["[]", "5", '"x"', "{", "[" * 100_000])
+def test_a_line_that_is_no_object_is_no_sample(line: str, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(line + "\n")
+    with pytest.raises(EvaluationError, match=r"line 1 of .*samples\.jsonl is no sample"):
+        SampleFile(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [None, [], {"settings": None}, {"settings": []}, {"suite": None}, {"suite": "ruler"}, {"notes": ["x"]}, {"notes": [{}]}],
+)
+def test_results_that_a_run_cannot_go_on_with_are_refused(copied: EvaluationSettings, meta: Any) -> None:
+    file = copied.out / "results.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(whole | {"meta": whole["meta"] | meta if isinstance(meta, dict) else meta}))
+    with pytest.raises(EvaluationError, match=r"mend it or choose another directory|has results of another evaluation"):
+        open_folder(copied)
+
+
+def test_answers_of_another_number_format_are_not_gone_on_with(copied: EvaluationSettings) -> None:
+    with pytest.raises(EvaluationError, match="kv_cache_dtype None instead of int8"):
+        run_evaluation(replace(copied, engine=copied.engine | {"kv_cache_dtype": "int8"}), silently)
+    assert open_folder(replace(copied, engine=copied.engine | {"kv_cache_dtype": "auto"})) is not None
+    whole = json.loads((copied.out / "results.json").read_text())
+    (copied.out / "results.json").write_text(json.dumps(whole | {"meta": whole["meta"] | {"dtype": "bfloat16"}}))
+    with pytest.raises(EvaluationError, match="dtype bfloat16 instead of float32, as they are on this machine"):
+        run_evaluation(copied, silently)
+
+
+@pytest.mark.parametrize("option", ["tasks", "data", "judge"])
+def test_what_a_suite_of_texts_would_not_look_at_is_refused(option: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"tasks": ("x",), "data": "x", "judge": Judge.at("http://127.0.0.1:9", "one")}
+    for suite in ("fidelity", "continuation"):
+        with pytest.raises(EvaluationError, match=f"nothing would look at {option}: leave it out"):
+            EvaluationSettings("nano", (suite,), tmp_path, texts=("a.txt",), **{option: given[option]})
+    with pytest.raises(EvaluationError, match="no task was named"):
+        EvaluationSettings("nano", ("ruler",), tmp_path, tasks=())

@@ -291,6 +291,17 @@ def test_a_forward_pass_of_the_owner_s_is_what_it_was(load: Load, prompts: Promp
     assert taps is not None and not taps._taken, "hidden states of the owner's passes are kept"
 
 
+def test_a_model_that_is_enabled_in_one_mode_generates_in_all(load: Load, prompts: Prompts) -> None:
+    model, ids = load(), torch.tensor([prompts[1]])
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)
+    with torch.inference_mode():
+        specontext.enable(model, None, settings("full", budget=None))
+        assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected)
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected)
+    with pytest.raises(RequestError, match="autocast"), torch.autocast("cpu", dtype=torch.bfloat16):
+        specontext.enable(model, None, settings("full", budget=None))
+
+
 def test_models_do_not_disturb_each_other(load: Load, prompts: Prompts) -> None:
     one, other, plain = load(), load("qwen2"), load()
     want = [written(model, prompts) for model in (one, other)]

@@ -289,6 +289,21 @@ def test_a_draft_with_a_shard_missing_or_scales_beside_its_weights_is_refused_by
         load_head(folder, target=TARGET)
 
 
+def test_a_tensor_that_two_files_have_is_the_same_in_both(tmp_path) -> None:
+    folder = specforge(tmp_path / "draft")
+    tensors = load_file(folder / "model.safetensors")
+    whole = load_head(folder, target=TARGET)
+    save_file(tensors, folder / "copy.safetensors")
+    assert load_head(folder, target=TARGET).config.draft_parameters == whole.config.draft_parameters
+    save_file({"fc.weight": tensors["fc.weight"] + 1}, folder / "copy.safetensors")
+    with pytest.raises(HeadError, match=r"fc\.weight is in copy\.safetensors and in model\.safetensors of .*, and differs"):
+        load_head(folder, target=TARGET)
+    (folder / "copy.safetensors").unlink()
+    save_file(tensors | {"model.fc.weight": tensors["fc.weight"].clone()}, folder / "model.safetensors")
+    with pytest.raises(HeadError, match=r"holds fc\.weight twice"):
+        load_head(folder, target=TARGET)
+
+
 def draft_shapes(hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int) -> dict[str, list[int]]:
     """Tensors of a published draft, by EAGLE's names."""
     attention = {"q": [heads * head_dim, 2 * hidden], "o": [hidden, heads * head_dim]}
@@ -395,7 +410,8 @@ def test_no_weights_and_no_numbers(tmp_path) -> None:
         ({"vocab_size": 51}, "vocabulary 51 .the model has 50"),
         ({"num_key_value_heads": 4}, "4 groups and the model 2 KV heads, .*specontext head calibrate"),
         ({"num_attention_heads": 5}, "do not divide"),
-        ({"num_attention_heads": 0}, "heads of a retrieval head must be a positive integer"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}, "rope_theta": 7.0}, "contradicts itself"),
         ({"head_dim": 16}, "has shape"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 1, 4]}}, "not distinct"),
@@ -431,6 +447,12 @@ def test_rope_that_no_head_follows_is_refused_by_name(tmp_path, rope, message) -
     for dialect in (specforge, speculators):
         with pytest.raises(HeadError, match=message):
             load_head(dialect(tmp_path / "draft", rope_scaling=rope), target=TARGET)
+
+
+def test_a_draft_that_turns_a_share_of_each_head_is_refused(tmp_path) -> None:
+    for dialect in (specforge, speculators):
+        with pytest.raises(HeadError, match="RoPE turns the whole head"):
+            load_head(dialect(tmp_path / "draft", partial_rotary_factor=0.5), target=TARGET)
 
 
 def test_a_draft_with_other_groups_loads_where_no_head_map_is_needed(tmp_path) -> None:

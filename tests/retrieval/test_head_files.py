@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,28 @@ def test_a_config_that_is_no_json_object(text: str, folder: Path, target: ModelS
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"format_version": 2}, "format_version 2, and this version of specontext reads 1 only"),
+        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"head_dim": 2 * 10**12}, "head_dim of a retrieval head must be a positive integer"),
+        ({"heads": 2 * 10**12}, "heads of a retrieval head must be"),
+        ({"rope_theta": 10**400}, "rope_theta of a retrieval head must be a number above 0"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ({"rope_theta": 1e-300}, "frequencies that are not finite"),
+        ({"source": None}, "source of a retrieval head must be a text"),
+        ({"source_hash": [1]}, "source_hash"),
+    ],
+)
+def test_a_config_that_no_head_has_is_refused_by_name(
+    change: dict[str, Any], message: str, folder: Path, target: ModelShape
+) -> None:
+    change_config(folder, **change)
+    with pytest.raises(HeadError, match=message):
+        load_head(folder, target=target)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"target_hidden_size": 48}, "hidden size 48"),
         ({"hidden_size": 48}, "48"),
         ({"vocab_size": 12}, "vocabulary 12"),
@@ -158,6 +181,9 @@ def test_size_and_config_without_the_model(folder: Path, checkpoint: Callable[[s
     config = read_config(checkpoint("llama"))
     assert config == read_config(folder)
     assert stored_size(folder) == (head_parameters(config), 4 * head_parameters(config))
+    change_config(folder, head_dim=8)
+    with pytest.raises(HeadError, match="has shape"):
+        stored_size(folder)
     (folder / "config.json").write_text('{"hidden_size": 3}')
     with pytest.raises(HeadError, match=r"not a retrieval head: .*specontext head prune"):
         read_config(folder)
@@ -270,6 +296,14 @@ def test_auto_without_a_head_names_the_ways_to_get_one(
 def test_no_head_at_all_names_the_choices(target: ModelShape) -> None:
     with pytest.raises(HeadError, match=r"'speculative' needs a retrieval head: .*--retrieval-head.*another method"):
         find_head(None, model_name="some/model", model_path=None, target=target)
+
+
+def test_a_head_whose_values_the_model_s_number_format_lacks(folder: Path, target: ModelShape) -> None:
+    change_tensors(folder, lambda tensors: tensors[K_PROJ].index_put_((torch.tensor([2]),), torch.tensor(1e6)))
+    places: dict[str, Any] = {"model_name": "some/model", "model_path": None}
+    assert find_head(folder, target=target, **places)
+    with pytest.raises(HeadError, match=rf"{K_PROJ} .* beyond 65504.*float16.*run the model in bfloat16 or float32"):
+        find_head(folder, target=replace(target, dtype=torch.float16), **places)
 
 
 def test_auto_prefers_the_checkpoint_s_own_head_and_a_directory_wins_over_auto(

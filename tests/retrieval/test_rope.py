@@ -154,8 +154,11 @@ def test_kinds_that_change_with_the_length_or_are_unknown_are_refused_by_name(ki
     ("scaling", "message"),
     [
         ({"rope_type": "linear"}, "incomplete or wrong: 'factor'"),
-        ({"rope_type": "linear", "factor": "two"}, "incomplete or wrong"),
-        ({"rope_type": "linear", "factor": 0}, "not finite"),
+        ({"rope_type": "linear", "factor": "two"}, "factor in the linear scaling .* must be a number above 0"),
+        ({"rope_type": "linear", "factor": 0}, "must be a number above 0, got 0"),
+        ({"rope_type": "linear", "factor": -2.0}, "must be a number above 0"),
+        ({"rope_type": "linear", "factor": 2.0, "short_factor": [1.0]}, "linear with short_factor"),
+        ({"full_attention": {"rope_type": "linear", "factor": 2.0}}, "default with full_attention"),
         ({"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 64}, "incomplete or wrong"),
         ({"rope_type": "yarn", "factor": 2.0}, "original_max_position_embeddings in the yarn scaling .* must be a positive"),
         ({"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 64}, "incomplete or wrong: .*freq_factor"),

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from specontext.distill.data.documents import Document, marked
-from specontext.distill.data.encoder import Encoder
+from specontext.distill.data.encoder import Encoder, check_unicode
 from specontext.distill.data.source import DataError
 from specontext.errors import ChatTemplateError
 from specontext.models.chat_template import ChatTemplate
@@ -60,6 +60,9 @@ def _with_content(message: Mapping, where: str) -> Mapping:
         isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in parts
     ):
         raise DataError(f"the message of role '{message['role']}' in {where} has content that is no text: leave the row out")
+    for text in (content, *(part["text"] for part in parts)):
+        if isinstance(text, str):
+            check_unicode(text)
     return {**message, "content": content}
 
 

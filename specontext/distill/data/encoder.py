@@ -16,7 +16,7 @@ BATCH = 16  # chunks encoded at once: encodings take about a hundred bytes a tok
 
 
 class UnknownTokenError(DataError):
-    """Data with a token that the model cannot read."""
+    """Data with a token that the model cannot read, or a text that no tokenizer can."""
 
 
 class Encoder:
@@ -60,6 +60,7 @@ class Encoder:
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text of any length; one of more than `CHUNK` characters is encoded in parts."""
+        check_unicode(text)
         parts = list(chunks(text, CHUNK))
         if self._quick is None:
             return self.known([token for part in parts for token in self._encode(part)["input_ids"]])
@@ -73,6 +74,7 @@ class Encoder:
         """Token ids of a text, and for each whether it shares a character with one of the character spans, which ascend."""
         if not self.tokenizer.is_fast:
             return self._marked_pieces(text, spans)
+        check_unicode(text)
         encoding = self._encode(text, return_offsets_mapping=True)
         marks, number = [], 0
         for start, end in encoding["offset_mapping"]:
@@ -103,6 +105,14 @@ class Encoder:
 
     def _encode(self, text: str, **options: bool) -> dict[str, list]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
+
+
+def check_unicode(text: str) -> None:
+    """Raises UnknownTokenError for half a character, which JSON can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UnknownTokenError(f"the text is not Unicode: half a character at {error.start}") from error
 
 
 def chunks(text: str, size: int) -> Iterator[str]:

@@ -66,11 +66,12 @@ class Analysis:
         """
         settings = self.settings
         began = self.begin("loading", 1)
-        shape = shape_of(settings.target)
+        shape = shape_of(settings.target, trust_remote_code=settings.trust_remote_code)
         settings.check_lengths(shape.max_position)
         longest = min(shape.max_position, max(settings.length or LENGTH, PROGRAM_LENGTH) + settings.drift_tokens)
         full = SpeContextConfig(method="full")
         options: dict[str, Any] = {"max_num_seqs": 1, "max_model_len": longest, "enforce_eager": True}  # drift looks into steps
+        options["trust_remote_code"] = settings.trust_remote_code
         llm = LLM(settings.target, None, full, settings.dtype, settings.device, **options)
         heads = load_heads(settings, shape, llm.engine.device)
         target = Target(llm.engine.loaded.model, feature_layers(heads))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from specontext.config import check_seed
 from specontext.errors import SpeContextError
 
 BUDGETS = (32, 64, 128, 256, 512, 1024, 2048)
@@ -35,6 +36,7 @@ class Settings:
         calibration_sequences: to measure the calibrated head map on; 0 leaves that map out.
         drift_tokens: to generate with the head's selections; 0 leaves the drift of features out.
         seed: of texts, query positions and random selections.
+        trust_remote_code: let code that comes with the target run.
 
     Raises:
         AnalysisError: values out of range.
@@ -56,12 +58,14 @@ class Settings:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if not self.texts:
             raise AnalysisError("give text to measure on, for example --text corpus.txt or --text tasks")
-        for name, least in (("sink", 1), ("recent", 1), ("queries", 2), ("sequences", 1), ("seed", 0)):
+        for name, least in (("sink", 1), ("recent", 1), ("queries", 2), ("sequences", 1)):
             self._at_least(name, getattr(self, name), least)
+        check_seed(self.seed)
         self._at_least("calibration_sequences", self.calibration_sequences, 0)
         if self.drift_tokens != 0:
             self._at_least("drift_tokens", self.drift_tokens, 2)
@@ -130,6 +134,7 @@ class Settings:
         ):
             if getattr(self, name) != getattr(type(self), name):
                 words += ["--" + name.replace("_", "-"), str(getattr(self, name))]
+        words += ["--trust-remote-code"] * self.trust_remote_code
         return " ".join([*words, "-o", "DIR"])
 
 

@@ -16,9 +16,8 @@ from specontext.engine.llm import LLM
 from specontext.evaluation.competitors import Competitor
 from specontext.evaluation.continuation.measures import common_ngrams, distinct, first_difference, repetition, similarity
 from specontext.evaluation.continuation.rows import SUITE
-from specontext.evaluation.rows import MEASURES
 from specontext.evaluation.run import Advance, Begin, Choice, Evaluation, run_evaluation
-from specontext.evaluation.samples import EvaluationError, Sample, fingerprint
+from specontext.evaluation.samples import MEASURES, EvaluationError, Sample, fingerprint
 from specontext.evaluation.settings import EvaluationSettings
 from specontext.evaluation.windows import ShortTextError, Window, reservations
 from specontext.models.loading import LoadedModel

@@ -15,9 +15,8 @@ from specontext.engine.llm import LLM
 from specontext.evaluation.competitors import Competitor
 from specontext.evaluation.fidelity.compare import Comparison, Fidelity, most_windows
 from specontext.evaluation.fidelity.rows import SUITE
-from specontext.evaluation.rows import MEASURES
 from specontext.evaluation.run import Advance, Begin, Choice, Evaluation, run_evaluation
-from specontext.evaluation.samples import EvaluationError, Sample, fingerprint
+from specontext.evaluation.samples import MEASURES, EvaluationError, Sample, fingerprint
 from specontext.evaluation.settings import EvaluationSettings
 from specontext.evaluation.windows import ShortTextError, Window, reservations
 from specontext.models.loading import LoadedModel

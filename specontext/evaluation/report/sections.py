@@ -282,7 +282,7 @@ def _made(results: Results) -> Iterator[Part]:
     command = meta.pop("command", None)
     if command:
         yield Statement("This command makes the same numbers again:")
-        yield Code(command if isinstance(command, str) else " ".join(map(str, command)))
+        yield Code(" ".join(map(str, command)) if isinstance(command, list) else str(command))
     rows = tuple((name.replace("_", " "), _meta_text(value)) for name, value in flat(meta).items())
     if rows:
         yield Table("What it was made with", ("what", "value"), rows, 2)

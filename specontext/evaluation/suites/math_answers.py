@@ -15,13 +15,14 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from specontext.evaluation.suites.math_brackets import braced
+from specontext.evaluation.suites.math_brackets import closings
 from specontext.evaluation.suites.math_forms import Leaf, Named, read, same
 from specontext.evaluation.suites.math_spelling import plain
 from specontext.evaluation.suites.math_values import Unreadable, value
 
 _LONGEST = 400  # characters of an answer that is looked into
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+_BARE = re.compile(r"[^\s$.,]+")
 _BETWEEN = re.compile(r"(?:[\s,;$]|\\q?quad|\\[,; ()\[\]]|\\(?:text|mbox)\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b)*")
 _SAID = re.compile(r"(?:\banswer\b\**\s*(?:is|:|=)\**\s*:?|####)[ \t]*\**[ \t]*(?P<answer>[^\n]+)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?|(?<![\w.])-?\.\d+")
@@ -53,28 +54,36 @@ def final_answer(output: str, *, or_last_number: bool = False) -> str | None:
 def last_boxed(text: str) -> str | None:
     r"""What stands in the last \boxed{...} (or \fbox{...}, or \boxed 7), complete and not empty; None where there is none.
 
-    Boxes with nothing but commas and "and" between them are one answer, a list.
+    Boxes with nothing but commas and "and" between them are one answer, a list; a box inside of another is part of its content.
     """
     parts: list[str] = []
     end = len(text)
-    for match in reversed(list(_BOX.finditer(text))):
-        content, closed = _boxed(text, match.end())
-        if not content:
-            continue
-        if parts and not _BETWEEN.fullmatch(text[closed:end]):
+    for start, content, closed in reversed(_boxes(text)):
+        if parts and not _BETWEEN.fullmatch(text, closed, end):
             break
-        parts.insert(0, content)
-        end = match.start()
-    return ", ".join(parts) or None
+        parts.append(content)
+        end = start
+    return ", ".join(reversed(parts)) or None
 
 
-def _boxed(text: str, start: int) -> tuple[str, int]:
-    """What stands in a box whose content begins at `start`, and where it ends."""
-    if text[start : start + 1] != "{":
-        bare = re.match(r"[^\s$.,]+", text[start:])
-        return (bare[0], start + bare.end()) if bare else ("", start)
-    content = braced(text, start)
-    return ("", start) if content is None else (content.strip(), start + len(content) + 2)
+def _boxes(text: str) -> list[tuple[int, str, int]]:
+    """Where each box that is complete, not empty and in no other begins, what stands in it, and where it ends."""
+    found: list[tuple[int, str, int]] = []
+    closing, end = closings(text), 0
+    for match in _BOX.finditer(text):
+        start = match.end()
+        if match.start() < end:
+            continue
+        if text[start : start + 1] == "{":
+            closed = closing.get(start, -1) + 1
+            content = text[start + 1 : closed - 1].strip()
+        else:
+            bare = _BARE.match(text, start)
+            content, closed = (bare[0], bare.end()) if bare else ("", 0)
+        if closed and (content := _BOX.sub("", content)):
+            found.append((match.start(), content, closed))
+            end = closed
+    return found
 
 
 def equivalent(answer: str, reference: str) -> bool:

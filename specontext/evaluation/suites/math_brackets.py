@@ -19,6 +19,18 @@ def braced(text: str, start: int) -> str | None:
     return None
 
 
+def closings(text: str) -> dict[int, int]:
+    """Where the brace that opens at each place closes, for those that do; escaped ones do not count."""
+    found: dict[int, int] = {}
+    opened: list[int] = []
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] == "}" and opened:
+            found[opened.pop()] = match.start()
+    return found
+
+
 def unbraced(text: str) -> str:
     """Without braces around the whole."""
     while text.startswith("{") and (content := braced(text, 0)) is not None and len(content) + 2 == len(text):

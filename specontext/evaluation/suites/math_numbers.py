@@ -16,7 +16,11 @@ class Unreadable(ValueError):
 
 
 def as_complex(number: Value) -> complex:
-    return complex(float(number)) if isinstance(number, Fraction) else number
+    """Raises Unreadable for a number beyond all floating-point ones."""
+    try:
+        return complex(float(number)) if isinstance(number, Fraction) else number
+    except OverflowError as error:
+        raise Unreadable("too large a number") from error
 
 
 def add(first: Value, second: Value) -> Value:

@@ -46,7 +46,7 @@ def same_value(first: str, second: str) -> bool | None:
     """Whether two formulas have equal values wherever their variables are; None where one of them is not read."""
     try:
         return all(_close(value(first, point), value(second, point)) for point in _points(first + second))
-    except Unreadable:
+    except (Unreadable, ArithmeticError):  # absolute values overflow, too
         return None
 
 
@@ -57,17 +57,17 @@ def proportion(first: str, second: str) -> float | None:
     """
     try:
         values = [(as_complex(value(first, point)), as_complex(value(second, point))) for point in _points(first + second)]
-    except Unreadable:
+        a, b = values[0]
+        if all(_close(x, a) and _close(y, b) for x, y in values):
+            return None
+        if min(abs(a), abs(b)) <= 1e-9 * max(abs(number) for pair in values for number in pair):
+            return 0.0
+        ratio = a / b
+        if abs(ratio.imag) > 1e-9 * abs(ratio) or not all(_close(x, ratio * y) for x, y in values):
+            return 0.0
+        return ratio.real
+    except (Unreadable, ArithmeticError):
         return None
-    a, b = values[0]
-    if all(_close(x, a) and _close(y, b) for x, y in values):
-        return None
-    if min(abs(a), abs(b)) <= 1e-9 * max(abs(number) for pair in values for number in pair):
-        return 0.0
-    ratio = a / b
-    if abs(ratio.imag) > 1e-9 * abs(ratio) or not all(_close(x, ratio * y) for x, y in values):
-        return 0.0
-    return ratio.real
 
 
 def value(text: str, point: int = 0) -> Value:
