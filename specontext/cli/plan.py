@@ -72,11 +72,13 @@ def plan(
         str, typer.Option("--host-kv-dtype", help="The same of layers on the host alone: auto (as on the GPU), fp8 or int8.")
     ] = "auto",
     retrieval_head: Annotated[
-        str | None,
+        str,
         typer.Option(
-            "--retrieval-head", metavar="DIR", help="Its size counts. Default: the model's own, else that of an EAGLE-3 draft."
+            "--retrieval-head",
+            metavar="DIR|auto|none",
+            help="Its size counts; 'auto' is the model's own, else that of an EAGLE-3 draft, 'none' no head.",
         ),
-    ] = None,
+    ] = "auto",
     mode: Annotated[
         str,
         typer.Option("--mode", help="'measured' counts what the engine allocates; 'paper' is eq. 6-7, with 30 % for buffers."),

@@ -67,6 +67,7 @@ def find_facts(
     """Sizes of a model and its head: from a preset where the name is one's and no directory's, else from its config.
 
     Args:
+        retrieval_head: a directory, 'none', or 'auto' or None for the model's own, else one of an EAGLE-3 draft's size.
         quantization: what plain weights are rounded to when they are loaded; quantised ones have the size of their tensors.
         max_model_len: the longest context, for which a preset's checkpoint may need YaRN.
         trust_remote_code: let code that comes with a checkpoint make its config and its decoder.
@@ -78,6 +79,7 @@ def find_facts(
     from specontext.memory.preset import NUMBER_FORMATS
     from specontext.memory.presets import did_you_mean, find_preset
 
+    retrieval_head = None if retrieval_head == "auto" else retrieval_head
     preset = find_preset(name) if not Path(name).is_dir() else None
     if preset is not None:
         known = NUMBER_FORMATS["bfloat16" if dtype == "auto" else dtype]
@@ -173,7 +175,11 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _head(source: str, shape: ModelShape, described: str) -> HeadFacts:
-    """Facts of a head directory, checked against the model."""
+    """Facts of a head directory, checked against the model; 'none' is no head, as of methods without one."""
+    from specontext.memory.facts import NO_HEAD
+
+    if source == "none":
+        return replace(NO_HEAD, source="none, as of methods without one")
     from specontext.retrieval import checkpoint
     from specontext.retrieval.head import facts_of_head
 

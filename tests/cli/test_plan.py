@@ -316,3 +316,13 @@ def test_ranks_share_a_model(run: Any, fails: Fails) -> None:
     assert "each of 4 ranks of" in run("plan", *LLAMA, "-tp", 4).stdout
     assert "tensor_parallel_size 3 does not fit" in fails(["plan", *LLAMA, "-tp", 3])
     assert "has no meaning in mode paper" in fails(["plan", *LLAMA, "-tp", 2, "--mode", "paper"])
+
+
+def test_heads_are_asked_for_as_elsewhere(run: Any) -> None:
+    plain, auto, none = (
+        run("plan", *LLAMA, *more, "--json").json for more in ((), *(("--retrieval-head", it) for it in ("auto", "none")))
+    )
+    assert auto == plain and none["inputs"]["retrieval_head"].startswith("none")
+    assert none["bytes"]["weights"] == plain["bytes"]["weights"] and none["max_len_resident"] > plain["max_len_resident"]
+    nano = run("plan", "nano", "--retrieval-head", "none", "--gpu-memory", "1GiB", "--json").json
+    assert not nano["inputs"]["retrieval_head_parameters"]
