@@ -24,6 +24,7 @@ READ_AGAIN: dict[str, Callable[[Any], bool]] = {
     "settings": lambda value: isinstance(value, dict),
     "suite": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     "notes": lambda value: isinstance(value, list) and all(isinstance(note, dict) and "why" in note for note in value),
+    "heads": lambda value: isinstance(value, dict) and all(isinstance(found, str) for found in value.values()),
     "command": lambda value: value is None or isinstance(value, str),
 }
 

@@ -19,6 +19,7 @@ from specontext.evaluation.budgets import entries
 from specontext.evaluation.cells import EvalCell, Note, Problem, choose_tasks, draw_cells
 from specontext.evaluation.competitors import Competitor, parse_competitors
 from specontext.evaluation.engines import Engines, Group
+from specontext.evaluation.known_heads import KnownHeads
 from specontext.evaluation.results import environment, read_meta, write_results
 from specontext.evaluation.rows import Cell, Row, by_cell, cell_rows
 from specontext.evaluation.samples import FILE, MEASURES, EvaluationError, Sample, SampleFile, SampleId, fingerprint
@@ -124,7 +125,8 @@ class Evaluation:
     ) -> None:
         self.settings, self.engines, self.competitors, self.notes = settings, engines, competitors, notes
         self.groups = engines.groups(competitors)
-        llm = engines.open(self.groups[0])
+        self.heads = KnownHeads(settings.out, before)
+        llm = self.open(self.groups[0])
         assert engines.budget is not None
         self.budgets = settings.budgets or (engines.budget,)
         self.max_length = llm.engine.parts.max_tokens
@@ -141,6 +143,17 @@ class Evaluation:
         self.methods = list(dict.fromkeys([*asked, *(sample.method for sample in self.samples.samples.values())]))
         self.rows: dict[Cell, tuple[list[Row], list[Row]]] = {}
 
+    def open(self, group: Group) -> LLM:
+        """The engine of a group.
+
+        Raises:
+            EvaluationError: its retrieval head is not the one that samples were made with.
+            SpeContextError: as of `Engines.open`.
+        """
+        llm = self.engines.open(group)
+        self.heads.check(group.head or self.settings.retrieval_head, llm.engine.parts.head)
+        return llm
+
     def _meta(self, llm: LLM, before: dict[str, Any] | None) -> dict[str, Any]:
         settings, earlier = self.settings, before or {}
         head = llm.engine.parts.head
@@ -150,6 +163,7 @@ class Evaluation:
             "weights": llm.engine.loaded.weights_note,
             "dtype": str(llm.shape.dtype).removeprefix("torch."),
             "head": None if head is None else settings.retrieval_head,
+            "heads": self.heads.prints,
             "command": " && ".join(dict.fromkeys(command for command in commands if command)) or None,
             **environment(llm.engine.device),
             "seed": settings.seed,
@@ -182,7 +196,7 @@ class Evaluation:
             self.settings.judge.try_out()
         advance = begin("answering", sum(len(cell.problems) * len(choices) for _, cell, choices in wanted))
         for group, cell, choices in wanted:
-            self._run_cell(self.engines.open(group), cell, choices, advance)
+            self._run_cell(self.open(group), cell, choices, advance)
         return self._write()
 
     @property

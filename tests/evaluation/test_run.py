@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from specontext import LLM, SamplingParams
 from specontext.evaluation.run import Advance, open_folder, run_evaluation
@@ -287,3 +288,25 @@ def test_what_a_suite_of_texts_would_not_look_at_is_refused(option: str, tmp_pat
             EvaluationSettings("nano", (suite,), tmp_path, texts=("a.txt",), **{option: given[option]})
     with pytest.raises(EvaluationError, match="no task was named"):
         EvaluationSettings("nano", ("ruler",), tmp_path, tasks=())
+
+
+def test_answers_of_another_head_of_the_same_name_are_not_gone_on_with(tmp_path: Path) -> None:
+    folder = shutil.copytree(NANO / "retrieval_head", tmp_path / "head")
+    asked = EvaluationSettings(
+        "nano",
+        ("ruler",),
+        tmp_path / "out",
+        budgets=(32,),
+        lengths=(128,),
+        limit=1,
+        tasks=("niah_single",),
+        retrieval_head=str(folder),
+        engine={"device": "cpu", "max_model_len": 128},
+    )
+    run_evaluation(asked, silently)
+    assert run_evaluation(replace(asked, limit=2), silently)["meta"]["heads"].keys() == {str(folder)}
+    weights = load_file(folder / "model.safetensors")
+    weights["fc.weight"] += 0.5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EvaluationError, match=r"has results of another retrieval head .*is another one now.*: choose another"):
+        run_evaluation(replace(asked, limit=3), silently)

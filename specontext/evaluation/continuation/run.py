@@ -77,7 +77,7 @@ class _ContinuationEvaluation(Evaluation):
         self._count_all()
         advance = begin("writing", sum(len(some) * len(dict.fromkeys(choices)) for _, some, choices in wanted))
         for group, some, choices in wanted:
-            llm = self.engines.open(group)
+            llm = self.open(group)
             at_once = llm.engine.config.max_num_seqs
             for start in range(0, len(some), at_once):
                 self._write_all(llm, some[start : start + at_once], dict.fromkeys(choices), advance)

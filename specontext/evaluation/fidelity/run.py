@@ -77,7 +77,7 @@ class _FidelityEvaluation(Evaluation):
             "comparing", sum(parts[length] * (len(choices) + (REFERENCE not in choices)) for _, length, choices in wanted)
         )
         for group, length, choices in wanted:
-            self._compare(self.engines.open(group), at[length], dict.fromkeys((REFERENCE, *choices)), advance)
+            self._compare(self.open(group), at[length], dict.fromkeys((REFERENCE, *choices)), advance)
         return self._write()
 
     def _draw(self, begin: Begin) -> list[_Cell]:
