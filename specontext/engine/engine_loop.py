@@ -186,6 +186,8 @@ class EngineLoop:
                     woken.add(output.stream)
             except Exception as error:  # in its text, which is decoded here
                 self._unshowable[generation.request.request_id] = error
+        if woken and not self.engine.has_work:  # who has the last answer finds it in the numbers
+            self.meter.take(self.engine)
         self._wake(woken)
 
     def _fail_named(self, error: Exception) -> bool:
