@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,6 +52,15 @@ def grown(before: dict[str, float], after: dict[str, float]) -> dict[str, float]
     gauges = ("num_requests", "kv_cache", "host_kv", "prefix_cache_bytes", "selection_overlap", "offloaded", "process_")
     assert not [name for name, value in moved.items() if value < 0 and not name.startswith(gauges)], "counters never fall"
     return moved
+
+
+def read_until(stream: socket.socket, *marks: bytes) -> None:
+    """Read an answer until it has all of these."""
+    seen = b""
+    while not all(mark in seen for mark in marks):
+        piece = stream.recv(4096)
+        assert piece, "the answer has ended"
+        seen += piece
 
 
 @pytest.mark.parametrize(
@@ -108,9 +118,7 @@ def test_a_mere_echo_is_no_work(own: Server) -> None:
 def test_a_client_that_leaves(own: Server) -> None:
     before = settled(own)
     connection = open_stream(own, {"prompt": A, "max_tokens": 1900, "ignore_eos": True, "n": 2})
-    seen = b""
-    while not all(f'"index":{index}'.encode() in seen for index in range(2)):
-        seen += connection.recv(4096)
+    read_until(connection, b'"index":0', b'"index":1')
     connection.close()
     moved = grown(before, settled(own))
     assert moved["request_success_total=abort"] == moved["request_queue_time_seconds_count"] == 2
@@ -143,8 +151,7 @@ def test_who_has_to_wait_again_is_not_counted_again(own: Server) -> None:
     before = settled(own)
     streams = [open_stream(own, {"prompt": [800 + i] * 40, "max_tokens": 1900, "ignore_eos": True}) for i in range(2)]
     for stream in streams:
-        while b'"index":0' not in stream.recv(4096):
-            pass
+        read_until(stream, b'"index":0')
 
     seen = numbers(own)
     assert asyncio.run_coroutine_threadsafe(own.serving.state.engine.call(_compute_again), own.loop).result()
