@@ -210,9 +210,7 @@ def test_latents_that_do_not_fill_words_are_refused_in_8_bits() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize(
-    ("method", "offload_layers"), [("full", 2), ("speculative", 0), ("speculative", -1), ("streaming", None)]
-)
+@pytest.mark.parametrize(("method", "layers"), [("full", 2), ("speculative", 0), ("speculative", -1), ("streaming", None)])
 def test_ranks_have_the_latents_and_some_of_the_heads_that_are_made_of_them(
     size: int, method: str, layers: int | None, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Expected
 ) -> None:
