@@ -230,7 +230,7 @@ def test_models_of_one_process_do_not_disturb_each_other(write: Write, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["DeepseekV2", "Gemma4Text", "HunYuanMoEV1", "Qwen3_5MoeText", "StableLm"])
+@pytest.mark.parametrize("architecture", ["DeepseekV2", "Gemma4Text", "HunYuanDenseV1", "Qwen3_5MoeText", "StableLm"])
 def test_two_ranks(architecture: str, write: Write, tmp_path: Path) -> None:
     """Latents, other heads where there is a window, feed-forward layers that no plan names, states, code that counts heads."""
     write(architecture, RUN[architecture])
