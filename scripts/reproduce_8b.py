@@ -138,7 +138,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def facts_of(model: str, dtype: str) -> ModelFacts:
     """The model's shape; of the public models that are known without a download or a network."""
     preset = next((preset for preset in PRESETS.values() if preset.source == model), None)
-    return find_facts(preset.name if preset is not None else model, dtype, None)
+    return find_facts(preset.name if preset is not None else model, dtype)
 
 
 def measured(asked: argparse.Namespace, facts: ModelFacts) -> tuple[Machine, dict[str, Any]]:

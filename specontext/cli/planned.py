@@ -58,7 +58,7 @@ class Planned:
 def find_facts(
     name: str,
     dtype: str,
-    retrieval_head: str | None,
+    retrieval_head: str = "auto",
     *,
     quantization: str | None = None,
     max_model_len: int | None = None,
@@ -67,7 +67,7 @@ def find_facts(
     """Sizes of a model and its head: from a preset where the name is one's and no directory's, else from its config.
 
     Args:
-        retrieval_head: a directory, 'none', or 'auto' or None for the model's own, else one of an EAGLE-3 draft's size.
+        retrieval_head: a directory, 'none', or 'auto' for the model's own, else one of an EAGLE-3 draft's size.
         quantization: what plain weights are rounded to when they are loaded; quantised ones have the size of their tensors.
         max_model_len: the longest context, for which a preset's checkpoint may need YaRN.
         trust_remote_code: let code that comes with a checkpoint make its config and its decoder.
@@ -79,11 +79,10 @@ def find_facts(
     from specontext.memory.preset import NUMBER_FORMATS
     from specontext.memory.presets import did_you_mean, find_preset
 
-    retrieval_head = None if retrieval_head == "auto" else retrieval_head
     preset = find_preset(name) if not Path(name).is_dir() else None
     if preset is not None:
         known = NUMBER_FORMATS["bfloat16" if dtype == "auto" else dtype]
-        head = None if retrieval_head is None else _head(retrieval_head, preset.shape(known), retrieval_head)
+        head = None if retrieval_head == "auto" else _head(retrieval_head, preset.shape(known), retrieval_head)
         facts = _rounded(preset, preset.facts(known, head), quantization)
         if max_model_len is None or not preset.needs_yarn(max_model_len):
             return facts
@@ -116,13 +115,14 @@ def find_facts(
     head = None
     adapter = adapter_of(name)
     own = (adapter.folder if adapter is not None and adapter.beside(OWN_HEAD) else Path(source)) / OWN_HEAD
-    named = retrieval_head or (str(own) if own.is_dir() else None)
+    asked = None if retrieval_head == "auto" else retrieval_head
+    named = asked or (str(own) if own.is_dir() else None)
     shape = ModelShape.from_config(config, format_)
     if named is None and (bundled := bundled_head(name, Path(source), shape)) is not None and bundled.is_dir():
         named = str(bundled)
     if named is not None:
         check_heads(shape, of_layers(config, "num_key_value_heads", shape.full or range(shape.depth)))
-        head = _head(named, shape, "the model's own" if retrieval_head is None else named)
+        head = _head(named, shape, "the model's own" if asked is None else named)
     elif shape.only_windows:
         head = replace(NO_HEAD, source="none: nothing is selected where all layers have a window")
     own_code = {"trust_remote_code": trust_remote_code}

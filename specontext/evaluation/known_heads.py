@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,14 @@ class KnownHeads:
     def __init__(self, folder: Path, meta: dict[str, Any] | None) -> None:
         self._folder = folder
         self.prints: dict[str, str] = dict((meta or {}).get("heads", {}))
+        # Engines are asked for once a cell, and have the same head for many; one that is closed gives its memory back.
+        self._last: Callable[[], RetrievalHead | None] = lambda: None
 
     def check(self, name: object, head: RetrievalHead | None) -> None:
         """Take notice of a head that is going to be used; raises EvaluationError where another one had its name before."""
-        if head is None:
+        if head is None or head is self._last():
             return
+        self._last = weakref.ref(head)
         found = fingerprint_of_head(head)
         if self.prints.setdefault(str(name), found) != found:
             raise EvaluationError(

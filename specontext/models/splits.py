@@ -31,7 +31,7 @@ ADVICE = "leave tensor_parallel_size out"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # whose split goes by heads
 LATENT_ATTENTION = ("kv_b_proj", "o_proj")  # the same where keys and values are made of latents, which every rank has
 PER_KV_HEAD = ("k_proj", "v_proj")
-OUTPUTS = {"out_proj": "o_proj"}  # another name
+ALSO_CALLED = {"out_proj": "o_proj"}
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Cut:
 
 COLUMNS, ROWS = Cut(-2), Cut(-1)  # of a weight [outputs, inputs]
 STYLES = {"colwise": COLUMNS, "rowwise": ROWS, "packed_colwise": Cut(-2, 2), "packed_rowwise": Cut(-1, 2)}
-# Fused projections of gate and up, of which the library has the results gathered: each is split by itself, and nothing gathered.
-# What makes latents is whole everywhere, and so are these.
+# What is split otherwise than a plan says: of fused projections of gate and up, whose results the library gathers, each is split
+# by itself, and nothing is gathered; what makes latents is whole everywhere, and so are these.
 RENAMED = {
     ("gate_up_proj", "colwise_gather_output"): "packed_colwise",
     ("down_proj", "rowwise_split_input"): "rowwise",
@@ -173,10 +173,11 @@ def _splits_of_layer(
     Args:
         needed: names of linear layers that attention must have.
         whole: ids of modules that every rank has.
+        kv_heads: of the layer.
     """
     who = f"a {type(model).__name__} cannot be shared among ranks"
     there = {path.rpartition(".")[2] for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    there |= {OUTPUTS[name] for name in there & OUTPUTS.keys()}
+    there |= {ALSO_CALLED[name] for name in there & ALSO_CALLED.keys()}
     if missing := [name for name in needed if name not in there]:
         raise ModelError(f"{who}: layer {number} has no {missing[0]} of its own that could be split by heads; {ADVICE}")
     splits: list[Split] = []

@@ -347,7 +347,7 @@ def test_the_longest_context(
     assert shape.max_position == longest
     assert shape.limited_by.startswith(limited_by) and bool(shape.limited_by) == bool(limited_by)
     if model_type == "llama":
-        assert find_facts(str(tmp_path), "auto", None).shape.max_position == longest, "the plan's length is the engine's"
+        assert find_facts(str(tmp_path), "auto").shape.max_position == longest, "the plan's length is the engine's"
 
 
 def test_no_length_at_all() -> None:
