@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from specontext.config_entries import heads_of, inattentive_layers, latent_sizes, longest_context, readers_of, windows_of
@@ -141,8 +143,8 @@ class ModelShape:
         """The windows of the layers that have one."""
         return tuple(window for window in self.windows if window is not None)
 
-    @property
-    def places(self) -> dict[int, Place]:
+    @cached_property
+    def places(self) -> Mapping[int, Place]:
         """Of the layers with attention, by their numbers in the decoder, where they find their KV."""
         readers, windows = dict(self.readers), iter(self.windows or (None,) * self.layers)
         found: dict[int, Place] = {}
@@ -161,7 +163,7 @@ class ModelShape:
         """Numbers in the decoder of the layers whose KV grows."""
         return tuple(layer for layer, place in self.places.items() if place.window is None and not place.stored)
 
-    @property
+    @cached_property
     def read_order(self) -> tuple[int, ...]:
         """Layers whose KV grows, in the order in which a step reads them: some more than once."""
         return tuple(place.layer for place in self.places.values() if place.window is None)

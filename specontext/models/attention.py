@@ -106,7 +106,7 @@ class Running:
         self.listener: Any = None
         self.longest: int | None = None
         self.serial: set[int] = set()
-        self.places: dict[int, Place] = {}
+        self.places: Mapping[int, Place] = {}
         configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
         self.configs = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
         self.latent = [vars(module) for module in latent_modules(model)]
