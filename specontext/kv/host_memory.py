@@ -2,12 +2,14 @@
 
 The range is contiguous, so a row's address is its number times its size, in kernels as in PyTorch. Nothing is paid for what is
 never reached: on a CPU the operating system commits pages as they are first written; for a GPU a thread pins the next chunks
-while the engine works, since pinning a gigabyte takes up to half a second. Nothing can be launched while the driver pins: so
-what nobody waits for is pinned in small chunks, with pauses between them.
+while the engine works, since pinning a gigabyte takes up to half a second. Nothing can be launched while the driver pins: so a
+chunk is committed before it is pinned, which leaves the driver only to pin it, and what nobody waits for is pinned in small
+chunks, with pauses between them.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import tempfile
@@ -28,6 +30,7 @@ AHEAD = 16  # chunks that are pinned beyond what is in use
 PAUSE = 4.0  # after a chunk that nobody waits for, in the time that it took
 PORTABLE_AND_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 HUGE_PAGE = 1 << 21
+POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, of Linux 5.14
 
 
 class HostMemory:
@@ -138,7 +141,7 @@ class _Pins:
                 )
 
     def _work(self) -> None:
-        if self.near is not None:  # pinning touches the memory first
+        if self.near is not None:  # who commits memory decides where it lies
             stay_near(self.near)
         pause = 0.0
         while True:
@@ -149,7 +152,9 @@ class _Pins:
                     self._changed.notify_all()
                     return
                 start = self.ready
-            size, began = min(CHUNK, self.num_bytes - start), time.perf_counter()
+            size = min(CHUNK, self.num_bytes - start)
+            commit(self.address + start, size)
+            began = time.perf_counter()
             code = int(register(self.address + start, size))
             pause = PAUSE * (time.perf_counter() - began)
             with self._changed:
@@ -180,6 +185,13 @@ def settle() -> None:
     if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
         with suppress(RuntimeError):
             torch.cuda.synchronize()
+
+
+def commit(address: int, size: int) -> None:
+    """Have the system find pages for memory that nobody has written yet, without holding Python's lock or the driver's."""
+    libc = ctypes.CDLL(None)
+    if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), POPULATE_WRITE):  # an older kernel, or pages that end within
+        ctypes.memset(address, 0, size)
 
 
 def register(address: int, size: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,16 +25,19 @@ CHUNK, AHEAD = 1 << 20, 2
 
 
 class Driver:
-    """Counts what is pinned; refuses beyond `limit` bytes, and holds its answer back while `gate` is closed."""
+    """Counts what is pinned, and whether all of it was committed before; refuses beyond `limit` bytes, and holds its answer back
+    while `gate` is closed."""
 
     def __init__(self) -> None:
         self.pinned: dict[int, int] = {}
         self.limit = 1 << 60
+        self.committed = True
         self.gate = threading.Event()
         self.gate.set()
 
     def register(self, address: int, size: int) -> int:
         self.gate.wait(10)
+        self.committed &= committed(address, size)
         if sum(self.pinned.values()) + size > self.limit:
             return 2
         assert address not in self.pinned
@@ -42,6 +47,15 @@ class Driver:
     def unregister(self, address: int) -> int:
         del self.pinned[address]
         return 0
+
+
+def committed(address: int, size: int) -> bool:
+    """Whether the system has pages for all of this memory."""
+    page, first = mmap.PAGESIZE, address // mmap.PAGESIZE
+    count = -(-(address + size) // page) - first
+    found = (ctypes.c_ubyte * count)()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(first * page), ctypes.c_size_t(count * page), found) == 0
+    return all(one & 1 for one in found)
 
 
 @pytest.fixture
@@ -76,6 +90,16 @@ def test_chunks_are_pinned_in_order_and_ahead_of_need(driver: Driver) -> None:
     assert memory.ready_bytes == size == sum(driver.pinned.values())
     memory.close()
     assert not driver.pinned
+
+
+@pytest.mark.parametrize("populates", [True, False], ids=["populated", "written"])
+def test_memory_is_committed_before_the_driver_has_it(driver: Driver, monkeypatch: pytest.MonkeyPatch, populates: bool) -> None:
+    if not populates:  # an older kernel knows no such advice
+        monkeypatch.setattr(host_memory, "POPULATE_WRITE", 9999)
+    memory = HostMemory(5 * CHUNK + 100, pinned=True)
+    memory.reach(5 * CHUNK + 100)
+    assert driver.committed and not memory.bytes.any()
+    memory.close()
 
 
 def test_who_waits_is_served_without_the_pauses(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
