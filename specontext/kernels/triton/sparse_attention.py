@@ -14,7 +14,7 @@ every split 4 * (D + 1) written and read again for each query head.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -29,8 +29,15 @@ from specontext.kernels.triton.coded_attention import Tile
 from specontext.kernels.triton.online_softmax import LN2, capped
 
 PROCESSORS = 132  # of an H100 or H200; stands in for devices that are none
-WAVES = 2  # programs a processor, about as many as it can hold at once
 LEAST_ROWS = 32  # entries of the smallest split
+LARGEST_BLOCK = 64  # entries of which a program has two under way and computes a third
+# How long programs take, in rows that one reads; a program reads 11 to 12 GB/s and no faster, so all that a processor can hold
+# are wanted. Fitted to decode steps of an H200 with 22 to 62 requests (benchmarks/results/h200/paper).
+HELD = 3  # programs that a processor holds at once
+TAIL = 0.55  # of a wave: what a few programs behind the last full one take, part of which is beside it
+BEGINS, MERGES = 16, 8  # rows that a program could read until it reads, and until its split is merged
+MERGE = 50  # rows that all programs could read while the splits' merging is launched
+NEARLY = 1.03
 
 
 @triton.jit(do_not_specialize=["width", "splits"])
@@ -281,9 +288,9 @@ def tile_shape(query: Tensor, arena: Tensor, group: int) -> dict[str, Any]:
     dim_pad, group_pad = max(16, triton.next_power_of_2(head_dim)), triton.next_power_of_2(group)
     dot = group > 4 or not exact
     if dot:
-        block = max(16, min(64, (2048 if exact else 8192) // dim_pad))
+        block = max(16, min(LARGEST_BLOCK, (2048 if exact else 8192) // dim_pad))
     else:
-        block = max(8, min(64, 4096 // (dim_pad * group_pad)))
+        block = max(8, min(LARGEST_BLOCK, 4096 // (dim_pad * group_pad)))
     kind = tl.float32 if exact else tl.float16 if scaled or query.dtype == torch.float16 else tl.bfloat16
     if kind == tl.bfloat16 and not query.is_cuda:  # the interpreter multiplies bfloat16 as if it were integers
         kind = tl.float32
@@ -299,10 +306,25 @@ def tile_shape(query: Tensor, arena: Tensor, group: int) -> dict[str, Any]:
 
 
 def choose_splits(pairs: int, width: int, device: torch.device) -> int:
-    """Splits for `pairs` (request, KV head) pairs of at most `width` entries: enough programs to fill the device about twice,
-    none with fewer than LEAST_ROWS entries."""
-    wanted = -(-WAVES * processors(device) // pairs)
-    return max(1, min(wanted, -(-width // LEAST_ROWS)))
+    """Splits for `pairs` (request, KV head) pairs of at most `width` entries, none with fewer than LEAST_ROWS: the fewest with
+    which programs fill the device, and its last wave, about as well as with any number."""
+    return _choose_splits(pairs, width, HELD * processors(device))
+
+
+@lru_cache(4096)
+def _choose_splits(pairs: int, width: int, held: int) -> int:
+    most = max(1, min(-(-width // LEAST_ROWS), 4 * -(-held // pairs)))
+    expected = [expected_rows(pairs, width, splits, held) for splits in range(1, most + 1)]
+    return next(splits for splits, rows in enumerate(expected, 1) if rows <= NEARLY * min(expected))
+
+
+def expected_rows(pairs: int, width: int, splits: int, held: int) -> float:
+    """What a processor's program could read one after the other until `splits` of `width` entries are read and merged."""
+    block = LEAST_ROWS if width <= splits * LEAST_ROWS else LARGEST_BLOCK
+    share = -(-width // (splits * block)) * block
+    full, rest = divmod(pairs * -(-width // share), held)
+    waves = full + (max(TAIL if full else 1.0, rest / held) if rest else 0.0)
+    return waves * (share + BEGINS + MERGES * (splits > 1)) + MERGE * (splits > 1)
 
 
 def processors(device: torch.device) -> int:
