@@ -11,8 +11,10 @@ import torch
 
 from specontext.evaluation.paper.bench import Bench, measured, open_bench
 from specontext.evaluation.paper.columns import SCALES, TABLES, Column
+from specontext.evaluation.paper.hugging_face import SDPA, Theirs
 from specontext.evaluation.paper.loop import ABLATION, FULL, OURS, Way, looping, wait_for_loads
-from specontext.evaluation.paper.parts import parts_of
+from specontext.evaluation.paper.parts import ours, parts_of, their_most
+from specontext.evaluation.paper.progress import Progress
 from specontext.evaluation.paper.results import link, with_ratios
 
 CPU = torch.device("cpu")
@@ -67,8 +69,41 @@ def test_as_many_requests_as_make_the_most_tokens_a_second(bench: Bench) -> None
 
 def test_what_does_not_fit_is_a_row_that_says_so(bench: Bench) -> None:
     row = measured(bench, "full", "", COLUMN, 99, lambda: replace(bench, memory=1000).ours(FULL, COLUMN, 99))
-    assert "99 requests" in row["error"] and row["tokens_per_s"] is None
+    assert "99 requests" in row["error"] and row["tokens_per_s"] is None and row["too_many"]
     assert "not even one" in measured(bench, "full", "", COLUMN, None, dict)["error"]
+
+
+def test_hugging_face_gets_fewer_requests_where_its_growing_cache_outgrows_memory(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def steps(self: Bench, way: Theirs, requests: int, lengths: list[int], *, steps: int | None = None) -> dict[int, float]:
+        if requests > 4 and steps is None:  # all lengths in a row, which the search has not run
+            raise torch.OutOfMemoryError("out of memory")
+        return dict.fromkeys(lengths, 0.1)
+
+    monkeypatch.setattr(Bench, "_their_steps", steps)
+    assert bench.most_of_theirs(SDPA, COLUMN) == TINY.most_requests == 8
+    found = their_most(replace(bench, progress=Progress()), SDPA, COLUMN)
+    assert found["requests"] == 4 and found["tokens_per_s"] and "error" not in found
+
+
+def test_the_choice_is_judged_by_whole_columns(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More requests are faster at the mean length here, and slower at the longest, where layers are away."""
+    asked: list[tuple[int, int]] = []
+
+    def steps(self: Bench, way: Way, column: Column, requests: int, lengths: list[int]) -> dict[int, tuple[float, int]]:
+        asked.extend((requests, length) for length in lengths)
+        return {length: (1.0 if length < column.longest or requests <= 4 else 9.0, 0) for length in lengths}
+
+    monkeypatch.setattr(Bench, "steps", steps)
+    monkeypatch.setattr(Bench, "requests_for", lambda *_: 4)
+    monkeypatch.setattr(Bench, "prefill_s", lambda *_: 0.0)
+    theirs = lambda self, way, requests, lengths, steps=None: dict.fromkeys(lengths, 1.0)  # noqa: E731
+    monkeypatch.setattr(Bench, "_their_steps", theirs)
+    found = ours(replace(bench, progress=Progress()), COLUMN)[-1]
+    assert found["best_requests"] == 4 and found["choice_over_best"] == 1.0
+    assert list(found["searched"]) == ["3", "4", "5"], "no further than what is worse already"
+    assert {length for requests, length in asked if requests == 5} == set(COLUMN.lengths(3))
 
 
 def loaded_rows(bench: Bench, way: Way, overlap: float = 0.85) -> float:
@@ -112,3 +147,6 @@ def test_ratios_are_taken_within_a_part_and_linked_between_parts() -> None:
     assert second[1]["over_hf_eager_4"] is None
     linked = link([*first, *second])[-1]
     assert linked["over_hf_eager_4"] == 6 and linked["linked"] == ["over_hf_eager_4"] and linked["over_full"] is None
+    third = with_ratios([row("c", "full", 20.0), row("c", "hf-sdpa", 10.0)])
+    fourth = with_ratios([row("d", "hf-sdpa", None), row("d", "full", 10.0), row("d", "ours", 30.0)])
+    assert link([*third, *fourth])[-1]["over_hf_sdpa"] == 6, "by way of our full attention where there is no SDPA"

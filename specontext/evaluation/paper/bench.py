@@ -246,7 +246,7 @@ def _measured(bench: Bench, name: str, words: str, column: Column, requests: int
         error = "not even one request fits"
     except TOO_MUCH as failed:
         free(bench.device)
-        error = f"{requests} requests do not fit: {first_line(failed)}"
+        error, broken = f"{requests} requests do not fit: {first_line(failed)}", {"too_many": True}
     except Exception as failed:  # the systems beside it are measured all the same, and the part is not kept
         traceback.print_exc()
         free(bench.device)

@@ -71,7 +71,9 @@ def decode_steps(
         for length in lengths:
             if cache is None or way.cache != "static":
                 cache = None
+                free(device)  # of the last length: tensors of other sizes would not fit between what is left of it
                 cache = _cache(loaded, way, requests, length, longest)
+                free(device)  # a compiled step has a pool of its own
                 forward = loaded.model.forward
                 if way.cache == "static" and device.type == "cuda":
                     forward = torch.compile(loaded.model.forward, mode="reduce-overhead")

@@ -13,7 +13,9 @@ from specontext.evaluation.paper.loop import ABLATION, FULL, OURS, OURS_EAGER, Q
 
 Rows = Callable[[Bench], list[Row]]
 OVERLAPS = (0.5, 0.7, 0.85, 0.9, 0.95, 0.98)
-NEIGHBOURS = (0.7, 0.85, 1.15, 1.4)  # of the plan's number of requests, that are searched
+NEIGHBOURS = ((0.85, 0.7), (1.15, 1.4))  # of the plan's number of requests, that are searched while they are better
+SEARCH_POINTS = 3  # lengths at which they decode
+FEWER = 0.75  # of the requests that memory turned out not to hold
 PROVEN = 8  # requests of the whole run, at most
 
 
@@ -98,11 +100,20 @@ def their_row(bench: Bench, way: Theirs, column: Column, requests: int | None) -
     return measured(bench, way.name, way.words, column, requests, lambda: bench.theirs(way, column, requests or 1))
 
 
+def their_most(bench: Bench, way: Theirs, column: Column) -> Row:
+    """One of Hugging Face's systems with as many requests as serve it best, or fewer, where its growing cache outgrows memory."""
+    requests = most_of_theirs(bench, way, column)
+    found = their_row(bench, way, column, requests)
+    while found.get("too_many") and requests and requests > 1:
+        requests = max(1, int(FEWER * requests))
+        found = their_row(bench, way, column, requests)
+    return found
+
+
 def references(bench: Bench, column: Column, requests: int | None = None) -> list[Row]:
     """Hugging Face's SDPA and our full attention, with as many requests as serve them best: in every part, on the same card."""
-    theirs = requests or most_of_theirs(bench, SDPA, column)
-    full = requests or bench.requests_for(FULL, column)
-    return [their_row(bench, SDPA, column, theirs), row(bench, FULL, column, full)]
+    theirs = their_most(bench, SDPA, column) if requests is None else their_row(bench, SDPA, column, requests)
+    return [theirs, row(bench, FULL, column, requests or bench.requests_for(FULL, column))]
 
 
 def one_request(bench: Bench, column: Column, also: Sequence[Theirs] = ()) -> list[Row]:
@@ -121,8 +132,8 @@ def hugging_face(bench: Bench, column: Column) -> list[Row]:
     paper = their_row(bench, EAGER, column, min(PAPER_EAGER_REQUESTS, bench.scale.most_requests))
     found = [*references(bench, column), paper | {"system": "hf-eager, 4 requests"}]
     for way in (EAGER, STATIC, OFFLOADED):
-        offloaded = way.cache == "offloaded" and bench.device.type != "cuda"
-        found.append(their_row(bench, way, column, None if offloaded else most_of_theirs(bench, way, column)))
+        here = way.cache != "offloaded" or bench.device.type == "cuda"
+        found.append(their_most(bench, way, column) if here else their_row(bench, way, column, None))
     return found
 
 
@@ -133,25 +144,39 @@ def most_of_theirs(bench: Bench, way: Theirs, column: Column) -> int | None:
 
 
 def ours(bench: Bench, column: Column) -> list[Row]:
-    """Ours with the plan's choice, and how far that is from the best of its neighbours at the column's mean length."""
+    """Ours with the plan's choice, and how far that is from the best of its neighbours over the whole column."""
     count, rows = bench.requests_for(OURS, column), references(bench, column)
     found = row(bench, OURS, column, count)
     if count is None or "error" in found:
         return [*rows, found]
-    [mean] = column.lengths(1)
-    tried = {}
-    for requests in sorted({count, *(max(1, round(count * share)) for share in NEIGHBOURS)}):
-        if requests <= bench.scale.most_requests and bench.away(OURS, requests, column.longest, column.longest) is not None:
-            step = partial(_one_step, bench, column, requests, mean)
-            tried[requests] = requests / bench.progress.once(f"a step of {requests} requests", step)
-    best = max(tried, key=lambda requests: tried[requests])
-    searched = {str(requests): rate for requests, rate in tried.items()}
-    return [*rows, found | {"searched": searched, "best_requests": best, "choice_over_best": tried[count] / tried[best]}]
+    prefill = found["prefill_s"] / count
+    tried = {count: _rate(bench, column, count, prefill)}
+    for shares in NEIGHBOURS:
+        best = tried[count]
+        for requests in (max(1, round(count * share)) for share in shares):
+            fits = bench.away(OURS, requests, column.longest, column.longest) is not None
+            if requests in tried or requests > bench.scale.most_requests or not fits:
+                continue
+            tried[requests] = _rate(bench, column, requests, prefill)
+            if tried[requests] < best:
+                break
+            best = tried[requests]
+    best_count = max(tried, key=lambda requests: tried[requests])
+    searched = {str(requests): rate for requests, rate in sorted(tried.items())}
+    choice = {"best_requests": best_count, "choice_over_best": tried[count] / tried[best_count]}
+    return [*rows, found | {"searched": searched} | choice]
 
 
-def _one_step(bench: Bench, column: Column, requests: int, length: int) -> float:
-    [(seconds, _)] = bench.steps(OURS, column, requests, [length]).values()
-    return seconds
+def _rate(bench: Bench, column: Column, requests: int, prefill: float) -> float:
+    """Tokens a second of a column with so many requests of ours, whose prompts take `prefill` seconds each."""
+
+    def step(length: int) -> float:
+        [(seconds, _)] = bench.steps(OURS, column, requests, [length]).values()
+        return seconds
+
+    lengths = column.lengths(SEARCH_POINTS)
+    steps = {n: bench.progress.once(f"a step of {requests} requests of {n} tokens", partial(step, n)) for n in lengths}
+    return requests * column.output / (requests * prefill + column.decode_seconds(steps))
 
 
 def methods(bench: Bench, column: Column) -> list[Row]:

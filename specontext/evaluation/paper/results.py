@@ -183,14 +183,14 @@ def _beside(one: Row, other: Row) -> bool:
 
 
 def link(rows: list[Row]) -> list[Row]:
-    """Rows with ratios to systems that another part measured: both were set against Hugging Face's SDPA on the same card."""
+    """Rows with ratios to systems that another part measured: both were set against Hugging Face's SDPA on the same card, or,
+    where a part has no such row, against our full attention."""
     for row in rows:
         for system, name in OVER.items():
-            others = [
-                one["over_hf_sdpa"] for one in rows if one["system"] == system and _beside(one, row) and one["over_hf_sdpa"]
-            ]
-            if row[name] is None and others and row["over_hf_sdpa"]:
-                row |= {name: row["over_hf_sdpa"] / others[0], "linked": [*row.get("linked", ()), name]}
+            for way in ("over_hf_sdpa", "over_full"):
+                others = [one[way] for one in rows if one["system"] == system and _beside(one, row) and one[way]]
+                if row[name] is None and others and row[way]:
+                    row |= {name: row[way] / others[0], "linked": [*row.get("linked", ()), name]}
     return rows
 
 
