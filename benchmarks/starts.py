@@ -1,17 +1,20 @@
 """How long an engine takes to start beyond loading weights: with empty compiler caches, and in a process that finds them filled.
 
-    python benchmarks/starts.py --model llama-3.1-8b [--requests 8] [--max-model-len 34816] [--json]
+    python benchmarks/starts.py --model llama-3.1-8b [--requests 8] [--max-model-len 34816] [--profile FILE] [--json]
 
 Every start is a process of its own: it makes the model (a public one's shape with random weights, or a checkpoint), then the
 engine that `LLM` starts, warms it up as a server does before it says that it is ready, and answers one prompt. The first process
 has empty caches of Triton and of torch.compile, the second one those that the first has left. Imports and loading count apart.
+With --profile a third process starts as the second did, and FILE gets the functions in which it spends its time.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
 import os
+import pstats
 import subprocess
 import sys
 import tempfile
@@ -35,6 +38,8 @@ def main(words: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         caches = {name: str(Path(folder, name)) for name in CACHES}
         found = {kind: in_a_process(options, os.environ | caches) for kind in TARGETS}
+        if options.profile is not None:
+            in_a_process(options, os.environ | caches, "--profile", str(options.profile))
     print(f"| start | imports | loading | beyond loading (asked) | {PROMPT:,} tokens, first one |")
     print("|---|---|---|---|---|")
     for kind, took in found.items():
@@ -53,15 +58,16 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--max-model-len", type=int, default=34816)
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="where the time of a start with full caches goes")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)  # one start, in this process
     return parser.parse_args(words)
 
 
-def in_a_process(options: argparse.Namespace, environment: dict[str, str]) -> dict[str, float]:
-    """Seconds of one start."""
+def in_a_process(options: argparse.Namespace, environment: dict[str, str], *more: str) -> dict[str, float]:
+    """Seconds of one start, with more words behind its own."""
     words = [word for name in OPTIONS for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
-    command = [sys.executable, __file__, "--start", *words]
+    command = [sys.executable, __file__, "--start", *words, *more]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"a start ended with {done.returncode}")
@@ -79,12 +85,26 @@ def start(options: argparse.Namespace) -> dict[str, float]:
     imported = clock(device)
     loaded, dummy = load(options.model, options.dtype, device)
     setup = Setup(loaded, dummy, options.budget, None, None, torch.Generator().manual_seed(0))
+    profile = cProfile.Profile()
     began = clock(device)
+    if options.profile is not None:
+        profile.enable()
     with setup.engine("speculative", seats=options.requests, longest=options.max_model_len) as driver:
         driver.engine.warm_up()
         ready = clock(device)
+        if options.profile is not None:
+            profile.disable()
+            write(profile, options.profile)
         first = driver.seconds([setup.prompt(min(PROMPT, options.max_model_len - 2))])
     return {"import_s": imported - BEGAN, "load_s": began - imported, "start_s": ready - began, "first_token_s": first}
+
+
+def write(profile: cProfile.Profile, file: Path) -> None:
+    """Functions by the time in them and all that they call, and by the time in themselves."""
+    with file.open("w") as stream:
+        statistics = pstats.Stats(profile, stream=stream).strip_dirs()
+        statistics.sort_stats("cumulative").print_stats(120)
+        statistics.sort_stats("tottime").print_stats(40)
 
 
 if __name__ == "__main__":

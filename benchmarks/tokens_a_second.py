@@ -21,7 +21,7 @@ from typing import Any
 
 import specontext  # noqa: F401  # isort: skip  # before torch: it says how torch's threads wait
 import torch
-from engine_runs import Driver, Setup, load
+from engine_runs import Driver, Setup, StepTime, load
 from measure import clock, machine, versions
 
 from specontext.memory.presets import PRESETS
@@ -84,8 +84,8 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def run(setup: Setup, driver: Driver, requests: int, context: int, output: int) -> Run:
     """One batch from its arrival to its last token: seconds in all, the median of steps in which all requests decode and nothing
-    else happens (None where there are few: the first requests may end before the last prompt is computed), and layers that were
-    on the host at the end."""
+    else happens (None where there are few: the first requests may end before the last prompt is computed), layers that were
+    on the host at the end, and where the seconds went."""
     prompts = [setup.prompt(context) for _ in range(requests)]
     began = clock(setup.device)
     added = driver.add(prompts, output)
@@ -93,7 +93,20 @@ def run(setup: Setup, driver: Driver, requests: int, context: int, output: int) 
     seconds = clock(setup.device) - began
     alone = [step.seconds for step in steps if step.decodes == requests and not step.prompt_tokens]
     step = statistics.median(alone) if len(alone) >= min(STEPS, output - 1) else None
-    return {"seconds": seconds, "step_s": step, "offloaded_layers": len(driver.engine.parts.kv.offloaded)}
+    away = len(driver.engine.parts.kv.offloaded)
+    return {"seconds": seconds, "step_s": step, "offloaded_layers": away, "kinds": kinds_of(steps)}
+
+
+def kinds_of(steps: Sequence[StepTime]) -> dict[str, dict[str, float]]:
+    """Of steps that compute prompts, decode, or both: how many, seconds of all, their median and the longest (the host's clock)."""
+    taken: dict[str, list[float]] = {"prompts": [], "mixed": [], "decode": []}
+    for step in steps:
+        taken["decode" if not step.prompt_tokens else "mixed" if step.decodes else "prompts"].append(step.seconds)
+    return {
+        kind: {"steps": len(one), "seconds": sum(one), "median_s": statistics.median(one), "longest_s": max(one)}
+        for kind, one in taken.items()
+        if one
+    }
 
 
 def row(case: Case, found: dict[str, list[Run]]) -> dict[str, Any]:
