@@ -98,7 +98,7 @@ def run(setup: Setup, driver: Driver, requests: int, context: int, output: int) 
 
 
 def kinds_of(steps: Sequence[StepTime]) -> dict[str, dict[str, float]]:
-    """Of steps that compute prompts, decode, or both: how many, seconds of all, their median and the longest (the host's clock)."""
+    """Of steps that compute prompts, decode, or both: how many, the seconds of all, their median and the longest."""
     taken: dict[str, list[float]] = {"prompts": [], "mixed": [], "decode": []}
     for step in steps:
         taken["decode" if not step.prompt_tokens else "mixed" if step.decodes else "prompts"].append(step.seconds)
