@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 TABLE_NAMES = ("cloud", "single", "edge", "ablation", "concurrency")
 SCALE_NAMES = ("full", "tiny")
+OVERLAP = 0.85
 
 
 def bench_paper(
@@ -44,12 +47,16 @@ def bench_paper(
         float | None,
         typer.Option("--minutes", help="Begin no part that would end later than this; the same command goes on another time."),
     ] = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option("--gpu-memory", metavar="SIZE", help="What may be taken of the GPU. Default: 0.9 of it."),
+    ] = None,
     host_memory: Annotated[
         str | None, typer.Option("--host-memory", metavar="SIZE", help="Host memory for KV. Default: 0.6 of what is free.")
     ] = None,
     overlap: Annotated[
         float, typer.Option("--overlap", help="Share of the selected entries that the step before selected too.")
-    ] = 0.85,
+    ] = OVERLAP,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="F.png", help="Draw tokens/s of all systems.")] = None,
 ) -> None:
@@ -66,18 +73,26 @@ def bench_paper(
     from specontext.evaluation.paper.results import chosen_parts, report_of, run_parts
 
     plan, size = TABLES[table], SCALES[scale]
+    if gpu_memory is not None:
+        plan = replace(plan, memory=parse_size(gpu_memory))
     names = [name.strip() for name in parts.split(",") if name.strip()] if parts else []
     chosen = chosen_parts(plan, size, model or (), names)
     if list_parts:
-        _list(table, device, scale, chosen, out, as_json)
+        given = {"gpu-memory": gpu_memory, "host-memory": host_memory, "overlap": None if overlap == OVERLAP else overlap}
+        words = ["--table", table, "--device", device, "--scale", scale, "--out", str(out or "paper-results")]
+        words += [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+        _list(words, chosen, as_json)
         return
     if minutes is not None and out is None:
         raise UsageError("--minutes leaves parts for another time, so their results have to be kept: give --out DIR")
+    chip = _device(device)
+    if gpu_memory is not None and chip.type != "cuda":
+        raise UsageError("--gpu-memory is of a GPU, and this is a CPU: leave it")
     results, left = run_parts(
         plan,
         size,
         chosen,
-        _device(device),
+        chip,
         folder=out,
         host_memory=None if host_memory is None else parse_size(host_memory),
         overlap=overlap,
@@ -117,16 +132,11 @@ def _device(name: str) -> torch.device:
     return pick_device(name)
 
 
-def _list(table: str, device: str, scale: str, parts: list[Part], out: Path | None, as_json: bool) -> None:
+def _list(words: list[str], parts: list[Part], as_json: bool) -> None:
     """The commands, one a part, so that each can be run when there is a GPU for it."""
-    where = f" --out {out}" if out is not None else " --out paper-results"
+    command = shlex.join(["specontext", "bench", "paper", *words])
     commands: list[dict[str, Any]] = [
-        {
-            "part": part.name,
-            "minutes": part.minutes,
-            "command": f"specontext bench paper --table {table} --device {device} --scale {scale} --parts {part.name}{where}",
-        }
-        for part in parts
+        {"part": part.name, "minutes": part.minutes, "command": f"{command} --parts {part.name}"} for part in parts
     ]
     if as_json:
         print(json.dumps(commands))

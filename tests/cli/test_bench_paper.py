@@ -164,7 +164,11 @@ def test_for_people_and_as_a_picture(run: Any, tmp_path: Path) -> None:
 def test_parts_are_listed_with_their_commands(run: Any) -> None:
     listed = run("bench", "paper", "--table", "cloud", "--device", "cuda", "--list-parts", "--json").json
     assert len(listed) == len({one["part"] for one in listed}) == 28 and all(0 < one["minutes"] <= 3 for one in listed)
-    assert "--parts qwen3-8b/2k-16k/ours " in " ".join(one["command"] for one in listed)
+    assert any(one["command"].endswith(" --parts qwen3-8b/2k-16k/ours") for one in listed)
+    capped = run(
+        "bench", "paper", "--table", "cloud", "--gpu-memory", "72GiB", "--out", "my results", "--list-parts", "--json"
+    ).json
+    assert all("--out 'my results' --gpu-memory 72GiB --parts" in one["command"] for one in capped)
     shown = run("bench", "paper", "--table", "cloud", "--list-parts", "--model", "qwen3-8b", "--parts", "qwen3-8b/2k-32k")
     assert len(shown.stdout.splitlines()) == 4 and "minutes" in shown.stdout
 
@@ -179,6 +183,8 @@ def test_parts_are_listed_with_their_commands(run: Any) -> None:
         (["--table", "cloud", "--minutes", "0", "--out", "somewhere"], "above 0", 2),
         (["--table", "cloud", "--plot", "a.gif"], ".png", 2),
         (["--table", "cloud", "--parts", "nothing"], "--list-parts", 1),
+        (["--table", "cloud", "--device", "cpu", "--gpu-memory", "72GiB"], "of a GPU", 2),
+        (["--table", "cloud", "--gpu-memory", "much"], "much", 2),
         (["--table", "edge", "--model", "qwen3-8b"], "llama-3.2-1b", 1),
         (["--table", "single", "--device", "tpu", "--scale", "tiny"], "auto, cpu, cuda", 2),
         (["--table", "single", "--host-memory", "24G"], "24GiB", 2),

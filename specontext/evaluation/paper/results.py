@@ -69,6 +69,7 @@ def run_parts(
         "scale": scale.name,
         "device": device_name(device),
         "overlap": overlap,
+        "gpu_memory": table.memory,
         "specontext": __version__,
         "torch": torch.__version__,
     }
@@ -199,7 +200,7 @@ def report_of(table: TablePlan, results: Sequence[dict[str, Any]]) -> dict[str, 
     first = results[0] if results else {}
     rows = [{"part": result["part"], "date": result["date"]} | row for result in results for row in result["rows"]]
     rows = link(rows)
-    about = {name: first.get(name) for name in ("scale", "device", "overlap", "specontext", "torch")}
+    about = {name: first.get(name) for name in ("scale", "device", "gpu_memory", "overlap", "specontext", "torch")}
     proofs = [row["sampled_over_whole"] for row in rows if "sampled_over_whole" in row]
     choices = [row["choice_over_best"] for row in rows if "choice_over_best" in row]
     return {
