@@ -77,6 +77,11 @@ class HostMemory:
         if self._pins is not None:
             self._pins.prepare(end)
 
+    def finish(self) -> None:
+        """Wait until all that is being made usable ahead of need is; where the system has no more, until that is known."""
+        if self._pins is not None:
+            self._pins.finish()
+
     def close(self) -> None:
         """Unpin; the memory must not be in use any more."""
         if self._pins is not None:
@@ -140,6 +145,12 @@ class _Pins:
                     "--ulimit memlock=-1 for a container)"
                 )
 
+    def finish(self) -> None:
+        with self._changed:
+            self.needed = max(self.needed, self.wanted)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._thread is None)
+
     def _work(self) -> None:
         if self.near is not None:  # who commits memory decides where it lies
             stay_near(self.near)
@@ -188,10 +199,13 @@ def settle() -> None:
 
 
 def commit(address: int, size: int) -> None:
-    """Have the system find pages for memory that nobody has written yet, without holding Python's lock or the driver's."""
-    libc = ctypes.CDLL(None)
-    if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), POPULATE_WRITE):  # an older kernel, or pages that end within
-        ctypes.memset(address, 0, size)
+    """Have the system find pages for memory that nobody has written yet, without holding Python's lock or the driver's; one huge
+    page at a time, since who wants addresses of the system waits meanwhile."""
+    advise = ctypes.CDLL(None).madvise
+    for start in range(address, address + size, HUGE_PAGE):
+        length = min(HUGE_PAGE, address + size - start)
+        if advise(ctypes.c_void_p(start), ctypes.c_size_t(length), POPULATE_WRITE):  # an older kernel
+            ctypes.memset(start, 0, length)
 
 
 def register(address: int, size: int) -> int:

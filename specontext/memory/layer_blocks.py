@@ -11,6 +11,7 @@ Every block has room for as many layers as the largest; places that a smaller on
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,6 +62,16 @@ class LayerBlocks:
         in some of a block's layers."""
         heads = range(len(head_map[0]))
         return sum(len({head_map[layer][head] for layer in members}) for members in self.members for head in heads)
+
+    def read_bytes(self, away: int, row_bytes: int, piece: int) -> int:
+        """What reading a token and KV head in the last `away` layers costs a bus, in bytes at full speed.
+
+        Args:
+            row_bytes: of one layer.
+            piece: bytes that a smaller piece of a block takes as long as.
+        """
+        blocks = Counter(self.home[layer][0] for layer in self.layers[len(self.layers) - away :])
+        return sum(max(piece, count * row_bytes) for count in blocks.values())
 
     @cached_property
     def places_away(self) -> tuple[int, ...]:

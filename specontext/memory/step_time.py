@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from specontext.memory.facts import ModelFacts
+from specontext.memory.layer_blocks import LEAST_PIECE
 
 OVERLAP = 0.85  # share of the selected entries that the last step selected too, where nothing is known of it
 
 # Shares of the device's bandwidth that parts of a step reach. Matrices are read at full speed for one token; for several the
 # products work in tiles and reach a little less. All rows are read in their order; those of a selection are smaller pieces.
 ONE_TOKEN, SEVERAL_TOKENS, ALL_ROWS, ROWS = 1.0, 0.9, 0.92, 0.7
-# Of the bandwidth from the host: the layers before read and write the device's memory beside the loads.
-LOADS = 0.72
+LOADS = 0.95  # of the bandwidth from the host, beside the layers before
 MOST_EXTRA_S, MOST_BUS = 10.0, 50.0  # that are believed
 PRODUCTS = 0.6  # of the rate of large products, that a prompt's chunk reaches
 
@@ -36,6 +36,7 @@ class MachineSpeed:
         offloaded_s: the same of what an offloaded layer does besides: writing and looking up slots.
         step_s: seconds of a step around its layers: sampling, packing, the loop.
         pinned: bytes of host memory that could be pinned when that was tried; None where nothing was pinned.
+        piece: bytes that are read at `host`; a smaller piece takes as long.
     """
 
     name: str
@@ -46,11 +47,12 @@ class MachineSpeed:
     offloaded_s: float
     step_s: float
     pinned: int | None = None
+    piece: int = 1
 
 
 # Device bandwidths are those of a sum over 4 GiB; `host` is of pieces of 2 KiB. 1.75 ms of a captured step of 32 layers are not
 # explained by bytes on either GPU.
-H100 = MachineSpeed("NVIDIA H100", 3.1e12, 50e9, 600e12, layer_s=50e-6, offloaded_s=15e-6, step_s=150e-6)
+H100 = MachineSpeed("NVIDIA H100", 3.1e12, 50e9, 600e12, layer_s=50e-6, offloaded_s=15e-6, step_s=150e-6, piece=LEAST_PIECE)
 H200 = replace(H100, name="NVIDIA H200", device=4.4e12)
 KNOWN_MACHINES = (H200, H100)
 # Two cores of a server; both tiers are its memory, so little depends on these.
@@ -117,7 +119,7 @@ class StepClock:
 
         Weights and head are read once, the head's keys of all tokens, and the selected rows of all layers. Those of offloaded
         layers that the last step did not select come over the bus beside the layers before; the last block's layers wait for
-        their loads.
+        their loads. A block that is away in part takes as long to read as a whole one.
         """
         machine, shape, requests = self.machine, self.facts.shape, len(lengths)
         layers = shape.layers
@@ -140,8 +142,8 @@ class StepClock:
         # Loads begin when the rows are chosen, and the layers of the last block are computed when theirs have come.
         choosing = keys / machine.device / share + machine.step_s
         last = min(self.facts.layer_blocks.places, offloaded) / layers * compute
-        loaded = missing * shape.kv_heads * shape.on_host.row_bytes
-        bus = self.bus * loaded / machine.host / LOADS
+        piece = self.facts.layer_blocks.read_bytes(offloaded, shape.on_host.row_bytes, machine.piece)
+        bus = self.bus * longer * missed * shape.kv_heads * piece / machine.host / LOADS
         loads = choosing + bus + last
         return StepTime(max(compute, loads), compute, loads, bus)
 

@@ -112,6 +112,20 @@ def test_who_waits_is_served_without_the_pauses(driver: Driver, monkeypatch: pyt
     assert not driver.pinned
 
 
+def test_what_was_begun_ahead_of_need_can_be_waited_for(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "PAUSE", 1e9)
+    memory = HostMemory(8 * CHUNK, pinned=True)
+    memory.finish()
+    assert memory.ready_bytes == (1 + AHEAD) * CHUNK
+    memory.finish()  # there is nothing to wait for
+    driver.limit = 4 * CHUNK
+    memory.prepare(8 * CHUNK)
+    memory.finish()
+    assert memory.ready_bytes == 4 * CHUNK
+    memory.close()
+    HostMemory(100, pinned=False).finish()
+
+
 def test_reaching_far_waits_for_the_thread(driver: Driver) -> None:
     memory = HostMemory(8 * CHUNK, pinned=True)
     driver.gate.clear()

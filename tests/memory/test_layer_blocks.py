@@ -69,3 +69,10 @@ def test_any_division(bands: list[int], row_bytes: int) -> None:
 def test_one_layer_a_block() -> None:
     blocks = one_by_one(3)
     assert blocks == LayerBlocks((1, 1, 1), 1, (0, 1, 2)) and blocks.places_away == (0, 1, 2, 3)
+
+
+def test_a_block_that_is_away_in_part_is_read_in_smaller_pieces() -> None:
+    blocks = divide_layers([range(8)] * 10, 512)
+    assert blocks.sizes == (5, 5)
+    assert [blocks.read_bytes(away, 512, 2048) for away in (0, 1, 4, 5, 6, 10)] == [0, 2048, 2048, 2560, 4608, 5120]
+    assert [blocks.read_bytes(away, 512, 1) for away in (0, 1, 6)] == [0, 512, 3072], "where pieces do not matter"

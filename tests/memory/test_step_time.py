@@ -34,7 +34,12 @@ def clock(machine: MachineSpeed = H100, budget: int | None = 2048, overlap: floa
         (H200, 4, 32768, 0, 6.2),
         (H200, 4, 32768, 32, 6.9),
         (H200, 32, 18432, 0, 8.9),
-        (H200, 32, 18432, 14, 17.2),
+        (H200, 32, 18432, 14, 14.3),
+        (H200, 22, 18432, 0, 7.77),
+        (H200, 36, 18432, 0, 9.27),
+        (H200, 31, 2048, 0, 8.26),
+        (H200, 31, 23893, 0, 8.85),
+        (H200, 62, 10240, 0, 11.06),
         (H100, 1, 32768, 0, 6.79),
         (H100, 1, 32768, 32, 6.96),
         (H100, 4, 32768, 0, 7.84),
@@ -69,6 +74,11 @@ def test_every_token_comes_from_the_host_where_all_are_read() -> None:
     facts = replace(FACTS, head=NO_HEAD)
     full = StepClock(facts, H100, None).decode([32768], 32)
     assert full.loads_s > 32768 * 32 * FACTS.shape.kv_heads * FACTS.shape.row_bytes / H100.host
+
+
+def test_a_single_layer_of_a_block_takes_as_long_to_load_as_the_block() -> None:
+    bus = {away: clock(H200).decode([16384] * 48, away).bus_s for away in (4, 5, 8)}
+    assert bus[5] == bus[8] == pytest.approx(2 * bus[4])
 
 
 def test_prompts_take_their_products() -> None:

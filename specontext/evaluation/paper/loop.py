@@ -97,6 +97,8 @@ class Loop:
         self.device, self.engine = loaded.model.device, LLMEngine(config, loaded)
         self._replay(way, context, requests, budget, overlap)
         fill_seats(self.engine.parts, requests, context + room)
+        if (memory := self.engine.parts.kv.host.memory) is not None:
+            memory.finish()  # steps would wait for the driver that pins
         if way.waits:
             wait_for_loads(self.engine.parts)
         params = SamplingParams(temperature=0.0, max_tokens=room + 1, ignore_eos=True)
