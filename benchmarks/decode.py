@@ -52,6 +52,7 @@ from specontext.evaluation.paper.replay import Replay, overlapping, with_own_met
 from specontext.evaluation.paper.shapes import DTYPES, random_model
 from specontext.evaluation.paper.states import parts_for
 from specontext.models.attention import ATTENTION_NAME
+from specontext.models.checking import cache_name
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.selector import Budget, LaneTokens
 
@@ -93,7 +94,7 @@ def hugging_face(loaded: LoadedModel, requests: int, context: int, device: torch
 
     def step() -> Tensor:
         with torch.inference_mode():
-            return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            return model(input_ids=ids, use_cache=True, **{cache_name(model): cache}).logits
 
     return System("hf", step, lambda: model.set_attn_implementation("sdpa"))
 

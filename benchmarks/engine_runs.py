@@ -19,6 +19,7 @@ from specontext.engine.llm_engine import LLMEngine
 from specontext.evaluation.paper.shapes import DTYPES, random_model, word_tokenizer
 from specontext.memory.presets import PRESETS
 from specontext.models.attention import attention_of
+from specontext.models.checking import cache_name
 from specontext.models.loading import LoadedModel, load_model
 from specontext.sampling_params import SamplingParams
 
@@ -114,7 +115,7 @@ class HuggingFace:
         model = self._loaded.model
         with attention_of(model, "sdpa"):
             ids, cache = torch.tensor([prompt], device=self._device), DynamicCache(config=model.config)
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_name(model): cache}).logits
         return int(logits[0, -1].argmax())
 
     def seconds(self, prompts: Sequence[Sequence[int]]) -> float:

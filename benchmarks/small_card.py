@@ -29,6 +29,7 @@ from specontext.engine.llm_engine import LLMEngine
 from specontext.evaluation.paper.hugging_face import random_kv
 from specontext.evaluation.paper.shapes import random_model, word_tokenizer
 from specontext.models.attention import attention_of
+from specontext.models.checking import cache_name
 from specontext.models.loading import LoadedModel
 from specontext.sampling_params import SamplingParams
 
@@ -82,7 +83,7 @@ def hugging_face(loaded: LoadedModel, arguments: argparse.Namespace) -> float:
             if step == 2:
                 clock(model.device)
                 began = time.perf_counter()
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
+            model(input_ids=ids, use_cache=True, **{cache_name(model): cache})
         return arguments.hf_tokens / (clock(model.device) - began)
 
 

@@ -305,7 +305,7 @@ def _check(model: PreTrainedModel, shape: ModelShape) -> None:
     cache = Cache(layers=[_later_layer(layer, mixing, shape, begin) for layer in range(shape.depth)])
     with listening(model, comparison, expanded=True), attention_of(model, LIBRARY_NAME), _near_windows(model, shape):
         for tokens, places in parts:
-            model(input_ids=tokens, position_ids=places, use_cache=True, logits_to_keep=last, **{_cache_name(model): cache})
+            model(input_ids=tokens, position_ids=places, use_cache=True, logits_to_keep=last, **{cache_name(model): cache})
     comparison.end()
 
 
@@ -324,6 +324,6 @@ def _near_windows(model: PreTrainedModel, shape: ModelShape) -> Iterator[None]:
             setattr(config, entry, size)
 
 
-def _cache_name(model: PreTrainedModel) -> str:
+def cache_name(model: PreTrainedModel) -> str:
     """The name that a cache has among the arguments of the model's forward."""
     return "cache" if "cache" in inspect.signature(decoder_of(model).forward).parameters else "past_key_values"

@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from specontext.evaluation.paper.loop import TOKEN, free, now
 from specontext.evaluation.paper.states import fill
 from specontext.model_shape import ModelShape
+from specontext.models.checking import cache_name
 from specontext.models.loading import LoadedModel
 
 
@@ -64,7 +65,7 @@ def decode_steps(
     Raises:
         torch.OutOfMemoryError: their KV does not fit.
     """
-    found, device = {}, loaded.model.device
+    found, device, name = {}, loaded.model.device, cache_name(loaded.model)
     with attending(loaded, way):
         cache: Cache | None = None
         longest = max(lengths) + warm_up + steps
@@ -84,7 +85,7 @@ def decode_steps(
             taken = []
             for _ in range(warm_up + steps):
                 began = now(device)
-                logits = forward(input_ids=ids, position_ids=place, past_key_values=cache, use_cache=True).logits
+                logits = forward(input_ids=ids, position_ids=place, use_cache=True, **{name: cache}).logits
                 ids, place = logits[:, -1].argmax(-1, keepdim=True), place + 1
                 taken.append(now(device) - began)
             found[length] = statistics.median(taken[warm_up:])
@@ -132,7 +133,7 @@ def prefill_seconds(loaded: LoadedModel, way: Theirs, length: int, *, repeats: i
             ids = torch.randint(loaded.shape.vocab_size, (1, length), generator=generator).to(device)
             cache = DynamicCache(config=loaded.model.config)
             began = now(device)
-            loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            loaded.model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_name(loaded.model): cache})
             taken.append(now(device) - began)
             del cache
     return min(taken[1:])
