@@ -18,7 +18,7 @@ from specontext.core import Request
 from specontext.engine.admission import MEMORY, SEATS, SPEED, THROUGHPUT, TURN
 from specontext.engine.generation import Generation
 from specontext.engine.worth import Worth
-from specontext.memory.model import KVCost
+from specontext.memory.kv_cost import KVCost
 from specontext.memory.planner import ResidencyPolicy
 from specontext.memory.step_time import CPU, MachineSpeed
 from specontext.memory.throughput import ServiceLimits
