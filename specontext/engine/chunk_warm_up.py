@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specontext.core import Batch, Segment
-from specontext.engine.build import Parts
+from specontext.engine.parts import Parts
 from specontext.kernels.dense_attention import chunk_attention
 from specontext.kernels.gpu_chunk import KEYS, QUERIES, regular_kernel, serves
 from specontext.memory.tiles import made_tile, prompt_tile
