@@ -41,8 +41,8 @@ from reproduce_parts import (
     Plan,
 )
 from reproduce_report import write
+from specontext.cli.named_model import find_facts
 from specontext.cli.options import parse_bandwidth, parse_size
-from specontext.cli.planned import find_facts
 from specontext.errors import SpeContextError
 from specontext.memory.facts import ModelFacts
 from specontext.memory.presets import PRESETS

@@ -66,10 +66,8 @@ class SpeContextConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"unknown method '{self.method}': choose one of {', '.join(METHODS)}")
-        if self.granularity not in GRANULARITIES:
-            raise ConfigError(f"unknown granularity '{self.granularity}': choose one of {', '.join(GRANULARITIES)}")
+        _require_one_of("method", self.method, METHODS)
+        _require_one_of("granularity", self.granularity, GRANULARITIES)
         for name, least in (("sink", 1), ("recent", 1)):
             _require_int(name, getattr(self, name), least)
         if self.offload_layers is not None:
@@ -223,17 +221,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         self._check_kinds()
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"unknown dtype '{self.dtype}': choose one of {', '.join(DTYPES)}")
-        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
-            raise ConfigError(f"unknown kv_cache_dtype '{self.kv_cache_dtype}': choose one of {', '.join(KV_CACHE_DTYPES)}")
+        _require_one_of("dtype", self.dtype, DTYPES)
+        _require_one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         self._check_host_format()
-        if self.load_format not in LOAD_FORMATS:
-            raise ConfigError(f"unknown load_format '{self.load_format}': choose one of {', '.join(LOAD_FORMATS)}")
-        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
-            raise ConfigError(
-                f"unknown quantization '{self.quantization}': choose one of {', '.join(QUANTIZATIONS)}, or leave it out"
-            )
+        _require_one_of("load_format", self.load_format, LOAD_FORMATS)
+        if self.quantization is not None:
+            _require_one_of("quantization", self.quantization, QUANTIZATIONS, ", or leave it out")
         _require_int("tensor_parallel_size", self.tensor_parallel_size, 1)
         if self.tensor_parallel_size > 1:
             self._check_shared()
@@ -244,30 +237,12 @@ class EngineConfig:
                 f"min_num_seqs {self.min_num_seqs} exceeds max_num_seqs {self.max_num_seqs}: lower it, or raise max_num_seqs"
             )
         if self.methods is not None:
-            if not isinstance(self.methods, Sequence) or isinstance(self.methods, str):
-                raise ConfigError(f"methods must be a list of names, got {self.methods!r}")
-            if unknown := [name for name in self.methods if name not in CHOICES]:
-                raise ConfigError(f"unknown method '{unknown[0]}' in methods: choose among {', '.join(CHOICES)}")
+            _check_methods(self.methods)
             object.__setattr__(self, "methods", tuple(self.methods))
         for name in ("max_model_len", "max_num_batched_tokens", "max_num_mixed_tokens", "gpu_memory", "host_memory"):
             if getattr(self, name) is not None:
                 _require_int(name, getattr(self, name), 1)
-        share = self.gpu_memory_utilization
-        if share is not None:
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-                raise ConfigError(f"gpu_memory_utilization must be a number above 0 and at most 1, got {share!r}")
-            if self.gpu_memory is not None:
-                raise ConfigError("gpu_memory and gpu_memory_utilization both bound the GPU's memory: give one of them")
-        for name, least, words in (
-            ("head_rope_theta", 0, "above 0"),
-            ("head_yarn_factor", 1, "of at least 1"),
-            ("max_tpot_ms", 0, "above 0"),
-            ("max_wait_s", 0, "of at least 0"),
-        ):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf
-            if value is not None and (not number or (value == 0 and words == "above 0")):
-                raise ConfigError(f"{name} must be a number {words}, got {value!r}")
+        self._check_numbers()
 
     def _check_kinds(self) -> None:
         """Raises ConfigError for values of another kind than their settings have."""
@@ -286,6 +261,25 @@ class EngineConfig:
         if self.seed >= 2**63:
             raise ConfigError(f"seed must be below 2**63, got {self.seed}")
 
+    def _check_numbers(self) -> None:
+        """Raises ConfigError for a share, a factor or a time out of range."""
+        share = self.gpu_memory_utilization
+        if share is not None:
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+                raise ConfigError(f"gpu_memory_utilization must be a number above 0 and at most 1, got {share!r}")
+            if self.gpu_memory is not None:
+                raise ConfigError("gpu_memory and gpu_memory_utilization both bound the GPU's memory: give one of them")
+        for name, least, words in (
+            ("head_rope_theta", 0, "above 0"),
+            ("head_yarn_factor", 1, "of at least 1"),
+            ("max_tpot_ms", 0, "above 0"),
+            ("max_wait_s", 0, "of at least 0"),
+        ):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf
+            if value is not None and (not number or (value == 0 and words == "above 0")):
+                raise ConfigError(f"{name} must be a number {words}, got {value!r}")
+
     @property
     def host_in_8_bits(self) -> bool:
         """Whether the host's rows are in 8 bits and the device's are not."""
@@ -294,8 +288,7 @@ class EngineConfig:
     def _check_host_format(self) -> None:
         """Raises ConfigError where the host cannot have rows of its own: reads must not depend on when a layer moved."""
         name, layers = self.host_kv_dtype, self.method.offload_layers
-        if name not in KV_CACHE_DTYPES:
-            raise ConfigError(f"unknown host_kv_dtype '{name}': choose one of {', '.join(KV_CACHE_DTYPES)}")
+        _require_one_of("host_kv_dtype", name, KV_CACHE_DTYPES)
         if not self.host_in_8_bits:
             return
         if self.kv_cache_dtype != "auto":
@@ -355,6 +348,19 @@ def check_seed(seed: int) -> None:
     """Raises ConfigError for a seed of problems, data or weights that not all kinds of random numbers take."""
     if not 0 <= seed <= MOST_SEED:
         raise ConfigError(f"seed must be from 0 to {MOST_SEED}, got {shown(seed)}")
+
+
+def _check_methods(names: object) -> None:
+    """Raises ConfigError for what is no list of methods."""
+    if not isinstance(names, Sequence) or isinstance(names, str):
+        raise ConfigError(f"methods must be a list of names, got {names!r}")
+    if unknown := [name for name in names if name not in CHOICES]:
+        raise ConfigError(f"unknown method '{unknown[0]}' in methods: choose among {', '.join(CHOICES)}")
+
+
+def _require_one_of(name: str, value: str, choices: Sequence[str], or_else: str = "") -> None:
+    if value not in choices:
+        raise ConfigError(f"unknown {name} '{value}': choose one of {', '.join(choices)}{or_else}")
 
 
 def _require_int(name: str, value: object, least: int) -> None:

@@ -70,7 +70,7 @@ def load_llm(model: str, retrieval_head: str, settings: Settings) -> LLM:
         error_console().print(escape(f"non-default options: {listed}"), style="dim")
     quiet_libraries()
     from specontext import LLM
-    from specontext.engine.build import describe_head
+    from specontext.engine.settled import describe_head
 
     llm = LLM(
         model, retrieval_head=None if retrieval_head == "none" else retrieval_head, config=settings.config, **settings.engine

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from specontext.cli.named_model import find_facts, with_kv_formats
 from specontext.cli.options import OWN_CODE, Settings, parse_bandwidth, parse_size, with_settings
 from specontext.cli.plan_throughput import MOST_CHOSEN, machine_of
-from specontext.cli.planned import as_object, find_facts, make_plan, with_kv_formats
+from specontext.cli.planned import as_object, make_plan
 from specontext.cli.terminal import UsageError, human_bytes
 from specontext.config import DTYPES, KV_CACHE_DTYPES, QUANTIZATIONS, STEP_TOKENS
 

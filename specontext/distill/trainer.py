@@ -119,22 +119,13 @@ def train(
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, (0.9, 0.98), weight_decay=config.weight_decay)
     progress = load_checkpoint(run / CHECKPOINT, student, optimizer, config)
     end = config.total_steps if until is None else until
-    low = torch.autocast(target.device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
     while progress.step < end:
         began, step = time.perf_counter(), progress.step
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         optimizer.zero_grad()
-        sums: dict[str, float] = {}
         with _kept_if_it_fails(lambda: save_checkpoint(run / CHECKPOINT, student, optimizer, config, progress)):
-            for part in range(config.accumulate):
-                index = step * config.accumulate + part
-                batch = draw_batch(source, config, index)
-                with low:
-                    found = student.losses(target, batch, config, index, loop=step >= config.steps)
-                (weighted(found, config) / config.accumulate).backward()
-                for name, value in found.items():
-                    sums[name] = sums.get(name, 0.0) + value.item() / config.accumulate
+            losses, length = add_gradients(student, target, source, config, step)
         norm = nn.utils.clip_grad_norm_(parameters, config.clip).item()
         if not math.isfinite(norm):
             raise SpeContextError(
@@ -143,8 +134,8 @@ def train(
             )
         optimizer.step()
         progress.step = step = step + 1
-        row: dict[str, float] = {"step": step, "length": batch[0].shape[1]}
-        row |= {name: round(value, 4) for name, value in sums.items()}
+        row: dict[str, float] = {"step": step, "length": length}
+        row |= {name: round(value, 4) for name, value in losses.items()}
         row["seconds"] = round(time.perf_counter() - began, 2)
         if evaluate is not None and (step % config.measure_every == 0 or step in (config.steps, config.total_steps)):
             measured = evaluate()
@@ -161,6 +152,23 @@ def train(
         student.load_state_dict(progress.best.state)
     student.eval().requires_grad_(False)
     return progress.best
+
+
+def add_gradients(
+    student: Student, target: Target, source: Source, config: DistillConfig, step: int
+) -> tuple[dict[str, float], int]:
+    """Add the gradients of all batches of a step; the means of its losses, and the length of its last batch."""
+    losses: dict[str, float] = {}
+    length = 0
+    for index in range(step * config.accumulate, (step + 1) * config.accumulate):
+        batch = draw_batch(source, config, index)
+        with torch.autocast(target.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            found = student.losses(target, batch, config, index, loop=step >= config.steps)
+        (weighted(found, config) / config.accumulate).backward()
+        for name, value in found.items():
+            losses[name] = losses.get(name, 0.0) + value.item() / config.accumulate
+        length = batch[0].shape[1]
+    return losses, length
 
 
 def save_checkpoint(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from specontext.core import Request
-from specontext.engine.build import Parts
+from specontext.engine.parts import Parts
 from specontext.engine.statistics import MeterState
 from specontext.engine.worth import Worth
 from specontext.kv.seats import ParkedKV

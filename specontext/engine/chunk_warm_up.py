@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from specontext.core import Batch, Segment
-from specontext.engine.build import Parts
+from specontext.engine.parts import Parts
 from specontext.kernels.dense_attention import chunk_attention
 from specontext.kernels.gpu_chunk import KEYS, QUERIES, regular_kernel, serves
-from specontext.memory.model import made_tile, prompt_tile
+from specontext.memory.tiles import made_tile, prompt_tile
 
 
 def padded_chunk(tokens: int, start: int, seat: int, device: torch.device) -> Batch:

@@ -37,5 +37,11 @@ class Generation:
     moves_before: int = 0
 
     @property
+    def follows_the_device(self) -> bool:
+        """Whether the request's next step takes the token that the device has chosen, and nobody looks into the step."""
+        looks = self.request.prompt_logprobs is not None and not self.request.decoding
+        return not self.forced and self.on_logits is None and not looks
+
+    @property
     def finished(self) -> bool:
         return self.request.finish_reason is not None

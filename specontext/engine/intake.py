@@ -10,10 +10,10 @@ from torch import Tensor
 
 from specontext.config import EngineConfig
 from specontext.core import Request
-from specontext.engine.build import Parts
 from specontext.engine.constraint import Constraint
 from specontext.engine.detokenizer import Detokenizer
 from specontext.engine.generation import Generation
+from specontext.engine.parts import Parts
 from specontext.engine.restrictions import banned_sequences
 from specontext.errors import RequestError, shown, which_prompt
 from specontext.grammars.compiler import GrammarCompiler

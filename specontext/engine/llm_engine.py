@@ -13,10 +13,10 @@ from torch import Tensor
 from specontext.config import EngineConfig
 from specontext.core import Request
 from specontext.engine.build import build_parts
-from specontext.engine.failures import NOBODYS, Failures
+from specontext.engine.failures import Failures
 from specontext.engine.generation import Generation
 from specontext.engine.intake import Intake
-from specontext.engine.launched import Launched
+from specontext.engine.launched import Launched, Launcher
 from specontext.engine.masks import Masks
 from specontext.engine.output_statistics import OutputStatistics
 from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
@@ -35,7 +35,7 @@ from specontext.sampling_params import SamplingParams
 
 RESERVED_BYTES = 8 << 30  # of host memory that are ready before the first request, at most
 RESERVED_STEPS = 64  # steps of prompts whose KV has room in it
-UNTIL_CLOSED = ("loaded", "parts", "runner", "scheduler", "intake")
+UNTIL_CLOSED = ("loaded", "parts", "runner", "scheduler", "intake", "_launcher")
 
 
 class LLMEngine:
@@ -81,6 +81,7 @@ class LLMEngine:
         self._masks = Masks(self.device)
         self._generations: dict[str, Generation] = {}
         self.runs_ahead = self.runner.captures
+        self._launcher = Launcher(self.runner, self.scheduler, self.parts, self._generations, self.loaded.end_token_ids)
         self._ahead: Launched | None = None
 
     @torch.inference_mode(False)
@@ -170,13 +171,7 @@ class LLMEngine:
         does, launch that meanwhile."""
         failures, drawn = Failures(), None
         if launched is None:
-            captured = self.runner.captured_rows(schedule.batch) if self.runner.captures else ()
-            if constrained := [r for r in schedule.requests if r.params.structured_outputs is not None]:
-                self._masks.begin((r, self._generations[r.request_id].constraint) for r in constrained)
-            logits = self._run(schedule, failures)
-            for row in captured:
-                schedule.requests[row].captured_steps += 1
-            ready = [(row, r) for row, r in self.scheduler.advance(schedule) if r.request_id not in failures.found]
+            logits, ready = self._run(schedule, failures)
         else:
             for request in launched.captured:
                 request.captured_steps += request.finish_reason is None
@@ -185,9 +180,9 @@ class LLMEngine:
             if constrained := [r for _, r in ready if r.params.structured_outputs is not None]:
                 self._masks.fill(((r, self._generations[r.request_id].constraint) for r in constrained), failures)
             if self.runs_ahead and not failures.found:
-                drawn = self._drawn(logits, ready)
+                drawn = self._launcher.draw(logits, ready)
         if drawn is not None and self.runs_ahead:
-            self._ahead = self._launch(drawn)
+            self._launch(drawn)
         self.scheduler.prepare()
         if meanwhile is not None:
             meanwhile()
@@ -198,52 +193,32 @@ class LLMEngine:
             raise failures.take()
         return touched
 
-    def _takes_the_device_s(self, request: Request) -> bool:
-        """Whether the request's next step takes the token that the device has chosen, and nobody looks into the step."""
-        generation = self._generations[request.request_id]
-        seen = generation.on_logits is not None or (request.prompt_logprobs is not None and not request.decoding)
-        return not generation.forced and not seen
+    def _run(self, schedule: Schedule, failures: Failures) -> tuple[Tensor, list[tuple[int, Request]]]:
+        """Run a step: logits [requests, V] of its last tokens, and (row of them, request) pairs of those that get a token.
 
-    def _drawn(self, logits: Tensor, ready: Sequence[tuple[int, Request]]) -> Drawn | None:
-        """Tokens that the device chooses for (row of the logits, request) pairs; None where the host is to wait for each."""
-        if not ready or not all(self._takes_the_device_s(request) for _, request in ready):
-            return None
-        try:
-            drawn = Drawn(logits, ready, self.loaded.end_token_ids)
-        except NOBODYS:
-            raise
-        except Exception:  # choosing once more, and waiting for it, finds out whose trouble it is
-            return None
-        for _, request in ready:
-            request.unread += 1
-        return drawn
-
-    def _launch(self, before: Drawn) -> Launched | None:
-        """Run the step after one whose tokens only the device knows; None where what comes next depends on them.
-
-        The tokens of this step are chosen at once where the logits alone decide. What else there is (grammars, penalties ...)
-        depends on the tokens before it, which the host will know while the device computes.
+        Log-probabilities of its prompt tokens go to those who want them.
         """
-        schedule = self.scheduler.schedule_ahead(before.ready, before.token_ids, self._takes_the_device_s)
-        if schedule is None:
-            return None
-        counts = self.parts.meter.counts.clone()
-        captured = self.runner.captured_rows(schedule.batch) if self.runner.captures else ()
-        try:
-            logits = self.runner.run(schedule.batch)
-        except DeviceMemoryError as error:  # it is tried again when its turn comes, and fails then
-            if self.parts.kv.states is not None:  # which hold tokens of the step by now, and cannot hold them twice
-                error.request_ids = tuple(request.request_id for request in schedule.requests)
-                raise
-            self.parts.meter.counts.copy_(counts)
-            return None
-        self.step_tokens += len(schedule.batch.token_ids)
-        ready = self.scheduler.advance(schedule)
-        if not ready:
-            return None
-        free = all(request.params.unrestricted for _, request in ready)
-        drawn = self._drawn(logits, ready) if free else None
-        return Launched(schedule, logits, ready, drawn, [schedule.requests[row] for row in captured], counts)
+        batch = schedule.batch
+        captured = self.runner.captured_rows(batch) if self.runner.captures else ()
+        if constrained := [r for r in schedule.requests if r.params.structured_outputs is not None]:
+            self._masks.begin((r, self._generations[r.request_id].constraint) for r in constrained)
+        rows = prompt_rows(schedule) if batch.prefills else None
+        if rows is None:
+            logits = self.runner.run(batch)
+        else:
+            logits, states = self.runner.run_with_states(batch, rows.positions)
+            with failures.of(*(request.request_id for request, _ in rows.counts)):
+                add_prompt_logprobs(rows, states, self.runner.logits_of, self.loaded.shape.vocab_size)
+        for row in captured:
+            schedule.requests[row].captured_steps += 1
+        return logits, [(row, r) for row, r in self.scheduler.advance(schedule) if r.request_id not in failures.found]
+
+    def _launch(self, drawn: Drawn) -> None:
+        """Launch the step that takes the tokens that the device has chosen, where it is known."""
+        launched = self._launcher.launch(drawn)
+        if launched is not None:
+            self.step_tokens += len(launched.schedule.batch.token_ids)
+            self._ahead = launched if launched.ready else None
 
     def catch_up(self) -> list[Generation]:
         """Receive the tokens of a step that was launched ahead, and launch none; the generations that got one."""
@@ -252,16 +227,6 @@ class LLMEngine:
             return self.step() if self._ahead is not None else []
         finally:
             self.runs_ahead = runs_ahead
-
-    def _run(self, schedule: Schedule, failures: Failures) -> Tensor:
-        """Logits of a step's last tokens, [requests, V]; log-probabilities of its prompt tokens go to those who want them."""
-        rows = prompt_rows(schedule) if schedule.batch.prefills else None
-        if rows is None:
-            return self.runner.run(schedule.batch)
-        logits, states = self.runner.run_with_states(schedule.batch, rows.positions)
-        with failures.of(*(request.request_id for request, _ in rows.counts)):
-            add_prompt_logprobs(rows, states, self.runner.logits_of, self.loaded.shape.vocab_size)
-        return logits
 
     def _sample(
         self, logits: Tensor, ready: list[tuple[int, Request]], failures: Failures, drawn: Drawn | None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from specontext.core import Batch, Segment
+from specontext.engine.layer_call import LayerCall
 from specontext.engine.methods import Methods
 from specontext.engine.true_attention import keys_up_to
 from specontext.kernels.dense_attention import causal_attention, chunk_attention
@@ -18,12 +19,11 @@ from specontext.kernels.dispatch import upload
 from specontext.kernels.gpu_chunk import QUERIES, packed_attention, serves
 from specontext.kernels.latents import Latents
 from specontext.kernels.quantised_rows import dequantised
-from specontext.kernels.softmax import PLAIN, Softmax
 from specontext.kernels.tables import NewTokens, is_quantised
 from specontext.kv.dense import stored_tiles
 from specontext.kv.staging import DenseRead, Staging
 from specontext.kv.transfers import Transfers
-from specontext.memory.model import made_tile
+from specontext.memory.tiles import made_tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,107 +65,50 @@ class Chunks:
         kept = [[segment for segment, _ in members] for by_itself, members in runs if not by_itself]
         self._together = {run[0].offset: _Together.of(run, device) for run in kept if len(run) > 1}
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        output: Tensor,
-        staging: Staging | None,
-        softmax: Softmax = PLAIN,
-        *,
-        stored: bool = False,
-    ) -> None:
-        """Store k and v of all chunks in a layer, unless they are `stored` already, and write their attention into the packed
+    def attend(self, call: LayerCall, output: Tensor, staging: Staging | None) -> None:
+        """Store k and v of all chunks in a layer, unless they are stored already, and write their attention into the packed
         output [T, Hq, D].
 
         Args:
-            query, key, value: of the whole batch.
+            call: of the whole batch.
             staging: earlier tokens of layers that are out of reach.
         """
-        batch, chunks = self._batch, slice(self._batch.num_decodes, None)
-        if not stored:
-            new = NewTokens(batch.seats[chunks], batch.positions[chunks], batch.lengths[chunks], key[chunks], value[chunks])
-            self._transfers.append_chunk(layer, new)
-        key, value = self._transfers.as_stored(layer, key, value)
-        done = 0
-        for segment, read in zip(batch.prefills, self.reads, strict=True):
-            part = slice(segment.offset, segment.offset + segment.length)
+        if not call.stored:
+            self._append(call)
+        key, value = self._transfers.as_stored(call.layer, call.key, call.value)
+        call, done = replace(call, key=key, value=value), 0
+        for segment, read in zip(self._batch.prefills, self.reads, strict=True):
             if segment.offset >= done:
-                done = self._write(layer, segment, read, query, key, value, scale, output, staging, softmax)
-            if not stored and (watcher := self._methods.watcher(segment.seat)) is not None:
-                keys = partial(keys_up_to, self._transfers, layer, segment, key[part])
-                watcher.observe_chunk(layer, segment, query[part], scale, keys)
+                done = self._write(segment, read, call, output, staging)
+            if not call.stored and (watcher := self._methods.watcher(segment.seat)) is not None:
+                own = call.of(_part(segment))
+                keys = partial(keys_up_to, self._transfers, call.layer, segment, own.key)
+                watcher.observe_chunk(call.layer, segment, own.query, call.scale, keys)
 
-    def attend_latents(
-        self,
-        layer: int,
-        latents: Latents,
-        query: Tensor,
-        row: Tensor,
-        scale: float,
-        output: Tensor,
-        staging: Staging | None,
-        softmax: Softmax = PLAIN,
-    ) -> None:
+    def attend_latents(self, latents: Latents, call: LayerCall, output: Tensor, staging: Staging | None) -> None:
         """The same of rows of latents [T, 1, rank + rotated], queries [T, Hq, nope + rotated] and outputs [T, Hq, V].
 
         A long chunk makes keys and values of stored rows, as many at a time as `made_tile` says; a short one attends to rows.
         """
-        batch, chunks = self._batch, slice(self._batch.num_decodes, None)
-        new = NewTokens(batch.seats[chunks], batch.positions[chunks], batch.lengths[chunks], row[chunks], row[chunks])
-        self._transfers.append_chunk(layer, new)
-        row, _ = self._transfers.as_stored(layer, row, row)
-        for segment, read in zip(batch.prefills, self.reads, strict=True):
-            part = slice(segment.offset, segment.offset + segment.length)
-            own, rows = query[part], row[part]
-            makes = not read.stop or latents.making_pays(segment.length, row.shape[2])
-            absorb = partial(self._attend_to_rows, layer, segment, read, rows, scale, staging, softmax)
-            if makes:
-                output[part] = self._attend_to_made(layer, segment, read, latents, own, rows, scale, staging, softmax)
+        self._append(call)
+        row, _ = self._transfers.as_stored(call.layer, call.key, call.value)
+        call = replace(call, key=row, value=row)
+        for segment, read in zip(self._batch.prefills, self.reads, strict=True):
+            own = call.of(_part(segment))
+            tiles = self._tiles(call.layer, segment, read, staging)
+            if not read.stop or latents.making_pays(segment.length, row.shape[2]):
+                output[_part(segment)] = _attend_to_made(latents, own, tiles)
             else:
-                output[part] = latents.attention(own, absorb)
+                output[_part(segment)] = latents.attention(own.query, partial(_attend_to_rows, own, tiles))
             if (watcher := self._methods.watcher(segment.seat)) is not None:
-                keys = partial(keys_up_to, self._transfers, layer, segment, rows)
-                watcher.observe_chunk(layer, segment, latents.absorbed(own), scale, keys)
+                keys = partial(keys_up_to, self._transfers, call.layer, segment, own.key)
+                watcher.observe_chunk(call.layer, segment, latents.absorbed(own.query), call.scale, keys)
 
-    def _attend_to_rows(
-        self,
-        layer: int,
-        segment: Segment,
-        read: DenseRead,
-        rows: Tensor,
-        scale: float,
-        staging: Staging | None,
-        softmax: Softmax,
-        query: Tensor,
-    ) -> Tensor:
-        attention = chunk_attention(query, rows, rows, scale, softmax)
-        for tile in self._tiles(layer, segment, read, staging):
-            attention.add(_latents(tile, rows))
-        return attention.result()
-
-    def _attend_to_made(
-        self,
-        layer: int,
-        segment: Segment,
-        read: DenseRead,
-        latents: Latents,
-        query: Tensor,
-        rows: Tensor,
-        scale: float,
-        staging: Staging | None,
-        softmax: Softmax,
-    ) -> Tensor:
-        key, value = latents.made(rows).unbind(2)
-        attention = chunk_attention(query, key, value, scale, softmax)
-        most = made_tile(query.shape[1], query.shape[2], query.dtype.itemsize)
-        for tile in self._tiles(layer, segment, read, staging):
-            for some in tile.split(most):
-                attention.add(latents.made(_latents(some, rows)))
-        return attention.result()[..., : latents.value.shape[1]]
+    def _append(self, call: LayerCall) -> None:
+        """Store k and v of all chunks."""
+        batch, chunks = self._batch, slice(self._batch.num_decodes, None)
+        place = batch.seats[chunks], batch.positions[chunks], batch.lengths[chunks]
+        self._transfers.append_chunk(call.layer, NewTokens(*place, call.key[chunks], call.value[chunks]))
 
     def _tiles(self, layer: int, segment: Segment, read: DenseRead, staging: Staging | None) -> Iterator[Tensor]:
         """The rows [T, Hkv, *row] of the tokens before a chunk."""
@@ -176,34 +119,47 @@ class Chunks:
             for staged in staging.tiles(layer, read):
                 yield staged.tokens[0]
 
-    def _write(
-        self,
-        layer: int,
-        segment: Segment,
-        read: DenseRead,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        output: Tensor,
-        staging: Staging | None,
-        softmax: Softmax,
-    ) -> int:
+    def _write(self, segment: Segment, read: DenseRead, call: LayerCall, output: Tensor, staging: Staging | None) -> int:
         """Attention of a chunk, and of those that go with it; the place in the batch up to which it is there."""
-        together = self._together.get(segment.offset) if serves(query) and softmax.plain else None
+        together = self._together.get(segment.offset) if serves(call.query) and call.softmax.plain else None
         last = together.segments[-1] if together is not None else segment
         part = slice(segment.offset, last.offset + last.length)
-        numbers = query[part], key[part], value[part]
+        own = call.of(part)
+        numbers = own.query, own.key, own.value
         if together is not None:
-            output[part] = packed_attention(*numbers, together.bounds, together.longest, scale)
+            output[part] = packed_attention(*numbers, together.bounds, together.longest, call.scale)
         elif not read.stop:
-            output[part] = causal_attention(*numbers, scale, softmax)
+            output[part] = causal_attention(*numbers, call.scale, call.softmax)
         else:
-            attention = chunk_attention(*numbers, scale, softmax)
-            for tile in self._tiles(layer, segment, read, staging):
+            attention = chunk_attention(*numbers, call.scale, call.softmax)
+            for tile in self._tiles(call.layer, segment, read, staging):
                 attention.add(tile)
             output[part] = attention.result()
         return part.stop
+
+
+def _attend_to_rows(own: LayerCall, tiles: Iterable[Tensor], absorbed: Tensor) -> Tensor:
+    """Attention of a chunk whose queries are in latent space."""
+    attention = chunk_attention(absorbed, own.key, own.key, own.scale, own.softmax)
+    for tile in tiles:
+        attention.add(_latents(tile, own.key))
+    return attention.result()
+
+
+def _attend_to_made(latents: Latents, own: LayerCall, tiles: Iterable[Tensor]) -> Tensor:
+    """Attention of a chunk to keys and values that are made of rows."""
+    query, (key, value) = own.query, latents.made(own.key).unbind(2)
+    attention = chunk_attention(query, key, value, own.scale, own.softmax)
+    most = made_tile(query.shape[1], query.shape[2], query.dtype.itemsize)
+    for tile in tiles:
+        for some in tile.split(most):
+            attention.add(latents.made(_latents(some, own.key)))
+    return attention.result()[..., : latents.value.shape[1]]
+
+
+def _part(segment: Segment) -> slice:
+    """Where a chunk stands in its batch."""
+    return slice(segment.offset, segment.offset + segment.length)
 
 
 def _latents(tile: Tensor, like: Tensor) -> Tensor:

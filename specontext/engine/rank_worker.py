@@ -1,7 +1,7 @@
 """The process of a rank other than the first: its own engine, which does what rank 0's does, in the same order.
 
 Everything that an engine decides follows from its settings, its requests and their tokens, and from a few numbers that ranks
-agree on when they start (`build.py`). So nothing of a step has to be sent but that there is one.
+agree on when they start (`settled.py`, `build.py`). So nothing of a step has to be sent but that there is one.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
-from specontext.engine.build import Parts
 from specontext.engine.generation import Generation
 from specontext.engine.output_statistics import OutputStatistics
+from specontext.engine.parts import Parts
 
 
 def statistics_of(generation: Generation, parts: Parts, *, weights: str | None, recall: bool) -> OutputStatistics:

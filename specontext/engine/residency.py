@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 from specontext.kv.cache import KVCache
 from specontext.kv.seats import ParkedKV
-from specontext.memory.model import KVCost
+from specontext.memory.kv_cost import KVCost
 from specontext.memory.planner import ResidencyPolicy
 from specontext.memory.tiers import Tier
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from specontext.core import Batch, Choice, Lane
 from specontext.engine.batch_parts import Part, joined, lane_part, rest_part
-from specontext.engine.build import Parts
 from specontext.engine.capturable import why_not_captured
 from specontext.engine.chunk_graphs import ChunkGraphs, in_pieces
 from specontext.engine.chunk_warm_up import warm_up_chunks
 from specontext.engine.decode import Step
 from specontext.engine.graphs import DecodeGraphs, span_buckets
+from specontext.engine.parts import Parts
 from specontext.engine.true_attention import AttentionObserver
 from specontext.engine.twin import DenseTwin
 from specontext.errors import DeviceError, DeviceMemoryError

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specontext.core import Batch, Lane, Request, Segment
 from specontext.engine.admission import Admission
-from specontext.engine.build import Parts
+from specontext.engine.parts import Parts
 from specontext.errors import OutOfPagesError, RequestError
 from specontext.kernels.dispatch import upload
 from specontext.sampling_params import SamplingParams

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from specontext.core import Segment
+from specontext.engine.layer_call import LayerCall
 from specontext.kernels.attention_logits import attention_logits
 from specontext.kernels.quantised_rows import keys_of
 from specontext.kernels.softmax import capped
@@ -22,21 +23,17 @@ from specontext.retrieval.selector import LaneTokens
 AttentionObserver = Callable[[int, LaneTokens, Tensor, Tensor | None], None]
 
 
-def true_logits(
-    transfers: Transfers, layer: int, decode: LaneTokens, query: Tensor, scale: float, tile: int, cap: float | None = None
-) -> Tensor:
-    """Attention logits over the whole context of some decode tokens, float32 [R, Hq, S].
+def true_logits(transfers: Transfers, call: LayerCall, decode: LaneTokens, tile: int) -> Tensor:
+    """Attention logits over the whole context of some decode tokens, whose call it is, float32 [R, Hq, S].
 
     Args:
-        query: [R, Hq, D].
         tile: tokens that are looked at at once.
-        cap: soft cap on logits.
     """
     parts = []
     for start, stop in tiles_of(decode.span, tile):
-        buffer, rows = read_tile(transfers, layer, decode.seats, start, stop, decode.lengths)
-        parts.append(attention_logits(query, buffer, rows, scale))
-    return capped(torch.cat(parts, dim=-1), cap)
+        buffer, rows = read_tile(transfers, call.layer, decode.seats, start, stop, decode.lengths)
+        parts.append(attention_logits(call.query, buffer, rows, call.scale))
+    return capped(torch.cat(parts, dim=-1), call.softmax.cap)
 
 
 def covered(weights: Tensor, tokens: Tensor) -> Tensor:
@@ -71,35 +68,25 @@ class View:
         tokens_read: int64 [R], tokens whose keys it has looked at, None for none.
     """
 
-    def __init__(
-        self,
-        transfers: Transfers,
-        layer: int,
-        decode: LaneTokens,
-        query: Tensor,
-        key: Tensor,
-        scale: float,
-        tile: int,
-        cap: float | None = None,
-    ) -> None:
-        self._cap = cap
-        self.query, self.key, self.scale = query, key, scale
-        self._transfers, self._layer, self._decode, self._tile = transfers, layer, decode, tile
+    def __init__(self, transfers: Transfers, call: LayerCall, decode: LaneTokens, tile: int) -> None:
+        self.query, self.scale = call.query, call.scale
+        self.key, _ = transfers.as_stored(call.layer, call.key, call.value)
+        self._transfers, self._call, self._decode, self._tile = transfers, call, decode, tile
         self.tokens_read: Tensor | None = None
 
     def logits(self) -> Tensor:
         self._read(self._decode.lengths)
-        return true_logits(self._transfers, self._layer, self._decode, self.query, self.scale, self._tile, self._cap)
+        return true_logits(self._transfers, self._call, self._decode, self._tile)
 
     def logits_of(self, tokens: Tensor) -> Tensor:
-        buffer, rows = read_tokens(self._transfers, self._layer, self._decode.seats, tokens)
-        return capped(attention_logits(self.query, buffer, rows, self.scale), self._cap)
+        buffer, rows = read_tokens(self._transfers, self._call.layer, self._decode.seats, tokens)
+        return capped(attention_logits(self.query, buffer, rows, self.scale), self._call.softmax.cap)
 
     def keys(self, row: int, start: int, stop: int) -> Tensor:
         counts = torch.zeros_like(self._decode.positions)
         counts[row] = stop - start
         self._read(counts)
-        return stored_keys(self._transfers, self._layer, self._decode.seats[row : row + 1], start, stop, self.key)
+        return stored_keys(self._transfers, self._call.layer, self._decode.seats[row : row + 1], start, stop, self.key)
 
     def _read(self, counts: Tensor) -> None:
         self.tokens_read = counts if self.tokens_read is None else self.tokens_read + counts

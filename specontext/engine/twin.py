@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from specontext.core import Batch
-from specontext.engine.build import Parts
-from specontext.engine.decode import RunningLane, Step
+from specontext.engine.decode import Step
+from specontext.engine.lanes import RunningLane
 from specontext.engine.methods import Methods
+from specontext.engine.parts import Parts
 from specontext.engine.statistics import Meter
 from specontext.models.attention import listening
 from specontext.models.decoder import decoder_of

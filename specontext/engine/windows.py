@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specontext.core import Batch
-from specontext.kernels.softmax import Softmax, with_sinks
+from specontext.core import Batch, Segment
+from specontext.engine.layer_call import LayerCall
+from specontext.kernels.softmax import with_sinks
 from specontext.kernels.sparse_attention import sparse_attention
 from specontext.kernels.tables import NewTokens
 from specontext.kernels.window_attention import window_attention
@@ -28,40 +29,40 @@ class WindowedStep:
         # Of layers whose KV others read too, by layer and seat: keys and values that a chunk reads, and the first one's position.
         self._chunks: dict[tuple[int, int], tuple[Tensor, Tensor, int]] = {}
 
-    def attend(
-        self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax, stored: bool
-    ) -> Tensor:
+    def attend(self, window: Window, call: LayerCall) -> Tensor:
         """See `LayerAttention.attend_window`."""
-        batch, decodes = self._batch, self._batch.num_decodes
+        batch, decodes = self._batch, slice(self._batch.num_decodes)
         if not batch.prefills:
-            return self._decode(layer, window, query, key, value, scale, softmax, stored)
-        output = torch.empty_like(query)
-        if decodes:
-            q, k, v = (x[:decodes] for x in (query, key, value))
-            output[:decodes] = self._decode(layer, window, q, k, v, scale, softmax, stored)
+            return self._decode(window, call)
+        output = torch.empty_like(call.query)
+        if batch.num_decodes:
+            output[decodes] = self._decode(window, call.of(decodes))
         for segment in batch.prefills:
             part = slice(segment.offset, segment.offset + segment.length)
-            if stored:  # the ring has lost what was before the chunk
-                keys, values, first = self._chunks[layer, segment.seat]
-                output[part] = window_attention(query[part], keys, values, scale, window, first, softmax)
-                continue
-            before, first = self._rings.before(layer, segment.seat, segment.start)
-            old = before.to(key.dtype).unbind(2)
-            keys, values = (torch.cat(both) for both in zip(old, (key[part], value[part]), strict=True))
-            output[part] = window_attention(query[part], keys, values, scale, window, first, softmax)
-            if layer in self._rings.read_again:
-                self._chunks[layer, segment.seat] = keys, values, first
-            self._rings.keep(layer, segment, key[part], value[part])
-            self._rings.append_chunk(layer, segment.seat, segment.start, key[part], value[part])
+            output[part] = self._attend_chunk(segment, window, call.of(part))
         return output
 
-    def _decode(
-        self, layer: int, window: Window, query: Tensor, key: Tensor, value: Tensor, scale: float, softmax: Softmax, stored: bool
-    ) -> Tensor:
-        batch, decodes = self._batch, self._batch.num_decodes
-        seats, positions = batch.seats[:decodes], batch.positions[:decodes]
-        if not stored:
-            self._rings.append(layer, NewTokens(seats, positions, batch.lengths[:decodes], key, value))
+    def _attend_chunk(self, segment: Segment, window: Window, call: LayerCall) -> Tensor:
+        layer, rings = call.layer, self._rings
+        if call.stored:  # the ring has lost what was before the chunk
+            keys, values, first = self._chunks[layer, segment.seat]
+            return window_attention(call.query, keys, values, call.scale, window, first, call.softmax)
+        before, first = rings.before(layer, segment.seat, segment.start)
+        old = before.to(call.key.dtype).unbind(2)
+        keys, values = (torch.cat(both) for both in zip(old, (call.key, call.value), strict=True))
+        output = window_attention(call.query, keys, values, call.scale, window, first, call.softmax)
+        if layer in rings.read_again:
+            self._chunks[layer, segment.seat] = keys, values, first
+        rings.keep(layer, segment, call.key, call.value)
+        rings.append_chunk(layer, segment.seat, segment.start, call.key, call.value)
+        return output
+
+    def _decode(self, window: Window, call: LayerCall) -> Tensor:
+        batch, decodes = self._batch, slice(self._batch.num_decodes)
+        seats, positions = batch.seats[decodes], batch.positions[decodes]
+        if not call.stored:
+            self._rings.append(call.layer, NewTokens(seats, positions, batch.lengths[decodes], call.key, call.value))
         if window not in self._rows:
             self._rows[window] = self._rings.rows_of(window, seats, positions)
-        return with_sinks(*sparse_attention(query, self._rings.rows(layer), self._rows[window], scale, softmax.cap), softmax)
+        rows, softmax = self._rings.rows(call.layer), call.softmax
+        return with_sinks(*sparse_attention(call.query, rows, self._rows[window], call.scale, softmax.cap), softmax)

@@ -44,6 +44,9 @@ class Competitor:
         return (None,) if self.method == FULL else tuple(dict.fromkeys(asked))
 
 
+Choice = tuple[Competitor, int | None]  # and the budget
+
+
 def parse_competitors(texts: Sequence[str]) -> tuple[Competitor, ...]:
     """All methods, each once, in order.
 

@@ -6,24 +6,21 @@ all its requests together, and finds the prompts in the prefix cache. Whatever w
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from specontext.core import RequestOutput
 from specontext.engine.llm import LLM
 from specontext.engine.start import pick_device
+from specontext.evaluation.answering import answer, batches, sample_id
 from specontext.evaluation.budgets import entries
-from specontext.evaluation.cells import EvalCell, Note, Problem, choose_tasks, draw_cells
-from specontext.evaluation.competitors import Competitor, parse_competitors
+from specontext.evaluation.cells import EvalCell, Note, choose_tasks, draw_cells
+from specontext.evaluation.competitors import Choice, Competitor, parse_competitors
 from specontext.evaluation.engines import Engines, Group
 from specontext.evaluation.known_heads import KnownHeads
-from specontext.evaluation.results import environment, read_meta, write_results
-from specontext.evaluation.rows import Cell, Row, by_cell, cell_rows
-from specontext.evaluation.samples import FILE, MEASURES, EvaluationError, Sample, SampleFile, SampleId, fingerprint
+from specontext.evaluation.results import environment, read_meta
+from specontext.evaluation.samples import FILE, EvaluationError, Sample, SampleFile, SampleId, fingerprint
 from specontext.evaluation.settings import EvaluationSettings
+from specontext.evaluation.tally import Tally
 from specontext.evaluation.text_tools import text_tools
 from specontext.evaluation.windows import Text
 from specontext.models.loading import LoadedModel, load_model
@@ -31,7 +28,6 @@ from specontext.sampling_params import SamplingParams
 
 Advance = Callable[[int], None]
 Begin = Callable[[str, int], Advance]  # a phase and its number of parts; the result is called with parts that are done
-Choice = tuple[Competitor, int | None]
 
 
 def run_evaluation(
@@ -133,15 +129,14 @@ class Evaluation:
         self.text, self.tokenizer = text_tools(loaded.tokenizer), loaded.tokenizer
         self.vocab_size = loaded.shape.vocab_size
         self.samples = SampleFile(settings.out)
-        self.meta = self._meta(llm, before)
+        meta = self._meta(llm, before)
         for name in ("dtype", "weights"):
-            if before is not None and before.get(name, self.meta[name]) != self.meta[name]:
-                said = f"{name} {before[name]} instead of {self.meta[name]}, as they are on this machine"
+            if before is not None and before.get(name, meta[name]) != meta[name]:
+                said = f"{name} {before[name]} instead of {meta[name]}, as they are on this machine"
                 raise EvaluationError(f"{settings.out} has results of another evaluation ({said}): choose another directory")
-        self.earlier_notes: list[Note] = (before or {}).get("notes", [])
         asked = [competitor.label for competitor in competitors]
-        self.methods = list(dict.fromkeys([*asked, *(sample.method for sample in self.samples.samples.values())]))
-        self.rows: dict[Cell, tuple[list[Row], list[Row]]] = {}
+        methods = list(dict.fromkeys([*asked, *(sample.method for sample in self.samples.samples.values())]))
+        self.tally = Tally(settings, self.samples, methods, meta, notes, (before or {}).get("notes", []))
 
     def open(self, group: Group) -> LLM:
         """The engine of a group.
@@ -181,23 +176,27 @@ class Evaluation:
         for task in tasks:
             cells += draw_cells([task], self.settings, self.text, self.tokenizer, self.max_length, self.notes)
             advance(1)
-        if not cells:
-            raise EvaluationError("nothing can be run: " + "; ".join(dict.fromkeys(note["why"] for note in self.notes)))
+        self.refuse_nothing(cells)
         for cell in cells:
             asked = {problem.example.key: fingerprint(problem.token_ids) for problem in cell.problems}
             self.samples.check(cell.task.suite, cell.task.name, cell.length, asked)
-        wanted = [(group, cell, self._choices(group, cell.task.suite, cell.length)) for group in self.groups for cell in cells]
-        self._count_all()
+        wanted = [(group, cell, self.choices(group, cell.task.suite, cell.length)) for group in self.groups for cell in cells]
+        self.tally.count_all()
         known = self.answered
         missing = any(
-            _id(cell, p, choice) not in known for _, cell, choices in wanted for p in cell.problems for choice in choices
+            sample_id(cell, p, choice) not in known for _, cell, choices in wanted for p in cell.problems for choice in choices
         )
         if missing and self.settings.judge is not None:
             self.settings.judge.try_out()
         advance = begin("answering", sum(len(cell.problems) * len(choices) for _, cell, choices in wanted))
         for group, cell, choices in wanted:
             self._run_cell(self.open(group), cell, choices, advance)
-        return self._write()
+        return self.tally.write()
+
+    def refuse_nothing(self, found: Sequence[object]) -> None:
+        """Raises EvaluationError where nothing was found that can be run."""
+        if not found:
+            raise EvaluationError("nothing can be run: " + "; ".join(dict.fromkeys(note["why"] for note in self.notes)))
 
     @property
     def answered(self) -> dict[SampleId, Sample]:
@@ -220,21 +219,7 @@ class Evaluation:
             raise EvaluationError("two texts have the same name: give them as relative paths, or rename one")
         return texts
 
-    def refuse_other_windows(self, suite: str, text: str, length: int, asked: Mapping[str, str]) -> None:
-        """Raises EvaluationError when samples of other windows of a text would be averaged with those of this run.
-
-        Args:
-            asked: fingerprints of the windows by their keys.
-        """
-        known = {one.key for one in self.samples.samples.values() if (one.suite, one.task, one.length) == (suite, text, length)}
-        if not (known <= asked.keys() or asked.keys() <= known):
-            raise EvaluationError(
-                f"{self.settings.out} has other windows of {text} at {length} tokens: give the same --limit, --compare and "
-                "--new-tokens, or choose another directory"
-            )
-        self.samples.check(suite, text, length, asked)
-
-    def _choices(self, group: Group, suite: str, length: int | None) -> list[Choice]:
+    def choices(self, group: Group, suite: str, length: int | None) -> list[Choice]:
         """Methods and budgets of a cell, without budgets that hold everything; the run says which."""
         budgets = self._budgets(suite, length) if any(one.budgets((1,)) != (None,) for one in group.competitors) else []
         return [(competitor, budget) for competitor in group.competitors for budget in competitor.budgets(budgets)]
@@ -257,80 +242,15 @@ class Evaluation:
 
     def _run_cell(self, llm: LLM, cell: EvalCell, choices: Sequence[Choice], advance: Advance) -> None:
         known, added = self.answered, False
-        for batch in _batches(cell.problems, llm.engine.config.max_num_seqs):
-            todo = [(choice, [p for p in batch if _id(cell, p, choice) not in known]) for choice in choices]
+        for batch in batches(cell.problems, llm.engine.config.max_num_seqs):
+            todo = [(choice, [p for p in batch if sample_id(cell, p, choice) not in known]) for choice in choices]
             advance(sum(len(batch) - len(problems) for _, problems in todo))
             todo = [(choice, problems) for choice, problems in todo if problems]
             if todo and llm.engine.config.enable_prefix_caching:  # so that no method's time has the prompts in it
                 llm.generate([p.token_ids for p in batch], SamplingParams(temperature=0.0, max_tokens=1))
             for choice, problems in todo:
-                self.samples.add(_answer(llm, cell, problems, choice, self.settings.seed))
+                self.samples.add(answer(llm, cell, problems, choice, self.settings.seed))
                 advance(len(problems))
                 added = True
         if added:
-            self._recount((cell.task.suite, cell.task.name, cell.length))
-
-    def _recount(self, name: Cell) -> None:
-        """Write `results.json` again after a cell has got samples."""
-        self._count(name, by_cell(self.samples.samples.values())[name])
-        self._write()
-
-    def _count_all(self) -> None:
-        for name, samples in by_cell(self.samples.samples.values()).items():
-            self._count(name, samples)
-        self._write()
-
-    def _count(self, name: Cell, samples: Sequence[Sample]) -> None:
-        try:
-            self.rows[name] = cell_rows(samples, methods=self.methods, seed=self.settings.seed)
-        except KeyError as error:
-            what = f"samples of {'/'.join(map(str, name))} that have no score {error}"
-            raise EvaluationError(f"{self.settings.out} has {what}: mend them or choose another directory") from error
-
-    def _write(self) -> dict[str, Any]:
-        """Write `results.json` as far as it is known."""
-        rows = [row for some, _ in self.rows.values() for row in some]
-        pairs = [pair for _, some in self.rows.values() for pair in some]
-        known = [note for note in self.earlier_notes if note not in self.notes]
-        meta = self.meta | {"notes": [*known, *self.notes]}
-        write_results(self.settings.out, meta, rows, pairs)
-        return {"meta": meta, "rows": rows, "pairs": pairs}
-
-
-def _batches(problems: Sequence[Problem], most: int) -> Iterator[Sequence[Problem]]:
-    """The problems in as few batches as possible, all of about the same size."""
-    count = -(-len(problems) // most)
-    edges = [len(problems) * i // count for i in range(count + 1)]
-    for start, stop in pairwise(edges):
-        yield problems[start:stop]
-
-
-def _id(cell: EvalCell, problem: Problem, choice: Choice) -> tuple[str, str, int | None, str, str, int | None]:
-    return (cell.task.suite, cell.task.name, cell.length, problem.example.key, choice[0].label, choice[1])
-
-
-def _answer(llm: LLM, cell: EvalCell, problems: Sequence[Problem], choice: Choice, seed: int) -> list[Sample]:
-    """Let one method answer problems, all together; by the seed the choice of `random` does not depend on what ran before."""
-    competitor, budget = choice
-    greedy = SamplingParams(temperature=0.0, seed=seed, method=competitor.method, budget=budget)
-    params = [replace(greedy, max_tokens=p.example.max_tokens, stop=p.example.stop) for p in problems]
-    began = time.perf_counter()
-    outputs = llm.generate([p.token_ids for p in problems], params)
-    seconds = (time.perf_counter() - began) / len(problems)
-    return [_sample(cell, p, choice, output, seconds) for p, output in zip(problems, outputs, strict=True)]
-
-
-def _sample(cell: EvalCell, problem: Problem, choice: Choice, output: RequestOutput, seconds: float) -> Sample:
-    scores = cell.task.score(problem.example, output.text)
-    stats = {name: output.stats[name] for name in MEASURES if name in output.stats}
-    return Sample(
-        *_id(cell, problem, choice),
-        scores["score"],
-        scores,
-        output.text,
-        output.finish_reason,
-        len(output.token_ids),
-        stats,
-        seconds,
-        fingerprint(problem.token_ids),
-    )
+            self.tally.recount((cell.task.suite, cell.task.name, cell.length))

@@ -25,6 +25,7 @@ from specontext.core import RequestOutput
 from specontext.engine.llm import LLM
 from specontext.errors import ConfigError, RequestError, SpeContextError
 from specontext.installing import install_command
+from specontext.integrations.lm_eval_arguments import DEFAULT_TOKENS, read_arguments
 from specontext.models.chat_template import ChatTemplate
 from specontext.retrieval.registry import FULL, base_of
 from specontext.sampling_params import SamplingParams
@@ -39,22 +40,7 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_TOKENS = 256  # of an answer where a task names no bound, as in lm-eval's own models
 AT_ONCE = 128  # requests that are handed to the engine together; answers are kept in lm-eval's cache after each such part
-LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-SAMPLING = (
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "min_tokens",
-    "ignore_eos",
-    "stop_token_ids",
-    "skip_special_tokens",
-)
 MEASURES = ("tokens_read_per_step", "overlap", "selection_bytes_per_step", "bytes_loaded_per_step")
 
 # What lm-eval hands over for one log-likelihood: texts for its cache, context and continuation as token ids.
@@ -250,24 +236,10 @@ class SpeContextLM(TemplateLM):
 
     def _request(self, context: str, arguments: dict[str, Any], repeat: int) -> tuple[list[int], SamplingParams, tuple[str, ...]]:
         """Prompt, sampling and stop texts of one request."""
-        options = dict(arguments)
-        until = options.pop("until", None) or ()
-        stops = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
-        named = [options.pop(name) for name in LENGTH_NAMES if options.get(name) is not None]
-        wanted = int(named[0]) if named else DEFAULT_TOKENS
-        sampled = options.pop("do_sample", None)
-        temperature = options.pop("temperature", None)
-        if sampled is False or (sampled is None and temperature is None):
-            temperature = 0.0
-        elif temperature is None:
-            temperature = 1.0
-        if options.pop("num_beams", 1) != 1:
-            raise RequestError("num_beams: the engine has no beam search")
-        if unknown := sorted(name for name in set(options) - set(SAMPLING) - set(LENGTH_NAMES)):
-            raise RequestError(f"generation argument {', '.join(unknown)} is not supported: give {', '.join(SAMPLING)}")
-        chosen = {name: options[name] for name in SAMPLING if options.get(name) is not None}
-        if temperature > 0 and "seed" not in chosen:
-            chosen["seed"] = self.llm.engine.config.seed + repeat
+        asked = read_arguments(arguments)
+        wanted, chosen = asked.max_tokens, asked.sampling
+        if asked.temperature > 0 and "seed" not in chosen:
+            chosen = chosen | {"seed": self.llm.engine.config.seed + repeat}
         ids = self.tok_encode(context)
         room = self.max_length - min(wanted, DEFAULT_TOKENS, self.max_length // 2)
         if len(ids) > room:
@@ -277,12 +249,12 @@ class SpeContextLM(TemplateLM):
             logger.warning("an answer of %d tokens has room for %d only", wanted, self.max_length - len(ids))
         sampling = SamplingParams(
             **{"skip_special_tokens": False} | chosen,
-            temperature=float(temperature),
+            temperature=asked.temperature,
             max_tokens=min(wanted, self.max_length - len(ids)),
-            stop=() if self._think_end_token else stops,
+            stop=() if self._think_end_token else asked.stops,
             method=self.method,
         )
-        return ids, sampling, stops
+        return ids, sampling, asked.stops
 
     def _answer(self, text: str, stops: tuple[str, ...]) -> str:
         """What follows the thinking, up to the first stop text."""

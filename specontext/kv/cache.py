@@ -13,21 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from specontext.core import Selection
-from specontext.kernels.dispatch import upload
 from specontext.kernels.tables import Tiers
 from specontext.kv.block_state import State
 from specontext.kv.blocks import Blocks
-from specontext.kv.copying import copy_pages, copy_tokens, fill_slots, prepare_moves
+from specontext.kv.copying import copy_tokens, prepare_moves
 from specontext.kv.holdings import Holdings
 from specontext.kv.hot_slots import HotSlots, SlotSizes
 from specontext.kv.layout import PlacedSelection, Reader
 from specontext.kv.pool import PagePool
+from specontext.kv.portions import next_portion
 from specontext.kv.prefix_tree import Block, Tokens
 from specontext.kv.rings import Rings
+from specontext.kv.seat_copies import SeatCopies
 from specontext.kv.seats import LayerMove, ParkedKV, Seat
 from specontext.kv.states import SeatStates
 from specontext.kv.streams import PREFETCH, WRITE_BACK, streams_of
@@ -107,6 +107,7 @@ class KVCache:
             write_through=write_through or (slots is not None and slots.tables > 1),
             verify=verify_loads,
         )
+        self._copies = SeatCopies(self.transfers, self.seats, self.hot, host, rings, states)
         self.parked: list[ParkedKV] = []
         self.blocks = Blocks(self.transfers, host, state, rings, states)
         if adaptive:
@@ -211,23 +212,9 @@ class KVCache:
         """Take a seat's KV to the host and leave the seat; None where the host has too little room, and nothing has changed."""
         if not self.can_park(seat, tokens):
             return None
-        on_host, whole = self._held.on_host, self._held.host_pages(self._held.layers, tokens)
-        with self._held.free_of_claims(seat):
-            rings, states = self.host.allocate(self._ring_pages(tokens)), []
-            try:
-                states = self.host.allocate(self._state_pages)
-                on_host.extend(whole, seat)
-            except BaseException:  # the host's memory was refused
-                self.host.pages.free(rings)
-                self.host.pages.free(states)
-                raise
-        self._copy_states(seat, states, to_host=True)
-        self._copy_ring(seat, tokens, rings, to_host=True)
-        self._copy_seat(seat, tokens, to_host=True)
-        held = [on_host.detach(block, seat) for block in whole]
-        for block, count in whole.items():  # room for tokens that never came
-            self.host.pages.free(held[block][count:])
-        parked = ParkedKV(tokens, [held[block][:count] for block, count in whole.items()], self.seats[seat].reader, rings, states)
+        beside = self._held.take_to_park(seat, tokens, self._copies.pages_beside(tokens))
+        self._copies.copy(seat, tokens, beside, to_host=True)
+        parked = ParkedKV(tokens, self._held.detach(seat, tokens), self.seats[seat].reader, beside)
         self.parked.append(parked)
         self.close(seat)
         return parked
@@ -236,30 +223,21 @@ class KVCache:
         """Whether the host has room for all KV of a seat, and rows of every layer's kind."""
         if self.transfers.converts and any(self._held.resident):
             return False  # rows of layers on the device would come back in 8 bits
-        on_host, whole = self._held.on_host, self._held.host_pages(self._held.layers, tokens)
-        free = self.host.pages.num_free + self._held.claimed_on_host(seat)
-        return on_host.lacking(whole, seat) + self._ring_pages(tokens) + self._state_pages <= free
+        return self._held.can_park(seat, tokens, self._copies.pages_beside(tokens))
 
     def unpark(self, seat: int, parked: ParkedKV) -> Tier | None:
         """Give parked KV a seat: resident layers get their pages back, and the slots of offloaded ones start empty."""
         held = self._held
-        on_device = held.pages(held.layers_in(Tier.DEVICE), parked.tokens)
-        if sum(on_device.values()) + sum(held.slotted().values()) > self.arena.pages.num_free:
+        if not held.can_return(parked.tokens):
             return Tier.DEVICE
         assert self.open(seat, 0, parked.reader) is None
-        held.tokens.extend(on_device, seat)
-        for block, pages in enumerate(parked.pages):
-            held.on_host.attach(block, seat, pages)
+        held.attach(seat, parked)
         self.parked = [other for other in self.parked if other is not parked]
-        self._copy_ring(seat, parked.tokens, parked.rings, to_host=False)
-        self.host.pages.free(parked.rings)
-        self._copy_states(seat, parked.states, to_host=False)
-        self.host.pages.free(parked.states)
-        self.seats[seat].room = held.room_of(parked.tokens)
-        self._copy_seat(seat, parked.tokens, to_host=False)
+        self._copies.copy(seat, parked.tokens, parked.beside, to_host=False)
+        self.host.pages.free(parked.beside)
         held.leave_host(seat)
         for layer in self.offloaded:
-            self._fill_slots(layer, {seat: parked.tokens}, from_host=True)
+            self._copies.fill_slots(layer, {seat: parked.tokens}, from_host=True)
         held.assert_pages(seat)
         return None
 
@@ -268,52 +246,6 @@ class KVCache:
         for pages in parked.held:
             self.host.pages.free(pages)
         self.parked = [other for other in self.parked if other is not parked]
-
-    def _ring_pages(self, tokens: int) -> int:
-        """Pages of the host that hold the ring of a seat with so many tokens."""
-        return 0 if self.rings is None else self.rings.pages_of(min(tokens, self.rings.entries), self.host.page_bytes)
-
-    def _copy_ring(self, seat: int, tokens: int, pages: list[int], *, to_host: bool) -> None:
-        """A seat's ring, from one tier to the other; what is computed next finds it there."""
-        if self.rings is None or not tokens:
-            return
-        table, width = torch.tensor(pages, dtype=torch.int64)[:, None].to(self.device), min(tokens, self.rings.entries)
-        self.rings.copy(self.transfers, seat, [0], width, table, to_host=to_host)
-        self.transfers.join(WRITE_BACK if to_host else PREFETCH)
-
-    @property
-    def _state_pages(self) -> int:
-        """Pages of the host that hold what layers of a seat keep instead of KV."""
-        return 0 if self.states is None else self.states.pages_of_seat(self.host.page_bytes)
-
-    def _copy_states(self, seat: int, pages: list[int], *, to_host: bool) -> None:
-        """A seat's states, from one tier to the other; what is computed next finds them there."""
-        if self.states is None:
-            return
-        table = torch.tensor(pages, dtype=torch.int64)[:, None].to(self.device)
-        (self.states.store if to_host else self.states.load)(self.transfers, seat, table)
-        self.transfers.join(WRITE_BACK if to_host else PREFETCH)
-
-    def _copy_seat(self, seat: int, tokens: int, *, to_host: bool) -> None:
-        """All rows of a seat in its resident layers, from one tier to the other; what is computed next finds them there."""
-        if not any(self._held.resident) or not tokens:
-            return
-        part, side = slice(0, self.layout.pages_of(tokens)), WRITE_BACK if to_host else PREFETCH
-        here = self.arena.paged(self._held.tokens.table[:, seat : seat + 1, part].contiguous())
-        there = self.host.paged(self._held.on_host.table[:, seat : seat + 1, part].contiguous())
-        source, target = (here, there) if to_host else (there, here)
-        copy_pages(self.transfers, source, target, tokens, skipped=~self._held.flags, side=side)
-        self.transfers.join(side)
-
-    def _fill_slots(self, layer: int, stored: Mapping[int, int], *, from_host: bool) -> None:
-        """Copy sinks, recent tokens and hot entries of seats, with so many tokens stored, into a layer's slots."""
-        if self.hot is None:
-            return
-        for reader in {id(self.seats[seat].reader): self.seats[seat].reader for seat in stored}.values():
-            alike = {seat: tokens for seat, tokens in stored.items() if self.seats[seat].reader is reader}
-            seats, lengths = upload([list(alike), list(alike.values())], torch.int64, self.device)
-            tokens = self.hot.tokens_of(reader.table(layer), seats, lengths)
-            fill_slots(self.transfers, layer, seats, tokens, reader, from_host=from_host)
 
     # Moving -----------------------------------------------------------------------------------------------------------
 
@@ -335,12 +267,12 @@ class KVCache:
         Args:
             stored: tokens stored by seat, of all open seats.
         """
-        move = self._moving
+        move = self._held.moving
         return sum(tokens - move.copied.get(seat, 0) for seat, tokens in stored.items()) * self._entry_bytes(move.layer)
 
     def move_is_copied(self, stored: Mapping[int, int]) -> bool:
         """Whether the moving layer has all its pages, and all its rows are on their way."""
-        return not self._moving.claimed and not self.remaining_bytes(stored)
+        return not self._held.moving.claimed and not self.remaining_bytes(stored)
 
     def advance_move(self, stored: Mapping[int, int], max_bytes: int, *, patient: bool = False) -> int:
         """Copy up to `max_bytes` (and at least a token) more, and take the pages for them; the bytes copied, 0 when all is there.
@@ -351,42 +283,24 @@ class KVCache:
         Raises:
             HostMemoryError: the host's memory is refused; nothing has changed.
         """
-        move, held = self._moving, self._held
+        move, held = self._held.moving, self._held
         entry = self._entry_bytes(move.layer)
-        left = max(1, max_bytes // entry)
-        spare = sum(move.claimed.values())  # pages that may be taken
-        spare = min(spare, held.target_pages(left) + len(self.seats))
+        most = max(1, max_bytes // entry)
+        spare = min(sum(move.claimed.values()), held.target_pages(most) + len(self.seats))  # pages that may be taken
         spare = held.target[0].pool.at_once(spare) if patient else spare
-        parts, new = [], {}
-        for seat in self.seats:
-            start = move.copied.get(seat, 0)
-            stop, claimed = min(stored[seat], start + left), move.claimed.get(seat, 0)
-            if stop <= start and not claimed:
-                continue
-            there = held.target_pages(self.seats[seat].room) - claimed
-            # Room for tokens that are still to come, too, once those that there are have theirs.
-            wanted = held.target_pages(self.seats[seat].room if stop == stored[seat] else stop)
-            count = max(0, min(wanted - there, claimed, spare))
-            stop = min(stop, (there + count) * self.page_size)
-            spare -= count
-            if count:
-                new[seat] = count
-            if stop > start:
-                parts.append((seat, start, stop))
-                left -= stop - start
-        held.take_claimed(new)
-        if parts:
-            copy_tokens(self.transfers, move.layer, parts, to_host=move.to_host)
-            for seat, _, stop in parts:
-                move.copied[seat] = stop
-        copied = sum(stop - start for _, start, stop in parts) * entry
+        portion = next_portion(held, stored, most, spare)
+        held.take_claimed(portion.pages)
+        if portion.parts:
+            copy_tokens(self.transfers, move.layer, portion.parts, to_host=move.to_host)
+            move.copied.update((seat, stop) for seat, _, stop in portion.parts)
+        copied = portion.tokens * entry
         move.bytes += copied
         return copied
 
     @property
     def room_after_move(self) -> int:
         """Free device pages once the layer has arrived; negative where the slots of the next layer to leave find too few."""
-        move, free, held = self._moving, self.arena.pages.num_free, self._held
+        move, free, held = self._held.moving, self.arena.pages.num_free, self._held
         if not move.to_host:
             return free
         others = any(held.resident[layer] for layer in held.layers if layer != move.layer)
@@ -401,26 +315,21 @@ class KVCache:
         if self.room_after_move < 0:
             return False
         self.advance_move(stored, UNBOUNDED)
-        move = self._moving
+        move = self._held.moving
         self.transfers.join(move.side)
         self.transfers.join_copies()  # they read the pages that are given back
         if move.to_host:
-            self._fill_slots(move.layer, {seat: stored[seat] for seat in self.seats}, from_host=False)
+            self._copies.fill_slots(move.layer, {seat: stored[seat] for seat in self.seats}, from_host=False)
         self._held.turn(move.layer)
         self._held.assert_pages(*self.seats, layers=range(max(0, move.layer - 1), min(move.layer + 2, len(self.resident))))
         return True
 
     def cancel_move(self) -> None:
         """The layer stays where it was."""
-        move = self._moving
+        move = self._held.moving
         self.transfers.join(move.side)
         self._held.stay()
         self._held.assert_pages(*self.seats, layers=[move.layer])
-
-    @property
-    def _moving(self) -> LayerMove:
-        assert self._held.move is not None, "no layer is moving"
-        return self._held.move
 
     def _entry_bytes(self, layer: int) -> int:
         return self.layout.layers[layer].entry_bytes
@@ -439,7 +348,7 @@ class KVCache:
         """
         state = self.blocks.bring(chain, seat)
         for layer in self.offloaded:
-            self._fill_slots(layer, {seat: len(chain) * self.page_size}, from_host=True)
+            self._copies.fill_slots(layer, {seat: len(chain) * self.page_size}, from_host=True)
         return state
 
     # Accounts ---------------------------------------------------------------------------------------------------------

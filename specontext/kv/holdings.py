@@ -24,7 +24,7 @@ from contextlib import contextmanager
 import torch
 
 from specontext.kv.pool import PagePool
-from specontext.kv.seats import LayerMove, Seat, SeatPages
+from specontext.kv.seats import LayerMove, ParkedKV, Seat, SeatPages
 from specontext.memory.tiers import Tier
 
 
@@ -127,6 +127,51 @@ class Holdings:
         self.claim(seat, more)
         return None
 
+    # Waiting: all that a seat has stored lies in pages of the host, which it leaves behind.
+
+    def can_park(self, seat: int, tokens: int, beside: int) -> bool:
+        """Whether the host has pages for all layers of a seat that has so many tokens, and so many pages beside them."""
+        free = self.host.num_free + self._claimed_on_host(seat)
+        return self.on_host.lacking(self.host_pages(self.layers, tokens), seat) + beside <= free
+
+    def take_to_park(self, seat: int, tokens: int, beside: int) -> list[int]:
+        """Pages of the host for all layers of a seat, which is closed next; those beside them.
+
+        Raises:
+            HostMemoryError: the host's memory is refused; nothing is taken.
+        """
+        with self._free_of_claims(seat):
+            pages = self.on_host.pool.allocate(beside)
+            try:
+                self.on_host.extend(self.host_pages(self.layers, tokens), seat)
+            except BaseException:
+                self.host.free(pages)
+                raise
+        return pages
+
+    def detach(self, seat: int, tokens: int) -> list[list[int]]:
+        """Take the pages of so many tokens out of a seat, by block, and give back those for tokens that never came."""
+        parked = []
+        for block, count in self.host_pages(self.layers, tokens).items():
+            pages = self.on_host.detach(block, seat)
+            self.host.free(pages[count:])
+            parked.append(pages[:count])
+        return parked
+
+    def can_return(self, tokens: int) -> bool:
+        """Whether the device has pages for a seat of so many tokens."""
+        return sum(self._on_device(tokens).values()) + sum(self.slotted().values()) <= self.arena.num_free
+
+    def attach(self, seat: int, parked: ParkedKV) -> None:
+        """Put parked pages into a seat that has none but its slots, and give it those of resident layers."""
+        self.tokens.extend(self._on_device(parked.tokens), seat)
+        for block, pages in enumerate(parked.pages):
+            self.on_host.attach(block, seat, pages)
+        self.seats[seat].room = self.room_of(parked.tokens)
+
+    def _on_device(self, tokens: int) -> dict[int, int]:
+        return self.pages(self.layers_in(Tier.DEVICE), tokens)
+
     # Moving: pages are claimed, taken little by little, and given back as whole lists.
 
     def begin(self, layer: int, *, to_host: bool) -> bool:
@@ -142,16 +187,20 @@ class Holdings:
         return True
 
     @property
+    def moving(self) -> LayerMove:
+        """The layer that is on its way; there must be one."""
+        assert self.move is not None, "no layer is moving"
+        return self.move
+
+    @property
     def target(self) -> tuple[SeatPages, int]:
         """Pages and line that the moving layer is going to."""
-        assert self.move is not None, "no layer is moving"
-        layer = self.move.layer
-        return (self.on_host, self.layout.layer_blocks.home[layer][0]) if self.move.to_host else (self.tokens, layer)
+        layer = self.moving.layer
+        return (self.on_host, self.layout.layer_blocks.home[layer][0]) if self.moving.to_host else (self.tokens, layer)
 
     def target_pages(self, tokens: int) -> int:
         """Pages of so many tokens there."""
-        assert self.move is not None
-        return self.layout.pages_of(tokens) if self.move.to_host else self.layout.pages_for(self.move.layer, tokens)
+        return self.layout.pages_of(tokens) if self.moving.to_host else self.layout.pages_for(self.moving.layer, tokens)
 
     def _unclaimed(self, seat: int, tokens: int) -> int:
         """Pages that a seat of so many tokens needs where the moving layer is going, and neither has nor has claimed; none where
@@ -166,11 +215,10 @@ class Holdings:
     def claim(self, seat: int, count: int) -> None:
         """Promise the moving layer so many pages more for a seat."""
         if count:
-            assert self.move is not None
             self.target[0].pool.pages.claimed += count
-            self.move.claimed[seat] = self.move.claimed.get(seat, 0) + count
+            self.moving.claimed[seat] = self.moving.claimed.get(seat, 0) + count
 
-    def claimed_on_host(self, seat: int) -> int:
+    def _claimed_on_host(self, seat: int) -> int:
         """Pages of the host that are promised to a seat."""
         return self.move.claimed.get(seat, 0) if self.move is not None and self.move.to_host else 0
 
@@ -182,7 +230,7 @@ class Holdings:
         return count
 
     @contextmanager
-    def free_of_claims(self, seat: int) -> Iterator[None]:
+    def _free_of_claims(self, seat: int) -> Iterator[None]:
         """What is done inside may take what was promised to a seat, which is closed behind it, or nothing has changed."""
         count = self.unclaim(seat)
         try:
@@ -193,26 +241,24 @@ class Holdings:
 
     def take_claimed(self, new: dict[int, int]) -> None:
         """Pages for the moving layer, by seat, of those that are claimed."""
-        pages, line = self.target
-        assert self.move is not None
+        (pages, line), claimed = self.target, self.moving.claimed
         pages.extend_line(line, new, claimed=True)
         for seat, count in new.items():
-            self.move.claimed[seat] -= count
-            if not self.move.claimed[seat]:
-                del self.move.claimed[seat]
+            claimed[seat] -= count
+            if not claimed[seat]:
+                del claimed[seat]
 
     def stay(self) -> None:
         """The moving layer stays where it is."""
         for seat in self.seats:
             self.unclaim(seat)
-        move, self.move = self.move, None
-        assert move is not None
+        move, self.move = self.moving, None
         self._leave(move.layer, move.tier)
 
     def turn(self, layer: int) -> None:
         """A layer has moved: it lives in the other tier, gives back what it had in this one, and slots are where they belong."""
         here, slotted = self.resident[layer], set(self.slotted())
-        assert self.move is not None and not self.move.claimed
+        assert not self.moving.claimed
         self.resident[layer] = not here
         self.flags[layer].fill_(not here)
         self.move = None

@@ -36,15 +36,13 @@ class ParkedKV:
         tokens: tokens stored.
         pages: host pages of every block of layers.
         reader: how the request reads its selections.
-        rings: host pages of what layers with a window keep.
-        states: host pages of what layers keep instead of KV.
+        beside: host pages of what its seat had beside the KV in these blocks; see `SeatCopies`.
     """
 
     tokens: int
     pages: list[list[int]]
     reader: Reader
-    rings: list[int] = field(default_factory=list)
-    states: list[int] = field(default_factory=list)
+    beside: list[int] = field(default_factory=list)
 
     @property
     def num_pages(self) -> int:
@@ -53,7 +51,7 @@ class ParkedKV:
     @property
     def held(self) -> list[list[int]]:
         """All its pages."""
-        return [*self.pages, self.rings, self.states]
+        return [*self.pages, self.beside]
 
 
 @dataclass(eq=False)

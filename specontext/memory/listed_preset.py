@@ -103,18 +103,7 @@ class ListedPreset(Preset):
         """See `Preset.config`."""
         import transformers
 
-        values: dict[str, Any] = {
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.query_heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "max_position_embeddings": self.max_position,
-            "tie_word_embeddings": self.tied,
-            "dtype": "bfloat16",
-        }
+        values = self.size_entries
         if self.window:
             values["sliding_window"] = self.window
         values["layer_types"] = [NAMES[kind] for kind in self.kinds]

@@ -12,102 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from specontext.config import STEP_TOKENS
 from specontext.memory.facts import ModelFacts
-from specontext.memory.layer_blocks import LayerBlocks, one_by_one
+from specontext.memory.kv_cost import KVCost
+from specontext.memory.tiles import DECODE_TILE, LEAST_TILE, made_tile, prompt_tile
 from specontext.memory.windows import kept_bytes, ring_bytes
 from specontext.model_shape import ModelShape
 
 MODES = ("measured", "paper")
 FLOAT16 = 2  # bytes; eq. 6-7 count models and KV in 2-byte floats, whatever they are loaded in
 MIB = 1 << 20
-PROMPT_TILE = 256 * MIB  # of stored tokens of one layer that a prompt chunk reads at once on a GPU
-DECODE_TILE = 16384  # stored tokens of offloaded layers that dense decoding reads at once on a GPU
 LEAST_STEP, BUFFERS = 1024, 8  # see `fitting_step`
 LIBRARIES = 64 * MIB  # workspaces of matrix products
 COUNTERS = 11  # of the statistics of a request, besides the recall of every layer
-LEAST_TILE = 256  # of them of one request, where many share a tile
 HISTORY = 5  # of each token of the vocabulary that a request with penalties has seen: a flag and a count
 SAMPLER = 96 * MIB  # float64 scores and ranks of one chunk of logits
-
-
-@dataclass(frozen=True)
-class KVCost:
-    """Bytes of the KV of some requests as functions of their tokens and of the number of offloaded layers.
-
-    Tokens are summed over the requests, each counted in whole pages.
-
-    Attributes:
-        layers: L.
-        resident_token: bytes that a token takes on the device in each resident layer.
-        common_token: bytes that a token takes on the device in any case: the retrieval head's keys.
-        layer_slots: bytes of the device slots of one request in one offloaded layer.
-        page_size: tokens of a page.
-        spare_layers: layers beside the offloaded ones whose slots are kept free, so that a layer can be moved while requests run.
-        host_fixed: bytes on the host as soon as a layer is offloaded.
-        blocks: layers that lie side by side on the host, where a block has room for all as soon as one of them is offloaded; None
-            where each lies by itself.
-        of_host: bytes that a token takes on the host in each layer for which there is room; None where it is as on the device.
-    """
-
-    layers: int
-    resident_token: int
-    common_token: int
-    layer_slots: int
-    page_size: int = 1
-    spare_layers: int = 0
-    host_fixed: int = 0
-    blocks: LayerBlocks | None = None
-    of_host: int | None = None
-
-    def __post_init__(self) -> None:
-        assert min(self.layers, self.resident_token, self.page_size) > 0
-        assert min(self.common_token, self.layer_slots, self.spare_layers, self.host_fixed) >= 0
-
-    @cached_property
-    def host_blocks(self) -> LayerBlocks:
-        """How layers lie on the host."""
-        return self.blocks or one_by_one(self.layers)
-
-    @property
-    def host_token(self) -> int:
-        """Bytes of a token in one layer on the host."""
-        return self.resident_token if self.of_host is None else self.of_host
-
-    @property
-    def host_page(self) -> int:
-        """Bytes of a page of the host: of all layers of a block."""
-        return self.page_size * self.host_token * self.host_blocks.places
-
-    def host_layers(self, offloaded: int) -> int:
-        """Layers for which the host has room while the last `offloaded` ones live there."""
-        return self.host_blocks.places_away[offloaded]
-
-    def slot_layers(self, offloaded: int) -> int:
-        """Layers whose slots are set aside on the device."""
-        return min(offloaded + self.spare_layers, self.layers)
-
-    def slots(self, requests: int, offloaded: int) -> int:
-        """Device bytes of the slots of all requests."""
-        return requests * self.layer_slots * self.slot_layers(offloaded)
-
-    def device(self, tokens: int, requests: int, offloaded: int) -> int:
-        """Bytes on the device; while one layer moves between `offloaded` and the next number, no more than this is held."""
-        return tokens * self.token(offloaded) + self.slots(requests, offloaded)
-
-    def host(self, tokens: int, offloaded: int) -> int:
-        """Bytes on the host."""
-        return self.host_fixed + tokens * self.host_layers(offloaded) * self.host_token if offloaded else 0
-
-    def token(self, offloaded: int) -> int:
-        """Device bytes of one more token."""
-        return (self.layers - offloaded) * self.resident_token + self.common_token
-
-    def whole_pages(self, length: int) -> int:
-        """Tokens of the pages that a request of this length holds."""
-        return -(-length // self.page_size) * self.page_size
 
 
 @dataclass(frozen=True)
@@ -325,24 +245,6 @@ def dequantised_bytes(shape: ModelShape, tile: int, steps: int) -> int:
     """Bytes of numbers beside KV in 8 bits: a tile of stored tokens, and three float32 copies of the new ones of a step."""
     numbers = 2 * shape.kv_heads * shape.head_dim  # of a token in one layer
     return 0 if shape.on_host.kv_dtype is None else numbers * (tile * shape.dtype.itemsize + 3 * 4 * steps)
-
-
-def prompt_tile(entry_bytes: int) -> int:
-    """Stored tokens that a prompt chunk reads at once on a GPU: the power of two of which a layer's fill a buffer.
-
-    Args:
-        entry_bytes: of a token in one layer.
-    """
-    return 1 << max(PROMPT_TILE // entry_bytes, 1).bit_length() - 1
-
-
-def made_tile(query_heads: int, key: int, itemsize: int) -> int:
-    """Stored latents of which a prompt chunk makes keys and values at once: the power of two whose are not more than a buffer's.
-
-    Args:
-        key: numbers of a head's key, and of its value with what makes it as wide.
-    """
-    return 1 << max(PROMPT_TILE // (2 * query_heads * key * itemsize), 1).bit_length() - 1
 
 
 def made_bytes(shape: ModelShape, run: RunSettings) -> int:

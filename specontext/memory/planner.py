@@ -11,7 +11,8 @@ from functools import cached_property
 
 from specontext.errors import MemoryPlanError
 from specontext.memory.facts import ModelFacts
-from specontext.memory.model import KVCost, MemoryModel
+from specontext.memory.kv_cost import KVCost
+from specontext.memory.model import MemoryModel
 
 GIB = 1 << 30
 STAY = 256  # tokens

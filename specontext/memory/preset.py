@@ -133,6 +133,22 @@ class Preset:
         lookup = 0 if self.tied else self.vocab_size * self.hidden_size
         return ModelFacts(self.name, shape, self.parameters, lookup, self.intermediate_size, head or eagle3_head(shape))
 
+    @property
+    def size_entries(self) -> dict[str, Any]:
+        """Entries of a config that all families call alike."""
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.query_heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_position,
+            "tie_word_embeddings": self.tied,
+            "dtype": "bfloat16",
+        }
+
     def config(self, **changes: Any) -> PreTrainedConfig:
         """A Hugging Face config of this shape, to make a model of random weights, for example; `changes` are its entries."""
         from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
@@ -147,20 +163,8 @@ class Preset:
         elif self.rope_factor is not None:
             rope |= {"rope_type": "llama3", "factor": self.rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
             rope["original_max_position_embeddings"] = 8192
-        values: dict[str, Any] = {
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.query_heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "max_position_embeddings": self.max_position,
-            "tie_word_embeddings": self.tied,
-            "rms_norm_eps": 1e-5 if self.family in ("llama", "mistral") else 1e-6,
-            "rope_parameters": rope,
-            "dtype": "bfloat16",
-        }
+        values = self.size_entries | {"rope_parameters": rope}
+        values["rms_norm_eps"] = 1e-5 if self.family in ("llama", "mistral") else 1e-6
         if self.family == "mistral":
             values["sliding_window"] = None
         if self.window:

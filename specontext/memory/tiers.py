@@ -12,7 +12,7 @@ from specontext.memory.free import free_host_memory
 if TYPE_CHECKING:
     import torch
 
-    from specontext.memory.model import KVCost
+    from specontext.memory.kv_cost import KVCost
 
 SHARE_OF_FREE_MEMORY = 0.4
 

@@ -18,7 +18,7 @@ from specontext.core import Request
 from specontext.engine.admission import MEMORY, SEATS, SPEED, THROUGHPUT, TURN
 from specontext.engine.generation import Generation
 from specontext.engine.worth import Worth
-from specontext.memory.model import KVCost
+from specontext.memory.kv_cost import KVCost
 from specontext.memory.planner import ResidencyPolicy
 from specontext.memory.step_time import CPU, MachineSpeed
 from specontext.memory.throughput import ServiceLimits
@@ -36,7 +36,7 @@ def engine(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     """An engine on a machine; by default one whose bus is so slow that no layer should leave."""
 
     def make(machine: MachineSpeed = SLOW, **options: Any) -> LLM:
-        monkeypatch.setattr("specontext.engine.build.machine_speed", lambda _: machine)
+        monkeypatch.setattr("specontext.engine.settled.machine_speed", lambda _: machine)
         monkeypatch.setattr("specontext.memory.learning.PERIOD", 1 << 30)  # this machine is none that could be measured
         return make_llm("llama", budget=12, **{"host_memory": 400 * PAGE, "max_num_seqs": 4} | options)
 

@@ -16,7 +16,8 @@ from specontext.config import EngineConfig
 from specontext.engine import tier_memory
 from specontext.engine.generation import Generation
 from specontext.errors import MemoryPlanError, RequestError
-from specontext.memory.model import KVCost, MemoryModel
+from specontext.memory.kv_cost import KVCost
+from specontext.memory.model import MemoryModel
 from specontext.memory.tiers import SHARE_OF_FREE_MEMORY
 
 METHODS = ("speculative", "full", "oracle", "streaming", "random")

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from specontext.errors import HostMemoryError
 from specontext.kernels import dispatch
-from specontext.kv import cache, copying, seats
+from specontext.kv import copying, seat_copies, seats
 from specontext.kv.cache import KVCache
 from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout, Reader
@@ -162,7 +162,7 @@ def test_a_move_waits_for_nothing_on_the_device(to_host: bool, monkeypatch: pyte
         finally:
             Guard.inside_a_kernel = False
 
-    for module in (seats, cache):
+    for module in (seats, seat_copies):
         monkeypatch.setattr(module, "upload", uploading)
     with torch.inference_mode(), guarded(monkeypatch):
         assert kv.begin_move(5, to_host=to_host)

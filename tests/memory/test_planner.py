@@ -10,8 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from specontext.errors import MemoryPlanError
+from specontext.memory.kv_cost import KVCost
 from specontext.memory.layer_blocks import divide_layers
-from specontext.memory.model import KVCost, RunSettings, measured_model, paper_model
+from specontext.memory.model import RunSettings, measured_model, paper_model
 from specontext.memory.planner import UNBOUNDED, MemoryPlan, ResidencyPolicy, thresholds
 from specontext.memory.presets import PRESETS
 

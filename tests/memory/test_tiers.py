@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from specontext.errors import MemoryPlanError
 from specontext.memory import tiers
+from specontext.memory.kv_cost import KVCost
 from specontext.memory.layer_blocks import divide_layers
-from specontext.memory.model import KVCost
 from specontext.memory.tiers import TierSizes, size_tiers
 
 LAYERS = 4

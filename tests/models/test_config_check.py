@@ -26,7 +26,7 @@ from transformers import (
 
 import specontext
 from specontext import LLM, SamplingParams, SpeContextConfig
-from specontext.cli.planned import find_facts
+from specontext.cli.named_model import find_facts
 from specontext.errors import ConfigError, ModelError, RequestError
 from specontext.locations import quantization_of_source, read_config, shape_of
 from specontext.model_shape import ModelShape

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specontext import LLM, RetrievalHead, SamplingParams, SpeContextConfig
-from specontext.cli.planned import find_facts
+from specontext.cli.named_model import find_facts
 from specontext.distill.attention import head_log_weights
 from specontext.distill.draft import Draft
 from specontext.distill.draft_files import save_draft

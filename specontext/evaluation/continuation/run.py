@@ -13,21 +13,19 @@ from typing import Any
 
 from specontext.core import RequestOutput
 from specontext.engine.llm import LLM
-from specontext.evaluation.competitors import Competitor
+from specontext.evaluation.competitors import Choice
 from specontext.evaluation.continuation.measures import common_ngrams, distinct, first_difference, repetition, similarity
 from specontext.evaluation.continuation.rows import SUITE
-from specontext.evaluation.run import Advance, Begin, Choice, Evaluation, run_evaluation
-from specontext.evaluation.samples import MEASURES, EvaluationError, Sample, fingerprint
+from specontext.evaluation.run import Advance, Begin, run_evaluation
+from specontext.evaluation.samples import MEASURES, EvaluationError, Sample, SampleId, fingerprint
 from specontext.evaluation.settings import EvaluationSettings
-from specontext.evaluation.windows import ShortTextError, Window, reservations
+from specontext.evaluation.text_evaluation import REFERENCE, TextEvaluation
+from specontext.evaluation.windows import Text, Window
 from specontext.models.loading import LoadedModel
 from specontext.retrieval.registry import FULL
 from specontext.sampling_params import SamplingParams
 
-LENGTH = 4096  # of prompt and continuation, where none was asked for
-SHORTEST = 16
 WRITTEN = "token_ids"  # the statistic that has a sample's tokens
-REFERENCE: Choice = (Competitor(FULL, FULL), None)
 
 
 def run_continuation(settings: EvaluationSettings, begin: Begin, loaded: LoadedModel | None = None) -> dict[str, Any]:
@@ -58,62 +56,49 @@ class _Job:
     def key(self) -> str:
         return f"{self.window.key}, {self.max_tokens} tokens"
 
-    def name(self, choice: Choice) -> tuple[str, str, int | None, str, str, int | None]:
+    def name(self, choice: Choice) -> SampleId:
         return (SUITE, self.text, self.length, self.key, choice[0].label, choice[1])
 
 
-class _ContinuationEvaluation(Evaluation):
+class _ContinuationEvaluation(TextEvaluation):
     def run(self, begin: Begin) -> dict[str, Any]:
-        self.methods = [FULL, *(method for method in self.methods if method != FULL)]
+        self.report_full_first()
         jobs = self._draw(begin)
-        if not jobs:
-            raise EvaluationError("nothing can be run: " + "; ".join(dict.fromkeys(note["why"] for note in self.notes)))
+        self.refuse_nothing(jobs)
         lengths = dict.fromkeys(job.length for job in jobs)
         wanted = [
-            (group, [job for job in jobs if job.length == length], [REFERENCE, *self._choices(group, SUITE, length)])
+            (group, [job for job in jobs if job.length == length], [REFERENCE, *self.choices(group, SUITE, length)])
             for group in self.groups
             for length in lengths
         ]
-        self._count_all()
+        self.tally.count_all()
         advance = begin("writing", sum(len(some) * len(dict.fromkeys(choices)) for _, some, choices in wanted))
         for group, some, choices in wanted:
             llm = self.open(group)
             at_once = llm.engine.config.max_num_seqs
             for start in range(0, len(some), at_once):
                 self._write_all(llm, some[start : start + at_once], dict.fromkeys(choices), advance)
-        return self._write()
+        return self.tally.write()
 
     def _draw(self, begin: Begin) -> list[_Job]:
-        """The prompts of all texts and lengths, and notes of what is left out."""
-        settings, jobs = self.settings, []
-        lengths = settings.lengths or (min(LENGTH, self.max_length),)
-        if min(lengths) < SHORTEST:
-            raise EvaluationError(f"a length of {SUITE} must be at least {SHORTEST} tokens, got {min(lengths)}")
-        texts = self.open_texts()
+        """The prompts of all texts and lengths; notes say what is left out."""
+        jobs = []
+        for text, length, windows in self.windows(SUITE, begin, lambda length: (length // 2, length // 4)):
+            half = length // 2
+            # A token of room is needed to ask for the log-probabilities of all others.
+            most = min(self.settings.new_tokens, length - half, self.max_length - 1 - half)
+            some = [_Job(text, length, window, most) for window in windows]
+            asked = {job.key: fingerprint(job.window.token_ids) for job in some}
+            self.refuse_other_windows(SUITE, text, length, asked)
+            jobs += some
+        return jobs
+
+    def open_texts(self) -> list[Text]:
+        """Raises EvaluationError for a text that nobody wrote, beside what `Evaluation` refuses."""
+        texts = super().open_texts()
         if generated := [text.name for text in texts if text.generated]:
             raise EvaluationError(f"{SUITE} goes on with documents and '{generated[0]}' is generated: give --text FILE")
-        advance = begin("reading texts", len(texts) * len(lengths))
-        for text in texts:
-            for length in lengths:
-                place = {"suite": SUITE, "task": text.name, "length": length}
-                advance(1)
-                if length > self.max_length:
-                    self.notes.append(place | {"why": f"skipped: the model's contexts end at {self.max_length} tokens"})
-                    continue
-                half = length // 2
-                try:
-                    windows = text.windows(half, settings.limit, half // 2)
-                except ShortTextError as error:
-                    self.notes.append(place | {"why": f"skipped: {error}"})
-                    continue
-                self.notes += [place | {"why": why} for why in reservations(windows, settings.limit)]
-                # A token of room is needed to ask for the log-probabilities of all others.
-                most = min(settings.new_tokens, length - half, self.max_length - 1 - half)
-                some = [_Job(text.name, length, window, most) for window in windows]
-                asked = {job.key: fingerprint(job.window.token_ids) for job in some}
-                self.refuse_other_windows(SUITE, text.name, length, asked)
-                jobs += some
-        return jobs
+        return texts
 
     def _write_all(self, llm: LLM, jobs: Sequence[_Job], choices: Collection[Choice], advance: Advance) -> None:
         """Let every method go on with some prompts, full attention first."""
@@ -126,7 +111,7 @@ class _ContinuationEvaluation(Evaluation):
                 advance(len(todo))
                 added = True
         for text, length in dict.fromkeys((job.text, job.length) for job in jobs) if added else ():
-            self._recount((SUITE, text, length))
+            self.tally.recount((SUITE, text, length))
 
     def _samples(self, llm: LLM, jobs: Sequence[_Job], choice: Choice) -> list[Sample]:
         competitor, budget = choice

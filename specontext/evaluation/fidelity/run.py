@@ -12,20 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from specontext.engine.llm import LLM
-from specontext.evaluation.competitors import Competitor
+from specontext.evaluation.competitors import Choice
 from specontext.evaluation.fidelity.compare import Comparison, Fidelity, most_windows
 from specontext.evaluation.fidelity.rows import SUITE
-from specontext.evaluation.run import Advance, Begin, Choice, Evaluation, run_evaluation
-from specontext.evaluation.samples import MEASURES, EvaluationError, Sample, fingerprint
+from specontext.evaluation.run import Advance, Begin, run_evaluation
+from specontext.evaluation.samples import MEASURES, Sample, SampleId, fingerprint
 from specontext.evaluation.settings import EvaluationSettings
-from specontext.evaluation.windows import ShortTextError, Window, reservations
+from specontext.evaluation.text_evaluation import REFERENCE, TextEvaluation
+from specontext.evaluation.windows import Window
 from specontext.models.loading import LoadedModel
-from specontext.retrieval.registry import FULL
 
-LENGTH = 4096  # of windows, where none was asked for
-SHORTEST = 16
 NOT_MEASURED = ("ttft_s", "tpot_s")  # nobody waits for an answer
-REFERENCE: Choice = (Competitor(FULL, FULL), None)
 
 
 def run_fidelity(settings: EvaluationSettings, begin: Begin, loaded: LoadedModel | None = None) -> dict[str, Any]:
@@ -50,7 +47,7 @@ class _Cell:
     text: str
     length: int
     compared: int
-    windows: list[Window]
+    windows: Sequence[Window]
 
 
 @dataclass(frozen=True)
@@ -62,15 +59,14 @@ class _Job:
     todo: tuple[Choice, ...]
 
 
-class _FidelityEvaluation(Evaluation):
+class _FidelityEvaluation(TextEvaluation):
     def run(self, begin: Begin) -> dict[str, Any]:
-        self.methods = [FULL, *(method for method in self.methods if method != FULL)]
+        self.report_full_first()
         cells = self._draw(begin)
-        if not cells:
-            raise EvaluationError("nothing can be run: " + "; ".join(dict.fromkeys(note["why"] for note in self.notes)))
+        self.refuse_nothing(cells)
         lengths = dict.fromkeys(cell.length for cell in cells)
-        wanted = [(group, length, self._choices(group, SUITE, length)) for group in self.groups for length in lengths]
-        self._count_all()
+        wanted = [(group, length, self.choices(group, SUITE, length)) for group in self.groups for length in lengths]
+        self.tally.count_all()
         at = {length: [cell for cell in cells if cell.length == length] for length in lengths}
         parts = {length: sum(len(cell.windows) for cell in some) for length, some in at.items()}
         advance = begin(
@@ -78,33 +74,20 @@ class _FidelityEvaluation(Evaluation):
         )
         for group, length, choices in wanted:
             self._compare(self.open(group), at[length], dict.fromkeys((REFERENCE, *choices)), advance)
-        return self._write()
+        return self.tally.write()
 
     def _draw(self, begin: Begin) -> list[_Cell]:
-        """The windows of all texts and lengths, and notes of what is left out."""
-        settings, cells = self.settings, []
-        lengths = settings.lengths or (min(LENGTH, self.max_length),)
-        if min(lengths) < SHORTEST:
-            raise EvaluationError(f"a length of {SUITE} must be at least {SHORTEST} tokens, got {min(lengths)}")
-        texts = self.open_texts()
-        advance = begin("reading texts", len(texts) * len(lengths))
-        for text in texts:
-            for length in lengths:
-                compared = min(settings.compared, length // 2)
-                place = {"suite": SUITE, "task": text.name, "length": length}
-                advance(1)
-                if length > self.max_length:
-                    self.notes.append(place | {"why": f"skipped: the model's contexts end at {self.max_length} tokens"})
-                    continue
-                try:
-                    windows = text.windows(length, settings.limit, compared)
-                except ShortTextError as error:
-                    self.notes.append(place | {"why": f"skipped: {error}"})
-                    continue
-                self.notes += [place | {"why": why} for why in reservations(windows, settings.limit)]
-                cells.append(_Cell(text.name, length, compared, windows))
-                asked = {_key(cells[-1], window): fingerprint(window.token_ids) for window in windows}
-                self.refuse_other_windows(SUITE, text.name, length, asked)
+        """The windows of all texts and lengths; notes say what is left out."""
+
+        def cut(length: int) -> tuple[int, int]:
+            return length, min(self.settings.compared, length // 2)
+
+        cells = []
+        for text, length, windows in self.windows(SUITE, begin, cut):
+            cell = _Cell(text, length, cut(length)[1], windows)
+            asked = {_key(cell, window): fingerprint(window.token_ids) for window in windows}
+            self.refuse_other_windows(SUITE, text, length, asked)
+            cells.append(cell)
         return cells
 
     def _compare(self, llm: LLM, cells: Sequence[_Cell], choices: Collection[Choice], advance: Advance) -> None:
@@ -125,14 +108,14 @@ class _FidelityEvaluation(Evaluation):
                     self.samples.add(samples)
                     advance(len(samples))
                 for text, length in dict.fromkeys((job.cell.text, job.cell.length) for job in some):
-                    self._recount((SUITE, text, length))
+                    self.tally.recount((SUITE, text, length))
 
 
 def _key(cell: _Cell, window: Window) -> str:
     return f"{window.key}, last {cell.compared}"
 
 
-def _name(cell: _Cell, window: Window, choice: Choice) -> tuple[str, str, int | None, str, str, int | None]:
+def _name(cell: _Cell, window: Window, choice: Choice) -> SampleId:
     return (SUITE, cell.text, cell.length, _key(cell, window), choice[0].label, choice[1])
 
 
