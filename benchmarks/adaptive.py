@@ -58,7 +58,7 @@ from specontext.engine.sampler import next_tokens
 from specontext.engine.scheduler import Scheduler
 from specontext.evaluation.paper.replay import Replay, overlapping, with_own_method
 from specontext.evaluation.paper.shapes import DTYPES, random_model
-from specontext.memory.model import KVCost
+from specontext.memory.kv_cost import KVCost
 from specontext.memory.planner import thresholds
 from specontext.models.loading import LoadedModel, load_model
 from specontext.retrieval.catalog import find_head

@@ -45,7 +45,7 @@ from transformers import DynamicCache
 from specontext.config import KV_CACHE_DTYPES, QUANTIZATIONS, SpeContextConfig
 from specontext.core import Batch
 from specontext.distill.new_head import HeadShape, new_head
-from specontext.engine.build import Parts
+from specontext.engine.parts import Parts
 from specontext.engine.runner import ModelRunner
 from specontext.evaluation.paper.hugging_face import random_kv
 from specontext.evaluation.paper.replay import Replay, overlapping, with_own_method

@@ -18,7 +18,7 @@ from specontext.kernels.sparse_attention import sparse_attention
 from specontext.kernels.tables import Pages
 from specontext.kv.layout import places_of
 from specontext.memory.layer_blocks import one_by_one
-from specontext.memory.model import prompt_tile
+from specontext.memory.tiles import prompt_tile
 
 SPLITS = (1, 2, 3, 4, 5, 6, 8, 11, 16, 32, 48)
 TILES = ((32, 4, 5), (64, 4, 4), (64, 4, 5), (64, 8, 5), (128, 4, 4), (128, 4, 5), (128, 8, 5))  # rows, warps, stages

@@ -19,6 +19,7 @@ from specontext.engine.intake import Intake
 from specontext.engine.launched import Launched, Launcher
 from specontext.engine.masks import Masks
 from specontext.engine.output_statistics import OutputStatistics
+from specontext.engine.parts import Parts
 from specontext.engine.prompt_logprobs import add_prompt_logprobs, prompt_rows
 from specontext.engine.rehearsal import rehearse
 from specontext.engine.request_statistics import statistics_of
@@ -65,24 +66,30 @@ class LLMEngine:
             keep_compiled()
         self.loaded = loaded or load_configured(config, self.device)
         head = head_of(config, self.loaded)
-        self.parts = build_parts(config, self.loaded, head, self.device)
-        self.runner = ModelRunner(
+        self.tokenizer = self.loaded.tokenizer
+        self.step_tokens = 0
+        self._masks = Masks(self.device)
+        self._generations: dict[str, Generation] = {}
+        self._ahead: Launched | None = None
+        parts = build_parts(config, self.loaded, head, self.device)
+        runner = ModelRunner(
             self.loaded,
-            self.parts,
+            parts,
             feature_layers=head.config.feature_layers if head is not None and head.config.variant == "features" else (),
             measure_recall=config.measure_recall,
             graphs=not config.enforce_eager,
             compiled=config.compile,
         )
-        self.scheduler = Scheduler(self.parts, seats=config.max_num_seqs)
-        self.tokenizer = self.loaded.tokenizer
-        self.intake = Intake(config, self.loaded, self.parts, self.scheduler.check)
-        self.step_tokens = 0
-        self._masks = Masks(self.device)
-        self._generations: dict[str, Generation] = {}
-        self.runs_ahead = self.runner.captures
-        self._launcher = Launcher(self.runner, self.scheduler, self.parts, self._generations, self.loaded.end_token_ids)
-        self._ahead: Launched | None = None
+        self.run_on(parts, runner)
+
+    def run_on(self, parts: Parts, runner: ModelRunner) -> None:
+        """Have all steps run on these parts from now on, and by their runner; nothing is under way."""
+        assert not self._generations
+        self.parts, self.runner = parts, runner
+        self.scheduler = Scheduler(parts, seats=self.config.max_num_seqs)
+        self.intake = Intake(self.config, self.loaded, parts, self.scheduler.check)
+        self.runs_ahead = runner.captures
+        self._launcher = Launcher(runner, self.scheduler, parts, self._generations, self.loaded.end_token_ids)
 
     @torch.inference_mode(False)
     @torch.no_grad()

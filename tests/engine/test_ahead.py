@@ -11,6 +11,7 @@ import torch
 
 from specontext import LLM, SamplingParams
 from specontext.engine import sampler
+from specontext.engine.runner import ModelRunner
 from specontext.errors import DeviceMemoryError, LogitsError, NamedRequestsError
 
 MakeLLM = Callable[..., LLM]
@@ -53,6 +54,20 @@ WAYS: list[dict[str, Any]] = [
     {"temperature": 1.0, "top_p": 0.9, "seed": 4},
     {"method": "full"},
 ]
+
+
+def test_steps_ahead_run_on_the_parts_that_an_engine_was_given_last(make_llm: MakeLLM, greedy: Greedy, prompts: Prompts) -> None:
+    llm = make_llm("llama")
+    right = llm.generate(prompts[:2], greedy(8))
+    engine, run = llm.engine, ModelRunner.run
+    engine.runner.close()
+    runner = ModelRunner(engine.loaded, engine.parts, feature_layers=(), measure_recall=False)
+    engine.run_on(engine.parts, runner)
+    launched = ahead(llm)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelRunner, "run", lambda self, batch: run(self, batch) if self is runner else pytest.fail("another's"))
+        same(right, llm.generate(prompts[:2], greedy(8)))
+    assert launched
 
 
 @pytest.mark.parametrize("offload_layers", [0, 2, None])

@@ -12,10 +12,9 @@ import torch
 
 from specontext.config import SpeContextConfig
 from specontext.core import Request
-from specontext.engine.build import Parts
 from specontext.engine.llm_engine import LLMEngine
+from specontext.engine.parts import Parts
 from specontext.engine.runner import ModelRunner
-from specontext.engine.scheduler import Scheduler
 from specontext.evaluation.paper.replay import Replay, overlapping, with_own_method
 from specontext.evaluation.paper.states import fill_seats, middle_config
 from specontext.kv.layout import PlacedSelection
@@ -114,14 +113,13 @@ class Loop:
         limits = Budget(budget, parts.method.sink, parts.method.recent)
         drawn = overlapping(limits, context, requests, parts.selector.groups, overlap if way.keeps else 0.0, SELECTIONS)
         engine.runner.close()
-        engine.parts = parts = with_own_method(parts, Replay(parts.selector, drawn, self.device))
+        parts = with_own_method(parts, Replay(parts.selector, drawn, self.device))
         assert parts.head is not None
         layers = parts.head.config.feature_layers if parts.head.config.variant == "features" else ()
-        engine.runner = ModelRunner(
+        runner = ModelRunner(
             engine.loaded, parts, feature_layers=layers, measure_recall=False, graphs=way.captured, compiled=way.captured
         )
-        engine.scheduler = Scheduler(parts, seats=requests)
-        engine.runs_ahead = engine.runner.captures
+        engine.run_on(parts, runner)
 
     def _seat(self, request: Request, seat: int, context: int, room: int) -> None:
         """As if all but the request's last token had been computed."""

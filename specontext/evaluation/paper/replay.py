@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from specontext.core import Batch, Selection
-from specontext.engine.build import Parts
 from specontext.engine.methods import Methods
+from specontext.engine.parts import Parts
 from specontext.retrieval.selector import AheadSelector, Budget, LaneTokens, Selector
 
 
