@@ -46,8 +46,8 @@ from specontext.memory.throughput import ServiceLimits
 from specontext.memory.tiers import TierSizes, size_tiers
 from specontext.model_shape import ModelShape
 from specontext.models.loading import LoadedModel
+from specontext.models.rank_layers import outputs_read
 from specontext.models.rope import fix_rope
-from specontext.models.sharding import outputs_read
 from specontext.retrieval.head import RetrievalHead, facts_of_head
 from specontext.retrieval.head_part import head_part
 from specontext.retrieval.methods import context_of, make_selectors, selector_class, token_sets

@@ -80,6 +80,12 @@ class Ranks:
         if not self._apart:
             _wait(self._device.allreduce([tensor], _on_this_stream(dist.AllreduceOptions())))
 
+    def mean_(self, tensor: Tensor) -> None:
+        """Take the mean of the ranks' tensors, in place. On a GPU the host does not wait."""
+        if not self._apart:
+            self.sum_(tensor)
+            tensor.div_(self.share.size)
+
     @torch.compiler.disable
     def gather(self, part: Tensor, width: int) -> Tensor:
         """The ranks' parts behind each other, [..., width], the same on all. On a GPU the host does not wait.

@@ -18,8 +18,8 @@ from specontext.kernels.dispatch import VARIABLE
 from specontext.kernels.quantized_linear import FP8, INT4, INT8, QuantizedMatrix, dequantized, packed
 from specontext.memory.sharing import Share
 from specontext.models.loading import LoadedModel, load_model
+from specontext.models.rank_layers import SummedLinear
 from specontext.models.ranks import Ranks
-from specontext.models.sharding import SummedLinear
 from specontext.quantization.linear import QuantizedLinear
 from specontext.quantization.parts import some_columns, some_rows
 from tests.models.quantised_files import FORMATS, Tensors, write_quantised
