@@ -19,6 +19,11 @@ class SummedLinear(nn.Module):
         super().__init__()
         self.part, self.ranks, self.bias = part, ranks, bias
 
+    @property
+    def weight(self) -> Any:
+        """A rank's columns, which modelling code may give random numbers by this name."""
+        return self.part.weight
+
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.part(x)
         self.ranks.sum_(result)

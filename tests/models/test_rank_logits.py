@@ -21,8 +21,10 @@ from specontext.models.loading import LoadedModel, load_model
 from specontext.models.ranks import Ranks
 from specontext.models.split_styles import NORM_OF_ALL_HEADS
 from specontext.models.splits import splits_of
+from specontext.quantization.linear import QuantizedLinear
 from tests.models.architectures import RUN
 from tests.models.conftest import Write
+from tests.models.quantised_files import FORMATS, write_quantised
 
 CPU = torch.device("cpu")
 READS_OTHERS = "Gemma3nText"
@@ -53,10 +55,11 @@ def logits_of(loaded: LoadedModel) -> Tensor:
     return logits[0]
 
 
-def logits_of_ranks(folder: Path, size: int, **options: Any) -> list[Tensor]:
+def check(folder: Path, size: int) -> LoadedModel:
+    """Compares them; the last rank's part."""
     first = Ranks(Share(0, size))
     all_ranks = [first, *(Ranks(Share(rank, size), first.port) for rank in range(1, size))]
-    parts = [load_model(folder, dtype="float32", device=CPU, ranks=ranks, **options) for ranks in all_ranks]
+    parts = [load_model(folder, dtype="float32", device=CPU, ranks=ranks) for ranks in all_ranks]
 
     def run(ranks: Ranks, part: LoadedModel) -> Tensor:
         ranks.connect(CPU)
@@ -65,14 +68,11 @@ def logits_of_ranks(folder: Path, size: int, **options: Any) -> list[Tensor]:
         finally:
             ranks.close()
 
-    with ThreadPoolExecutor(size) as threads:
-        return list(threads.map(run, all_ranks, parts))
-
-
-def check(folder: Path, size: int) -> None:
     expected = logits_of(load_model(folder, dtype="float32", device=CPU))
-    for found in logits_of_ranks(folder, size):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    with ThreadPoolExecutor(size) as threads:
+        for found in threads.map(run, all_ranks, parts):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    return parts[-1]
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -80,6 +80,17 @@ def check(folder: Path, size: int) -> None:
 def test_ways_to_make_layers(architecture: str, changes: dict[str, Any], size: int, write: Write, tmp_path: Path) -> None:
     write(architecture, RUN[architecture] | changes)
     check(tmp_path, size)
+
+
+@pytest.mark.parametrize("name", ["fp8-blocks", "ct-int8", "ct-zeros", "awq"])
+def test_codes_of_queries_keys_and_values(name: str, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one matrix, with borders between heads inside of a scale's block; and of gate and up."""
+    write("Phi3", RUN["Phi3"] | {"intermediate_size": 128})
+    monkeypatch.setattr("specontext.models.quantized.keeps_codes", lambda _: True)
+    write_quantised(tmp_path, tmp_path / name, FORMATS[name])
+    part = check(tmp_path / name, 2)
+    own = [module.out_features for module in part.model.modules() if isinstance(module, QuantizedLinear)]
+    assert own == [64, 64, 128, 64] * 3, "all of what is split keeps its codes, of as many rows"
 
 
 @pytest.mark.slow
