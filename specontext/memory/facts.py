@@ -20,6 +20,10 @@ if TYPE_CHECKING:  # takes seconds to import, and only annotations here need the
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+# Linear layers of which every rank has the whole, by their names: what makes latents, of attention and around experts.
+WHOLE_LAYERS = ("q_a_proj", "kv_a_proj_with_mqa", "fc1_latent_proj", "fc2_latent_proj")
+
+
 @dataclass(frozen=True)
 class HeadFacts:
     """Size of a retrieval head.
@@ -62,7 +66,7 @@ class ModelFacts:
         intermediate_size: width of the feed-forward layers.
         weights_note: what was done to the weights, such as 'dequantised from Q4_1'; None where they are the checkpoint's own.
         stored_bytes: bytes of the weights where some are quantised; None where all are in the shape's number format.
-        mixer_parameters: those of modules that keep a state, of which every rank has the whole.
+        whole_parameters: those of which every rank has the whole: of modules that keep a state, and of `WHOLE_LAYERS`.
     """
 
     name: str
@@ -73,7 +77,7 @@ class ModelFacts:
     head: HeadFacts
     weights_note: str | None = None
     stored_bytes: int | None = None
-    mixer_parameters: int = 0
+    whole_parameters: int = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -227,9 +231,10 @@ def facts_of_config(
     with one_sentence("cannot tell how large the states of its layers are"):
         shape = replace(shape, states=measured_states(model))
     parameters, lookup = count_parameters(config, model)
-    mixers = sum(table.numel() for mixer in mixers_of(model) for table in mixer.parameters())
+    kept = [module for name, module in model.named_modules() if name.rpartition(".")[2] in WHOLE_LAYERS] + mixers_of(model)
+    whole = sum({id(table): table.numel() for module in kept for table in module.parameters()}.values())
     width = feed_forward_width(config, shape)
-    return ModelFacts(name, shape, parameters, lookup, width, head or eagle3_head(shape), mixer_parameters=mixers)
+    return ModelFacts(name, shape, parameters, lookup, width, head or eagle3_head(shape), whole_parameters=whole)
 
 
 def feed_forward_width(config: PreTrainedConfig, shape: ModelShape) -> int:

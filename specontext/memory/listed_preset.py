@@ -97,7 +97,7 @@ class ListedPreset(Preset):
 
     def facts(self, dtype: torch.dtype | NumberFormat | None = None, head: HeadFacts | None = None) -> ModelFacts:
         """See `Preset.facts`."""
-        return replace(super().facts(dtype, head), lookup_parameters=self.lookup, mixer_parameters=self.mixers)
+        return replace(super().facts(dtype, head), lookup_parameters=self.lookup, whole_parameters=self.mixers)
 
     def config(self, **changes: Any) -> PreTrainedConfig:
         """See `Preset.config`."""

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from specontext.memory.facts import WHOLE_LAYERS
 from specontext.memory.states import mixers_of
 
 COLUMNS, ROWS = "colwise", "rowwise"
@@ -26,13 +27,11 @@ WHOLE = "replicated_with_grad_allreduce"
 ATTENTION = {
     **dict.fromkeys(("q_proj", "q_b_proj", "k_proj", "v_proj", "kv_b_proj", "g_proj"), COLUMNS),
     **dict.fromkeys(("o_proj", "out_proj", "c_proj", "dense", "sinks"), ROWS),
-    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), WHOLE),  # what makes latents
 }
 FEED_FORWARD = {
     **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3", "fc1", "fc_in", "c_fc", "dense_h_to_4h"), COLUMNS),
     **dict.fromkeys(("down_proj", "w2", "fc2", "fc_out", "c_proj", "dense_4h_to_h", "output_linear"), ROWS),
     "input_linear": PACKED_COLUMNS,
-    **dict.fromkeys(("fc1_latent_proj", "fc2_latent_proj"), WHOLE),  # around experts that work in fewer numbers
 }
 ATTENTION_MODULES, FEED_FORWARD_MODULES = ("attn", "attention", "mixer"), ("mlp", "feed_forward", "shared_mlp", "mixer")
 # How queries, keys and values lie in one matrix stands in modelling code alone. Heads behind each other, each with its query, key
@@ -77,6 +76,8 @@ class Styles:
     def of(self, path: str) -> str | None:
         """The style of a module or a parameter, by its path in its layer; None where nothing says it."""
         *parents, name = path.split(".")
+        if name in WHOLE_LAYERS:
+            return WHOLE
         if parents and parents[-1].endswith(ATTENTION_MODULES):
             if name in FUSED:
                 return self._fused

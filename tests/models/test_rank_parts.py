@@ -45,7 +45,18 @@ def test_what_keeps_a_state_is_planned_whole(checkpoint: Callable[[str], Path]) 
     folder = checkpoint("delta")
     planned = Share(1, 2).facts(facts_of_config("it", read_config(folder), dtype=torch.float32))
     found = part_of(folder, 1, 2, "float32")
-    assert planned.mixer_parameters and found.weight_bytes == pytest.approx(planned.weight_bytes, rel=0.02)
+    assert planned.whole_parameters and found.weight_bytes == pytest.approx(planned.weight_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("architecture", ["DeepseekV2", "Gemma4Text", "GPT2", "Olmo2", "OPT", "Phi3"])
+def test_all_kinds_of_layers_are_planned(architecture: str, size: int, write: Write, tmp_path: Path) -> None:
+    """Latents, heads by layer, tables of positions; but for routers, biases of sums and some norms."""
+    write(architecture, RUN[architecture])
+    planned = Share(1, size).facts(facts_of_config("it", read_config(tmp_path), dtype=torch.float32))
+    found = facts_of_loaded(part_of(tmp_path, 1, size, "float32"), None)
+    assert found.lookup_parameters == planned.lookup_parameters
+    assert found.parameters == pytest.approx(planned.parameters, rel=0.01)
 
 
 def test_parts_of_an_output_layer_are_its_rows(checkpoint: Callable[[str], Path]) -> None:
