@@ -293,7 +293,8 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
     if loaded.ranks is not None:
         intermediate //= loaded.ranks.share.size
     sizes = NO_HEAD if head is None else facts_of_head(head.config)
-    return ModelFacts(loaded.name, loaded.shape, loaded.parameters, lookup, intermediate, sizes, stored_bytes=loaded.weight_bytes)
+    numbers = loaded.parameters, lookup, intermediate
+    return ModelFacts(loaded.name, loaded.shape, *numbers, sizes, stored_bytes=loaded.weight_bytes, tied=tied)
 
 
 def reads_all_groups(name: str) -> bool:

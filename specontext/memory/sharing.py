@@ -22,9 +22,7 @@ class Share:
     size: int
 
     def check(self, shape: ModelShape) -> None:
-        """Raises ConfigError for heads that cannot be shared so, and layers without KV of their own."""
-        if shape.readers:
-            raise ConfigError("layers that use the KV of earlier ones do not work with tensor_parallel_size: leave it out")
+        """Raises ConfigError for heads that cannot be shared so."""
         size = self.size
         for heads in (shape.kv_heads, (shape.window_heads or (shape.kv_heads,))[0]):
             if shape.query_heads % size or (heads % size and size % heads):
@@ -59,8 +57,8 @@ class Share:
         return slice(min(self.rank * each, width), min((self.rank + 1) * each, width))
 
     def facts(self, facts: ModelFacts) -> ModelFacts:
-        """Sizes of its part: of all layers but their norms, what keeps a state and what makes latents, of the output layer, and
-        of the retrieval head's groups and keys.
+        """Sizes of its part: of all layers but their norms and `whole_modules`, of the output layer, and of the retrieval head's
+        groups and keys.
 
         Embeddings are whole. So are the head's weights here, which are too many then; routers, biases of sums and norms beyond
         two a layer are counted as if they were split. All are some thousandths of a model. Of quantised weights all layers count
@@ -73,7 +71,6 @@ class Share:
             return facts
         whole, part = facts.shape, self.shape(facts.shape)
         table = whole.vocab_size * whole.hidden_size
-        tied = facts.lookup_parameters < table
         own = self.outputs(whole.vocab_size)
         elsewhere = table - (own.stop - own.start) * whole.hidden_size  # of the output layer
         norms = (2 * whole.depth + 1) * whole.hidden_size
@@ -85,14 +82,14 @@ class Share:
         if stored is not None:
             layers = attention + rest + facts.whole_parameters
             plain = weight_bytes(facts.parameters - layers, whole.dtype)
-            stored -= round((stored - plain) * left_out / layers) + weight_bytes(0 if tied else elsewhere, whole.dtype)
+            stored -= round((stored - plain) * left_out / layers) + weight_bytes(0 if facts.tied else elsewhere, whole.dtype)
         return replace(
             facts,
             shape=part,
             stored_bytes=stored,
             head=self._head(facts),
-            parameters=facts.parameters - left_out - (0 if tied else elsewhere),
-            lookup_parameters=facts.lookup_parameters + (elsewhere if tied else 0),
+            parameters=facts.parameters - left_out - (0 if facts.tied else elsewhere),
+            lookup_parameters=facts.lookup_parameters + (elsewhere if facts.tied else 0),
             intermediate_size=facts.intermediate_size // self.size,
         )
 

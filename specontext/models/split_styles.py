@@ -2,7 +2,7 @@
 have names that are usual, else by the modelling code's own plan for tensor parallelism.
 
 What is split by columns of the output ('colwise') computes some heads, or some of the feed-forward's numbers; what takes these in
-('rowwise') gives a part of a sum. Routers, norms, embeddings and what keeps a state are whole on every rank.
+('rowwise') gives a part of a sum. Routers, norms, embeddings and `whole_modules` are whole on every rank.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specontext.memory.facts import WHOLE_LAYERS
-from specontext.memory.states import mixers_of
+from specontext.memory.whole_modules import whole_modules
 
 COLUMNS, ROWS = "colwise", "rowwise"
 PACKED_COLUMNS, PACKED_ROWS = "packed_colwise", "packed_rowwise"  # two tables of one size behind each other: gate and up
@@ -65,19 +64,17 @@ class Styles:
             self._plan |= GPT_OSS
         if config.model_type == "gpt_bigcode":
             self._fused = QUERY_KEY_VALUE if config.multi_query else COLUMNS
-        self._mixing = {id(module) for mixer in mixers_of(model) for module in mixer.modules()}
+        self._whole = {id(module) for whole in whole_modules(model) for module in whole.modules()}
         experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
         self._router_rows = {1} | {getattr(config, name, None) for name in experts}
 
-    def keeps_state(self, module: nn.Module) -> bool:
-        """Whether a module is of what keeps a state."""
-        return id(module) in self._mixing
+    def keeps_whole(self, module: nn.Module) -> bool:
+        """Whether each rank has all of a module, whatever its tables are called."""
+        return id(module) in self._whole
 
     def of(self, path: str) -> str | None:
         """The style of a module or a parameter, by its path in its layer; None where nothing says it."""
         *parents, name = path.split(".")
-        if name in WHOLE_LAYERS:
-            return WHOLE
         if parents and parents[-1].endswith(ATTENTION_MODULES):
             if name in FUSED:
                 return self._fused

@@ -150,7 +150,7 @@ def _splits_of_layer(layer: nn.Module, styles: Styles, heads: Heads) -> Iterator
     for path, module in layer.named_modules():
         for name, table in module.named_parameters(recurse=False):
             linear = isinstance(module, LINEAR)
-            if styles.keeps_state(module) or (linear and name == "bias"):
+            if styles.keeps_whole(module) or (linear and name == "bias"):
                 continue
             where = path if linear else f"{path}.{name}"
             style = style_of_norm(layer, path, table, heads) or styles.of(where)

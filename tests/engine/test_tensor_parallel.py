@@ -197,13 +197,13 @@ def slow(*arguments: object) -> Any:
     [
         ("windows", 2),
         *(slow("chunks", 2), slow("llama", 4), slow("qwen2", 4), slow("qwen3", 2), slow("mistral", 2), slow("bands", 3)),
-        *(slow("windows", 4), slow("sinks", 2), slow("sinks", 4)),
+        *(slow("windows", 4), slow("sinks", 2), slow("sinks", 4), slow("shared", 2), slow("shared", 4)),
     ],
 )
 def test_heads_and_head_maps_of_other_models(make_llm: Callable[..., LLM], family: str, size: int) -> None:
     """Windows, experts with a shared one, sinks, more ranks than KV heads, head maps that cross ranks, a head without features,
-    bands of layers."""
-    methods = ("full", "quest") if size == 2 and family in ("chunks", "windows") else ("full",)
+    bands of layers, layers that read the KV of others."""
+    methods = ("full", "quest") if size == 2 and family in ("chunks", "windows", "shared") else ("full",)
     options = {"budget": 12, "offload_layers": 2, "dtype": "float32", "max_model_len": 256, "methods": methods}
     prompt = [[*range(4, 90)], [*range(200, 220)]]
     params = [replace(GREEDY, max_tokens=24, method=name) for name in ("speculative", *methods)]

@@ -180,11 +180,12 @@ def test_models_of_one_process_do_not_disturb_each_other(write: Write, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "architecture", ["DeepseekV2", "Gemma4Text", "GPT2", "HunYuanDenseV1", "Olmo2", "Phi3", "Qwen3_5MoeText", "StableLm"]
+    "architecture",
+    ["DeepseekV2", "Gemma3nText", "Gemma4Text", "GPT2", "HunYuanDenseV1", "Olmo2", "Phi3", "Qwen3_5MoeText", "StableLm"],
 )
 def test_two_ranks(architecture: str, write: Write, tmp_path: Path) -> None:
-    """Latents, other heads where there is a window, feed-forward layers that no plan names, norms over all heads, queries, keys
-    and values in one matrix, states, code that counts heads."""
+    """Latents, KV of earlier layers, other heads where there is a window, feed-forward layers that no plan names, norms over all
+    heads, queries, keys and values in one matrix, states, code that counts heads."""
     write(architecture, RUN[architecture])
     options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_model_len": 256}
     options["config"] = SpeContextConfig(budget=20, sink=2, recent=4, offload_layers=1)

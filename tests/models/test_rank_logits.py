@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FalconConfig, Olmo2Config, PhiConfig
 
-from specontext.errors import ConfigError, ModelError
+from specontext.errors import ModelError
 from specontext.memory.sharing import Share
 from specontext.model_shape import ModelShape
 from specontext.models.attention import attention_of
@@ -27,7 +27,6 @@ from tests.models.conftest import Write
 from tests.models.quantised_files import FORMATS, write_quantised
 
 CPU = torch.device("cpu")
-READS_OTHERS = "Gemma3nText"
 # Of each way in which attention, norms and feed-forward layers are made, one; and settings that the table's examples lack.
 SOME: list[tuple[str, dict[str, Any]]] = [
     ("Phi3", {}),
@@ -45,6 +44,7 @@ SOME: list[tuple[str, dict[str, Any]]] = [
     ("Gemma3Text", {"num_key_value_heads": 1}),
     ("GraniteMoeShared", {}),
     ("NemotronH", {"moe_latent_size": 32}),
+    ("Gemma3nText", {}),
 ]
 
 
@@ -95,16 +95,10 @@ def test_codes_of_queries_keys_and_values(name: str, write: Write, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("architecture", [name for name in RUN if name != READS_OTHERS])
+@pytest.mark.parametrize("architecture", RUN)
 def test_every_architecture(architecture: str, size: int, write: Write, tmp_path: Path) -> None:
     write(architecture, RUN[architecture])
     check(tmp_path, size)
-
-
-def test_layers_that_read_the_kv_of_others_are_refused(write: Write, tmp_path: Path) -> None:
-    write(READS_OTHERS, RUN[READS_OTHERS])
-    with pytest.raises(ConfigError, match="layers that use the KV of earlier ones do not work with tensor_parallel_size"):
-        load_model(tmp_path, dtype="float32", device=CPU, ranks=Ranks(Share(0, 2)))
 
 
 def tiny(kind: Callable[..., Any]) -> tuple[Any, ModelShape]:

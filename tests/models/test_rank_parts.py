@@ -49,9 +49,9 @@ def test_what_keeps_a_state_is_planned_whole(checkpoint: Callable[[str], Path]) 
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("architecture", ["DeepseekV2", "Gemma4Text", "GPT2", "Olmo2", "OPT", "Phi3"])
+@pytest.mark.parametrize("architecture", ["DeepseekV2", "Gemma3nText", "Gemma4Text", "GPT2", "Olmo2", "OPT", "Phi3"])
 def test_all_kinds_of_layers_are_planned(architecture: str, size: int, write: Write, tmp_path: Path) -> None:
-    """Latents, heads by layer, tables of positions; but for routers, biases of sums and some norms."""
+    """Latents, heads by layer, tables of positions and of layers; but for routers, biases of sums and some norms."""
     write(architecture, RUN[architecture])
     planned = Share(1, size).facts(facts_of_config("it", read_config(tmp_path), dtype=torch.float32))
     found = facts_of_loaded(part_of(tmp_path, 1, size, "float32"), None)
