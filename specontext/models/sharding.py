@@ -22,7 +22,7 @@ from specontext.models.head_norms import eps_of
 from specontext.models.rank_heads import count_heads
 from specontext.models.rank_layers import GatheredLinear, NormOfAllHeads, SummedExperts, SummedLinear, initialize
 from specontext.models.ranks import Ranks
-from specontext.models.split_styles import NORM_OF_ALL_HEADS
+from specontext.models.split_styles import NORM_OF_ALL_HEADS, QUERIES
 from specontext.models.splits import LayerSplits, Split, splits_of
 from specontext.models.weights import random_model, seeded
 from specontext.quantization.linear import QuantizedLinear
@@ -105,15 +105,12 @@ def shard(
 
 
 def _shard_layer(layer: LayerSplits, prefix: str, ranks: Ranks, placed: Placing) -> None:
-    attention: dict[int, nn.Module] = {}
     for split in layer.splits:
         parent, _, name = split.path.rpartition(".")
         home = layer.layer.get_submodule(parent)
         setattr(home, name, _part(split, f"{prefix}.{split.path}", ranks, placed))
-        if hasattr(home, "layer_idx"):
-            attention[id(home)] = home
-    for module in attention.values():
-        count_heads(module, layer.heads, ranks.share)
+        if name in QUERIES:
+            count_heads(home, layer.heads, ranks.share)
     for path in layer.experts:
         parent, _, name = path.rpartition(".")
         setattr(layer.layer.get_submodule(parent), name, SummedExperts(layer.layer.get_submodule(path), ranks))

@@ -36,6 +36,7 @@ ATTENTION_MODULES, FEED_FORWARD_MODULES = ("attn", "attention", "mixer"), ("mlp"
 # How queries, keys and values lie in one matrix stands in modelling code alone. Heads behind each other, each with its query, key
 # and value, or blocks of heads, are cut as any other columns.
 FUSED = ("c_attn", "qkv_proj", "query_key_value", "qkv", "Wqkv")
+QUERIES = {"q_proj", "q_b_proj", *FUSED}  # one of which each attention has
 FUSED_OF_TYPE = {
     **dict.fromkeys(("phi3", "gpt2"), QUERY_KEY_VALUE),
     **dict.fromkeys(("gpt_neox", "persimmon", "codegen"), COLUMNS),
@@ -83,6 +84,8 @@ class Styles:
         feeding = not parents or parents[-1] in FEED_FORWARD_MODULES or parents[-1].startswith("shared_expert")
         if feeding and name in FEED_FORWARD:
             return FEED_FORWARD[name]
+        if self._plan.get(".".join(parents)) == WHOLE:
+            return WHOLE
         style = self._plan.get(path)
         return style if style is None else GATHERED.get((name, style), style)
 

@@ -154,7 +154,7 @@ def _splits_of_layer(layer: nn.Module, styles: Styles, heads: Heads) -> Iterator
                 continue
             where = path if linear else f"{path}.{name}"
             style = style_of_norm(layer, path, table, heads) or styles.of(where)
-            if WHOLE in (style, styles.of(path)) or (style is None and styles.leaves_whole(table, where)):
+            if style == WHOLE or (style is None and styles.leaves_whole(table, where)):
                 continue
             if style != ONCE and style not in AXES:
                 raise ModelError(f"nothing says how its {where} is split ({style or 'not in its plan'})")
