@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, FalconConfig, Olmo2Config, PhiConfig
 
 from specontext.errors import ModelError
 from specontext.memory.sharing import Share
 from specontext.model_shape import ModelShape
-from specontext.models.attention import attention_of
 from specontext.models.decoder import decoder_layers
-from specontext.models.loading import LoadedModel, load_model
-from specontext.models.ranks import Ranks
 from specontext.models.split_styles import NORM_OF_ALL_HEADS
 from specontext.models.splits import splits_of
 from specontext.quantization.linear import QuantizedLinear
+from tests.conftest import FAMILIES
 from tests.models.architectures import RUN
 from tests.models.conftest import Write
 from tests.models.quantised_files import FORMATS, write_quantised
+from tests.models.rank_threads import check
 
 CPU = torch.device("cpu")
 # Of each way in which attention, norms and feed-forward layers are made, one; and settings that the table's examples lack.
@@ -48,33 +45,6 @@ SOME: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def logits_of(loaded: LoadedModel) -> Tensor:
-    """Of 60 tokens, with the library's own attention, so that all that is tried is what ranks have of the weights."""
-    with torch.no_grad(), attention_of(loaded.model, "eager"):
-        logits: Tensor = loaded.model(input_ids=4 + 7 * torch.arange(60)[None], use_cache=False).logits
-    return logits[0]
-
-
-def check(folder: Path, size: int) -> LoadedModel:
-    """Compares them; the last rank's part."""
-    first = Ranks(Share(0, size))
-    all_ranks = [first, *(Ranks(Share(rank, size), first.port) for rank in range(1, size))]
-    parts = [load_model(folder, dtype="float32", device=CPU, ranks=ranks) for ranks in all_ranks]
-
-    def run(ranks: Ranks, part: LoadedModel) -> Tensor:
-        ranks.connect(CPU)
-        try:
-            return logits_of(part)
-        finally:
-            ranks.close()
-
-    expected = logits_of(load_model(folder, dtype="float32", device=CPU))
-    with ThreadPoolExecutor(size) as threads:
-        for found in threads.map(run, all_ranks, parts):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    return parts[-1]
-
-
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("architecture, changes", SOME)
 def test_ways_to_make_layers(architecture: str, changes: dict[str, Any], size: int, write: Write, tmp_path: Path) -> None:
@@ -91,6 +61,12 @@ def test_codes_of_queries_keys_and_values(name: str, write: Write, tmp_path: Pat
     part = check(tmp_path / name, 2)
     own = [module.out_features for module in part.model.modules() if isinstance(module, QuantizedLinear)]
     assert own == [64, 64, 128, 64] * 3, "all of what is split keeps its codes, of as many rows"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_of_all_other_tests(family: str, checkpoint: Callable[[str], Path]) -> None:
+    check(checkpoint(family), 2)
 
 
 @pytest.mark.slow
