@@ -80,6 +80,7 @@ class Ranks:
         if not self._apart:
             _wait(self._device.allreduce([tensor], _on_this_stream(dist.AllreduceOptions())))
 
+    @torch.compiler.disable
     def mean_(self, tensor: Tensor) -> None:
         """Take the mean of the ranks' tensors, in place. On a GPU the host does not wait."""
         if not self._apart:
