@@ -40,7 +40,7 @@ from specontext.memory.step_time import StepClock
 from specontext.memory.throughput import ServiceLimits
 from specontext.memory.tiers import TierSizes, size_tiers
 from specontext.models.loading import LoadedModel
-from specontext.models.sharding import outputs_read
+from specontext.models.rank_layers import outputs_read
 from specontext.retrieval.head import RetrievalHead, facts_of_head
 from specontext.retrieval.methods import context_of, make_selectors, selector_class
 from specontext.retrieval.methods.speculative import KeyCache
@@ -292,4 +292,5 @@ def facts_of_loaded(loaded: LoadedModel, head: RetrievalHead | None) -> ModelFac
     if loaded.ranks is not None:
         intermediate //= loaded.ranks.share.size
     sizes = NO_HEAD if head is None else facts_of_head(head.config)
-    return ModelFacts(loaded.name, loaded.shape, loaded.parameters, lookup, intermediate, sizes, stored_bytes=loaded.weight_bytes)
+    numbers = loaded.parameters, lookup, intermediate
+    return ModelFacts(loaded.name, loaded.shape, *numbers, sizes, stored_bytes=loaded.weight_bytes, tied=tied)

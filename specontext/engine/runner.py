@@ -26,7 +26,7 @@ from specontext.models.compiled import CompiledModules
 from specontext.models.decoder import decoder_layers, decoder_of, output_layer
 from specontext.models.features import FeatureTaps
 from specontext.models.loading import LoadedModel
-from specontext.models.sharding import gathers
+from specontext.models.rank_layers import gathers
 from specontext.retrieval.head import CALLED
 from specontext.retrieval.selector import AheadSelector, ForeseeingSelector, Selector
 

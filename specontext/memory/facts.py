@@ -62,7 +62,8 @@ class ModelFacts:
         intermediate_size: width of the feed-forward layers.
         weights_note: what was done to the weights, such as 'dequantised from Q4_1'; None where they are the checkpoint's own.
         stored_bytes: bytes of the weights where some are quantised; None where all are in the shape's number format.
-        mixer_parameters: those of modules that keep a state, of which every rank has the whole.
+        whole_parameters: those of `whole_modules`, which every rank has.
+        tied: whether embedding and output share one table.
     """
 
     name: str
@@ -73,7 +74,8 @@ class ModelFacts:
     head: HeadFacts
     weights_note: str | None = None
     stored_bytes: int | None = None
-    mixer_parameters: int = 0
+    whole_parameters: int = 0
+    tied: bool = False
 
     @property
     def weight_bytes(self) -> int:
@@ -221,15 +223,17 @@ def facts_of_config(
         kind = type(config).__name__
         raise ModelError(f"{kind} does not describe a decoder with KV heads, so there is no KV to plan: {error}") from error
     check_heads(shape, of_layers(config, "num_key_value_heads", shape.full or range(shape.depth)))
-    from specontext.memory.states import measured_states, mixers_of
+    from specontext.memory.states import measured_states
+    from specontext.memory.whole_modules import whole_modules
 
     model = bare_model(config, shape.dtype, trust_remote_code=trust_remote_code)
     with one_sentence("cannot tell how large the states of its layers are"):
         shape = replace(shape, states=measured_states(model))
     parameters, lookup = count_parameters(config, model)
-    mixers = sum(table.numel() for mixer in mixers_of(model) for table in mixer.parameters())
+    tables = {id(table): table.numel() for module in whole_modules(model) for table in module.parameters()}
     width = feed_forward_width(config, shape)
-    return ModelFacts(name, shape, parameters, lookup, width, head or eagle3_head(shape), mixer_parameters=mixers)
+    facts = ModelFacts(name, shape, parameters, lookup, width, head or eagle3_head(shape))
+    return replace(facts, whole_parameters=sum(tables.values()), tied=lookup == other_tables(model))
 
 
 def feed_forward_width(config: PreTrainedConfig, shape: ModelShape) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from specontext.layer_sizes import LatentSizes
+from specontext.memory.facts import HeadFacts, ModelFacts
 from specontext.memory.preset import NumberFormat, Preset
 from specontext.model_shape import ModelShape
 
@@ -77,6 +78,11 @@ class LatentPreset(Preset):
     def shape(self, dtype: torch.dtype | NumberFormat | None = None) -> ModelShape:
         """See `Preset.shape`."""
         return replace(super().shape(dtype), latent=self.latent)
+
+    def facts(self, dtype: torch.dtype | NumberFormat | None = None, head: HeadFacts | None = None) -> ModelFacts:
+        """See `Preset.facts`."""
+        making = self.layers * self.hidden_size * (self.latent.row + self.query_rank)
+        return replace(super().facts(dtype, head), whole_parameters=making)
 
     def config(self, **changes: Any) -> PreTrainedConfig:
         """See `Preset.config`."""

@@ -33,7 +33,7 @@ class ListedPreset(Preset):
         readers: how many of the last layers read the KV of the last one of their kind before them.
         window_heads: see `ModelShape`.
         convolution, recurrence: shapes of what a layer with a state keeps, in the model's number format and in float32.
-        mixers: parameters of what keeps a state.
+        whole: parameters of `whole_modules`.
         entries: of its config, beside those of all models.
     """
 
@@ -45,7 +45,7 @@ class ListedPreset(Preset):
     window_heads: tuple[int, int] | None = None
     convolution: tuple[int, ...] = ()
     recurrence: tuple[int, ...] = ()
-    mixers: int = 0
+    whole: int = 0
     entries: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -97,7 +97,7 @@ class ListedPreset(Preset):
 
     def facts(self, dtype: torch.dtype | NumberFormat | None = None, head: HeadFacts | None = None) -> ModelFacts:
         """See `Preset.facts`."""
-        return replace(super().facts(dtype, head), lookup_parameters=self.lookup, mixer_parameters=self.mixers)
+        return replace(super().facts(dtype, head), lookup_parameters=self.lookup, whole_parameters=self.whole)
 
     def config(self, **changes: Any) -> PreTrainedConfig:
         """See `Preset.config`."""

@@ -131,7 +131,8 @@ class Preset:
         """What a plan needs; with the head of an EAGLE-3 draft where none is given."""
         shape = self.shape(dtype)
         lookup = 0 if self.tied else self.vocab_size * self.hidden_size
-        return ModelFacts(self.name, shape, self.parameters, lookup, self.intermediate_size, head or eagle3_head(shape))
+        head = head or eagle3_head(shape)
+        return ModelFacts(self.name, shape, self.parameters, lookup, self.intermediate_size, head, tied=self.tied)
 
     @property
     def size_entries(self) -> dict[str, Any]:

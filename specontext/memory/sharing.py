@@ -22,9 +22,7 @@ class Share:
     size: int
 
     def check(self, shape: ModelShape) -> None:
-        """Raises ConfigError for heads that cannot be shared so, and layers without KV of their own."""
-        if shape.readers:
-            raise ConfigError("layers that use the KV of earlier ones do not work with tensor_parallel_size: leave it out")
+        """Raises ConfigError for heads that cannot be shared so."""
         size = self.size
         for heads in (shape.kv_heads, (shape.window_heads or (shape.kv_heads,))[0]):
             if shape.query_heads % size or (heads % size and size % heads):
@@ -59,12 +57,12 @@ class Share:
         return slice(min(self.rank * each, width), min((self.rank + 1) * each, width))
 
     def facts(self, facts: ModelFacts) -> ModelFacts:
-        """Sizes of its part: of all layers but their norms and what keeps a state, of the output layer, and of the retrieval
-        head's groups and keys.
+        """Sizes of its part: of all layers but their norms and `whole_modules`, of the output layer, and of the retrieval head's
+        groups and keys.
 
-        Embeddings are whole. So are the head's weights here, which are too many then; routers, norms beyond two a layer, and what
-        makes latents are counted as if they were split. All are some thousandths of a model. Of quantised weights all layers
-        count alike.
+        Embeddings are whole. So are the head's weights here, which are too many then; routers, biases of sums and norms beyond
+        two a layer are counted as if they were split. All are some thousandths of a model. Of quantised weights all layers count
+        alike.
 
         Raises:
             ConfigError: heads that cannot be shared so.
@@ -73,25 +71,25 @@ class Share:
             return facts
         whole, part = facts.shape, self.shape(facts.shape)
         table = whole.vocab_size * whole.hidden_size
-        tied = facts.lookup_parameters < table
         own = self.outputs(whole.vocab_size)
         elsewhere = table - (own.stop - own.start) * whole.hidden_size  # of the output layer
         norms = (2 * whole.depth + 1) * whole.hidden_size
-        attention, own_attention = (len(whole.attentive) * _attention(heads) for heads in (whole, part))
-        rest = facts.parameters - table * (1 if tied else 2) - norms - attention - facts.mixer_parameters
+        attention, own_attention = _attention(whole), _attention(part)
+        tables = facts.lookup_parameters + table  # of embeddings, and the output layer
+        rest = facts.parameters - tables - norms - attention - facts.whole_parameters
         left_out = attention - own_attention + rest - rest // self.size
         stored = facts.stored_bytes
         if stored is not None:
-            layers = attention + rest + facts.mixer_parameters
+            layers = attention + rest + facts.whole_parameters
             plain = weight_bytes(facts.parameters - layers, whole.dtype)
-            stored -= round((stored - plain) * left_out / layers) + weight_bytes(0 if tied else elsewhere, whole.dtype)
+            stored -= round((stored - plain) * left_out / layers) + weight_bytes(0 if facts.tied else elsewhere, whole.dtype)
         return replace(
             facts,
             shape=part,
             stored_bytes=stored,
             head=self._head(facts),
-            parameters=facts.parameters - left_out - (0 if tied else elsewhere),
-            lookup_parameters=facts.lookup_parameters + (elsewhere if tied else 0),
+            parameters=facts.parameters - left_out - (0 if facts.tied else elsewhere),
+            lookup_parameters=facts.lookup_parameters + (elsewhere if facts.tied else 0),
             intermediate_size=facts.intermediate_size // self.size,
         )
 
@@ -110,7 +108,12 @@ class Share:
 
 
 def _attention(shape: ModelShape) -> int:
-    """Weights of a layer's projections, where they are of heads alone."""
+    """Weights of all layers' projections of attention, where they are of heads alone."""
     if shape.latent is not None:
         return 0
-    return shape.hidden_size * 2 * shape.head_dim * (shape.query_heads + shape.kv_heads)
+    far = near = (shape.kv_heads, shape.head_dim)
+    if shape.window_heads is not None:
+        near = shape.window_heads
+    windows = dict(zip(shape.attentive, shape.windows, strict=False))
+    kinds = (far if windows.get(layer) is None else near for layer in shape.attentive)
+    return sum(shape.hidden_size * 2 * dim * (shape.query_heads + heads) for heads, dim in kinds)

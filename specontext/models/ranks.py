@@ -81,6 +81,13 @@ class Ranks:
             _wait(self._device.allreduce([tensor], _on_this_stream(dist.AllreduceOptions())))
 
     @torch.compiler.disable
+    def mean_(self, tensor: Tensor) -> None:
+        """Take the mean of the ranks' tensors, in place. On a GPU the host does not wait."""
+        if not self._apart:
+            self.sum_(tensor)
+            tensor.div_(self.share.size)
+
+    @torch.compiler.disable
     def gather(self, part: Tensor, width: int) -> Tensor:
         """The ranks' parts behind each other, [..., width], the same on all. On a GPU the host does not wait.
 

@@ -12,68 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from specontext.kernels.quantized_linear import QuantizedMatrix
 from specontext.locations import one_sentence
 from specontext.memory.sharing import Share
 from specontext.model_shape import ModelShape
+from specontext.models.head_norms import eps_of
+from specontext.models.rank_heads import count_heads
+from specontext.models.rank_layers import GatheredLinear, NormOfAllHeads, SummedExperts, SummedLinear, initialize
 from specontext.models.ranks import Ranks
-from specontext.models.splits import ROWS, LayerSplits, Split, splits_of
+from specontext.models.split_styles import NORM_OF_ALL_HEADS, QUERIES
+from specontext.models.splits import LayerSplits, Split, splits_of
 from specontext.models.weights import random_model, seeded
 from specontext.quantization.linear import QuantizedLinear
 
 OfCodes = Callable[[QuantizedMatrix], QuantizedMatrix | None]  # a rank's part of a matrix; None where it is to be written out
-GATHERED = ("colwise_gather_output", "colwise_rep")  # of an output layer, old and new
-
-
-class SummedLinear(nn.Module):
-    """A linear layer of which each rank has some columns: the ranks' results are added up."""
-
-    def __init__(self, part: nn.Module, bias: nn.Parameter | None, ranks: Ranks) -> None:
-        super().__init__()
-        self.part, self.ranks, self.bias = part, ranks, bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.part(x)
-        self.ranks.sum_(result)
-        return result if self.bias is None else result + self.bias
-
-
-class SummedExperts(nn.Module):
-    """Experts of each of which a rank has some columns: the ranks' results are added up."""
-
-    def __init__(self, part: nn.Module, ranks: Ranks) -> None:
-        super().__init__()
-        self.part, self.ranks = part, ranks
-
-    def forward(self, *arguments: Any, **options: Any) -> Tensor:
-        result: Tensor = self.part(*arguments, **options)
-        self.ranks.sum_(result)
-        return result
-
-
-class GatheredLinear(nn.Module):
-    """An output layer of which each rank computes some rows, and gets those of all.
-
-    Args:
-        weight: a rank's rows, or the whole table where it is the embeddings' too.
-        own: which of the outputs are this rank's.
-        width: outputs of all ranks.
-    """
-
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, own: slice, width: int, ranks: Ranks) -> None:
-        super().__init__()
-        self.weight, self.bias, self.own, self.width, self.ranks = weight, bias, own, width, ranks
-
-    @property
-    def rows(self) -> Tensor:
-        """The rows that are this rank's."""
-        return self.weight[self.own] if len(self.weight) == self.width else self.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ranks.gather(linear(x, self.rows, self.bias), self.width)
 
 
 class Placing:
@@ -120,8 +74,8 @@ def parts_of_codes(model: PreTrainedModel, shape: ModelShape, share: Share) -> d
     found: dict[str, OfCodes] = {}
     for layer in splits_of(model, shape, share):
         for split in layer.splits:
-            if split.cut is not None and isinstance(split.owner, nn.Linear):
-                found[f"{names[id(layer.layer)]}.{split.path}"] = partial(split.cut.codes, own=split.own(share))
+            if split.stretches and isinstance(split.owner, nn.Linear):
+                found[f"{names[id(layer.layer)]}.{split.path}"] = partial(split.codes, share=share)
     return found
 
 
@@ -145,46 +99,47 @@ def shard(
     layers, placed = splits_of(model, shape, ranks.share), Placing(model, device, dtype, kept)
     names = {id(module): name for name, module in model.named_modules()}
     for splits in layers:
-        _shard_layer(splits, names[id(splits.layer)], shape, ranks, placed)
+        _shard_layer(splits, names[id(splits.layer)], ranks, placed)
     _place(model, placed)
     _share_output(model, ranks, placed)
 
 
-def _shard_layer(splits: LayerSplits, prefix: str, shape: ModelShape, ranks: Ranks, placed: Placing) -> None:
-    part = ranks.share.shape(shape)
-    for split in splits.splits:
+def _shard_layer(layer: LayerSplits, prefix: str, ranks: Ranks, placed: Placing) -> None:
+    for split in layer.splits:
         parent, _, name = split.path.rpartition(".")
-        home = splits.layer.get_submodule(parent)
-        setattr(home, name, _part(split, f"{prefix}.{split.path}", shape, ranks, placed))
-        if hasattr(home, "num_key_value_groups") and shape.latent is None:  # a head has keys and values of its own there
-            some = ranks.share.some_of(split.kv_heads)
-            home.num_key_value_groups = part.query_heads // (some.stop - some.start)
-    for path in splits.experts:
+        home = layer.layer.get_submodule(parent)
+        setattr(home, name, _part(split, f"{prefix}.{split.path}", ranks, placed))
+        if name in QUERIES:
+            count_heads(home, layer.heads, ranks.share)
+    for path in layer.experts:
         parent, _, name = path.rpartition(".")
-        setattr(splits.layer.get_submodule(parent), name, SummedExperts(splits.layer.get_submodule(path), ranks))
+        setattr(layer.layer.get_submodule(parent), name, SummedExperts(layer.layer.get_submodule(path), ranks))
 
 
-def _part(split: Split, path: str, shape: ModelShape, ranks: Ranks, placed: Placing) -> nn.Module | nn.Parameter:
-    if split.cut is None:
+def _part(split: Split, path: str, ranks: Ranks, placed: Placing) -> nn.Module | nn.Parameter:
+    if not split.stretches:
         whole = placed(path, split.table)
         return whole if ranks.share.rank == 0 else nn.Parameter(torch.zeros_like(whole), requires_grad=False)
-    own = split.own(ranks.share)
-    if not isinstance(split.owner, nn.Linear):
-        return placed(path, split.cut.piece(split.table, own), copy=True)
-    bias: nn.Parameter | None = split.owner.bias
-    if split.cut == ROWS:
-        return SummedLinear(_linear(split, path, own, None, placed), None if bias is None else placed(path, bias), ranks)
-    if bias is not None:
-        bias = placed(path, split.cut.piece(bias[:, None], own)[:, 0], copy=True)
-    return _linear(split, path, own, bias, placed)
+    if split.is_linear:
+        return _linear(split, path, ranks, placed)
+    own = placed(path, split.piece(split.table, ranks.share), copy=True)
+    return NormOfAllHeads(own, eps_of(split.owner), ranks) if split.style == NORM_OF_ALL_HEADS else own
 
 
-def _linear(split: Split, path: str, own: slice, bias: nn.Parameter | None, placed: Placing) -> nn.Module:
+def _linear(split: Split, path: str, ranks: Ranks, placed: Placing) -> nn.Module:
     """A rank's part of a linear layer."""
+    found: Any = split.owner.bias
+    if split.is_summed:
+        bias = None if found is None else placed(path, found)
+        return SummedLinear(_product(split, path, None, ranks, placed), bias, ranks)
+    bias = None if found is None else placed(path, split.piece(found[:, None], ranks.share)[:, 0], copy=True)
+    return _product(split, path, bias, ranks, placed)
+
+
+def _product(split: Split, path: str, bias: nn.Parameter | None, ranks: Ranks, placed: Placing) -> nn.Module:
     if path in placed.codes:
         return QuantizedLinear(placed.codes[path], None if bias is None else bias.data)
-    assert split.cut is not None
-    weight = placed(path, split.cut.piece(split.table, own), copy=True)
+    weight = placed(path, split.piece(split.table, ranks.share), copy=True)
     part = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     part.weight, part.bias = weight, bias  # type: ignore[assignment]  # it has none, or this one
     return part
@@ -206,11 +161,8 @@ def _place(model: PreTrainedModel, placed: Placing) -> None:
 
 
 def has_split_output(model: PreTrainedModel) -> bool:
-    """Whether the library's plan has the output layer split by its outputs, which are then gathered."""
-    output = model.get_output_embeddings()
-    name = next((name for name, module in model.named_modules() if module is output), None)
-    plan: Any = getattr(type(model), "_tp_plan", None) or {}
-    return isinstance(output, nn.Linear) and plan.get(name) in GATHERED
+    """Whether ranks have parts of the output layer: whatever is done with its outputs is done when they are gathered."""
+    return type(model.get_output_embeddings()) is nn.Linear
 
 
 def _share_output(model: PreTrainedModel, ranks: Ranks, placed: Placing) -> None:
@@ -224,17 +176,6 @@ def _share_output(model: PreTrainedModel, ranks: Ranks, placed: Placing) -> None
     bias = None if output.bias is None else placed(path, output.bias[own], copy=True)
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, GatheredLinear(weight, bias, own, output.out_features, ranks))
-
-
-def gathers(model: PreTrainedModel) -> bool:
-    """Whether ranks have parts of the output layer, so that all have the same logits."""
-    return isinstance(model.get_output_embeddings(), GatheredLinear)
-
-
-def outputs_read(output: nn.Module) -> int:
-    """Numbers of an output layer's table that a step reads here."""
-    table: Any = output.rows if isinstance(output, GatheredLinear) else output.weight
-    return int(table.numel())
 
 
 def random_part(
@@ -252,22 +193,5 @@ def random_part(
     with one_sentence(f"cannot build the model of {config.name_or_path or 'this config'}"), seeded(device):
         model.to_empty(device=device)
         model.initialize_weights()
-        _initialize(model)
+        initialize(model)
     return model
-
-
-@torch.no_grad()
-def _initialize(model: PreTrainedModel) -> None:
-    """Random numbers for the layers of ranks, which the library does not know."""
-    for module in model.modules():
-        if isinstance(module, SummedLinear) and module.bias is not None:
-            module.bias.zero_()
-    output: Any = model.get_output_embeddings()
-    table: Any = model.get_input_embeddings().weight
-    if isinstance(output, GatheredLinear):
-        if output.weight.shape == table.shape:
-            output.weight = table
-        else:
-            output.weight.normal_(std=float(table.std()))
-        if output.bias is not None:
-            output.bias.zero_()

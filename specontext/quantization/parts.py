@@ -19,7 +19,7 @@ def some_rows(matrix: QuantizedMatrix, pieces: Sequence[slice]) -> QuantizedMatr
     """The rows of these pieces, one piece behind the other.
 
     Args:
-        pieces: consecutive rows each; with several pieces all of one length.
+        pieces: consecutive rows each, in their order.
     """
     rows = sum(piece.stop - piece.start for piece in pieces)
     codes = torch.cat([matrix.codes[piece] for piece in pieces])

@@ -14,7 +14,7 @@ import torch
 
 from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.distill.target import Target
-from specontext.errors import ConfigError, ModelError
+from specontext.errors import ModelError
 from specontext.kernels import dispatch
 from specontext.kv.staging import DenseRead, Staging
 from specontext.layer_sizes import Place, Window
@@ -179,11 +179,6 @@ def test_ids_that_a_table_of_layers_lacks_read_its_first_row(
     found = decoder.embed_tokens_per_layer(ids)
     torch.testing.assert_close(found, decoder.embed_tokens_per_layer(torch.tensor([[5, 0, 999, 0]])), atol=0, rtol=0)
     assert len(llm.generate([[7, 1500, 1838]], greedy(4))[0].token_ids) == 4
-
-
-def test_ranks_are_refused_by_name(make_llm: MakeLLM) -> None:
-    with pytest.raises(ConfigError, match="layers that use the KV of earlier ones do not work with tensor_parallel_size"):
-        make_llm(ONE, budget=12, tensor_parallel_size=2)
 
 
 def test_a_shape_without_readers_is_as_it_was(checkpoint: Callable[[str], Path]) -> None:

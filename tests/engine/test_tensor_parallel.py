@@ -12,11 +12,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     Glm4Config,
     MixtralConfig,
-    OlmoeConfig,
-    Phi3Config,
     PreTrainedConfig,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
@@ -25,10 +22,9 @@ from transformers import (
 from specontext import LLM, ConfigError, SamplingParams
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.core import RequestOutput
-from specontext.errors import ModelError, RankError, RequestFailedError
+from specontext.errors import RankError, RequestFailedError
 from specontext.memory.sharing import Share
 from specontext.model_shape import ModelShape
-from specontext.models.splits import splits_of
 from specontext.sampling_params import StructuredOutputsParams
 from tests.conftest import write_checkpoint
 
@@ -201,13 +197,13 @@ def slow(*arguments: object) -> Any:
     [
         ("windows", 2),
         *(slow("chunks", 2), slow("llama", 4), slow("qwen2", 4), slow("qwen3", 2), slow("mistral", 2), slow("bands", 3)),
-        *(slow("windows", 4), slow("sinks", 2), slow("sinks", 4)),
+        *(slow("windows", 4), slow("sinks", 2), slow("sinks", 4), slow("shared", 2), slow("shared", 4)),
     ],
 )
 def test_heads_and_head_maps_of_other_models(make_llm: Callable[..., LLM], family: str, size: int) -> None:
     """Windows, experts with a shared one, sinks, more ranks than KV heads, head maps that cross ranks, a head without features,
-    bands of layers."""
-    methods = ("full", "quest") if size == 2 and family in ("chunks", "windows") else ("full",)
+    bands of layers, layers that read the KV of others."""
+    methods = ("full", "quest") if size == 2 and family in ("chunks", "windows", "shared") else ("full",)
     options = {"budget": 12, "offload_layers": 2, "dtype": "float32", "max_model_len": 256, "methods": methods}
     prompt = [[*range(4, 90)], [*range(200, 220)]]
     params = [replace(GREEDY, max_tokens=24, method=name) for name in ("speculative", *methods)]
@@ -292,15 +288,6 @@ def test_heads_of_a_rank(size: int, rank: int, query: int, kv: int, own: slice) 
 def test_what_does_not_work_with_it(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=f"{named} .*tensor_parallel_size"):
         EngineConfig("nano", tensor_parallel_size=2, **options)
-
-
-@pytest.mark.parametrize("config, named", [(Phi3Config, "no q_proj"), (OlmoeConfig, "q_proj")])
-def test_layers_that_nothing_says_how_to_split(config: type[PreTrainedConfig], named: str) -> None:
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "vocab_size": 64}
-    tiny = config(**sizes, intermediate_size=64, pad_token_id=0)
-    model = AutoModelForCausalLM.from_config(tiny)
-    with pytest.raises(ModelError, match=f"cannot be shared among ranks: .*{named}.*leave tensor_parallel_size out"):
-        splits_of(model, ModelShape.from_config(tiny), Share(0, 2))
 
 
 def test_heads_that_do_not_divide_are_refused_before_anything_is_started() -> None:

@@ -21,6 +21,7 @@ from specontext.retrieval.checkpoint import save_head
 from specontext.retrieval.random_head import random_head
 from tests.conftest import randomise
 from tests.models.architectures import MULTIMODAL
+from tests.models.rank_threads import check
 
 TEXT: dict[str, Any] = {
     "hidden_size": 64,
@@ -165,3 +166,11 @@ def test_random_weights_need_the_config_alone(write: Write, tmp_path: Path) -> N
     llm = LLM(tmp_path, config=SpeContextConfig(method="full"), device="cpu", load_format="dummy")
     assert len(tokens_of(llm, [[5, 6, 7]])[0]) == 12
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen3_vl"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_compute_what_one_process_computes(kind: str, size: int, write: Write, tmp_path: Path) -> None:
+    write(kind)
+    check(tmp_path, size)

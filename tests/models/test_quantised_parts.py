@@ -18,8 +18,8 @@ from specontext.kernels.dispatch import VARIABLE
 from specontext.kernels.quantized_linear import FP8, INT4, INT8, QuantizedMatrix, dequantized, packed
 from specontext.memory.sharing import Share
 from specontext.models.loading import LoadedModel, load_model
+from specontext.models.rank_layers import SummedLinear
 from specontext.models.ranks import Ranks
-from specontext.models.sharding import SummedLinear
 from specontext.quantization.linear import QuantizedLinear
 from specontext.quantization.parts import some_columns, some_rows
 from tests.models.quantised_files import FORMATS, Tensors, write_quantised
@@ -45,11 +45,9 @@ def matrices(draw: st.DrawFn) -> QuantizedMatrix:
 
 @given(matrices(), st.data())
 def test_rows(matrix: QuantizedMatrix, data: st.DataObject) -> None:
-    tables = data.draw(st.sampled_from([each for each in (1, 2) if matrix.shape[0] % each == 0]))
-    each = matrix.shape[0] // tables
-    start = data.draw(st.integers(0, each - 1))
-    stop = data.draw(st.integers(start + 1, each))
-    pieces = [slice(number * each + start, number * each + stop) for number in range(tables)]
+    """Also pieces of several lengths, as of queries, keys and values."""
+    edges = sorted(data.draw(st.sets(st.integers(0, matrix.shape[0]), min_size=2, max_size=6)))
+    pieces = [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=False)]
     whole = dequantized(matrix, torch.float32)
     assert torch.equal(dequantized(some_rows(matrix, pieces), torch.float32), torch.cat([whole[piece] for piece in pieces]))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedConfig
 
 from specontext.engine.build import facts_of_loaded
 from specontext.errors import ModelError
@@ -21,6 +21,8 @@ from specontext.memory.sharing import Share
 from specontext.models.loading import LoadedModel, load_model
 from specontext.models.ranks import Ranks
 from specontext.models.sharding import random_part
+from tests.models.architectures import RUN
+from tests.models.conftest import Write
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -43,7 +45,18 @@ def test_what_keeps_a_state_is_planned_whole(checkpoint: Callable[[str], Path]) 
     folder = checkpoint("delta")
     planned = Share(1, 2).facts(facts_of_config("it", read_config(folder), dtype=torch.float32))
     found = part_of(folder, 1, 2, "float32")
-    assert planned.mixer_parameters and found.weight_bytes == pytest.approx(planned.weight_bytes, rel=0.02)
+    assert planned.whole_parameters and found.weight_bytes == pytest.approx(planned.weight_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("architecture", ["DeepseekV2", "Gemma3nText", "Gemma4Text", "GPT2", "Olmo2", "OPT", "Phi3"])
+def test_all_kinds_of_layers_are_planned(architecture: str, size: int, write: Write, tmp_path: Path) -> None:
+    """Latents, heads by layer, tables of positions and of layers; but for routers, biases of sums and some norms."""
+    write(architecture, RUN[architecture])
+    planned = Share(1, size).facts(facts_of_config("it", read_config(tmp_path), dtype=torch.float32))
+    found = facts_of_loaded(part_of(tmp_path, 1, size, "float32"), None)
+    assert found.lookup_parameters == planned.lookup_parameters
+    assert found.parameters == pytest.approx(planned.parameters, rel=0.01)
 
 
 def test_parts_of_an_output_layer_are_its_rows(checkpoint: Callable[[str], Path]) -> None:
@@ -78,9 +91,10 @@ def memory_of_its_own() -> Iterator[list[int]]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("kind", [LlamaConfig, Phi3Config])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_no_more_is_copied_than_the_part(tmp_path: Path, dtype: str) -> None:
-    """Also where numbers are put into another format than the files have."""
+def test_no_more_is_copied_than_the_part(tmp_path: Path, dtype: str, kind: type[PreTrainedConfig]) -> None:
+    """Also where numbers are put into another format than the files have, and where several tables are one."""
     sizes = {
         "hidden_size": 512,
         "intermediate_size": 4096,
@@ -88,7 +102,7 @@ def test_no_more_is_copied_than_the_part(tmp_path: Path, dtype: str) -> None:
         "num_key_value_heads": 4,
         "vocab_size": 2048,
     }
-    config = LlamaConfig(**sizes, num_hidden_layers=4, max_position_embeddings=64, dtype=torch.bfloat16)
+    config = kind(**sizes, num_hidden_layers=4, max_position_embeddings=64, pad_token_id=0, dtype=torch.bfloat16)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((NANO / name).read_bytes())
@@ -135,3 +149,12 @@ def test_random_parts_agree_where_they_are_whole() -> None:
     assert 0.001 < float(one.get_output_embeddings().weight.std()) < 0.5
     angles = [buffer for name, buffer in one.named_buffers() if "inv_freq" in name]
     assert angles and all(0 < float(each.max()) <= 1 for each in angles)
+
+
+@pytest.mark.parametrize("architecture", ["GPT2", "Olmo2", "Phi3", "StableLm"])
+def test_random_parts_of_fused_projections_and_norms_of_heads(architecture: str, write: Write, tmp_path: Path) -> None:
+    write(architecture, RUN[architecture] | ({"qk_layernorm": True} if architecture == "StableLm" else {}))
+    real = part_of(tmp_path, 1, 2, "float32").model.state_dict()
+    made = random_part(read_config(tmp_path), "float32", CPU, {"trust_remote_code": False}, Ranks(Share(1, 2))).state_dict()
+    assert {name: tensor.shape for name, tensor in made.items()} == {name: tensor.shape for name, tensor in real.items()}
+    assert all(float(tensor.abs().max()) < 10 for tensor in made.values())
