@@ -19,10 +19,11 @@ from specontext.kernels.quantized_linear import QuantizedMatrix
 from specontext.locations import one_sentence
 from specontext.memory.sharing import Share
 from specontext.model_shape import ModelShape
+from specontext.models.experts import with_codes
 from specontext.models.ranks import Ranks
 from specontext.models.splits import ROWS, LayerSplits, Split, splits_of
 from specontext.models.weights import random_model, seeded
-from specontext.quantization.linear import QuantizedLinear
+from specontext.quantization.linear import QuantizedExperts, QuantizedLinear
 
 OfCodes = Callable[[QuantizedMatrix], QuantizedMatrix | None]  # a rank's part of a matrix; None where it is to be written out
 GATHERED = ("colwise_gather_output", "colwise_rep")  # of an output layer, old and new
@@ -81,7 +82,7 @@ class Placing:
 
     Args:
         dtype: None leaves formats as they are. What the library keeps in float32 beside a format is in float32.
-        codes: of linear layers that keep their codes this rank's part, by their names.
+        codes: of linear layers and experts' tables that keep their codes this rank's part, by their names.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Placing:
 
 
 def parts_of_codes(model: PreTrainedModel, shape: ModelShape, share: Share) -> dict[str, OfCodes]:
-    """What a rank has of the matrices of linear layers that keep their codes, by the layers' names.
+    """What a rank has of the matrices that keep their codes, by the names of linear layers and of experts' parameters.
 
     Raises:
         SpeContextError: as of `splits_of`.
@@ -120,8 +121,8 @@ def parts_of_codes(model: PreTrainedModel, shape: ModelShape, share: Share) -> d
     found: dict[str, OfCodes] = {}
     for layer in splits_of(model, shape, share):
         for split in layer.splits:
-            if split.cut is not None and isinstance(split.owner, nn.Linear):
-                found[f"{names[id(layer.layer)]}.{split.path}"] = partial(split.cut.codes, own=split.own(share))
+            if split.cut is not None and (isinstance(split.owner, nn.Linear) or split.table.dim() == 3):
+                found[f"{names[id(layer.layer)]}.{split.path}"] = partial(split.codes, share=share)
     return found
 
 
@@ -137,7 +138,8 @@ def shard(
 
     Args:
         dtype: the format in which it runs; None for the one that it has.
-        kept: of linear layers that keep their codes this rank's part, by their names; the model has stand-ins for them.
+        kept: of linear layers and experts' tables that keep their codes this rank's part, by their names; the model has stand-ins
+            for them.
 
     Raises:
         SpeContextError: as of `splits_of`.
@@ -155,13 +157,17 @@ def _shard_layer(splits: LayerSplits, prefix: str, shape: ModelShape, ranks: Ran
     for split in splits.splits:
         parent, _, name = split.path.rpartition(".")
         home = splits.layer.get_submodule(parent)
-        setattr(home, name, _part(split, f"{prefix}.{split.path}", shape, ranks, placed))
+        own = _part(split, f"{prefix}.{split.path}", shape, ranks, placed)
+        if isinstance(own, QuantizedExperts):
+            delattr(home, name)  # a parameter, whose place no module takes
+        setattr(home, name, own)
         if hasattr(home, "num_key_value_groups") and shape.latent is None:  # a head has keys and values of its own there
             some = ranks.share.some_of(split.kv_heads)
             home.num_key_value_groups = part.query_heads // (some.stop - some.start)
     for path in splits.experts:
         parent, _, name = path.rpartition(".")
-        setattr(splits.layer.get_submodule(parent), name, SummedExperts(splits.layer.get_submodule(path), ranks))
+        experts = with_codes(splits.layer.get_submodule(path))
+        setattr(splits.layer.get_submodule(parent), name, SummedExperts(experts, ranks))
 
 
 def _part(split: Split, path: str, shape: ModelShape, ranks: Ranks, placed: Placing) -> nn.Module | nn.Parameter:
@@ -170,6 +176,8 @@ def _part(split: Split, path: str, shape: ModelShape, ranks: Ranks, placed: Plac
         return whole if ranks.share.rank == 0 else nn.Parameter(torch.zeros_like(whole), requires_grad=False)
     own = split.own(ranks.share)
     if not isinstance(split.owner, nn.Linear):
+        if path in placed.codes:
+            return QuantizedExperts(placed.codes[path], len(split.table))
         return placed(path, split.cut.piece(split.table, own), copy=True)
     bias: nn.Parameter | None = split.owner.bias
     if split.cut == ROWS:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -121,6 +121,17 @@ class Split:
             return slice(heads.start * each, heads.stop * each)
         each = width // share.size
         return slice(share.rank * each, (share.rank + 1) * each)
+
+    def codes(self, matrix: QuantizedMatrix, share: Share) -> QuantizedMatrix | None:
+        """A rank's part of the table's codes, those of experts one behind the other; None where it is to be written out."""
+        assert self.cut is not None
+        cut, table = self.cut, self.table
+        if table.dim() == 3:
+            if getattr(self.owner, "is_transposed", False):
+                cut = replace(cut, axis=COLUMNS.axis + ROWS.axis - cut.axis)
+            if cut.axis == COLUMNS.axis:
+                cut = replace(cut, tables=len(table) * cut.tables)
+        return cut.codes(matrix, self.own(share))
 
 
 @dataclass(frozen=True)

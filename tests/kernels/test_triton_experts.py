@@ -1,4 +1,4 @@
-"""Products of rows with the experts that they chose, in Triton and in PyTorch, against float64; the host waits for none of them."""
+"""Products of rows with the experts that they chose, in Triton and in PyTorch, against float64; the host never waits."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def operations(call: Callable[[], Any]) -> list[Any]:
 
 @pytest.mark.parametrize("rows", [3, 100])
 def test_what_is_launched_follows_from_shapes_alone(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a captured step may choose other experts: the same operations, grids and shapes, and nothing that the host reads."""
+    """So a captured step may choose other experts: the same operations, grids and shapes, and nothing that the host reads."""
     matrix, x, launched = experts_of(INT4, 1, 32, True), torch.randn(rows, K, device=DEVICE), []
 
     class Kernel:
