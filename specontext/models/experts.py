@@ -24,7 +24,7 @@ GATE_UP, UP, DOWN = "gate_up_proj", "up_proj", "down_proj"
 # What files call an expert's matrices, and the table and place in it where they belong.
 PLACES = {"gate_proj": (GATE_UP, 0), "w1": (GATE_UP, 0), "up_proj": (GATE_UP, 1), "w3": (GATE_UP, 1)}
 PLACES |= {"down_proj": (DOWN, 0), "w2": (DOWN, 0)}
-STORED = re.compile(r"(?P<layer>.*\blayers\.\d+)\.(?:[^.]+\.)*experts\.(?P<number>\d+)\.(?P<name>[^.]+)$")
+STORED = re.compile(r".*\blayers\.(?P<layer>\d+)\.(?:[^.]+\.)*experts\.(?P<number>\d+)\.(?P<name>[^.]+)")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Experts:
 
     Attributes:
         path: its name in the model.
-        layer: name of the decoder's layer that has it.
+        layer: number of the decoder's layer that has it.
         count: experts.
         tables: outputs and inputs of an expert's matrix in each table, by the table's name.
         transposed: whether tables are [experts, inputs, outputs].
@@ -41,7 +41,7 @@ class Experts:
     """
 
     path: str
-    layer: str
+    layer: int
     count: int
     tables: Mapping[str, tuple[int, int]]
     transposed: bool
@@ -64,7 +64,7 @@ class Experts:
 def experts_of(model: PreTrainedModel) -> list[Experts]:
     """The modules of experts whose tables may keep codes."""
     names, found = {id(module): name for name, module in model.named_modules()}, []
-    for layer in decoder_layers(model):
+    for number, layer in enumerate(decoder_layers(model)):
         for module in layer.modules():
             tables = _tables(module)
             if tables:
@@ -74,7 +74,7 @@ def experts_of(model: PreTrainedModel) -> list[Experts]:
                 found.append(
                     Experts(
                         names[id(module)],
-                        names[id(layer)],
+                        number,
                         len(tables[DOWN]),
                         dict(zip(tables, shapes, strict=True)),
                         transposed,
@@ -103,12 +103,12 @@ def stored_parts(modules: Iterable[str], all_experts: Iterable[Experts]) -> dict
         For each module of experts, by its path, and each of its tables: names of the matrices as they lie in it. Only those
         that are all there, and whose place the names tell.
     """
-    found: dict[str, dict[tuple[int, str], str]] = {}
+    found: dict[int, dict[tuple[int, str], str]] = {}
     for module in modules:
         match = STORED.fullmatch(module)
         if match is not None:
-            found.setdefault(match["layer"], {})[int(match["number"]), match["name"]] = module
-    by_layer: dict[str, list[Experts]] = {}
+            found.setdefault(int(match["layer"]), {})[int(match["number"]), match["name"]] = module
+    by_layer: dict[int, list[Experts]] = {}
     for experts in all_experts:
         by_layer.setdefault(experts.layer, []).append(experts)
     taken = {}

@@ -99,7 +99,7 @@ class LoadedModel:
     @property
     def parameters(self) -> int:
         """Number of parameters, those that are kept as codes among them."""
-        return sum(p.numel() for p in self.model.parameters()) + sum(m.in_features * m.out_features for m in self._quantised)
+        return sum(p.numel() for p in self.model.parameters()) + sum(m.numbers for m in self._quantised)
 
     @property
     def weight_bytes(self) -> int:

@@ -1,10 +1,10 @@
 """Decoders with quantised weights: those of a checkpoint, 16-bit ones that are rounded while they are loaded, or random ones.
 
 Where Triton kernels run, the linear layers and the experts of the decoder's layers keep their codes (`QuantizedLinear`,
-`QuantizedExperts`). Everywhere else, and in embeddings, output layers and where codes are places in a table, the matrix is written
-out in the number format that the model runs in. transformers builds the decoder of both kinds from one state dict, in which a
-matrix that is kept has a stand-in of its shape without memory: so names and shapes of all tensors are checked as those of any
-other checkpoint. A rank has its own part of the codes alone.
+`QuantizedExperts`). Everywhere else, and in embeddings, output layers and where codes are places in a table, the matrix is
+written out in the number format that the model runs in. transformers builds the decoder of both kinds from one state dict, in
+which a matrix that is kept has a stand-in of its shape without memory: so names and shapes of all tensors are checked as those
+of any other checkpoint. A rank has its own part of the codes alone.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from specontext.quantization.linear import QuantizedLinear
 from specontext.quantization.schemes import Scheme
 
 # Which expert a token goes to is not left to rounding, and attention to latents reads the matrix itself.
-WHOLE = ("gate", "router", "shared_expert_gate", "kv_b_proj")
+WHOLE = ("gate", "wg", "router", "shared_expert_gate", "kv_b_proj")
 
 
 def keeps_codes(device: torch.device) -> bool:

@@ -27,6 +27,11 @@ class Codes(nn.Module):
             self.register_buffer(name, getattr(matrix, name))
 
     @property
+    def numbers(self) -> int:
+        """How many parameters it has, as codes and beside them."""
+        return self.out_features * self.in_features
+
+    @property
     def matrix(self) -> QuantizedMatrix:
         return QuantizedMatrix(self.kind, self.codes, self.scales, self.rows, self.columns, self.zeros, self.offset, self.order)
 
@@ -42,6 +47,11 @@ class QuantizedLinear(Codes):
     def __init__(self, matrix: QuantizedMatrix, bias: Tensor | None) -> None:
         super().__init__(matrix)
         self.register_buffer("bias", bias)
+
+    @property
+    def numbers(self) -> int:
+        """See `Codes.numbers`."""
+        return super().numbers + (0 if self.bias is None else self.bias.numel())
 
     def forward(self, x: Tensor) -> Tensor:
         matrix = self.codes, self.scales, self.zeros, self.order
