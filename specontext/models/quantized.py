@@ -35,7 +35,7 @@ from specontext.models.ranks import Ranks
 from specontext.models.reports import check_report, no_report
 from specontext.models.sharding import OfCodes, parts_of_codes, shard
 from specontext.models.weight_sources import Source, random_source, rounded_source, stored_source
-from specontext.models.weights import check_numbers, decoder_headers, seeded, tie_as_stored
+from specontext.models.weights import check_numbers, decoder_headers, naming_experts, seeded, tie_as_stored
 from specontext.quantization.linear import QuantizedLinear
 from specontext.quantization.schemes import Scheme
 
@@ -117,7 +117,7 @@ def quantised_model(
                 (dense.t() if source.turned and _is_transposed(skeleton, name) else dense).contiguous().cpu()
             )
     _drop_empty_biases(state, source.modules, skeleton)
-    with no_report(), one_sentence(f"cannot load the model {where}"):
+    with no_report(), one_sentence(f"cannot load the model {where}"), naming_experts(where, source.tensors):
         loaded: Any = type(skeleton).from_pretrained(
             None,
             config=config,
