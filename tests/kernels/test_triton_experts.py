@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -151,3 +155,46 @@ def test_the_operation_keeps_what_it_promises() -> None:
     x = torch.randn(6, K, device=DEVICE, requires_grad=True)
     given = arguments(experts_of(INT4, 1, 32, True), x, choices(6, 2))
     torch.library.opcheck(torch.ops.specontext.quantized_experts.default, given)
+
+
+# Compiled for a GPU, where kernels are not interpreted: bytes of shared memory that a program takes.
+COMPILED = """
+import json, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from specontext.kernels.triton import quantized_experts as kernels
+
+POINTERS = {"x": "*bf16", "out": "*bf16", "codes": "*u8", "scales": "*fp16", "zeros": "*u8"}
+POINTERS |= dict.fromkeys(("chosen", "order", "expert_of_tile", "first_of_tile", "ends"), "*i64")
+
+def shared(kernel, capability, stages, **constants):
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
+    places = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
+    options = {"num_warps": 4, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
+
+found = {}
+for capability in (80, 90):
+    for kind, rows, columns, zeros in ((0, 128, 128, False), (1, 1, 2048, True), (2, 1, 128, True)):
+        form = {"SCALE_ROWS": rows, "SCALE_COLUMNS": columns, "KIND": kind, "HARDWARE": capability == 90, "HAS_ZEROS": zeros}
+        pairs = shared(kernels._pairs, capability, 3, each=8, BLOCK_N=4, GROUPS=8, GROUP=128, **form)
+        tall = [
+            shared(kernels._tiles, capability, 3, FORMAT=triton.language.bfloat16, BLOCK_M=m, BLOCK_N=n, GROUP=128, **form)
+            for m, n in ((16, 32), (64, 64))
+        ]
+        found[f"{capability} {kind}"] = [pairs, *tall]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_they_compile_and_fit_into_the_memory_of_a_processor() -> None:
+    """An A100 has 163 KiB for each program, an H100 227."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert len(found) == 6 and all(size < 100 << 10 for sizes in found.values() for size in sizes)
