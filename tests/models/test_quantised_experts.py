@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import MixtralConfig, NemotronHConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import MixtralConfig, NemotronHConfig, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
 from specontext import LLM, SpeContextConfig
 from specontext.cli import main
@@ -23,6 +23,7 @@ from specontext.kernels.quantized_experts import expert_of
 from specontext.kernels.quantized_linear import INT4, dequantized
 from specontext.kernels.triton import quantized_experts as kernels
 from specontext.memory.sharing import Share
+from specontext.models import quantized
 from specontext.models.attention import attention_of
 from specontext.models.experts import CodedExperts
 from specontext.models.loading import LoadedModel, load_model
@@ -182,6 +183,40 @@ def test_nothing_of_a_layer_s_experts_waits_for_what_was_chosen(
         given = torch.randn(tokens, 64), chosen, torch.rand(tokens, 2)
         seen.append(operations(lambda given=given: experts(*given)))
     assert seen[0] == seen[1] and not any(name in WAITS for name, _ in seen[0])
+
+
+def test_a_compiler_takes_experts_whole(write: Write, load: Any) -> None:
+    folder, _ = write("fp8-blocks")
+    experts = load(folder, kept=True).model.get_submodule(EXPERTS)
+    compiled = torch.compile(experts, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (5, 9):
+        given = torch.randn(tokens, 64), torch.arange(2 * tokens).view(-1, 2) % 4, torch.rand(tokens, 2)
+        assert torch.equal(compiled(*given), experts(*given))
+
+
+def test_what_codes_stand_for_never_exists_in_16_bits(write: Write, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = write("fp8-blocks")
+    keep, sizes = quantized._keep_codes, []
+
+    def watched(model: PreTrainedModel, kept: Any) -> None:
+        sizes.extend(model.get_parameter(name).untyped_storage().nbytes() for name in kept if name.startswith(EXPERTS))
+        keep(model, kept)
+
+    monkeypatch.setattr(quantized, "_keep_codes", watched)
+    load(folder, kept=True)
+    assert sizes == [4, 4], "of what stands in for them"
+
+
+def test_experts_in_one_tensor_of_codes_are_refused(write: Write, load: Any) -> None:
+    folder, _ = write("fp8-blocks")
+    tensors = {name: one for name, one in load_file(folder / "model.safetensors").items() if not name.startswith(f"{EXPERTS}.")}
+    for table, n in (("gate_up_proj", 128), ("down_proj", 64)):
+        tensors[f"{EXPERTS}.{table}"] = torch.ones(4, n, 64).to(torch.float8_e4m3fn)
+        tensors[f"{EXPERTS}.{table}_scale_inv"] = torch.ones(4, n // 32, 2)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for kept in (True, False):
+        with pytest.raises(ModelError, match=r"down_proj_scale_inv.* are not taken by .*these weights look quantised"):
+            load(folder, kept=kept)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int4"])
