@@ -66,21 +66,13 @@ def experts_of(model: PreTrainedModel) -> list[Experts]:
     names, found = {id(module): name for name, module in model.named_modules()}, []
     for number, layer in enumerate(decoder_layers(model)):
         for module in layer.modules():
-            tables = _tables(module)
-            if tables:
-                sizes = [tuple(table.shape[1:]) for table in tables.values()]
-                transposed = bool(module.is_transposed)
-                shapes = [(k, n) if transposed else (n, k) for n, k in sizes]
-                found.append(
-                    Experts(
-                        names[id(module)],
-                        number,
-                        len(tables[DOWN]),
-                        dict(zip(tables, shapes, strict=True)),
-                        transposed,
-                        bool(module.is_concatenated),
-                    )
-                )
+            if tables := _tables(module):
+                turned, gate_first = bool(module.is_transposed), bool(module.is_concatenated)
+                sizes = {
+                    name: (table.shape[-1], table.shape[-2]) if turned else table.shape[-2:] for name, table in tables.items()
+                }
+                shapes = {name: (int(n), int(k)) for name, (n, k) in sizes.items()}
+                found.append(Experts(names[id(module)], number, len(tables[DOWN]), shapes, turned, gate_first))
     return found
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import MixtralConfig, NemotronHConfig, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import GptOssConfig, MixtralConfig, NemotronHConfig, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
 from specontext import LLM, SpeContextConfig
 from specontext.cli import main
@@ -32,9 +32,12 @@ from specontext.models.sharding import SummedExperts
 from specontext.quantization.linear import QuantizedExperts
 from tests.conftest import write_checkpoint
 from tests.kernels.test_triton_experts import WAITS, operations
+from tests.models import test_architectures
+from tests.models.architectures import RUN
 from tests.models.quantised_files import FORMATS, Tensors, write_quantised
 
 CPU = torch.device("cpu")
+write_architecture = test_architectures.write  # a fixture
 EXPERTS = "model.layers.1.mlp.experts"
 OUT_OF_ORDER = ("ct-order", "gptq-order")  # columns of an expert stand in an order of their own
 KEPT = [name for name, form in FORMATS.items() if form.kept and name not in OUT_OF_ORDER]
@@ -43,6 +46,7 @@ ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen3": (Qwen3MoeConfig, {"num_experts": 4, **ROUTED}),
     "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "turned": (GptOssConfig, {"intermediate_size": 128, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
     "nemotron": (  # without gates
         NemotronHConfig,
         {"n_routed_experts": 4, "n_shared_experts": 1, "moe_shared_expert_intermediate_size": 32, "num_experts_per_tok": 2}
@@ -301,6 +305,22 @@ def test_an_engine_writes_the_same_tokens(write: Write, load: Any, method: str, 
     assert written[0] == written[1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [name for name, own in RUN.items() if any("expert" in entry for entry in own)])
+def test_experts_of_every_architecture(architecture: str, write_architecture: Any, load: Any, tmp_path: Path) -> None:
+    """Rounded, and as a quantised checkpoint has them where it has them one by one. Those of Llama 4 are written out."""
+    write_architecture(architecture, RUN[architecture])
+    several = [load(tmp_path, kept=kept, quantization="int4") for kept in (False, True)]
+    shutil.copytree(tmp_path, tmp_path / "stored")
+    write_quantised(tmp_path / "stored", tmp_path / "quantised", FORMATS["fp8-blocks"])
+    several += [load(tmp_path / "quantised", kept=kept) for kept in (False, True)]
+    for dense, kept in (several[:2], several[2:]):
+        assert not tables(dense) and torch.equal(logits(dense), logits(kept))
+    assert bool(tables(several[1])) == (architecture != "Llama4Text")
+    apart = any(".experts.0." in name for name in load_file(tmp_path / "model.safetensors"))
+    assert bool(tables(several[3])) == apart
+
+
 def parts_of(load: Any, folder: Path, **options: Any) -> list[LoadedModel]:
     return [load(folder, ranks=Ranks(Share(rank, 2)), **options) for rank in range(2)]
 
@@ -318,11 +338,11 @@ def test_parts_of_ranks_add_up(write: Write, load: Any, name: str, family: str, 
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int4"])
-@pytest.mark.parametrize("family", ["qwen3", "sinks"])
+@pytest.mark.parametrize("family", ["qwen3", "turned", "sinks"])
 def test_parts_of_rounded_experts_add_up(plain: Any, load: Any, family: str, kind: str) -> None:
-    """Of gpt-oss's a rank has 48 of 96 columns."""
+    """The last two are gpt-oss's; of 'sinks' a rank has 48 of 96 columns."""
     options = {"kept": True, "quantization": kind}
-    _check_sum(load(plain(family), **options), parts_of(load, plain(family), **options), coded=family == "qwen3")
+    _check_sum(load(plain(family), **options), parts_of(load, plain(family), **options), coded=family != "sinks")
 
 
 def _check_sum(whole: LoadedModel, parts: list[LoadedModel], *, coded: bool) -> None:
