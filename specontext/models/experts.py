@@ -68,10 +68,8 @@ def experts_of(model: PreTrainedModel) -> list[Experts]:
         for module in layer.modules():
             if tables := _tables(module):
                 turned, gate_first = bool(module.is_transposed), bool(module.is_concatenated)
-                sizes = {
-                    name: (table.shape[-1], table.shape[-2]) if turned else table.shape[-2:] for name, table in tables.items()
-                }
-                shapes = {name: (int(n), int(k)) for name, (n, k) in sizes.items()}
+                n, k = (-1, -2) if turned else (-2, -1)
+                shapes = {name: (int(table.shape[n]), int(table.shape[k])) for name, table in tables.items()}
                 found.append(Experts(names[id(module)], number, len(tables[DOWN]), shapes, turned, gate_first))
     return found
 
