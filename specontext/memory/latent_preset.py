@@ -53,15 +53,18 @@ class LatentPreset(Preset):
     experts: Experts
 
     def matrices_of(self, layer: int) -> tuple[tuple[int, int], ...]:
-        """See `Preset.matrices_of`: experts are not quantised here, nor what makes keys and values of latents."""
+        """See `Preset.matrices_of`: what makes keys and values of latents is not quantised here."""
         width, heads, rank = self.hidden_size, self.query_heads, self.query_rank
         queries = ((rank, width), (heads * self.latent.key, rank)) if rank else ((heads * self.latent.key, width),)
-        wide = self.intermediate_size if layer < self.experts.dense_layers else self.experts.shared * self.experts.width
+        dense, own = layer < self.experts.dense_layers, self.experts.width
+        wide = self.intermediate_size if dense else self.experts.shared * own
+        routed = () if dense else ((2 * own, width), (width, own)) * self.experts.count
         return (
             *queries,
             (self.latent.row, width),
             (width, heads * self.latent.value),
             *((wide, width), (wide, width), (width, wide)),
+            *routed,
         )
 
     @property
@@ -71,8 +74,8 @@ class LatentPreset(Preset):
         linear = sum(n * k for layer in range(self.layers) for n, k in self.matrices_of(layer))
         made = sizes.rank * self.query_heads * (sizes.key - sizes.rotated + sizes.value)
         norms = 2 * width + sizes.rank + self.query_rank
-        routed = experts.count * (3 * width * experts.width + width)
-        layers = linear + self.layers * (made + norms) + (self.layers - experts.dense_layers) * routed
+        routers = (self.layers - experts.dense_layers) * experts.count * width
+        layers = linear + self.layers * (made + norms) + routers
         return layers + self.vocab_size * width * (1 if self.tied else 2) + width
 
     def shape(self, dtype: torch.dtype | NumberFormat | None = None) -> ModelShape:

@@ -29,7 +29,8 @@ class ListedPreset(Preset):
         kinds: a letter for each layer.
         counted: its parameters, a shared table counted once.
         lookup: those of them in tables of which a step reads rows alone.
-        matrices: how many linear layers of the decoder's layers have these outputs and inputs.
+        matrices: how many linear layers of the decoder's layers, and experts in each of their tables, have these outputs and
+            inputs.
         readers: how many of the last layers read the KV of the last one of their kind before them.
         window_heads: see `ModelShape`.
         convolution, recurrence: shapes of what a layer with a state keeps, in the model's number format and in float32.

@@ -81,14 +81,14 @@ class Preset:
         return self.windows.count(None) if self.window else self.layers
 
     def matrices_of(self, layer: int) -> tuple[tuple[int, int], ...]:
-        """Outputs and inputs of the linear layers of a decoder layer that can be quantised."""
+        """Outputs and inputs of the linear layers of a decoder layer, and of its experts' matrices, that can be quantised."""
         width, heads, groups = self.hidden_size, self.query_heads * self.head_dim, self.kv_heads * self.head_dim
         wide = self.intermediate_size
         return ((heads, width), (groups, width), (groups, width), (width, heads), (wide, width), (wide, width), (width, wide))
 
     @property
     def linear_layers(self) -> tuple[tuple[int, int], ...]:
-        """Outputs and inputs of all linear layers that can be quantised."""
+        """The same of all layers."""
         return tuple(shape for layer in range(self.layers) for shape in self.matrices_of(layer))
 
     @property

@@ -43,7 +43,7 @@ from specontext.models.sharding import random_part, shard
 from specontext.models.splits import ADVICE
 from specontext.models.tokenizer_files import load_tokenizer
 from specontext.models.weights import random_model, stored_format, stored_model
-from specontext.quantization.linear import QuantizedLinear
+from specontext.quantization.linear import Codes
 from specontext.quantization.schemes import scheme_of
 from specontext.retrieval.checkpoint import OWN_HEAD
 
@@ -98,8 +98,8 @@ class LoadedModel:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, those of quantised layers among them."""
-        return sum(p.numel() for p in self.model.parameters()) + sum(m.in_features * m.out_features for m in self._quantised)
+        """Number of parameters, those that are kept as codes among them."""
+        return sum(p.numel() for p in self.model.parameters()) + sum(m.numbers for m in self._quantised)
 
     @property
     def weight_bytes(self) -> int:
@@ -107,8 +107,8 @@ class LoadedModel:
         return sum(p.nbytes for p in self.model.parameters()) + sum(b.nbytes for m in self._quantised for b in m.buffers())
 
     @property
-    def _quantised(self) -> list[QuantizedLinear]:
-        return [module for module in self.model.modules() if isinstance(module, QuantizedLinear)]
+    def _quantised(self) -> list[Codes]:
+        return [module for module in self.model.modules() if isinstance(module, Codes)]
 
 
 def load_model(

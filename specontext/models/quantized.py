@@ -1,10 +1,10 @@
 """Decoders with quantised weights: those of a checkpoint, 16-bit ones that are rounded while they are loaded, or random ones.
 
-Where Triton kernels run, the linear layers of the decoder's layers keep their codes (`QuantizedLinear`). Everywhere else, and in
-embeddings, output layers, experts and where codes are places in a table, the matrix is written out in the number format that the
-model runs in. transformers builds the decoder of both kinds from one state dict, in which a matrix that is kept has a stand-in of
-its shape without memory: so names and shapes of all tensors are checked as those of any other checkpoint. A rank has its own part
-of the codes alone.
+Where Triton kernels run, the linear layers and the experts of the decoder's layers keep their codes (`QuantizedLinear`,
+`QuantizedExperts`). Everywhere else, and in embeddings, output layers and where codes are places in a table, the matrix is
+written out in the number format that the model runs in. transformers builds the decoder of both kinds from one state dict, in
+which a matrix that is kept has a stand-in of its shape without memory: so names and shapes of all tensors are checked as those
+of any other checkpoint. A rank has its own part of the codes alone.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ from specontext.model_shape import ModelShape
 from specontext.models.adapters import merged
 from specontext.models.attention import ATTENTION_NAME
 from specontext.models.decoder import decoder_layers
+from specontext.models.experts import experts_of, keep_codes, stand_in
 from specontext.models.language_model import made_model
+from specontext.models.quantized_experts import read_tables, round_tables
 from specontext.models.ranks import Ranks
 from specontext.models.reports import check_report, no_report
 from specontext.models.sharding import OfCodes, parts_of_codes, shard
 from specontext.models.weight_sources import Source, random_source, rounded_source, stored_source
-from specontext.models.weights import check_numbers, decoder_headers, seeded, tie_as_stored
+from specontext.models.weights import check_numbers, decoder_headers, naming_experts, seeded, tie_as_stored
 from specontext.quantization.linear import QuantizedLinear
 from specontext.quantization.schemes import Scheme
 
 # Which expert a token goes to is not left to rounding, and attention to latents reads the matrix itself.
-WHOLE = ("gate", "router", "shared_expert_gate", "kv_b_proj")
+WHOLE = ("gate", "wg", "router", "shared_expert_gate", "kv_b_proj")
 
 
 def keeps_codes(device: torch.device) -> bool:
@@ -79,20 +81,29 @@ def quantised_model(
     parts: Mapping[str, OfCodes],
     where: object,
 ) -> tuple[PreTrainedModel, dict[str, QuantizedMatrix]]:
-    """The decoder with these weights, on the CPU; and the matrices that keep their codes, by the names of linear layers, whose
-    weights are stand-ins.
+    """The decoder with these weights, on the CPU; and the matrices that keep their codes, by the names of linear layers and of
+    experts' parameters, whose weights are stand-ins.
 
     Args:
-        keep_on: the device on which linear layers keep codes; None writes all matrices out.
-        parts: what a rank has of a linear layer's codes; of matrices that are written out it gets the whole.
+        keep_on: the device on which codes are kept; None writes all matrices out.
+        parts: what a rank has of the codes, by the same names; of matrices that are written out it gets the whole.
         where: the checkpoint, for messages.
 
     Raises:
         ModelError: tensors that are missing, do not fit or are not taken; the message names them.
     """
     linears = linear_layers(skeleton)
-    state, kept = dict(source.plain()), {}
+    state = dict(source.plain())
+    kept: dict[str, QuantizedMatrix] = {}
+    in_tables: set[str] = set()
+    for experts in experts_of(skeleton):
+        if keep_on is not None and (tables := read_tables(source, experts, parts, keep_on)):
+            kept |= tables
+            state |= {name: stand_in(experts, table, dtype) for name, table in experts.names().items()}
+            in_tables |= {name for names in source.experts[experts.path].values() for name in names}
     for name in source.modules:
+        if name in in_tables:
+            continue
         matrix = source.matrix(name)
         part = None
         if isinstance(matrix, QuantizedMatrix) and keep_on is not None and name in linears and matrix.group:
@@ -106,7 +117,7 @@ def quantised_model(
                 (dense.t() if source.turned and _is_transposed(skeleton, name) else dense).contiguous().cpu()
             )
     _drop_empty_biases(state, source.modules, skeleton)
-    with no_report(), one_sentence(f"cannot load the model {where}"):
+    with no_report(), one_sentence(f"cannot load the model {where}"), naming_experts(where, source.tensors):
         loaded: Any = type(skeleton).from_pretrained(
             None,
             config=config,
@@ -119,12 +130,21 @@ def quantised_model(
     model, report = loaded
     report = report if source.whole else report | {"missing_keys": set()}
     check_report(where, model, report, source.tensors)
+    if source.rounded is not None:
+        kept |= round_tables(model, source.rounded, keep_on, parts)
     return model, kept
 
 
 def _keep_codes(model: PreTrainedModel, kept: Mapping[str, QuantizedMatrix]) -> None:
-    """Put matrices that keep their codes in the places of linear layers."""
+    """Put matrices that keep their codes in the places of linear layers and of experts' tables."""
+    tables = set()
+    for experts in experts_of(model):
+        if own := experts.names().keys() & kept.keys():
+            keep_codes(model, experts, kept)
+            tables |= own
     for name, matrix in kept.items():
+        if name in tables:
+            continue
         parent, _, last = name.rpartition(".")
         bias: Any = model.get_submodule(name).bias
         setattr(model.get_submodule(parent), last, QuantizedLinear(matrix, None if bias is None else bias.detach()))
@@ -227,14 +247,15 @@ def _source(
     asked: Asked, config: PreTrainedConfig, skeleton: PreTrainedModel, dtype: torch.dtype, device: torch.device
 ) -> Source:
     """Where the weights come from; codes are taken apart, or made, on a device."""
-    linears, kind = linear_layers(skeleton), asked.kind if asked.scheme is None else None
+    linears, experts = linear_layers(skeleton), experts_of(skeleton)
+    kind = asked.kind if asked.scheme is None else None
     if asked.dummy:
-        return random_source(asked.scheme, kind, linears, dtype, device)
+        return random_source(asked.scheme, kind, linears, experts, dtype, device)
     folder = folder_of(asked.source, revision=asked.options["revision"], weights=True)
     headers = decoder_headers(folder, config)
     tie_as_stored(config, headers)
     if asked.scheme is not None:
-        return stored_source(headers, asked.scheme, asked.source, device)
+        return stored_source(headers, asked.scheme, asked.source, experts, device)
     assert kind is not None
     check_numbers(headers)
     return rounded_source(headers, kind, linears, device)

@@ -18,6 +18,7 @@ from specontext.kernels.quantized_linear import QuantizedMatrix
 from specontext.locations import one_sentence
 from specontext.memory.sharing import Share
 from specontext.model_shape import ModelShape
+from specontext.models.experts import with_codes
 from specontext.models.head_norms import eps_of
 from specontext.models.rank_heads import count_heads
 from specontext.models.rank_layers import GatheredLinear, NormOfAllHeads, SummedExperts, SummedLinear, initialize
@@ -25,7 +26,7 @@ from specontext.models.ranks import Ranks
 from specontext.models.split_styles import NORM_OF_ALL_HEADS, QUERIES
 from specontext.models.splits import LayerSplits, Split, splits_of
 from specontext.models.weights import random_model, seeded
-from specontext.quantization.linear import QuantizedLinear
+from specontext.quantization.linear import QuantizedExperts, QuantizedLinear
 
 OfCodes = Callable[[QuantizedMatrix], QuantizedMatrix | None]  # a rank's part of a matrix; None where it is to be written out
 
@@ -35,7 +36,7 @@ class Placing:
 
     Args:
         dtype: None leaves formats as they are. What the library keeps in float32 beside a format is in float32.
-        codes: of linear layers that keep their codes this rank's part, by their names.
+        codes: of linear layers and experts' tables that keep their codes this rank's part, by their names.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Placing:
 
 
 def parts_of_codes(model: PreTrainedModel, shape: ModelShape, share: Share) -> dict[str, OfCodes]:
-    """What a rank has of the matrices of linear layers that keep their codes, by the layers' names.
+    """What a rank has of the matrices that keep their codes, by the names of linear layers and of experts' parameters.
 
     Raises:
         SpeContextError: as of `splits_of`.
@@ -74,7 +75,7 @@ def parts_of_codes(model: PreTrainedModel, shape: ModelShape, share: Share) -> d
     found: dict[str, OfCodes] = {}
     for layer in splits_of(model, shape, share):
         for split in layer.splits:
-            if split.stretches and isinstance(split.owner, nn.Linear):
+            if split.stretches and (isinstance(split.owner, nn.Linear) or split.table.dim() == 3):
                 found[f"{names[id(layer.layer)]}.{split.path}"] = partial(split.codes, share=share)
     return found
 
@@ -91,7 +92,8 @@ def shard(
 
     Args:
         dtype: the format in which it runs; None for the one that it has.
-        kept: of linear layers that keep their codes this rank's part, by their names; the model has stand-ins for them.
+        kept: of linear layers and experts' tables that keep their codes this rank's part, by their names; the model has stand-ins
+            for them.
 
     Raises:
         SpeContextError: as of `splits_of`.
@@ -108,12 +110,16 @@ def _shard_layer(layer: LayerSplits, prefix: str, ranks: Ranks, placed: Placing)
     for split in layer.splits:
         parent, _, name = split.path.rpartition(".")
         home = layer.layer.get_submodule(parent)
-        setattr(home, name, _part(split, f"{prefix}.{split.path}", ranks, placed))
+        own = _part(split, f"{prefix}.{split.path}", ranks, placed)
+        if isinstance(own, QuantizedExperts):
+            delattr(home, name)  # a parameter, whose place no module takes
+        setattr(home, name, own)
         if name in QUERIES:
             count_heads(home, layer.heads, ranks.share)
     for path in layer.experts:
         parent, _, name = path.rpartition(".")
-        setattr(layer.layer.get_submodule(parent), name, SummedExperts(layer.layer.get_submodule(path), ranks))
+        experts = with_codes(layer.layer.get_submodule(path))
+        setattr(layer.layer.get_submodule(parent), name, SummedExperts(experts, ranks))
 
 
 def _part(split: Split, path: str, ranks: Ranks, placed: Placing) -> nn.Module | nn.Parameter:
@@ -122,6 +128,8 @@ def _part(split: Split, path: str, ranks: Ranks, placed: Placing) -> nn.Module |
         return whole if ranks.share.rank == 0 else nn.Parameter(torch.zeros_like(whole), requires_grad=False)
     if split.is_linear:
         return _linear(split, path, ranks, placed)
+    if path in placed.codes:
+        return QuantizedExperts(placed.codes[path], len(split.table))
     own = placed(path, split.piece(split.table, ranks.share), copy=True)
     return NormOfAllHeads(own, eps_of(split.owner), ranks) if split.style == NORM_OF_ALL_HEADS else own
 

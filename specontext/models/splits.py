@@ -103,9 +103,15 @@ class Split:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
     def codes(self, matrix: QuantizedMatrix, share: Share) -> QuantizedMatrix | None:
-        """The same of a matrix of codes; None where these are none that kernels take."""
-        own = self.own(share)
-        if AXES[self.style] == OUTPUTS:
+        """The same of a matrix of codes, those of experts one below the other; None where these are none that kernels take."""
+        own, axis = self.own(share), AXES[self.style]
+        if self.table.dim() == 3:
+            if getattr(self.owner, "is_transposed", False):
+                axis = OUTPUTS + INPUTS - axis
+            if axis == OUTPUTS:
+                each = matrix.shape[0] // len(self.table)
+                own = [slice(e * each + one.start, e * each + one.stop) for e in range(len(self.table)) for one in own]
+        if axis == OUTPUTS:
             return some_rows(matrix, own)
         return some_columns(matrix, own[0]) if len(own) == 1 else None
 

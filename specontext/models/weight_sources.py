@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from specontext.checkpoints.weights import PLAIN, StoredTensor
 from specontext.errors import ModelError
 from specontext.kernels.quantized_linear import QuantizedMatrix
 from specontext.locations import one_sentence
-from specontext.quantization.made import FORMS, quantized, random_matrix
+from specontext.models.experts import Experts, stored_parts
+from specontext.quantization.made import FORMS, Form, quantized, random_matrix
+from specontext.quantization.parts import joined
 from specontext.quantization.schemes import Scheme
 from specontext.quantization.stored import read_matrix, stored_matrices
 from specontext.quantization.torchao import torchao_tensors
@@ -33,6 +35,8 @@ class Source:
         turned: the format has the matrices of all models alike, also of those that keep them the other way round, as GPT-2.
         tensors: what the files hold, for messages.
         whole: the decoder gets all its tensors from here. Else it makes what is missing at random.
+        experts: of modules of experts, by their paths, and each of their tables: names that `matrix` takes, in their order.
+        rounded: what experts' tables are rounded to when the library has put them together; None leaves them.
     """
 
     modules: tuple[str, ...]
@@ -41,9 +45,13 @@ class Source:
     tensors: Mapping[str, StoredTensor]
     whole: bool = True
     turned: bool = False
+    experts: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    rounded: str | None = None
 
 
-def stored_source(tensors: Mapping[str, StoredTensor], scheme: Scheme, where: object, device: torch.device) -> Source:
+def stored_source(
+    tensors: Mapping[str, StoredTensor], scheme: Scheme, where: object, experts: Sequence[Experts], device: torch.device
+) -> Source:
     """A quantised checkpoint's weights, whose codes are taken apart on a device.
 
     Raises:
@@ -66,6 +74,7 @@ def stored_source(tensors: Mapping[str, StoredTensor], scheme: Scheme, where: ob
         lambda: {name: read(name) for name in stored.plain},
         tensors,
         turned=scheme.method in ("gptq", "awq"),
+        experts=stored_parts(stored.matrices, experts),
     )
 
 
@@ -82,11 +91,17 @@ def rounded_source(
         lambda module: quantized(read(f"{module}.weight").to(device), kind),
         lambda: {name: read(name) for name in tensors if name not in taken},
         tensors,
+        rounded=kind,
     )
 
 
 def random_source(
-    scheme: Scheme | None, kind: str | None, linears: Mapping[str, nn.Linear], dtype: torch.dtype, device: torch.device
+    scheme: Scheme | None,
+    kind: str | None,
+    linears: Mapping[str, nn.Linear],
+    experts: Sequence[Experts],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Source:
     """Random weights in the form of a scheme, or of a kind that weights are rounded to."""
     form = FORMS[kind] if kind is not None else scheme.form if scheme is not None else None
@@ -96,9 +111,32 @@ def random_source(
         if form is not None and form.fits(module.in_features) and (scheme is None or scheme.quantizes(name))
     ]
 
-    def matrix(name: str) -> QuantizedMatrix:
+    coded = [one for one in experts if form is not None and keeps_form(one, form, scheme)]
+    tables = {name: (one.tables[table], one.count) for one in coded for name, table in one.names().items()}
+
+    def made(n: int, k: int) -> QuantizedMatrix:
         assert form is not None
-        n, k = linears[name].weight.shape
         return random_matrix(form, n, k, deviation=DEVIATION, dtype=dtype, device=device)
 
-    return Source(tuple(modules), matrix, dict, {}, whole=False)
+    def matrix(name: str) -> QuantizedMatrix:
+        if name not in tables:
+            return made(*linears[name].weight.shape)
+        shape, count = tables[name]
+        table = joined([made(*shape) for _ in range(count)])
+        assert table is not None
+        return table
+
+    own = {one.path: {table: (name,) for name, table in one.names().items()} for one in coded}
+    return Source(tuple(modules), matrix, dict, {}, whole=False, experts=own)
+
+
+def keeps_form(experts: Experts, form: Form, scheme: Scheme | None) -> bool:
+    """Whether experts of a checkpoint in a form keep their codes."""
+    if scheme is not None and (not scheme.quantizes(experts.path) or scheme.orders_columns or not experts.is_stored_apart):
+        return False
+    return all(form.fits(k) and is_kept(form, k) for _, k in experts.tables.values())
+
+
+def is_kept(form: Form, k: int) -> bool:
+    """Whether kernels take matrices of a form with k columns; see `QuantizedMatrix.group`."""
+    return k % 32 == 0 and form.columns % 32 == 0

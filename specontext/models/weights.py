@@ -43,7 +43,8 @@ def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, optio
         stored = weight_headers(source, config)
         check_numbers(stored, packed)
         tie_as_stored(config, stored)
-    with no_report(), one_sentence(f"cannot load the model {source}"), _without_adapter(source) as seen:
+    failed = f"cannot load the model {source}"
+    with no_report(), one_sentence(failed), naming_experts(source, stored or {}), _without_adapter(source) as seen:
         try:
             loaded: Any = causal_class(config).from_pretrained(
                 seen,
@@ -60,10 +61,6 @@ def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, optio
             if error.args == (ATTENTION_NAME,):  # a class that looks attention up in a list of its own
                 raise ModelError(f"cannot load the model {source}: its attention cannot be exchanged") from error
             raise
-        except RuntimeError as error:
-            if stored and "CONVERSION" in str(error) and (wrong := odd_experts(stored)):
-                raise ModelError(f"the weights of {source} do not fit together: {first_few(wrong)}") from error
-            raise
     if stored is None:
         stored = weight_headers(folder_of(source, revision=options["revision"]), config)
         check_numbers(stored, packed)
@@ -71,6 +68,17 @@ def stored_model(source: Path | str, config: PreTrainedConfig, dtype: str, optio
     check_report(source, model, report, stored)
     kept: PreTrainedModel = model
     return kept
+
+
+@contextmanager
+def naming_experts(source: object, stored: Tensors) -> Iterator[None]:
+    """Raises ModelError where the library cannot put a checkpoint's experts together; the message says which tensors are odd."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "CONVERSION" in str(error) and (wrong := odd_experts(stored)):
+            raise ModelError(f"the weights of {source} do not fit together: {first_few(wrong)}") from error
+        raise
 
 
 def tie_as_stored(config: PreTrainedConfig, stored: Tensors) -> None:

@@ -54,3 +54,30 @@ def some_columns(matrix: QuantizedMatrix, own: slice) -> QuantizedMatrix | None:
 
     zeros = None if matrix.zeros is None else table(matrix.zeros)
     return replace(matrix, codes=codes, scales=table(matrix.scales), zeros=zeros, columns=fine)
+
+
+def joined(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix | None:
+    """Matrices as one, each below the one before, with no scale that reaches from one into the next; None where they do not go
+    together: of several kinds, widths or groups, or with columns in another order than those of x."""
+    first = matrices[0]
+    if any(one.order is not None or _form(one) != _form(first) for one in matrices):
+        return None
+    fine = math.gcd(*(size for one in matrices for size in (one.rows, one.shape[0])))
+
+    def table(values: Tensor, one: QuantizedMatrix) -> Tensor:
+        spread = values.repeat_interleave(one.rows // fine, dim=0) if one.rows > fine else values
+        return spread[: one.shape[0] // fine]
+
+    zeros = None
+    if any(one.zeros is not None or one.offset != first.offset for one in matrices):
+        each = [
+            torch.full_like(one.scales, one.offset, dtype=torch.uint8) if one.zeros is None else one.zeros for one in matrices
+        ]
+        zeros = torch.cat([table(values, one) for values, one in zip(each, matrices, strict=True)])
+    scales = torch.cat([table(one.scales, one) for one in matrices])
+    return replace(first, codes=torch.cat([one.codes for one in matrices]), scales=scales, zeros=zeros, rows=fine)
+
+
+def _form(matrix: QuantizedMatrix) -> tuple[str, int, int]:
+    """What must be the same for codes to lie in one table."""
+    return matrix.kind, matrix.shape[1], matrix.columns

@@ -40,6 +40,13 @@ class Scheme:
         """Whether a linear layer of this name is quantised."""
         return not any(_names(pattern, name) for pattern in self.skipped)
 
+    @property
+    def orders_columns(self) -> bool:
+        """Whether matrices have their columns in an order of their own, by which they were rounded."""
+        groups = [one for one in (self.settings.get("config_groups") or {}).values() if isinstance(one, Mapping)]
+        ordered = [(one.get("weights") or {}).get("actorder") for one in groups]
+        return bool(self.settings.get("desc_act")) or any(one in ("group", "dynamic", True) for one in ordered)
+
 
 def _names(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):

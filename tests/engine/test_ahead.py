@@ -61,7 +61,9 @@ def test_steps_ahead_run_on_the_parts_that_an_engine_was_given_last(make_llm: Ma
     right = llm.generate(prompts[:2], greedy(8))
     engine, run = llm.engine, ModelRunner.run
     engine.runner.close()
-    runner = ModelRunner(engine.loaded, engine.parts, feature_layers=(), measure_recall=False)
+    head = engine.parts.head
+    assert head is not None
+    runner = ModelRunner(engine.loaded, engine.parts, feature_layers=head.config.feature_layers, measure_recall=False)
     engine.run_on(engine.parts, runner)
     launched = ahead(llm)
     with pytest.MonkeyPatch.context() as patch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +18,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
+from transformers import Qwen3MoeConfig
 from triton.runtime import interpreter
 
-from specontext import LLM
+from specontext import LLM, SpeContextConfig
 from specontext.engine.chunk_warm_up import padded_chunk
 from specontext.engine.graphs import decode_batch, graph_bytes, requests_bucket, sizes, span_buckets
 from specontext.kernels import dispatch
+from specontext.quantization.linear import QuantizedExperts
+from tests.conftest import write_checkpoint
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU captures for itself")
 aten = torch.ops.aten
@@ -197,6 +201,30 @@ def test_a_step_with_kv_in_8_bits_never_waits(
     captured.engine.check_integrity()
     kv = captured.engine.parts.kv
     assert not kv.arena.rows.view(-1).view(torch.uint8)[: kv.arena.page_bytes].any(), "padding wrote to the page of nobody"
+
+
+@pytest.mark.slow
+def test_a_step_whose_experts_keep_codes_never_waits(
+    tmp_path: Path, tokenizer: Any, prompts: list[list[int]], greedy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever experts its tokens choose, those of padding among them."""
+    monkeypatch.setattr("specontext.models.quantized.keeps_codes", lambda _: True)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    routed = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "vocab_size": len(tokenizer)}
+    folder = write_checkpoint(tmp_path, Qwen3MoeConfig(**sizes, **routed), None, tokenizer)
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_num_seqs": 5, "quantization": "int4"}
+    plain, captured = (LLM(folder, config=SpeContextConfig(method="full"), **options) for _ in range(2))
+    assert any(isinstance(module, QuantizedExperts) for module in captured.engine.loaded.model.modules())
+    for llm in (plain, captured):
+        decoding(llm, prompts[1:3], greedy())
+    expected = plain.engine.runner.run(decode_batch(next_numbers(plain, 2), 90))
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    captured.engine.parts.kv.transfers.run_on(SeveralStreams())
+    batch = decode_batch(next_numbers(captured, 4), 512)
+    with torch.inference_mode(), guarded(monkeypatch):
+        logits = captured.engine.runner._forward(batch)
+    torch.testing.assert_close(logits[:2], expected, rtol=1e-4, atol=1e-4)
+    captured.engine.check_integrity()
 
 
 @pytest.mark.parametrize("offload_layers", [0, 2, None])

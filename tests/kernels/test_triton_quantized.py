@@ -79,8 +79,8 @@ def test_one_row_a_few_and_the_matrix_itself(case: Any) -> None:
 def test_every_code_of_fp8(hardware: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if GPU and hardware and torch.cuda.get_device_capability() < kernels.NATIVE:
         pytest.skip("this GPU does not convert fp8")
-    constants = kernels._constants
-    monkeypatch.setattr(kernels, "_constants", lambda matrix: constants(matrix) | {"HARDWARE": hardware})
+    own = kernels.constants
+    monkeypatch.setattr(kernels, "constants", lambda matrix: own(matrix) | {"HARDWARE": hardware})
     codes = torch.tensor([code for code in range(256) if code & 127 != 127] + [0, 0], dtype=torch.uint8, device=DEVICE)
     matrix = QuantizedMatrix(FP8, codes[None].contiguous(), torch.ones(1, 1, device=DEVICE), 1, 256)
     assert torch.equal(kernels.dequantized(matrix, torch.float32)[0], codes.view(torch.float8_e4m3fn).float())

@@ -10,15 +10,18 @@ from transformers import LlamaConfig
 
 from specontext.errors import ModelError
 from specontext.memory.facts import facts_of_config
-from specontext.memory.listed_preset import ListedPreset
+from specontext.memory.latent_preset import LatentPreset
 from specontext.memory.listed_presets import LISTED
+from specontext.memory.preset import Preset
 from specontext.memory.presets import PRESETS, did_you_mean, find_preset
 from specontext.models.attention import register_attention
+from specontext.models.experts import experts_of
 from specontext.models.loading import check_supported
 from specontext.models.quantized import linear_layers, skeleton_of
 from specontext.retrieval.head import head_parameters
 from specontext.retrieval.head_config import HeadConfig
 
+LATENT = [preset for preset in PRESETS.values() if isinstance(preset, LatentPreset)]
 PUBLISHED = {  # parameters of the public checkpoints, a shared table counted once
     "llama-3.1-8b": 8_030_261_248,
     "r1-distill-llama-8b": 8_030_261_248,
@@ -75,12 +78,15 @@ def test_parameters(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", LISTED, ids=lambda preset: preset.name)
-def test_linear_layers_of_models_whose_layers_differ(preset: ListedPreset) -> None:
+@pytest.mark.parametrize("preset", [*LISTED, *LATENT], ids=lambda preset: preset.name)
+def test_matrices_of_models_whose_layers_differ(preset: Preset) -> None:
     register_attention()
-    linear = linear_layers(skeleton_of(preset.config(), {"trust_remote_code": False})).values()
-    found = Counter((one.out_features, one.in_features) for one in linear if one.in_features % 32 == 0)
-    assert found == preset.matrices == Counter(preset.linear_layers)
+    skeleton = skeleton_of(preset.config(), {"trust_remote_code": False})
+    found = Counter((one.out_features, one.in_features) for one in linear_layers(skeleton).values() if one.in_features % 32 == 0)
+    for experts in experts_of(skeleton):
+        found += Counter(list(experts.tables.values()) * experts.count)
+    assert found == Counter(preset.linear_layers)
+    assert isinstance(preset, LatentPreset) or found == preset.matrices  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", PRESETS)

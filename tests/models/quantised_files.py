@@ -20,6 +20,7 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 Writer = Callable[[Tensor, str], tuple[Tensors, Tensor]]  # weights [N, K] and a module's name to its tensors and what they are
 GROUP = 32
+QUANTISED = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")  # of linear layers, and of Mixtral's experts
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # that lie in a word from its lowest bits on
 
 
@@ -34,12 +35,13 @@ class Format:
 
 
 def write_quantised(source: Path, folder: Path, form: Format) -> Tensors:
-    """A copy of a checkpoint with the linear layers of its layers in a format; returns all weights as they are then."""
+    """A copy of a checkpoint with the linear layers of its layers, and its experts, in a format; returns all weights as they are
+    then."""
     shutil.copytree(source, folder)
     tensors, dense = dict(load_file(folder / "model.safetensors")), {}
     for name, weight in list(tensors.items()):
         dense[name] = weight
-        if name.endswith("_proj.weight"):
+        if name.endswith(QUANTISED):
             module = name.removesuffix(".weight")
             del tensors[name]
             parts, dense[name] = form.write(weight, module)

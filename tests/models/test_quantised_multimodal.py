@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from specontext.cli import main
 from specontext.errors import ModelError
+from specontext.models.attention import attention_of
 from specontext.models.language_model import decoder_name, is_other_modality
 from specontext.models.loading import load_model
-from specontext.quantization.linear import QuantizedLinear
+from specontext.quantization.linear import QuantizedExperts, QuantizedLinear
 from tests.models import test_multimodal
 from tests.models.quantised_files import FORMATS, Tensors
 from tests.models.test_multimodal import OLD, Write
@@ -89,6 +90,20 @@ def test_the_language_model_is_what_its_codes_stand_for(
     monkeypatch.setattr("specontext.models.quantized.keeps_codes", lambda _: True)
     kept = load_model(tmp_path, dtype="float32", device=CPU).model.modules()
     assert any(isinstance(module, QuantizedLinear) for module in kept) == FORMATS[name].kept
+
+
+@pytest.mark.slow
+def test_experts_of_the_language_model_keep_their_codes(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("Qwen3_5Moe")
+    quantise(tmp_path, "fp8-blocks")
+    found, tables = [], []
+    for kept in (False, True):
+        monkeypatch.setattr("specontext.models.quantized.keeps_codes", lambda _, kept=kept: kept)
+        model = load_model(tmp_path, dtype="float32", device=CPU).model
+        tables.append(sum(isinstance(module, QuantizedExperts) for module in model.modules()))
+        with torch.inference_mode(), attention_of(model, "eager"):
+            found.append(model(torch.arange(4, 30)[None], use_cache=False).logits)
+    assert tables == [0, 6] and torch.equal(*found)
 
 
 def test_what_the_text_s_config_says_is_heard(write: Write, tmp_path: Path) -> None:

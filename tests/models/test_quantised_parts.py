@@ -21,7 +21,7 @@ from specontext.models.loading import LoadedModel, load_model
 from specontext.models.rank_layers import SummedLinear
 from specontext.models.ranks import Ranks
 from specontext.quantization.linear import QuantizedLinear
-from specontext.quantization.parts import some_columns, some_rows
+from specontext.quantization.parts import joined, some_columns, some_rows
 from tests.models.quantised_files import FORMATS, Tensors, write_quantised
 
 CPU = torch.device("cpu")
@@ -70,6 +70,28 @@ def test_columns_in_another_order_are_left_to_be_written_out() -> None:
     matrix = QuantizedMatrix(FP8, torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 1), 1, 64, order=order)
     assert some_columns(matrix, slice(0, 32)) is None
     assert torch.equal(some_rows(matrix, [slice(1, 3)]).order, order)  # type: ignore[arg-type]
+
+
+@given(matrices(), st.integers(2, 3), st.booleans())
+def test_matrices_one_below_the_other(matrix: QuantizedMatrix, count: int, mixed: bool) -> None:
+    others = [matrix] * (count - 1)
+    if mixed:  # the zero of all is written down once, and for each scale elsewhere
+        offset = torch.full_like(matrix.scales, matrix.offset, dtype=torch.uint8)
+        others = [replace(matrix, zeros=offset if matrix.zeros is None and matrix.kind != FP8 else None), *others[1:]]
+    whole = joined([matrix, *others])
+    assert whole is not None and matrix.shape[0] % whole.rows == 0
+    expected = torch.cat([dequantized(one, torch.float32) for one in (matrix, *others)])
+    assert torch.equal(dequantized(whole, torch.float32), expected)
+
+
+def test_matrices_that_do_not_go_together() -> None:
+    def made(kind: str, k: int, columns: int, **others: torch.Tensor) -> QuantizedMatrix:
+        return QuantizedMatrix(kind, torch.zeros(4, k, dtype=torch.uint8), torch.ones(4, k // columns), 1, columns, **others)
+
+    first, turned = made(FP8, 64, 64), made(FP8, 64, 64, order=torch.arange(64).flip(0))
+    assert joined([first, first]) is not None
+    for other in (made(FP8, 96, 96), made(INT8, 64, 64), made(FP8, 64, 32), turned):
+        assert joined([first, other]) is None
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, GPT2Config, MixtralConfig
+from transformers import AutoConfig, GPT2Config
 
 from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.cli import main
@@ -231,32 +231,6 @@ def test_plans_and_random_weights_have_the_size_of_rounded_ones(
     monkeypatch.setattr("specontext.models.quantized.keeps_codes", lambda _: True)
     sizes = [load(folder, dtype="auto", quantization=kind, load_format=one).weight_bytes for one in ("auto", "dummy")]
     assert sizes == [planned["bytes"]["weights"]] * 2 and f"rounded to {kind}" in planned["weights"]
-
-
-def test_experts_are_written_out(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specontext.models.quantized.keeps_codes", lambda _: True)
-    sizes = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16, "hidden_size": 64, "intermediate_size": 96}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 64}
-    config = MixtralConfig(**sizes, vocab_size=len(tokenizer), sliding_window=None)
-    plain = write_checkpoint(tmp_path / "plain", config, None, tokenizer)
-    tensors, dense = dict(load_file(plain / "model.safetensors")), {}
-    for name in [name for name in tensors if "_proj.weight" in name or ".experts." in name]:
-        parts, dense[name] = FORMATS["fp8-blocks"].write(tensors.pop(name), name)
-        tensors |= {name.removesuffix("weight") + ending: part for ending, part in parts.items()}
-    assert any(".experts.1." in name for name in dense)
-    right = {**load_file(plain / "model.safetensors"), **dense}
-    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
-    said = json.loads((plain / "config.json").read_text()) | {"quantization_config": FORMATS["fp8-blocks"].config}
-    (plain / "config.json").write_text(json.dumps(said))
-    loaded = load(plain)
-    assert isinstance(loaded.model.get_submodule("model.layers.0.self_attn.q_proj"), QuantizedLinear)
-    save_file(right, plain / "model.safetensors", metadata={"format": "pt"})
-    del said["quantization_config"]
-    (plain / "config.json").write_text(json.dumps(said))
-    experts = [(name, one) for name, one in load(plain).model.named_parameters() if "experts" in name]
-    assert experts
-    for name, one in experts:
-        torch.testing.assert_close(loaded.model.get_parameter(name), one, rtol=2e-7, atol=1e-8)
 
 
 def test_matrices_that_a_model_has_the_other_way_round(tmp_path: Path, tokenizer: Any) -> None:

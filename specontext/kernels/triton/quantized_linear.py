@@ -72,6 +72,59 @@ def _decode(codes, KIND: tl.constexpr, HARDWARE: tl.constexpr):
 
 
 @triton.jit
+def row_products(
+    x,
+    codes,
+    scales,
+    zeros,
+    n,
+    asked,
+    n_groups,
+    row_bytes,
+    offset,
+    scale_stride,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    KIND: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """float32 [BLOCK_N]: one row of x times rows n [BLOCK_N] of W, those that are asked for."""
+    line = n.to(tl.int64)[:, None, None] * row_bytes
+    acc = tl.zeros((BLOCK_N, GROUPS), dtype=tl.float32)
+    for start in range(0, n_groups, GROUPS):
+        group = start + tl.arange(0, GROUPS)
+        known = (group < n_groups)[:, None]
+        there = asked[:, None] & (group < n_groups)[None, :]
+        table = (n // SCALE_ROWS)[:, None] * scale_stride + (group * GROUP // SCALE_COLUMNS)[None, :]
+        scale = tl.load(scales + table, mask=there, other=0.0).to(tl.float32)
+        if KIND == IS_INT4:
+            inner = tl.arange(0, GROUP // 2)[None, :]
+            place = line + (group[:, None] * (GROUP // 2) + inner)[None, :, :]
+            pair = tl.load(codes + place, mask=there[:, :, None], other=0)
+            first = tl.load(x + group[:, None] * GROUP + inner, mask=known, other=0.0).to(tl.float32)
+            second = tl.load(x + group[:, None] * GROUP + GROUP // 2 + inner, mask=known, other=0.0).to(tl.float32)
+            products = _integers(pair & 15) * first[None, :, :] + _integers(pair >> 4) * second[None, :, :]
+            total = tl.sum(first + second, axis=1)
+        else:
+            at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+            code = tl.load(codes + line + at[None, :, :], mask=there[:, :, None], other=0)
+            number = tl.load(x + at, mask=known, other=0.0).to(tl.float32)
+            products = _decode(code, KIND, HARDWARE) * number[None, :, :]
+            total = tl.sum(number, axis=1)
+        partial = tl.sum(products, axis=2)  # [BLOCK_N, GROUPS]
+        if HAS_ZEROS:
+            partial -= tl.load(zeros + table, mask=there, other=0).to(tl.float32) * total[None, :]
+        elif KIND != IS_FP8:
+            partial -= offset * total[None, :]
+        acc += scale * partial
+    return tl.sum(acc, axis=1)
+
+
+@triton.jit
 def _one_row(
     x,
     codes,
@@ -95,38 +148,81 @@ def _one_row(
     GROUP: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    line = n.to(tl.int64)[:, None, None] * row_bytes
-    acc = tl.zeros((BLOCK_N, GROUPS), dtype=tl.float32)
-    for start in range(0, n_groups, GROUPS):
-        group = start + tl.arange(0, GROUPS)
-        known = (group < n_groups)[:, None]
-        there = (n < n_rows)[:, None] & (group < n_groups)[None, :]
-        table = (n // SCALE_ROWS)[:, None] * scale_stride + (group * GROUP // SCALE_COLUMNS)[None, :]
-        scale = tl.load(scales + table, mask=there, other=0.0).to(tl.float32)
-        if KIND == IS_INT4:
-            inner = tl.arange(0, GROUP // 2)[None, :]
-            place = line + (group[:, None] * (GROUP // 2) + inner)[None, :, :]
-            pair = tl.load(codes + place, mask=there[:, :, None], other=0)
-            first = tl.load(x + group[:, None] * GROUP + inner, mask=known, other=0.0).to(tl.float32)
-            second = tl.load(x + group[:, None] * GROUP + GROUP // 2 + inner, mask=known, other=0.0).to(tl.float32)
-            products = _integers(pair & 15) * first[None, :, :] + _integers(pair >> 4) * second[None, :, :]
-            total = tl.sum(first + second, axis=1)
-        else:
-            at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-            code = tl.load(codes + line + at[None, :, :], mask=there[:, :, None], other=0)
-            number = tl.load(x + at, mask=known, other=0.0).to(tl.float32)
-            products = _decode(code, KIND, HARDWARE) * number[None, :, :]
-            total = tl.sum(number, axis=1)
-        partial = tl.sum(products, axis=2)  # [BLOCK_N, GROUPS]
-        if HAS_ZEROS:
-            partial -= tl.load(zeros + table, mask=there, other=0).to(tl.float32) * total[None, :]
-        elif KIND != IS_FP8:
-            partial -= offset * total[None, :]
-        acc += scale * partial
-    result = tl.sum(acc, axis=1)
+    there = n < n_rows
+    result = row_products(
+        x,
+        codes,
+        scales,
+        zeros,
+        n,
+        there,
+        n_groups,
+        row_bytes,
+        offset,
+        scale_stride,
+        SCALE_ROWS,
+        SCALE_COLUMNS,
+        KIND,
+        HARDWARE,
+        HAS_ZEROS,
+        BLOCK_N,
+        GROUPS,
+        GROUP,
+    )
     if HAS_BIAS:
-        result += tl.load(bias + n, mask=n < n_rows, other=0.0).to(tl.float32)
-    tl.store(out + n, result.to(out.dtype.element_ty), mask=n < n_rows)
+        result += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + n, result.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def tile_products(
+    line,
+    asked,
+    codes,
+    scales,
+    zeros,
+    n,
+    there,
+    n_groups,
+    row_bytes,
+    offset,
+    scale_stride,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    KIND: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """float32 [BLOCK_M, BLOCK_N]: rows of x, whose first numbers are at line [BLOCK_M, 1], times rows n [BLOCK_N] of W."""
+    column = codes + (n.to(tl.int64) * row_bytes)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for group in range(0, n_groups):
+        table = (n // SCALE_ROWS) * scale_stride + group * GROUP // SCALE_COLUMNS
+        scale = tl.load(scales + table, mask=there, other=0.0).to(tl.float32)
+        zero = tl.zeros((BLOCK_N,), dtype=tl.float32) + offset
+        if HAS_ZEROS:
+            zero = tl.load(zeros + table, mask=there, other=0).to(tl.float32)
+        if KIND == IS_INT4:
+            inner = tl.arange(0, GROUP // 2)
+            pair = tl.load(column + (group * (GROUP // 2) + inner)[:, None], mask=there[None, :], other=0)  # [GROUP / 2, BLOCK_N]
+            low = (_integers(pair & 15) - zero[None, :]).to(FORMAT)
+            high = (_integers(pair >> 4) - zero[None, :]).to(FORMAT)
+            first = tl.load(line + (group * GROUP + inner)[None, :], mask=asked, other=0.0).to(FORMAT)
+            second = tl.load(line + (group * GROUP + GROUP // 2 + inner)[None, :], mask=asked, other=0.0).to(FORMAT)
+            partial = tl.dot(second, high, acc=tl.dot(first, low, input_precision="ieee"), input_precision="ieee")
+        else:
+            at = group * GROUP + tl.arange(0, GROUP)
+            value = _decode(tl.load(column + at[:, None], mask=there[None, :], other=0), KIND, HARDWARE)  # [GROUP, BLOCK_N]
+            if KIND != IS_FP8:
+                value -= zero[None, :]
+            tile = tl.load(line + at[None, :], mask=asked, other=0.0).to(FORMAT)
+            partial = tl.dot(tile, value.to(FORMAT), input_precision="ieee")
+        acc += partial * scale[None, :]
+    return acc
 
 
 @triton.jit(do_not_specialize=["m_rows"])
@@ -157,31 +253,28 @@ def _few_rows(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     asked, there = (m < m_rows)[:, None], n < n_rows
-    line = x + (m.to(tl.int64) * (n_groups * GROUP))[:, None]
-    column = codes + (n.to(tl.int64) * row_bytes)[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for group in range(0, n_groups):
-        table = (n // SCALE_ROWS) * scale_stride + group * GROUP // SCALE_COLUMNS
-        scale = tl.load(scales + table, mask=there, other=0.0).to(tl.float32)
-        zero = tl.zeros((BLOCK_N,), dtype=tl.float32) + offset
-        if HAS_ZEROS:
-            zero = tl.load(zeros + table, mask=there, other=0).to(tl.float32)
-        if KIND == IS_INT4:
-            inner = tl.arange(0, GROUP // 2)
-            pair = tl.load(column + (group * (GROUP // 2) + inner)[:, None], mask=there[None, :], other=0)  # [GROUP / 2, BLOCK_N]
-            low = (_integers(pair & 15) - zero[None, :]).to(FORMAT)
-            high = (_integers(pair >> 4) - zero[None, :]).to(FORMAT)
-            first = tl.load(line + (group * GROUP + inner)[None, :], mask=asked, other=0.0).to(FORMAT)
-            second = tl.load(line + (group * GROUP + GROUP // 2 + inner)[None, :], mask=asked, other=0.0).to(FORMAT)
-            partial = tl.dot(second, high, acc=tl.dot(first, low, input_precision="ieee"), input_precision="ieee")
-        else:
-            at = group * GROUP + tl.arange(0, GROUP)
-            value = _decode(tl.load(column + at[:, None], mask=there[None, :], other=0), KIND, HARDWARE)  # [GROUP, BLOCK_N]
-            if KIND != IS_FP8:
-                value -= zero[None, :]
-            tile = tl.load(line + at[None, :], mask=asked, other=0.0).to(FORMAT)
-            partial = tl.dot(tile, value.to(FORMAT), input_precision="ieee")
-        acc += partial * scale[None, :]
+    acc = tile_products(
+        x + (m.to(tl.int64) * (n_groups * GROUP))[:, None],
+        asked,
+        codes,
+        scales,
+        zeros,
+        n,
+        there,
+        n_groups,
+        row_bytes,
+        offset,
+        scale_stride,
+        SCALE_ROWS,
+        SCALE_COLUMNS,
+        KIND,
+        HARDWARE,
+        HAS_ZEROS,
+        FORMAT,
+        BLOCK_M,
+        BLOCK_N,
+        GROUP,
+    )
     if HAS_BIAS:
         acc += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)[None, :]
     place = (m.to(tl.int64) * n_rows)[:, None] + n[None, :]
@@ -254,14 +347,14 @@ def one_row(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None, tile: Tile)
     groups = max(1, min(tile.codes, triton.next_power_of_2(k)) // group)
     _one_row[(triton.cdiv(n, tile.rows),)](
         x.contiguous(),
-        *_tensors(matrix, bias),
+        *tensors(matrix, bias),
         out,
         n,
         k // group,
         matrix.codes.shape[1],
         matrix.offset,
         matrix.scales.shape[1],
-        **_constants(matrix),
+        **constants(matrix),
         HAS_BIAS=bias is not None,
         BLOCK_N=tile.rows,
         GROUPS=groups,
@@ -279,7 +372,7 @@ def few_rows(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     tall = max(16, triton.next_power_of_2(m))  # all of x at once, so that codes are read once
     _few_rows[(triton.cdiv(n, block), triton.cdiv(m, tall))](
         x.contiguous(),
-        *_tensors(matrix, bias),
+        *tensors(matrix, bias),
         out,
         m,
         n,
@@ -287,9 +380,9 @@ def few_rows(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None) -> Tensor:
         matrix.codes.shape[1],
         matrix.offset,
         matrix.scales.shape[1],
-        **_constants(matrix),
+        **constants(matrix),
         HAS_BIAS=bias is not None,
-        FORMAT=_multiplied(x),
+        FORMAT=multiplied(x),
         BLOCK_M=tall,
         BLOCK_N=block,
         GROUP=group,
@@ -305,8 +398,7 @@ def dequantized(matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
     if not group or dtype == torch.float64:
         return reference_of(dequantized_here)(matrix, dtype)
     out = torch.empty((n, k), dtype=dtype, device=matrix.codes.device)
-    codes, scales, zeros, _ = _tensors(matrix, None)
-    constants = _constants(matrix)
+    codes, scales, zeros, _ = tensors(matrix)
     _write_out[(triton.cdiv(n, 16), k // group)](
         codes,
         scales,
@@ -317,27 +409,28 @@ def dequantized(matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
         matrix.codes.shape[1],
         matrix.offset,
         matrix.scales.shape[1],
-        **constants,
+        **constants(matrix),
         BLOCK_N=16,
         GROUP=group,
     )
     return out if matrix.order is None else torch.empty_like(out).index_copy_(1, matrix.order, out)
 
 
-def _tensors(matrix: QuantizedMatrix, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tensors(matrix: QuantizedMatrix, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What kernels are handed; in place of what is not there, something that they do not read."""
     zeros = matrix.codes if matrix.zeros is None else matrix.zeros
     return matrix.codes, matrix.scales, zeros, matrix.scales if bias is None else bias
 
 
-def _multiplied(x: Tensor) -> tl.dtype:
+def multiplied(x: Tensor) -> tl.dtype:
     """The format of products on tensor cores; the interpreter has no bfloat16."""
     if x.dtype == torch.float32 or not x.is_cuda:
         return tl.float32
     return tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
 
 
-def _constants(matrix: QuantizedMatrix) -> dict[str, int | bool]:
+def constants(matrix: QuantizedMatrix) -> dict[str, int | bool]:
+    """What kernels are compiled for."""
     on_gpu = matrix.codes.is_cuda
     return {
         "SCALE_ROWS": matrix.rows,
