@@ -78,7 +78,8 @@ def test_streams_of_responses_have_the_log_probabilities_of_all_tokens(tmp_path:
             deltas = [event["logprobs"] for event in events if event["type"] == "response.output_text.delta"]
             [part] = whole["output"][0]["content"]
             assert len(part["logprobs"]) == tokens == whole["usage"]["output_tokens"]
-            assert [one for delta in deltas for one in delta] == part["logprobs"] == events[-1]["response"]["output"][0]["content"][0]["logprobs"]
+            shown = [one for delta in deltas for one in delta]
+            assert shown == part["logprobs"] == events[-1]["response"]["output"][0]["content"][0]["logprobs"]
         server.check_idle()
 
 
