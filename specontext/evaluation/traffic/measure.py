@@ -90,10 +90,10 @@ async def _request(target: Target, prompt: list[int], output_len: int) -> Record
 
 def _tokens(usage: Any) -> tuple[int, int]:
     """Tokens of the prompt and of the answer, as the server counts them."""
-    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
-    if not counts or not all(type(count) is int for count in counts):
+    read, made = (usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens"))
+    if not isinstance(read, int) or not isinstance(made, int):
         raise HttpError(f"the server does not say how many tokens it has read and made: usage is {shown(usage)}")
-    return counts[0], counts[1]
+    return read, made
 
 
 async def _stream(answer: Exchange, record: Record, began: float) -> Any:
