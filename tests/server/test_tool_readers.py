@@ -6,12 +6,14 @@ import copy
 import json
 import random
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from specontext.grammars.compiler import GrammarCompiler
 from specontext.sampling_params import StructuredOutputsParams
+from specontext.server.tool_support import ToolSupport
 from specontext.server.tools.choice import ToolUse
 from specontext.server.tools.formats import FORMATS, MAYBE_SPACE, detect
 from specontext.server.tools.pieces import CallArguments, CallBegin, Text, Thought, Tool, joined
@@ -377,3 +379,14 @@ def test_answers_and_calls_in_channels_follow_grammars(wanted: Any, good: str, b
             assert follows(grammar, begun + call + '{"days": 3}') and not follows(grammar, begun + call + '{"days": "3"}')
     assert follows(free.grammar(token_of), thought + final + bad)
     assert not follows(ToolUse(strict, "required", form=FORMATS["harmony"]).grammar(token_of), final + good)
+
+
+def test_the_form_of_calls_is_found_in_templates_by_name() -> None:
+    """Quotes and line ends are looked at as they stand in the text."""
+    tokenizer = SimpleNamespace(
+        chat_template={
+            "default": "{{ messages }}",
+            "tool_use": 'Respond in the format {"name": ..., "parameters": ...} {{ tools }}',
+        }
+    )
+    assert ToolSupport("auto", tokenizer, None).name == "llama3_json"  # type: ignore[arg-type]

@@ -52,8 +52,8 @@ class Address:
             raise HttpError(f"'{url}' is not a URL of a server: write for example http://127.0.0.1:8000")
         if parts.query or parts.fragment or parts.username is not None:
             raise HttpError(
-                f"{parts.hostname}: a server's address has a host, a port and a path, and no user, ? or #: leave them out (a key is "
-                "an option of its own)"
+                f"{parts.hostname}: a server's address has a host, a port and a path, and no user, ? or #: leave these out (keys "
+                "are an option of their own)"
             )
         secure = parts.scheme == "https"
         path = quote(parts.path.rstrip("/").removesuffix("/v1"), safe="/%:@!$&'()*+,;=~")
