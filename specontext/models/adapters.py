@@ -50,7 +50,7 @@ def merged(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
         config.inference_mode = True
         config.base_model_name_or_path = model.name_or_path  # else peft warns of another name for it
         wrapped: Any = get_peft_model(model, config, autocast_adapter_dtype=False)
-        report = set_peft_model_state_dict(wrapped, load_peft_weights(str(adapter.folder), device="cpu"))
+        report: Any = set_peft_model_state_dict(wrapped, load_peft_weights(str(adapter.folder), device="cpu"))
         missing = sorted(name for name in report.missing_keys if any(part in name for part in OWN))
         if extra := sorted(report.unexpected_keys):
             raise ModelError(f"the LoRA adapter {adapter.folder} does not fit {adapter.base}, which lacks {first_few(extra)}")
