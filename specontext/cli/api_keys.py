@@ -33,6 +33,9 @@ def key_to_send(given: str | None) -> str | None:
     """The key that a client sends: the one it was given, else the environment's first, if any.
 
     Raises:
-        ConfigError: as `keys_of_environment`.
+        ConfigError: as `keys_of_environment`; a key that no header can carry.
     """
-    return given if given is not None else next(iter(keys_of_environment()), None)
+    key = given.strip() if given is not None else next(iter(keys_of_environment()), None)
+    if key and not key.isprintable():
+        raise ConfigError("the API key has a character that no header can carry: give it as the server has it")
+    return key

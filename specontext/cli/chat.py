@@ -13,7 +13,8 @@ import typer
 from rich.markup import escape
 
 from specontext.cli.api_keys import KeyOfServer, key_to_send
-from specontext.cli.terminal import UsageError, error_console
+from specontext.cli.terminal import UsageError, decoded, error_console
+from specontext.errors import shown
 from specontext.evaluation.traffic.http import Address, Exchange, HttpError, fetch_json
 
 Message = dict[str, str]
@@ -34,20 +35,37 @@ class Conversation:
     messages: list[Message] = field(default_factory=list)
 
     async def answer(self, text: str) -> AsyncGenerator[tuple[str, str], None]:
-        """Say something; yields ("reasoning" or "content", text) as the answer comes. A failed exchange leaves no trace."""
+        """Say something; yields ("reasoning" or "content", text) as the answer comes, and ("cut", why) where it was cut off. A
+        failed exchange leaves no trace."""
         asked = [*self.messages, {"role": "user", "content": text}]
         body = {"model": self.model, "messages": asked, "stream": True, **self.options}
         content = []
         async with Exchange(self.address, "POST", "/v1/chat/completions", body) as exchange:
             async for event in exchange.events():
-                for choice in event.get("choices", ()):
-                    delta = choice.get("delta", {})
-                    if reasoning := delta.get("reasoning_content") or delta.get("reasoning"):
-                        yield "reasoning", reasoning
-                    if piece := delta.get("content"):
-                        content.append(piece)
-                        yield "content", piece
+                choice = _first_choice(event)
+                delta = choice.get("delta") or {}
+                if reasoning := _text(delta.get("reasoning_content") or delta.get("reasoning")):
+                    yield "reasoning", reasoning
+                if piece := _text(delta.get("content")):
+                    content.append(piece)
+                    yield "content", piece
+                if choice.get("finish_reason") == "length":
+                    yield "cut", f"the answer was cut: it may have {self.options['max_tokens']} tokens (--max-tokens)"
         self.messages = [*asked, {"role": "assistant", "content": "".join(content)}]
+
+
+def _first_choice(event: dict[str, Any]) -> dict[str, Any]:
+    choices = event.get("choices") or [{}]
+    if not isinstance(choices, list) or not isinstance(choices[0], dict) or not isinstance(choices[0].get("delta") or {}, dict):
+        raise HttpError(f"the server's stream has no choices as OpenAI's has: {shown(choices)}")
+    return choices[0]
+
+
+def _text(content: Any) -> str:
+    """The text of a delta, which some servers send as a list of parts."""
+    if isinstance(content, list):
+        return "".join(_text(part.get("text")) for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
 
 
 def chat(
@@ -68,6 +86,7 @@ def chat(
 
     Answers go to standard output, thinking and everything else to standard error.
     """
+    system, prompt = (decoded(text, name) if text else text for text, name in ((system, "--system"), (prompt, "--prompt")))
     given = {"max_tokens": max_tokens, "temperature": temperature}
     options = {name: value for name, value in given.items() if value is not None}
     _talk(Address.parse(base_url, key_to_send(api_key)), model, options, system, prompt)
@@ -122,21 +141,28 @@ def _talk(address: Address, model: str | None, options: dict[str, Any], system: 
 
 
 async def _say(conversation: Conversation, text: str) -> None:
-    console, last = error_console(), ""
+    console, last, notes = error_console(), "", []
     async with contextlib.aclosing(conversation.answer(text)) as pieces:
         async for kind, piece in pieces:
             if kind == "content":
                 sys.stdout.write(piece)
                 sys.stdout.flush()
                 last = piece
+            elif kind == "cut":
+                notes.append(piece)
             else:
                 console.print(escape(piece), style="dim", end="")
     if not last.endswith("\n"):
         print(flush=True)
+    for note in notes:
+        console.print(escape(note), style="dim")
 
 
 def _read_line() -> str:
     """The next line of input; empty at its end."""
     if sys.stdin.isatty():
         error_console().print("> ", end="")
-    return sys.stdin.readline().strip()
+    try:
+        return sys.stdin.readline().strip()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not {sys.stdin.encoding.upper()} text: convert it") from error

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from specontext.cli.generate import chat_prompt
 from specontext.cli.terminal import human_bytes, quiet_libraries, shorten
 from specontext.config import SpeContextConfig
 from specontext.core import RequestOutput
@@ -114,10 +115,7 @@ def show_document(model: str, *, length: int, as_json: bool, console: Console) -
 
 
 def _prompt(llm: LLM, text: str) -> list[int]:
-    if not llm.tokenizer.chat_template:
-        return list(llm.tokenizer.encode(text))
-    message = [{"role": "user", "content": text}]
-    return list(llm.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False))
+    return chat_prompt(llm, text) if llm.tokenizer.chat_template else list(llm.tokenizer.encode(text))
 
 
 def table(answers: list[Answer]) -> Table:

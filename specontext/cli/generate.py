@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from specontext.cli.options import Settings, with_settings
-from specontext.cli.terminal import MODEL_HELP, UsageError, error_console, human_bytes, quiet_libraries
+from specontext.cli.terminal import MODEL_HELP, UsageError, decoded, error_console, human_bytes, quiet_libraries
 from specontext.core import RequestOutput
 from specontext.sampling_params import SamplingParams
 
@@ -49,8 +49,9 @@ def generate(
     Text goes to standard output, settings and statistics go to standard error.
     """
     text = read_prompt(prompt, prompt_file, stdin)
+    stop = [decoded(each, "--stop") for each in stop or ()]
     params = SamplingParams(
-        temperature=temperature, top_p=top_p, top_k=top_k, stop=stop or (), ignore_eos=ignore_eos, max_tokens=max_tokens
+        temperature=temperature, top_p=top_p, top_k=top_k, stop=stop, ignore_eos=ignore_eos, max_tokens=max_tokens
     )
     llm = load_llm(model, retrieval_head, settings)
     given = chat_prompt(llm, text) if chat else text
@@ -91,8 +92,7 @@ def read_prompt(text: str | None, file: str | None, stdin: str | None) -> str:
         raise UsageError(f"unexpected argument '{stdin}': give the prompt as --prompt TEXT, --prompt-file FILE or '-'")
     if [text, file, stdin].count(None) != 2:
         raise UsageError("give exactly one prompt: --prompt TEXT, --prompt-file FILE, or '-' for standard input")
-    if text is None:
-        text = _read_text(file or "-")
+    text = _read_text(file or "-") if text is None else decoded(text, "--prompt")
     if not text:
         raise UsageError("the prompt is empty: give at least one character")
     return text

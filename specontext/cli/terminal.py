@@ -15,6 +15,15 @@ class UsageError(SpeContextError, ValueError):
     """Options that do not make sense; the message says what to give instead."""
 
 
+def decoded(text: str, name: str) -> str:
+    """A text of the command line; raises UsageError where its bytes were none, which Python hides in it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name} is not UTF-8 text: character {error.start} cannot be decoded; convert it to UTF-8") from error
+    return text
+
+
 def error_console() -> Console:
     """A console on stderr that breaks no lines of its own when stderr is not a terminal."""
     return Console(stderr=True, highlight=False, soft_wrap=True)

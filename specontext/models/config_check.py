@@ -49,10 +49,14 @@ ONES = {"factor", "attn_factor", "extrapolation_factor", "attention_factor"}  # 
 LENGTH = re.compile(r"window|(^|_)(seq|sequence|context|ctx)(_|$)|^max_\w+_(length|len)$")
 SPEAKS = re.compile(
     LENGTH.pattern + r"|att(n|ention)|rope|rotary|position|alibi|ntk|logn|yarn|sinks?(_|$)|causal|bidirection|softcap|soft_cap"
-    r"|query_pre|clip_qkv|qk_|_qk|cache_(bits|quant|scheme)|block_?sparse|cross_layer|kv_shar|(^|_)mla(_|$)"
+    r"|query_pre|clip_qkv|qk_|_qk|cache_(bits|quant|scheme)|block_?sparse|cross_layer|kv_shar|(^|_)(mla|moba|nsa)(_|$)"
+    r"|(^|_)(nope|no_pe)(_|$)|temperature_tuning|(^|_)index(er)?_(topk|n_heads|num_heads|head_dim|block)"
 )
-# ... or scales what is computed between them,
-SCALES = re.compile(r"multiplier|logits?_scal|scale_(emb|depth)|embed\w*_scale|dim_model_base|(^|_)mup(_|$)")
+# ... or changes what is computed between them, by a number or by a switch,
+SCALES = re.compile(
+    r"multiplier|logits?_scal|scale_(emb|depth)|embed\w*_scale|dim_model_base|(^|_)mup(_|$)|(residual|output)_scale|(^|_)mscale"
+    r"|parallel_(residual|attn|block)|normali[sz]e_embed|sandwich_norm|post_?norm|sub_?norm"
+)
 # ... and yet says how it is computed or trained, or is told by the shapes of the weights.
 HARMLESS = re.compile(
     r"drop|flash|sdpa|implementation|backend|kernel|fuse|(sequence|tensor|context)_parallel|(attention|attn|qkv|proj)_(\w+_)?bias$"
@@ -225,6 +229,7 @@ def _vendor_obstacles(config: PreTrainedConfig, longest: int) -> Iterator[str]:
         "sliding_window_size": getattr(config, "sliding_window", None),
         "initial_context_length": rope.get("original_max_position_embeddings"),
         "position_embedding_type": "rope_gptj" if config.model_type.startswith("cohere") else None,  # as its class turns heads
+        "use_parallel_block": config.model_type.startswith("cohere"),  # as its class always has it
         **dict.fromkeys(("rotary_emb_base", "rotary_base", "rope_base", "rope_theta"), rope.get("rope_theta")),
     }
     for name, value in vars(config).items():
@@ -232,7 +237,7 @@ def _vendor_obstacles(config: PreTrainedConfig, longest: int) -> Iterator[str]:
             continue
         wanted = name in ON
         scales = SCALES.search(name.lower())
-        if scales and value == 1:
+        if scales and value == 1 and value is not True:
             continue
         if not (wanted or scales or SPEAKS.search(name.lower())) or (HARMLESS.search(name.lower()) and not wanted):
             continue

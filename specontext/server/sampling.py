@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ _NULLABLE = (
     *("allowed_token_ids", "bad_words"),
 )
 _PLAIN = ("ignore_eos", "min_tokens", "skip_special_tokens", "include_stop_str_in_output")
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,17}")  # one spelling of each, so that no two biases are of one token
 COMPLETION_TOKENS = 16  # max_tokens of text completions, as OpenAI has it
 
 
@@ -108,7 +110,7 @@ def _params(
 def _biases(table: dict[str, float]) -> dict[int, float]:
     """Biases by token id; the keys of a JSON object are texts."""
     for token in table:
-        if not (token.isascii() and token.isdigit()) or len(token) > 18:
+        if not _TOKEN_ID.fullmatch(token):
             raise ApiError(400, f"logit_bias: {shown(token)} is not a token id", param="logit_bias")
     return {int(token): bias for token, bias in table.items()}
 

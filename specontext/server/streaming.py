@@ -32,9 +32,9 @@ def event(data: dict[str, Any], *, obfuscate: bool = False) -> bytes:
     return event(data | {"obfuscation": secrets.token_hex(_GRAIN // 2)[: -len(bare) % _GRAIN]})
 
 
-def named_event(data: dict[str, Any]) -> bytes:
-    """One event that carries its type as its name too."""
-    return b"event: " + str(data["type"]).encode() + b"\n" + event(data)
+def named_event(data: dict[str, Any], *, obfuscate: bool = False) -> bytes:
+    """One event that carries its type as its name too; `obfuscate` as of `event`."""
+    return b"event: " + str(data["type"]).encode() + b"\n" + event(data, obfuscate=obfuscate)
 
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:

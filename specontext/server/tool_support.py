@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from specontext.grammars.compiler import GrammarCompiler
@@ -33,7 +32,7 @@ class ToolSupport:
 
     def __init__(self, parser: str, tokenizer: Any, grammars: GrammarCompiler) -> None:
         template = tokenizer.chat_template or ""
-        text = json.dumps(template) if isinstance(template, dict) else str(template)
+        text = "\n".join(map(str, template.values())) if isinstance(template, dict) else str(template)
         found = detect(text)
         self.name = found if parser == "auto" else None if parser == "none" else parser
         named = self.name or found

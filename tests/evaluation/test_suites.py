@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import re
 from typing import Any
@@ -211,6 +212,11 @@ def test_text_tools(tokenizer: Any) -> None:
     assert templated == "<|begin|><|user|>the sun<|assistant|>"
     assert prompt_ids(tokenizer, templated) == tokenizer.encode(templated, add_special_tokens=False)
     assert prompt_ids(tokenizer, " sun") == tokenizer.encode(" sun")
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "### User: {{ messages[0].content }}\n### Answer:"  # which wants no special token in front
+    templated = text_tools(other).chat("the sun")
+    assert prompt_ids(other, templated) == tokenizer.encode(templated, add_special_tokens=False)
+    assert prompt_ids(other, " sun") == tokenizer.encode(" sun") != tokenizer.encode(" sun", add_special_tokens=False)
     long = " sun" * 10 + " lamp" * 10
     assert text.truncate_middle(long, 7) == " sun" * 3 + " lamp" * 4
     assert text.truncate_middle(long, 20) == long

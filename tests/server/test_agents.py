@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +64,30 @@ def test_a_response_is_streamed_in_order(client: Any) -> None:
     assert [event.sequence_number for event in events] == list(range(len(events)))
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == final.output_text
     assert kinds[-1] == f"response.{final.status}" and final.usage.output_tokens
+
+
+def test_streams_of_responses_have_the_log_probabilities_of_all_tokens(tmp_path: Path) -> None:
+    """Also those of tokens that show no text at once: parts of characters, what may become a stop string, end tokens."""
+    model = save_speaking(tmp_path, "aé€b🙊c", "{{ messages[0].content }}>", special=None)
+    asked = {"input": "q", "max_output_tokens": 40, "temperature": 0, "include": ["message.output_text.logprobs"]}
+    with running(make_engine(model, offload_layers=0, method={"method": "full"}, max_model_len=512)) as server:
+        for stop, tokens in (([], 13), (["c"], 12), (["€b🙊cd"], 13)):
+            whole = server.post("/v1/responses", asked | {"stop": stop}).json()
+            streamed = server.post("/v1/responses", asked | {"stop": stop, "stream": True}).text.split("\n")
+            events = [json.loads(line.removeprefix("data: ")) for line in streamed if line.startswith("data: ")]
+            deltas = [event["logprobs"] for event in events if event["type"] == "response.output_text.delta"]
+            [part] = whole["output"][0]["content"]
+            assert len(part["logprobs"]) == tokens == whole["usage"]["output_tokens"]
+            shown = [one for delta in deltas for one in delta]
+            assert shown == part["logprobs"] == events[-1]["response"]["output"][0]["content"][0]["logprobs"]
+        server.check_idle()
+
+
+def test_deltas_of_responses_are_padded_where_that_is_asked_for(server: Server) -> None:
+    asked = {"input": "a", "max_output_tokens": 6, "seed": 1, "stream": True, "stream_options": {"include_obfuscation": True}}
+    lines = server.post("/v1/responses", asked).text.split("\n")
+    deltas = [line for line in lines if line.startswith("data: ") and ".delta" in line.partition(",")[0]]
+    assert deltas and all("obfuscation" in line and (len(line.encode()) + 2) % 64 == 0 for line in deltas)
 
 
 def test_responses_call_functions_for_several_turns(client: Any) -> None:

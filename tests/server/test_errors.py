@@ -83,6 +83,7 @@ def test_a_body_that_is_not_sent_as_json(server: Server) -> None:
         ("logit_bias", {"5": 101}),
         ("logit_bias", {"five": 1}),
         ("logit_bias", {"": 1}),
+        ("logit_bias", {"5": 100, "05": -100}),
         ("logit_bias", {"²": 1}),
         ("logit_bias", {"99999": 1}),
         ("allowed_token_ids", []),
@@ -194,7 +195,24 @@ def test_what_asks_for_nothing_is_let_through(server: Server) -> None:
         "logit_bias": {},
         "store": False,
         "user": "me",
+        "prompt_cache_retention": "24h",
+        "logits_processors": [],
+        "spaces_between_special_tokens": True,
+        "return_tokens_as_token_ids": False,
+        "echo": False,
+        "documents": [],
+        "include_reasoning": True,
     }
+    ours = (
+        "prompt_logprobs",
+        "repetition_detection",
+        "cache_salt",
+        "request_id",
+        "vllm_xargs",
+        "chat_template",
+        "thinking_token_budget",
+    )
+    neutral |= dict.fromkeys(ours)  # as clients of vLLM that write all fields out
     assert server.post(CHAT, GOOD[CHAT] | neutral).status_code == 200
     assert (
         server.post(CHAT, GOOD[CHAT] | dict.fromkeys([*neutral, "n", "temperature", "stop", "seed", "logprobs"])).status_code

@@ -6,12 +6,14 @@ import copy
 import json
 import random
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from specontext.grammars.compiler import GrammarCompiler
 from specontext.sampling_params import StructuredOutputsParams
+from specontext.server.tool_support import ToolSupport
 from specontext.server.tools.choice import ToolUse
 from specontext.server.tools.formats import FORMATS, MAYBE_SPACE, detect
 from specontext.server.tools.pieces import CallArguments, CallBegin, Text, Thought, Tool, joined
@@ -60,6 +62,13 @@ CASES: list[tuple[str, str, str, list[Any]]] = [
     ("hermes", f'<tool_call>{{"name": "weather", "arguments": {json.dumps(ARGUMENTS)}}}</tool_call>', "", [WEATHER]),
     ("hermes", '<tool_call>{"name": "stop-it"}</tool_call>', "", [STOPPED]),
     ("hermes", '<tool_call>{"name": "stop-it", "arguments": null}</tool_call>', "", [STOPPED]),
+    ("hermes", '<tool_call>{"name": "stop-it", "arguments": ""}</tool_call>', "", [STOPPED]),
+    ("hermes", '<tool_call>{"name": "w", "arguments": [1, 2]}</tool_call>', "", [("w", [1, 2])]),
+    ("hermes", '<tool_call>{"name": "w", "arguments": "Oslo"}</tool_call>', "", [("w", "Oslo")]),
+    ("hermes", '<tool_call>{"arguments": 3, "name": "w"}</tool_call>', "", [("w", 3)]),
+    ("hermes", f'<tool_call>{{"name": "weather", "arguments": {ARGUMENTS}, "parameters": null}}</tool_call>', "", [WEATHER]),
+    ("hermes", f"<tool_call>{STOP[:-1]} oops}}</tool_call>", "oops}</tool_call>", [STOPPED]),
+    ("hermes", f'<tool_call>{STOP}\n{{"na', '{"na', [STOPPED]),
     ("hermes", UNKNOWN, UNKNOWN, []),
     ("hermes", "1 < 2 and <tool_cal", "1 < 2 and <tool_cal", []),
     ("hermes", "  no call\n", "  no call\n", []),
@@ -67,6 +76,7 @@ CASES: list[tuple[str, str, str, list[Any]]] = [
     ("llama3_json", f'{{"name": "weather", "parameters": {ARGUMENTS}}}', "", [WEATHER]),
     ("llama3_json", f'<|python_tag|>{{"type": "function", "name": "weather", "parameters": {ARGUMENTS}}}', "", [WEATHER]),
     ("llama3_json", f"{CALL}; {STOP}", "", [WEATHER, STOPPED]),
+    ("llama3_json", f'{STOP}; {{"name": "other"}} so', '{"name": "other"} so', [STOPPED]),
     ("llama3_json", '{"a": [1, 2]}', '{"a": [1, 2]}', []),
     ("llama3_json", 'So {"name": "w"}', 'So {"name": "w"}', []),
     ("pythonic", f"[weather(city={OSLO['city']!r}, days=3), w()]", "", [WEATHER, ("w", {})]),
@@ -369,3 +379,14 @@ def test_answers_and_calls_in_channels_follow_grammars(wanted: Any, good: str, b
             assert follows(grammar, begun + call + '{"days": 3}') and not follows(grammar, begun + call + '{"days": "3"}')
     assert follows(free.grammar(token_of), thought + final + bad)
     assert not follows(ToolUse(strict, "required", form=FORMATS["harmony"]).grammar(token_of), final + good)
+
+
+def test_the_form_of_calls_is_found_in_templates_by_name() -> None:
+    """Quotes and line ends are looked at as they stand in the text."""
+    tokenizer = SimpleNamespace(
+        chat_template={
+            "default": "{{ messages }}",
+            "tool_use": 'Respond in the format {"name": ..., "parameters": ...} {{ tools }}',
+        }
+    )
+    assert ToolSupport("auto", tokenizer, None).name == "llama3_json"  # type: ignore[arg-type]

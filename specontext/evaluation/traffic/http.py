@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
-from specontext.errors import SpeContextError
+from specontext.errors import SpeContextError, shown
+
+_STATUS_LINE = re.compile(r"HTTP/\d(?:\.\d)? (?P<status>\d{3})\b")
 
 
 class HttpError(SpeContextError):
@@ -38,7 +42,7 @@ class Address:
 
     @classmethod
     def parse(cls, url: str, api_key: str | None = None) -> Address:
-        """Raises HttpError for something that is no http or https URL."""
+        """Raises HttpError for something that is no http or https URL, or has more than host, port and path."""
         try:
             parts = urlsplit(url if "//" in url else f"http://{url}")
             port = parts.port
@@ -46,9 +50,20 @@ class Address:
             raise HttpError(f"'{url}' is not a URL: {error}") from error
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise HttpError(f"'{url}' is not a URL of a server: write for example http://127.0.0.1:8000")
+        if parts.query or parts.fragment or parts.username is not None:
+            raise HttpError(
+                f"{parts.hostname}: a server's address has a host, a port and a path, and no user, ? or #: leave these out (keys "
+                "are an option of their own)"
+            )
         secure = parts.scheme == "https"
-        path = parts.path.rstrip("/").removesuffix("/v1")
+        path = quote(parts.path.rstrip("/").removesuffix("/v1"), safe="/%:@!$&'()*+,;=~")
         return cls(parts.hostname, port or (443 if secure else 80), secure, path, api_key)
+
+    @property
+    def place(self) -> str:
+        """Host and port, as URLs have them."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
 
 
 class Exchange:
@@ -63,7 +78,7 @@ class Exchange:
         data = b"" if body is None else json.dumps(body).encode()
         lines = [
             f"{method} {address.path}{path} HTTP/1.1",
-            f"Host: {address.host}:{address.port}",
+            f"Host: {address.place}",
             "Connection: close",
             f"Content-Length: {len(data)}",
         ]
@@ -77,16 +92,17 @@ class Exchange:
             self._reader, self._writer = await asyncio.open_connection(self.address.host, self.address.port, ssl=secure)
         except (OSError, ValueError) as error:  # ValueError: a name that no host can have
             reason = getattr(error, "strerror", None) or error
-            raise HttpError(f"cannot reach {self.address.host}:{self.address.port}: {reason}") from error
+            raise HttpError(f"cannot reach {self.address.place}: {reason}") from error
         try:
             self._writer.write(self._request)
-            await self._read_head()
+            with _whole():
+                await self._read_head()
+            if 300 <= self.status < 400:
+                raise HttpError(f"{self.address.place} sends on to {self._location}: give that address", self.status)
             if self.status >= 400:
                 raise HttpError(_message(await self.read(), self.status), self.status)
-        except BaseException as error:
+        except BaseException:
             self._writer.close()
-            if isinstance(error, OSError | asyncio.IncompleteReadError | ValueError):
-                raise HttpError(f"the server broke off: {error}") from error
             raise
         return self
 
@@ -94,10 +110,16 @@ class Exchange:
         self._writer.close()
 
     async def _read_head(self) -> None:
-        head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-        first, *rest = head.split("\r\n")
-        self.status = int(first.split(" ", 2)[1])
+        self.status = 100
+        while self.status < 200:  # what comes before is of no account
+            head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            first, *rest = head.split("\r\n")
+            line = _STATUS_LINE.match(first)
+            if line is None:
+                raise HttpError(f"what answers at {self.address.place} does not speak HTTP: give the address of a server")
+            self.status = int(line["status"])
         headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in rest)}
+        self._location = shown(headers.get("location", "nowhere"))
         self._chunked = "chunked" in headers.get("transfer-encoding", "").lower()
         self._length = int(headers["content-length"]) if "content-length" in headers else None
 
@@ -110,16 +132,25 @@ class Exchange:
 
     async def read(self) -> bytes:
         """The whole body."""
-        return b"".join([piece async for piece in self._pieces()])
+        with _whole():
+            return b"".join([piece async for piece in self._pieces()])
 
-    async def events(self) -> AsyncIterator[Any]:
-        """The server-sent events of the body, up to `[DONE]`.
+    async def json(self) -> Any:
+        """The whole body, which is JSON."""
+        data = await self.read()
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise HttpError("the server's answer is not JSON: is it the address of an OpenAI-compatible server?") from error
+
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        """The server-sent events of the body, JSON objects, up to `[DONE]`.
 
         Raises:
             HttpError: an event is an error, or the stream breaks off.
         """
         rest = b""
-        try:
+        with _whole():
             async for piece in self._pieces():
                 *lines, rest = (rest + piece).split(b"\n")
                 for line in lines:
@@ -129,22 +160,27 @@ class Exchange:
                     if data == b"[DONE]":
                         return
                     event = json.loads(data)
-                    if "error" in event:
+                    if not isinstance(event, dict):
+                        raise HttpError(f"the server's stream has an event that is no object: {shown(event)}")
+                    if event.get("error"):
                         raise HttpError(_message(data, self.status), self.status)
                     yield event
-        except (OSError, asyncio.IncompleteReadError, ValueError) as error:
-            raise HttpError(f"the server broke off: {error or type(error).__name__}") from error
         raise HttpError("the server broke off: the stream has no end mark")
 
 
 async def fetch_json(address: Address, method: str, path: str, body: Any = None) -> Any:
     """The JSON that a server answers with."""
     async with Exchange(address, method, path, body) as answer:
-        data = await answer.read()
+        return await answer.json()
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """What is read inside comes whole, and as HTTP has it; else HttpError."""
     try:
-        return json.loads(data)
-    except ValueError as error:
-        raise HttpError(f"the server's answer to {path} is not JSON") from error
+        yield
+    except (OSError, EOFError, ValueError, RecursionError, asyncio.LimitOverrunError) as error:
+        raise HttpError(f"the server broke off: {error or type(error).__name__}") from error
 
 
 def _message(body: bytes, status: int) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from specontext.errors import shown
 from specontext.evaluation.traffic.http import Address, Exchange, HttpError
 from specontext.evaluation.traffic.workload import Workload
 
@@ -81,15 +81,23 @@ async def _request(target: Target, prompt: list[int], output_len: int) -> Record
     try:
         async with Exchange(target.address, "POST", "/v1/completions", body) as answer:
             usage = await (_stream(answer, record, began) if target.stream else _whole(answer))
-        record.prompt_tokens, record.completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-    except (HttpError, KeyError, TypeError) as error:
-        record.error = str(error) or type(error).__name__
+        record.prompt_tokens, record.completion_tokens = _tokens(usage)
+    except HttpError as error:
+        record.error = str(error)
     record.total = time.perf_counter() - began
     return record
 
 
-async def _stream(answer: Exchange, record: Record, began: float) -> dict[str, int]:
-    usage: dict[str, int] = {}
+def _tokens(usage: Any) -> tuple[int, int]:
+    """Tokens of the prompt and of the answer, as the server counts them."""
+    read, made = (usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens"))
+    if not isinstance(read, int) or not isinstance(made, int):
+        raise HttpError(f"the server does not say how many tokens it has read and made: usage is {shown(usage)}")
+    return read, made
+
+
+async def _stream(answer: Exchange, record: Record, began: float) -> Any:
+    usage = None
     last = began
     async for event in answer.events():
         now = time.perf_counter()
@@ -105,6 +113,6 @@ async def _stream(answer: Exchange, record: Record, began: float) -> dict[str, i
     return usage
 
 
-async def _whole(answer: Exchange) -> dict[str, int]:
-    found: dict[str, int] = json.loads(await answer.read())["usage"]
-    return found
+async def _whole(answer: Exchange) -> Any:
+    found = await answer.json()
+    return found.get("usage") if isinstance(found, dict) else None

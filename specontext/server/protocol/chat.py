@@ -134,6 +134,12 @@ class ChatRequest(SamplingBody, StructuredBody, TemplateBody):
     web_search_options: unsupported("web search is not implemented") = None  # type: ignore[valid-type]
     reasoning_effort: Name | None = Field(None, description="For chat templates that know it.")
     verbosity: unsupported("it is not implemented", "medium") = None  # type: ignore[valid-type]
+    echo: unsupported("an answer begins with its own text", False) = None  # type: ignore[valid-type]
+    chat_template: unsupported("it is the server's, --chat-template") = None  # type: ignore[valid-type]
+    documents: unsupported("give their text in messages", []) = None  # type: ignore[valid-type]
+    mm_processor_kwargs: unsupported("only text is implemented", {}) = None  # type: ignore[valid-type]
+    include_reasoning: unsupported("thinking is given where the server has a reasoning parser", True) = None  # type: ignore[valid-type]
+    thinking_token_budget: unsupported("the length of thinking cannot be bounded") = None  # type: ignore[valid-type]
 
     @property
     def shown_tools(self) -> list[FunctionTool]:

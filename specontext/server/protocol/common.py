@@ -118,6 +118,7 @@ class SamplingBody(Body):
     metadata: Metadata | None = Field(None, description="Accepted for compatibility; changes nothing.")
     safety_identifier: Name | None = Field(None, description="Accepted for compatibility; changes nothing.")
     prompt_cache_key: Name | None = Field(None, description="Accepted for compatibility; changes nothing.")
+    prompt_cache_retention: Name | None = Field(None, description="Accepted for compatibility; changes nothing.")
     logit_bias: Biases | None = None
     allowed_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=MOST_ALLOWED)] | None = None
     bad_words: Annotated[list[str], Field(fail_fast=True, max_length=MOST_BAD_WORDS)] | None = None
@@ -131,6 +132,15 @@ class SamplingBody(Body):
     use_beam_search: unsupported("beam search is not implemented", False) = None  # type: ignore[valid-type]
     length_penalty: unsupported("beam search is not implemented", 1.0, 1) = None  # type: ignore[valid-type]
     early_stopping: unsupported("beam search is not implemented", False) = None  # type: ignore[valid-type]
+    prompt_logprobs: unsupported("/v1/completions gives those of prompts, with echo and logprobs") = None  # type: ignore[valid-type]
+    logits_processors: unsupported("no code runs for single requests", []) = None  # type: ignore[valid-type]
+    spaces_between_special_tokens: unsupported("texts are as the tokenizer decodes them", True) = None  # type: ignore[valid-type]
+    return_tokens_as_token_ids: unsupported("return_token_ids gives them beside the texts", False) = None  # type: ignore[valid-type]
+    repetition_detection: unsupported("it is not implemented: use penalties") = None  # type: ignore[valid-type]
+    cache_salt: unsupported("what is known of prompts is known to all requests") = None  # type: ignore[valid-type]
+    request_id: unsupported("the header X-Request-Id names a request") = None  # type: ignore[valid-type]
+    kv_transfer_params: unsupported("KV stays with its server", {}) = None  # type: ignore[valid-type]
+    vllm_xargs: unsupported("they are vLLM's own", {}) = None  # type: ignore[valid-type]
     best_of: int | None = Field(None, description="Not supported beyond n: only the outputs that are returned are made.")
 
     @field_validator("best_of")

@@ -164,7 +164,9 @@ class ReasoningSettings(Body):
 
 
 class ResponseStreamOptions(Body):
-    include_obfuscation: bool | None = Field(None, description="Accepted for compatibility; changes nothing.")
+    include_obfuscation: bool = Field(
+        False, description="Pad deltas to multiples of 64 bytes, so that their lengths tell little. Off unless asked for."
+    )
 
 
 class ResponsesRequest(Body):
@@ -217,6 +219,10 @@ class ResponsesRequest(Body):
     method: Name | None = None
     budget: int | None = None
     chat_template_kwargs: Variables | None = None
+
+    @property
+    def wants_obfuscation(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_obfuscation
 
 
 ALIKE = (

@@ -24,11 +24,12 @@ class StructuredOutputs(Body):
     json_object: bool | None = None
     disable_any_whitespace: bool = False
     whitespace_pattern: Annotated[str, Field(min_length=1, max_length=1000)] | None = None
+    disable_additional_properties: unsupported("say additionalProperties in the schema", False) = None  # type: ignore[valid-type]
     structural_tag: unsupported("structural tags are not implemented: use strict tools") = None  # type: ignore[valid-type]
 
     def params(self) -> StructuredOutputsParams | None:
         """What the engine takes; raises RequestError."""
-        given = self.model_dump(by_alias=True, exclude={"structural_tag"})
+        given = self.model_dump(by_alias=True, exclude={"structural_tag", "disable_additional_properties"})
         if all(value in (None, False) for value in given.values()):
             return None
         return StructuredOutputsParams(**given)

@@ -41,6 +41,7 @@ class ResponseWriter:
         self.id, self.created = f"resp_{uuid.uuid4().hex}", time.time()
         self.output: list[Item] = []
         self._open: _Open | None = None
+        self._waiting: list[Any] = []  # log-probabilities of tokens behind the last text that was shown
         self._number = -1
 
     def begin(self) -> Iterator[Event]:
@@ -48,14 +49,13 @@ class ResponseWriter:
         yield self._event("response.in_progress", response=self.response("in_progress"))
 
     def grow(self, delta: Delta, growths: Sequence[Growth]) -> Iterator[Event]:
-        """Events of what came at once; the log-probabilities of all of it go with the first text."""
-        logprobs = self._logprobs(delta)
+        """Events of what came at once; log-probabilities go with the first text that comes with or after their tokens."""
+        self._waiting += self._logprobs(delta)
         for growth in growths:
             if growth.reasoning:
-                yield from self._text("reasoning", growth.reasoning, [])
+                yield from self._text("reasoning", growth.reasoning)
             elif growth.text:
-                yield from self._text("message", growth.text, logprobs)
-                logprobs = []
+                yield from self._text("message", growth.text)
             elif growth.begun is not None:
                 yield from self._close("completed")
                 call = growth.begun
@@ -70,7 +70,7 @@ class ResponseWriter:
         """The answer is complete."""
         status = self.status
         if not self.output and self._open is None:  # nothing was said, which is a message all the same
-            yield from self._text("message", "", [])
+            yield from self._text("message", "")
         yield from self._close(status)
         yield self._event(f"response.{status}", response=self.response(status))
 
@@ -138,7 +138,7 @@ class ResponseWriter:
         found = chat_logprobs(delta.token_ids, delta.logprobs, self.body.top_logprobs or 0, self.talk.state.texts)
         return [each.model_dump() for each in found.content]
 
-    def _text(self, kind: str, text: str, logprobs: list[Any]) -> Iterator[Event]:
+    def _text(self, kind: str, text: str) -> Iterator[Event]:
         if self._open is None or self._open.item["type"] != kind:
             yield from self._close("completed")
             if kind == "message":
@@ -147,12 +147,19 @@ class ResponseWriter:
                 item = {"id": f"rs_{uuid.uuid4().hex}", "type": kind, "status": "in_progress"}
             yield from self._begin(item | {"content": []} | ({"summary": []} if kind == "reasoning" else {}))
             yield self._of_item("response.content_part.added", content_index=0, part=self._part(kind, "", []))
-        assert self._open is not None
         if text:
-            self._open.text.append(text)
-            self._open.logprobs += logprobs
-            more: dict[str, Any] = {"logprobs": logprobs} if kind == "message" else {}
-            yield self._of_item(f"response.{_NAMES[kind]}.delta", content_index=0, delta=text, **more)
+            assert self._open is not None
+            yield self._delta(self._open, text)
+
+    def _delta(self, opened: _Open, text: str) -> Event:
+        """More of the item that is open; with no text it is what waits for some in vain."""
+        kind = opened.item["type"]
+        opened.text.append(text)
+        more: dict[str, Any] = {}
+        if kind == "message":
+            more, self._waiting = {"logprobs": self._waiting}, []
+            opened.logprobs += more["logprobs"]
+        return self._of_item(f"response.{_NAMES[kind]}.delta", content_index=0, delta=text, **more)
 
     def _part(self, kind: str, text: str, logprobs: list[Any]) -> dict[str, Any]:
         if kind == "reasoning":
@@ -166,7 +173,10 @@ class ResponseWriter:
     def _close(self, status: str) -> Iterator[Event]:
         if self._open is None:
             return
-        item, text, kind = self._open.item, "".join(self._open.text), self._open.item["type"]
+        item, kind = self._open.item, self._open.item["type"]
+        if kind == "message" and self._waiting:  # of an end token, of text that is not shown
+            yield self._delta(self._open, "")
+        text = "".join(self._open.text)
         if kind == "function_call":
             yield self._of_item("response.function_call_arguments.done", arguments=text, name=item["name"])
             item["arguments"] = text

@@ -48,7 +48,8 @@ class _Turn:
 
     async def encoded(self, request: Request) -> AsyncIterator[bytes]:
         async for each in self.events(request):
-            yield named_event(each)
+            hidden = self.body.wants_obfuscation and each["type"].endswith(".delta")
+            yield named_event(each, obfuscate=hidden)
 
     def failed(self, error: ApiError) -> bytes:
         return named_event(self.writer.failed(error.code or error.status_code, error.detail))

@@ -27,7 +27,7 @@ class JsonBlock:
     """Calls as JSON objects, one or several, alone or in a list.
 
     Args:
-        names: of the tools; an object that names none of them is text, unless a call came before it.
+        names: of the tools; an object that names none of them is text.
         opened: the mark in front, which is text too if no call follows.
         close: the mark at the end; without one the stretch ends where something else than a call follows.
     """
@@ -76,8 +76,12 @@ class JsonBlock:
             self._raw = None if any(isinstance(piece, CallBegin) for piece in made) else self._raw + character
 
     def _as_text(self, more: str = "") -> list[Piece]:
-        raw, self._raw = self._raw, None
-        return [Text(raw + more)] if raw is not None else []
+        """What was taken and is no call; behind a call that is only the object at which reading ended."""
+        if self._raw is not None:
+            raw, self._raw = self._raw + more, None
+        else:
+            raw = self._call.raw if self._call is not None else ""
+        return [Text(raw)] if raw else []
 
     def _rest(self, place: int) -> str:
         rest, self._held = self._held[place:], ""

@@ -52,7 +52,7 @@ class JsonCall:
     Attributes:
         done: the call is complete.
         failed: it is no call; `raw` is then what was taken.
-        raw: all that was taken, as long as no call has begun.
+        raw: all that was taken, as long as no call has begun; then the character at which it failed.
     """
 
     def __init__(self, names: Collection[str]) -> None:
@@ -77,8 +77,8 @@ class JsonCall:
             return []
         expected = {"object": "{", "key": '"}', "colon": ":", "value": "", "comma": ",}"}[self._state]
         if expected and character not in expected:
-            self.failed = True
-            return []
+            self.failed, self.raw = True, self.raw or character
+            return self._without_arguments() if self._begun else []
         if self._state == "object":
             self._state = "key"
         elif self._state == "colon":
@@ -129,13 +129,15 @@ class JsonCall:
     def _arguments(self, text: str) -> list[Piece]:
         if self._value.first == "{" and self._begun:
             return []
-        inner = _as_text(text) if self._value.first == '"' else text  # some models write the object as a text
-        if inner is None or not inner.lstrip().startswith("{"):
-            inner = "{}"
+        inner = (_as_text(text) or "") if self._value.first == '"' else text  # some models write the object as a text
+        if text in ("null", '""'):  # as where there are none
+            return []
+        if not inner.lstrip().startswith("{"):
+            inner = text  # no object, which whoever called for it must see
         self._given = True
         if self._begun:
             return [CallArguments(inner)]
-        self._early = inner
+        self._early += inner
         return []
 
     def _end(self) -> list[Piece]:
@@ -143,6 +145,10 @@ class JsonCall:
             self.failed = True
             return []
         self.done = True
+        return self._without_arguments()
+
+    def _without_arguments(self) -> list[Piece]:
+        """What a call that has ended without arguments says."""
         return [] if self._given else [CallArguments("{}")]
 
 
