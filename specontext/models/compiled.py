@@ -1,9 +1,9 @@
 """Modules through torch.compile, while a step is captured or a prompt is computed: norms, rotary embedding and the like fuse.
 
 Modelling code stays as it is. Attention is a call out of the compiled code, so each decoder layer compiles to what comes before
-and what comes after it, and all layers share these two. There is one compilation for a single token, and one for any other
-number: graphs of several requests and chunks of all lengths share it, and no prompt waits for a compiler once the first chunk
-has run.
+and what comes after it, whatever functions lie between the layer and that call, and all layers share these two. There is one
+compilation for a single token, and one for any other number: graphs of several requests and chunks of all lengths share it, and
+no prompt waits for a compiler once the first chunk has run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ def keep_compiled() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK | os.X_OK):
                 os.environ.setdefault(variable, str(folder))
+
+
+@cache
+def _settings() -> dict[str, Any]:
+    """Of the compiler, as far as this version knows them. Without them each function between a layer and its attention is looked
+    at in vain, and layers are compiled in twice as many pieces."""
+    asked = {"nested_graph_breaks": True}
+    return {name: value for name, value in asked.items() if hasattr(torch._dynamo.config, name)}
 
 
 class CompiledModules:
@@ -60,7 +69,8 @@ class CompiledModules:
         try:
             for (module, name), function in zip(self._parts, self._functions[single], strict=True):
                 setattr(module, name, function)
-            yield
+            with torch._dynamo.config.patch(_settings()):
+                yield
         finally:
             for (module, name), own in zip(self._parts, before, strict=True):
                 if own is not None:

@@ -68,8 +68,8 @@ def test_steps_ahead_run_on_the_parts_that_an_engine_was_given_last(make_llm: Ma
     launched = ahead(llm)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModelRunner, "run", lambda self, batch: run(self, batch) if self is runner else pytest.fail("another's"))
-        same(right, llm.generate(prompts[:2], greedy(8)))
-    assert launched
+        found = llm.generate(prompts[:2], greedy(8))
+    assert launched and [one.token_ids for one in found] == [one.token_ids for one in right]
 
 
 @pytest.mark.parametrize("offload_layers", [0, 2, None])
