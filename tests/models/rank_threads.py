@@ -5,15 +5,20 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
+from specontext.errors import ModelError
 from specontext.memory.sharing import Share
 from specontext.models.attention import attention_of
 from specontext.models.loading import LoadedModel, load_model
 from specontext.models.ranks import Ranks
 
 CPU = torch.device("cpu")
+PLANS_ARE_WHOLE = Version("5.17")  # versions of transformers from here on have plans of all architectures of the table
 
 
 def logits_of(loaded: LoadedModel) -> Tensor:
@@ -27,7 +32,12 @@ def check(folder: Path, size: int) -> LoadedModel:
     """Compares the logits of so many ranks with those of one process; gives the last rank's part."""
     first = Ranks(Share(0, size))
     all_ranks = [first, *(Ranks(Share(rank, size), first.port) for rank in range(1, size))]
-    parts = [load_model(folder, dtype="float32", device=CPU, ranks=ranks) for ranks in all_ranks]
+    try:
+        parts = [load_model(folder, dtype="float32", device=CPU, ranks=ranks) for ranks in all_ranks]
+    except ModelError as error:
+        if "not in its plan" in str(error) and Version(transformers.__version__) < PLANS_ARE_WHOLE:
+            pytest.skip("this version of transformers has no whole plan of these models")
+        raise
 
     def run(ranks: Ranks, part: LoadedModel) -> Tensor:
         ranks.connect(CPU)
