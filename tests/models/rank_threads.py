@@ -18,7 +18,7 @@ from specontext.models.loading import LoadedModel, load_model
 from specontext.models.ranks import Ranks
 
 CPU = torch.device("cpu")
-PLANS_ARE_WHOLE = Version("5.17")  # versions of transformers from here on have plans of all architectures of the table
+PLANS_ARE_WHOLE = Version("5.24")  # of transformers: older versions lack plans of some architectures
 
 
 def logits_of(loaded: LoadedModel) -> Tensor:
