@@ -5,20 +5,21 @@
 Every start is a process of its own: it makes the model (a public one's shape with random weights, or a checkpoint), then the
 engine that `LLM` starts, warms it up as a server does before it says that it is ready, and answers one prompt. The first process
 has empty caches of Triton and of torch.compile, the second one those that the first has left. Imports and loading count apart.
-With --profile a third process starts as the second did, and FILE gets the functions in which it spends its time.
+With --profile a third process starts as the second did, and FILE gets the functions in which its main thread spends its time: it
+is looked at 200 times a second. Python's own caches of bytecode should be there, as an installation leaves them.
 """
 
 from __future__ import annotations
 
 import argparse
-import cProfile
 import json
 import os
-import pstats
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -85,26 +86,53 @@ def start(options: argparse.Namespace) -> dict[str, float]:
     imported = clock(device)
     loaded, dummy = load(options.model, options.dtype, device)
     setup = Setup(loaded, dummy, options.budget, None, None, torch.Generator().manual_seed(0))
-    profile = cProfile.Profile()
     began = clock(device)
-    if options.profile is not None:
-        profile.enable()
+    samples = None if options.profile is None else Samples()
     with setup.engine("speculative", seats=options.requests, longest=options.max_model_len) as driver:
         driver.engine.warm_up()
         ready = clock(device)
-        if options.profile is not None:
-            profile.disable()
-            write(profile, options.profile)
+        if samples is not None:
+            options.profile.write_text(samples.end(ready - began))
         first = driver.seconds([setup.prompt(min(PROMPT, options.max_model_len - 2))])
     return {"import_s": imported - BEGAN, "load_s": began - imported, "start_s": ready - began, "first_token_s": first}
 
 
-def write(profile: cProfile.Profile, file: Path) -> None:
-    """Functions by the time in them and all that they call, and by the time in themselves."""
-    with file.open("w") as stream:
-        statistics = pstats.Stats(profile, stream=stream).strip_dirs()
-        statistics.sort_stats("cumulative").print_stats(120)
-        statistics.sort_stats("tottime").print_stats(40)
+class Samples:
+    """Where the main thread is, looked at by another. A profiler that follows calls would follow those of all threads."""
+
+    EVERY = 0.005  # seconds
+
+    def __init__(self) -> None:
+        self._whole: Counter[str] = Counter()  # functions and those that they call
+        self._alone: Counter[str] = Counter()
+        self._count = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, args=(threading.main_thread().ident,), daemon=True)
+        self._thread.start()
+
+    def _look(self, main: int) -> None:
+        while not self._ended.wait(self.EVERY):
+            frame, names = sys._current_frames().get(main), []
+            while frame is not None:
+                code = frame.f_code
+                names.append(f"{'/'.join(Path(code.co_filename).parts[-3:])}:{code.co_firstlineno}({code.co_name})")
+                frame = frame.f_back
+            if names:
+                self._count += 1
+                self._alone[names[0]] += 1
+                self._whole.update(set(names))
+
+    def end(self, seconds: float) -> str:
+        """Seconds by function, of the seconds in all."""
+        self._ended.set()
+        self._thread.join()
+        each = seconds / max(1, self._count)
+        parts = ("with what they call", self._whole, 250), ("by themselves", self._alone, 60)
+        lines = [f"{seconds:.1f} s, {self._count} samples"]
+        for title, counts, most in parts:
+            lines += ["", f"Functions {title}, seconds:"]
+            lines += [f"{each * count:8.2f}  {name}" for name, count in counts.most_common(most)]
+        return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

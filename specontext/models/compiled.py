@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from specontext.gguf.cache import cache_folder
 
@@ -42,6 +43,16 @@ def _settings() -> dict[str, Any]:
     at in vain, and layers are compiled in twice as many pieces."""
     asked = {"nested_graph_breaks": True}
     return {name: value for name, value in asked.items() if hasattr(torch._dynamo.config, name)}
+
+
+@cache
+def _remembers_tuning() -> dict[str, Any]:
+    """What has the compiler find in its cache how kernels were tuned. Before 2.12 its static launcher finds it of those kernels
+    alone that were chosen among several, and each process tunes the others again."""
+    from torch._inductor import config
+
+    name = "use_static_cuda_launcher"
+    return {name: False} if TorchVersion(torch.__version__) < "2.12" and hasattr(config, name) else {}
 
 
 class CompiledModules:
@@ -82,5 +93,5 @@ class CompiledModules:
         # Alike modules differ in their weights only, which are inputs of the compiled code; a limit counts them all the same.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(self._parts))
         # Tuning the kernels takes half of the time of compiling, and with several tokens it gains nothing.
-        options: dict[str, Any] = {"coordinate_descent_tuning": single}
+        options = {"coordinate_descent_tuning": single} | (_remembers_tuning() if single else {})
         return [torch.compile(getattr(module, name), options=options, dynamic=not single) for module, name in self._parts]
