@@ -1,12 +1,12 @@
 """How long an engine takes to start beyond loading weights: with empty compiler caches, and in a process that finds them filled.
 
-    python benchmarks/starts.py --model llama-3.1-8b [--requests 8] [--max-model-len 34816] [--profile FILE] [--json]
+    python benchmarks/starts.py --model llama-3.1-8b [--requests 8] [--max-model-len 34816] [--profile DIR] [--json]
 
 Every start is a process of its own: it makes the model (a public one's shape with random weights, or a checkpoint), then the
 engine that `LLM` starts, warms it up as a server does before it says that it is ready, and answers one prompt. The first process
 has empty caches of Triton and of torch.compile, the second one those that the first has left. Imports and loading count apart.
-With --profile a third process starts as the second did, and FILE gets the functions in which its main thread spends its time: it
-is looked at 200 times a second. Python's own caches of bytecode should be there, as an installation leaves them.
+With --profile DIR the main thread is looked at 200 times a second: DIR gets the functions in which each start spends its time.
+Python's own caches of bytecode should be there, as an installation leaves them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import date
+from functools import cache
 from pathlib import Path
+from types import CodeType
 
 BEGAN = time.perf_counter()  # before the imports that take seconds
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
@@ -38,9 +40,7 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         caches = {name: str(Path(folder, name)) for name in CACHES}
-        found = {kind: in_a_process(options, os.environ | caches) for kind in TARGETS}
-        if options.profile is not None:
-            in_a_process(options, os.environ | caches, "--profile", str(options.profile))
+        found = {kind: in_a_process(options, os.environ | caches, kind) for kind in TARGETS}
     print(f"| start | imports | loading | beyond loading (asked) | {PROMPT:,} tokens, first one |")
     print("|---|---|---|---|---|")
     for kind, took in found.items():
@@ -59,16 +59,17 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--max-model-len", type=int, default=34816)
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="where the time of a start with full caches goes")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="a directory: where the time of each start goes")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)  # one start, in this process
     return parser.parse_args(words)
 
 
-def in_a_process(options: argparse.Namespace, environment: dict[str, str], *more: str) -> dict[str, float]:
-    """Seconds of one start, with more words behind its own."""
+def in_a_process(options: argparse.Namespace, environment: dict[str, str], kind: str) -> dict[str, float]:
+    """Seconds of one start."""
+    profile = [] if options.profile is None else ["--profile", str(options.profile / f"{kind}.txt")]
     words = [word for name in OPTIONS for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
-    command = [sys.executable, __file__, "--start", *words, *more]
+    command = [sys.executable, __file__, "--start", *words, *profile]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"a start ended with {done.returncode}")
@@ -92,9 +93,15 @@ def start(options: argparse.Namespace) -> dict[str, float]:
         driver.engine.warm_up()
         ready = clock(device)
         if samples is not None:
+            options.profile.parent.mkdir(parents=True, exist_ok=True)
             options.profile.write_text(samples.end(ready - began))
         first = driver.seconds([setup.prompt(min(PROMPT, options.max_model_len - 2))])
     return {"import_s": imported - BEGAN, "load_s": began - imported, "start_s": ready - began, "first_token_s": first}
+
+
+@cache
+def name_of(code: CodeType) -> str:
+    return f"{'/'.join(Path(code.co_filename).parts[-3:])}:{code.co_firstlineno}({code.co_name})"
 
 
 class Samples:
@@ -114,8 +121,7 @@ class Samples:
         while not self._ended.wait(self.EVERY):
             frame, names = sys._current_frames().get(main), []
             while frame is not None:
-                code = frame.f_code
-                names.append(f"{'/'.join(Path(code.co_filename).parts[-3:])}:{code.co_firstlineno}({code.co_name})")
+                names.append(name_of(frame.f_code))
                 frame = frame.f_back
             if names:
                 self._count += 1

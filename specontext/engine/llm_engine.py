@@ -101,12 +101,14 @@ class LLMEngine:
             DeviceMemoryError: the device is out of memory.
             DeviceError: it has failed.
         """
+        host = self.parts.kv.host
+        entry = sum(host.layout.layers[layer].entry_bytes for layer in host.layout.full)
+        first = min(RESERVED_BYTES, RESERVED_STEPS * self.parts.step_tokens.alone * entry) if self.runner.captures else 0
+        host.expect(first)
         self.runner.warm_up()
         if self.runner.captures:
             # While the driver pins memory nothing can be launched: prompts that come first are kept in what is pinned by now.
-            layout, step = self.parts.kv.host.layout, self.parts.step_tokens.alone
-            entry = sum(layout.layers[layer].entry_bytes for layer in layout.full)
-            self.parts.kv.host.reserve(min(RESERVED_BYTES, RESERVED_STEPS * step * entry))
+            host.reserve(first)
             rehearse(self)
 
     def add_request(

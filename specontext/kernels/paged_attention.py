@@ -80,7 +80,9 @@ def paged_attention_reference(
                 mine = queries[part].float() if tokens.dtype == torch.float32 else queries[part]
                 new, new_lse = attention_with_lse(mine, keys, values, scale, bias=bias, cap=cap)
                 before = lse[part]
-                output[part] = output[part].lerp(new.float(), torch.sigmoid(new_lse - before)[..., None])
+                # None of a tile that has no tokens of a request, which may have had none before either.
+                share = torch.where(new_lse == -torch.inf, 0.0, torch.sigmoid(new_lse - before))
+                output[part] = output[part].lerp(new.float(), share[..., None])
                 lse[part] = torch.logaddexp(before, new_lse)
     return output.view(query.shape).to(query.dtype), lse.view(requests, query_heads)
 

@@ -101,6 +101,11 @@ class PagePool:
         if self.memory is not None:
             self.memory.reach(min(num_bytes, self.num_bytes))
 
+    def expect(self, num_bytes: int) -> None:
+        """Have so much memory, or all there is, made usable meanwhile, for `reserve` to find."""
+        if self.memory is not None:
+            self.memory.prepare(min(num_bytes, self.num_bytes))
+
     def prepare(self, count: int) -> None:
         """Have memory made ready meanwhile for `count` more pages than are in use or kept, as far as there are so many."""
         if self.memory is not None and (short := count - self.pages.num_ready) > 0:

@@ -47,12 +47,31 @@ def _settings() -> dict[str, Any]:
 
 @cache
 def _remembers_tuning() -> dict[str, Any]:
-    """What has the compiler find in its cache how kernels were tuned. Before 2.12 its static launcher finds it of those kernels
-    alone that were chosen among several, and each process tunes the others again."""
+    """What has the compiler find in its cache how kernels were tuned; it does so by itself from 2.12 on. Before, its launcher of
+    loaded kernels takes it for those alone that were chosen among several, and those that come from another process lose the mark
+    of having been tuned, so that each process tunes again."""
     from torch._inductor import config
 
     name = "use_static_cuda_launcher"
-    return {name: False} if TorchVersion(torch.__version__) < "2.12" and hasattr(config, name) else {}
+    if TorchVersion(torch.__version__) >= "2.12" or not hasattr(config, name):
+        return {}
+    with suppress(ImportError):
+        keep_mark("found_by_coordesc")
+    return {name: False}
+
+
+def keep_mark(mark: str) -> None:
+    """Have Triton's configurations keep an attribute that others have put at them when they go from process to process."""
+    from triton.runtime.autotuner import Config
+
+    restore = Config.__setstate__
+
+    def restored(self: Any, state: dict[str, Any]) -> None:
+        restore(self, state)
+        if mark in state:
+            setattr(self, mark, state[mark])
+
+    Config.__setstate__ = restored
 
 
 class CompiledModules:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from specontext.kernels import fused_attention
+from specontext.kernels import paged_attention as paged
 from specontext.kernels.dense_attention import ChunkAttention, causal_attention
 from specontext.kernels.dispatch import reference_of
 from specontext.kernels.paged_attention import paged_attention_reference
@@ -77,6 +79,18 @@ def test_pages(kernel: str) -> None:
         tokens = by_page[pages[request]].flatten(0, 1)[:length].repeat_interleave(2, 1)  # [S, Hq, 2, D]
         right, _ = naive(query[request], tokens[:, :, 0].transpose(0, 1), tokens[:, :, 1].transpose(0, 1), 0.5, Softmax(1.5))
         torch.testing.assert_close(output[request].double(), right, rtol=1e-5, atol=1e-5)
+
+
+def test_requests_without_tokens_where_the_host_knows_no_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where all requests of a tile are taken to reach its end."""
+    monkeypatch.setattr(paged, "of_like_width", lambda counts, width: [(range(len(counts)), width)])
+    monkeypatch.setattr(fused_attention, "FLASH_ON_CPU", False)
+    query, by_page = rand(3, 4, 32, seed=0), rand(5, 8, 2, 2, 32, seed=1)
+    pages, lengths = torch.tensor([[3, 1], [4, 2], [0, 0]], device=DEVICE), torch.tensor([13, 8, 0], device=DEVICE)
+    output, lse = paged_attention_reference(query, by_page, pages, lengths, 0.5, tile=5)
+    assert not output[2].any() and torch.equal(lse[2], torch.full_like(lse[2], -torch.inf))
+    alone, _ = paged_attention_reference(query[:2], by_page, pages[:2], lengths[:2], 0.5, tile=5)
+    torch.testing.assert_close(output[:2], alone, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)

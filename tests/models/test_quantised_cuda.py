@@ -36,7 +36,7 @@ def tokens(loaded: LoadedModel, method: str, *, offload_layers: int, **options: 
     llm = LLM(loaded, config=config, max_model_len=4096, gpu_memory=2 << 30, **options)  # type: ignore[arg-type]
     prompts = [[7 + place % 900 for place in range(length)] for length in (1200, 300)]
     found = [one.token_ids for one in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))]
-    llm.close()
+    llm.engine.close()
     return [list(one) for one in found]
 
 
