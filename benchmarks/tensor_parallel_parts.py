@@ -27,6 +27,7 @@ from specontext.models.ranks import Ranks
 PARTS = ("sums", "resident", "large", "host")
 WARM = 12  # decode steps before those that are timed
 SPARE = 4  # after them
+CHUNK = 8192  # tokens of prompts in a step
 
 
 def run_part(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -112,23 +113,28 @@ def steps(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if cuda:
         torch.cuda.empty_cache()
     offloaded = whole.shape.layers if part["kind"] == "host" else 0
-    tokens = WARM + part["steps"] + SPARE
+    tokens = {
+        case: WARM + part["steps"] + SPARE + 2 * case[0] for case in map(tuple, part["cases"])
+    }  # the first wait for the last
     with TemporaryDirectory() as folder:
         began = time.perf_counter()
-        engine = make_engine(_settings(part, whole, Path(folder), tokens))
+        engine = make_engine(_settings(part, whole, Path(folder)))
         try:
             engine.warm_up()
             start_s = time.perf_counter() - began
             for requests, context in part["cases"]:
                 driver, generator = Driver(engine), torch.Generator().manual_seed(context)
-                shape = (requests, context - tokens)
+                output = tokens[requests, context]
+                shape = (requests, context - output)
                 prompts = torch.randint(whole.shape.vocab_size, shape, generator=generator).tolist()
                 began = clock(device)
-                added = driver.start(prompts, tokens)
+                added = driver.start(prompts, output)
                 prompt_s = clock(device) - began
                 for _ in range(WARM):
                     driver.step()
-                times = [driver.step().seconds for _ in range(part["steps"])]
+                timed = [driver.step() for _ in range(part["steps"])]
+                assert all(step.decodes == requests and not step.prompt_tokens for step in timed), "requests ended too early"
+                times = [step.seconds for step in timed]
                 driver.run(added)
                 stats = [one.stats for one in added if one.stats is not None]
                 loaded = size * sum(one.bytes_loaded_per_step or 0.0 for one in stats)
@@ -157,7 +163,7 @@ def steps(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
                     "loaded_bytes": loaded,
                     "captured": min((one.captured_steps for one in stats), default=0) > 0,
                     "prompt_s": prompt_s,
-                    "prompt_tokens_s": requests * (context - tokens) / prompt_s,
+                    "prompt_tokens_s": requests * (context - output) / prompt_s,
                     "start_s": start_s,
                     "device_gb_s": speed.device / 1e9,
                     "host_gb_s": speed.host / 1e9,
@@ -169,7 +175,7 @@ def steps(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
             engine.close()
 
 
-def _settings(part: dict[str, Any], whole: ModelFacts, folder: Path, tokens: int) -> EngineConfig:
+def _settings(part: dict[str, Any], whole: ModelFacts, folder: Path) -> EngineConfig:
     """An engine for all cases of a part: as many seats as the largest, and memory for its KV."""
     model = part["model"]
     if model in PRESETS:
@@ -189,6 +195,8 @@ def _settings(part: dict[str, Any], whole: ModelFacts, folder: Path, tokens: int
         max_num_seqs=most,
         min_num_seqs=most,
         max_model_len=longest + 8,
+        max_num_batched_tokens=min(CHUNK, longest),
+        max_num_mixed_tokens=min(CHUNK, longest),  # requests that decode wait for prompts, or they would end before the last one
         gpu_memory=None if part["device"] == "cuda" else 1 << 30,
         host_memory=part["host_memory"] or needed * max(1, part["ranks"] // whole.shape.kv_heads),
     )
