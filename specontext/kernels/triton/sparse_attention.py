@@ -31,12 +31,12 @@ from specontext.kernels.triton.online_softmax import LN2, capped
 PROCESSORS = 132  # of an H100 or H200; stands in for devices that are none
 LEAST_ROWS = 32  # entries of the smallest split
 LARGEST_BLOCK = 64  # entries of which a program has two under way and computes a third
-# How long programs take, in rows that one reads; a program reads 11 to 12 GB/s and no faster, so all that a processor can hold
-# are wanted. Fitted to decode steps of an H200 with 22 to 62 requests (benchmarks/results/h200/paper).
+# How long programs take, in rows of 512 bytes that a processor reads, 32 GB/s at most whatever number of programs it has. Fitted
+# to an H200 with 1 to 54 requests and 1 to 48 splits (benchmarks/results/h200/kernels-splits-*.txt).
 HELD = 3  # programs that a processor holds at once
-TAIL = 0.55  # of a wave: what a few programs behind the last full one take, part of which is beside it
-BEGINS, MERGES = 16, 8  # rows that a program could read until it reads, and until its split is merged
-MERGE = 50  # rows that all programs could read while the splits' merging is launched
+ALONE = 1.14  # times as long as that takes a program that has a processor to itself
+BEGINS = 81  # rows that could be read while another wave of programs begins
+MERGE, MERGES = 206, 4.4  # and while splits are merged, and for each of them
 NEARLY = 1.03
 
 
@@ -307,24 +307,25 @@ def tile_shape(query: Tensor, arena: Tensor, group: int) -> dict[str, Any]:
 
 def choose_splits(pairs: int, width: int, device: torch.device) -> int:
     """Splits for `pairs` (request, KV head) pairs of at most `width` entries, none with fewer than LEAST_ROWS: the fewest with
-    which programs fill the device, and its last wave, about as well as with any number."""
-    return _choose_splits(pairs, width, HELD * processors(device))
+    which programs fill the processors, and the last wave of them, about as well as with any number."""
+    return _choose_splits(pairs, width, processors(device))
 
 
 @lru_cache(4096)
-def _choose_splits(pairs: int, width: int, held: int) -> int:
-    most = max(1, min(-(-width // LEAST_ROWS), 4 * -(-held // pairs)))
-    expected = [expected_rows(pairs, width, splits, held) for splits in range(1, most + 1)]
+def _choose_splits(pairs: int, width: int, count: int) -> int:
+    most = max(1, min(-(-width // LEAST_ROWS), 4 * -(-HELD * count // pairs)))
+    expected = [expected_rows(pairs, width, splits, count) for splits in range(1, most + 1)]
     return next(splits for splits, rows in enumerate(expected, 1) if rows <= NEARLY * min(expected))
 
 
-def expected_rows(pairs: int, width: int, splits: int, held: int) -> float:
-    """What a processor's program could read one after the other until `splits` of `width` entries are read and merged."""
+def expected_rows(pairs: int, width: int, splits: int, count: int) -> float:
+    """What each of `count` processors could read until `splits` of `width` entries are read and merged."""
     block = LEAST_ROWS if width <= splits * LEAST_ROWS else LARGEST_BLOCK
     share = -(-width // (splits * block)) * block
-    full, rest = divmod(pairs * -(-width // share), held)
-    waves = full + (max(TAIL if full else 1.0, rest / held) if rest else 0.0)
-    return waves * (share + BEGINS + MERGES * (splits > 1)) + MERGE * (splits > 1)
+    full, rest = divmod(pairs * -(-width // share), HELD * count)
+    last = max(ALONE, -(-rest // count)) if rest else 0.0  # the processor that has most programs of the last wave ends it
+    waves = full + (rest > 0)
+    return (HELD * full + last) * share + (waves - 1) * BEGINS + (MERGE + MERGES * splits if splits > 1 else 0.0)
 
 
 def processors(device: torch.device) -> int:
