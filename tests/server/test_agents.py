@@ -23,6 +23,7 @@ PARAMETERS = {
     "additionalProperties": False,
 }
 FLAT: Any = {"type": "function", "name": "get_weather", "description": "Weather.", "parameters": PARAMETERS, "strict": True}
+BILLING: Any = {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1; cch=1f3a2;"}
 CUSTOM: Any = {"name": "get_weather", "description": "Weather.", "input_schema": PARAMETERS}
 
 
@@ -199,6 +200,15 @@ def test_what_coding_agents_send_is_understood(claude: Any) -> None:
         extra_query={"beta": "true"},
     )
     assert answer.usage.output_tokens == 2 or answer.stop_reason == "end_turn"
+
+
+def test_what_is_for_accounts_changes_no_prompt(claude: Any) -> None:
+    said = [{"type": "text", "text": "be kind"}]
+    options: Any = {"model": "nano", "messages": [{"role": "user", "content": "hi"}]}
+    counts = {claude.messages.count_tokens(system=system, **options).input_tokens for system in (said, [BILLING, *said])}
+    assert len(counts) == 1
+    alone = [claude.messages.count_tokens(**options, **more).input_tokens for more in ({}, {"system": [BILLING]})]
+    assert alone[0] == alone[1] < counts.pop()
 
 
 def test_messages_use_tools_for_several_turns(claude: Any) -> None:

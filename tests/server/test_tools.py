@@ -83,6 +83,41 @@ def test_calls_can_be_forced(tooled: Server, choice: Any) -> None:
     assert len({c["message"]["tool_calls"][0]["id"] for c in answer["choices"]}) == 2
 
 
+@pytest.mark.parametrize("parameters", [{"properties": {"day": {"enum": [1, 2]}}}, {"type": ["object", "null"]}, {}, None])
+def test_arguments_are_objects_whether_or_not_a_schema_says_so(tooled: Server, parameters: Any) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    options: Any = {
+        "tools": [tool],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "max_tokens": 60,
+        "temperature": 2.0,
+    }
+    for seed in range(3):
+        call = ask(tooled, **options, seed=seed)["choices"][0]["message"]["tool_calls"][0]
+        assert call["function"]["arguments"].startswith("{")
+
+
+def test_schemas_of_other_arguments_than_objects_are_refused(tooled: Server) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}
+    answer = tooled.post(CHAT, {"messages": ASK, "tools": [tool]})
+    assert answer.status_code == 400 and "must be 'object'" in answer.json()["error"]["message"]
+
+
+def test_what_clients_add_to_earlier_messages_changes_nothing(tooled: Server) -> None:
+    def tokens(part: Any, message: Any, function: Any) -> list[int]:
+        call = {"id": "c", "type": "function", "function": {"name": "stop", "arguments": "{}"} | function}
+        messages = [
+            {"role": "user", "content": [{"type": "text", "text": "hi"} | part]},
+            {"role": "assistant", "content": "so", "tool_calls": [call]} | message,
+            {"role": "tool", "tool_call_id": "c", "content": "done"},
+        ]
+        return list(ask(tooled, messages=messages, max_tokens=1, return_token_ids=True)["prompt_token_ids"])
+
+    more = tokens({"cache_control": {"type": "ephemeral"}}, {"parsed": {"a": 1}}, {"parsed_arguments": {}, "arguments": "null"})
+    assert more == tokens({}, {}, {})
+
+
 def test_streams_of_calls_are_those_of_openai(tooled: Server) -> None:
     fields: Any = {"tool_choice": "required", "parallel_tool_calls": False, "tools": [WEATHER]}
     whole = ask(tooled, **fields)["choices"][0]["message"]["tool_calls"][0]["function"]
