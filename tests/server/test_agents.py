@@ -243,7 +243,9 @@ def test_what_messages_refuse(claude: Any, tooled: Server) -> None:
             "output_config.format cannot .*objekt",
         ),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "bash"),
-        ({"max_tokens": 5000}, "maximum context length is 2048"),
+        ({"max_tokens": 5000}, r"input length and `max_tokens` exceed context limit: [0-9]+ \+ 5000 > 2048"),
+        ({"messages": [{"role": "user", "content": "word " * 1000}]}, "prompt is too long: [0-9]+ tokens > 2048 maximum"),
+        ({"messages": [{"role": "user", "content": "word " * 10_000}]}, "prompt is too long: [0-9]+ tokens > 2048 maximum"),
     ):
         with pytest.raises(anthropic.BadRequestError, match=words) as refused:
             claude.messages.create(**{"model": "nano", "max_tokens": 5, "messages": [{"role": "user", "content": "a"}]} | wrong)
