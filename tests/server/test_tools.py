@@ -313,3 +313,24 @@ def test_a_stop_string_amid_a_call_leaves_no_call_to_make(tooled: Server) -> Non
     assert (cut["stop_reason"], cut["stop_sequence"]) == ("stop_sequence", '"city')
     behind = tooled.post("/v1/messages", claude | {"stop_sequences": ["</tool_call>"]}).json()
     assert behind["stop_reason"] == "tool_use"
+
+
+def test_texts_before_and_behind_a_call_are_apart(tmp_path: Any) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% for t in tools or [] %}{{ t.function.name }}{% endfor %}>"
+    call = ["<tool_call>", '{"name": "stop"}', "</tool_call>"]
+    path = save_speaking(tmp_path, f"On.\n{''.join(call)} it", template, special=None, words=call)
+    engine = make_engine(path, offload_layers=0, method={"method": "full"}, budget=None, max_model_len=200)
+    with running(engine, tool_call_parser="hermes") as server:
+        said = {"messages": ASK[:1], "tools": [STOP], "temperature": 0, "seed": 0, "max_tokens": None}
+        message = ask(server, **said)["choices"][0]["message"]
+        assert message["content"] == "On.\n\nit" and len(message["tool_calls"]) == 1
+        deltas = [event["choices"][0]["delta"] for event in events_of(server, **said)]
+        assert "".join(delta.get("content", "") for delta in deltas) == message["content"]
+        claude: Any = {"messages": ASK[:1], "tools": [{"name": "stop", "input_schema": {"type": "object"}}], "temperature": 0}
+        answer = server.post("/v1/messages", claude | {"max_tokens": 50, "stop_sequences": ["it"]}).json()
+        assert [block.get("text") for block in answer["content"]] == ["On.", None]
+        assert (answer["stop_reason"], answer["stop_sequence"]) == ("tool_use", None)
+        items = server.post(
+            "/v1/responses", {"input": "a", "tools": [{"type": "function", "name": "stop"}], "temperature": 0}
+        ).json()
+        assert [item["content"][0]["text"] for item in items["output"] if item["type"] == "message"] == ["On.", "it"]
