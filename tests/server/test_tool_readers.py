@@ -296,6 +296,15 @@ def test_values_that_json_does_not_have_are_texts(form: str, value: str) -> None
 
 
 @pytest.mark.parametrize("form", TAGGED)
+@pytest.mark.parametrize(
+    "value", ["</parameter>x", "a </arg_value>\nb", "if </function> then", "</parameter></arg_value>.", "<b> &amp;\\n"]
+)
+def test_values_may_have_tags_in_them(form: str, value: str) -> None:
+    text = TAGGED[form] % (repr(value) if form == "pythonic" else value)
+    assert read(form, text, list(range(0, len(text), 3))) == ("", [("weather", {"other": value})])
+
+
+@pytest.mark.parametrize("form", TAGGED)
 def test_half_characters_of_arguments_are_sent_as_escapes(form: str) -> None:
     reader = ToolUse(TOOLS, "auto", form=FORMATS[form]).reader()
     pieces = [*reader.feed(TAGGED[form] % r'"a\ud83d"'), *reader.finish()]
@@ -304,7 +313,16 @@ def test_half_characters_of_arguments_are_sent_as_escapes(form: str) -> None:
     assert json.loads(arguments) == {"other": "a\ud83d"}
 
 
-@pytest.mark.parametrize("text", ["<tool_call>weather" + "<arg_key>a" * 20_000, "<tool_call><function=" + "<function=" * 20_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>weather" + "<arg_key>a" * 20_000,
+        "<tool_call><function=" + "<function=" * 20_000,
+        "<tool_call><function=weather>" + "<parameter=a></parameter> </function>." * 10_000,
+        "<tool_call>weather" + "<arg_key>a</arg_key><arg_value></arg_value>." * 10_000,
+        "<function=weather>" + "</function>" + " " * 20_000,
+    ],
+)
 def test_tags_that_never_close_cost_no_more_than_their_length(text: str) -> None:
     began = time.monotonic()
     for form in ("glm45", "qwen3_coder"):

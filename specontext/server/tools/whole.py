@@ -13,9 +13,12 @@ from specontext.server.tools.pieces import Tool
 
 _HALF = re.compile("[\ud800-\udfff]")
 _LITERALS = {"true": True, "false": False, "null": None, "none": None}
-_FUNCTION = re.compile(r"<function=([^<>\s]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
-_PARAMETER = re.compile(r"<parameter=([^<>\s]+)>(.*?)(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL)
-_PAIR = re.compile(r"<arg_key>([^<]*)</arg_key>\s*<arg_value>(.*?)(?:</arg_value>|\Z)", re.DOTALL)
+# A closing tag closes something only where what may come behind it does; else it is a part of a value.
+_FUNCTION = re.compile(r"<function=([^<>\s]+)>(.*?)(?:</function>(?=\s*(?:<function=|</tool_call>|\Z))|\Z)", re.DOTALL)
+_PARAMETER = re.compile(
+    r"<parameter=([^<>\s]+)>(.*?)(?:</parameter>(?=\s*(?:<parameter=|</function>|</tool_call>|\Z))|(?=<parameter=)|\Z)", re.DOTALL
+)
+_PAIR = re.compile(r"<arg_key>([^<]*)</arg_key>\s*<arg_value>(.*?)(?:</arg_value>(?=\s*(?:<arg_key>|\Z))|\Z)", re.DOTALL)
 
 
 def python_calls(text: str, tools: Mapping[str, Tool]) -> list[tuple[str, str]] | None:
