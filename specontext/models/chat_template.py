@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -27,7 +28,8 @@ class ChatTemplate:
 
     Content may be text, a list of parts `{"type": "text", "text": ...}` or None. It reaches the template as it is if the template
     takes that, else parts as one text, joined by line ends, or a text as a list of one part. The role `developer` becomes
-    `system` where the template does not speak of developers, or does not take them.
+    `system` where the template does not speak of developers, or does not take them, and several messages of the system in front
+    of all others become one where the template takes no second one.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -117,6 +119,8 @@ class ChatTemplate:
         if any(message["role"] == "developer" for message in messages):
             renamed = [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
             conversations = [list(messages), renamed] if self.speaks_of("developer") else [renamed]
+        if (joined := _systems_joined(conversations[-1])) is not None:
+            conversations.append(joined)
         for conversation in (form for each in conversations for form in call_forms(each)):
             sent = [_as_sent(message) for message in conversation]
             yield sent
@@ -239,6 +243,15 @@ def _before_last(text: str) -> tuple[int, ...]:
 def _text_of(message: Message) -> str:
     content = message["content"]
     return "\n".join(part["text"] for part in content) if isinstance(content, list) else content or ""
+
+
+def _systems_joined(messages: Sequence[Message]) -> list[Message] | None:
+    """A conversation whose first messages of the system are one, as many templates want it; None for one that has no such two."""
+    first = list(takewhile(lambda each: each["role"] == "system" and each.keys() == {"role", "content"}, messages))
+    if len(first) < 2:
+        return None
+    text = "\n\n".join(filter(None, map(_text_of, first)))
+    return [{**first[0], "content": text}, *messages[len(first) :]]
 
 
 def _as_sent(message: Message) -> Message:

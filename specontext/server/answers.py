@@ -37,12 +37,19 @@ class Call:
 
 @dataclass(frozen=True)
 class Growth:
-    """What an output has grown by: `begun` is a call that begins, `arguments` belong to the call that began last."""
+    """What an output has grown by: `begun` is a call that begins, `arguments` belong to the call that began last, and a call is
+    between an earlier text and one that is `apart`."""
 
     reasoning: str = ""
     text: str = ""
+    apart: bool = False
     begun: Call | None = None
     arguments: str = ""
+
+    @property
+    def content(self) -> str:
+        """The text, where all text of an output is one."""
+        return f"\n\n{self.text}" if self.apart else self.text
 
 
 class Answer:
@@ -67,6 +74,7 @@ class Answer:
         self._reader = use.reader()
         self._dropping = False  # a call too many
         self._thinking = False  # the last piece was a thought
+        self._calls_before_text = 0  # the last one
 
     def take(self, delta: Delta) -> list[Growth]:
         """Take what the engine has made; what there is to show."""
@@ -95,8 +103,11 @@ class Answer:
             return Growth(reasoning=self.reasoning[-1])
         self._thinking = False
         if isinstance(piece, Text):
-            self.content.append(piece.text)
-            return Growth(text=piece.text)
+            apart = bool(self.content) and len(self.calls) > self._calls_before_text
+            self._calls_before_text = len(self.calls)
+            growth = Growth(text=piece.text, apart=apart)
+            self.content.append(growth.content)
+            return growth
         if isinstance(piece, CallBegin):
             self._dropping = bool(self.calls) and not self.use.several
             if self._dropping:

@@ -67,6 +67,7 @@ class ApiError(HTTPException):
 
     Args:
         quotes: the message may have words of the conversation behind its first colon.
+        anthropic: the message for clients of Anthropic's protocol, where they know an error by its words.
     """
 
     def __init__(
@@ -78,8 +79,10 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
         quotes: bool = False,
+        anthropic: str | None = None,
     ) -> None:
         super().__init__(status, message, headers=headers)
+        self.anthropic = anthropic or message
         self.param, self.code, self.quotes = param, code, quotes
 
 
@@ -125,7 +128,7 @@ def error_body(error: ApiError) -> dict[str, Any]:
 def anthropic_error(error: ApiError) -> dict[str, Any]:
     """An error as clients of Anthropic's protocol know it."""
     kind = ANTHROPIC_TYPES.get(error.status_code, "api_error" if error.status_code >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": error.detail, "param": error.param, "code": error.code}}
+    return {"type": "error", "error": {"type": kind, "message": error.anthropic, "param": error.param, "code": error.code}}
 
 
 def error_response(error: Exception, scope: Scope) -> Response:

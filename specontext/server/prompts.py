@@ -146,7 +146,11 @@ class PromptEncoder:
         if keep is not None:  # what comes before is in no token that is kept
             text = text[-(min(keep, self.max_model_len) + _TOKENS_AT_A_CUT) * self._longest_token :]
         elif len(text) > self.max_model_len * self._longest_token:
-            raise over_length(f"the prompt has {len(text)} characters, which is more than they can say", self.max_model_len)
+            raise over_length(
+                f"the prompt has {len(text)} characters, which is more than they can say",
+                self.max_model_len,
+                prompt_tokens=-(-len(text) // self._longest_token),
+            )
         ids = list(await self.run(lambda: self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]))
         return ids if keep is None else ids[-keep:]
 
@@ -158,8 +162,24 @@ class PromptEncoder:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def over_length(message: str, max_model_len: int) -> ApiError:
-    """An error that clients know by its code and by how OpenAI begins it."""
+def over_length(message: str, max_model_len: int, *, prompt_tokens: int | None = None, max_tokens: int = 0) -> ApiError:
+    """An error that clients know by its code and by how OpenAI begins it, those of Anthropic's protocol by its words.
+
+    Args:
+        prompt_tokens: that the prompt has at least, where it is known.
+        max_tokens: that were to follow.
+    """
+    anthropic = None
+    if prompt_tokens is not None:
+        anthropic = f"prompt is too long: {prompt_tokens} tokens > {max_model_len} maximum"
+        if prompt_tokens < max_model_len:
+            anthropic = (
+                f"input length and `max_tokens` exceed context limit: {prompt_tokens} + {max_tokens} > {max_model_len}, decrease "
+                "input length or `max_tokens` and try again"
+            )
     return ApiError(
-        400, f"This model's maximum context length is {max_model_len} tokens. However, {message}", code="context_length_exceeded"
+        400,
+        f"This model's maximum context length is {max_model_len} tokens. However, {message}",
+        code="context_length_exceeded",
+        anthropic=anthropic,
     )

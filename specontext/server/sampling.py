@@ -100,6 +100,8 @@ def _params(
             f"you requested {prompt_tokens + max(limit, 1)} tokens ({prompt_tokens} in the prompt, {limit} in the completion): "
             "shorten one of them.",
             max_len,
+            prompt_tokens=prompt_tokens,
+            max_tokens=limit,
         )
     given = {name: getattr(body, name) for name in _NULLABLE if getattr(body, name) is not None}
     plain = {name: getattr(body, name) for name in _PLAIN}

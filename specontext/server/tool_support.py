@@ -96,4 +96,4 @@ class ToolSupport:
 
 def _tool(tool: FunctionTool) -> Tool:
     function = tool.function
-    return Tool(function.name, function.parameters or {"type": "object"}, bool(function.strict))
+    return Tool(function.name, {**(function.parameters or {}), "type": "object"}, bool(function.strict))

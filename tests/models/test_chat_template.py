@@ -95,6 +95,14 @@ def test_developers_are_systems_where_nobody_knows_them() -> None:
     assert render(neither, ("developer", "pear"), ("user", "apple")) == "[system]pear[user]apple"
 
 
+def test_messages_of_the_system_are_one_where_no_second_one_is_taken() -> None:
+    said = (("system", "apple"), ("developer", parts("pear")), ("system", ""), ("user", "a"))
+    strict = "{% for m in messages[1:] if m.role == 'system' %}{{ raise_exception('only one') }}{% endfor %}"
+    for template in (FIRST_SYSTEM, strict + FIRST_SYSTEM):
+        assert render(template, *said) == "[system]apple\n\npear[user]a"
+    assert render(KNOWN, *said[:2], said[3]) == "[system]apple[system]pear[user]a"
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "number", "role"),
     [
@@ -103,7 +111,7 @@ def test_developers_are_systems_where_nobody_knows_them() -> None:
         (KNOWN, (("user", "tool"), ("tool", "user")), 1, "tool"),
         (KNOWN, (("user", "apple"), ("tool", parts("a", "b"))), 1, "tool"),
         (FIRST_SYSTEM, (("user", "apple"), ("system", "pear")), 1, "system"),
-        (FIRST_SYSTEM, (("system", "apple"), ("system", "pear"), ("user", "a")), 1, "system"),
+        (FIRST_SYSTEM, (("system", "apple"), ("user", "a"), ("system", "pear")), 2, "system"),
         (FIRST_SYSTEM, (("user", "apple"), ("developer", "pear")), 1, "developer"),
         (LAST_ONLY, (("user", "apple"), ("assistant", "a"), ("user", "pear")), 0, "user"),
         (CUT, (("user", "apple"), ("user", "0123456789" * 5)), 1, "user"),

@@ -23,6 +23,7 @@ PARAMETERS = {
     "additionalProperties": False,
 }
 FLAT: Any = {"type": "function", "name": "get_weather", "description": "Weather.", "parameters": PARAMETERS, "strict": True}
+BILLING: Any = {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1; cch=1f3a2;"}
 CUSTOM: Any = {"name": "get_weather", "description": "Weather.", "input_schema": PARAMETERS}
 
 
@@ -201,6 +202,15 @@ def test_what_coding_agents_send_is_understood(claude: Any) -> None:
     assert answer.usage.output_tokens == 2 or answer.stop_reason == "end_turn"
 
 
+def test_what_is_for_accounts_changes_no_prompt(claude: Any) -> None:
+    said = [{"type": "text", "text": "be kind"}]
+    options: Any = {"model": "nano", "messages": [{"role": "user", "content": "hi"}]}
+    counts = {claude.messages.count_tokens(system=system, **options).input_tokens for system in (said, [BILLING, *said])}
+    assert len(counts) == 1
+    alone = [claude.messages.count_tokens(**options, **more).input_tokens for more in ({}, {"system": [BILLING]})]
+    assert alone[0] == alone[1] < counts.pop()
+
+
 def test_messages_use_tools_for_several_turns(claude: Any) -> None:
     options: Any = {"model": "nano", "max_tokens": 150, "tools": [CUSTOM], "extra_body": {"seed": 1}}
     options |= {"tool_choice": {"type": "any", "disable_parallel_tool_use": True}}
@@ -233,7 +243,9 @@ def test_what_messages_refuse(claude: Any, tooled: Server) -> None:
             "output_config.format cannot .*objekt",
         ),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "bash"),
-        ({"max_tokens": 5000}, "maximum context length is 2048"),
+        ({"max_tokens": 5000}, r"input length and `max_tokens` exceed context limit: [0-9]+ \+ 5000 > 2048"),
+        ({"messages": [{"role": "user", "content": "word " * 1000}]}, "prompt is too long: [0-9]+ tokens > 2048 maximum"),
+        ({"messages": [{"role": "user", "content": "word " * 10_000}]}, "prompt is too long: [0-9]+ tokens > 2048 maximum"),
     ):
         with pytest.raises(anthropic.BadRequestError, match=words) as refused:
             claude.messages.create(**{"model": "nano", "max_tokens": 5, "messages": [{"role": "user", "content": "a"}]} | wrong)

@@ -28,6 +28,7 @@ WEATHER: Any = ("weather", OSLO)
 STOPPED: Any = ("stop-it", {})
 PAIRS = f"<arg_key>city</arg_key>\n<arg_value>{OSLO['city']}</arg_value>\n<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n"
 PARAMETERS = f"<parameter=city>\n{OSLO['city']}\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
+FUNCTION = f"<function=weather>\n{PARAMETERS}</function>"
 OTHER = "<tool_call>\n<function=other>\n</function>\n</tool_call>"
 TO_STOP = "<|channel|>commentary to=functions.stop-it<|message|>"
 END_TURN = "<|end|><|start|>assistant"
@@ -67,6 +68,8 @@ CASES: list[tuple[str, str, str, list[Any]]] = [
     ("hermes", '<tool_call>{"name": "w", "arguments": "Oslo"}</tool_call>', "", [("w", "Oslo")]),
     ("hermes", '<tool_call>{"arguments": 3, "name": "w"}</tool_call>', "", [("w", 3)]),
     ("hermes", f'<tool_call>{{"name": "weather", "arguments": {ARGUMENTS}, "parameters": null}}</tool_call>', "", [WEATHER]),
+    ("hermes", f'<tool_call>{{"name": "weather", "arguments": {ARGUMENTS}, "parameters": {{}}}}</tool_call>', "", [WEATHER]),
+    ("hermes", f'<tool_call>{{"name": "weather", "arguments": {ARGUMENTS}, "name": "w"}}</tool_call>', "", [WEATHER]),
     ("hermes", f"<tool_call>{STOP[:-1]} oops}}</tool_call>", "oops}</tool_call>", [STOPPED]),
     ("hermes", f'<tool_call>{STOP}\n{{"na', '{"na', [STOPPED]),
     ("hermes", UNKNOWN, UNKNOWN, []),
@@ -75,6 +78,8 @@ CASES: list[tuple[str, str, str, list[Any]]] = [
     ("hermes", f"<tool_call>{CALL}</tool_call> so?", "so?", [WEATHER]),
     ("llama3_json", f'{{"name": "weather", "parameters": {ARGUMENTS}}}', "", [WEATHER]),
     ("llama3_json", f'<|python_tag|>{{"type": "function", "name": "weather", "parameters": {ARGUMENTS}}}', "", [WEATHER]),
+    ("llama3_json", f'{{"type": "function", "function": "weather", "parameters": {ARGUMENTS}}}', "", [WEATHER]),
+    ("llama3_json", '{"function": "cosine", "name": "other"}', '{"function": "cosine", "name": "other"}', []),
     ("llama3_json", f"{CALL}; {STOP}", "", [WEATHER, STOPPED]),
     ("llama3_json", f'{STOP}; {{"name": "other"}} so', '{"name": "other"} so', [STOPPED]),
     ("llama3_json", '{"a": [1, 2]}', '{"a": [1, 2]}', []),
@@ -83,6 +88,7 @@ CASES: list[tuple[str, str, str, list[Any]]] = [
     ("pythonic", '<|python_start|>[w(city="]", days=null)]<|python_end|>', "", [("w", {"city": "]", "days": None})]),
     ("pythonic", "[1, 2] are numbers", "[1, 2] are numbers", []),
     ("pythonic", "[other(a=1)]", "[other(a=1)]", []),
+    ("pythonic", "[w(days=1, days=2)]", "[w(days=1, days=2)]", []),
     ("pythonic", '[w(**{"city": "Oslo"})]', '[w(**{"city": "Oslo"})]', []),
     ("mistral", f"[TOOL_CALLS] [{CALL}, {STOP}]", "", [WEATHER, STOPPED]),
     ("mistral", f"So: [TOOL_CALLS]weather[ARGS]{ARGUMENTS}[TOOL_CALLS]stop-it{{}}", "So:", [WEATHER, STOPPED]),
@@ -93,6 +99,11 @@ CASES: list[tuple[str, str, str, list[Any]]] = [
     ("glm45", f"<tool_call>weather\n{PAIRS}</tool_call>", "", [WEATHER]),
     ("qwen3_coder", f"Hm.\n<tool_call>\n<function=weather>\n{PARAMETERS}</function>\n</tool_call>", "Hm.", [WEATHER]),
     ("qwen3_coder", OTHER, OTHER, []),
+    ("qwen3_coder", f"Hm.\n{FUNCTION}\n</tool_call>\nso", "Hm.so", [WEATHER]),
+    ("qwen3_coder", f"{FUNCTION}\n{FUNCTION}", "", [WEATHER, WEATHER]),
+    ("qwen3_coder", f"{FUNCTION}\n</tool_call>\n<tool_call>{FUNCTION}</tool_call>", "", [WEATHER, WEATHER]),
+    ("qwen3_coder", f"{FUNCTION} </tool", "</tool", [WEATHER]),
+    ("qwen3_coder", "a <function=other></function> </tool_call>", "a <function=other></function> </tool_call>", []),
     ("harmony", f"<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{ARGUMENTS}", "", [WEATHER]),
     ("harmony", f" to=functions.weather<|channel|>commentary json<|message|>{ARGUMENTS}<|call|>", "", [WEATHER]),
     ("harmony", f"<|channel|>commentary<|message|>So.<|end|><|start|>assistant{TO_STOP}<|call|>", "So.", [STOPPED]),
@@ -222,6 +233,11 @@ DEFINED = {"$defs": {"Code": {"enum": ["1", "2"]}, "Self": {"$ref": "#/$defs/Sel
         ({"$ref": "#/$defs/Self"}, "1", 1),
         ({"$ref": "https://example.org/none"}, "1", 1),
         ({"type": "integer"}, "many", "many"),
+        ({"type": "array"}, "['a', True, None]", ["a", True, None]),
+        ({"anyOf": [{"type": "object"}, {"type": "null"}]}, "{'a': {'b': 1}}", {"a": {"b": 1}}),
+        ({"type": ["array", "string"]}, "['a']", "['a']"),
+        ({"type": "array"}, "{'a': 1}", "{'a': 1}"),
+        ({"type": "array"}, "[1,", "[1,"),
         (MAYBE_TEXT, "9" * 400, "9" * 400),
         ({"$ref": "#/$defs/0"}, "1", "1"),
         ({"type": 5, "enum": "ab", "anyOf": {}, "$ref": 1}, "1", 1),
@@ -233,6 +249,23 @@ def test_values_between_tags_have_the_types_of_their_schemas(form: str, schema: 
     pieces = [*reader.feed(TAGGED[form] % text), *reader.finish()]
     arguments = "".join(piece.text for piece in pieces if isinstance(piece, CallArguments))
     assert arguments == json.dumps({"other": value})
+
+
+@pytest.mark.parametrize("form", ["glm45", "qwen3_coder"])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"type": "object", "additionalProperties": {"type": "string"}},
+        {"$ref": "#/$defs/All", "$defs": {"All": {"properties": {"other": {"type": "string"}}}}},
+        {"allOf": [{"properties": {"other": {}}}, {"properties": {"other": {"type": "string"}}}]},
+        {"anyOf": [{"properties": {"more": {}}}, {"properties": {"other": {"type": "string"}}}]},
+        {"$ref": "#", "properties": {"other": {"type": "string"}}, "additionalProperties": {"type": "integer"}},
+    ],
+)
+def test_types_are_found_wherever_a_schema_speaks_of_an_argument(form: str, parameters: Any) -> None:
+    reader = ToolUse((Tool("weather", parameters),), "auto", form=FORMATS[form]).reader()
+    pieces = [*reader.feed(TAGGED[form] % "12"), *reader.finish()]
+    assert pieces[-1] == CallArguments('{"other": "12"}')
 
 
 ODD = [
@@ -263,6 +296,15 @@ def test_values_that_json_does_not_have_are_texts(form: str, value: str) -> None
 
 
 @pytest.mark.parametrize("form", TAGGED)
+@pytest.mark.parametrize(
+    "value", ["</parameter>x", "a </arg_value>\nb", "if </function> then", "</parameter></arg_value>.", "<b> &amp;\\n"]
+)
+def test_values_may_have_tags_in_them(form: str, value: str) -> None:
+    text = TAGGED[form] % (repr(value) if form == "pythonic" else value)
+    assert read(form, text, list(range(0, len(text), 3))) == ("", [("weather", {"other": value})])
+
+
+@pytest.mark.parametrize("form", TAGGED)
 def test_half_characters_of_arguments_are_sent_as_escapes(form: str) -> None:
     reader = ToolUse(TOOLS, "auto", form=FORMATS[form]).reader()
     pieces = [*reader.feed(TAGGED[form] % r'"a\ud83d"'), *reader.finish()]
@@ -271,7 +313,16 @@ def test_half_characters_of_arguments_are_sent_as_escapes(form: str) -> None:
     assert json.loads(arguments) == {"other": "a\ud83d"}
 
 
-@pytest.mark.parametrize("text", ["<tool_call>weather" + "<arg_key>a" * 20_000, "<tool_call><function=" + "<function=" * 20_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>weather" + "<arg_key>a" * 20_000,
+        "<tool_call><function=" + "<function=" * 20_000,
+        "<tool_call><function=weather>" + "<parameter=a></parameter> </function>." * 10_000,
+        "<tool_call>weather" + "<arg_key>a</arg_key><arg_value></arg_value>." * 10_000,
+        "<function=weather>" + "</function>" + " " * 20_000,
+    ],
+)
 def test_tags_that_never_close_cost_no_more_than_their_length(text: str) -> None:
     began = time.monotonic()
     for form in ("glm45", "qwen3_coder"):

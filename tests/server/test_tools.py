@@ -83,6 +83,41 @@ def test_calls_can_be_forced(tooled: Server, choice: Any) -> None:
     assert len({c["message"]["tool_calls"][0]["id"] for c in answer["choices"]}) == 2
 
 
+@pytest.mark.parametrize("parameters", [{"properties": {"day": {"enum": [1, 2]}}}, {"type": ["object", "null"]}, {}, None])
+def test_arguments_are_objects_whether_or_not_a_schema_says_so(tooled: Server, parameters: Any) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    options: Any = {
+        "tools": [tool],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "max_tokens": 60,
+        "temperature": 2.0,
+    }
+    for seed in range(3):
+        call = ask(tooled, **options, seed=seed)["choices"][0]["message"]["tool_calls"][0]
+        assert call["function"]["arguments"].startswith("{")
+
+
+def test_schemas_of_other_arguments_than_objects_are_refused(tooled: Server) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}
+    answer = tooled.post(CHAT, {"messages": ASK, "tools": [tool]})
+    assert answer.status_code == 400 and "must be 'object'" in answer.json()["error"]["message"]
+
+
+def test_what_clients_add_to_earlier_messages_changes_nothing(tooled: Server) -> None:
+    def tokens(part: Any, message: Any, function: Any) -> list[int]:
+        call = {"id": "c", "type": "function", "function": {"name": "stop", "arguments": "{}"} | function}
+        messages = [
+            {"role": "user", "content": [{"type": "text", "text": "hi"} | part]},
+            {"role": "assistant", "content": "so", "tool_calls": [call]} | message,
+            {"role": "tool", "tool_call_id": "c", "content": "done"},
+        ]
+        return list(ask(tooled, messages=messages, max_tokens=1, return_token_ids=True)["prompt_token_ids"])
+
+    more = tokens({"cache_control": {"type": "ephemeral"}}, {"parsed": {"a": 1}}, {"parsed_arguments": {}, "arguments": "null"})
+    assert more == tokens({}, {}, {})
+
+
 def test_streams_of_calls_are_those_of_openai(tooled: Server) -> None:
     fields: Any = {"tool_choice": "required", "parallel_tool_calls": False, "tools": [WEATHER]}
     whole = ask(tooled, **fields)["choices"][0]["message"]["tool_calls"][0]["function"]
@@ -278,3 +313,24 @@ def test_a_stop_string_amid_a_call_leaves_no_call_to_make(tooled: Server) -> Non
     assert (cut["stop_reason"], cut["stop_sequence"]) == ("stop_sequence", '"city')
     behind = tooled.post("/v1/messages", claude | {"stop_sequences": ["</tool_call>"]}).json()
     assert behind["stop_reason"] == "tool_use"
+
+
+def test_texts_before_and_behind_a_call_are_apart(tmp_path: Any) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% for t in tools or [] %}{{ t.function.name }}{% endfor %}>"
+    call = ["<tool_call>", '{"name": "stop"}', "</tool_call>"]
+    path = save_speaking(tmp_path, f"On.\n{''.join(call)} it", template, special=None, words=call)
+    engine = make_engine(path, offload_layers=0, method={"method": "full"}, budget=None, max_model_len=200)
+    with running(engine, tool_call_parser="hermes") as server:
+        said = {"messages": ASK[:1], "tools": [STOP], "temperature": 0, "seed": 0, "max_tokens": None}
+        message = ask(server, **said)["choices"][0]["message"]
+        assert message["content"] == "On.\n\nit" and len(message["tool_calls"]) == 1
+        deltas = [event["choices"][0]["delta"] for event in events_of(server, **said)]
+        assert "".join(delta.get("content", "") for delta in deltas) == message["content"]
+        claude: Any = {"messages": ASK[:1], "tools": [{"name": "stop", "input_schema": {"type": "object"}}], "temperature": 0}
+        answer = server.post("/v1/messages", claude | {"max_tokens": 50, "stop_sequences": ["it"]}).json()
+        assert [block.get("text") for block in answer["content"]] == ["On.", None]
+        assert (answer["stop_reason"], answer["stop_sequence"]) == ("tool_use", None)
+        items = server.post(
+            "/v1/responses", {"input": "a", "tools": [{"type": "function", "name": "stop"}], "temperature": 0}
+        ).json()
+        assert [item["content"][0]["text"] for item in items["output"] if item["type"] == "message"] == ["On.", "it"]

@@ -20,6 +20,7 @@ from specontext.server.protocol.messages import (
 )
 
 _ALIKE = ("stream", "temperature", "top_p", "top_k", "min_p", "seed", "method", "budget")  # as chats name them
+_ACCOUNTING = "x-anthropic-billing-header:"
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -39,8 +40,8 @@ def to_chat(body: CountRequest, *, thinks: bool) -> ChatRequest:
             param="thinking",
         )
     messages: list[dict[str, Any]] = []
-    if body.system:
-        messages.append({"role": "system", "content": body.system if isinstance(body.system, str) else _texts(body.system)})
+    if system := _system(body):
+        messages.append({"role": "system", "content": system})
     for message in body.messages:
         messages += _messages(message)
     fields: dict[str, Any] = {"model": body.model, "messages": messages, "chat_template_kwargs": body.chat_template_kwargs}
@@ -52,6 +53,13 @@ def to_chat(body: CountRequest, *, thinks: bool) -> ChatRequest:
         fields |= {name: getattr(body, name) for name in _ALIKE}
         fields |= {"max_tokens": body.max_tokens, "stop": body.stop_sequences}
     return as_chat(fields, messages="messages", response_format="output_config.format")
+
+
+def _system(body: CountRequest) -> str | list[dict[str, Any]]:
+    """Without what is for Anthropic's accounts, which is another in each request: no beginning would be known again."""
+    if body.system is None or isinstance(body.system, str):
+        return body.system or ""
+    return _texts([block for block in body.system if not block.text.startswith(_ACCOUNTING)])
 
 
 def _messages(message: AnthropicMessage) -> list[dict[str, Any]]:

@@ -57,14 +57,16 @@ class MessageWriter:
         cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
         answer = self.talk.answers[0]
         reason = "tool_use" if answer.called else _REASONS.get(answer.finish_reason or "")
+        if self.stop is not None and reason == "end_turn":
+            reason = "stop_sequence"
         return {
             "id": self.id,
             "type": "message",
             "role": "assistant",
             "model": self.talk.state.model,
             "content": self.blocks,
-            "stop_reason": "stop_sequence" if self.stop is not None and reason == "end_turn" else reason,
-            "stop_sequence": self.stop,
+            "stop_reason": reason,
+            "stop_sequence": self.stop if reason == "stop_sequence" else None,
             "usage": {
                 "input_tokens": usage.prompt_tokens - cached,
                 "cache_read_input_tokens": cached,

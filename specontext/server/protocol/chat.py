@@ -23,6 +23,7 @@ from specontext.server.protocol.tools import (
 class TextPart(Body):
     type: content_kind("text")  # type: ignore[valid-type]
     text: str
+    cache_control: Any = Field(None, description="Accepted for compatibility: beginnings are known again without it.")
 
 
 # What `Message` checks of a message's role, for its description.
@@ -50,6 +51,7 @@ class Message(Body):
     tool_call_id: Name | None = Field(None, description="Of a tool's message: the call that it answers.")
     tool_calls: Annotated[list[CallInMessage], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
     function_call: unsupported("give the call in tool_calls") = None  # type: ignore[valid-type]
+    parsed: Any = Field(None, description="What clients made of an answer's text; changes nothing.")
     provider_specific_fields: Any = Field(None, description="What litellm sends back of an answer; changes nothing.")
     refusal: unsupported("the chat template has no place for it", "") = None  # type: ignore[valid-type]
     audio: unsupported("only text is implemented") = None  # type: ignore[valid-type]
@@ -79,7 +81,9 @@ class Message(Body):
 
     def for_template(self) -> dict[str, Any]:
         """The message as `ChatTemplate` takes it."""
-        content = [part.model_dump() for part in self.content] if isinstance(self.content, list) else self.content
+        content = (
+            [{"type": "text", "text": part.text} for part in self.content] if isinstance(self.content, list) else self.content
+        )
         message: dict[str, Any] = {"role": self.role, "content": content}
         message |= {"name": self.name} if self.name is not None else {}
         reasoning = self.reasoning_content or self.reasoning

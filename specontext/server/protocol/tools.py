@@ -19,6 +19,14 @@ class Function(Body):
     parameters: Schema | None = None
     strict: bool | None = Field(None, description="Arguments follow the schema.")
 
+    @field_validator("parameters")
+    @classmethod
+    def _of_an_object(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        stated = (value or {}).get("type", "object")
+        if stated != "object" and not (isinstance(stated, list) and "object" in stated):
+            raise ValueError("arguments are an object: the schema's type must be 'object'")
+        return value
+
     def for_template(self) -> dict[str, Any]:
         """As chat templates know functions."""
         shown: dict[str, Any] = {"name": self.name, "description": self.description or ""}
@@ -64,8 +72,10 @@ ToolChoice = Literal["none", "auto", "required"] | NamedChoice | AllowedChoice
 
 def arguments_object(text: str) -> dict[str, Any]:
     """Arguments as an object; what is none, since the model left it unfinished or wrote no JSON, is shown as it is."""
+    if text.strip() in ("", "null"):
+        return {}
     try:
-        found = json.loads(text, strict=False) if text.strip() else {}
+        found = json.loads(text, strict=False)
     except (ValueError, RecursionError):
         found = None
     return found if isinstance(found, dict) else {"unfinished": text}
@@ -85,6 +95,7 @@ class CalledFunction(Body):
     arguments: Annotated[
         dict[str, Any], BeforeValidator(_as_object), WithJsonSchema({"type": "string", "description": "A JSON object."})
     ] = Field(default_factory=dict)
+    parsed_arguments: Any = Field(None, description="What clients made of the arguments; changes nothing.")
 
 
 class CallInMessage(Body):

@@ -119,7 +119,7 @@ def _message(growth: Growth, answer: Answer) -> dict[str, Any]:
         return {"tool_calls": [{"index": place, **call}]}
     if growth.arguments:
         return {"tool_calls": [{"index": place, "function": {"arguments": growth.arguments}}]}
-    texts = {"reasoning": growth.reasoning, "reasoning_content": growth.reasoning, "content": growth.text}
+    texts = {"reasoning": growth.reasoning, "reasoning_content": growth.reasoning, "content": growth.content}
     return {name: text for name, text in texts.items() if text}
 
 

@@ -120,6 +120,37 @@ class WholeBlock:
         return [piece for name, arguments in found for piece in (CallBegin(name), CallArguments(arguments))]
 
 
+class BareBlock:
+    """A call whose first mark was left out, while the mark behind it may be there.
+
+    Args:
+        read, opened, close: as of `WholeBlock`.
+        dropped: the mark that belongs to the one that is missing, which is no text behind a call.
+    """
+
+    def __init__(self, read: WholeCalls, *, opened: str, close: str, dropped: str) -> None:
+        self._call = WholeBlock(read, opened=opened, close=close)
+        self._dropped = dropped
+        self._behind: str | None = None  # what follows the call, once it is complete, from its first character that is not blank
+
+    def feed(self, text: str) -> tuple[list[Piece], str | None]:
+        pieces: list[Piece] = []
+        if self._behind is None:
+            pieces, rest = self._call.feed(text)
+            if rest is None or not any(isinstance(piece, CallBegin) for piece in pieces):
+                return pieces, rest
+            self._behind, text = "", rest
+        self._behind = (self._behind + text).lstrip()
+        if self._behind.startswith(self._dropped):
+            return pieces, self._behind[len(self._dropped) :]
+        return pieces, None if self._dropped.startswith(self._behind) else self._behind
+
+    def finish(self) -> list[Piece]:
+        if self._behind is None:
+            return self._call.finish()
+        return [Text(self._behind)] if self._behind else []
+
+
 class BracketBlock:
     """Calls in the syntax of Python, `[f(a=1), g()]`, read when the bracket closes."""
 

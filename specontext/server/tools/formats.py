@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from specontext.server.tools.blocks import Block, BracketBlock, JsonBlock, NamedBlock, WholeBlock
+from specontext.server.tools.blocks import BareBlock, Block, BracketBlock, JsonBlock, NamedBlock, WholeBlock
 from specontext.server.tools.harmony import HarmonyReader
 from specontext.server.tools.pieces import Reader, Text, Tool
 from specontext.server.tools.reader import BlockReader
@@ -71,6 +71,18 @@ def _whole(mark: str, close: str, read: Callable[[str, Tools], Any]) -> Callable
         return BlockReader(lambda opened: WholeBlock(lambda text: read(text, tools), opened=opened, close=close), marks=(mark,))
 
     return make
+
+
+def _function_tags(tools: Tools) -> Reader:
+    """Functions in calls, or without what opens a call, which Qwen3-Coder often leaves out."""
+    bare, close = "<function=", "</tool_call>"
+
+    def make(opened: str) -> Block:
+        if opened.endswith(bare):
+            return BareBlock(lambda text: function_tags(bare + text, tools), opened=opened, close="</function>", dropped=close)
+        return WholeBlock(lambda text: function_tags(text, tools), opened=opened, close=close)
+
+    return BlockReader(make, marks=("<tool_call>", bare))
 
 
 def _python(tools: Tools) -> Reader:
@@ -151,7 +163,7 @@ FORMATS: dict[str, Format] = {
     ),
     "glm4": Format(_glm4, Spelling("NAME\n", "", several=False), "", ("<|observation|>",)),
     "glm45": Format(_whole("<tool_call>", "</tool_call>", argument_tags), None, "<tool_call>", ("<arg_key>",)),
-    "qwen3_coder": Format(_whole("<tool_call>", "</tool_call>", function_tags), None, "<tool_call>", ("<function=",)),
+    "qwen3_coder": Format(_function_tags, None, "<tool_call>", ("<function=",)),
     "granite": Format(
         _json("<|tool_call|>"),
         Spelling(_OBJECT, "}", open="<|tool_call|>[", close="]", between=", "),

@@ -75,6 +75,7 @@ class HarmonyReader:
         name = recipient[1].removeprefix("functions.") if recipient is not None else ""
         if name in self._names:
             pieces.append(CallBegin(name))
+            self._said = False  # what follows is apart anyhow
             self._open(CallArguments)
         elif recipient is None and channel is not None and channel[1] == "analysis":
             self._open(Thought)

@@ -102,12 +102,14 @@ class JsonCall:
         text = "".join(self._value.text)
         if not self._key:
             self._key, self._state = _as_text(text) or "?", "colon"
+            if self._key in _ARGUMENTS and self._given:
+                self._key = "?"  # the first ones count
             return pieces
         self._state = "comma"
-        if self._key == "name":
-            pieces += self._begin(_as_text(text))
-        elif self._key in _ARGUMENTS:
+        if self._key in _ARGUMENTS:
             pieces += self._arguments(text)
+        elif not self._begun and (self._key == "name" or (self._key == "function" and _as_text(text) in self._names)):
+            pieces += self._begin(_as_text(text))
         return pieces + (self.take(character) if ended is None else [])
 
     def _pass_on(self) -> list[Piece]:

@@ -19,13 +19,9 @@ def type_of(value: Any) -> str:
     return "null" if value is None else "array" if isinstance(value, list) else "object"
 
 
-def allowed_types(schema: Any, root: Mapping[str, Any]) -> Types:
-    """The types that values of a schema may have, None where it does not say.
-
-    Args:
-        root: the schema that its references are in.
-    """
-    return _Reading(root).types(schema)
+def argument_types(parameters: Mapping[str, Any], name: str) -> Types:
+    """The types that an argument may have by the schema of all arguments, None where it does not say."""
+    return _Reading(parameters).of_member(parameters, name)
 
 
 class _Reading:
@@ -34,13 +30,32 @@ class _Reading:
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
         self._known: dict[str, Types] = {}
+        self._known_of_member: dict[str, Types] = {}
+
+    def of_member(self, schema: Any, name: str) -> Types:
+        """Of what an object of a schema has under a name."""
+        return _all_of(self._stated_of_member(schema, name)) if isinstance(schema, Mapping) else None
+
+    def _stated_of_member(self, schema: Mapping[str, Any], name: str) -> Iterator[Types]:
+        listed = schema.get("properties")
+        if isinstance(listed, Mapping) and name in listed:
+            yield self.types(listed[name])
+        else:
+            yield self.types(schema.get("additionalProperties"))
+        for word in ("anyOf", "oneOf"):  # a way that does not speak of the name says nothing against the others
+            ways = [self.of_member(way, name) for way in _listed(schema.get(word))]
+            known = [way for way in ways if way is not None]
+            yield frozenset().union(*known) if known else None
+        for part in _listed(schema.get("allOf")):
+            yield self.of_member(part, name)
+        if isinstance(reference := schema.get("$ref"), str):
+            if reference not in self._known_of_member:
+                self._known_of_member[reference] = None  # as long as it is being looked up
+                self._known_of_member[reference] = self.of_member(_referred(reference, self._root), name)
+            yield self._known_of_member[reference]
 
     def types(self, schema: Any) -> Types:
-        found: Types = None
-        for types in self._stated(schema) if isinstance(schema, Mapping) else ():
-            if types is not None:
-                found = types if found is None else found & types
-        return found
+        return _all_of(self._stated(schema)) if isinstance(schema, Mapping) else None
 
     def _stated(self, schema: Mapping[str, Any]) -> Iterator[Types]:
         """What each part of a schema says of the types; all of them hold."""
@@ -64,6 +79,14 @@ class _Reading:
                 self._known[reference] = None  # as long as it is being looked up
                 self._known[reference] = self.types(_referred(reference, self._root))
             yield self._known[reference]
+
+
+def _all_of(stated: Iterator[Types]) -> Types:
+    found: Types = None
+    for types in stated:
+        if types is not None:
+            found = types if found is None else found & types
+    return found
 
 
 def _listed(value: Any) -> list[Any]:

@@ -8,14 +8,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from specontext.server.tools.json_types import allowed_types, type_of
+from specontext.server.tools.json_types import argument_types, type_of
 from specontext.server.tools.pieces import Tool
 
 _HALF = re.compile("[\ud800-\udfff]")
 _LITERALS = {"true": True, "false": False, "null": None, "none": None}
-_FUNCTION = re.compile(r"<function=([^<>\s]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
-_PARAMETER = re.compile(r"<parameter=([^<>\s]+)>(.*?)(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL)
-_PAIR = re.compile(r"<arg_key>([^<]*)</arg_key>\s*<arg_value>(.*?)(?:</arg_value>|\Z)", re.DOTALL)
+# A closing tag closes something only where what may come behind it does; else it is a part of a value.
+_FUNCTION = re.compile(r"<function=([^<>\s]+)>(.*?)(?:</function>(?=\s*(?:<function=|</tool_call>|\Z))|\Z)", re.DOTALL)
+_PARAMETER = re.compile(
+    r"<parameter=([^<>\s]+)>(.*?)(?:</parameter>(?=\s*(?:<parameter=|</function>|</tool_call>|\Z))|(?=<parameter=)|\Z)", re.DOTALL
+)
+_PAIR = re.compile(r"<arg_key>([^<]*)</arg_key>\s*<arg_value>(.*?)(?:</arg_value>(?=\s*(?:<arg_key>|\Z))|\Z)", re.DOTALL)
 
 
 def python_calls(text: str, tools: Mapping[str, Tool]) -> list[tuple[str, str]] | None:
@@ -28,7 +31,7 @@ def python_calls(text: str, tools: Mapping[str, Tool]) -> list[tuple[str, str]] 
             if not isinstance(node, ast.Call) or node.args or any(keyword.arg is None for keyword in node.keywords):
                 return None
             name = ast.unparse(node.func)
-            if name not in tools:
+            if name not in tools or len({keyword.arg for keyword in node.keywords}) < len(node.keywords):
                 return None
             arguments = {str(keyword.arg): _literal(keyword.value) for keyword in node.keywords}
             found.append((name, _as_json(arguments)))
@@ -68,9 +71,7 @@ def argument_tags(text: str, tools: Mapping[str, Tool]) -> list[tuple[str, str]]
 
 def _typed(pairs: list[tuple[str, str]], tool: Tool) -> str:
     """Arguments as JSON: texts where the schema lets them be nothing else, else what the value says."""
-    properties = tool.parameters.get("properties")
-    known = properties if isinstance(properties, Mapping) else {}
-    return _as_json({key: _value(value, allowed_types(known.get(key), tool.parameters)) for key, value in pairs})
+    return _as_json({key: _value(value, argument_types(tool.parameters, key)) for key, value in pairs})
 
 
 def _value(text: str, types: frozenset[str] | None) -> Any:
@@ -80,9 +81,21 @@ def _value(text: str, types: frozenset[str] | None) -> Any:
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         value = _LITERALS.get(text.strip().lower(), text)
+        if types is not None and "string" not in types and isinstance(value, str):
+            value = _python_value(text, types)
     if types is not None and "string" in types and (isinstance(value, str) or type_of(value) not in types):
         return text
     return value
+
+
+def _python_value(text: str, types: frozenset[str]) -> Any:
+    """A list or an object as Python writes it, as some models do, where it may be one; else the text."""
+    try:
+        value = _literal(ast.parse(text.strip(), mode="eval").body)
+        json.dumps(value, allow_nan=False)
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
+        return text
+    return value if isinstance(value, list | dict) and type_of(value) in types else text
 
 
 def _as_json(value: Any) -> str:
