@@ -10,18 +10,6 @@ from typing import Any
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 
-def declared(config: PreTrainedConfig) -> set[str]:
-    """Names of the entries that a config's class knows: fields, arguments, what it sets itself, and other names of these."""
-    kind = type(config)
-    names = set(getattr(kind, "__dataclass_fields__", {})) | set(inspect.signature(kind.__init__).parameters)
-    names |= set(config.attribute_map) | set(config.attribute_map.values())
-    try:
-        names |= set(vars(kind()))
-    except Exception:  # a class that cannot be made without arguments; what it declares is known all the same
-        return names
-    return names
-
-
 def mentioned(config: PreTrainedConfig, pattern: str) -> bool:
     """Whether the code of a config's class or of its decoder mentions an entry, and so may be trusted to follow it."""
     sources = (inspect.getsource(sys.modules[kind.__module__]) for kind in (type(config), *decoders(config)))

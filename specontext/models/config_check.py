@@ -17,11 +17,11 @@ from transformers import PreTrainedConfig
 from transformers import __version__ as transformers_version
 from transformers.activations import ACT2FN
 
-from specontext.config_entries import INATTENTIVE, LENGTHS, WINDOWS, layer_kinds
+from specontext.config_entries import INATTENTIVE, LENGTHS, WINDOWS, declared, layer_kinds
 from specontext.errors import ModelError, shown
-from specontext.locations import one_sentence, parts_of
+from specontext.locations import beside, one_sentence, parts_of
 from specontext.model_shape import ModelShape
-from specontext.models.class_code import declared, mentioned
+from specontext.models.class_code import mentioned
 from specontext.models.latents import EXPAND
 from specontext.models.routing_check import routing_obstacles
 
@@ -71,6 +71,10 @@ HARMLESS = re.compile(
 )
 # Numbers that change nothing as long as they are 1.
 NEUTRAL = re.compile(r"(scal\w*|factor|multiplier|mult|mod|ratios?|rate|step|every|interval)$")
+# In names of entries beside a text's config that speak of images and sounds.
+MODALITIES = re.compile(
+    r"mm_|multi_?modal|image|img|vision|visual|video|audio|speech|projector|pixel|patch|resampl|perceiver|crop|tile"
+)
 ON = {
     "rotary",
     "is_neox_style",
@@ -164,6 +168,7 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
         yield f"{error}"
     else:
         yield from _vendor_obstacles(config, shape.max_position)
+        yield from _outer_obstacles(config, shape.max_position)
         yield from routing_obstacles(config)
 
 
@@ -249,22 +254,48 @@ def _vendor_obstacles(config: PreTrainedConfig, longest: int) -> Iterator[str]:
     for name, value in vars(config).items():
         if name.startswith("_") or name in known or name in JUDGED or hasattr(type(config), name):
             continue
-        wanted = name in ON
-        scales = SCALES.search(name.lower())
-        if _is_one(value, config) and (scales or NEUTRAL.search(name.lower())):
-            continue
-        if not (wanted or scales or SPEAKS.search(name.lower())) or (HARMLESS.search(name.lower()) and not wanted):
-            continue
-        off = value is None or (not wanted and (value is False or value == 0 or value in ("", [], {})))
-        if off or (wanted and value is True) or (name in equal and value == equal[name]) or _is_ordinary(value, config):
-            continue
-        if LENGTH.search(name.lower()) and isinstance(value, int) and not isinstance(value, bool) and value >= longest:
+        if (name in equal and value == equal[name]) or not (changed := _changes(name, value, config, longest)):
             continue
         if "qk" in name and mentioned(config, r"(q|k|query|key)_(layer)?norm"):
             continue
         if not mentioned(config, re.escape(name)):
-            changed = "what its layers add up" if scales else "attention, positions or length"
             yield f"its config has {name} {shown(value)}, which changes {changed} and is not computed here"
+
+
+def _outer_obstacles(config: PreTrainedConfig, longest: int) -> Iterator[str]:
+    """Entries for the decoder that stand beside its config, where the library does not look for them."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    for name, value in beside(config).items():
+        if value in [getattr(config, name, None), *(part.get(name) for part in ropes)] or MODALITIES.search(name.lower()):
+            continue
+        if name == "rope_parameters" and isinstance(value, dict):  # which the library makes of rope_theta and rope_scaling, too
+            said = {key: part for key, part in value.items() if key != "type"}
+            if any(said.items() <= part.items() for part in ropes):
+                continue
+        changed = _changes(name, value, config, longest)
+        if changed and not (name == "sliding_window" and not beside(config).get("use_sliding_window", True)):
+            yield (
+                f"its config has {name} {shown(value)} outside of text_config, which changes {changed} and is not followed "
+                "there: put it into text_config, or remove it"
+            )
+
+
+def _changes(name: str, value: Any, config: PreTrainedConfig, longest: int) -> str:
+    """What an entry that no code follows would change, by its name; '' where that is nothing, or the value is neutral."""
+    wanted, scales = name in ON, SCALES.search(name.lower())
+    if _is_one(value, config) and (scales or NEUTRAL.search(name.lower())):
+        return ""
+    speaks = wanted or scales or name in JUDGED or SPEAKS.search(name.lower())
+    if not speaks or (HARMLESS.search(name.lower()) and not wanted):
+        return ""
+    off = value is None or (not wanted and (value is False or value == 0 or value in ("", [], {})))
+    if off or (wanted and value is True) or _is_ordinary(value, config):
+        return ""
+    length = name in LENGTHS or LENGTH.search(name.lower()) or name == "max_position_embeddings"
+    if length and _is_number(value) and value >= longest:
+        return ""
+    return "what its layers add up" if scales else "attention, positions or length"
 
 
 def _is_one(value: Any, config: PreTrainedConfig) -> bool:

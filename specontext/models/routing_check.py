@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedConfig
 
+from specontext.config_entries import declared
 from specontext.errors import shown
-from specontext.models.class_code import declared, decoders, mentioned
+from specontext.models.class_code import decoders, mentioned
 
 # How tokens are sent to experts, and the functions by which routers score these.
 SCORING = re.compile(

@@ -290,6 +290,32 @@ def test_entries_that_are_not_followed_are_refused_by_name(
         check_supported(read("llama", **entries))
 
 
+OUTER = [
+    ("rope_parameters", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ("rope_theta", {"rope_theta": 5e5}),
+    ("sliding_window", {"sliding_window": 16}),
+    ("max_position_embeddings", {"max_position_embeddings": 128}),
+    ("model_max_length", {"model_max_length": 128}),
+    ("attention_sinks", {"attention_sinks": 4}),
+    ("logits_scaling", {"logits_scaling": 8.0}),
+    ("", {"rope_theta": 1e4, "max_position_embeddings": 512, "num_attention_heads": 4}),  # what text_config says, too
+    ("", {"sliding_window": 16, "use_sliding_window": False, "model_max_length": 4096, "attention_sinks": None}),
+    ("", {"image_seq_length": 4, "max_image_seq_len": 4, "vision_position": "rope", "projector_scale": 2.0}),
+]
+
+
+@pytest.mark.parametrize(("named", "entries"), OUTER, ids=str)
+def test_entries_beside_a_text_config_are_not_passed_over(named: str, entries: dict[str, Any], tmp_path: Path) -> None:
+    text = SIZES | {"model_type": "llama", "rope_theta": 1e4}
+    values = {"model_type": "llava", "text_config": text, "vision_config": {"model_type": "clip_vision_model"}} | entries
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = read_config(tmp_path)
+    if not named:
+        return check_supported(config)
+    with pytest.raises(ModelError, match=f"has {named} .* outside of text_config"):
+        check_supported(config)
+
+
 EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "num_experts": 4, "n_routed_experts": 4}
 LATENTS = {"kv_lora_rank": 32, "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 ROUTING = [
