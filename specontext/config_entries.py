@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,18 @@ def layer_kinds(config: PreTrainedConfig) -> list[str] | None:
 def _declares(config: PreTrainedConfig, entry: str) -> bool:
     """Whether a config's class knows an entry; others are stored and ignored."""
     return not is_dataclass(config) or entry in {known.name for known in fields(config)}
+
+
+def declared(config: PreTrainedConfig) -> set[str]:
+    """Names of the entries that a config's class knows: fields, arguments, what it sets itself, and other names of these."""
+    kind = type(config)
+    names = set(getattr(kind, "__dataclass_fields__", {})) | set(inspect.signature(kind.__init__).parameters)
+    names |= set(config.attribute_map) | set(config.attribute_map.values())
+    try:
+        names |= set(vars(kind()))
+    except Exception:  # a class that cannot be made without arguments; what it declares is known all the same
+        return names
+    return names
 
 
 FORMER_NAMES = {"attention": "full_attention", "mamba": "linear_attention"}

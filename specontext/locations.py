@@ -18,6 +18,7 @@ from specontext.checkpoints.own_code import NEEDS_CODE, check_decoder_code
 from specontext.checkpoints.quantization import FILES as QUANTIZATION_FILES
 from specontext.checkpoints.quantization import Entry, dequantised, quantization_entry
 from specontext.checkpoints.wording import in_one_sentence
+from specontext.config_entries import declared
 from specontext.errors import GGUFError, ModelError, SpeContextError
 from specontext.gguf.cache import converted
 from specontext.gguf.files import PACKAGED, is_file, only_file, packaged_file
@@ -231,6 +232,8 @@ def language_model_of(config: Any) -> Any:
     )
     text.architectures, text._name_or_path = config.architectures, config._name_or_path
     text.dtype = text.dtype or config.dtype
+    known_beside = declared(config)
+    text._beside = {name: value for name, value in vars(config).items() if name not in known_beside and name[0] != "_"}
     outer = bool(getattr(config, "tie_word_embeddings", False))
     text.tie_word_embeddings = bool(getattr(text, "tie_word_embeddings", outer))
     text._may_be_tied = outer or text.tie_word_embeddings  # the class of all modalities asks its own config
@@ -240,6 +243,12 @@ def language_model_of(config: Any) -> Any:
 def part_of(config: Any) -> str:
     """The architecture that a decoder's config was taken out of; '' for one that stands by itself."""
     return str(getattr(config, "_part_of", ""))
+
+
+def beside(config: Any) -> dict[str, Any]:
+    """Entries that stand beside a decoder's config in the one that it was taken out of, and that no class knows there."""
+    found: dict[str, Any] = getattr(config, "_beside", {})
+    return found
 
 
 def parts_of(config: Any) -> str:

@@ -47,6 +47,11 @@ def merged(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
                 f"the LoRA adapter {adapter.folder} asks for {first_few(ignored)}, which this version of peft does not know: "
                 "install a newer one"
             )
+        if getattr(config, "layer_replication", None):
+            raise ModelError(
+                f"the LoRA adapter {adapter.folder} repeats layers of {adapter.base} (layer_replication), which makes another "
+                "model of it: name a checkpoint into which it was merged"
+            )
         config.inference_mode = True
         config.base_model_name_or_path = model.name_or_path  # else peft warns of another name for it
         wrapped: Any = get_peft_model(model, config, autocast_adapter_dtype=False)

@@ -8,22 +8,22 @@ no obstacle up to their own size: see `ModelShape.from_config`.
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers import __version__ as transformers_version
 from transformers.activations import ACT2FN
 
-from specontext.config_entries import INATTENTIVE, LENGTHS, WINDOWS, layer_kinds
-from specontext.errors import ModelError
-from specontext.locations import one_sentence, parts_of
+from specontext.config_entries import INATTENTIVE, LENGTHS, WINDOWS, declared, layer_kinds
+from specontext.errors import ModelError, shown
+from specontext.locations import beside, one_sentence, parts_of
 from specontext.model_shape import ModelShape
+from specontext.models.class_code import mentioned
 from specontext.models.latents import EXPAND
+from specontext.models.routing_check import routing_obstacles
 
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 MIXED = {"hybrid", *INATTENTIVE}  # besides, where the config's class knows of kinds of layers
@@ -49,13 +49,19 @@ ONES = {"factor", "attn_factor", "extrapolation_factor", "attention_factor"}  # 
 LENGTH = re.compile(r"window|(^|_)(seq|sequence|context|ctx)(_|$)|^max_\w+_(length|len)$")
 SPEAKS = re.compile(
     LENGTH.pattern + r"|att(n|ention)|rope|rotary|position|alibi|ntk|logn|yarn|sinks?(_|$)|causal|bidirection|softcap|soft_cap"
-    r"|query_pre|clip_qkv|qk_|_qk|cache_(bits|quant|scheme)|block_?sparse|cross_layer|kv_shar|(^|_)(mla|moba|nsa)(_|$)"
+    r"|query_pre|clip_qkv|qk_|_qk|cache_(bits|quant|scheme)|(^|_)(block_?)?sparse(_|$)|cross_layer|kv_shar|(^|_)(mla|moba|nsa|cla)$"
+    r"|(^|_)(mla|moba|nsa)_|softmax|(^|_)(pos|pe)(_|$)|xpos|is_neox|neox_style|(share|tie)\w*_kv|k_eq_v|kv_compress|compress_(ratio|rate)"
+    r"|(^|_)([qkv]|key|query|value)_(norm|residual)(_|$)|(^|_)(local|global)_(layers?|every|size|tokens?)(_|$)|^chunk_size$"
+    r"|(^|_)(meta|memory|register|prefix)_tokens$|(linear|recurrent)_layers|hybrid_\w*pattern|token_mixer|mixer_types?$|block_types?$"
     r"|(^|_)(nope|no_pe)(_|$)|temperature_tuning|(^|_)index(er)?_(topk|n_heads|num_heads|head_dim|block)"
+    r"|llama_4_scaling"
 )
 # ... or changes what is computed between them, by a number or by a switch,
 SCALES = re.compile(
     r"multiplier|logits?_scal|scale_(emb|depth)|embed\w*_scale|dim_model_base|(^|_)mup(_|$)|(residual|output)_scale|(^|_)mscale"
-    r"|parallel_(residual|attn|block)|normali[sz]e_embed|sandwich_norm|post_?norm|sub_?norm"
+    r"|parallel_(residual|attn|block)|normali[sz]e_embed|sandwich_norm|post_?norm|sub_?norm|(^|_)emb_scale|(logits?|final)_cap$|deepnorm"
+    r"|(norm|normali[sz]e)_head$|(^|_)(width|output)_mult$|(^|_)(swi)?glu_(limit|alpha)|clamp|residual_alpha"
+    r"|(^|_)(ut|recurrent|recurrence)_(steps|depth)|num_(loops|recurrences|recurrent_steps)$"
 )
 # ... and yet says how it is computed or trained, or is told by the shapes of the weights.
 HARMLESS = re.compile(
@@ -63,8 +69,18 @@ HARMLESS = re.compile(
     r"|_in_fp32|seq_aux|upcast|initiali[sz]|_token(_ids?|_index)?$|_ids?$|loss|train|(?<!qk_)layer_?norm|(num|n)_\w*heads?|head_(dim|size|type)"
     r"|(ffn|mlp|intermediate|hidden|lr)_\w*multiplier|_dtype|max_window_layers|original_max_position|(^|_)new_"
 )
+# Numbers that change nothing as long as they are 1.
+NEUTRAL = re.compile(r"(scal\w*|factor|multiplier|mult|mod|ratios?|rate|step|every|interval)$")
+# In names of entries beside a text's config that speak of images and sounds.
+MODALITIES = re.compile(
+    r"mm_|multi_?modal|image|img|vision|visual|video|audio|speech|projector|pixel|patch|resampl|perceiver|crop|tile"
+)
 ON = {
     "rotary",
+    "is_neox_style",
+    "use_neox_style",
+    "use_pos",
+    "use_pos_enc",
     "use_rotary",
     "use_rope",
     "use_rotary_pos_emb",
@@ -127,7 +143,7 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
     if getattr(config, "kv_lora_rank", None):
         yield from _latent_obstacles(config)
     cap = getattr(config, "attn_logit_softcapping", None)
-    if cap and not _mentioned(config, "attn_logit_softcapping"):
+    if cap and not mentioned(config, "attn_logit_softcapping"):
         yield f"its config has a soft cap on attention logits (attn_logit_softcapping {cap}), which its class does not compute"
     if getattr(config, "alibi", False) or _value(getattr(config, "attn_config", None), "alibi"):
         yield "it uses biases instead of positions (alibi)"
@@ -144,7 +160,7 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
         yield f"its sliding_window is {window!r}, and it should be a number of tokens or null"
     dual = getattr(config, "dual_chunk_attention_config", None)
     if dual and not isinstance(_value(dual, "chunk_size"), int):
-        yield f"its dual_chunk_attention_config {_shown(dual)} does not name its chunk_size"
+        yield f"its dual_chunk_attention_config {shown(dual)} does not name its chunk_size"
     yield from _rope_obstacles(config)
     try:
         shape = ModelShape.from_config(config)
@@ -152,12 +168,14 @@ def _obstacles(config: PreTrainedConfig) -> Iterator[str]:
         yield f"{error}"
     else:
         yield from _vendor_obstacles(config, shape.max_position)
+        yield from _outer_obstacles(config, shape.max_position)
+        yield from routing_obstacles(config)
 
 
 def _latent_obstacles(config: PreTrainedConfig) -> Iterator[str]:
     """Of a config with multi-head latent attention."""
     what = f"it uses multi-head latent attention (kv_lora_rank {config.kv_lora_rank})"
-    if not _mentioned(config, "kv_lora_rank"):
+    if not mentioned(config, "kv_lora_rank"):
         yield f"{what}, which its class does not compute"
         return
     if getattr(config, "index_topk", None):
@@ -166,7 +184,7 @@ def _latent_obstacles(config: PreTrainedConfig) -> Iterator[str]:
         yield f"its values are wider than its keys (v_head_dim {config.v_head_dim})"
     if set(getattr(config, "layer_types", None) or ()) & {"sliding_attention", "chunked_attention"}:
         yield f"{what} in layers with a window (layer_types)"
-    if not _mentioned(config, EXPAND):
+    if not mentioned(config, EXPAND):
         yield f"{what}, whose latents its class in transformers {transformers_version} does not hand out: install 5.17 or newer"
 
 
@@ -180,23 +198,23 @@ def _rope_obstacles(config: PreTrainedConfig) -> Iterator[str]:
     ignored = set(getattr(config, "ignore_keys_at_rope_validation", None) or ())
     for label, part in parts.items():
         where = "rope_parameters" + (f" of {label}" if label else "")
-        if label and not _mentioned(config, re.escape(label)):
+        if label and not mentioned(config, re.escape(label)):
             yield f"its rope_parameters speak of {label}, which its class does not know"
         yield from _odd_rope_numbers(config, part, where)
         kind = part.get("rope_type") or part.get("type") or "default"
         if kind not in ROPES:
             yield f"it uses RoPE of type {kind} ({where})"
             continue
-        if (other := part.get("type")) not in (None, kind, "default") and not _mentioned(config, str(other)):
+        if (other := part.get("type")) not in (None, kind, "default") and not mentioned(config, str(other)):
             yield f"its {where} say both rope_type {kind} and type {other}"
         known = ROPE_KEYS | ignored | (SCALING_KEYS if kind != "default" else set())
         for key, value in part.items():
             if value in (None, False) or key in known or (key in ONES and value == 1):
                 continue
-            if key in SCALING_KEYS or not _mentioned(config, key):
-                yield f"it uses RoPE of type {kind} with {key} {_shown(value)} ({where}), which the library does not compute"
+            if key in SCALING_KEYS or not mentioned(config, key):
+                yield f"it uses RoPE of type {kind} with {key} {shown(value)} ({where}), which the library does not compute"
         share = part.get("partial_rotary_factor")
-        if share not in (None, 1) and kind == "default" and not _mentioned(config, "partial_rotary_factor"):
+        if share not in (None, 1) and kind == "default" and not mentioned(config, "partial_rotary_factor"):
             yield f"it turns a share of each head (partial_rotary_factor {share}), which its class does not compute"
 
 
@@ -208,11 +226,11 @@ def _odd_rope_numbers(config: PreTrainedConfig, part: Mapping[str, Any], where: 
             size = (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) // 2
             turned = int(size * (part.get("partial_rotary_factor") or 1))
             if not (isinstance(value, list) and len(value) == turned and all(_is_number(each) and each > 0 for each in value)):
-                yield f"its {key} is {_shown(value)} and should be {turned} numbers above 0 ({where})"
+                yield f"its {key} is {shown(value)} and should be {turned} numbers above 0 ({where})"
         elif wanted is None or (value is None and key != "rope_theta"):
             continue
         elif not (_is_number(value) and wanted[0] <= value < math.inf and value != 0):
-            yield f"its {key} is {_shown(value)} and should be {wanted[1]} ({where})"
+            yield f"its {key} is {shown(value)} and should be {wanted[1]} ({where})"
 
 
 def _is_number(value: Any) -> bool:
@@ -229,28 +247,61 @@ def _vendor_obstacles(config: PreTrainedConfig, longest: int) -> Iterator[str]:
         "sliding_window_size": getattr(config, "sliding_window", None),
         "initial_context_length": rope.get("original_max_position_embeddings"),
         "position_embedding_type": "rope_gptj" if config.model_type.startswith("cohere") else None,  # as its class turns heads
+        "attn_output_gate": mentioned(config, r"sigmoid\(gate"),  # as Qwen's classes always have it
         "use_parallel_block": config.model_type.startswith("cohere"),  # as its class always has it
         **dict.fromkeys(("rotary_emb_base", "rotary_base", "rope_base", "rope_theta"), rope.get("rope_theta")),
     }
     for name, value in vars(config).items():
         if name.startswith("_") or name in known or name in JUDGED or hasattr(type(config), name):
             continue
-        wanted = name in ON
-        scales = SCALES.search(name.lower())
-        if scales and value == 1 and value is not True:
+        if (name in equal and value == equal[name]) or not (changed := _changes(name, value, config, longest)):
             continue
-        if not (wanted or scales or SPEAKS.search(name.lower())) or (HARMLESS.search(name.lower()) and not wanted):
+        if "qk" in name and mentioned(config, r"(q|k|query|key)_(layer)?norm"):
             continue
-        off = value is None or (not wanted and (value is False or value == 0 or value in ("", [], {})))
-        if off or (wanted and value is True) or (name in equal and value == equal[name]) or _is_ordinary(value, config):
+        if not mentioned(config, re.escape(name)):
+            yield f"its config has {name} {shown(value)}, which changes {changed} and is not computed here"
+
+
+def _outer_obstacles(config: PreTrainedConfig, longest: int) -> Iterator[str]:
+    """Entries for the decoder that stand beside its config, where the library does not look for them."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    for name, value in beside(config).items():
+        if value in [getattr(config, name, None), *(part.get(name) for part in ropes)] or MODALITIES.search(name.lower()):
             continue
-        if LENGTH.search(name.lower()) and isinstance(value, int) and not isinstance(value, bool) and value >= longest:
-            continue
-        if "qk" in name and _mentioned(config, r"(q|k|query|key)_(layer)?norm"):
-            continue
-        if not _mentioned(config, re.escape(name)):
-            changed = "what its layers add up" if scales else "attention, positions or length"
-            yield f"its config has {name} {_shown(value)}, which changes {changed} and is not computed here"
+        if name == "rope_parameters" and isinstance(value, dict):  # which the library makes of rope_theta and rope_scaling, too
+            said = {key: part for key, part in value.items() if key != "type"}
+            if any(said.items() <= part.items() for part in ropes):
+                continue
+        changed = _changes(name, value, config, longest)
+        if changed and not (name == "sliding_window" and not beside(config).get("use_sliding_window", True)):
+            yield (
+                f"its config has {name} {shown(value)} outside of text_config, which changes {changed} and is not followed "
+                "there: put it into text_config, or remove it"
+            )
+
+
+def _changes(name: str, value: Any, config: PreTrainedConfig, longest: int) -> str:
+    """What an entry that no code follows would change, by its name; '' where that is nothing, or the value is neutral."""
+    wanted, scales = name in ON, SCALES.search(name.lower())
+    if _is_one(value, config) and (scales or NEUTRAL.search(name.lower())):
+        return ""
+    speaks = wanted or scales or name in JUDGED or SPEAKS.search(name.lower())
+    if not speaks or (HARMLESS.search(name.lower()) and not wanted):
+        return ""
+    off = value is None or (not wanted and (value is False or value == 0 or value in ("", [], {})))
+    if off or (wanted and value is True) or _is_ordinary(value, config):
+        return ""
+    length = name in LENGTHS or LENGTH.search(name.lower()) or name == "max_position_embeddings"
+    if length and _is_number(value) and value >= longest:
+        return ""
+    return "what its layers add up" if scales else "attention, positions or length"
+
+
+def _is_one(value: Any, config: PreTrainedConfig) -> bool:
+    """Whether a value is the number 1, for all layers or for each."""
+    each = value if isinstance(value, list) and len(value) == config.num_hidden_layers else [value]
+    return all(_is_number(part) and part == 1 for part in each)
 
 
 def _is_ordinary(value: Any, config: PreTrainedConfig) -> bool:
@@ -261,33 +312,3 @@ def _is_ordinary(value: Any, config: PreTrainedConfig) -> bool:
         return False
     each = len(value) == config.num_hidden_layers
     return all((each and part == 1) or _is_ordinary(part, config) for part in value)
-
-
-def declared(config: PreTrainedConfig) -> set[str]:
-    """Names of the entries that a config's class knows: fields, arguments, what it sets itself, and other names of these."""
-    kind = type(config)
-    names = set(getattr(kind, "__dataclass_fields__", {})) | set(inspect.signature(kind.__init__).parameters)
-    names |= set(config.attribute_map) | set(config.attribute_map.values())
-    try:
-        names |= set(vars(kind()))
-    except Exception:  # a class that cannot be made without arguments; what it declares is known all the same
-        return names
-    return names
-
-
-def _mentioned(config: PreTrainedConfig, pattern: str) -> bool:
-    """Whether the code of a config's class or of its decoder mentions an entry, and so may be trusted to follow it."""
-    kinds: list[type] = [type(config)]
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        found: Any = AutoModelForCausalLM._model_mapping[type(config)]
-        kinds += found if isinstance(found, tuple) else (found,)
-    elif type(config) in AutoModel._model_mapping:  # the decoder of a model that reads images too
-        decoder: Any = AutoModel._model_mapping[type(config)]
-        kinds.append(decoder)
-    sources = (inspect.getsource(sys.modules[kind.__module__]) for kind in kinds)
-    return any(re.search(rf"\b{pattern}\b", source) for source in sources)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

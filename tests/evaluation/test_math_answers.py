@@ -99,6 +99,24 @@ def test_an_output_that_opens_boxes_to_its_end_is_read_at_once() -> None:
     assert final_answer("\\boxed{" * 50_000 + "7" + "}" * 50_000) is not None
 
 
+SAID = [
+    ("The answer is: 5\n\nTo check it: the answer is easy to verify.", "5"),
+    ("Therefore, the answer is $x=3$ or $x=4$.", "3, 4"),
+    (r"Answer: \(1\), \(2\) and \(3\)", "1, 2, 3"),
+    ("The answer is $5$ and not $6$", "5"),
+    ("The answer is `42`.", "42"),
+    ('The answer is "42".', "42"),
+    ("The answer is 5. On reflection, the answer is 6.", "6"),
+    ("The answer is blue. No, the answer is red.", "red"),
+    ("The answer is 7, so the answer is B.", "B"),
+]
+
+
+@pytest.mark.parametrize(("output", "right"), SAID)
+def test_what_is_said_without_a_box(output: str, right: str) -> None:
+    assert equivalent(final_answer(output) or "", right)
+
+
 def test_proportions() -> None:
     assert proportion("2x+4y", "x+2y") == pytest.approx(2)
     assert proportion("x-y", "y-x") == pytest.approx(-1)

@@ -115,6 +115,12 @@ def test_settings_that_peft_does_not_know_are_refused_unless_they_say_nothing(ad
         assert "asks for from_the_future, which this version of peft does not know" in refusal(adapter)
 
 
+def test_an_adapter_that_repeats_layers_is_refused_by_name(adapter: Path) -> None:
+    pytest.importorskip("peft", reason="adapters are merged by peft")
+    change(adapter, layer_replication=[[0, 2], [1, 3]])
+    assert "repeats layers of" in (said := refusal(adapter)) and "(layer_replication)" in said
+
+
 def test_a_change_of_one_of_two_tables_that_are_one_is_refused(
     adapter: Path, write_family: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -31,6 +31,7 @@ from specontext.errors import ConfigError, ModelError, RequestError
 from specontext.locations import quantization_of_source, read_config, shape_of
 from specontext.model_shape import ModelShape
 from specontext.models.config_check import check_supported
+from tests.conftest import need_latents
 
 NEWER = ("DeepseekV32Config",)  # which the oldest supported version of transformers does not have
 SIZES = {
@@ -246,6 +247,33 @@ REFUSED: list[dict[str, Any]] = [
     {"rope_scaling": {"type": "yarn", "factor": -2.0}},
     {"rope_scaling": {"type": "longrope", "factor": 2.0, "short_factor": [1.0] * 3, "long_factor": [1.0] * 8}},
     {"rope_scaling": {"type": "longrope", "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": ["a"] * 8}},
+    {"softmax_scale": 0.5},
+    {"sparse_config": {"kernel_size": 32, "block_size": 64}},
+    {"use_sparse": True},
+    {"use_pos_enc": False},
+    {"pos_emb": "alibi"},
+    {"pe_type": "alibi"},
+    {"use_xpos": True},
+    {"is_neox_style": False},
+    {"use_k_norm": True},
+    {"value_residual": True},
+    {"use_cla": True},
+    {"share_kv": True},
+    {"compress_ratios": [4, 1, 4, 1]},
+    {"local_layers": [0, 1]},
+    {"global_every": 4},
+    {"chunk_size": 64},
+    {"num_meta_tokens": 16},
+    {"hybrid_layer_pattern": [0, 1, 0, 1]},
+    {"token_mixer": "mamba"},
+    {"llama_4_scaling": {"beta": 0.1}},
+    {"full_attn_mod": 2},
+    {"emb_scale": 8.0},
+    {"norm_head": True},
+    {"final_logits_cap": 30.0},
+    {"swiglu_limit": 7.0},
+    {"total_ut_steps": 4},
+    {"width_mult": 0.25},
     {"rope_theta": 0},
     {"rope_theta": "1e6"},
     {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
@@ -262,7 +290,71 @@ def test_entries_that_are_not_followed_are_refused_by_name(
         check_supported(read("llama", **entries))
 
 
+OUTER = [
+    ("rope_parameters", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ("rope_theta", {"rope_theta": 5e5}),
+    ("sliding_window", {"sliding_window": 16}),
+    ("max_position_embeddings", {"max_position_embeddings": 128}),
+    ("model_max_length", {"model_max_length": 128}),
+    ("attention_sinks", {"attention_sinks": 4}),
+    ("logits_scaling", {"logits_scaling": 8.0}),
+    ("", {"rope_theta": 1e4, "max_position_embeddings": 512, "num_attention_heads": 4}),  # what text_config says, too
+    ("", {"sliding_window": 16, "use_sliding_window": False, "model_max_length": 4096, "attention_sinks": None}),
+    ("", {"image_seq_length": 4, "max_image_seq_len": 4, "vision_position": "rope", "projector_scale": 2.0}),
+]
+
+
+@pytest.mark.parametrize(("named", "entries"), OUTER, ids=str)
+def test_entries_beside_a_text_config_are_not_passed_over(named: str, entries: dict[str, Any], tmp_path: Path) -> None:
+    text = SIZES | {"model_type": "llama", "rope_theta": 1e4}
+    values = {"model_type": "llava", "text_config": text, "vision_config": {"model_type": "clip_vision_model"}} | entries
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = read_config(tmp_path)
+    if not named:
+        return check_supported(config)
+    with pytest.raises(ModelError, match=f"has {named} .* outside of text_config"):
+        check_supported(config)
+
+
+EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "num_experts": 4, "n_routed_experts": 4}
+LATENTS = {"kv_lora_rank": 32, "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+ROUTING = [
+    ("qwen3_moe", {"scoring_func": "sigmoid"}, True),
+    ("qwen3_moe", {"moe_router_score_function": "sigmoid"}, True),
+    ("qwen3_moe", {"routed_scaling_factor": 2.5}, True),
+    ("qwen3_moe", {"router_scale": 2.5}, True),
+    ("qwen3_moe", {"n_group": 4}, True),
+    ("qwen3_moe", {"scoring_func": "softmax", "routed_scaling_factor": 1.0, "n_group": 1, "norm_topk_prob": True}, False),
+    ("llama", {"scoring_func": "sigmoid", "routed_scaling_factor": 2.5}, False),  # of no experts
+    ("deepseek_v3", LATENTS | {"scoring_func": "softmax"}, True),
+    ("deepseek_v3", LATENTS | {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "routed_scaling_factor": 2.5}, False),
+    ("deepseek_v2", LATENTS | {"norm_topk_prob": True}, True),  # which its class reads and does not do
+    ("deepseek_v2", LATENTS | {"norm_topk_prob": False, "scoring_func": "softmax"}, False),
+    ("minimax_m2", {"scoring_func": "sigmoid", "use_routing_bias": True}, False),
+    ("mixtral", {"norm_topk_prob": True}, False),
+]
+
+
+@pytest.mark.parametrize(("model_type", "entries", "refused"), ROUTING, ids=str)
+def test_entries_that_route_tokens_otherwise_than_the_class(
+    model_type: str, entries: dict[str, Any], refused: bool, read: Callable[..., PreTrainedConfig]
+) -> None:
+    if "kv_lora_rank" in entries:
+        need_latents()
+    config = read(model_type, **EXPERTS, **entries)
+    if not refused:
+        return check_supported(config)
+    with pytest.raises(ModelError, match=f"its config has {list(entries)[-1]} .* experts"):
+        check_supported(config)
+
+
 HARMLESS: list[tuple[str, dict[str, Any]]] = [
+    ("phi3", {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False}),  # Phi-4-mini
+    ("stablelm", {"rotary_scaling_factor": 1.0, "rope_pct": 0.25}),
+    ("lfm2", {"use_pos_enc": True, "full_attn_idxs": [1, 3], "block_use_swiglu": True}),
+    ("qwen3_5_text", {"attn_output_gate": True, "full_attention_interval": 4, "mamba_ssm_dtype": "float32"}),
+    ("llama", {"decoder_sparse_step": 1, "compress_ratios": [1] * 4, "cla_share_factor": 2, "use_cla": False}),
+    ("starcoder2", {"activation_function": "gelu", "scale_attention_softmax_in_fp32": True, "scale_attn_weights": True}),
     (
         "llama",
         {"torch_dtype": "float32", "auto_map": {}, "pretraining_tp": 2, "transformers_version": "4.1", "unsloth_version": "1"},

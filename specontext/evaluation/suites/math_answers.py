@@ -24,7 +24,9 @@ _LONGEST = 400  # characters of an answer that is looked into
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _BARE = re.compile(r"[^\s$.,]+")
 _BETWEEN = re.compile(r"(?:[\s,;$]|\\q?quad|\\[,; ()\[\]]|\\(?:text|mbox)\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b)*")
-_SAID = re.compile(r"(?:\banswer\b\**\s*(?:is|:|=)\**\s*:?|####)[ \t]*\**[ \t]*(?P<answer>[^\n]+)", re.IGNORECASE)
+_SAID = re.compile(r"(?:\banswer\b\**\s*(?:is|:|=)\**\s*:?|####)[ \t]*\**[ \t]*(?=(?P<answer>[^\n]{1,500}))", re.IGNORECASE)
+_FORMULA = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)")
+_TELLING = re.compile(r"\d|[$\\^_=√π∞]|(?<!\w)[A-HJ-Zb-z](?!\w)")
 _NUMBER = re.compile(r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?|(?<![\w.])-?\.\d+")
 
 
@@ -39,16 +41,26 @@ def final_answer(output: str, *, or_last_number: bool = False) -> str | None:
     """
     if (boxed := last_boxed(output)) is not None:
         return boxed
-    if said := list(_SAID.finditer(output)):
-        answer = re.split(r"\.(?:\s|$)", said[-1]["answer"], maxsplit=1)[0].strip(" *")
-        inside = re.search(r"\$([^$]+)\$|\\\((.+?)\\\)", answer)
-        if inside:
-            answer = inside[1] or inside[2]
-        if answer:
+    if said := [match["answer"] for match in _SAID.finditer(output)]:
+        telling = [answer for answer in said if _TELLING.search(answer)]  # and not "the answer is easy to check"
+        answer = re.split(r"\.(?:\s|$)", (telling or said)[-1], maxsplit=1)[0].strip(' *`"')
+        if answer := _formulas(answer) or answer:
             return answer
     if or_last_number and (numbers := _NUMBER.findall(output)):
         return str(numbers[-1]).strip("$,")
     return None
+
+
+def _formulas(answer: str) -> str:
+    """The first formula in a sentence, and those that only commas, "and" or "or" divide from it; '' where there is none."""
+    parts: list[str] = []
+    end = 0
+    for match in _FORMULA.finditer(answer):
+        if parts and not _BETWEEN.fullmatch(answer, end, match.start()):
+            break
+        parts.append(match[1] or match[2])
+        end = match.end()
+    return ", ".join(parts)
 
 
 def last_boxed(text: str) -> str | None:
