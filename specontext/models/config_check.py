@@ -248,6 +248,7 @@ def _vendor_obstacles(config: PreTrainedConfig, longest: int) -> Iterator[str]:
         "initial_context_length": rope.get("original_max_position_embeddings"),
         "position_embedding_type": "rope_gptj" if config.model_type.startswith("cohere") else None,  # as its class turns heads
         "attn_output_gate": mentioned(config, r"sigmoid\(gate"),  # as Qwen's classes always have it
+        "swiglu_limit": 7.0 if mentioned(config, r"limit = 7\.0") else None,  # as gpt-oss' class has it before it reads the entry
         "use_parallel_block": config.model_type.startswith("cohere"),  # as its class always has it
         **dict.fromkeys(("rotary_emb_base", "rotary_base", "rope_base", "rope_theta"), rope.get("rope_theta")),
     }
