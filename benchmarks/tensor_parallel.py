@@ -139,9 +139,10 @@ def all_measured(parts: Sequence[Part], cards: Sequence[str], seconds: float) ->
                 yield part, future.result()
 
 
-def rows_in(file: Path | None) -> list[dict[str, Any]]:
-    """Rows that an earlier run appended to a file: other numbers of ranks, to which this run's compare."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file is not None and file.exists() else []
+def rows_of_others(file: Path | None, ranks: Sequence[int]) -> list[dict[str, Any]]:
+    """What earlier runs appended to a file of other numbers of ranks than these, to compare with."""
+    found = [json.loads(line) for line in file.read_text().splitlines()] if file is not None and file.exists() else []
+    return [row for row in found if "ranks" in row and row["ranks"] not in ranks]
 
 
 def _cards(part: Part, cards: Sequence[str]) -> int:
@@ -232,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=40, help="that are timed")
     parser.add_argument("--host-memory", type=float, help="GiB of all ranks' KV in host memory (default: what the cases need)")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything")
-    parser.add_argument("--out", type=Path, help="a file to which rows are appended as they come; those in it count")
+    parser.add_argument("--out", type=Path, help="a file to append rows to as they come; those of other ranks count")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -243,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := set(arguments.only.split(",")) - set(PARTS):
         parser.error(f"unknown part {sorted(unknown)[0]}: choose among {', '.join(PARTS)}")
     console, parts = Console(width=200), parts_of(arguments)
-    rows = rows_in(arguments.out)
+    rows = rows_of_others(arguments.out, [part.ranks for part in parts])
     cards = cards_of(arguments.device, max((part.ranks for part in parts), default=1))
     for part, found in all_measured(parts, cards, 60 * arguments.minutes):
         rows += found

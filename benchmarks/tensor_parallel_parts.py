@@ -113,9 +113,8 @@ def steps(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if cuda:
         torch.cuda.empty_cache()
     offloaded = whole.shape.layers if part["kind"] == "host" else 0
-    tokens = {
-        case: WARM + part["steps"] + SPARE + 2 * case[0] for case in map(tuple, part["cases"])
-    }  # the first wait for the last
+    # The first requests of a case decode until its last prompt is computed, and so many tokens more.
+    tokens = {case: WARM + part["steps"] + SPARE + 2 * case[0] for case in map(tuple, part["cases"])}
     with TemporaryDirectory() as folder:
         began = time.perf_counter()
         engine = make_engine(_settings(part, whole, Path(folder)))

@@ -46,10 +46,10 @@ def _settings() -> dict[str, Any]:
 
 
 @cache
-def _remembers_tuning() -> dict[str, Any]:
-    """What has the compiler find in its cache how kernels were tuned; it does so by itself from 2.12 on. Before, its launcher of
-    loaded kernels takes it for those alone that were chosen among several, and those that come from another process lose the mark
-    of having been tuned, so that each process tunes again."""
+def _keep_tuning() -> dict[str, Any]:
+    """Have the compiler find in its cache how kernels were tuned, by these options; from 2.12 on it does so by itself. Before,
+    its launcher of loaded kernels takes it for those alone that were chosen among several, and those that come from another
+    process lose the mark of having been tuned, so that each process tunes again."""
     from torch._inductor import config
 
     name = "use_static_cuda_launcher"
@@ -112,5 +112,5 @@ class CompiledModules:
         # Alike modules differ in their weights only, which are inputs of the compiled code; a limit counts them all the same.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(self._parts))
         # Tuning the kernels takes half of the time of compiling, and with several tokens it gains nothing.
-        options = {"coordinate_descent_tuning": single} | (_remembers_tuning() if single else {})
+        options = {"coordinate_descent_tuning": single} | (_keep_tuning() if single else {})
         return [torch.compile(getattr(module, name), options=options, dynamic=not single) for module, name in self._parts]

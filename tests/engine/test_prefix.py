@@ -458,7 +458,7 @@ def test_any_history(seed: int, make_llm: MakeLLM, greedy: Greedy, fresh: Any) -
 
 
 @pytest.mark.slow
-@settings(max_examples=24, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
 def test_many_histories(seed: int, make_llm: MakeLLM, greedy: Greedy, fresh: Any) -> None:
     any_history(seed, make_llm, greedy, fresh)

@@ -189,7 +189,7 @@ def slow(*arguments: object) -> Any:
     [
         ("windows", 2),
         *(slow("chunks", 2), slow("llama", 4), slow("qwen2", 4), slow("qwen3", 2), slow("mistral", 2), slow("bands", 3)),
-        *(slow("sinks", 4), slow("shared", 2), slow("shared", 4)),
+        *(slow("windows", 4), slow("sinks", 2), slow("sinks", 4), slow("shared", 2), slow("shared", 4)),
     ],
 )
 def test_heads_and_head_maps_of_other_models(make_llm: Callable[..., LLM], family: str, size: int) -> None:
