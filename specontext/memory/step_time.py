@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -124,8 +125,11 @@ class StepClock:
         machine, shape, requests = self.machine, self.facts.shape, len(lengths)
         layers = shape.layers
         tokens = sum(lengths)
-        chosen = tokens if self.budget is None else sum(min(length, self.budget) for length in lengths)
-        longer = tokens if self.budget is None else sum(self.budget for length in lengths if length > self.budget)
+        chosen = longer = tokens
+        if self.budget is not None:
+            counts = Counter(lengths).items()  # plans ask for many that are alike
+            chosen = sum(count * min(length, self.budget) for length, count in counts)
+            longer = sum(count * self.budget for length, count in counts if length > self.budget)
         missed = 1.0 if self.budget is None else 1 - self.overlap
         keys = 0 if self.budget is None else tokens * self.facts.key_bytes_per_token
         missing = longer * offloaded * missed  # rows of all heads
