@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from specontext.engine.parts import Parts
 from specontext.engine.true_attention import AttentionObserver
 from specontext.engine.twin import DenseTwin
 from specontext.errors import DeviceError, DeviceMemoryError
+from specontext.kernels.compiling import Compilers
 from specontext.models.attention import listening
 from specontext.models.compiled import CompiledModules
 from specontext.models.decoder import decoder_layers, decoder_of, output_layer
@@ -202,7 +204,14 @@ class ModelRunner:
         """
         if self._graphs is None:
             return
-        with working_device(min(self.parts.step_tokens.alone, self.parts.max_tokens)):
+        with (
+            working_device(min(self.parts.step_tokens.alone, self.parts.max_tokens)),
+            Compilers(self.parts.kv.device) as compilers,
+        ):
+            if not self._waits(self.parts.selector):
+                for batch in self._graphs.paddings(self._spans(None)):
+                    if not compilers.walk(partial(self._forward, batch)):
+                        break
             warm_up_chunks(self._launched, self.parts)  # first: what several tokens run is compiled with many in mind
             if not self._waits(self.parts.selector):
                 self._graphs.warm_up(self._spans(None), self._fused)
