@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
@@ -219,6 +219,13 @@ class ModelRunner:
                 self._chunks.record(self._chunks.sizes, self._fused_pass)
             # Captures give memory back that is free: the one that chunks need stays now.
             warm_up_chunks(self._launched, self.parts)
+
+    def _compile_kernels(self, batches: Iterable[Batch]) -> None:
+        """Have the kernels of decode steps compiled beside each other, before others are chosen by how long they take."""
+        with Compilers(self.parts.kv.device) as compilers:
+            for batch in batches:
+                if not compilers.walk(partial(self._forward, batch)):
+                    break
 
     def _uncaptured(self, batch: Batch) -> Tensor:
         """A step that is not captured as a whole: short chunks are, in pieces, where no method watches them that may keep what it

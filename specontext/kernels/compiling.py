@@ -2,7 +2,7 @@
 
 A kernel is compiled when it is first launched, and the host waits: a step of twenty kernels waits twenty times. Here a step that
 is to come is walked through first. Its kernels are handed to threads that compile them, and none is launched; what the walk
-computes is nothing, in memory that is zero. A launch later on waits for its own kernel only, and meanwhile the host goes on.
+computes is nothing, in memory that is zero.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _walking = threading.Lock()
 
 
 class Compilers:
-    """Inside, as a context, Triton kernels that `walk` meets compile in threads of their own.
+    """Inside, as a context, Triton kernels that `walk` meets compile in threads of their own; they are there when it ends.
 
     On a CPU, and where Triton is missing or cannot do it (before 3.4), nothing happens.
     """
@@ -78,7 +78,8 @@ class _Pool(Executor):
 
     def __init__(self, device: torch.device) -> None:
         threads = max(1, min(THREADS, (os.cpu_count() or 1) - 1))
-        self._threads = ThreadPoolExecutor(threads, "compile", initializer=torch.cuda.set_device, initargs=(device,))
+        number = torch.cuda.current_device() if device.index is None else device.index
+        self._threads = ThreadPoolExecutor(threads, "compile", initializer=torch.cuda.set_device, initargs=(number,))
         self.begun: list[Future[Any]] = []
 
     def submit(self, compile_kernel: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.torch_version import TorchVersion
 
 from specontext.gguf.cache import cache_folder
+from specontext.models.one_row import compile_one_row
 
 # Where compilers keep what they have made. Their own default, below /tmp, is lost with a container.
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
@@ -43,35 +43,6 @@ def _settings() -> dict[str, Any]:
     at in vain, and layers are compiled in twice as many pieces."""
     asked = {"nested_graph_breaks": True}
     return {name: value for name, value in asked.items() if hasattr(torch._dynamo.config, name)}
-
-
-@cache
-def _keep_tuning() -> dict[str, Any]:
-    """Have the compiler find in its cache how kernels were tuned, by these options; from 2.12 on it does so by itself. Before,
-    its launcher of loaded kernels takes it for those alone that were chosen among several, and those that come from another
-    process lose the mark of having been tuned, so that each process tunes again."""
-    from torch._inductor import config
-
-    name = "use_static_cuda_launcher"
-    if TorchVersion(torch.__version__) >= "2.12" or not hasattr(config, name):
-        return {}
-    with suppress(ImportError):
-        keep_mark("found_by_coordesc")
-    return {name: False}
-
-
-def keep_mark(mark: str) -> None:
-    """Have Triton's configurations keep an attribute that others have put at them when they go from process to process."""
-    from triton.runtime.autotuner import Config
-
-    restore = Config.__setstate__
-
-    def restored(self: Any, state: dict[str, Any]) -> None:
-        restore(self, state)
-        if mark in state:
-            setattr(self, mark, state[mark])
-
-    Config.__setstate__ = restored
 
 
 class CompiledModules:
@@ -111,6 +82,5 @@ class CompiledModules:
     def _compiled(self, single: bool) -> list[Any]:
         # Alike modules differ in their weights only, which are inputs of the compiled code; a limit counts them all the same.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(self._parts))
-        # Tuning the kernels takes half of the time of compiling, and with several tokens it gains nothing.
-        options = {"coordinate_descent_tuning": single} | (_keep_tuning() if single else {})
-        return [torch.compile(getattr(module, name), options=options, dynamic=not single) for module, name in self._parts]
+        backend: Any = compile_one_row if single else "inductor"
+        return [torch.compile(getattr(module, name), backend=backend, dynamic=not single) for module, name in self._parts]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from specontext import LLM, SamplingParams, SpeContextConfig
 from specontext.core import Batch
 from specontext.engine.runner import ModelRunner
-from specontext.models.compiled import CompiledModules, keep_mark
+from specontext.models.compiled import CompiledModules
 from specontext.models.decoder import decoder_layers
 from specontext.retrieval.head import CALLED
 from tests.models.architectures import RUN
@@ -30,7 +29,7 @@ class Counting:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.graphs = 0
         compiler = torch.compile
-        patch.setattr(torch, "compile", lambda function, **given: compiler(function, backend=self, dynamic=given["dynamic"]))
+        patch.setattr(torch, "compile", lambda function, **given: compiler(function, **given | {"backend": self}))
 
     def __call__(self, graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
         self.graphs += 1
@@ -74,14 +73,3 @@ def test_what_stood_at_a_module_stands_there_again() -> None:
         with modules.use(1):
             assert vars(plain)["forward"] is not own and vars(patched)["forward"] is not own
         assert "forward" not in vars(plain) and vars(patched)["forward"] is own
-
-
-def test_marks_stay_where_configurations_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    Config = pytest.importorskip("triton.runtime.autotuner").Config
-    monkeypatch.setattr(Config, "__setstate__", Config.__setstate__)  # as it was, in the end
-    keep_mark("tuned")
-    marked, plain = Config({"XBLOCK": 64}, num_warps=2), Config({"XBLOCK": 32})
-    marked.tuned = True
-    there, other = pickle.loads(pickle.dumps((marked, plain)))
-    assert there.tuned and not hasattr(other, "tuned")
-    assert (there.kwargs, there.num_warps, other.kwargs) == ({"XBLOCK": 64}, 2, {"XBLOCK": 32})
