@@ -117,6 +117,7 @@ class NearSums:
         self._piece: Any = None
         self._thread: threading.Thread | None = None
         self._enough = threading.Event()
+        self._lock = threading.Lock()
 
     def look(self) -> None:
         """Whether this device reaches the others at all."""
@@ -197,15 +198,16 @@ class NearSums:
 
     def release(self) -> None:
         """Let go kernels that wait for others, from any thread and for as long as such may be launched; their sums are wrong."""
-        if self._piece is None or self._thread is not None:
-            return
-        begun = threading.Event()
-        self._thread = threading.Thread(target=self._let_go, args=(begun,), name="release of sums", daemon=True)
-        try:
-            self._thread.start()
-        except RuntimeError:  # the interpreter ends, and starts no more threads
-            self._enough.set()
-            self._let_go(begun)
+        with self._lock:
+            if self._piece is None or self._thread is not None:
+                return
+            begun = threading.Event()
+            self._thread = threading.Thread(target=self._let_go, args=(self._piece, begun), name="release of sums", daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError:  # the interpreter ends, and starts no more threads
+                self._enough.set()
+                self._let_go(self._piece, begun)
         begun.wait(GRACE_S)
 
     def idle(self, seconds: float = GRACE_S) -> bool:
@@ -224,22 +226,24 @@ class NearSums:
     def close(self) -> None:
         """Give the memory back; nothing may wait any more, and captured steps must be gone."""
         rests = self.idle(RELEASE_S) if self._pads else True
+        with self._lock:
+            piece, self._piece = self._piece, None
         self._enough.set()
         if self._thread is not None and self._thread.is_alive():
             self._thread.join(GRACE_S)
+            rests = rests and not self._thread.is_alive()
         if not rests:
-            _failed.append((self._buffer, self._pads, self._piece))
+            _failed.append((self._buffer, self._pads, piece))
         elif self._side is not None:
             self._side.synchronize()  # rounds that were queued, at most for a second
-        self._pads, self._buffer, self._piece = [], None, None
+        self._pads, self._buffer = [], None
         if self._group is not None:
             c10d._unregister_process_group(self._name)
             self._group = None
 
-    def _let_go(self, begun: threading.Event) -> None:
+    def _let_go(self, piece: Any, begun: threading.Event) -> None:
         """Queue rounds, at least once, until it is enough."""
         until = time.monotonic() + RELEASE_S
-        piece = self._piece
         with suppress(RuntimeError), torch.cuda.stream(self._side):  # on a device that has failed nothing waits
             while True:
                 for _ in range(PIECES):

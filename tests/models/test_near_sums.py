@@ -155,3 +155,49 @@ def test_without_memory_of_others_there_is_nothing_to_let_go_or_close() -> None:
     sums = NearSums(Share(0, 2), None, "sums", torch.device("cuda:0"))
     sums.release()
     sums.close()
+
+
+class Recorded:
+    """Stands for the ranks' memory and for NCCL: what is asked of them, in order."""
+
+    def __init__(self, rests: bool = True) -> None:
+        self.asked: list[str] = []
+        self._rests = rests
+
+    def __getattr__(self, name: str) -> Callable[..., bool | None]:
+        def ask(*_: object) -> bool | None:
+            self.asked.append(name)
+            return {"takes": True, "idle": self._rests}.get(name)
+
+        return ask
+
+
+def ranks_with(recorded: Recorded) -> Ranks:
+    ranks = Ranks(Share(0, 1))
+    ranks.near = ranks._device = recorded  # type: ignore[assignment]
+    return ranks
+
+
+def test_an_abort_lets_go_before_nccl_ends_and_sums_go_to_nccl_from_then_on() -> None:
+    """Which may wait for the device; an aborted communicator refuses what it is given."""
+    ranks = ranks_with(recorded := Recorded())
+    ranks.sum_(torch.zeros(4))
+    ranks.abort()
+    ranks.abort()
+    ranks.sum_(torch.zeros(4))
+    assert recorded.asked == ["takes", "sum_", "release", "abort", "allreduce"]
+
+
+@pytest.mark.parametrize("rests, asked", [(True, ["idle", "close", "abort"]), (False, ["idle", "release", "abort", "close"])])
+def test_ranks_part_without_signals_that_others_may_wait_for(rests: bool, asked: list[str]) -> None:
+    """Only where sums are still under way are their kernels let go, which takes signals from others."""
+    ranks = ranks_with(recorded := Recorded(rests))
+    ranks.close()
+    assert recorded.asked == asked and ranks.near is None
+
+
+def test_a_rank_that_computes_apart_adds_nothing_up() -> None:
+    ranks = ranks_with(recorded := Recorded())
+    with ranks.apart():
+        ranks.sum_(torch.zeros(4))
+    assert recorded.asked == []
