@@ -67,7 +67,7 @@ class ParallelEngine(LLMEngine):
         self._within = False
         ranks = Ranks(Share(0, size))
         self._processes = processes = RankProcesses(size, threads=threads, patience=PATIENCE[device.type])
-        weakref.finalize(self, processes.end)
+        weakref.finalize(self, _end, processes, ranks)
         try:
             if device.type == "cuda":  # all load at the same time
                 processes.begin(replace(config, device=device.type), ranks.port)
@@ -84,6 +84,7 @@ class ParallelEngine(LLMEngine):
         except BaseException as error:
             why = error if isinstance(error, SpeContextError | KeyboardInterrupt) else processes.loss(error)
             processes.end()
+            ranks.abort()
             if why is error:
                 raise
             raise why from error
@@ -179,12 +180,20 @@ class ParallelEngine(LLMEngine):
         if self.closed:
             return
         ranks = self.loaded.ranks
+        if ranks is not None and self._processes.lost:
+            ranks.abort()  # before anything waits for a device that waits for ranks that are gone
         super().close()
         if told := not self._processes.lost:
             self._processes.tell(CLOSE)
         self._processes.end(told=told)
         if ranks is not None:
             ranks.close()
+
+
+def _end(processes: RankProcesses, ranks: Ranks) -> None:
+    """Of an engine that nobody has closed."""
+    processes.end()
+    ranks.abort()
 
 
 def ignore(logits: Tensor) -> None:

@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from specontext.checkpoints.wording import in_one_sentence
 from specontext.errors import RankError
 from specontext.memory.sharing import Share
+from specontext.models.near_sums import NearSums, near_sums
 
 Result = TypeVar("Result")
 LOCALHOST = "127.0.0.1"
@@ -35,12 +36,14 @@ class Ranks:
     Attributes:
         share: its part.
         port: of the store by which ranks find each other, on this machine.
+        near: what adds up small tensors, where the ranks' GPUs reach each other's memory.
     """
 
     def __init__(self, share: Share, port: int | None = None) -> None:
         self.share = share
         self._store: Any = dist.TCPStore(LOCALHOST, port or 0, None, port is None, TIMEOUT, False)
         self.port = int(self._store.port)
+        self.near: NearSums | None = None
         self._host: Any = None
         self._device: Any = None
         self._apart = self._aborted = False
@@ -73,11 +76,16 @@ class Ranks:
                     f"the GPUs do not reach each other through NCCL ({in_one_sentence(error)}): in a container give it more "
                     "shared memory (--shm-size 8g, or --ipc host), or leave tensor_parallel_size out"
                 ) from error
+            self.near = near_sums(self.share, self._store, self.port, device, self.least)
 
     @torch.compiler.disable
     def sum_(self, tensor: Tensor) -> None:
         """Add up the ranks' tensors, in place. On a GPU the host does not wait."""
-        if not self._apart:
+        if self._apart:
+            return
+        if self.near is not None and not self._aborted and self.near.takes(tensor):
+            self.near.sum_(tensor)
+        else:
             _wait(self._device.allreduce([tensor], _on_this_stream(dist.AllreduceOptions())))
 
     @torch.compiler.disable
@@ -139,10 +147,17 @@ class Ranks:
         """End what waits for a rank that is lost, from any thread."""
         if self._device is not self._host and not self._aborted:
             self._aborted = True
+            if self.near is not None:
+                self.near.release()  # first: NCCL's end may wait for all that the device was given
             self._device.abort()
 
     def close(self) -> None:
         """Let go of the others; captured steps must be gone."""
+        if self.near is not None:
+            if not self.near.idle():
+                self.abort()
+            self.near.close()
+            self.near = None
         self.abort()
         self._host = self._device = self._store = None
 
