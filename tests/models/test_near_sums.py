@@ -157,6 +157,31 @@ def test_without_memory_of_others_there_is_nothing_to_let_go_or_close() -> None:
     sums.close()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["as it was made", "in the midst of its memory", "in another order"])
+def test_tensors_are_handed_on_whole_and_come_back_where_they_were(dtype: torch.dtype, kind: str) -> None:
+    """The kernel, here two ranks with the same numbers, has contiguous tensors of one shape that begin at 16 bytes."""
+    sums = NearSums(Share(0, 2), None, "sums", CPU)
+    sums._buffer = torch.zeros(LARGEST, dtype=torch.uint8)
+
+    def add_up(shared: Tensor, how: str, name: str, out: Tensor) -> None:
+        assert (how, name) == ("sum", "sums") and shared.storage_offset() == 0
+        assert shared.shape == out.shape and shared.dtype == out.dtype
+        assert out.is_contiguous() and out.data_ptr() % 16 == 0
+        out.copy_(2 * shared)
+
+    sums._sum = add_up
+    numbers = torch.arange(6 * 64).view(6, 64).to(dtype) % 99
+    tensor = {
+        "as it was made": numbers.clone(),
+        "in the midst of its memory": torch.cat((numbers.flatten()[:1], numbers.flatten()))[1:].view(6, 64),
+        "in another order": numbers.T.contiguous().T,
+    }[kind]
+    where = tensor.data_ptr()
+    sums.sum_(tensor)
+    assert torch.equal(tensor, 2 * numbers) and tensor.data_ptr() == where
+
+
 class Recorded:
     """Stands for the ranks' memory and for NCCL: what is asked of them, in order."""
 
