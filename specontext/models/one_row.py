@@ -3,8 +3,7 @@
 A decode step of Llama-3.1-8B's shape takes 5.6 ms on an H200 with a library's products of a row and a matrix, and 5.0 with sums
 over rows as the compiler writes them. PyTorch makes sums of them, too, where it is to tune kernels by coordinate descent. That
 compiles and times some twenty variants of each kernel, one after the other, and is misled where the machine is busy: 4.9 ms at
-its best, and 5.7 at other times. Here the compiler's own list of variants is timed, compiled beside each other, so that a start takes
-20 s less.
+its best, and 5.7 at other times. Here the compiler's own list of variants is timed, which are compiled beside each other.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def compare(ranks: Ranks, device: torch.device) -> list[str]:
             parts = [integers(shape, rank, device, dtype) for rank in range(ranks.share.size)]
             expected, own = torch.stack(parts).sum(0), parts[ranks.share.rank]
             elsewhere = torch.cat((own.flatten()[:1], own.flatten()))[1:].view(shape)  # not at the beginning of its memory
-            across = own.movedim(0, -1).contiguous().movedim(-1, 0)
+            across = own.movedim(0, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 0)
             taken = dtype != torch.float16 and own.nbytes <= LARGEST and own.nbytes % 4 == 0
             for tensor in (own, elsewhere, across):
                 if not taken and not tensor.is_contiguous():
