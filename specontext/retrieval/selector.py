@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from specontext.core import Batch, Segment, Selection
+from specontext.kernels.selected_tokens import ALWAYS, selected_tokens
 from specontext.kernels.top_k import groups_of
 from specontext.model_shape import ModelShape
 from specontext.retrieval.head import RetrievalHead
@@ -61,31 +62,23 @@ class Budget:
         """End of the positions sink .. end - 1 that compete by score."""
         return (lengths - self.recent).clamp(min=self.sink)
 
-    def last_candidates(self, lengths: Tensor) -> Tensor:
-        """As many of the last candidates as may be scored, int64 [R, 1, K]: all of them where a context fits the budget."""
-        end = self.candidates_end(lengths)[:, None]
-        first = (end - self.scored).clamp(min=self.sink)
-        window = first + torch.arange(self.scored, device=end.device)
-        return torch.where(window < end, window, -1)[:, None]
-
-    def compose(self, scored: Tensor, lengths: Tensor, end: Tensor | None = None, width: int | None = None) -> Selection:
+    def compose(self, scored: Tensor, lengths: Tensor) -> Selection:
         """The selection of sinks, scored tokens and recent tokens.
 
         Args:
             scored: int64 [R, G, K] ascending candidates, then -1 where there is none.
             lengths: int64 [R].
-            end, width: int64 [R] and a number: the `width` tokens from `end` on, as far as there are, are read in any case; by
-                default the recent ones.
         """
-        end, width = self.candidates_end(lengths) if end is None else end, self.recent if width is None else width
-        groups = scored.shape[1]
-        sinks = torch.arange(self.sink, device=scored.device).expand(len(lengths), -1)
-        recents = end[:, None] + torch.arange(width, device=scored.device)
-        fixed = [torch.where(t < lengths[:, None], t, -1)[:, None].expand(-1, groups, -1) for t in (sinks, recents)]
-        tokens = torch.cat((fixed[0], scored, fixed[1]), dim=-1)
-        is_scored = torch.zeros_like(tokens, dtype=torch.bool)
-        is_scored[..., self.sink : tokens.shape[-1] - width] = scored >= 0
-        return Selection(tokens, is_scored)
+        return Selection(*selected_tokens(scored, lengths, None, sink=self.sink, width=self.recent))
+
+    def compose_what_exceeds(self, scored: Tensor, lengths: Tensor) -> Selection:
+        """The same, but contexts that fit the budget are read whole, whatever was chosen."""
+        return Selection(*selected_tokens(scored, lengths, None, sink=self.sink, width=self.recent, whole=self.total))
+
+    def compose_last(self, lengths: Tensor, groups: int = 1) -> Selection:
+        """Sinks and as many last tokens as there is room for: contexts that fit the budget are read whole."""
+        scored = lengths.new_empty(()).expand(len(lengths), groups, self.scored)
+        return Selection(*selected_tokens(scored, lengths, None, sink=self.sink, width=self.recent, whole=ALWAYS))
 
     def compose_after(self, scored: Tensor, lengths: Tensor, prompts: Tensor) -> Selection:
         """The same with all tokens after the prompt, besides the budget: what methods read that select from the prompt only.
@@ -94,8 +87,9 @@ class Budget:
             scored: int64 [R, G, K] ascending candidates before the end that `prompt_end` gives, then -1 where there is none.
             prompts: int64 [R], tokens of the prompts.
         """
-        end = self.prompt_end(lengths, prompts)
-        return self.compose(scored, lengths, end, max(int((lengths - end).max()), 0))
+        ends = self.prompt_end(lengths, prompts)
+        width = max(int((lengths - ends).max()), 0)
+        return Selection(*selected_tokens(scored, lengths, ends, sink=self.sink, width=width))
 
     def prompt_end(self, lengths: Tensor, prompts: Tensor) -> Tensor:
         """End of the candidates where all tokens after the prompt are read in any case."""

@@ -146,37 +146,40 @@ class SpeculativeSelector(AheadSelector):
 
     def select(self, lane: LaneTokens) -> Selection:
         budget, lengths = self.budget, lane.lengths
-        everything = budget.last_candidates(lengths)
         if lane.span <= budget.total:
-            return budget.compose(everything.expand(-1, self.groups, -1), lengths)
+            return budget.compose_last(lengths, self.groups)
         before = None if self.last_fused is None else self.last_fused[lane.seats]
         queries = self.head.queries(
             self.head.embedded(lane.token_ids, self.embedding).to(self.cache.keys.dtype), before, lane.positions
         )
         # A context that fits is read whole, whoever is in the batch beside it: none of its keys is looked at.
-        fits = lengths <= budget.total
-        stops = torch.where(fits, budget.sink, budget.candidates_end(lengths))
+        stops = torch.where(lengths <= budget.total, budget.sink, lengths - budget.recent)
         pages, keys, groups = self.cache.pages_of(lane.seats, lane.span), self.cache.keys, self.head.config.kv_heads
         scores = paged_retrieval_scores(queries, keys, pages, budget.sink, stops, lane.span, groups)
-        chosen = choose(scores, self.granularity, budget.scored)
-        return budget.compose(torch.where(fits[:, None, None], everything, chosen), lengths)
+        return budget.compose_what_exceeds(choose(scores, self.granularity, budget.scored), lengths)
 
     def observe(self, batch: Batch, features: Tensor | None) -> None:
         fused = before = None
         if self.last_fused is not None:
             assert features is not None
             fused = self.head.fuse(features.to(self.last_fused.dtype))
-            before = fused.roll(1, dims=0)  # of the token before, inside a chunk
-            for segment in batch.prefills:
-                before[segment.offset] = self.last_fused[segment.seat]
-            decodes = slice(0, batch.num_decodes)
-            before[decodes] = self.last_fused[batch.seats[decodes]]
+            if batch.prefills:
+                before = fused.roll(1, dims=0)  # of the token before, inside a chunk
+                for segment in batch.prefills:
+                    before[segment.offset] = self.last_fused[segment.seat]
+                decodes = slice(0, batch.num_decodes)
+                before[decodes] = self.last_fused[batch.seats[decodes]]
+            else:
+                before = self.last_fused[batch.seats]
         keys = self.head.keys(
             self.head.embedded(batch.token_ids, self.embedding).to(self.cache.keys.dtype), fused, before, batch.positions
         )
         self.cache.append(batch.seats, batch.positions, keys)
         if self.last_fused is not None and fused is not None:
-            self.last_fused.index_copy_(0, batch.seats[batch.last_tokens], fused[batch.last_tokens])
+            seats, last = batch.seats, fused
+            if batch.prefills:
+                seats, last = seats[batch.last_tokens], last[batch.last_tokens]
+            self.last_fused.index_copy_(0, seats, last)
 
     def selection_bytes(self, lane: LaneTokens) -> Tensor:
         """The head's keys of the whole context; none where all of it is read."""

@@ -19,7 +19,7 @@ class StreamingSelector(AheadSelector):
         return 1
 
     def select(self, lane: LaneTokens) -> Selection:
-        return self.budget.compose(self.budget.last_candidates(lane.lengths), lane.lengths)
+        return self.budget.compose_last(lane.lengths)
 
     def selection_bytes(self, lane: LaneTokens) -> Tensor:
         return torch.zeros_like(lane.positions)
