@@ -55,6 +55,14 @@ class AsyncEngine:
         self._events = asyncio.get_running_loop()
         self._loop.start()
 
+    async def settled(self) -> None:
+        """Wait until the engine's thread takes orders.
+
+        Raises:
+            EngineDeadError: it has ended instead.
+        """
+        await self.call(lambda _: None)
+
     @property
     def error(self) -> Exception | None:
         """What ended the engine."""

@@ -55,10 +55,12 @@ def _plan_attention(parts: Parts, tokens: int) -> None:
         tile, kv_heads = made_tile(shape.query_heads, shape.key_dim, shape.dtype.itemsize), shape.query_heads
     query = torch.zeros((tokens, shape.query_heads, shape.key_dim), dtype=shape.dtype, device=device)
     stored = query.new_zeros((max(tokens, min(tile, parts.max_tokens)), kv_heads, 2, shape.key_dim))
-    if not serves(query) or regular_kernel(query, stored[:, :, 0]) is None:
+    # A chunk's own keys come from the model by themselves; where they are made of latents, with the values between them.
+    own = query.new_zeros((tokens, kv_heads, shape.key_dim)) if shape.latent is None else stored[:tokens, :, 0]
+    if not serves(query) or regular_kernel(query, own) is None:
         return
     for count in range(QUERIES, tokens + 1, QUERIES):
-        attention = chunk_attention(query[:count], stored[:count, :, 0], stored[:count, :, 1], shape.key_dim**-0.5)
+        attention = chunk_attention(query[:count], own[:count], own[:count], shape.key_dim**-0.5)
         for keys in (tile >> bit for bit in range(tile.bit_length())):
             if KEYS <= keys <= len(stored):
                 attention.add(stored[:keys])

@@ -85,6 +85,7 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
+            self.engine.settle()
             while self._take_orders():
                 if self.engine.has_work:
                     self._step()

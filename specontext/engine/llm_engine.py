@@ -111,6 +111,15 @@ class LLMEngine:
             host.reserve(first)
             rehearse(self)
 
+    def settle(self) -> None:
+        """Prepare the thread that is to run the steps, where that is not the one that has warmed up; no request is there yet.
+
+        Raises:
+            DeviceMemoryError: the device is out of memory.
+            DeviceError: it has failed.
+        """
+        self.runner.settle()
+
     def add_request(
         self,
         request_id: str,

@@ -124,6 +124,10 @@ class ParallelEngine(LLMEngine):
         with self._together("warm_up"):
             super().warm_up()
 
+    def settle(self) -> None:
+        with self._together("settle"):
+            super().settle()
+
     def step(self, meanwhile: Callable[[], None] | None = None) -> list[Generation]:
         with self._together("step"):
             return super().step(meanwhile)

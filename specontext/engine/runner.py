@@ -220,6 +220,18 @@ class ModelRunner:
             # Captures give memory back that is free: the one that chunks need stays now.
             warm_up_chunks(self._launched, self.parts)
 
+    @torch.inference_mode()
+    def settle(self) -> None:
+        """Have libraries prepare what they keep for each thread on the one that is to run the steps; `warm_up` does on its own.
+
+        Raises:
+            DeviceMemoryError: the device is out of memory.
+            DeviceError: it has failed.
+        """
+        if self._graphs is not None:
+            with working_device(min(self.parts.step_tokens.alone, self.parts.max_tokens)):
+                warm_up_chunks(self._launched, self.parts)
+
     def _compile_kernels(self, batches: Iterable[Batch]) -> None:
         """Have the kernels of decode steps compiled beside each other, before others are chosen by how long they take."""
         with Compilers(self.parts.kv.device) as compilers:

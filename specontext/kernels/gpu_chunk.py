@@ -1,8 +1,9 @@
 """Attention of a prompt's chunk on a GPU in a 16-bit format: few long calls of the fastest kernels, merged by log-sum-exp.
 
 Two kernels serve. Flash attention takes any numbers of queries and keys. cuDNN's is 1.6 times as fast where PyTorch prefers it
-(from Hopper on), but prepares a plan for every pair of numbers that it has not seen. So it gets queries in multiples of `QUERIES`
-and keys in powers of two from `KEYS` on, of which there are few; flash attention does what is left over at both ends.
+(from Hopper on), but prepares a plan for every pair of numbers that a thread has not seen, and for every layout. So it gets
+queries in multiples of `QUERIES` and keys in powers of two from `KEYS` on, of which there are few, and they look as if they were
+all, whatever they are a part of; flash attention does what is left over at both ends.
 """
 
 from __future__ import annotations
@@ -49,8 +50,21 @@ def flash(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool)
 def cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """cuDNN's attention; causal only for as many keys as queries."""
     assert not causal or query.shape[2] == key.shape[2]
+    query, key, value = map(as_if_alone, (query, key, value))
     output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, causal, scale=scale)[:2]
     return output, lse.reshape(query.shape[:3])
+
+
+def as_if_alone(numbers: Tensor) -> Tensor:
+    """[1, H, T, D] of some tokens with strides that do not depend on how many others lie beside them: a plan is made for strides,
+    too, also for those of dimensions of size 1. Token by token as it is, or copied so."""
+    _, heads, tokens, width = numbers.shape
+    if heads > 1 and numbers.stride(1) > numbers.stride(2):  # head by head: how far apart heads are depends on the tokens between
+        numbers = numbers.transpose(1, 2).contiguous().transpose(1, 2)
+    of_token = numbers.stride(2)
+    return numbers.as_strided(
+        numbers.shape, (tokens * of_token, numbers.stride(1) if heads > 1 else width, of_token, numbers.stride(3))
+    )
 
 
 def regular_kernel(query: Tensor, key: Tensor) -> Attend | None:

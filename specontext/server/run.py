@@ -108,6 +108,7 @@ class Serving:
         self.state.engine.start()
         watch = asyncio.create_task(self._watch())
         try:
+            await self.state.engine.settled()
             await self.server.serve(sockets=[self.listener])
         finally:
             watch.cancel()

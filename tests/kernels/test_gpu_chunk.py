@@ -12,7 +12,7 @@ from torch import Tensor
 from specontext.kernels import gpu_chunk
 from specontext.kernels.dense_attention import causal_attention, chunk_attention
 from specontext.kernels.dispatch import reference_of
-from specontext.kernels.gpu_chunk import GpuChunk, cuts, merge_part, packed_attention, serves
+from specontext.kernels.gpu_chunk import GpuChunk, as_if_alone, cuts, merge_part, packed_attention, serves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -77,6 +77,31 @@ def test_any_chunk(with_regular: bool, tiles: tuple[int, ...], chunk: int, dtype
     assert not any(queries >= 8 and keys >= 8 for queries, keys, _ in found[1]) or not with_regular or chunk % 8
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda tokens, heads, start, stop: rand(tokens, heads, 16, seed=0)[None, start:stop].transpose(1, 2),
+        lambda tokens, heads, start, stop: rand(1, heads, tokens, 16, seed=0)[:, :, start:stop],
+        lambda tokens, heads, start, stop: rand(tokens, heads, 2, 16, seed=0)[start:stop, :, 1][None].transpose(1, 2),
+        lambda tokens, heads, start, stop: (
+            rand(tokens, 9 * 16, seed=0)[start:stop, 16 : (1 + heads) * 16].view(1, stop - start, heads, 16).transpose(1, 2)
+        ),
+    ],
+    ids=["token by token", "head by head", "with values between", "beside others"],
+)
+def test_plans_are_made_for_numbers_of_tokens_only(layout: Callable[..., Tensor], heads: int) -> None:
+    """Strides are part of what a plan is made for, and must not say of how many tokens the eight are a part."""
+    seen = set()
+    for tokens, start in ((8, 0), (13, 0), (13, 5), (40, 7)):
+        numbers = layout(tokens, heads, start, start + 8)
+        alike = as_if_alone(numbers)
+        assert alike.shape == numbers.shape and torch.equal(alike, numbers)
+        seen.add(alike.stride())
+    [(batch, _, token, width)] = seen
+    assert batch == 8 * token and width == 1
+
+
 def merges() -> list[Any]:
     found = [pytest.param(reference_of(merge_part), id="reference")]
     try:
@@ -118,6 +143,19 @@ def test_the_kernels_of_this_gpu(
     some = slice(max(0, chunk - 70), None)
     right = exact(query[some], tokens, dim**-0.5)
     torch.testing.assert_close(attention.result()[some].double(), right, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@on_gpu
+def test_cudnn_s_kernel_takes_parts_of_all_layouts() -> None:
+    query, tokens = rand(2100, 8, 64, dtype=torch.bfloat16, seed=0), rand(6200, 2, 2, 64, dtype=torch.bfloat16, seed=1)
+    right = exact(query[-60:], tokens[: 4096 + 2100], 0.125)
+    if gpu_chunk.regular_kernel(query, tokens[:, :, 0]) is None:
+        pytest.skip("PyTorch does not take cuDNN's kernel here")
+    for laid in (lambda x: x, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)):
+        own = [laid(part) for part in tokens[4096 : 4096 + 2100].unbind(2)]
+        attention = chunk_attention(laid(query), *own, 0.125)
+        attention.add(tokens[:4096])
+        torch.testing.assert_close(attention.result()[-60:].double(), right, rtol=0.016, atol=0.016)
 
 
 @on_gpu

@@ -40,6 +40,7 @@ class EngineReplica:
         self.app = create_app(self.state)
         self.state.engine.on_death = self._engine_died
         self.state.engine.start()
+        await self.state.engine.settled()
         interval = config.log_interval
         self._log = asyncio.create_task(log_load(self.state.engine, interval)) if interval else None
 
