@@ -20,6 +20,7 @@ SAME: dict[str, Pairs] = {
     "all or nothing": [
         (r"\mathbb{R}", r"(-\infty,\infty)"),
         ("ℝ", r"(-\infty, +\infty)"),
+        (r"-\infty < x < \infty", r"\mathbb R"),
         (r"\text{all real numbers}", r"(-\infty,\infty)"),
         (r"x \in \mathbb{R}", r"(-\infty,\infty)"),
         (r"\{\}", r"\emptyset"),
@@ -33,6 +34,7 @@ SAME: dict[str, Pairs] = {
         (r"\frac{1}{2} (square units)", "0.5"),
     ],
     "segments": [(r"\overline{AB}", "AB"), (r"\widehat{ABC}", "ABC")],
+    "older commands": [(r"{6 \choose 3}", "20"), (r"{4\choose 2}+1", "7"), (r"1,2,\dots", r"1,2,\ldots")],
     "thousands": [
         (r"11,\! 111,\! 111,\! 100", "11111111100"),
         (r"11,\! 111,\! 111,\! 100", "11,111,111,100"),

@@ -49,6 +49,7 @@ _OTHER_NAMES = {
     **{"dbinom": "binom", "tbinom": "binom", "leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge", "neq": "ne"},
     **{"varnothing": "emptyset", "colon": ":", "ast": "*", "star": "*", "lbrace": "{", "rbrace": "}", "land": ",", "lor": ","},
     **{"varphi": "phi", "vartheta": "theta", "varepsilon": "epsilon", "lt": "<", "gt": ">", "simeq": "approx", "pounds": ""},
+    **dict.fromkeys(("dots", "cdots", "dotsc"), "ldots"),
     **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
     **{
         "lbrack": "[",
@@ -79,6 +80,7 @@ _MARKS = (
 )
 _COMMAND = re.compile(rf"\\({'|'.join(_OTHER_NAMES)})(?![a-zA-Z])")
 _WORD_FUNCTIONS = re.compile(r"(?<![a-zA-Z\\])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|pi)(?![a-zA-Z])")
+_CHOOSE = re.compile(r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}")
 _OVER = re.compile(r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}")
 
 _SEPARATOR = r"(?:,\\!|\{,\}(?:\\!)?|\\!,|\\[,;:> ]|~|')"
@@ -166,7 +168,7 @@ def _without_wrapping(text: str) -> str:
 
 def _commands(text: str) -> str:
     """Commands of style removed, and one name for those that have several."""
-    text = _MARKED_THOUSANDS.sub("", text)
+    text = re.sub(r"\\mathbb\s*([A-Z])(?![a-zA-Z])", r"\1", _MARKED_THOUSANDS.sub("", text))
     text = _SEGMENT.sub(r"\1", _DROPPED.sub("", text))
     text = _STYLE.sub(lambda match: {r"\!": "", r"\\": r"\\"}.get(match[0], " "), text)
     text = _COMMAND.sub(lambda match: (_OTHER_NAMES[match[1]] if match[1] in _MARKS else _named(match[1])) + " ", text)
@@ -174,6 +176,7 @@ def _commands(text: str) -> str:
     text = re.sub(r"\\math(?:rm|bf|it)\s*\{([ie])\}", r"\1", text)
     text = re.sub(r"\\begin\{array\}\s*\{[^{}]*\}", r"\\begin{pmatrix}", text).replace(r"\end{array}", r"\end{pmatrix}")
     text = re.sub(r"\\\\\s*\[[^\[\]]*\]", r"\\\\", text)
+    text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
     while (fraction := _OVER.sub(r"\\frac{\1}{\2}", text)) != text:
         text = fraction
     text = text.replace("**", "^").replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
