@@ -241,7 +241,7 @@ class EngineConfig:
             object.__setattr__(self, "methods", tuple(self.methods))
         for name in ("max_model_len", "max_num_batched_tokens", "max_num_mixed_tokens", "gpu_memory", "host_memory"):
             if getattr(self, name) is not None:
-                _require_int(name, getattr(self, name), 1)
+                _require_int(name, getattr(self, name), 1, of="bytes" if name.endswith("memory") else "")
         self._check_numbers()
 
     def _check_kinds(self) -> None:
@@ -363,6 +363,6 @@ def _require_one_of(name: str, value: str, choices: Sequence[str], or_else: str 
         raise ConfigError(f"unknown {name} '{value}': choose one of {', '.join(choices)}{or_else}")
 
 
-def _require_int(name: str, value: object, least: int) -> None:
+def _require_int(name: str, value: object, least: int, *, of: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+        raise ConfigError(f"{name} must be an integer of at least {least}{f' ({of})' if of else ''}, got {value!r}")

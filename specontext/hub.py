@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +68,13 @@ def fetch_file(name: str, file: str) -> Path:
 
 def _datasets(what: str, extra: str) -> Any:
     try:
-        return importlib.import_module("datasets")
+        datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise HubError(f"{what} needs the package datasets: {install_command(extra)}") from error
+    if not sys.stderr.isatty():
+        with suppress(AttributeError):  # of stand-ins, and of versions that name it otherwise
+            datasets.disable_progress_bars()
+    return datasets
 
 
 def _reason(name: str, subset: str | None, split: str, error: Exception) -> str:

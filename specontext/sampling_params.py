@@ -12,6 +12,7 @@ from itertools import islice
 from specontext.errors import RequestError, shown
 
 MOST_OUTPUTS = 1024  # of one prompt
+NO_BOUND = 2**63 - 1
 MOST_STOPS = 64
 LONGEST_STOP = 1 << 17  # characters; matching costs no more for a long one, but it is kept, and text may be held back for it
 MOST_STOP_TOKENS = 1024
@@ -113,7 +114,7 @@ class SamplingParams:
             `LONGEST_STOP` characters at most.
         stop_token_ids: tokens that end the output, beside the model's end tokens; `MOST_STOP_TOKENS` at most.
         ignore_eos: go on after the model's end tokens.
-        max_tokens, min_tokens: bounds of the output in tokens.
+        max_tokens, min_tokens: bounds of the output in tokens; None is as many as the context has room for.
         logprobs: number of most likely tokens to report at every position, beside the chosen one; None reports nothing, and no
             more are reported than the model has.
         prompt_logprobs: the same for the tokens of the prompt.
@@ -141,7 +142,7 @@ class SamplingParams:
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
-    max_tokens: int = 16
+    max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -157,6 +158,11 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] = ()
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the output at most, as far as this says."""
+        return NO_BOUND if self.max_tokens is None else self.max_tokens
 
     @cached_property
     def plain(self) -> bool:
@@ -181,8 +187,9 @@ class SamplingParams:
         self._bounds("top_p", 0.0, 1.0, above=True)
         self._bounds("top_k", 0, math.inf)
         self._bounds("min_p", 0.0, 1.0)
-        self._bounds("max_tokens", 1, math.inf)
-        self._bounds("min_tokens", 0, self.max_tokens)
+        if self.max_tokens is not None:
+            self._bounds("max_tokens", 1, math.inf)
+        self._bounds("min_tokens", 0, math.inf if self.max_tokens is None else self.max_tokens)
         self._bounds("presence_penalty", -2.0, 2.0)
         self._bounds("frequency_penalty", -2.0, 2.0)
         self._bounds("repetition_penalty", 0.0, math.inf, above=True)

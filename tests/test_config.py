@@ -79,6 +79,7 @@ def test_resolve_refuses_what_does_not_fit_the_model_or_the_recommended_budget()
         ),
         *(({"gpu_memory_utilization": share}, "above 0 and at most 1") for share in (0, -0.1, 1.01, True, "0.9")),
         ({"gpu_memory_utilization": 0.5, "gpu_memory": 1 << 30}, "give one of them"),
+        *(({name: "24GiB"}, rf"{name} .* of at least 1 \(bytes\), got '24GiB'") for name in ("gpu_memory", "host_memory")),
         *(({"method": value}, "must be a SpeContextConfig") for value in ({"budget": 64}, None, "full")),
         *(({name: "no"}, f"{name} must be True or False") for name in ("enforce_eager", "trust_remote_code")),
         *(({name: 5}, f"{name} must be a name or a path") for name in ("retrieval_head", "offload_dir")),

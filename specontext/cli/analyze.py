@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from specontext.cli.options import OWN_CODE, Settings, with_settings
-from specontext.cli.terminal import UsageError, error_console, quiet_libraries
+from specontext.cli.terminal import UsageError, error_console, named_path, quiet_libraries
 
 if TYPE_CHECKING:
     from specontext.evaluation.analysis.report import Begin
@@ -37,7 +37,9 @@ def analyze(
             help="Text file, directory, .jsonl, .parquet, hf:NAME, tasks or tasks:KIND; held-out parts are measured; repeatable.",
         ),
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Directory for analysis.json and the plots.")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="DIR", parser=named_path, help="Directory for analysis.json and the plots.")
+    ],
     compare: Annotated[
         list[str] | None, typer.Option("--compare", metavar="DIR", help="A further head, such as an embedding-only one.")
     ] = None,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specontext.cli.options import parse_size
-from specontext.cli.terminal import UsageError, quiet_libraries
+from specontext.cli.terminal import UsageError, named_path, quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,12 @@ def bench_paper(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="Keep the results of parts there, and run only those that are missing."),
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            parser=named_path,
+            help="Keep the results of parts there, and run only those that are missing.",
+        ),
     ] = None,
     minutes: Annotated[
         float | None,
@@ -58,7 +63,9 @@ def bench_paper(
         float, typer.Option("--overlap", help="Share of the selected entries that the step before selected too.")
     ] = OVERLAP,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="F.png", help="Draw tokens/s of all systems.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="F.png", parser=named_path, help="Draw tokens/s of all systems.")
+    ] = None,
 ) -> None:
     """Measure the paper's tables: Hugging Face in four ways, our full attention, other methods, and ours.
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from specontext.cli.options import OWN_CODE, Settings, with_settings
-from specontext.cli.terminal import UsageError, quiet_libraries
+from specontext.cli.terminal import UsageError, named_path, quiet_libraries
 
 LEAST_BUDGET = 40  # of the default: half of it is chosen, and half are sinks and recent tokens
 AUTOMATIC_THETAS = (10000.0, 50000.0, 100000.0, 500000.0, 1000000.0)
@@ -24,7 +24,10 @@ def calibrate(
         list[str],
         typer.Option("--text", metavar="SPEC", help="Text file, directory, .jsonl, .parquet, hf:NAME or tasks; may be repeated."),
     ],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the head here. Default: where it lies.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="DIR", parser=named_path, help="Write the head here. Default: where it lies."),
+    ] = None,
     budget: Annotated[
         int | None, typer.Option("--budget", help="KV entries of a selection. Default: 1/8 of the length, at least 40.")
     ] = None,

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from specontext.cli.options import OWN_CODE, Settings, refuse_unused, with_settings
-from specontext.cli.terminal import MODEL_HELP, UsageError, error_console, quiet_libraries
+from specontext.cli.terminal import MODEL_HELP, UsageError, error_console, named_path, quiet_libraries
 
 # Options that mean nothing to some trainings, by what would give them a meaning.
 OF_NEW_HEADS = ("variant", "bands", "heads", "key_heads", "head_dim", "key_inputs", "query_rank", "feature_layers", "rope_theta")
@@ -28,7 +28,12 @@ def distill(
     context: typer.Context,
     target: Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)],
     *,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the head and of the training's checkpoints.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", metavar="DIR", parser=named_path, help="Directory of the head and of the training's checkpoints."
+        ),
+    ],
     data: Annotated[
         list[str],
         typer.Option(
@@ -220,7 +225,9 @@ def distill(
         print(json.dumps({"head": str(out), "steps": config.total_steps, "held_out": held_out}))
         return
     kept = int(held_out.pop("kept_step"))
-    why = "with the lowest held-out KL divergence" if any(name.startswith("kl") for name in held_out) else "the last one"
+    why = "with the lowest held-out KL divergence"
+    if not any(name.startswith("kl") for name in held_out):
+        why = f"the last one, since sequences of {longest} tokens of the held-out text are too short to tell heads apart"
     print(f"wrote the head of step {kept} of {config.total_steps}, {why}, to {out}")
     for name, value in held_out.items():
         print(f"{name} {value:.4g}")

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from specontext.cli.analyze import whole_numbers
 from specontext.cli.options import BATCH_OPTIONS, ENGINE_OPTIONS, Settings, refuse_unused, with_settings
-from specontext.cli.terminal import MODEL_HELP, UsageError, error_console, human_bytes, quiet_libraries
+from specontext.cli.terminal import MODEL_HELP, UsageError, error_console, human_bytes, named_path, quiet_libraries
 from specontext.retrieval.registry import CHOICES
 
 if TYPE_CHECKING:
@@ -40,7 +40,10 @@ def evaluate(
     *,
     suite: Annotated[str, typer.Option("--suite", metavar="A,B,...", help="Suites of problems.", show_default=False)],
     out: Annotated[
-        Path, typer.Option("-o", "--out", metavar="DIR", help="Directory of the results; a stopped run goes on there.")
+        Path,
+        typer.Option(
+            "-o", "--out", metavar="DIR", parser=named_path, help="Directory of the results; a stopped run goes on there."
+        ),
     ],
     methods: Annotated[
         str,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from specontext.checkpoints.files import user_path
 from specontext.cli.options import Settings, with_settings
 from specontext.cli.terminal import MODEL_HELP, UsageError, decoded, error_console, human_bytes, quiet_libraries
 from specontext.core import RequestOutput
@@ -92,7 +92,7 @@ def read_prompt(text: str | None, file: str | None, stdin: str | None) -> str:
         raise UsageError(f"unexpected argument '{stdin}': give the prompt as --prompt TEXT, --prompt-file FILE or '-'")
     if [text, file, stdin].count(None) != 2:
         raise UsageError("give exactly one prompt: --prompt TEXT, --prompt-file FILE, or '-' for standard input")
-    text = _read_text(file or "-") if text is None else decoded(text, "--prompt")
+    text = _read_text(file if file is not None else "-") if text is None else decoded(text, "--prompt")
     if not text:
         raise UsageError("the prompt is empty: give at least one character")
     return text
@@ -101,7 +101,7 @@ def read_prompt(text: str | None, file: str | None, stdin: str | None) -> str:
 def _read_text(file: str) -> str:
     name = "standard input" if file == "-" else file
     try:
-        raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        raw = sys.stdin.buffer.read() if file == "-" else user_path(file, UsageError).read_bytes()
         text = raw.decode("utf-8-sig")  # a byte order mark is not part of the text
     except OSError as error:
         raise UsageError(f"cannot read the prompt from {name}: {error.strerror or error}") from error

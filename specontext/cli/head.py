@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +13,7 @@ from rich.markup import escape
 from specontext.cli.analyze import analyze
 from specontext.cli.calibrate import calibrate
 from specontext.cli.options import OWN_CODE, Settings, with_settings
-from specontext.cli.terminal import UsageError, error_console, human_bytes, quiet_libraries
+from specontext.cli.terminal import UsageError, error_console, human_bytes, named_path, quiet_libraries
 
 VARIANTS = ("features", "embedding")
 KEYS_READ = {
@@ -38,7 +39,10 @@ def prune(
             "--target", metavar="MODEL", help="Model that it drafts for: checkpoint directory or Hub id.", show_default=False
         ),
     ],
-    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Directory for the head.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="DIR", parser=named_path, help="Directory for the head.", show_default=False),
+    ],
     variant: Annotated[
         str, typer.Option("--variant", help="'features' keeps all that selects, 'embedding' does without the target's features.")
     ] = "features",
@@ -69,7 +73,7 @@ def prune(
     head.set_rope()
     save_head(head, out)
     print(f"{out}: kept {', '.join(name.removesuffix('.weight') for name in head.state_dict())}")
-    print(as_text(head_facts(out)))
+    print(as_text(head_facts(str(out))))
     if head.config.kv_heads != shape.kv_heads and head.config.head_map is None:
         groups = f"it has {head.config.kv_heads} groups and the model {shape.kv_heads} KV heads"
         error_console().print(escape(f"{groups}: run `specontext head calibrate` next"))

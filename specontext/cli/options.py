@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from specontext.cli.terminal import UsageError
+from specontext.cli.terminal import UsageError, named_path
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.errors import shown
 
@@ -178,7 +178,7 @@ def _options(settings: type, names: Sequence[str] | None) -> dict[str, inspect.P
 
 def _parameter(setting: Field[Any], kind: Any) -> inspect.Parameter:
     flag = "--" + setting.name.replace("_", "-")
-    size = setting.name in SIZES
+    size, path = setting.name in SIZES, Path in get_args(kind)
     default: Any = setting.default
     if size:
         kind, default = str | None, None if default is None else f"{default // 2**20}MiB"
@@ -189,7 +189,8 @@ def _parameter(setting: Field[Any], kind: Any) -> inspect.Parameter:
     option = typer.Option(
         *(flag, *SHORT.get(setting.name, ())),
         help=setting.metadata["help"],
-        metavar="SIZE" if size else None,
+        metavar="SIZE" if size else "DIR" if path else None,
+        parser=named_path if path else None,
         show_default=default is not None,
     )
     assert kind is bool or {*get_args(kind), kind} & {int, float, str, Path, list[str]}, f"no option type for {setting.name}"

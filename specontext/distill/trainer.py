@@ -245,4 +245,6 @@ def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimiz
     except SpeContextError:
         raise
     except Exception as error:  # a broken pickle fails in any way
-        raise SpeContextError(f"cannot resume from {path}: {in_one_sentence(error)}") from error
+        raise SpeContextError(
+            f"cannot resume from {path} ({in_one_sentence(error)}): begin again in another directory"
+        ) from error

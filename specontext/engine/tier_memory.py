@@ -113,7 +113,7 @@ def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device)
         if (tables := plan.fixed["tables"]) > (free := free_memory(device)):
             raise MemoryPlanError(
                 f"tables for {config.max_num_seqs} requests of the longest context need {tables} bytes of memory, and {free} are "
-                "free: set max_model_len or max_num_seqs lower"
+                "free: set max_model_len, max_num_seqs or the budget lower"
             )
         return config.gpu_memory or int(SHARE_OF_FREE_MEMORY * free_memory(device))
     free, total = torch.cuda.mem_get_info(device)

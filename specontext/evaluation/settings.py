@@ -71,7 +71,7 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         if not self.suites:
-            raise EvaluationError(f"no suite was named: choose among {', '.join(SUITES)}")
+            raise EvaluationError(f"no suite was named: choose among {', '.join((*SUITES, *ALONE))}")
         if unknown := [name for name in self.suites if name not in SUITES and name not in ALONE]:
             raise EvaluationError(f"unknown suite '{unknown[0]}': choose among {', '.join((*SUITES, *ALONE))}")
         if len(self.suites) > 1 and (alone := [name for name in self.suites if name in ALONE]):

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import sys
+import tempfile
 import uuid
 from pathlib import Path
 
@@ -17,10 +18,13 @@ HASHED = 2**20  # bytes at a file's begin that go into its key
 
 
 def cache_folder() -> Path:
-    """`$SPECONTEXT_CACHE`, else `specontext` in `$XDG_CACHE_HOME`, else in `~/.cache`."""
+    """`$SPECONTEXT_CACHE`, else `specontext` in `$XDG_CACHE_HOME`, else in `~/.cache`; without a home, among temporary files."""
     if own := os.environ.get(VARIABLE):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specontext"
+        return Path(os.path.expanduser(own))
+    shared = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if shared.startswith("~"):  # users of containers may have no home
+        return Path(tempfile.gettempdir()) / f"specontext-{os.getuid()}"
+    return Path(shared) / "specontext"
 
 
 def converted(path: Path) -> Path:

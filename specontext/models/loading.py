@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,6 +73,7 @@ class LoadedModel:
         quantization: how its weights were quantised, and what became of that, in words; None for plain ones.
         ranks: the processes that have the other parts of its layers; None where they are whole.
         generation: what its files say of how outputs are made, see `generation_entries`.
+        turn: held by the thread that runs it.
     """
 
     name: str
@@ -84,6 +86,7 @@ class LoadedModel:
     quantization: str | None = None
     ranks: Ranks | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
+    turn: threading.RLock = field(default_factory=threading.RLock, compare=False, repr=False)
 
     @property
     def head_name(self) -> str:

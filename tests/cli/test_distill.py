@@ -30,6 +30,12 @@ def test_a_distilled_head_serves_its_target(run: Run, tiny: Path, tmp_path: Path
     assert served.status == 0 and served.json["stats"]["budget"] == 64
 
 
+def test_a_head_that_could_not_be_measured_is_said_to_be_the_last_one(run: Run, tiny: Path, tmp_path: Path) -> None:
+    ran = run("distill", tiny, "-o", tmp_path / "head", "--data", "tasks", "--steps", 1, *SMALL, "--length", 96)
+    assert ran.status == 0, ran.stderr
+    assert "the last one, since sequences of 96 tokens of the held-out text are too short to tell heads apart" in ran.stdout
+
+
 def test_bands_and_a_phase_with_the_selection_in_the_loop(run: Run, tiny: Path, tmp_path: Path) -> None:
     """Trained on two sources, stopped at the end and asked again: nothing is left to do."""
     out, loop = tmp_path / "head", ("--loop-steps", 2, "--bands", 3, "--measure-every", 2, "--save-dtype", "bfloat16")
@@ -139,6 +145,7 @@ def test_what_ends_a_training_is_known_before_it_begins(
     monkeypatch.setattr("specontext.distill.session.load_model", lambda *_, **__: pytest.fail("loaded"))
     words = ("distill", tiny, "-o", tmp_path / "head", "--data", "tasks", "--steps", 1, *SHORT)
     assert "temperature must" in fails((*words, "--on-policy", 0.5, "--temperature", -1))
+    assert "recommended_budget 20 has no room beside sinks and recent tokens: 21" in fails((*words, "--recommended-budget", 20))
     (tmp_path / "head").mkdir()
     (tmp_path / "head" / "draft").write_text("mine")
     assert "it is a file" in fails((*words, "--objective", "both"))

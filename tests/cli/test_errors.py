@@ -144,7 +144,7 @@ def test_the_process_itself_shows_no_traceback() -> None:
         (["generate", "x" * 300, "--prompt", "a"], 1),
         (["generate", "/" + "x" * 300, "--prompt", "a"], 1),
         (["head", "info", "x" * 300], 2),
-        (["report", "x" * 300], 1),
+        (["report", "x" * 300], 2),
         (["eval", "nano", "--suite", "longbench", "--data", "x" * 300, "-o", "out"], 2),
         (["distill", "nano", "--data", "~nobody-has-this-name/a.txt", "-o", "out"], 2),
         (["chat", "--prompt", "a", "--base-url", "x" * 100], 1),

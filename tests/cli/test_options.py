@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,3 +79,40 @@ def test_version(run: Any) -> None:
 
     ran = run("--version")
     assert (ran.status, ran.stdout) == (0, f"specontext {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("eval", "nano", "--suite", "ruler", "-o", ""),
+        ("report", ""),
+        ("head", "analyze", "nano", "--text", "tasks", "-o", ""),
+        ("head", "calibrate", "nano", "--target", "nano", "--text", "tasks", "-o", ""),
+        ("head", "prune", "nano", "--target", "nano", "-o", ""),
+        ("distill", "nano", "--data", "tasks", "-o", ""),
+        ("bench", "paper", "--out", ""),
+        ("bench", "paper", "--plot", ""),
+        ("plan", "nano", "--gpu-memory", "1GiB", "--plot", ""),
+        ("generate", "nano", "--prompt-file", ""),
+        ("generate", "nano", "--prompt", "a", "--offload-dir", ""),
+    ],
+    ids=" ".join,
+)
+def test_an_empty_path_is_no_current_directory_and_no_standard_input(
+    words: tuple[str, ...], fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a shell writes a variable that is not set."""
+    monkeypatch.chdir(tmp_path)
+    assert "the name of a file or directory is empty: name one, or '.'" in fails(words, stdin=b"a prompt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_home_directory_is_found_behind_an_equals_sign(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where shells leave the `~` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompt.txt").write_text("apple")
+    ran = run("generate", "nano", "--prompt-file=~/prompt.txt", "--max-tokens", 1, "--json")
+    assert ran.status == 0 and ran.json["completion_tokens"] == 1, ran.stderr
+    ran = run("head", "prune", "nano", "--target", "nano", "--out=~/head")
+    assert ran.status == 0 and (tmp_path / "head" / "config.json").is_file() and not (tmp_path / "~").exists()

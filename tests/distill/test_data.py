@@ -288,6 +288,9 @@ def test_directories_take_texts_and_rows_and_leave_out_the_rest(tmp_path: Path, 
     write_rows({"text": "w30"}, {"text": "w31"}, {"text": "w32"}, name="rows.jsonl")
     seen = set(words.decode(real(open_sources([str(tmp_path)], tokenizer=words, seed=0).draw(0, 64, 1))).split())
     assert {"w1", "w10", "w20", "w30", "w31"} == seen & {"w1", "w10", "w20", "w30", "w31", "w32", "w50", "w51"}
+    (tmp_path / "sub" / "latin.TXT").write_bytes("w1 Käse".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin.TXT is no UTF-8 text, as its name says: convert it, or move it out of"):
+        open_sources([str(tmp_path)], tokenizer=words, seed=0)
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match=r"none has no text files and no \.jsonl files"):
         open_sources([str(tmp_path / "none")], tokenizer=words, seed=0)
@@ -366,7 +369,7 @@ def test_long_rows_give_windows_with_something_to_say(write_rows: Write, words: 
         ({"question": "?", "answer": "!"}, r"line 2 of .* has 'question', 'answer'; understood are rows with 'text'; 'prompt'"),
         ({"prompt": "alone"}, r"has 'prompt'; understood"),
         ([1, 2], r"line 2 of .* is list, not an object"),
-        ("{nonsense", r"line 2 of .* is no JSON"),
+        ("{nonsense", r"line 2 of .* is no JSON: .*; each row must be an object in a line of its own"),
         ('{"text": ' + "[" * 100_000, r"line 2 of .* is no JSON"),
         ({"text": 5}, r"'text' of line 2 .* must be a string, got int"),
         ({"prompt": "a", "completion": ""}, "empty completion"),

@@ -252,6 +252,11 @@ def test_more_offloaded_layers_than_the_model_has(make_llm: MakeLLM) -> None:
         make_llm("llama", offload_layers=4)
 
 
+def test_a_budget_that_no_memory_holds_is_named(make_llm: MakeLLM) -> None:
+    with pytest.raises(MemoryPlanError, match="set max_model_len, max_num_seqs or the budget lower"):
+        make_llm("llama", budget=10**12)
+
+
 def test_options_that_do_not_exist_and_devices_that_are_not_there(make_llm: MakeLLM) -> None:
     with pytest.raises(ConfigError, match="unknown option page_sise"):
         make_llm("llama", page_sise=3)

@@ -6,6 +6,35 @@ r"""Pairs of answers to mathematics problems, of one value or of two, in the spe
 Pairs = list[tuple[str, str]]
 
 SAME: dict[str, Pairs] = {
+    "sizes in words": [
+        ("2 million", "2000000"),
+        (r"2 \text{ million}", r"2{,}000{,}000"),
+        (r"\$1.2\text{ million}", "1,200,000"),
+        ("1.2 million dollars", r"\$1,200,000"),
+        (r"3 \text{ billion people}", r"3 \cdot 10^9"),
+        ("4,500 thousand", "4.5 million"),
+        ("2 million", "2"),
+        ("12 hundred", "1200"),
+    ],
+    "fractions of one character": [("⅛", "0.125"), ("3⅕", "3.2"), ("-⅚", r"-\frac{5}{6}"), ("⅒", r"\frac{1}{10}"), ("⅔", "4/6")],
+    "all or nothing": [
+        (r"\mathbb{R}", r"(-\infty,\infty)"),
+        ("ℝ", r"(-\infty, +\infty)"),
+        (r"-\infty < x < \infty", r"\mathbb R"),
+        (r"\text{all real numbers}", r"(-\infty,\infty)"),
+        (r"x \in \mathbb{R}", r"(-\infty,\infty)"),
+        (r"\{\}", r"\emptyset"),
+        (r"\{ \}", "∅"),
+    ],
+    "ordinals and words in brackets": [
+        ("3rd", "3"),
+        (r"12^{\text{th}}", "12"),
+        (r"21\text{st}", "21st"),
+        ("5 (units)", "5"),
+        (r"\frac{1}{2} (square units)", "0.5"),
+    ],
+    "segments": [(r"\overline{AB}", "AB"), (r"\widehat{ABC}", "ABC")],
+    "older commands": [(r"{6 \choose 3}", "20"), (r"{4\choose 2}+1", "7"), (r"1,2,\dots", r"1,2,\ldots")],
     "thousands": [
         (r"11,\! 111,\! 111,\! 100", "11111111100"),
         (r"11,\! 111,\! 111,\! 100", "11,111,111,100"),
@@ -412,6 +441,16 @@ SAME: dict[str, Pairs] = {
 }
 
 DIFFERENT: dict[str, Pairs] = {
+    "sizes in words": [
+        ("2 million", "2 billion"),
+        ("2 million", "20"),
+        ("1.2 million", "12000000"),
+        ("2 millimeters", "2000000"),
+    ],
+    "fractions of one character": [("⅛", "0.2"), ("3⅕", "3")],
+    "all or nothing": [(r"\mathbb{R}", r"(0,\infty)"), (r"\{\}", r"\{0\}"), ("R", "r"), (r"\mathbb{R}", r"[-\infty,\infty]")],
+    "ordinals and words in brackets": [("3rd", "4"), ("3 (xyz)", "3"), ("3(xy)", "3"), ("3(x)", "3")],
+    "segments": [(r"\overline{AB}", "CD"), (r"\overline{z}", "z")],
     "numbers": [
         ("5", "-5"),
         ("10", "100"),

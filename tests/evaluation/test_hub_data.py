@@ -146,3 +146,9 @@ def test_the_hubs_own_conversion_loads_from_a_directory(here: Path, tokenizer: A
     (here / "broken.parquet").write_bytes(b"no table")
     with pytest.raises(DataError, match=r"cannot read .*broken.parquet: "):
         open_sources([str(here / "broken.parquet")], tokenizer=tokenizer, seed=0)
+
+
+def test_where_nobody_watches_nothing_is_drawn(here: Path, tokenizer: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    parquet.write_table(pyarrow.Table.from_pylist([{"text": f"apple {n} " * 20} for n in range(3)]), here / "rows.parquet")
+    open_sources([str(here / "rows.parquet")], tokenizer=tokenizer, seed=0).draw(0, 16, 1)
+    assert capfd.readouterr().err == ""

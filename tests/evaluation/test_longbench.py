@@ -211,7 +211,7 @@ def test_chinese_answers_are_scored_by_words(jieba: None) -> None:
         ("{", r"line 2 of .*qasper.jsonl is no JSON"),
         ('{"a": ' + "[" * 100_000, r"line 2 of .* is no JSON: .*recursion"),
         ('{"a": ' + "9" * 5000 + "}", r"line 2 of .* is no JSON"),
-        ("[1]", r"line 2 of .* must be a JSON object, not \[1\]"),
+        ("[1]", r"line 2 of .* must be a JSON object, not \[1\]; each row must be an object in a line of its own"),
         ({"answers": []}, r"line 2 of .*: field 'answers' must be a list of texts"),
         ({"answers": [3]}, r"field 'answers' must hold texts only, not 3"),
         ({"context": None}, r"line 2 of .*: field 'context' must be a text, not null"),
@@ -225,6 +225,14 @@ def test_bad_rows_are_named(tmp_path: Path, text: TextTools, line: Any, message:
     bad = line if isinstance(line, str) else json.dumps(record("qasper", 1) | line)
     (tmp_path / "qasper.jsonl").write_text(f"{good}\n{bad}\n")
     with pytest.raises(DataFileError, match=message):
+        task_of("longbench", tmp_path, "qasper").examples(length=None, n=1, seed=0, text=text)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_rows_in_another_encoding_are_named(encoding: str, tmp_path: Path, text: TextTools) -> None:
+    rows = json.dumps(record("qasper") | {"input": "café"}, ensure_ascii=False)
+    (tmp_path / "qasper.jsonl").write_text(rows, encoding=encoding)
+    with pytest.raises(DataFileError, match=r"line 1 of .* is not UTF-8 text: byte \d+ cannot .*; convert the file to UTF-8"):
         task_of("longbench", tmp_path, "qasper").examples(length=None, n=1, seed=0, text=text)
 
 

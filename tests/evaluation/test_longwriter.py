@@ -234,7 +234,7 @@ def test_marks_are_found_in_all_kinds_of_answers(answer: str) -> None:
         json.dumps(MARKS | {"Accuracy": 0}),
         json.dumps(MARKS | {"Accuracy": True}),
         json.dumps(MARKS | {"Accuracy": "4/10"}),
-        "\n".join(f"{name}: 10" for name in MARKS),
+        *("\n".join(f"{name}: {mark}" for name in MARKS) for mark in ("10", "5.5", "4/10", "0")),
     ],
 )
 def test_incomplete_marks_are_none(answer: str) -> None:

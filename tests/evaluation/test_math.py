@@ -73,10 +73,21 @@ def test_other_names_and_missing_answers_of_the_same_fields(tmp_path: Path, text
     rows = {
         "aime25": {"question": "Find it.", "answer": r"336^\circ"},
         "aime24": {"ID": "2024-II-4", "Problem": "Find it.", "Solution": "", "Answer": 33},
+        "aime24 of a table": {"problem": "Find it.", "answer": 33.0},
+        "math500 of a table": {"problem": "Find it.", "answer": 0.5},
         "math500": {"problem": "Find it.", "solution": r"so $\boxed{\frac{1}{2}}$", "level": "Level 5", "type": "Algebra"},
     }
-    found = {name: examples(name, write(tmp_path / f"{name}.jsonl", [row]), text)[0].references for name, row in rows.items()}
-    assert found == {"aime25": (r"336^\circ",), "aime24": ("33",), "math500": (r"\frac{1}{2}",)}
+    found = {
+        name: examples(name.split()[0], write(tmp_path / f"{name}.jsonl", [row]), text)[0].references[0]
+        for name, row in rows.items()
+    }
+    assert found == {
+        "aime25": r"336^\circ",
+        "aime24": "33",
+        "aime24 of a table": "33",
+        "math500 of a table": "0.5",
+        "math500": r"\frac{1}{2}",
+    }
 
 
 def test_directories_as_the_hub_lays_them_out(tmp_path: Path, text: TextTools) -> None:

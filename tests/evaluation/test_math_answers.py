@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 
 import pytest
@@ -72,7 +73,7 @@ def test_thousands_may_be_separated_in_any_way(number: int, separator: str) -> N
 
 @given(st.text(alphabet=r"0123456789.,/+-*^(){}[]\ xyie&_$%=<>|!:;~" + "π√±", max_size=40))
 def test_any_answer_can_be_compared(answer: str) -> None:
-    nothing = answer.replace(r"\>", "").strip(" $%\\.{}[]()*,;:~_^&") == ""  # a space of LaTeX's, as those of other signs
+    nothing = re.sub(r"\\[>!]", "", answer).strip(" $%\\.{}[]()*,;:~_^&") == ""  # spaces of LaTeX's, as those of other signs
     assert equivalent(answer, answer) or nothing
     equivalent(answer, r"\frac{1}{2}")
 
@@ -109,6 +110,11 @@ SAID = [
     ("The answer is 5. On reflection, the answer is 6.", "6"),
     ("The answer is blue. No, the answer is red.", "red"),
     ("The answer is 7, so the answer is B.", "B"),
+    ("<think>2 + 3</think>\n<answer> 5 </answer>", "5"),
+    ("<answer>\n5\n</answer>", "5"),
+    ("**Final Answer**\n\n$12$", "12"),
+    ("## Final answer:\n**12**", "12"),
+    ("The final answer is 12.", "12"),
 ]
 
 

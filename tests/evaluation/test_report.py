@@ -395,7 +395,7 @@ def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=r"no results\.json.*specontext eval"):
         write_report(tmp_path)
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(ReportError, match="cannot be read"):
+    with pytest.raises(ReportError, match=r"cannot be read \(.*: mend it, or run"):
         write_report(tmp_path)
     for damage in ({"format": 0}, {"steps": [1]}, {"steps": {}}):
         write(tmp_path, made_results(), copy.deepcopy(made_selections()) | damage)

@@ -170,7 +170,7 @@ def settings_of(tmp_path: Path, **changes: Any) -> EvaluationSettings:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"suites": ()}, "no suite"),
+        ({"suites": ()}, "no suite was named: choose among ruler, .*fidelity, continuation"),
         ({"suites": ("chess",)}, "unknown suite 'chess'"),
         ({"methods": ()}, "no method"),
         ({"methods": ("chess",)}, "unknown method"),

@@ -10,6 +10,9 @@ from specontext.distill.data.documents import Document
 from specontext.distill.data.encoder import Encoder
 from specontext.distill.data.rows import document
 from specontext.distill.data.source import DataError
+from specontext.errors import SpeContextError
+
+EACH_ROW = "each row must be an object in a line of its own"
 
 
 class JsonLines:
@@ -50,9 +53,24 @@ class JsonLines:
         try:
             with self.path.open("rb") as file:
                 file.seek(self._offsets[number])
-                row = json.loads(file.readline().decode("utf-8-sig"))
+                line = file.readline()
         except OSError as error:
             raise DataError(f"cannot read {self.path}: {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:  # of JSON and of UTF-8, and of what is nested too deeply
-            raise DataError(f"{where} is no JSON: {error}") from error
-        return document(row, self.encoder, where)
+        return document(read_line(line, where, DataError), self.encoder, where)
+
+
+def read_line(line: bytes, where: str, failure: type[SpeContextError]) -> object:
+    """What a line holds, which should be a row.
+
+    Args:
+        where: names the line in errors.
+
+    Raises:
+        failure: it is no JSON, or no UTF-8 text.
+    """
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise failure(f"{where} is not UTF-8 text: byte {error.start} cannot be decoded; convert the file to UTF-8") from error
+    except (ValueError, RecursionError) as error:  # of JSON, and of what is nested too deeply
+        raise failure(f"{where} is no JSON: {error}; {EACH_ROW}") from error

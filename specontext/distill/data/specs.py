@@ -25,6 +25,7 @@ FORMS = (
 )
 _ROWS: dict[str, Callable[[Path, Encoder], Documents]] = {".jsonl": JsonLines, ".ndjson": JsonLines, ".parquet": parquet_rows}
 TABLES = (".json", ".csv", ".tsv")  # which hold rows too; in directories, such as of code, they are texts like any other
+TEXTS = (".txt", ".md")
 PROBED = 4096  # bytes of a file in a directory that are looked at to tell text from other data
 
 
@@ -40,7 +41,8 @@ def open_sources(
 
     `tasks` or `tasks:KIND,KIND` are generated problems. A `.jsonl` (`.ndjson`) or `.parquet` file has a document in every row
     (see `rows.document` for the forms), any other file is a text, but for tables (`.json`, `.csv`, `.tsv`) that are named
-    themselves. A directory is all of these below it, sorted by path; hidden files and files that are not text are left out.
+    themselves. A directory is all of these below it, sorted by path; hidden files and files that are not text are left out,
+    but for those that are called so (`.txt`, `.md`), which must be UTF-8.
     `hf:org/name:split:field` is a data set of the Hub. Each of these may end with `=WEIGHT`: sequences come from it as often as
     from one without, times WEIGHT.
 
@@ -114,11 +116,14 @@ def _directory(folder: Path, encoder: Encoder) -> Documents:
     """Text files first, then the rows of JSONL and Parquet files.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or one that is called a text is none.
     """
     visible = [path for path in sorted(folder.rglob("*")) if not any(part[0] == "." for part in path.relative_to(folder).parts)]
     files = [path for path in visible if path.is_file()]
-    texts = [path for path in files if path.suffix.lower() not in _ROWS and is_text(path)]
+    others = [path for path in files if path.suffix.lower() not in _ROWS]
+    texts = [path for path in others if is_text(path)]
+    if lost := [path for path in others if path.suffix.lower() in TEXTS and path not in set(texts)]:
+        raise DataError(f"{lost[0]} is no UTF-8 text, as its name says: convert it, or move it out of {folder}")
     parts: list[Documents] = [rows(path, encoder) for path in files if (rows := _ROWS.get(path.suffix.lower())) is not None]
     if texts:
         parts.insert(0, TextFiles(texts, encoder))

@@ -63,4 +63,6 @@ def _json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ReportError(f"{file} cannot be read: {error}") from error
+        raise ReportError(
+            f"{file} cannot be read ({error}): mend it, or run the command that wrote it into another directory"
+        ) from error

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from specontext.checkpoints.files import user_path
+from specontext.distill.data.jsonl import EACH_ROW, read_line
 from specontext.errors import HubError, SpeContextError
 from specontext.hub import fetch_file, load_split
 from specontext.installing import install_command
@@ -154,12 +155,9 @@ class DataFile:
             if not line.strip():
                 continue
             where = f"line {number} of {self}"
-            try:
-                fields = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:  # of JSON and of UTF-8, and of what is nested too deeply
-                raise DataFileError(f"{where} is no JSON: {error}") from error
+            fields = read_line(line, where, DataFileError)
             if not isinstance(fields, dict):
-                raise DataFileError(f"{where} must be a JSON object, not {_shown(fields)}")
+                raise DataFileError(f"{where} must be a JSON object, not {_shown(fields)}; {EACH_ROW}")
             if half := _HALF.search(json.dumps(fields, ensure_ascii=False)):
                 raise DataFileError(f"{where} has half of a character (\\u{ord(half[0]):04x}): mend or remove the line")
             yield Row(fields, where)

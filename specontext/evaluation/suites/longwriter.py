@@ -83,7 +83,9 @@ def longwriter(data: str | None = None, *, max_length: int | None = None, judge:
         DataFileError: no data was given, or there is none.
     """
     if data is None or isinstance(found := locate(data), HubName):
-        raise DataFileError(f"the suite '{SUITE}' needs --data: a file or directory of {SOURCE}, not {data!r}")
+        raise DataFileError(
+            f"the suite '{SUITE}' needs --data: a file or directory of {SOURCE}{'' if data is None else f', not {data!r}'}"
+        )
     tasks = [LongWriterTask(SUITE, file.place.stem, (file,), max_length, judge) for file in data_files(found)]
     if len({task.name for task in tasks}) < len(tasks):
         raise DataFileError(f"{found} has two files of one name: give one of them")

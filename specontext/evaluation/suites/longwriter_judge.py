@@ -30,7 +30,7 @@ LOWEST, HIGHEST = 1, 5
 KEY_VARIABLE = "OPENAI_API_KEY"
 TEMPERATURE, MAX_TOKENS = 0.5, 2048
 _ABOUT_THE_TEXT = re.compile(r"context.length|too long|max_model_len|content.{0,20}(policy|filter)", re.IGNORECASE)
-_MARK = re.compile(r"\s*([1-5](?:\.\d+)?)(?:\s*/\s*5)?(?![\d/])")
+_MARK = re.compile(r"\s*([1-4](?:\.\d+)?|5(?:\.0+)?)(?:\s*/\s*5)?(?![\d./]*\d|/)")
 
 Marks = dict[str, float]  # a mark for each of DIMENSIONS, LOWEST .. HIGHEST
 

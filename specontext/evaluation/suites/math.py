@@ -8,7 +8,9 @@ directory.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from specontext.evaluation.suites.data_files import DataFile, HubData, HubName, Row, RowSource, data_files, locate
@@ -90,7 +92,9 @@ class MathTask(DataTask):
             return boxed
         named = next((name for name in _ANSWER if row.has(name)), "answer")
         value = row.fields.get(named)
-        return str(value) if isinstance(value, int) and not isinstance(value, bool) else row.text(*_ANSWER).strip()
+        if isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value):
+            return str(int(value) if value == int(value) else value)  # tables make 33.0 of 33
+        return row.text(*_ANSWER).strip()
 
 
 def math_suite(name: str, data: str | None = None, *, max_length: int | None = None) -> list[EvalTask]:

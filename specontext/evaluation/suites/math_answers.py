@@ -3,7 +3,7 @@ r"""Final answers of mathematics problems: finding them in an output, and compar
 Compared are values, not spellings: \frac12, 0.5 and 1/2 are one answer, as are 3\sqrt{2} and \sqrt{18}. Lists without brackets,
 sets and unions are compared in any order, tuples, intervals and matrices in theirs, equations and inequalities up to a factor.
 Left out of account are units and words behind a number, currency, percent and degree signs, thousands separators, and a name in
-front ("x =").
+front ("x ="). "2 million" is 2000000, and 2 as well, since a problem may ask for millions.
 
 Limits: units are never checked, nor is the number of decimals (0.33 is not 1/3); 50\% is 50, not 0.5; a form that a problem asks
 for (factored, simplified) is not told from another of the same value; a base as in 52_8 must be written as in the reference;
@@ -17,21 +17,27 @@ from fractions import Fraction
 
 from specontext.evaluation.suites.math_brackets import closings
 from specontext.evaluation.suites.math_forms import Leaf, Named, read, same
-from specontext.evaluation.suites.math_spelling import plain
+from specontext.evaluation.suites.math_spelling import in_digits, plain
 from specontext.evaluation.suites.math_values import Unreadable, value
 
 _LONGEST = 400  # characters of an answer that is looked into
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _BARE = re.compile(r"[^\s$.,]+")
 _BETWEEN = re.compile(r"(?:[\s,;$]|\\q?quad|\\[,; ()\[\]]|\\(?:text|mbox)\{\s*,?\s*(?:and|or)\s*\}|\b(?:and|or)\b)*")
-_SAID = re.compile(r"(?:\banswer\b\**\s*(?:is|:|=)\**\s*:?|####)[ \t]*\**[ \t]*(?=(?P<answer>[^\n]{1,500}))", re.IGNORECASE)
+_SAID = re.compile(
+    r"(?:\banswer\b\**\s*(?:is|:|=)\**\s*:?|####|<answer>\s*|\bfinal answer\**[ \t]*\n\s*)"
+    r"[ \t]*\**[ \t]*(?=(?P<answer>[^\n]{1,500}))",
+    re.IGNORECASE,
+)
 _FORMULA = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)")
 _TELLING = re.compile(r"\d|[$\\^_=√π∞]|(?<!\w)[A-HJ-Zb-z](?!\w)")
 _NUMBER = re.compile(r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?|(?<![\w.])-?\.\d+")
 
 
 def final_answer(output: str, *, or_last_number: bool = False) -> str | None:
-    r"""The answer that an output gives: its last complete \boxed{...}, else what follows its last "answer is" or "####".
+    r"""The answer in an output: the last complete \boxed{...}, else what follows the last "answer is", "####" or "<answer>".
+
+    What stands below a line "Final answer" follows it.
 
     Args:
         or_last_number: where there is neither, the last number, as is usual for GSM8K.
@@ -43,7 +49,7 @@ def final_answer(output: str, *, or_last_number: bool = False) -> str | None:
         return boxed
     if said := [match["answer"] for match in _SAID.finditer(output)]:
         telling = [answer for answer in said if _TELLING.search(answer)]  # and not "the answer is easy to check"
-        answer = re.split(r"\.(?:\s|$)", (telling or said)[-1], maxsplit=1)[0].strip(' *`"')
+        answer = re.split(r"\.(?:\s|$)|</answer>", (telling or said)[-1], maxsplit=1)[0].strip(' *`"')
         if answer := _formulas(answer) or answer:
             return answer
     if or_last_number and (numbers := _NUMBER.findall(output)):
@@ -102,7 +108,11 @@ def equivalent(answer: str, reference: str) -> bool:
     """Whether two answers are the same; see the top of this file for what that means."""
     if max(len(answer), len(reference)) > _LONGEST:
         return answer.strip() == reference.strip()
-    return same(read(plain(answer)), read(plain(reference)))
+    given, written = (answer, reference), (in_digits(answer), in_digits(reference))
+    sized = [text != before for text, before in zip(written, given, strict=True)]
+    if any(sized) and same(*(read(plain(text)) for text in written)):
+        return True
+    return not all(sized) and same(*(read(plain(text)) for text in given))  # 2, in millions, is "2 million", too
 
 
 def exact_number(answer: str) -> Fraction | None:

@@ -19,6 +19,7 @@ _SIGNS = {r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "~", r"\in": "in
 _MIRRORED = {">": "<", ">=": "<="}
 _CONDITION = re.compile(r"\s*[a-zA-Z]\s*(?:\\in\s*R\s*)?[|:](.*[<>=].*|.*\\[lg]e(?![a-zA-Z]).*)")  # { x | x > 3 }
 _PRODUCT = re.compile(r"\s*[a-z]\s*[a-z]\s*")  # what may be a name of two letters or a product
+_ALL_REALS = ("R", "allrealnumbers", "allreals")
 _PLUS_MINUS = re.compile(r"\\([pm])([mp])(?![a-zA-Z])")
 
 
@@ -135,6 +136,8 @@ def _bracketed(text: str) -> Answer | None:
     for opening, closing in ((r"\{", r"\}"), (r"\langle", r"\rangle")):
         if text.startswith(opening) and text.endswith(closing):
             inside = text[len(opening) : -len(closing)]
+            if not inside.strip():
+                return Leaf(r"\emptyset")
             if opening == r"\langle":
                 return Group(text, "()", tuple(map(read, split(inside, ","))), True)
             content = read(condition[1] if (condition := _CONDITION.fullmatch(inside)) else inside)
@@ -214,6 +217,8 @@ def _same_link(first: tuple[str, str, str], second: tuple[str, str, str]) -> boo
 
 def _interval(answer: Answer) -> Answer:
     """The interval that an inequality of one name says; several of them are a union."""
+    if isinstance(answer, Leaf) and squeezed(answer.text) in _ALL_REALS:
+        return Group(answer.text, "()", (Leaf(r"-\infty"), Leaf(r"\infty")), True)
     if isinstance(answer, Group) and answer.kind == "list" and all(isinstance(part, Relation) for part in answer.parts):
         parts = tuple(map(_interval, answer.parts))
         return Group(answer.text, "union", parts, False) if all(isinstance(part, Group) for part in parts) else answer

@@ -7,6 +7,8 @@ numbers without thousands separators, no units.
 from __future__ import annotations
 
 import re
+import unicodedata
+from decimal import Decimal
 
 from specontext.evaluation.suites.math_brackets import braced
 
@@ -24,6 +26,13 @@ _WRAPPERS = re.compile(
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _SPACES = re.compile("[\u00a0\u2000-\u200a\u202f\u205f\u3000]")
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+
+
+def _parts(sign: str) -> list[list[str]]:
+    """Numerator and denominator of a fraction that is one character."""
+    return [unicodedata.normalize("NFKC", sign).split("⁄")]
+
+
 _CHARACTERS = {
     **dict.fromkeys("−–—﹣－", "-"),
     **{"，": ",", "、": ",", "；": ";", "：": ":", "（": "(", "）": ")", "％": "%", "′": "'", "’": "'"},
@@ -32,7 +41,7 @@ _CHARACTERS = {
     **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ", "º": r"^\circ ", "∠": r"\angle "},
     **{"θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ", "φ": r"\phi ", "ω": r"\omega "},
     **{"⟨": r"\langle ", "⟩": r"\rangle ", "ℝ": "R", "£": "", "€": "", "¥": ""},
-    **{"½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"},
+    **{sign: rf"\frac{{{above}}}{{{below}}}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒" for above, below in _parts(sign)},
 }
 _CHARACTER = re.compile("|".join(map(re.escape, _CHARACTERS)))
 _OTHER_NAMES = {
@@ -40,6 +49,7 @@ _OTHER_NAMES = {
     **{"dbinom": "binom", "tbinom": "binom", "leq": "le", "leqslant": "le", "geq": "ge", "geqslant": "ge", "neq": "ne"},
     **{"varnothing": "emptyset", "colon": ":", "ast": "*", "star": "*", "lbrace": "{", "rbrace": "}", "land": ",", "lor": ","},
     **{"varphi": "phi", "vartheta": "theta", "varepsilon": "epsilon", "lt": "<", "gt": ">", "simeq": "approx", "pounds": ""},
+    **dict.fromkeys(("dots", "cdots", "dotsc"), "ldots"),
     **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
     **{
         "lbrack": "[",
@@ -70,6 +80,7 @@ _MARKS = (
 )
 _COMMAND = re.compile(rf"\\({'|'.join(_OTHER_NAMES)})(?![a-zA-Z])")
 _WORD_FUNCTIONS = re.compile(r"(?<![a-zA-Z\\])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|pi)(?![a-zA-Z])")
+_CHOOSE = re.compile(r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}")
 _OVER = re.compile(r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}")
 
 _SEPARATOR = r"(?:,\\!|\{,\}(?:\\!)?|\\!,|\\[,;:> ]|~|')"
@@ -101,6 +112,13 @@ _WORDS_BEHIND = re.compile(
     r"(?P<number>[-+]?(?:[\d.,/]*\d|\\frac\{\d+\}\{\d+\}))(?P<gap>\s*)"
     r"(?P<words>[a-zA-Z]{2,}(?:\^\{?[23]\}?)?(?:[\s./-]+[a-zA-Z]+(?:\^\{?[23]\}?)?)*)[\s.]*"
 )
+_ORDINAL = re.compile(r"(\d+)\s*(?:\^\s*)?\{?\s*(?:\\(?:text|mbox|mathrm)\s*\{)?\s*(?:st|nd|rd|th)\s*\}?\s*\}?")
+_IN_BRACKETS = re.compile(r"(?P<number>[-+]?(?:[\d.,]*\d|\\frac\{\d+\}\{\d+\}))\s+\((?!(?:abc|xyz|pqr)\))(?:[a-z]{3,}\s*)+\)")
+_SEGMENT = re.compile(r"\\(?:overline|widehat|overleftrightarrow)\s*\{\s*([A-Z]{2,})\s*\}")
+_POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_MAGNITUDE = re.compile(
+    rf"(?<![\d.,])(\d+(?:,\d{{3}})*(?:\.\d+)?)[\s~]*(?:\\(?:text|mbox|mathrm)\s*\{{)?[\s~]*({'|'.join(_POWERS)})s?(?![a-zA-Z])"
+)
 _BASES = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 
 
@@ -118,6 +136,16 @@ def plain(text: str) -> str:
     text = _without_text(text)
     text = _WORD_FUNCTIONS.sub(r"\\\1 ", text)
     return _without_wrapping(text.strip(" ,;").rstrip(" .,;"))
+
+
+def in_digits(text: str) -> str:
+    """An answer with what is said of its size in words, as in "1.2 million", written out."""
+    return _MAGNITUDE.sub(_written_out, text)
+
+
+def _written_out(match: re.Match[str]) -> str:
+    number = Decimal(match[1].replace(",", "")).scaleb(_POWERS[match[2]])
+    return f"{number.normalize():f} " + (r"\text{" if "{" in match[0] else "")
 
 
 def without_commas(text: str) -> str | None:
@@ -140,14 +168,15 @@ def _without_wrapping(text: str) -> str:
 
 def _commands(text: str) -> str:
     """Commands of style removed, and one name for those that have several."""
-    text = _MARKED_THOUSANDS.sub("", text)
-    text = _DROPPED.sub("", text)
+    text = re.sub(r"\\mathbb\s*([A-Z])(?![a-zA-Z])", r"\1", _MARKED_THOUSANDS.sub("", text))
+    text = _SEGMENT.sub(r"\1", _DROPPED.sub("", text))
     text = _STYLE.sub(lambda match: {r"\!": "", r"\\": r"\\"}.get(match[0], " "), text)
     text = _COMMAND.sub(lambda match: (_OTHER_NAMES[match[1]] if match[1] in _MARKS else _named(match[1])) + " ", text)
     text = re.sub(r"\\operatorname\*?\s*\{\s*(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|ln|log|exp)\s*\}", r"\\\1 ", text)
     text = re.sub(r"\\math(?:rm|bf|it)\s*\{([ie])\}", r"\1", text)
     text = re.sub(r"\\begin\{array\}\s*\{[^{}]*\}", r"\\begin{pmatrix}", text).replace(r"\end{array}", r"\end{pmatrix}")
     text = re.sub(r"\\\\\s*\[[^\[\]]*\]", r"\\\\", text)
+    text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
     while (fraction := _OVER.sub(r"\\frac{\1}{\2}", text)) != text:
         text = fraction
     text = text.replace("**", "^").replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
@@ -197,6 +226,8 @@ def _fraction(match: re.Match[str]) -> str:
 
 
 def _without_units(text: str) -> str:
+    if (short := _ORDINAL.fullmatch(text.strip()) or _IN_BRACKETS.fullmatch(text.strip())) is not None:
+        return short[1]
     if unit := _UNIT.fullmatch(text):
         text = unit["number"]
     behind = _WORDS_BEHIND.fullmatch(_without_text(text).strip())
