@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from specontext.layer_sizes import LatentSizes, Window
@@ -89,9 +90,13 @@ def _declares(config: PreTrainedConfig, entry: str) -> bool:
 
 def declared(config: PreTrainedConfig) -> set[str]:
     """Names of the entries that a config's class knows: fields, arguments, what it sets itself, and other names of these."""
-    kind = type(config)
+    kind: Any = type(config)  # which can be hashed, where its instances cannot
+    return {*_declared_by(kind), *config.attribute_map, *config.attribute_map.values()}
+
+
+@cache
+def _declared_by(kind: Any) -> set[str]:
     names = set(getattr(kind, "__dataclass_fields__", {})) | set(inspect.signature(kind.__init__).parameters)
-    names |= set(config.attribute_map) | set(config.attribute_map.values())
     try:
         names |= set(vars(kind()))
     except Exception:  # a class that cannot be made without arguments; what it declares is known all the same

@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,10 @@ from specontext.retrieval.head_map import band_map
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+    from tests.interpreter import remember_members
+
+    remember_members()
 
 
 def path_with(root: Path) -> dict[str, str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
 
 from transformers import PreTrainedConfig
 
@@ -25,12 +28,7 @@ ROUTER = re.compile(r"rout|moe", re.IGNORECASE)  # in names of classes
 
 def routing_obstacles(config: PreTrainedConfig) -> Iterator[str]:
     """Entries that send tokens to other experts, or weigh these otherwise, than the routers of the config's decoder do."""
-    routers = "".join(
-        inspect.getsource(kind)
-        for module in {sys.modules[kind.__module__] for kind in decoders(config)}
-        for name, kind in inspect.getmembers(module, inspect.isclass)
-        if kind.__module__ == module.__name__ and ROUTER.search(name)
-    )
+    routers = "".join(code_of_routers(module) for module in {sys.modules[kind.__module__] for kind in decoders(config)})
     if not routers:
         return
     for name, value in vars(config).items():
@@ -41,3 +39,17 @@ def routing_obstacles(config: PreTrainedConfig) -> Iterator[str]:
         averaged = averaged and not re.search(r"(?<!/)/=? ", routers)
         if scored or ignored or averaged:
             yield f"its config has {name} {shown(value)}, which changes what experts are given and is not computed here"
+
+
+@cache
+def code_of_routers(module: ModuleType) -> str:
+    """Source of the classes that a module defines and that route. The module is parsed once, where `inspect.getsource` parses it
+    for each class."""
+    kinds = inspect.getmembers(module, inspect.isclass)
+    names = {name for name, kind in kinds if kind.__module__ == module.__name__ and ROUTER.search(name)}
+    if not names:
+        return ""
+    source = inspect.getsource(module)
+    lines = source.splitlines(keepends=True)
+    classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef) and node.name in names]
+    return "".join("".join(lines[node.lineno - 1 : node.end_lineno]) for node in classes)

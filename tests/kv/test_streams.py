@@ -10,6 +10,7 @@ there; pages that are given back are read by nobody.
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -360,19 +361,26 @@ def watched_history(seed: int, streams: RecordingStreams) -> RecordingStreams:
     return streams
 
 
+@functools.cache
+def places_of_waits(seed: int) -> frozenset[str]:
+    """Places that wait in a history without a race."""
+    return frozenset(watched_history(seed, RecordingStreams()).places)
+
+
 def test_any_history_is_free_of_races() -> None:
     for seed in range(30):
-        watched_history(seed, RecordingStreams())
+        places_of_waits(seed)
 
 
 @pytest.mark.slow
 def test_no_single_wait_can_be_left_out() -> None:
     """Every place that waits, wherever it is in the code, is needed: without it some history has a race."""
-    places = set[str]().union(*(watched_history(seed, RecordingStreams()).places for seed in range(60)))
+    places = set[str]().union(*(places_of_waits(seed) for seed in range(60)))
     assert len(places) > 12, "loads, write-back, chunks, copies and moves both ways, what ends, closes and comes back"
     assert {place.split()[1] for place in places} == {COMPUTE, PREFETCH, WRITE_BACK}
     for place in sorted(places):
         with pytest.raises(RaceError):
             for seed in range(300):
-                watched_history(seed, RecordingStreams(deaf_place=place))
+                if seed >= 60 or place in places_of_waits(seed):  # others do without it anyway
+                    watched_history(seed, RecordingStreams(deaf_place=place))
             pytest.fail(f"the wait of {place} is never needed")
