@@ -201,6 +201,7 @@ class Scheduler:
         return [(row, r) for row, r in enumerate(requests) if r.computed == len(r.token_ids) + r.unread]
 
 
+@torch.inference_mode()  # as steps run, which are compiled for tensors that were made so
 def pack(
     decodes: Sequence[Request],
     chunks: Sequence[tuple[Request, int]],

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 
 from specontext import LLM, SamplingParams
+from specontext.engine import chunk_graphs
 from specontext.engine.chunk_warm_up import padded_chunk
 from specontext.engine.graphs import sizes
 from specontext.engine.rehearsal import rehearse
 from specontext.gguf import cache
 from specontext.kv.cache import KVCache
-from specontext.models.compiled import keep_compiled
+from specontext.models.compiled import CompiledModules, keep_compiled
+from specontext.models.decoder import decoder_layers
+from specontext.retrieval.head import CALLED
 from specontext.retrieval.registry import CHOICES
 
 MakeLLM = Callable[..., LLM]
@@ -109,6 +114,48 @@ def test_all_sizes_and_spans_are_captured_before_requests_come(
     llm.generate(prompts[0], greedy(6))
     assert sorted(map(str, graphs._captured)) == sorted(map(str, captured)), "none is missing"
     assert {kind.span for kind in graphs.replayed} == {*spans}
+
+
+class CountingCompiler:
+    """A compiler that makes no code, and counts what it would make code of."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.graphs = 0
+        compiler = torch.compile
+        patch.setattr(torch, "compile", lambda function, **given: compiler(function, **given | {"backend": self}))
+
+    def __call__(self, graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_nothing_is_compiled_once_an_engine_is_ready(
+    family: str, make_llm: MakeLLM, greedy: Greedy, as_if_captured: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever lengths prompts have, alone, several in a step or beside decode tokens, and whatever is known of them."""
+    monkeypatch.setattr(chunk_graphs, "QUERIES", 64)  # longer chunks than these, and than those of a rehearsal, run compiled
+    llm = make_llm(family, budget=24, offload_layers=0, max_model_len=300, max_num_seqs=4, max_num_batched_tokens=128)
+    runner, compiler = llm.engine.runner, CountingCompiler(monkeypatch)
+    layers, own = decoder_layers(runner.loaded.model), runner.parts.head
+    runner._compiled = CompiledModules([*((layer, "forward") for layer in layers), *((own, name) for name in CALLED)])
+    as_if_captured(llm)
+    torch._dynamo.reset()
+    llm.engine.warm_up()
+    assert (ready := compiler.graphs) > 0
+    numbers = random.Random(0)
+
+    def prompt(tokens: int) -> list[int]:
+        return [numbers.randrange(3, 60) for _ in range(tokens)]
+
+    known = prompt(150)
+    for lengths in ((100,), (128,), (65,), (150, 30, 29, 1), (91, 77, 160, 25), (33,)):
+        llm.generate([prompt(length) for length in lengths], greedy(7))
+    llm.generate([known], greedy(2))
+    llm.generate([known[:80] + prompt(50), known + prompt(26), prompt(90)], greedy(5))
+    assert compiler.graphs == ready
+    torch._dynamo.reset()
 
 
 def test_compilers_keep_what_they_made_where_nobody_has_said_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from specontext.kernels.retrieval_scores import paged_retrieval_scores
 from specontext.kernels.rows import append_keys
 from specontext.kernels.top_k import choose, groups_of
 from specontext.memory.pages import PageAllocator
+from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.selector import AheadSelector, LaneTokens, MethodContext, PageState, Selector, uniform_map
 
 
@@ -206,7 +207,7 @@ class SpeculativeSelector(AheadSelector):
         assert features is not None
         begin = segment.offset - segment.start
         last = features[begin + (first + 1) * tokens - 1 : begin + stop * tokens : tokens].to(each.dtype)
-        return PageState(each, self.head.fuse(last))
+        return PageState(each, RetrievalHead.fuse(self.head, last))  # not what may be compiled: there may be a single page
 
     def restore_pages(self, seat: int, tokens: int, state: PageState) -> None:
         self._restore(seat, state.each.reshape(tokens, *self.cache.keys.shape[2:]), state.last[0])
