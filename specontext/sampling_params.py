@@ -159,7 +159,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] = ()
 
-    @property
+    @cached_property
     def most_tokens(self) -> int:
         """Tokens of the output at most, as far as this says."""
         return NO_BOUND if self.max_tokens is None else self.max_tokens

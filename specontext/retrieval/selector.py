@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from specontext.core import Batch, Segment, Selection
-from specontext.kernels.selected_tokens import ALWAYS, selected_tokens
-from specontext.kernels.top_k import groups_of
+from specontext.kernels.top_k import ALWAYS, groups_of, selected_tokens
 from specontext.model_shape import ModelShape
 from specontext.retrieval.head import RetrievalHead
 

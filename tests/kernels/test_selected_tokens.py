@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specontext.kernels import selected_tokens as dispatched
+from specontext.kernels import top_k as dispatched
 from specontext.kernels.dispatch import reference_of
-from specontext.kernels.selected_tokens import ALWAYS
-from specontext.kernels.triton import selected_tokens as kernels
+from specontext.kernels.top_k import ALWAYS
+from specontext.kernels.triton import top_k as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK = settings(
@@ -31,7 +31,7 @@ EACH = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several programs a set."""
-    monkeypatch.setattr(kernels, "BLOCK", 8)
+    monkeypatch.setattr(kernels, "PLACES", 8)
 
 
 def expected(scored: list[int], length: int, end: int | None, sink: int, width: int, whole: int) -> tuple[list[int], list[bool]]:
