@@ -98,15 +98,16 @@ class _Pool(Executor):
 
 @contextmanager
 def _nothing_launched() -> Iterator[None]:
-    """Inside, launches of this thread compile their kernel at most."""
+    """Inside, launches of our kernels by this thread compile them at most. Other packages' run: some are timed to be chosen."""
     from triton.runtime.jit import JITFunction
 
-    here = threading.get_ident()
+    here, ours = threading.get_ident(), __name__.partition(".")[0] + "."
     with _walking:
         run = JITFunction.run
 
         def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-            return run(self, *args, grid=grid, warmup=warmup or threading.get_ident() == here, **kwargs)
+            only = threading.get_ident() == here and self.module.startswith(ours)
+            return run(self, *args, grid=grid, warmup=warmup or only, **kwargs)
 
         JITFunction.run = compiled
         try:
