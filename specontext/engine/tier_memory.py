@@ -111,9 +111,11 @@ def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device)
         if config.gpu_memory_utilization is not None:
             raise ConfigError("gpu_memory_utilization needs a GPU: on a CPU give gpu_memory, the bytes of the device tier of KV")
         if (tables := plan.fixed["tables"]) > (free := free_memory(device)):
+            budget = config.method.budget is not None
+            lower = "max_model_len, max_num_seqs or the budget" if budget else "max_model_len or max_num_seqs"
             raise MemoryPlanError(
                 f"tables for {config.max_num_seqs} requests of the longest context need {tables} bytes of memory, and {free} are "
-                "free: set max_model_len, max_num_seqs or the budget lower"
+                f"free: set {lower} lower"
             )
         return config.gpu_memory or int(SHARE_OF_FREE_MEMORY * free_memory(device))
     free, total = torch.cuda.mem_get_info(device)
