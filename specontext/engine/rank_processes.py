@@ -144,8 +144,13 @@ class RankProcesses:
     def _watch(self) -> None:
         open_ = dict(zip(self._connections, range(1, len(self._connections) + 1), strict=True))
         while open_:
-            for found in wait(list(open_), timeout=LOOK):
-                connection = found
+            try:
+                said_something = wait(list(open_), timeout=LOOK)
+            except OSError:
+                if self._ending:  # and closed them, before they could be waited for
+                    return
+                raise
+            for connection in said_something:
                 assert isinstance(connection, Connection)
                 rank = open_[connection]
                 try:
