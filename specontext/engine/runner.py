@@ -204,14 +204,9 @@ class ModelRunner:
         """
         if self._graphs is None:
             return
-        with (
-            working_device(min(self.parts.step_tokens.alone, self.parts.max_tokens)),
-            Compilers(self.parts.kv.device) as compilers,
-        ):
+        with working_device(min(self.parts.step_tokens.alone, self.parts.max_tokens)):
             if not self._waits(self.parts.selector):
-                for batch in self._graphs.paddings(self._spans(None)):
-                    if not compilers.walk(partial(self._forward, batch)):
-                        break
+                self._compile_kernels(self._graphs.paddings(self._spans(None)))
             warm_up_chunks(self._launched, self.parts)  # first: what several tokens run is compiled with many in mind
             if not self._waits(self.parts.selector):
                 self._graphs.warm_up(self._spans(None), self._fused)

@@ -13,7 +13,7 @@ import torch
 import torch._dynamo
 
 from specontext import LLM, SamplingParams
-from specontext.engine import chunk_graphs
+from specontext.engine import chunk_graphs, runner
 from specontext.engine.chunk_warm_up import padded_chunk
 from specontext.engine.graphs import sizes
 from specontext.engine.rehearsal import rehearse
@@ -33,12 +33,12 @@ Change = Callable[[LLM], Any]
 @pytest.mark.parametrize("method", ["speculative", "full", "h2o", "snapkv"])
 def test_a_chunk_of_padding_stores_nothing(method: str, offload_layers: int | None, make_llm: MakeLLM) -> None:
     llm = make_llm("llama", method, budget=24, offload_layers=offload_layers)
-    parts, runner = llm.engine.parts, llm.engine.runner
+    parts, steps = llm.engine.parts, llm.engine.runner
     pools = [pool.rows.view(torch.int32) for pool in (parts.kv.arena, parts.kv.host)]  # memory that may hold anything
     before = [rows.clone() for rows in pools]
     with torch.inference_mode():
         for start in (0, 40):
-            logits = runner._forward(padded_chunk(40, start, parts.kv.num_seats, parts.kv.device))
+            logits = steps._forward(padded_chunk(40, start, parts.kv.num_seats, parts.kv.device))
             assert logits.shape == (1, llm.shape.vocab_size) and logits.isfinite().all()
     assert all(torch.equal(rows, old) for rows, old in zip(pools, before, strict=True))
     llm.engine.check_integrity()
@@ -116,6 +116,38 @@ def test_all_sizes_and_spans_are_captured_before_requests_come(
     assert {kind.span for kind in graphs.replayed} == {*spans}
 
 
+def test_kernels_are_compiled_before_others_are_timed(
+    make_llm: MakeLLM, as_if_captured: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler that goes on beside them would have the wrong ones chosen."""
+    happened: list[str] = []
+
+    class Compilers:
+        def __init__(self, device: torch.device) -> None: ...
+
+        def __enter__(self) -> Compilers:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            happened.append("compiled")
+
+        def walk(self, step: Callable[[], object]) -> bool:
+            step()
+            happened.append("walked")
+            return True
+
+    monkeypatch.setattr(runner, "Compilers", Compilers)
+    llm = make_llm("llama", budget=24, offload_layers=0, max_model_len=300, max_num_seqs=5)
+    graphs = as_if_captured(llm)
+    capture, fused = graphs._capture, llm.engine.runner._fused
+    monkeypatch.setattr(graphs, "_capture", lambda *given: (happened.append("captured"), capture(*given))[1])
+    monkeypatch.setattr(llm.engine.runner, "_fused", lambda batch: (happened.append("run"), fused(batch))[1])
+    llm.engine.warm_up()
+    walks = len(sizes(5)) + 1  # all sizes, and the other span
+    assert happened[: walks + 2] == ["walked"] * walks + ["compiled", "run"] and "captured" in happened
+    assert happened.count("walked") == walks and happened.count("compiled") == 1
+
+
 class CountingCompiler:
     """A compiler that makes no code, and counts what it would make code of."""
 
@@ -137,9 +169,9 @@ def test_nothing_is_compiled_once_an_engine_is_ready(
     """Whatever lengths prompts have, alone, several in a step or beside decode tokens, and whatever is known of them."""
     monkeypatch.setattr(chunk_graphs, "QUERIES", 64)  # longer chunks than these, and than those of a rehearsal, run compiled
     llm = make_llm(family, budget=24, offload_layers=0, max_model_len=300, max_num_seqs=4, max_num_batched_tokens=128)
-    runner, compiler = llm.engine.runner, CountingCompiler(monkeypatch)
-    layers, own = decoder_layers(runner.loaded.model), runner.parts.head
-    runner._compiled = CompiledModules([*((layer, "forward") for layer in layers), *((own, name) for name in CALLED)])
+    steps, compiler = llm.engine.runner, CountingCompiler(monkeypatch)
+    layers, own = decoder_layers(steps.loaded.model), steps.parts.head
+    steps._compiled = CompiledModules([*((layer, "forward") for layer in layers), *((own, name) for name in CALLED)])
     as_if_captured(llm)
     torch._dynamo.reset()
     llm.engine.warm_up()
