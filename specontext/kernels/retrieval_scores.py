@@ -23,7 +23,16 @@ VECTOR = 64  # a block is a multiple of as many tokens
 
 @operation(decided_by="query")
 def paged_retrieval_scores(
-    query: Tensor, keys: Tensor, table: Tensor, start: int, stops: Tensor, span: int, groups: int | None = None
+    query: Tensor,
+    keys: Tensor,
+    table: Tensor,
+    start: int,
+    stops: Tensor,
+    span: int,
+    groups: int | None = None,
+    scale: float | None = None,
+    ranks: Tensor | None = None,
+    reserved: int = 0,
 ) -> Tensor:
     """Attention weights over the candidates start .. stops[r] - 1, maximised over the query heads of each group.
 
@@ -38,6 +47,9 @@ def paged_retrieval_scores(
         stops: integers [R], end of the candidates of each request; the span where it is greater.
         groups: G, a multiple of K; None for K.
         span: number of positions that compete and are returned, at most P * page_size.
+        scale: factor of the logits; None for D ** -0.5.
+        ranks: uint8 [pages, page_size, K], or None. Candidates of the ranks 1 .. `reserved` are chosen whatever the query is:
+            they do not compete, and have infinite scores.
 
     Returns:
         float32 [R, G, span]; -1 where there is no candidate. A request's scores depend neither on the others nor on the span.
@@ -50,7 +62,7 @@ def paged_retrieval_scores(
     pages_a_block = -(-BLOCK // (step * page_size)) * step
     block = pages_a_block * page_size
     blocks = -(-span // block)
-    grouped = query.float().view(requests, key_heads, -1, head_dim) * head_dim**-0.5
+    grouped = query.float().view(requests, key_heads, -1, head_dim) * (head_dim**-0.5 if scale is None else scale)
     logits = query.new_full((requests, query_heads, blocks * block), -torch.inf, dtype=torch.float32)
     rows = logits.view(-1, block)
     row_of = torch.arange(len(rows), device=logits.device).view(requests, -1, blocks)  # [R, Hq, blocks]
@@ -63,7 +75,15 @@ def paged_retrieval_scores(
         places = row_of[owner[part], :, number[part]].view(-1, *grouped.shape[1:3]).transpose(0, 1)  # [K, W, heads]
         rows.index_copy_(0, places.flatten(), _products(grouped, keys, owner[part], pages[part]))
     pooled = logits.view(requests, groups or key_heads, -1, blocks * block)
-    return group_weights(pooled, start, stops.clamp(max=span))[..., :span]
+    closed = None
+    if ranks is not None:
+        rank = torch.nn.functional.pad(ranks[table].flatten(1, 2)[:, :span].mT, (0, blocks * block - span))  # [R, K, ...]
+        closed = ((rank > 0) & (rank <= reserved)).repeat_interleave(pooled.shape[1] // key_heads, dim=1)
+        pooled.masked_fill_(closed[:, :, None], -torch.inf)
+    weights = group_weights(pooled, start, stops.clamp(max=span))
+    if closed is not None:
+        weights.masked_fill_(closed & (weights >= 0), torch.inf)
+    return weights[..., :span]
 
 
 def _blocks_of(ends: Tensor, block: int, most: int) -> tuple[Tensor, Tensor]:

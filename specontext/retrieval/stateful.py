@@ -6,13 +6,14 @@ import copy
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from specontext.core import Selection
 from specontext.errors import ConfigError
-from specontext.retrieval.selector import LaneTokens, LayerSelector, LayerView, MethodContext, Selector
+from specontext.retrieval.selector import Budget, LaneTokens, LayerSelector, LayerView, MethodContext, Selector
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,18 @@ class StatefulSelector(LayerSelector):
         self._prompt_of: dict[int, int] = {}
         self._fresh: list[set[int]] = [set() for _ in range(shape.layers)]
         self._asked: tuple[LaneTokens, list[tuple[int, int]]] | None = None
+        self._ends: tuple[LaneTokens, Tensor] | None = None
 
     def variant(self, name: str) -> Selector:
         """The same, choosing among the tokens of prompts only ('prompt')."""
         assert name == "prompt"
         other = copy.copy(self)
-        other.keep_generated = True
+        other.keep_generated, other._ends = True, None
+        return other
+
+    def with_budget(self, budget: Budget) -> Self:
+        other = super().with_budget(budget)
+        other._ends = None
         return other
 
     # What a method has to say ------------------------------------------------------------------------------------------
@@ -122,10 +129,14 @@ class StatefulSelector(LayerSelector):
         return self.budget.compose(chosen, lane.lengths)
 
     def ends(self, lane: LaneTokens) -> Tensor:
-        """End of the candidates of each request: int64 [R]."""
-        if self.keep_generated:
-            return self.budget.prompt_end(lane.lengths, self.prompts[lane.seats])
-        return self.budget.candidates_end(lane.lengths)
+        """End of the candidates of each request, the same in all layers: int64 [R]."""
+        if self._ends is None or self._ends[0] is not lane:
+            if self.keep_generated:
+                ends = self.budget.prompt_end(lane.lengths, self.prompts[lane.seats])
+            else:
+                ends = self.budget.candidates_end(lane.lengths)
+            self._ends = lane, ends
+        return self._ends[1]
 
     @property
     def asks_host(self) -> bool:

@@ -134,6 +134,37 @@ def test_pages_are_read_in_place(page_size: int, index: torch.dtype, dtype: torc
 
 @PAGED
 @pytest.mark.parametrize(("key_heads", "dim"), [(2, 32), (1, 272)])
+@pytest.mark.parametrize("reserved", [0, 3, 250])
+def test_what_is_chosen_in_any_case_does_not_compete(key_heads: int, dim: int, reserved: int, paged: Paged) -> None:
+    query, keys = (rand(3, *shape, dim, dtype=torch.float32, seed=1) for shape in ((key_heads * 4,), (290, key_heads)))
+    rank = torch.zeros(3, 290, key_heads, dtype=torch.uint8)
+    rank[:, torch.randperm(290, generator=torch.Generator().manual_seed(3))[:250]] = torch.arange(1, 251, dtype=torch.uint8)[
+        :, None
+    ]
+    rank[0, :, 0] = 0  # nothing of one head
+    rank[2, :133] = 1  # nothing is left to compete, unless nothing is reserved
+    pool, table = in_pages(keys, 16, torch.int64)
+    ranks = torch.full((len(pool), 16, key_heads), 9, dtype=torch.uint8)
+    for r in range(3):
+        for p in range(table.shape[1]):
+            part = rank[r, p * 16 : (p + 1) * 16]
+            ranks[table[r, p], : len(part)] = part
+    stops, scale = [290, 141, 133], 0.3
+    at = torch.tensor(stops, device=DEVICE)
+    scores = paged(query, pool, table, 2, at, 290, key_heads * 2, scale, ranks.to(DEVICE), reserved).cpu()
+    for r, stop in enumerate(stops):
+        for g in range(key_heads * 2):
+            closed = (rank[r, :, g // 2] > 0) & (rank[r, :, g // 2] <= reserved)
+            inside = torch.zeros(290, dtype=torch.bool)
+            inside[2:stop] = True
+            logits = query[r, g * 2 : g * 2 + 2].cpu().double() @ keys[r, :, g // 2].cpu().double().T * scale
+            weights = torch.softmax(logits.masked_fill(closed | ~inside, -torch.inf), -1).nan_to_num(0.0).amax(0)
+            expected = weights.masked_fill(closed, torch.inf).masked_fill(~inside, -1.0)
+            close(scores[r, g], expected)
+
+
+@PAGED
+@pytest.mark.parametrize(("key_heads", "dim"), [(2, 32), (1, 272)])
 def test_neither_company_nor_span_changes_a_number(key_heads: int, dim: int, paged: Paged) -> None:
     if DEVICE == "cuda" and paged is paged_retrieval_scores_reference:
         pytest.skip("on a GPU the reference multiplies the keys of the whole span")

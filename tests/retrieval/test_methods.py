@@ -88,13 +88,14 @@ def test_no_logit_in_a_page_exceeds_its_bound() -> None:
     for step in range(40):
         decode(selector, [0, 1], talks, step)
         positions = torch.tensor([talk.prompt + step for talk in talks])
-        tokens = LaneTokens(positions, torch.tensor([0, 1]), positions, positions + 1, positions, int(positions.max()) + 1)
         for layer in range(LAYERS):
             view = View(talks, positions.tolist(), layer)
-            bounds = selector.page_bounds(layer, tokens, view)  # type: ignore[attr-defined]
             logits = view.logits()[..., budget.sink :].unflatten(1, (KV_HEADS, -1))
             pages = torch.nn.functional.pad(logits, (0, -logits.shape[-1] % PAGE), value=-torch.inf)
             greatest = pages.unflatten(-1, (-1, PAGE)).amax(-1)
+            high, low = selector.tables["bounds"][layer, [0, 1], :, None, : greatest.shape[-1]].unbind(-2)
+            query = view.query.unflatten(1, (KV_HEADS, -1))[:, :, :, None] * SCALE
+            bounds = torch.maximum(query * high, query * low).sum(-1)
             there = greatest > -torch.inf
             assert there.sum() > 50 and (bounds[there] >= greatest[there] - 1e-5).all()
             assert (bounds[there] - greatest[there]).mean() > 0.1, "a bound, not the logits themselves"
@@ -264,7 +265,7 @@ def test_bytes_of_choosing() -> None:
     assert counted("quest") == [2 * vector * pages for pages in (0, 1, 7, 100)]
     assert counted("quest-prompt") == [2 * vector * pages for pages in (0, 1, 1, 58)]
     assert counted("shadowkv") == [vector * chunks for chunks in (0, 1, 13, 200)]  # 5 chunks fit: no outlier
-    assert counted("shadowkv", 20 + 152)[2] == vector * 13 + 3 * 4
+    assert counted("shadowkv", 20 + 152)[2] == (vector + 1) * 13  # 3 outliers: ranks are read
     assert counted("shadowkv-prompt") == [vector * chunks for chunks in (0, 1, 2, 115)]
     assert counted("clusterkv") == [vector * c + 2 * t for c, t in ((2, 0), (3, 1), (102, 100), (12 + 8 + 61, 1600))]
     assert counted("clusterkv-prompt") == [vector * c + 2 * t for c, t in ((1, 0), (1, 1), (1, 15), (12, 915))]

@@ -11,6 +11,8 @@ Logits are in base 2 (scaled by log2 e). For bfloat16 keys and D = 128, keys are
 from memory; logits are 4 bytes a query head, written and read, and mostly stay in the L2 cache; scores are 4 bytes a group.
 
 Chunks are aligned to positions and merged in order, so a request's scores depend neither on the other requests nor on the span.
+Candidates that are chosen in any case have infinite logits and no part in the log-sum-exps; without a call for them nothing of it
+is compiled.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -34,6 +36,19 @@ LEAST = tl.constexpr(-3.0e38)
 TINY = tl.constexpr(1.0e-37)
 
 
+@triton.jit
+def _set_apart(x, rank_row, key_head, seen, reserved, RANKED: tl.constexpr):
+    """Logits [positions, heads] to be stored and to compete: infinite and none of candidates that are chosen in any case."""
+    stored = x
+    x = tl.where(seen[:, None], x, float("-inf"))
+    if RANKED:
+        rank = tl.load(rank_row + key_head, mask=seen, other=0)
+        closed = (rank > 0) & (rank <= reserved)
+        stored = tl.where(closed[:, None], float("inf"), stored)
+        x = tl.where(closed[:, None], float("-inf"), x)
+    return stored, x
+
+
 @triton.jit(do_not_specialize=["start", "span", "chunks"])
 def _chunk_logits(
     query,
@@ -52,6 +67,8 @@ def _chunk_logits(
     key_stride_token,
     key_stride_head,
     table_stride,
+    ranks,
+    reserved,
     PAGE: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_PADDED: tl.constexpr,
@@ -60,6 +77,7 @@ def _chunk_logits(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     WIDEN: tl.constexpr,
+    RANKED: tl.constexpr,
 ):
     key_head, chunk = tl.program_id(0), tl.program_id(1)
     request = tl.program_id(2).to(tl.int64)
@@ -90,9 +108,9 @@ def _chunk_logits(
         if WIDEN:
             k = k.to(tl.float32)
         x = tl.dot(k, q, input_precision="ieee") * scale
+        stored, x = _set_apart(x, ranks + (page * PAGE + position % PAGE) * key_heads, key_head, seen, reserved, RANKED)
         out = logits + (first_head + head[None, :]) * width + position[:, None]
-        tl.store(out, x, mask=seen[:, None] & (head[None, :] < HEADS))
-        x = tl.where(seen[:, None], x, float("-inf"))
+        tl.store(out, stored, mask=seen[:, None] & (head[None, :] < HEADS))
         before = top
         top = tl.maximum(top, x)
         total = total * tl.exp2(before - top) + tl.exp2(x - top)
@@ -120,6 +138,8 @@ def _wide_logits(
     key_stride_token,
     key_stride_head,
     table_stride,
+    ranks,
+    reserved,
     PAGE: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_TILE: tl.constexpr,
@@ -127,6 +147,7 @@ def _wide_logits(
     DIM_PIECE: tl.constexpr,
     CHUNK: tl.constexpr,
     WIDEN: tl.constexpr,
+    RANKED: tl.constexpr,
 ):
     tiles: tl.constexpr = (HEADS + HEADS_TILE - 1) // HEADS_TILE
     key_head, chunk = tl.program_id(0) // tiles, tl.program_id(1)
@@ -152,10 +173,9 @@ def _wide_logits(
         if WIDEN:
             k, q = k.to(tl.float32), q.to(tl.float32)
         x = tl.dot(k, q, x, input_precision="ieee")
-    x *= scale
+    stored, x = _set_apart(x * scale, ranks + (page * PAGE + position % PAGE) * key_heads, key_head, seen, reserved, RANKED)
     out = logits + (first_head + head[None, :]) * width + position[:, None]
-    tl.store(out, x, mask=seen[:, None] & present[None, :])
-    x = tl.where(seen[:, None], x, float("-inf"))
+    tl.store(out, stored, mask=seen[:, None] & present[None, :])
     # A chunk without candidates is left at LEAST and weighs nothing.
     best = tl.maximum(tl.max(x, 0), LEAST)
     whole = tl.sum(tl.exp2(x - best[None, :]), 0)
@@ -222,7 +242,16 @@ def _group_weights(
 
 
 def paged_retrieval_scores(
-    query: Tensor, keys: Tensor, table: Tensor, start: int, stops: Tensor, span: int, groups: int | None = None
+    query: Tensor,
+    keys: Tensor,
+    table: Tensor,
+    start: int,
+    stops: Tensor,
+    span: int,
+    groups: int | None = None,
+    scale: float | None = None,
+    ranks: Tensor | None = None,
+    reserved: int = 0,
 ) -> Tensor:
     """See `specontext.kernels.retrieval_scores.paged_retrieval_scores`."""
     assert span <= table.shape[1] * keys.shape[1], "the page table ends before the span"
@@ -249,11 +278,13 @@ def paged_retrieval_scores(
         return scores
     arguments = (
         *(query, keys, table, stops, logits, lse),
-        *(start, span, width, chunks, key_heads, dim**-0.5 * math.log2(math.e)),
+        *(start, span, width, chunks, key_heads, (dim**-0.5 if scale is None else scale) * math.log2(math.e)),
         *keys.stride()[:3],
         table.stride(0),
+        stops if ranks is None else ranks.contiguous(),
+        reserved,
     )
-    sizes = {"PAGE": keys.shape[1], "HEADS": readers, "DIM": dim, "CHUNK": chunk, "WIDEN": widen}
+    sizes = {"PAGE": keys.shape[1], "HEADS": readers, "DIM": dim, "CHUNK": chunk, "WIDEN": widen, "RANKED": ranks is not None}
     if narrow:
         _chunk_logits[(key_heads, chunks, requests)](
             *arguments,

@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from specontext.kernels.retrieval_scores import group_weights
-from specontext.retrieval.blocks import candidate_blocks, place_of, whole_blocks
+from specontext.kernels.blocks import follow_means
+from specontext.kernels.retrieval_scores import paged_retrieval_scores
+from specontext.retrieval.by_blocks import BlockSelector, LaneBlocks
 from specontext.retrieval.selector import LaneTokens, LayerView, MethodContext
-from specontext.retrieval.stateful import StatefulSelector, Table, group_logits
+from specontext.retrieval.stateful import Table
 
 CHUNK = 8  # tokens
 OUTLIERS = 48  # chunks at most; the paper's number, beside 256 chunks that are chosen
-ALWAYS = 2.0  # more than any softmax weight
 
 
-class ShadowKVSelector(StatefulSelector):
+class ShadowKVSelector(BlockSelector):
     """Reads the chunks of 8 tokens whose mean key has the greatest logit, and those of which the mean says little.
 
     The paper's: landmarks, the means of the keys of a chunk after RoPE; the chunks of the prompt with the smallest least cosine
@@ -29,14 +29,15 @@ class ShadowKVSelector(StatefulSelector):
     which are chosen, and are left out.
     """
 
+    size = CHUNK
+
     @classmethod
     def tables_for(cls, context: MethodContext) -> dict[str, Table]:
-        shape = context.shape
-        chunks = max(1, -(-(context.max_tokens - context.budget.sink) // CHUNK))
+        shape, chunks = context.shape, cls.entries(context)
         return {
             "landmarks": Table((shape.kv_heads, chunks, shape.head_dim), shape.dtype, CHUNK),
             "sums": Table((shape.kv_heads, shape.head_dim), torch.float32),  # of the keys of the last chunk
-            "outliers": Table((shape.kv_heads, OUTLIERS), torch.int32),  # chunks + 1, the farthest out first; then 0
+            "outliers": Table((shape.kv_heads, chunks), torch.uint8, CHUNK),  # ranks, the farthest out has 1; 0 for the others
         }
 
     @property
@@ -57,32 +58,29 @@ class ShadowKVSelector(StatefulSelector):
             landmarks[:, whole] = (keys[-rest:].sum(0) / rest).to(landmarks.dtype)
         nearness = cosine_similarity(chunks, means[:, None], dim=-1).amin(1)  # [chunks, Hkv]
         # The later of two equal chunks is farther out.
-        order = whole - nearness.flip(0).argsort(dim=0, stable=True)[:OUTLIERS]
-        self.tables["outliers"][layer, seat, :, : len(order)] = order.T.int()
+        order = whole - 1 - nearness.flip(0).argsort(dim=0, stable=True)[:OUTLIERS]  # [chunks, Hkv]
+        ranks = torch.arange(1, len(order) + 1, dtype=torch.uint8, device=order.device).expand(order.shape[1], -1)
+        self.tables["outliers"][layer, seat].scatter_(-1, order.T, ranks)
 
     def follow(self, layer: int, lane: LaneTokens, view: LayerView) -> None:
         landmarks, sums = self.tables["landmarks"][layer], self.tables["sums"][layer]
-        rows, chunks, places = place_of(lane.positions, lane.seats, CHUNK, self.budget.sink, self.seats)
-        places = places[:, None, None]
-        total = torch.where(places == 0, 0.0, sums[rows]) + view.key.float()
-        sums[rows] = total
-        landmarks[rows, :, chunks] = (total / (places + 1)).to(landmarks.dtype)
+        follow_means(landmarks, sums, view.key, lane.positions, lane.seats, CHUNK, self.budget.sink)
 
-    def choose(self, layer: int, lane: LaneTokens, view: LayerView, ends: Tensor) -> Tensor:
-        sink = self.budget.sink
-        chunks = max(1, -(-(lane.span - sink) // CHUNK))
-        landmarks = self.tables["landmarks"][layer][:, :, :chunks].index_select(0, lane.seats)
-        kept = self.tables["outliers"][layer][:, :, : self.outliers].index_select(0, lane.seats).long()
-        outlier = torch.zeros((*landmarks.shape[:2], chunks + 1), dtype=torch.bool, device=kept.device)
-        outlier = outlier.scatter_(-1, kept, True)[..., 1:]  # place 0 is for those that are not there
-        logits = group_logits(view.query, landmarks.float(), view.scale).masked_fill_(outlier[:, :, None], -torch.inf)
-        weights = group_weights(logits, 0, candidate_blocks(ends, CHUNK, sink))
-        weights.masked_fill_(outlier & (weights >= 0), ALWAYS)
-        return whole_blocks(weights, CHUNK, sink, ends, self.budget.scored)
+    def weights(self, layer: int, view: LayerView, blocks: LaneBlocks) -> Tensor:
+        query = view.query.reshape(len(blocks.counts), -1, self.shape.head_dim)
+        return paged_retrieval_scores(
+            query,
+            self.paged("landmarks", layer),
+            blocks.pages,
+            0,
+            blocks.counts,
+            blocks.most,
+            scale=view.scale,
+            ranks=self.paged("outliers", layer)[..., 0] if self.outliers else None,
+            reserved=self.outliers,
+        )
 
     def selection_bytes(self, lane: LaneTokens) -> Tensor:
-        """A vector of every chunk, and the numbers of the outliers."""
-        chunks = candidate_blocks(self.ends(lane), CHUNK, self.budget.sink)
-        numbers = self.outliers * torch.int32.itemsize
-        vectors = chunks * (self.shape.head_dim * self.shape.dtype.itemsize)
-        return (vectors + numbers) * (self.shape.layers * self.shape.kv_heads)
+        """A vector of every chunk, and its rank where outliers are read."""
+        each = self.shape.head_dim * self.shape.dtype.itemsize + min(1, self.outliers) * torch.uint8.itemsize
+        return self.counts(lane) * (each * self.shape.layers * self.shape.kv_heads)
