@@ -74,11 +74,11 @@ class DecodeGraphs:
             for size in reversed(sizes(self._seats)):
                 self._of(_Kind(None, size, span), step)
 
-    def paddings(self, spans: Sequence[int]) -> Iterator[Batch]:
-        """Batches of padding that have the kernels of the steps that `warm_up` captures: of all sizes, and of all spans."""
+    def paddings(self, spans: Sequence[int], choice: Choice | None) -> Iterator[Batch]:
+        """Batches of padding that have the kernels of the steps of a choice: of all sizes, and of all spans."""
         longest, *others = sorted(spans, reverse=True)
         for size, span in [(size, longest) for size in sizes(self._seats)] + [(1, span) for span in others]:
-            yield decode_batch(_padding(size, self._seats, self._device), span)
+            yield decode_batch(_padding(size, self._seats, self._device), span, choice)
 
     def _kind(self, lane: Lane, span: int) -> _Kind:
         return _Kind(lane.choice, requests_bucket(lane.stop - lane.start, self._seats), span)

@@ -84,6 +84,10 @@ class Methods:
             choice = Choice(name, most if budget is None else budget)
         return None if choice == self.own else choice
 
+    def choices(self) -> list[Choice | None]:
+        """The engine's own way, and every method that requests may name, with the engine's budget."""
+        return [None, *(choice for name in self.selectors if (choice := self.choose(name, None)) is not None)]
+
     def of(self, choice: Choice | None) -> Selector:
         """The selector that serves a choice."""
         choice = choice or self.own

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
@@ -205,8 +205,7 @@ class ModelRunner:
         if self._graphs is None:
             return
         with working_device(min(self.parts.step_tokens.alone, self.parts.max_tokens)):
-            if not self._waits(self.parts.selector):
-                self._compile_kernels(self._graphs.paddings(self._spans(None)))
+            self._compile_kernels(self._graphs)
             warm_up_chunks(self._launched, self.parts)  # first: what several tokens run is compiled with many in mind
             if not self._waits(self.parts.selector):
                 self._graphs.warm_up(self._spans(None), self._fused)
@@ -227,12 +226,16 @@ class ModelRunner:
             with working_device(min(self.parts.step_tokens.alone, self.parts.max_tokens)):
                 warm_up_chunks(self._launched, self.parts)
 
-    def _compile_kernels(self, batches: Iterable[Batch]) -> None:
-        """Have the kernels of decode steps compiled beside each other, before others are chosen by how long they take."""
+    def _compile_kernels(self, graphs: DecodeGraphs) -> None:
+        """Have the kernels of decode steps compiled beside each other, before others are chosen by how long they take: of the
+        engine's own way, and of those that requests may name."""
+        methods = self.parts.methods
         with Compilers(self.parts.kv.device) as compilers:
-            for batch in batches:
-                if not compilers.walk(partial(self._forward, batch)):
-                    break
+            for choice in methods.choices():
+                if not self._waits(methods.of(choice)):
+                    for batch in graphs.paddings(self._spans(choice), choice):
+                        if not compilers.walk(partial(self._forward, batch)):
+                            break
 
     def _uncaptured(self, batch: Batch) -> Tensor:
         """A step that is not captured as a whole: short chunks are, in pieces, where no method watches them that may keep what it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,9 @@ def test_all_sizes_and_spans_are_captured_before_requests_come(
 def test_kernels_are_compiled_before_others_are_timed(
     make_llm: MakeLLM, as_if_captured: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A compiler that goes on beside them would have the wrong ones chosen."""
+    """A compiler that goes on beside them would have the wrong ones chosen. Those of methods that requests may name are, too."""
     happened: list[str] = []
+    choices: list[str | None] = []
 
     class Compilers:
         def __init__(self, device: torch.device) -> None: ...
@@ -131,19 +133,23 @@ def test_kernels_are_compiled_before_others_are_timed(
         def __exit__(self, *_: object) -> None:
             happened.append("compiled")
 
-        def walk(self, step: Callable[[], object]) -> bool:
+        def walk(self, step: partial[object]) -> bool:
+            [lane] = step.args[0].lanes
+            choices.append(lane.choice and lane.choice.method)
             step()
             happened.append("walked")
             return True
 
     monkeypatch.setattr(runner, "Compilers", Compilers)
-    llm = make_llm("llama", budget=24, offload_layers=0, max_model_len=300, max_num_seqs=5)
+    llm = make_llm("llama", budget=24, offload_layers=0, max_model_len=300, max_num_seqs=5, methods=("quest", "clusterkv"))
     graphs = as_if_captured(llm)
     capture, fused = graphs._capture, llm.engine.runner._fused
     monkeypatch.setattr(graphs, "_capture", lambda *given: (happened.append("captured"), capture(*given))[1])
     monkeypatch.setattr(llm.engine.runner, "_fused", lambda batch: (happened.append("run"), fused(batch))[1])
     llm.engine.warm_up()
-    walks = len(sizes(5)) + 1  # all sizes, and the other span
+    each = len(sizes(5)) + 1  # all sizes, and the other span
+    assert choices == [None] * each + ["quest"] * each, "clusters are made by the host"
+    walks = 2 * each
     assert happened[: walks + 2] == ["walked"] * walks + ["compiled", "run"] and "captured" in happened
     assert happened.count("walked") == walks and happened.count("compiled") == 1
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from specontext.core import Choice
 from specontext.engine.graphs import DecodeGraphs, sizes
 from specontext.kernels import compiling
 from specontext.kernels.compiling import Compilers
@@ -73,9 +74,10 @@ def test_nothing_is_walked_on_a_cpu() -> None:
 
 
 def test_a_walk_meets_all_sizes_and_all_spans() -> None:
-    batches = [*DecodeGraphs(seats=5, device=torch.device("cpu")).paddings([24, 300, 4096])]
+    batches = [*DecodeGraphs(seats=5, device=torch.device("cpu")).paddings([24, 300, 4096], Choice("quest", 24))]
     assert {(len(batch.token_ids), batch.span) for batch in batches} == {(size, 4096) for size in sizes(5)} | {(1, 24), (1, 300)}
     assert all(bool((batch.positions < 0).all()) and bool((batch.seats == 5).all()) for batch in batches), "nobody's"
+    assert {lane.choice for batch in batches for lane in batch.lanes} == {Choice("quest", 24)}
 
 
 @GPU
