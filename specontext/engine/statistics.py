@@ -10,29 +10,26 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from specontext.core import Selection
 from specontext.engine.output_statistics import DecodeStatistics
+from specontext.kernels.selection_counts import NOTHING, count_selection
 from specontext.kv.layout import PlacedSelection
 from specontext.memory.learning import Traffic
 from specontext.model_shape import ModelShape
 
-NOTHING = torch.iinfo(torch.int32).max
-
 
 class Count(IntEnum):
-    """The counters of a seat, columns of a table."""
+    """The counters of a seat, columns of a table. The last ones, from READ on, are those of `count_selection` in its order."""
 
     STEPS = 0
-    READ = 1
-    SELECTION_BYTES = 2
-    LOADED_BYTES = 3
-    FULL_BYTES = 4
-    OVERLAP = 5
-    OVERLAP_STEPS = 6
-    HITS = 7
-    SELECTED = 8
-    CHOOSING_S = 9
-    TIMED_STEPS = 10
+    SELECTION_BYTES = 1
+    FULL_BYTES = 2
+    CHOOSING_S = 3
+    TIMED_STEPS = 4
+    READ = 5
+    HITS = 6
+    LOADED_BYTES = 7
+    OVERLAP = 8
+    OVERLAP_STEPS = 9
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,6 @@ class Meter:
             firsts = [window.first(lengths - 1).clamp(min=0) for window in self._windows]
             rows = (lengths - torch.stack(firsts).double().mean(0)) * self.shape.kv_heads
         self._add(Count.READ, seats, rows * self.shape.layers)
-        self._add(Count.SELECTED, seats, rows * self.shape.layers)
         self._add(Count.HITS, seats, rows * resident)
         self._add(Count.LOADED_BYTES, seats, rows * ((self.shape.layers - resident) * self._row_bytes))
 
@@ -150,41 +146,25 @@ class Meter:
             resident: bool [L], layers that load nothing.
         """
         layers = slice(None) if layer is None else slice(layer, layer + 1)
-        seats, selection, plan = reading.seats, reading.selection, reading.plan
-        known = self._readers.get(id(reading.reader.head_map))
-        members = known if known is not None else self._readers_of(reading.reader.head_map)
-        members = members[:, : selection.tokens.shape[1]]
-        readers = members[layers].sum(0)  # [G]
-        loaders = (members * ~resident[:, None])[layers].sum(0)
-        chosen = (selection.tokens >= 0).sum(-1) * readers  # [R, G]
-        missing = plan.missing.sum(-1) * loaders if plan is not None else torch.zeros_like(chosen)
-        self._add(Count.READ, seats, chosen.sum(-1))
-        self._add(Count.SELECTED, seats, chosen.sum(-1))
-        self._add(Count.HITS, seats, (chosen - missing).sum(-1))
-        self._add(Count.LOADED_BYTES, seats, missing.sum(-1) * self._row_bytes)
-        self._overlap(seats, selection, 0 if layer is None else layer)
+        selection, plan = reading.selection, reading.plan
+        count_selection(
+            self.counts[:, Count.READ :],
+            self.before[0 if layer is None else layer],
+            reading.seats,
+            selection.tokens,
+            selection.scored,
+            plan.missing if plan is not None else None,
+            self._readers_of(reading.reader.head_map)[layers],
+            resident[layers],
+            sink=self.sink,
+            row_bytes=self._row_bytes,
+        )
 
     def _readers_of(self, head_map: Tensor) -> Tensor:
-        """KV heads of each layer that read a group, float64 [L, G]."""
+        """KV heads of each layer that read a group, int64 [L, G]."""
         if id(head_map) not in self._readers:
-            members = torch.nn.functional.one_hot(head_map, self.groups).sum(1)
-            self._readers[id(head_map)] = members.to(device=self.counts.device, dtype=torch.float64)
+            self._readers[id(head_map)] = torch.nn.functional.one_hot(head_map, self.groups).sum(1).to(self.counts.device)
         return self._readers[id(head_map)]
-
-    def _overlap(self, seats: Tensor, selection: Selection, table: int) -> None:
-        scored, groups, width = selection.scored, selection.tokens.shape[1], self.before.shape[-1]
-        before = self.before[table].index_select(0, seats)[:, :groups].contiguous()  # [R, G, B]
-        # Scored entries are ascending: with the sinks before them at the end, all are.
-        now = torch.where(scored, selection.tokens, NOTHING).to(torch.int32).roll(-self.sink, -1)[..., :width].contiguous()
-        place = torch.searchsorted(before, now).clamp_(max=width - 1)
-        again = (before.gather(-1, place) == now) & (now != NOTHING)
-        total = scored.sum((1, 2))
-        counts = (before != NOTHING).any(-1).any(-1) & (total > 0)
-        share = again.sum((1, 2)) / total.clamp(min=1)
-        self._add(Count.OVERLAP, seats, torch.where(counts, share.double(), 0.0))
-        self._add(Count.OVERLAP_STEPS, seats, counts)
-        whole = torch.nn.functional.pad(now, (0, width - now.shape[-1], 0, self.groups - groups), value=NOTHING)
-        self.before[table].index_copy_(0, seats, whole)
 
     def recall(self, layer: int, seats: Tensor, share: Tensor) -> None:
         """Count a layer's share [R] of true attention mass that its selection covers: of those that read one KV the mean."""
@@ -204,7 +184,7 @@ class Meter:
     def traffic(self) -> Traffic:
         """What was counted of selections, of all requests that there ever were."""
         totals = (self.left + self.counts[:-1].sum(0)).tolist()
-        return Traffic(*(totals[count] for count in (Count.SELECTED, Count.HITS, Count.OVERLAP, Count.OVERLAP_STEPS)))
+        return Traffic(*(totals[count] for count in (Count.READ, Count.HITS, Count.OVERLAP, Count.OVERLAP_STEPS)))
 
     def _means(self, row: list[float]) -> DecodeStatistics:
         """A report, from a row of counters and the recall of each layer."""
@@ -220,7 +200,7 @@ class Meter:
             bytes_loaded_per_step=mean(Count.LOADED_BYTES, steps),
             bytes_full_per_step=mean(Count.FULL_BYTES, steps),
             overlap=mean(Count.OVERLAP, row[Count.OVERLAP_STEPS]),
-            hit_rate=mean(Count.HITS, row[Count.SELECTED]),
+            hit_rate=mean(Count.HITS, row[Count.READ]),
             attention_recall=sum(recalls) / (steps * len(recalls)) if steps else None,
             attention_recall_by_layer=[recall / steps for recall in recalls] if steps else None,
             selection_s_per_step=mean(Count.CHOOSING_S, row[Count.TIMED_STEPS]),

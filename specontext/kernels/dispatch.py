@@ -61,7 +61,7 @@ def operation(decided_by: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Makes a reference an operation: the reference runs on a CPU, and the Triton kernel for tensors on a GPU.
 
     The kernel is the function of the same name, with the same parameters, in the file of the same name in `kernels/triton/`. No
-    kernel computes in float64: that is left to the reference on any device.
+    kernel takes what decides in float64: that is left to the reference on any device.
 
     Args:
         decided_by: the parameter whose device decides: a tensor, or 'parameter.attribute' for one inside of it.

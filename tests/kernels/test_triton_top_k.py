@@ -1,8 +1,9 @@
-"""Exact top-k, in Triton and in PyTorch, against a sort: ties, gaps, short rows, rows of many parts."""
+"""Exact top-k, in Triton and in PyTorch, against a sort: ties, gaps, rows that one program holds, rows of many parts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -28,11 +29,20 @@ INF = float("inf")
 LEVELS = [-INF, -1.0, -0.0, 0.0, 2.0**-24, 0.25, 0.2578125, 0.5, 1.0, 1.5, 3.0, INF]
 
 TopK = Callable[[Tensor, int], Tensor]
-# The third is what the reference does on a GPU and, on a CPU, with rows that have ties at the edge.
+
+
+def in_parts(scores: Tensor, k: int) -> Tensor:
+    """What the kernels do with rows that no program can hold."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "HELD", 0)
+        return kernels.top_k_positions(scores, k)
+
+
+# The last is what the reference does on a GPU and, on a CPU, with rows that have ties at the edge.
 EACH = pytest.mark.parametrize(
     "top_k",
-    [kernels.top_k_positions, reference_of(dispatched.top_k_positions), dispatched._with_ties],
-    ids=["triton", "torch", "ties"],
+    [kernels.top_k_positions, in_parts, reference_of(dispatched.top_k_positions), dispatched._with_ties],
+    ids=["triton", "parts", "torch", "ties"],
 )
 
 
@@ -41,6 +51,24 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several parts and several steps of each also in short rows."""
     monkeypatch.setattr(kernels, "BLOCK", 128)
     monkeypatch.setattr(kernels, "MOST_PARTS", 4)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that are launched from now on."""
+    seen: list[str] = []
+
+    class Noting:
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, getattr(kernels, name)
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            seen.append(self.name)
+            return self.kernel[grid]
+
+    for name in ("_held_row", "_count_digits", "_write_positions"):
+        monkeypatch.setattr(kernels, name, Noting(name))
+    return seen
 
 
 def sorted_top_k(row: list[float], k: int) -> list[int]:
@@ -115,7 +143,21 @@ def test_a_long_row(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "BLOCK", block)
     monkeypatch.setattr(kernels, "MOST_PARTS", 256)
     row = torch.rand(5000, generator=torch.Generator().manual_seed(0)).mul(300).floor()[None]  # many ties at the edge
+    check(in_parts, row, 257)
     check(kernels.top_k_positions, row, 257)
+
+
+@pytest.mark.parametrize(("span", "launches"), [(1, 1), (257, 1), (kernels.HELD, 1), (kernels.HELD + 1, 5)])
+def test_rows_that_one_program_holds_take_one_launch(span: int, launches: int, launched: list[str]) -> None:
+    row = torch.rand(span, generator=torch.Generator().manual_seed(0))[None]
+    check(kernels.top_k_positions, row, 20)
+    assert len(launched) == launches
+
+
+@EACH
+@pytest.mark.parametrize("k", [1, 4, 5, 6])
+def test_as_many_as_there_are_or_one_more_or_less(top_k: TopK, k: int) -> None:
+    check(top_k, torch.tensor([[0.0, -1.0, 0.0, 0.0, -0.0, 0.0], [-1.0, INF, INF, 2.0, INF, 2.0], [-1.0] * 6, [1.0] * 6]), k)
 
 
 def test_the_public_function_chooses_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,15 +19,20 @@ from tests.server.test_async_engine import PROMPT, collect, params, run, started
 
 
 def test_bytes_of_all_requests_are_counted_however_they_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted: Counter[Count] = Counter()
-    seen: list[float] = []
-    add, rng = Meter._add, random.Random(0)
+    counted, seen, rng = Counter[Count](), list[float](), random.Random(0)
 
-    def watched(self: Any, count: Count, seats: torch.Tensor, value: Any) -> None:
-        counted[count] += int(value.sum()) if isinstance(value, torch.Tensor) else int(value) * len(seats)
-        add(self, count, seats, value)
+    def watch(name: str) -> None:
+        original = getattr(Meter, name)
 
-    monkeypatch.setattr(Meter, "_add", watched)
+        def watched(self: Any, *args: Any) -> None:
+            before = self.counts.sum(0)
+            original(self, *args)
+            counted.update({count: int((self.counts.sum(0) - before)[count]) for count in Count})
+
+        monkeypatch.setattr(Meter, name, watched)
+
+    for name in ("_add", "sparse"):
+        watch(name)
 
     async def test() -> None:
         engine = make_engine(max_num_seqs=6, max_model_len=512, gpu_memory=800_000)

@@ -1,13 +1,17 @@
-"""Triton kernels of `top_k_positions` and, at the end, of `selected_tokens`. The first is a radix select over the bits of the
-scores, several programs a row, five launches.
+"""Triton kernels of `top_k_positions` and, at the end, of `selected_tokens`. The first looks for the k-th greatest score by its
+bits: those of a float32 that is not negative, read as an integer, have its order.
 
-The bits of a float32 that is not negative, read as an integer, have its order. Four launches count, among the scores whose
-leading digits are those of the k-th greatest, how often each next digit occurs (8, 8, 8 and 7 bits, the greatest first); every
-program of the next launch finds the digit from these counts by itself. The last launch writes the positions, ascending: the
-fourth left for every part of a row how many scores reach each last digit, so each part knows its first place from a few numbers.
+A row of up to `HELD` scores is held by one program, in one launch. It asks for one bit after the other how many scores are as
+great as that: 31 sums at most, and none from where just k are left. Counts by digits are fewer sums, but each costs such a
+program more than the bits of a digit do.
 
-Bytes: the scores five times, from the L2 cache where they fit, and 4 KB of counts a row. Sums are of integers, so nothing
-depends on the order in which programs run.
+Longer rows have several programs, and five launches. Four count, among the scores whose leading digits are those of the k-th
+greatest, how often each next digit occurs (8, 8, 8 and 7 bits, the greatest first); every program of the next launch finds the
+digit from these counts by itself. The last launch writes the positions, ascending: the fourth left for every part of a row how
+many scores reach each last digit, so each part knows its first place from a few numbers.
+
+Bytes: the scores once, or five times, from the L2 cache where they fit, and 4 KB of counts a row. Sums are of integers, so
+nothing depends on the order in which programs run.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -21,7 +25,8 @@ from torch import Tensor
 
 from specontext.kernels.top_k import ALWAYS
 
-BLOCK = 1024  # scores of one step of a program
+HELD = 8192  # scores of a row that one program holds in registers, 16 a thread: of pages of 16 tokens, 128K tokens
+BLOCK = 1024  # scores of one step of a program of longer rows
 MOST_PARTS = 256  # programs of a row
 PLACES = 1024  # of a set that a program of `selected_tokens` fills
 ROW_COUNTS = tl.constexpr(4 * 256)  # counts of the four digits
@@ -52,6 +57,25 @@ def _leading_digits(counts, k, DIGITS: tl.constexpr):
         room -= tl.sum(tl.where(value > digit, count, 0), 0)
         found = found * (256 if i < 3 else 128) + digit
     return found, room
+
+
+@triton.jit
+def _write(chosen, position, greater, same, above, equal, skipped):
+    """Write those positions of a row that are chosen: greater ones, and equal ones but for the first `skipped` of the row.
+
+    Before these positions the row has `above` greater and `equal` equal ones.
+    """
+    both = tl.cumsum(greater.to(tl.int32) + (same.to(tl.int32) << 16), 0)
+    sames = equal + (both >> 16)
+    place = above + (both & 0xFFFF) + tl.maximum(sames - skipped, 0) - 1
+    tl.store(chosen + place, position.to(tl.int64), mask=greater | (same & (sames > skipped)))
+
+
+@triton.jit
+def _pad(chosen, taken, k, BLOCK: tl.constexpr):
+    for first in range(taken // BLOCK * BLOCK, k, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        tl.store(chosen + place, tl.full([BLOCK], -1, tl.int64), mask=(place >= taken) & (place < k))
 
 
 @triton.jit(do_not_specialize=["parts", "k"])
@@ -115,23 +139,37 @@ def _write_positions(scores, counts, reaches, chosen, span, chunk, parts, k, BLO
     equal = tl.sum(tl.where(other < part, equals, 0), 0)
 
     if part == 0:
-        taken = tl.sum(higher, 0) + all_equal - skipped
-        for first in range(taken // BLOCK * BLOCK, k, BLOCK):
-            place = first + tl.arange(0, BLOCK)
-            tl.store(chosen + place, tl.full([BLOCK], -1, tl.int64), mask=(place >= taken) & (place < k))
-
+        _pad(chosen, tl.sum(higher, 0) + all_equal - skipped, k, BLOCK)
     for first in range(part * chunk, tl.minimum(part * chunk + chunk, span), BLOCK):
         position = first + tl.arange(0, BLOCK)
         key = _load_keys(scores, position, span)
         greater = key > least
         same = key == least
-        both = tl.cumsum(greater.to(tl.int32) + (same.to(tl.int32) << 16), 0)
-        ups = above + (both & 0xFFFF)
-        sames = equal + (both >> 16)
-        place = ups + tl.maximum(sames - skipped, 0) - 1
-        tl.store(chosen + place, position.to(tl.int64), mask=greater | (same & (sames > skipped)))
+        _write(chosen, position, greater, same, above, equal, skipped)
         above += tl.sum(greater.to(tl.int32), 0)
         equal += tl.sum(same.to(tl.int32), 0)
+
+
+@triton.jit(do_not_specialize=["k"])
+def _held_row(scores, chosen, span, k, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    chosen += row * k
+    position = tl.arange(0, BLOCK)
+    key = _load_keys(scores + row * span, position, span)
+    # The greatest key that k or more reach, or one that just k do; 0 where there are not k of them.
+    least = 0
+    reached = tl.sum((key >= 0).to(tl.int32), 0)
+    bit = 1 << 30
+    for _ in range(31):
+        if reached > k:
+            reach = tl.sum((key >= least + bit).to(tl.int32), 0)
+            if reach >= k:
+                least += bit
+                reached = reach
+        bit = bit // 2
+    skipped = tl.maximum(reached - k, 0)  # the first ones of those that equal it are too many
+    _write(chosen, position, key > least, key == least, 0, 0, skipped)
+    _pad(chosen, reached - skipped, k, BLOCK)
 
 
 def top_k_positions(scores: Tensor, k: int) -> Tensor:
@@ -142,6 +180,10 @@ def top_k_positions(scores: Tensor, k: int) -> Tensor:
     if chosen.numel() == 0:
         return chosen
     rows = rows.contiguous()
+    if span <= HELD:
+        block = max(256, triton.next_power_of_2(span))
+        _held_row[(len(rows),)](rows, chosen, span, k, BLOCK=block, num_warps=min(max(4, block // 256), 16))
+        return chosen
     chunk = BLOCK * triton.next_power_of_2(triton.cdiv(span, BLOCK * MOST_PARTS))
     parts = triton.cdiv(span, chunk)
     counts = torch.zeros(len(rows) * ROW_COUNTS.value, dtype=torch.int32, device=rows.device)

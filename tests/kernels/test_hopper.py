@@ -1,0 +1,58 @@
+"""Kernels of which a step has many compile for Hopper, also where no GPU is at hand, and work in registers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+COMPILED = """
+import json, re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from specontext.kernels.triton import selection_counts, top_k
+
+WIDE = ("tokens", "seats", "readers", "sums", "chosen")
+KINDS = dict.fromkeys(WIDE, "*i64") | {"scored": "*u8", "missing": "*u8", "resident": "*u8", "before": "*i32", "counts": "*fp64"}
+found = {}
+
+def compiled(name, kernel, warps=4, kinds=None, **constants):
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else (KINDS | (kinds or {})).get(n, "i32") for n in names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): value for n, value in constants.items()})
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm
+    found[name] = {"ptx": code["ptx"], "cubin": len(code["cubin"])}
+
+for layers, groups in ((1, 1), (32, 8)):
+    compiled(f"count {layers}", selection_counts._count_pairs, LOADS=layers > 1, LAYERS=layers, BITS=11, BLOCK=1024)
+    compiled(f"add {groups}", selection_counts._keep_and_add, GROUPS=groups, BLOCK=1024)
+for kind, block, warps in (("*fp32", 256, 4), ("*bf16", 2048, 8), ("*fp32", 8192, 16)):
+    compiled(f"row {block}", top_k._held_row, warps, {"scores": kind}, BLOCK=block)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return result
+
+
+def test_all_compile_and_nothing_is_kept_in_local_memory(found: dict[str, Any]) -> None:
+    assert len(found) == 7 and all(one["cubin"] for one in found.values())
+    assert not [name for name, one in found.items() if ".local" in one["ptx"]]
+
+
+def test_counters_are_added_to_in_float64_by_those_who_may_share_a_seat(found: dict[str, Any]) -> None:
+    added = [name for name, one in found.items() if "add.f64" in one["ptx"] and "global" in one["ptx"]]
+    assert added and all(name.startswith("add") for name in added)
