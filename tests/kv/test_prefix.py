@@ -462,7 +462,7 @@ def test_idle_blocks_go_first_and_lent_ones_only_for_want_of_pages() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_any_history_of_seats_that_share_pages(seed: int, streams: RecordingStreams) -> None:
-    """Prompts are kept, found, waited with and dropped, in a tier that is often too small: all seats read their own prompts' rows,
+    """Prompts are kept, found, waited with and dropped, in a tier that is often too small: seats read their own prompts' rows,
     no page is lost, nothing is copied between pages of the host that both have in common, and no stream overtakes another."""
     rng = random.Random(seed)
     resident = rng.choice([(False, False, False), (True, False, False), (False, True, False)])
