@@ -103,10 +103,15 @@ class PrefixTree:
             self._pin(chain, False)
 
     def _pin(self, chain: Sequence[Block], pinned: bool) -> None:
+        spare = idle = 0
         for block in chain:
-            self._count(block, -1)
             block.pinned = pinned
-            self._count(block, 1)
+            count = self.num_alone_of(block)
+            spare += count
+            if not block.users:
+                idle += count
+        self._spare += -spare if pinned else spare
+        self._idle += -idle if pinned else idle
 
     def add(self, parent: Block | None, tokens: Tokens, pages: list[int]) -> Block:
         """A new block behind another; the chain that it ends is to be touched next."""
@@ -130,9 +135,12 @@ class PrefixTree:
     def lend(self, blocks: Iterable[Block]) -> None:
         """One request more has these blocks, which are in the tree."""
         for block in blocks:
-            self._count(block, -1)
-            block.users += 1
-            self._count(block, 1)
+            if block.users:
+                block.users += 1
+            else:
+                self._count(block, -1)
+                block.users = 1
+                self._count(block, 1)
 
     def take_back(self, blocks: Iterable[Block]) -> list[int]:
         """A request has these blocks no longer; the pages that nobody holds any more, those of blocks that were dropped."""
