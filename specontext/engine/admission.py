@@ -236,7 +236,7 @@ class Admission:
                 if parked is not None:
                     short = parts.kv.unpark(seat, parked.kv)
                 else:
-                    short = parts.kv.open(seat, first, parts.methods.reader(request.choice))
+                    short = parts.kv.open(seat, first, parts.methods.reader(request.choice), chain)
                 if short is not None:
                     parts.methods.close(seat)
                 elif parked is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -119,9 +120,10 @@ class PrefixCache:
         """
         chain = self.tree.find(request.token_ids, self._usable(request))
         del chain[self.kv.blocks.usable(chain) :]
+        alone = list(accumulate(map(self.tree.num_alone_of, chain)))  # pages that count as free, and the seat cannot have
         while chain:
             length = min(request.prefill_length, self.tokens(chain) + ahead)
-            if self.kv.host_pages_for(length) <= self.kv.host.pages.num_free - sum(len(block.held) for block in chain):
+            if self.kv.host_pages_for(length, len(chain)) <= self.kv.host.pages.num_free - alone[len(chain) - 1]:
                 break
             chain.pop()
             del chain[self.kv.blocks.usable(chain) :]
@@ -158,8 +160,11 @@ class PrefixCache:
             if len(chain) == request.computed // self.kv.page_size:  # else features of pages in between are unknown
                 self._growing[seat] = _Growing(request, chain)
                 self._follow_rings()
-                self.kv.blocks.expect(
-                    sum(one.request.prefill_length // self.kv.page_size - len(one.chain) for one in self._growing.values())
+                self.kv.expect_blocks(
+                    {
+                        seat: (one.request.prefill_length, one.request.prefill_length // self.kv.page_size - len(one.chain))
+                        for seat, one in self._growing.items()
+                    }
                 )
 
     def leave(self, seat: int) -> None:
@@ -213,7 +218,7 @@ class PrefixCache:
     def reset(self) -> None:
         """Drop all that is kept."""
         self._growing.clear()
-        self.kv.host.pages.free(self.tree.give_up(self.tree.num_spare))
+        self.kv.host.pages.free(self.tree.give_up_all())
 
     def forget(self) -> None:
         """Drop all that is kept, and count anew."""

@@ -1,11 +1,15 @@
-"""Pages of prompts on the host, copied from a seat when they are complete and into a seat that begins with the same tokens.
+"""Pages of prompts on the host, kept of a seat when they are complete and put into a seat that begins with the same tokens.
 
-Blocks are copies: no seat reads them, and none waits for them to be given back. A page of a block holds its rows of some
-layers as every page of the host does; behind those of all layers come pages with what else is known of its tokens (`State`). All
-of them are taken from what is free on the host and ready to be used, and are free to all others.
+A page of a block holds its rows of some layers as every page of the host does; behind those of all layers come pages with what
+else is known of its tokens (`State`). Where neighbouring layers are all on the host for good, a block's page *is* the seat's, and
+is lent to all that begin with its tokens (`PrefixTree`): nobody writes to it any more. All else is a copy, which no seat reads
+and which is free to all others:
 
     keep    arena, host -> blocks     on the write-back stream, beside the next step
     bring   blocks -> arena, host     on the prefetch stream, before the seat's first step
+
+Pages for copies are taken from what is free on the host and ready to be used. The few that a block has beside a seat's own are
+waited for: the seat has waited for its own already.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from specontext.kv.copying import copy_pages
 from specontext.kv.pool import PagePool
 from specontext.kv.prefix_tree import Block, PrefixTree, Tokens
 from specontext.kv.rings import Rings
+from specontext.kv.seats import SeatPages
 from specontext.kv.states import SeatStates
 from specontext.kv.streams import PREFETCH, WRITE_BACK
 from specontext.kv.transfers import Transfers
@@ -37,6 +42,7 @@ class Blocks:
     and requests begin after such a block only.
 
     Args:
+        seats: pages of seats on the host, of which blocks have some in common with them.
         state: numbers of a block's state: of each page, and of its last token.
 
     Attributes:
@@ -47,24 +53,42 @@ class Blocks:
         self,
         transfers: Transfers,
         host: PagePool,
+        seats: SeatPages,
         state: tuple[int, int],
         rings: Rings | None = None,
         states: SeatStates | None = None,
     ) -> None:
         self._rings, self._states, self._page_bytes = rings, states, host.page_bytes
-        self._transfers, self._free, self._prepare = transfers, host.pages, host.prepare
+        self._transfers, self._free, self._seats = transfers, host.pages, seats
+        self._prepare, self._make_ready = host.prepare, host.make_ready
         self._lines = len(transfers.layer_blocks.sizes)
+        members, resident = transfers.layer_blocks.members, transfers.tiers.resident
+        lent = [layer for line in seats.lendable for layer in members[line]]
+        self._in_place = torch.tensor([layer in lent for layer in range(len(resident))], device=resident.device)
+        self._all_in_place = len(lent) == len(resident)
         self._state = BlockState(transfers, self._lines, host.page_rows, host.layout.others, each=state[0], last=state[1])
         self._ring_pages = 0 if rings is None else rings.pages_of(host.layout.page_size, host.page_bytes)
         # The pool of the host holds the tree: with a weak reference the tables of an engine that is dropped go at once.
         self.tree = PrefixTree(
-            host.layout.page_size, self._lines + self._state.pages + self._ring_pages, _weak(transfers.join_copies)
+            host.layout.page_size,
+            self._lines + self._state.pages + self._ring_pages,
+            _weak(transfers.join_copies),
+            seats.lendable,
         )
         host.pages.cache = self.tree
 
-    def expect(self, blocks: int) -> None:
-        """Have memory made ready for blocks that will soon be kept, beside those that are: a GPU pins it meanwhile."""
-        self._prepare(blocks * self.tree.block_pages)
+    @property
+    def _own_pages(self) -> int:
+        """Pages of a block beside those that it has in common with a seat."""
+        return self.tree.block_pages - len(self.tree.lendable)
+
+    def expect(self, blocks: int, of_seats: int) -> None:
+        """Have memory made ready for blocks that will soon be kept, beside those that are: a GPU pins it meanwhile.
+
+        Args:
+            of_seats: pages that their prompts will take before.
+        """
+        self._prepare(of_seats + blocks * self._own_pages)
 
     def usable(self, chain: Sequence[Block]) -> int:
         """The most blocks of a chain after which a request can begin: all that its windows reach is kept, and states."""
@@ -96,23 +120,40 @@ class Blocks:
             state: of these pages.
             stored: tokens that the seat has stored.
         """
-        free, size = self._free, self.tree.block_pages
+        free, size = self._free, self._own_pages
         with self.tree.using(chain):
-            lacking = len(pages) * size - free.num_ready
-            if lacking > 0:
-                free.free(self.tree.give_up(min(lacking, self.tree.num_spare)))
-            count = min(len(pages), free.num_ready // size)
+            self._have_ready(len(pages) * size)
+            count = min(len(pages), free.num_ready // size) if size else len(pages)
             taken = free.allocate(count * size)
         first = len(chain)
         for i in range(count):
-            chain.append(self.tree.add(chain[-1] if chain else None, pages[i], taken[i * size : (i + 1) * size]))
+            in_block = self._in_block(seat, first + i, taken[i * size : (i + 1) * size])
+            chain.append(self.tree.add(chain[-1] if chain else None, pages[i], in_block))
         if count:
+            if self.tree.lendable:
+                self._seats.hand_over(seat, first, chain[first:])
+                self.tree.lend(chain[first:])
             of_blocks = self._pages(chain[first:])
             self._copy(of_blocks, seat, first, to_seat=False)
             self._state.keep(of_blocks, State(state.each[:count], state.last[:count]))
             self._transfers.keep_copies()
         self.keep_rings(chain, seat, stored)
         self.tree.touch(chain)
+
+    def _in_block(self, seat: int, number: int, own: Sequence[int]) -> list[int]:
+        """All pages of the block of a seat's page, in their order: those that the seat has, and others."""
+        rest, lendable = iter(own), self.tree.lendable
+        return [
+            self._seats.of(place, seat)[number] if place in lendable else next(rest) for place in range(self.tree.block_pages)
+        ]
+
+    def _have_ready(self, count: int) -> None:
+        """See to it that so many pages can be taken, as far as that takes none from anyone."""
+        lacking = count - self._free.num_ready
+        if lacking > 0:
+            self._free.free(self.tree.give_up(min(lacking, self.tree.num_idle)))
+        if self._all_in_place:
+            self._make_ready(count)
 
     def keep_rings(self, chain: Sequence[Block], seat: int, stored: int) -> None:
         """Keep what a seat's rings still hold of blocks that lack it.
@@ -148,9 +189,7 @@ class Blocks:
         if block.states or block not in self.tree:
             return
         with self.tree.using(chain):
-            lacking = count - free.num_ready
-            if lacking > 0:
-                free.free(self.tree.give_up(min(lacking, self.tree.num_spare)))
+            self._have_ready(count)
             if free.num_ready < count:
                 return
             pages = free.allocate(count)
@@ -181,11 +220,12 @@ class Blocks:
         self._rings.copy(self._transfers, seat, first, size, self._ring_table(blocks), to_host=to_host)
 
     def bring(self, chain: Sequence[Block], seat: int) -> State:
-        """Copy the rows of a chain into a seat; what is computed next finds them there.
+        """Copy the rows of a chain into a seat that was opened for it; what is computed next finds them there.
 
         Returns:
             The state of its tokens.
         """
+        assert not self.tree.lendable or self._seats.has_lent(seat, chain), "the seat was opened for other blocks"
         self._transfers.join_copies()
         of_blocks = self._pages(chain)
         self._copy(of_blocks, seat, 0, to_seat=True)
@@ -207,12 +247,13 @@ class Blocks:
         return pages.to(device, non_blocking=True).T
 
     def _copy(self, pages: Tensor, seat: int, first: int, *, to_seat: bool) -> None:
-        """Rows of all layers between blocks and a seat's pages from number `first` on, where each layer lives."""
+        """Rows of all layers between blocks and a seat's pages from number `first` on, where each layer lives; not of those that
+        both have in common."""
         transfers, tiers, count = self._transfers, self._transfers.tiers, pages.shape[1]
         of_blocks = replace(tiers.host, table=pages[: self._lines, None].contiguous())
         homes: list[tuple[bool, Pages, Tensor]] = [
             (any(transfers.resident), tiers.tokens, ~tiers.resident),
-            (not all(transfers.resident), tiers.host, tiers.resident),
+            (not (all(transfers.resident) or self._all_in_place), tiers.host, tiers.resident | self._in_place),
         ]
         for used, home, skipped in homes:
             if used:

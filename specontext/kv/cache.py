@@ -11,7 +11,8 @@ wherever it changes. `Transfers`, which it has, moves the rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -109,7 +110,7 @@ class KVCache:
         )
         self._copies = SeatCopies(self.transfers, self.seats, self.hot, host, rings, states)
         self.parked: list[ParkedKV] = []
-        self.blocks = Blocks(self.transfers, host, state, rings, states)
+        self.blocks = Blocks(self.transfers, host, held.on_host, state, rings, states)
         if adaptive:
             prepare_moves(self.transfers)
 
@@ -147,17 +148,25 @@ class KVCache:
     def move(self) -> LayerMove | None:
         return self._held.move
 
-    def host_pages_for(self, tokens: int) -> int:
-        """Host pages of a seat with so many tokens."""
-        return sum(self._held.host_pages(self._held.layers_in(Tier.HOST), tokens).values())
+    def host_pages_for(self, tokens: int, known: int = 0) -> int:
+        """Host pages of a seat with so many tokens, but for those that `known` blocks lend it."""
+        pages = sum(self._held.host_pages(self._held.layers_in(Tier.HOST), tokens).values())
+        return pages - known * len(self._held.on_host.lendable)
 
     # Seats ------------------------------------------------------------------------------------------------------------
 
-    def open(self, seat: int, tokens: int, reader: Reader | None = None) -> Tier | None:
-        """Give a seat its slots, and pages for the first `tokens` tokens in every layer."""
+    def open(self, seat: int, tokens: int, reader: Reader | None = None, known: Sequence[Block] = ()) -> Tier | None:
+        """Give a seat its slots, and pages for the first `tokens` tokens in every layer.
+
+        Args:
+            known: the blocks that `bring` is to put into it, which lend it what it can read where it is.
+        """
         assert seat not in self.seats, f"seat {seat} is taken"
-        short = self._held.take(seat, tokens, slots=True)
+        assert len(known) * self.page_size <= tokens
+        lent = known if self._held.on_host.lendable else ()
+        short = self._held.take(seat, tokens, slots=True, known=lent)
         if short is None:
+            self.blocks.tree.lend(lent)
             self.seats[seat] = Seat(reader or self.reader, self._held.room_of(tokens))
             if self.hot is not None:
                 self.hot.reset(seat)
@@ -180,7 +189,7 @@ class KVCache:
         """Give back everything a seat holds."""
         self._held.unclaim(seat)
         for pages in (self._held.tokens, self._held.slots, self._held.on_host):
-            pages.release_all(seat)
+            self._take_back(pages.release_all(seat))
         self.transfers.join_copies()
         if self.move is not None and self.move.copied.pop(seat, None) is not None:
             self.transfers.join(PREFETCH, WRITE_BACK)  # rows may be on their way to pages that others get next
@@ -214,7 +223,8 @@ class KVCache:
             return None
         beside = self._held.take_to_park(seat, tokens, self._copies.pages_beside(tokens))
         self._copies.copy(seat, tokens, beside, to_host=True)
-        parked = ParkedKV(tokens, self._held.detach(seat, tokens), self.seats[seat].reader, beside)
+        lent = self._held.on_host.detach_lent(seat)
+        parked = ParkedKV(tokens, self._held.detach(seat, tokens), self.seats[seat].reader, beside, lent)
         self.parked.append(parked)
         self.close(seat)
         return parked
@@ -243,9 +253,14 @@ class KVCache:
 
     def discard(self, parked: ParkedKV) -> None:
         """Give back what parked KV holds."""
-        for pages in parked.held:
+        for pages in parked.held(self._held.on_host.lendable):
             self.host.pages.free(pages)
+        self._take_back(parked.lent.values())
         self.parked = [other for other in self.parked if other is not parked]
+
+    def _take_back(self, blocks: Iterable[Block]) -> None:
+        """A request has lent blocks no longer."""
+        self.host.pages.free(self.blocks.tree.take_back(blocks))
 
     # Moving -----------------------------------------------------------------------------------------------------------
 
@@ -256,6 +271,7 @@ class KVCache:
 
     def begin_move(self, layer: int, *, to_host: bool) -> bool:
         """Claim pages in the other tier for all that is stored; False where it has too few, and nothing has changed."""
+        assert self.adaptive, "layers stay where they are"
         if not self._held.begin(layer, to_host=to_host):
             return False
         self._held.assert_pages(*self.seats, layers=[layer])
@@ -340,8 +356,20 @@ class KVCache:
         """Keep the next pages of a seat behind a chain of blocks; see `Blocks.keep`."""
         self.blocks.keep(chain, pages, seat, state, stored)
 
+    def expect_blocks(self, growing: Mapping[int, tuple[int, int]]) -> None:
+        """Have host memory made ready for prompts that are computed from now on, and for their blocks; see `Blocks.expect`.
+
+        Args:
+            growing: by seat the tokens of its prompt, and its pages that will be kept.
+        """
+        layers = self._held.layers_in(Tier.HOST)
+        of_seats = sum(
+            self._held.on_host.lacking(self._held.host_pages(layers, tokens), seat) for seat, (tokens, _) in growing.items()
+        )
+        self.blocks.expect(sum(pages for _, pages in growing.values()), of_seats)
+
     def bring(self, chain: Sequence[Block], seat: int) -> State:
-        """Put the rows of a chain into an open seat that has nothing stored yet; what is computed next finds them there.
+        """Put the rows of a chain into a seat that was opened for it; what is computed next finds them there.
 
         Returns:
             The state of its tokens.
@@ -359,6 +387,9 @@ class KVCache:
         Args:
             others: pages of the arena that others hold.
         """
-        self._held.check_integrity(others, [pages for parked in self.parked for pages in parked.held])
+        lendable = self._held.on_host.lendable
+        self._held.check_integrity(others, [pages for parked in self.parked for pages in parked.held(lendable)])
+        users = Counter([*self._held.on_host.lent(), *(block for one in self.parked for block in one.lent.values())])
+        self.blocks.tree.check_users(users)
         if self.hot is not None:
             self.hot.check_integrity()

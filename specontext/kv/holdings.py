@@ -12,6 +12,9 @@ Pages of a seat:
 On the host neighbouring layers lie side by side (`Layout.layer_blocks`): a seat has pages of a block as soon as one of its
 layers is there or on its way, and they have room for all of them.
 
+In blocks of layers of which all are on the host for good (`lendable`), the first pages of a seat may be those of a known prompt,
+lent from blocks of `PrefixTree`, and its own become theirs when they are kept: rows of whole pages of a prompt never change.
+
 What fills up is claimed when a layer begins to move and taken little by little, with the rows that are copied: each seat holds as
 many pages as its tokens need, less those that are claimed for it.
 """
@@ -24,6 +27,7 @@ from contextlib import contextmanager
 import torch
 
 from specontext.kv.pool import PagePool
+from specontext.kv.prefix_tree import Block
 from specontext.kv.seats import LayerMove, ParkedKV, Seat, SeatPages
 from specontext.memory.tiers import Tier
 
@@ -60,7 +64,9 @@ class Holdings:
         self.resident, self.flags = list(resident), torch.tensor(list(resident), device=device)
         self.tokens = SeatPages(arena, layers, seats, width, device)
         self.slots = SeatPages(arena, layers, seats, slot_pages, device)
-        self.on_host = SeatPages(host, len(self.layout.layer_blocks.sizes), seats, width, device)
+        blocks = self.layout.layer_blocks.members
+        lendable = [] if adaptive else [b for b in range(len(blocks)) if not any(resident[layer] for layer in blocks[b])]
+        self.on_host = SeatPages(host, len(blocks), seats, width, device, lendable)
         self.seats: dict[int, Seat] = {}
         self.move: LayerMove | None = None
 
@@ -105,8 +111,11 @@ class Holdings:
         """Tokens that the pages of so many tokens hold."""
         return self.layout.pages_of(tokens) * self.layout.page_size
 
-    def take(self, seat: int, tokens: int, *, slots: bool = False) -> Tier | None:
+    def take(self, seat: int, tokens: int, *, slots: bool = False, known: Sequence[Block] = ()) -> Tier | None:
         """Pages of tokens in both tiers, and of slots; the tier that has too few, and nothing is taken.
+
+        Args:
+            known: blocks of the first tokens of a seat that has none, which are lent to it.
 
         Raises:
             HostMemoryError: the host's memory is refused; nothing is taken.
@@ -119,9 +128,16 @@ class Holdings:
         lacking = self.tokens.lacking(device, seat) + self.slots.lacking(of_slots, seat)
         if lacking + for_move[Tier.DEVICE] > self.arena.num_free:
             return Tier.DEVICE
-        if self.on_host.lacking(host, seat) + for_move[Tier.HOST] > self.host.num_free:
+        if self.on_host.lacking(host, seat) - len(known) * len(self.on_host.lendable) + for_move[Tier.HOST] > self.host.num_free:
             return Tier.HOST
-        self.on_host.extend(host, seat)  # first: its memory may be refused
+        if known:
+            self.on_host.borrow(seat, known)
+        try:
+            self.on_host.extend(host, seat)  # first: its memory may be refused
+        except BaseException:
+            if known:
+                self.on_host.release_all(seat)
+            raise
         self.slots.extend(of_slots, seat)
         self.tokens.extend(device, seat)
         self.claim(seat, more)
@@ -165,6 +181,7 @@ class Holdings:
     def attach(self, seat: int, parked: ParkedKV) -> None:
         """Put parked pages into a seat that has none but its slots, and give it those of resident layers."""
         self.tokens.extend(self._on_device(parked.tokens), seat)
+        self.on_host.attach_lent(seat, parked.lent)
         for block, pages in enumerate(parked.pages):
             self.on_host.attach(block, seat, pages)
         self.seats[seat].room = self.room_of(parked.tokens)

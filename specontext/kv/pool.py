@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from specontext.errors import MemoryPlanError
+from specontext.errors import HostMemoryError, MemoryPlanError
 from specontext.kernels.spans import CODES
 from specontext.kernels.tables import Pages, Slots
 from specontext.kv.host_memory import HostMemory
@@ -77,7 +78,7 @@ class PagePool:
         if self.memory is None or self.memory.ready_bytes >= self.num_bytes:
             return count
         here = self.pages.num_ready + self.pages.claimed
-        here += self.pages.cache.num_spare if self.pages.cache is not None else 0
+        here += self.pages.cache.num_idle if self.pages.cache is not None else 0
         if here < count:
             self.prepare(count)
         return max(0, min(count, here))
@@ -108,9 +109,22 @@ class PagePool:
 
     def prepare(self, count: int) -> None:
         """Have memory made ready meanwhile for `count` more pages than are in use or kept, as far as there are so many."""
-        if self.memory is not None and (short := count - self.pages.num_ready) > 0:
-            ready = _ready_pages(self.memory, self.pages.num_pages, self.page_bytes)
-            self.memory.prepare((ready + short) * self.page_bytes)
+        if self.memory is not None and (end := self._end_of(count)) is not None:
+            self.memory.prepare(end)
+
+    def make_ready(self, count: int) -> None:
+        """Make it ready now, as far as it can be had."""
+        if self.memory is not None and (end := self._end_of(count)) is not None:
+            with suppress(HostMemoryError):
+                self.memory.reach(end)
+
+    def _end_of(self, count: int) -> int | None:
+        """The bytes from the start in which `count` more pages than are in use or kept lie, or as many as there are; None where
+        they are ready."""
+        assert self.memory is not None
+        short = count - self.pages.num_ready
+        ready = _ready_pages(self.memory, self.pages.num_pages, self.page_bytes)
+        return min((ready + short) * self.page_bytes, self.num_bytes) if short > 0 else None
 
     def as_keys(self, heads: int, head_dim: int) -> Tensor:
         """The same pages as pages of the retrieval head's keys: [pages, tokens of a page, heads, head_dim].

@@ -11,8 +11,11 @@ import torch
 from specontext.kernels.dispatch import upload
 from specontext.kv.layout import Reader
 from specontext.kv.pool import PagePool
+from specontext.kv.prefix_tree import Block
 from specontext.kv.streams import PREFETCH, WRITE_BACK
 from specontext.memory.tiers import Tier
+
+Lent = dict[int, Block]  # by number of the page, in the order of the tokens
 
 
 @dataclass(eq=False)
@@ -37,21 +40,22 @@ class ParkedKV:
         pages: host pages of every block of layers.
         reader: how the request reads its selections.
         beside: host pages of what its seat had beside the KV in these blocks; see `SeatCopies`.
+        lent: blocks of known prompts that some of these pages are lent from.
     """
 
     tokens: int
     pages: list[list[int]]
     reader: Reader
     beside: list[int] = field(default_factory=list)
+    lent: Lent = field(default_factory=dict)
 
     @property
     def num_pages(self) -> int:
-        return sum(map(len, self.held))
+        return sum(map(len, self.pages)) + len(self.beside)
 
-    @property
-    def held(self) -> list[list[int]]:
-        """All its pages."""
-        return [*self.pages, self.beside]
+    def held(self, lendable: frozenset[int]) -> list[list[int]]:
+        """The pages that are its own."""
+        return [*(own_pages(self.pages[line], line, self.lent, lendable) for line in range(len(self.pages))), self.beside]
 
 
 @dataclass(eq=False)
@@ -83,13 +87,19 @@ class LayerMove:
 class SeatPages:
     """Pages by (line, seat), in the order of the tokens or slots that lie in them. A line is a layer, or on the host a block.
 
+    Args:
+        lendable: lines in which a seat may have pages of known prompts, which are not given back with it.
+
     Attributes:
         table: int64 [lines, seats + 1, P] on the device, 0 (the null page) where there is none. The last row belongs to no seat:
             the padding of a batch points at it.
     """
 
-    def __init__(self, pool: PagePool, lines: int, seats: int, width: int, device: torch.device) -> None:
-        self.pool = pool
+    def __init__(
+        self, pool: PagePool, lines: int, seats: int, width: int, device: torch.device, lendable: Iterable[int] = ()
+    ) -> None:
+        self.pool, self.lendable = pool, frozenset(lendable)
+        self._lent: list[Lent] = [{} for _ in range(seats)]
         self.table = torch.zeros((lines, seats + 1, max(width, 1)), dtype=torch.int64, device=device)
         self._held: list[list[list[int]]] = [[[] for _ in range(seats)] for _ in range(lines)]
 
@@ -147,6 +157,7 @@ class SeatPages:
 
     def release_line(self, line: int) -> None:
         """Give back all pages of all seats in a line, in the same time however many they are."""
+        assert line not in self.lendable
         held, self._held[line] = self._held[line], [[] for _ in self._held[line]]
         for pages in held:
             self.pool.pages.give_back(pages)
@@ -157,14 +168,42 @@ class SeatPages:
         """Give back all pages of a seat in these layers."""
         members = [layer for layer in layers if self._held[layer][seat]]
         for layer in members:
-            self.pool.pages.free(self._held[layer][seat])
+            self.pool.pages.free(own_pages(self._held[layer][seat], layer, self._lent[seat], self.lendable))
             self._held[layer][seat] = []
         if members:
             self.table[_as_index(members), seat] = 0
 
-    def release_all(self, seat: int) -> None:
-        """Give back all pages of a seat."""
+    def release_all(self, seat: int) -> list[Block]:
+        """Give back all pages of a seat; the blocks that it has no longer."""
         self.release(range(len(self._held)), seat)
+        return list(self.detach_lent(seat).values())
+
+    # Pages of known prompts that a seat reads where they are. It has them in all lines where pages can be lent.
+
+    def borrow(self, seat: int, chain: Sequence[Block]) -> None:
+        """The first pages of a seat that has none are those of a chain of blocks, which are lent to it."""
+        self.attach_lent(seat, dict(enumerate(chain)))
+        for line in self.lendable:
+            self.attach(line, seat, [block.pages[line] for block in chain])
+
+    def hand_over(self, seat: int, first: int, blocks: Sequence[Block]) -> None:
+        """Pages of a seat, from number `first` on, belong to blocks from now on, and are lent to it."""
+        for number, block in enumerate(blocks, start=first):
+            assert number not in self._lent[seat]
+            self._lent[seat][number] = block
+
+    def has_lent(self, seat: int, chain: Sequence[Block]) -> bool:
+        """Whether the first pages of a seat are lent from these blocks."""
+        return all(self._lent[seat].get(number) is block for number, block in enumerate(chain))
+
+    def detach_lent(self, seat: int) -> Lent:
+        """Which of the pages that are taken out of a seat are lent, and from which blocks."""
+        lent, self._lent[seat] = self._lent[seat], {}
+        return lent
+
+    def attach_lent(self, seat: int, lent: Lent) -> None:
+        assert not self._lent[seat]
+        self._lent[seat] = lent
 
     def detach(self, layer: int, seat: int) -> list[int]:
         """Take pages out of a seat without giving them back."""
@@ -179,8 +218,16 @@ class SeatPages:
         self.table[layer, seat, : len(pages)] = upload(pages, torch.int64, self.table.device)
 
     def all_held(self) -> list[list[int]]:
-        """Every list of pages, for the pool's check."""
-        return [pages for layer in self._held for pages in layer]
+        """Every list of pages but for those that are lent, for the pool's check."""
+        return [
+            own_pages(pages, line, self._lent[seat], self.lendable)
+            for line, seats in enumerate(self._held)
+            for seat, pages in enumerate(seats)
+        ]
+
+    def lent(self) -> Iterable[Block]:
+        """The blocks that seats have, each as often as it is lent."""
+        return (block for lent in self._lent for block in lent.values())
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the table says something else than the lists."""
@@ -188,7 +235,17 @@ class SeatPages:
             table = self.table[layer].tolist()
             for seat, pages in enumerate(seats):
                 assert table[seat] == pages + [0] * (len(table[seat]) - len(pages)), f"page table of layer {layer}, seat {seat}"
+                if layer in self.lendable:
+                    lent = self._lent[seat].items()
+                    assert all(pages[number] == block.pages[layer] for number, block in lent), "a lent page is another one"
             assert not any(table[-1]), "padding has a page"
+
+
+def own_pages(pages: list[int], line: int, lent: Lent, lendable: frozenset[int]) -> list[int]:
+    """Those pages of a line that are not lent, which is the list itself where none is."""
+    if not lent or line not in lendable:
+        return pages
+    return [page for number, page in enumerate(pages) if number not in lent]
 
 
 def entries_of(parts: Sequence[tuple[int, int, int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,8 +12,8 @@ class PageCache(Protocol):
     """Holds pages only as long as nobody else wants them."""
 
     @property
-    def num_pages(self) -> int:
-        """Pages that it holds."""
+    def num_alone(self) -> int:
+        """Pages that it holds, and nobody else."""
         ...
 
     @property
@@ -21,8 +21,13 @@ class PageCache(Protocol):
         """Those of them that it can do without now."""
         ...
 
+    @property
+    def num_idle(self) -> int:
+        """Those of these that belong to nothing that others are using."""
+        ...
+
     def give_up(self, count: int) -> list[int]:
-        """At least `count` pages, of which there are so many to spare, that it holds no longer."""
+        """At least `count` pages, of which there are so many to spare, that nobody holds any longer; idle ones first."""
         ...
 
     def held_pages(self) -> list[list[int]]:
@@ -40,7 +45,8 @@ class PageAllocator:
         ready: how many of the first pages can be used without waiting for their memory, where that is not all; it only grows.
 
     Attributes:
-        cache: who holds pages that count as free. It gives them up before pages are taken whose memory is not ready.
+        cache: who holds pages that count as free. It gives up idle ones before pages are taken whose memory is not ready, and
+            all that it can spare before there are none.
         claimed: pages that are promised to who takes them later, little by little, and that nobody else can have.
     """
 
@@ -63,8 +69,8 @@ class PageAllocator:
 
     @property
     def num_held(self) -> int:
-        """Pages that are in use; those of the cache are not."""
-        return len(self._held) - self._num_returned - (self.cache.num_pages if self.cache is not None else 0)
+        """Pages that are in use; those that the cache alone holds are not."""
+        return len(self._held) - self._num_returned - (self.cache.num_alone if self.cache is not None else 0)
 
     @property
     def num_ready(self) -> int:
@@ -109,7 +115,8 @@ class PageAllocator:
             raise OutOfPagesError(f"the {self.name} has {self.num_free} free pages and {count} are needed")
         short = count - self.num_ready
         if self.cache is not None and short > 0:
-            self.free(self.cache.give_up(min(short, self.cache.num_spare)))
+            lacking = count + self.claimed - self._nobodys
+            self.free(self.cache.give_up(max(lacking, min(short, self.cache.num_idle))))
 
     def free(self, pages: list[int]) -> None:
         """Give pages back; each must be held."""

@@ -95,7 +95,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.dense = rng.random() < 0.2  # a method without slots
         self.hot = 0 if self.dense else scored + rng.randint(0, 4)
         self.slots = 0 if self.dense else sink + recent + self.hot
-        self.adaptive = rng.random() < 0.75
+        self.adaptive = rng.random() < 0.75 or self.dense
         self.page_size, self.max_tokens = rng.randint(1, 5), 40
         pages = {tier: rng.choice([300, 200, 100, 40]) for tier in ("device_pages", "host_pages")}
         self.blocks = any_blocks(rng)
@@ -255,7 +255,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @property
     def may_move(self) -> bool:
-        return self.move is None and (self.adaptive or self.dense)
+        return self.move is None and self.adaptive
 
     @precondition(lambda self: self.may_move and any(self.resident))
     @rule()

@@ -23,6 +23,7 @@ from specontext.kv.hot_slots import SlotSizes
 from specontext.kv.layout import Layout, Reader
 from specontext.kv.pool import make_pools
 from specontext.kv.prefix_tree import Block, PrefixTree, Tokens, page_of
+from specontext.kv.seats import ParkedKV
 from specontext.kv.streams import PREFETCH, WRITE_BACK
 from specontext.kv.transfers import Transfers
 from specontext.memory.layer_blocks import LayerBlocks
@@ -408,6 +409,141 @@ def test_blocks_lie_only_where_memory_is_ready(monkeypatch: pytest.MonkeyPatch) 
     assert len(chain) == 2 and max(page for pages in bench.tree.held_pages() for page in pages) < ready
 
 
+# Pages that are lent --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_lent_is_nobody_s_to_take_and_goes_with_its_last_user() -> None:
+    pages = PageAllocator(13, "pool")
+    tree = PrefixTree(1, 2, lambda: None, lendable=[0])
+    pages.cache = tree
+    chain: list[Block] = []
+    for number in range(3):
+        chain.append(tree.add(chain[-1] if chain else None, (number,), pages.allocate(2)))
+    tree.touch(chain)
+    tree.lend(chain)
+    tree.lend(chain[:2])
+    assert (pages.num_free, pages.num_held, tree.num_idle, tree.num_pages) == (6 + 3, 3, 0, 6)
+    held = pages.allocate(7)
+    assert [block in tree for block in chain] == [True, True, False], (
+        "one page more is needed: it is what the last block has alone"
+    )
+    assert tree.find(range(3), 3) == chain[:2] and pages.num_held == 10
+    pages.check_integrity([held])
+    tree.check_users({chain[0]: 2, chain[1]: 2, chain[2]: 1})
+    held += pages.allocate(2)
+    assert not len(tree) and not pages.num_free and pages.num_held == 12
+    assert tree.take_back(chain[:2]) == [], "somebody still has them"
+    pages.check_integrity([held])
+    lent = [block.pages[0] for block in chain]
+    returned = tree.take_back(chain)
+    assert returned == lent
+    pages.free(returned)
+    pages.check_integrity([held])
+    tree.check_integrity()
+
+
+def test_idle_blocks_go_first_and_lent_ones_only_for_want_of_pages() -> None:
+    ready = 12
+    pages = PageAllocator(13, "pool", ready=lambda: ready)
+    tree = PrefixTree(1, 2, lambda: None, lendable=[0])
+    pages.cache = tree
+    lent, idle = (tree.add(None, (number,), pages.allocate(2)) for number in range(2))
+    tree.lend([lent])
+    held = pages.allocate(7)
+    assert idle in tree and pages.num_ready == 0
+    held += pages.allocate(1)
+    assert lent in tree and idle not in tree and pages.num_ready == 1
+    held += pages.allocate(2)
+    assert lent in tree, "rather than drop it, memory that is not ready is waited for"
+    held += pages.allocate(1)
+    assert lent not in tree and not pages.num_free
+    pages.check_integrity([held])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_history_of_seats_that_share_pages(seed: int, streams: RecordingStreams) -> None:
+    """Prompts are kept, found, waited with and dropped, in a tier that is often too small: seats read their own prompts' rows,
+    no page is lost, nothing is copied between pages of the host that both have in common, and no stream overtakes another."""
+    rng = random.Random(seed)
+    resident = rng.choice([(False, False, False), (True, False, False), (False, True, False)])
+    bench = Bench(resident, sizes=rng.choice([(1, 2), (1, 1, 1), (2, 1)]), host_pages=rng.choice([60, 90, 200]))
+    kv, tree = bench.kv, bench.tree
+    kv.host.rows.zero_()
+    if rng.random() < 0.5:
+        kv.transfers.run_on(streams)
+    stored: dict[int, tuple[int, int, list[Block]]] = {}  # by seat the request, its tokens and the blocks that it follows
+    parked: list[tuple[int, int, ParkedKV]] = []
+    others: list[int] = []
+    for _ in range(60):
+        what, free = (
+            rng.choice(["come", "come", "grow", "grow", "close", "park", "back", "others", "reset"]),
+            {0, 1, 2} - {*stored},
+        )
+        if what == "come" and free:
+            seat, request = min(free), rng.randrange(3)
+            chain = tree.find([request * 100 + token for token in range(60)], rng.randint(0, 12))
+            with tree.using(chain):
+                if kv.open(seat, len(chain) * PAGE + rng.randint(0, 9), known=chain) is None:
+                    stored[seat] = (request, len(chain) * PAGE, chain)
+                    if chain:
+                        state = kv.bring(chain, seat)
+                        assert torch.equal(state.each, state_of(request, 0, len(chain)).each)
+        elif what == "grow" and stored:
+            seat = rng.choice(sorted(stored))
+            request, tokens, chain = stored[seat]
+            stop = min(60, tokens + rng.randint(1, 12))
+            if kv.grow(seat, stop) is None:
+                bench.fill(seat, request, stop, tokens)
+                follows = len(chain) == tokens // PAGE and (not chain or chain[-1] in tree)
+                if follows and tree.after(chain[-1] if chain else None, pages_of(request, len(chain), len(chain) + 1)[0]) is None:
+                    bench.keep(seat, request, chain, stop // PAGE - len(chain))
+                stored[seat] = (request, stop, chain)
+        elif what == "close" and stored:
+            seat = rng.choice(sorted(stored))
+            del stored[seat]
+            kv.close(seat)
+        elif what == "park" and stored:
+            seat = rng.choice(sorted(stored))
+            if (one := kv.park(seat, stored[seat][1])) is not None:
+                parked.append((*stored.pop(seat)[:2], one))
+        elif what == "back" and parked:
+            request, tokens, one = parked.pop(rng.randrange(len(parked)))
+            if free and kv.unpark(min(free), one) is None:
+                stored[min(free)] = (request, tokens, [])
+            else:
+                kv.discard(one)
+        elif what == "others":
+            kv.host.pages.free(others)
+            others = kv.host.allocate(rng.randint(0, kv.host.pages.num_free))
+        elif what == "reset" and rng.random() < 0.2:
+            kv.host.pages.free(tree.give_up_all())
+        kv._held.check_integrity([], [others, *(pages for _, _, one in parked for pages in one.held(tree.lendable))])
+        tree.check_integrity()
+        for seat, (request, tokens, _) in stored.items():
+            assert torch.equal(bench.rows(seat, tokens), truth(request, tokens))
+    kv.host.pages.free(others)
+    for seat in [*stored]:
+        kv.close(seat)
+    for _, _, one in parked:
+        kv.discard(one)
+    kv.check_integrity()
+    assert not kv.host.pages.num_held and kv.host.pages.num_free == kv.host.pages.num_pages - 1
+
+
+def test_nothing_is_copied_that_is_lent(copied: dict[str, int]) -> None:
+    bench = Bench((True, False, False), sizes=(1, 2))
+    bench.kv.transfers.run_on(RecordingStreams())
+    bench.fill(0, 1, 23)
+    chain: list[Block] = []
+    free = bench.kv.host.pages.num_free
+    bench.keep(0, 1, chain, 5)
+    assert bench.kv.host.pages.num_free == free, "what is kept counts as free"
+    bench.kv.open(1, 12, known=chain[:3])
+    bench.kv.bring(chain[:3], 1)
+    assert copied["kv"] == (5 + 3) * PAGE * HEADS, "of the layer on the device"
+    assert [bench.kv._held.on_host.of(1, seat)[:3] for seat in (0, 1)] == [[block.pages[1] for block in chain[:3]]] * 2
+
+
 # Streams --------------------------------------------------------------------------------------------------------------
 
 
@@ -464,7 +600,7 @@ def kept_and_dropped(bench: Bench) -> None:
 def kept_and_brought(bench: Bench) -> None:
     chain: list[Block] = []
     bench.keep(0, 1, chain, 5)
-    bench.kv.open(1, 20)
+    bench.kv.open(1, 20, known=chain)
     bench.kv.bring(chain, 1)
 
 
@@ -483,7 +619,7 @@ def test_pages_that_are_being_copied(
 ) -> None:
     if not hears:
         deaf(who)
-    bench = Bench(resident)
+    bench = Bench(resident, adaptive=who == "finish_move")
     bench.kv.arena.rows.zero_()
     bench.kv.host.rows.zero_()
     bench.kv.transfers.run_on(streams)
@@ -502,7 +638,7 @@ def test_what_is_brought_is_awaited_before_it_is_read(streams: RecordingStreams)
     bench.fill(0, 1, 22)
     chain: list[Block] = []
     bench.keep(0, 1, chain, 5)
-    bench.kv.open(1, 24)
+    bench.kv.open(1, 24, known=chain)
     bench.kv.bring(chain, 1)
     assert PREFETCH in streams.streams_seen
     rows = bench.kv.transfers.home(0).rows_of(0, torch.tensor([1]), torch.arange(20)[None, None])
