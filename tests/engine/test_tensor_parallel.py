@@ -153,6 +153,7 @@ def test_a_lost_rank_ends_the_engine_and_what_runs() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_rank_that_hangs_is_lost_too(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM("nano", config=SpeContextConfig(method="full"), tensor_parallel_size=2, **SHARED)
     stream = llm.stream([5] * 60, GREEDY)
@@ -166,6 +167,7 @@ def test_a_rank_that_hangs_is_lost_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("options", [{}, {"offload_layers": -1}, {"offload_layers": 2, "granularity": "union"}])
 def test_tokens_of_more_ranks(size: int, options: dict[str, Any]) -> None:
@@ -184,6 +186,7 @@ def slow(*arguments: object) -> Any:
     return pytest.param(*arguments, marks=pytest.mark.slow)
 
 
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(
     "family, size",
     [
@@ -209,6 +212,7 @@ def test_heads_and_head_maps_of_other_models(make_llm: Callable[..., LLM], famil
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("kv", ["auto", "int8"])
 def test_a_model_with_biases_and_norms_of_heads(write_family: Callable[..., Path], kv: str) -> None:
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
@@ -225,6 +229,7 @@ def test_a_model_with_biases_and_norms_of_heads(write_family: Callable[..., Path
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("kind", [MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig, Glm4Config])
 def test_experts_and_fused_projections(kind: type[PreTrainedConfig], tmp_path: Path, tokenizer: Any) -> None:
     """Experts of which each rank has some columns, with shared ones, beside layers without; gate and up in one matrix, and one
@@ -249,6 +254,7 @@ def test_experts_and_fused_projections(kind: type[PreTrainedConfig], tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_method_that_would_see_some_query_heads_of_a_kv_head_is_refused(checkpoint: Callable[[str], Path]) -> None:
     with pytest.raises(ConfigError, match=r"method quest chooses by all query heads .* tensor_parallel_size 2 for 1 KV heads"):
         LLM(checkpoint("mistral"), methods=("quest",), tensor_parallel_size=2, **SHARED | {"max_model_len": 256})

@@ -141,12 +141,14 @@ def test_a_part_is_as_large_as_planned(quantization: str, load_format: str, monk
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("name", ["fp8-blocks", "awq", "gptq-order"])
 def test_tokens_are_those_of_one_process(write: Any, name: str) -> None:
     _same_tokens(write(name)[0])
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("quantization", ["fp8", "int4"])
 def test_tokens_of_rounded_weights(quantization: str, checkpoint: Any) -> None:
     _same_tokens(checkpoint("llama"), quantization=quantization)
