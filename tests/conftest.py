@@ -53,7 +53,7 @@ from specontext.retrieval.checkpoint import save_head
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig
 from specontext.retrieval.head_map import band_map
-from tests.forked_ranks import ForkedRank
+from tests.forked import ForkedRank
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
