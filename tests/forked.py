@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 from typing import Any
 
 from specontext.cli import main
@@ -41,6 +42,9 @@ class Forked:
 
     def kill(self) -> None:
         self._process.kill()
+
+    def terminate(self) -> None:
+        self._process.terminate()
 
     def send_signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
@@ -73,6 +77,29 @@ class ForkedCommand(Forked):
         self.stdout = open(read, encoding="utf-8")  # noqa: SIM115
         with Connection(write) as output, Connection(os.dup(stderr)) as errors:
             super().__init__(_run_command, words, output, errors)
+
+
+def _start_command(command: list[str], *, stdout: int, stderr: int | None = None, text: bool) -> ForkedCommand:
+    assert command[:3] == [sys.executable, "-m", "specontext.cli"] and stdout == subprocess.PIPE and text
+    if stderr is None:
+        return ForkedCommand(command[3:], 2)
+    assert stderr == subprocess.DEVNULL
+    with open(os.devnull, "w") as nowhere:
+        return ForkedCommand(command[3:], nowhere.fileno())
+
+
+def _run_to_its_end(command: list[str], *, check: bool, **options: Any) -> subprocess.CompletedProcess[str]:
+    process = _start_command(command, **options)
+    with process.stdout:
+        printed = process.stdout.read()
+    done = subprocess.CompletedProcess(command, process.wait(), printed)
+    if check:
+        done.check_returncode()
+    return done
+
+
+# What scripts use of `subprocess` to run `python -m specontext.cli ...`.
+COMMANDS = SimpleNamespace(Popen=_start_command, run=_run_to_its_end, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
 
 
 def _be_rank(connection: Connection, environment: Mapping[str, str]) -> None:
