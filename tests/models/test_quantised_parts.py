@@ -26,7 +26,7 @@ from tests.models.quantised_files import FORMATS, Tensors, write_quantised
 
 CPU = torch.device("cpu")
 LAYER = "model.layers.1"
-EVERY = pytest.mark.parametrize("name", FORMATS)
+WRITTEN_OUT = ("fp8-blocks", "fbgemm", "ct-zeros", "gptq-order", "awq", "bnb-4")  # one of each way in which codes are stored
 
 
 @st.composite
@@ -111,8 +111,7 @@ def weight_of(module: Any) -> torch.Tensor:
     return dequantized(module.matrix, torch.float32) if isinstance(module, QuantizedLinear) else module.weight
 
 
-@EVERY
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(("name", "kept"), [*((name, True) for name in FORMATS), *((name, False) for name in WRITTEN_OUT)])
 def test_ranks_have_the_rows_and_columns_of_the_whole(write: Any, name: str, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, dense = write(name)
     monkeypatch.setattr("specontext.models.quantized.keeps_codes", lambda _: kept)
