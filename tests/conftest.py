@@ -58,9 +58,9 @@ from tests.forked import ForkedRank
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
-    from tests.interpreter import remember_members
+    from tests.interpreter import make_it_quick
 
-    remember_members()
+    make_it_quick()
 
 
 def path_with(root: Path) -> dict[str, str]:
