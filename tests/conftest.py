@@ -10,9 +10,11 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,19 +46,21 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 
 import specontext.models
 from specontext import LLM, SamplingParams, SpeContextConfig
+from specontext.engine import rank_processes
 from specontext.models.decoder import decoder_of
 from specontext.models.latents import EXPAND
 from specontext.retrieval.checkpoint import save_head
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig
 from specontext.retrieval.head_map import band_map
+from tests.forked import ForkedRank
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
-    from tests.interpreter import remember_members
+    from tests.interpreter import make_it_quick
 
-    remember_members()
+    make_it_quick()
 
 
 def path_with(root: Path) -> dict[str, str]:
@@ -324,6 +328,12 @@ def expected(reference: Callable[[str], PreTrainedModel], prompts: Prompts) -> C
         return known[family, max_tokens]
 
     return tokens_of
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that a test starts are forked from a process that has imported everything."""
+    monkeypatch.setattr(rank_processes, "subprocess", SimpleNamespace(Popen=ForkedRank, TimeoutExpired=subprocess.TimeoutExpired))
 
 
 Masks = list[torch.Tensor]

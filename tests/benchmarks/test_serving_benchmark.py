@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from tests import forked
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -22,7 +24,8 @@ def script() -> ModuleType:
 
 
 @pytest.mark.slow
-def test_report(script: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+def test_report(script: ModuleType, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "subprocess", forked.COMMANDS)
     sizes = ["--num-prompts", "4", "--input-len", "8", "--output-len", "6", "--concurrency", "4"]
     script.main([*sizes, "--rounds", "1", "--engine", "--budget 64 --device cpu --max-model-len 256"])
     *table, line = capfd.readouterr().out.splitlines()

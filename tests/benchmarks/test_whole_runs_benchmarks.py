@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,26 +16,29 @@ from tests.conftest import path_with
 ROOT = Path(__file__).parents[2]
 
 
-def report(script: str, *words: str) -> dict[str, Any]:
-    """What a benchmark of nano on a CPU reports."""
-    command = [sys.executable, str(ROOT / "benchmarks" / script), "--model", "nano", "--device", "cpu", "--dtype", "float32"]
-    environment = os.environ | path_with(ROOT)
-    done = subprocess.run([*command, *words, "--json"], capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+SMALL = ("--model", "nano", "--device", "cpu", "--dtype", "float32", "--json")
 
 
 @pytest.mark.slow
 def test_starts() -> None:
-    found = report("starts.py", "--budget", "64", "--max-model-len", "256")
+    command = [sys.executable, str(ROOT / "benchmarks" / "starts.py"), *SMALL, "--budget", "64", "--max-model-len", "256"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | path_with(ROOT))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
     for kind in ("cold", "warm"):
         assert set(found[kind]) == {"import_s", "load_s", "start_s", "first_token_s"} and min(found[kind].values()) > 0
 
 
 @pytest.mark.slow
-def test_tokens_a_second() -> None:
-    words = ("--budget", "32", "--contexts", "24,64", "--requests", "1,2", "--output", "6")
-    found = report("tokens_a_second.py", *words)
+def test_tokens_a_second(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
+    spec = importlib.util.spec_from_file_location("tokens_a_second_benchmark", ROOT / "benchmarks" / "tokens_a_second.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)
+    spec.loader.exec_module(script)
+    script.main([*SMALL, "--budget", "32", "--contexts", "24,64", "--requests", "1,2", "--output", "6"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(one["requests"], one["context"]) for one in found["cases"]] == [(1, 24), (2, 24), (1, 64), (2, 64)]
     for one in found["cases"]:
         best = {system: min(run["seconds"] for run in runs) for system, runs in one["runs"].items()}

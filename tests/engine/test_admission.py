@@ -26,6 +26,8 @@ from specontext.memory.throughput import ServiceLimits
 MakeLLM = Callable[..., LLM]
 Greedy = Callable[..., SamplingParams]
 Prompts = list[list[int]]
+Alone = Callable[[list[int]], list[int]]
+LENGTHS, MOST = (5, 16, 40, 63, 70, 80, 90), 60  # of prompts; of outputs, the longest
 PAGE = 16 * 2 * 2 * 24 * 4  # bytes of a page of a layer of the Llama checkpoint, which has 3
 # A device so quick that every row that is missing on it costs more than a step.
 SLOW = replace(CPU, device=1e15, products=1e18, host=5e9, layer_s=1e-9, offloaded_s=0.0, step_s=1e-9)
@@ -41,6 +43,20 @@ def engine(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         return make_llm("llama", budget=12, **{"host_memory": 400 * PAGE, "max_num_seqs": 4} | options)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def alone(make_llm: MakeLLM, greedy: Greedy) -> Alone:
+    """What a request writes that nobody runs beside: MOST tokens."""
+    llm = make_llm("llama", budget=12, host_memory=400 * PAGE, gpu_memory=400 * PAGE, max_num_seqs=1)
+    known: dict[tuple[int, ...], list[int]] = {}
+
+    def tokens_of(prompt: list[int]) -> list[int]:
+        if tuple(prompt) not in known:
+            known[tuple(prompt)] = llm.generate([prompt], greedy(MOST))[0].token_ids
+        return known[tuple(prompt)]
+
+    return tokens_of
 
 
 def run(llm: LLM, prompts: Prompts, tokens: list[int], greedy: Greedy, until: int = 3000) -> tuple[list[Generation], list[int]]:
@@ -164,9 +180,9 @@ def test_memory_is_named_where_it_is_short(engine: Callable[..., LLM], prompts: 
 
 
 @pytest.mark.slow
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    lengths=st.lists(st.tuples(st.integers(5, 90), st.integers(1, 60)), min_size=2, max_size=6),
+    lengths=st.lists(st.tuples(st.sampled_from(LENGTHS), st.integers(1, MOST)), min_size=2, max_size=6),
     layer_s=st.sampled_from([1e-9, 1e-7, 1e-6, 3e-4]),
     pages=st.sampled_from([30, 45, 70]),
 )
@@ -177,15 +193,16 @@ def test_any_requests_on_any_machine(
     engine: Callable[..., LLM],
     prompts: Prompts,
     greedy: Greedy,
+    alone: Alone,
 ) -> None:
-    check_any(lengths, layer_s, pages, engine, prompts, greedy)
+    check_any(lengths, layer_s, pages, engine, prompts, greedy, alone)
 
 
 @pytest.mark.parametrize("layer_s", [1e-9, 1e-7])
 def test_some_requests_end_in_order_with_the_same_tokens(
-    layer_s: float, engine: Callable[..., LLM], prompts: Prompts, greedy: Greedy
+    layer_s: float, engine: Callable[..., LLM], prompts: Prompts, greedy: Greedy, alone: Alone
 ) -> None:
-    check_any([(70, 20), (40, 50), (80, 5)], layer_s, 45, engine, prompts, greedy)
+    check_any([(70, 20), (40, 50), (80, 5)], layer_s, 45, engine, prompts, greedy, alone)
 
 
 def check_any(
@@ -195,6 +212,7 @@ def check_any(
     engine: Callable[..., LLM],
     prompts: Prompts,
     greedy: Greedy,
+    alone: Alone,
 ) -> None:
     """Whatever the machine is expected to reach: nobody is overtaken or starves, nobody is made to wait twice between two ends,
     and tokens are those of a request alone."""
@@ -202,10 +220,8 @@ def check_any(
     llm = engine(replace(SLOW, layer_s=layer_s), gpu_memory=pages * PAGE)
     jobs, _ = run(llm, wanted, [tokens for _, tokens in lengths], greedy)
     assert sum(job.request.preemptions for job in jobs) <= len(jobs) * len(jobs)
-    alone = engine(CPU, gpu_memory=400 * PAGE, max_num_seqs=1)
     for job, prompt, (_, tokens) in zip(jobs, wanted, lengths, strict=True):
-        [one] = alone.generate([prompt], greedy(tokens))
-        assert job.request.output_token_ids == one.token_ids
+        assert job.request.output_token_ids == alone(prompt)[:tokens]
 
 
 @pytest.mark.parametrize("prompt", [60, 200])
@@ -239,7 +255,7 @@ def test_no_step_of_those_who_decode_pays_for_a_whole_layer_when_others_come(
         assert job.request.output_token_ids == alone.generate([tokens], greedy(made))[0].token_ids
 
 
-@pytest.mark.parametrize("seed", [2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (3, 4, 6))])
+@pytest.mark.parametrize("seed", [2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (3, 4))])
 def test_nobody_comes_and_goes_whatever_the_clock_learns(
     seed: int, engine: Callable[..., LLM], prompts: Prompts, greedy: Greedy
 ) -> None:

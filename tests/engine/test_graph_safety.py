@@ -121,13 +121,19 @@ def next_numbers(llm: LLM, size: int) -> Tensor:
     return torch.tensor(rows + [[0, -1, seats, 0, 0]] * (size - len(rows))).T.contiguous()
 
 
-@pytest.mark.parametrize("offload_layers", [2, None, *(pytest.param(end, marks=pytest.mark.slow) for end in (0, -1))])
+def slow(*arguments: Any) -> Any:
+    return pytest.param(*arguments, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ("family", "method"),
+    ("family", "method", "offload_layers"),
     [
-        *((family, "speculative") for family in ("llama", "windows", "latents")),
-        ("llama", "streaming"),
-        *(pytest.param(family, "speculative", marks=pytest.mark.slow) for family in ("bands", "conv", "delta", "shared")),
+        *((family, "speculative", layers) for family in ("llama", "windows", "latents") for layers in (2, None)),
+        *(("llama", "streaming", layers) for layers in (2, None)),
+        *(slow(family, "speculative", -1) for family in ("llama", "windows", "latents", "bands", "delta")),
+        *(slow(family, "speculative", 0) for family in ("llama", "conv", "shared")),
+        *(slow(family, "speculative", 2) for family in ("bands", "conv", "shared")),
+        slow("delta", "speculative", None),
     ],
 )  # random's scores are float64, which Triton's top-k is not for
 def test_a_padded_decode_step_never_waits_and_computes_the_same(
@@ -167,13 +173,12 @@ def test_a_padded_decode_step_never_waits_and_computes_the_same(
 @pytest.mark.parametrize(
     ("method", "offload_layers", "tiers", "kind"),
     [
-        *(("speculative", None, "kv_cache_dtype", kind) for kind in ("fp8", "int8")),
-        ("full", 0, "kv_cache_dtype", "fp8"),
-        pytest.param("full", 0, "kv_cache_dtype", "int8", marks=pytest.mark.slow),
-        *(pytest.param("quest", 0, "kv_cache_dtype", kind, marks=pytest.mark.slow) for kind in ("fp8", "int8")),
+        ("speculative", None, "kv_cache_dtype", "fp8"),
+        ("full", 0, "kv_cache_dtype", "int8"),
         ("speculative", 2, "host_kv_dtype", "int8"),
-        *(pytest.param("speculative", -1, "kv_cache_dtype", kind, marks=pytest.mark.slow) for kind in ("fp8", "int8")),
-        pytest.param("speculative", -1, "host_kv_dtype", "fp8", marks=pytest.mark.slow),
+        slow("quest", 0, "kv_cache_dtype", "fp8"),
+        slow("speculative", -1, "kv_cache_dtype", "int8"),
+        slow("speculative", -1, "host_kv_dtype", "fp8"),
     ],
 )
 def test_a_step_with_kv_in_8_bits_never_waits(

@@ -38,18 +38,21 @@ def agreement(some: Prompts, others: Prompts) -> float:
     return same / sum(map(len, others))
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("family", "method"),
+    ("family", "method", "kind"),
     [
-        ("llama", "full"),
-        ("llama", "speculative"),
-        ("bands", "speculative"),
-        ("windows", "speculative"),
-        ("shared", "speculative"),
-        ("llama", "oracle"),
-    ]
-    + [pytest.param("llama", method, marks=pytest.mark.slow) for method in ("quest", "snapkv", "streaming")],
+        ("llama", "full", "fp8"),
+        ("llama", "speculative", "fp8"),
+        ("llama", "speculative", "int8"),
+        ("bands", "speculative", "int8"),
+        ("windows", "speculative", "fp8"),
+        ("shared", "speculative", "int8"),
+        ("llama", "oracle", "fp8"),
+        *(
+            pytest.param("llama", method, kind, marks=pytest.mark.slow)
+            for method, kind in (("quest", "int8"), ("snapkv", "fp8"), ("streaming", "int8"))
+        ),
+    ],
 )
 def test_with_all_layers_there_it_reads_what_8_bits_in_both_tiers_do(
     family: str, method: str, kind: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy

@@ -69,9 +69,14 @@ def test_formats_change_tokens(resident: Any) -> None:
     assert resident("fp8") != resident("auto") != resident("int8") != resident("fp8")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["full", "speculative", "oracle", "quest", "snapkv"])
-@pytest.mark.parametrize(("offload_layers", "slots"), [(2, None), (-1, 14)])
+@pytest.mark.parametrize(
+    ("method", "offload_layers", "slots", "kind"),
+    [
+        (method, *tiers, KINDS[(i + j) % 2])
+        for i, method in enumerate(("full", "speculative", "oracle", "quest", "snapkv"))
+        for j, tiers in enumerate(((2, None), (-1, 14)))
+    ],
+)
 def test_tiers_and_slots_change_nothing(
     offload_layers: int,
     slots: int | None,

@@ -308,6 +308,7 @@ def test_a_config_alone_tells_how_large_states_are(make_llm: MakeLLM, checkpoint
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ranks_have_whole_states(family: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any) -> None:
     options = {"budget": 12, "dtype": "float32", "max_num_batched_tokens": 23, "methods": ("full",)}

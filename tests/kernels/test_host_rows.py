@@ -24,7 +24,14 @@ BLOCK = LayerBlocks((LAYERS,), 4, tuple(range(LAYERS)))
 
 both = pytest.mark.parametrize("kind", ["reference", "triton"])
 codes_of_all = pytest.mark.parametrize("codes", list(FORMATS.values()), ids=list(FORMATS))
-sizes = pytest.mark.parametrize(("dim", "heads", "page_size"), [(2, 1, 4), (6, 2, 3), (80, 2, 16), (128, 3, 5)])
+SIZES = [(2, 1, 4), (6, 2, 3), (80, 2, 16), (128, 3, 5)]
+sizes = pytest.mark.parametrize(("dim", "heads", "page_size"), SIZES)
+# Every size with every number, and every two of all the others somewhere.
+PAIRS = [
+    (*size, number, list(FORMATS.values())[(i + j) % 2], (i // 2 + j) % 2 == 0)
+    for i, size in enumerate(SIZES)
+    for j, number in enumerate(NUMBERS)
+]
 
 
 def function_of(name: str, kind: str) -> Any:
@@ -89,10 +96,7 @@ def test_loads_bring_the_numbers_of_codes(
 
 
 @both
-@codes_of_all
-@sizes
-@pytest.mark.parametrize("dtype", NUMBERS, ids=str)
-@pytest.mark.parametrize("to_host", [True, False])
+@pytest.mark.parametrize(("dim", "heads", "page_size", "dtype", "codes", "to_host"), PAIRS, ids=str)
 def test_new_tokens_are_quantised_once(
     to_host: bool, dim: int, heads: int, page_size: int, dtype: torch.dtype, codes: torch.dtype, kind: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from specontext.errors import ModelError
 from specontext.models.decoder import decoder_layers, decoder_of
 from specontext.models.loading import load_model
 from tests.models.architectures import RUN, SELDOM
-from tests.models.conftest import Write
+from tests.models.conftest import Write, write_architecture
 
 ALL = [pytest.param(name, marks=pytest.mark.slow) if name in SELDOM else name for name in RUN]
 SOME = [
@@ -64,67 +65,89 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+MADE = 8  # tokens after a prompt
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint that tests of an architecture share, with a random head in it.
+
+    Attributes:
+        model: Hugging Face's, as it is stored.
+        right: what that writes greedily after `prompts[1:3]`.
+    """
+
+    folder: Path
+    model: PreTrainedModel
+    right: list[list[int]]
+
+
 def right_tokens(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
     """Hugging Face's greedy continuations."""
     made = []
     for prompt in prompts:
-        output = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=1)
+        output = model.generate(torch.tensor([prompt]), max_new_tokens=MADE, do_sample=False, eos_token_id=None, pad_token_id=1)
         made.append(output[0, len(prompt) :].tolist())
     return made
 
 
 def tokens_of(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
-    outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True))
+    outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=MADE, ignore_eos=True))
     return [output.token_ids for output in outputs]
 
 
-@pytest.mark.parametrize("architecture", TOKENS)
-def test_tokens_are_hugging_face_s(architecture: str, write: Write, tmp_path: Path, prompts: list[list[int]]) -> None:
-    model = write(architecture, (RUN | BOTH)[architecture])
-    right = right_tokens(model, prompts[1:3])
-    llm = LLM(tmp_path, config=SpeContextConfig(method="oracle", budget=512, offload_layers=1), device="cpu")
-    assert tokens_of(llm, prompts[1:3]) == right
+@pytest.fixture(scope="module")
+def written(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, prompts: list[list[int]]
+) -> Written:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = write_architecture(folder, tokenizer, request.param, (RUN | BOTH)[request.param])
+    return Written(folder, model, right_tokens(model, prompts[1:3]))
+
+
+@pytest.mark.parametrize("written", TOKENS, indirect=True)
+def test_tokens_are_hugging_face_s(written: Written, prompts: list[list[int]]) -> None:
+    llm = LLM(written.folder, config=SpeContextConfig(method="oracle", budget=512, offload_layers=1), device="cpu")
+    assert tokens_of(llm, prompts[1:3]) == written.right
     llm.reconfigure(SpeContextConfig(budget=512, offload_layers=-1))
-    assert tokens_of(llm, prompts[1:3]) == right, "with a head that leaves nothing out"
+    assert tokens_of(llm, prompts[1:3]) == written.right, "with a head that leaves nothing out"
     llm.reconfigure(SpeContextConfig(budget=24, sink=2, recent=4, offload_layers=-1))
     (output,) = llm.generate(prompts[2:3], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, prompt_logprobs=0))
     assert output.stats["tokens_read_per_step"] == 24
-    scores = model(torch.tensor(prompts[2:3])).logits[0].log_softmax(-1)
+    scores = written.model(torch.tensor(prompts[2:3])).logits[0].log_softmax(-1)
     wanted = [scores[at, token].item() for at, token in enumerate(prompts[2][1:])]
     found = [entry[token] for token, entry in zip(prompts[2][1:], output.prompt_logprobs[1:], strict=True)]
     assert found == pytest.approx(wanted, abs=1e-3)
 
 
-@pytest.mark.parametrize("architecture", SOME)
-def test_so_are_those_of_its_own_generate(architecture: str, write: Write, tmp_path: Path, prompts: list[list[int]]) -> None:
-    model = write(architecture, RUN[architecture])
-    right = right_tokens(model, prompts[1:3])
+@pytest.mark.parametrize("written", SOME, indirect=True)
+def test_so_are_those_of_its_own_generate(written: Written, prompts: list[list[int]]) -> None:
+    model, head = written.model, written.folder / "retrieval_head"
     everything, some = (SpeContextConfig(budget=budget, sink=2, recent=4, offload_layers=-1) for budget in (512, 12))
-    specontext.enable(model, tmp_path / "retrieval_head", everything)
-    assert right_tokens(model, prompts[1:3]) == right
-    enabled = specontext.enable(model, tmp_path / "retrieval_head", some)
-    assert right_tokens(model, prompts[2:3])
-    [stats] = enabled.statistics
-    assert stats is not None and stats["tokens_read_per_step"] == 12
-    specontext.disable(model)
-    assert right_tokens(model, prompts[1:3]) == right
+    try:
+        specontext.enable(model, head, everything)
+        assert right_tokens(model, prompts[1:3]) == written.right
+        enabled = specontext.enable(model, head, some)
+        assert right_tokens(model, prompts[2:3])
+        [stats] = enabled.statistics
+        assert stats is not None and stats["tokens_read_per_step"] == 12
+    finally:
+        specontext.disable(model)
+    assert right_tokens(model, prompts[1:2]) == written.right[:1]
 
 
-@pytest.mark.parametrize("architecture", SOME)
-def test_in_16_bits_it_is_neither_refused_nor_left_without_parts_to_compile(
-    architecture: str, write: Write, tmp_path: Path
-) -> None:
-    write(architecture, RUN[architecture])
-    llm = LLM(tmp_path, config=SpeContextConfig(budget=24), device="cpu", dtype="bfloat16", max_model_len=64)
+@pytest.mark.parametrize("written", SOME, indirect=True)
+def test_in_16_bits_it_is_neither_refused_nor_left_without_parts_to_compile(written: Written) -> None:
+    llm = LLM(written.folder, config=SpeContextConfig(budget=24), device="cpu", dtype="bfloat16", max_model_len=64)
     (output,) = llm.generate([list(range(4, 40))], SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
     assert len(output.token_ids) == 3
 
 
-@pytest.mark.parametrize("architecture", SOME)
+@pytest.mark.parametrize("written", SOME, indirect=True)
 @torch.no_grad()
-def test_a_teacher_shows_hugging_face_s_states(architecture: str, write: Write, tmp_path: Path) -> None:
-    model, ids = write(architecture, RUN[architecture]), torch.arange(4, 44)[None]
-    loaded = load_model(tmp_path, dtype="auto", device=torch.device("cpu"))
+def test_a_teacher_shows_hugging_face_s_states(written: Written) -> None:
+    model, ids = written.model, torch.arange(4, 44)[None]
+    loaded = load_model(written.folder, dtype="auto", device=torch.device("cpu"))
     depth = loaded.shape.depth
     seen = Target(loaded.model, (1, 2, depth)).observe(ids)
     right = model(ids, output_hidden_states=True, use_cache=False).hidden_states
@@ -179,6 +202,7 @@ def test_models_of_one_process_do_not_disturb_each_other(write: Write, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(
     "architecture",
     ["DeepseekV2", "Gemma3nText", "Gemma4Text", "GPT2", "HunYuanDenseV1", "Olmo2", "Phi3", "Qwen3_5MoeText", "StableLm"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +170,7 @@ def test_random_weights_need_the_config_alone(write: Write, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "size"), list(zip(KINDS, cycle((2, 4)), strict=False)))
 def test_ranks_compute_what_one_process_computes(kind: str, size: int, write: Write, tmp_path: Path) -> None:
     write(kind)
     check(tmp_path, size)

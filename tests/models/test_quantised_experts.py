@@ -365,6 +365,7 @@ def test_a_part_is_as_large_as_planned(plain: Any, load: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("name", ["fp8-blocks", "awq"])
 def test_tokens_of_two_ranks_are_those_of_one_process(write: Write, name: str, greedy: Any) -> None:
     """Of experts that a CPU writes out."""

@@ -26,7 +26,7 @@ from tests.models.quantised_files import FORMATS, Tensors, write_quantised
 
 CPU = torch.device("cpu")
 LAYER = "model.layers.1"
-EVERY = pytest.mark.parametrize("name", FORMATS)
+WRITTEN_OUT = ("fp8-blocks", "fbgemm", "ct-zeros", "gptq-order", "awq", "bnb-4")  # one of each way in which codes are stored
 
 
 @st.composite
@@ -111,8 +111,7 @@ def weight_of(module: Any) -> torch.Tensor:
     return dequantized(module.matrix, torch.float32) if isinstance(module, QuantizedLinear) else module.weight
 
 
-@EVERY
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(("name", "kept"), [*((name, True) for name in FORMATS), *((name, False) for name in WRITTEN_OUT)])
 def test_ranks_have_the_rows_and_columns_of_the_whole(write: Any, name: str, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, dense = write(name)
     monkeypatch.setattr("specontext.models.quantized.keeps_codes", lambda _: kept)
@@ -141,12 +140,14 @@ def test_a_part_is_as_large_as_planned(quantization: str, load_format: str, monk
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("name", ["fp8-blocks", "awq", "gptq-order"])
 def test_tokens_are_those_of_one_process(write: Any, name: str) -> None:
     _same_tokens(write(name)[0])
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("quantization", ["fp8", "int4"])
 def test_tokens_of_rounded_weights(quantization: str, checkpoint: Any) -> None:
     _same_tokens(checkpoint("llama"), quantization=quantization)

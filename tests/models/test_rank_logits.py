@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,7 @@ def test_families_of_all_other_tests(family: str, checkpoint: Callable[[str], Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("architecture", RUN)
+@pytest.mark.parametrize(("architecture", "size"), list(zip(RUN, cycle((2, 4)), strict=False)))
 def test_every_architecture(architecture: str, size: int, write: Write, tmp_path: Path) -> None:
     write(architecture, RUN[architecture])
     check(tmp_path, size)

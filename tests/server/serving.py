@@ -23,6 +23,7 @@ from specontext.config import EngineConfig
 from specontext.engine.llm_engine import LLMEngine
 from specontext.server.run import Serving, listening_socket
 from specontext.server.settings import ServerConfig
+from tests.forked import ForkedCommand
 
 PATIENCE = 60.0  # seconds after which a condition that should come true counts as never
 
@@ -135,7 +136,7 @@ class Process:
         seconds: until it was ready: of processor time where the system tells, since other programs may keep it waiting.
     """
 
-    popen: subprocess.Popen[str]
+    popen: subprocess.Popen[str] | ForkedCommand
     url: str
     log: Path
     seconds: float
@@ -148,14 +149,22 @@ class Process:
 
 
 @contextmanager
-def process(log: Path, *words: str) -> Iterator[Process]:
-    """A server process, ready."""
-    command = [sys.executable, "-m", "specontext.cli", "serve", "nano", "--port", "0", "--device", "cpu", *words]
+def process(log: Path, *words: str, forked: bool = False) -> Iterator[Process]:
+    """A server process, ready.
+
+    Args:
+        forked: from a process that has imported everything, for tests that are not about how it starts.
+    """
+    command = ["serve", "nano", "--port", "0", "--device", "cpu", *words]
     began = time.monotonic()
+    popen: subprocess.Popen[str] | ForkedCommand
     with log.open("w") as stderr:
-        popen = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        if forked:
+            popen = ForkedCommand(command, stderr.fileno())
+        else:
+            started = [sys.executable, "-m", "specontext.cli", *command]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            popen = subprocess.Popen(started, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
     try:
         assert popen.stdout is not None
         line = popen.stdout.readline()

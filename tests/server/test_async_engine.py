@@ -149,7 +149,7 @@ def test_requests_that_cannot_be_served_are_refused_at_once() -> None:
 
 
 @pytest.mark.slow
-def test_a_thousand_random_submits_and_aborts_leak_nothing() -> None:
+def test_hundreds_of_random_submits_and_aborts_leak_nothing() -> None:
     rng = random.Random(0)
 
     async def client(served: AsyncEngine, number: int, places: asyncio.Semaphore, counts: Counter[str]) -> None:
@@ -185,9 +185,9 @@ def test_a_thousand_random_submits_and_aborts_leak_nothing() -> None:
     async def test() -> None:
         async with started(make_engine(max_num_seqs=24), max_waiting=20) as served:
             places, counts = asyncio.Semaphore(20), Counter[str]()
-            await asyncio.gather(*(client(served, number, places, counts) for number in range(1000)))
+            await asyncio.gather(*(client(served, number, places, counts) for number in range(400)))
             full = counts.pop("queue full")
-            assert full and counts.total() == 1000 and len(counts) == 3 and min(counts.values()) > 50, counts
+            assert full and counts.total() == 400 and len(counts) == 3 and min(counts.values()) > 20, counts
 
     run(test)
 

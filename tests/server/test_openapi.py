@@ -20,7 +20,7 @@ DESCRIPTION: dict[str, Any] = create_app(SimpleNamespace(config=ServerConfig()))
 OPERATIONS = {found.ok().label: found.ok() for found in schemathesis.openapi.from_dict(DESCRIPTION).get_all_operations()}
 MODES = (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE)
 PROFILE = settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     database=None,

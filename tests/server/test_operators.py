@@ -105,7 +105,8 @@ def test_unknown_paths_name_those_that_exist(server: Server) -> None:
 def test_a_second_signal_tells_those_who_wait(tmp_path: Path) -> None:
     import httpx
 
-    with process(tmp_path / "log", "--max-model-len", "16000", "--shutdown-timeout", "50") as served:
+    flags = ("--max-model-len", "16000", "--shutdown-timeout", "50")
+    with process(tmp_path / "log", *flags, forked=True) as served:
         body = {"prompt": "a", "max_tokens": 15000, "ignore_eos": True}
         with httpx.Client(base_url=served.url, timeout=60) as client:
             stream = client.build_request("POST", "/v1/completions", json=body | {"stream": True})

@@ -52,7 +52,7 @@ def test_a_life(tmp_path: Path) -> None:
 
 
 def test_two_signals_end_it_at_once(tmp_path: Path) -> None:
-    with process(tmp_path / "log", "--shutdown-timeout", "600") as server:
+    with process(tmp_path / "log", "--shutdown-timeout", "600", forked=True) as server:
         body = {"prompt": "the sun", "max_tokens": 16000, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", server.url + TEXT, json=body, timeout=PATIENCE) as answer:
             lines = answer.iter_lines()

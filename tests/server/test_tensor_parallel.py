@@ -87,10 +87,10 @@ def said(server: Process) -> list[Any]:
 def test_the_whole_api_answers_as_one_process_does(tmp_path: Path) -> None:
     """Then a client leaves in the midst of its stream, and the server is told to end in the midst of another one's."""
     flags = "--budget 64 --max-model-len 1024 --dtype float32 --chat-template hermes".split()
-    with process(tmp_path / "one", *flags) as server:
+    with process(tmp_path / "one", *flags, forked=True) as server:
         expected = said(server)
     assert [status for status, _ in expected] == [200] * 6 + [400] * 2, [status for status, _ in expected]
-    with process(tmp_path / "two", *flags, "--tensor-parallel-size", "2") as server:
+    with process(tmp_path / "two", *flags, "--tensor-parallel-size", "2", forked=True) as server:
         for request, mine, other in zip(REQUESTS, said(server), expected, strict=True):
             assert mine == other, request
         body = {"prompt": "the sun", "max_tokens": 600, "ignore_eos": True, "temperature": 0, "stream": True}
@@ -110,7 +110,8 @@ def test_the_whole_api_answers_as_one_process_does(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ranks_end_with_the_server(tmp_path: Path) -> None:
-    with process(tmp_path / "log", *"--tensor-parallel-size 2 --method full --max-model-len 1024".split()) as server:
+    flags = "--tensor-parallel-size 2 --method full --max-model-len 1024".split()
+    with process(tmp_path / "log", *flags, forked=True) as server:
         [rank] = ranks_of(server.popen.pid)
         os.kill(server.popen.pid, signal.SIGKILL)
         wait_for(lambda: not Path(f"/proc/{rank}").exists() or "Z" in Path(f"/proc/{rank}/stat").read_text().split()[2])

@@ -1,0 +1,117 @@
+"""Processes forked from one that has imported all they need: an interpreter with these libraries takes seconds to start.
+
+They are processes of their own nonetheless, run the same code, and can be killed and stopped. Tests of how ranks and servers
+start begin them as users do.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from typing import Any
+
+from specontext.cli import main
+from specontext.engine import rank_worker
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([rank_worker.__name__, "specontext.server.run", __name__])
+
+
+class Forked:
+    """What tests and `RankProcesses` use of a `subprocess.Popen`."""
+
+    def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
+        self._process: Any = SERVER.Process(target=target, args=arguments)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        pid: int = self._process.pid
+        return pid
+
+    @property
+    def returncode(self) -> int | None:
+        code: int | None = self._process.exitcode
+        return code
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("a forked process", timeout or 0.0)
+        return self.returncode
+
+
+class ForkedRank(Forked):
+    """As `python -m specontext.engine.rank_worker`."""
+
+    def __init__(self, command: list[str], *, pass_fds: list[int], env: Mapping[str, str], start_new_session: bool) -> None:
+        assert command[1:] == ["-m", rank_worker.__name__, str(pass_fds[0])] and start_new_session, "ranks are started otherwise"
+        with Connection(os.dup(pass_fds[0])) as connection:
+            super().__init__(_be_rank, connection, dict(env))
+
+
+class ForkedCommand(Forked):
+    """As `specontext ...`.
+
+    Attributes:
+        stdout: what it prints.
+    """
+
+    def __init__(self, words: list[str], stderr: int) -> None:
+        read, write = os.pipe()
+        self.stdout = open(read, encoding="utf-8")  # noqa: SIM115
+        with Connection(write) as output, Connection(os.dup(stderr)) as errors:
+            super().__init__(_run_command, words, output, errors)
+
+
+def _start_command(command: list[str], *, stdout: int, stderr: int | None = None, text: bool) -> ForkedCommand:
+    assert command[:3] == [sys.executable, "-m", "specontext.cli"] and stdout == subprocess.PIPE and text
+    if stderr is None:
+        return ForkedCommand(command[3:], 2)
+    assert stderr == subprocess.DEVNULL
+    with open(os.devnull, "w") as nowhere:
+        return ForkedCommand(command[3:], nowhere.fileno())
+
+
+def _run_to_its_end(command: list[str], *, check: bool, **options: Any) -> subprocess.CompletedProcess[str]:
+    process = _start_command(command, **options)
+    with process.stdout:
+        printed = process.stdout.read()
+    done = subprocess.CompletedProcess(command, process.wait(), printed)
+    if check:
+        done.check_returncode()
+    return done
+
+
+# What scripts use of `subprocess` to run `python -m specontext.cli ...`.
+COMMANDS = SimpleNamespace(Popen=_start_command, run=_run_to_its_end, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
+
+
+def _be_rank(connection: Connection, environment: Mapping[str, str]) -> None:
+    os.setsid()
+    os.environ.update(environment)
+    sys.argv = [rank_worker.__name__, str(connection.fileno())]
+    rank_worker.main()
+
+
+def _run_command(words: list[str], output: Connection, errors: Connection) -> None:
+    for own, given in ((1, output), (2, errors)):
+        os.dup2(given.fileno(), own)
+        given.close()
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+    sys.exit(main(words))
