@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specontext.engine.output_statistics import DecodeStatistics
-from specontext.kernels.selection_counts import NOTHING, count_selection
+from specontext.kernels.slot_plan import NOTHING, count_selection
 from specontext.kv.layout import PlacedSelection
 from specontext.memory.learning import Traffic
 from specontext.model_shape import ModelShape

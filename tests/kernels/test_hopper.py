@@ -17,7 +17,7 @@ import json, re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from specontext.kernels.triton import selection_counts, top_k
+from specontext.kernels.triton import slot_plan, top_k
 
 WIDE = ("tokens", "seats", "readers", "sums", "chosen")
 KINDS = dict.fromkeys(WIDE, "*i64") | {"scored": "*u8", "missing": "*u8", "resident": "*u8", "before": "*i32", "counts": "*fp64"}
@@ -31,8 +31,8 @@ def compiled(name, kernel, warps=4, kinds=None, **constants):
     found[name] = {"ptx": code["ptx"], "cubin": len(code["cubin"])}
 
 for layers, groups in ((1, 1), (32, 8)):
-    compiled(f"count {layers}", selection_counts._count_pairs, LOADS=layers > 1, LAYERS=layers, BITS=11, BLOCK=1024)
-    compiled(f"add {groups}", selection_counts._keep_and_add, GROUPS=groups, BLOCK=1024)
+    compiled(f"count {layers}", slot_plan._count_pairs, LOADS=layers > 1, LAYERS=layers, BITS=11, BLOCK=1024)
+    compiled(f"add {groups}", slot_plan._keep_and_add, GROUPS=groups, BLOCK=1024)
 for kind, block, warps in (("*fp32", 256, 4), ("*bf16", 2048, 8), ("*fp32", 8192, 16)):
     compiled(f"row {block}", top_k._held_row, warps, {"scores": kind}, BLOCK=block)
 print(json.dumps(found))

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specontext.kernels import selection_counts as dispatched
+from specontext.kernels import slot_plan as dispatched
 from specontext.kernels.dispatch import reference_of
-from specontext.kernels.selection_counts import NOTHING
+from specontext.kernels.slot_plan import NOTHING
 from specontext.kernels.top_k import selected_tokens
-from specontext.kernels.triton import selection_counts as kernels
+from specontext.kernels.triton import slot_plan as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK = settings(
