@@ -25,7 +25,7 @@ FLOAT16 = 2  # bytes; eq. 6-7 count models and KV in 2-byte floats, whatever the
 MIB = 1 << 20
 LEAST_STEP, BUFFERS = 1024, 8  # see `fitting_step`
 LIBRARIES = 64 * MIB  # workspaces of matrix products
-COUNTERS = 11  # of the statistics of a request, besides the recall of every layer
+COUNTERS = 10  # of the statistics of a request, besides the recall of every layer
 HISTORY = 5  # of each token of the vocabulary that a request with penalties has seen: a flag and a count
 SAMPLER = 96 * MIB  # float64 scores and ranks of one chunk of logits
 

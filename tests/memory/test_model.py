@@ -102,10 +102,10 @@ def test_tables_have_a_row_for_each_seat_and_one_for_padding(granularity: str, g
     token_pages, slot_pages = (4 + 1) * 7 * 8, 4 * 3 * 8  # of four layers, and of a block on the host; pages of 100 tokens, int64
     key_pages = -(-100 // (16 * ENTRY // (3 * 8 * 2))) * 8  # keys of as many tokens as a page of KV has room for
     hot_slots, slot_of_token = 2 * groups * (40 - 4 - 16) * 4, groups * 100 * 4  # int32
-    last_selection, counters, feature = groups * 32 * 4, (11 + 4) * 8, 64 * 2
+    last_selection, counters, feature = groups * 32 * 4, (10 + 4) * 8, 64 * 2
     row = token_pages + slot_pages + key_pages + hot_slots + slot_of_token + last_selection + counters + feature
     run = RunSettings(**(RUN.__dict__ | {"granularity": granularity}))
-    maps = 4 * (8 * (FACTS.shape.kv_heads + groups) + 1) + 4 + 11 * 8  # layers: map, readers, flags; steps; left
+    maps = 4 * (8 * (FACTS.shape.kv_heads + groups) + 1) + 4 + 10 * 8  # layers: map, readers, flags; steps; left
     # What is copied together: a part for each KV head, its four layers, head and group, for two maps; the same of each layer by
     # itself; the members of the block; line and place of every layer in two tiers.
     maps += 8 * (2 * 2 * (4 + 2) + 2 * 4 * 2 * 3 + 4 + 4 * 4)
