@@ -41,7 +41,7 @@ class BlockSelector(StatefulSelector):
 
     def __init__(self, context: MethodContext) -> None:
         super().__init__(context)
-        self._blocks: tuple[LaneTokens, LaneBlocks] | None = None
+        self._blocks: tuple[Tensor, LaneBlocks] | None = None  # by the ends of the candidates that they are of
 
     @classmethod
     def entries(cls, context: MethodContext) -> int:
@@ -54,27 +54,27 @@ class BlockSelector(StatefulSelector):
         """float32 [R * Hkv, 1, most]: the softmax weights; -1 for blocks without candidates."""
 
     def choose(self, layer: int, lane: LaneTokens, view: LayerView, ends: Tensor) -> Tensor:
-        weights = self.weights(layer, view, self._of(lane)).view(len(ends), self.shape.kv_heads, -1)
+        weights = self.weights(layer, view, self._of(lane, ends)).view(len(ends), self.shape.kv_heads, -1)
         return whole_blocks(weights, self.size, self.budget.sink, ends, self.budget.scored)
 
-    def counts(self, lane: LaneTokens) -> Tensor:
-        """Blocks that hold candidates: int64 [R]."""
-        return (self.ends(lane) - self.budget.sink + self.size - 1) // self.size
+    def counts(self, ends: Tensor) -> Tensor:
+        """Blocks that hold candidates before their ends: int64 [R]."""
+        return (ends - self.budget.sink + self.size - 1) // self.size
 
     def paged(self, name: str, layer: int) -> Tensor:
         """A table of a layer as keys of one head in pages: [pages, PAGE, 1, numbers of a block]."""
         return self.tables[name][layer].view(-1, PAGE, 1, self.tables[name][0, 0, 0, 0].numel())
 
-    def _of(self, lane: LaneTokens) -> LaneBlocks:
-        if self._blocks is None or self._blocks[0] is not lane:
+    def _of(self, lane: LaneTokens, ends: Tensor) -> LaneBlocks:
+        if self._blocks is None or self._blocks[0] is not ends:
             heads, pages = self.shape.kv_heads, next(iter(self.layout.values())).size[1] // PAGE
             device = lane.seats.device
             first = (lane.seats[:, None] * heads + torch.arange(heads, device=device)).flatten() * pages
             self._blocks = (
-                lane,
+                ends,
                 LaneBlocks(
                     first[:, None] + torch.arange(pages, device=device),
-                    self.counts(lane).repeat_interleave(heads),
+                    self.counts(ends).repeat_interleave(heads),
                     max(1, -(-(lane.span - self.budget.sink) // self.size)),
                 ),
             )

@@ -55,4 +55,4 @@ class QuestSelector(BlockSelector):
     def selection_bytes(self, lane: LaneTokens) -> Tensor:
         """Two vectors of every page."""
         each = 2 * self.shape.layers * self.shape.kv_heads * self.shape.head_dim * self.shape.dtype.itemsize
-        return self.counts(lane) * each
+        return self.counts(self.ends(lane)) * each

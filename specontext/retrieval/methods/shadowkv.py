@@ -83,4 +83,4 @@ class ShadowKVSelector(BlockSelector):
     def selection_bytes(self, lane: LaneTokens) -> Tensor:
         """A vector of every chunk, and its rank where outliers are read."""
         each = self.shape.head_dim * self.shape.dtype.itemsize + min(1, self.outliers) * torch.uint8.itemsize
-        return self.counts(lane) * (each * self.shape.layers * self.shape.kv_heads)
+        return self.counts(self.ends(lane)) * (each * self.shape.layers * self.shape.kv_heads)
