@@ -125,8 +125,8 @@ def one_round(number: int, serve: Side, ray: Side, options: argparse.Namespace, 
             name = f"{side.name}_{streams}"
             found[f"{name}_tokens_s"] = run["output_throughput"]
             found[f"{name}_ttft_ms"], found[f"{name}_itl_ms"] = run["median_ttft_ms"], run["median_itl_ms"]
-            for role, seconds in sorted(spent.items()):
-                found[f"{name}_cpu_ms_a_chunk_{role}"] = 1000 * seconds / run["total_output_tokens"]
+            for role in (*ROLES, "rest") if side is ray else ("server",):  # some spend less than a tick
+                found[f"{name}_cpu_ms_a_chunk_{role}"] = 1000 * spent[role] / run["total_output_tokens"]
             found[f"{name}_cpu_ms_a_chunk"] = 1000 * spent.total() / run["total_output_tokens"]
             found[f"{name}_cores"] = spent.total() / elapsed
         pair = [found[f"{name}_{streams}_tokens_s"] for name in ("serve", "ray")]
