@@ -198,12 +198,14 @@ class Engine:
         return time.process_time() if self.case.clock == "cpu" else clock(self.device)
 
     def begin(self) -> None:
-        """Give the requests their seats, as if their prompts had been computed."""
+        """Give the requests their seats, as if their prompts had been computed, and compile what a move needs, as engines do before
+        they are ready."""
         self.scheduler.prepare()
         for request in self.requests:
             self._grow(request, self.case.start)
             self._fill_keys(request.seat, 0)
         self.step()
+        self.parts.residency.rehearse(self.scheduler.admission.stored)
 
     def jump(self, length: int, selections: list[Selection]) -> None:
         """Make all requests this long, as if the tokens between had been decoded."""

@@ -33,7 +33,7 @@ from specontext.memory.presets import PRESETS
 from specontext.quantization.made import FORMS, random_matrix
 
 CACHE = 128 << 20  # bytes of matrices that take turns, more than an L2 cache holds
-TILES = [(rows, codes, warps) for rows in (1, 2, 4, 8) for codes in (1024, 2048, 4096) for warps in (2, 4, 8)]
+TILES = [(rows, lanes, warps) for rows in (1, 2, 4, 8) for lanes in (32, 64, 128, 256) for warps in (1, 2, 4, 8)]
 
 Product = Callable[[Tensor], Tensor]
 
@@ -112,10 +112,10 @@ def sweep(kind: str, n: int, k: int, device: torch.device) -> dict[str, float]:
 
     x = torch.randn(1, k, dtype=torch.bfloat16, device=device)
     matrices, found = our_matrices(kind, n, k, device), {}
-    for rows, codes, warps in TILES:
-        tile = Tile(rows, codes, warps)
+    for rows, lanes, warps in TILES:
+        tile = Tile(rows, lanes, warps)
         tiled: list[Product] = [lambda x, m=m, tile=tile: one_row(x, m, None, tile) for m in matrices]  # type: ignore[misc]
-        found[f"{rows} x {codes}, {warps} warps"] = seconds(tiled, x)
+        found[f"{rows} x {lanes} lanes, {warps} warps"] = seconds(tiled, x)
     return dict(sorted(found.items(), key=lambda one: one[1]))
 
 

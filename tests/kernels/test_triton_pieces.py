@@ -212,16 +212,21 @@ def test_parts_have_every_layer_and_head_once() -> None:
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU reads pinned memory in place")
-def test_pieces_in_host_memory() -> None:
+@pytest.mark.parametrize(
+    ("layers", "dim", "away", "programs"),
+    [(4, 64, {0, 1, 2, 3}, None), (5, 128, {1, 4}, 3), (3, 8, {2}, None), (2, 512, {0, 1}, 1)],
+)
+def test_pieces_in_host_memory(layers: int, dim: int, away: set[int], programs: int | None) -> None:
     generator = torch.Generator().manual_seed(8)
-    head_map = [[0, 1]] * 4
-    blocks = divide_layers(head_map, 256)
-    host, plain = (pool(blocks, 8, 4, 2, 64, torch.bfloat16, 0, pinned=pinned) for pinned in (True, False))
-    arena, right = (pool(one_by_one(4), 8, 4, 2, 64, torch.bfloat16, 1) for _ in range(2))
+    head_map = [[0, 1]] * layers
+    blocks = divide_layers(head_map, 4 * dim)
+    host, plain = (pool(blocks, 8, 4, 2, dim, torch.bfloat16, 0, pinned=pinned) for pinned in (True, False))
+    arena, right = (pool(one_by_one(layers), 8, 4, 2, dim, torch.bfloat16, 1) for _ in range(2))
     copies = some_copies([2, 0], 2, (32, 32), 20, generator)
-    parts, skipped = BlockParts.of_map(blocks, head_map, DEVICE).all, torch.zeros(4, dtype=torch.bool, device=DEVICE)
+    parts = BlockParts.of_map(blocks, head_map, DEVICE).all
+    skipped = torch.tensor([layer not in away for layer in range(layers)], device=DEVICE)
     reference = reference_of(rows.copy_pieces)
-    rows.copy_pieces(host, arena, parts, skipped, copies)
+    rows.copy_pieces(host, arena, parts, skipped, copies, programs=programs)
     reference(plain, right, parts, skipped, copies)
     assert torch.equal(arena.rows, right.rows)
     back = Copies(copies.seats, copies.target, copies.source, copies.counts)

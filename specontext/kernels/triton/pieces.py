@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specontext.kernels.spans import row_size, span_of
 from specontext.kernels.tables import Copies, Pages, Parts, holds_latents, is_quantised
+from specontext.kernels.triton import bulk_pieces
 from specontext.kernels.triton.slot_plan import piece_of
 
 PROGRAMS = (8, 32)  # with few requests layers hide what is loaded, and want the device; with many the bus is waited for
@@ -50,6 +51,9 @@ def copy_pieces(
     requests, groups, width = copies.source.shape
     readers = len(parts) * requests
     if not readers * width:
+        return
+    if not is_quantised(source.rows) and bulk_pieces.takes(source.rows, target.rows, parts.layers.shape[1]):
+        bulk_pieces.copy_pieces(source, target, parts, skipped, copies, programs=programs)
         return
     scaled = is_quantised(source.rows) and not is_quantised(target.rows)
     assert source.heads == target.heads and (scaled or source.rows.dtype == target.rows.dtype)

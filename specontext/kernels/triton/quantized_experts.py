@@ -19,6 +19,8 @@ from torch import Tensor
 from specontext.kernels.quantized_linear import QuantizedMatrix
 from specontext.kernels.triton.quantized_linear import (
     constants,
+    few_tile,
+    lanes_of,
     multiplied,
     row_products,
     tensors,
@@ -50,7 +52,7 @@ def _pairs(
     HARDWARE: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     pair = tl.program_id(1).to(tl.int64)
@@ -74,7 +76,7 @@ def _pairs(
         HARDWARE,
         HAS_ZEROS,
         BLOCK_N,
-        GROUPS,
+        LANES,
         GROUP,
     )
     tl.store(out + pair * n_rows + n, result.to(out.dtype.element_ty), mask=there)
@@ -106,18 +108,19 @@ def _tiles(
     FORMAT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     expert = tl.load(expert_of_tile + tl.program_id(1)).to(tl.int32)
     if expert < experts:
         place = tl.load(first_of_tile + tl.program_id(1)) + tl.arange(0, BLOCK_M)
         asked = place < tl.load(ends + expert)
-        pair = tl.load(order + place, mask=asked, other=0)[:, None]
+        pair = tl.load(order + place, mask=asked, other=0)
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         there = n < n_rows
         acc = tile_products(
             x + pair // each * (n_groups * GROUP),
-            asked[:, None],
+            asked,
             codes,
             scales,
             zeros,
@@ -135,9 +138,10 @@ def _tiles(
             FORMAT,
             BLOCK_M,
             BLOCK_N,
+            GROUPS,
             GROUP,
         )
-        tl.store(out + pair * n_rows + n[None, :], acc.to(out.dtype.element_ty), mask=asked[:, None] & there[None, :])
+        tl.store(out + (pair * n_rows)[:, None] + n[None, :], acc.to(out.dtype.element_ty), mask=asked[:, None] & there[None, :])
 
 
 def chosen_products(x: Tensor, chosen: Tensor, matrix: QuantizedMatrix, experts: int) -> Tensor:
@@ -154,7 +158,7 @@ def chosen_products(x: Tensor, chosen: Tensor, matrix: QuantizedMatrix, experts:
 
 def pairs(x: Tensor, chosen: Tensor, matrix: QuantizedMatrix, experts: int, out: Tensor) -> None:
     """Every row and each of its experts by itself."""
-    n, group, tile = out.shape[2], matrix.group, tile_of(matrix)
+    n, tile = out.shape[2], tile_of(matrix)
     _pairs[(triton.cdiv(n, tile.rows), chosen.numel())](
         x,
         chosen,
@@ -164,8 +168,8 @@ def pairs(x: Tensor, chosen: Tensor, matrix: QuantizedMatrix, experts: int, out:
         *_sizes(matrix, n),
         **constants(matrix),
         BLOCK_N=tile.rows,
-        GROUPS=max(1, min(tile.codes, triton.next_power_of_2(x.shape[1])) // group),
-        GROUP=group,
+        LANES=lanes_of(tile, matrix),
+        GROUP=matrix.group,
         num_warps=tile.warps,
     )
 
@@ -175,8 +179,8 @@ def tiles(x: Tensor, chosen: Tensor, matrix: QuantizedMatrix, experts: int, out:
     n, count = out.shape[2], chosen.numel()
     tall = min(TALLEST, max(16, triton.next_power_of_2(count // experts)))
     order, ends, expert_of_tile, first_of_tile = tiles_of(chosen, experts, tall)
-    block = 64 if tall == TALLEST else 32
-    _tiles[(triton.cdiv(n, block), len(expert_of_tile))](
+    tile = few_tile(n, tall, x.itemsize)
+    _tiles[(triton.cdiv(n, tile.rows), len(expert_of_tile))](
         x,
         order,
         expert_of_tile,
@@ -190,10 +194,11 @@ def tiles(x: Tensor, chosen: Tensor, matrix: QuantizedMatrix, experts: int, out:
         **constants(matrix),
         FORMAT=multiplied(x),
         BLOCK_M=tall,
-        BLOCK_N=block,
+        BLOCK_N=tile.rows,
+        GROUPS=tile.groups,
         GROUP=matrix.group,
-        num_warps=4,
-        num_stages=3,
+        num_warps=tile.groups,
+        num_stages=tile.stages,
     )
 
 
