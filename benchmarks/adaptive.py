@@ -198,8 +198,8 @@ class Engine:
         return time.process_time() if self.case.clock == "cpu" else clock(self.device)
 
     def begin(self) -> None:
-        """Give the requests their seats, as if their prompts had been computed, and compile what a move needs, as engines do before
-        they are ready."""
+        """Give the requests their seats, as if their prompts had been computed; what a move needs is compiled, as when an engine
+        starts."""
         self.scheduler.prepare()
         for request in self.requests:
             self._grow(request, self.case.start)
