@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import triton.language as tl
-from specontext.kernels.triton import bulk_pieces, quantized_linear, slot_plan, top_k
+from specontext.kernels.triton import quantized_linear, slot_plan, top_k
 
 WIDE = ("tokens", "seats", "readers", "sums", "chosen")
 KINDS = dict.fromkeys(WIDE, "*i64") | {"scored": "*u8", "missing": "*u8", "resident": "*u8", "before": "*i32", "counts": "*fp64"}
@@ -36,15 +36,6 @@ for layers, groups in ((1, 1), (32, 8)):
     compiled(f"add {groups}", slot_plan._keep_and_add, GROUPS=groups, BLOCK=1024)
 for kind, block, warps in (("*fp32", 256, 4), ("*bf16", 2048, 8), ("*fp32", 8192, 16)):
     compiled(f"row {block}", top_k._held_row, warps, {"scores": kind}, BLOCK=block)
-
-tables = {f"part_{name}": "*i64" for name in ("layers", "heads", "groups")}
-tables |= {f"{side}_{name}": "*i64" for side in ("source", "target") for name in ("line", "place")}
-tables |= {f"{side}_{name}": "*i32" for side in ("source", "target") for name in ("table", "entries")}
-pools = tables | {"source": "*bf16", "target": "*bf16", "skipped": "*u8", "counts": "*i32"}
-for layers, width in ((1, 512), (4, 256)):
-    pages = {"HEADS": 8, "SOURCE_PAGE": 16, "TARGET_PAGE": 16, "SOURCE_PLACES": layers, "TARGET_PLACES": 1}
-    constants = pages | {"LAYERS": layers, "LAYERS_PAD": layers, "WIDTH": width, "PIECES": 32 // layers}
-    compiled(f"bulk {layers}", bulk_pieces._copy_rows, 1, pools, **constants, PROGRAM=bulk_pieces._program(2 * width))
 
 weights = {"codes": "*u8", "zeros": "*u8", "offset": "fp32"} | dict.fromkeys(("x", "scales", "bias", "out"), "*bf16")
 for kind, number in quantized_linear.NUMBERS.items():
@@ -70,9 +61,8 @@ def found() -> dict[str, Any]:
 
 
 def test_all_compile_and_nothing_is_kept_in_local_memory(found: dict[str, Any]) -> None:
-    assert len(found) == 21 and all(one["cubin"] for one in found.values())
+    assert len(found) == 19 and all(one["cubin"] for one in found.values())
     assert not [name for name, one in found.items() if ".local" in one["ptx"]]
-    assert all("cp.async.bulk" in one["ptx"] for name, one in found.items() if name.startswith("bulk"))
 
 
 def test_counters_are_added_to_in_float64_by_those_who_may_share_a_seat(found: dict[str, Any]) -> None:

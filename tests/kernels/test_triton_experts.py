@@ -163,6 +163,7 @@ import json, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from specontext.kernels.triton import quantized_experts as kernels
+from specontext.kernels.triton.quantized_linear import few_tile
 
 POINTERS = {"x": "*bf16", "out": "*bf16", "codes": "*u8", "scales": "*fp16", "zeros": "*u8"}
 POINTERS |= dict.fromkeys(("chosen", "order", "expert_of_tile", "first_of_tile", "ends"), "*i64")
@@ -180,11 +181,12 @@ found = {}
 for capability in (80, 90):
     for kind, rows, columns, zeros in ((0, 128, 128, False), (1, 1, 2048, True), (2, 1, 128, True)):
         form = {"SCALE_ROWS": rows, "SCALE_COLUMNS": columns, "KIND": kind, "HARDWARE": capability == 90, "HAS_ZEROS": zeros}
-        pairs = shared(kernels._pairs, capability, 3, each=8, BLOCK_N=4, GROUPS=8, GROUP=128, **form)
-        tall = [
-            shared(kernels._tiles, capability, 3, FORMAT=triton.language.bfloat16, BLOCK_M=m, BLOCK_N=n, GROUP=128, **form)
-            for m, n in ((16, 32), (64, 64))
-        ]
+        pairs = shared(kernels._pairs, capability, 3, each=8, BLOCK_N=4, LANES=128, GROUP=128, **form)
+        tall = []
+        for m in (16, 32, 64):
+            tile = few_tile(8192, m, 2)
+            form |= {"FORMAT": triton.language.bfloat16, "BLOCK_M": m, "BLOCK_N": tile.rows, "GROUPS": tile.groups, "GROUP": 128}
+            tall.append(shared(kernels._tiles, capability, tile.stages, **form))
         found[f"{capability} {kind}"] = [pairs, *tall]
 print(json.dumps(found))
 """

@@ -5,6 +5,10 @@ A bus with a round trip of two microseconds and 50 GB/s wants 100 KB under way a
 works on several tiles of pieces at once, in a pipeline through shared memory (asynchronous copies): it looks up the entries of
 one tile, their pages of the next, has the rows of one or two under way, and stores those that have come.
 
+More under way than the bus needs is harmful: what a processor has asked for comes back in order, so that whatever else runs there
+waits behind rows from the bus, tens of microseconds each time where all programs together have 1.5 MB under way. So more programs
+take smaller tiles.
+
 A tile is [rows, numbers of a row], 16 bytes a thread and copy; rows of a piece are neighbours in it as they are in memory. Codes
 of rows in 8 bits are copied by words of 4 bytes, four at once where they lie in spans, and their scales beside them.
 """
@@ -20,7 +24,6 @@ from torch import Tensor
 
 from specontext.kernels.spans import row_size, span_of
 from specontext.kernels.tables import Copies, Pages, Parts, holds_latents, is_quantised
-from specontext.kernels.triton import bulk_pieces
 from specontext.kernels.triton.slot_plan import piece_of
 
 PROGRAMS = (8, 32)  # with few requests layers hide what is loaded, and want the device; with many the bus is waited for
@@ -39,30 +42,28 @@ def copy_pieces(
     copies: Copies,
     *,
     programs: int | None = None,
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
     warps: int = WARPS,
     stages: int = STAGES,
 ) -> None:
     """See `specontext.kernels.rows.copy_pieces`. A row costs its bytes; of indices a piece costs about 24 bytes and 8 a layer.
 
     Args:
-        tile_bytes, warps, stages: of a program.
+        tile_bytes, warps, stages: of a program; tiles are smaller by default where more programs share the work.
     """
     requests, groups, width = copies.source.shape
     readers = len(parts) * requests
     if not readers * width:
         return
-    if not is_quantised(source.rows) and bulk_pieces.takes(source.rows, target.rows, parts.layers.shape[1]):
-        bulk_pieces.copy_pieces(source, target, parts, skipped, copies, programs=programs)
-        return
     scaled = is_quantised(source.rows) and not is_quantised(target.rows)
     assert source.heads == target.heads and (scaled or source.rows.dtype == target.rows.dtype)
     assert all(x.is_contiguous() for x in (source.rows, target.rows, source.table, target.table, parts.layers))
+    programs = programs or min(max(requests, PROGRAMS[0]), PROGRAMS[1])
+    tile_bytes = tile_bytes or TILE_BYTES * PROGRAMS[0] // max(programs, PROGRAMS[0])
     tile = codes_tile(source.rows, tile_bytes) if scaled else row_tile(source.rows, tile_bytes)
     layers = parts.layers.shape[1]
     padded = triton.next_power_of_2(layers)
     pieces = max(1, tile.rows // padded)
-    programs = programs or min(max(requests, PROGRAMS[0]), PROGRAMS[1])
     # All programs are at one block and request at a time: a bus that reads at random needs a table that stays in its cache.
     splits = min(triton.cdiv(programs, source.heads), triton.cdiv(width, pieces))
     _copy_pieces[(min(readers * splits, programs),)](
