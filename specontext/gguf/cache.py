@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ from specontext.errors import GGUFError
 from specontext.gguf.source import VERSION
 
 VARIABLE = "SPECONTEXT_CACHE"
+FILES = "files.json"  # of a converted checkpoint: its files and their sizes
 HASHED = 2**20  # bytes at a file's begin that go into its key
 
 
@@ -28,7 +30,8 @@ def cache_folder() -> Path:
 
 
 def converted(path: Path) -> Path:
-    """The checkpoint directory that a GGUF file was converted into; the first to ask converts.
+    """The checkpoint directory that a GGUF file was converted into; the first to ask converts, and so does who finds files of it
+    missing or cut.
 
     A line on standard error says that it is converted, and where to.
 
@@ -36,7 +39,7 @@ def converted(path: Path) -> Path:
         GGUFError: the file cannot be read or is not supported, or the cache cannot be written.
     """
     folder = cache_folder() / "gguf" / f"{path.stem}-{_key(path)}"
-    if folder.is_dir():
+    if _is_whole(folder):
         return folder
     from filelock import FileLock
     from safetensors import SafetensorError
@@ -44,9 +47,10 @@ def converted(path: Path) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):  # the system lets go of it when its holder dies
-            if folder.is_dir():
+            if _is_whole(folder):
                 return folder
-            print(f"converting {path} once, into {folder}", file=sys.stderr, flush=True)
+            again = "again, since files are missing or cut" if folder.is_dir() else "once"
+            print(f"converting {path} {again}, into {folder}", file=sys.stderr, flush=True)
             for left in folder.parent.glob(f".{folder.name}.*.part"):  # of a conversion that died: nobody else is at it now
                 shutil.rmtree(left, ignore_errors=True)
             _convert(path, folder)
@@ -65,12 +69,25 @@ def _convert(path: Path, folder: Path) -> None:
     try:
         draft.mkdir()
         convert(path, draft)
+        sizes = {file.name: file.stat().st_size for file in draft.iterdir()}
+        (draft / FILES).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
         for file in draft.iterdir():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
+        if folder.is_dir():  # a damaged one
+            shutil.rmtree(folder)
         draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all files of a converted checkpoint are there, as long as they were written."""
+    try:
+        sizes = json.loads((folder / FILES).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _key(path: Path) -> str:

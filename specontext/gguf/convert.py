@@ -17,12 +17,11 @@ from torch import Tensor
 
 from specontext.errors import GGUFError
 from specontext.gguf.architecture import as_transformers_has_it, config_of, family_of, parameter_name
-from specontext.gguf.reading import GGUFFile, StoredTensor, read_file
+from specontext.gguf.reading import PLAIN, GGUFFile, StoredTensor, read_file
 from specontext.gguf.source import SOURCE, VERSION
 from specontext.gguf.tokenizer import tokenizer_of
 
 SHARD = 4 * 2**30  # bytes of weights that are held in memory and lie in one file
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STORED = torch.bfloat16  # of dequantised numbers
 
 
@@ -148,12 +147,12 @@ def _values(file: GGUFFile, parameter: Parameter, dtype: torch.dtype) -> Tensor:
 
 
 def _source(file: GGUFFile) -> dict[str, Any]:
-    quantised = file.format not in PLAIN
+    quantisation = file.quantisation
     general = ("name", "basename", "size_label", "license", "organization")
     return {
         "file": file.path.name,
-        "format": file.format,
-        "weights": f"{'dequantised' if quantised else 'converted'} from {file.format}",
+        "format": quantisation or file.format,
+        "weights": f"dequantised from {quantisation}" if quantisation else f"converted from {file.format}",
         **{key: file.metadata[f"general.{key}"] for key in general if f"general.{key}" in file.metadata},
         "converter": VERSION,
     }

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from specontext.errors import GGUFError
 from specontext.installing import install_command
 
 INSTALL = install_command("gguf")
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # formats that are no quantisation
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,20 @@ class GGUFFile:
 
     @property
     def format(self) -> str:
-        """The quantisation that most of the numbers have."""
+        """The quantisation or number format that most of the numbers have."""
+        return self._most(self.tensors)
+
+    @property
+    def quantisation(self) -> str | None:
+        """The quantisation that most of the quantised numbers have; None where none is quantised."""
+        return self._most([tensor for tensor in self.tensors if tensor.format not in PLAIN])
+
+    @staticmethod
+    def _most(tensors: Sequence[StoredTensor]) -> Any:
         sizes: dict[str, int] = {}
-        for tensor in self.tensors:
+        for tensor in tensors:
             sizes[tensor.format] = sizes.get(tensor.format, 0) + int(np.prod(tensor.shape))
-        return max(sizes, key=lambda name: sizes[name])
+        return max(sizes, key=lambda name: sizes[name], default=None)
 
 
 def read_file(path: Path) -> GGUFFile:

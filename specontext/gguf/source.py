@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-VERSION = 2  # of what the converter writes; a higher one converts anew
+VERSION = 3  # of what the converter writes; a higher one converts anew
 SOURCE = "source.json"
 
 

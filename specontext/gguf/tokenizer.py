@@ -67,6 +67,7 @@ def tokenizer_of(file: GGUFFile) -> tuple[Tokenizer, dict[str, Any]]:
     tokens = _said(file, "tokens")
     if not tokens:
         raise GGUFError(f"{file.path} has no tokenizer: its metadata lack tokenizer.ggml.tokens")
+    _check_tokens(file, tokens)
     kind = _said(file, "model")
     types = _said(file, "token_type") or [1] * len(tokens)
     if kind == "gpt2":
@@ -91,13 +92,27 @@ def tokenizer_of(file: GGUFFile) -> tuple[Tokenizer, dict[str, Any]]:
     return tokenizer, config
 
 
+def _check_tokens(file: GGUFFile, tokens: Sequence[str]) -> None:
+    """Raises GGUFError for tokens that none, or more than one, would be found for."""
+    if len(set(tokens)) < len(tokens):
+        twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
+        raise GGUFError(f"the tokenizer of {file.path} is broken: it has the token {twice!r} twice")
+    for name in ("bos", "eos", "eot", "unknown", "padding"):
+        id_ = _said(file, f"{name}_token_id")
+        if id_ is not None and not 0 <= int(id_) < len(tokens):
+            raise GGUFError(
+                f"the tokenizer of {file.path} is broken: its {name}_token_id is {id_}, and it has {len(tokens)} tokens; "
+                "take another conversion of the model"
+            )
+
+
 def _config(file: GGUFFile, tokens: Sequence[str]) -> dict[str, Any]:
     ids = {name: _said(file, f"{said}_token_id") for name, said in SPECIAL.items()}
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": int(file.need("context_length")),
-        **{name: tokens[int(id_)] for name, id_ in ids.items() if id_ is not None and 0 <= int(id_) < len(tokens)},
+        **{name: tokens[int(id_)] for name, id_ in ids.items() if id_ is not None},
     }
     if template := file.metadata.get("tokenizer.chat_template"):
         config["chat_template"] = template

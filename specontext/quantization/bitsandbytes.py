@@ -16,17 +16,18 @@ QUANT_STATE = "weight.quant_state.bitsandbytes__"
 def four_bit_matrix(parts: Mapping[str, str], read: Callable[[str], Tensor]) -> Tensor:
     """The matrix [N, K], written out in float32.
 
-    A byte holds two codes, the high half first. Scales may be quantised themselves: codes of 8 bits with scales and an offset.
+    A byte holds two codes, the high half first; bytes may be stored as numbers of any format (`bnb_4bit_quant_storage`). Scales
+    may be quantised themselves: codes of 8 bits with scales and an offset.
 
     Args:
         parts: names of a module's tensors by their endings, as `stored.stored_matrices` gives them.
     """
     state = json.loads(bytes(read(parts[QUANT_STATE]).tolist()))
     size, shape = int(state["blocksize"]), [int(length) for length in state["shape"]]
-    weight, table = read(parts["weight"]), read(parts["weight.quant_map"]).float()
-    if weight.dtype != torch.uint8 or len(table) != 16:
-        raise ModelError(f"{parts['weight']} is not of bitsandbytes' 4 bits: take a checkpoint with codes in uint8")
-    codes = torch.stack((weight.flatten() >> 4, weight.flatten() & 15), dim=-1).flatten()[: shape[0] * shape[1]]
+    packed, table = read(parts["weight"]).flatten().view(torch.uint8), read(parts["weight.quant_map"]).float()
+    if len(table) != 16:
+        raise ModelError(f"{parts['weight']} is not of bitsandbytes' 4 bits: its table has {len(table)} numbers, not 16")
+    codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[: shape[0] * shape[1]]
     scales = read(parts["weight.absmax"])
     if "weight.nested_absmax" in parts:
         nested = read(parts["weight.nested_absmax"]).float().repeat_interleave(int(state["nested_blocksize"]))

@@ -43,9 +43,23 @@ class Scheme:
     @property
     def orders_columns(self) -> bool:
         """Whether matrices have their columns in an order of their own, by which they were rounded."""
-        groups = [one for one in (self.settings.get("config_groups") or {}).values() if isinstance(one, Mapping)]
-        ordered = [(one.get("weights") or {}).get("actorder") for one in groups]
+        ordered = [weights.get("actorder") for weights in _weights_of(self.settings)]
         return bool(self.settings.get("desc_act")) or any(one in ("group", "dynamic", True) for one in ordered)
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """How many bits a number of compressed-tensors may have: what its config says of all or of some modules."""
+        return tuple(sorted({_bits_of(weights) for weights in _weights_of(self.settings)}))
+
+
+def _weights_of(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What each of compressed-tensors' groups of modules says of its weights."""
+    groups = [group for group in (settings.get("config_groups") or {}).values() if isinstance(group, Mapping)]
+    return [group["weights"] for group in groups if isinstance(group.get("weights"), Mapping)]
+
+
+def _bits_of(weights: Mapping[str, Any]) -> int:
+    return int(weights.get("num_bits") or 8)
 
 
 def _names(pattern: str, name: str) -> bool:
@@ -177,7 +191,7 @@ def _auto_round(values: Mapping[str, Any]) -> Found:
 
 def _compressed(values: Mapping[str, Any]) -> Found:
     groups = [group for group in (values.get("config_groups") or {}).values() if isinstance(group, Mapping)]
-    weights = [group["weights"] for group in groups if isinstance(group.get("weights"), Mapping)]
+    weights = _weights_of(values)
     formats = {str(found) for found in (values.get("format"), *(group.get("format") for group in groups)) if found}
     unread = sorted(formats - set(COMPRESSED_FORMATS))
     if unread:
@@ -196,7 +210,7 @@ COMPRESSED_FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pa
 
 
 def _compressed_kind(weights: Mapping[str, Any]) -> tuple[str, Form] | str:
-    bits, strategy = int(weights.get("num_bits") or 8), str(weights.get("strategy") or "tensor")
+    bits, strategy = _bits_of(weights), str(weights.get("strategy") or "tensor")
     zeros = not weights.get("symmetric", True)
     if strategy not in ("tensor", "channel", "group", "block"):
         return f"its strategy {strategy} is not read"

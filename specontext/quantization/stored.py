@@ -6,7 +6,7 @@ Formats are told apart by the names and number formats of the tensors of a modul
     compressed-tensors   the same; weight (int8), weight_scale; weight_packed, weight_scale, weight_shape; zeros, g_idx
     GPTQ                 qweight [K / 8, N], qzeros [G, N / 8], scales [G, N], g_idx [K]
     AWQ                  qweight [K, N / 8], qzeros [G, N / 8], scales [G, N]
-    bitsandbytes         weight (int8), SCB; weight (uint8), weight.absmax, weight.quant_map, weight.quant_state...
+    bitsandbytes         weight (int8), SCB; weight (bytes), weight.absmax, weight.quant_map, weight.quant_state...
 
 Scales of activations (`input_scale` and the like) are left out knowingly: activations are not rounded here.
 """
@@ -111,7 +111,9 @@ def _split(name: str) -> tuple[str, str | None]:
 
 
 def _is_quantised(parts: Parts, tensors: Mapping[str, StoredTensor]) -> bool:
-    return any(ending in parts for ending in CODES) or ("weight" in parts and tensors[parts["weight"]].dtype in SMALL)
+    return any(ending in parts for ending in (*CODES, QUANT_STATE)) or (
+        "weight" in parts and tensors[parts["weight"]].dtype in SMALL
+    )
 
 
 def stored_bytes(parts: Parts, tensors: Mapping[str, StoredTensor], itemsize: Callable[[str], int]) -> int:
@@ -213,14 +215,17 @@ def _pack_quantized(parts: Parts, scheme: Scheme, read: Read) -> QuantizedMatrix
     _expect(parts, "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
     words, scales = read(parts["weight_packed"]), _as_float(read(parts["weight_scale"]))
     n, k = (int(size) for size in read(parts["weight_shape"]))
-    bits = next(bits for bits in (4, 8, 2, 3, 5, 6, 7, 1) if -(-k * bits // 32) == words.shape[1])
-    codes = unpacked(words, bits, k, dim=1)
+    [bits] = [bits for bits in scheme.bits if -(-k * bits // 32) == words.shape[1]]
+    codes, offset = unpacked(words, bits, k, dim=1), 1 << (bits - 1)
     scales, rows, columns = _table(scales, n, k, scheme)
-    zeros = None
-    if "weight_zero_point" in parts:
-        zeros = unpacked(read(parts["weight_zero_point"]), bits, n, dim=0).reshape(scales.shape)
+    zeros = read(parts["weight_zero_point"]) if "weight_zero_point" in parts else None
+    if zeros is not None and zeros.dtype == torch.int32:
+        zeros = unpacked(zeros, bits, n, dim=0)
+    elif zeros is not None:  # that of a whole matrix is stored as it is
+        zeros = (zeros.to(torch.int16) + offset).to(torch.uint8)
     order = _order(read(parts["weight_g_idx"]), columns) if "weight_g_idx" in parts else None
-    return _integer_matrix(codes, bits, scales, rows, columns, zeros, 1 << (bits - 1), order)
+    zeros = None if zeros is None else zeros.reshape(scales.shape)
+    return _integer_matrix(codes, bits, scales, rows, columns, zeros, offset, order)
 
 
 def _gptq(parts: Parts, scheme: Scheme, read: Read) -> QuantizedMatrix:

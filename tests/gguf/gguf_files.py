@@ -81,6 +81,7 @@ def write_gguf(
     *,
     architecture: str,
     format: Format = Format.F32,
+    formats: dict[str, Format] | None = None,
     settings: dict[str, Any] | None = None,
     tensors: dict[str, NDArray[Any]] | None = None,
     without: str = "-",
@@ -91,6 +92,7 @@ def write_gguf(
     Args:
         tokenizer: metadata below `tokenizer.`.
         format: of the matrices; vectors stay float32.
+        formats: of those with this in their names.
         settings: further metadata below the architecture, or other values; None leaves a key out.
         tensors: further tensors.
         without: leave out tensors with this in their names.
@@ -124,7 +126,7 @@ def write_gguf(
     for own, numbers in gguf_tensors(model, architecture):
         if without in own:
             continue
-        kind = format if numbers.ndim > 1 else Format.F32
+        kind = next((other for part, other in (formats or {}).items() if part in own), format) if numbers.ndim > 1 else Format.F32
         stored = np.ascontiguousarray(numbers) if kind == Format.F32 else gguf.quantize(np.ascontiguousarray(numbers), kind)
         writer.add_tensor(own, stored, raw_dtype=kind)
     for name, numbers in (tensors or {}).items():

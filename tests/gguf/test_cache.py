@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -97,8 +98,19 @@ def test_a_killed_conversion_is_no_trouble(file: Path, conversions: list[Path], 
     """
     assert subprocess.run([sys.executable, "-c", code, file], stderr=subprocess.PIPE, timeout=60).returncode != 0
     assert len(list((cache / "gguf").glob(".*.part"))) == 1
-    assert sorted(path.name for path in converted(file).iterdir()) == ["config.json"]
+    assert sorted(path.name for path in converted(file).iterdir()) == ["config.json", "files.json"]
     assert not list((cache / "gguf").glob(".*.part"))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("wei"), lambda path: shutil.rmtree(path.parent)])
+@pytest.mark.parametrize("name", ["config.json", "files.json"])
+def test_a_damaged_checkpoint_is_converted_again(
+    name: str, damage: Callable[[Path], Any], file: Path, conversions: list[Path]
+) -> None:
+    folder = converted(file)
+    damage(folder / name)
+    assert converted(file) == folder and (folder / "config.json").read_text() == "weights" and len(conversions) == 2
+    assert converted(file) == folder and len(conversions) == 2
 
 
 def test_a_cache_that_cannot_be_written(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,13 @@ def test_weights_are_what_the_file_holds(format: Format, write: Any, checkpoint:
     assert json.loads((Path(folder) / "source.json").read_text())["weights"] == note
 
 
+def test_a_part_that_is_quantised_is_said(write: Any) -> None:
+    """However large the rest is: embeddings are often left in 16 bits, and most of a small model."""
+    folder = Path(resolve_model_path(write("llama", format=Format.Q8_0, formats={"token_embd": Format.F16, "ffn": Format.F16})))
+    assert json.loads((folder / "source.json").read_text())["weights"] == "dequantised from Q8_0"
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float16"
+
+
 def test_config_and_tokenizer(write: Any, checkpoint: Any, tokenizer: Any) -> None:
     path = write("qwen3")
     assert shape_of(path) == shape_of(checkpoint("qwen3"))

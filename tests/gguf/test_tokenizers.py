@@ -144,6 +144,10 @@ def test_sentencepiece_without_a_space_first_and_with_tokens_for_runs_of_them() 
         ({"ggml.pre": None}, "does not say how it splits text"),
         ({"ggml.model": "t5"}, "of the kind 't5'"),
         ({"ggml.tokens": None}, "has no tokenizer"),
+        ({"ggml.tokens": ["a", "b", "a"]}, "has the token 'a' twice"),
+        ({"ggml.eos_token_id": 99999}, "its eos_token_id is 99999, and it has"),
+        ({"ggml.bos_token_id": 99999}, "its bos_token_id is 99999, and it has"),
+        ({"ggml.eot_token_id": -1}, "its eot_token_id is -1, and it has"),
     ],
 )
 def test_refusals(change: dict[str, Any], words: str, tokenizer: Any) -> None:

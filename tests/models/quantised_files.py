@@ -147,13 +147,14 @@ def bitsandbytes_8(weight: Tensor, _: str) -> tuple[Tensors, Tensor]:
     return parts, codes * (largest[:, None] / 127)
 
 
-def bitsandbytes_4(weight: Tensor, _: str, *, nested: bool = True) -> tuple[Tensors, Tensor]:
+def bitsandbytes_4(weight: Tensor, _: str, *, nested: bool = True, storage: torch.dtype = torch.uint8) -> tuple[Tensors, Tensor]:
     table, flat = torch.linspace(-1, 1, 16) ** 3, weight.flatten()
     blocks = flat.view(-1, 64)
     largest = blocks.abs().amax(1)
     codes = (blocks[:, :, None] / largest[:, None, None] - table).abs().argmin(2).flatten()
     state: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(weight.shape)}
-    parts = {"weight": (codes[0::2] << 4 | codes[1::2]).to(torch.uint8)[:, None], "weight.quant_map": table}
+    packed = (codes[0::2] << 4 | codes[1::2]).to(torch.uint8)
+    parts = {"weight": packed.view(storage)[:, None], "weight.quant_map": table}
     if nested:
         map_, offset = torch.linspace(-1, 1, 256), float(largest.mean())
         coarse = torch.stack([(part - offset).abs().max() for part in largest.split(256)])
@@ -202,6 +203,17 @@ FORMATS: dict[str, Format] = {
     "bnb-4": Format(
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
         _with(bitsandbytes_4, nested=False),
+        "bitsandbytes, 4 bits (nf4)",
+        kept=False,
+    ),
+    "bnb-storage": Format(
+        {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_quant_storage": "bfloat16",
+        },
+        _with(bitsandbytes_4, storage=torch.bfloat16),
         "bitsandbytes, 4 bits (nf4)",
         kept=False,
     ),

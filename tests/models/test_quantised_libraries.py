@@ -41,7 +41,7 @@ def check(folder: Path, dense: dict[str, Tensor], said: str, tolerance: float = 
     assert len(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids) == 3
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "nested", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "nested", "int8", "storage"])
 def test_bitsandbytes(kind: str, tmp_path: Path) -> None:
     library: Any = pytest.importorskip("bitsandbytes")
     if kind == "int8":
@@ -49,6 +49,8 @@ def test_bitsandbytes(kind: str, tmp_path: Path) -> None:
     else:
         numbers = "fp4" if kind == "fp4" else "nf4"
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=numbers, bnb_4bit_use_double_quant=kind == "nested")
+        if kind == "storage":
+            config.bnb_4bit_quant_storage = torch.bfloat16
     model, dense = written(tmp_path, config), {}
     for name, module in model.named_modules():
         if isinstance(module, library.nn.Linear4bit):
@@ -77,6 +79,7 @@ COMPRESSED: dict[str, tuple[str, dict[str, Any]]] = {
     "int4": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}),
     "int4-zeros": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64, "symmetric": False}),
     "int3": ("pack-quantized", {"num_bits": 3, "type": "int", "strategy": "group", "group_size": 32}),
+    "int6": ("pack-quantized", {"num_bits": 6, "type": "int", "strategy": "tensor", "symmetric": False}),
 }
 
 
@@ -101,6 +104,8 @@ def test_compressed_tensors(kind: str, tmp_path: Path) -> None:
             high, wide = values["block_structure"]
             parts = weight.view(n // high, high, k // wide, wide)
             least, most = parts.amin((1, 3)), parts.amax((1, 3))
+        elif values["strategy"] == "tensor":
+            least, most = weight.amin().reshape(1), weight.amax().reshape(1)
         else:
             parts = weight.view(n, -1, values.get("group_size") or k)
             least, most = parts.amin(2), parts.amax(2)

@@ -13,14 +13,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GPT2Config
 
 from specontext import LLM, SamplingParams, SpeContextConfig
+from specontext.checkpoints.quantization import Entry
 from specontext.cli import main
 from specontext.errors import ModelError
 from specontext.kernels.dispatch import VARIABLE
-from specontext.kernels.quantized_linear import dequantized
+from specontext.kernels.quantized_linear import QuantizedMatrix, dequantized
 from specontext.models.loading import LoadedModel, load_model
 from specontext.quantization.linear import QuantizedLinear
+from specontext.quantization.schemes import scheme_of
+from specontext.quantization.stored import read_matrix
 from tests.conftest import write_checkpoint
-from tests.models.quantised_files import FORMATS, Tensors, write_quantised
+from tests.models.quantised_files import FORMATS, Tensors, compressed, words, write_quantised
 
 CPU = torch.device("cpu")
 QUERY, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.2.mlp.down_proj"
@@ -124,6 +127,22 @@ def test_kernels_multiply_what_was_loaded(write: Any, name: str, rows: int, monk
     monkeypatch.setenv(VARIABLE, "triton")
     x = torch.randn(rows, 96)
     torch.testing.assert_close(module(x), x @ dense[f"{DOWN}.weight"].T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_the_config_says_how_many_bits_a_narrow_matrix_has(bits: int) -> None:
+    """Sizes of words do not: 24 numbers of 3 bits take as many as 24 of 4."""
+    codes = torch.arange(5 * 24).view(5, 24) * 7 % 2**bits
+    said = compressed("pack-quantized", num_bits=bits, type="int", strategy="tensor", symmetric=False)
+    parts = {
+        "weight_packed": words(codes, bits),
+        "weight_scale": torch.tensor([0.5]),
+        "weight_shape": torch.tensor([5, 24]),
+        "weight_zero_point": torch.tensor([-1], dtype=torch.int8),  # of a whole matrix, which is not packed
+    }
+    matrix = read_matrix("a", {ending: ending for ending in parts}, scheme_of(Entry(said, "config.json"), "a"), parts.__getitem__)
+    assert isinstance(matrix, QuantizedMatrix)
+    assert torch.equal(dequantized(matrix, torch.float32), (codes - (2 ** (bits - 1) - 1)) * 0.5)
 
 
 @pytest.mark.parametrize(
