@@ -50,6 +50,7 @@ class Throughput:
                 "min_num_seqs": self.limits.min_num_seqs,
                 "max_tpot_ms": self.limits.max_tpot_ms,
             },
+            "limits_not_kept": [] if chosen is None else self.limits.not_kept(chosen),
         }
 
 

@@ -118,16 +118,16 @@ class StepClock:
     def decode(self, lengths: Sequence[int], offloaded: int) -> StepTime:
         """One token of each of some requests of these lengths, with the KV of so many layers on the host.
 
-        Weights and head are read once, the head's keys of all tokens, and the selected rows of all layers. Those of offloaded
-        layers that the last step did not select come over the bus beside the layers before; the last block's layers wait for
-        their loads. A block that is away in part takes as long to read as a whole one.
+        Weights and head are read once, the head's keys of all tokens, windows, states, and the selected rows of all layers whose
+        KV grows. Those of offloaded layers that the last step did not select come over the bus beside the layers before; the last
+        block's layers wait for their loads. A block that is away in part takes as long to read as a whole one.
         """
         machine, shape, requests = self.machine, self.facts.shape, len(lengths)
-        layers = shape.layers
         tokens = sum(lengths)
         chosen = longer = tokens
+        counts = Counter(lengths).items()  # plans ask for many that are alike
+        near = sum(count * shape.near_bytes(length) for length, count in counts) if shape.windows_read or shape.states else 0
         if self.budget is not None:
-            counts = Counter(lengths).items()  # plans ask for many that are alike
             chosen = sum(count * min(length, self.budget) for length, count in counts)
             longer = sum(count * self.budget for length, count in counts if length > self.budget)
         missed = 1.0 if self.budget is None else 1 - self.overlap
@@ -139,13 +139,14 @@ class StepClock:
         read = self.weights / machine.device / (ONE_TOKEN if requests == 1 else SEVERAL_TOKENS)
         share = ALL_ROWS if self.budget is None else ROWS
         rows = (keys + (chosen * shape.reads + missing) * self._row) / machine.device / share
-        launches = layers * machine.layer_s + offloaded * machine.offloaded_s + machine.step_s
+        rows += near / machine.device / ALL_ROWS
+        launches = shape.depth * machine.layer_s + offloaded * machine.offloaded_s + machine.step_s
         compute = max(read, products) + rows + max(0.0, launches + self.extra_s)
         if not missing:
             return StepTime(compute, compute, 0.0)
         # Loads begin when the rows are chosen, and the layers of the last block are computed when theirs have come.
         choosing = keys / machine.device / share + machine.step_s
-        last = min(self.facts.layer_blocks.places, offloaded) / layers * compute
+        last = min(self.facts.layer_blocks.places, offloaded) / shape.depth * compute
         piece = self.facts.layer_blocks.read_bytes(offloaded, shape.on_host.row_bytes, machine.piece)
         bus = self.bus * longer * missed * shape.kv_heads * piece / machine.host / LOADS
         loads = choosing + bus + last
@@ -174,7 +175,7 @@ class StepClock:
 
     def prefill_s(self, length: int, chunk: int) -> float:
         """Seconds until a prompt of this length is computed by itself, in chunks."""
-        overhead = self.facts.shape.layers * self.machine.layer_s + self.machine.step_s
+        overhead = self.facts.shape.depth * self.machine.layer_s + self.machine.step_s
         read = self.weights / self.machine.device
         starts = range(0, length, chunk)
         return sum(max(self.chunk_s(min(chunk, length - start), start), read) + overhead for start in starts)

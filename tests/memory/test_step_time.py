@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from specontext.memory.model import RunSettings, measured_model
 from specontext.memory.planner import GIB, MemoryPlan
 from specontext.memory.presets import find_preset
 from specontext.memory.probe import kept_speeds, machine_speed, probe, read_speed, why_kv_stays, write_speed
+from specontext.memory.speed import Bandwidths, decode_floor
 from specontext.memory.step_time import CPU, H100, H200, MachineSpeed, StepClock, known_machine
 from specontext.memory.throughput import ServiceLimits, choose, operation, throughput_curve
 
@@ -68,6 +70,20 @@ def test_what_makes_a_step_longer() -> None:
     waits = clock(replace(H100, host=1e9)).decode([16384] * 4, 8)
     assert waits.loads_limit and waits.seconds == waits.loads_s > 5 * base
     assert clock(overlap=1.0).decode([16384] * 4, 8).loads_s == 0.0
+
+
+@pytest.mark.parametrize("name", ["gemma-3-12b", "granite-4.0-h-small", "qwen3-next-80b-a3b", "llama-3.1-8b"])
+@pytest.mark.parametrize("offloaded", [0, 2])
+def test_a_step_is_expected_to_take_longer_than_its_floor(name: str, offloaded: int) -> None:
+    """Windows and states are read for every request, and all layers are launched, those whose KV does not grow among them."""
+    preset = find_preset(name)
+    assert preset is not None
+    facts = preset.facts()
+    expected, speed = StepClock(facts, H100, 512), Bandwidths(H100.device, H100.host)
+    for requests in (1, 32, 256):
+        rest: dict[str, Any] = {"requests": requests, "offloaded": offloaded, "budget": 512, "overlap": 0.85}
+        floor = decode_floor(facts, speed, length=4096, **rest).seconds + facts.shape.depth * H100.layer_s
+        assert expected.decode([4096] * requests, offloaded).seconds > floor
 
 
 def test_every_token_comes_from_the_host_where_all_are_read() -> None:
