@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -170,12 +173,80 @@ def test_a_measurement_is_kept_and_a_broken_one_is_none(tmp_path: Path, monkeypa
     device = torch.device("cuda")
     assert machine_speed(device) == machine_speed(device) == replace(H200, device=4e12, pinned=1 << 28)
     assert len(calls) == 1 and kept_speeds() == [machine_speed(device)]
-    [file] = (tmp_path / "machines").iterdir()
+    [file] = (tmp_path / "machines").glob("*.json")
     for text in ("{", "[]", json.dumps(json.loads(file.read_text()) | {"version": 0}), json.dumps({"version": 1})):
         file.write_text(text)
         assert read_speed(file) is None and kept_speeds() == []
     machine_speed(device)
     assert len(calls) == 2 and len(kept_speeds()) == 1
+
+
+def test_files_of_other_machines_and_gpus_are_not_taken_for_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Homes are shared, machines are called alike, and files are copied."""
+    monkeypatch.setattr("platform.node", lambda: "gpu")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr("specontext.memory.probe.probe", lambda _: H200)
+    write_speed(tmp_path / "gpu-2-NVIDIA-H200.json", replace(H200, device=1e12))
+    write_speed(tmp_path / "gpu-NVIDIA-H200.json", replace(H100, device=2e12))
+    assert kept_speeds(tmp_path) == []
+    assert machine_speed(torch.device("cuda"), tmp_path) == H200 and kept_speeds(tmp_path) == [H200]
+    assert kept_speeds(tmp_path / "nowhere") == []
+
+
+def test_engines_that_start_together_measure_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other: beside each other they would measure each other. All have seen that nothing is there."""
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H200")
+    calls: list[torch.device] = []
+    together, seen = threading.Barrier(4, timeout=30), threading.local()
+
+    def measure(device: torch.device) -> MachineSpeed:
+        calls.append(device)
+        return H200
+
+    def read(file: Path) -> MachineSpeed | None:
+        found = read_speed(file)
+        if not hasattr(seen, "once"):
+            seen.once = together.wait()
+        return found
+
+    monkeypatch.setattr("specontext.memory.probe.probe", measure)
+    monkeypatch.setattr("specontext.memory.probe.read_speed", read)
+    with ThreadPoolExecutor(4) as threads:
+        found = [threads.submit(machine_speed, torch.device("cuda"), tmp_path) for _ in range(4)]
+        assert [one.result() for one in found] == [H200] * 4
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"device": math.nan},
+        {"host": math.inf},
+        {"products": -1.0},
+        {"layer_s": "5e-05"},
+        {"step_s": -1.0},
+        {"pinned": "all"},
+        {"piece": 0.5},
+        {"name": 7},
+        {"device": [3e12]},
+    ],
+)
+def test_numbers_of_no_machine_are_measured_again(entries: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "machine.json"
+    write_speed(file, H100)
+    assert read_speed(file) == H100
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+    assert read_speed(file) is None
+
+
+def test_a_speed_that_cannot_be_kept_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("specontext.memory.probe.json.dump", full)
+    with pytest.raises(OSError, match="no space"):
+        write_speed(tmp_path / "machine.json", H100)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
