@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from specontext.memory.facts import NO_HEAD
 from specontext.memory.model import RunSettings, measured_model
@@ -193,28 +194,29 @@ def test_files_of_other_machines_and_gpus_are_not_taken_for_this_one(tmp_path: P
     assert kept_speeds(tmp_path / "nowhere") == []
 
 
-def test_engines_that_start_together_measure_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One after the other: beside each other they would measure each other. All have seen that nothing is there."""
+def test_of_engines_that_start_together_one_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside each other they would measure each other: who comes second waits, and takes what was measured."""
+    waits = threading.Event()
+
+    class Watched(FileLock):
+        def acquire(self, *arguments: Any, **options: Any) -> Any:
+            waits.set()
+            return super().acquire(*arguments, **options)
+
+    def measure(_: torch.device) -> MachineSpeed:
+        raise AssertionError("another engine measures")
+
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H200")
-    calls: list[torch.device] = []
-    together, seen = threading.Barrier(4, timeout=30), threading.local()
-
-    def measure(device: torch.device) -> MachineSpeed:
-        calls.append(device)
-        return H200
-
-    def read(file: Path) -> MachineSpeed | None:
-        found = read_speed(file)
-        if not hasattr(seen, "once"):
-            seen.once = together.wait()
-        return found
-
+    monkeypatch.setattr("platform.node", lambda: "gpu")
     monkeypatch.setattr("specontext.memory.probe.probe", measure)
-    monkeypatch.setattr("specontext.memory.probe.read_speed", read)
-    with ThreadPoolExecutor(4) as threads:
-        found = [threads.submit(machine_speed, torch.device("cuda"), tmp_path) for _ in range(4)]
-        assert [one.result() for one in found] == [H200] * 4
-    assert len(calls) == 1
+    file = tmp_path / "gpu-NVIDIA-H200.json"
+    with ThreadPoolExecutor(1) as threads:
+        with FileLock(file.with_suffix(".lock")):
+            monkeypatch.setattr("filelock.FileLock", Watched)
+            second = threads.submit(machine_speed, torch.device("cuda"), tmp_path)
+            assert waits.wait(30)
+            write_speed(file, replace(H200, device=5e12))
+        assert second.result().device == 5e12
 
 
 @pytest.mark.parametrize(
