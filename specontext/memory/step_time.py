@@ -21,6 +21,10 @@ OVERLAP = 0.85  # share of the selected entries that the last step selected too,
 ONE_TOKEN, SEVERAL_TOKENS, ALL_ROWS, ROWS = 1.0, 0.9, 0.92, 0.7
 LOADS = 0.95  # of the bandwidth from the host, beside the layers before
 MOST_EXTRA_S, MOST_BUS = 10.0, 50.0  # that are believed
+# Of ranks that share a model: seconds of a sum over them beyond its bytes, and bytes of hidden states and logits a second; by sums
+# of an 8B shape's layers on two H200.
+SUM_S, BETWEEN_RANKS = 7.6e-6, 150e9
+LOGIT = 4  # bytes
 PRODUCTS = 0.6  # of the rate of large products, that a prompt's chunk reaches
 
 
@@ -96,6 +100,7 @@ class StepClock:
         overlap: share of them that the step before has read too.
         extra_s: seconds of a step that were found beyond what launches are expected to take; may be negative.
         bus: how many times as long as expected loads were found to take.
+        ranks: that share the model; the facts are of one of them.
     """
 
     facts: ModelFacts
@@ -104,6 +109,7 @@ class StepClock:
     overlap: float = OVERLAP
     extra_s: float = 0.0
     bus: float = 1.0
+    ranks: int = 1
 
     @cached_property
     def weights(self) -> int:
@@ -140,7 +146,9 @@ class StepClock:
         share = ALL_ROWS if self.budget is None else ROWS
         rows = (keys + (chosen * shape.reads + missing) * self._row) / machine.device / share
         rows += near / machine.device / ALL_ROWS
-        launches = shape.depth * machine.layer_s + offloaded * machine.offloaded_s + machine.step_s
+        launches = (
+            shape.depth * machine.layer_s + offloaded * machine.offloaded_s + machine.step_s + self._between_ranks(requests)
+        )
         compute = max(read, products) + rows + max(0.0, launches + self.extra_s)
         if not missing:
             return StepTime(compute, compute, 0.0)
@@ -151,6 +159,14 @@ class StepClock:
         bus = self.bus * longer * missed * shape.kv_heads * piece / machine.host / LOADS
         loads = choosing + bus + last
         return StepTime(max(compute, loads), compute, loads, bus)
+
+    def _between_ranks(self, requests: int) -> float:
+        """Seconds in which ranks sum what their layers make, twice a layer, and gather logits."""
+        if self.ranks == 1:
+            return 0.0
+        shape = self.facts.shape
+        hidden = requests * shape.hidden_size * shape.dtype.itemsize
+        return 2 * shape.depth * (SUM_S + hidden / BETWEEN_RANKS) + requests * shape.vocab_size * LOGIT / BETWEEN_RANKS
 
     def fitted(self, lengths: Sequence[int], offloaded: int, seconds: float) -> StepClock:
         """The clock that expects a step to take what it took: what limits it takes as long, and nothing longer."""

@@ -20,6 +20,7 @@ from specontext.memory.model import RunSettings, measured_model
 from specontext.memory.planner import GIB, MemoryPlan
 from specontext.memory.presets import find_preset
 from specontext.memory.probe import kept_speeds, machine_speed, probe, read_speed, why_kv_stays, write_speed
+from specontext.memory.sharing import Share
 from specontext.memory.speed import Bandwidths, decode_floor
 from specontext.memory.step_time import CPU, H100, H200, MachineSpeed, StepClock, known_machine
 from specontext.memory.throughput import ServiceLimits, choose, operation, throughput_curve
@@ -61,6 +62,18 @@ def test_steps_that_were_measured(machine: MachineSpeed, requests: int, length: 
 @pytest.mark.parametrize(("requests", "length", "tokens_per_s"), [(32, 10240, 1407), (16, 18432, 778), (8, 33792, 402)])
 def test_full_attention_that_was_measured(requests: int, length: int, tokens_per_s: float) -> None:
     assert clock(budget=None).tokens_per_s([length] * requests, 0) == pytest.approx(tokens_per_s, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "requests", "length", "milliseconds"),
+    [(2, 16, 8192, 5.26), (2, 1, 32768, 3.75), (4, 16, 8192, 4.25), (4, 1, 32768, 2.92)],
+)
+def test_steps_of_ranks_that_were_measured(ranks: int, requests: int, length: int, milliseconds: float) -> None:
+    """benchmarks/results/h200/tensor-parallel.txt; without what ranks tell each other up to 27 % are missing."""
+    part = Share(0, ranks).facts(FACTS)
+    expected = StepClock(part, H200, 2048, ranks=ranks).decode([length] * requests, 0).seconds
+    assert 1000 * expected == pytest.approx(milliseconds, rel=0.13)
+    assert expected > StepClock(part, H200, 2048).decode([length] * requests, 0).seconds
 
 
 def test_what_makes_a_step_longer() -> None:
