@@ -21,8 +21,8 @@ OVERLAP = 0.85  # share of the selected entries that the last step selected too,
 ONE_TOKEN, SEVERAL_TOKENS, ALL_ROWS, ROWS = 1.0, 0.9, 0.92, 0.7
 LOADS = 0.95  # of the bandwidth from the host, beside the layers before
 MOST_EXTRA_S, MOST_BUS = 10.0, 50.0  # that are believed
-# Of ranks that share a model: seconds of a sum over them beyond its bytes, and bytes of hidden states and logits a second; by sums
-# of an 8B shape's layers on two H200.
+# Of ranks that share a model: seconds of a sum over them beyond its bytes, and bytes of hidden states and logits a second; by
+# sums of an 8B shape's layers on two H200 (benchmarks/results/h200/sums.txt).
 SUM_S, BETWEEN_RANKS = 7.6e-6, 150e9
 LOGIT = 4  # bytes
 PRODUCTS = 0.6  # of the rate of large products, that a prompt's chunk reaches
