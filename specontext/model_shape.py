@@ -183,6 +183,12 @@ class ModelShape:
         """The windows that a step reads, those of layers without KV of their own among them."""
         return tuple(place.window for place in self.places.values() if place.window is not None)
 
+    def near_bytes(self, length: int) -> int:
+        """Bytes that a decode step of a request of this length moves beside KV that grows: it reads windows, and reads and writes
+        states."""
+        entries = sum(min(window.size, length) for window in self.windows_read)
+        return entries * self.window_token_bytes + 2 * self.state_bytes
+
     @property
     def longest(self) -> str:
         """`max_position` in words, with what limits it."""

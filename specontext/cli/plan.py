@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -242,8 +243,8 @@ def _limits(most: int, least: int, max_tpot_ms: float | None) -> ServiceLimits:
         raise UsageError(f"--max-num-seqs must be 1 to {MOST_REQUESTS:,}, got {most}")
     if not 1 <= least <= most:
         raise UsageError(f"--min-num-seqs must be 1 to --max-num-seqs, which is {most}, got {least}")
-    if max_tpot_ms is not None and not max_tpot_ms > 0:
-        raise UsageError(f"--max-tpot-ms must be above 0, got {max_tpot_ms:g}")
+    if max_tpot_ms is not None and not 0 < max_tpot_ms < math.inf:
+        raise UsageError(f"--max-tpot-ms must be a number above 0, got {max_tpot_ms:g}: leave it out for no limit")
     return ServiceLimits(most, least, max_tpot_ms)
 
 

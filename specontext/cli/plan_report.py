@@ -213,6 +213,7 @@ def notes(planned: Planned) -> list[str]:
     lines = []
     if plan.max_len < 1:
         lines.append("Nothing fits: give more GPU memory, or lower --requests, --budget or --max-model-len.")
+    lines += limits_not_kept(planned)
     lines.append(f"Run-time buffers: {planned.runtime_source}." + _paper_note(plan))
     lines.append(
         f"Expected tokens/s are those of captured steps at {_rate(machine.device)} of GPU memory and {_rate(machine.host)} of "
@@ -227,6 +228,20 @@ def notes(planned: Planned) -> list[str]:
         f"{1 - planned.overlap:.0%} of the selected rows of offloaded layers are loaded, beside the model."
     )
     return lines
+
+
+def limits_not_kept(planned: Planned) -> list[str]:
+    """Limits that users set and that choices of the table do not keep, and where."""
+    found, limits, where = planned.throughput, planned.throughput.limits, dict[str, list[int]]()
+    for length in list(found.curves)[-SHOWN_LENGTHS:]:
+        chosen = found.choice(length)
+        for name in [] if chosen is None else limits.not_kept(chosen):
+            where.setdefault(name, []).append(length)
+    return [
+        f"--{name.replace('_', '-')} {getattr(limits, name):g} cannot be kept at {', '.join(f'{n:,}' for n in lengths)} tokens: "
+        "the choice is what comes nearest."
+        for name, lengths in where.items()
+    ]
 
 
 def _paper_note(plan: MemoryPlan) -> str:

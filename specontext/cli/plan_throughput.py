@@ -50,6 +50,7 @@ class Throughput:
                 "min_num_seqs": self.limits.min_num_seqs,
                 "max_tpot_ms": self.limits.max_tpot_ms,
             },
+            "limits_not_kept": [] if chosen is None else self.limits.not_kept(chosen),
         }
 
 
@@ -62,18 +63,20 @@ def throughput_of(
     lengths: Sequence[int],
     budget: int,
     overlap: float,
+    ranks: int = 1,
 ) -> Throughput:
     """The curves of some lengths.
 
     Args:
         plan_of: the plan of so many requests; it is made once for each number.
+        ranks: that share the model; plans and facts are of one of them.
     """
     from functools import lru_cache
 
     from specontext.memory.step_time import StepClock
     from specontext.memory.throughput import throughput_curve
 
-    clock, plans = StepClock(facts, machine, budget, overlap), lru_cache(None)(plan_of)
+    clock, plans = StepClock(facts, machine, budget, overlap, ranks=ranks), lru_cache(None)(plan_of)
     counts = range(1, limits.max_num_seqs + 1)
     return Throughput(machine, limits, {length: throughput_curve(plans, clock, length, counts) for length in sorted(lengths)})
 

@@ -127,7 +127,16 @@ def make_plan(
     plan = plan_of(requests)
     plan.check_weights()
     source = "30 % of model and head" if mode == "paper" else "estimate by formula" if runtime is None else "given"
-    throughput = throughput_of(plan_of, facts, machine, limits, lengths=shown_lengths(plan), budget=chosen, overlap=overlap)
+    throughput = throughput_of(
+        plan_of,
+        facts,
+        machine,
+        limits,
+        lengths=shown_lengths(plan),
+        budget=chosen,
+        overlap=overlap,
+        ranks=tensor_parallel_size,
+    )
     speed = speed or Bandwidths(machine.device, machine.host)
     return Planned(plan, run, source, graphs, speed, overlap, throughput, tensor_parallel_size)
 

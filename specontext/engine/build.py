@@ -83,7 +83,8 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     residency = _residency(settled, facts, plan, methods, kv, tokens)
     prefix = PrefixCache(kv, methods, enabled=config.enable_prefix_caching)
     limits = ServiceLimits(config.max_num_seqs, config.min_num_seqs, config.max_tpot_ms, config.max_wait_s)
-    expected = StepClock(facts, settled.machine, None if reads_everything(methods.selector) else settled.method.budget)
+    budget = None if reads_everything(methods.selector) else settled.method.budget
+    expected = StepClock(facts, settled.machine, budget, ranks=config.tensor_parallel_size)
     clock = LearnedClock(expected, learns=settled.ranks is None, learns_bus=device.type == "cuda")
     return Parts(
         settled.method,

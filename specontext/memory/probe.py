@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +34,7 @@ PIECE = 2048  # bytes
 PIECES = 1 << 15  # of one timed read
 READ = 1 << 32  # bytes of the device's memory that are read
 REPEATS = 5
+PATIENCE = 60.0  # seconds for another process that measures
 LEAST_PINNED = POOL  # bytes; with less the host tier is of no use to layers
 SLOW_BUS = 4e9  # bytes a second of pieces, below which no layer leaves the device: an H100's reach 50e9
 
@@ -47,26 +50,58 @@ def machine_speed(device: torch.device, folder: Path | None = None) -> MachineSp
     import torch
 
     name = torch.cuda.get_device_name(device)
-    file = (folder or speeds_folder()) / f"{_node()}{name.replace(' ', '-').replace('/', '-')}.json"
-    found = read_speed(file)
-    if found is None:
+    file = (folder or speeds_folder()) / f"{_node()}-{_in_a_name(name)}.json"
+    if (found := _speed_of(file, name)) is not None:
+        return found
+    with _alone(file):
+        if (found := _speed_of(file, name)) is not None:
+            return found
         found = probe(device)
         with suppress(OSError):  # it is measured again next time
             write_speed(file, found)
-        logger.info(
-            "%s: reads its memory at %.2f TB/s, pieces of pinned host memory at %.1f GB/s (kept in %s)",
-            name,
-            found.device / 1e12,
-            found.host / 1e9,
-            file,
-        )
+    logger.info(
+        "%s: reads its memory at %.2f TB/s, pieces of pinned host memory at %.1f GB/s (kept in %s)",
+        name,
+        found.device / 1e12,
+        found.host / 1e9,
+        file,
+    )
     return found
 
 
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Nobody else measures inside: engines that start together would have half of each other's bus, and keep that.
+
+    Where the folder takes no lock, or somebody has it for longer than measuring can take, nobody waits.
+    """
+    from filelock import FileLock
+
+    lock = FileLock(file.with_suffix(".lock"))
+    with suppress(OSError, NotImplementedError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _speed_of(file: Path, name: str) -> MachineSpeed | None:
+    """What a file says of a GPU with this name."""
+    found = read_speed(file)
+    return found if found is not None and found.name == name else None
+
+
 def kept_speeds(folder: Path | None = None) -> list[MachineSpeed]:
-    """The GPUs of this machine that were measured."""
-    files = sorted((folder or speeds_folder()).glob(f"{_node()}*.json"))
-    return [found for file in files if (found := read_speed(file)) is not None]
+    """The GPUs of this machine that were measured; other machines may keep theirs in the same folder."""
+    place = folder or speeds_folder()
+    try:
+        files = sorted(place.iterdir())
+    except OSError:
+        return []
+    known = [(file, found) for file in files if file.suffix == ".json" and (found := read_speed(file)) is not None]
+    return [found for file, found in known if file.stem == f"{_node()}-{_in_a_name(found.name)}"]
 
 
 def speeds_folder() -> Path:
@@ -75,7 +110,12 @@ def speeds_folder() -> Path:
 
 
 def _node() -> str:
-    return f"{platform.node() or 'host'}-"
+    return _in_a_name(platform.node() or "host")
+
+
+def _in_a_name(words: str) -> str:
+    """Words as a part of a file's name."""
+    return words.replace(" ", "-").replace("/", "-")
 
 
 def read_speed(file: Path) -> MachineSpeed | None:
@@ -85,18 +125,36 @@ def read_speed(file: Path) -> MachineSpeed | None:
         if values.pop("version") != VERSION or set(values) != {one.name for one in fields(MachineSpeed)}:
             return None
         speed = MachineSpeed(**values)
-        return speed if min(speed.device, speed.host, speed.products) > 0 else None
+        return speed if _can_be(speed) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _can_be(speed: MachineSpeed) -> bool:
+    """Whether these are numbers of a machine."""
+    rates, seconds = (speed.device, speed.host, speed.products), (speed.layer_s, speed.offloaded_s, speed.step_s)
+    numbers = (*rates, *seconds, speed.piece, 0 if speed.pinned is None else speed.pinned)
+    return (
+        isinstance(speed.name, str)
+        and all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+        and min(rates) > 0
+        and min(numbers) >= 0
+        and all(isinstance(count, int) for count in (speed.piece, speed.pinned or 0))
+    )
 
 
 def write_speed(file: Path, speed: MachineSpeed) -> None:
     """Keep it, whole or not at all, whoever writes at the same time."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=file.parent, suffix=".part")
-    with os.fdopen(handle, "w") as stream:
-        json.dump({"version": VERSION, **asdict(speed)}, stream)
-    Path(draft).replace(file)
+    handle, name = tempfile.mkstemp(dir=file.parent, suffix=".part")
+    draft = Path(name)
+    try:
+        with os.fdopen(handle, "w") as stream:
+            json.dump({"version": VERSION, **asdict(speed)}, stream)
+        draft.chmod(0o644)
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def probe(device: torch.device) -> MachineSpeed:

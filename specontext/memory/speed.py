@@ -63,8 +63,7 @@ def decode_floor(
     selected, missing = rows * shape.row_bytes, rows * offloaded * (1 - overlap) if length > budget else 0
     loaded = round(missing * shape.on_host.row_bytes)
     keys = requests * length * facts.key_bytes_per_token
-    near = requests * sum(min(window.size, length) for window in shape.windows_read) * shape.window_token_bytes
-    near += 2 * requests * shape.state_bytes  # read, and written
+    near = requests * shape.near_bytes(length)
     device = facts.step_bytes + keys + selected * shape.reads + near + round(missing * shape.row_bytes)
     compute, loads = floor_seconds(device, speed.device), floor_seconds(loaded, speed.host)
     return StepFloor(device, loaded, max(compute, loads), loads > compute)

@@ -21,6 +21,10 @@ OVERLAP = 0.85  # share of the selected entries that the last step selected too,
 ONE_TOKEN, SEVERAL_TOKENS, ALL_ROWS, ROWS = 1.0, 0.9, 0.92, 0.7
 LOADS = 0.95  # of the bandwidth from the host, beside the layers before
 MOST_EXTRA_S, MOST_BUS = 10.0, 50.0  # that are believed
+# Of ranks that share a model: seconds of a sum over them beyond its bytes, and bytes of hidden states and logits a second; by
+# sums of an 8B shape's layers on two H200 (benchmarks/results/h200/sums.txt).
+SUM_S, BETWEEN_RANKS = 7.6e-6, 150e9
+LOGIT = 4  # bytes
 PRODUCTS = 0.6  # of the rate of large products, that a prompt's chunk reaches
 
 
@@ -96,6 +100,7 @@ class StepClock:
         overlap: share of them that the step before has read too.
         extra_s: seconds of a step that were found beyond what launches are expected to take; may be negative.
         bus: how many times as long as expected loads were found to take.
+        ranks: that share the model; the facts are of one of them.
     """
 
     facts: ModelFacts
@@ -104,6 +109,7 @@ class StepClock:
     overlap: float = OVERLAP
     extra_s: float = 0.0
     bus: float = 1.0
+    ranks: int = 1
 
     @cached_property
     def weights(self) -> int:
@@ -118,16 +124,16 @@ class StepClock:
     def decode(self, lengths: Sequence[int], offloaded: int) -> StepTime:
         """One token of each of some requests of these lengths, with the KV of so many layers on the host.
 
-        Weights and head are read once, the head's keys of all tokens, and the selected rows of all layers. Those of offloaded
-        layers that the last step did not select come over the bus beside the layers before; the last block's layers wait for
-        their loads. A block that is away in part takes as long to read as a whole one.
+        Weights and head are read once, the head's keys of all tokens, windows, states, and the selected rows of all layers whose
+        KV grows. Those of offloaded layers that the last step did not select come over the bus beside the layers before; the last
+        block's layers wait for their loads. A block that is away in part takes as long to read as a whole one.
         """
         machine, shape, requests = self.machine, self.facts.shape, len(lengths)
-        layers = shape.layers
         tokens = sum(lengths)
         chosen = longer = tokens
+        counts = Counter(lengths).items()  # plans ask for many that are alike
+        near = sum(count * shape.near_bytes(length) for length, count in counts) if shape.windows_read or shape.states else 0
         if self.budget is not None:
-            counts = Counter(lengths).items()  # plans ask for many that are alike
             chosen = sum(count * min(length, self.budget) for length, count in counts)
             longer = sum(count * self.budget for length, count in counts if length > self.budget)
         missed = 1.0 if self.budget is None else 1 - self.overlap
@@ -139,17 +145,28 @@ class StepClock:
         read = self.weights / machine.device / (ONE_TOKEN if requests == 1 else SEVERAL_TOKENS)
         share = ALL_ROWS if self.budget is None else ROWS
         rows = (keys + (chosen * shape.reads + missing) * self._row) / machine.device / share
-        launches = layers * machine.layer_s + offloaded * machine.offloaded_s + machine.step_s
+        rows += near / machine.device / ALL_ROWS
+        launches = (
+            shape.depth * machine.layer_s + offloaded * machine.offloaded_s + machine.step_s + self._between_ranks(requests)
+        )
         compute = max(read, products) + rows + max(0.0, launches + self.extra_s)
         if not missing:
             return StepTime(compute, compute, 0.0)
         # Loads begin when the rows are chosen, and the layers of the last block are computed when theirs have come.
         choosing = keys / machine.device / share + machine.step_s
-        last = min(self.facts.layer_blocks.places, offloaded) / layers * compute
+        last = min(self.facts.layer_blocks.places, offloaded) / shape.depth * compute
         piece = self.facts.layer_blocks.read_bytes(offloaded, shape.on_host.row_bytes, machine.piece)
         bus = self.bus * longer * missed * shape.kv_heads * piece / machine.host / LOADS
         loads = choosing + bus + last
         return StepTime(max(compute, loads), compute, loads, bus)
+
+    def _between_ranks(self, requests: int) -> float:
+        """Seconds in which ranks sum what their layers make, twice a layer, and gather logits."""
+        if self.ranks == 1:
+            return 0.0
+        shape = self.facts.shape
+        hidden = requests * shape.hidden_size * shape.dtype.itemsize
+        return 2 * shape.depth * (SUM_S + hidden / BETWEEN_RANKS) + requests * shape.vocab_size * LOGIT / BETWEEN_RANKS
 
     def fitted(self, lengths: Sequence[int], offloaded: int, seconds: float) -> StepClock:
         """The clock that expects a step to take what it took: what limits it takes as long, and nothing longer."""
@@ -174,7 +191,7 @@ class StepClock:
 
     def prefill_s(self, length: int, chunk: int) -> float:
         """Seconds until a prompt of this length is computed by itself, in chunks."""
-        overhead = self.facts.shape.layers * self.machine.layer_s + self.machine.step_s
+        overhead = self.facts.shape.depth * self.machine.layer_s + self.machine.step_s
         read = self.weights / self.machine.device
         starts = range(0, length, chunk)
         return sum(max(self.chunk_s(min(chunk, length - start), start), read) + overhead for start in starts)

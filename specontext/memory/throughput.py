@@ -30,7 +30,16 @@ class ServiceLimits:
 
     def allow(self, requests: int, seconds: float) -> bool:
         """Whether so many requests may run at a step of so many seconds: fewer than the least may at any."""
-        return requests <= self.min_num_seqs or self.max_tpot_ms is None or 1000 * seconds <= self.max_tpot_ms
+        return requests <= self.min_num_seqs or self.quick_enough(seconds)
+
+    def quick_enough(self, seconds: float) -> bool:
+        """Whether a step of so many seconds keeps `max_tpot_ms`."""
+        return self.max_tpot_ms is None or 1000 * seconds <= self.max_tpot_ms
+
+    def not_kept(self, chosen: Operation) -> list[str]:
+        """The limits that a choice does not keep, by name: nothing that fits would, or not without breaking another."""
+        kept = {"min_num_seqs": chosen.requests >= self.min_num_seqs, "max_tpot_ms": self.quick_enough(chosen.step_s)}
+        return [name for name, holds in kept.items() if not holds]
 
 
 @dataclass(frozen=True)

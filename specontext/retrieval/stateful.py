@@ -59,8 +59,9 @@ class StatefulSelector(LayerSelector):
 
     def __init__(self, context: MethodContext) -> None:
         if context.granularity != "head":
+            name = type(self).__module__.rpartition(".")[2].replace("_", "-")  # a method's file is called as it is
             raise ConfigError(
-                f"{type(self).__name__} chooses for every KV head and cannot work with granularity '{context.granularity}': "
+                f"method {name} chooses for every KV head and cannot work with granularity '{context.granularity}': "
                 "set granularity to 'head'"
             )
         super().__init__(context)

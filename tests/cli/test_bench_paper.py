@@ -13,6 +13,7 @@ from rich.console import Console
 
 from specontext.cli.paper_report import part_table
 from specontext.evaluation.paper.bench import Bench
+from specontext.evaluation.paper.results import link, with_ratios
 
 Fails = Callable[..., str]
 TINY = ["bench", "paper", "--device", "cpu", "--scale", "tiny"]
@@ -44,6 +45,21 @@ def test_a_column_with_hugging_face_and_ours(run: Any) -> None:
     eager = next(row for row in rows if row["system"] == "hf-eager, 4 requests")
     assert ours["over_hf_eager_4"] == pytest.approx(ours["over_hf_sdpa"] / eager["over_hf_sdpa"])
     assert "over_hf_eager_4" in ours["linked"]
+
+
+def test_steps_at_one_length_are_not_set_against_whole_columns() -> None:
+    """Overlaps are measured at the mean length, decoding alone; Hugging Face's eager system was measured over the column."""
+
+    def row(system: str, rate: float, **work: int) -> dict[str, Any]:
+        return {"model": "m", "column": "[2k,32k]", "system": system, "tokens_per_s": rate} | work
+
+    whole, mean = {"prompt": 32, "output": 512}, {"prompt": 288, "output": 0}
+    part = with_ratios([row("hf-sdpa", 4.0, **whole), row("hf-eager", 2.0, **whole)])
+    same = with_ratios([row("hf-sdpa", 5.0, **whole), row("ours", 50.0, **whole)])
+    other = with_ratios([row("hf-sdpa", 5.0, **mean), row("ours, overlap 0.5", 500.0, **mean)])
+    rows = link([*part, *same, *other])
+    assert rows[3]["over_hf_eager"] == 20 and rows[3]["linked"] == ["over_hf_eager"]
+    assert rows[5]["over_hf_sdpa"] == 100 and rows[5]["over_hf_eager"] is None and "linked" not in rows[5]
 
 
 def test_a_whole_run_is_set_against_the_sampled_one(run: Any) -> None:

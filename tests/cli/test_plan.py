@@ -118,11 +118,24 @@ def test_the_choice_has_the_most_tokens_a_second(run: Any) -> None:
     assert more["requests"] >= 32 and more["tokens_per_s"] < choice["tokens_per_s"]
     assert run(*words, "--max-num-seqs", 8).json["choice"]["requests"] == 8
     assert run(*words, "--max-tpot-ms", 8).json["choice"]["step_s"] <= 0.008
+    assert found["limits_not_kept"] == []
     slow = run(*words, "--bandwidth", "3TB/s", "--host-bandwidth", "1GB/s").json["choice"]
     assert slow["offloaded_layers"] == 0 and slow["requests"] < choice["requests"]
     nothing = run("plan", "llama-3.1-8b", "--gpu-memory", "15.2GiB", "--json").json
     assert nothing["choice"] is None and nothing["curve"] == []
     assert "choice" in run("plan", *LLAMA).stdout
+
+
+def test_limits_that_cannot_be_kept_are_named(run: Any) -> None:
+    words = ["plan", "llama-3.1-8b", "--gpu-memory", "80GiB", "--host-memory", "100GiB", "--max-model-len", 32768]
+    quick, many = ["--max-tpot-ms", 0.5], ["--min-num-seqs", 60]
+    found = run(*words, *quick, "--json").json
+    assert found["choice"]["requests"] == 1 and found["limits_not_kept"] == ["max_tpot_ms"]
+    found = run(*words, *many, "--json").json
+    assert found["choice"]["requests"] == len(found["curve"]) < 60 and found["limits_not_kept"] == ["min_num_seqs"]
+    assert run(*words, *many, *quick, "--json").json["limits_not_kept"] == ["min_num_seqs", "max_tpot_ms"]
+    said = run(*words, *many, "--max-tpot-ms", 1000).stdout
+    assert "--min-num-seqs 60 cannot be kept at 32,768 tokens" in said and "--max-tpot-ms" not in said
 
 
 @pytest.fixture(autouse=True)

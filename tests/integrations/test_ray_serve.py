@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -200,3 +201,28 @@ def test_two_replicas(cluster: Cluster) -> None:
     check_a_client_that_leaves_ends_its_request(cluster)
     check_streams_end_whole_or_with_an_error_when_a_replica_is_killed(cluster)
     check_replicas_are_replaced_without_losing_requests_and_then_found_by_their_prompts(cluster)
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(application.DeployError, match=rf"no Ray cluster answers at {address}: start one with `ray start"):
+            application.connect(address)
+
+
+def test_why_replicas_do_not_start_is_said_in_their_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's error names deployments; the reason stands in what these say."""
+    reason = "no checkpoint directory at missing; give 'nano'"
+    traceback = f"The replica failed:\n  File a.py, line 3\nspecontext.errors.ModelError: {reason}\n"
+    state = SimpleNamespace(deployments={"Replica": SimpleNamespace(message=traceback), "Ingress": SimpleNamespace(message="")})
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Deploying application specontext failed: Failed to update the deployments ['Replica'].")
+
+    monkeypatch.setattr(application.serve, "start", lambda **_: None)
+    monkeypatch.setattr(application, "_get_global_client", lambda: SimpleNamespace(http_config=DeployConfig()))
+    monkeypatch.setattr(application.serve, "run", fails)
+    monkeypatch.setattr(application.serve, "status", lambda: SimpleNamespace(applications={application.NAME: state}))
+    with pytest.raises(application.DeployError, match=f"did not start: {reason}$"):
+        application.run(ENGINE, DeployConfig(replica_gpus=0.0))

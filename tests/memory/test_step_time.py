@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from specontext.memory.facts import NO_HEAD
 from specontext.memory.model import RunSettings, measured_model
 from specontext.memory.planner import GIB, MemoryPlan
 from specontext.memory.presets import find_preset
 from specontext.memory.probe import kept_speeds, machine_speed, probe, read_speed, why_kv_stays, write_speed
+from specontext.memory.sharing import Share
+from specontext.memory.speed import Bandwidths, decode_floor
 from specontext.memory.step_time import CPU, H100, H200, MachineSpeed, StepClock, known_machine
 from specontext.memory.throughput import ServiceLimits, choose, operation, throughput_curve
 
@@ -57,6 +64,18 @@ def test_full_attention_that_was_measured(requests: int, length: int, tokens_per
     assert clock(budget=None).tokens_per_s([length] * requests, 0) == pytest.approx(tokens_per_s, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "requests", "length", "milliseconds"),
+    [(2, 16, 8192, 5.26), (2, 1, 32768, 3.75), (4, 16, 8192, 4.25), (4, 1, 32768, 2.92)],
+)
+def test_steps_of_ranks_that_were_measured(ranks: int, requests: int, length: int, milliseconds: float) -> None:
+    """benchmarks/results/h200/tensor-parallel.txt; without what ranks tell each other up to 27 % are missing."""
+    part = Share(0, ranks).facts(FACTS)
+    expected = StepClock(part, H200, 2048, ranks=ranks).decode([length] * requests, 0).seconds
+    assert 1000 * expected == pytest.approx(milliseconds, rel=0.13)
+    assert expected > StepClock(part, H200, 2048).decode([length] * requests, 0).seconds
+
+
 def test_what_makes_a_step_longer() -> None:
     base = clock().decode([16384] * 4, 0).seconds
     assert clock().decode([16384] * 5, 0).seconds > base
@@ -68,6 +87,20 @@ def test_what_makes_a_step_longer() -> None:
     waits = clock(replace(H100, host=1e9)).decode([16384] * 4, 8)
     assert waits.loads_limit and waits.seconds == waits.loads_s > 5 * base
     assert clock(overlap=1.0).decode([16384] * 4, 8).loads_s == 0.0
+
+
+@pytest.mark.parametrize("name", ["gemma-3-12b", "granite-4.0-h-small", "qwen3-next-80b-a3b", "llama-3.1-8b"])
+@pytest.mark.parametrize("offloaded", [0, 2])
+def test_a_step_is_expected_to_take_longer_than_its_floor(name: str, offloaded: int) -> None:
+    """Windows and states are read for every request, and all layers are launched, those whose KV does not grow among them."""
+    preset = find_preset(name)
+    assert preset is not None
+    facts = preset.facts()
+    expected, speed = StepClock(facts, H100, 512), Bandwidths(H100.device, H100.host)
+    for requests in (1, 32, 256):
+        rest: dict[str, Any] = {"requests": requests, "offloaded": offloaded, "budget": 512, "overlap": 0.85}
+        floor = decode_floor(facts, speed, length=4096, **rest).seconds + facts.shape.depth * H100.layer_s
+        assert expected.decode([4096] * requests, offloaded).seconds > floor
 
 
 def test_every_token_comes_from_the_host_where_all_are_read() -> None:
@@ -154,12 +187,81 @@ def test_a_measurement_is_kept_and_a_broken_one_is_none(tmp_path: Path, monkeypa
     device = torch.device("cuda")
     assert machine_speed(device) == machine_speed(device) == replace(H200, device=4e12, pinned=1 << 28)
     assert len(calls) == 1 and kept_speeds() == [machine_speed(device)]
-    [file] = (tmp_path / "machines").iterdir()
+    [file] = (tmp_path / "machines").glob("*.json")
     for text in ("{", "[]", json.dumps(json.loads(file.read_text()) | {"version": 0}), json.dumps({"version": 1})):
         file.write_text(text)
         assert read_speed(file) is None and kept_speeds() == []
     machine_speed(device)
     assert len(calls) == 2 and len(kept_speeds()) == 1
+
+
+def test_files_of_other_machines_and_gpus_are_not_taken_for_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Homes are shared, machines are called alike, and files are copied."""
+    monkeypatch.setattr("platform.node", lambda: "gpu")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr("specontext.memory.probe.probe", lambda _: H200)
+    write_speed(tmp_path / "gpu-2-NVIDIA-H200.json", replace(H200, device=1e12))
+    write_speed(tmp_path / "gpu-NVIDIA-H200.json", replace(H100, device=2e12))
+    assert kept_speeds(tmp_path) == []
+    assert machine_speed(torch.device("cuda"), tmp_path) == H200 and kept_speeds(tmp_path) == [H200]
+    assert kept_speeds(tmp_path / "nowhere") == []
+
+
+def test_of_engines_that_start_together_one_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside each other they would measure each other: who comes second waits, and takes what was measured."""
+    waits = threading.Event()
+
+    class Watched(FileLock):
+        def acquire(self, *arguments: Any, **options: Any) -> Any:
+            waits.set()
+            return super().acquire(*arguments, **options)
+
+    def measure(_: torch.device) -> MachineSpeed:
+        raise AssertionError("another engine measures")
+
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr("platform.node", lambda: "gpu")
+    monkeypatch.setattr("specontext.memory.probe.probe", measure)
+    file = tmp_path / "gpu-NVIDIA-H200.json"
+    with ThreadPoolExecutor(1) as threads:
+        with FileLock(file.with_suffix(".lock")):
+            monkeypatch.setattr("filelock.FileLock", Watched)
+            second = threads.submit(machine_speed, torch.device("cuda"), tmp_path)
+            assert waits.wait(30)
+            write_speed(file, replace(H200, device=5e12))
+        assert second.result().device == 5e12
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"device": math.nan},
+        {"host": math.inf},
+        {"products": -1.0},
+        {"layer_s": "5e-05"},
+        {"step_s": -1.0},
+        {"pinned": "all"},
+        {"piece": 0.5},
+        {"name": 7},
+        {"device": [3e12]},
+    ],
+)
+def test_numbers_of_no_machine_are_measured_again(entries: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "machine.json"
+    write_speed(file, H100)
+    assert read_speed(file) == H100
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+    assert read_speed(file) is None
+
+
+def test_a_speed_that_cannot_be_kept_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("specontext.memory.probe.json.dump", full)
+    with pytest.raises(OSError, match="no space"):
+        write_speed(tmp_path / "machine.json", H100)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

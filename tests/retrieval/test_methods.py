@@ -273,5 +273,5 @@ def test_bytes_of_choosing() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_one_set_for_all_heads_is_refused_with_words(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"granularity 'batch'.*'head'"):
+    with pytest.raises(ConfigError, match=rf"method {name} .*granularity 'batch'.*'head'"):
         METHODS[name](context(Budget(64, 4, 16), granularity="batch"))

@@ -179,8 +179,8 @@ def with_ratios(rows: list[Row]) -> list[Row]:
 
 
 def _beside(one: Row, other: Row) -> bool:
-    """Whether two rows of a part are of the same work."""
-    return all(one.get(name) == other.get(name) for name in ("model", "column", "concurrency"))
+    """Whether two rows are of the same work: a column's steps at one length are not those of the whole of it."""
+    return all(one.get(name) == other.get(name) for name in ("model", "column", "prompt", "output", "concurrency"))
 
 
 def link(rows: list[Row]) -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from typing import Any
 
 from specontext.config import EngineConfig
@@ -31,6 +32,7 @@ _LOGGING = {"log_level": "WARNING", "enable_access_log": False}  # replicas writ
 # its own for each ingress, which would wait half a minute for a load balancer before it ends; and standard error left to our log.
 FAST = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0", "RAY_SERVE_LOG_TO_STDERR": "1"}
 _MORE = 64  # calls beside those that run and wait in an engine: what is refused, models, token counts
+_PATIENCE = 10.0  # seconds for a cluster's head to take a connection
 _TRIES = 3  # at starting a replica; what does not fit does not fit later either
 
 
@@ -79,6 +81,7 @@ def connect(address: str | None) -> bool:
     """
     options = {"namespace": NAME, "logging_level": "warning"}
     if address != "local":
+        _check_that_somebody_answers(address)
         try:
             ray.init(address=address or "auto", **options)
             return True
@@ -89,6 +92,17 @@ def connect(address: str | None) -> bool:
         os.environ.setdefault(name, value)
     ray.init(address="local", **options)
     return False
+
+
+def _check_that_somebody_answers(address: str | None) -> None:
+    """Raises DeployError where nobody listens at an address; Ray itself would go on asking for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if not host or "/" in host or not port.isdigit():  # another way to name a cluster
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise DeployError(f"no Ray cluster answers at {address}: start one with `ray start --head` ({error})") from error
 
 
 def shortage(engine: EngineConfig, config: DeployConfig) -> str | None:
@@ -123,7 +137,7 @@ def run(engine: EngineConfig, config: DeployConfig) -> str:
     try:
         serve.run(application(engine, config), name=NAME, route_prefix="/", logging_config=_LOGGING)
     except RuntimeError as error:
-        raise DeployError(f"the replicas did not start: {_reason(str(error))}") from error
+        raise DeployError(f"the replicas did not start: {_reason(_all_that_is_said(str(error)))}") from error
     return f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{config.port}"
 
 
@@ -157,8 +171,16 @@ def _count(config: DeployConfig) -> dict[str, Any]:
     return {"autoscaling_config": scaling}
 
 
+def _all_that_is_said(error: str) -> str:
+    """An error of Ray Serve with what its deployments say: it may name them alone, and they have the traceback."""
+    found = serve.status().applications.get(NAME)
+    messages = [one.message for one in found.deployments.values()] if found is not None else []
+    return "\n".join([error, *messages])
+
+
 def _reason(text: str) -> str:
-    """The error of a replica's constructor, which stands last in a traceback."""
+    """The error of a replica's constructor, which stands last in a traceback; of our own without its class."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.partition(":")[0].rpartition(".")[2].endswith("Error") and " " in line]
-    return (errors or lines or ["see the logs of Ray Serve"])[-1]
+    found = (errors or lines or ["see the logs of Ray Serve"])[-1]
+    return found.partition(": ")[2] if found.startswith(f"{SpeContextError.__module__}.") else found
