@@ -6,6 +6,8 @@ hides errors.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import random
 import shutil
@@ -66,6 +68,17 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 def path_with(root: Path) -> dict[str, str]:
     """For the environment of a process that is to import what lies in `root`, and the rest from where these tests do."""
     return {"PYTHONPATH": os.pathsep.join((str(root), *filter(None, [os.environ.get("PYTHONPATH")])))}
+
+
+gc.disable()  # while tests are collected: what imports make stays
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """A million objects of libraries are not looked through again and again while tests run."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -6,6 +6,7 @@ start begin them as users do.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -21,6 +22,7 @@ from specontext.engine import rank_worker
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([rank_worker.__name__, "specontext.server.run", __name__])
+gc.freeze()  # what has been imported is neither looked through nor copied by each process
 
 
 class Forked:
