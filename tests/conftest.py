@@ -12,11 +12,9 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,7 +53,7 @@ from specontext.retrieval.checkpoint import save_head
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig
 from specontext.retrieval.head_map import band_map
-from tests.forked import ForkedRank
+from tests.forked import RANKS
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
@@ -346,7 +344,7 @@ def expected(reference: Callable[[str], PreTrainedModel], prompts: Prompts) -> C
 @pytest.fixture
 def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that a test starts are forked from a process that has imported everything."""
-    monkeypatch.setattr(rank_processes, "subprocess", SimpleNamespace(Popen=ForkedRank, TimeoutExpired=subprocess.TimeoutExpired))
+    monkeypatch.setattr(rank_processes, "subprocess", RANKS)
 
 
 Masks = list[torch.Tensor]
