@@ -19,8 +19,9 @@ demo: $(SMALL)
 	@if $(BIN)/python -c 'from specontext.cli.demo_document import check_packaged; check_packaged()' 2>/dev/null; \
 		then $(BIN)/specontext demo smollm2; fi
 
+# Processes that tests start do not compile the package again, each for itself.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
 test-compat: compat-oldest compat-newest
 
@@ -29,7 +30,7 @@ compat-newest: ASKED = transformers<6
 compat-oldest compat-newest: $(STAMP)
 	$(BIN)/python -m pip install --quiet --upgrade --target .compat/$@ '$(ASKED)'
 	PYTHONPATH=$(CURDIR)/.compat/$@ $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
-	PYTHONPATH=$(CURDIR)/.compat/$@ $(BIN)/python -m pytest $(COMPAT_TESTS)
+	PYTHONDONTWRITEBYTECODE= PYTHONPATH=$(CURDIR)/.compat/$@ $(BIN)/python -m pytest $(COMPAT_TESTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

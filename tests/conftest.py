@@ -6,15 +6,15 @@ hides errors.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import random
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,7 +53,7 @@ from specontext.retrieval.checkpoint import save_head
 from specontext.retrieval.head import RetrievalHead
 from specontext.retrieval.head_config import HeadConfig
 from specontext.retrieval.head_map import band_map
-from tests.forked import ForkedRank
+from tests.forked import RANKS
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
@@ -66,6 +66,17 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 def path_with(root: Path) -> dict[str, str]:
     """For the environment of a process that is to import what lies in `root`, and the rest from where these tests do."""
     return {"PYTHONPATH": os.pathsep.join((str(root), *filter(None, [os.environ.get("PYTHONPATH")])))}
+
+
+gc.disable()  # while tests are collected: what imports make stays
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """A million objects of libraries are not looked through again and again while tests run."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -333,7 +344,7 @@ def expected(reference: Callable[[str], PreTrainedModel], prompts: Prompts) -> C
 @pytest.fixture
 def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that a test starts are forked from a process that has imported everything."""
-    monkeypatch.setattr(rank_processes, "subprocess", SimpleNamespace(Popen=ForkedRank, TimeoutExpired=subprocess.TimeoutExpired))
+    monkeypatch.setattr(rank_processes, "subprocess", RANKS)
 
 
 Masks = list[torch.Tensor]

@@ -6,13 +6,17 @@ start begin them as users do.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryFile
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +25,7 @@ from specontext.engine import rank_worker
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([rank_worker.__name__, "specontext.server.run", __name__])
+gc.freeze()  # what has been imported is neither looked through nor copied by each process
 
 
 class Forked:
@@ -39,6 +44,9 @@ class Forked:
     def returncode(self) -> int | None:
         code: int | None = self._process.exitcode
         return code
+
+    def poll(self) -> int | None:
+        return self.returncode
 
     def kill(self) -> None:
         self._process.kill()
@@ -79,27 +87,49 @@ class ForkedCommand(Forked):
             super().__init__(_run_command, words, output, errors)
 
 
-def _start_command(command: list[str], *, stdout: int, stderr: int | None = None, text: bool) -> ForkedCommand:
-    assert command[:3] == [sys.executable, "-m", "specontext.cli"] and stdout == subprocess.PIPE and text
-    if stderr is None:
-        return ForkedCommand(command[3:], 2)
+def _start(command: list[str], *, stdout: Any, stderr: int, start_new_session: bool = False, **_: Any) -> Forked:
+    if stdout != subprocess.PIPE:
+        assert stderr == subprocess.STDOUT
+        return _started(command, stdout, stdout, start_new_session)
     assert stderr == subprocess.DEVNULL
     with open(os.devnull, "w") as nowhere:
-        return ForkedCommand(command[3:], nowhere.fileno())
+        return ForkedCommand(_words_of(command), nowhere.fileno())
 
 
-def _run_to_its_end(command: list[str], *, check: bool, **options: Any) -> subprocess.CompletedProcess[str]:
-    process = _start_command(command, **options)
-    with process.stdout:
-        printed = process.stdout.read()
-    done = subprocess.CompletedProcess(command, process.wait(), printed)
+def _run_to_its_end(
+    command: list[str], *, stdout: Any = None, stderr: Any = None, capture_output: bool = False, check: bool = False, **_: Any
+) -> subprocess.CompletedProcess[str]:
+    with TemporaryFile("w+", encoding="utf-8") as printed, TemporaryFile("w+", encoding="utf-8") as said:
+        output = printed if capture_output or stdout == subprocess.PIPE else stdout
+        code = _started(command, output, output if stderr == subprocess.STDOUT else said).wait()
+        for file in (printed, said):
+            file.seek(0)
+        done = subprocess.CompletedProcess(command, code, printed.read(), said.read())
     if check:
         done.check_returncode()
     return done
 
 
-# What scripts use of `subprocess` to run `python -m specontext.cli ...`.
-COMMANDS = SimpleNamespace(Popen=_start_command, run=_run_to_its_end, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL)
+def _started(command: list[str], output: Any, errors: Any, new_session: bool = False) -> Forked:
+    with Connection(os.dup(output.fileno())) as one, Connection(os.dup(errors.fileno())) as other:
+        return Forked(_run_command, _words_of(command), one, other, new_session)
+
+
+def _words_of(command: list[str]) -> list[str]:
+    """What follows the interpreter and the module of the command line, or a script and what follows it."""
+    assert command[0] == sys.executable
+    return command[3:] if command[1:3] == ["-m", "specontext.cli"] else command[1:]
+
+
+# What `RankProcesses` uses of `subprocess`.
+RANKS = SimpleNamespace(Popen=ForkedRank, TimeoutExpired=subprocess.TimeoutExpired)
+
+# What scripts use of `subprocess` to run `python -m specontext.cli ...` and `python SCRIPT.py ...`.
+COMMANDS = SimpleNamespace(
+    Popen=_start,
+    run=_run_to_its_end,
+    **{name: getattr(subprocess, name) for name in ("PIPE", "STDOUT", "DEVNULL", "TimeoutExpired")},
+)
 
 
 def _be_rank(connection: Connection, environment: Mapping[str, str]) -> None:
@@ -109,9 +139,14 @@ def _be_rank(connection: Connection, environment: Mapping[str, str]) -> None:
     rank_worker.main()
 
 
-def _run_command(words: list[str], output: Connection, errors: Connection) -> None:
+def _run_command(words: list[str], output: Connection, errors: Connection, new_session: bool = False) -> None:
+    if new_session:
+        os.setsid()
     for own, given in ((1, output), (2, errors)):
         os.dup2(given.fileno(), own)
         given.close()
     sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
-    sys.exit(main(words))
+    if not words[0].endswith(".py"):
+        sys.exit(main(words))
+    sys.argv, sys.path = words, [str(Path(words[0]).parent), *sys.path]
+    runpy.run_path(words[0], run_name="__main__")

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.forked import COMMANDS
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -67,8 +69,9 @@ def test_parts_run_side_by_side_where_there_are_cards(script: ModuleType, monkey
 
 @pytest.mark.slow
 def test_parts_run_one_after_the_other_and_one_without_time_is_skipped(
-    script: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    script: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(script, "subprocess", COMMANDS)
     options = ["--device", "cpu", "--model", "nano", "--large", "nano", "--ranks", "1,2", "--cases", "1x128", "--budget", "64"]
     script.main([*options, "--steps", "4", "--only", "sums,resident", "--json", "--out", str(tmp_path / "rows")])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])

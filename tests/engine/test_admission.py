@@ -224,7 +224,7 @@ def check_any(
         assert job.request.output_token_ids == alone(prompt)[:tokens]
 
 
-@pytest.mark.parametrize("prompt", [60, 200])
+@pytest.mark.parametrize("prompt", [60, pytest.param(200, marks=pytest.mark.slow)])
 def test_no_step_of_those_who_decode_pays_for_a_whole_layer_when_others_come(
     prompt: int, engine: Callable[..., LLM], prompts: Prompts, greedy: Greedy
 ) -> None:

@@ -60,8 +60,10 @@ def test_neither_they_nor_their_mates_wait(way: dict[str, Any], make_llm: MakeLL
     assert launched.count((2, 0)) >= 8 and (1, 0) in launched
 
 
-@pytest.mark.parametrize("captured", [False, True])
-@pytest.mark.parametrize("offload_layers", [0, 2])
+@pytest.mark.parametrize(
+    ("offload_layers", "captured"),
+    [(0, False), (2, True), *(pytest.param(*both, marks=pytest.mark.slow) for both in ((0, True), (2, False)))],
+)
 def test_grammars_seeds_penalties_and_free_ones_in_one_batch(
     captured: bool, offload_layers: int, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, as_if_captured: Change
 ) -> None:

@@ -111,7 +111,7 @@ def test_no_row_of_a_known_prompt_is_copied_on_the_host(
         assert bool(copies) == copied
 
 
-@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 12))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))])
 def test_any_requests_that_share_pages(
     seed: int, pinned: None, make_llm: MakeLLM, greedy: Greedy, fresh: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,11 +22,13 @@ from transformers import (
 from specontext import LLM, ConfigError, SamplingParams
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.core import RequestOutput
+from specontext.engine import rank_processes
 from specontext.errors import RankError, RequestFailedError
 from specontext.memory.sharing import Share
 from specontext.model_shape import ModelShape
 from specontext.sampling_params import StructuredOutputsParams
 from tests.conftest import write_checkpoint
+from tests.forked import RANKS
 
 SHARED: dict[str, Any] = {
     "device": "cpu",
@@ -72,7 +74,9 @@ def one() -> LLM:
 def two() -> Iterator[LLM]:
     """Two ranks with so little memory each that layers move, and requests wait for others."""
     memory = {"gpu_memory": 350 * KV_OF_A_TOKEN // 2, "host_memory": 560 * KV_OF_A_TOKEN}
-    llm = LLM("nano", config=SpeContextConfig(budget=64), methods=METHODS, tensor_parallel_size=2, **memory, **SHARED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank_processes, "subprocess", RANKS)
+        llm = LLM("nano", config=SpeContextConfig(budget=64), methods=METHODS, tensor_parallel_size=2, **memory, **SHARED)
     yield llm
     llm.engine.close()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from specontext.evaluation.samples import EvaluationError
 from specontext.evaluation.validation.run import ValidationSettings, validate
 from specontext.evaluation.validation.summary import summary
 from specontext.evaluation.validation.systems import FULL, OFFLOADED, RESIDENT, parting
+from tests.forked import COMMANDS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "validate_real_model"
 SYSTEMS = [FULL, RESIDENT, OFFLOADED]
@@ -143,11 +143,11 @@ def test_the_summary_says_what_the_numbers_say(content: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_the_script(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command: Callable[..., Any] = lambda *words: subprocess.run(  # noqa: E731
-        [SCRIPT, *words], capture_output=True, text=True, env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
-    )
-    ran = command("nano", "--retrieval-head", "auto", "--quick", "--device", "cpu", "-o", str(out))
+    words = ["nano", "--retrieval-head", "auto", "--quick", "--device", "cpu", "-o", str(out)]
+    words += ["--methods", "speculative", "--lengths", "512", "--problems", "1", "--chain-tokens", "32", "--steps", "4"]
+    environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
+    ran = subprocess.run([SCRIPT, *words], capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     assert (out / "summary.md").read_text() in ran.stdout and "times as fast" in ran.stdout
-    failed = command("./nowhere", "-o", str(out))
+    failed = COMMANDS.run([sys.executable, f"{SCRIPT}.py", "./nowhere", "-o", str(out)], capture_output=True)
     assert failed.returncode == 1 and failed.stderr.startswith("error:") and "Traceback" not in failed.stderr

@@ -141,8 +141,9 @@ def test_long_selections(count: Count, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @EACH
-def test_shares_are_rounded_once_more_than_float64(count: Count) -> None:
+def test_shares_are_rounded_once_more_than_float64(count: Count, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they were when float32 was what two numbers of tokens made."""
+    monkeypatch.setattr(kernels, "BLOCK", 128)
     counted = Counted(count, 1, 1, 200, torch.ones((1, 1), dtype=torch.int64), 0)
     for total in range(3, 200, 7):
         for again in (total - 1, total // 3):

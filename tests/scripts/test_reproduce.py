@@ -17,6 +17,7 @@ from specontext.distill.data import open_sources
 from specontext.locations import NANO
 from specontext.models.tokenizer_files import load_tokenizer
 from tests.conftest import path_with
+from tests.forked import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -218,14 +219,22 @@ def test_the_texts_that_are_taken_by_default_can_be_read() -> None:
 
 
 @pytest.mark.slow
-def test_the_script_with_nano(tmp_path: Path) -> None:
+def test_the_script_takes_its_python_and_its_words() -> None:
+    environment = path_with(ROOT) | {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
+    ran = subprocess.run([SCRIPTS / "reproduce_8b.sh", "--parts", "chess"], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 2 and "no part 'chess'" in ran.stderr
+
+
+@pytest.mark.slow
+def test_the_parts_with_nano(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Parts with real commands; that of validate has a test of its own."""
+    import reproduce_8b
+
+    monkeypatch.setattr(reproduce_8b, "subprocess", COMMANDS)
     bench = {"input": "who?", "context": "Ann is here. " * 30, "answers": ["Ann"], "length": 90, "dataset": "qasper"}
     (tmp_path / "qasper.jsonl").write_text(json.dumps(bench | {"_id": "1", "all_classes": None, "language": "en"}) + "\n")
-    words = [SCRIPTS / "reproduce_8b.sh", "nano", "--quick", "--device", "cpu", "-o", tmp_path / "out"]
-    words += ["--parts", "head,ruler,longbench", "--longbench-data", tmp_path / "qasper.jsonl"]
-    environment = path_with(ROOT) | {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
-    ran = subprocess.run(words, capture_output=True, text=True, env=environment)
-    assert ran.returncode == 0, ran.stderr + ran.stdout
+    words = ["nano", "--quick", "--device", "cpu", "-o", str(tmp_path / "out")]
+    words += ["--parts", "head,ruler,longbench", "--longbench-data", str(tmp_path / "qasper.jsonl")]
+    assert reproduce_8b.main(words) == 0, capfd.readouterr()
     text = (tmp_path / "out" / "report.md").read_text()
     assert all(said in text for said in ("**ruler.**", "qasper", "This is a quick run"))

@@ -91,6 +91,7 @@ def test_deltas_of_responses_are_padded_where_that_is_asked_for(server: Server) 
     assert deltas and all("obfuscation" in line and (len(line.encode()) + 2) % 64 == 0 for line in deltas)
 
 
+@pytest.mark.slow
 def test_responses_call_functions_for_several_turns(client: Any) -> None:
     options: Any = {"model": "nano", "tools": [FLAT], "tool_choice": "required", "parallel_tool_calls": False}
     options |= {"max_output_tokens": 150, "extra_body": {"seed": 1}}
@@ -211,6 +212,7 @@ def test_what_is_for_accounts_changes_no_prompt(claude: Any) -> None:
     assert alone[0] == alone[1] < counts.pop()
 
 
+@pytest.mark.slow
 def test_messages_use_tools_for_several_turns(claude: Any) -> None:
     options: Any = {"model": "nano", "max_tokens": 150, "tools": [CUSTOM], "extra_body": {"seed": 1}}
     options |= {"tool_choice": {"type": "any", "disable_parallel_tool_use": True}}

@@ -44,7 +44,7 @@ def ask(server: Server, path: str, choice: dict[str, Any]) -> tuple[str, dict[st
     return found["text"] if path == TEXT else found["message"]["content"], answer.json()["usage"]["specontext"]
 
 
-@pytest.mark.parametrize("path", [TEXT, CHAT])
+@pytest.mark.parametrize("path", [TEXT, pytest.param(CHAT, marks=pytest.mark.slow)])
 def test_a_mixed_batch_says_what_each_says_alone(mixed: Server, path: str) -> None:
     alone = [ask(mixed, path, choice) for choice in CHOICES]
     with concurrent.futures.ThreadPoolExecutor(len(CHOICES)) as threads:
