@@ -25,7 +25,12 @@ MOST_EXTRA_S, MOST_BUS = 10.0, 50.0  # that are believed
 # sums of an 8B shape's layers on two H200 (benchmarks/results/h200/sums.txt).
 SUM_S, BETWEEN_RANKS = 7.6e-6, 150e9
 LOGIT = 4  # bytes
-PRODUCTS = 0.6  # of the rate of large products, that a prompt's chunk reaches
+# Of the rate of products of 4,096 numbers each way, what a prompt's chunk reaches: from 2,048 to 32,768 tokens of an 8B shape are
+# expected within 3 % of what an H200 takes (benchmarks/results/h200/paper, end-to-end-first-tokens.txt).
+PRODUCTS = 0.87
+# Of steps with layers on the host (benchmarks/results/h200/loads-beside-steps.txt): seconds in which a request's slots are looked
+# up and chosen, and the share of the bus's time by which what runs beside it takes longer.
+PLANNED_S, BESIDE = 7.5e-6, 0.2
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ class MachineSpeed:
 
 # Device bandwidths are those of a sum over 4 GiB; `host` is of pieces of 2 KiB. 1.75 ms of a captured step of 32 layers are not
 # explained by bytes on either GPU.
-H100 = MachineSpeed("NVIDIA H100", 3.1e12, 50e9, 600e12, layer_s=50e-6, offloaded_s=15e-6, step_s=150e-6, piece=LEAST_PIECE)
-H200 = replace(H100, name="NVIDIA H200", device=4.4e12)
+H100 = MachineSpeed("NVIDIA H100", 3.1e12, 50e9, 600e12, layer_s=50e-6, offloaded_s=8e-6, step_s=150e-6, piece=LEAST_PIECE)
+H200 = replace(H100, name="NVIDIA H200", device=4.4e12, products=720e12)
 KNOWN_MACHINES = (H200, H100)
 # Two cores of a server; both tiers are its memory, so little depends on these.
 CPU = MachineSpeed("CPU", 20e9, 10e9, 1e11, layer_s=300e-6, offloaded_s=50e-6, step_s=1e-3)
@@ -156,9 +161,10 @@ class StepClock:
         choosing = keys / machine.device / share + machine.step_s
         last = min(self.facts.layer_blocks.places, offloaded) / shape.depth * compute
         piece = self.facts.layer_blocks.read_bytes(offloaded, shape.on_host.row_bytes, machine.piece)
-        bus = self.bus * longer * missed * shape.kv_heads * piece / machine.host / LOADS
-        loads = choosing + bus + last
-        return StepTime(max(compute, loads), compute, loads, bus)
+        bus = longer * missed * shape.kv_heads * piece / machine.host / LOADS
+        compute += requests * PLANNED_S + BESIDE * bus
+        loads = choosing + self.bus * bus + last
+        return StepTime(max(compute, loads), compute, loads, self.bus * bus)
 
     def _between_ranks(self, requests: int) -> float:
         """Seconds in which ranks sum what their layers make, twice a layer, and gather logits."""

@@ -47,6 +47,11 @@ def clock(machine: MachineSpeed = H100, budget: int | None = 2048, overlap: floa
         (H200, 31, 2048, 0, 8.26),
         (H200, 31, 23893, 0, 8.85),
         (H200, 62, 10240, 0, 11.06),
+        (H200, 22, 33000, 0, 8.24),
+        (H200, 52, 16384, 0, 10.38),
+        (H200, 48, 15000, 0, 9.87),
+        (H200, 48, 15000, 1, 11.2),
+        (H200, 48, 15000, 4, 11.3),
         (H100, 1, 32768, 0, 6.79),
         (H100, 1, 32768, 32, 6.96),
         (H100, 4, 32768, 0, 7.84),
@@ -112,6 +117,11 @@ def test_every_token_comes_from_the_host_where_all_are_read() -> None:
 def test_a_single_layer_of_a_block_takes_as_long_to_load_as_the_block() -> None:
     bus = {away: clock(H200).decode([16384] * 48, away).bus_s for away in (4, 5, 8)}
     assert bus[5] == bus[8] == pytest.approx(2 * bus[4])
+
+
+@pytest.mark.parametrize(("length", "seconds"), [(2048, 0.0526), (8192, 0.2287), (16384, 0.5215), (32768, 1.277), (130048, 10.81)])
+def test_prompts_that_were_measured(length: int, seconds: float) -> None:
+    assert clock(H200, budget=None).prefill_s(length, 8192) == pytest.approx(seconds, rel=0.1)
 
 
 def test_prompts_take_their_products() -> None:
