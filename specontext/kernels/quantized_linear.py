@@ -35,7 +35,7 @@ class QuantizedMatrix:
         kind: what a code is: 'fp8' (the bits of a float8_e4m3fn), 'int8' or 'int4' (unsigned integers).
         codes: uint8 [N, K]; of int4 [N, K / 2], as `packed` packs them.
         scales: [ceil(N / rows), ceil(K / columns)], of any floating-point format.
-        zeros: uint8, like scales; None where every zero is `offset`.
+        zeros: uint8, like scales, of int4 at most 128; None where every zero is `offset`.
         order: int64 [K], the column of x that column k multiplies; None for k itself.
     """
 

@@ -593,7 +593,7 @@ def multiplied(x: Tensor) -> tl.dtype:
 
 def constants(matrix: QuantizedMatrix) -> dict[str, int | bool]:
     """What kernels are compiled for."""
-    on_gpu = matrix.codes.is_cuda
+    on_gpu = matrix.codes.is_cuda and torch.version.hip is None
     return {
         "SCALE_ROWS": matrix.rows,
         "SCALE_COLUMNS": matrix.columns,
