@@ -91,7 +91,7 @@ def run_parts(
             else:
                 there = progress.begin(part.file_name)
                 takes = [] if scale.tiny else [f"about {clock.of(part):.1f} minutes on a GPU"]
-                takes += [f"{there} numbers are there"] if there else []
+                takes += [f"{there} numbers are there" if there > 1 else "1 number is there"] if there else []
                 _say(f"measuring {part.name}" + (f" ({', '.join(takes)})" if takes else ""))
                 start = time.perf_counter()
                 if bench is None or bench.loaded.name != part.model:
