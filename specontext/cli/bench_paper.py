@@ -85,6 +85,8 @@ def bench_paper(
     names = [name.strip() for name in parts.split(",") if name.strip()] if parts else []
     chosen = chosen_parts(plan, size, model or (), names)
     if list_parts:
+        if minutes is not None or plot is not None:
+            raise UsageError("--list-parts measures nothing: leave out --minutes and --plot")
         given = {"gpu-memory": gpu_memory, "host-memory": host_memory, "overlap": None if overlap == OVERLAP else overlap}
         words = ["--table", table, "--device", device, "--scale", scale, "--out", str(out or "paper-results")]
         words += [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]

@@ -160,9 +160,14 @@ def _group_of(values: Mapping[str, Any]) -> int:
     return max(0, int(size))
 
 
+def gptq_layout(settings: Mapping[str, Any]) -> str:
+    """How GPTQ's tensors lie: 'gptq', unless the settings say something else; newer ones say it twice."""
+    return str(settings.get("checkpoint_format") or settings.get("format") or "gptq")
+
+
 def _gptq(values: Mapping[str, Any]) -> Found:
     bits, group = int(values.get("bits", 0)), _group_of(values)
-    layout = str(values.get("checkpoint_format") or "gptq")
+    layout = gptq_layout(values)
     if bits not in (2, 4, 8):
         return f"{bits} bits are not read, only 2, 4 and 8"
     if layout not in ("gptq", "gptq_v2"):
@@ -174,7 +179,7 @@ def _gptq(values: Mapping[str, Any]) -> Found:
 
 def _awq(values: Mapping[str, Any]) -> Found:
     bits, group = int(values.get("bits") or values.get("w_bit") or 0), _group_of(values)
-    layout = str(values.get("version") or values.get("format") or "gemm").lower()
+    layout = str(values.get("version") or values.get("format") or values.get("checkpoint_format") or "gemm").lower()
     if bits != 4:
         return f"{bits} bits are not read, only 4"
     if layout != "gemm":

@@ -27,7 +27,7 @@ from specontext.errors import ModelError
 from specontext.kernels.quantized_linear import FP8, INT4, INT8, QuantizedMatrix, packed
 from specontext.quantization.bitsandbytes import QUANT_STATE, four_bit_matrix
 from specontext.quantization.packing import unpacked, unpacked_awq
-from specontext.quantization.schemes import Scheme
+from specontext.quantization.schemes import Scheme, gptq_layout
 
 OF_ACTIVATIONS = ("input_scale", "activation_scale", "input_scale_ub", "input_zero_point", "input_global_scale")
 OF_KV = re.compile(r"(^|\.)([kvq]_scale|kv_scale|[kvq]_zero_point|[kv]_cache_scale|(k|v)_proj\.output_scale)$")
@@ -229,17 +229,21 @@ def _pack_quantized(parts: Parts, scheme: Scheme, read: Read) -> QuantizedMatrix
 
 
 def _gptq(parts: Parts, scheme: Scheme, read: Read) -> QuantizedMatrix:
-    """Words along the columns of W; zeros are stored less one, except in version 2."""
+    """Words along the columns of W, of which the last one may not be full; zeros are stored less one, except in version 2.
+
+    One is taken from all of a word's zeros at once, so a zero of 0 borrows from the next, and gets it back the same way.
+    """
     _expect(parts, "qweight", "qzeros", "scales", "g_idx")
     bits = int(scheme.settings["bits"])
-    words, scales = read(parts["qweight"]), read(parts["scales"])
-    n, k = words.shape[1], words.shape[0] * 32 // bits
+    words, scales, zeros = read(parts["qweight"]), read(parts["scales"]), read(parts["qzeros"])
+    groups = read(parts["g_idx"]) if "g_idx" in parts else None
+    n, k = words.shape[1], words.shape[0] * 32 // bits if groups is None else len(groups)
     codes = unpacked(words, bits, k, dim=0).t()
-    zeros = unpacked(read(parts["qzeros"]), bits, n, dim=1).t()
-    if str(scheme.settings.get("checkpoint_format") or "gptq") != "gptq_v2":
-        zeros = zeros + 1
+    if gptq_layout(scheme.settings) != "gptq_v2":
+        zeros = zeros + sum(1 << place for place in range(0, 32, bits))
+    zeros = unpacked(zeros, bits, n, dim=1).t()
     columns = _block(k, scales.shape[0], scheme.form.columns if scheme.form else 0)
-    order = _order(read(parts["g_idx"]), columns) if "g_idx" in parts else None
+    order = None if groups is None else _order(groups, columns)
     return _integer_matrix(codes, bits, scales.t(), 1, columns, zeros, 0, order)
 
 

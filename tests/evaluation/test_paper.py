@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from specontext.evaluation.paper import results
 from specontext.evaluation.paper.bench import Bench, measured, open_bench
 from specontext.evaluation.paper.columns import SCALES, TABLES, Column
 from specontext.evaluation.paper.hugging_face import SDPA, Theirs
 from specontext.evaluation.paper.loop import ABLATION, FULL, OURS, Way, looping, wait_for_loads
-from specontext.evaluation.paper.parts import ours, parts_of, their_most
+from specontext.evaluation.paper.parts import Part, ours, parts_of, their_most
 from specontext.evaluation.paper.progress import Progress
-from specontext.evaluation.paper.results import link, with_ratios
+from specontext.evaluation.paper.results import link, run_parts, with_ratios
 
 CPU = torch.device("cpu")
 TINY = SCALES["tiny"]
@@ -150,3 +153,35 @@ def test_ratios_are_taken_within_a_part_and_linked_between_parts() -> None:
     third = with_ratios([row("c", "full", 20.0), row("c", "hf-sdpa", 10.0)])
     fourth = with_ratios([row("d", "hf-sdpa", None), row("d", "full", 10.0), row("d", "ours", 30.0)])
     assert link([*third, *fourth])[-1]["over_hf_sdpa"] == 6, "by way of our full attention where there is no SDPA"
+
+
+@dataclass(frozen=True)
+class NoBench:
+    """What parts get that measure nothing."""
+
+    loaded: SimpleNamespace
+    progress: Progress | None = None
+
+
+def test_what_is_left_of_a_part_says_nothing_of_how_long_others_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of a minute and of ten, in five minutes: the first is broken off, and done in six seconds another time."""
+    now, dies = [0.0], [True]
+    monkeypatch.setattr(results, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(results, "open_bench", lambda *_, **__: NoBench(SimpleNamespace(name="model")))
+
+    def rows(bench: Any) -> list[Any]:
+        now[0] += 6 * bench.progress.once("first", lambda: 1)
+        if dies[0]:
+            raise KeyboardInterrupt
+        return [{"model": "model", "column": "c", "system": "full", "tokens_per_s": 1.0}]
+
+    parts = [Part("model/short", "model", 1.0, rows), Part("model/long", "model", 10.0, rows)]
+    options: dict[str, Any] = {"folder": tmp_path, "host_memory": None, "overlap": 0.85, "minutes": 5.0}
+    with pytest.raises(KeyboardInterrupt):
+        run_parts(TABLES["single"], SCALES["full"], parts, CPU, **options)
+    dies[0] = False
+    found, left = run_parts(TABLES["single"], SCALES["full"], parts, CPU, **options)
+    assert [one["part"] for one in found] == ["model/short"] and left == parts[1:]
+    (tmp_path / "model_short.json").unlink()  # measured as a whole it does
+    found, left = run_parts(TABLES["single"], SCALES["full"], parts, CPU, **options)
+    assert [one["part"] for one in found] == ["model/short", "model/long"] and not left

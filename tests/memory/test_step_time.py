@@ -119,7 +119,7 @@ def test_a_single_layer_of_a_block_takes_as_long_to_load_as_the_block() -> None:
     assert bus[5] == bus[8] == pytest.approx(2 * bus[4])
 
 
-@pytest.mark.parametrize(("length", "seconds"), [(2048, 0.0526), (8192, 0.2287), (16384, 0.5215), (32768, 1.277), (130048, 10.81)])
+@pytest.mark.parametrize("length, seconds", [(2048, 0.0526), (8192, 0.2287), (16384, 0.5215), (32768, 1.277), (130048, 10.81)])
 def test_prompts_that_were_measured(length: int, seconds: float) -> None:
     assert clock(H200, budget=None).prefill_s(length, 8192) == pytest.approx(seconds, rel=0.1)
 

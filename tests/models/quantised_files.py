@@ -65,11 +65,12 @@ def rounded(weight: Tensor, bits: int, group: int, *, groups: Tensor | None = No
     """Codes [N, K], float16 scales and zeros [N, G], and what they stand for; column k is in group groups[k]."""
     n, k = weight.shape
     groups = torch.arange(k) // group if groups is None else groups
-    scales, zeros = torch.empty(n, k // group), torch.empty(n, k // group)
-    for number in range(k // group):
+    scales, zeros = torch.empty(n, -(-k // group)), torch.empty(n, -(-k // group))
+    for number in range(scales.shape[1]):
         part = weight[:, groups == number]
-        scales[:, number] = ((part.amax(1) - part.amin(1)) / (2**bits - 1)).half().float()
-        zeros[:, number] = (-part.amin(1) / scales[:, number]).round().clamp(1, 2**bits - 1)
+        low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
+        scales[:, number] = ((high - low) / (2**bits - 1)).half().float()
+        zeros[:, number] = (-low / scales[:, number]).round().clamp(0, 2**bits - 1)
     codes = (weight / scales[:, groups] + zeros[:, groups]).round().clamp(0, 2**bits - 1)
     return codes.long(), scales.half(), zeros.long(), (codes - zeros[:, groups]) * scales[:, groups]
 
@@ -121,18 +122,22 @@ def packed_rows(weight: Tensor, _: str, *, bits: int = 4, zeros: bool = True, or
     return parts, dense
 
 
-def gptq(weight: Tensor, _: str, *, bits: int = 4, order: bool = False, version: int = 1) -> tuple[Tensors, Tensor]:
+def gptq(
+    weight: Tensor, _: str, *, bits: int = 4, group: int = GROUP, order: bool = False, version: int = 1
+) -> tuple[Tensors, Tensor]:
+    """Version 1 takes one from all zeros of a word at once, as from one number: a zero of 0 borrows from the next."""
     k = weight.shape[1]
-    groups = torch.arange(k) // GROUP
+    groups = torch.arange(k) // group
     groups = groups[torch.randperm(k, generator=torch.Generator().manual_seed(3))] if order else groups
-    codes, scales, zeros, dense = rounded(weight, bits, GROUP, groups=groups)
-    stored = zeros - 1 if version == 1 else zeros
-    parts = {"qweight": words(codes, bits).t(), "qzeros": words(stored.t(), bits), "scales": scales.t(), "g_idx": groups.int()}
+    codes, scales, zeros, dense = rounded(weight, bits, group, groups=groups)
+    ones = int("1".rjust(bits, "0") * (32 // bits), 2) if version == 1 else 0
+    parts = {"qweight": words(codes, bits).t(), "qzeros": words(zeros.t(), bits) - ones, "scales": scales.t()}
+    parts["g_idx"] = groups.int()
     return parts | {"bias": torch.zeros(len(weight))}, dense  # as AutoGPTQ gives every layer
 
 
-def awq(weight: Tensor, _: str) -> tuple[Tensors, Tensor]:
-    codes, scales, zeros, dense = rounded(weight, 4, GROUP)
+def awq(weight: Tensor, _: str, *, group: int = GROUP) -> tuple[Tensors, Tensor]:
+    codes, scales, zeros, dense = rounded(weight, 4, group)
 
     def interleaved(table: Tensor) -> Tensor:  # [R, N] to words [R, N / 8]
         return words(table.view(len(table), -1, 8)[:, :, list(AWQ_COLUMNS)].flatten(1), 4)

@@ -19,8 +19,13 @@ CT = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 IN_CONFIG: list[tuple[dict[str, Any], str]] = [
     ({"quantization_config": GPTQ | {"bits": 3}}, "gptq, 3 bits (quantization_config in config.json)"),
     ({"quantization_config": GPTQ | {"checkpoint_format": "marlin"}}, "its checkpoint_format marlin is not read"),
+    ({"quantization_config": GPTQ | {"format": "gptq_p"}}, "its checkpoint_format gptq_p is not read"),
     ({"quantization_config": GPTQ | {"dynamic": {"+:.*": {"bits": 8}}}}, "its dynamic, which gives +:.* settings of their own"),
     ({"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemv"}}, "its layout gemv is not read"),
+    (
+        {"quantization_config": {"quant_method": "awq", "bits": 4, "checkpoint_format": "gemv_fast"}},
+        "its layout gemv_fast is not",
+    ),
     ({"quantization_config": {"quant_method": "awq"}}, "0 bits are not read"),
     ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, "its numbers are e5m2"),
     ({"quantization_config": CT | {"config_groups": {}}}, "its config_groups say nothing of weights"),

@@ -23,7 +23,7 @@ from specontext.quantization.linear import QuantizedLinear
 from specontext.quantization.schemes import scheme_of
 from specontext.quantization.stored import read_matrix
 from tests.conftest import write_checkpoint
-from tests.models.quantised_files import FORMATS, Tensors, compressed, words, write_quantised
+from tests.models.quantised_files import FORMATS, Tensors, awq, compressed, gptq, words, write_quantised
 
 CPU = torch.device("cpu")
 QUERY, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.2.mlp.down_proj"
@@ -140,9 +140,40 @@ def test_the_config_says_how_many_bits_a_narrow_matrix_has(bits: int) -> None:
         "weight_shape": torch.tensor([5, 24]),
         "weight_zero_point": torch.tensor([-1], dtype=torch.int8),  # of a whole matrix, which is not packed
     }
+    assert torch.equal(read(parts, said), (codes - (2 ** (bits - 1) - 1)) * 0.5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits", "group", "order", "version"),
+    [
+        *[((64, 64), 2, 32, False, 1), ((72, 96), 4, 64, True, 1), ((33, 100), 8, -1, False, 2), ((40, 36), 4, 32, True, 2)],
+        *[((33, 100), 4, 128, False, 1), ((64, 192), 8, 128, True, 1), ((20, 36), 2, -1, True, 2), ((8, 256), 4, 128, True, 2)],
+    ],
+)
+def test_gptq_of_odd_sizes_with_zeros_of_0(shape: tuple[int, int], bits: int, group: int, order: bool, version: int) -> None:
+    """Also a last group and last words that are not full, and a group wider than the matrix."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(6))
+    weight[::3] = weight[::3].abs() + 0.1
+    parts, dense = gptq(weight, "", bits=bits, group=shape[1] if group < 0 else group, order=order, version=version)
+    said: dict[str, Any] = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": order, "sym": False}
+    del parts["bias"]
+    for layout in ("checkpoint_format", "format"):
+        assert torch.equal(read(parts, said | {layout: "gptq" if version == 1 else "gptq_v2"}), dense)
+
+
+@pytest.mark.parametrize(("shape", "group"), [((64, 64), 32), ((32, 96), -1), ((160, 128), 64), ((96, 256), 128)])
+def test_awq_with_zeros_of_0(shape: tuple[int, int], group: int) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(7))
+    weight[::3] = weight[::3].abs() + 0.1
+    parts, dense = awq(weight, "", group=shape[1] if group < 0 else group)
+    assert torch.equal(read(parts, {"quant_method": "awq", "bits": 4, "group_size": group}), dense)
+
+
+def read(parts: Tensors, said: dict[str, Any]) -> torch.Tensor:
+    """The matrix that tensors stand for, by what a config says."""
     matrix = read_matrix("a", {ending: ending for ending in parts}, scheme_of(Entry(said, "config.json"), "a"), parts.__getitem__)
     assert isinstance(matrix, QuantizedMatrix)
-    assert torch.equal(dequantized(matrix, torch.float32), (codes - (2 ** (bits - 1) - 1)) * 0.5)
+    return dequantized(matrix, torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,9 @@ def chosen_parts(table: TablePlan, scale: Scale, models: Sequence[str], names: S
         PaperError: none is called so.
     """
     found = [part for part in parts_of(table, scale) if not models or part.model in models]
-    if models and not found:
-        raise PaperError(f"table {table.name} has no model '{models[0]}': choose among {', '.join(table.models)}")
+    for model in models:
+        if model not in table.models:
+            raise PaperError(f"table {table.name} has no model '{model}': choose among {', '.join(table.models)}")
     for name in names:
         if not any(part.name.startswith(name) for part in found):
             raise PaperError(f"table {table.name} has no part '{name}': --list-parts names them")
@@ -90,7 +91,7 @@ def run_parts(
             else:
                 there = progress.begin(part.file_name)
                 takes = [] if scale.tiny else [f"about {clock.of(part):.1f} minutes on a GPU"]
-                takes += [f"{there} numbers are there"] if there else []
+                takes += [f"{there} numbers are there" if there > 1 else "1 number is there"] if there else []
                 _say(f"measuring {part.name}" + (f" ({', '.join(takes)})" if takes else ""))
                 start = time.perf_counter()
                 if bench is None or bench.loaded.name != part.model:
@@ -100,11 +101,12 @@ def run_parts(
                     bench = replace(bench, progress=progress)
                 rows = with_ratios(part.rows(bench))
                 seconds = time.perf_counter() - start
-                clock.took(part, seconds)
+                failed = any(row.get("failed") for row in rows)
+                clock.took(part, seconds, whole=not there and not failed)
                 result = about | {"part": part.name, "date": date.today().isoformat(), "seconds": seconds, "rows": rows}
                 if there:
                     result["resumed"] = there
-                if folder is not None and not any(row.get("failed") for row in rows):
+                if folder is not None and not failed:
                     write_json(folder / part.file_name, result | {"searched": progress.own})
                     progress.end()
             found.append(result)
@@ -120,7 +122,7 @@ def _say(words: str) -> None:
 
 
 class _Minutes:
-    """How long parts take: as was estimated, and as others of this machine have taken."""
+    """How long parts take: as was estimated, and as others of this machine have taken that were measured as a whole."""
 
     def __init__(self, parts: Sequence[Part], kept: Mapping[str, dict[str, Any] | None]) -> None:
         self.measured = False  # something, by this process
@@ -132,9 +134,10 @@ class _Minutes:
     def of(self, part: Part) -> float:
         return part.minutes * (self._taken / self._estimated if self._estimated else 1.0)
 
-    def took(self, part: Part, seconds: float) -> None:
+    def took(self, part: Part, seconds: float, *, whole: bool) -> None:
         self.measured = True
-        self._count(part, seconds)
+        if whole:
+            self._count(part, seconds)
 
     def _count(self, part: Part, seconds: float) -> None:
         self._taken += seconds / 60
