@@ -136,15 +136,16 @@ class EngineLoop:
 
     def drop(self, stream: RequestStream, reason: str) -> int:
         """Abort what is left of a stream; how many outputs that were."""
-        count = 0
-        for index in range(stream.count):
-            name = stream.output_id(index)
-            output = self._outputs.get(name)
-            if output is not None and output.stream is stream:
-                self.engine.abort(name)
-                self._forget(name, reason)
-                count += 1
-        return count
+        names = [stream.output_id(index) for index in range(stream.count)]
+        left = [name for name in names if (output := self._outputs.get(name)) is not None and output.stream is stream]
+        for name in left:
+            self.engine.abort(name)
+        # Who sees that nothing is open any more finds it in the numbers; an engine that fails may have none to give.
+        if left and reason != "error" and not self.engine.has_work:
+            self.meter.take(self.engine)
+        for name in left:
+            self._forget(name, reason)
+        return len(left)
 
     def fail(self, stream: RequestStream, error: Exception) -> None:
         """End a stream with an error that its reader sees."""
