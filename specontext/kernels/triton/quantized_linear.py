@@ -28,10 +28,10 @@ from torch import Tensor
 from specontext.kernels.dispatch import reference_of
 from specontext.kernels.quantized_linear import FP8, INT4, INT8, QuantizedMatrix
 from specontext.kernels.quantized_linear import dequantized as dequantized_here
+from specontext.kernels.triton.weight_codes import IS_FP8, IS_INT4, decode, halves, integers, short_floats, short_halves
 
 MANY = 65  # rows of x
 NUMBERS = {FP8: 0, INT8: 1, INT4: 2}
-IS_FP8, IS_INT4 = tl.constexpr(0), tl.constexpr(2)
 NATIVE = (8, 9)  # the first capability whose hardware converts fp8
 
 
@@ -55,153 +55,6 @@ class FewTile(NamedTuple):
     rows: int
     stages: int
     groups: int
-
-
-@triton.jit
-def _integers(codes):
-    """float32 of unsigned integers below 2^23: as the lowest bits of 2^23, which is faster than a conversion."""
-    bits = codes.to(tl.int32) | 0x4B000000
-    return bits.to(tl.float32, bitcast=True) - 8388608.0
-
-
-@triton.jit
-def _floats(codes, HARDWARE: tl.constexpr):
-    """float32 of the bits of float8_e4m3fn, exactly: as float16 with an exponent that is 8 too small where hardware has none."""
-    if HARDWARE:
-        value = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    else:
-        bits = codes.to(tl.int16)
-        half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-        value = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return value
-
-
-@triton.jit
-def _decode(codes, KIND: tl.constexpr, HARDWARE: tl.constexpr):
-    if KIND == IS_FP8:
-        value = _floats(codes, HARDWARE)
-    else:
-        value = _integers(codes)
-    return value
-
-
-@triton.jit
-def _halves(pair, HARDWARE: tl.constexpr):
-    """float32 16 + n of the low and of the high half of bytes."""
-    if HARDWARE:
-        low, high = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 low, high, exponent;
-            mov.b32 exponent, 0x41000000;
-            shl.b32 low, $8, 3;
-            shr.u32 high, $8, 1;
-            lop3.b32 low, low, 0x78787878, 0x80808080, 0xEA;
-            lop3.b32 high, high, 0x78787878, 0x80808080, 0xEA;
-            prmt.b32 $0, low, exponent, 0x7044;
-            prmt.b32 $1, low, exponent, 0x7144;
-            prmt.b32 $2, low, exponent, 0x7244;
-            prmt.b32 $3, low, exponent, 0x7344;
-            prmt.b32 $4, high, exponent, 0x7044;
-            prmt.b32 $5, high, exponent, 0x7144;
-            prmt.b32 $6, high, exponent, 0x7244;
-            prmt.b32 $7, high, exponent, 0x7344;
-            }""",
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
-            [pair],
-            dtype=(tl.float32, tl.float32),
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        low, high = _integers(pair & 15) + 16.0, _integers(pair >> 4) + 16.0
-    return low, high
-
-
-@triton.jit
-def _short_halves(pair, zero, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
-    """n - zero of the low and of the high half of bytes; zeros of the same shape, of at most 128."""
-    if HARDWARE and tl.bfloat16 == FORMAT:  # 128 + n, and once that less 128 + zero
-        low, high = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 low, high, exponents, ones;
-            mov.b32 exponents, 0x43434343;
-            mov.b32 ones, 0x3F803F80;
-            and.b32 low, $4, 0x0F0F0F0F;
-            shr.u32 high, $4, 4;
-            and.b32 high, high, 0x0F0F0F0F;
-            prmt.b32 $0, low, exponents, 0x4140;
-            prmt.b32 $1, low, exponents, 0x4342;
-            prmt.b32 $2, high, exponents, 0x4140;
-            prmt.b32 $3, high, exponents, 0x4342;
-            fma.rn.bf16x2 $0, $0, ones, $5;
-            fma.rn.bf16x2 $1, $1, ones, $6;
-            fma.rn.bf16x2 $2, $2, ones, $5;
-            fma.rn.bf16x2 $3, $3, ones, $6;
-            }""",
-            "=&r,=&r,=&r,=&r,r,r,r",
-            [pair, (-128.0 - zero).to(tl.bfloat16)],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
-        )
-    elif HARDWARE and tl.float16 == FORMAT:  # the same with 1024
-        low, high = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 low, high, exponents;
-            mov.b32 exponents, 0x64646464;
-            and.b32 low, $4, 0x0F0F0F0F;
-            shr.u32 high, $4, 4;
-            and.b32 high, high, 0x0F0F0F0F;
-            prmt.b32 $0, low, exponents, 0x4140;
-            prmt.b32 $1, low, exponents, 0x4342;
-            prmt.b32 $2, high, exponents, 0x4140;
-            prmt.b32 $3, high, exponents, 0x4342;
-            add.rn.f16x2 $0, $0, $5;
-            add.rn.f16x2 $1, $1, $6;
-            add.rn.f16x2 $2, $2, $5;
-            add.rn.f16x2 $3, $3, $6;
-            }""",
-            "=&r,=&r,=&r,=&r,r,r,r",
-            [pair, (-1024.0 - zero).to(tl.float16)],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        low, high = (_integers(pair & 15) - zero).to(FORMAT), (_integers(pair >> 4) - zero).to(FORMAT)
-    return low, high
-
-
-@triton.jit
-def _short_floats(codes, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
-    """Numbers of the bits of float8_e4m3fn; compilers convert to bfloat16 one by one, with an instruction that takes long."""
-    if HARDWARE and tl.bfloat16 == FORMAT:
-        value = tl.inline_asm_elementwise(
-            """{
-            .reg .b16 low, high, a, b, c, d;
-            .reg .b32 first, second;
-            .reg .f32 e, f, g, h;
-            mov.b32 {low, high}, $2;
-            cvt.rn.f16x2.e4m3x2 first, low;
-            cvt.rn.f16x2.e4m3x2 second, high;
-            mov.b32 {a, b}, first;
-            mov.b32 {c, d}, second;
-            cvt.f32.f16 e, a;
-            cvt.f32.f16 f, b;
-            cvt.f32.f16 g, c;
-            cvt.f32.f16 h, d;
-            cvt.rn.bf16x2.f32 $0, f, e;
-            cvt.rn.bf16x2.f32 $1, h, g;
-            }""",
-            "=&r,=&r,r",
-            [codes],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        value = _floats(codes, HARDWARE).to(FORMAT)
-    return value
 
 
 @triton.jit
@@ -246,12 +99,12 @@ def row_products(
             at = x + (group * GROUP + lane % each * 16)[:, None] + inner
             first = tl.load(at, mask=known[:, None], other=0.0).to(tl.float32)
             second = tl.load(at + GROUP // 2, mask=known[:, None], other=0.0).to(tl.float32)
-            low, high = _halves(code, HARDWARE)
+            low, high = halves(code, HARDWARE)
             products = low * first[None, :, :] + high * second[None, :, :]
             partial = tl.sum(products, axis=2) - (zero + 16.0) * tl.sum(first + second, axis=1)[None, :]
         else:
             number = tl.load(x + lane[:, None] * 16 + inner, mask=known[:, None], other=0.0).to(tl.float32)
-            partial = tl.sum(_decode(code, KIND, HARDWARE) * number[None, :, :], axis=2)
+            partial = tl.sum(decode(code, KIND, HARDWARE) * number[None, :, :], axis=2)
             if KIND != IS_FP8:
                 partial -= zero * tl.sum(number, axis=1)[None, :]
         acc += scale * partial
@@ -353,7 +206,7 @@ def tile_products(
             inner = tl.arange(0, GROUP // 2)
             at = group[:, None] * (GROUP // 2) + inner[None, :]
             pair = tl.load(column + at[:, :, None], mask=seen[:, None, :], other=0)  # [GROUPS, GROUP / 2, BLOCK_N]
-            low, high = _short_halves(pair, tl.broadcast_to(zero[:, None, :], pair.shape), FORMAT, HARDWARE)
+            low, high = short_halves(pair, tl.broadcast_to(zero[:, None, :], pair.shape), FORMAT, HARDWARE)
             place = line[None, :, None] + (group[:, None] * GROUP + inner[None, :])[:, None, :]
             first = tl.load(place, mask=rows, other=0.0).to(FORMAT)
             second = tl.load(place + GROUP // 2, mask=rows, other=0.0).to(FORMAT)
@@ -362,9 +215,9 @@ def tile_products(
             at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
             code = tl.load(column + at[:, :, None], mask=seen[:, None, :], other=0)  # [GROUPS, GROUP, BLOCK_N]
             if KIND == IS_FP8:
-                value = _short_floats(code, FORMAT, HARDWARE)
+                value = short_floats(code, FORMAT, HARDWARE)
             else:
-                value = (_integers(code) - zero[:, None, :]).to(FORMAT)
+                value = (integers(code) - zero[:, None, :]).to(FORMAT)
             tile = tl.load(line[None, :, None] + at[:, None, :], mask=rows, other=0.0).to(FORMAT)
             partial = tl.dot(tile, value, input_precision="ieee")
         acc += partial * scale[:, None, :]
@@ -461,13 +314,13 @@ def _write_out(
     if KIND == IS_INT4:
         inner = tl.arange(0, GROUP // 2)[None, :]
         pair = tl.load(line + group * (GROUP // 2) + inner, mask=there[:, None], other=0)
-        low = (_integers(pair & 15) - zero[:, None]) * scale
-        high = (_integers(pair >> 4) - zero[:, None]) * scale
+        low = (integers(pair & 15) - zero[:, None]) * scale
+        high = (integers(pair >> 4) - zero[:, None]) * scale
         tl.store(to + inner, low.to(out.dtype.element_ty), mask=there[:, None])
         tl.store(to + GROUP // 2 + inner, high.to(out.dtype.element_ty), mask=there[:, None])
     else:
         inner = tl.arange(0, GROUP)[None, :]
-        value = _decode(tl.load(line + group * GROUP + inner, mask=there[:, None], other=0), KIND, HARDWARE)
+        value = decode(tl.load(line + group * GROUP + inner, mask=there[:, None], other=0), KIND, HARDWARE)
         if KIND != IS_FP8:
             value -= zero[:, None]
         tl.store(to + inner, (value * scale).to(out.dtype.element_ty), mask=there[:, None])
