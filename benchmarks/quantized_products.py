@@ -114,7 +114,7 @@ def sweep(kind: str, n: int, k: int, device: torch.device) -> dict[str, float]:
     matrices, found = our_matrices(kind, n, k, device), {}
     for rows, lanes, warps in TILES:
         tile = Tile(rows, lanes, warps)
-        tiled: list[Product] = [lambda x, m=m, tile=tile: one_row(x, m, None, tile) for m in matrices]  # type: ignore[misc]
+        tiled: list[Product] = [lambda x, m=m, tile=tile: one_row(x, [m], None, tile) for m in matrices]  # type: ignore[misc]
         found[f"{rows} x {lanes} lanes, {warps} warps"] = seconds(tiled, x)
     return dict(sorted(found.items(), key=lambda one: one[1]))
 

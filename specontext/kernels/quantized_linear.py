@@ -11,6 +11,7 @@ with divisions rounded down. A scale for the whole matrix, for each row, for blo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,10 @@ LARGEST_FP8 = 448.0  # of float8_e4m3fn
 SCHEMA = (
     "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? order, Tensor? bias, str kind, int rows, int columns, "
     "int offset) -> Tensor"
+)
+SCHEMA_OF_SEVERAL = (
+    "(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] zeros, Tensor[] biases, str kind, int[] rows, int columns, int offset) "
+    "-> Tensor"
 )
 
 
@@ -138,6 +143,17 @@ def product(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, dequantized(matrix, x.dtype), bias)
 
 
+@operation("x")
+def products(x: Tensor, matrices: Sequence[QuantizedMatrix], biases: Sequence[Tensor] | None) -> Tensor:
+    """x W^T (+ b) of matrices one beside the other, for x [M, K] -> [M, N1 + N2 + ..] in the format of x.
+
+    The matrices are alike but for their rows, and those for which a scale stands: `rows` of tables with more than one row are
+    equal.
+    """
+    each: Sequence[Tensor | None] = biases or (None,) * len(matrices)
+    return torch.cat([product(x, matrix, bias) for matrix, bias in zip(matrices, each, strict=True)], dim=1)
+
+
 @torch.library.custom_op("specontext::quantized_linear", mutates_args=(), schema=SCHEMA)
 def quantized_linear(
     x: Tensor,
@@ -175,3 +191,27 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 quantized_linear.register_autograd(_backward, setup_context=_keep)
+
+
+@torch.library.custom_op("specontext::quantized_linears", mutates_args=(), schema=SCHEMA_OF_SEVERAL)
+def quantized_linears(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zeros: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    kind: str,
+    rows: Sequence[int],
+    columns: int,
+    offset: int,
+) -> Tensor:
+    """`products` of x [.., K] and the matrices that the others make; without zeros and biases where lists of them are empty."""
+    parts = zip(codes, scales, zeros or (None,) * len(codes), rows, strict=True)
+    matrices = [QuantizedMatrix(kind, c, s, r, columns, z, offset) for c, s, z, r in parts]
+    made = products(x.reshape(-1, x.shape[-1]), matrices, biases or None)
+    return made.view(*x.shape[:-1], made.shape[1])
+
+
+@quantized_linears.register_fake
+def _(x, codes, scales, zeros, biases, kind, rows, columns, offset):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], sum(one.shape[0] for one in codes)))

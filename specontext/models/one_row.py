@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from specontext.models.one_input import share_launches
+
 OPTIONS = {"max_autotune_pointwise": True}
 Decomposition = Callable[..., Any]
 aten = torch.ops.aten
@@ -27,7 +29,7 @@ def compile_one_row(graph: GraphModule, inputs: Sequence[Any]) -> Any:
     from torch._inductor.decomposition import select_decomp_table
 
     table = select_decomp_table()
-    return compile_fx(graph, inputs, config_patches=OPTIONS, decompositions={**table, **sums(table)})
+    return compile_fx(share_launches(graph), inputs, config_patches=OPTIONS, decompositions={**table, **sums(table)})
 
 
 def sums(others: dict[Any, Decomposition]) -> dict[Any, Decomposition]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -27,7 +28,11 @@ found = {}
 def compiled(name, kernel, warps=4, kinds=None, **constants):
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else (KINDS | (kinds or {})).get(n, "i32") for n in names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): value for n, value in constants.items()})
+    given = {(names.index(n),): value for n, value in constants.items()}
+    aligned = [(i,) for i, n in enumerate(names) if signature[n] == "*u8" or n == "row_bytes"]
+    aligned += [(i, j) for i, n in enumerate(names) for j, kind in enumerate(signature[n]) if kind == "*u8"]
+    whole = dict.fromkeys(aligned, [["tt.divisibility", 16]])
+    source = ASTSource(fn=kernel, signature=signature, constexprs=given, attrs=whole)
     code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm
     found[name] = {"ptx": code["ptx"], "cubin": len(code["cubin"])}
 
@@ -41,7 +46,9 @@ weights = {"codes": "*u8", "zeros": "*u8", "offset": "fp32"} | dict.fromkeys(("x
 for kind, number in quantized_linear.NUMBERS.items():
     scales = {"SCALE_ROWS": 1, "SCALE_COLUMNS": 128, "KIND": number, "HARDWARE": True, "HAS_ZEROS": kind == "int4"}
     tile = {"HAS_BIAS": True, "GROUP": 128}
-    compiled(f"row of {kind}", quantized_linear._one_row, 4, weights, BLOCK_N=4, LANES=128, **scales, **tile)
+    several = weights | {name: (weights[name],) * 3 for name in ("codes", "scales", "zeros", "bias")} | {"n_rows": ("i32",) * 3}
+    one = tile | {"BLOCK_N": 4, "LANES": 128, "EARLY": True}
+    compiled(f"row of {kind}", quantized_linear._one_row, 4, several, **scales, **one)
     for form in (tl.bfloat16, tl.float16, tl.float32):
         few = quantized_linear.few_tile(8192, 16, 4 if form == tl.float32 else 2)
         tile |= {"BLOCK_M": 16, "BLOCK_N": few.rows, "GROUPS": few.groups, "FORMAT": form}
@@ -68,3 +75,11 @@ def test_all_compile_and_nothing_is_kept_in_local_memory(found: dict[str, Any]) 
 def test_counters_are_added_to_in_float64_by_those_who_may_share_a_seat(found: dict[str, Any]) -> None:
     added = [name for name, one in found.items() if "add.f64" in one["ptx"] and "global" in one["ptx"]]
     assert added and all(name.startswith("add") for name in added)
+
+
+def test_products_with_one_row_read_codes_before_they_wait(found: dict[str, Any]) -> None:
+    for name, one in found.items():
+        if name.startswith("row of"):
+            matrices = one["ptx"].split("griddepcontrol.wait")[:-1]
+            assert len(matrices) == 3 and "griddepcontrol.launch_dependents" in one["ptx"]
+            assert all(re.search(r"ld\.global\.\S*v4", code) for code in matrices), f"{name} reads 16 bytes at once"

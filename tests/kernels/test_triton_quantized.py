@@ -97,7 +97,7 @@ def test_many_rows_and_groups_that_no_kernel_takes() -> None:
 @pytest.mark.parametrize("rows", [1, 2])
 def test_tiles_of_any_size_give_the_same(rows: int) -> None:
     matrix, x = matrix_of(INT4, 1, 32, zeros=True, n=9, k=288), torch.randn(1, 288, device=DEVICE)
-    found = [kernels.one_row(x, matrix, None, kernels.Tile(rows, lanes)) for lanes in (1, 4, 64)]
+    found = [kernels.one_row(x, [matrix], None, kernels.Tile(rows, lanes)) for lanes in (1, 4, 64)]
     for other in found[1:]:
         torch.testing.assert_close(other, found[0])
 

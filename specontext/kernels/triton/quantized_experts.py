@@ -78,6 +78,7 @@ def _pairs(
         BLOCK_N,
         LANES,
         GROUP,
+        False,  # EARLY
     )
     tl.store(out + pair * n_rows + n, result.to(out.dtype.element_ty), mask=there)
 
@@ -158,7 +159,7 @@ def chosen_products(x: Tensor, chosen: Tensor, matrix: QuantizedMatrix, experts:
 
 def pairs(x: Tensor, chosen: Tensor, matrix: QuantizedMatrix, experts: int, out: Tensor) -> None:
     """Every row and each of its experts by itself."""
-    n, tile = out.shape[2], tile_of(matrix)
+    n, tile = out.shape[2], tile_of([matrix])
     _pairs[(triton.cdiv(n, tile.rows), chosen.numel())](
         x,
         chosen,

@@ -1,7 +1,9 @@
 """Triton kernels of `quantized_linear`: for one row of x, for a few, and writing the matrix out where there are many.
 
 One row (a decode step of one request) reads the codes once and does little else: a thread decodes the codes of 16 bytes to
-float32 and sums their products before it looks at scale and zero, and threads add up what they have at the end. A few rows are a
+float32 and sums their products before it looks at scale and zero, and threads add up what they have at the end. Such a product
+takes as long to begin and to end as to read: matrices of the same row share a launch, and on Hopper codes are asked for while the
+kernel before still runs (programmatic dependent launch). A few rows are a
 tiled product on tensor cores, into which the codes go as exact 16-bit numbers: each warp takes another group of columns of the
 same rows of W. From `MANY` rows on cuBLAS multiplies a matrix that was written out: what writing takes is then little beside the
 product.
@@ -17,6 +19,7 @@ Bytes: the codes, scales and zeros once, x for each program from the caches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +36,7 @@ from specontext.kernels.triton.weight_codes import IS_FP8, IS_INT4, decode, halv
 MANY = 65  # rows of x
 NUMBERS = {FP8: 0, INT8: 1, INT4: 2}
 NATIVE = (8, 9)  # the first capability whose hardware converts fp8
+EARLIEST = (9, 0)  # the first on which kernels wait for those before them
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,13 @@ class FewTile(NamedTuple):
 
 
 @triton.jit
+def wait_for_those_before():
+    """Until the kernels before are done, and what they wrote can be read; from then on the next may come."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def row_products(
     x,
     codes,
@@ -77,8 +88,12 @@ def row_products(
     BLOCK_N: tl.constexpr,
     LANES: tl.constexpr,
     GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """float32 [BLOCK_N]: one row of x times rows n [BLOCK_N] of W, those that are asked for."""
+    """float32 [BLOCK_N]: one row of x times rows n [BLOCK_N] of W, those that are asked for.
+
+    EARLY: the kernel was launched before what makes x is done; codes are read meanwhile.
+    """
     line = codes + (n.to(tl.int64) * row_bytes)[:, None, None]
     tables = ((n // SCALE_ROWS) * scale_stride)[:, None]
     inner = tl.arange(0, 16)[None, :]
@@ -95,6 +110,8 @@ def row_products(
         zero = tl.zeros((BLOCK_N, LANES), dtype=tl.float32) + offset
         if HAS_ZEROS:
             zero = tl.load(zeros + table, mask=there, other=0).to(tl.float32)
+        if EARLY:
+            wait_for_those_before()
         if KIND == IS_INT4:
             at = x + (group * GROUP + lane % each * 16)[:, None] + inner
             first = tl.load(at, mask=known[:, None], other=0.0).to(tl.float32)
@@ -133,32 +150,43 @@ def _one_row(
     BLOCK_N: tl.constexpr,
     LANES: tl.constexpr,
     GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    there = n < n_rows
-    result = row_products(
-        x,
-        codes,
-        scales,
-        zeros,
-        n,
-        there,
-        n_groups,
-        row_bytes,
-        offset,
-        scale_stride,
-        SCALE_ROWS,
-        SCALE_COLUMNS,
-        KIND,
-        HARDWARE,
-        HAS_ZEROS,
-        BLOCK_N,
-        LANES,
-        GROUP,
-    )
-    if HAS_BIAS:
-        result += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + n, result.to(out.dtype.element_ty), mask=there)
+    """Of matrices that differ in their rows alone, of which there are tuples: each program works for one of them."""
+    block = tl.program_id(0)
+    before = 0  # programs of the matrices before, and rows of theirs
+    above = 0
+    for part in tl.static_range(len(codes)):
+        blocks = tl.cdiv(n_rows[part], BLOCK_N)
+        if (block >= before) & (block < before + blocks):
+            n = (block - before) * BLOCK_N + tl.arange(0, BLOCK_N)
+            there = n < n_rows[part]
+            result = row_products(
+                x,
+                codes[part],
+                scales[part],
+                zeros[part],
+                n,
+                there,
+                n_groups,
+                row_bytes,
+                offset,
+                scale_stride,
+                SCALE_ROWS,
+                SCALE_COLUMNS,
+                KIND,
+                HARDWARE,
+                HAS_ZEROS,
+                BLOCK_N,
+                LANES,
+                GROUP,
+                EARLY,
+            )
+            if HAS_BIAS:
+                result += tl.load(bias[part] + n, mask=there, other=0.0).to(tl.float32)
+            tl.store(out + above + n, result.to(out.dtype.element_ty), mask=there)
+        before += blocks
+        above += n_rows[part]
 
 
 @triton.jit
@@ -330,15 +358,26 @@ def product(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     """See `kernels.quantized_linear.product`."""
     if len(x) >= MANY or not matrix.group:
         return torch.nn.functional.linear(x, dequantized_here(matrix, x.dtype), bias)
-    x = x if matrix.order is None else x.index_select(1, matrix.order)
-    return one_row(x, matrix, bias, tile_of(matrix)) if len(x) == 1 else few_rows(x, matrix, bias)
+    if len(x) > 1:
+        return few_rows(x if matrix.order is None else x.index_select(1, matrix.order), matrix, bias)
+    return products(x, [matrix], None if bias is None else [bias])
 
 
-def tile_of(matrix: QuantizedMatrix) -> Tile:
-    """As measured on an H200; a matrix with few rows is cut into more programs, so that all of the device reads."""
-    if matrix.kind == INT4:
-        return Tile(4, 64, warps=2) if matrix.shape[0] >= 2048 else Tile(4, 128)
-    return Tile(4, 128) if matrix.shape[0] >= 2048 else Tile(1, 128)
+def products(x: Tensor, matrices: Sequence[QuantizedMatrix], biases: Sequence[Tensor] | None) -> Tensor:
+    """See `kernels.quantized_linear.products`."""
+    first = matrices[0]
+    if len(x) > 1 or not first.group:
+        each: Sequence[Tensor | None] = biases or (None,) * len(matrices)
+        return torch.cat([product(x, matrix, bias) for matrix, bias in zip(matrices, each, strict=True)], dim=1)
+    return one_row(x if first.order is None else x.index_select(1, first.order), matrices, biases, tile_of(matrices))
+
+
+def tile_of(matrices: Sequence[QuantizedMatrix]) -> Tile:
+    """As measured on an H200; matrices with few rows are cut into more programs, so that all of the device reads."""
+    many = sum(matrix.shape[0] for matrix in matrices) >= 2048
+    if matrices[0].kind == INT4:
+        return Tile(4, 64, warps=2) if many else Tile(4, 128)
+    return Tile(4, 128) if many else Tile(1, 128)
 
 
 def few_tile(n: int, tall: int, itemsize: int) -> FewTile:
@@ -355,25 +394,29 @@ def lanes_of(tile: Tile, matrix: QuantizedMatrix) -> int:
     return min(tile.lanes, triton.next_power_of_2(triton.cdiv(matrix.codes.shape[1], 16)))
 
 
-def one_row(x: Tensor, matrix: QuantizedMatrix, bias: Tensor | None, tile: Tile) -> Tensor:
-    """`product` for x [1, K]."""
-    n, k = matrix.shape
-    out = x.new_empty((1, n))
-    _one_row[(triton.cdiv(n, tile.rows),)](
+def one_row(x: Tensor, matrices: Sequence[QuantizedMatrix], biases: Sequence[Tensor] | None, tile: Tile) -> Tensor:
+    """`products` for x [1, K], its columns in the order of the codes."""
+    first, rows = matrices[0], [matrix.shape[0] for matrix in matrices]
+    out = x.new_empty((1, sum(rows)))
+    parts = [tensors(matrix, bias) for matrix, bias in zip(matrices, biases or (None,) * len(rows), strict=True)]
+    early = comes_early(x)
+    _one_row[(sum(triton.cdiv(n, tile.rows) for n in rows),)](
         x.contiguous(),
-        *tensors(matrix, bias),
+        *zip(*parts, strict=True),
         out,
-        n,
-        k // matrix.group,
-        matrix.codes.shape[1],
-        matrix.offset,
-        matrix.scales.shape[1],
-        **constants(matrix),
-        HAS_BIAS=bias is not None,
+        tuple(rows),
+        first.shape[1] // first.group,
+        first.codes.shape[1],
+        first.offset,
+        first.scales.shape[1],
+        **constants(first) | {"SCALE_ROWS": max(matrix.rows for matrix in matrices)},
+        HAS_BIAS=biases is not None,
         BLOCK_N=tile.rows,
-        LANES=lanes_of(tile, matrix),
-        GROUP=matrix.group,
+        LANES=lanes_of(tile, first),
+        GROUP=first.group,
+        EARLY=early,
         num_warps=tile.warps,
+        **({"launch_pdl": True} if early else {}),
     )
     return out
 
@@ -442,6 +485,12 @@ def multiplied(x: Tensor) -> tl.dtype:
     if x.dtype == torch.float32 or not x.is_cuda:
         return tl.float32
     return tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
+
+
+def comes_early(x: Tensor) -> bool:
+    """Whether a kernel may be launched before those before it are done, and wait for them itself."""
+    hopper = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= EARLIEST
+    return hopper and hasattr(tl.extra.cuda, "gdc_wait")
 
 
 def constants(matrix: QuantizedMatrix) -> dict[str, int | bool]:
