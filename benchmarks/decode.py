@@ -192,6 +192,7 @@ def main() -> None:
         parser.error("--profile times calls on the host: only a CPU's calls return when their work is done")
     if arguments.quantization and device.type != "cuda":
         parser.error("--quantization needs a GPU: on a CPU weights are written out in the model's number format")
+    speed = read_bandwidth(device)  # while there is room
     loaded = random_model(arguments.model, DTYPES[arguments.dtype], device, quantization=arguments.quantization)
     requests, context, budget, kind = arguments.requests, arguments.context, arguments.budget, arguments.kv_cache_dtype
     slots = arguments.slots or budget + budget // 4
@@ -229,7 +230,6 @@ def main() -> None:
         systems.append(ours("full_4k", loaded, full, requests, 4096, device))
     if "short" in wanted:
         systems.append(ours("short", loaded, speculative(-1, SHORT_CONTEXT), requests, SHORT_CONTEXT, device))
-    speed = read_bandwidth(device)
     seconds = interleaved(systems, arguments.steps, device)
     report = make_report(arguments, seconds, speed, loaded, offloaded)
     if offloaded is not None and report["step_s"]:

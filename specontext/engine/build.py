@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specontext.config import EngineConfig, StepTokens
-from specontext.engine.chunk_graphs import in_pieces, piece_bytes
+from specontext.engine.chunk_graphs import in_pieces, piece_bytes, without_dear_pieces
 from specontext.engine.graphs import graph_bytes, span_buckets
 from specontext.engine.methods import Methods
 from specontext.engine.parts import Parts
@@ -65,7 +65,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
     settled = settle(config, loaded, head, device)
     facts = _facts(settled)
     run, tokens = _run_settings(settled, facts)
-    plan = _plan(settled, facts, run, tokens)
+    plan, captures_chunks = _plan(settled, facts, run, tokens)
     sizes = _sizes(settled, plan)
     arena, host = _pools(settled, facts, sizes)
     methods = _methods(settled, arena)
@@ -99,6 +99,7 @@ def build_parts(config: EngineConfig, loaded: LoadedModel, head: RetrievalHead |
         limits,
         settled.max_tokens,
         tokens,
+        captures_chunks,
         settled.head,
     )
 
@@ -143,22 +144,27 @@ def _run_settings(settled: Settled, facts: ModelFacts) -> tuple[RunSettings, Ste
     return run, tokens
 
 
-def _plan(settled: Settled, facts: ModelFacts, run: RunSettings, tokens: StepTokens) -> MemoryModel:
-    """Bytes of everything; on a GPU a first pass measures buffers."""
-    runtime, graphs = None, 0
+def _plan(settled: Settled, facts: ModelFacts, run: RunSettings, tokens: StepTokens) -> tuple[MemoryModel, bool]:
+    """Bytes of everything, and whether chunks of prompts are captured; on a GPU a first pass measures buffers."""
+    runtime, graphs, pieces = None, 0, 0
     if settled.device.type == "cuda":
         torch.cuda.empty_cache()  # of engines before this one: what is small would keep all of a block that was theirs
         runtime = _runtime(settled, facts, run)
-        graphs = 0 if settled.config.enforce_eager else _graphs(settled, tokens, runtime)
+        if not settled.config.enforce_eager:
+            graphs, pieces = _graphs(settled), _pieces(settled, tokens, runtime)
     bases = {base_of(name) for name in settled.names}
-    return measured_model(
+    plan = measured_model(
         facts,
         run,
         runtime=runtime,
-        graphs=graphs,
+        graphs=graphs + pieces,
         spare_layers=1 if settled.adaptive and run.slots else 0,
         states=sum(selector_class(name).state_bytes(context_of(name, settled.context)) for name in bases),
     )
+    if not pieces:
+        return plan, False
+    total = torch.cuda.mem_get_info(settled.device)[1]
+    return without_dear_pieces(plan, pieces, gpu_limit(settled.config, total))
 
 
 def _runtime(settled: Settled, facts: ModelFacts, run: RunSettings) -> int:
@@ -169,16 +175,20 @@ def _runtime(settled: Settled, facts: ModelFacts, run: RunSettings) -> int:
     return runtime if settled.ranks is None else settled.ranks.most(runtime)
 
 
-def _graphs(settled: Settled, tokens: StepTokens, runtime: int) -> int:
-    """Bytes of captured steps."""
+def _graphs(settled: Settled) -> int:
+    """Bytes of captured decode steps."""
     shape, budget = settled.shape, settled.context.budget.total
     spans = len(span_buckets(budget, settled.max_tokens)) if settled.kinds[0].by_span else 1
     sizes = {"layers": shape.depth, "vocab_size": shape.vocab_size, "itemsize": shape.dtype.itemsize}
-    graphs = graph_bytes(settled.config.max_num_seqs, spans, **sizes)
-    if in_pieces(shape) and settled.ranks is None:
-        longest = min(tokens.alone, settled.max_tokens)
-        graphs += piece_bytes(longest, layers=shape.depth, runtime=runtime, step_tokens=tokens.alone)
-    return graphs
+    return graph_bytes(settled.config.max_num_seqs, spans, **sizes)
+
+
+def _pieces(settled: Settled, tokens: StepTokens, runtime: int) -> int:
+    """Bytes of captured chunks of prompts; 0 where they are not captured."""
+    if not in_pieces(settled.shape) or settled.ranks is not None:
+        return 0
+    longest = min(tokens.alone, settled.max_tokens)
+    return piece_bytes(longest, layers=settled.shape.depth, runtime=runtime, step_tokens=tokens.alone)
 
 
 def _sizes(settled: Settled, plan: MemoryModel) -> TierSizes:

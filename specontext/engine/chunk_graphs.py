@@ -12,7 +12,7 @@ import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,12 +23,14 @@ from specontext.engine.graphs import GRAPH_LAYER
 from specontext.kernels.gpu_chunk import QUERIES
 from specontext.kernels.softmax import PLAIN, Softmax
 from specontext.layer_sizes import Window
+from specontext.memory.model import MemoryModel
 from specontext.model_shape import ModelShape
 from specontext.models.attention import LayerAttention
 
 logger = logging.getLogger("specontext")
 LEAST = 128  # tokens between two sizes, and of the smallest: fewer cost as much, since all weights are read
 STEPS = 4  # sizes between a power of two and the next
+SHARE_OF_KV = 0.25  # of the memory that is left for KV, which captured chunks may take
 PROMPTS = 32  # that a captured chunk gives logits of, at most
 
 # Runs the model on token ids [S] and positions [S] with somebody who gets the layers' attention. Returns logits of tokens [K] of
@@ -56,6 +58,21 @@ def piece_bytes(most: int, *, layers: int, runtime: int, step_tokens: int) -> in
     """
     sizes = chunk_sizes(most)
     return len(sizes) * layers * GRAPH_LAYER + runtime * min(sizes[-1], step_tokens) // step_tokens
+
+
+def without_dear_pieces(plan: MemoryModel, pieces: int, limit: int) -> tuple[MemoryModel, bool]:
+    """What a plan becomes where captured chunks, which it counts, would take more than a share of the KV's memory, as on a small
+    card; and whether they are captured. Chunks run as well without, at the host's pace.
+
+    Args:
+        pieces: bytes of captured chunks.
+        limit: bytes of the GPU that the engine may use.
+    """
+    bare = replace(plan, fixed={**plan.fixed, "graphs": plan.fixed["graphs"] - pieces})
+    if pieces <= SHARE_OF_KV * (limit - bare.fixed_bytes):
+        return plan, True
+    logger.info("chunks of prompts are not captured: graphs of %d bytes would take much of what is left for KV", pieces)
+    return bare, False
 
 
 def in_pieces(shape: ModelShape) -> bool:

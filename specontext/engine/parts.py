@@ -31,6 +31,7 @@ class Parts:
         limits: what users set for how many requests run at once.
         max_tokens: longest context of one request.
         step_tokens: of one step.
+        captures_chunks: short chunks of prompts run as captured graphs, on a GPU.
         head: the retrieval head, for the methods that have one.
     """
 
@@ -46,6 +47,7 @@ class Parts:
     limits: ServiceLimits
     max_tokens: int
     step_tokens: StepTokens
+    captures_chunks: bool
     head: RetrievalHead | None = None
 
     @property

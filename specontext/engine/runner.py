@@ -14,7 +14,7 @@ from torch import Tensor
 from specontext.core import Batch, Choice, Lane
 from specontext.engine.batch_parts import Part, joined, lane_part, rest_part
 from specontext.engine.capturable import why_not_captured
-from specontext.engine.chunk_graphs import ChunkGraphs, in_pieces
+from specontext.engine.chunk_graphs import ChunkGraphs
 from specontext.engine.chunk_warm_up import warm_up_chunks
 from specontext.engine.decode import Step
 from specontext.engine.graphs import DecodeGraphs, span_buckets
@@ -89,7 +89,7 @@ class ModelRunner:
                 )
         self.captures = self._graphs is not None
         self._chunks: ChunkGraphs | None = None
-        if self._graphs is not None and in_pieces(loaded.shape) and loaded.ranks is None:
+        if self._graphs is not None and parts.captures_chunks:
             self._chunks = ChunkGraphs(min(parts.step_tokens.alone, parts.max_tokens), kv.device)
 
     @torch.inference_mode()

@@ -76,6 +76,14 @@ def test_what_does_not_fit_is_a_row_that_says_so(bench: Bench) -> None:
     assert "not even one" in measured(bench, "full", "", COLUMN, None, dict)["error"]
 
 
+def test_the_last_steps_before_a_models_longest_context_are_sampled(bench: Bench) -> None:
+    """A single request at 128K: the steps that are timed must not go beyond 131,072 tokens."""
+    shape = replace(bench.loaded.shape, max_position=300)
+    short = replace(bench, loaded=replace(bench.loaded, shape=shape))
+    (steps,) = short.steps(OURS, Column("300", 300, 0), 1, [300]).values()
+    assert steps[0] > 0
+
+
 def test_hugging_face_gets_fewer_requests_where_its_growing_cache_outgrows_memory(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

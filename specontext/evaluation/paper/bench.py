@@ -48,14 +48,17 @@ class Bench(Setup):
     # What they take ---------------------------------------------------------------------------------------------------
 
     def steps(self, way: Way, column: Column, requests: int, lengths: Sequence[int]) -> dict[int, tuple[float, int]]:
-        """Seconds of a step by length, with the layers that were on the host."""
+        """Seconds of a step by length, with the layers that were on the host.
+
+        At the model's own maximum the steps that are timed are the last ones before it.
+        """
         found = {}
         for length in lengths:
             away = self.away(way, requests, length, column.longest)
             if away is None:
                 raise torch.OutOfMemoryError(f"{requests} requests of {length} tokens do not fit")
             room = self.scale.warm_up + self.scale.steps + 1
-            context = max(length, self.scale.budget + room)
+            context = max(min(length, self.loaded.shape.reach - room), self.scale.budget + room)
             with looping(
                 self.loaded,
                 way,
@@ -125,7 +128,7 @@ class Bench(Setup):
             self.generate(engine, prompts, 1, f"{turn}-")
             return (now(self.device) - began) / count
 
-        with_engine = self.engine(way, seats=count, longest=length + 16)
+        with_engine = self.engine(way, seats=count, longest=max(length + 1, min(length + 16, self.loaded.shape.reach)))
         try:
             return min([timed(with_engine, turn) for turn in range(3)][1:])
         finally:

@@ -155,12 +155,13 @@ def capped(memory: int | None, device: torch.device) -> Iterator[None]:
     if memory is None or device.type != "cuda":
         yield
         return
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total), device)
+    card = torch.cuda.current_device() if device.index is None else device.index  # PyTorch wants a number here
+    total = torch.cuda.get_device_properties(card).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total), card)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, card)
 
 
 def read_part(file: Path, about: dict[str, Any]) -> dict[str, Any] | None:

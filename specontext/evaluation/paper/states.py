@@ -24,7 +24,7 @@ def middle_config(loaded: LoadedModel, method: SpeContextConfig, requests: int, 
     settings: dict[str, Any] = {
         "methods": (),
         "max_num_seqs": requests,
-        "max_model_len": context + 16,
+        "max_model_len": max(context, min(context + 16, loaded.shape.reach)),
         "gpu_memory": MEMORY,
         "host_memory": MEMORY,
         "enable_prefix_caching": False,
