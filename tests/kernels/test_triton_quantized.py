@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -96,10 +97,35 @@ def test_many_rows_and_groups_that_no_kernel_takes() -> None:
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_tiles_of_any_size_give_the_same(rows: int) -> None:
+    torch.manual_seed(rows)
     matrix, x = matrix_of(INT4, 1, 32, zeros=True, n=9, k=288), torch.randn(1, 288, device=DEVICE)
-    found = [kernels.one_row(x, [matrix], None, kernels.Tile(rows, lanes)) for lanes in (1, 4, 64)]
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0])
+    right = x.double() @ exact(matrix).T
+    for lanes in (1, 4, 64):  # they add up in other orders
+        found = kernels.one_row(x, [matrix], None, kernels.Tile(rows, lanes)).double()
+        assert float((found - right).norm() / right.norm()) < TOLERANCE[torch.float32], lanes
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("early", [False, pytest.param(True, marks=pytest.mark.skipif(not GPU, reason="needs a GPU"))])
+def test_matrices_of_one_launch_are_those_of_their_own(rows: int, early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when launches follow each other at once, and each reads what the one before wrote."""
+    own = kernels.comes_early
+    monkeypatch.setattr(kernels, "comes_early", lambda x: early and own(x))
+    sizes, tile = (96, 19, 5), kernels.Tile(rows, 4)
+    matrices = [matrix_of(INT4, 1, 32, zeros=True, n=n) for n in sizes]
+    x = torch.randn(1, K, generator=torch.Generator().manual_seed(rows)).to(DEVICE)
+    for _ in range(5):
+        right = [x.double() @ exact(matrix).T for matrix in matrices]
+        found = kernels.one_row(x, matrices, None, tile)
+        for part, expected in zip(found.split(sizes, dim=1), right, strict=True):
+            assert float((part.double() - expected).norm() / expected.norm()) < TOLERANCE[torch.float32]
+        chain = [x]
+        for _ in range(3):
+            chain.append(kernels.one_row(chain[-1], matrices[:1], None, tile))
+        for before, after in pairwise(chain):
+            expected = before.double() @ exact(matrices[0]).T
+            assert float((after.double() - expected).norm() / expected.norm()) < TOLERANCE[torch.float32]
+        x = (found[:, :K] / found[:, :K].norm()).contiguous()
 
 
 @pytest.mark.parametrize("kind", [FP8, INT4])
