@@ -4,6 +4,10 @@ A decode step of Llama-3.1-8B's shape takes 5.6 ms on an H200 with a library's p
 over rows as the compiler writes them. PyTorch makes sums of them, too, where it is to tune kernels by coordinate descent. That
 compiles and times some twenty variants of each kernel, one after the other, and is misled where the machine is busy: 4.9 ms at
 its best, and 5.7 at other times. Here the compiler's own list of variants is timed, which are compiled beside each other.
+
+Kernels come early: on Hopper and later one is launched while the one before still runs, and waits where it reads what that one
+writes (programmatic dependent launch). A step of Qwen3-8B's shape takes 5.1 ms so instead of 5.3 in 16 bits, and 3.8 instead of
+4.2 in int4.
 """
 
 from __future__ import annotations
@@ -18,18 +22,20 @@ from torch.fx import GraphModule
 
 from specontext.models.one_input import share_launches
 
-OPTIONS = {"max_autotune_pointwise": True}
+OPTIONS = {"max_autotune_pointwise": True, "triton.enable_pdl": True}
 Decomposition = Callable[..., Any]
 aten = torch.ops.aten
 
 
 def compile_one_row(graph: GraphModule, inputs: Sequence[Any]) -> Any:
     """A backend of torch.compile."""
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
     table = select_decomp_table()
-    return compile_fx(share_launches(graph), inputs, config_patches=OPTIONS, decompositions={**table, **sums(table)})
+    options = {name: value for name, value in OPTIONS.items() if name in config.get_config_copy()}  # older compilers lack some
+    return compile_fx(share_launches(graph), inputs, config_patches=options, decompositions={**table, **sums(table)})
 
 
 def sums(others: dict[Any, Decomposition]) -> dict[Any, Decomposition]:

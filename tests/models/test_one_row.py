@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from specontext.models.loading import load_model
 from specontext.models.one_row import compile_one_row, sums
 
 PRODUCTS = ("aten.mm.default", "aten.bmm.default", "aten.addmm.default")
@@ -74,3 +75,33 @@ def test_compiled_sums_are_right(case: str) -> None:
     exact = compute(*(one.double() for one in inputs))
     assert torch.allclose(found.double(), exact, rtol=2**-8, atol=1e-3)
     torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", [None, "fp8", "int4"])
+def test_kernels_that_come_early_wait_for_what_they_read(kind: str | None) -> None:
+    """Captured steps that follow each other at once, each with an input of its own: nothing of the step before is read."""
+    loaded = load_model("nano", dtype="float32", device=torch.device("cuda"), quantization=kind)
+    layers = loaded.model.get_submodule("model.layers")
+
+    def blocks(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return x
+
+    inputs = torch.randn(300, 1, 1, loaded.shape.hidden_size, device="cuda")
+    with torch.inference_mode():
+        right = torch.cat([blocks(one) for one in inputs])
+        compiled = torch.compile(blocks, backend=compile_one_row, dynamic=False)
+        x = inputs[:1, 0].clone()
+        found = compiled(x).clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found.copy_(compiled(x))
+        steps = torch.empty_like(right)
+        for one, step in zip(inputs, steps, strict=True):
+            x.copy_(one)
+            graph.replay()
+            step.copy_(found[0])
+    torch._dynamo.reset()
+    torch.testing.assert_close(steps, right, rtol=1e-3, atol=1e-3)
