@@ -35,14 +35,23 @@ def function_of(module: Any, name: str) -> Callable[..., Any]:
 
 
 def pool(
-    blocks: LayerBlocks, pages: int, page_size: int, heads: int, dim: int, dtype: torch.dtype, seed: int, *, pinned: bool = False
+    blocks: LayerBlocks,
+    pages: int,
+    page_size: int,
+    heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    seed: int,
+    *,
+    pinned: bool = False,
+    seats: int = SEATS,
 ) -> Pages:
     """A pool of random rows with distinct pages for every block and seat; page 0 belongs to nobody."""
     generator = torch.Generator().manual_seed(seed)
     lines = len(blocks.sizes)
-    count = (1 + lines * SEATS * pages) * page_size * heads * blocks.places
+    count = (1 + lines * seats * pages) * page_size * heads * blocks.places
     rows = torch.randn(count, 2, dim, generator=generator).to(dtype)
-    table = 1 + torch.randperm(lines * SEATS * pages, generator=generator).view(lines, SEATS, pages)
+    table = 1 + torch.randperm(lines * seats * pages, generator=generator).view(lines, seats, pages)
     on_device = rows.pin_memory() if pinned else rows.to(DEVICE)
     return Pages(on_device, table.to(DEVICE), page_size, heads, places_of(blocks, DEVICE))
 
@@ -105,7 +114,11 @@ def test_pieces_of_all_layers(module: Any, seed: int, heads: tuple[int, int], wa
     chosen = parts.of(asked) if rng.random() < 0.5 else parts.all
     copied = sorted({layer for layer in chosen.layers.flatten().tolist() if layer >= 0 and not skipped[layer]})
     after = expected(source, target, head_map, copied, copies)
-    sizes = {"programs": rng.choice([1, 3, 16]), "tile_bytes": rng.choice([16, 256, 4096])} if module is triton_rows else {}
+    sizes = (
+        {"programs": rng.choice([1, 3, 16]), "tile_bytes": rng.choice([16, 256, 600, 4096, 5041])}
+        if module is triton_rows
+        else {}
+    )
     function_of(module, "copy_pieces")(source, target, chosen, skipped.to(DEVICE), copies, **sizes)
     assert torch.equal(target.rows, after)
 
@@ -127,6 +140,23 @@ def test_long_lists(dim: int, width: int, dtype: torch.dtype) -> None:
     target.rows.copy_(before)
     triton_rows.copy_pieces(source, target, parts, skipped, copies, programs=4, tile_bytes=1 << 14)
     assert torch.equal(target.rows, after)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("requests", [9, 12, 13, 23, 27, 31])
+def test_programs_for_any_number_of_requests(requests: int, dtype: torch.dtype) -> None:
+    """As many programs as requests by default, each with a part of what is under way: no number of them is special."""
+    head_map, dim = [[1, 0], [0, 0], [1, 1]], 128
+    blocks = divide_layers(head_map, 2 * dim * dtype.itemsize)
+    source, target = (pool(kind, 5, 4, 2, dim, dtype, seed, seats=40) for seed, kind in enumerate((blocks, one_by_one(3))))
+    copies = some_copies(list(range(3, 3 + requests)), 2, (20, 12), 9, torch.Generator().manual_seed(1))
+    parts, before = BlockParts.of_map(blocks, head_map, DEVICE).all, target.rows.clone()
+    skipped = torch.tensor([False, True, False], device=DEVICE)
+    reference_of(rows.copy_pieces)(source, target, parts, skipped, copies)
+    after = target.rows.clone()
+    target.rows.copy_(before)
+    triton_rows.copy_pieces(source, target, parts, skipped, copies)
+    assert not torch.equal(before, after) and torch.equal(target.rows, after)
 
 
 @pytest.mark.parametrize("listed", [triton_slot_plan.listed, reference_of(slot_plan.listed)], ids=["triton", "reference"])

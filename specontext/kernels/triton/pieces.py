@@ -151,7 +151,7 @@ class RowTile(NamedTuple):
         width: numbers of a row, or words of 4 bytes of its codes.
         block: of them that are copied at once, masked where a row has fewer.
         rest: room for those that are copied then; 0 where there are none.
-        rows: that a program moves at once.
+        rows: that a program moves at once, a power of two.
     """
 
     width: int
@@ -170,7 +170,7 @@ def row_tile(rows: Tensor, tile_bytes: int) -> RowTile:
     if holds_latents(rows) and block > width:
         block //= 2
         rest = triton.next_power_of_2(width - block)
-    return RowTile(width, block, rest, max(1, min(128, tile_bytes // (block * size))))
+    return RowTile(width, block, rest, rows_in(tile_bytes // (block * size)))
 
 
 def codes_tile(rows: Tensor, tile_bytes: int) -> RowTile:
@@ -180,7 +180,12 @@ def codes_tile(rows: Tensor, tile_bytes: int) -> RowTile:
     """
     codes = row_size(rows)[0] // 4 - 1
     block = triton.next_power_of_2(codes)
-    return RowTile(codes, block, 0, max(1, min(128, tile_bytes // (8 * block))))
+    return RowTile(codes, block, 0, rows_in(tile_bytes // (8 * block)))
+
+
+def rows_in(most: int) -> int:
+    """Rows of a tile that has room for so many: a power of two."""
+    return 1 << max(1, min(128, most)).bit_length() - 1
 
 
 def kind_of(rows: Tensor) -> int:
