@@ -86,6 +86,19 @@ def test_captured_steps_give_the_cpu_s_tokens(method: str, offload_layers: int, 
     assert bool(llm.engine.runner._graphs._captured) == (method == "speculative" or offload_layers == 0)
 
 
+@pytest.mark.parametrize("count", [9, 13, 31])
+def test_any_number_of_requests_reads_from_the_host(count: int, loaded: dict[str, LoadedModel]) -> None:
+    prompts = [[7 + (place * (number + 3)) % 900 for place in range(500 + 20 * number)] for number in range(count)]
+    found = []
+    for device in ("cpu", "cuda"):
+        config = SpeContextConfig(budget=128, offload_layers=-1)
+        llm = LLM(loaded[device], config=config, max_model_len=2048)
+        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
+        llm.engine.check_integrity()
+        found.append([output.token_ids for output in outputs])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
 @pytest.mark.parametrize(("method", "offload_layers"), [("speculative", 0), ("speculative", -1), ("full", 2)])
 def test_kv_in_8_bits_gives_the_cpu_s_tokens(method: str, offload_layers: int, kind: str, tokens: Any, expected_of: Any) -> None:
