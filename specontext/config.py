@@ -109,11 +109,13 @@ class StepTokens:
 
     Attributes:
         alone: where only prompts are computed.
-        mixed: where requests decode, too.
+        mixed: where requests decode, too, and somebody awaits their tokens.
+        unawaited: where requests decode, and all that counts is when they have ended.
     """
 
     alone: int
     mixed: int
+    unawaited: int
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ class EngineConfig:
     max_num_mixed_tokens: int | None = option(
         None,
         "Tokens of a step in which requests decode: their next tokens wait for the chunk of a prompt that is computed in it. "
-        "At most max_num_batched_tokens. Default: 1024.",
+        "At most max_num_batched_tokens. Default: 1024; max_num_batched_tokens where nobody reads tokens as they come "
+        "(`LLM.generate`) and max_tpot_ms is not set.",
     )
     gpu_memory: int | None = option(
         None,
@@ -334,7 +337,9 @@ class EngineConfig:
                 f"max_num_mixed_tokens {self.max_num_mixed_tokens} exceeds max_num_batched_tokens, which is {most}: lower it, or "
                 "raise max_num_batched_tokens"
             )
-        return StepTokens(most, min(self.max_num_mixed_tokens or MIXED_TOKENS, most))
+        mixed = min(self.max_num_mixed_tokens or MIXED_TOKENS, most)
+        limited = self.max_num_mixed_tokens is not None or self.max_tpot_ms is not None
+        return StepTokens(most, mixed, mixed if limited else most)
 
     @property
     def all_methods(self) -> tuple[str, ...]:

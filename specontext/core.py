@@ -60,6 +60,7 @@ class Request:
         urgent: it has waited as long as users allow, so layers leave for it.
         set_back: how many requests had ended when it was made to wait for the sake of tokens a second; None where it was not.
         let_in: the same of when layers began to leave for it.
+        awaited: somebody reads its tokens as they come; where nobody does, larger chunks of prompts stand beside them.
         held: its next token is not known yet, since it is chosen elsewhere: no step takes it, and it is the first to make room.
         prompt_logprobs: for each prompt token the log-probabilities by token id, None for the first one; it grows while the
             prompt is computed and is complete before the first token is sampled.
@@ -88,6 +89,7 @@ class Request:
     allowed: AllowedTokens | None = None
     banned: Sequence[Sequence[int]] = ()
     unread: int = 0
+    awaited: bool = True
     held: bool = False
     waiting_since: float = 0.0
     waited_for: list[str] = field(default_factory=list)

@@ -76,7 +76,12 @@ def notes(report: dict[str, Any]) -> list[str]:
         f"Selections are replayed at an overlap of {report['overlap']:g}; the floor is bytes over measured bandwidths.",
     ]
     if any(row.get("linked") for row in report["rows"]):
-        lines.append("Ratios to a system of another part go by way of Hugging Face's SDPA, which both parts measured.")
+        lines.append("Ratios to a system of another part go by way of our full attention, or else of SDPA, which both have.")
+    lines += [
+        f"{row['system']} runs out of memory behind {row['reached']:,} tokens: its tokens/s are those up to there."
+        for row in report["rows"]
+        if row.get("reached")
+    ]
     lines += [f"Sampled over whole run: {share:.3f}." for share in report["sampled_over_whole"]]
     lines += [f"The plan's number of requests over the best that was found: {share:.3f}." for share in report["choice_over_best"]]
     return lines

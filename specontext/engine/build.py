@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 
 import torch
@@ -140,7 +140,7 @@ def _run_settings(settled: Settled, facts: ModelFacts) -> tuple[RunSettings, Ste
     if settled.device.type == "cuda" and config.max_num_batched_tokens is None:
         total = torch.cuda.mem_get_info(settled.device)[1]
         run = fitting_step(facts, run, gpu_limit(config, total if ranks is None else ranks.least(total)))
-        tokens = StepTokens(run.max_batched_tokens, min(tokens.mixed, run.max_batched_tokens))
+        tokens = StepTokens(*(min(one, run.max_batched_tokens) for one in astuple(tokens)))
     return run, tokens
 
 

@@ -121,6 +121,7 @@ class Intake:
         index: int = 0,
         forced: Sequence[int] = (),
         on_logits: Callable[[Tensor], None] | None = None,
+        awaited: bool = True,
     ) -> Generation:
         """One output of a prompt that `check` has returned.
 
@@ -145,6 +146,7 @@ class Intake:
             prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
             arrived=time.perf_counter(),
             banned=banned_sequences(params, self._tokenizer) if params.bad_words else (),
+            awaited=awaited,
         )
         ends = () if params.ignore_eos else self._loaded.end_token_ids
         return Generation(

@@ -151,7 +151,7 @@ class LLM:
                 with self._turn:
                     checked = self.engine.intake.check_all(batch, each)
                     for token_ids, sampling in zip(checked, each, strict=True):
-                        jobs.append(self._submit(token_ids, sampling))
+                        jobs.append(self._submit(token_ids, sampling, awaited=False))
                 self._run(jobs, progress, interruptions)
             finally:
                 self._abandon(jobs)
@@ -168,7 +168,7 @@ class LLM:
             raise RequestError(f"stream takes one prompt, got {len(given)}: give one, or use generate")
         with Interruptions(), self._turn:
             [token_ids] = self.engine.intake.check_all(given, [sampling])
-            stream = self._stream(self._submit(token_ids, sampling))
+            stream = self._stream(self._submit(token_ids, sampling, awaited=True))
             next(stream)  # enters the generator, so that closing or dropping it ends the request in any case
         return stream
 
@@ -191,11 +191,12 @@ class LLM:
             with Interruptions():
                 self._abandon([job])
 
-    def _submit(self, token_ids: list[int], params: SamplingParams) -> list[Generation]:
+    def _submit(self, token_ids: list[int], params: SamplingParams, *, awaited: bool) -> list[Generation]:
         job: list[Generation] = []
         try:
             for index in range(params.n):
-                job.append(self.engine.add_request(f"request-{next(self._ids)}", token_ids, params, index=index, checked=True))
+                name = f"request-{next(self._ids)}"
+                job.append(self.engine.add_request(name, token_ids, params, index=index, checked=True, awaited=awaited))
         except BaseException:
             self._abandon([job])
             raise

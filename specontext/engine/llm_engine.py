@@ -130,6 +130,7 @@ class LLMEngine:
         forced: Sequence[int] = (),
         on_logits: Callable[[Tensor], None] | None = None,
         checked: bool = False,
+        awaited: bool = True,
     ) -> Generation:
         """Queue one output of a prompt.
 
@@ -137,6 +138,7 @@ class LLMEngine:
             index: which of the prompt's outputs it is; equal seeds give different outputs for different indices.
             checked: the prompt is what the intake's `check` returned for these parameters.
             forced, on_logits: see `Generation`.
+            awaited: see `Request`.
 
         Raises:
             RequestError: as of `Intake.check` and `Intake.generation`; an id in use.
@@ -145,7 +147,9 @@ class LLMEngine:
         token_ids: list[int] = [*prompt] if checked else self.intake.check(prompt, params)
         if request_id in self._generations:
             raise RequestError(f"request id '{request_id}' is in use")
-        generation = self.intake.generation(request_id, token_ids, params, index=index, forced=forced, on_logits=on_logits)
+        generation = self.intake.generation(
+            request_id, token_ids, params, index=index, forced=forced, on_logits=on_logits, awaited=awaited
+        )
         self.scheduler.add(generation.request)
         self._generations[request_id] = generation
         return generation

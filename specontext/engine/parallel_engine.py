@@ -154,14 +154,16 @@ class ParallelEngine(LLMEngine):
         forced: Sequence[int] = (),
         on_logits: Callable[[Tensor], None] | None = None,
         checked: bool = False,
+        awaited: bool = True,
     ) -> Generation:
         self._processes.raise_if_lost()
         generation = super().add_request(
-            request_id, prompt, params, index=index, forced=forced, on_logits=on_logits, checked=checked
+            request_id, prompt, params, index=index, forced=forced, on_logits=on_logits, checked=checked, awaited=awaited
         )
         if not self._within:
             request = generation.request
-            options = {"index": index, "forced": list(generation.forced), "on_logits": on_logits and ignore, "checked": True}
+            options = {"index": index, "forced": list(generation.forced), "on_logits": on_logits and ignore}
+            options |= {"checked": True, "awaited": awaited}
             named = replace(params, seed=request.seed)
             arguments = (request_id, list(request.token_ids), named)
             self._processes.tell(Command("add_request", arguments, tuple(options.items())))

@@ -178,7 +178,9 @@ class Scheduler:
         if len(ways) > 1:
             decodes.sort(key=lambda request: ways.index(request.choice))  # those that choose alike stand together
         chunks: list[tuple[Request, int]] = []
-        most = self.tokens.mixed if decodes else self.tokens.alone
+        most = self.tokens.alone
+        if decodes:
+            most = self.tokens.mixed if any(request.awaited for request in decodes) else self.tokens.unawaited
         room = max(most - len(decodes), 1)
         for request in self.running:
             length = min(request.prefill_length - request.computed, room)

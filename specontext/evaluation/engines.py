@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from specontext.config import STEP_TOKENS, SpeContextConfig
+from specontext.config import SpeContextConfig
 from specontext.engine.llm import LLM
 from specontext.errors import SpeContextError
 from specontext.evaluation.budgets import largest
@@ -24,9 +24,8 @@ class Group:
     competitors: tuple[Competitor, ...]
 
 
-# Engine options on a GPU where nothing was said. Nobody waits for the next token of an evaluation, so chunks of prompts may be
-# large; and compiling layers takes longer than it saves, unless an evaluation runs for hours.
-GPU_OPTIONS = {"max_num_mixed_tokens": STEP_TOKENS["cuda"], "compile": False}
+# Engine options on a GPU where nothing was said: compiling layers takes longer than it saves, but in hours.
+GPU_OPTIONS: dict[str, Any] = {"compile": False}
 
 
 class Engines:
@@ -70,11 +69,8 @@ class Engines:
             offload_layers=settings.offload_layers,
         )
         head = group.head if group.head is not None else settings.retrieval_head
-        said = settings.engine
-        options: dict[str, Any] = {}
-        if self.loaded.model.device.type == "cuda":
-            options = GPU_OPTIONS | {"max_num_mixed_tokens": said.get("max_num_batched_tokens") or STEP_TOKENS["cuda"]}
-        llm = LLM(self.loaded, head, config, methods=methods, **options | said)
+        options = GPU_OPTIONS if self.loaded.model.device.type == "cuda" else {}
+        llm = LLM(self.loaded, head, config, methods=methods, **options | settings.engine)
         self.budget, self._open = llm.config.budget, (group, llm)
         return llm
 

@@ -75,11 +75,8 @@ def test_more_tokens_beside_requests_that_decode_than_without_are_refused(
         make_llm("llama", **options)
 
 
-def test_chunks_are_large_where_nobody_decodes(
-    make_llm: Callable[..., LLM], prompts: list[list[int]], greedy: Callable[..., SamplingParams], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    llm = make_llm("llama", max_num_batched_tokens=40, max_num_mixed_tokens=9)
-    expected = make_llm("llama").generate(prompts, greedy(30))
+def steps_of(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Where each step of an LLM notes how many requests decode in it, and its tokens."""
     steps: list[tuple[int, int]] = []
     run = llm.engine.runner.run
 
@@ -88,8 +85,47 @@ def test_chunks_are_large_where_nobody_decodes(
         return run(batch)
 
     monkeypatch.setattr(llm.engine.runner, "run", noting)
+    return steps
+
+
+def most_mixed(steps: list[tuple[int, int]]) -> int:
+    return max(tokens for decodes, tokens in steps if 0 < decodes < tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [({"max_num_mixed_tokens": 9}, 9), ({}, 40), ({"max_tpot_ms": 1e6}, 11)],
+    ids=str,
+)
+def test_chunks_are_large_where_nobody_decodes_or_no_token_is_awaited(
+    options: dict[str, Any],
+    most: int,
+    make_llm: Callable[..., LLM],
+    prompts: list[list[int]],
+    greedy: Callable[..., SamplingParams],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("specontext.config.MIXED_TOKENS", 11)
+    llm = make_llm("llama", max_num_batched_tokens=40, **options)
+    expected = make_llm("llama").generate(prompts, greedy(30))
+    steps = steps_of(llm, monkeypatch)
     found = llm.generate(prompts, greedy(30))
     assert [output.token_ids for output in found] == [output.token_ids for output in expected]
     assert steps[0] == (0, 40)
-    mixed = [tokens for decodes, tokens in steps if 0 < decodes < tokens]
-    assert mixed and max(mixed) == 9
+    assert most_mixed(steps) == most
+
+
+def test_chunks_are_small_beside_a_stream(
+    make_llm: Callable[..., LLM], prompts: list[list[int]], greedy: Callable[..., SamplingParams], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specontext.config.MIXED_TOKENS", 11)
+    llm = make_llm("llama", max_num_batched_tokens=40, enable_prefix_caching=False)
+    expected = llm.generate(prompts, greedy(30))
+    stream = llm.stream(prompts[0][:20], greedy(100))
+    next(stream)
+    next(stream)
+    steps = steps_of(llm, monkeypatch)
+    found = llm.generate(prompts, greedy(30))
+    assert [output.token_ids for output in found] == [output.token_ids for output in expected]
+    assert most_mixed(steps) == 11
+    stream.close()

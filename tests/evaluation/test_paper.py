@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from specontext.evaluation.paper import results
+from specontext.evaluation.paper import hugging_face, results
 from specontext.evaluation.paper.bench import Bench, measured, open_bench
 from specontext.evaluation.paper.columns import SCALES, TABLES, Column
-from specontext.evaluation.paper.hugging_face import SDPA, Theirs
+from specontext.evaluation.paper.hugging_face import EAGER, SDPA, Theirs
 from specontext.evaluation.paper.loop import ABLATION, FULL, OURS, Way, looping, wait_for_loads
-from specontext.evaluation.paper.parts import Part, ours, parts_of, their_most
+from specontext.evaluation.paper.parts import Part, ours, parts_of, their_most, their_row
 from specontext.evaluation.paper.progress import Progress
 from specontext.evaluation.paper.results import link, run_parts, with_ratios
+from specontext.models.loading import LoadedModel
 
 CPU = torch.device("cpu")
 TINY = SCALES["tiny"]
@@ -74,6 +75,28 @@ def test_what_does_not_fit_is_a_row_that_says_so(bench: Bench) -> None:
     row = measured(bench, "full", "", COLUMN, 99, lambda: replace(bench, memory=1000).ours(FULL, COLUMN, 99))
     assert "99 requests" in row["error"] and row["tokens_per_s"] is None and row["too_many"]
     assert "not even one" in measured(bench, "full", "", COLUMN, None, dict)["error"]
+
+
+def test_a_request_of_hugging_face_s_runs_as_far_as_its_memory_goes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps(loaded: LoadedModel, way: Theirs, *, requests: int, lengths: list[int], **_: object) -> dict[int, float]:
+        if max(lengths) > reach:
+            raise torch.OutOfMemoryError("out of memory")
+        return dict.fromkeys(lengths, 0.1)
+
+    column = Column("[2k,16k]", 32, 256)
+    monkeypatch.setattr(hugging_face, "decode_steps", steps)
+    monkeypatch.setattr(hugging_face, "prefill_seconds", lambda *_, **__: 0.3)
+    bench, reach = replace(bench, progress=Progress(), scale=replace(TINY, points=5)), 288
+    whole = their_row(bench, EAGER, column, 1)
+    assert "reached" not in whole and whole["tokens_per_s"] == pytest.approx(256 / (0.3 + 255 * 0.1))
+    reach = 170
+    row = their_row(replace(bench, progress=Progress()), EAGER, column, 1)
+    assert row["reached"] == 160 and list(row["step_s"]) == ["32", "96", "160"] and row["output"] == 256
+    assert row["tokens_per_s"] == pytest.approx(128 / (0.3 + 127 * 0.1)) and row["decode_over_floor"] > 0
+    reach = 31
+    assert their_row(replace(bench, progress=Progress()), EAGER, column, 1)["too_many"]
+    reach = 170
+    assert their_row(replace(bench, progress=Progress()), EAGER, column, 2)["too_many"], "fewer of them might reach the end"
 
 
 def test_the_last_steps_before_a_models_longest_context_are_sampled(bench: Bench) -> None:
@@ -161,6 +184,9 @@ def test_ratios_are_taken_within_a_part_and_linked_between_parts() -> None:
     third = with_ratios([row("c", "full", 20.0), row("c", "hf-sdpa", 10.0)])
     fourth = with_ratios([row("d", "hf-sdpa", None), row("d", "full", 10.0), row("d", "ours", 30.0)])
     assert link([*third, *fourth])[-1]["over_hf_sdpa"] == 6, "by way of our full attention where there is no SDPA"
+    fifth = with_ratios([row("e", "full", 20.0), row("e", "hf-sdpa", 10.0), row("e", "hf-static", 5.0)])
+    sixth = with_ratios([row("f", "full", 20.0), row("f", "hf-sdpa", 1.0), row("f", "ours", 40.0)])
+    assert link([*fifth, *sixth])[-1]["over_hf_static"] == 8, "and not of SDPA where there are both"
 
 
 @dataclass(frozen=True)

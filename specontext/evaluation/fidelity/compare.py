@@ -100,7 +100,8 @@ class Comparison:
                     temperature=0.0, seed=self.seed, ignore_eos=True, max_tokens=len(forced), method=method, budget=budget
                 )
                 name = f"fidelity-{number}"
-                generations.append(engine.add_request(name, prompt, params, forced=forced, on_logits=partial(see, number)))
+                see_it = partial(see, number)
+                generations.append(engine.add_request(name, prompt, params, forced=forced, on_logits=see_it, awaited=False))
             while not all(generation.finished for generation in generations):
                 engine.step()
                 self._compare(new, sums)

@@ -82,12 +82,28 @@ class Bench(Setup):
         return row | self._floor(way, column, requests, {n: a for n, (_, a) in steps.items()}, row["decode_s"])
 
     def theirs(self, way: Theirs, column: Column, requests: int) -> Row:
-        """A row of one of Hugging Face's systems."""
-        lengths = self._lengths(column)
-        steps = self._their_steps(way, requests, lengths if way.cache != "offloaded" else [lengths[0], lengths[-1]])
+        """A row of one of Hugging Face's systems; of a single request as far as memory goes, which `reached` then says."""
+        lengths = self._lengths(column) if way.cache != "offloaded" else [column.prompt, column.longest]
+        reached = self._their_reach(way, lengths) if requests == 1 and way.cache == "dynamic" else {}
+        steps = reached or self._their_steps(way, requests, lengths)
         one = hugging_face.prefill_seconds(self.loaded, way, column.prompt, repeats=1) if column.output else 0.0
-        row = self.row(way.name, way.words, column, requests, steps, requests * one)
-        return row | self._floor(FULL, column, requests, dict.fromkeys(steps, 0), row["decode_s"])
+        ended, last = column, max(steps)
+        if last < column.longest:
+            ended = replace(column, output=last - column.prompt)
+        row = self.row(way.name, way.words, ended, requests, steps, requests * one)
+        row |= self._floor(FULL, ended, requests, dict.fromkeys(steps, 0), row["decode_s"])
+        return row if ended == column else row | {"output": column.output, "reached": last}
+
+    def _their_reach(self, way: Theirs, lengths: Sequence[int]) -> dict[int, float]:
+        """Seconds of a single request's steps by length, as far as memory goes; nothing where it does not go on."""
+        found: dict[int, float] = {}
+        for length in lengths:
+            try:
+                found |= self._their_steps(way, 1, [length])
+            except TOO_MUCH:
+                free(self.device)
+                break
+        return found if len(found) >= min(2, len(lengths)) else {}
 
     def most_of_theirs(self, way: Theirs, column: Column) -> int | None:
         """The number of requests, among doubling ones, with which Hugging Face makes the most tokens a second; of a static cache
@@ -160,10 +176,10 @@ class Bench(Setup):
         return tokens
 
     def generate(self, engine: LLMEngine, prompts: Sequence[list[int]], tokens: int, prefix: str = "") -> None:
-        """Run prompts to their end."""
+        """Run prompts to their end, as `LLM.generate` does."""
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
         for number, prompt in enumerate(prompts):
-            engine.add_request(f"{prefix}{number}", prompt, params)
+            engine.add_request(f"{prefix}{number}", prompt, params, awaited=False)
         while engine.has_work:
             engine.step()
 

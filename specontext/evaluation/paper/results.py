@@ -188,11 +188,11 @@ def _beside(one: Row, other: Row) -> bool:
 
 
 def link(rows: list[Row]) -> list[Row]:
-    """Rows with ratios to systems that another part measured: both were set against Hugging Face's SDPA on the same card, or,
-    where a part has no such row, against our full attention."""
+    """Rows with ratios to systems that another part measured: both were set against our full attention on the same card, or,
+    where a part has no such row, against Hugging Face's SDPA, whose steps wait for the host and differ more between machines."""
     for row in rows:
         for system, name in OVER.items():
-            for way in ("over_hf_sdpa", "over_full"):
+            for way in ("over_full", "over_hf_sdpa"):
                 others = [one[way] for one in rows if one["system"] == system and _beside(one, row) and one[way]]
                 if row[name] is None and others and row[way]:
                     row |= {name: row[way] / others[0], "linked": [*row.get("linked", ()), name]}
