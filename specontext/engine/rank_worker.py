@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from specontext.engine.llm_engine import LLMEngine
+from specontext.engine.long_lived import keep_for_good
 from specontext.engine.rank_processes import READY, Command, Setup
 from specontext.engine.rank_state import state_of
 from specontext.engine.start import load_configured
@@ -48,6 +49,8 @@ def work(connection: Connection) -> None:
     engine = LLMEngine(setup.config, loaded)
     while (command := inbox.get()) != CLOSE:
         carry_out(engine, command)
+        if command.name == "warm_up":
+            keep_for_good()
 
 
 def carry_out(engine: LLMEngine, command: Command) -> None:

@@ -16,6 +16,7 @@ import uvicorn
 
 from specontext.config import EngineConfig
 from specontext.engine.llm_engine import LLMEngine
+from specontext.engine.long_lived import kept
 from specontext.engine.parallel_engine import make_engine
 from specontext.errors import ConfigError, SpeContextError
 from specontext.server.app import create_app
@@ -58,7 +59,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, *, announce: Callab
             logger.info("%s", fields("loaded", loading))
             engine.warm_up()
             logger.info("%s", fields("warm", {"seconds": round(time.perf_counter() - loaded, 1), "next": "listening"}))
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with kept(), asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(Serving(engine, config, listener, announce).run())
 
 

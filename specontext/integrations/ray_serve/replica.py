@@ -15,6 +15,7 @@ from starlette.types import Message
 
 from specontext.config import EngineConfig
 from specontext.engine.llm_engine import LLMEngine
+from specontext.engine.long_lived import keep_for_good
 from specontext.engine.parallel_engine import make_engine
 from specontext.integrations.ray_serve.call import Call, joined
 from specontext.integrations.ray_serve.settings import DeployConfig
@@ -126,4 +127,5 @@ class EngineReplica:
 def _loaded(config: EngineConfig) -> LLMEngine:
     engine = make_engine(config)
     engine.warm_up()
+    keep_for_good()
     return engine
