@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import specontext
 from tests.conftest import path_with
 
@@ -53,6 +55,7 @@ def with_new_method(target: Path, code: str, line: str) -> None:
     (target / "specontext" / "retrieval" / "methods" / "every_other.py").write_text(code)
 
 
+@pytest.mark.slow
 def test_a_method_is_one_file_and_one_line(tmp_path: Path) -> None:
     with_new_method(tmp_path, *method_of(PAGE.read_text()))
     environment = os.environ | path_with(tmp_path) | {"OMP_NUM_THREADS": "1"}

@@ -6,6 +6,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 SHOWS = "import os; print('cards', os.environ['CUDA_VISIBLE_DEVICES'])"
 WAITS = "import subprocess; child = subprocess.Popen(['sleep', '600']); print('child', child.pid, flush=True); child.wait()"
@@ -49,6 +51,7 @@ def test_what_was_made_is_kept_with_its_command_and_not_made_again(tmp_path: Pat
     assert code == 0 and "shows" not in printed and (out / "fails.txt").exists() and not (out / "fails.failed.txt").exists()
 
 
+@pytest.mark.slow
 def test_what_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, printed = work(out, entry("waits", WAITS, seconds=1), entry("late", SHOWS, seconds=100))

@@ -32,6 +32,7 @@ def test_plan_counts_owners_once(run: Run, checkpoint: Callable[[str], Path]) ->
     assert inputs["kv_bytes_per_token"] == 3 * 2 * 32 * 2 * 4
 
 
+@pytest.mark.slow
 def test_a_head_is_made_mapped_and_looked_at(run: Run, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     target, out = checkpoint("shared"), tmp_path / "head"
     loop = ("--loop-steps", 1, "--bands", 2, "--on-policy", 0.5, "--recommended-budget", 40)

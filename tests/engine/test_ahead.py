@@ -169,6 +169,7 @@ def test_a_step_ahead_that_does_not_fit_fails_when_its_turn_comes(
     llm.engine.check_integrity()
 
 
+@pytest.mark.slow
 def test_requests_that_are_aborted_or_preempted_in_between(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> None:
     """At random, with little memory: who is left gets its tokens, and nothing is lost."""
     alone, three = make_llm("llama", budget=12), [prompts[0], prompts[3], prompts[1]]

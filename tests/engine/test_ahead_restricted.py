@@ -126,6 +126,7 @@ def test_requests_that_are_aborted_while_a_step_is_under_way(
     engine.check_integrity()
 
 
+@pytest.mark.slow
 def test_requests_that_have_to_wait_in_between(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> None:
     params = [greedy(120 + 10 * i, temperature=1.0, seed=i, structured_outputs={"regex": "[a-z ]{600}"}) for i in range(3)]
     three = [prompts[0], prompts[3], prompts[1]]

@@ -145,6 +145,7 @@ def test_chunks_read_new_tokens_as_they_are_stored(
 
 
 @pytest.mark.parametrize("kind", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_requests_that_wait_go_on_where_they_were(kind: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> None:
     options = {"budget": 12, "offload_layers": 0, "kv_cache_dtype": kind}
     llm = make_llm("llama", "full", gpu_memory=56 * PAGE, host_memory=200 * PAGE, **options)

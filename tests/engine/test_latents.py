@@ -226,6 +226,7 @@ def test_ranks_have_the_latents_and_some_of_the_heads_that_are_made_of_them(
 
 
 @pytest.mark.usefixtures("forked_ranks")
+@pytest.mark.slow
 def test_a_method_that_would_see_some_heads_of_a_latent_is_refused(make_llm: MakeLLM) -> None:
     with pytest.raises(ConfigError, match=r"method quest chooses by all query heads .* tensor_parallel_size 2 for 1 KV heads"):
         make_llm(ONE, "quest", budget=12, tensor_parallel_size=2)

@@ -200,6 +200,7 @@ def test_layers_are_back_for_the_next_request(make_llm: MakeLLM, prompts: Prompt
 
 
 @pytest.mark.parametrize("method", ["speculative", FIRST[-1]])
+@pytest.mark.slow
 def test_requests_whose_slots_take_more_than_their_tokens(
     method: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy
 ) -> None:
@@ -226,6 +227,7 @@ def crowded(make_llm: MakeLLM, method: str = "speculative", family: str = "llama
 
 
 @pytest.mark.parametrize(("method", "family"), [*WAYS, pytest.param("oracle", "llama", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_preempted_requests_go_on_where_they_were(
     method: str, family: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any
 ) -> None:
@@ -242,6 +244,7 @@ def test_preempted_requests_go_on_where_they_were(
 
 
 @pytest.mark.parametrize("method", FIRST)
+@pytest.mark.slow
 def test_fixed_layers_on_the_device_do_not_make_waiting_requests_forget(
     method: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any
 ) -> None:
@@ -254,6 +257,7 @@ def test_fixed_layers_on_the_device_do_not_make_waiting_requests_forget(
     assert sum(job.request.preemptions for job in jobs) > 0 and not llm.engine.parts.residency.moves
 
 
+@pytest.mark.slow
 def test_statistics_go_on_after_a_preemption(make_llm: MakeLLM, prompts: Prompts, greedy: Greedy) -> None:
     llm = crowded(make_llm)
     jobs = run(llm, [prompts[0], prompts[3], prompts[1]], [greedy(n) for n in (140, 150, 120)])

@@ -122,6 +122,7 @@ def test_recall_is_the_mean_of_the_layers_that_read_the_same_kv(
     assert len({round(share, 6) for share in seen[2]}) == 9, "each has queries of its own"
 
 
+@pytest.mark.slow
 def test_methods_that_foresee_look_at_every_layer_that_reads(
     make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected
 ) -> None:

@@ -228,6 +228,7 @@ def test_an_answer_may_begin_with_thinking(tmp_path: Any) -> None:
     assert output.reasoning == "hm" and output.text in ("yes", "no")
 
 
+@pytest.mark.slow
 def test_requests_that_waited_go_on_in_their_grammars(make_llm: Any) -> None:
     """Tiers too small for all of them: they wait with their KV on the host, and write what they would have written alone."""
     params = [

@@ -81,6 +81,7 @@ def two() -> Iterator[LLM]:
     llm.engine.close()
 
 
+@pytest.mark.slow
 def test_tokens_are_those_of_one_process_while_layers_move_and_requests_wait(one: LLM, two: LLM) -> None:
     expected, found = one.generate(prompts(), LONG), two.generate(prompts(), LONG)
     assert tokens(found) == tokens(expected)
@@ -94,6 +95,7 @@ def test_requests_that_differ(one: LLM, two: LLM) -> None:
     assert found[3].text in ("yes and no", "no and yes") and found[2].outputs[0].logprobs is not None
 
 
+@pytest.mark.slow
 def test_methods_that_choose_by_the_heads_of_a_rank(one: LLM, two: LLM) -> None:
     params = [replace(GREEDY, max_tokens=16, method=name, budget=40) for name in ("random", *IN_LAYER)]
     prompt = [prompts()[0]] * len(params)
@@ -128,6 +130,7 @@ def test_what_breaks_at_rank_0_alone_ends_there_and_elsewhere(two: LLM) -> None:
     engine.check_integrity()
 
 
+@pytest.mark.slow
 def test_what_is_dropped_is_dropped_everywhere(two: LLM) -> None:
     stream = two.stream([5] * 60, GREEDY)
     for _ in range(3):

@@ -91,6 +91,7 @@ def test_tiers_slots_chunks_and_company_change_nothing(
     check_idle(llm)
 
 
+@pytest.mark.slow
 def test_methods_that_foresee_and_requests_that_choose(
     make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, expected: Expected, alone: Any
 ) -> None:
@@ -105,6 +106,7 @@ def test_methods_that_foresee_and_requests_that_choose(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_layers_that_move_and_requests_that_wait_change_nothing(
     family: str, make_llm: MakeLLM, prompts: Prompts, greedy: Greedy, alone: Any
 ) -> None:

@@ -102,6 +102,7 @@ def test_so_they_are_with_every_method(
     assert written(model, prompts) == want
 
 
+@pytest.mark.slow
 def test_a_batch_that_has_no_room_takes_turns(load: Load, make_llm: Callable[..., LLM], prompts: Prompts, greedy: Any) -> None:
     """Rows wait for each other at every token; those that are ahead make room, on the host and where that is full too."""
     want = of_llm(make_llm("llama", budget=12), prompts, greedy, 20)

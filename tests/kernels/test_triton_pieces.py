@@ -142,11 +142,10 @@ def test_long_lists(dim: int, width: int, dtype: torch.dtype) -> None:
     assert torch.equal(target.rows, after)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("requests", [9, 12, 13, 23, 27, 31])
-def test_programs_for_any_number_of_requests(requests: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("requests", [9, 13, *(pytest.param(count, marks=pytest.mark.slow) for count in (12, 23, 27, 31))])
+def test_programs_for_any_number_of_requests(requests: int) -> None:
     """As many programs as requests by default, each with a part of what is under way: no number of them is special."""
-    head_map, dim = [[1, 0], [0, 0], [1, 1]], 128
+    head_map, dim, dtype = [[1, 0], [0, 0], [1, 1]], 128, torch.bfloat16
     blocks = divide_layers(head_map, 2 * dim * dtype.itemsize)
     source, target = (pool(kind, 5, 4, 2, dim, dtype, seed, seats=40) for seed, kind in enumerate((blocks, one_by_one(3))))
     copies = some_copies(list(range(3, 3 + requests)), 2, (20, 12), 9, torch.Generator().manual_seed(1))

@@ -136,6 +136,7 @@ ALL = {PREFETCH, WRITE_BACK, STATISTICS}
         pytest.param("quest", {"budget": 24, "offload_layers": 2}, {WRITE_BACK}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_memory_outlives_its_uses(method: str, options: dict[str, Any], sides: set[str], run: Run) -> None:
     assert {user for maker, user in run(method, **options).borrowed if maker == COMPUTE} >= sides
 

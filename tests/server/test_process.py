@@ -51,6 +51,7 @@ def test_a_life(tmp_path: Path) -> None:
         assert all("status=200" in line and "completion_tokens=120" in line and "finish_reason=length" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_two_signals_end_it_at_once(tmp_path: Path) -> None:
     with process(tmp_path / "log", "--shutdown-timeout", "600", forked=True) as server:
         body = {"prompt": "the sun", "max_tokens": 16000, "ignore_eos": True, "stream": True}

@@ -81,6 +81,7 @@ def test_a_client_that_vanishes_while_it_waits_in_the_queue() -> None:
         server.check_idle()
 
 
+@pytest.mark.slow
 def test_a_slow_reader_stalls_nobody_and_costs_no_memory() -> None:
     """Its answer is longer than all buffers on the way, since every token comes with 20 log-probabilities."""
     with running(make_engine()) as server:

@@ -18,6 +18,7 @@ from tests.server.serving import make_engine
 from tests.server.test_async_engine import PROMPT, collect, params, run, started
 
 
+@pytest.mark.slow
 def test_bytes_of_all_requests_are_counted_however_they_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     counted, seen, rng = Counter[Count](), list[float](), random.Random(0)
 

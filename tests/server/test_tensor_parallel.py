@@ -24,6 +24,7 @@ def ranks_of(server: int) -> list[int]:
     return [child for child in children if b"rank_worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
+@pytest.mark.slow
 def test_two_ranks_answer_as_one_and_a_lost_one_ends_the_server(tmp_path: Path) -> None:
     text, options = "the sun " * 60, {"max_model_len": 1024, "device": "cpu"}
     llm = LLM("nano", config=SpeContextConfig(budget=64, offload_layers=-1), **options)  # type: ignore[arg-type]
