@@ -4,10 +4,10 @@ Usage: python benchmarks/small_card.py [--model qwen3-8b] [--quantization int4] 
                                        [--context 32768] [--max-model-len 65536] [--tokens 64] [--hf-tokens 8] [--json]
 
 Random weights in the shape of a public model. PyTorch may allocate no more than the card has, whatever the GPU's size is. The
-engine, warmed up as servers and `LLM` are, reads a prompt of random tokens and writes --tokens tokens, and reads another prompt;
-then Hugging Face writes --hf-tokens with the same weights and
-its offloaded cache, whose keys and values are random numbers, so no prompt has to be read. Prints both speeds, the peak of
-what was allocated, and how often PyTorch gave back what it had kept because the next allocation did not fit (`retries`).
+engine, warmed up as servers and `LLM` are, reads a prompt of random tokens, writes --tokens tokens, and reads another prompt;
+then Hugging Face writes --hf-tokens with the same weights and its offloaded cache, whose keys and values are random numbers, so
+no prompt has to be read. Prints both speeds, the peak of what was allocated, and how often PyTorch gave back what it had kept
+while the second prompt was read, because the next allocation did not fit (`retries`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def ours(loaded: LoadedModel, arguments: argparse.Namespace) -> dict[str, Any]:
     engine = LLMEngine(config, loaded)
     try:
         engine.warm_up()
-        generation, first = read(engine, "first", arguments.context, arguments.tokens)
+        generation, first = read(engine, 1, arguments.context, arguments.tokens)
         warm = 0
         while not generation.finished and warm < 8:  # the first steps capture graphs
             engine.step()
@@ -63,18 +63,18 @@ def ours(loaded: LoadedModel, arguments: argparse.Namespace) -> dict[str, Any]:
         seconds = clock(engine.device) - start
         found = {"prompt_s": sum(first), "tokens_per_s": count / seconds, "offloaded_layers": len(engine.parts.kv.offloaded)}
         before = torch.cuda.memory_stats(engine.device)["num_alloc_retries"]
-        _, again = read(engine, "again", arguments.context, 1)
+        _, again = read(engine, 2, arguments.context, 1)
         retries = torch.cuda.memory_stats(engine.device)["num_alloc_retries"] - before
         return found | {"prompt_again_s": sum(again), "prompt_steps_s": again, "retries": retries}
     finally:
         engine.close()
 
 
-def read(engine: LLMEngine, name: str, context: int, tokens: int) -> tuple[Generation, list[float]]:
-    """A request whose prompt of random tokens was computed, and the seconds of the steps in which it was."""
-    generator = torch.Generator().manual_seed(len(name) + ord(name[0]))
+def read(engine: LLMEngine, number: int, context: int, tokens: int) -> tuple[Generation, list[float]]:
+    """A request whose prompt of random tokens, another one by its number, was computed, and the seconds of the steps for it."""
+    generator = torch.Generator().manual_seed(number)
     prompt = torch.randint(engine.loaded.shape.vocab_size, (context,), generator=generator).tolist()
-    generation = engine.add_request(name, prompt, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True))
+    generation = engine.add_request(str(number), prompt, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True))
     times = [clock(engine.device)]
     while not generation.finished and not generation.request.decoding:
         engine.step()
