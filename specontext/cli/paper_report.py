@@ -82,6 +82,11 @@ def notes(report: dict[str, Any]) -> list[str]:
         for row in report["rows"]
         if row.get("reached")
     ]
+    lines += [
+        f"{row['system']} reads its prompt in chunks of {row['prefill_chunk']:,} tokens: more at once does not fit."
+        for row in report["rows"]
+        if row.get("prefill_chunk")
+    ]
     lines += [f"Sampled over whole run: {share:.3f}." for share in report["sampled_over_whole"]]
     lines += [f"The plan's number of requests over the best that was found: {share:.3f}." for share in report["choice_over_best"]]
     return lines

@@ -14,6 +14,7 @@ from specontext.checkpoints.files import user_path
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.errors import ConfigError, MemoryPlanError
 from specontext.kernels.quantised_rows import FORMATS
+from specontext.memory.free import free_gpu_memory
 from specontext.memory.model import MemoryModel
 from specontext.memory.probe import LEAST_PINNED, why_kv_stays
 from specontext.memory.step_time import MachineSpeed
@@ -118,7 +119,7 @@ def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device)
                 f"free: set {lower} lower"
             )
         return config.gpu_memory or int(SHARE_OF_FREE_MEMORY * free_memory(device))
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = free_gpu_memory(device), torch.cuda.mem_get_info(device)[1]
     # Weights are there already. What PyTorch keeps beside what is in use will be used; what others use of it is theirs.
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free += kept + plan.fixed["weights"] + plan.fixed["retrieval_head"]

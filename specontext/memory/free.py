@@ -1,15 +1,29 @@
-"""How much memory of the host is free for this process: what the system has, and what its control groups leave it."""
+"""How much memory is free for this process: what the host has and its control groups leave, and what a GPU has."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 PROC = Path("/proc")
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 UNIFIED = ("memory.max", "memory.high"), "memory.current", "inactive_file"  # version 2
 FORMER = ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"  # version 1
+
+
+def free_gpu_memory(device: torch.device) -> int:
+    """Bytes that PyTorch can still take of a GPU: what is free there, but no more than this process may have of it
+    (`torch.cuda.set_per_process_memory_fraction`), which the GPU itself does not know."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return free if share == 1 else max(0, min(free, int(share * total) - torch.cuda.memory_reserved(device)))
 
 
 def free_host_memory(proc: Path = PROC, control_groups: Path = CONTROL_GROUPS) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specontext.gguf.cache import cache_folder
+from specontext.memory.free import free_gpu_memory
 from specontext.memory.step_time import CPU, MachineSpeed, known_machine
 
 if TYPE_CHECKING:
@@ -164,8 +165,7 @@ def probe(device: torch.device) -> MachineSpeed:
     from specontext.memory.speed import best_seconds, measure_products
 
     known = known_machine(torch.cuda.get_device_name(device))
-    free = torch.cuda.mem_get_info(device)[0]
-    block = torch.ones(min(READ, free // 4) // 4, dtype=torch.float32, device=device)
+    block = torch.ones(min(READ, free_gpu_memory(device) // 4) // 4, dtype=torch.float32, device=device)
     read = block.numel() * 4 / best_seconds(device, block.sum, REPEATS)
     del block
     products = measure_products(device, torch.bfloat16, 4096)

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from specontext.errors import MemoryPlanError
-from specontext.memory.free import free_host_memory
+from specontext.memory.free import free_gpu_memory, free_host_memory
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +37,7 @@ class TierSizes:
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device (for the CPU: of the host's memory)."""
     if device.type == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0]
+        return free_gpu_memory(device)
     return free_host_memory()
 
 

@@ -468,21 +468,26 @@ def test_memory_that_is_not_named_is_a_share_of_what_is_free(make_llm: MakeLLM, 
 
 
 @pytest.mark.parametrize(
-    ("free", "reserved", "allocated", "limit", "expected", "warns"),
+    ("free", "reserved", "allocated", "share", "limit", "expected", "warns"),
     [
-        (70, 20, 20, None, 72 - 30, ""),  # weights of 10 are there; the rest that is in use is somebody else's
-        (70, 20, 10, 60, 60 - 30, ""),
-        (40, 15, 10, 60, 40 + 5 + 10 - 30, "may use 60 bytes of the GPU and 55 of them are free: end what else uses it"),
-        (70, 10, 10, 900, 80 - 30, "--gpu-memory names 900 bytes and the GPU has 80"),
-        (10, 15, 10, 900, "the GPU has 25 bytes free and 30 are needed beside KV", "--gpu-memory names 900 bytes"),
-        (10, 15, 10, None, "the GPU has 25 bytes free and 30 are needed beside KV", "are free: end what else uses it"),
-        (70, 10, 10, 29, "--gpu-memory allows 29 bytes and 30 are needed beside KV .*: raise it by more than 1", ""),
+        (70, 20, 20, 1.0, None, 72 - 30, ""),  # weights of 10 are there; the rest that is in use is somebody else's
+        (70, 20, 10, 1.0, 60, 60 - 30, ""),
+        (40, 15, 10, 1.0, 60, 40 + 5 + 10 - 30, "may use 60 bytes of the GPU and 55 of them are free: end what else uses it"),
+        (70, 10, 10, 1.0, 900, 80 - 30, "--gpu-memory names 900 bytes and the GPU has 80"),
+        (10, 15, 10, 1.0, 900, "the GPU has 25 bytes free and 30 are needed beside KV", "--gpu-memory names 900 bytes"),
+        (10, 15, 10, 1.0, None, "the GPU has 25 bytes free and 30 are needed beside KV", "are free: end what else uses it"),
+        (70, 10, 10, 1.0, 29, "--gpu-memory allows 29 bytes and 30 are needed beside KV .*: raise it by more than 1", ""),
+        (70, 10, 10, 0.5, 40, 40 - 30, ""),  # PyTorch may have half of the card, and has the weights
+        (70, 12, 10, 0.5, 40, 40 - 30, ""),
+        (70, 14, 12, 0.5, 40, 38 - 30, "may use 40 bytes of the GPU and 38 of them are free"),
+        (70, 10, 10, 0.25, None, "the GPU has 20 bytes free and 30 are needed beside KV", "are free"),
     ],
 )
 def test_what_a_gpu_has_for_kv(
     free: int,
     reserved: int,
     allocated: int,
+    share: float,
     limit: int | None,
     expected: int | str,
     warns: str,
@@ -490,6 +495,7 @@ def test_what_a_gpu_has_for_kv(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
     plan = MemoryModel("measured", {"weights": 9, "retrieval_head": 1, "runtime": 20}, KVCost(1, 1, 0, 0))

@@ -99,6 +99,22 @@ def test_a_request_of_hugging_face_s_runs_as_far_as_its_memory_goes(bench: Bench
     assert their_row(replace(bench, progress=Progress()), EAGER, column, 2)["too_many"], "fewer of them might reach the end"
 
 
+def test_a_prompt_that_does_not_fit_hugging_face_at_once_is_read_in_chunks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, passes = bench.loaded.model.forward, []
+
+    def at_most_100(*, input_ids: torch.Tensor, **others: object) -> object:
+        if input_ids.shape[1] > 100:
+            raise torch.OutOfMemoryError("out of memory")
+        passes.append(input_ids.shape[1])
+        return forward(input_ids=input_ids, **others)
+
+    monkeypatch.setattr(bench.loaded.model, "forward", at_most_100)
+    column = Column("[2k,16k]", 256, 4)
+    row = their_row(replace(bench, progress=Progress()), EAGER, column, 1)
+    assert row["prefill_chunk"] == 64 and passes.count(64) == 2 * 4 and row["prefill_s"] > 0
+    assert their_row(replace(bench, progress=Progress()), EAGER, column, 2)["too_many"], "fewer of them might read it at once"
+
+
 def test_the_last_steps_before_a_models_longest_context_are_sampled(bench: Bench) -> None:
     """A single request at 128K: the steps that are timed must not go beyond 131,072 tokens."""
     shape = replace(bench.loaded.shape, max_position=300)

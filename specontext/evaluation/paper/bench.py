@@ -31,6 +31,7 @@ from specontext.sampling_params import SamplingParams
 
 SHARE_OF_GPU, SHARE_OF_HOST = 0.9, 0.6
 STATIC_SHARE = 0.8  # of the memory that a static cache may take beside the weights
+LEAST_CHUNK = 64  # tokens of a prompt that Hugging Face reads at once
 TOO_MUCH = (torch.OutOfMemoryError, MemoryPlanError, DeviceMemoryError, HostMemoryError)
 Row = dict[str, Any]
 
@@ -82,17 +83,34 @@ class Bench(Setup):
         return row | self._floor(way, column, requests, {n: a for n, (_, a) in steps.items()}, row["decode_s"])
 
     def theirs(self, way: Theirs, column: Column, requests: int) -> Row:
-        """A row of one of Hugging Face's systems; of a single request as far as memory goes, which `reached` then says."""
+        """A row of one of Hugging Face's systems.
+
+        A single request runs as far as memory goes, which `reached` then says, and its prompt is read in chunks where it does
+        not fit at once (`prefill_chunk`).
+        """
         lengths = self._lengths(column) if way.cache != "offloaded" else [column.prompt, column.longest]
         reached = self._their_reach(way, lengths) if requests == 1 and way.cache == "dynamic" else {}
         steps = reached or self._their_steps(way, requests, lengths)
-        one = hugging_face.prefill_seconds(self.loaded, way, column.prompt, repeats=1) if column.output else 0.0
+        one, chunk = self._their_prompt(way, column.prompt, in_chunks=requests == 1) if column.output else (0.0, None)
         ended, last = column, max(steps)
         if last < column.longest:
             ended = replace(column, output=last - column.prompt)
         row = self.row(way.name, way.words, ended, requests, steps, requests * one)
         row |= self._floor(FULL, ended, requests, dict.fromkeys(steps, 0), row["decode_s"])
+        row |= {} if chunk is None else {"prefill_chunk": chunk}
         return row if ended == column else row | {"output": column.output, "reached": last}
+
+    def _their_prompt(self, way: Theirs, tokens: int, *, in_chunks: bool) -> tuple[float, int | None]:
+        """Seconds of a prompt, and the tokens of its chunks where it does not fit at once."""
+        chunk: int | None = None
+        while True:
+            try:
+                return hugging_face.prefill_seconds(self.loaded, way, tokens, repeats=1, chunk=chunk), chunk
+            except TOO_MUCH:
+                chunk = (chunk or tokens) // 2
+                if not in_chunks or chunk < LEAST_CHUNK:
+                    raise
+                free(self.device)
 
     def _their_reach(self, way: Theirs, lengths: Sequence[int]) -> dict[int, float]:
         """Seconds of a single request's steps by length, as far as memory goes; nothing where it does not go on."""

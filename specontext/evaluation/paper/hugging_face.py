@@ -124,8 +124,15 @@ def random_kv(shape: ModelShape, requests: int, tokens: int, device: torch.devic
 
 
 @torch.inference_mode()
-def prefill_seconds(loaded: LoadedModel, way: Theirs, length: int, *, repeats: int) -> float:
-    """Seconds of one prompt up to its first token: one forward pass with the logits of the last token; the best of some."""
+def prefill_seconds(loaded: LoadedModel, way: Theirs, length: int, *, repeats: int, chunk: int | None = None) -> float:
+    """Seconds of one prompt up to its first token: one forward pass with the logits of the last token; the best of some.
+
+    Args:
+        chunk: tokens of a forward pass, as the library's `prefill_chunk_size` has them; None for all at once.
+
+    Raises:
+        torch.OutOfMemoryError: a chunk does not fit.
+    """
     device, taken = loaded.model.device, []
     with attending(loaded, way):
         for turn in range(repeats + 1):
@@ -133,7 +140,8 @@ def prefill_seconds(loaded: LoadedModel, way: Theirs, length: int, *, repeats: i
             ids = torch.randint(loaded.shape.vocab_size, (1, length), generator=generator).to(device)
             cache = DynamicCache(config=loaded.model.config)
             began = now(device)
-            loaded.model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_name(loaded.model): cache})
+            for part in ids.split(chunk or length, dim=1):
+                loaded.model(input_ids=part, use_cache=True, logits_to_keep=1, **{cache_name(loaded.model): cache})
             taken.append(now(device) - began)
             del cache
     return min(taken[1:])
