@@ -92,7 +92,9 @@ def loads(url: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for number, rate in enumerate(options.rates.split(",")):
         sizes = ["--input-len", str(options.input_len), "--output-len", str(options.output_len)]
         many = ["--num-prompts", str(options.num_prompts), "--num-warmups", str(options.num_warmups), "--seed", str(number)]
-        yield {"rate": float(rate)} | last_json([*COMMAND, "bench", "serve", "--base-url", url, "--request-rate", rate, *sizes, *many])
+        yield {"rate": float(rate)} | last_json(
+            [*COMMAND, "bench", "serve", "--base-url", url, "--request-rate", rate, *sizes, *many]
+        )
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -93,16 +94,18 @@ def server(words: Sequence[str]) -> Iterator[tuple[str, int, float]]:
     """A server process: its address, its id, and the seconds until it was ready."""
     began = time.perf_counter()
     command = [*COMMAND, "serve", *words, "--port", "0", "--disable-log-requests", "--log-interval", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line.startswith("ready: "):
-            raise SystemExit(f"the server did not start: try `specontext serve {' '.join(words)}`")
-        yield line.rsplit(" at ", 1)[1].strip(), process.pid, time.perf_counter() - began
-    finally:
-        process.terminate()
-        process.wait()
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line.startswith("ready: "):
+                said.seek(0)
+                raise SystemExit(f"`specontext serve {' '.join(words)}` did not start: {said.read()[-2000:]}")
+            yield line.rsplit(" at ", 1)[1].strip(), process.pid, time.perf_counter() - began
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def timed(pid: int, command: Sequence[str]) -> tuple[dict[str, Any], float]:

@@ -22,7 +22,7 @@ def free_gpu_memory(device: torch.device) -> int:
     import torch
 
     free, total = torch.cuda.mem_get_info(device)
-    share = torch.cuda.get_per_process_memory_fraction(device)
+    share = torch.cuda.get_per_process_memory_fraction(device.index)  # which takes no device without a number
     return free if share == 1 else max(0, min(free, int(share * total) - torch.cuda.memory_reserved(device)))
 
 

@@ -495,7 +495,7 @@ def test_what_a_gpu_has_for_kv(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80))
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda number: {None: share}[number])
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
     plan = MemoryModel("measured", {"weights": 9, "retrieval_head": 1, "runtime": 20}, KVCost(1, 1, 0, 0))

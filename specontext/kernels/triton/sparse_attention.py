@@ -35,6 +35,7 @@ LARGEST_BLOCK = 64  # entries of which a program has two under way and computes 
 # to an H200 with 1 to 54 requests and 1 to 48 splits (benchmarks/results/h200/kernels-splits-*.txt).
 HELD = 3  # programs that a processor holds at once
 ALONE = 1.14  # times as long as that takes a program that has a processor to itself
+CROWD = 4  # a wave behind another finds a processor in so many taken, though others are free
 BEGINS = 81  # rows that could be read while another wave of programs begins
 MERGE, MERGES = 206, 4.4  # and while splits are merged, and for each of them
 NEARLY = 1.03
@@ -323,7 +324,8 @@ def expected_rows(pairs: int, width: int, splits: int, count: int) -> float:
     block = LEAST_ROWS if width <= splits * LEAST_ROWS else LARGEST_BLOCK
     share = -(-width // (splits * block)) * block
     full, rest = divmod(pairs * -(-width // share), HELD * count)
-    last = max(ALONE, -(-rest // count)) if rest else 0.0  # the processor that has most programs of the last wave ends it
+    taken = count // CROWD if full else 0
+    last = max(ALONE, min(HELD, -(-(rest + taken) // count))) if rest else 0.0  # whoever has most of the last wave ends it
     waves = full + (rest > 0)
     return (HELD * full + last) * share + (waves - 1) * BEGINS + (MERGE + MERGES * splits if splits > 1 else 0.0)
 
