@@ -138,8 +138,8 @@ def _run_settings(settled: Settled, facts: ModelFacts) -> tuple[RunSettings, Ste
         selections=1 if settled.selects_in_layer is None else settled.shape.layers,
     )
     if settled.device.type == "cuda" and config.max_num_batched_tokens is None:
-        total = torch.cuda.mem_get_info(settled.device)[1]
-        run = fitting_step(facts, run, gpu_limit(config, total if ranks is None else ranks.least(total)))
+        limit = gpu_limit(config, settled.device)
+        run = fitting_step(facts, run, limit if ranks is None else ranks.least(limit))
         tokens = StepTokens(*(min(one, run.max_batched_tokens) for one in astuple(tokens)))
     return run, tokens
 
@@ -163,8 +163,7 @@ def _plan(settled: Settled, facts: ModelFacts, run: RunSettings, tokens: StepTok
     )
     if not pieces:
         return plan, False
-    total = torch.cuda.mem_get_info(settled.device)[1]
-    return without_dear_pieces(plan, pieces, gpu_limit(settled.config, total))
+    return without_dear_pieces(plan, pieces, gpu_limit(settled.config, settled.device))
 
 
 def _runtime(settled: Settled, facts: ModelFacts, run: RunSettings) -> int:

@@ -14,7 +14,7 @@ from specontext.checkpoints.files import user_path
 from specontext.config import EngineConfig, SpeContextConfig
 from specontext.errors import ConfigError, MemoryPlanError
 from specontext.kernels.quantised_rows import FORMATS
-from specontext.memory.free import free_gpu_memory
+from specontext.memory.free import allowed_gpu_memory, free_gpu_memory
 from specontext.memory.model import MemoryModel
 from specontext.memory.probe import LEAST_PINNED, why_kv_stays
 from specontext.memory.step_time import MachineSpeed
@@ -98,9 +98,11 @@ def host_default(config: EngineConfig) -> int:
     return int(SHARE_OF_FREE_MEMORY * shutil.disk_usage(config.offload_dir).free)
 
 
-def gpu_limit(config: EngineConfig, total: int) -> int:
-    """Bytes that the engine may use of a GPU that has `total`."""
-    return config.gpu_memory or int((config.gpu_memory_utilization or SHARE_OF_GPU) * total)
+def gpu_limit(config: EngineConfig, device: torch.device) -> int:
+    """Bytes that the engine may use of a GPU: what was asked for, as far as this process may have it."""
+    total = torch.cuda.mem_get_info(device)[1]
+    asked = config.gpu_memory or int((config.gpu_memory_utilization or SHARE_OF_GPU) * total)
+    return min(asked, allowed_gpu_memory(device))
 
 
 def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device) -> int:
@@ -123,15 +125,20 @@ def device_memory(config: EngineConfig, plan: MemoryModel, device: torch.device)
     # Weights are there already. What PyTorch keeps beside what is in use will be used; what others use of it is theirs.
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free += kept + plan.fixed["weights"] + plan.fixed["retrieval_head"]
-    limit = gpu_limit(config, total)
+    limit = gpu_limit(config, device)
     others, parts = plan.fixed_bytes, ", ".join(f"{name} {size}" for name, size in plan.fixed.items())
+    if limit < others and limit == allowed_gpu_memory(device) < total:
+        raise MemoryPlanError(
+            f"this process may have {limit} bytes of the GPU and {others} are needed beside KV ({parts}): let it have more "
+            "(torch.cuda.set_per_process_memory_fraction)"
+        )
     if limit < others:
         raise MemoryPlanError(
             f"--gpu-memory allows {limit} bytes and {others} are needed beside KV ({parts}): raise it by more than "
             f"{others - limit}"
         )
-    if limit > total:
-        logger.warning("--gpu-memory names %d bytes and the GPU has %d: what is free of them is used", limit, total)
+    if (config.gpu_memory or 0) > total:
+        logger.warning("--gpu-memory names %d bytes and the GPU has %d: what is free of them is used", config.gpu_memory, total)
     elif free < limit:  # raising the limit would change nothing
         logger.warning("the engine may use %d bytes of the GPU and %d of them are free: end what else uses it", limit, free)
     if free < others:

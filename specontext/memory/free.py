@@ -17,13 +17,21 @@ FORMER = ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_fi
 
 
 def free_gpu_memory(device: torch.device) -> int:
-    """Bytes that PyTorch can still take of a GPU: what is free there, but no more than this process may have of it
-    (`torch.cuda.set_per_process_memory_fraction`), which the GPU itself does not know."""
+    """Bytes that PyTorch can still take of a GPU: what is free there, but no more than this process may have of it."""
     import torch
 
     free, total = torch.cuda.mem_get_info(device)
+    allowed = allowed_gpu_memory(device)
+    return free if allowed == total else max(0, min(free, allowed - torch.cuda.memory_reserved(device)))
+
+
+def allowed_gpu_memory(device: torch.device) -> int:
+    """Bytes of a GPU that this process may have: all, or the share that `torch.cuda.set_per_process_memory_fraction` was told,
+    which the GPU itself does not know."""
+    import torch
+
     share = torch.cuda.get_per_process_memory_fraction(device.index)  # which takes no device without a number
-    return free if share == 1 else max(0, min(free, int(share * total) - torch.cuda.memory_reserved(device)))
+    return int(share * torch.cuda.mem_get_info(device)[1])
 
 
 def free_host_memory(proc: Path = PROC, control_groups: Path = CONTROL_GROUPS) -> int:

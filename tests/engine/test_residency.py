@@ -480,7 +480,8 @@ def test_memory_that_is_not_named_is_a_share_of_what_is_free(make_llm: MakeLLM, 
         (70, 10, 10, 0.5, 40, 40 - 30, ""),  # PyTorch may have half of the card, and has the weights
         (70, 12, 10, 0.5, 40, 40 - 30, ""),
         (70, 14, 12, 0.5, 40, 38 - 30, "may use 40 bytes of the GPU and 38 of them are free"),
-        (70, 10, 10, 0.25, None, "the GPU has 20 bytes free and 30 are needed beside KV", "are free"),
+        (70, 14, 12, 0.5, 10**15, 38 - 30, "--gpu-memory names 1000000000000000 bytes and the GPU has 80"),
+        (70, 10, 10, 0.25, None, "this process may have 20 bytes of the GPU and 30 are needed beside KV", ""),
     ],
 )
 def test_what_a_gpu_has_for_kv(

@@ -188,24 +188,32 @@ def test_splits_fill_the_device_and_are_not_too_small() -> None:
         assert size >= split_k.LEAST_ROWS
         assert programs >= 0.9 * split_k.PROCESSORS
         rows = [split_k.expected_rows(8 * requests, 2048, number, split_k.PROCESSORS) for number in range(1, splits + 1)]
-        assert rows[-1] == min(rows) and (requests < 100 or splits <= 2)
+        assert rows[-1] == min(rows) and (requests < 100 or splits <= 4)
     assert split_k.choose_splits(8, 256, device) == 8
     assert split_k.choose_splits(1000, 2048, device) == split_k.choose_splits(8, 1, device) == 1
 
 
-@pytest.mark.parametrize("requests", [1, 4, 32, 54])
-def test_splits_are_about_as_fast_as_any_that_were_measured(requests: int) -> None:
-    """Attention of an 8B shape over 2,048 rows on an H200, by splits."""
-    *_, last = (RESULTS / f"kernels-splits-{requests}.txt").read_text().splitlines()
-    taken = {row["name"]: row["us"] for row in json.loads(last)["operations"] if row["name"] != "sparse_attention"}
-    chosen = split_k.choose_splits(8 * requests, 2048, torch.device("cpu"))
-    assert taken[f"sparse_{chosen}_splits"] < 1.02 * min(taken.values())
+@pytest.mark.parametrize(
+    ("kind", "requests", "most"),
+    [
+        *(("splits", requests, 1.02) for requests in (1, 4, 13, 32, 54)),
+        *(("paged", requests, 1.05) for requests in (8, 13, 19)),
+    ],
+)
+def test_splits_are_about_as_fast_as_any_that_were_measured(kind: str, requests: int, most: float) -> None:
+    """Attention of an 8B shape over 2,048 chosen rows, and over whole contexts in pages, on an H200, by splits."""
+    *_, last = (RESULTS / f"kernels-{kind}-{requests}.txt").read_text().splitlines()
+    report = json.loads(last)
+    taken = {row["name"]: row["us"] for row in report["operations"] if row["name"].endswith("_splits")}
+    name, width = ("paged", report["context"]) if kind == "paged" else ("sparse", report["budget"])
+    chosen = split_k.choose_splits(8 * requests, width, torch.device("cpu"))
+    assert taken[f"{name}_{chosen}_splits"] < most * min(taken.values())
 
 
 def test_few_programs_behind_a_full_wave_are_worth_smaller_ones() -> None:
     """On an H200 54 requests took 1.6 ms longer than 46, and 62 as long as 54, when a program read 2,048 rows."""
     whole = {requests: split_k.expected_rows(8 * requests, 2048, 1, 132) for requests in (38, 46, 54, 62)}
-    assert whole[38] == whole[46] and whole[54] == whole[62] > 1.3 * whole[46]
+    assert whole[38] == pytest.approx(whole[46], rel=0.06) and whole[54] == whole[62] > 1.3 * whole[46]
     chosen = split_k.choose_splits(8 * 54, 2048, torch.device("cpu"))
     assert split_k.expected_rows(8 * 54, 2048, chosen, 132) < 0.92 * whole[54]
 

@@ -31,14 +31,14 @@ from specontext.kernels.triton.online_softmax import LN2, capped
 PROCESSORS = 132  # of an H100 or H200; stands in for devices that are none
 LEAST_ROWS = 32  # entries of the smallest split
 LARGEST_BLOCK = 64  # entries of which a program has two under way and computes a third
-# How long programs take, in rows of 512 bytes that a processor reads, 32 GB/s at most whatever number of programs it has. Fitted
-# to an H200 with 1 to 54 requests and 1 to 48 splits (benchmarks/results/h200/kernels-splits-*.txt).
+# How long programs take, in rows of 512 bytes that a processor reads while all of them read, 34 GB/s. Fitted to an H200 with 1 to
+# 54 requests, 2,048 to 65,536 entries and 1 to 48 splits (benchmarks/results/h200/kernels-splits-*.txt and kernels-paged-*.txt).
 HELD = 3  # programs that a processor holds at once
-ALONE = 1.14  # times as long as that takes a program that has a processor to itself
-CROWD = 4  # a wave behind another finds a processor in so many taken, though others are free
+PACE = (1.2, 0.82, 0.88)  # times as long as one of 1, 2 or 3 programs of a processor takes while others are idle, each
+CROWD = 5  # a wave behind another finds a processor in so many taken, though others are free
 BEGINS = 81  # rows that could be read while another wave of programs begins
 MERGE, MERGES = 206, 4.4  # and while splits are merged, and for each of them
-NEARLY = 1.03
+NEARLY = 1.005
 
 
 @triton.jit(do_not_specialize=["width", "splits"])
@@ -324,8 +324,8 @@ def expected_rows(pairs: int, width: int, splits: int, count: int) -> float:
     block = LEAST_ROWS if width <= splits * LEAST_ROWS else LARGEST_BLOCK
     share = -(-width // (splits * block)) * block
     full, rest = divmod(pairs * -(-width // share), HELD * count)
-    taken = count // CROWD if full else 0
-    last = max(ALONE, min(HELD, -(-(rest + taken) // count))) if rest else 0.0  # whoever has most of the last wave ends it
+    most = min(HELD, -(-(rest + (count // CROWD if full else 0)) // count))  # of the last wave, on a processor
+    last = max(rest / count, most * PACE[most - 1]) if rest else 0.0
     waves = full + (rest > 0)
     return (HELD * full + last) * share + (waves - 1) * BEGINS + (MERGE + MERGES * splits if splits > 1 else 0.0)
 
