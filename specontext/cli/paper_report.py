@@ -82,6 +82,11 @@ def notes(report: dict[str, Any]) -> list[str]:
         for row in report["rows"]
         if row.get("reached")
     ]
+    if any(row.get("step_s_by_default") for row in report["rows"]):
+        lines.append(
+            "Decode steps of Hugging Face's SDPA are those without cuDNN's attention where they are shorter: it plans anew for "
+            "each new length. What they take as PyTorch chooses by itself is in `step_s_by_default`."
+        )
     lines += [
         f"{row['system']} reads its prompt in chunks of {row['prefill_chunk']:,} tokens: more at once does not fit."
         for row in report["rows"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from specontext.evaluation.paper import hugging_face, results
-from specontext.evaluation.paper.bench import Bench, measured, open_bench
+from specontext.evaluation.paper.bench import Bench, TheirStep, measured, open_bench
 from specontext.evaluation.paper.columns import SCALES, TABLES, Column
 from specontext.evaluation.paper.hugging_face import EAGER, SDPA, Theirs
 from specontext.evaluation.paper.loop import ABLATION, FULL, OURS, Way, looping, wait_for_loads
@@ -99,6 +99,29 @@ def test_a_request_of_hugging_face_s_runs_as_far_as_its_memory_goes(bench: Bench
     assert their_row(replace(bench, progress=Progress()), EAGER, column, 2)["too_many"], "fewer of them might reach the end"
 
 
+def test_hugging_face_s_steps_are_those_of_the_faster_kernels(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, column = hugging_face.decode_steps, Column("[2k,16k]", 32, 256)
+
+    def slow_plans(*given: object, cudnn: bool, **others: object) -> dict[int, float]:
+        measure(*given, cudnn=cudnn, **others)  # type: ignore[arg-type]
+        allowed.append(cudnn)
+        return {length: 0.5 if cudnn else length / 1000 for length in others["lengths"]}  # type: ignore[attr-defined]
+
+    cuda = torch.device("cuda")
+    assert hugging_face.kernel_choices(SDPA, cuda) == (True, False) and hugging_face.kernel_choices(EAGER, cuda) == (True,)
+    allowed: list[bool] = []
+    monkeypatch.setattr(hugging_face, "decode_steps", slow_plans)
+    row = their_row(replace(bench, progress=Progress()), SDPA, column, 2)
+    assert set(allowed) == {True} and "step_s_by_default" not in row, "a CPU has no such kernels"
+    monkeypatch.setattr(hugging_face, "kernel_choices", lambda way, device: (True, False))
+    row = their_row(replace(bench, progress=Progress()), SDPA, column, 2)
+    assert all(seconds == min(0.5, int(length) / 1000) for length, seconds in row["step_s"].items())
+    assert set(row["step_s_by_default"].values()) == {0.5} and torch.backends.cuda.cudnn_sdp_enabled()
+    with hugging_face.attending(bench.loaded, SDPA, cudnn=False):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_a_prompt_that_does_not_fit_hugging_face_at_once_is_read_in_chunks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, passes = bench.loaded.model.forward, []
 
@@ -126,10 +149,10 @@ def test_the_last_steps_before_a_models_longest_context_are_sampled(bench: Bench
 def test_hugging_face_gets_fewer_requests_where_its_growing_cache_outgrows_memory(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def steps(self: Bench, way: Theirs, requests: int, lengths: list[int], *, steps: int | None = None) -> dict[int, float]:
+    def steps(self: Bench, way: Theirs, requests: int, lengths: list[int], *, steps: int | None = None) -> dict[int, TheirStep]:
         if requests > 4 and steps is None:  # all lengths in a row, which the search has not run
             raise torch.OutOfMemoryError("out of memory")
-        return dict.fromkeys(lengths, 0.1)
+        return dict.fromkeys(lengths, TheirStep(0.1, 0.1))
 
     monkeypatch.setattr(Bench, "_their_steps", steps)
     assert bench.most_of_theirs(SDPA, COLUMN) == TINY.most_requests == 8
@@ -148,7 +171,7 @@ def test_the_choice_is_judged_by_whole_columns(bench: Bench, monkeypatch: pytest
     monkeypatch.setattr(Bench, "steps", steps)
     monkeypatch.setattr(Bench, "requests_for", lambda *_: 4)
     monkeypatch.setattr(Bench, "prefill_s", lambda *_: 0.0)
-    theirs = lambda self, way, requests, lengths, steps=None: dict.fromkeys(lengths, 1.0)  # noqa: E731
+    theirs = lambda self, way, requests, lengths, steps=None: dict.fromkeys(lengths, TheirStep(1.0, 1.0))  # noqa: E731
     monkeypatch.setattr(Bench, "_their_steps", theirs)
     found = ours(replace(bench, progress=Progress()), COLUMN)[-1]
     assert found["best_requests"] == 4 and found["choice_over_best"] == 1.0

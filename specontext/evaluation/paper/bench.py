@@ -5,7 +5,8 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +35,13 @@ STATIC_SHARE = 0.8  # of the memory that a static cache may take beside the weig
 LEAST_CHUNK = 64  # tokens of a prompt that Hugging Face reads at once
 TOO_MUCH = (torch.OutOfMemoryError, MemoryPlanError, DeviceMemoryError, HostMemoryError)
 Row = dict[str, Any]
+
+
+class TheirStep(NamedTuple):
+    """Seconds of a step of Hugging Face's: with the faster choice of attention kernels, and as PyTorch chooses by itself."""
+
+    seconds: float
+    by_default: float
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,9 @@ class Bench(Setup):
         ended, last = column, max(steps)
         if last < column.longest:
             ended = replace(column, output=last - column.prompt)
-        row = self.row(way.name, way.words, ended, requests, steps, requests * one)
+        row = self.row(way.name, way.words, ended, requests, {n: step.seconds for n, step in steps.items()}, requests * one)
+        if any(step.by_default > step.seconds for step in steps.values()):
+            row["step_s_by_default"] = {str(length): step.by_default for length, step in steps.items()}
         row |= self._floor(FULL, ended, requests, dict.fromkeys(steps, 0), row["decode_s"])
         row |= {} if chunk is None else {"prefill_chunk": chunk}
         return row if ended == column else row | {"output": column.output, "reached": last}
@@ -112,9 +122,9 @@ class Bench(Setup):
                     raise
                 free(self.device)
 
-    def _their_reach(self, way: Theirs, lengths: Sequence[int]) -> dict[int, float]:
-        """Seconds of a single request's steps by length, as far as memory goes; nothing where it does not go on."""
-        found: dict[int, float] = {}
+    def _their_reach(self, way: Theirs, lengths: Sequence[int]) -> dict[int, TheirStep]:
+        """A single request's steps by length, as far as memory goes; nothing where it does not go on."""
+        found: dict[int, TheirStep] = {}
         for length in lengths:
             try:
                 found |= self._their_steps(way, 1, [length])
@@ -136,7 +146,7 @@ class Bench(Setup):
         for requests in counts:
             try:
                 self._their_steps(way, requests, [column.longest], steps=1)
-                [seconds] = self._their_steps(way, requests, column.lengths(1), steps=2).values()
+                [(seconds, _)] = self._their_steps(way, requests, column.lengths(1), steps=2).values()
             except TOO_MUCH:
                 free(self.device)
                 break
@@ -146,11 +156,18 @@ class Bench(Setup):
             best = rate, requests
         return None if best is None else best[1]
 
-    def _their_steps(self, way: Theirs, requests: int, lengths: Sequence[int], *, steps: int | None = None) -> dict[int, float]:
+    def _their_steps(
+        self, way: Theirs, requests: int, lengths: Sequence[int], *, steps: int | None = None
+    ) -> dict[int, TheirStep]:
+        """Steps by length, at their best of the kernels that PyTorch can choose from."""
         warm_up, steps = (self.scale.warm_up, self.scale.steps) if steps is None else (steps - 1, steps)
         if way.cache == "offloaded":  # all KV comes over the bus in every step
             warm_up, steps = 1, min(steps, 2)
-        return hugging_face.decode_steps(self.loaded, way, requests=requests, lengths=lengths, warm_up=warm_up, steps=steps)
+        measure = partial(hugging_face.decode_steps, self.loaded, way, requests=requests, lengths=lengths)
+        default, *others = (
+            measure(warm_up=warm_up, steps=steps, cudnn=cudnn) for cudnn in hugging_face.kernel_choices(way, self.device)
+        )
+        return {n: TheirStep(min([seconds, *(other[n] for other in others)]), seconds) for n, seconds in default.items()}
 
     def prefill_s(self, way: Way, length: int) -> float:
         """Seconds of a prompt up to its first token in our engine, of some that come at once; the best of two."""

@@ -40,14 +40,27 @@ STATIC = Theirs("hf-static", "Hugging Face, SDPA, StaticCache and a compiled ste
 OFFLOADED = Theirs("hf-offloaded", "Hugging Face, SDPA, DynamicCache with offloading", "sdpa", "offloaded")
 
 
+def kernel_choices(way: Theirs, device: torch.device) -> tuple[bool, ...]:
+    """Whether a step is measured with cuDNN's attention among the kernels that PyTorch chooses from, and without it too: on a
+    Hopper GPU PyTorch prefers it, and it plans anew, on the host, for each new length, so that each step of a growing cache waits
+    for a plan."""
+    return (True, False) if way.attention == "sdpa" and way.cache == "dynamic" and device.type == "cuda" else (True,)
+
+
 @contextmanager
-def attending(loaded: LoadedModel, way: Theirs) -> Iterator[None]:
-    """The model as Hugging Face runs it; memory is given back afterwards."""
+def attending(loaded: LoadedModel, way: Theirs, *, cudnn: bool = True) -> Iterator[None]:
+    """The model as Hugging Face runs it; memory is given back afterwards.
+
+    Args:
+        cudnn: whether PyTorch may choose cuDNN's attention, as it may unless somebody says otherwise.
+    """
     before = loaded.model.config._attn_implementation
     loaded.model.set_attn_implementation(way.attention)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
     try:
         yield
     finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
         loaded.model.set_attn_implementation(before)
         if way.cache == "static":
             torch._dynamo.reset()
@@ -56,17 +69,27 @@ def attending(loaded: LoadedModel, way: Theirs) -> Iterator[None]:
 
 @torch.inference_mode()
 def decode_steps(
-    loaded: LoadedModel, way: Theirs, *, requests: int, lengths: Sequence[int], warm_up: int, steps: int
+    loaded: LoadedModel,
+    way: Theirs,
+    *,
+    requests: int,
+    lengths: Sequence[int],
+    warm_up: int,
+    steps: int,
+    cudnn: bool = True,
 ) -> dict[int, float]:
     """Median seconds of a step of so many requests by length.
 
     A static cache is made once, for the longest of the lengths, so that its step is compiled once.
 
+    Args:
+        cudnn: see `kernel_choices`.
+
     Raises:
         torch.OutOfMemoryError: their KV does not fit.
     """
     found, device, name = {}, loaded.model.device, cache_name(loaded.model)
-    with attending(loaded, way):
+    with attending(loaded, way, cudnn=cudnn):
         cache: Cache | None = None
         longest = max(lengths) + warm_up + steps
         for length in lengths:
