@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -87,13 +88,12 @@ class ForkedCommand(Forked):
             super().__init__(_run_command, words, output, errors)
 
 
-def _start(command: list[str], *, stdout: Any, stderr: int, start_new_session: bool = False, **_: Any) -> Forked:
+def _start(command: list[str], *, stdout: Any, stderr: Any, start_new_session: bool = False, **_: Any) -> Forked:
     if stdout != subprocess.PIPE:
         assert stderr == subprocess.STDOUT
         return _started(command, stdout, stdout, start_new_session)
-    assert stderr == subprocess.DEVNULL
-    with open(os.devnull, "w") as nowhere:
-        return ForkedCommand(_words_of(command), nowhere.fileno())
+    with open(os.devnull, "w") if stderr == subprocess.DEVNULL else nullcontext(stderr) as said:
+        return ForkedCommand(_words_of(command), said.fileno())
 
 
 def _run_to_its_end(
