@@ -42,6 +42,7 @@ def test_medians(script: ModuleType) -> None:
     assert script.medians([{"a": 1.0, "b": 5.0}, {"a": 3.0, "b": 6.0}, {"a": 2.0, "b": 9.0}]) == {"a": 2.0, "b": 6.0}
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_start_says_why(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "subprocess", forked.COMMANDS)
     with (
