@@ -44,7 +44,18 @@ def kernel_choices(way: Theirs, device: torch.device) -> tuple[bool, ...]:
     """Whether a step is measured with cuDNN's attention among the kernels that PyTorch chooses from, and without it too: on a
     Hopper GPU PyTorch prefers it, and it plans anew, on the host, for each new length, so that each step of a growing cache waits
     for a plan."""
-    return (True, False) if way.attention == "sdpa" and way.cache == "dynamic" and device.type == "cuda" else (True,)
+    return (True, False) if way.attention == "sdpa" and way.cache != "static" and device.type == "cuda" else (True,)
+
+
+@contextmanager
+def cudnn_allowed(allowed: bool) -> Iterator[None]:
+    """Whether PyTorch may choose cuDNN's attention, as it may unless somebody says otherwise."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(allowed)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @contextmanager
@@ -52,15 +63,14 @@ def attending(loaded: LoadedModel, way: Theirs, *, cudnn: bool = True) -> Iterat
     """The model as Hugging Face runs it; memory is given back afterwards.
 
     Args:
-        cudnn: whether PyTorch may choose cuDNN's attention, as it may unless somebody says otherwise.
+        cudnn: see `cudnn_allowed`.
     """
     before = loaded.model.config._attn_implementation
     loaded.model.set_attn_implementation(way.attention)
-    torch.backends.cuda.enable_cudnn_sdp(cudnn)
     try:
-        yield
+        with cudnn_allowed(cudnn):
+            yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(True)
         loaded.model.set_attn_implementation(before)
         if way.cache == "static":
             torch._dynamo.reset()
@@ -83,7 +93,7 @@ def decode_steps(
     A static cache is made once, for the longest of the lengths, so that its step is compiled once.
 
     Args:
-        cudnn: see `kernel_choices`.
+        cudnn: see `cudnn_allowed`.
 
     Raises:
         torch.OutOfMemoryError: their KV does not fit.
