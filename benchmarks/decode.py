@@ -10,8 +10,8 @@ which every step keeps a stated share of the tokens of the step before (`--overl
 every step all the same.
 
 Systems:
-  hf         the same weights with SDPA and Hugging Face's DynamicCache; on a GPU also `hf_no_cudnn`, without cuDNN's attention, which
-             plans anew for each new length, and ratios are to the faster one
+  hf         the same weights with SDPA and Hugging Face's DynamicCache; on a GPU also `hf_no_cudnn`, without cuDNN's attention,
+             which plans anew for each new length, and ratios are to the faster one
   full       our engine, method full, all layers on the device
   resident   our engine, method speculative, all layers on the device
   offloaded  the same with the KV of all layers in host memory and hot slots
