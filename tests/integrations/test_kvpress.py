@@ -16,6 +16,7 @@ from specontext import LLM, SpeContextConfig
 from specontext.errors import ConfigError, SpeContextError
 from specontext.integrations.kvpress import SpeContextPress, main
 from specontext.locations import NANO
+from specontext.models.checking import cache_name
 from specontext.sampling_params import SamplingParams
 
 
@@ -39,13 +40,13 @@ def logits_of(model: PreTrainedModel, press: SpeContextPress | None, context: li
     cache, place, seen = DynamicCache(config=model.config), len(context), []
     with torch.no_grad():
         if press is None:
-            model.model(input_ids=torch.tensor([context]), past_key_values=cache)
+            model.model(input_ids=torch.tensor([context]), **{cache_name(model): cache})
         else:
             with press(model):
-                model.model(input_ids=torch.tensor([context]), past_key_values=cache)
+                model.model(input_ids=torch.tensor([context]), **{cache_name(model): cache})
         for part in parts:
             positions = torch.arange(place, place + len(part))[None]
-            out = model(input_ids=torch.tensor([part]), past_key_values=cache, position_ids=positions, logits_to_keep=1)
+            out = model(input_ids=torch.tensor([part]), **{cache_name(model): cache}, position_ids=positions, logits_to_keep=1)
             seen.append(out.logits[0, -1])
             place += len(part)
     return seen
@@ -107,10 +108,12 @@ def test_answers_that_are_cut_off_again_leave_no_trace(ids: list[int], model: Pr
     cache, context, press = DynamicCache(), torch.tensor([ids[:100]]), SpeContextPress(budget=32)
     with torch.no_grad():
         with press(model):
-            model.model(input_ids=context, past_key_values=cache)
+            model.model(input_ids=context, **{cache_name(model): cache})
         answers = []
         for question in (ids[100:105], ids[110:115], ids[100:105]):
-            out = model(input_ids=torch.tensor([question]), past_key_values=cache, position_ids=torch.arange(100, 105)[None])
+            out = model(
+                input_ids=torch.tensor([question]), **{cache_name(model): cache}, position_ids=torch.arange(100, 105)[None]
+            )
             answers.append(out.logits[0, -1])
             for layer in cache.layers:
                 layer.keys, layer.values = layer.keys[:, :, :100], layer.values[:, :, :100]
@@ -137,7 +140,7 @@ def test_what_it_cannot_do(ids: list[int], model: PreTrainedModel) -> None:
     with pytest.raises(ConfigError, match="budget"):
         SpeContextPress(budget=3)
     with pytest.raises(SpeContextError, match="one sequence"), torch.no_grad(), SpeContextPress()(model):
-        model.model(input_ids=torch.tensor([ids[:10]] * 2), past_key_values=DynamicCache())
+        model.model(input_ids=torch.tensor([ids[:10]] * 2), **{cache_name(model): DynamicCache()})
 
 
 def test_the_command_is_kvpress_s_own(
