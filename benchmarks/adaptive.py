@@ -53,6 +53,7 @@ from specontext.engine import build
 from specontext.engine.admission import WATERMARK
 from specontext.engine.build import Parts, build_parts
 from specontext.engine.failures import Failures
+from specontext.engine.long_lived import kept
 from specontext.engine.runner import ModelRunner
 from specontext.engine.sampler import next_tokens
 from specontext.engine.scheduler import Scheduler
@@ -278,12 +279,13 @@ class Growth:
     def run(self) -> list[Round]:
         for engine in self.engines:
             engine.begin()
-        while self.adaptive.length < self.case.end - 1:
-            if self._quiet >= self.case.steps:
-                if self.adaptive.length >= self._last:
-                    break
-                self._jump()
-            self._round()
+        with kept():  # as in a server
+            while self.adaptive.length < self.case.end - 1:
+                if self._quiet >= self.case.steps:
+                    if self.adaptive.length >= self._last:
+                        break
+                    self._jump()
+                self._round()
         return self.rounds
 
     def _jump(self) -> None:

@@ -13,6 +13,7 @@ import torch
 from specontext.config import SpeContextConfig
 from specontext.core import Request
 from specontext.engine.llm_engine import LLMEngine
+from specontext.engine.long_lived import kept
 from specontext.engine.parts import Parts
 from specontext.engine.runner import ModelRunner
 from specontext.evaluation.paper.replay import Replay, overlapping, with_own_method
@@ -175,10 +176,11 @@ def looping(
 
 
 def mean_step(loop: Loop, *, warm_up: int, steps: int) -> float:
-    """Seconds of a step, behind others that are not counted."""
-    for _ in range(warm_up):
-        loop.step()
-    return loop.seconds(steps)
+    """Seconds of a step, behind others that are not counted; Python's collector passes over what is there, as in a server."""
+    with kept():
+        for _ in range(warm_up):
+            loop.step()
+        return loop.seconds(steps)
 
 
 def now(device: torch.device) -> float:
