@@ -138,6 +138,18 @@ def test_a_prompt_that_does_not_fit_hugging_face_at_once_is_read_in_chunks(bench
     assert their_row(replace(bench, progress=Progress()), EAGER, column, 2)["too_many"], "fewer of them might read it at once"
 
 
+def test_where_an_engine_has_less_room_than_was_planned_more_layers_leave(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: Bench, way: Way, requests: int, length: int, away: int) -> float:
+        if away < 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return 0.1
+
+    monkeypatch.setattr(Bench, "_step", step)
+    assert bench.steps(OURS, COLUMN, 1, [COLUMN.prompt]) == {COLUMN.prompt: (0.1, 2)}
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.steps(FULL, COLUMN, 1, [COLUMN.prompt])
+
+
 def test_the_last_steps_before_a_models_longest_context_are_sampled(bench: Bench) -> None:
     """A single request at 128K: the steps that are timed must not go beyond 131,072 tokens."""
     shape = replace(bench.loaded.shape, max_position=300)

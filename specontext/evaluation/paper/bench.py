@@ -32,6 +32,7 @@ from specontext.sampling_params import SamplingParams
 
 SHARE_OF_GPU, SHARE_OF_HOST = 0.9, 0.6
 STATIC_SHARE = 0.8  # of the memory that a static cache may take beside the weights
+MORE_AWAY = 3  # layers that may be on the host beyond those that were planned
 LEAST_CHUNK = 64  # tokens of a prompt that Hugging Face reads at once
 TOO_MUCH = (torch.OutOfMemoryError, MemoryPlanError, DeviceMemoryError, HostMemoryError)
 Row = dict[str, Any]
@@ -59,27 +60,40 @@ class Bench(Setup):
     def steps(self, way: Way, column: Column, requests: int, lengths: Sequence[int]) -> dict[int, tuple[float, int]]:
         """Seconds of a step by length, with the layers that were on the host.
 
-        At the model's own maximum the steps that are timed are the last ones before it.
+        At the model's own maximum the steps that are timed are the last ones before it. Where an engine has less room than was
+        planned, since it measures its buffers, more layers are on the host, if they may be.
         """
         found = {}
         for length in lengths:
             away = self.away(way, requests, length, column.longest)
             if away is None:
                 raise torch.OutOfMemoryError(f"{requests} requests of {length} tokens do not fit")
-            room = self.scale.warm_up + self.scale.steps + 1
-            context = max(min(length, self.loaded.shape.reach - room), self.scale.budget + room)
-            with looping(
-                self.loaded,
-                way,
-                requests=requests,
-                context=context,
-                budget=self.scale.budget,
-                away=away,
-                overlap=self.overlap,
-                room=room,
-            ) as loop:
-                found[length] = mean_step(loop, warm_up=self.scale.warm_up, steps=self.scale.steps), away
+            most = min(away + MORE_AWAY, self.facts.shape.layers) if way.method == "speculative" else away
+            while length not in found:
+                try:
+                    found[length] = self._step(way, requests, length, away), away
+                except TOO_MUCH:
+                    if away == most:
+                        raise
+                    free(self.device)
+                    away += 1
         return found
+
+    def _step(self, way: Way, requests: int, length: int, away: int) -> float:
+        """Seconds of a step of so many requests with some layers on the host."""
+        room = self.scale.warm_up + self.scale.steps + 1
+        with looping(
+            self.loaded,
+            way,
+            requests=requests,
+            context=max(min(length, self.loaded.shape.reach - room), self.scale.budget + room),
+            budget=self.scale.budget,
+            away=away,
+            overlap=self.overlap,
+            room=room,
+            chunk=self.chunk,
+        ) as loop:
+            return mean_step(loop, warm_up=self.scale.warm_up, steps=self.scale.steps)
 
     def ours(self, way: Way, column: Column, requests: int) -> Row:
         """A row of one of our systems."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -87,12 +88,24 @@ class Loop:
 
     Args:
         context: tokens of each request; there is room for `room` more.
+        chunk: tokens of prompts that it could compute in a step, for which it keeps memory.
     """
 
     def __init__(
-        self, loaded: LoadedModel, way: Way, *, requests: int, context: int, budget: int, away: int, overlap: float, room: int
+        self,
+        loaded: LoadedModel,
+        way: Way,
+        *,
+        requests: int,
+        context: int,
+        budget: int,
+        away: int,
+        overlap: float,
+        room: int,
+        chunk: int | None = None,
     ) -> None:
         options = {"load_format": "dummy", "enforce_eager": not way.captured, "compile": way.captured}
+        options |= {} if chunk is None else {"max_num_batched_tokens": chunk}
         config = middle_config(loaded, way.config(budget, away), requests, context + room, **options)
         self.device, self.engine = loaded.model.device, LLMEngine(config, loaded)
         self._replay(way, context, requests, budget, overlap)
@@ -160,14 +173,12 @@ def wait_for_loads(parts: Parts) -> None:
 
 
 @contextmanager
-def looping(
-    loaded: LoadedModel, way: Way, *, requests: int, context: int, budget: int, away: int, overlap: float, room: int
-) -> Iterator[Loop]:
-    """A loop that gives its memory back afterwards."""
+def looping(loaded: LoadedModel, way: Way, **options: Any) -> Iterator[Loop]:
+    """A loop that gives its memory back afterwards; `options` are those of `Loop`."""
     loaded.model.set_attn_implementation(ATTENTION_NAME)
     loop = None
     try:
-        loop = Loop(loaded, way, requests=requests, context=context, budget=budget, away=away, overlap=overlap, room=room)
+        loop = Loop(loaded, way, **options)
         yield loop
     finally:
         if loop is not None:

@@ -14,7 +14,7 @@ from specontext.memory.planner import MemoryPlan
 from specontext.memory.step_time import MachineSpeed, StepClock
 from specontext.models.loading import LoadedModel
 
-CHUNK, SMALL_CHUNK = 8192, 2048  # tokens of a prompt that our engine computes at once; where memory is small
+CHUNK, SMALL_CHUNK = 8192, 1024  # tokens of a prompt that our engine computes at once; where memory is small
 SMALL = 16 << 30
 
 
