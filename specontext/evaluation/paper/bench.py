@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -70,12 +71,10 @@ class Bench(Setup):
                 raise torch.OutOfMemoryError(f"{requests} requests of {length} tokens do not fit")
             most = min(away + MORE_AWAY, self.facts.shape.layers) if way.method == "speculative" else away
             while length not in found:
-                try:
+                with suppress(*(TOO_MUCH if away < most else ())):
                     found[length] = self._step(way, requests, length, away), away
-                except TOO_MUCH:
-                    if away == most:
-                        raise
-                    free(self.device)
+                if length not in found:
+                    free(self.device)  # which what was raised held
                     away += 1
         return found
 
