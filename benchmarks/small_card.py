@@ -28,7 +28,7 @@ from specontext.cli.options import parse_size
 from specontext.config import QUANTIZATIONS, EngineConfig, SpeContextConfig
 from specontext.engine.generation import Generation
 from specontext.engine.llm_engine import LLMEngine
-from specontext.evaluation.paper.hugging_face import cudnn_allowed, random_kv
+from specontext.evaluation.paper.hugging_face import OFFLOADED, cudnn_allowed, kernel_choices, random_kv
 from specontext.evaluation.paper.shapes import random_model, word_tokenizer
 from specontext.models.attention import attention_of
 from specontext.models.checking import cache_name
@@ -89,7 +89,7 @@ def hugging_face(loaded: LoadedModel, arguments: argparse.Namespace) -> float:
     for layer in range(shape.layers):
         cache.update(*random_kv(shape, 1, arguments.context, model.device), layer)
     ids, taken = torch.full((1, 1), 7, device=model.device), []
-    for cudnn in (True, False):
+    for cudnn in kernel_choices(OFFLOADED, model.device):
         with attention_of(model, "sdpa"), cudnn_allowed(cudnn):
             for step in range(arguments.hf_tokens + 2):
                 if step == 2:

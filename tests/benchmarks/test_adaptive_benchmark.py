@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +12,6 @@ import pytest
 
 from specontext.engine.residency import Move
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 SMALL = ["--model", "nano", "--requests", "1", "--budget", "64", "--end-length", "800", "--points", "1", "--steps", "5"]
 TOP = {
     "benchmark",
@@ -32,15 +29,8 @@ TOP = {
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """benchmarks/adaptive.py."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER)])
-    spec = importlib.util.spec_from_file_location("adaptive_benchmark", FOLDER / "adaptive.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    yield module
+def script(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("adaptive")
 
 
 def test_report(script: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

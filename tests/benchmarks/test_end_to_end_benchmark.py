@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 SYSTEMS = {"full", "speculative", "host"}
 ON_DEVICE = {"full", "speculative"}
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """benchmarks/end_to_end.py."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER)])
-    spec = importlib.util.spec_from_file_location("end_to_end_benchmark", FOLDER / "end_to_end.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    yield module
+def script(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("end_to_end")
 
 
 @pytest.mark.slow

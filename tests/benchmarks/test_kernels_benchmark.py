@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +17,6 @@ from specontext.layer_sizes import LatentSizes
 from specontext.model_shape import ModelShape
 from specontext.retrieval.selector import Budget
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 FIELDS = {
     "name",
     "shape",
@@ -38,15 +35,10 @@ TOP = {"benchmark", "date", "machine", "versions", "model", "bandwidth_gb_s", "c
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def script(load_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """benchmarks/kernels.py, with machine speeds that take no time to measure."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER)])
     monkeypatch.setenv(VARIABLE, "torch")
-    spec = importlib.util.spec_from_file_location("kernels_benchmark", FOLDER / "kernels.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    module = load_benchmark("kernels")
     for name in ("read_bandwidth", "copy_bandwidth"):
         monkeypatch.setattr(module, name, lambda device: 1e10)
     monkeypatch.setattr(module, "multiply_rate", lambda dtype, device: 1e11)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,19 +12,10 @@ import pytest
 
 from tests.forked import COMMANDS
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """benchmarks/tensor_parallel.py."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER)])
-    spec = importlib.util.spec_from_file_location("tensor_parallel_benchmark", FOLDER / "tensor_parallel.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    yield module
+def script(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("tensor_parallel")
 
 
 def row(ranks: int, kv: str, requests: int, step_ms: float, loaded: float = 0.0) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -30,13 +31,8 @@ def test_starts() -> None:
 
 
 @pytest.mark.slow
-def test_tokens_a_second(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
-    spec = importlib.util.spec_from_file_location("tokens_a_second_benchmark", ROOT / "benchmarks" / "tokens_a_second.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, script)
-    spec.loader.exec_module(script)
+def test_tokens_a_second(load_benchmark: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]) -> None:
+    script = load_benchmark("tokens_a_second")
     script.main([*SMALL, "--budget", "32", "--contexts", "24,64", "--requests", "1,2", "--output", "6"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(one["requests"], one["context"]) for one in found["cases"]] == [(1, 24), (2, 24), (1, 64), (2, 64)]
