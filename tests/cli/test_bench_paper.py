@@ -23,14 +23,14 @@ CLOUD = ["--table", "cloud", "--parts"]
 
 
 def test_a_column_with_hugging_face_and_ours(run: Any) -> None:
-    ran = run(*TINY, *CLOUD, "qwen3-8b/2k-16k/hugging-face,qwen3-8b/2k-16k/ours", "--json")
+    ran = run(*TINY, *CLOUD, "qwen3-8b/2k-16k/hugging-face,qwen3-8b/2k-16k/search", "--json")
     assert ran.status == 0, ran.stderr
     found = ran.json
     assert found["table"] == "cloud" and found["scale"] == "tiny" and len(found["parts"]) == 2
     rows = found["rows"]
     systems = [row["system"] for row in rows]
-    assert systems[:3] == ["hf-sdpa", "full", "ours"]
-    assert systems[3:] == ["hf-sdpa", "full", "hf-eager, 4 requests", "hf-eager", "hf-static", "hf-offloaded"]
+    assert systems[:6] == ["hf-sdpa", "full", "hf-eager, 4 requests", "hf-eager", "hf-static", "hf-offloaded"]
+    assert systems[6:] == ["hf-sdpa", "full", "ours"]
     assert all(set(row) >= ROW for row in rows)
     for row in rows:
         if "error" in row:
@@ -39,7 +39,7 @@ def test_a_column_with_hugging_face_and_ours(run: Any) -> None:
         assert set(row) >= MEASURED and row["sampled"] and row["decode_over_floor"] > 1
         assert row["tokens_per_s"] == pytest.approx(row["requests"] * row["output"] / (row["prefill_s"] + row["decode_s"]))
         assert [int(length) for length in row["step_s"]] == [32, 32 + 256]
-    ours, full = rows[2], rows[1]
+    full, ours = rows[7:]
     assert ours["over_full"] == pytest.approx(ours["tokens_per_s"] / full["tokens_per_s"])
     assert str(ours["requests"]) in ours["searched"] and 0 < ours["choice_over_best"] <= 1
     eager = next(row for row in rows if row["system"] == "hf-eager, 4 requests")
@@ -165,7 +165,7 @@ def test_what_matters_most_comes_first(run: Any) -> None:
     listed = [one["part"] for one in run("bench", "paper", "--table", "cloud", "--list-parts", "--json").json]
     ends = [part.rsplit("/", 1)[1] for part in listed]
     assert listed[:2] == ["r1-distill-llama-8b/2k-16k/ours", "r1-distill-llama-8b/2k-16k/hugging-face"]
-    assert set(ends[:16]) == {"ours", "hugging-face"} and ends[16:18] == ["whole-run"] * 2
+    assert set(ends[:16]) == {"ours", "hugging-face"} and set(ends[16:26]) == {"search", "whole-run"}
 
 
 def test_for_people_and_as_a_picture(run: Any, tmp_path: Path) -> None:
@@ -179,14 +179,14 @@ def test_for_people_and_as_a_picture(run: Any, tmp_path: Path) -> None:
 
 def test_parts_are_listed_with_their_commands(run: Any) -> None:
     listed = run("bench", "paper", "--table", "cloud", "--device", "cuda", "--list-parts", "--json").json
-    assert len(listed) == len({one["part"] for one in listed}) == 28 and all(0 < one["minutes"] <= 3 for one in listed)
+    assert len(listed) == len({one["part"] for one in listed}) == 36 and all(0 < one["minutes"] <= 3 for one in listed)
     assert any(one["command"].endswith(" --parts qwen3-8b/2k-16k/ours") for one in listed)
     capped = run(
         "bench", "paper", "--table", "cloud", "--gpu-memory", "72GiB", "--out", "my results", "--list-parts", "--json"
     ).json
     assert all("--out 'my results' --gpu-memory 72GiB --parts" in one["command"] for one in capped)
     shown = run("bench", "paper", "--table", "cloud", "--list-parts", "--model", "qwen3-8b", "--parts", "qwen3-8b/2k-32k")
-    assert len(shown.stdout.splitlines()) == 4 and "minutes" in shown.stdout
+    assert len(shown.stdout.splitlines()) == 5 and "minutes" in shown.stdout
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from specontext.evaluation.paper.bench import Bench, TheirStep, measured, open_b
 from specontext.evaluation.paper.columns import SCALES, TABLES, Column
 from specontext.evaluation.paper.hugging_face import EAGER, SDPA, Theirs
 from specontext.evaluation.paper.loop import ABLATION, FULL, OURS, Way, looping, wait_for_loads
-from specontext.evaluation.paper.parts import Part, ours, parts_of, their_most, their_row
+from specontext.evaluation.paper.parts import Part, parts_of, search, their_most, their_row
 from specontext.evaluation.paper.progress import Progress
 from specontext.evaluation.paper.results import link, run_parts, with_ratios
 from specontext.models.loading import LoadedModel
@@ -185,7 +185,7 @@ def test_the_choice_is_judged_by_whole_columns(bench: Bench, monkeypatch: pytest
     monkeypatch.setattr(Bench, "prefill_s", lambda *_: 0.0)
     theirs = lambda self, way, requests, lengths, steps=None: dict.fromkeys(lengths, TheirStep(1.0, 1.0))  # noqa: E731
     monkeypatch.setattr(Bench, "_their_steps", theirs)
-    found = ours(replace(bench, progress=Progress()), COLUMN)[-1]
+    found = search(replace(bench, progress=Progress()), COLUMN)[-1]
     assert found["best_requests"] == 4 and found["choice_over_best"] == 1.0
     assert list(found["searched"]) == ["3", "4", "5"], "no further than what is worse already"
     assert {length for requests, length in asked if requests == 5} == set(COLUMN.lengths(3))
