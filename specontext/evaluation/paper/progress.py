@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ class Progress:
     Args:
         folder: where the files are; None keeps nothing beyond this object.
         about: settings and card; what was measured with others does not count.
+        say: is told what was measured, and how long that took.
 
     Attributes:
         searched: numbers that parts have searched for already.
@@ -34,8 +36,10 @@ class Progress:
         PaperError: when a file is to be written and cannot be.
     """
 
-    def __init__(self, folder: Path | None = None, about: dict[str, Any] | None = None) -> None:
-        self._folder, self._about = folder, about or {}
+    def __init__(
+        self, folder: Path | None = None, about: dict[str, Any] | None = None, say: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._folder, self._about, self._say = folder, about or {}, say
         self.searched: dict[str, Any] = {}
         self._file: Path | None = None
         self._found: dict[str, Any] = {}
@@ -69,7 +73,7 @@ class Progress:
         if name in self._found:
             kept: Value = self._found[name]
             return kept
-        value = measure()
+        value = self._timed(name, measure)
         if not (isinstance(value, dict) and value.get("failed")):
             self._found[name] = value
             self._write()
@@ -78,10 +82,16 @@ class Progress:
     def search(self, name: str, find: Callable[[], Value]) -> Value:
         """A number that this part or another has searched for, else what is found now; rows are never made of it."""
         if name not in self.searched:
-            self.searched[name] = self.own[name] = find()
+            self.searched[name] = self.own[name] = self._timed(name, find)
             self._write()
         found: Value = self.searched[name]
         return found
+
+    def _timed(self, name: str, measure: Callable[[], Value]) -> Value:
+        began = time.perf_counter()
+        value = measure()
+        self._say(f"  {name}: {time.perf_counter() - began:.1f} s")
+        return value
 
     def _write(self) -> None:
         if self._file is not None:

@@ -71,10 +71,7 @@ def overlapping(budget: Budget, context: int, requests: int, groups: int, overla
     new = budget.scored - round(budget.scored * overlap)
     # A window that moves by the new share over a ring of tokens, which is as long as all steps together.
     ring = min(high - low, max(new * count, budget.scored + new))
-    every = [[torch.randperm(high - low, generator=generator)[:ring] + low for _ in range(groups)] for _ in range(requests)]
-    found = []
-    for step in range(count):
-        window = torch.arange(step * new, step * new + budget.scored) % ring
-        scored = torch.stack([torch.stack([order[window].sort().values for order in row]) for row in every])
-        found.append(budget.compose(scored, lengths))
-    return found
+    rings = torch.stack([torch.randperm(high - low, generator=generator)[:ring] + low for _ in range(requests * groups)])
+    rings = rings.view(requests, groups, ring)
+    windows = ((torch.arange(step * new, step * new + budget.scored) % ring) for step in range(count))
+    return [budget.compose(rings[..., window].sort(-1).values, lengths) for window in windows]

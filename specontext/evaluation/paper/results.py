@@ -79,7 +79,7 @@ def run_parts(
     bench: Bench | None = None
     found, left = [], []
     kept = {part.name: None if folder is None else read_part(folder / part.file_name, about) for part in parts}
-    progress, began, clock = Progress(folder, about), time.perf_counter(), _Minutes(parts, kept)
+    progress, began, clock = Progress(folder, about, _say), time.perf_counter(), _Minutes(parts, kept)
     with capped(table.memory, device):
         for part in parts:
             result = kept[part.name]

@@ -82,6 +82,6 @@ def fill(tensor: Tensor, block: int = 1 << 24) -> None:
                 part[start : start + count] = some[: len(part) - start]
         return
     flat = tensor.view(-1)
-    some = torch.randn(min(block, max(1, flat.numel())), dtype=torch.float32).to(flat)
+    some = torch.randn(min(block, max(1, flat.numel())), dtype=torch.float32, device=flat.device).to(flat.dtype)
     for start in range(0, flat.numel(), len(some)):
         flat[start : start + len(some)] = some[: flat.numel() - start]
