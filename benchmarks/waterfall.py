@@ -1,9 +1,11 @@
 """One decode step on a GPU as a waterfall: which kernels run when, in which stream, and what waits for what.
 
-Usage: python benchmarks/waterfall.py [--model llama-3.1-8b] [--context 131056] [--budget 2048] [--plot waterfall.png] [--json]
+Usage: python benchmarks/waterfall.py [--model llama-3.1-8b] [--context 131056] [--system ours] [--plot F.png] ...
 
-The step is that of `decode.py`'s system `offloaded` (all KV in host memory, selection replayed at a stated overlap), recorded by
-PyTorch's profiler while its captured graph is replayed. Prints the time of each kind of work, then with --json one JSON line.
+The step is that of the engine's loop in the paper's tables (`specontext bench paper`): captured, compiled, all KV of ours in host
+memory unless `--resident`, its selection replayed at a stated overlap. First steps are timed as they are: the loop, the captured
+graph on the GPU, and the host while it launches that. Then one is recorded by PyTorch's profiler. Prints the time of each kind of
+work, then with --json one JSON line, which has the kernels that take most.
 """
 
 from __future__ import annotations
@@ -11,26 +13,25 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import specontext  # noqa: F401  # isort: skip  # before torch: it says how torch's threads wait
 import torch
-from decode import decode_batch
 from measure import machine, versions
 from rich.console import Console
 from rich.table import Table
 
-from specontext.config import SpeContextConfig
-from specontext.distill.new_head import HeadShape, new_head
-from specontext.engine.runner import ModelRunner
-from specontext.evaluation.paper.replay import Replay, overlapping, with_own_method
-from specontext.evaluation.paper.shapes import random_model
-from specontext.evaluation.paper.states import parts_for
-from specontext.retrieval.selector import Budget
+from specontext.evaluation.paper.loop import FULL, OURS, Loop, looping, mean_step
+from specontext.evaluation.paper.shapes import random_model, word_tokenizer
+
+STEPS, WARM_UP = 25, 20
+LISTED = 24  # kernels, in the JSON line
 
 # Kind of work, its colour, and what its kernels' names contain; the first that fits.
 KINDS = (
@@ -48,6 +49,7 @@ KINDS = (
 class Span:
     """A kernel of the step; microseconds from its start."""
 
+    name: str
     kind: int
     start: float
     length: float
@@ -68,12 +70,38 @@ def record(run: Any) -> list[Span]:
         ]
     # Before the step's first product of matrices lie the copies of its numbers, and the launch of the graph.
     first = min(event["ts"] for event in events if KINDS[kind_of(event["name"])][0] == "layers and head")
-    return [Span(kind_of(e["name"]), e["ts"] - first, e["dur"]) for e in events if e["ts"] >= first]
+    return [Span(e["name"], kind_of(e["name"]), e["ts"] - first, e["dur"]) for e in events if e["ts"] >= first]
 
 
 def kind_of(name: str) -> int:
     """Number of the kind of work that a kernel of this name does."""
     return next(i for i, (_, _, parts) in enumerate(KINDS) if any(part in name for part in parts))
+
+
+def timed(loop: Loop, steps: int) -> dict[str, float]:
+    """Microseconds of a step of the loop, of its captured graph on the GPU, and of the host to launch that; the means of some."""
+    launches: list[tuple[float, torch.cuda.Event, torch.cuda.Event]] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def watched(graph: torch.cuda.CUDAGraph) -> None:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        began = time.perf_counter()
+        replay(graph)
+        launches.append((time.perf_counter() - began, begin, end))
+        end.record()
+
+    plain = mean_step(loop, warm_up=WARM_UP, steps=steps)
+    with patch.object(torch.cuda.CUDAGraph, "replay", watched):
+        loop.seconds(steps)
+    torch.cuda.synchronize()
+    if not launches:
+        raise SystemExit("no step was captured: nothing to show")
+    return {
+        "loop_us": plain * 1e6,
+        "graph_us": sum(begin.elapsed_time(end) for _, begin, end in launches) / len(launches) * 1e3,
+        "launch_us": sum(seconds for seconds, _, _ in launches) / len(launches) * 1e6,
+    }
 
 
 def plot(spans: list[Span], title: str, path: Path) -> None:
@@ -114,7 +142,8 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--requests", type=int, default=1)
     parser.add_argument("--overlap", type=float, default=0.85)
-    parser.add_argument("--resident", action="store_true", help="all KV on the device instead")
+    parser.add_argument("--system", choices=("ours", "full"), default="ours")
+    parser.add_argument("--resident", action="store_true", help="all KV on the device instead; of full it is always")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -122,36 +151,43 @@ def main() -> None:
         parser.error("a waterfall needs a GPU: a CPU has one stream, see decode.py --profile")
     device = torch.device("cuda")
     loaded = random_model(arguments.model, torch.bfloat16, device)
-    requests, context, budget = arguments.requests, arguments.context, arguments.budget
-    head = new_head(HeadShape(), loaded.shape, trained_length=context, source="benchmark", seed=0)
-    head = head.to(device=device, dtype=loaded.shape.dtype).requires_grad_(False)
-    method = SpeContextConfig(budget=budget, slots=budget + budget // 4, offload_layers=0 if arguments.resident else -1)
-    parts = parts_for(loaded, head, method, requests, context, device)
-    limits = Budget(budget, parts.method.sink, parts.method.recent)
-    selections = overlapping(limits, context, requests, parts.selector.groups, arguments.overlap, 16)
-    parts = with_own_method(parts, Replay(parts.selector, selections, device))
-    runner = ModelRunner(loaded, parts, feature_layers=head.config.feature_layers, measure_recall=False)
-    batch = decode_batch(requests, context, device)
-    for _ in range(20):
-        runner.run(batch)
-    spans = record(lambda: runner.run(batch))
-    where = "on the device" if arguments.resident else f"in host memory, {arguments.overlap:.0%} overlap"
-    title = f"{arguments.model}, {context:,} tokens, budget {budget:,}, KV {where}: one decode step on {machine(device)}"
+    loaded = replace(loaded, tokenizer=word_tokenizer(loaded.shape.vocab_size))
+    way = FULL if arguments.system == "full" else OURS
+    resident = arguments.resident or way is FULL
+    options = {name: getattr(arguments, name) for name in ("requests", "context", "budget", "overlap")}
+    away = 0 if resident else loaded.shape.layers
+    with looping(loaded, way, **options, away=away, room=2 * STEPS + WARM_UP + 4) as loop:
+        times = timed(loop, STEPS)
+        spans = record(loop.step)
+    where = "on the device" if resident else f"in host memory, {arguments.overlap:.0%} overlap"
+    budget = "" if way is FULL else f", budget {arguments.budget:,}"
+    title = f"{arguments.model}, {arguments.context:,} tokens, {way.name}{budget}, KV {where}: a decode step on {machine(device)}"
     busy: dict[str, float] = defaultdict(float)
+    kernels: dict[str, list[float]] = defaultdict(list)
     for span in spans:
         busy[KINDS[span.kind][0]] += span.length
+        kernels[span.name].append(span.length)
     step = max(span.start + span.length for span in spans)
     table = Table(title=title)
     for column in ("work", "us", "share of the step"):
         table.add_column(column, justify="right")
     for name, microseconds in sorted(busy.items(), key=lambda item: -item[1]):
         table.add_row(name, f"{microseconds:,.0f}", f"{microseconds / step:.1%}")
-    Console().print(table, f"the step took {step:,.0f} us under the profiler; streams overlap, so shares add up to more than 1")
+    Console().print(
+        table,
+        f"the step took {step:,.0f} us under the profiler, {len(spans)} kernels; streams overlap: shares add up to more than 1",
+        f"without it the loop takes {times['loop_us']:,.0f} us a step, its captured graph {times['graph_us']:,.0f} on the GPU; "
+        f"launching that takes the host {times['launch_us']:,.0f}",
+        sep="\n",
+    )
     if arguments.plot is not None:
         plot(spans, title, arguments.plot)
     if arguments.json:
+        most = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:LISTED]
+        listed = [{"kernel": name, "launches": len(each), "us": sum(each)} for name, each in most]
         report = {"benchmark": "waterfall", "date": date.today().isoformat(), "machine": machine(device), "versions": versions()}
-        print(json.dumps(report | vars(arguments) | {"plot": str(arguments.plot), "step_us": step, "busy_us": dict(busy)}))
+        report |= vars(arguments) | {"plot": str(arguments.plot), **times, "step_us": step, "num_kernels": len(spans)}
+        print(json.dumps(report | {"busy_us": dict(busy), "kernels": listed}))
 
 
 if __name__ == "__main__":
