@@ -12,12 +12,13 @@ if TYPE_CHECKING:  # it calls this
 
 PROMPT = 48  # tokens: a few pages
 OUTPUT = 6
-# Greedy, and what sampling does besides: ranking few and all tokens, and log-probabilities.
+# Greedy, and what sampling does besides: limits by rank and by mass, and log-probabilities, with which logits are of 32 bits.
 WAYS = (
     SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True),
     SamplingParams(temperature=1.0, top_k=20, seed=0, max_tokens=OUTPUT, ignore_eos=True, logprobs=1),
     SamplingParams(temperature=1.0, top_p=0.9, seed=0, max_tokens=OUTPUT, ignore_eos=True),
 )
+ALONE = SamplingParams(temperature=1.0, top_k=20, top_p=0.9, seed=0, max_tokens=OUTPUT, ignore_eos=True)  # logits as they are
 
 
 def rehearse(engine: LLMEngine) -> None:
@@ -42,7 +43,7 @@ def rehearse(engine: LLMEngine) -> None:
         while not all(generation.finished for generation in begun):
             engine.step()
         again = [*prompts["rehearsal-0"][:-1], 1]  # another token at its end, or all of its pages would be known
-        begun.append(engine.add_request("rehearsal-again", again, WAYS[0], checked=True))
+        begun.append(engine.add_request("rehearsal-again", again, ALONE, checked=True))
         while not begun[-1].finished:
             engine.step()
     except (RequestError, LogitsError, RequestFailedError):  # a model that fails does so for those who ask

@@ -1,9 +1,6 @@
-"""From logits to tokens: penalties, restrictions of the candidates and random numbers that only the request decides.
+"""From logits to tokens: what requests ask of them, the choice on the device, and log-probabilities, on their way to the host.
 
-Everything a choice depends on is exact: candidates are ranked by unique integer keys, the mass of `top_p` is summed in integers
-and random numbers are hashes of (seed, output index, position, token id). So neither the batch nor its order changes a token.
-
-Shapes use R requests, V vocabulary size, C candidates.
+Shapes use R requests, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -19,12 +16,8 @@ from specontext.core import Request
 from specontext.engine.failures import NOBODYS, Failures
 from specontext.engine.restrictions import restricted
 from specontext.errors import LogitsError, NoTokenLeftError
-from specontext.kernels.counter_random import combine_keys, counter_uniform
 from specontext.kernels.dispatch import upload
-
-_NARROW = 256  # a row with top_k up to this is ranked only so far
-_CHUNK = 1 << 22  # float64 scores worked on at once, so that a full batch with a large vocabulary needs little memory
-_LOW_32_BITS = (1 << 32) - 1
+from specontext.kernels.token_choice import Draw, best_tokens, draw_tokens, ranked, rows_at_once
 
 
 class NextToken(NamedTuple):
@@ -82,15 +75,13 @@ class Drawn:
         requests = [request for _, request in ready]
         if len(ready) < len(logits):
             logits = logits[upload([row for row, _ in ready], torch.int64, logits.device)]
-        raw = logits.float()
         free = all(request.params.unrestricted for request in requests)
+        raw = logits if free else logits.float()
         adjusted = raw if free else restricted(raw, requests, end_token_ids)
-        self.token_ids = adjusted.argmax(dim=1)  # the lowest id among equals
-        best = adjusted.gather(1, self.token_ids.unsqueeze(1)).squeeze(1)
-        nothing, broken = best == -math.inf, ~(best < math.inf)  # what is no number is taken for the largest
-        if not all(request.params.plain for request in requests):
-            _sample_random_rows(adjusted, requests, self.token_ids)
-        found = torch.stack((self.token_ids, broken.long(), nothing.long()))
+        found = best_tokens(adjusted)
+        self.token_ids = found[0]
+        if draws := _draws(requests):
+            draw_tokens(adjusted, self.token_ids, draws)
         self._found = _on_its_way(found) if found.is_cuda else found
         self._ranked = [] if free else _ranked_tokens(raw, self.token_ids, requests)
         self._copied = torch.cuda.current_stream(found.device).record_event() if found.is_cuda else None
@@ -126,82 +117,16 @@ def _on_its_way(numbers: Tensor) -> Tensor:
     return torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda).copy_(numbers, non_blocking=True)
 
 
-def _sample_random_rows(adjusted: Tensor, requests: Sequence[Request], chosen: Tensor) -> None:
-    """Overwrites in `chosen` [R] the tokens of the requests with a temperature."""
-    vocab_size = adjusted.shape[1]
-    by_width: dict[int, list[int]] = {}
+def _draws(requests: Sequence[Request]) -> list[Draw]:
+    """How tokens of the requests with a temperature are drawn, each of the row with its place."""
+    found = []
     for row, request in enumerate(requests):
-        if request.params.temperature > 0:
-            by_width.setdefault(_ranks_needed(request, vocab_size), []).append(row)
-    for width, members in by_width.items():
-        for start in range(0, len(members), step := rows_at_once(vocab_size)):
-            part = members[start : start + step]
-            rows = upload(part, torch.int64, adjusted.device)
-            chosen[rows] = _sample_rows(adjusted[rows], [requests[row] for row in part], width)
-
-
-def _ranks_needed(request: Request, vocab_size: int) -> int:
-    """How many of the most likely tokens must be put in order, 0 for none; a function of this request alone."""
-    params = request.params
-    if 0 < params.top_k <= _NARROW:
-        return min(_NARROW, vocab_size)
-    return vocab_size if params.top_p < 1 or 0 < params.top_k < vocab_size else 0
-
-
-def _sample_rows(rows: Tensor, requests: Sequence[Request], width: int) -> Tensor:
-    """Draws a token for each row of logits [R, V] among the `width` most likely ones, 0 meaning all. Returns int64 [R]."""
-    device, vocab_size = rows.device, rows.shape[1]
-    everyone = [request.params for request in requests]
-    floors = [math.log(params.min_p) if params.min_p else -math.inf for params in everyone]
-    numbers = [(max(p.temperature, 1e-12), floor, p.top_p) for p, floor in zip(everyone, floors, strict=True)]
-    temperature, floor, top_p = upload(numbers, torch.float64, device).T.unsqueeze(2)  # each [R, 1]
-    scores = rows.double().sub_(rows.amax(dim=1, keepdim=True)).div_(temperature)  # [R, V], at most 0
-    if width:
-        ids = _ranked(rows, width)  # [R, C]
-        scores = scores.gather(1, ids)
-    else:
-        ids = torch.arange(vocab_size, device=device).unsqueeze(0)  # [1, V]
-    scores.masked_fill_(scores < floor, -math.inf)
-    if width:
-        limits = [params.top_k or vocab_size for params in everyone]
-        limit = upload([min(limit, vocab_size) for limit in limits], torch.int64, device).unsqueeze(1)  # [R, 1]
-        scores.masked_fill_(torch.arange(width, device=device) >= limit, -math.inf)
-        mass = (scores.exp() * 2.0**40).long()
-        before = mass.cumsum(dim=1) - mass
-        total = mass.sum(dim=1, keepdim=True)
-        scores.masked_fill_((top_p < 1) & (before.double() >= top_p * total.double()), -math.inf)
-    best = (scores + _gumbel(_keys(requests, device), ids)).argmax(dim=1, keepdim=True)
-    return ids.expand_as(scores).gather(1, best).squeeze(1)
-
-
-def _ranked(rows: Tensor, width: int) -> Tensor:
-    """Ids [R, width] of the largest of `rows` float32 [R, V], descending, the lowest id first among equals."""
-    bits = (rows + 0.0).view(torch.int32)  # adding zero turns -0.0 into 0.0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # integers in the order of the floats
-    ids = torch.arange(rows.shape[1], device=rows.device)
-    keys = (ordered << 32) | (_LOW_32_BITS - ids)
-    largest = keys.sort(dim=1, descending=True).values if width == rows.shape[1] else keys.topk(width, dim=1).values
-    return _LOW_32_BITS - (largest & _LOW_32_BITS)
-
-
-def _keys(requests: Sequence[Request], device: torch.device) -> Tensor:
-    """Key of the random numbers of each request's next token, int64 [R, 1]."""
-    numbers = [(request.seed, request.index, len(request.token_ids) + request.unread) for request in requests]
-    parts = upload(numbers, torch.int64, device)
-    return combine_keys(parts.split(1, dim=1))
-
-
-def _gumbel(keys: Tensor, ids: Tensor) -> Tensor:
-    """Gumbel noise, float64 [R, C], for keys [R, 1] and token ids [R or 1, C].
-
-    The argmax of scores plus noise is a sample of their softmax.
-    """
-    return counter_uniform(keys, ids).neg_().log1p_().neg_().log_().neg_()
-
-
-def rows_at_once(vocab_size: int) -> int:
-    """How many rows of logits are worked on together."""
-    return max(1, _CHUNK // vocab_size)
+        params = request.params
+        if params.temperature > 0:
+            position = len(request.token_ids) + request.unread
+            candidates = (params.temperature, params.min_p, params.top_p, params.top_k)
+            found.append(Draw(row, *candidates, request.seed, request.index, position))
+    return found
 
 
 def ranked_logprobs(logits: Tensor, tokens: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -214,7 +139,7 @@ def ranked_logprobs(logits: Tensor, tokens: Tensor, width: int) -> tuple[Tensor,
     Returns:
         Ids, int64 [R, 1 + width], first those of `tokens`, and their log-probabilities, float32 of the same shape.
     """
-    ids = torch.cat((tokens.unsqueeze(1), _ranked(logits, width)), dim=1) if width else tokens.unsqueeze(1)
+    ids = torch.cat((tokens.unsqueeze(1), ranked(logits, width)), dim=1) if width else tokens.unsqueeze(1)
     return ids, logits.log_softmax(dim=1).gather(1, ids)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from specontext.engine import sampler
 from specontext.engine.runner import ModelRunner
 from specontext.engine.statistics import Count
 from specontext.errors import DeviceMemoryError, LogitsError, NamedRequestsError
+from specontext.kernels.token_choice import Draw
 
 MakeLLM = Callable[..., LLM]
 Greedy = Callable[..., SamplingParams]
@@ -262,14 +263,14 @@ def test_a_request_for_which_no_token_can_be_chosen_ends_alone(
 ) -> None:
     llm = make_llm("llama", budget=14)
     expected = llm.generate(prompts[2], greedy(12))[0].token_ids
-    launched, draw = ahead(llm), sampler._sample_rows
+    launched, draw_tokens = ahead(llm), sampler.draw_tokens
 
-    def breaking(rows: torch.Tensor, requests: Any, *given: Any) -> torch.Tensor:
-        if any(request.params.top_k == 3 for request in requests):
+    def breaking(logits: torch.Tensor, tokens: torch.Tensor, draws: Sequence[Draw]) -> None:
+        if any(draw.top_k == 3 for draw in draws):
             raise KeyError("a bug")
-        return draw(rows, requests, *given)
+        draw_tokens(logits, tokens, draws)
 
-    monkeypatch.setattr(sampler, "_sample_rows", breaking)
+    monkeypatch.setattr(sampler, "draw_tokens", breaking)
     whole = llm.engine.add_request("whole", prompts[2], greedy(12))
     for _ in range(steps):
         llm.engine.step()

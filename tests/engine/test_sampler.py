@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from specontext.core import AllowedTokens, Request
-from specontext.engine import sampler
 from specontext.engine.failures import Failures
 from specontext.engine.restrictions import restricted
 from specontext.engine.sampler import Drawn
 from specontext.errors import LogitsError, SpeContextError
+from specontext.kernels import token_choice
+from specontext.kernels.counter_random import combine_keys
+from specontext.kernels.token_choice import gumbel
 from specontext.sampling_params import SamplingParams
 
 VOCAB = 37
@@ -123,10 +125,8 @@ def test_draws_follow_the_softmax(temperature: float, restriction: dict[str, Any
 
 
 def test_random_numbers_are_uniform_and_uncorrelated() -> None:
-    keys = torch.cat(
-        [sampler._keys([request(seed=seed, output=(1,) * n) for n in range(50)], torch.device("cpu")) for seed in (0, 1)]
-    )
-    uniform = torch.exp(-torch.exp(-sampler._gumbel(keys, torch.arange(1000).unsqueeze(0))))  # [100, 1000]
+    keys = torch.stack([combine_keys(list(torch.tensor([seed, 0, n]))) for seed in (0, 1) for n in range(50)])
+    uniform = torch.exp(-torch.exp(-gumbel(keys.unsqueeze(1), torch.arange(1000).unsqueeze(0))))  # [100, 1000]
     assert abs(uniform.mean() - 0.5) < 0.004 and abs(uniform.var() - 1 / 12) < 0.002
     correlation = torch.corrcoef(uniform) - torch.eye(100)
     assert correlation.abs().max() < 0.17
@@ -162,7 +162,7 @@ def test_neither_batch_mates_nor_order_change_a_token(monkeypatch: pytest.Monkey
     assert [entry and list(entry) for entry in shuffled.logprobs] == [
         together.logprobs[row] and list(together.logprobs[row] or ()) for row in order
     ]
-    monkeypatch.setattr(sampler, "_CHUNK", 700)
+    monkeypatch.setattr(token_choice, "_CHUNK", 700)
     assert sample(logits, requests, end_token_ids=(9,)).token_ids == together.token_ids
 
 

@@ -1,0 +1,157 @@
+"""Tokens by their logits: the most likely ones, and draws among the candidates that a request leaves.
+
+Candidates are ranked by their logits, the lowest id first among equals. The mass of `top_p` is summed in integers, and random
+numbers are hashes of (seed, output index, position, token id): neither the batch nor the order of a sum changes a token.
+
+Shapes use R rows of logits, V vocabulary size, N draws, C candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from specontext.kernels.counter_random import combine_keys, counter_uniform
+from specontext.kernels.dispatch import operation, upload
+
+UNIT = 2.0**40  # mass of the most likely token
+LEAST_TEMPERATURE = 1e-12
+_NARROW = 256  # a row with top_k up to this is ranked only so far
+_CHUNK = 1 << 22  # float64 scores worked on at once, so that a full batch with a large vocabulary needs little memory
+_LOW_32_BITS = (1 << 32) - 1
+
+
+class Draw(NamedTuple):
+    """How a token is drawn, and what its random numbers depend on.
+
+    Attributes:
+        row: of the logits, each once.
+        temperature: above 0.
+        min_p: candidates have at least this share of the greatest probability; 0 for all.
+        top_p: candidates are the most likely ones that together have this share of the mass; 1 for all.
+        top_k: candidates are so many of the most likely ones; 0 or below for all.
+    """
+
+    row: int
+    temperature: float
+    min_p: float
+    top_p: float
+    top_k: int
+    seed: int
+    output: int
+    position: int
+
+    @property
+    def floor(self) -> float:
+        """The least score of a candidate: its logit less the greatest, over the temperature."""
+        return math.log(self.min_p) if self.min_p else -math.inf
+
+    def numbers(self) -> tuple[float, float, float]:
+        """Temperature, floor, top_p."""
+        return max(self.temperature, LEAST_TEMPERATURE), self.floor, self.top_p
+
+    def limit(self, vocab_size: int) -> int:
+        """How many candidates there are at most."""
+        return min(self.top_k, vocab_size) if self.top_k > 0 else vocab_size
+
+
+@operation(decided_by="logits")
+def best_tokens(logits: Tensor) -> Tensor:
+    """The most likely token of each row, the lowest id among equals.
+
+    Args:
+        logits: floating [R, V], rows contiguous.
+
+    Returns:
+        int64 [3, R]: the token; whether a NaN or infinity breaks the row, and then it may be any; whether all logits are minus
+        infinity.
+    """
+    logits = logits.float()
+    token = logits.argmax(dim=1)
+    best = logits.gather(1, token.unsqueeze(1)).squeeze(1)
+    nothing, broken = best == -math.inf, ~(best < math.inf)  # what is no number is taken for the largest
+    return torch.stack((token, broken.long(), nothing.long()))
+
+
+@operation(decided_by="logits")
+def draw_tokens(logits: Tensor, tokens: Tensor, draws: Sequence[Draw]) -> None:
+    """Replace the most likely tokens of some rows by draws among their candidates.
+
+    A draw is the candidate with the greatest sum of its score and Gumbel noise: a sample of their softmax.
+
+    Args:
+        logits: floating [R, V], rows contiguous.
+        tokens: int64 [R], contiguous: the most likely token of every row; those of the draws' rows are written.
+    """
+    vocab_size = logits.shape[1]
+    by_width: dict[int, list[Draw]] = {}
+    for draw in draws:
+        by_width.setdefault(_ranks_needed(draw, vocab_size), []).append(draw)
+    for width, members in by_width.items():
+        for start in range(0, len(members), step := rows_at_once(vocab_size)):
+            part = members[start : start + step]
+            rows = upload([draw.row for draw in part], torch.int64, logits.device)
+            tokens[rows] = _drawn(logits[rows].float(), part, width)
+
+
+def _ranks_needed(draw: Draw, vocab_size: int) -> int:
+    """How many of the most likely tokens must be put in order, 0 for none; a function of this draw alone."""
+    limit = draw.limit(vocab_size)
+    if limit < vocab_size and limit <= _NARROW:
+        return min(_NARROW, vocab_size)
+    return vocab_size if draw.top_p < 1 or limit < vocab_size else 0
+
+
+def _drawn(rows: Tensor, draws: Sequence[Draw], width: int) -> Tensor:
+    """A token for each row of logits float32 [N, V] among the `width` most likely ones, 0 meaning all: int64 [N]."""
+    device, vocab_size = rows.device, rows.shape[1]
+    numbers = upload([draw.numbers() for draw in draws], torch.float64, device)
+    temperature, floor, top_p = numbers.T.unsqueeze(2)  # each [N, 1]
+    scores = rows.double().sub_(rows.amax(dim=1, keepdim=True)).div_(temperature)  # [N, V], at most 0
+    if width:
+        ids = ranked(rows, width)  # [N, C]
+        scores = scores.gather(1, ids)
+    else:
+        ids = torch.arange(vocab_size, device=device).unsqueeze(0)  # [1, V]
+    scores.masked_fill_(scores < floor, -math.inf)
+    if width:
+        limit = upload([draw.limit(vocab_size) for draw in draws], torch.int64, device).unsqueeze(1)  # [N, 1]
+        scores.masked_fill_(torch.arange(width, device=device) >= limit, -math.inf)
+        mass = (scores.exp() * UNIT).long()
+        enough = (top_p * mass.sum(dim=1, keepdim=True)).ceil().long()
+        scores.masked_fill_((top_p < 1) & (mass.cumsum(dim=1) - mass >= enough), -math.inf)
+    best = (scores + gumbel(_keys(draws, device), ids)).argmax(dim=1, keepdim=True)
+    return ids.expand_as(scores).gather(1, best).squeeze(1)
+
+
+def ranked(rows: Tensor, width: int) -> Tensor:
+    """Ids [R, width] of the largest of `rows` float32 [R, V], descending, the lowest id first among equals."""
+    bits = (rows + 0.0).view(torch.int32)  # adding zero turns -0.0 into 0.0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # integers in the order of the floats
+    ids = torch.arange(rows.shape[1], device=rows.device)
+    keys = (ordered << 32) | (_LOW_32_BITS - ids)
+    largest = keys.sort(dim=1, descending=True).values if width == rows.shape[1] else keys.topk(width, dim=1).values
+    return _LOW_32_BITS - (largest & _LOW_32_BITS)
+
+
+def _keys(draws: Sequence[Draw], device: torch.device) -> Tensor:
+    """Key of the random numbers of each draw, int64 [N, 1]."""
+    parts = upload([(draw.seed, draw.output, draw.position) for draw in draws], torch.int64, device)
+    return combine_keys(parts.split(1, dim=1))
+
+
+def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
+    """Gumbel noise, float64 [R, C], for keys [R, 1] and token ids [R or 1, C].
+
+    The argmax of scores plus noise is a sample of their softmax.
+    """
+    return counter_uniform(keys, ids).neg_().log1p_().neg_().log_().neg_()
+
+
+def rows_at_once(vocab_size: int) -> int:
+    """How many rows of logits are worked on together."""
+    return max(1, _CHUNK // vocab_size)
