@@ -21,6 +21,7 @@ from specontext.kernels.dispatch import operation, upload
 UNIT = 2.0**40  # mass of the most likely token
 LEAST_TEMPERATURE = 1e-12
 _NARROW = 256  # a row with top_k up to this is ranked only so far
+_FEW = 1024  # so far a row with top_p is ranked first: that is enough unless its distribution is flat
 _CHUNK = 1 << 22  # float64 scores worked on at once, so that a full batch with a large vocabulary needs little memory
 _LOW_32_BITS = (1 << 32) - 1
 
@@ -103,29 +104,39 @@ def _ranks_needed(draw: Draw, vocab_size: int) -> int:
     limit = draw.limit(vocab_size)
     if limit < vocab_size and limit <= _NARROW:
         return min(_NARROW, vocab_size)
-    return vocab_size if draw.top_p < 1 or limit < vocab_size else 0
+    if limit < vocab_size:
+        return vocab_size
+    return min(_FEW, vocab_size) if draw.top_p < 1 else 0
 
 
 def _drawn(rows: Tensor, draws: Sequence[Draw], width: int) -> Tensor:
-    """A token for each row of logits float32 [N, V] among the `width` most likely ones, 0 meaning all: int64 [N]."""
+    """A token for each row of logits float32 [N, V], of which so many ranks are needed: int64 [N]."""
     device, vocab_size = rows.device, rows.shape[1]
     numbers = upload([draw.numbers() for draw in draws], torch.float64, device)
     temperature, floor, top_p = numbers.T.unsqueeze(2)  # each [N, 1]
     scores = rows.double().sub_(rows.amax(dim=1, keepdim=True)).div_(temperature)  # [N, V], at most 0
-    if width:
-        ids = ranked(rows, width)  # [N, C]
-        scores = scores.gather(1, ids)
-    else:
-        ids = torch.arange(vocab_size, device=device).unsqueeze(0)  # [1, V]
     scores.masked_fill_(scores < floor, -math.inf)
     if width:
-        limit = upload([draw.limit(vocab_size) for draw in draws], torch.int64, device).unsqueeze(1)  # [N, 1]
-        scores.masked_fill_(torch.arange(width, device=device) >= limit, -math.inf)
-        mass = (scores.exp() * UNIT).long()
-        enough = (top_p * mass.sum(dim=1, keepdim=True)).ceil().long()
-        scores.masked_fill_((top_p < 1) & (mass.cumsum(dim=1) - mass >= enough), -math.inf)
+        limits = [draw.limit(vocab_size) for draw in draws]
+        limit = upload(limits, torch.int64, device).unsqueeze(1)  # [N, 1]
+        ids = ranked(rows, width)  # [N, C]
+        likely = scores.gather(1, ids).masked_fill_(torch.arange(width, device=device) >= limit, -math.inf)
+        mass = _masses(likely)
+        everything = _masses(scores) if max(limits) > width else mass
+        scores, total = likely, everything.sum(dim=1, keepdim=True)
+        enough, reached = (top_p * total).ceil().long(), mass.cumsum(dim=1)
+        if width < vocab_size and (reached[:, -1:] < enough).any():
+            return _drawn(rows, draws, vocab_size)
+        scores.masked_fill_((top_p < 1) & (reached - mass >= enough), -math.inf)
+    else:
+        ids = torch.arange(vocab_size, device=device).unsqueeze(0)  # [1, V]
     best = (scores + gumbel(_keys(draws, device), ids)).argmax(dim=1, keepdim=True)
     return ids.expand_as(scores).gather(1, best).squeeze(1)
+
+
+def _masses(scores: Tensor) -> Tensor:
+    """Integer shares of the mass for scores."""
+    return scores.exp().mul_(UNIT).long()
 
 
 def ranked(rows: Tensor, width: int) -> Tensor:
