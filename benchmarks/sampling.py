@@ -33,6 +33,8 @@ from specontext.evaluation.paper.shapes import DTYPES, TINY, random_model, word_
 from specontext.kernels.dispatch import reference_of
 from specontext.models.loading import LoadedModel
 
+WARM_UP = 6
+EVERYTHING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}  # is a candidate
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "temperature 1": {"temperature": 1.0},
@@ -46,13 +48,7 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parse(words)
     device = torch.device(options.device)
     loaded = model_of(options, device)
-    rows: list[dict[str, Any]] = []
-    for requests in (int(word) for word in options.requests.split(",")):
-        for name, sampling in WAYS.items():
-            ours = step(loaded, options, requests, sampling)
-            with by_pytorch():
-                theirs = step(loaded, options, requests, sampling)
-            rows.append({"requests": requests, "sampling": name, "step_s": ours, "pytorch_s": theirs})
+    rows = [row for word in options.requests.split(",") for row in measured(loaded, options, int(word))]
     for row in rows:
         greedy = next(one for one in rows if one["requests"] == row["requests"])
         row |= {"over_greedy": row["step_s"] / greedy["step_s"], "pytorch_over_greedy": row["pytorch_s"] / greedy["step_s"]}
@@ -85,13 +81,19 @@ def model_of(options: argparse.Namespace, device: torch.device) -> LoadedModel:
     return replace(loaded, tokenizer=word_tokenizer(loaded.shape.vocab_size))
 
 
-def step(loaded: LoadedModel, options: argparse.Namespace, requests: int, sampling: dict[str, Any]) -> float:
-    """Seconds of a step of the engine's loop."""
-    warm_up = 6
-    room = warm_up + options.steps + 2
+def measured(loaded: LoadedModel, options: argparse.Namespace, requests: int) -> list[dict[str, Any]]:
+    """Seconds of a step of the engine's loop by the way of sampling: one engine, whose requests change their ways."""
+    rows = []
     shape = {"requests": requests, "context": options.context, "budget": options.budget}
-    with looping(loaded, OURS, **shape, away=0, overlap=0.85, room=room, sampling=sampling) as loop:
-        return mean_step(loop, warm_up=warm_up, steps=options.steps)
+    room = 2 * len(WAYS) * (WARM_UP + options.steps + 1) + 2
+    with looping(loaded, OURS, **shape, away=0, overlap=0.85, room=room) as loop:
+        for name, sampling in WAYS.items():
+            loop.sample_as(**EVERYTHING | sampling)
+            ours = mean_step(loop, warm_up=WARM_UP, steps=options.steps)
+            with by_pytorch():
+                theirs = mean_step(loop, warm_up=WARM_UP, steps=options.steps)
+            rows.append({"requests": requests, "sampling": name, "step_s": ours, "pytorch_s": theirs})
+    return rows
 
 
 @contextmanager
@@ -110,7 +112,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         numbers = (1e3 * row["step_s"], row["over_greedy"], 1e3 * row["pytorch_s"], row["pytorch_over_greedy"])
         table.add_row(str(row["requests"]), row["sampling"], *(f"{number:.3f}" for number in numbers))
-    Console(file=sys.stdout, soft_wrap=True, highlight=False).print(table)
+    Console(file=sys.stdout, width=100, soft_wrap=True, highlight=False).print(table)
 
 
 if __name__ == "__main__":

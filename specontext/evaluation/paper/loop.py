@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,7 +89,6 @@ class Loop:
     Args:
         context: tokens of each request; there is room for `room` more.
         chunk: tokens of prompts that it could compute in a step, for which it keeps memory.
-        sampling: how tokens are chosen, as `SamplingParams` has it; the most likely ones unless said otherwise.
     """
 
     def __init__(
@@ -105,7 +103,6 @@ class Loop:
         overlap: float,
         room: int,
         chunk: int | None = None,
-        sampling: Mapping[str, Any] = MappingProxyType({"temperature": 0.0}),
     ) -> None:
         options = {"load_format": "dummy", "enforce_eager": not way.captured, "compile": way.captured}
         options |= {} if chunk is None else {"max_num_batched_tokens": chunk}
@@ -117,7 +114,7 @@ class Loop:
             memory.finish()  # steps would wait for the driver that pins
         if way.waits:
             wait_for_loads(self.engine.parts)
-        params = SamplingParams(**sampling, max_tokens=room + 1, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=room + 1, ignore_eos=True)
         for seat in range(requests):
             self._seat(self.engine.add_request(str(seat), [TOKEN] * context, params).request, seat, context, room)
 
@@ -145,6 +142,12 @@ class Loop:
         scheduler.running.append(request)
         request.seat, request.room = seat, context + room
         request.computed = request.prefill_length = context - 1
+
+    def sample_as(self, **sampling: Any) -> None:
+        """Choose tokens in another way from now on, as `SamplingParams` has it."""
+        self.engine.catch_up()
+        for request in self.engine.scheduler.running:
+            request.params = replace(request.params, **sampling)
 
     def step(self) -> None:
         """Decode one token of every request."""
