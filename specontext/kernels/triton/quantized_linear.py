@@ -64,8 +64,9 @@ class FewTile(NamedTuple):
 @triton.jit
 def wait_for_those_before():
     """Until the kernels before are done, and what they wrote can be read; from then on the next may come."""
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
+    # As `tl.extra.cuda.gdc_wait` and `gdc_launch_dependents` have it, which Triton 3.4 cannot compile.
+    tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -489,8 +490,7 @@ def multiplied(x: Tensor) -> tl.dtype:
 
 def comes_early(x: Tensor) -> bool:
     """Whether a kernel may be launched before those before it are done, and wait for them itself."""
-    hopper = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= EARLIEST
-    return hopper and hasattr(tl.extra.cuda, "gdc_wait")
+    return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= EARLIEST
 
 
 def constants(matrix: QuantizedMatrix) -> dict[str, int | bool]:
