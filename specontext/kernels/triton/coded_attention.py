@@ -32,7 +32,7 @@ from specontext.kernels.triton.coded_rows import LEAST_UNIT, REACH, as_float16, 
 from specontext.kernels.triton.online_softmax import LN2, capped
 from specontext.kernels.triton.pieces import as_copied
 
-LEAST = 8  # columns of the narrowest product
+LEAST = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16  # columns of the narrowest product
 
 
 @dataclass(frozen=True)
