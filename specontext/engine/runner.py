@@ -23,6 +23,7 @@ from specontext.engine.true_attention import AttentionObserver
 from specontext.engine.twin import DenseTwin
 from specontext.errors import DeviceError, DeviceMemoryError
 from specontext.kernels.compiling import Compilers
+from specontext.kernels.token_choice import choose_in_every_way
 from specontext.models.attention import listening
 from specontext.models.compiled import CompiledModules
 from specontext.models.decoder import decoder_layers, decoder_of, output_layer
@@ -229,8 +230,9 @@ class ModelRunner:
     def _compile_kernels(self, graphs: DecodeGraphs) -> None:
         """Have the kernels of decode steps compiled beside each other, before others are chosen by how long they take: of the
         engine's own way, and of those that requests may name."""
-        methods = self.parts.methods
-        with Compilers(self.parts.kv.device) as compilers:
+        methods, shape, device = self.parts.methods, self.loaded.shape, self.parts.kv.device
+        with Compilers(device) as compilers:
+            compilers.walk(partial(choose_in_every_way, shape.vocab_size, shape.dtype, device))
             for choice in methods.choices():
                 if not self._waits(methods.of(choice)):
                     for batch in graphs.paddings(self._spans(choice), choice):

@@ -99,6 +99,13 @@ def draw_tokens(logits: Tensor, tokens: Tensor, draws: Sequence[Draw]) -> None:
             tokens[rows] = _drawn(logits[rows].float(), part, width)
 
 
+def choose_in_every_way(vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Choose tokens of a row with all limits, by logits as a model gives them and in float32: what compiles is compiled then."""
+    for form in dict.fromkeys((dtype, torch.float32)):
+        logits = torch.zeros((1, vocab_size), dtype=form, device=device)
+        draw_tokens(logits, best_tokens(logits)[0], [Draw(0, 1.0, 0.0, 0.5, 1, 0, 0, 0)])
+
+
 def _ranks_needed(draw: Draw, vocab_size: int) -> int:
     """How many of the most likely tokens must be put in order, 0 for none; a function of this draw alone."""
     limit = draw.limit(vocab_size)

@@ -79,7 +79,8 @@ shape = {"DIM": DIM, "DIM_PAD": DIM, "BLOCK": 64, "FINAL": False, "CAPPED": Fals
 
 def reads(span, group, codes="*fp8e4nv", query="*bf16", page=0):
     names = read | {"arena_ptr": codes, "query_ptr": query}
-    return widths(coded_attention._attend, names, GROUP=group, GROUP_PAD=max(coded_attention.LEAST, group), PAGE_SIZE=page, SPAN=span,
+    padded = max(coded_attention.LEAST, group)
+    return widths(coded_attention._attend, names, GROUP=group, GROUP_PAD=padded, PAGE_SIZE=page, SPAN=span,
         BY_PAGE=page > 0, TWICE=query == "*fp32", **shape)[1:]
 
 for codes in ("*fp8e4nv", "*i8"):

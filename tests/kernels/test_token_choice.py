@@ -178,3 +178,25 @@ def test_a_large_vocabulary(draw_tokens: Function, monkeypatch: pytest.MonkeyPat
     logits = some_logits(1, 40_009, torch.bfloat16, 6)
     draw = Draw(0, 0.6, 0.0, 0.95, 50, 1, 0, 0)
     assert found_by(draw_tokens, logits, [draw]) == [expected(logits[0], draw)]
+
+
+def test_every_way_launches_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that those who warm up compile all of them, for logits of both kinds."""
+    launched: dict[str, int] = {}
+
+    class Watched:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            launched[self.name] = launched.get(self.name, 0) + 1
+            return self.kernel[grid]
+
+    names = [name for name in vars(kernels) if name.startswith(("_best_of", "_tally", "_cut_off", "_draw_"))]
+    for name in names:
+        monkeypatch.setattr(kernels, name, Watched(name, getattr(kernels, name)))
+    monkeypatch.setattr(dispatched, "best_tokens", kernels.best_tokens)
+    monkeypatch.setattr(dispatched, "draw_tokens", kernels.draw_tokens)
+    dispatched.choose_in_every_way(50, torch.bfloat16, torch.device(DEVICE))
+    assert sorted(launched) == sorted(names) and len(names) == 6
+    assert launched["_tally"] == 2 * (4 + 8) and all(launched[name] == 2 for name in names if name not in ("_tally", "_cut_off"))
