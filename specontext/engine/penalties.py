@@ -1,9 +1,12 @@
 """Penalties on tokens that a request has already, from a record that is kept up as tokens come.
 
-A step looks at the new tokens only, and works on whole rows of logits on the device: it costs the same however long the context.
+A step looks at the new tokens only, and works on whole rows of logits on the device, all at once: it costs the same however long
+the context.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,11 +21,53 @@ def penalised(request: Request) -> bool:
     return params.repetition_penalty != 1.0 or bool(params.frequency_penalty or params.presence_penalty)
 
 
-def penalise(row: Tensor, request: Request) -> None:
-    """Apply the three penalties to a row of logits, float32 [V], in place."""
+def penalise(logits: Tensor, requests: Sequence[Request]) -> None:
+    """Apply the three penalties to the logits of requests that ask for any, float32 [P, V], in place."""
+    histories = [_history(request, row) for request, row in zip(requests, logits, strict=True)]
+    everyone = [request.params for request in requests]
+    repeated = [place for place, history in enumerate(histories) if history.seen is not None]
+    if repeated:
+        factor = _column([everyone[place].repetition_penalty for place in repeated], logits)
+        row, seen = _rows(logits, repeated), _stacked([histories[place].seen for place in repeated])
+        changed = torch.where(row > 0, row / factor, row * factor)
+        bounds = torch.finfo(row.dtype)  # or a very small penalty would leave infinities, among which nothing is likelier
+        changed = torch.where(row.isfinite(), changed.clamp_(bounds.min, bounds.max), row)
+        _put(logits, repeated, torch.where(seen, changed, row))
+    counted = [place for place, history in enumerate(histories) if history.counts is not None]
+    if counted:
+        frequency, presence = (
+            _column([getattr(everyone[place], name) for place in counted], logits)
+            for name in ("frequency_penalty", "presence_penalty")
+        )
+        counts = _stacked([histories[place].counts for place in counted])
+        _put(logits, counted, _rows(logits, counted) - (frequency * counts + presence * (counts > 0)))
+
+
+def _history(request: Request, row: Tensor) -> _History:
+    """What is remembered of a request's tokens, all of them."""
     if not isinstance(request.history, _History):
         request.history = _History(request, row)
-    request.history.apply(row, request)
+    request.history.update(request)
+    return request.history
+
+
+def _column(numbers: Sequence[float], logits: Tensor) -> Tensor:
+    return upload(numbers, logits.dtype, logits.device).unsqueeze(1)
+
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:
+    return torch.stack([tensor for tensor in tensors if tensor is not None])
+
+
+def _rows(logits: Tensor, places: Sequence[int]) -> Tensor:
+    return logits if len(places) == len(logits) else logits[upload(places, torch.int64, logits.device)]
+
+
+def _put(logits: Tensor, places: Sequence[int], rows: Tensor) -> None:
+    if len(places) == len(logits):
+        logits.copy_(rows)
+    else:
+        logits[upload(places, torch.int64, logits.device)] = rows
 
 
 class _History:
@@ -40,18 +85,7 @@ class _History:
         self.counts = torch.zeros_like(row) if counted else None
         self._read = 0 if self.seen is not None else request.prompt_length  # tokens that are in them
 
-    def apply(self, row: Tensor, request: Request) -> None:
-        self._update(request)
-        params = request.params
-        if self.seen is not None:
-            changed = torch.where(row > 0, row / params.repetition_penalty, row * params.repetition_penalty)
-            bounds = torch.finfo(row.dtype)  # or a very small penalty would leave infinities, among which nothing is likelier
-            changed = torch.where(row.isfinite(), changed.clamp(bounds.min, bounds.max), row)
-            row.copy_(torch.where(self.seen, changed, row))
-        if self.counts is not None:
-            row -= params.frequency_penalty * self.counts + params.presence_penalty * (self.counts > 0)
-
-    def _update(self, request: Request) -> None:
+    def update(self, request: Request) -> None:
         start, self._read = self._read, len(request.token_ids)
         if start == self._read:
             return

@@ -50,8 +50,11 @@ def restricted(raw: Tensor, requests: Sequence[Request], end_token_ids: Collecti
         ids, values = zip(*(requests[row].params.logit_bias or ()), strict=True)
         bias = upload(values, adjusted.dtype, raw.device)
         adjusted[row].index_add_(0, upload(ids, torch.int64, raw.device), bias)
-    for row in with_penalties:
-        penalise(adjusted[row], requests[row])
+    if with_penalties:
+        rows = upload(with_penalties, torch.int64, raw.device)
+        part = adjusted[rows]
+        penalise(part, [requests[row] for row in with_penalties])
+        adjusted[rows] = part
     return adjusted
 
 

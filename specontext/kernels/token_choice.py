@@ -21,7 +21,7 @@ from specontext.kernels.dispatch import operation, upload
 UNIT = 2.0**40  # mass of the most likely token
 LEAST_TEMPERATURE = 1e-12
 _NARROW = 256  # a row with top_k up to this is ranked only so far
-_FEW = 1024  # so far a row with top_p is ranked first: that is enough unless its distribution is flat
+_FEW = 1024  # so far a CPU ranks a row with top_p first: that is enough unless its distribution is flat
 _CHUNK = 1 << 22  # float64 scores worked on at once, so that a full batch with a large vocabulary needs little memory
 _LOW_32_BITS = (1 << 32) - 1
 
@@ -91,7 +91,7 @@ def draw_tokens(logits: Tensor, tokens: Tensor, draws: Sequence[Draw]) -> None:
     vocab_size = logits.shape[1]
     by_width: dict[int, list[Draw]] = {}
     for draw in draws:
-        by_width.setdefault(_ranks_needed(draw, vocab_size), []).append(draw)
+        by_width.setdefault(_ranks_needed(draw, vocab_size, logits.device), []).append(draw)
     for width, members in by_width.items():
         for start in range(0, len(members), step := rows_at_once(vocab_size)):
             part = members[start : start + step]
@@ -106,14 +106,16 @@ def choose_in_every_way(vocab_size: int, dtype: torch.dtype, device: torch.devic
         draw_tokens(logits, best_tokens(logits)[0], [Draw(0, 1.0, 0.0, 0.5, 1, 0, 0, 0)])
 
 
-def _ranks_needed(draw: Draw, vocab_size: int) -> int:
-    """How many of the most likely tokens must be put in order, 0 for none; a function of this draw alone."""
+def _ranks_needed(draw: Draw, vocab_size: int, device: torch.device) -> int:
+    """How many of the most likely tokens are put in order, 0 for none; whether few are enough only a CPU can ask at once."""
     limit = draw.limit(vocab_size)
     if limit < vocab_size and limit <= _NARROW:
         return min(_NARROW, vocab_size)
     if limit < vocab_size:
         return vocab_size
-    return min(_FEW, vocab_size) if draw.top_p < 1 else 0
+    if draw.top_p == 1:
+        return 0
+    return min(_FEW, vocab_size) if device.type == "cpu" else vocab_size
 
 
 def _drawn(rows: Tensor, draws: Sequence[Draw], width: int) -> Tensor:
@@ -129,10 +131,10 @@ def _drawn(rows: Tensor, draws: Sequence[Draw], width: int) -> Tensor:
         ids = ranked(rows, width)  # [N, C]
         likely = scores.gather(1, ids).masked_fill_(torch.arange(width, device=device) >= limit, -math.inf)
         mass = _masses(likely)
-        everything = _masses(scores) if max(limits) > width else mass
-        scores, total = likely, everything.sum(dim=1, keepdim=True)
+        few = max(limits) > width
+        scores, total = likely, (_masses(scores) if few else mass).sum(dim=1, keepdim=True)
         enough, reached = (top_p * total).ceil().long(), mass.cumsum(dim=1)
-        if width < vocab_size and (reached[:, -1:] < enough).any():
+        if few and (reached[:, -1:] < enough).any():
             return _drawn(rows, draws, vocab_size)
         scores.masked_fill_((top_p < 1) & (reached - mass >= enough), -math.inf)
     else:
