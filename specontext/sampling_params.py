@@ -165,11 +165,6 @@ class SamplingParams:
         return NO_BOUND if self.max_tokens is None else self.max_tokens
 
     @cached_property
-    def plain(self) -> bool:
-        """Whether the most likely token is taken as it is, and nothing else is reported."""
-        return self.temperature == 0 and self.unrestricted
-
-    @cached_property
     def unrestricted(self) -> bool:
         """Whether tokens are chosen by the logits alone, whatever came before, and nothing else is reported."""
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1

@@ -29,8 +29,8 @@ CHUNK = 4096  # logits of a program, at least
 MOST_CHUNKS = 64  # of a row
 BLOCK = 1024  # logits of one step of a program
 TALLIED = 256  # of one that adds up by digits
-DIGIT_BITS = 4
 
+DIGIT_BITS: tl.constexpr = tl.constexpr(4)
 DIGITS: tl.constexpr = tl.constexpr(16)
 NUMBERS: tl.constexpr = tl.constexpr(3)  # temperature, floor, top_p
 INTS: tl.constexpr = tl.constexpr(5)  # row, limit, seed, output, position
@@ -67,7 +67,8 @@ def draw_tokens(logits: Tensor, tokens: Tensor, draws: Sequence[Draw]) -> None:
     numbers = upload([draw.numbers() for draw in draws], torch.float64, device)
     ints = upload([(d.row, d.limit(size), d.seed, d.output, d.position) for d in draws], torch.int64, device)
     half = logits.dtype == torch.bfloat16  # whose bits are the leading ones of a float32
-    passes = (16 if half else 32) // DIGIT_BITS
+    bits = DIGIT_BITS.value
+    passes = (16 if half else 32) // bits
     states = torch.empty((2, passes, count, STATE.value), dtype=torch.int64, device=device)
     masses = torch.empty((2, passes, count, chunks, DIGITS.value), dtype=torch.int64, device=device)
     counts = torch.empty(masses.shape, dtype=torch.int32, device=device)
@@ -79,7 +80,7 @@ def draw_tokens(logits: Tensor, tokens: Tensor, draws: Sequence[Draw]) -> None:
             continue
         stage = {"BY_MASS": by_mass, "HALF": half, "PLACES": places}
         for number in range(passes):
-            shift = (passes - 1 - number) * DIGIT_BITS
+            shift = (passes - 1 - number) * bits
             _tally[(count, chunks)](*given, *sums, number, shift, passes, CHUNK=chunk, BLOCK=min(TALLIED, chunk), **stage)
         _cut_off[(count,)](*given, *sums, passes, **stage)
     best = torch.empty((count, chunks), dtype=torch.float64, device=device)
@@ -256,7 +257,7 @@ def _tally(
         if number > 0:
             enough = _enough(numbers, ints, masses, cuts, draw, draws, size, parts, passes, BY_MASS, PLACES)
             low, _, mass, count = _narrowed(
-                states, masses, counts, at_pass - 1, draw, draws, parts, shift + 4, enough, BY_MASS, PLACES
+                states, masses, counts, at_pass - 1, draw, draws, parts, shift + DIGIT_BITS, enough, BY_MASS, PLACES
             )
         if part == 0:
             state = states + (at_pass * draws + draw) * STATE
