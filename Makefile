@@ -12,7 +12,7 @@ TORCH := test -e /dev/nvidiactl || test "$$(uname -s)" != Linux \
 OLDEST = $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 COMPAT_TESTS ?= tests/models tests/distill tests/integrations tests/engine/test_equality.py tests/engine/test_states.py tests/scripts/test_examples.py
 
-.PHONY: demo test test-compat compat-oldest compat-newest lint format install
+.PHONY: demo test test-compat compat-oldest compat-newest compat-triton lint format install
 
 demo: $(SMALL)
 	$(BIN)/specontext demo
@@ -23,7 +23,7 @@ demo: $(SMALL)
 test: $(STAMP)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
-test-compat: compat-oldest compat-newest
+test-compat: compat-oldest compat-newest compat-triton
 
 compat-oldest: ASKED = transformers==$(OLDEST)
 compat-newest: ASKED = transformers<6
@@ -31,6 +31,11 @@ compat-oldest compat-newest: $(STAMP)
 	$(BIN)/python -m pip install --quiet --upgrade --target .compat/$@ '$(ASKED)'
 	PYTHONPATH=$(CURDIR)/.compat/$@ $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
 	PYTHONDONTWRITEBYTECODE= PYTHONPATH=$(CURDIR)/.compat/$@ $(BIN)/python -m pytest $(COMPAT_TESTS)
+
+# The Triton of the oldest PyTorch: kernels are compiled by it for a GPU, not run.
+compat-triton: $(STAMP)
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target .compat/$@ triton==3.4.0
+	PYTHONDONTWRITEBYTECODE= TRITON_INTERPRET=0 PYTHONPATH=$(CURDIR)/.compat/$@ $(BIN)/python -m pytest -p tests.compile_only tests/kernels
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
