@@ -17,7 +17,8 @@ from specontext.engine.failures import NOBODYS, Failures
 from specontext.engine.restrictions import restricted
 from specontext.errors import LogitsError, NoTokenLeftError
 from specontext.kernels.dispatch import upload
-from specontext.kernels.token_choice import Draw, best_tokens, draw_tokens, ranked, rows_at_once
+from specontext.kernels.token_choice import Draw, draw_tokens, ranked, rows_at_once
+from specontext.kernels.top_k import best_tokens
 
 
 class NextToken(NamedTuple):
@@ -80,7 +81,21 @@ class Drawn:
         adjusted = raw if free else restricted(raw, requests, end_token_ids)
         found = best_tokens(adjusted)
         self.token_ids = found[0]
-        if draws := _draws(requests):
+        draws = [
+            Draw(
+                row,
+                p.temperature,
+                p.min_p,
+                p.top_p,
+                p.top_k,
+                request.seed,
+                request.index,
+                len(request.token_ids) + request.unread,
+            )
+            for row, request in enumerate(requests)
+            if (p := request.params).temperature > 0
+        ]
+        if draws:
             draw_tokens(adjusted, self.token_ids, draws)
         self._found = _on_its_way(found) if found.is_cuda else found
         self._ranked = [] if free else _ranked_tokens(raw, self.token_ids, requests)
@@ -115,18 +130,6 @@ class Drawn:
 def _on_its_way(numbers: Tensor) -> Tensor:
     """A copy in the host's memory that is there once the device has come so far."""
     return torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda).copy_(numbers, non_blocking=True)
-
-
-def _draws(requests: Sequence[Request]) -> list[Draw]:
-    """How tokens of the requests with a temperature are drawn, each of the row with its place."""
-    found = []
-    for row, request in enumerate(requests):
-        params = request.params
-        if params.temperature > 0:
-            position = len(request.token_ids) + request.unread
-            candidates = (params.temperature, params.min_p, params.top_p, params.top_k)
-            found.append(Draw(row, *candidates, request.seed, request.index, position))
-    return found
 
 
 def ranked_logprobs(logits: Tensor, tokens: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -146,7 +146,8 @@ class Meter:
             resident: bool [L], layers that load nothing.
         """
         layers = slice(None) if layer is None else slice(layer, layer + 1)
-        selection, plan = reading.selection, reading.plan
+        selection, plan, head_map = reading.selection, reading.plan, reading.reader.head_map
+        readers = self._readers.get(id(head_map))
         count_selection(
             self.counts[:, Count.READ :],
             self.before[0 if layer is None else layer],
@@ -154,7 +155,7 @@ class Meter:
             selection.tokens,
             selection.scored,
             plan.missing if plan is not None else None,
-            self._readers_of(reading.reader.head_map)[layers],
+            (self._readers_of(head_map) if readers is None else readers)[layers],
             resident[layers],
             sink=self.sink,
             row_bytes=self._row_bytes,

@@ -1,4 +1,4 @@
-"""Tokens by their logits: the most likely ones, and draws among the candidates that a request leaves.
+"""Tokens by their logits: draws among the candidates that a request leaves.
 
 Candidates are ranked by their logits, the lowest id first among equals. The mass of `top_p` is summed in integers, and random
 numbers are hashes of (seed, output index, position, token id): neither the batch nor the order of a sum changes a token.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specontext.kernels.counter_random import combine_keys, counter_uniform
 from specontext.kernels.dispatch import operation, upload
+from specontext.kernels.top_k import best_tokens
 
 UNIT = 2.0**40  # mass of the most likely token
 LEAST_TEMPERATURE = 1e-12
@@ -58,24 +59,6 @@ class Draw(NamedTuple):
     def limit(self, vocab_size: int) -> int:
         """How many candidates there are at most."""
         return min(self.top_k, vocab_size) if self.top_k > 0 else vocab_size
-
-
-@operation(decided_by="logits")
-def best_tokens(logits: Tensor) -> Tensor:
-    """The most likely token of each row, the lowest id among equals.
-
-    Args:
-        logits: floating [R, V], rows contiguous.
-
-    Returns:
-        int64 [3, R]: the token; whether a NaN or infinity breaks the row, and then it may be any; whether all logits are minus
-        infinity.
-    """
-    logits = logits.float()
-    token = logits.argmax(dim=1)
-    best = logits.gather(1, token.unsqueeze(1)).squeeze(1)
-    nothing, broken = best == -math.inf, ~(best < math.inf)  # what is no number is taken for the largest
-    return torch.stack((token, broken.long(), nothing.long()))
 
 
 @operation(decided_by="logits")

@@ -4,6 +4,8 @@ is read with them.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -135,3 +137,21 @@ def selected_tokens(
     by_score = torch.zeros_like(tokens, dtype=torch.bool)
     by_score[..., sink : sink + count] = scored >= 0
     return tokens, by_score
+
+
+@operation(decided_by="logits")
+def best_tokens(logits: Tensor) -> Tensor:
+    """The most likely token of each row, the lowest id among equals.
+
+    Args:
+        logits: floating [R, V], rows contiguous.
+
+    Returns:
+        int64 [3, R]: the token; whether a NaN or infinity breaks the row, and then it may be any; whether all logits are minus
+        infinity.
+    """
+    logits = logits.float()
+    token = logits.argmax(dim=1)
+    best = logits.gather(1, token.unsqueeze(1)).squeeze(1)
+    nothing, broken = best == -math.inf, ~(best < math.inf)  # what is no number is taken for the largest
+    return torch.stack((token, broken.long(), nothing.long()))

@@ -91,7 +91,7 @@ def test_slices_change_nothing(
     llm = make_llm("llama", max_num_batched_tokens=64)
     rows: list[int] = []
     logits_of = llm.engine.runner.logits_of
-    monkeypatch.setattr("specontext.engine.sampler._CHUNK", 5 * llm.shape.vocab_size)
+    monkeypatch.setattr("specontext.kernels.token_choice._CHUNK", 5 * llm.shape.vocab_size)
     monkeypatch.setattr(llm.engine.runner, "logits_of", lambda states: rows.append(len(states)) or logits_of(states))
     outputs = llm.generate(prompts, greedy(1, prompt_logprobs=TOP))
     assert max(rows) == 5 and sum(rows) == sum(len(prompt) - 1 for prompt in prompts)

@@ -14,13 +14,12 @@ from specontext.kernels import token_choice as dispatched
 from specontext.kernels.counter_random import combine_keys
 from specontext.kernels.dispatch import reference_of
 from specontext.kernels.token_choice import UNIT, Draw, gumbel
+from specontext.kernels.top_k import best_tokens
 from specontext.kernels.triton import token_choice as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Function = Callable[..., Any]
-BEST = pytest.mark.parametrize(
-    "best_tokens", [kernels.best_tokens, reference_of(dispatched.best_tokens)], ids=["triton", "torch"]
-)
+BEST = pytest.mark.parametrize("best_tokens", [kernels.best_tokens, reference_of(best_tokens)], ids=["triton", "torch"])
 DRAWS = pytest.mark.parametrize(
     "draw_tokens", [kernels.draw_tokens, reference_of(dispatched.draw_tokens)], ids=["triton", "torch"]
 )
@@ -61,7 +60,7 @@ def some_logits(rows: int, size: int, dtype: torch.dtype, seed: int, spread: flo
 
 
 def found_by(draw_tokens: Function, logits: Tensor, draws: list[Draw]) -> list[int]:
-    tokens = dispatched.best_tokens(logits.to(DEVICE))[0]
+    tokens = best_tokens(logits.to(DEVICE))[0]
     draw_tokens(logits.to(DEVICE), tokens, draws)
     return tokens.tolist()  # type: ignore[no-any-return]
 

@@ -45,7 +45,7 @@ NO_TOKEN: tl.constexpr = tl.constexpr(1 << 30)
 
 
 def best_tokens(logits: Tensor) -> Tensor:
-    """See `specontext.kernels.token_choice.best_tokens`. Reads the logits once, in two launches."""
+    """See `specontext.kernels.top_k.best_tokens`. Reads the logits once, in two launches."""
     rows, size = logits.shape
     chunk, chunks = _parts(logits)
     found = torch.empty((3, rows), dtype=torch.int64, device=logits.device)
