@@ -1,5 +1,5 @@
 """Exact top-k of long rows in a reproducible order, the token sets that the scores of several groups become (paper, C1), and what
-is read with them.
+is read with them; and the most likely token of a row of logits.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specontext.kernels.top_k import ALWAYS
-from specontext.kernels.triton.token_choice import best_tokens as best_tokens
+from specontext.kernels.triton.token_choice import best_tokens as best_tokens  # its kernels share parts of rows with draws
 
 HELD = 8192  # scores of a row that one program holds in registers, 16 a thread: of pages of 16 tokens, 128K tokens
 BLOCK = 1024  # scores of one step of a program of longer rows
