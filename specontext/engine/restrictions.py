@@ -45,7 +45,7 @@ def restricted(raw: Tensor, requests: Sequence[Request], end_token_ids: Collecti
         adjusted[row, allowed] = kept
     if forbidden:
         rows, tokens = upload(forbidden, torch.int64, raw.device).unbind(dim=1)
-        adjusted[rows, tokens] = -math.inf
+        adjusted.index_put_((rows, tokens), adjusted.new_full((), -math.inf))  # a number of the host's would be waited for
     for row in biased:
         ids, values = zip(*(requests[row].params.logit_bias or ()), strict=True)
         bias = upload(values, adjusted.dtype, raw.device)

@@ -55,19 +55,17 @@ for kind, number in quantized_linear.NUMBERS.items():
         x = weights | dict.fromkeys(("x", "out"), "*" + form.name)
         compiled(f"rows of {kind} {form.name}", quantized_linear._few_rows, few.groups, x, **scales, **tile)
 
-choice = dict.fromkeys(("tokens", "ints", "states", "masses", "cuts", "keys"), "*i64") | {"counts": "*i32", "found": "*i32"}
-choice |= {"numbers": "*fp64", "best": "*fp64"}
+choice = dict.fromkeys(("tokens", "ints", "sums", "listed"), "*i64") | {"greatest": "*i32"}
+choice |= {"numbers": "*fp64", "values": "*fp64"}
 greedy = {"best": "*fp32", "token": "*i32", "found": "*i64"}
 for form in ("bf16", "fp32"):
-    logits, half = {"logits": "*" + form}, {"HALF": form == "bf16", "PLACES": 32}
+    logits = {"logits": "*" + form}
     compiled(f"best {form}", token_choice._best_of_parts, 4, greedy | logits, CHUNK=4096, BLOCK=1024)
-    for by_mass in (False, True):
-        stage = half | {"BY_MASS": by_mass}
-        compiled(f"tally {form} {by_mass}", token_choice._tally, 4, choice | logits, CHUNK=4096, BLOCK=256, **stage)
-        compiled(f"cut {form} {by_mass}", token_choice._cut_off, 4, choice | logits, **stage)
-    compiled(f"draw {form}", token_choice._draw_in_parts, 4, choice | logits, CHUNK=4096, BLOCK=1024, **half)
+    for group in (1, 32):
+        compiled(f"survey {form} {group}", token_choice._survey, 4, choice | logits, CHUNK=4096, BLOCK=1024, GROUP=group)
+        places = {"PARTS": 32, "GROUPS": 4096, "LISTED": 512, "NEAR": 256}
+        compiled(f"choose {form} {group}", token_choice._choose, 8, choice | logits, GROUP=group, BLOCK=1024, **places)
 compiled("best of rows", token_choice._best_of_rows, 4, greedy, PLACES=32)
-compiled("draw of rows", token_choice._draw_of_rows, 4, choice, PLACES=32)
 print(json.dumps(found))
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows have several parts, and parts several blocks; the reference looks at few tokens first, and some times at all then."""
     for name, width in {"_NARROW": 64, "_FEW": 32}.items():
         monkeypatch.setattr(dispatched, name, width)
-    for name, value in {"CHUNK": 128, "BLOCK": 64, "TALLIED": 64}.items():
+    for name, value in {"CHUNK": 128, "BLOCK": 64, "MOST_GROUPS": 64, "NEAR": 32, "LISTED": 64}.items():
         monkeypatch.setattr(kernels, name, value)
 
 
@@ -98,6 +99,8 @@ LIMITS: dict[str, dict[str, float]] = {
     "top-k": {"top_k": 20},
     "one": {"top_k": 1},
     "many": {"top_k": 700},
+    "more than are listed": {"top_k": 100},
+    "many and top-p": {"top_k": 100, "top_p": 0.9},
     "min-p": {"min_p": 0.1},
     "top-k and top-p": {"top_k": 20, "top_p": 0.8},
     "all": {"top_k": 40, "top_p": 0.95, "min_p": 0.01},
@@ -113,6 +116,20 @@ def test_draws_are_those_of_the_definition(draw_tokens: Function, dtype: torch.d
     logits[0] = logits[0].round()
     options = {"min_p": 0.0, "top_p": 1.0, "top_k": 0} | limits
     draws = [Draw(row, temperature, **options, seed=row, output=row, position=9) for row, temperature in enumerate((1.0, 0.6))]
+    assert found_by(draw_tokens, logits, draws) == [expected(logits[draw.row], draw) for draw in draws]
+
+
+@DRAWS
+@pytest.mark.parametrize("spread", [0.05, 1.0, 20.0])
+def test_rows_as_flat_or_steep_as_may_be(draw_tokens: Function, spread: float) -> None:
+    """With any limits: few tokens decide, or many, or one."""
+    random = Random(spread)
+    logits = some_logits(24, 260, torch.bfloat16, 7, spread)
+    draws = [
+        Draw(row, random.choice((0.3, 1.0, 2.0)), random.choice((0.0, 0.0, 0.02)), random.choice((0.4, 0.95, 1.0)),
+             random.choice((0, 0, 3, 33, 120)), seed=row, output=1, position=row)
+        for row in range(24)
+    ]  # fmt: skip
     assert found_by(draw_tokens, logits, draws) == [expected(logits[draw.row], draw) for draw in draws]
 
 
@@ -172,7 +189,7 @@ def test_nobody_draws(draw_tokens: Function) -> None:
 @DRAWS
 def test_a_large_vocabulary(draw_tokens: Function, monkeypatch: pytest.MonkeyPatch) -> None:
     """As models have them, with the parts of a GPU."""
-    for name in ("CHUNK", "BLOCK", "TALLIED"):
+    for name in ("CHUNK", "BLOCK", "MOST_GROUPS"):
         monkeypatch.setattr(kernels, name, 4096)
     logits = some_logits(1, 40_009, torch.bfloat16, 6)
     draw = Draw(0, 0.6, 0.0, 0.95, 50, 1, 0, 0)
@@ -191,11 +208,10 @@ def test_every_way_launches_every_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
             launched[self.name] = launched.get(self.name, 0) + 1
             return self.kernel[grid]
 
-    names = [name for name in vars(kernels) if name.startswith(("_best_of", "_tally", "_cut_off", "_draw_"))]
+    names = ["_best_of_parts", "_best_of_rows", "_survey", "_choose"]
     for name in names:
         monkeypatch.setattr(kernels, name, Watched(name, getattr(kernels, name)))
     monkeypatch.setattr(dispatched, "best_tokens", kernels.best_tokens)
     monkeypatch.setattr(dispatched, "draw_tokens", kernels.draw_tokens)
     dispatched.choose_in_every_way(50, torch.bfloat16, torch.device(DEVICE))
-    assert sorted(launched) == sorted(names) and len(names) == 6
-    assert launched["_tally"] == 2 * (4 + 8) and all(launched[name] == 2 for name in names if name not in ("_tally", "_cut_off"))
+    assert launched == dict.fromkeys(names, 2)

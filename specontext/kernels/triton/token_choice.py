@@ -1,14 +1,16 @@
-"""Triton kernels of `best_tokens` and `draw_tokens`: nothing is sorted, and parts of a row have programs of their own.
+"""Triton kernels of `best_tokens` and `draw_tokens`: nothing is sorted, and two launches draw the tokens of all rows.
 
-Candidates are a prefix of the ranking, so what is looked for is its end: the least logit of a candidate, and how many of those
-that equal it are. Logits are read as integers that have their order (`_key`), and each launch of `_tally` finds four more bits of
-that one: every program adds up, for the logits of its part that begin as those bits do, masses and counts by the next four. The
-next launch looks in these sums for the place where the row's limit is reached: as many tokens as `top_k` says, then as much mass
-as `top_p` says. That are four launches for bfloat16 and eight for other formats; parts without such a logit are passed over after
-the first. In the end each program draws the best of its candidates, and the best of a row's programs is its token.
+The first has several programs a row. A row without top-k and top-p is drawn from in there: each program finds the best of its part.
+Of other rows it takes the mass, and the greatest logit of each group of some tens. The second has one program a row. The `NEAR`-th
+of these greatest logits bounds the `NEAR` most likely tokens from below, so that those are listed by reading the few groups
+that reach it; each is compared with each, which gives ranks and the mass above each, and the draw is among those that are
+candidates. That is all where top-k is small or the list has the mass of top-p, as the distributions of models have it.
 
-Sums are of integers, so nothing depends on the order in which programs run. Bytes: the logits once a launch, from the L2 cache
-where they fit.
+Where they are flatter the program draws from the whole row, and asks how many tokens and how much mass rank above what it drew. If
+that is too much, nothing from there on is a candidate, and it draws from what ranks above; the first draw that is a candidate is
+the best of them, since what was drawn from held them all. With top-p that takes one or two rounds over the row, whatever it holds.
+
+Sums are of integers, so nothing depends on the order in which programs run.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -28,20 +30,23 @@ from specontext.kernels.token_choice import Draw
 CHUNK = 4096  # logits of a program, at least
 MOST_CHUNKS = 64  # of a row
 BLOCK = 1024  # logits of one step of a program
-TALLIED = 256  # of one that adds up by digits
+MOST_GROUPS = 4096  # of a row
+NEAR = 256  # so many of the most likely tokens are listed, or as many as top-k says where that is less
+LISTED = 512  # places of the list, since others are as likely as its last ones
 
-DIGIT_BITS: tl.constexpr = tl.constexpr(4)
-DIGITS: tl.constexpr = tl.constexpr(16)
 NUMBERS: tl.constexpr = tl.constexpr(3)  # temperature, floor, top_p
 INTS: tl.constexpr = tl.constexpr(5)  # row, limit, seed, output, position
-STATE: tl.constexpr = tl.constexpr(3)  # least key of what is looked at; mass and count above it
-CUT: tl.constexpr = tl.constexpr(4)  # the end's key, its digit, how many of its equals are candidates, all mass up to there
+COMPARED: tl.constexpr = tl.constexpr(16)  # tokens that all listed ones are compared with at a time
+LEADING: tl.constexpr = tl.constexpr(16)  # bits of a key that groups are compared by
 UNIT: tl.constexpr = tl.constexpr(2.0**40)
 GOLDEN: tl.constexpr = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))
 FIRST: tl.constexpr = tl.constexpr(0xBF58476D1CE4E5B9 - (1 << 64))
 SECOND: tl.constexpr = tl.constexpr(0x94D049BB133111EB - (1 << 64))
 SMALLEST: tl.constexpr = tl.constexpr(2.0**-52)
 NO_TOKEN: tl.constexpr = tl.constexpr(1 << 30)
+NO_MASS: tl.constexpr = tl.constexpr(2.0**62)  # more than there is
+TOKENS: tl.constexpr = tl.constexpr(1 << 31)
+LAST_TOKEN: tl.constexpr = tl.constexpr((1 << 31) - 1)
 
 
 def best_tokens(logits: Tensor) -> Tensor:
@@ -58,38 +63,25 @@ def best_tokens(logits: Tensor) -> Tensor:
 
 
 def draw_tokens(logits: Tensor, tokens: Tensor, draws: Sequence[Draw]) -> None:
-    """See `specontext.kernels.token_choice.draw_tokens`. Reads the logits once, and for each limit that anybody has four or eight
-    times more; besides 6 KB of sums a row and launch."""
+    """See `specontext.kernels.token_choice.draw_tokens`. Reads the logits once, and some groups of a row with limits again; once or
+    twice more, by a single program, where few tokens do not decide; more often where top-p is of the mass of more than `NEAR` tokens
+    that top-k leaves."""
     if not draws:
         return
     count, size, device = len(draws), logits.shape[1], logits.device
     chunk, chunks = _parts(logits)
+    group = triton.next_power_of_2(triton.cdiv(size, MOST_GROUPS))
+    groups = chunks * chunk // group
     numbers = upload([draw.numbers() for draw in draws], torch.float64, device)
     ints = upload([(d.row, d.limit(size), d.seed, d.output, d.position) for d in draws], torch.int64, device)
-    half = logits.dtype == torch.bfloat16  # whose bits are the leading ones of a float32
-    bits = DIGIT_BITS.value
-    passes = (16 if half else 32) // bits
-    states = torch.empty((2, passes, count, STATE.value), dtype=torch.int64, device=device)
-    masses = torch.empty((2, passes, count, chunks, DIGITS.value), dtype=torch.int64, device=device)
-    counts = torch.empty(masses.shape, dtype=torch.int32, device=device)
-    cuts = torch.empty((2, count, CUT.value), dtype=torch.int64, device=device)
-    given = (logits, tokens, numbers, ints, size, logits.stride(0), chunks)
-    sums, places = (states, masses, counts, cuts), triton.next_power_of_2(chunks)
-    for by_mass in (False, True):
-        if not any(draw.top_p < 1 if by_mass else draw.limit(size) < size for draw in draws):
-            continue
-        stage = {"BY_MASS": by_mass, "HALF": half, "PLACES": places}
-        for number in range(passes):
-            shift = (passes - 1 - number) * bits
-            _tally[(count, chunks)](*given, *sums, number, shift, passes, CHUNK=chunk, BLOCK=min(TALLIED, chunk), **stage)
-        _cut_off[(count,)](*given, *sums, passes, **stage)
-    best = torch.empty((count, chunks), dtype=torch.float64, device=device)
-    key = torch.empty((count, chunks), dtype=torch.int64, device=device)
-    token = torch.empty((count, chunks), dtype=torch.int32, device=device)
-    found = (best, key, token)
-    sizes = {"CHUNK": chunk, "BLOCK": min(BLOCK, chunk), "HALF": half, "PLACES": places}
-    _draw_in_parts[(count, chunks)](*given, counts, cuts, *found, passes, **sizes)
-    _draw_of_rows[(count,)](*found, ints, tokens, chunks, PLACES=places)
+    values = torch.empty((count, chunks), dtype=torch.float64, device=device)
+    sums = torch.empty((count, chunks), dtype=torch.int64, device=device)  # a part's mass, or the rank of what it drew
+    greatest = torch.empty((count, groups), dtype=torch.int32, device=device)
+    listed = torch.empty((3, count, LISTED), dtype=torch.int64, device=device)  # groups; ranks and masses of tokens
+    given = (logits, tokens, numbers, ints, size, logits.stride(0), values, sums, greatest)
+    _survey[(count, chunks)](*given, groups, CHUNK=chunk, BLOCK=min(BLOCK, chunk), GROUP=group, num_warps=8)
+    places = {"PARTS": triton.next_power_of_2(chunks), "GROUPS": triton.next_power_of_2(groups), "LISTED": LISTED}
+    _choose[(count,)](*given, groups, chunks, listed, GROUP=group, BLOCK=BLOCK, NEAR=NEAR, **places, num_warps=8)
 
 
 def _parts(logits: Tensor) -> tuple[int, int]:
@@ -111,24 +103,28 @@ def _load_logits(logits, token, size):
 
 
 @triton.jit
-def _key(x, HALF: tl.constexpr):
-    """int64 in the order of float32 logits, at least 0; of 16 bits where they come from so many."""
+def _key(x):
+    """int64 in the order of float32 logits, of 32 bits."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)  # adding zero turns -0.0 into 0.0
-    key = tl.where(bits < 0, -1 - bits.to(tl.int64), bits.to(tl.int64) + 2147483648)
-    return key >> 16 if HALF else key
+    return tl.where(bits < 0, -1 - bits.to(tl.int64), bits.to(tl.int64) + 2147483648)
 
 
 @triton.jit
-def _logit(key, HALF: tl.constexpr):
-    """The logit with a key, one of those that a row has."""
-    if HALF:
-        key = key << 16
-        negative = key < 2147483648
-        key = tl.where(negative, key + 65535, key)  # the bits that were cut off were ones there
-    else:
-        negative = key < 2147483648
-    bits = tl.where(negative, -1 - key, key - 2147483648)
+def _logit(key):
+    """The logit with a key."""
+    bits = tl.where(key < 2147483648, -1 - key, key - 2147483648)
     return bits.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _rank(key, token):
+    """int64 that is greater, the more likely a token is; the first among equals is the greatest."""
+    return key * TOKENS + (token ^ LAST_TOKEN)
+
+
+@triton.jit
+def _token(rank):
+    return (rank & LAST_TOKEN) ^ LAST_TOKEN
 
 
 @triton.jit
@@ -200,201 +196,240 @@ def _best_of_rows(best, token, found, rows, parts, PLACES: tl.constexpr):
     tl.store(found + 2 * rows + row, tl.where((top == float("-inf")) & (broken == 0), 1, 0).to(tl.int64))
 
 
-# Where the candidates end -----------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _wants(numbers, ints, draw, size, BY_MASS: tl.constexpr):
-    """Whether a draw has the limit of this stage."""
-    if BY_MASS:
-        return tl.load(numbers + draw * NUMBERS + 2) < 1.0
-    return tl.load(ints + draw * INTS + 1) < size
-
-
-@triton.jit
-def _enough(numbers, ints, masses, cuts, draw, draws, size, parts, passes, BY_MASS: tl.constexpr, PLACES: tl.constexpr):
-    """What there must be above a token for it to be no candidate: tokens, or mass."""
-    limit = tl.load(ints + draw * INTS + 1)
-    if BY_MASS:
-        total = tl.load(cuts + draw * CUT + 3, mask=limit < size, other=0)
-        if limit >= size:
-            part, digit = tl.arange(0, PLACES), tl.arange(0, DIGITS)
-            at = ((passes * draws + draw) * parts + part[:, None]) * DIGITS + digit[None, :]  # of the first pass of this stage
-            total = tl.sum(tl.sum(tl.load(masses + at, mask=part[:, None] < parts, other=0), 0), 0)
-        limit = tl.ceil(tl.load(numbers + draw * NUMBERS + 2) * total.to(tl.float64)).to(tl.int64)
-    return limit
-
-
-@triton.jit
-def _narrowed(states, masses, counts, at_pass, draw, draws, parts, shift, enough, BY_MASS: tl.constexpr, PLACES: tl.constexpr):
-    """Where the pass with this number has found the end to lie: the least key there, the digit, mass and count above."""
-    state = states + (at_pass * draws + draw) * STATE
-    low, mass, count = tl.load(state), tl.load(state + 1), tl.load(state + 2)
-    part, digit = tl.arange(0, PLACES), tl.arange(0, DIGITS)
-    at = ((at_pass * draws + draw) * parts + part[:, None]) * DIGITS + digit[None, :]
-    masses_of = tl.sum(tl.load(masses + at, mask=part[:, None] < parts, other=0), 0)
-    counts_of = tl.sum(tl.load(counts + at, mask=part[:, None] < parts, other=0).to(tl.int64), 0)
-    mass_above = mass + tl.sum(masses_of, 0) - tl.cumsum(masses_of, 0)  # what has a greater digit, for each digit
-    count_above = count + tl.sum(counts_of, 0) - tl.cumsum(counts_of, 0)
-    above = mass_above if BY_MASS else count_above
-    found = tl.min(tl.where(above < enough, digit, DIGITS - 1), 0)
-    mass = tl.sum(tl.where(digit == found, mass_above, 0), 0)
-    count = tl.sum(tl.where(digit == found, count_above, 0), 0)
-    return low + (found.to(tl.int64) << shift), found, mass, count
-
-
-@triton.jit(do_not_specialize=["parts", "number", "shift", "passes"])
-def _tally(
-    logits, tokens, numbers, ints, size, stride, parts, states, masses, counts, cuts, number, shift, passes,
-    BY_MASS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, PLACES: tl.constexpr,
-):  # fmt: skip
-    """Masses and counts of a part's logits by the digit at `shift`, of those whose leading digits are the end's."""
-    draw, part, draws = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(0)
-    if _wants(numbers, ints, draw, size, BY_MASS):
-        at_pass = (passes if BY_MASS else 0) + number
-        low = tl.zeros([], tl.int64)
-        mass, count = low, low
-        if number > 0:
-            enough = _enough(numbers, ints, masses, cuts, draw, draws, size, parts, passes, BY_MASS, PLACES)
-            low, _, mass, count = _narrowed(
-                states, masses, counts, at_pass - 1, draw, draws, parts, shift + DIGIT_BITS, enough, BY_MASS, PLACES
-            )
-        if part == 0:
-            state = states + (at_pass * draws + draw) * STATE
-            tl.store(state, low)
-            tl.store(state + 1, mass)
-            tl.store(state + 2, count)
-        row = tl.load(ints + draw * INTS)
-        top = tl.load(logits + row * stride + tl.load(tokens + row)).to(tl.float64)
-        temperature, floor = tl.load(numbers + draw * NUMBERS), tl.load(numbers + draw * NUMBERS + 1)
-        digit = tl.arange(0, DIGITS)
-        mass_of = tl.zeros([BLOCK, DIGITS], tl.int64)
-        count_of = tl.zeros([BLOCK, DIGITS], tl.int32)
-        for begin in range(0, CHUNK, BLOCK):
-            token = part * CHUNK + begin + tl.arange(0, BLOCK)
-            x = _load_logits(logits + row * stride, token, size)
-            key = _key(x, HALF)
-            own = (key - low) >> shift
-            inside = (token < size) & (key >= low) & (own < DIGITS)
-            if tl.max(inside.to(tl.int32), 0) > 0:
-                share, _ = _mass(x, top, temperature, floor)
-                hit = inside[:, None] & (own[:, None] == digit[None, :])
-                mass_of += tl.where(hit, share[:, None], 0)
-                count_of += hit.to(tl.int32)
-        at = ((at_pass * draws + draw) * parts + part) * DIGITS + digit
-        tl.store(masses + at, tl.sum(mass_of, 0))
-        tl.store(counts + at, tl.sum(count_of, 0))
-
-
-@triton.jit(do_not_specialize=["parts", "passes"])
-def _cut_off(
-    logits, tokens, numbers, ints, size, stride, parts, states, masses, counts, cuts, passes,
-    BY_MASS: tl.constexpr, HALF: tl.constexpr, PLACES: tl.constexpr,
-):  # fmt: skip
-    """The end of the candidates by one limit, from the last pass."""
-    draw, draws = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    if _wants(numbers, ints, draw, size, BY_MASS):
-        enough = _enough(numbers, ints, masses, cuts, draw, draws, size, parts, passes, BY_MASS, PLACES)
-        last = (passes if BY_MASS else 0) + passes - 1
-        key, digit, mass, count = _narrowed(states, masses, counts, last, draw, draws, parts, 0, enough, BY_MASS, PLACES)
-        row = tl.load(ints + draw * INTS)
-        top = tl.load(logits + row * stride + tl.load(tokens + row)).to(tl.float64)
-        temperature, floor = tl.load(numbers + draw * NUMBERS), tl.load(numbers + draw * NUMBERS + 1)
-        share, _ = _mass(_logit(key, HALF), top, temperature, floor)
-        equals = enough - count
-        if BY_MASS:
-            missing = enough - mass
-            equals = tl.where(share > 0, (missing + share - 1) // tl.maximum(share, 1), size)
-        cut = cuts + ((draws if BY_MASS else 0) + draw) * CUT
-        tl.store(cut, key)
-        tl.store(cut + 1, digit.to(tl.int64))
-        tl.store(cut + 2, equals)
-        tl.store(cut + 3, mass + equals * share)
-
-
 # The draw ---------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _end(numbers, ints, counts, cuts, draw, draws, part, parts, size, passes, BY_MASS: tl.constexpr, PLACES: tl.constexpr):
-    """The end's key, -1 where there is none; how many of its equals are candidates, less those in the parts before."""
-    key = tl.full([], -1, tl.int64)
-    equals = tl.zeros([], tl.int64)
-    if _wants(numbers, ints, draw, size, BY_MASS):
-        cut = cuts + ((draws if BY_MASS else 0) + draw) * CUT
-        key = tl.load(cut)
-        last = (passes if BY_MASS else 0) + passes - 1
-        other = tl.arange(0, PLACES)
-        at = ((last * draws + draw) * parts + other) * DIGITS + tl.load(cut + 1)
-        equals = tl.load(cut + 2) - tl.sum(tl.load(counts + at, mask=other < part, other=0).to(tl.int64), 0)
-    return key, equals
-
-
-@triton.jit
-def _within(key, end, equals, inside):
-    """Whether logits come before the end, and how many of the end's equals are left for the next block."""
-    same = inside & (key == end)
-    number = tl.cumsum(same.to(tl.int32), 0)  # from 1
-    return inside & ((key > end) | (same & (number <= equals))), equals - tl.sum(same.to(tl.int64), 0)
-
-
-@triton.jit(do_not_specialize=["parts", "passes"])
-def _draw_in_parts(
-    logits, tokens, numbers, ints, size, stride, parts, counts, cuts, best, keys, found, passes,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, PLACES: tl.constexpr,
-):  # fmt: skip
-    """The best draw among a part's candidates: its score with noise, its key, its token; minus infinity where there is none."""
-    draw, part, draws = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(0)
-    ranks_end, ranks = _end(numbers, ints, counts, cuts, draw, draws, part, parts, size, passes, False, PLACES)
-    mass_end, masses = _end(numbers, ints, counts, cuts, draw, draws, part, parts, size, passes, True, PLACES)
+def _load_draw(logits, tokens, numbers, ints, stride, draw):
+    """Where a draw's row begins, its greatest logit; temperature and floor, limits of rank and of mass."""
     row = tl.load(ints + draw * INTS)
-    top = tl.load(logits + row * stride + tl.load(tokens + row)).to(tl.float64)
-    temperature, floor = tl.load(numbers + draw * NUMBERS), tl.load(numbers + draw * NUMBERS + 1)
-    seed, output = tl.load(ints + draw * INTS + 2), tl.load(ints + draw * INTS + 3)
-    position = tl.load(ints + draw * INTS + 4)
-    lane = part * CHUNK + tl.arange(0, BLOCK)
-    greatest = tl.full([BLOCK], float("-inf"), tl.float64)
-    greatest_key = tl.full([BLOCK], -1, tl.int64)
-    winner = lane
-    for begin in range(0, CHUNK, BLOCK):
-        token = lane + begin
-        x = _load_logits(logits + row * stride, token, size)
-        key = _key(x, HALF)
-        kept, ranks = _within(key, ranks_end, ranks, token < size)
-        also, masses = _within(key, mass_end, masses, token < size)
-        kept &= also
-        if tl.max(kept.to(tl.int32), 0) > 0:
-            score = (x.to(tl.float64) - top) / temperature
-            kept &= score >= floor
-            value = tl.where(kept, score + _noise(seed, output, position, token), float("-inf"))
-            key = tl.where(kept, key, -1)
-            better = (value > greatest) | ((value == greatest) & (key > greatest_key))
-            greatest = tl.where(better, value, greatest)
-            greatest_key = tl.where(better, key, greatest_key)
-            winner = tl.where(better, token, winner)
-    _store_best(best, keys, found, draw * parts + part, greatest, greatest_key, winner)
+    begin = logits + row * stride
+    top = tl.load(begin + tl.load(tokens + row)).to(tl.float64)
+    numbers += draw * NUMBERS
+    return begin, top, tl.load(numbers), tl.load(numbers + 1), tl.load(ints + draw * INTS + 1), tl.load(numbers + 2)
 
 
 @triton.jit
-def _store_best(best, keys, found, at, value, key, token):
-    """The greatest value, the greatest key of those that have it, the first token of these."""
-    top = tl.max(value, 0)
-    key = tl.where(value == top, key, -1)
-    rank = tl.max(key, 0)
-    tl.store(best + at, top)
-    tl.store(keys + at, rank)
-    tl.store(found + at, tl.min(tl.where((value == top) & (key == rank), token, NO_TOKEN), 0))
+def _load_seeds(ints, draw):
+    ints += draw * INTS
+    return tl.load(ints + 2), tl.load(ints + 3), tl.load(ints + 4)
 
 
-@triton.jit(do_not_specialize=["parts"])
-def _draw_of_rows(best, keys, found, ints, tokens, parts, PLACES: tl.constexpr):
-    draw = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, PLACES)
-    there, at = part < parts, draw * parts + part
-    value = tl.load(best + at, mask=there, other=float("-inf"))
-    key = tl.load(keys + at, mask=there, other=-1)
-    token = tl.load(found + at, mask=there, other=NO_TOKEN)
-    top = tl.max(value, 0)
-    key = tl.where(value == top, key, -1)
-    token = tl.where((value == top) & (key == tl.max(key, 0)), token, NO_TOKEN)
-    tl.store(tokens + tl.load(ints + draw * INTS), tl.min(token, 0).to(tl.int64))
+@triton.jit
+def _best(value, rank):
+    """The greatest value, and the greatest rank of those that have it."""
+    greatest = tl.max(value, 0)
+    return greatest, tl.max(tl.where(value == greatest, rank, -1), 0)
+
+
+@triton.jit
+def _better(kept, score, token, rank, seed, output, position, greatest, winner):
+    """The greater of what was found in each lane, and the scores with noise of what is kept: values and ranks."""
+    value = tl.where(kept, score + _noise(seed, output, position, token), float("-inf"))
+    better = (value > greatest) | ((value == greatest) & (rank > winner) & kept)
+    return tl.where(better, value, greatest), tl.where(better, rank, winner)
+
+
+@triton.jit(do_not_specialize=["groups"])
+def _survey(
+    logits, tokens, numbers, ints, size, stride, values, sums, greatest, groups,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Of a part of a row with limits its mass and the greatest logit of each group, by leading bits; of one with none its best draw."""
+    draw, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = draw * tl.num_programs(1) + part
+    begin, top, temperature, floor, limit, top_p = _load_draw(logits, tokens, numbers, ints, stride, draw)
+    if (limit < size) | (top_p < 1.0):
+        mass = tl.zeros([BLOCK // GROUP, GROUP], tl.int64)
+        group = part * (CHUNK // GROUP) + tl.arange(0, BLOCK // GROUP)
+        for _ in range(0, CHUNK, BLOCK):
+            token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+            x = _load_logits(begin, token, size)
+            tl.store(greatest + draw * groups + group, tl.max(tl.where(token < size, _key(x) >> LEADING, -1), 1).to(tl.int32))
+            if top_p < 1.0:
+                mass += _mass(x, top, temperature, floor)[0]
+            group += BLOCK // GROUP
+        tl.store(sums + at, tl.sum(tl.sum(mass, 1), 0))
+    else:
+        seed, output, position = _load_seeds(ints, draw)
+        lane = part * CHUNK + tl.arange(0, BLOCK)
+        value = tl.full([BLOCK], float("-inf"), tl.float64)
+        winner = tl.full([BLOCK], -1, tl.int64)
+        for first in range(0, CHUNK, BLOCK):
+            token = lane + first
+            x = _load_logits(begin, token, size)
+            score = (x.to(tl.float64) - top) / temperature
+            kept = (token < size) & (score >= floor)
+            if tl.max(kept.to(tl.int32), 0) > 0:
+                value, winner = _better(kept, score, token, _rank(_key(x), token), seed, output, position, value, winner)
+        found, rank = _best(value, winner)
+        tl.store(values + at, found)
+        tl.store(sums + at, rank)
+
+
+@triton.jit(do_not_specialize=["groups", "parts"])
+def _choose(
+    logits, tokens, numbers, ints, size, stride, values, sums, greatest, groups, parts, listed,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, NEAR: tl.constexpr,
+    PARTS: tl.constexpr, GROUPS: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    draw, draws = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    begin, top, temperature, floor, limit, top_p = _load_draw(logits, tokens, numbers, ints, stride, draw)
+    part = tl.arange(0, PARTS)
+    if (limit < size) | (top_p < 1.0):
+        seed, output, position = _load_seeds(ints, draw)
+        total = tl.sum(tl.load(sums + draw * parts + part, mask=part < parts, other=0), 0)
+        list_of, ranks, shares = listed + draw * LISTED, listed + (draws + draw) * LISTED, listed + (2 * draws + draw) * LISTED
+        near = tl.minimum(limit, NEAR).to(tl.int32)
+        count = _list_likely(
+            begin, top, temperature, floor, size, greatest + draw * groups, groups, near, list_of, ranks, shares,
+            GROUP, BLOCK, GROUPS, LISTED,
+        )  # fmt: skip
+        place = tl.arange(0, LISTED)
+        there = place < count
+        rank = tl.load(ranks + place, mask=there, other=-1)
+        share = tl.load(shares + place, mask=there, other=0)
+        before, above = _before(rank, ranks, shares, tl.minimum(count, LISTED), LISTED)
+        inside = there & (before < limit)
+        mass = tl.sum(tl.where(inside, share, 0), 0)  # of all that top-k leaves, if that is listed
+        ranked = (limit <= NEAR) | (count == size)
+        enough = _enough(top_p, tl.where(ranked, mass, total))
+        if (count <= LISTED) & (ranked | ((limit >= size) & (mass >= enough))):
+            score = (_logit(rank >> 31).to(tl.float64) - top) / temperature
+            kept = inside & (above < enough) & (score >= floor)
+            value, winner = tl.full([LISTED], float("-inf"), tl.float64), rank
+            value, winner = _better(kept, score, _token(rank), rank, seed, output, position, value, winner)
+            winner = _best(value, winner)[1]
+            _store_token(tokens, ints, draw, winner)
+        else:
+            if (limit < size) & (top_p < 1.0):
+                total = _mass_of_likely(begin, top, temperature, floor, size, limit, BLOCK)
+            enough = _enough(top_p, total)
+            winner = _first_candidate(begin, top, temperature, floor, size, limit, enough, seed, output, position, BLOCK)
+            _store_token(tokens, ints, draw, winner)
+    else:
+        value = tl.load(values + draw * parts + part, mask=part < parts, other=float("-inf"))
+        winner = _best(value, tl.load(sums + draw * parts + part, mask=part < parts, other=-1))[1]
+        _store_token(tokens, ints, draw, winner)
+
+
+@triton.jit
+def _enough(top_p, total):
+    """A token above which there is so much mass is no candidate."""
+    return tl.where(top_p < 1.0, tl.ceil(top_p * total.to(tl.float64)), NO_MASS).to(tl.int64)
+
+
+@triton.jit
+def _store_token(tokens, ints, draw, rank):
+    """A row without a candidate, which is broken, keeps its token."""
+    tl.store(tokens + tl.load(ints + draw * INTS), _token(rank), mask=rank >= 0)
+
+
+# Few tokens that decide ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _list_likely(
+    begin, top, temperature, floor, size, greatest, groups, near, list_of, ranks, shares,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, LISTED: tl.constexpr,
+):  # fmt: skip
+    """List ranks and masses of the `near` most likely tokens and those about as likely as the last: how many they are. More than
+    `LISTED` are not listed."""
+    group = tl.arange(0, GROUPS)
+    leading = tl.load(greatest + group, mask=group < groups, other=-1)
+    least, bit = tl.zeros([], tl.int32), tl.full([], 1 << 15, tl.int32)
+    for _ in range(0, LEADING):
+        enough = tl.sum((leading >= least + bit).to(tl.int32), 0) >= near
+        least, bit = tl.where(enough, least + bit, least), bit >> 1
+    reaching = (leading >= least) & (group < groups)
+    at = tl.cumsum(reaching.to(tl.int32), 0) - 1
+    tl.store(list_of + at, group.to(tl.int64), mask=reaching & (at < LISTED))
+    reached = tl.sum(reaching.to(tl.int32), 0)
+    count = tl.zeros([], tl.int32)
+    if reached <= LISTED:
+        tl.debug_barrier()  # others have stored what a lane loads
+        for first in range(0, reached * GROUP, BLOCK):
+            lane = first + tl.arange(0, BLOCK)
+            there = lane // GROUP < reached
+            token = tl.load(list_of + lane // GROUP, mask=there, other=0).to(tl.int32) * GROUP + lane % GROUP
+            x = _load_logits(begin, token, size)
+            key = _key(x)
+            hit = there & (token < size) & ((key >> LEADING) >= least)
+            place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
+            listed = hit & (place < LISTED)
+            tl.store(ranks + place, _rank(key, token), mask=listed)
+            tl.store(shares + place, _mass(x, top, temperature, floor)[0], mask=listed)
+            count = tl.max(place, 0) + 1
+        tl.debug_barrier()
+    return tl.where(reached <= LISTED, count, LISTED + 1)
+
+
+@triton.jit
+def _before(rank, ranks, shares, count, LISTED: tl.constexpr):
+    """How many of the listed tokens are more likely than each, and their mass."""
+    before, above = tl.zeros([LISTED], tl.int32), tl.zeros([LISTED], tl.int64)
+    for first in range(0, count, COMPARED):
+        place = first + tl.arange(0, COMPARED)
+        other = tl.load(ranks + place, mask=place < count, other=-1)
+        share = tl.load(shares + place, mask=place < count, other=0)
+        more = other[None, :] > rank[:, None]
+        before += tl.sum(more.to(tl.int32), 1)
+        above += tl.sum(tl.where(more, share[None, :], 0), 1)
+    return before, above
+
+
+# Many tokens ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _first_candidate(begin, top, temperature, floor, size, limit, enough, seed, output, position, BLOCK: tl.constexpr):
+    """Rank of the best draw of a whole row, then of what ranks above that, until what ranks above is neither `limit` tokens nor
+    `enough` mass; -1 if nothing can be drawn."""
+    drawn, winner = tl.full([], -1, tl.int64), tl.full([], -1, tl.int64)
+    left = tl.full([], 1, tl.int32)
+    while left > 0:
+        value = tl.full([BLOCK], float("-inf"), tl.float64)
+        best = tl.full([BLOCK], -1, tl.int64)
+        mass, count = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int32)
+        for first in range(0, size, BLOCK):
+            token = first + tl.arange(0, BLOCK)
+            x = _load_logits(begin, token, size)
+            rank = _rank(_key(x), token)
+            inside = (token < size) & (rank > drawn)
+            if tl.max(inside.to(tl.int32), 0) > 0:
+                share, score = _mass(x, top, temperature, floor)
+                mass += tl.where(inside, share, 0)
+                count += inside.to(tl.int32)
+                value, best = _better(inside & (score >= floor), score, token, rank, seed, output, position, value, best)
+        accepted = (drawn >= 0) & (tl.sum(count, 0) < limit) & (tl.sum(mass, 0) < enough)
+        winner = tl.where(accepted, drawn, winner)
+        drawn = _best(value, best)[1]
+        left = tl.where(accepted | (drawn < 0), 0, 1)
+    return winner
+
+
+@triton.jit
+def _mass_of_likely(begin, top, temperature, floor, size, limit, BLOCK: tl.constexpr):
+    """Mass of the `limit` most likely tokens of a row; the key of the last one is found bit by bit."""
+    least, bit = tl.zeros([], tl.int64), tl.full([], 1 << 31, tl.int64)
+    for _ in range(0, 32):
+        count = _reach(begin, top, temperature, floor, size, least + bit, False, BLOCK)[0]
+        least, bit = tl.where(count >= limit, least + bit, least), bit >> 1
+    count, mass = _reach(begin, top, temperature, floor, size, least + 1, True, BLOCK)
+    share = _mass(_logit(least), top, temperature, floor)[0]
+    return mass + (limit - count) * share
+
+
+@triton.jit
+def _reach(begin, top, temperature, floor, size, least, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many logits of a row have at least this key, and their mass."""
+    count, mass = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int64)
+    for first in range(0, size, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        x = _load_logits(begin, token, size)
+        hit = (token < size) & (_key(x) >= least)
+        count += hit.to(tl.int32)
+        if MASS:
+            share = _mass(x, top, temperature, floor)[0]
+            mass += tl.where(hit, share, 0)
+    return tl.sum(count, 0), tl.sum(mass, 0)
