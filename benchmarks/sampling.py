@@ -93,6 +93,7 @@ def measured(loaded: LoadedModel, options: argparse.Namespace, requests: int) ->
             with by_pytorch():
                 theirs = mean_step(loop, warm_up=WARM_UP, steps=options.steps)
             rows.append({"requests": requests, "sampling": name, "step_s": ours, "pytorch_s": theirs})
+            print(f"{requests} requests, {name}: {1e3 * ours:.3f} ms, by PyTorch {1e3 * theirs:.3f}", file=sys.stderr, flush=True)
     return rows
 
 

@@ -138,7 +138,9 @@ def plot(spans: list[Span], title: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-3.1-8b")
-    parser.add_argument("--context", type=int, default=131072 - 16)
+    parser.add_argument(
+        "--context", type=int, help="default: as many tokens as the model takes, up to 131,072, less those decoded"
+    )
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--requests", type=int, default=1)
     parser.add_argument("--overlap", type=float, default=0.85)
@@ -154,9 +156,12 @@ def main() -> None:
     loaded = replace(loaded, tokenizer=word_tokenizer(loaded.shape.vocab_size))
     way = FULL if arguments.system == "full" else OURS
     resident = arguments.resident or way is FULL
+    room = 2 * STEPS + WARM_UP + 4
+    if arguments.context is None:
+        arguments.context = min(131072, loaded.shape.longest) - 2 * room
     options = {name: getattr(arguments, name) for name in ("requests", "context", "budget", "overlap")}
     away = 0 if resident else loaded.shape.layers
-    with looping(loaded, way, **options, away=away, room=2 * STEPS + WARM_UP + 4) as loop:
+    with looping(loaded, way, **options, away=away, room=room) as loop:
         times = timed(loop, STEPS)
         spans = record(loop.step)
     where = "on the device" if resident else f"in host memory, {arguments.overlap:.0%} overlap"

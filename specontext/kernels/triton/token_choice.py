@@ -1,14 +1,16 @@
 """Triton kernels of `best_tokens` and `draw_tokens`: nothing is sorted, and two launches draw the tokens of all rows.
 
-The first has several programs a row. A row without top-k and top-p is drawn from in there: each program finds the best of its part.
-Of other rows it takes the mass, and the greatest logit of each group of some tens. The second has one program a row. The `NEAR`-th
-of these greatest logits bounds the `NEAR` most likely tokens from below, so that those are listed by reading the few groups
-that reach it; each is compared with each, which gives ranks and the mass above each, and the draw is among those that are
-candidates. That is all where top-k is small or the list has the mass of top-p, as the distributions of models have it.
+The first has several programs a row. A row without top-k and top-p is drawn from there: each program finds the best of its
+part. Of other rows it takes the mass, and the greatest logit of each group of some tens. The second has one program a row. No
+token that is among the `NEAR` most likely ones is below the `NEAR`-th of these greatest logits, so the few groups that reach
+it are read again, and their tokens from there on listed. Each is compared with each, which gives its rank and the mass above
+it, and the best draw of those that are candidates is the row's. That is all where top-k is small, or where the list has the
+mass of top-p.
 
-Where they are flatter the program draws from the whole row, and asks how many tokens and how much mass rank above what it drew. If
-that is too much, nothing from there on is a candidate, and it draws from what ranks above; the first draw that is a candidate is
-the best of them, since what was drawn from held them all. With top-p that takes one or two rounds over the row, whatever it holds.
+Where distributions are flatter the program draws from the whole row, and asks how many tokens and how much mass rank above
+what it drew. If that is too much, nothing from there on is a candidate, and it draws from what ranks above. The first draw
+that is a candidate is the best of all candidates, since what was drawn from held them all. With top-p that takes a round or
+two.
 
 Sums are of integers, so nothing depends on the order in which programs run.
 """
@@ -63,9 +65,8 @@ def best_tokens(logits: Tensor) -> Tensor:
 
 
 def draw_tokens(logits: Tensor, tokens: Tensor, draws: Sequence[Draw]) -> None:
-    """See `specontext.kernels.token_choice.draw_tokens`. Reads the logits once, and some groups of a row with limits again; once or
-    twice more, by a single program, where few tokens do not decide; more often where top-p is of the mass of more than `NEAR` tokens
-    that top-k leaves."""
+    """See `specontext.kernels.token_choice.draw_tokens`. Reads the logits once, and of rows with limits some groups again; where
+    few tokens do not decide all, two or three times, and 33 times more where top-p is of what a top-k above `NEAR` leaves."""
     if not draws:
         return
     count, size, device = len(draws), logits.shape[1], logits.device
@@ -81,7 +82,7 @@ def draw_tokens(logits: Tensor, tokens: Tensor, draws: Sequence[Draw]) -> None:
     given = (logits, tokens, numbers, ints, size, logits.stride(0), values, sums, greatest)
     _survey[(count, chunks)](*given, groups, CHUNK=chunk, BLOCK=min(BLOCK, chunk), GROUP=group, num_warps=8)
     places = {"PARTS": triton.next_power_of_2(chunks), "GROUPS": triton.next_power_of_2(groups), "LISTED": LISTED}
-    _choose[(count,)](*given, groups, chunks, listed, GROUP=group, BLOCK=BLOCK, NEAR=NEAR, **places, num_warps=8)
+    _choose[(count,)](*given, groups, chunks, listed, GROUP=group, BLOCK=BLOCK, NEAR=NEAR, **places, num_warps=16)
 
 
 def _parts(logits: Tensor) -> tuple[int, int]:
@@ -235,7 +236,7 @@ def _survey(
     logits, tokens, numbers, ints, size, stride, values, sums, greatest, groups,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Of a part of a row with limits its mass and the greatest logit of each group, by leading bits; of one with none its best draw."""
+    """Of a row with limits a part's mass and each group's greatest logit, by leading bits; of one with none its best draw."""
     draw, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = draw * tl.num_programs(1) + part
     begin, top, temperature, floor, limit, top_p = _load_draw(logits, tokens, numbers, ints, stride, draw)
