@@ -274,6 +274,7 @@ def _choose(
     GROUP: tl.constexpr, BLOCK: tl.constexpr, NEAR: tl.constexpr,
     PARTS: tl.constexpr, GROUPS: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
+    """The token: of a row with limits by its likely tokens if they decide, else by all; with none the best of its parts."""
     draw, draws = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     begin, top, temperature, floor, limit, top_p = _load_draw(logits, tokens, numbers, ints, stride, draw)
     part = tl.arange(0, PARTS)
