@@ -172,6 +172,19 @@ def test_hugging_face_gets_fewer_requests_where_its_growing_cache_outgrows_memor
     assert found["requests"] == 4 and found["tokens_per_s"] and "error" not in found
 
 
+def test_hugging_face_may_be_faster_beyond_a_number_that_is_slower(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search goes on to whatever fits, so that a stall of one number does not end it."""
+    rates = {1: 10.0, 4: 5.0, 8: 20.0}
+
+    def steps(self: Bench, way: Theirs, requests: int, lengths: list[int], *, steps: int | None = None) -> dict[int, TheirStep]:
+        return dict.fromkeys(lengths, TheirStep(requests / rates[requests], 1.0))
+
+    monkeypatch.setattr(Bench, "_their_steps", steps)
+    assert bench.most_of_theirs(SDPA, COLUMN) == 8
+    rates[8] = 9.0
+    assert bench.most_of_theirs(SDPA, COLUMN) == 1
+
+
 def test_the_choice_is_judged_by_whole_columns(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """More requests are faster at the mean length here, and slower at the longest, where layers are away."""
     asked: list[tuple[int, int]] = []
