@@ -42,7 +42,7 @@ write_architecture = conftest.write  # a fixture
 EXPERTS = "model.layers.1.mlp.experts"
 OUT_OF_ORDER = ("ct-order", "gptq-order")  # columns of an expert stand in an order of their own
 GRANITE = [name for name in RUN if name.startswith("GraniteMoe")]
-IN_A_FORM_OF_THEIR_OWN = ["Llama4Text", *([] if hasattr(modeling_granitemoe, "GraniteMoeExperts") else GRANITE)]
+OF_ANOTHER_FORM = ["Llama4Text", *([] if hasattr(modeling_granitemoe, "GraniteMoeExperts") else GRANITE)]
 KEPT = [name for name, form in FORMATS.items() if form.kept and name not in OUT_OF_ORDER]
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
 ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
@@ -311,7 +311,7 @@ def test_an_engine_writes_the_same_tokens(write: Write, load: Any, method: str, 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [name for name, own in RUN.items() if any("expert" in entry for entry in own)])
 def test_experts_of_every_architecture(architecture: str, write_architecture: Any, load: Any, tmp_path: Path) -> None:
-    """Rounded, and as a quantised checkpoint has them where it has them one by one. Those in a form of their own are written out."""
+    """Rounded, and as a quantised checkpoint has them where it has them one by one; those of another form are written out."""
     write_architecture(architecture, RUN[architecture])
     several = [load(tmp_path, kept=kept, quantization="int4") for kept in (False, True)]
     shutil.copytree(tmp_path, tmp_path / "stored")
@@ -319,7 +319,7 @@ def test_experts_of_every_architecture(architecture: str, write_architecture: An
     several += [load(tmp_path / "quantised", kept=kept) for kept in (False, True)]
     for dense, kept in (several[:2], several[2:]):
         assert not tables(dense) and torch.equal(logits(dense), logits(kept))
-    assert bool(tables(several[1])) == (architecture not in IN_A_FORM_OF_THEIR_OWN)
+    assert bool(tables(several[1])) == (architecture not in OF_ANOTHER_FORM)
     apart = any(".experts.0." in name for name in load_file(tmp_path / "model.safetensors"))
     assert bool(tables(several[3])) == apart
 
